@@ -1,0 +1,37 @@
+"""Both names of Lightning: ``pytorch_lightning`` and ``lightning.pytorch``, whose classes are not each other's."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+if TYPE_CHECKING:
+    GuardCallback = Callback
+else:
+
+    def _base() -> type:
+        # LightningCLI checks the class: it takes callbacks of its own package only.
+        try:
+            present = find_spec("lightning.pytorch") is not None
+        except ModuleNotFoundError:
+            present = False
+        if not present:
+            return Callback
+        from lightning.pytorch import Callback as OtherCallback
+
+        if OtherCallback is Callback:
+            return Callback
+        return type("GuardCallback", (Callback, OtherCallback), {"__doc__": "A callback of both packages."})
+
+    GuardCallback = _base()
+
+__all__ = ["Callback", "GuardCallback", "LightningModule", "Trainer", "logged_at"]
+
+
+def logged_at(trainer: Any) -> int:
+    """The step loggers are told, as LearningRateMonitor tells it; ``global_step`` where that is gone."""
+    loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
+    step = getattr(loop, "_batches_that_stepped", None)
+    return int(step) if step is not None else int(trainer.global_step)

@@ -1,0 +1,489 @@
+"""NaNGuard: Lightning's hooks translated for the :class:`~lightning_nanguard.engine.Guard`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_nanguard._compat.callbacks import averaged_copies, put_first
+from lightning_nanguard._compat.packages import GuardCallback, LightningModule, Trainer, logged_at
+from lightning_nanguard._compat.precision import grad_scaler
+from lightning_nanguard._compat.probe import quiet, run_training_step, same_randomness
+from lightning_nanguard._compat.results import remember_running_means
+from lightning_nanguard._compat.schedulers import around_learning_rate_monitors
+from lightning_nanguard.batch_scope import BatchScope
+from lightning_nanguard.detectors import Detector, default_detectors, require
+from lightning_nanguard.engine import Guard, Settings
+from lightning_nanguard.errors import TrainingDivergedError
+from lightning_nanguard.events import Fault, Intervention
+from lightning_nanguard.journal import Console, Journal, JsonLines, Memory, Sink, summary
+from lightning_nanguard.learning_rate import LearningRate
+from lightning_nanguard.measure import batch_finite
+from lightning_nanguard.policy import Budget, Policy
+from lightning_nanguard.remedies import Remedy, default_remedies, executors
+from lightning_nanguard.snapshot import Learner, Ring
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+@final
+class NaNGuard(GuardCallback):
+    """Keeps a training run alive through NaN and divergence.
+
+    It sees a non-finite or diverging loss or gradient, keeps it from the weights, goes back to the last good state if
+    the weights are already lost, lowers the learning rate or turns clipping on if the run itself is at fault, and
+    writes down what it did. When it cannot help, it stops the run with the last good weights in place. A healthy run
+    is the same bit for bit with and without it.
+
+    Args:
+        detectors: What counts as a fault, asked in this order; ``None`` for :class:`NonFinite`,
+            :class:`GradientSpike` and :class:`DivergingLoss` with their defaults.
+        remedies: What may follow when skipping the batch is not enough, in order of preference; ``None`` for
+            :class:`Rollback`, :class:`ClipGradients` and :class:`ReduceLR`. ``[]`` only skips,
+            ``[StopTraining()]`` stops.
+        snapshot_every_n_steps: Updates between snapshots of the learner; ``"auto"`` keeps them at about 1 % of the
+            run's time.
+        snapshot_device: Where snapshots lie: ``"auto"`` and ``"same"`` beside the weights, ``"cpu"`` in host memory.
+        max_snapshots: Certified snapshots kept (one more is always pending).
+        max_snapshot_memory: Limit in GiB for all snapshots; fewer are kept where they do not fit, at least one.
+        budget: Bounds on interventions, past which the run is stopped.
+        dirpath: Folder of the records; ``None`` for ``<log_dir>/nanguard``.
+        readback: ``"step"`` reads each update's loss and gradient norm before the step; ``"deferred"`` reads them up
+            to two steps later without waiting for the device; ``"auto"`` takes ``"step"`` on CPU, ``"deferred"`` on
+            CUDA with an optimizer that can skip on the device (``fused=True``), else ``"step"``.
+        observe: Record what would be done and change nothing.
+        on_intervention: Called with each :class:`Intervention`.
+
+    Raises:
+        ValueError: When an argument is out of its range or contradicts another.
+        TypeError: When a detector, remedy or budget is none.
+
+    Example:
+        >>> guard = NaNGuard(snapshot_every_n_steps=50)
+        >>> len(guard.interventions), guard.lr_multiplier
+        (0, 1.0)
+    """
+
+    def __init__(
+        self,
+        detectors: list[Detector] | None = None,
+        remedies: list[Remedy] | None = None,
+        snapshot_every_n_steps: int | Literal["auto"] = "auto",
+        snapshot_device: Literal["auto", "same", "cpu"] = "auto",
+        max_snapshots: int = 3,
+        max_snapshot_memory: float | None = None,
+        budget: Budget | None = None,
+        dirpath: str | Path | None = None,
+        readback: Literal["auto", "step", "deferred"] = "auto",
+        observe: bool = False,
+        on_intervention: Callable[[Intervention], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self._detectors = _instances("detectors", detectors, Detector, default_detectors)
+        self._remedies = _instances("remedies", remedies, Remedy, default_remedies)
+        executors(self._remedies)
+        every = snapshot_every_n_steps
+        is_count = isinstance(every, int) and not isinstance(every, bool) and every >= 1
+        require(every == "auto" or is_count, self, "snapshot_every_n_steps", every, '"auto" or an integer of at least 1')
+        devices = ("auto", "same", "cpu")
+        require(snapshot_device in devices, self, "snapshot_device", snapshot_device, f"one of {devices}")
+        require(max_snapshots >= 1, self, "max_snapshots", max_snapshots, "an integer of at least 1")
+        limit = max_snapshot_memory
+        require(limit is None or limit > 0, self, "max_snapshot_memory", limit, "a number of GiB above 0, or None")
+        readbacks = ("auto", "step", "deferred")
+        require(readback in readbacks, self, "readback", readback, f"one of {readbacks}")
+        if budget is not None and not isinstance(budget, Budget):
+            raise TypeError(f"NaNGuard(budget={budget!r}): expected a Budget, but got {type(budget).__name__}.")
+        if on_intervention is not None and not callable(on_intervention):
+            raise TypeError(f"NaNGuard(on_intervention={on_intervention!r}): expected a callable.")
+        self._every = None if isinstance(every, str) else every
+        self._snapshot_device = snapshot_device
+        self._max_snapshots = max_snapshots
+        self._max_snapshot_memory = max_snapshot_memory
+        self._budget = budget or Budget()
+        self._dirpath = None if dirpath is None else Path(dirpath)
+        self._readback = readback
+        self._observe = observe
+        self._on_intervention = on_intervention
+        self._memory = Memory()
+        self._resumed: Mapping[str, Any] | None = None
+        self._run: _Run | None = None
+        self._last_state: dict[str, Any] = {}
+        self._multiplier = 1.0
+
+    # ------------------------------------------------------------------------------------------------ what users read
+
+    @property
+    def interventions(self) -> Sequence[Intervention]:
+        """The newest interventions, oldest first; all of them are on disk."""
+        return self._memory
+
+    @property
+    def lr_multiplier(self) -> float:
+        """What the scheduled learning rates are multiplied by now."""
+        return self._run.guard.rate.multiplier if self._run is not None else self._multiplier
+
+    @property
+    def clip_val(self) -> float | None:
+        """The clipping value the guard has turned on, ``None`` without one."""
+        return self._run.guard.clip_val if self._run is not None else None
+
+    # ------------------------------------------------------------------------------------------------ Lightning's hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the first place among the callbacks."""
+        if stage == "fit":
+            put_first(trainer, self)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Build the guard of this fit and look at the state before the first update."""
+        if not any(parameter.requires_grad for parameter in pl_module.parameters()) and not trainer.optimizers:
+            raise ValueError(
+                f"NaNGuard has nothing to guard: {type(pl_module).__name__} has no trainable parameter and no "
+                "optimizer. Set requires_grad on the parameters to train, or take the guard out of the callbacks."
+            )
+        self._run = _Run(
+            trainer,
+            pl_module,
+            detectors=self._detectors,
+            policy=Policy(self._remedies, self._budget),
+            remedies=self._remedies,
+            ring=Ring(self._max_snapshots),
+            settings=Settings(
+                snapshot_every=self._every,
+                snapshot_device=torch.device("cpu") if self._snapshot_device == "cpu" else None,
+                deferred=_deferred(self._readback, trainer, pl_module),
+                observe=self._observe,
+            ),
+            journal=Journal(self._sinks(trainer, pl_module)),
+        )
+        if self._resumed is not None:
+            self._run.guard.load_state_dict(self._resumed)
+            self._resumed = None
+        self._run.start(self._max_snapshot_memory)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember what the batch may touch."""
+        run = self._running()
+        run.batch, run.batch_idx = batch, batch_idx
+        run.guard.open_batch()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Take the loss."""
+        self._running().guard.see_loss(loss)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Measure, detect, and block a bad update."""
+        run = self._running()
+        run.guard.before_step(run.stream(optimizer))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Decide, act, record; certify and take snapshots."""
+        run = self._running()
+        run.batch, run.batch_idx = batch, batch_idx
+        run.in_batch = True
+        try:
+            run.guard.close_batch()
+        finally:
+            run.in_batch = False
+            run.batch = None
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Note on the device whether the validation loss is finite."""
+        if self._run is not None and not trainer.sanity_checking:
+            self._run.see_validation(outputs, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look into a validation loss that was not finite, before anything is saved on its account."""
+        if self._run is not None and not trainer.sanity_checking:
+            self._run.judge_validation()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave a good state behind."""
+        if self._run is None:
+            return
+        if not isinstance(exception, TrainingDivergedError):
+            try:
+                self._run.guard.flush()
+            except TrainingDivergedError as error:
+                _logger.error("NaNGuard: while the run was ending: %s", error)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read what is still on its way."""
+        if self._run is not None:
+            self._run.guard.flush()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say in one line what happened, and let go of the run."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        self._multiplier = run.guard.rate.multiplier
+        self._last_state = run.guard.state_dict()
+        if run.rank_zero:
+            _logger.info(
+                summary(
+                    run.guard.updates,
+                    self._memory.faults,
+                    self._memory.remedies,
+                    lr_multiplier=self._multiplier,
+                    path=run.records,
+                    observe=self._observe,
+                )
+            )
+        run.close()
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Multiplier, clipping, windows, budgets and counts, in plain containers."""
+        state = self._run.guard.state_dict() if self._run is not None else dict(self._last_state)
+        if not state:
+            return {}
+        return {"guard": state, "interventions": self._memory.total}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Taken up when the fit starts: optimizers do not exist yet."""
+        self._resumed = state_dict.get("guard")
+
+    def _running(self) -> _Run:
+        if self._run is None:
+            raise RuntimeError("NaNGuard was asked to watch a step before on_train_start; add it before fit begins.")
+        return self._run
+
+    def _sinks(self, trainer: Trainer, module: LightningModule) -> list[Sink]:
+        sinks: list[Sink] = [self._memory]
+        if self._on_intervention is not None:
+            sinks.append(_Call(self._on_intervention))
+        if not trainer.is_global_zero:
+            return sinks
+        return [*sinks, JsonLines(_records(trainer, self._dirpath)), Console(), _Loggers(trainer, self, module)]
+
+
+@final
+class _Run:
+    """One fit: the guard, and what the trainer answers to it."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        *,
+        detectors: Sequence[Detector],
+        policy: Policy,
+        remedies: Sequence[Remedy],
+        ring: Ring,
+        settings: Settings,
+        journal: Journal,
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._journal = journal
+        self.rank_zero = trainer.is_global_zero
+        self.records = next((sink.path for sink in journal.sinks if isinstance(sink, JsonLines)), None)
+        self.batch: Any = None
+        self.batch_idx = -1
+        self.in_batch = False
+        self._validation: tuple[Tensor, int] | None = None
+        self._validation_bad: Tensor | None = None
+        learner = Learner(
+            module,
+            trainer.optimizers,
+            scaler=grad_scaler(trainer),
+            averages=lambda: averaged_copies(trainer, module),
+        )
+        rate = LearningRate(trainer.optimizers)
+        self._scope = BatchScope(module, [lambda: remember_running_means(trainer)])
+        self.guard = Guard(
+            learner=learner,
+            rate=rate,
+            scope=self._scope,
+            host=self,
+            detectors=detectors,
+            remedies=remedies,
+            policy=policy,
+            ring=ring,
+            settings=settings,
+        )
+        self._undo_monitors: Callable[[], None] | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def start(self, max_memory: float | None) -> None:
+        self.guard.start()
+        self._limit_memory(max_memory)
+        rate = self.guard.rate
+        rate.attach()
+        self._undo_monitors = around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw)
+
+    def _limit_memory(self, max_memory: float | None) -> None:
+        if max_memory is None or self.guard.ring.pending is None:
+            return
+        # Moments come with the first steps: two for each parameter is what Adam needs.
+        parameters = sum(p.nbytes for p in self._module.parameters() if p.requires_grad)
+        each = (self.guard.ring.pending.nbytes() + 2 * parameters) / 2**30
+        fitting = int(max_memory / each) - 1 if each else self.guard.ring.capacity
+        if fitting < 1:
+            raise ValueError(
+                f"NaNGuard(max_snapshot_memory={max_memory!r}): one snapshot takes about {each:.3g} GiB and two are "
+                f"needed, one certified and one pending. Allow {2 * each:.3g} GiB, or leave the limit out and set "
+                'snapshot_device="cpu".'
+            )
+        self.guard.ring.capacity = min(self.guard.ring.capacity, fitting)
+
+    def close(self) -> None:
+        self.guard.rate.detach()
+        if self._undo_monitors is not None:
+            self._undo_monitors()
+        self._journal.close()
+
+    def stream(self, optimizer: Optimizer) -> int:
+        for index, known in enumerate(self.guard.learner.optimizers):
+            if known is optimizer or getattr(optimizer, "optimizer", None) is known:
+                return index
+        raise RuntimeError(
+            f"NaNGuard does not know the optimizer {type(optimizer).__name__} that is about to step: it was not "
+            "returned by configure_optimizers."
+        )
+
+    # Host
+
+    def clock(self) -> tuple[int, int, int]:
+        return self._trainer.global_step, self._trainer.current_epoch, self.batch_idx
+
+    def micro_batches(self) -> int:
+        return self._trainer.accumulate_grad_batches if self._module.automatic_optimization else 1
+
+    def batch_finite(self) -> bool | None:
+        return None if self.batch is None else batch_finite(self.batch)
+
+    def probe(self) -> float | None:
+        if not self._module.automatic_optimization or self.batch is None:
+            return None
+        trace = BatchScope(self._module, [lambda: remember_running_means(self._trainer)])
+        trace.open()
+        try:
+            with same_randomness(self._module.device), quiet(self._trainer):
+                loss = run_training_step(self._trainer, self.batch, self.batch_idx)
+                return None if loss is None else float(loss)
+        except Exception as error:
+            # A second look must never cost the run that the first one would not have.
+            _logger.debug("NaNGuard: the batch could not be looked at again: %r", error)
+            return None
+        finally:
+            trace.undo()
+
+    def record(self, intervention: Intervention) -> None:
+        self._journal.write(intervention)
+
+    # Validation
+
+    def see_validation(self, outputs: Any, batch_idx: int) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor) or not loss.is_floating_point():
+            return
+        bad = ~torch.isfinite(loss.detach()).all()
+        self._validation_bad = bad if self._validation_bad is None else self._validation_bad | bad
+
+    def judge_validation(self) -> None:
+        bad, self._validation_bad = self._validation_bad, None
+        name = "validation loss"
+        if bad is None:
+            name = next(
+                (
+                    key
+                    for key, value in self._trainer.callback_metrics.items()
+                    if "loss" in key and key.startswith("val") and not bool(torch.isfinite(value).all())
+                ),
+                "",
+            )
+            if not name:
+                return
+        elif not bool(bad):
+            return
+        batch_idx, self.batch_idx = self.batch_idx, -1
+        message = f"the {name} is not finite while the training loss is"
+        self.guard.report(Fault("non_finite_validation", "state", name, None, message))
+        self.batch_idx = batch_idx
+
+
+@final
+class _Call(Sink):
+    """Hands records to the user's function."""
+
+    def __init__(self, function: Callable[[Intervention], Any]) -> None:
+        self._function = function
+
+    def write(self, intervention: Intervention) -> None:
+        self._function(intervention)
+
+    def close(self) -> None:
+        pass
+
+
+@final
+class _Loggers(Sink):
+    """Numbers to every logger of the trainer, and to the progress bar."""
+
+    def __init__(self, trainer: Trainer, callback: NaNGuard, module: LightningModule) -> None:
+        self._trainer = trainer
+        self._callback = callback
+        self._module = module
+
+    def write(self, intervention: Intervention) -> None:
+        run = self._callback._run
+        assert run is not None
+        count = float(self._callback._memory.total)
+        values: dict[str, float] = {"nanguard/interventions": count, "nanguard/lr_multiplier": run.guard.rate.multiplier}
+        norm, clip = run.guard.usual_norm(), run.guard.clip_val
+        if norm is not None:
+            values["nanguard/grad_norm"] = norm
+        if clip is not None:
+            values["nanguard/clip_val"] = clip
+        for logger in self._trainer.loggers:
+            logger.log_metrics(values, step=logged_at(self._trainer))
+        if run.in_batch:
+            self._module.log("nanguard", count, prog_bar=True, logger=False, rank_zero_only=True)
+
+    def close(self) -> None:
+        pass
+
+
+def _instances(name: str, given: Sequence[Any] | None, kind: type[Any], default: Callable[[], Any]) -> tuple[Any, ...]:
+    if given is None:
+        return tuple(default())
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+        raise TypeError(f"NaNGuard({name}={given!r}): expected a list of {kind.__name__} instances.")
+    for item in given:
+        if not isinstance(item, kind):
+            hint = f"; write {item.__name__}()" if isinstance(item, type) else ""
+            raise TypeError(f"NaNGuard({name}=…): {item!r} is not an instance of {kind.__name__}{hint}.")
+    return tuple(given)
+
+
+def _deferred(readback: str, trainer: Trainer, module: LightningModule) -> bool:
+    if readback != "auto":
+        return readback == "deferred"
+    fused = all(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in trainer.optimizers)
+    return module.device.type == "cuda" and fused and grad_scaler(trainer) is None
+
+
+def _records(trainer: Trainer, dirpath: Path | None) -> Path:
+    folder = dirpath if dirpath is not None else Path(trainer.log_dir or trainer.default_root_dir) / "nanguard"
+    return folder / "interventions.jsonl"

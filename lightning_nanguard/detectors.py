@@ -1,0 +1,541 @@
+"""Detectors: they look at readings and their own short history, and name a fault or nothing. They change nothing.
+
+A detector of your own is one class with a :meth:`Detector.check`::
+
+    class LossAbove(Detector):
+        def __init__(self, limit: float) -> None:
+            super().__init__()
+            self.limit = limit
+
+        def check(self, reading):
+            if reading.loss is not None and reading.loss > self.limit:
+                return Fault("loss_above", "batch", "loss", reading.loss, f"the loss is above {self.limit}")
+            return None
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Mapping
+from statistics import median
+from typing import Any, final
+
+from lightning_nanguard.events import Fault, Reading
+
+
+def require(condition: bool, owner: object, argument: str, value: object, expected: str) -> None:
+    """Raise a ``ValueError`` that names the class, the argument, its value and what was expected."""
+    if not condition:
+        raise ValueError(f"{type(owner).__name__}({argument}={value!r}): expected {expected}.")
+
+
+def spread(values: Iterable[float]) -> float:
+    """Median absolute deviation, scaled to the standard deviation of a normal distribution.
+
+    Example:
+        >>> round(spread([1.0, 2.0, 3.0, 4.0, 100.0]), 3)
+        1.483
+    """
+    values = list(values)
+    centre = median(values)
+    return 1.4826 * median(abs(value - centre) for value in values)
+
+
+@final
+class Window:
+    """The newest accepted values, each with the step it was read at; what is rewound leaves it again."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, size: int) -> None:
+        self._items: deque[tuple[int, float]] = deque(maxlen=size)
+
+    def append(self, step: int, value: float) -> None:
+        """Add a value; the oldest leaves a full window."""
+        self._items.append((step, value))
+
+    def rewind(self, step: int) -> None:
+        """Forget what was read after ``step``."""
+        while self._items and self._items[-1][0] > step:
+            self._items.pop()
+
+    def last(self, count: int) -> list[float]:
+        """The newest ``count`` values, oldest first."""
+        items = self._items
+        return [items[i][1] for i in range(max(0, len(items) - count), len(items))]
+
+    def values(self) -> list[float]:
+        """All values, oldest first."""
+        return [value for _, value in self._items]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def state(self) -> list[list[float]]:
+        """Plain lists for a checkpoint."""
+        return [[step, value] for step, value in self._items]
+
+    def load(self, state: Iterable[Iterable[float]]) -> None:
+        """The inverse of :meth:`state`."""
+        self._items.clear()
+        self._items.extend((int(step), float(value)) for step, value in state)
+
+
+class Detector(ABC):
+    """Looks at one stream of readings (one optimizer) and says what is wrong with the newest, if anything is.
+
+    The engine copies every configured detector for each optimizer, so an instance sees one history only.
+    """
+
+    @abstractmethod
+    def check(self, reading: Reading) -> Fault | None:
+        """The fault of this reading, or ``None``. Must not change the detector's history."""
+
+    def accept(self, reading: Reading) -> None:  # noqa: B027
+        """Take a reading that no detector objected to into the history."""
+
+    def rewind(self, step: int) -> None:  # noqa: B027
+        """Forget what was accepted after ``step``: the learner went back to it."""
+
+    def dismiss(self, reading: Reading) -> None:  # noqa: B027
+        """Your suspicion about this reading was looked into and was none; stay quiet about it for a while."""
+
+    def uneasy(self, reading: Reading) -> bool:
+        """Whether a state should not be certified on this reading, though it is no fault."""
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history in plain containers."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """The inverse of :meth:`state_dict`."""
+
+
+@final
+class NonFinite(Detector):
+    """A loss or a gradient that holds NaN or Inf, or a gradient so large that its square would overflow.
+
+    An fp16 overflow that the GradScaler skips by itself is left to it, until ``overflow_patience`` of them come in a
+    row or its scale falls below ``min_loss_scale``: then no scale helps, and the learner is at fault.
+
+    Args:
+        overflow_patience: Overflows in a row that are still the scaler's business.
+        min_loss_scale: Loss scale below which an overflow is a fault.
+
+    Raises:
+        ValueError: When an argument is not positive.
+
+    Example:
+        >>> NonFinite().check(Reading(step=3, stream=0, loss=float("nan"), grad_norm=1.0, finite=False,
+        ...                           loss_finite=False)).kind
+        'non_finite_loss'
+    """
+
+    # Adam squares the gradient in float32: beyond this norm a second moment becomes Inf and stays so.
+    _square_overflows = 1e18
+
+    def __init__(self, overflow_patience: int = 20, min_loss_scale: float = 1.0) -> None:
+        require(overflow_patience >= 1, self, "overflow_patience", overflow_patience, "an integer of at least 1")
+        require(min_loss_scale > 0, self, "min_loss_scale", min_loss_scale, "a number above 0")
+        self.overflow_patience = overflow_patience
+        self.min_loss_scale = min_loss_scale
+        self._overflows: deque[int] = deque(maxlen=overflow_patience)
+
+    def check(self, reading: Reading) -> Fault | None:
+        """The fault of this reading, or ``None``."""
+        if not reading.loss_finite:
+            return Fault("non_finite_loss", "batch", "loss", reading.loss, f"the loss is {reading.loss}")
+        if not reading.finite:
+            return self._gradient(reading)
+        if reading.grad_norm is not None and reading.grad_norm > self._square_overflows:
+            return Fault(
+                "gradient_overflow",
+                "batch",
+                "gradient",
+                reading.grad_norm,
+                f"the gradient norm is {reading.grad_norm:.3g}; its square overflows float32",
+            )
+        return None
+
+    def _gradient(self, reading: Reading) -> Fault | None:
+        if not reading.scaler_skips:
+            return Fault("non_finite_gradient", "batch", "gradient", reading.grad_norm, "a gradient is not finite")
+        scale = reading.loss_scale
+        in_a_row = len(self._overflows) + 1
+        if in_a_row < self.overflow_patience and (scale is None or scale >= self.min_loss_scale):
+            return None
+        return Fault(
+            "loss_scale_collapse",
+            "learner",
+            "gradient",
+            scale,
+            f"{in_a_row} fp16 overflows in a row took the loss scale down to {scale}; no scale makes the gradient finite",
+        )
+
+    def accept(self, reading: Reading) -> None:
+        """Count overflows in a row."""
+        if reading.scaler_skips:
+            self._overflows.append(reading.step)
+        else:
+            self._overflows.clear()
+
+    def rewind(self, step: int) -> None:
+        """Start counting overflows anew."""
+        self._overflows.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history in plain containers."""
+        return {"overflows": list(self._overflows)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._overflows.clear()
+        self._overflows.extend(int(step) for step in state["overflows"])
+
+
+@final
+class GradientSpike(Detector):
+    """A gradient norm far outside everything accepted so far.
+
+    Judged on the logarithm of the norm by median and MAD, so that heavy tails and slow drifts are no fault: a spike
+    is more than ``threshold`` deviations above the median, ``ratio`` times the median, and ten times the largest
+    norm in the window.
+
+    Args:
+        threshold: Deviations (MAD, scaled) of the logarithm.
+        ratio: Least ratio to the median.
+        window: Accepted norms looked back at.
+        warmup: Accepted norms before the detector speaks.
+
+    Raises:
+        ValueError: When an argument is out of its range.
+    """
+
+    _above_largest = 10.0
+    _refresh_every = 8
+
+    def __init__(self, threshold: float = 12.0, ratio: float = 200.0, window: int = 128, warmup: int = 20) -> None:
+        require(threshold > 0, self, "threshold", threshold, "a number above 0")
+        require(ratio > 1, self, "ratio", ratio, "a number above 1")
+        require(warmup >= 4, self, "warmup", warmup, "an integer of at least 4")
+        require(window >= warmup, self, "window", window, f"an integer of at least warmup={warmup}")
+        self.threshold = threshold
+        self.ratio = ratio
+        self.window = window
+        self.warmup = warmup
+        self._norms = Window(window)
+        self._limit = math.inf
+        self._stale = 0
+
+    def check(self, reading: Reading) -> Fault | None:
+        """The fault of this reading, or ``None``."""
+        norm = reading.grad_norm
+        if norm is None or not norm > self._limit:
+            return None
+        # The cached limit may be a few steps old: decide on the window as it is now.
+        limit = self._find_limit()
+        if not norm > limit:
+            return None
+        usual = median(self._norms.values())
+        return Fault(
+            "gradient_spike",
+            "batch",
+            "gradient",
+            norm,
+            f"the gradient norm is {norm:.3g}, {norm / usual:.3g} times its median of {usual:.3g}"
+            if usual > 0
+            else f"the gradient norm is {norm:.3g} after having been 0",
+        )
+
+    def accept(self, reading: Reading) -> None:
+        """Take a healthy norm into the window."""
+        norm = reading.grad_norm
+        if norm is None or not reading.finite:
+            return
+        self._norms.append(reading.step, norm)
+        self._stale += 1
+        if len(self._norms) >= self.warmup and (self._stale >= self._refresh_every or math.isinf(self._limit)):
+            self._limit = self._find_limit()
+            self._stale = 0
+
+    def _find_limit(self) -> float:
+        norms = [norm for norm in self._norms.values() if norm > 0]
+        if len(norms) < self.warmup:
+            return math.inf
+        logs = [math.log(norm) for norm in norms]
+        # A floor for the deviation: norms that hardly vary must not make every wiggle a spike.
+        by_deviation = median(logs) + self.threshold * max(spread(logs), 0.1)
+        by_ratio = math.log(self.ratio) + median(logs)
+        by_largest = math.log(self._above_largest) + max(logs)
+        limit = max(by_deviation, by_ratio, by_largest)
+        return math.exp(limit) if limit < 700 else math.inf
+
+    def rewind(self, step: int) -> None:
+        """Forget what was accepted after ``step``."""
+        self._norms.rewind(step)
+        self._limit = self._find_limit()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history in plain containers."""
+        return {"norms": self._norms.state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._norms.load(state["norms"])
+        self._limit = self._find_limit()
+
+
+@final
+class DivergingLoss(Detector):
+    """A finite loss that left for good: it exploded, fell back to chance, or never got below the untrained model's.
+
+    Four shapes, each judged on medians so that noise and heavy tails are no fault:
+
+    * ``exploding_loss``: far above the untrained model's loss (``factor`` times its scale) and not falling;
+    * ``collapsed``: having learned, the loss is back at the untrained level and stays there;
+    * ``rising_loss``: having learned, it stays at a multiple of its best level and keeps rising;
+    * ``stuck_loss``: after an excursion far above it, the loss settled no lower than the untrained model's.
+
+    All are suspicions: before anything is changed, the engine compares the loss of the same batch under the last good
+    weights and looks at how far the weights have grown.
+
+    Args:
+        factor: How many times the scale of the first loss counts as far above.
+        patience: Readings over which a settled loss is judged.
+        warmup: Accepted readings before a finite loss can be a fault.
+
+    Raises:
+        ValueError: When an argument is out of its range.
+    """
+
+    _short = 8
+    _cooldown = 25
+
+    def __init__(self, factor: float = 10.0, patience: int = 40, warmup: int = 3) -> None:
+        require(factor > 1, self, "factor", factor, "a number above 1")
+        require(patience >= 8, self, "patience", patience, "an integer of at least 8")
+        require(warmup >= 1, self, "warmup", warmup, "an integer of at least 1")
+        self.factor = factor
+        self.patience = patience
+        self.warmup = warmup
+        self._losses = Window(max(64, 2 * patience))
+        self._first: float | None = None
+        self._best: float | None = None
+        self._highest: float | None = None
+        self._quiet_until = 0
+        self._since = 0
+
+    @property
+    def first(self) -> float | None:
+        """The loss of the untrained model."""
+        return self._first
+
+    def check(self, reading: Reading) -> Fault | None:
+        """The fault of this reading, or ``None``."""
+        loss = reading.loss
+        if loss is None or self._first is None or len(self._losses) < self.warmup or reading.step < self._quiet_until:
+            return None
+        scale = self._scale()
+        # The cheap question first: a loss below the untrained level that is near its best cannot be any of the four.
+        best = self._first if self._best is None else self._best
+        if loss < self._first - 0.1 * scale and loss < best + 4 * self._noise():
+            return None
+        return self._exploding(loss, scale) or self._settled(loss, scale)
+
+    def _scale(self) -> float:
+        assert self._first is not None
+        return max(abs(self._first), 1e-12)
+
+    def _noise(self) -> float:
+        values = self._losses.last(32)
+        return spread(values) if len(values) >= 8 else 0.0
+
+    def _exploding(self, loss: float, scale: float) -> Fault | None:
+        assert self._first is not None
+        recent = [*self._losses.last(self._short - 1), loss]
+        far = self._first + self.factor * max(scale, 0.0)
+        much_too_far = self._first + 100 * self.factor * scale
+        last = recent[-3:]
+        at_once = len(last) == 3 and min(last) > much_too_far and last[-1] >= 0.5 * last[0]
+        half = len(recent) // 2
+        steadily = (
+            len(recent) == self._short and median(recent) > far and median(recent[half:]) > 0.7 * median(recent[:half])
+        )
+        if not (at_once or steadily):
+            return None
+        return Fault(
+            "exploding_loss",
+            "learner",
+            "loss",
+            loss,
+            f"the loss is {loss:.4g}; the untrained model's was {self._first:.4g}",
+        )
+
+    def _settled(self, loss: float, scale: float) -> Fault | None:
+        assert self._first is not None
+        recent = self._losses.last(self.patience)
+        if len(recent) < self.patience:
+            return None
+        half = self.patience // 2
+        before, after = median(recent[:half]), median(recent[half:])
+        noise = spread(recent)
+        if after < before - 0.5 * noise / math.sqrt(half):
+            return None  # it is falling
+        level = median(recent)
+        best = self._first if self._best is None else self._best
+        learned = self._first - best
+        if learned > 0.3 * scale:
+            if level > best + 0.9 * learned and level > best + 4 * noise:
+                return Fault(
+                    "collapsed",
+                    "learner",
+                    "loss",
+                    level,
+                    f"the loss had come down from {self._first:.4g} to {best:.4g} and is back at {level:.4g}",
+                )
+            return None
+        highest = self._first if self._highest is None else self._highest
+        if level >= self._first - 0.05 * scale and highest > self._first + 1.0 * scale:
+            return Fault(
+                "stuck_loss",
+                "learner",
+                "loss",
+                level,
+                f"after {self._since} updates and a climb to {highest:.4g} the loss is {level:.4g}, no better than "
+                f"the untrained model's {self._first:.4g}",
+            )
+        return None
+
+    def accept(self, reading: Reading) -> None:
+        """Take a healthy loss into the history."""
+        loss = reading.loss
+        if loss is None or not math.isfinite(loss):
+            return
+        if self._first is None:
+            self._first = loss
+        self._losses.append(reading.step, loss)
+        self._since += 1
+        count = len(self._losses)
+        if count >= self._short:
+            level = median(self._losses.last(self._short))
+            if self._best is None or level < self._best:
+                self._best = level
+        if count >= 3:
+            peak = median(self._losses.last(3))
+            if self._highest is None or peak > self._highest:
+                self._highest = peak
+
+    def uneasy(self, reading: Reading) -> bool:
+        """A loss clearly above the untrained model's: the learner may be leaving."""
+        return reading.loss is not None and self._first is not None and reading.loss > self._first + self._scale()
+
+    def dismiss(self, reading: Reading) -> None:
+        """The suspicion was looked into and was none: stay quiet for a while."""
+        self._quiet_until = reading.step + self._cooldown
+
+    def rewind(self, step: int) -> None:
+        """Forget what was accepted after ``step``."""
+        self._losses.rewind(step)
+        self._highest = None
+        self._since = len(self._losses)
+        if not len(self._losses):
+            self._best = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history in plain containers."""
+        return {
+            "losses": self._losses.state(),
+            "first": self._first,
+            "best": self._best,
+            "highest": self._highest,
+            "quiet_until": self._quiet_until,
+            "since": self._since,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._losses.load(state["losses"])
+        self._first = state["first"]
+        self._best = state["best"]
+        self._highest = state["highest"]
+        self._quiet_until = int(state["quiet_until"])
+        self._since = int(state["since"])
+
+
+def default_detectors() -> tuple[Detector, ...]:
+    """What ``NaNGuard(detectors=None)`` uses, in the order they are asked."""
+    return (NonFinite(), GradientSpike(), DivergingLoss())
+
+
+@final
+class Trend:
+    """Short history of one stream that the evidence is drawn from: usual norms, loss level, a climb before a fault."""
+
+    def __init__(self) -> None:
+        self._losses = Window(64)
+        self._norms = Window(128)
+        self.first: float | None = None
+        self.accepted = 0
+
+    def accept(self, reading: Reading) -> None:
+        """Take a healthy reading."""
+        if reading.loss is not None and math.isfinite(reading.loss):
+            if self.first is None:
+                self.first = reading.loss
+            self._losses.append(reading.step, reading.loss)
+        if reading.grad_norm is not None and reading.finite:
+            self._norms.append(reading.step, reading.grad_norm)
+        self.accepted += 1
+
+    def rewind(self, step: int) -> None:
+        """Forget what was read after ``step``."""
+        self._losses.rewind(step)
+        self._norms.rewind(step)
+
+    def scale(self) -> float:
+        """The loss's own scale: the untrained model's loss, or its noise where that is larger."""
+        values = self._losses.last(32)
+        noise = spread(values) if len(values) >= 8 else 0.0
+        return max(abs(self.first) if self.first is not None else 0.0, noise, 1e-12)
+
+    def level(self) -> float | None:
+        """Median of the newest losses."""
+        values = self._losses.last(8)
+        return median(values) if values else None
+
+    def usual_norm(self) -> float | None:
+        """Median of the healthy gradient norms; ``None`` when fewer than four were seen."""
+        norms = self._norms.values()
+        return median(norms) if len(norms) >= 4 else None
+
+    def climbing(self) -> bool:
+        """Whether losses or norms had left their usual range just before now, upwards."""
+        return _left(self._losses.last(32), 0.5 * self.scale()) or _left(
+            [math.log(norm) for norm in self._norms.last(32) if norm > 0], math.log(5.0)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history in plain containers."""
+        return {
+            "losses": self._losses.state(),
+            "norms": self._norms.state(),
+            "first": self.first,
+            "accepted": self.accepted,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._losses.load(state["losses"])
+        self._norms.load(state["norms"])
+        self.first = state["first"]
+        self.accepted = int(state["accepted"])
+
+
+def _left(values: list[float], least: float) -> bool:
+    if len(values) < 3:
+        return False
+    before, newest = values[:-2] if len(values) < 8 else values[:-3], values[-2:]
+    return min(newest) > median(before) + max(4 * spread(before), least)

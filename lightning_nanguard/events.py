@@ -1,0 +1,226 @@
+"""What flows between the parts of the guard: frozen data, standard library only.
+
+The order of a step is measure → detect → decide → act → record. A :class:`Reading` leaves *measure*, a
+:class:`Fault` leaves *detect*, a :data:`Plan` leaves *decide*, and an :class:`Intervention` is what *record* keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+SCHEMA_VERSION = 1
+"""Version of the JSON written by :meth:`Intervention.to_dict`; raised when a field changes its meaning."""
+
+Scope = Literal["batch", "learner", "state"]
+"""What is at fault: one batch, the learner (weights, rate, clipping), or state that went bad by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What was measured about one update, on the host.
+
+    Attributes:
+        step: The guard's own count of attempted updates; it never goes back.
+        stream: Index of the optimizer; every stream has its own history.
+        loss: Mean loss of the update's micro-batches, unscaled; ``None`` where the update had no loss.
+        grad_norm: 2-norm of the gradient before clipping, unscaled; ``None`` where there was no gradient.
+        finite: Whether every loss of the update and every element of its gradient is finite.
+        loss_finite: Whether every loss of the update is finite.
+        scaler_skips: Whether a GradScaler skips this update by itself (fp16 overflow).
+        loss_scale: The GradScaler's scale, ``None`` without one.
+    """
+
+    step: int
+    stream: int
+    loss: float | None
+    grad_norm: float | None
+    finite: bool = True
+    loss_finite: bool = True
+    scaler_skips: bool = False
+    loss_scale: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What a detector found.
+
+    Attributes:
+        kind: A short identifier, such as ``"non_finite_loss"``.
+        scope: What is at fault; it routes the fault to a remedy.
+        place: Where: ``"loss"``, ``"gradient of encoder.0.weight"``, ``"buffer bn.running_mean"``.
+        value: The number that gave it away, ``None`` where there is none.
+        message: One sentence for the user.
+    """
+
+    kind: str
+    scope: Scope
+    place: str
+    value: float | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanStep:
+    """One entry of a plan. Subclass it to give a remedy of your own something to carry out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skip(PlanStep):
+    """Leave the update out and undo what its batch touched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restore(PlanStep):
+    """Go back to a certified snapshot; ``depth`` 0 is the newest."""
+
+    depth: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Scale(PlanStep):
+    """Multiply the learning rate by ``factor``; the product never falls below ``min_lr``."""
+
+    factor: float
+    min_lr: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Clip(PlanStep):
+    """Clip gradients from now on."""
+
+    value: float
+    algorithm: Literal["norm", "value"] = "norm"
+
+
+@dataclass(frozen=True, slots=True)
+class DropMoments(PlanStep):
+    """Forget the optimizer's state, as if it had been made anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop(PlanStep):
+    """End the run with a :class:`~lightning_nanguard.TrainingDivergedError`."""
+
+    reason: str
+
+
+Plan = tuple[PlanStep, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A cause, with its evidence.
+
+    Attributes:
+        cause: Identifier of the cause, such as ``"non_finite_input"``.
+        confidence: From 0 to 1.
+        evidence: The numbers it rests on.
+        place: Module, operation or tensor.
+        samples: Indices of the batch's samples concerned.
+        suggestion: What the user should do.
+    """
+
+    cause: str
+    confidence: float
+    evidence: Mapping[str, float | str] = field(default_factory=dict)
+    place: str = ""
+    samples: tuple[int, ...] = ()
+    suggestion: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Intervention:
+    """One thing the guard did, or with ``observe=True`` would have done.
+
+    Attributes:
+        global_step: The trainer's ``global_step`` when the fault was found.
+        epoch: The trainer's ``current_epoch``.
+        batch_idx: Index of the batch in its epoch, ``-1`` outside a batch.
+        fault: Kind of the fault.
+        place: Where it showed.
+        remedies: What was done, in order, as short words (``"skip"``, ``"restore"``, ``"scale"``, ``"clip"``, …).
+        lr_before: Effective learning rate of the first group before.
+        lr_after: Effective learning rate of the first group after.
+        snapshot_step: ``global_step`` of the state gone back to, ``None`` without a rollback.
+        cause: Identifier of the cause found, ``None`` where none was.
+        finding: The whole finding, ``None`` where there is none.
+        message: The fault in one sentence.
+        value: The number that gave the fault away; not finite values are kept as they are.
+        applied: ``False`` where ``observe=True`` kept the guard from acting.
+    """
+
+    global_step: int
+    epoch: int
+    batch_idx: int
+    fault: str
+    place: str
+    remedies: tuple[str, ...]
+    lr_before: float | None
+    lr_after: float | None
+    snapshot_step: int | None = None
+    cause: str | None = None
+    finding: Finding | None = None
+    message: str = ""
+    value: float | None = None
+    applied: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings.
+
+        Example:
+            >>> Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1).to_dict()["remedies"]
+            ['skip']
+        """
+        return {"schema": SCHEMA_VERSION, **_plain(asdict(self))}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Intervention:
+        """The inverse of :meth:`to_dict`; keys of later versions are ignored.
+
+        Raises:
+            ValueError: When ``data`` lacks a field that every version has.
+        """
+        values = {key: _number(key, value) for key, value in data.items() if key in _names(cls)}
+        try:
+            values["remedies"] = tuple(values["remedies"])
+            finding = values.get("finding")
+            if finding is not None:
+                found = {key: _number(key, finding[key]) for key in _names(Finding) & set(finding)}
+                found["samples"] = tuple(found.get("samples", ()))
+                found["evidence"] = {key: _spelled(value) for key, value in found.get("evidence", {}).items()}
+                values["finding"] = Finding(**found)
+            return cls(**values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a record of an intervention: {error}; its keys are {sorted(data)}") from error
+
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+_NUMBERS = frozenset({"lr_before", "lr_after", "value", "confidence"})
+
+
+def _names(of: type[Intervention | Finding]) -> set[str]:
+    return {f.name for f in fields(of)}
+
+
+def _number(key: str, value: Any) -> Any:
+    # Only where a number belongs: a place or a message may well be the word "NaN".
+    return _spelled(value) if key in _NUMBERS else value
+
+
+def _spelled(value: Any) -> Any:
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value

@@ -1,0 +1,257 @@
+"""A multiplier on the learning rate that is exact under any scheduler.
+
+Schedulers read the rate they wrote last, so a rate that is scaled in place compounds under some of them and is
+overwritten by others. Here the groups hold the scheduled rate at every moment but one: inside ``optimizer.step``,
+while it computes. The step's pre hook scales, its post hook puts the scheduled rate back, and a closure, which is where
+Lightning runs forward and backward, sees the scheduled rate too. So schedulers, checkpoints and code that sets ``lr``
+itself never meet a scaled rate, and a step that a GradScaler leaves out leaves nothing to undo.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias, final, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["LearningRate"]
+
+_Rate: TypeAlias = float | Tensor
+_Group: TypeAlias = dict[str, Any]
+
+
+@final
+class LearningRate:
+    """Scales the learning rate of every group of some optimizers, whatever sets that rate.
+
+    Attach it once; from then on :meth:`set_multiplier` may be called at any time. With a multiplier of 1.0 no group is
+    ever written to.
+
+    Args:
+        optimizers: The optimizers whose groups are scaled. Groups without an ``lr`` (or with ``None``) are left out
+            everywhere.
+
+    Raises:
+        TypeError: If one of them is not a ``torch.optim.Optimizer``.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+        >>> rate = LearningRate([optimizer])
+        >>> rate.attach()
+        >>> rate.set_multiplier(0.5)
+        >>> rate.effective(), rate.scheduled(), optimizer.param_groups[0]["lr"]
+        ([0.25], [0.5], 0.5)
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        for optimizer in optimizers:
+            if not isinstance(optimizer, Optimizer):
+                raise TypeError(f"Expected argument `optimizers` to hold torch optimizers but got {optimizer!r}")
+        self._optimizers = tuple(optimizers)
+        self._multiplier = 1.0
+        self._min_lr = 0.0
+        self._scaled: dict[int, _Scaled] = {}
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def multiplier(self) -> float:
+        """What the scheduled rates are multiplied by; 1.0 leaves them untouched."""
+        return self._multiplier
+
+    @property
+    def min_lr(self) -> float:
+        """Floor of the effective rates; a group whose scheduled rate is lower keeps its scheduled rate."""
+        return self._min_lr
+
+    def set_multiplier(self, value: float, *, min_lr: float = 0.0) -> None:
+        """Changes the multiplier, from the update on that is being prepared.
+
+        Args:
+            value: Positive and finite.
+            min_lr: Floor of every group's effective rate; never raises one above its scheduled rate.
+
+        Raises:
+            ValueError: If an argument is out of its range.
+        """
+        _check(value, min_lr)
+        applied = [optimizer for optimizer in self._optimizers if self._is_applied(optimizer)]
+        self.withdraw()
+        self._multiplier, self._min_lr = float(value), float(min_lr)
+        for optimizer in applied:
+            self._apply(optimizer)
+
+    def effective(self) -> list[float]:
+        """What the next step will use, one rate per group over all optimizers; reads tensor rates to the host."""
+        return [float(self._scale(rate)) for rate in self._scheduled_rates()]
+
+    def scheduled(self) -> list[float]:
+        """What the user's scheduler or configuration says, in the same order as :meth:`effective`."""
+        return [float(rate) for rate in self._scheduled_rates()]
+
+    def attach(self) -> None:
+        """Registers the hooks around every optimizer's ``step``; does nothing when they are there already."""
+        if self._handles:
+            return
+        for optimizer in self._optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def detach(self) -> None:
+        """Puts the scheduled rates back and removes the hooks; the multiplier is kept for the next :meth:`attach`."""
+        self.withdraw()
+        while self._handles:
+            self._handles.pop().remove()
+
+    def apply(self) -> None:
+        """Writes the scaled rates into the groups for somebody who reads them outside a step, such as a monitor.
+
+        Call :meth:`withdraw` right after: what a scheduler or the user computes from a scaled rate is not exact.
+        """
+        for optimizer in self._optimizers:
+            self._apply(optimizer)
+
+    def withdraw(self) -> None:
+        """Puts the scheduled rates back where :meth:`apply` or a step that raised has left scaled ones."""
+        for optimizer in self._optimizers:
+            self._withdraw(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The multiplier and its floor; the rates themselves are in the optimizers' own state, unscaled."""
+        return {"multiplier": self._multiplier, "min_lr": self._min_lr}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If an entry is missing or out of its range.
+        """
+        missing = [key for key in ("multiplier", "min_lr") if key not in state_dict]
+        if missing:
+            raise ValueError(f"Expected argument `state_dict` to have {missing} but got {sorted(state_dict)}")
+        self.set_multiplier(state_dict["multiplier"], min_lr=state_dict["min_lr"])
+
+    # The hooks
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # The closure is wrapped at a multiplier of 1.0 as well: the guard changes the multiplier inside it.
+        if kwargs.get("closure") is not None:
+            kwargs = {**kwargs, "closure": partial(self._run_closure, optimizer, kwargs["closure"])}
+        elif len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
+            args = (args[0], partial(self._run_closure, optimizer, args[1]), *args[2:])
+        else:
+            self._apply(optimizer)
+            return None
+        # Some optimizers (LBFGS) read the rate before they call the closure, most of them after it: serve both.
+        self._apply(optimizer)
+        return args, kwargs
+
+    def _run_closure(self, optimizer: Optimizer, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._withdraw(optimizer)
+        result = closure(*args, **kwargs)
+        self._apply(optimizer)
+        return result
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._withdraw(optimizer)
+
+    # The groups
+
+    def _apply(self, optimizer: Optimizer) -> None:
+        if self._multiplier == 1.0:
+            return
+        for group in optimizer.param_groups:
+            rate = group.get("lr")
+            if rate is None or self._find(group, rate) is not None:
+                continue
+            if isinstance(rate, Tensor):
+                # In place: the tensor is an input of compiled and captured steps.
+                with torch.no_grad():
+                    scheduled = rate.clone()
+                    rate.copy_(self._scale(scheduled))
+                self._scaled[id(rate)] = _Scaled(optimizer, group, rate, scheduled, rate._version)
+            else:
+                written = group["lr"] = self._scale(rate)
+                self._scaled[id(group)] = _Scaled(optimizer, group, written, rate)
+
+    def _withdraw(self, optimizer: Optimizer) -> None:
+        if not self._scaled:
+            return
+        for key, scaled in list(self._scaled.items()):
+            if scaled.optimizer is optimizer:
+                del self._scaled[key]
+                scaled.restore()
+
+    def _is_applied(self, optimizer: Optimizer) -> bool:
+        return any(scaled.optimizer is optimizer for scaled in self._scaled.values())
+
+    def _find(self, group: _Group, rate: _Rate) -> _Scaled | None:
+        """The record of ``rate``, or ``None`` if it is a scheduled one."""
+        # Groups made from one tensor share it, and it must be scaled once: tensors are found by themselves.
+        scaled = self._scaled.get(id(rate) if isinstance(rate, Tensor) else id(group))
+        return scaled if scaled is not None and scaled.is_what_we_wrote(rate) else None
+
+    def _scheduled_rates(self) -> Iterator[_Rate]:
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                rate = group.get("lr")
+                if rate is not None:
+                    scaled = self._find(group, rate)
+                    yield rate if scaled is None else scaled.scheduled
+
+    @overload
+    def _scale(self, rate: Tensor) -> Tensor: ...
+    @overload
+    def _scale(self, rate: float) -> float: ...
+    def _scale(self, rate: _Rate) -> _Rate:
+        if self._multiplier == 1.0:
+            return rate
+        if isinstance(rate, Tensor):
+            return torch.maximum(rate * self._multiplier, rate.clamp(max=self._min_lr))
+        return max(rate * self._multiplier, min(self._min_lr, rate))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Scaled:
+    """One rate that was scaled: what was written where, and what it took the place of."""
+
+    optimizer: Optimizer
+    group: _Group
+    written: _Rate
+    scheduled: _Rate
+    version: int = 0
+
+    def is_what_we_wrote(self, rate: _Rate) -> bool:
+        """Whether nobody has set the rate since; told by identity, as somebody may set an equal value."""
+        if isinstance(rate, Tensor):
+            # The counter of in-place writes costs no host read, unlike comparing values.
+            return rate is self.written and rate._version == self.version
+        return rate is self.written
+
+    def restore(self) -> None:
+        """Puts the scheduled rate back, unless somebody has set another one since."""
+        if isinstance(self.written, Tensor) and isinstance(self.scheduled, Tensor):
+            if self.is_what_we_wrote(self.written):
+                with torch.no_grad():
+                    self.written.copy_(self.scheduled)
+        elif self.is_what_we_wrote(self.group["lr"]):
+            self.group["lr"] = self.scheduled
+
+
+def _check(multiplier: float, min_lr: float) -> None:
+    if not _is_number(multiplier) or not 0 < multiplier < math.inf:
+        raise ValueError(f"Expected argument `value` to be a positive, finite multiplier but got {multiplier!r}")
+    if not _is_number(min_lr) or not 0 <= min_lr < math.inf:
+        raise ValueError(f"Expected argument `min_lr` to be a finite number of at least 0 but got {min_lr!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

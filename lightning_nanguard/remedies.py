@@ -1,0 +1,262 @@
+"""Remedies: the user's configuration of what may be done, and the hands that do it.
+
+A remedy proposes one frozen plan step and later carries it out on a small protocol, :class:`Patient`; nothing else
+changes the run. A remedy of your own is one class::
+
+    @dataclass(frozen=True)
+    class Page(PlanStep):
+        text: str
+
+    class PageSomebody(Remedy):
+        word, step = "page", Page
+
+        def propose(self, fault, evidence, attempt):
+            return Page(fault.message) if attempt >= 3 else None
+
+        def apply(self, step, patient):
+            send(step.text)
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Literal, Protocol, final
+
+from lightning_nanguard.detectors import require
+from lightning_nanguard.events import Clip, DropMoments, Fault, PlanStep, Restore, Scale, Skip, Stop
+from lightning_nanguard.policy import Evidence
+
+
+class Patient(Protocol):
+    """What a remedy may do to a run."""
+
+    def skip(self) -> None:
+        """Undo what the batch touched; the update itself was kept from the weights."""
+
+    def restore(self, depth: int) -> None:
+        """Put the learner back to the certified snapshot ``depth`` places behind the newest."""
+
+    def scale(self, factor: float, min_lr: float) -> None:
+        """Multiply the learning rate."""
+
+    def clip(self, value: float, algorithm: Literal["norm", "value"]) -> None:
+        """Clip gradients from now on; ``inf`` ends it."""
+
+    def drop_moments(self) -> None:
+        """Empty the optimizers' state."""
+
+
+class Remedy(ABC):
+    """One thing the guard may do."""
+
+    word: ClassVar[str]
+    """How the records call it."""
+
+    step: ClassVar[type[PlanStep]]
+    """The kind of plan step it proposes and carries out."""
+
+    @abstractmethod
+    def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
+        """What to do about this fault, ``None`` when the remedy does not fit. Pure.
+
+        Args:
+            fault: What was found.
+            evidence: What is known about it.
+            attempt: 0 at first, one more each time the trouble came back soon.
+        """
+
+    @abstractmethod
+    def apply(self, step: PlanStep, patient: Patient) -> None:
+        """Carry out a step that this remedy proposed."""
+
+
+@final
+class SkipStep(Remedy):
+    """Leave the update out; the batch leaves nothing behind.
+
+    The policy skips single bad batches whether or not this is listed; listing it says so in a configuration.
+    """
+
+    word = "skip"
+    step = Skip
+
+    def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
+        """Nothing: what a skip can help was skipped before remedies are asked."""
+        return None
+
+    def apply(self, step: PlanStep, patient: Patient) -> None:
+        """Undo what the batch touched."""
+        patient.skip()
+
+
+@final
+class Rollback(Remedy):
+    """Go back to the last good state in memory; deeper when the trouble comes back soon."""
+
+    word = "restore"
+    step = Restore
+
+    def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
+        """A restore, one snapshot deeper for each attempt after the first."""
+        return Restore(max(0, attempt - 1))
+
+    def apply(self, step: PlanStep, patient: Patient) -> None:
+        """Restore the learner."""
+        assert isinstance(step, Restore)
+        patient.restore(step.depth)
+
+
+@final
+class ReduceLR(Remedy):
+    """Cut the learning rate of a diverged learner, more at each attempt, and give it back after a healthy stretch.
+
+    The cut at attempt *n* is ``factor ** 2 ** n``, at most to a tenth at once. It is a multiplier under whatever
+    schedule there is.
+
+    Args:
+        factor: The first cut.
+        min_lr: The rate is never cut below it.
+        recover_after: Healthy updates after which a cut is tried back (``1 / factor`` at a time).
+
+    Raises:
+        ValueError: When an argument is out of its range.
+
+    Example:
+        >>> ReduceLR(factor=0.5).propose(Fault("exploding_loss", "learner", "loss"), Evidence(step=9), 1)
+        Scale(factor=0.25, min_lr=0.0)
+    """
+
+    word = "scale"
+    step = Scale
+    _largest_cut = 0.1
+
+    def __init__(self, factor: float = 0.5, min_lr: float = 0.0, recover_after: int = 200) -> None:
+        require(0 < factor < 1, self, "factor", factor, "a number between 0 and 1")
+        require(min_lr >= 0 and math.isfinite(min_lr), self, "min_lr", min_lr, "a finite number of at least 0")
+        require(recover_after >= 1, self, "recover_after", recover_after, "an integer of at least 1")
+        self.factor = factor
+        self.min_lr = min_lr
+        self.recover_after = recover_after
+
+    def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
+        """A cut, unless the rate is at its floor."""
+        if evidence.lr is not None and evidence.lr <= self.min_lr:
+            return None
+        smallest = min(self.factor, self._largest_cut)
+        return Scale(max(self.factor ** 2 ** min(attempt, 10), smallest), self.min_lr)
+
+    def apply(self, step: PlanStep, patient: Patient) -> None:
+        """Change the multiplier."""
+        assert isinstance(step, Scale)
+        patient.scale(step.factor, step.min_lr)
+
+
+@final
+class ClipGradients(Remedy):
+    """Turn gradient clipping on when gradients are what explodes.
+
+    Args:
+        clip_val: Largest norm (or absolute value), or ``"auto"``: twice the median of the healthy norms seen.
+        algorithm: ``"norm"`` or ``"value"``.
+        recover_after: Healthy updates after which clipping ends.
+
+    Raises:
+        ValueError: When an argument is out of its range.
+    """
+
+    word = "clip"
+    step = Clip
+    _kinds = frozenset({"gradient_spike", "gradient_overflow", "non_finite_gradient", "non_finite_loss"})
+
+    def __init__(
+        self,
+        clip_val: float | Literal["auto"] = "auto",
+        algorithm: Literal["norm", "value"] = "norm",
+        recover_after: int = 1000,
+    ) -> None:
+        is_number = isinstance(clip_val, (int, float)) and not isinstance(clip_val, bool)
+        valid = clip_val == "auto" or (is_number and 0 < float(clip_val) < math.inf)
+        require(valid, self, "clip_val", clip_val, '"auto" or a finite number above 0')
+        require(algorithm in ("norm", "value"), self, "algorithm", algorithm, '"norm" or "value"')
+        require(
+            clip_val != "auto" or algorithm == "norm",
+            self,
+            "algorithm",
+            algorithm,
+            '"norm" with clip_val="auto", which is taken from gradient norms',
+        )
+        require(recover_after >= 1, self, "recover_after", recover_after, "an integer of at least 1")
+        self.clip_val = clip_val
+        self.recover_after = recover_after
+        self.algorithm = algorithm
+
+    def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
+        """Clipping, where the fault is in the gradient and a value is known."""
+        if fault.kind not in self._kinds:
+            return None
+        if isinstance(self.clip_val, str):
+            if evidence.usual_norm is None or not evidence.usual_norm > 0:
+                return None
+            return Clip(2.0 * evidence.usual_norm, self.algorithm)
+        return Clip(float(self.clip_val), self.algorithm)
+
+    def apply(self, step: PlanStep, patient: Patient) -> None:
+        """Turn clipping on."""
+        assert isinstance(step, Clip)
+        patient.clip(step.value, step.algorithm)
+
+
+@final
+class ResetMoments(Remedy):
+    """Forget the optimizer's moments, from the second attempt on."""
+
+    word = "reset moments"
+    step = DropMoments
+
+    def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
+        """A reset, once a first attempt did not help."""
+        return DropMoments() if attempt > 0 else None
+
+    def apply(self, step: PlanStep, patient: Patient) -> None:
+        """Empty the optimizers' state."""
+        patient.drop_moments()
+
+
+@final
+class StopTraining(Remedy):
+    """End the run with a clear error, the last good weights in place."""
+
+    word = "stop"
+    step = Stop
+
+    def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
+        """A stop."""
+        return Stop("the remedies listed ask to stop when skipping is not enough")
+
+    def apply(self, step: PlanStep, patient: Patient) -> None:
+        """Nothing: the engine ends the run itself."""
+
+
+def default_remedies() -> tuple[Remedy, ...]:
+    """What ``NaNGuard(remedies=None)`` uses."""
+    return (Rollback(), ClipGradients(), ReduceLR())
+
+
+def executors(remedies: Sequence[Remedy]) -> dict[type[PlanStep], Remedy]:
+    """Who carries out which step: the user's own instance where listed, a default one for what is always allowed.
+
+    Raises:
+        ValueError: When two remedies claim the same kind of step.
+    """
+    listed: dict[type[PlanStep], Remedy] = {}
+    for remedy in remedies:
+        if remedy.step in listed:
+            raise ValueError(
+                f"remedies: {type(remedy).__name__} and {type(listed[remedy.step]).__name__} both carry out "
+                f"{remedy.step.__name__}; list one of them."
+            )
+        listed[remedy.step] = remedy
+    always: tuple[Remedy, ...] = (SkipStep(), Rollback(), ReduceLR(), ClipGradients(), ResetMoments(), StopTraining())
+    return {remedy.step: remedy for remedy in always} | listed
