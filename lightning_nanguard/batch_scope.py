@@ -39,7 +39,12 @@ class BatchScope:
         self._structure()
 
     def _structure(self) -> None:
-        self._metrics = [module for module in self._module.modules() if isinstance(module, Metric)]
+        # The guard's own metrics count what is skipped: they must not forget it.
+        self._metrics = [
+            module
+            for module in self._module.modules()
+            if isinstance(module, Metric) and not getattr(type(module), "keep_when_skipped", False)
+        ]
         normalised = {
             f"{prefix}.{name}" if prefix else name
             for prefix, module in self._module.named_modules()

@@ -9,13 +9,13 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_nanguard._compat.callbacks import averaged_copies, put_first
-from lightning_nanguard._compat.packages import GuardCallback, LightningModule, Trainer, logged_at
+from lightning_nanguard._compat.packages import GuardCallback, LightningModule, Trainer, logged_at, rank_zero_info
 from lightning_nanguard._compat.precision import grad_scaler
-from lightning_nanguard._compat.probe import quiet, run_training_step, same_randomness
+from lightning_nanguard._compat.probe import plain_update, quiet, run_training_step, same_randomness
 from lightning_nanguard._compat.results import remember_running_means
 from lightning_nanguard._compat.schedulers import around_learning_rate_monitors
 from lightning_nanguard.batch_scope import BatchScope
@@ -24,11 +24,12 @@ from lightning_nanguard.engine import Guard, Settings
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.events import Fault, Intervention
 from lightning_nanguard.journal import Console, Journal, JsonLines, Memory, Sink, summary
+from lightning_nanguard.learner import Learner
 from lightning_nanguard.learning_rate import LearningRate
 from lightning_nanguard.measure import batch_finite
 from lightning_nanguard.policy import Budget, Policy
 from lightning_nanguard.remedies import Remedy, default_remedies, executors
-from lightning_nanguard.snapshot import Learner, Ring
+from lightning_nanguard.ring import Ring
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -91,7 +92,9 @@ class NaNGuard(GuardCallback):
         executors(self._remedies)
         every = snapshot_every_n_steps
         is_count = isinstance(every, int) and not isinstance(every, bool) and every >= 1
-        require(every == "auto" or is_count, self, "snapshot_every_n_steps", every, '"auto" or an integer of at least 1')
+        require(
+            every == "auto" or is_count, self, "snapshot_every_n_steps", every, '"auto" or an integer of at least 1'
+        )
         devices = ("auto", "same", "cpu")
         require(snapshot_device in devices, self, "snapshot_device", snapshot_device, f"one of {devices}")
         require(max_snapshots >= 1, self, "max_snapshots", max_snapshots, "an integer of at least 1")
@@ -219,6 +222,7 @@ class NaNGuard(GuardCallback):
         """Leave a good state behind."""
         if self._run is None:
             return
+        self._run.guard.rate.withdraw()
         if not isinstance(exception, TrainingDivergedError):
             try:
                 self._run.guard.flush()
@@ -238,7 +242,7 @@ class NaNGuard(GuardCallback):
         self._multiplier = run.guard.rate.multiplier
         self._last_state = run.guard.state_dict()
         if run.rank_zero:
-            _logger.info(
+            rank_zero_info(
                 summary(
                     run.guard.updates,
                     self._memory.faults,
@@ -310,11 +314,10 @@ class _Run:
             averages=lambda: averaged_copies(trainer, module),
         )
         rate = LearningRate(trainer.optimizers)
-        self._scope = BatchScope(module, [lambda: remember_running_means(trainer)])
         self.guard = Guard(
             learner=learner,
             rate=rate,
-            scope=self._scope,
+            make_scope=self._make_scope,
             host=self,
             detectors=detectors,
             remedies=remedies,
@@ -353,6 +356,9 @@ class _Run:
             self._undo_monitors()
         self._journal.close()
 
+    def _make_scope(self) -> BatchScope:
+        return BatchScope(self._module, [lambda: remember_running_means(self._trainer)])
+
     def stream(self, optimizer: Optimizer) -> int:
         for index, known in enumerate(self.guard.learner.optimizers):
             if known is optimizer or getattr(optimizer, "optimizer", None) is known:
@@ -376,7 +382,7 @@ class _Run:
     def probe(self) -> float | None:
         if not self._module.automatic_optimization or self.batch is None:
             return None
-        trace = BatchScope(self._module, [lambda: remember_running_means(self._trainer)])
+        trace = self._make_scope()
         trace.open()
         try:
             with same_randomness(self._module.device), quiet(self._trainer):
@@ -385,6 +391,23 @@ class _Run:
         except Exception as error:
             # A second look must never cost the run that the first one would not have.
             _logger.debug("NaNGuard: the batch could not be looked at again: %r", error)
+            return None
+        finally:
+            trace.undo()
+
+    def train_once(self) -> float | None:
+        optimizers = self.guard.learner.optimizers
+        if not self._module.automatic_optimization or self.batch is None or len(optimizers) != 1:
+            return None
+        if isinstance(optimizers[0], LBFGS) or self._trainer.world_size > 1:
+            return None
+        trace = self._make_scope()
+        trace.open()
+        try:
+            with same_randomness(self._module.device), quiet(self._trainer), torch.enable_grad():
+                return plain_update(self._trainer, optimizers[0], self.batch, self.batch_idx)
+        except Exception as error:
+            _logger.debug("NaNGuard: a rate could not be rehearsed: %r", error)
             return None
         finally:
             trace.undo()
@@ -450,7 +473,10 @@ class _Loggers(Sink):
         run = self._callback._run
         assert run is not None
         count = float(self._callback._memory.total)
-        values: dict[str, float] = {"nanguard/interventions": count, "nanguard/lr_multiplier": run.guard.rate.multiplier}
+        values: dict[str, float] = {
+            "nanguard/interventions": count,
+            "nanguard/lr_multiplier": run.guard.rate.multiplier,
+        }
         norm, clip = run.guard.usual_norm(), run.guard.clip_val
         if norm is not None:
             values["nanguard/grad_norm"] = norm

@@ -172,7 +172,7 @@ class NonFinite(Detector):
             "learner",
             "gradient",
             scale,
-            f"{in_a_row} fp16 overflows in a row took the loss scale down to {scale}; no scale makes the gradient finite",
+            f"{in_a_row} fp16 overflows in a row took the loss scale down to {scale}, and still the gradient overflows",
         )
 
     def accept(self, reading: Reading) -> None:
@@ -292,12 +292,11 @@ class GradientSpike(Detector):
 class DivergingLoss(Detector):
     """A finite loss that left for good: it exploded, fell back to chance, or never got below the untrained model's.
 
-    Four shapes, each judged on medians so that noise and heavy tails are no fault:
+    Three shapes, each judged on medians so that noise and heavy tails are no fault:
 
     * ``exploding_loss``: far above the untrained model's loss (``factor`` times its scale) and not falling;
     * ``collapsed``: having learned, the loss is back at the untrained level and stays there;
-    * ``rising_loss``: having learned, it stays at a multiple of its best level and keeps rising;
-    * ``stuck_loss``: after an excursion far above it, the loss settled no lower than the untrained model's.
+    * ``stuck_loss``: early in training the loss stays above the untrained model's.
 
     All are suspicions: before anything is changed, the engine compares the loss of the same batch under the last good
     weights and looks at how far the weights have grown.
@@ -313,6 +312,9 @@ class DivergingLoss(Detector):
 
     _short = 8
     _cooldown = 25
+    _longest_cooldown = 3200
+    # A model that has not learned by then is hard, not ruined: ruin by a rate shows early.
+    _early = 1000
 
     def __init__(self, factor: float = 10.0, patience: int = 40, warmup: int = 3) -> None:
         require(factor > 1, self, "factor", factor, "a number above 1")
@@ -325,8 +327,9 @@ class DivergingLoss(Detector):
         self._first: float | None = None
         self._best: float | None = None
         self._highest: float | None = None
-        self._quiet_until = 0
         self._since = 0
+        self._quiet_until = 0
+        self._pause = self._cooldown
 
     @property
     def first(self) -> float | None:
@@ -339,11 +342,11 @@ class DivergingLoss(Detector):
         if loss is None or self._first is None or len(self._losses) < self.warmup or reading.step < self._quiet_until:
             return None
         scale = self._scale()
-        # The cheap question first: a loss below the untrained level that is near its best cannot be any of the four.
+        # The cheap question first: a loss below the untrained level that is near its best cannot be any of the three.
         best = self._first if self._best is None else self._best
         if loss < self._first - 0.1 * scale and loss < best + 4 * self._noise():
             return None
-        return self._exploding(loss, scale) or self._settled(loss, scale)
+        return self._exploding(loss, scale) or self._collapsed(loss, scale) or self._stuck(loss, scale)
 
     def _scale(self) -> float:
         assert self._first is not None
@@ -374,7 +377,7 @@ class DivergingLoss(Detector):
             f"the loss is {loss:.4g}; the untrained model's was {self._first:.4g}",
         )
 
-    def _settled(self, loss: float, scale: float) -> Fault | None:
+    def _collapsed(self, loss: float, scale: float) -> Fault | None:
         assert self._first is not None
         recent = self._losses.last(self.patience)
         if len(recent) < self.patience:
@@ -397,17 +400,30 @@ class DivergingLoss(Detector):
                     f"the loss had come down from {self._first:.4g} to {best:.4g} and is back at {level:.4g}",
                 )
             return None
-        highest = self._first if self._highest is None else self._highest
-        if level >= self._first - 0.05 * scale and highest > self._first + 1.0 * scale:
-            return Fault(
-                "stuck_loss",
-                "learner",
-                "loss",
-                level,
-                f"after {self._since} updates and a climb to {highest:.4g} the loss is {level:.4g}, no better than "
-                f"the untrained model's {self._first:.4g}",
-            )
         return None
+
+    def _stuck(self, loss: float, scale: float) -> Fault | None:
+        assert self._first is not None
+        best = self._first if self._best is None else self._best
+        if self._first - best > 0.3 * scale or self._since > self._early:
+            return None
+        recent = [*self._losses.last(15), loss]
+        if len(recent) < 12 or self._since < 12:
+            return None
+        level = median(recent)
+        high = min(recent) > self._first + 0.5 * scale
+        settled = self._since >= self.patience and level > self._first - 0.3 * scale
+        if not (high or settled):
+            return None
+        climb = f" and a climb to {self._highest:.4g}" if self._highest is not None else ""
+        return Fault(
+            "stuck_loss",
+            "learner",
+            "loss",
+            level,
+            f"after {self._since} updates{climb} the loss is {level:.4g}, no better than the untrained model's "
+            f"{self._first:.4g}",
+        )
 
     def accept(self, reading: Reading) -> None:
         """Take a healthy loss into the history."""
@@ -418,15 +434,12 @@ class DivergingLoss(Detector):
             self._first = loss
         self._losses.append(reading.step, loss)
         self._since += 1
-        count = len(self._losses)
-        if count >= self._short:
+        if len(self._losses) >= self._short:
             level = median(self._losses.last(self._short))
             if self._best is None or level < self._best:
                 self._best = level
-        if count >= 3:
-            peak = median(self._losses.last(3))
-            if self._highest is None or peak > self._highest:
-                self._highest = peak
+        if self._highest is None or loss > self._highest:
+            self._highest = loss
 
     def uneasy(self, reading: Reading) -> bool:
         """A loss clearly above the untrained model's: the learner may be leaving."""
@@ -434,13 +447,17 @@ class DivergingLoss(Detector):
 
     def dismiss(self, reading: Reading) -> None:
         """The suspicion was looked into and was none: stay quiet for a while."""
-        self._quiet_until = reading.step + self._cooldown
+        self._quiet_until = reading.step + self._pause
+        # A run that looks suspicious for good reasons must not be looked into for ever.
+        self._pause = min(2 * self._pause, self._longest_cooldown)
 
     def rewind(self, step: int) -> None:
         """Forget what was accepted after ``step``."""
         self._losses.rewind(step)
         self._highest = None
-        self._since = len(self._losses)
+        self._since = 0
+        self._quiet_until = 0
+        self._pause = self._cooldown
         if not len(self._losses):
             self._best = None
 
@@ -452,6 +469,7 @@ class DivergingLoss(Detector):
             "best": self._best,
             "highest": self._highest,
             "quiet_until": self._quiet_until,
+            "pause": self._pause,
             "since": self._since,
         }
 
@@ -462,80 +480,10 @@ class DivergingLoss(Detector):
         self._best = state["best"]
         self._highest = state["highest"]
         self._quiet_until = int(state["quiet_until"])
+        self._pause = int(state["pause"])
         self._since = int(state["since"])
 
 
 def default_detectors() -> tuple[Detector, ...]:
     """What ``NaNGuard(detectors=None)`` uses, in the order they are asked."""
     return (NonFinite(), GradientSpike(), DivergingLoss())
-
-
-@final
-class Trend:
-    """Short history of one stream that the evidence is drawn from: usual norms, loss level, a climb before a fault."""
-
-    def __init__(self) -> None:
-        self._losses = Window(64)
-        self._norms = Window(128)
-        self.first: float | None = None
-        self.accepted = 0
-
-    def accept(self, reading: Reading) -> None:
-        """Take a healthy reading."""
-        if reading.loss is not None and math.isfinite(reading.loss):
-            if self.first is None:
-                self.first = reading.loss
-            self._losses.append(reading.step, reading.loss)
-        if reading.grad_norm is not None and reading.finite:
-            self._norms.append(reading.step, reading.grad_norm)
-        self.accepted += 1
-
-    def rewind(self, step: int) -> None:
-        """Forget what was read after ``step``."""
-        self._losses.rewind(step)
-        self._norms.rewind(step)
-
-    def scale(self) -> float:
-        """The loss's own scale: the untrained model's loss, or its noise where that is larger."""
-        values = self._losses.last(32)
-        noise = spread(values) if len(values) >= 8 else 0.0
-        return max(abs(self.first) if self.first is not None else 0.0, noise, 1e-12)
-
-    def level(self) -> float | None:
-        """Median of the newest losses."""
-        values = self._losses.last(8)
-        return median(values) if values else None
-
-    def usual_norm(self) -> float | None:
-        """Median of the healthy gradient norms; ``None`` when fewer than four were seen."""
-        norms = self._norms.values()
-        return median(norms) if len(norms) >= 4 else None
-
-    def climbing(self) -> bool:
-        """Whether losses or norms had left their usual range just before now, upwards."""
-        return _left(self._losses.last(32), 0.5 * self.scale()) or _left(
-            [math.log(norm) for norm in self._norms.last(32) if norm > 0], math.log(5.0)
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The history in plain containers."""
-        return {
-            "losses": self._losses.state(),
-            "norms": self._norms.state(),
-            "first": self.first,
-            "accepted": self.accepted,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self._losses.load(state["losses"])
-        self._norms.load(state["norms"])
-        self.first = state["first"]
-        self.accepted = int(state["accepted"])
-
-
-def _left(values: list[float], least: float) -> bool:
-    if len(values) < 3:
-        return False
-    before, newest = values[:-2] if len(values) < 8 else values[:-3], values[-2:]
-    return min(newest) > median(before) + max(4 * spread(before), least)

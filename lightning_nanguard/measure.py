@@ -35,7 +35,8 @@ def total_norm(values: Sequence[Tensor]) -> Tensor:
     first = norms[0]
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     stacked = torch.stack([norm.to(first.device, dtype, non_blocking=True) for norm in norms])
-    return torch.linalg.vector_norm(stacked)
+    total: Tensor = torch.linalg.vector_norm(stacked)
+    return total
 
 
 def exact_norm(values: Sequence[Tensor]) -> float:
@@ -129,9 +130,13 @@ class PendingReading:
         if self.values.is_cuda:
             host = torch.empty(self.values.shape, dtype=self.values.dtype, pin_memory=True)
             host.copy_(self.values, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self.values, self.done = host, event
+
+    def is_bad(self) -> Tensor:
+        """1.0 where the loss or the norm is not finite, else 0.0; a 0-dim tensor on the device."""
+        return (~torch.isfinite(self.values[:2]).all()).to(torch.float32)
 
     def arrived(self) -> bool:
         """Whether reading it would not wait for the device."""

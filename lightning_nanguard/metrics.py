@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from types import GeneratorType
 from typing import Any, ClassVar, Literal, final, get_args
 
 import torch
@@ -230,6 +231,12 @@ def _all_finite(value: Values, device: torch.device) -> Tensor:
 def _tensors(items: object, owner: str, expected: str) -> Iterator[Tensor]:
     if not isinstance(items, Iterable) or isinstance(items, (str, bytes)):
         raise TypeError(f"Expected argument `value` of {owner} to be {expected}, but got {type(items).__name__}.")
+    if isinstance(items, GeneratorType) and items.gi_frame is None:
+        # A MetricCollection hands one generator to each of its metrics.
+        raise ValueError(
+            f"Expected argument `value` of {owner} to be {expected}, but got a generator that was used up before. "
+            "Pass a list, such as list(module.parameters())."
+        )
     for item in items:
         if isinstance(item, Tensor):
             yield item

@@ -12,9 +12,9 @@ The evidence chooses who is to blame, and that chooses the remedy:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
 from lightning_nanguard.events import Fault, Plan, PlanStep, Restore, Scale, Scope, Skip, Stop
 
@@ -26,13 +26,16 @@ class Comparison:
     now: float
     then: float
 
-    def worse(self, scale: float) -> bool:
-        """Whether today's weights are clearly worse on this batch; ``scale`` is the loss's own scale."""
-        if not math.isfinite(self.then):
+    def worse(self, least: float, *, sane: float = math.inf) -> bool:
+        """Whether today's weights are clearly worse on this batch.
+
+        Args:
+            least: By how much at least.
+            sane: A batch whose loss is above this under good weights is itself at fault.
+        """
+        if not math.isfinite(self.then) or self.then > sane:
             return False
-        if not math.isfinite(self.now):
-            return True
-        return self.now - self.then > 0.5 * max(scale, abs(self.then))
+        return not math.isfinite(self.now) or self.now - self.then > max(least, 0.5 * abs(self.then))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,10 @@ class Evidence:
         corrupt: Name of the first tensor of the learner that is not finite and was at the start; ``None`` if all are.
         batch_finite: Whether every floating number in the batch is finite; ``None`` where it was not looked at.
         comparison: Loss of the batch under the weights of now and of the snapshot; ``None`` where it cannot be had.
-        loss_scale_of_first: Scale of the untrained model's loss.
+        first: The untrained model's loss.
+        scale: The loss's own scale.
         growth: Largest ratio of a matrix's norm to its norm at the start.
+        excursion: Whether the loss was far above the untrained model's since the start or the last restore.
         climbing: Whether losses or gradients were rising out of their usual range just before the fault.
         rate_rose: Whether the scheduled learning rate is clearly above that of the snapshot.
         snapshots: How many certified snapshots there are.
@@ -66,8 +71,10 @@ class Evidence:
     corrupt: str | None = None
     batch_finite: bool | None = None
     comparison: Comparison | None = None
-    loss_scale_of_first: float = 1.0
+    first: float = 0.0
+    scale: float = 1.0
     growth: float = 1.0
+    excursion: bool = False
     climbing: bool = False
     rate_rose: bool = False
     snapshots: int = 0
@@ -129,6 +136,8 @@ class PolicyState:
         restores: ``(step, fault and place)`` of the restores within the budget's window.
         skips: Steps of the skips within the budget's window.
         bad_rate: Lowest effective learning rate at which the learner diverged, ``inf`` when it never did.
+        proven_rate: Highest effective learning rate at which a snapshot was certified while learning, kept below
+            ``bad_rate``.
         failed_returns: How often the learner diverged again after a cut was given back.
         given_back_at: Healthy-step count at the last change of the multiplier.
     """
@@ -138,8 +147,19 @@ class PolicyState:
     restores: tuple[tuple[int, str], ...] = ()
     skips: tuple[int, ...] = ()
     bad_rate: float = math.inf
+    proven_rate: float = 0.0
     failed_returns: int = 0
     given_back_at: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers for a checkpoint."""
+        return {**asdict(self), "restores": [list(item) for item in self.restores], "skips": list(self.skips)}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> PolicyState:
+        """The inverse of :meth:`to_dict`."""
+        restores = tuple((int(step), str(place)) for step, place in state["restores"])
+        return cls(**{**state, "restores": restores, "skips": tuple(int(step) for step in state["skips"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +182,7 @@ class Policy:
         """The plan for a fault; an empty plan says that it was none."""
         state = _within(state, evidence.step - self.budget.window)
         if evidence.healthy_steps == 0 and evidence.bad_in_a_row >= self._start_patience(evidence):
-            return (
-                Stop(f"no update was ever good: the first {evidence.bad_in_a_row} were all bad"),
-            ), state
+            return (Stop(f"no update was ever good: the first {evidence.bad_in_a_row} were all bad"),), state
         scope = self._blame(fault, evidence)
         if scope is None:
             return (), state
@@ -186,22 +204,32 @@ class Policy:
         if evidence.batch_finite is False:
             return "batch"
         comparison = evidence.comparison
-        if comparison is not None and comparison.worse(evidence.loss_scale_of_first):
+        if comparison is not None and comparison.worse(0.5 * evidence.scale, sane=self._sane(evidence)):
             return "learner" if self._learner_did_it(evidence) else "state"
         if evidence.bad_in_a_row >= self.patience and evidence.bad_in_a_row % self.patience == 0:
             # A stretch of bad batches under good weights is the data's fault, however long.
-            data = comparison is not None and not math.isfinite(comparison.then)
+            data = comparison is not None and not comparison.then <= self._sane(evidence)
             return "batch" if data else "learner"
         return "batch"
 
     def _confirm(self, fault: Fault, evidence: Evidence) -> Scope | None:
+        if fault.kind == "stuck_loss":
+            # A hard task looks the same in the loss: only the weights tell a ruined learner from it.
+            return "learner" if self._ruined(fault, evidence) else None
         comparison = evidence.comparison
         if comparison is None or fault.kind == "loss_scale_collapse":
             return "learner"
-        if fault.kind == "stuck_loss":
-            # Both losses are at chance here: only the weights tell a ruined learner from a hard task.
-            return "learner" if evidence.growth > 3 or comparison.worse(evidence.loss_scale_of_first) else None
-        return "learner" if comparison.worse(0.1 * evidence.loss_scale_of_first) else None
+        if comparison.worse(0.1 * evidence.scale, sane=self._sane(evidence)):
+            return "learner"
+        return "learner" if fault.kind == "collapsed" and self._ruined(fault, evidence) else None
+
+    def _sane(self, evidence: Evidence) -> float:
+        return evidence.first + 10 * evidence.scale
+
+    def _ruined(self, fault: Fault, evidence: Evidence) -> bool:
+        # Matrices of good runs grew to at most 9 times their norm in first trials, ruined ones to 15 and far more.
+        no_better = fault.value is not None and fault.value > evidence.first - 0.1 * evidence.scale
+        return evidence.growth > 12 or (evidence.growth > 4 and evidence.excursion and no_better)
 
     def _learner_did_it(self, evidence: Evidence) -> bool:
         soon = evidence.healthy_since_restore is not None and evidence.healthy_since_restore < self.calm
@@ -218,9 +246,7 @@ class Policy:
             return self._count_restore(fault, evidence, state, (Restore(0),))
         return (Skip(),), state
 
-    def _rewind(
-        self, fault: Fault, evidence: Evidence, state: PolicyState, scope: Scope
-    ) -> tuple[Plan, PolicyState]:
+    def _rewind(self, fault: Fault, evidence: Evidence, state: PolicyState, scope: Scope) -> tuple[Plan, PolicyState]:
         attempt, state = self._escalate(evidence, state) if scope == "learner" else (0, state)
         steps: list[PlanStep] = []
         corrected = False
@@ -236,6 +262,8 @@ class Policy:
             if isinstance(proposal, Restore):
                 recent = sum(1 for step, _ in state.restores if step > evidence.step - self.calm)
                 depth = proposal.depth if scope == "learner" else proposal.depth + min(recent // 2, 8)
+                # Nothing was learned yet: any later snapshot may be as ruined as the present state.
+                depth = evidence.snapshots if fault.kind == "stuck_loss" else depth
                 steps.append(Restore(_by_level(depth, evidence)))
             elif scope == "learner" and (not corrected or attempt > 0):
                 steps.append(proposal)
@@ -243,7 +271,8 @@ class Policy:
         if any(isinstance(step, Stop) for step in steps):
             return tuple(steps), state
         restoring = any(isinstance(step, Restore) for step in steps)
-        lost = evidence.corrupt is not None or (evidence.comparison is not None and not math.isfinite(evidence.comparison.now))
+        comparison = evidence.comparison
+        lost = evidence.corrupt is not None or (comparison is not None and not math.isfinite(comparison.now))
         if not restoring and (lost or not steps):
             if fault.scope == "batch" and not lost:
                 return self._skip(fault, evidence, state)
@@ -252,7 +281,9 @@ class Policy:
             return (Stop("the learner is lost before there was a good state to go back to"),), state
         if scope == "learner":
             rate = evidence.lr if evidence.lr is not None else math.inf
-            state = replace(state, bad_rate=min(state.bad_rate, rate), given_back_at=evidence.healthy_steps)
+            bad = min(state.bad_rate, rate)
+            proven = min(state.proven_rate, bad / 4)
+            state = replace(state, bad_rate=bad, proven_rate=proven, given_back_at=evidence.healthy_steps)
         return self._count_restore(fault, evidence, state, tuple(steps))
 
     def _escalate(self, evidence: Evidence, state: PolicyState) -> tuple[int, PolicyState]:
@@ -274,29 +305,48 @@ class Policy:
         state = replace(state, restores=(*state.restores, (evidence.step, where)))
         here = sum(1 for _, place in state.restores if place == where)
         if len(state.restores) > self.budget.max_rollbacks or here > self.budget.max_rollbacks_per_place:
-            count = f"{len(state.restores) - 1} rollbacks within {self.budget.window} updates, {here - 1} of them for this"
-            return (Stop(f"the budget is used up: {count}"),), state
+            total = f"{len(state.restores) - 1} rollbacks within {self.budget.window} updates"
+            return (Stop(f"the budget is used up: {total}, {here - 1} of them for this"),), state
         return plan, state
 
     def give_back(
-        self, evidence: Evidence, scheduled_lr: float | None, factor: float, after: int, state: PolicyState
+        self,
+        evidence: Evidence,
+        state: PolicyState,
+        *,
+        scheduled_lr: float | None,
+        factor: float,
+        after: int,
+        learning: bool,
     ) -> tuple[Plan, PolicyState]:
         """Give back a step of the learning rate's cut after a healthy stretch.
 
-        Towards rates that never failed it goes quickly (a quarter of ``after``); across the lowest rate that did,
-        only after ``after`` healthy updates, twice as many for every time it failed again.
+        Towards rates that were proven it goes quickly (a twentieth of ``after``), else after ``after`` healthy updates,
+        across the lowest rate that failed only after four times as many, doubled for every time it failed again. A run
+        that is not learning gets nothing back quickly.
         """
         if evidence.multiplier >= 1.0 or scheduled_lr is None:
             return (), state
         larger = min(1.0, evidence.multiplier / factor)
-        safe = scheduled_lr * larger < 0.75 * state.bad_rate
-        wait = max(1, after // 4) if safe else after * 2 ** min(state.failed_returns + 2, 10)
+        rate = scheduled_lr * larger
+        if rate >= 0.75 * state.bad_rate:
+            wait = after * 2 ** min(state.failed_returns + 2, 10)
+        elif learning and rate <= state.proven_rate:
+            wait = max(1, after // 20)
+        else:
+            wait = after
         if evidence.healthy_steps - state.given_back_at < wait:
             return (), state
-        bad_rate = state.bad_rate if safe else math.inf
+        bad_rate = state.bad_rate if rate < 0.75 * state.bad_rate else math.inf
         return (Scale(larger / evidence.multiplier),), replace(
             state, given_back_at=evidence.healthy_steps, bad_rate=bad_rate
         )
+
+    def prove(self, rate: float | None, state: PolicyState) -> PolicyState:
+        """A snapshot was certified at this effective learning rate while the run was learning."""
+        if rate is None or rate <= state.proven_rate or rate >= state.bad_rate:
+            return state
+        return replace(state, proven_rate=rate)
 
 
 def _by_level(depth: int, evidence: Evidence) -> int:
@@ -307,7 +357,7 @@ def _by_level(depth: int, evidence: Evidence) -> int:
     known = [level for level in levels if level is not None]
     if not known:
         return depth
-    limit = min(known) + 0.25 * evidence.loss_scale_of_first
+    limit = min(known) + 0.1 * evidence.scale
     for index in range(depth, len(levels)):
         level = levels[index]
         if level is None or level <= limit:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, Protocol, final
 
 from lightning_nanguard.detectors import require
@@ -46,6 +46,11 @@ class Patient(Protocol):
 
     def drop_moments(self) -> None:
         """Empty the optimizers' state."""
+
+    def rehearse(self, factor: float, updates: int) -> list[float] | None:
+        """Loss of the batch at hand before each of ``updates`` updates on it, and after the last, with the learning
+        rate multiplied by ``factor``; leaves the learner as it was. ``None`` where that cannot be done.
+        """
 
 
 class Remedy(ABC):
@@ -112,13 +117,17 @@ class Rollback(Remedy):
 class ReduceLR(Remedy):
     """Cut the learning rate of a diverged learner, more at each attempt, and give it back after a healthy stretch.
 
-    The cut at attempt *n* is ``factor ** 2 ** n``, at most to a tenth at once. It is a multiplier under whatever
+    The first cut is ``factor``, the next ``factor ** 2``, ``factor ** 4``, …, at most to a tenth at once. Where the run
+    allows it, a rate is rehearsed before it is taken: from the state gone back to, a few updates on the batch at hand
+    show at which rate its loss really falls, and the cut goes there at once. It is a multiplier under whatever
     schedule there is.
 
     Args:
         factor: The first cut.
         min_lr: The rate is never cut below it.
-        recover_after: Healthy updates after which a cut is tried back (``1 / factor`` at a time).
+        recover_after: Healthy updates after which a cut is tried back (``1 / factor`` at a time); towards rates that
+            were proven it goes faster, across one that failed slower.
+        rehearse: Whether to rehearse.
 
     Raises:
         ValueError: When an argument is out of its range.
@@ -132,25 +141,65 @@ class ReduceLR(Remedy):
     step = Scale
     _largest_cut = 0.1
 
-    def __init__(self, factor: float = 0.5, min_lr: float = 0.0, recover_after: int = 200) -> None:
+    def __init__(
+        self, factor: float = 0.5, min_lr: float = 0.0, recover_after: int = 1000, rehearse: bool = True
+    ) -> None:
         require(0 < factor < 1, self, "factor", factor, "a number between 0 and 1")
         require(min_lr >= 0 and math.isfinite(min_lr), self, "min_lr", min_lr, "a finite number of at least 0")
         require(recover_after >= 1, self, "recover_after", recover_after, "an integer of at least 1")
         self.factor = factor
         self.min_lr = min_lr
         self.recover_after = recover_after
+        self.rehearse = rehearse
 
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
         """A cut, unless the rate is at its floor."""
         if evidence.lr is not None and evidence.lr <= self.min_lr:
             return None
         smallest = min(self.factor, self._largest_cut)
-        return Scale(max(self.factor ** 2 ** min(attempt, 10), smallest), self.min_lr)
+        return Scale(max(self.factor**2 ** min(attempt, 10), smallest), self.min_lr)
 
     def apply(self, step: PlanStep, patient: Patient) -> None:
         """Change the multiplier."""
         assert isinstance(step, Scale)
-        patient.scale(step.factor, step.min_lr)
+        found = rehearsed_cut(patient.rehearse, step.factor) if self.rehearse and step.factor < 1 else None
+        patient.scale(step.factor if found is None else found, step.min_lr)
+
+
+def rehearsed_cut(
+    rehearse: Callable[[float, int], list[float] | None], largest: float, *, tries: int = 9, updates: int = 20
+) -> float | None:
+    """The cut at which a batch's loss really falls.
+
+    From ``largest`` down by a factor of four each, until a rate brings clearly less than a larger one did; of those
+    that bring at least half as much as the best, the smallest: rates at the edge of stability look best for a few
+    updates and fail later.
+
+    Args:
+        rehearse: Gives the losses of some updates at a cut.
+        largest: The first cut tried.
+        tries: How many are tried at most.
+        updates: Updates of each try.
+
+    Returns:
+        The cut, ``None`` where no rate helped or a rehearsal could not be had.
+    """
+    gains: list[tuple[float, float]] = []
+    for power in range(tries):
+        cut = largest * 0.25**power
+        losses = rehearse(cut, updates)
+        if losses is None:
+            return None
+        gain = losses[0] - losses[-1]
+        steady = math.isfinite(gain) and max(losses) <= losses[0] + 0.5 * max(abs(losses[0]), 1e-12)
+        if steady and gain > 0:
+            gains.append((cut, gain))
+            if gain < 0.5 * max(best for _, best in gains):
+                break
+    if not gains:
+        return None
+    best = max(gain for _, gain in gains)
+    return min(cut for cut, gain in gains if gain >= 0.5 * best)
 
 
 @final

@@ -1,131 +1,18 @@
-"""Capture, certify and restore the learner: bitwise, in place, as often as wanted from one snapshot.
-
-The learner is what learns: parameters, buffers, optimizer state (and what optimizers keep in their groups), the
-GradScaler's growth tracker, averaged copies. The clock is not part of it: learning rates, schedulers, progress.
-"""
+"""Capture, check and restore the learner: bitwise, in place, as often as wanted from one snapshot."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_nanguard.learner import Learner, Path, Scaler, describe
 from lightning_nanguard.measure import suspects
-
-Path = tuple[Any, ...]
-
-# Schedulers write these: they belong to the clock, and a rollback leaves them as they are.
-_CLOCK_KEYS = frozenset(
-    {
-        "params", "lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "weight_decay",
-        "momentum", "base_momentum", "max_momentum", "betas",
-    }
-)  # fmt: skip
-
-
-class Scaler(Protocol):
-    """What is used of a ``torch.amp.GradScaler``."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Its scale and growth tracker."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put them back."""
-
-
-def _ready(tensor: Tensor) -> bool:
-    return not isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
-
-
-@final
-class Learner:
-    """The live state of a run that may be rewound, as paths to tensors and plain values.
-
-    Args:
-        module: The module trained.
-        optimizers: Its optimizers.
-        scaler: The GradScaler, if there is one.
-        averages: Gives averaged copies of the module kept elsewhere (EMA, SWA), by name; asked anew each time, since
-            such copies come and go.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        optimizers: Sequence[Optimizer],
-        scaler: Scaler | None = None,
-        averages: Callable[[], Mapping[str, Mapping[str, Tensor]]] = dict,
-    ) -> None:
-        self.module = module
-        self.optimizers = list(optimizers)
-        self.scaler = scaler
-        self._averages = averages
-
-    def weights(self) -> Iterator[tuple[Path, Tensor]]:
-        """Parameters and buffers (also those that are not persistent)."""
-        for name, parameter in self.module.named_parameters():
-            if _ready(parameter):
-                yield ("parameter", name), parameter
-        for name, buffer in self.module.named_buffers():
-            if _ready(buffer):
-                yield ("buffer", name), buffer
-
-    def parameter_names(self) -> dict[int, str]:
-        """Identity of every parameter to its name; tied ones keep the first."""
-        return {id(parameter): name for name, parameter in self.module.named_parameters()}
-
-    def optimizer_leaves(self, index: int) -> Iterator[tuple[Path, Any]]:
-        """State of one optimizer and what it keeps in its groups."""
-        optimizer = self.optimizers[index]
-        names = self.parameter_names()
-        for parameter, entry in optimizer.state.items():
-            name = names.get(id(parameter), f"#{id(parameter)}") if isinstance(parameter, Tensor) else str(parameter)
-            yield from _leaves(("optimizer", index, name), entry)
-        for number, group in enumerate(optimizer.param_groups):
-            for key, value in group.items():
-                if key not in _CLOCK_KEYS:
-                    yield ("group", index, number, key), value
-
-    def leaves(self) -> Iterator[tuple[Path, Any]]:
-        """Everything that is rewound, except the scaler."""
-        yield from self.weights()
-        for index in range(len(self.optimizers)):
-            yield from self.optimizer_leaves(index)
-        for owner, tensors in self._averages().items():
-            for name, tensor in tensors.items():
-                yield ("average", owner, name), tensor
-
-    def named_tensors(self) -> dict[str, Tensor]:
-        """Every tensor by a name a user understands."""
-        return {describe(path): leaf for path, leaf in self.leaves() if isinstance(leaf, Tensor)}
-
-
-def describe(path: Path) -> str:
-    """A path in words: ``"parameter net.0.weight"``, ``"optimizer state exp_avg of net.0.weight"``."""
-    match path:
-        case ("optimizer", int(), str(name), *keys):
-            return f"optimizer state {'.'.join(map(str, keys))} of {name}"
-        case ("group", int(index), int(number), str(key)):
-            return f"{key} in group {number} of optimizer {index}"
-        case ("average", str(owner), str(name)):
-            return f"{name} in the averaged copy of {owner}"
-        case (str(kind), str(name)):
-            return f"{kind} {name}"
-    return " ".join(map(str, path))
-
-
-def _leaves(path: Path, value: Any) -> Iterator[tuple[Path, Any]]:
-    # Lists and dictionaries of tensors (LBFGS's history) are taken whole, since their length changes.
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield (*path, key), item
-    else:
-        yield path, value
 
 
 def _clone(value: Any, device: torch.device | None) -> Any:
@@ -234,7 +121,7 @@ def capture(
     global_step: int,
     device: torch.device | None = None,
     reuse: Snapshot | None = None,
-    leaves: Iterator[tuple[Path, Any]] | None = None,
+    leaves: Iterable[tuple[Path, Any]] | None = None,
 ) -> Snapshot:
     """Copy the learner.
 
@@ -252,7 +139,7 @@ def capture(
     sources: list[Tensor] = []
     for path, live in learner.leaves() if leaves is None else leaves:
         memory = old.get(path)
-        if _fits(live, memory):
+        if isinstance(memory, Tensor) and _fits(live, memory):
             targets.append(memory)
             sources.append(live)
             copied[path] = memory
@@ -271,31 +158,16 @@ def restore(learner: Learner, snapshot: Snapshot, *, keep: Callable[[Path], bool
         snapshot: To what; it is not changed and may be used again.
         keep: Says which paths to put back; all by default.
     """
-    saved = snapshot.leaves
-    targets: list[Tensor] = []
-    sources: list[Tensor] = []
-
-    def put(path: Path, live: Any, assign: Callable[[Any], None]) -> None:
-        if keep is not None and not keep(path):
-            return
-        value = saved[path]
-        if _fits(live, value):
-            targets.append(live)
-            sources.append(value)
-        else:
-            assign(_clone(value, live.device if isinstance(live, Tensor) else None))
-
-    for path, live in learner.weights():
-        if path in saved and _fits(live, saved[path]):
-            put(path, live, lambda _: None)
+    saved = snapshot.leaves if keep is None else {path: leaf for path, leaf in snapshot.leaves.items() if keep(path)}
+    pairs = [(live, saved[path]) for path, live in learner.weights() if _fits(live, saved.get(path))]
+    names = learner.parameter_names()
     for index, optimizer in enumerate(learner.optimizers):
-        if keep is not None and not keep(("optimizer", index)):
-            continue
-        _restore_optimizer(optimizer, index, learner.parameter_names(), saved, put)
-    for path, live in learner.leaves():
-        if path[0] == "average" and path in saved and _fits(live, saved[path]):
-            put(path, live, lambda _: None)
-    _copy_all(targets, sources)
+        if keep is None or keep(("optimizer", index)):
+            _restore_optimizer(optimizer, index, names, saved, pairs)
+    if keep is None:
+        averages = ((path, live) for path, live in learner.averages() if _fits(live, saved.get(path)))
+        pairs += [(live, saved[path]) for path, live in averages]
+    _copy_all([live for live, _ in pairs], [value for _, value in pairs])
     if learner.scaler is not None and snapshot.scaler and keep is None:
         _restore_scaler(learner.scaler, snapshot.scaler)
 
@@ -305,32 +177,35 @@ def _restore_optimizer(
     index: int,
     names: Mapping[int, str],
     saved: Mapping[Path, Any],
-    put: Callable[[Path, Any, Callable[[Any], None]], None],
+    pairs: list[tuple[Tensor, Tensor]],
 ) -> None:
-    entries: dict[str, dict[Any, Any]] = {}
-    for path in saved:
-        if path[0] == "optimizer" and path[1] == index:
-            if len(path) > 3:
-                entries.setdefault(path[2], {})[path[3]] = path
-            else:
-                entries.setdefault(path[2], {})
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter in parameters:
-        name = names.get(id(parameter), f"#{id(parameter)}")
-        wanted = entries.get(name)
-        if not wanted:
+    wanted: dict[str, dict[Any, Any]] = {}
+    for path, value in saved.items():
+        if path[:2] == ("optimizer", index):
+            wanted.setdefault(path[2], {})[path[3]] = value
+    for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
+        entries = wanted.get(names.get(id(parameter), f"#{id(parameter)}"))
+        if not entries:
             optimizer.state.pop(parameter, None)
             continue
-        entry = optimizer.state[parameter]
-        for key in [key for key in entry if key not in wanted]:
-            del entry[key]
-        for key, path in wanted.items():
-            put(path, entry.get(key), lambda value, entry=entry, key=key: entry.__setitem__(key, value))
+        state = optimizer.state[parameter]
+        for key in [key for key in state if key not in entries]:
+            del state[key]
+        for key, value in entries.items():
+            _put(state, key, value, pairs)
     for number, group in enumerate(optimizer.param_groups):
         for key in list(group):
             path = ("group", index, number, key)
             if path in saved:
-                put(path, group[key], lambda value, group=group, key=key: group.__setitem__(key, value))
+                _put(group, key, saved[path], pairs)
+
+
+def _put(owner: dict[Any, Any], key: Any, value: Any, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    live = owner.get(key)
+    if isinstance(live, Tensor) and _fits(live, value):
+        pairs.append((live, value))
+    else:
+        owner[key] = _clone(value, live.device if isinstance(live, Tensor) else None)
 
 
 def _restore_scaler(scaler: Scaler, saved: Mapping[str, Any]) -> None:
@@ -339,73 +214,3 @@ def _restore_scaler(scaler: Scaler, saved: Mapping[str, Any]) -> None:
         return
     # Never back to a larger scale: the present one is what the scaler learned from the overflows since.
     scaler.load_state_dict({**saved, "scale": min(float(now["scale"]), float(saved["scale"]))})
-
-
-@final
-class Ring:
-    """Certified snapshots, newest first, and the one still pending.
-
-    When it is full, the oldest goes, but never the one with the best loss level: a fault found late needs a state
-    from before it began.
-
-    Args:
-        capacity: Certified snapshots kept.
-        certify_after: Healthy readings a pending snapshot waits for.
-    """
-
-    def __init__(self, capacity: int = 3, certify_after: int = 2) -> None:
-        self.capacity = capacity
-        self.certify_after = certify_after
-        self.certified: list[Snapshot] = []
-        self.pending: Snapshot | None = None
-        self._spare: list[Snapshot] = []
-
-    def spare(self) -> Snapshot | None:
-        """Memory to use again, if there is some."""
-        return self._spare.pop() if self._spare else None
-
-    def add(self, snapshot: Snapshot) -> None:
-        """Take a new snapshot, pending; the older pending one goes."""
-        self.drop_pending()
-        self.pending = snapshot
-
-    def drop_pending(self) -> None:
-        """The state it holds is under suspicion."""
-        if self.pending is not None:
-            self._recycle(self.pending)
-            self.pending = None
-
-    def healthy(self) -> bool:
-        """Count a healthy reading; whether the pending snapshot has waited long enough."""
-        if self.pending is None:
-            return False
-        self.pending.healthy += 1
-        return self.pending.healthy >= self.certify_after
-
-    def certify(self) -> None:
-        """The pending snapshot is good."""
-        assert self.pending is not None
-        self.certified.insert(0, self.pending)
-        self.pending = None
-        if len(self.certified) > self.capacity:
-            self._recycle(self.certified.pop(self._worst()))
-
-    def discard_newer(self, depth: int) -> Snapshot:
-        """Drop the ``depth`` newest and return the one that is then newest."""
-        depth = min(depth, len(self.certified) - 1)
-        for _ in range(depth):
-            self._recycle(self.certified.pop(0))
-        return self.certified[0]
-
-    def _worst(self) -> int:
-        last = len(self.certified) - 1
-        levels = [snapshot.level for snapshot in self.certified]
-        oldest = levels[last]
-        newer = [level for level in levels[:last] if level is not None]
-        if last >= 2 and oldest is not None and newer and oldest < min(newer):
-            return last - 1
-        return last
-
-    def _recycle(self, snapshot: Snapshot) -> None:
-        if len(self._spare) < 1:
-            self._spare.append(snapshot)

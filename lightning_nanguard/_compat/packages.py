@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_info
 
 if TYPE_CHECKING:
     GuardCallback = Callback
@@ -27,7 +28,7 @@ else:
 
     GuardCallback = _base()
 
-__all__ = ["Callback", "GuardCallback", "LightningModule", "Trainer", "logged_at"]
+__all__ = ["Callback", "GuardCallback", "LightningModule", "Trainer", "logged_at", "rank_zero_info"]
 
 
 def logged_at(trainer: Any) -> int:

@@ -10,15 +10,46 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_nanguard._compat.precision import grad_scaler
 
 
-def run_training_step(trainer: Any, batch: Any, batch_idx: int) -> Tensor | None:
-    """The loss of ``training_step``, in the trainer's precision, without backward; ``None`` where it gives none."""
+def _loss(trainer: Any, batch: Any, batch_idx: int) -> Tensor | None:
     from pytorch_lightning.trainer import call
 
     output = call._call_strategy_hook(trainer, "training_step", batch, batch_idx)
     loss = output.get("loss") if isinstance(output, Mapping) else output
-    return loss.detach() if isinstance(loss, Tensor) else None
+    return loss if isinstance(loss, Tensor) else None
+
+
+def run_training_step(trainer: Any, batch: Any, batch_idx: int) -> Tensor | None:
+    """The loss of ``training_step``, in the trainer's precision, without backward; ``None`` where it gives none."""
+    loss = _loss(trainer, batch, batch_idx)
+    return None if loss is None else loss.detach()
+
+
+def plain_update(trainer: Any, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
+    """One update on a batch without the loops' hooks and counters; the loss before it.
+
+    A GradScaler's scale is used but not updated; the trainer's clipping applies.
+    """
+    loss = _loss(trainer, batch, batch_idx)
+    if loss is None:
+        return None
+    value = float(loss.detach())
+    scale = getattr(grad_scaler(trainer), "_scale", None)
+    optimizer.zero_grad(set_to_none=True)
+    (loss if scale is None else loss * scale).backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    for parameter in parameters if scale is not None else ():
+        parameter.grad.div_(scale)
+    if trainer.gradient_clip_val:
+        clip_by_value = str(trainer.gradient_clip_algorithm or "norm") in ("value", "GradClipAlgorithmType.VALUE")
+        clip = torch.nn.utils.clip_grad_value_ if clip_by_value else torch.nn.utils.clip_grad_norm_
+        clip(parameters, trainer.gradient_clip_val)
+    optimizer.step()
+    return value
 
 
 @contextmanager

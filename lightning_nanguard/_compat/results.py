@@ -18,7 +18,9 @@ def remember_running_means(trainer: Any) -> Callable[[], None]:
     results = getattr(trainer, "_results", None)
     if results is None:
         return _nothing
-    saved = {key: {name: vars(item).get(name) for name in _FIELDS if name in vars(item)} for key, item in results.items()}
+    saved = {
+        key: {name: vars(item).get(name) for name in _FIELDS if name in vars(item)} for key, item in results.items()
+    }
 
     def undo() -> None:
         for key, item in results.items():

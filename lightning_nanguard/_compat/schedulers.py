@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
-from typing import Any, Protocol
+from typing import Any
 
 __all__ = ["around_learning_rate_monitors"]
 
@@ -12,12 +12,8 @@ __all__ = ["around_learning_rate_monitors"]
 _HOOKS = ("on_train_epoch_start", "on_train_batch_start")
 
 
-class _HasCallbacks(Protocol):
-    callbacks: Sequence[Any]
-
-
 def around_learning_rate_monitors(
-    trainer: _HasCallbacks, before: Callable[[], None], after: Callable[[], None]
+    trainer: Any, before: Callable[[], None], after: Callable[[], None]
 ) -> Callable[[], None]:
     """Calls ``before`` and ``after`` around each moment at which a LearningRateMonitor reads the learning rates.
 

@@ -1,0 +1,34 @@
+# Needs python3 (3.11 or later) and make; everything else is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+TEST_ARGS ?= -n 2
+
+.PHONY: demo test lint types clean
+
+# Torch goes first and alone: what depends on it must find it in place and not choose another build.
+.venv/.stamp: requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements-dev.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+.PHONY: .venv
+.venv: .venv/.stamp
+
+demo: .venv/.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py
+
+test: .venv/.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: .venv/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.stamp
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo_logs example_logs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

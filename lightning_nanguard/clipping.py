@@ -1,0 +1,57 @@
+"""Gradient clipping that can be turned on in mid-run, beside whatever clips already."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, final
+
+import torch
+from torch.nn.utils import clip_grad_value_
+from torch.optim import Optimizer
+
+from lightning_nanguard.measure import gradients, total_norm
+
+
+@final
+class Clipper:
+    """Clips the gradients of an optimizer once a value is set."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+        self._algorithm: Literal["norm", "value"] = "norm"
+
+    def set(self, value: float, algorithm: Literal["norm", "value"]) -> None:
+        """Clip from now on, at the tighter of this and a value set before; ``inf`` ends it."""
+        if math.isinf(value):
+            self.value = None
+            return
+        same = self.value is not None and algorithm == self._algorithm
+        self.value = min(value, self.value) if same and self.value is not None else value
+        self._algorithm = algorithm
+
+    def clip(self, optimizer: Optimizer, loss_scale: torch.Tensor | None = None) -> None:
+        """Clip in place, without a read by the host; ``loss_scale`` where the gradients are still scaled by it."""
+        if self.value is None:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        if self._algorithm == "value":
+            clip_grad_value_(parameters, self.value if loss_scale is None else self.value * float(loss_scale))
+            return
+        norm = total_norm(gradients(parameters))
+        limit = self.value if loss_scale is None else self.value * loss_scale.to(norm.device)
+        factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad.mul_(factor.to(parameter.grad.device, parameter.grad.dtype))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        return {"value": self.value, "algorithm": self._algorithm}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.value = state["value"]
+        self._algorithm = state["algorithm"]

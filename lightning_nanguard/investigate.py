@@ -1,0 +1,138 @@
+"""Looking into a fault: gathering the evidence that the policy decides on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor
+
+from lightning_nanguard.events import Fault, Reading
+from lightning_nanguard.learner import Learner, Path
+from lightning_nanguard.learning_rate import LearningRate
+from lightning_nanguard.policy import Comparison, Evidence
+from lightning_nanguard.ring import Ring
+from lightning_nanguard.snapshot import Snapshot, capture, corrupt, restore
+from lightning_nanguard.trend import Trend
+
+
+class Witness(Protocol):
+    """What can be asked about the batch at hand."""
+
+    def batch_finite(self) -> bool | None:
+        """Whether the batch at hand is finite; ``None`` where it holds no floating numbers or is not at hand."""
+
+    def probe(self) -> float | None:
+        """Loss of the batch at hand under the weights of now, leaving no trace; ``None`` where it cannot be had."""
+
+
+@final
+class Investigator:
+    """Gathers evidence; it changes nothing that it does not put back.
+
+    Args:
+        learner: What is trained.
+        ring: The snapshots.
+        rate: The learning rate's multiplier.
+        witness: The loop around.
+        compare: Whether a batch may be run again under older weights.
+    """
+
+    def __init__(self, learner: Learner, ring: Ring, rate: LearningRate, witness: Witness, *, compare: bool) -> None:
+        self._learner = learner
+        self._ring = ring
+        self._rate = rate
+        self._witness = witness
+        self._compare_allowed = compare
+        self.allowed: dict[Path, Tensor] = {}
+        self.initial_norms: dict[str, float] = {}
+
+    def look_into(self, fault: Fault, reading: Reading, trend: Trend, known: Evidence, *, at_hand: bool) -> Evidence:
+        """Complete what the engine knows.
+
+        Args:
+            fault: What was found.
+            reading: The reading it was found in.
+            trend: History of its stream.
+            known: The engine's own counts.
+            at_hand: Whether the batch at hand is the faulty one.
+        """
+        target = self.target(fault, trend.scale())
+        bad = corrupt(self._learner.leaves(), self.allowed)
+        batch_finite = self._witness.batch_finite() if at_hand else None
+        rates = self._rate.effective()
+        rate = rates[0] if rates else None
+        comparison = None
+        # Where the answer is plain already, or would say nothing, the batch is not run again.
+        if self._compare_allowed and target is not None and bad is None and batch_finite is not False:
+            comparison = self._compare(fault, reading, target, at_hand)
+        return Evidence(
+            step=known.step,
+            healthy_steps=known.healthy_steps,
+            healthy_since_restore=known.healthy_since_restore,
+            bad_in_a_row=known.bad_in_a_row,
+            undo=known.undo,
+            corrupt=bad,
+            batch_finite=batch_finite,
+            comparison=comparison,
+            first=trend.first if trend.first is not None else 0.0,
+            scale=trend.scale(),
+            growth=self._growth(),
+            excursion=trend.excursion(),
+            climbing=trend.climbing(),
+            rate_rose=rate is not None and target is not None and target.rate is not None and rate > 1.5 * target.rate,
+            snapshots=len(self._ring.certified),
+            levels=tuple(snapshot.level for snapshot in self._ring.certified),
+            usual_norm=trend.usual_norm(),
+            lr=rate,
+            multiplier=self._rate.multiplier,
+        )
+
+    def target(self, fault: Fault, scale: float) -> Snapshot | None:
+        """The newest certified snapshot whose loss was about the best; the oldest where nothing was learned."""
+        certified = self._ring.certified
+        if not certified:
+            return None
+        if fault.kind == "stuck_loss":
+            return certified[-1]
+        known = [snapshot.level for snapshot in certified if snapshot.level is not None]
+        limit = min(known, default=0.0) + 0.1 * scale
+        return next((s for s in certified if s.level is None or s.level <= limit), certified[0])
+
+    def _compare(self, fault: Fault, reading: Reading, target: Snapshot, at_hand: bool) -> Comparison | None:
+        if fault.kind == "stuck_loss" or reading.loss is None:
+            return None
+        # The update of a suspicion was made, so its reading is of older weights than those of now.
+        now = reading.loss if at_hand and fault.scope == "batch" else self._witness.probe()
+        if now is None:
+            return None
+        try:
+            mine = capture(self._learner, step=0, global_step=0, leaves=[*self._learner.weights()])
+        except torch.OutOfMemoryError:
+            return None
+        restore(self._learner, target, keep=_is_weight)
+        try:
+            then = self._witness.probe()
+        finally:
+            restore(self._learner, mine, keep=_is_weight)
+        return None if then is None else Comparison(now, then)
+
+    def _growth(self) -> float:
+        now = matrix_norms(self._learner.weights())
+        ratios = [norm / before for name, norm in now.items() if (before := self.initial_norms.get(name, 0.0)) > 0]
+        return max((ratio if math.isfinite(ratio) else math.inf for ratio in ratios), default=1.0)
+
+
+def matrix_norms(leaves: Iterable[tuple[Path, Any]]) -> dict[str, float]:
+    """Norm of every parameter of two or more dimensions, by name. Reads from the device once."""
+    matrices = {path[1]: leaf for path, leaf in leaves if path[0] == "parameter" and leaf.dim() >= 2}
+    if not matrices:
+        return {}
+    norms = [torch.linalg.vector_norm(matrix.detach()).float().cpu() for matrix in matrices.values()]
+    return dict(zip(matrices, torch.stack(norms).tolist(), strict=True))
+
+
+def _is_weight(path: Path) -> bool:
+    return path[0] in ("parameter", "buffer")

@@ -1,0 +1,123 @@
+"""The learner: everything of a run that learns, and so may be rewound, as paths to tensors and plain values.
+
+Parameters, buffers, optimizer state (and what optimizers keep in their groups), the GradScaler's growth tracker and
+averaged copies are the learner. Learning rates, schedulers and progress are the clock, which no rollback touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, final
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Path = tuple[Any, ...]
+
+# Schedulers write these: they belong to the clock, and a rollback leaves them as they are.
+_CLOCK_KEYS = frozenset(
+    {
+        "params", "lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "weight_decay",
+        "momentum", "base_momentum", "max_momentum", "betas",
+    }
+)  # fmt: skip
+
+
+class Scaler(Protocol):
+    """What is used of a ``torch.amp.GradScaler``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its scale and growth tracker."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put them back."""
+
+
+def _ready(tensor: Tensor) -> bool:
+    return not isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
+
+
+@final
+class Learner:
+    """The live state of a run that may be rewound, as paths to tensors and plain values.
+
+    Args:
+        module: The module trained.
+        optimizers: Its optimizers.
+        scaler: The GradScaler, if there is one.
+        averages: Gives averaged copies of the module kept elsewhere (EMA, SWA), by name; asked anew each time, since
+            such copies come and go.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        scaler: Scaler | None = None,
+        averages: Callable[[], Mapping[str, Mapping[str, Tensor]]] = dict,
+    ) -> None:
+        self.module = module
+        self.optimizers = list(optimizers)
+        self.scaler = scaler
+        self._averages = averages
+
+    def weights(self) -> Iterator[tuple[Path, Tensor]]:
+        """Parameters and buffers (also those that are not persistent)."""
+        for name, parameter in self.module.named_parameters():
+            if _ready(parameter):
+                yield ("parameter", name), parameter
+        for name, buffer in self.module.named_buffers():
+            if _ready(buffer):
+                yield ("buffer", name), buffer
+
+    def parameter_names(self) -> dict[int, str]:
+        """Identity of every parameter to its name; tied ones keep the first."""
+        return {id(parameter): name for name, parameter in self.module.named_parameters()}
+
+    def optimizer_leaves(self, index: int) -> Iterator[tuple[Path, Any]]:
+        """State of one optimizer and what it keeps in its groups."""
+        optimizer = self.optimizers[index]
+        names = self.parameter_names()
+        for parameter, entry in optimizer.state.items():
+            name = names.get(id(parameter), f"#{id(parameter)}")
+            yield from _leaves(("optimizer", index, name), entry)
+        for number, group in enumerate(optimizer.param_groups):
+            for key, value in group.items():
+                if key not in _CLOCK_KEYS:
+                    yield ("group", index, number, key), value
+
+    def leaves(self) -> Iterator[tuple[Path, Any]]:
+        """Everything that is rewound, except the scaler."""
+        yield from self.weights()
+        for index in range(len(self.optimizers)):
+            yield from self.optimizer_leaves(index)
+        yield from self.averages()
+
+    def averages(self) -> Iterator[tuple[Path, Tensor]]:
+        """Averaged copies kept elsewhere."""
+        for owner, tensors in self._averages().items():
+            for name, tensor in tensors.items():
+                yield ("average", owner, name), tensor
+
+
+def describe(path: Path) -> str:
+    """A path in words: ``"parameter net.0.weight"``, ``"optimizer state exp_avg of net.0.weight"``."""
+    match path:
+        case ("optimizer", int(), str(name), *keys):
+            return f"optimizer state {'.'.join(map(str, keys))} of {name}"
+        case ("group", int(index), int(number), str(key)):
+            return f"{key} in group {number} of optimizer {index}"
+        case ("average", str(owner), str(name)):
+            return f"{name} in the averaged copy of {owner}"
+        case (str(kind), str(name)):
+            return f"{kind} {name}"
+    return " ".join(map(str, path))
+
+
+def _leaves(path: Path, value: Any) -> Iterator[tuple[Path, Any]]:
+    # Lists and dictionaries of tensors (LBFGS's history) are taken whole, since their length changes.
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield (*path, key), item
+    else:
+        yield path, value

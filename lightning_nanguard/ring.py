@@ -1,0 +1,119 @@
+"""Which snapshots there are, when one is taken, and when it is certified."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import final
+
+from lightning_nanguard.snapshot import Snapshot
+
+
+@final
+class Ring:
+    """Certified snapshots, newest first, and the one still pending.
+
+    When it is full, the oldest goes, but never the one with the best loss level: a fault found late needs a state
+    from before it began.
+
+    Args:
+        capacity: Certified snapshots kept.
+        certify_after: Healthy readings a pending snapshot waits for.
+    """
+
+    def __init__(self, capacity: int = 3, certify_after: int = 2) -> None:
+        self.capacity = capacity
+        self.certify_after = certify_after
+        self.certified: list[Snapshot] = []
+        self.pending: Snapshot | None = None
+        self._spare: list[Snapshot] = []
+
+    def spare(self) -> Snapshot | None:
+        """Memory to use again, if there is some."""
+        return self._spare.pop() if self._spare else None
+
+    def add(self, snapshot: Snapshot) -> None:
+        """Take a new snapshot, pending; the older pending one goes."""
+        self.drop_pending()
+        self.pending = snapshot
+
+    def drop_pending(self) -> None:
+        """The state it holds is under suspicion."""
+        if self.pending is not None:
+            self._recycle(self.pending)
+            self.pending = None
+
+    def healthy(self) -> bool:
+        """Count a healthy reading; whether the pending snapshot has waited long enough."""
+        if self.pending is None:
+            return False
+        self.pending.healthy += 1
+        return self.pending.healthy >= self.certify_after
+
+    def certify(self, margin: float = 0.0) -> None:
+        """The pending snapshot is good.
+
+        Args:
+            margin: How much lower a newer snapshot's loss level must be before the oldest is worth less.
+        """
+        assert self.pending is not None
+        self.certified.insert(0, self.pending)
+        self.pending = None
+        if len(self.certified) > self.capacity:
+            self._recycle(self.certified.pop(self._least_worth(margin)))
+
+    def discard_newer(self, depth: int) -> Snapshot:
+        """Drop the ``depth`` newest and return the one that is then newest."""
+        depth = min(depth, len(self.certified) - 1)
+        for _ in range(depth):
+            self._recycle(self.certified.pop(0))
+        return self.certified[0]
+
+    def _least_worth(self, margin: float) -> int:
+        last = len(self.certified) - 1
+        oldest = self.certified[last].level
+        newer = [snapshot.level for snapshot in self.certified[:last] if snapshot.level is not None]
+        if last >= 2 and oldest is not None and newer and oldest < min(newer) + margin:
+            return last - 1
+        return last
+
+    def _recycle(self, snapshot: Snapshot) -> None:
+        if len(self._spare) < 1:
+            self._spare.append(snapshot)
+
+
+@final
+class Interval:
+    """Updates between snapshots, so that they take at most a share of the run's time.
+
+    Args:
+        every: A fixed interval; ``None`` measures.
+        share: The share.
+    """
+
+    _first = 16
+    _longest = 1024
+
+    def __init__(self, every: int | None, share: float = 0.01) -> None:
+        self._fixed = every is not None
+        self._share = share
+        self._spent = 0.0
+        self._mark = time.perf_counter()
+        self.updates = every if every is not None else self._first
+
+    def due(self, since: int) -> bool:
+        """Whether a snapshot is due ``since`` updates after the last."""
+        return since >= self.updates
+
+    def measure(self, started: float, since: int) -> None:
+        """A capture that began at ``started``, ``since`` updates after the last, has just ended."""
+        ended = time.perf_counter()
+        update = (started - self._mark) / max(1, since)
+        self._mark = ended
+        if self._fixed or update <= 0:
+            return
+        # The smaller of the times seen, in powers of two: one slow moment must not set the pace.
+        self._spent = min(ended - started, self._spent) if self._spent else ended - started
+        wanted = self._spent / (self._share * update)
+        power = 1 << max(0, math.ceil(math.log2(max(wanted, 1.0))))
+        self.updates = min(max(self._first, power), self._longest)
