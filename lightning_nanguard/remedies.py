@@ -166,13 +166,17 @@ class ReduceLR(Remedy):
         patient.scale(step.factor if found is None else found, step.min_lr)
 
 
+# Share of the best gain that is enough.
+_ENOUGH = 1 / 3
+
+
 def rehearsed_cut(
     rehearse: Callable[[float, int], list[float] | None], largest: float, *, tries: int = 9, updates: int = 20
 ) -> float | None:
     """The cut at which a batch's loss really falls.
 
     From ``largest`` down by a factor of four each, until a rate brings clearly less than a larger one did; of those
-    that bring at least half as much as the best, the smallest: rates at the edge of stability look best for a few
+    that bring at least a third of what the best does, the smallest: rates at the edge of stability look best for a few
     updates and fail later.
 
     Args:
@@ -194,12 +198,12 @@ def rehearsed_cut(
         steady = math.isfinite(gain) and max(losses) <= losses[0] + 0.5 * max(abs(losses[0]), 1e-12)
         if steady and gain > 0:
             gains.append((cut, gain))
-            if gain < 0.5 * max(best for _, best in gains):
+            if gain < _ENOUGH * max(best for _, best in gains):
                 break
     if not gains:
         return None
     best = max(gain for _, gain in gains)
-    return min(cut for cut, gain in gains if gain >= 0.5 * best)
+    return min(cut for cut, gain in gains if gain >= _ENOUGH * best)
 
 
 @final
