@@ -341,9 +341,11 @@ class DivergingLoss(Detector):
         loss = reading.loss
         if loss is None or self._first is None or len(self._losses) < self.warmup or reading.step < self._quiet_until:
             return None
-        scale = self._scale()
-        # The cheap question first: a loss below the untrained level that is near its best cannot be any of the three.
+        # The cheap questions first: a loss at its best is no divergence, and one that began at 0 has no scale.
         best = self._first if self._best is None else self._best
+        if self._first == 0 or (loss <= best and best < self._first):
+            return None
+        scale = self._scale()
         if loss < self._first - 0.1 * scale and loss < best + 4 * self._noise():
             return None
         return self._exploding(loss, scale) or self._collapsed(loss, scale) or self._stuck(loss, scale)
@@ -442,8 +444,12 @@ class DivergingLoss(Detector):
             self._highest = loss
 
     def uneasy(self, reading: Reading) -> bool:
-        """A loss clearly above the untrained model's: the learner may be leaving."""
-        return reading.loss is not None and self._first is not None and reading.loss > self._first + self._scale()
+        """A loss clearly above the untrained model's, or on its way back there: the learner may be leaving."""
+        if reading.loss is None or self._first is None:
+            return False
+        learned = 0.0 if self._best is None else self._first - self._best
+        way_back = learned > 0.3 * self._scale() and reading.loss > self._first - 0.5 * learned
+        return way_back or reading.loss > self._first + self._scale()
 
     def dismiss(self, reading: Reading) -> None:
         """The suspicion was looked into and was none: stay quiet for a while."""

@@ -159,6 +159,8 @@ class Guard:
         self._bad_in_a_row = 0
         self._clipping_since = 0
         self._last_capture = 0
+        # Step and effective rate, for each step after which the rate of the first group was another.
+        self._rates: deque[tuple[int, float]] = deque(maxlen=1024)
         self._tried: deque[str] = deque(maxlen=5)
         # What belongs to the batch at hand, and to the intervention at hand.
         self._open = False
@@ -213,6 +215,7 @@ class Guard:
         pending = self._measure(stream)
         self._losses = []
         self._updated = True
+        self._note_rate()
         if pending is None:
             return
         if self._found is not None and not self._settings.observe:
@@ -274,6 +277,11 @@ class Guard:
             loss_scale=self._loss_scale(),
             gradients_scaled=unscales_itself(self.learner.optimizers[stream]),
         )
+
+    def _note_rate(self) -> None:
+        rate = self.rate.first()
+        if rate is not None and (not self._rates or self._rates[-1][1] != rate):
+            self._rates.append((self._step, rate))
 
     def _parameters(self, stream: int) -> list[Tensor]:
         return [p for group in self.learner.optimizers[stream].param_groups for p in group["params"]]
@@ -358,7 +366,9 @@ class Guard:
         )
         trend = self._trends.get(reading.stream) or Trend()
         at_hand = not self._settings.deferred
-        evidence = self._investigator.look_into(fault, reading, trend, known, at_hand=at_hand)
+        evidence = self._investigator.look_into(
+            fault, reading, trend, known, at_hand=at_hand, rates=self._rates
+        )
         plan, state = self._policy.decide(fault, evidence, self._policy_state)
         if plan:
             self._policy_state = state

@@ -81,10 +81,14 @@ class Restore(PlanStep):
 
 @dataclass(frozen=True, slots=True)
 class Scale(PlanStep):
-    """Multiply the learning rate by ``factor``; the product never falls below ``min_lr``."""
+    """Multiply the learning rate by ``factor``; the product never falls below ``min_lr``.
+
+    A remedy that looks for a better factor does not go below ``least``, at which the rate was proven before.
+    """
 
     factor: float
     min_lr: float = 0.0
+    least: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

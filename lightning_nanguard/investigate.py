@@ -49,7 +49,16 @@ class Investigator:
         self.allowed: dict[Path, Tensor] = {}
         self.initial_norms: dict[str, float] = {}
 
-    def look_into(self, fault: Fault, reading: Reading, trend: Trend, known: Evidence, *, at_hand: bool) -> Evidence:
+    def look_into(
+        self,
+        fault: Fault,
+        reading: Reading,
+        trend: Trend,
+        known: Evidence,
+        *,
+        at_hand: bool,
+        rates: Iterable[tuple[int, float]] = (),
+    ) -> Evidence:
         """Complete what the engine knows.
 
         Args:
@@ -58,12 +67,14 @@ class Investigator:
             trend: History of its stream.
             known: The engine's own counts.
             at_hand: Whether the batch at hand is the faulty one.
+            rates: Effective learning rate of the first group after each step at which it changed.
         """
         target = self.target(fault, trend.scale())
         bad = corrupt(self._learner.leaves(), self.allowed)
         batch_finite = self._witness.batch_finite() if at_hand else None
-        rates = self._rate.effective()
-        rate = rates[0] if rates else None
+        effective = self._rate.effective()
+        rate = effective[0] if effective else None
+        since = target.step if target is not None else 0
         comparison = None
         # Where the answer is plain already, or would say nothing, the batch is not run again.
         if self._compare_allowed and target is not None and bad is None and batch_finite is not False:
@@ -87,6 +98,7 @@ class Investigator:
             levels=tuple(snapshot.level for snapshot in self._ring.certified),
             usual_norm=trend.usual_norm(),
             lr=rate,
+            highest_lr=max((one for step, one in rates if step >= since), default=rate),
             multiplier=self._rate.multiplier,
         )
 

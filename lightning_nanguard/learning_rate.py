@@ -90,6 +90,13 @@ class LearningRate:
         """What the next step will use, one rate per group over all optimizers; reads tensor rates to the host."""
         return [float(self._scale(rate)) for rate in self._scheduled_rates()]
 
+    def first(self) -> float | None:
+        """Effective rate of the first group, ``None`` where reading it would wait for a device."""
+        rate = next(self._scheduled_rates(), None)
+        if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu"):
+            return None
+        return float(self._scale(rate))
+
     def scheduled(self) -> list[float]:
         """What the user's scheduler or configuration says, in the same order as :meth:`effective`."""
         return [float(rate) for rate in self._scheduled_rates()]

@@ -60,6 +60,7 @@ class Evidence:
         levels: Loss level of every certified snapshot, newest first.
         usual_norm: Median of the healthy gradient norms, ``None`` when too few were seen.
         lr: Effective learning rate of the first group.
+        highest_lr: Highest since the snapshot to go back to; ``None`` where it is not known.
         multiplier: The learning-rate multiplier in force.
         undo: Whether the faulty update already reached the weights (deferred readback).
     """
@@ -81,6 +82,7 @@ class Evidence:
     levels: tuple[float | None, ...] = ()
     usual_norm: float | None = None
     lr: float | None = None
+    highest_lr: float | None = None
     multiplier: float = 1.0
     undo: bool = False
 
@@ -266,8 +268,12 @@ class Policy:
                 depth = evidence.snapshots if fault.kind == "stuck_loss" else depth
                 steps.append(Restore(_by_level(depth, evidence)))
             elif scope == "learner" and (not corrected or attempt > 0):
-                steps.append(proposal)
                 corrected = True
+                if isinstance(proposal, Scale):
+                    if attempt == 0 and self._peak_is_over(evidence, state):
+                        continue
+                    proposal = replace(proposal, least=_proven_factor(proposal.factor, evidence, state))
+                steps.append(proposal)
         if any(isinstance(step, Stop) for step in steps):
             return tuple(steps), state
         restoring = any(isinstance(step, Restore) for step in steps)
@@ -280,11 +286,18 @@ class Policy:
         if restoring and evidence.snapshots == 0:
             return (Stop("the learner is lost before there was a good state to go back to"),), state
         if scope == "learner":
-            rate = evidence.lr if evidence.lr is not None else math.inf
+            rates = [rate for rate in (evidence.lr, evidence.highest_lr) if rate is not None]
+            rate = max(rates, default=math.inf)
             bad = min(state.bad_rate, rate)
             proven = min(state.proven_rate, bad / 4)
             state = replace(state, bad_rate=bad, proven_rate=proven, given_back_at=evidence.healthy_steps)
         return self._count_restore(fault, evidence, state, tuple(steps))
+
+    def _peak_is_over(self, evidence: Evidence, state: PolicyState) -> bool:
+        # It diverged at a rate that the schedule has left since, for one at which it learned before.
+        if evidence.lr is None or evidence.highest_lr is None:
+            return False
+        return evidence.lr <= state.proven_rate and evidence.highest_lr > 1.5 * evidence.lr
 
     def _escalate(self, evidence: Evidence, state: PolicyState) -> tuple[int, PolicyState]:
         since = evidence.healthy_since_restore
@@ -321,25 +334,25 @@ class Policy:
     ) -> tuple[Plan, PolicyState]:
         """Give back a step of the learning rate's cut after a healthy stretch.
 
-        Towards rates that were proven it goes quickly (a twentieth of ``after``), else after ``after`` healthy updates,
-        across the lowest rate that failed only after four times as many, doubled for every time it failed again. A run
-        that is not learning gets nothing back quickly.
+        Up to a rate that was proven it goes at once, after a twentieth of ``after``; else a ``factor`` at a time after
+        ``after`` healthy updates each, and across the lowest rate that failed only after four times as many, doubled
+        for every time it failed again. A run that is not learning gets nothing back quickly.
         """
         if evidence.multiplier >= 1.0 or scheduled_lr is None:
             return (), state
-        larger = min(1.0, evidence.multiplier / factor)
-        rate = scheduled_lr * larger
-        if rate >= 0.75 * state.bad_rate:
-            wait = after * 2 ** min(state.failed_returns + 2, 10)
-        elif learning and rate <= state.proven_rate:
-            wait = max(1, after // 20)
+        proven = min(1.0, state.proven_rate / scheduled_lr) if learning and scheduled_lr > 0 else 0.0
+        if proven > evidence.multiplier:
+            larger, wait = proven, max(1, after // 20)
         else:
+            larger = min(1.0, evidence.multiplier / factor)
             wait = after
+            if scheduled_lr * larger >= 0.75 * state.bad_rate:
+                wait = after * 2 ** min(state.failed_returns + 2, 10)
         if evidence.healthy_steps - state.given_back_at < wait:
             return (), state
-        bad_rate = state.bad_rate if rate < 0.75 * state.bad_rate else math.inf
+        across = scheduled_lr * larger >= 0.75 * state.bad_rate
         return (Scale(larger / evidence.multiplier),), replace(
-            state, given_back_at=evidence.healthy_steps, bad_rate=bad_rate
+            state, given_back_at=evidence.healthy_steps, bad_rate=math.inf if across else state.bad_rate
         )
 
     def prove(self, rate: float | None, state: PolicyState) -> PolicyState:
@@ -363,6 +376,13 @@ def _by_level(depth: int, evidence: Evidence) -> int:
         if level is None or level <= limit:
             return index
     return depth
+
+
+def _proven_factor(factor: float, evidence: Evidence, state: PolicyState) -> float:
+    if evidence.lr is None or evidence.lr <= 0:
+        return 0.0
+    highest = max(evidence.lr, evidence.highest_lr or 0.0)
+    return min(factor, min(state.proven_rate, highest / 4) / evidence.lr)
 
 
 def _within(state: PolicyState, oldest: int) -> PolicyState:

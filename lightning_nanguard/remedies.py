@@ -163,7 +163,7 @@ class ReduceLR(Remedy):
         """Change the multiplier."""
         assert isinstance(step, Scale)
         found = rehearsed_cut(patient.rehearse, step.factor) if self.rehearse and step.factor < 1 else None
-        patient.scale(step.factor if found is None else found, step.min_lr)
+        patient.scale(step.factor if found is None else max(found, step.least), step.min_lr)
 
 
 # Share of the best gain that is enough.
@@ -175,9 +175,9 @@ def rehearsed_cut(
 ) -> float | None:
     """The cut at which a batch's loss really falls.
 
-    From ``largest`` down by a factor of four each, until a rate brings clearly less than a larger one did; of those
-    that bring at least a third of what the best does, the smallest: rates at the edge of stability look best for a few
-    updates and fail later.
+    From ``largest`` down by a factor of four each, until a rate brings clearly less than a larger one did. Rates at the
+    edge of stability look best for a few updates and fail later: the one below the best is taken, where it brings at
+    least a third as much.
 
     Args:
         rehearse: Gives the losses of some updates at a cut.
@@ -188,7 +188,7 @@ def rehearsed_cut(
     Returns:
         The cut, ``None`` where no rate helped or a rehearsal could not be had.
     """
-    gains: list[tuple[float, float]] = []
+    best_gain, best, below = 0.0, None, None
     for power in range(tries):
         cut = largest * 0.25**power
         losses = rehearse(cut, updates)
@@ -196,14 +196,15 @@ def rehearsed_cut(
             return None
         gain = losses[0] - losses[-1]
         steady = math.isfinite(gain) and max(losses) <= losses[0] + 0.5 * max(abs(losses[0]), 1e-12)
-        if steady and gain > 0:
-            gains.append((cut, gain))
-            if gain < _ENOUGH * max(best for _, best in gains):
-                break
-    if not gains:
-        return None
-    best = max(gain for _, gain in gains)
-    return min(cut for cut, gain in gains if gain >= _ENOUGH * best)
+        if not steady:
+            continue
+        if gain > best_gain:
+            best_gain, best, below = gain, cut, None
+        elif gain >= _ENOUGH * best_gain > 0:
+            below = cut if below is None else below
+        elif best is not None:
+            break
+    return best if below is None else below
 
 
 @final
@@ -247,7 +248,8 @@ class ClipGradients(Remedy):
 
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
         """Clipping, where the fault is in the gradient and a value is known."""
-        if fault.kind not in self._kinds:
+        # Where the scheduled rate has just risen, the rate is the first to suspect.
+        if fault.kind not in self._kinds or (evidence.rate_rose and attempt == 0):
             return None
         if isinstance(self.clip_val, str):
             if evidence.usual_norm is None or not evidence.usual_norm > 0:

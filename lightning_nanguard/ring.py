@@ -13,8 +13,8 @@ from lightning_nanguard.snapshot import Snapshot
 class Ring:
     """Certified snapshots, newest first, and the one still pending.
 
-    When it is full, the oldest goes, but never the one with the best loss level: a fault found late needs a state
-    from before it began.
+    When it is full, the oldest goes, but not the newest of about the best loss level, nor the start while nothing was
+    learned: a fault found late needs a state from before it began.
 
     Args:
         capacity: Certified snapshots kept.
@@ -71,11 +71,13 @@ class Ring:
 
     def _least_worth(self, margin: float) -> int:
         last = len(self.certified) - 1
-        oldest = self.certified[last].level
-        newer = [snapshot.level for snapshot in self.certified[:last] if snapshot.level is not None]
-        if last >= 2 and oldest is not None and newer and oldest < min(newer) + margin:
-            return last - 1
-        return last
+        levels = [math.inf if snapshot.level is None else snapshot.level for snapshot in self.certified]
+        # Worth keeping beside the newest: the newest whose level is about the best, and, until something newer is
+        # clearly better, the oldest.
+        good = next((i for i, level in enumerate(levels) if level <= min(levels) + margin), 0)
+        unbeaten = levels[last] < min(levels[:last]) + margin
+        kept = {0, good, last} if unbeaten else {0, good}
+        return next((index for index in range(last, 0, -1) if index not in kept), last)
 
     def _recycle(self, snapshot: Snapshot) -> None:
         if len(self._spare) < 1:

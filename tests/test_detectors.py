@@ -1,0 +1,187 @@
+"""Detectors look at readings and say what is wrong; healthy oddities are no fault."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_nanguard import Detector, DivergingLoss, GradientSpike, NonFinite, Reading
+from lightning_nanguard.detectors import Window, default_detectors, spread
+from lightning_nanguard.trend import Trend
+
+
+def reading(step: int, loss: float | None = 1.0, norm: float | None = 1.0, **more: object) -> Reading:
+    loss_finite = loss is None or math.isfinite(loss)
+    finite = loss_finite and (norm is None or math.isfinite(norm))
+    return Reading(**{"step": step, "stream": 0, "loss": loss, "grad_norm": norm, "finite": finite,
+                      "loss_finite": loss_finite, **more})  # fmt: skip
+
+
+def watch(detector: Detector, losses: Iterable[float], norm: float = 1.0) -> list[tuple[int, str]]:
+    """The faults in a run of losses; what is no fault is accepted."""
+    faults = []
+    for step, loss in enumerate(losses):
+        fault = detector.check(reading(step, loss, norm))
+        if fault is None:
+            detector.accept(reading(step, loss, norm))
+        else:
+            faults.append((step, fault.kind))
+    return faults
+
+
+@pytest.mark.parametrize(
+    ("given_reading", "kind"),
+    [
+        (reading(0, math.nan), "non_finite_loss"),
+        (reading(0, math.inf), "non_finite_loss"),
+        (reading(0, 1.0, math.nan), "non_finite_gradient"),
+        (reading(0, None, math.inf), "non_finite_gradient"),
+        (reading(0, 1.0, 1e25), "gradient_overflow"),
+        (reading(0, -3.0, 0.0), None),
+        (reading(0, 1e30, 1e17), None),
+        (reading(0, 1.0, math.nan, scaler_skips=True, loss_scale=1024.0), None),
+        (reading(0, 1.0, math.nan, scaler_skips=True, loss_scale=0.5), "loss_scale_collapse"),
+    ],
+)
+def test_non_finite(given_reading: Reading, kind: str | None) -> None:
+    """What is not finite, or overflows when squared, is a fault; an ordinary fp16 overflow is the scaler's."""
+    fault = NonFinite().check(given_reading)
+    assert (fault.kind if fault else None) == kind
+
+
+def test_a_streak_of_overflows_is_a_fault() -> None:
+    """Overflows in a row are left to the scaler until there are too many of them."""
+    detector = NonFinite(overflow_patience=3)
+    overflow = [reading(step, 1.0, math.inf, scaler_skips=True, loss_scale=64.0) for step in range(3)]
+    for one in overflow[:2]:
+        assert detector.check(one) is None
+        detector.accept(one)
+    fault = detector.check(overflow[2])
+    assert fault is not None
+    assert (fault.kind, fault.scope) == ("loss_scale_collapse", "learner")
+
+
+def test_a_spike_stands_out_and_does_not_enter_the_window() -> None:
+    """A norm a thousand times the usual is a fault, and as much of one the next time."""
+    detector = GradientSpike()
+    for step in range(40):
+        assert detector.check(reading(step, norm=1 + 0.1 * (step % 3))) is None
+        detector.accept(reading(step, norm=1 + 0.1 * (step % 3)))
+    for step in (40, 41):
+        fault = detector.check(reading(step, norm=1000.0))
+        assert fault is not None
+        assert fault.kind == "gradient_spike"
+    assert detector.check(reading(42, norm=5.0)) is None
+
+
+def test_no_spike_during_warmup() -> None:
+    """Before the warm-up is over no finite norm is a fault."""
+    detector = GradientSpike(warmup=20)
+    for step in range(19):
+        detector.accept(reading(step, norm=1.0))
+    assert detector.check(reading(19, norm=1e6)) is None
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1.0, 1.5, 2.0]))
+@settings(max_examples=30, deadline=None)
+def test_heavy_tailed_norms_are_no_spikes(seed: int, sigma: float) -> None:
+    """Log-normal norms, as of small batches with heavy tails, never trip the detector."""
+    draw = random.Random(seed)
+    detector = GradientSpike()
+    for step in range(400):
+        one = reading(step, norm=math.exp(draw.gauss(0, sigma)))
+        assert detector.check(one) is None
+        detector.accept(one)
+
+
+def _falling(step: int) -> float:
+    return 2.3 * math.exp(-step / 60)
+
+
+SHAPES: list[tuple[str, Callable[[int], float], str | None]] = [
+    ("falling", _falling, None),
+    ("exploding", lambda step: 2.3 * 1.3 ** max(0, step - 20), "exploding_loss"),
+    ("exploded at once", lambda step: 2.3 if step < 5 else 1e6 * (1 + step), "exploding_loss"),
+    ("back at chance", lambda step: _falling(step) if step < 150 else 2.3, "collapsed"),
+    ("never learned after a climb", lambda step: 2.3 if step == 0 else 15.0 if step < 10 else 2.31, "stuck_loss"),
+    ("a jump that falls again", lambda step: _falling(step) + 40 * math.exp(-max(0, step - 100) / 5) * (step > 100), None),
+    ("negative", lambda step: -step / 10, None),
+    ("zero", lambda step: 0.0, None),
+    ("harder data from the middle on", lambda step: _falling(step) + (0.9 if step > 100 else 0), None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("losses", "kind"), [shape[1:] for shape in SHAPES], ids=[shape[0] for shape in SHAPES])
+def test_shapes_of_a_loss(losses: Callable[[int], float], kind: str | None) -> None:
+    """Every shape of divergence is seen, and what only looks like one is not."""
+    found = {name for _, name in watch(DivergingLoss(), [losses(step) for step in range(300)])}
+    assert found == ({kind} if kind else set())
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_a_noisy_heavy_tailed_loss_that_learns_is_no_fault(seed: int) -> None:
+    """Student-like noise around a falling loss is no divergence."""
+    draw = random.Random(seed)
+
+    def noise() -> float:
+        return draw.gauss(0, 0.3) / math.sqrt(draw.gammavariate(1.5, 1 / 1.5) + 1e-3)
+
+    assert watch(DivergingLoss(), [2.3 * math.exp(-step / 50) + 0.3 * noise() for step in range(300)]) == []
+
+
+def test_a_dismissed_suspicion_is_not_raised_again_soon() -> None:
+    """After each dismissal the detector is quiet for twice as long."""
+    detector, raised = DivergingLoss(), []
+    detector.accept(reading(0, 2.3))
+    for step in range(1, 400):
+        one = reading(step, 2.31)
+        if detector.check(one) is not None:
+            raised.append(step)
+            detector.dismiss(one)
+        detector.accept(one)
+    gaps = [later - earlier for earlier, later in zip(raised, raised[1:], strict=False)]
+    assert gaps[:3] == [25, 50, 100]
+
+
+@pytest.mark.parametrize("detector", default_detectors(), ids=lambda detector: type(detector).__name__)
+def test_a_history_survives_a_checkpoint(detector: Detector) -> None:
+    """A detector that took up another's state judges as that one does, and its state is plain."""
+    draw = random.Random(7)
+    for step in range(60):
+        detector.accept(reading(step, 2.3 - step / 40 + draw.random(), 1 + draw.random()))
+    other = type(detector)()
+    other.load_state_dict(detector.state_dict())
+    for loss, norm in [(1.0, 1.0), (1e9, 1e3), (math.nan, 1.0), (2.3, 1e20)]:
+        assert detector.check(reading(60, loss, norm)) == other.check(reading(60, loss, norm))
+    assert other.state_dict() == detector.state_dict()
+
+
+def test_a_rewound_window_forgets_what_came_after() -> None:
+    """Going back to a step forgets what was accepted after it."""
+    window = Window(4)
+    for step in range(6):
+        window.append(step, float(step))
+    window.rewind(4)
+    assert window.values() == [2.0, 3.0, 4.0]
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50), st.floats(-1e3, 1e3))
+def test_spread_does_not_depend_on_where_the_values_lie(values: list[float], shift: float) -> None:
+    """The spread of shifted values is that of the values."""
+    assert spread([value + shift for value in values]) == pytest.approx(spread(values), abs=1e-6)
+
+
+def test_a_climb_before_a_fault_is_seen() -> None:
+    """A trend that leaves its range upwards counts as climbing; noise does not."""
+    calm, climbing = Trend(), Trend()
+    for step in range(30):
+        calm.accept(reading(step, 2.0 + 0.1 * (step % 4), 1.0))
+        climbing.accept(reading(step, 2.0 + 0.1 * (step % 4) + (0 if step < 27 else 5.0 * (step - 26)), 1.0))
+    assert not calm.climbing()
+    assert climbing.climbing()

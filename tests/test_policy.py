@@ -1,0 +1,174 @@
+"""The policy: from a fault and its evidence to a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_nanguard import Budget, ClipGradients, Fault, ReduceLR, Remedy, ResetMoments, Rollback, StopTraining
+from lightning_nanguard.events import Clip, DropMoments, Plan, Restore, Scale, Skip, Stop
+from lightning_nanguard.policy import Comparison, Evidence, Policy, PolicyState
+from lightning_nanguard.remedies import default_remedies
+
+BATCH = Fault("non_finite_loss", "batch", "loss", math.nan, "the loss is nan")
+GRADIENT = Fault("non_finite_gradient", "batch", "gradient", math.nan, "a gradient is not finite")
+EXPLODING = Fault("exploding_loss", "learner", "loss", 1e6, "the loss is 1e6")
+STUCK = Fault("stuck_loss", "learner", "loss", 2.3, "the loss is 2.3")
+CORRUPTED = Fault("corrupted_state", "state", "buffer bn.running_var", None, "it is not finite")
+
+GOOD = Evidence(step=500, healthy_steps=480, snapshots=3, levels=(0.5, 0.6, 0.7), first=2.3, scale=2.3, usual_norm=1.0,
+                lr=0.1)  # fmt: skip
+THE_BATCH = Comparison(math.nan, math.nan)
+THE_LEARNER = Comparison(math.nan, 0.5)
+
+
+def decide(fault: Fault, remedies: tuple[Remedy, ...] | None = None, **evidence: object) -> Plan:
+    policy = Policy(default_remedies() if remedies is None else remedies)
+    return policy.decide(fault, dataclasses.replace(GOOD, **evidence), PolicyState())[0]
+
+
+ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
+    ("a bad batch is skipped", BATCH, {"comparison": THE_BATCH}, (Skip(),)),
+    ("a batch that holds NaN is skipped", BATCH, {"batch_finite": False, "bad_in_a_row": 4}, (Skip(),)),
+    ("a stretch of bad batches is the data's", BATCH, {"comparison": THE_BATCH, "bad_in_a_row": 8}, (Skip(),)),
+    ("bad in a row without a comparison: the learner", GRADIENT, {"bad_in_a_row": 4}, (Restore(0), Clip(2.0))),
+    ("lost out of nothing: the state", BATCH, {"comparison": THE_LEARNER}, (Restore(0),)),
+    ("lost in a climb: the learner", BATCH, {"comparison": THE_LEARNER, "climbing": True}, (Restore(0), Clip(2.0))),
+    ("a corrupt weight: the state", BATCH, {"corrupt": "parameter w"}, (Restore(0),)),
+    ("a corrupt weight after a rise of the rate", EXPLODING, {"corrupt": "parameter w", "rate_rose": True},
+     (Restore(0), Scale(0.5))),
+    ("corrupted state", CORRUPTED, {}, (Restore(0),)),
+    ("a divergence", EXPLODING, {"comparison": Comparison(1e6, 0.5)}, (Restore(0), Scale(0.5))),
+    ("a suspicion that is none: the data changed", EXPLODING, {"comparison": Comparison(9.0, 9.1)}, ()),
+    ("a hard task", STUCK, {"growth": 1.5}, ()),
+    ("a ruined one goes back to the start", STUCK, {"growth": 50.0, "levels": (2.3, 2.3, 2.3)}, (Restore(2), Scale(0.5))),
+    ("never good: stop", BATCH, {"healthy_steps": 0, "bad_in_a_row": 8}, (Stop("…"),)),
+    ("not good yet: wait", BATCH, {"healthy_steps": 0, "bad_in_a_row": 3, "snapshots": 0}, (Skip(),)),
+    ("a bad update that reached the weights", BATCH, {"undo": True}, (Restore(0),)),
+    ("deeper where an older snapshot was better", EXPLODING, {"levels": (5.0, 4.0, 0.5)}, (Restore(2), Scale(0.5))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fault", "evidence", "plan"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
+def test_the_evidence_chooses(fault: Fault, evidence: dict[str, object], plan: Plan) -> None:
+    """Each kind of evidence leads to the remedy that fits it."""
+    found = decide(fault, **evidence)
+    shown = tuple(Stop("…") if isinstance(step, Stop) else step for step in found)
+    assert shown == plan
+
+
+REMEDIES: list[tuple[str, tuple[Remedy, ...], Fault, dict[str, object], Plan]] = [
+    ("skip only", (), BATCH, {}, (Skip(),)),
+    ("skip only, learner lost", (), EXPLODING, {"corrupt": "parameter w"}, (Stop("…"),)),
+    ("stop", (StopTraining(),), EXPLODING, {}, (Stop("…"),)),
+    ("stop after what helps", (Rollback(), ReduceLR(), StopTraining()), EXPLODING, {}, (Restore(0), Scale(0.5))),
+    ("a cut without a rollback", (ReduceLR(factor=0.3),), EXPLODING, {}, (Scale(0.3),)),
+    ("clip preferred", (Rollback(), ReduceLR(), ClipGradients(5.0)), GRADIENT, {"bad_in_a_row": 4},
+     (Restore(0), Scale(0.5))),
+    ("a rate at its floor", (Rollback(), ReduceLR(min_lr=0.1)), EXPLODING, {}, (Restore(0),)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("remedies", "fault", "evidence", "plan"), [row[1:] for row in REMEDIES], ids=[row[0] for row in REMEDIES]
+)
+def test_the_remedies_allowed(
+    remedies: tuple[Remedy, ...], fault: Fault, evidence: dict[str, object], plan: Plan
+) -> None:
+    """Only what is listed is done, in the order listed."""
+    found = decide(fault, remedies, **evidence)
+    assert tuple(Stop("…") if isinstance(step, Stop) else step for step in found) == plan
+
+
+def test_trouble_that_comes_back_soon_is_treated_harder() -> None:
+    """Each time deeper and with a larger cut; after a calm stretch the escalation starts over."""
+    policy = Policy((Rollback(), ReduceLR(), ResetMoments()))
+    state, plans = PolicyState(), []
+    for since in (None, 10, 10, 10, 1000):
+        plan, state = policy.decide(EXPLODING, dataclasses.replace(GOOD, healthy_since_restore=since), state)
+        plans.append(plan)
+    assert plans[0] == (Restore(0), Scale(0.5))
+    assert plans[1] == (Restore(0), Scale(0.25), DropMoments())
+    assert plans[2] == (Restore(1), Scale(0.1), DropMoments())
+    assert plans[3] == (Restore(2), Scale(0.1), DropMoments())
+    assert plans[4] == (Restore(0), Scale(0.5))
+
+
+def test_a_proven_rate_is_given_back_quickly_and_a_failed_one_slowly() -> None:
+    """The way back is short up to a rate that held, and long across one that failed."""
+    policy = Policy(default_remedies())
+    state = PolicyState(bad_rate=1.0, proven_rate=0.1)
+
+    def waits(scheduled: float, multiplier: float) -> int:
+        for healthy in range(1, 100_000):
+            evidence = Evidence(step=healthy, healthy_steps=healthy, multiplier=multiplier)
+            plan, _ = policy.give_back(
+                evidence, state, scheduled_lr=scheduled, factor=0.5, after=1000, learning=True
+            )
+            if plan:
+                return healthy
+        return -1
+
+    assert (waits(0.1, 0.5), waits(1.0, 0.25), waits(1.0, 0.5)) == (50, 1000, 4000)
+
+
+faults = st.sampled_from([BATCH, GRADIENT, EXPLODING, STUCK, CORRUPTED])
+comparisons = st.sampled_from([None, THE_BATCH, THE_LEARNER, Comparison(9.0, 1.0), Comparison(1.0, 1.0)])
+
+
+@given(
+    st.lists(st.tuples(faults, comparisons, st.booleans(), st.integers(0, 30)), min_size=200, max_size=200),
+    st.sampled_from([default_remedies(), (), (StopTraining(),), (Rollback(),)]),
+)
+@settings(max_examples=40, deadline=None)
+def test_every_loop_of_interventions_ends(
+    story: list[tuple[Fault, Comparison | None, bool, int]], remedies: tuple[Remedy, ...]
+) -> None:
+    """Whatever comes, within the window there are never more rollbacks than the budget allows."""
+    budget = Budget(max_rollbacks=6, max_bad_batches=10, window=10_000)
+    policy, state, step, restores = Policy(remedies, budget), PolicyState(), 0, 0
+    for fault, comparison, corrupt, healthy in story:
+        step += 1 + healthy
+        evidence = dataclasses.replace(
+            GOOD, step=step, comparison=comparison, corrupt="parameter w" if corrupt else None,
+            healthy_since_restore=healthy, growth=20.0,
+        )  # fmt: skip
+        plan, state = policy.decide(fault, evidence, state)
+        restores += any(isinstance(one, Restore) for one in plan)
+        if any(isinstance(one, Stop) for one in plan):
+            break
+    assert restores <= 6
+
+
+def test_rare_faults_do_not_use_up_a_budget() -> None:
+    """A long run with a rollback now and then goes on for ever."""
+    policy, state = Policy(default_remedies(), Budget(max_rollbacks=3, window=100)), PolicyState()
+    for step in range(0, 50_000, 50):
+        evidence = dataclasses.replace(GOOD, step=step, healthy_since_restore=50)
+        plan, state = policy.decide(CORRUPTED, evidence, state)
+        assert not any(isinstance(one, Stop) for one in plan)
+
+
+@given(st.integers(0, 5), st.lists(st.integers(0, 99), max_size=4), st.floats(0, 1))
+def test_the_state_survives_a_checkpoint(attempt: int, skips: list[int], rate: float) -> None:
+    """What was written and read again is the same, and plain."""
+    state = PolicyState(attempt, 3, ((5, "exploding_loss at loss"),), tuple(skips), rate, rate / 2, 1, 7)
+    assert PolicyState.from_dict(state.to_dict()) == state
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_rollbacks": 0}, r"Budget\(max_rollbacks=0\)"),
+        ({"window": 1.5}, r"Budget\(window=1.5\)"),
+        ({"max_skip_share": 0.0}, r"Budget\(max_skip_share=0.0\)"),
+    ],
+)
+def test_a_budget_checks_its_arguments(arguments: dict[str, float], message: str) -> None:
+    """An argument out of range is named with its value."""
+    with pytest.raises(ValueError, match=message):
+        Budget(**arguments)  # type: ignore[arg-type]

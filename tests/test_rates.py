@@ -1,0 +1,107 @@
+"""A learning rate far too high, from the start or by a scheduler in mid-run, costs little with the guard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_nanguard import NaNGuard
+
+STEPS = 400
+
+# The rate at which the run below does best, and the largest at which it still converges (its training loss ends below a
+# tenth of where it began, in a sweep by factors of two).
+OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], float, float]] = {
+    "sgd": (torch.optim.SGD, 0.5, 0.5),
+    "momentum": (lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9), 0.1, 0.2),
+    "adam": (torch.optim.Adam, 3e-3, 9.6e-2),
+    "adagrad": (torch.optim.Adagrad, 0.03, 0.48),
+}
+
+
+@cache
+def digits() -> tuple[TensorDataset, Tensor, Tensor]:
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+    return TensorDataset(x[:1400], y[:1400]), x[1400:], y[1400:]
+
+
+class Digits(LightningModule):
+    """A ReLU network for the digits: it dies for good where a rate is too high."""
+
+    def __init__(self, optimizer: str, rate: Callable[[int], float]) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.rate = rate
+        self.net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> dict[str, object]:
+        optimizer = OPTIMIZERS[self.optimizer][0](self.parameters(), lr=1.0)
+        scheduler = LambdaLR(optimizer, self.rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def held_out(self) -> float:
+        _, x, y = digits()
+        with torch.no_grad():
+            return float(nn.functional.cross_entropy(self.net(x), y))
+
+
+def improvement(optimizer: str, rate: Callable[[int], float], guard: NaNGuard | None, steps: int = STEPS) -> float:
+    torch.manual_seed(0)
+    module = Digits(optimizer, rate)
+    before = module.held_out()
+    trainer = Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[] if guard is None else [guard],
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(digits()[0], 64, shuffle=True))
+    return before - module.held_out()
+
+
+@cache
+def right(optimizer: str) -> float:
+    return improvement(optimizer, lambda step: OPTIMIZERS[optimizer][1], None)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("factor", [10, 100, 10_000])
+@pytest.mark.parametrize("since", [0, 200], ids=["from the start", "in mid-run"])
+def test_a_rate_too_high_is_found_and_cut(optimizer: str, factor: int, since: int, tmp_path: object) -> None:
+    """At 10 to 10,000 times the largest rate that converges, 90 % of the right rate's improvement is regained."""
+    _, best, largest = OPTIMIZERS[optimizer]
+    guard = NaNGuard(dirpath=str(tmp_path))
+    regained = improvement(optimizer, lambda step: best if step < since else factor * largest, guard)
+    assert regained >= 0.9 * right(optimizer)
+    assert guard.lr_multiplier < 1
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_peak_in_the_schedule_is_survived_and_the_cut_given_back(optimizer: str, tmp_path: object) -> None:
+    """After a peak 100 times too high has passed, the run is back at its schedule."""
+    _, best, largest = OPTIMIZERS[optimizer]
+    guard = NaNGuard(dirpath=str(tmp_path))
+    rate = lambda step: 100 * largest if 150 <= step < 170 else best  # noqa: E731
+    regained = improvement(optimizer, rate, guard, steps=700)
+    assert regained >= 0.9 * right(optimizer)
+    assert guard.lr_multiplier > 0.9
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_right_rate_is_left_alone(optimizer: str, tmp_path: object) -> None:
+    """A run at its best rate, and one at the largest that converges, see no intervention."""
+    for rate in OPTIMIZERS[optimizer][1:]:
+        guard = NaNGuard(dirpath=str(tmp_path))
+        assert improvement(optimizer, lambda step, rate=rate: rate, guard) > 0
+        assert list(guard.interventions) == []

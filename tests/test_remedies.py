@@ -1,0 +1,161 @@
+"""Remedies propose plan steps, check their arguments, and carry steps out on a small protocol."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from lightning_nanguard import (
+    ClipGradients,
+    Detector,
+    DivergingLoss,
+    Fault,
+    GradientSpike,
+    NonFinite,
+    ReduceLR,
+    Remedy,
+    ResetMoments,
+    Rollback,
+    SkipStep,
+    StopTraining,
+)
+from lightning_nanguard.events import Clip, DropMoments, PlanStep, Restore, Scale, Skip, Stop
+from lightning_nanguard.policy import Evidence
+from lightning_nanguard.remedies import executors, rehearsed_cut
+
+GRADIENT = Fault("gradient_spike", "batch", "gradient", 1e6)
+LOSS = Fault("exploding_loss", "learner", "loss", 1e6)
+EVIDENCE = Evidence(step=100, usual_norm=2.0, lr=0.1)
+
+
+@dataclass
+class Patient:
+    """Writes down what is done to it."""
+
+    done: list[tuple[object, ...]] = field(default_factory=list)
+    losses: Callable[[float], list[float] | None] = lambda factor: None
+
+    def skip(self) -> None:
+        self.done.append(("skip",))
+
+    def restore(self, depth: int) -> None:
+        self.done.append(("restore", depth))
+
+    def scale(self, factor: float, min_lr: float) -> None:
+        self.done.append(("scale", factor, min_lr))
+
+    def clip(self, value: float, algorithm: Literal["norm", "value"]) -> None:
+        self.done.append(("clip", value, algorithm))
+
+    def drop_moments(self) -> None:
+        self.done.append(("drop moments",))
+
+    def rehearse(self, factor: float, updates: int) -> list[float] | None:
+        return self.losses(factor)
+
+
+ROWS: list[tuple[Remedy, Fault, int, PlanStep | None, tuple[object, ...] | None]] = [
+    (SkipStep(), GRADIENT, 0, None, None),
+    (Rollback(), LOSS, 0, Restore(0), ("restore", 0)),
+    (Rollback(), LOSS, 1, Restore(0), ("restore", 0)),
+    (Rollback(), LOSS, 3, Restore(2), ("restore", 2)),
+    (ReduceLR(), LOSS, 0, Scale(0.5), ("scale", 0.5, 0.0)),
+    (ReduceLR(factor=0.5, min_lr=1e-3), LOSS, 1, Scale(0.25, 1e-3), ("scale", 0.25, 1e-3)),
+    (ReduceLR(), LOSS, 9, Scale(0.1), ("scale", 0.1, 0.0)),
+    (ReduceLR(factor=0.01), LOSS, 9, Scale(0.01), ("scale", 0.01, 0.0)),
+    (ReduceLR(min_lr=0.1), LOSS, 0, None, None),
+    (ClipGradients(), GRADIENT, 0, Clip(4.0), ("clip", 4.0, "norm")),
+    (ClipGradients(3), GRADIENT, 0, Clip(3.0), ("clip", 3.0, "norm")),
+    (ClipGradients(3.0, "value"), GRADIENT, 0, Clip(3.0, "value"), ("clip", 3.0, "value")),
+    (ClipGradients(), LOSS, 0, None, None),
+    (ResetMoments(), LOSS, 0, None, None),
+    (ResetMoments(), LOSS, 1, DropMoments(), ("drop moments",)),
+    (StopTraining(), LOSS, 0, Stop("the remedies listed ask to stop when skipping is not enough"), None),
+]
+
+
+@pytest.mark.parametrize(("remedy", "fault", "attempt", "step", "done"), ROWS)
+def test_a_remedy_proposes_and_carries_out(
+    remedy: Remedy, fault: Fault, attempt: int, step: PlanStep | None, done: tuple[object, ...] | None
+) -> None:
+    """What is proposed at which attempt, and what the step then does."""
+    assert remedy.propose(fault, EVIDENCE, attempt) == step
+    if done is not None and step is not None:
+        patient = Patient()
+        remedy.apply(step, patient)
+        assert patient.done == [done]
+
+
+def test_auto_clipping_waits_until_a_usual_norm_is_known() -> None:
+    """Without healthy norms there is nothing to take a value from."""
+    assert ClipGradients().propose(GRADIENT, Evidence(step=1), 0) is None
+
+
+def test_the_cut_goes_where_a_rehearsal_shows_the_loss_falls() -> None:
+    """Rates that ruin are passed over, and so are those that fall much slower than the best."""
+
+    def losses(factor: float) -> list[float]:
+        rate = 1000.0 * factor
+        if rate > 2:
+            return [2.3, 1e9]
+        return [2.3, 2.3 - min(2.0, rate)]
+
+    patient = Patient(losses=losses)
+    ReduceLR().apply(Scale(0.5), patient)
+    ((_, factor, _),) = patient.done
+    assert isinstance(factor, float)
+    assert 0.4 <= 1000 * factor <= 2
+
+
+@pytest.mark.parametrize("losses", [None, [2.3, 2.4], [2.3, math.nan], [0.0, 0.0]])
+def test_a_rehearsal_that_says_nothing_changes_nothing(losses: list[float] | None) -> None:
+    """Where no rate helps, or none can be tried, the proposed cut stays."""
+    assert rehearsed_cut(lambda factor, updates: losses, 0.5) is None
+
+
+def test_rehearsing_can_be_turned_off() -> None:
+    """With rehearse=False no update is tried."""
+    patient = Patient(losses=lambda factor: [2.3, 0.1])
+    ReduceLR(rehearse=False).apply(Scale(0.5), patient)
+    assert patient.done == [("scale", 0.5, 0.0)]
+
+
+def test_every_step_has_an_executor_and_the_users_comes_first() -> None:
+    """A listed remedy carries out its own kind of step; the package's own steps always have one."""
+    mine = ReduceLR(factor=0.3)
+    found = executors([mine])
+    assert found[Scale] is mine
+    assert {Skip, Restore, Scale, Clip, DropMoments, Stop} <= set(found)
+    with pytest.raises(ValueError, match="ReduceLR and ReduceLR both carry out Scale"):
+        executors([ReduceLR(), ReduceLR()])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ReduceLR(factor=1.0), r"ReduceLR\(factor=1.0\): expected a number between 0 and 1"),
+        (lambda: ReduceLR(min_lr=-1.0), r"ReduceLR\(min_lr=-1.0\)"),
+        (lambda: ReduceLR(recover_after=0), r"ReduceLR\(recover_after=0\)"),
+        (lambda: ClipGradients(clip_val=0.0), r"ClipGradients\(clip_val=0.0\)"),
+        (lambda: ClipGradients(clip_val=math.inf), r"ClipGradients\(clip_val=inf\)"),
+        (lambda: ClipGradients(clip_val="much"), r"ClipGradients\(clip_val='much'\)"),  # type: ignore[arg-type]
+        (lambda: ClipGradients(algorithm="value"), r"ClipGradients\(algorithm='value'\)"),
+        (lambda: ClipGradients(1.0, "l1"), r"ClipGradients\(algorithm='l1'\)"),  # type: ignore[arg-type]
+        (lambda: NonFinite(overflow_patience=0), r"NonFinite\(overflow_patience=0\)"),
+        (lambda: NonFinite(min_loss_scale=0.0), r"NonFinite\(min_loss_scale=0.0\)"),
+        (lambda: GradientSpike(threshold=0.0), r"GradientSpike\(threshold=0.0\)"),
+        (lambda: GradientSpike(ratio=1.0), r"GradientSpike\(ratio=1.0\)"),
+        (lambda: GradientSpike(window=5), r"GradientSpike\(window=5\)"),
+        (lambda: DivergingLoss(factor=1.0), r"DivergingLoss\(factor=1.0\)"),
+        (lambda: DivergingLoss(patience=1), r"DivergingLoss\(patience=1\)"),
+        (lambda: DivergingLoss(warmup=0), r"DivergingLoss\(warmup=0\)"),
+    ],
+)
+def test_arguments_are_checked(make: Callable[[], Remedy | Detector], message: str) -> None:
+    """An argument out of range is named with its value when the object is made."""
+    with pytest.raises(ValueError, match=message):
+        make()

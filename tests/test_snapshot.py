@@ -1,0 +1,319 @@
+"""Snapshots: bitwise, in place, repeatable; kept in a ring and certified."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_nanguard.batch_scope import BatchScope
+from lightning_nanguard.learner import Learner, describe
+from lightning_nanguard.measure import all_finite, batch_finite, exact_norm, gradients, pend, suspects, total_norm
+from lightning_nanguard.ring import Interval, Ring
+from lightning_nanguard.snapshot import Snapshot, allowances, capture, corrupt, restore
+from tests.helpers import copied, same_bits
+
+
+class Net(nn.Module):
+    """Weights, batch norm, a mask of −inf, a buffer that is not persistent, tied and frozen weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.last = nn.Linear(8, 4)
+        self.tied = self.first
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.register_buffer("mask", torch.full((4,), -math.inf))
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.last(torch.relu(self.norm(self.first(x))))
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True),
+    "adamw fused": lambda p: torch.optim.AdamW(p, 0.01, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.1),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, 0.5, max_iter=3),
+}
+
+
+def train(net: nn.Module, optimizer: Optimizer, steps: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = torch.randn(6, 4, generator=draw)
+
+        def closure(x: Tensor = x) -> Tensor:
+            optimizer.zero_grad()
+            loss = (net(x) - x).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def everything(net: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    return {"weights": dict(net.named_parameters()), "buffers": dict(net.named_buffers()),
+            "state": optimizer.state_dict()["state"]}  # fmt: skip
+
+
+def made(name: str) -> tuple[Net, Optimizer, Learner]:
+    net = Net()
+    optimizer = OPTIMIZERS[name]([p for p in net.parameters() if p.requires_grad])
+    return net, optimizer, Learner(net, [optimizer])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("before", [0, 3], ids=["from the start", "in mid-run"])
+def test_a_restore_is_bitwise_and_repeatable(name: str, before: int) -> None:
+    """Going back twice to one snapshot gives the same bits, and training on from it the same run."""
+    net, optimizer, learner = made(name)
+    train(net, optimizer, before, seed=1)
+    snapshot = capture(learner, step=before, global_step=before)
+    then = copied(everything(net, optimizer))
+    ends = []
+    for _ in range(2):
+        train(net, optimizer, 4, seed=2)
+        ends.append(copied(everything(net, optimizer)))
+        restore(learner, snapshot)
+        assert same_bits(everything(net, optimizer), then)
+    assert same_bits(ends[0], ends[1])
+
+
+def test_a_restore_is_in_place() -> None:
+    """Tensors keep their identity, so whoever holds them sees the state gone back to."""
+    net, optimizer, learner = made("adam")
+    train(net, optimizer, 2, seed=1)
+    snapshot = capture(learner, step=2, global_step=2)
+    held = {id(tensor) for tensor in [*net.parameters(), *net.buffers()]}
+    moments = {id(value) for entry in optimizer.state.values() for value in entry.values()}
+    train(net, optimizer, 2, seed=2)
+    restore(learner, snapshot)
+    assert held == {id(tensor) for tensor in [*net.parameters(), *net.buffers()]}
+    assert moments == {id(value) for entry in optimizer.state.values() for value in entry.values()}
+
+
+def test_memory_is_taken_over() -> None:
+    """A capture into a snapshot no longer needed allocates nothing new and does not touch another snapshot."""
+    net, optimizer, learner = made("adam")
+    train(net, optimizer, 1, seed=1)
+    old, kept = (capture(learner, step=1, global_step=1) for _ in range(2))
+    places = {path: leaf.data_ptr() for path, leaf in old.leaves.items() if isinstance(leaf, Tensor)}
+    saved = copied(kept.leaves)
+    train(net, optimizer, 1, seed=2)
+    new = capture(learner, step=2, global_step=2, reuse=old)
+    assert {path: leaf.data_ptr() for path, leaf in new.leaves.items() if isinstance(leaf, Tensor)} == places
+    assert same_bits(kept.leaves, saved)
+
+
+def test_rates_are_the_clocks() -> None:
+    """A rollback leaves learning rates, and what else schedulers write, as they are."""
+    net, optimizer, learner = made("sgd")
+    snapshot = capture(learner, step=0, global_step=0)
+    optimizer.param_groups[0].update(lr=0.01, momentum=0.5)
+    optimizer.param_groups[0]["counted"] = 3
+    restore(learner, snapshot)
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    assert optimizer.param_groups[0]["momentum"] == 0.5
+
+
+def test_what_the_snapshot_lacks_is_left_alone() -> None:
+    """A parameter added since stays as it is; optimizer state the snapshot lacks goes."""
+    net, optimizer, learner = made("adam")
+    snapshot = capture(learner, step=0, global_step=0)
+    train(net, optimizer, 1, seed=1)
+    net.added = nn.Linear(2, 2)
+    added = net.added.weight.detach().clone()
+    restore(learner, snapshot)
+    assert torch.equal(net.added.weight, added)
+    assert not optimizer.state
+
+
+class Scaler:
+    """A GradScaler's state."""
+
+    def __init__(self, scale: float, tracker: int) -> None:
+        self.state = {"scale": scale, "_growth_tracker": tracker}
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.state = dict(state_dict)
+
+
+@pytest.mark.parametrize(("now", "after"), [(64.0, 64.0), (4096.0, 1024.0)])
+def test_the_scale_never_grows_by_a_rollback(now: float, after: float) -> None:
+    """The growth tracker goes back, the scale only down."""
+    net = Net()
+    scaler = Scaler(1024.0, 7)
+    learner = Learner(net, [], scaler)
+    snapshot = capture(learner, step=0, global_step=0)
+    scaler.state = {"scale": now, "_growth_tracker": 99}
+    restore(learner, snapshot)
+    assert scaler.state == {"scale": after, "_growth_tracker": 7}
+
+
+def test_a_mask_is_no_poison() -> None:
+    """What was not finite at the start is allowed, and only there."""
+    net, _, learner = made("sgd")
+    allowed = allowances(learner.weights())
+    assert corrupt(learner.leaves(), allowed) is None
+    net.mask[1] = 0.0
+    assert corrupt(learner.leaves(), allowed) is None
+    net.norm.running_var[2] = math.nan
+    assert corrupt(learner.leaves(), allowed) == "buffer norm.running_var"
+
+
+def test_names_are_the_users() -> None:
+    """Paths are told in words a user knows from the module."""
+    net, optimizer, learner = made("adam")
+    train(net, optimizer, 1, seed=1)
+    optimizer.state[net.first.weight]["exp_avg_sq"][0, 0] = math.inf
+    assert corrupt(learner.leaves(), allowances(learner.weights())) == "optimizer state exp_avg_sq of first.weight"
+    assert describe(("group", 0, 1, "k")) == "k in group 1 of optimizer 0"
+    assert describe(("average", "EMA", "w")) == "w in the averaged copy of EMA"
+
+
+def snapshot_at(step: int, level: float | None) -> Snapshot:
+    return Snapshot(step, step, {}, level=level)
+
+
+def ring_of(levels: list[float], capacity: int = 3, margin: float = 0.1) -> list[int]:
+    ring = Ring(capacity, certify_after=2)
+    for step, level in enumerate(levels):
+        ring.add(snapshot_at(step, level))
+        assert not ring.healthy()
+        assert ring.healthy()
+        ring.certify(margin)
+    return [snapshot.step for snapshot in ring.certified]
+
+
+def test_the_newest_are_kept_while_the_loss_falls() -> None:
+    """A ring of three keeps the three newest, newest first."""
+    assert ring_of([5.0, 4.0, 3.0, 2.0, 1.0]) == [4, 3, 2]
+
+
+def test_the_best_is_kept_while_the_loss_rises() -> None:
+    """A fault found late needs the state from before it began: the oldest stays while nothing newer is better."""
+    assert ring_of([1.0, 2.0, 3.0, 4.0, 5.0]) == [4, 3, 0]
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.integers(1, 5))
+@settings(deadline=None)
+def test_a_ring_is_bounded_and_ordered(levels: list[float], capacity: int) -> None:
+    """Never more than its capacity, the newest always there, newest first."""
+    steps = ring_of(levels, capacity)
+    assert len(steps) <= capacity
+    assert steps == sorted(steps, reverse=True)
+    assert steps[0] == len(levels) - 1
+
+
+def test_a_pending_snapshot_under_suspicion_goes() -> None:
+    """What is dropped is neither pending nor certified, and its memory is used again."""
+    ring = Ring()
+    one = snapshot_at(0, 1.0)
+    ring.add(one)
+    ring.drop_pending()
+    assert ring.pending is None
+    assert ring.spare() is one
+
+
+def test_a_fixed_interval_stays() -> None:
+    """An interval that was set is never measured away."""
+    interval = Interval(7)
+    interval.measure(started=-1e9, since=7)
+    assert interval.updates == 7
+    assert not interval.due(6)
+    assert interval.due(7)
+
+
+# measure
+
+
+@given(st.lists(st.floats(-1e10, 1e10, width=32), min_size=1, max_size=20))
+def test_the_norm_is_the_norm(values: list[float]) -> None:
+    """The norm over several tensors is that of all their elements."""
+    tensors = [torch.tensor(values[::2]), torch.tensor(values[1::2])]
+    together = torch.tensor(values, dtype=torch.float64)
+    assert float(total_norm(tensors)) == pytest.approx(float(together.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+def test_large_is_not_infinite(dtype: torch.dtype) -> None:
+    """Values whose sum or square overflows are finite all the same, and one NaN among them is found."""
+    tensor = torch.full((64,), 60000.0, dtype=dtype)
+    assert all_finite(tensor)
+    tensor[3] = math.nan
+    assert suspects([torch.ones(2), tensor, torch.ones(0), torch.ones(2, dtype=torch.int64)]) == [1]
+
+
+def test_a_gradient_that_overflows_its_own_norm_is_confirmed() -> None:
+    """A norm that is not finite is looked into: the gradient may be finite."""
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.full((2,), 3e38)
+    pending = pend(step=0, stream=0, losses=[torch.tensor(1.0)], loss_factor=1.0, values=gradients([weight]))
+    assert pending is not None
+    assert not pending.read().finite
+    reading = pending.read(lambda: exact_norm(gradients([weight])))
+    assert reading.finite
+    assert reading.grad_norm == pytest.approx(3e38 * math.sqrt(2), rel=1e-6)
+
+
+def test_one_row_of_a_sparse_gradient_is_seen() -> None:
+    """A sparse gradient counts with duplicates added up."""
+    table = nn.Embedding(10, 2, sparse=True)
+    table(torch.tensor([3, 3, 5])).sum().backward()
+    (values,) = gradients([table.weight])
+    assert float(total_norm([values])) == pytest.approx(math.sqrt(2 * 4 + 2 * 1))
+
+
+def test_losses_are_unscaled_and_averaged() -> None:
+    """Micro-batch losses become their mean, without the GradScaler's factor."""
+    losses = [torch.tensor(8.0), torch.tensor([16.0])]
+    pending = pend(step=4, stream=1, losses=losses, loss_factor=1.0, values=[], loss_scale=torch.tensor(4.0))
+    assert pending is not None
+    reading = pending.read()
+    assert (reading.loss, reading.grad_norm, reading.loss_scale, reading.stream) == (6.0, None, 4.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "finite"),
+    [
+        ({"x": [torch.ones(2), (torch.tensor([1.0, math.nan]),)]}, False),
+        ([torch.ones(2), torch.ones(2, dtype=torch.int64)], True),
+        ((torch.ones(2, dtype=torch.int64), "text"), None),
+    ],
+)
+def test_nested_batches(batch: object, finite: bool | None) -> None:
+    """Floating tensors anywhere in a batch are looked at; a batch without any says nothing."""
+    assert batch_finite(batch) is finite
+
+
+# batch scope
+
+
+def test_a_batch_leaves_nothing_behind() -> None:
+    """Batch-norm statistics, counters, and large buffers that turn out to change are put back bit by bit."""
+    net = Net()
+    net.register_buffer("large", torch.zeros(100_000))
+    scope = BatchScope(net)
+    scope.open()
+    net.large[0] = 1.0  # seen to change: copied from the next batch on
+    scope.open()
+    before = copied(dict(net.named_buffers()))
+    net(torch.randn(6, 4))
+    net.large[1] = math.nan
+    scope.undo()
+    assert same_bits(dict(net.named_buffers()), before)
