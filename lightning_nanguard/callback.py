@@ -379,8 +379,11 @@ class _Run:
     def batch_finite(self) -> bool | None:
         return None if self.batch is None else batch_finite(self.batch)
 
+    def comparable(self) -> bool:
+        return bool(self._module.automatic_optimization)
+
     def probe(self) -> float | None:
-        if not self._module.automatic_optimization or self.batch is None:
+        if not self.comparable() or self.batch is None:
             return None
         trace = self._make_scope()
         trace.open()
@@ -397,7 +400,7 @@ class _Run:
 
     def train_once(self) -> float | None:
         optimizers = self.guard.learner.optimizers
-        if not self._module.automatic_optimization or self.batch is None or len(optimizers) != 1:
+        if not self.comparable() or self.batch is None or len(optimizers) != 1:
             return None
         if isinstance(optimizers[0], LBFGS) or self._trainer.world_size > 1:
             return None

@@ -233,7 +233,7 @@ class GradientSpike(Detector):
     def check(self, reading: Reading) -> Fault | None:
         """The fault of this reading, or ``None``."""
         norm = reading.grad_norm
-        if norm is None or not norm > self._limit:
+        if norm is None or not reading.finite or not norm > self._limit:
             return None
         # The cached limit may be a few steps old: decide on the window as it is now.
         limit = self._find_limit()

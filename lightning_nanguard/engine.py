@@ -16,18 +16,19 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, final
 
 import torch
 from torch import Tensor
+from torch.optim import LBFGS
 
 from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.blocking import Blocker, unscales_itself
 from lightning_nanguard.clipping import Clipper
-from lightning_nanguard.detectors import Detector
+from lightning_nanguard.detectors import Detector, NonFinite
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.events import Fault, Intervention, Plan, Reading, Scale, Skip, Stop
 from lightning_nanguard.investigate import Investigator, Witness, matrix_norms
@@ -167,6 +168,7 @@ class Guard:
         self._updated = False
         self._losses: list[Tensor] = []
         self._readings: list[Reading] = []
+        self._measured: Counter[int] = Counter()
         self._found: _Found | None = None
         self._acting_on: _Found | None = None
         self._restored: Snapshot | None = None
@@ -249,6 +251,7 @@ class Guard:
         finally:
             self._open = self._updated = False
             self._readings = []
+            self._measured.clear()
             self._blocker.blocked.clear()
 
     def report(self, fault: Fault) -> None:
@@ -268,6 +271,7 @@ class Guard:
 
     def _measure(self, stream: int) -> PendingReading | None:
         self._step += 1
+        self._measured[stream] += 1
         return pend(
             step=self._step,
             stream=stream,
@@ -326,9 +330,14 @@ class Guard:
             self._detectors[reading.stream] = [copy.deepcopy(detector) for detector in self._prototypes]
             self._trends[reading.stream] = Trend()
         detectors = self._detectors[reading.stream]
+        # Further closures of one step (LBFGS) look at bad places on purpose, and are no history.
+        trial = stepping is not None and self._closures(stepping) > 1
+        if trial:
+            detectors = [detector for detector in detectors if isinstance(detector, NonFinite)]
         fault = next((fault for detector in detectors if (fault := detector.check(reading)) is not None), None)
         if fault is None:
-            self._accept(reading)
+            if not trial:
+                self._accept(reading)
             return
         late = self._settings.deferred
         if fault.place == "gradient" and not reading.finite and not late:
@@ -338,6 +347,9 @@ class Guard:
         suspicion = fault.scope == "learner" and not reading.scaler_skips
         if stepping is not None and not suspicion and not self._settings.observe and (not late or reached):
             self._blocker.block(stepping)
+
+    def _closures(self, stream: int) -> int:
+        return self._measured[stream] if isinstance(self.learner.optimizers[stream], LBFGS) else 1
 
     def _accept(self, reading: Reading) -> None:
         for detector in self._detectors[reading.stream]:
@@ -366,9 +378,7 @@ class Guard:
         )
         trend = self._trends.get(reading.stream) or Trend()
         at_hand = not self._settings.deferred
-        evidence = self._investigator.look_into(
-            fault, reading, trend, known, at_hand=at_hand, rates=self._rates
-        )
+        evidence = self._investigator.look_into(fault, reading, trend, known, at_hand=at_hand, rates=self._rates)
         plan, state = self._policy.decide(fault, evidence, self._policy_state)
         if plan:
             self._policy_state = state

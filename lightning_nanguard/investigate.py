@@ -24,6 +24,9 @@ class Witness(Protocol):
     def batch_finite(self) -> bool | None:
         """Whether the batch at hand is finite; ``None`` where it holds no floating numbers or is not at hand."""
 
+    def comparable(self) -> bool:
+        """Whether a batch can be run again at all."""
+
     def probe(self) -> float | None:
         """Loss of the batch at hand under the weights of now, leaving no trace; ``None`` where it cannot be had."""
 
@@ -87,6 +90,7 @@ class Investigator:
             undo=known.undo,
             corrupt=bad,
             batch_finite=batch_finite,
+            comparable=self._witness.comparable(),
             comparison=comparison,
             first=trend.first if trend.first is not None else 0.0,
             scale=trend.scale(),

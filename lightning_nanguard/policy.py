@@ -49,6 +49,7 @@ class Evidence:
         bad_in_a_row: Faulty updates in a row, this one included.
         corrupt: Name of the first tensor of the learner that is not finite and was at the start; ``None`` if all are.
         batch_finite: Whether every floating number in the batch is finite; ``None`` where it was not looked at.
+        comparable: Whether a batch could be run again at all (automatic optimization).
         comparison: Loss of the batch under the weights of now and of the snapshot; ``None`` where it cannot be had.
         first: The untrained model's loss.
         scale: The loss's own scale.
@@ -71,6 +72,7 @@ class Evidence:
     bad_in_a_row: int = 1
     corrupt: str | None = None
     batch_finite: bool | None = None
+    comparable: bool = True
     comparison: Comparison | None = None
     first: float = 0.0
     scale: float = 1.0
@@ -217,8 +219,10 @@ class Policy:
     def _confirm(self, fault: Fault, evidence: Evidence) -> Scope | None:
         if fault.kind == "stuck_loss":
             # A hard task looks the same in the loss: only the weights tell a ruined learner from it.
-            return "learner" if self._ruined(fault, evidence) else None
+            return "learner" if evidence.comparable and self._ruined(fault, evidence) else None
         comparison = evidence.comparison
+        if comparison is None and fault.kind == "collapsed" and not evidence.comparable:
+            return None  # several losses that work against each other rise and fall by design
         if comparison is None or fault.kind == "loss_scale_collapse":
             return "learner"
         if comparison.worse(0.1 * evidence.scale, sane=self._sane(evidence)):
@@ -289,7 +293,7 @@ class Policy:
             rates = [rate for rate in (evidence.lr, evidence.highest_lr) if rate is not None]
             rate = max(rates, default=math.inf)
             bad = min(state.bad_rate, rate)
-            proven = min(state.proven_rate, bad / 4)
+            proven = state.proven_rate if state.proven_rate <= bad / 4 else 0.0
             state = replace(state, bad_rate=bad, proven_rate=proven, given_back_at=evidence.healthy_steps)
         return self._count_restore(fault, evidence, state, tuple(steps))
 
@@ -382,7 +386,8 @@ def _proven_factor(factor: float, evidence: Evidence, state: PolicyState) -> flo
     if evidence.lr is None or evidence.lr <= 0:
         return 0.0
     highest = max(evidence.lr, evidence.highest_lr or 0.0)
-    return min(factor, min(state.proven_rate, highest / 4) / evidence.lr)
+    # Snapshots taken at about the rate that has just failed prove nothing.
+    return min(factor, state.proven_rate / evidence.lr) if state.proven_rate <= highest / 4 else 0.0
 
 
 def _within(state: PolicyState, oldest: int) -> PolicyState:

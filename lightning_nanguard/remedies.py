@@ -212,7 +212,8 @@ class ClipGradients(Remedy):
     """Turn gradient clipping on when gradients are what explodes.
 
     Args:
-        clip_val: Largest norm (or absolute value), or ``"auto"``: twice the median of the healthy norms seen.
+        clip_val: Largest norm (or absolute value), or ``"auto"``: twice the median of the healthy norms seen
+            (1.0 where none were seen and a first attempt did not help).
         algorithm: ``"norm"`` or ``"value"``.
         recover_after: Healthy updates after which clipping ends.
 
@@ -252,9 +253,10 @@ class ClipGradients(Remedy):
         if fault.kind not in self._kinds or (evidence.rate_rose and attempt == 0):
             return None
         if isinstance(self.clip_val, str):
-            if evidence.usual_norm is None or not evidence.usual_norm > 0:
-                return None
-            return Clip(2.0 * evidence.usual_norm, self.algorithm)
+            if evidence.usual_norm is not None and evidence.usual_norm > 0:
+                return Clip(2.0 * evidence.usual_norm, self.algorithm)
+            # Nothing was usual yet; once a first attempt did not help, the value most people start with.
+            return Clip(1.0, self.algorithm) if attempt > 0 else None
         return Clip(float(self.clip_val), self.algorithm)
 
     def apply(self, step: PlanStep, patient: Patient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterable
@@ -109,7 +110,7 @@ SHAPES: list[tuple[str, Callable[[int], float], str | None]] = [
     ("exploded at once", lambda step: 2.3 if step < 5 else 1e6 * (1 + step), "exploding_loss"),
     ("back at chance", lambda step: _falling(step) if step < 150 else 2.3, "collapsed"),
     ("never learned after a climb", lambda step: 2.3 if step == 0 else 15.0 if step < 10 else 2.31, "stuck_loss"),
-    ("a jump that falls again", lambda step: _falling(step) + 40 * math.exp(-max(0, step - 100) / 5) * (step > 100), None),
+    ("a jump that falls again", lambda step: _falling(step) + (40 * math.exp(-(step - 100) / 5) if step > 100 else 0), None),
     ("negative", lambda step: -step / 10, None),
     ("zero", lambda step: 0.0, None),
     ("harder data from the middle on", lambda step: _falling(step) + (0.9 if step > 100 else 0), None),
@@ -126,13 +127,14 @@ def test_shapes_of_a_loss(losses: Callable[[int], float], kind: str | None) -> N
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=30, deadline=None)
 def test_a_noisy_heavy_tailed_loss_that_learns_is_no_fault(seed: int) -> None:
-    """Student-like noise around a falling loss is no divergence."""
+    """Student-like noise around a falling loss is no divergence; at most it is looked into."""
     draw = random.Random(seed)
 
     def noise() -> float:
         return draw.gauss(0, 0.3) / math.sqrt(draw.gammavariate(1.5, 1 / 1.5) + 1e-3)
 
-    assert watch(DivergingLoss(), [2.3 * math.exp(-step / 50) + 0.3 * noise() for step in range(300)]) == []
+    found = watch(DivergingLoss(), [2.3 * math.exp(-step / 50) + 0.3 * noise() for step in range(300)])
+    assert {kind for _, kind in found} <= {"stuck_loss"}
 
 
 def test_a_dismissed_suspicion_is_not_raised_again_soon() -> None:
@@ -145,7 +147,7 @@ def test_a_dismissed_suspicion_is_not_raised_again_soon() -> None:
             raised.append(step)
             detector.dismiss(one)
         detector.accept(one)
-    gaps = [later - earlier for earlier, later in zip(raised, raised[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(raised)]
     assert gaps[:3] == [25, 50, 100]
 
 

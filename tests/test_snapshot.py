@@ -119,7 +119,7 @@ def test_memory_is_taken_over() -> None:
 
 def test_rates_are_the_clocks() -> None:
     """A rollback leaves learning rates, and what else schedulers write, as they are."""
-    net, optimizer, learner = made("sgd")
+    _, optimizer, learner = made("sgd")
     snapshot = capture(learner, step=0, global_step=0)
     optimizer.param_groups[0].update(lr=0.01, momentum=0.5)
     optimizer.param_groups[0]["counted"] = 3

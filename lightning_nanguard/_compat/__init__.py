@@ -1,1 +1,1 @@
-"""Private Lightning access, one file per concern; nothing else in the package touches what Lightning does not promise."""
+"""Private Lightning access, one file per concern: nothing else touches what Lightning does not promise."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -55,14 +55,14 @@ def plain_update(trainer: Any, optimizer: Optimizer, batch: Any, batch_idx: int)
 @contextmanager
 def same_randomness(device: torch.device) -> Iterator[None]:
     """Put every random stream back at the end: torch's on CPU and on the device, NumPy's and Python's."""
-    python, numpy_state = random.getstate(), numpy.random.get_state()
+    python, numpy_state = random.getstate(), np.random.get_state()
     devices = [device.index or 0] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         random.setstate(python)
-        numpy.random.set_state(numpy_state)
+        np.random.set_state(numpy_state)
 
 
 @contextmanager

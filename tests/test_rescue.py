@@ -1,0 +1,159 @@
+"""The rescue suite measures what it says it measures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.rescue import __main__ as command
+from benchmarks.rescue.cases import FAILING, HEALTHY, Case, form
+from benchmarks.rescue.contenders import CONTENDERS, Attempt
+from benchmarks.rescue.faults import BadLoss, BadWeight
+from benchmarks.rescue.measuring import FORMS, Job, jobs, judge, measure
+from benchmarks.rescue.models import TASKS
+from benchmarks.rescue.running import train
+
+WARNINGS = pytest.mark.filterwarnings("ignore")
+pytestmark = WARNINGS
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Runs are compared bit by bit on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def short(name: str, steps: int = 40) -> Case:
+    """A case of a form, cut short."""
+    return replace(FORMS[name].draw(3), steps=steps)
+
+
+def test_enough_forms():
+    """There are at least 80 failing and 60 healthy forms, no two of one name."""
+    assert len(FAILING) >= 80
+    assert len(HEALTHY) >= 60
+    assert len(FORMS) == len(FAILING) + len(HEALTHY)
+
+
+def test_every_family_and_optimizer_fails_somewhere():
+    """The failing forms cover the families, optimizers and precisions the suite promises."""
+    assert {"linear", "mlp", "cnn", "gru", "rnn", "transformer", "embedding", "autoencoder", "gan"} <= {
+        f.task for f in FAILING
+    }
+    assert {f.optimizer for f in FAILING} == {"sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad", "lbfgs"}
+    assert {"bf16", "fp16"} <= {f.options.get("precision") for f in FAILING}
+
+
+@pytest.mark.parametrize("chosen", [*FAILING, *HEALTHY], ids=lambda f: f.name)
+def test_a_draw_depends_on_its_seed_alone(chosen):
+    """The same seed gives an equal case, another seed another one; only a failing case has a fault."""
+    assert repr(chosen.draw(4)) == repr(chosen.draw(4))
+    assert chosen.draw(4).seed != chosen.draw(5).seed
+    assert (chosen.draw(4).fault is None) == (chosen.fault is None)
+    assert chosen.draw(4).twin.fault is None
+    assert chosen.task in TASKS
+
+
+def test_seed_sets_never_meet():
+    """No seed is used both to tune and to report."""
+    draws = [jobs(FAILING, HEALTHY, 300, command.FIRST_SEED[s] + 1000 * k, ["bare"]) for s, k in
+             (("tune", 0), ("tune", 499), ("report", 0))]  # fmt: skip
+    seeds = [{seed for job in batch for seed in job.seeds} for batch in draws]
+    assert not seeds[0] & seeds[1]
+    assert max(seeds[0] | seeds[1]) < min(seeds[2])
+
+
+@pytest.mark.parametrize(
+    "name", ["plain:mlp/adam", "precision:mlp/momentum/fp16", "dropout:dropout/adam", "plain:gan/adam"]
+)
+def test_a_run_repeats_bit_by_bit(name):
+    """Two trainings of a healthy case end in the same state, and another seed in another."""
+    case = short(name)
+    first = train(case)
+    assert first.error is None
+    assert first.digest == train(case).digest
+    assert first.digest != train(replace(case, seed=case.seed + 1)).digest
+
+
+def test_a_rewritten_random_state_is_seen():
+    """Bit-identity covers the random streams: a callback that draws one number is caught."""
+    import pytorch_lightning as pl
+
+    class Draws(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            torch.rand(())
+
+    case = short("plain:linear/sgd")
+    assert train(case).digest != train(case, [Draws()]).digest
+
+
+def test_bare_nan_is_not_rescued():
+    """One NaN loss leaves bare Lightning with NaN weights, and the judge says so; the skip rule saves that run."""
+    case = replace(form("x", "mlp/adam/steps120").draw(1), fault=BadLoss(float("nan"), 30))
+    twin = train(case.twin)
+    bare = judge(case, CONTENDERS["bare"].attempt(case), "bare", twin)
+    skip = judge(case, CONTENDERS["skip"].attempt(case), "skip", twin)
+    assert not bare.rescued and bare.poisoned
+    assert skip.rescued and skip.interventions == 1
+
+
+def test_twin_is_judged_rescued():
+    """The twin regains all of its own improvement."""
+    case = replace(form("x", "linear/sgd").draw(1), fault=BadWeight(float("nan"), 30))
+    twin = train(case.twin)
+    verdict = judge(case, Attempt(twin), "bare", twin)
+    assert verdict.rescued
+    assert verdict.regained == pytest.approx(1.0)
+
+
+def test_a_mask_is_no_poison():
+    """The −inf of a causal mask was there before fit, also in an averaged copy."""
+    run = train(short("average_nan:transformer/adamw/ema", 4).twin)
+    assert run.poisoned == ()
+
+
+def test_a_hopeless_run_wants_a_clear_error():
+    """A run that nothing can save counts for nobody who lets it pass in silence."""
+    result = measure(Job("all_nan:regression/sgd", (1,), ("bare", "skip")))
+    assert result.fails
+    assert not any(v.rescued for v in result.verdicts.values())
+
+
+def test_a_form_that_does_not_fail_is_set_aside():
+    """A draw that survives without help is no failing run."""
+    FORMS["tame"] = replace(form("tame", "linear/sgd/steps60"), fault=lambda room: BadLoss(1.0, 3))
+    try:
+        result = measure(Job("tame", (1, 2), ("bare",)))
+    finally:
+        del FORMS["tame"]
+    assert not result.fails
+    assert len(result.survivors) == 2
+
+
+def test_an_unknown_word_is_refused():
+    """A misspelt form fails when it is written, not when it runs."""
+    with pytest.raises(ValueError, match="'cosin' is no schedule"):
+        form("x", "mlp/adam/cosin")
+
+
+def test_the_command_writes_its_results(tmp_path, capsys):
+    """A small run through the command line prints the table and writes JSON without NaN, and the plot."""
+    output = tmp_path / "rescue.json"
+    arguments = ["--cases", "^(loss_nan|plain):linear/sgd$", "--draws", "1", "--jobs", "1", "--contenders", "bare,skip"]
+    assert command.main([*arguments, "--output", str(output), "--jsonl", str(tmp_path / "all.jsonl")]) == 0
+    written = json.loads(output.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    assert written["contenders"]["bare"]["share"] == 0
+    assert written["contenders"]["skip"]["share"] == 1
+    assert written["contenders"]["skip"]["healthy_identical"] == 1
+    assert output.with_suffix(".png").stat().st_size > 1000
+    assert "Failing runs" in capsys.readouterr().out

@@ -1,0 +1,429 @@
+"""A resumed run goes on as if it had not stopped; the guard's state is plain, and one guard may serve several fits."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import LearningRateMonitor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader
+
+from lightning_nanguard import (
+    Budget,
+    ClipGradients,
+    DivergingLoss,
+    GradientSpike,
+    NaNGuard,
+    NonFinite,
+    ReduceLR,
+    Rollback,
+    TrainingDivergedError,
+)
+from tests.helpers import (
+    FaultAt,
+    MemoryLogger,
+    Task,
+    batches,
+    copied,
+    differences,
+    fit,
+    learner_of,
+    state_of,
+    task,
+    trainer_for,
+    with_nan,
+    words,
+)
+from tests.modules import NaNWeight, Rates, bug
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+    pytest.mark.usefixtures("own_folder"),
+]
+
+PER_EPOCH = 12
+EPOCHS = 4
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records of a run without a logger's folder lie in the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+class Positioned(DataLoader[Any]):
+    """A loader that a checkpoint can put back to where it was, so that a resumed run sees the data it would have."""
+
+    def __init__(self) -> None:
+        super().__init__(batches(count=PER_EPOCH), batch_size=None)
+        self.at = 0
+
+    def __iter__(self) -> Any:
+        data = list(self.dataset)
+        start, self.at = self.at % PER_EPOCH, self.at % PER_EPOCH
+        for batch in data[start:]:
+            self.at += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+class SaveAt(Callback):
+    """Saves the whole run after so many updates, and ends it there on request."""
+
+    def __init__(self, step: int, path: Path, stop: bool = False) -> None:
+        self.step = step
+        self.path = path
+        self.stop = stop
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step == self.step and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = self.stop
+
+
+class BadSteps(Callback):
+    """Makes the loss of some updates NaN, told by ``global_step`` so that a resumed run counts on."""
+
+    def __init__(self, *steps: int, once: bool = True) -> None:
+        self.steps = set(steps)
+        self.once = once
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        pl_module.loss_factor = math.nan if trainer.global_step in self.steps else None
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Any) -> None:
+        if self.once:
+            pl_module.loss_factor = None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        pl_module.loss_factor = None
+
+
+def cosine_task() -> Task:
+    return task(optimizer=lambda p: AdamW(p, lr=0.01), scheduler=lambda o: CosineAnnealingLR(o, PER_EPOCH * EPOCHS))
+
+
+def guard_with(**options: Any) -> NaNGuard:
+    return NaNGuard(**{"snapshot_every_n_steps": 3, **options})
+
+
+def train(
+    guard: NaNGuard | None, *callbacks: Callback, resume: Path | None = None, epochs: int = EPOCHS, **options: Any
+) -> tuple[Trainer, Task, list[float], MemoryLogger]:
+    """Train a task on a cosine; gives the rates that the steps used as well."""
+    module = cosine_task()
+    rates = Rates()
+    trainer = trainer_for(None, guard, [*callbacks, rates, LearningRateMonitor("step")], max_epochs=epochs, **options)
+    trainer.limit_val_batches = 0
+    val = DataLoader(batches(count=1), batch_size=None)
+    trainer.fit(module, Positioned(), val, ckpt_path=resume)
+    assert isinstance(trainer.logger, MemoryLogger)
+    return trainer, module, rates.used, trainer.logger
+
+
+def guard_state(path: Path) -> dict[str, Any]:
+    content = torch.load(path, weights_only=True)
+    (state,) = (value for key, value in content["callbacks"].items() if "NaNGuard" in key)
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("stop_at", [16, PER_EPOCH, 2 * PER_EPOCH, 29], ids=["16", "epoch end", "two epochs", "29"])
+def test_resumed_run_equals_one_not_stopped(stop_at: int, tmp_path: Path) -> None:
+    """After a cut and clipping, a run that is stopped and resumed ends with the bits of one that is not stopped."""
+    faults = (7, 10)
+    whole = guard_with()
+    path = tmp_path / "mid.ckpt"
+    trainer, module, rates, logger = train(whole, BadSteps(*faults), SaveAt(stop_at, path))
+    assert whole.lr_multiplier < 1.0, list(whole.interventions)
+    again = guard_with()
+    trainer2, module2, rates2, logger2 = train(again, BadSteps(*faults), resume=path)
+    assert again.lr_multiplier == whole.lr_multiplier
+    assert rates2 == rates[-len(rates2) :]
+    shown = [row["lr-AdamW"] for _, row in logger.rows if "lr-AdamW" in row]
+    shown2 = [row["lr-AdamW"] for _, row in logger2.rows if "lr-AdamW" in row]
+    assert shown2 == shown[-len(shown2) :]
+    assert trainer2.global_step == trainer.global_step == PER_EPOCH * EPOCHS
+    assert differences(learner_of(trainer, module), learner_of(trainer2, module2)) == []
+
+
+@pytest.mark.parametrize("stop_at", [16, 2 * PER_EPOCH])
+def test_state_goes_on(stop_at: int, tmp_path: Path) -> None:
+    """Windows, counts, clipping and what the policy remembers are at the end what they are without the stop."""
+    ends = []
+    for resume in (None, tmp_path / "mid.ckpt"):
+        saves = [SaveAt(PER_EPOCH * EPOCHS, tmp_path / f"end{resume is None}.ckpt")]
+        if resume is None:
+            saves.append(SaveAt(stop_at, tmp_path / "mid.ckpt"))
+        guard = guard_with()
+        train(guard, BadSteps(7, 10), *saves, resume=resume)
+        ends.append(guard_state(saves[0].path))
+    assert differences(ends[0]["guard"], ends[1]["guard"]) == []
+
+
+def test_later_skip_after_resuming(tmp_path: Path) -> None:
+    """A bad batch after resuming is judged as it would have been: it is skipped, and the runs stay the same."""
+    path = tmp_path / "mid.ckpt"
+    whole = guard_with()
+    trainer, module, _, _ = train(whole, BadSteps(30, once=False), SaveAt(26, path))
+    again = guard_with()
+    trainer2, module2, _, _ = train(again, BadSteps(30, once=False), resume=path)
+    assert words(whole) == words(again) == [("skip",)]
+    assert differences(learner_of(trainer, module), learner_of(trainer2, module2)) == []
+
+
+def test_lost_weight_right_after_resuming(tmp_path: Path) -> None:
+    """A weight lost in the first steps after resuming comes back from the state that was loaded."""
+    path = tmp_path / "mid.ckpt"
+    train(guard_with(), SaveAt(16, path, stop=True))
+    again = guard_with()
+    train(again, NaNWeight(1), resume=path)
+    assert words(again) == [("restore",)]
+    assert again.interventions[0].snapshot_step == 16
+
+
+@bug("load_state_dict drops the count of interventions that state_dict saves")
+def test_counts_go_on(tmp_path: Path) -> None:
+    """The number of interventions that loggers are told goes on counting after resuming."""
+    path = tmp_path / "mid.ckpt"
+    train(guard_with(), BadSteps(7, 10), SaveAt(20, path))
+    _, _, _, logger = train(guard_with(), BadSteps(30, once=False), resume=path)
+    told = [row["nanguard/interventions"] for _, row in logger.rows if "nanguard/interventions" in row]
+    assert told == [3.0]
+
+
+def test_budget_goes_on(tmp_path: Path) -> None:
+    """Rollbacks before the stop count against the budget after it."""
+    path = tmp_path / "mid.ckpt"
+    budget = Budget(max_rollbacks=2)
+    train(guard_with(budget=budget), NaNWeight([7, 10]), SaveAt(20, path, stop=True))
+    with pytest.raises(TrainingDivergedError, match="the budget is used up"):
+        train(guard_with(budget=budget), NaNWeight([4]), resume=path)
+
+
+def test_clipping_goes_on(tmp_path: Path) -> None:
+    """Clipping that was turned on is on, at the same value, in the first step after resuming."""
+    path = tmp_path / "mid.ckpt"
+    seen: list[tuple[int, float | None]] = []
+
+    class Look(Callback):
+        def __init__(self, guard: NaNGuard) -> None:
+            self.guard = guard
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+            seen.append((trainer.global_step, self.guard.clip_val))
+
+    first, second = guard_with(), guard_with()
+    train(first, Look(first), BadSteps(7), SaveAt(16, path, stop=True))
+    before = seen[-1][1]
+    assert before is not None
+    seen.clear()
+    train(second, Look(second), resume=path)
+    assert seen[0] == (17, before)
+
+
+@pytest.mark.parametrize(
+    "detectors",
+    [[NonFinite()], [GradientSpike(window=30), NonFinite()], [DivergingLoss(patience=10)], []],
+    ids=["fewer", "another window and order", "another patience", "none"],
+)
+def test_changed_detectors(detectors: list[Any], tmp_path: Path) -> None:
+    """A run may be resumed with other detectors."""
+    path = tmp_path / "mid.ckpt"
+    train(guard_with(), BadSteps(7), SaveAt(16, path, stop=True))
+    trainer, *_ = train(guard_with(detectors=detectors), resume=path)
+    assert trainer.global_step == PER_EPOCH * EPOCHS
+
+
+def test_changed_remedies(tmp_path: Path) -> None:
+    """A run may be resumed with other remedies; what was cut stays cut."""
+    path = tmp_path / "mid.ckpt"
+    before = guard_with()
+    train(before, BadSteps(7, 10), SaveAt(16, path, stop=True))
+    after = guard_with(remedies=[Rollback(), ReduceLR(factor=0.1), ClipGradients(1.0)])
+    train(after, resume=path)
+    assert after.lr_multiplier == before.lr_multiplier < 1.0
+
+
+def test_checkpoint_without_a_guard(tmp_path: Path) -> None:
+    """A checkpoint of a run without the guard is resumed with one."""
+    path = tmp_path / "bare.ckpt"
+    train(None, SaveAt(16, path, stop=True))
+    guard = guard_with()
+    trainer, *_ = train(guard, resume=path)
+    assert trainer.global_step == PER_EPOCH * EPOCHS
+    assert list(guard.interventions) == []
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
+def test_guards_checkpoint_without_the_guard(tmp_path: Path) -> None:
+    """A checkpoint written beside the guard resumes without it, at the schedule's own rate."""
+    path = tmp_path / "mid.ckpt"
+    guard = guard_with()
+    train(guard, BadSteps(7, 10), SaveAt(16, path, stop=True))
+    assert guard.lr_multiplier < 1.0
+    trainer, _, rates, _ = train(None, resume=path)
+    assert trainer.global_step == PER_EPOCH * EPOCHS
+    assert rates[0] == pytest.approx(0.005 * (1 + math.cos(math.pi * 16 / (PER_EPOCH * EPOCHS))))
+
+
+# ---------------------------------------------------------------------------------------------------- the file
+
+
+def plain(value: Any) -> list[str]:
+    """Types in a nested state that a weights-only load does not take."""
+    if type(value) is dict:
+        return [t for k, v in value.items() for t in (*plain(k), *plain(v))]
+    if type(value) in (list, tuple, set):
+        return [t for v in value for t in plain(v)]
+    allowed = (str, int, float, bool, type(None), torch.Tensor)
+    return [] if type(value) in allowed else [type(value).__qualname__]
+
+
+def test_plain_containers(tmp_path: Path) -> None:
+    """The guard's state is made of plain containers, numbers and strings, whatever has happened."""
+    path = tmp_path / "mid.ckpt"
+    guard = guard_with()
+    train(guard, BadSteps(7, 10), NaNWeight(14), SaveAt(20, path, stop=True))
+    state = guard_state(path)
+    assert plain(state) == []
+    assert plain(guard.state_dict()) == []
+    assert state["guard"]["rate"]["multiplier"] == guard.lr_multiplier
+
+
+def test_healthy_checkpoint_is_small(tmp_path: Path) -> None:
+    """The guard adds histories, not copies of the weights."""
+    path = tmp_path / "mid.ckpt"
+    train(guard_with(), SaveAt(40, path, stop=True))
+
+    def tensors(value: Any) -> int:
+        if isinstance(value, dict):
+            return sum(map(tensors, value.values()))
+        if isinstance(value, (list, tuple)):
+            return sum(map(tensors, value))
+        return int(isinstance(value, torch.Tensor))
+
+    assert tensors(guard_state(path)) == 0
+
+
+def test_state_before_a_fit() -> None:
+    """A guard that has seen nothing has a state that can be given back to it."""
+    guard = NaNGuard()
+    guard.load_state_dict(guard.state_dict())
+    fit(task(), batches(), guard)
+    assert list(guard.interventions) == []
+
+
+def test_saved_after_the_fit(tmp_path: Path) -> None:
+    """A checkpoint saved once fit has ended resumes like one saved during it."""
+    guard = guard_with()
+    trainer, *_ = train(guard, BadSteps(7, 10), epochs=2)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    again = guard_with()
+    _, _, rates, _ = train(again, resume=tmp_path / "after.ckpt")
+    assert again.lr_multiplier == guard.lr_multiplier < 1.0
+    assert len(rates) == 2 * PER_EPOCH
+
+
+# ---------------------------------------------------------------------------------------------------- reuse
+
+
+def test_two_fits_with_one_guard() -> None:
+    """A second fit of another module with the same guard starts anew, as with a new guard."""
+    used = NaNGuard(snapshot_every_n_steps=3)
+    fit(cosine_task(), batches(count=24), used, callbacks=[FaultAt("flash", math.nan, (7, 10))])
+    assert used.lr_multiplier < 1.0
+    first = len(used.interventions)
+    second = fit(cosine_task(), batches(count=24), used)
+    fresh = fit(cosine_task(), batches(count=24), NaNGuard(snapshot_every_n_steps=3))
+    assert used.lr_multiplier == 1.0
+    assert len(used.interventions) == first
+    assert differences(state_of(second), state_of(fresh)) == []
+
+
+def test_a_fit_after_one_that_was_stopped() -> None:
+    """A guard and a monitor whose run ended in an error serve another fit, as new ones would."""
+    used = NaNGuard(snapshot_every_n_steps=3, budget=Budget(max_rollbacks=2))
+    monitor = LearningRateMonitor("step")
+    data = batches(count=24)
+    with pytest.raises(TrainingDivergedError, match="the budget is used up"):
+        fit(task(), data, used, callbacks=[FaultAt("flash", math.nan, (7, 10, 13)), monitor])
+    assert used.lr_multiplier < 1.0
+    second = fit(task(), data, used, callbacks=[monitor])
+    fresh = fit(task(), data, NaNGuard(), callbacks=[LearningRateMonitor("step")])
+    assert used.lr_multiplier == 1.0
+    assert differences(state_of(second), state_of(fresh)) == []
+
+
+def test_fit_again_with_the_same_trainer() -> None:
+    """A trainer that goes on with more epochs is guarded in them."""
+    guard = guard_with()
+    run = fit(task(), batches(count=12), guard)
+    data = batches(count=12)
+    data[5] = with_nan(data[5])
+    run.trainer.fit_loop.max_epochs = 2
+    run.trainer.fit(run.module, DataLoader(data, batch_size=None), DataLoader(data, batch_size=None))
+    assert words(guard) == [("skip",)]
+    assert run.trainer.global_step == 24
+    assert run.trainer.callbacks.count(guard) == 1
+
+
+def test_two_trainers() -> None:
+    """Two guards in two trainers know nothing of each other."""
+    one, other = NaNGuard(), NaNGuard()
+    data = batches(count=12)
+    fit(task(), [*data[:5], with_nan(data[5]), *data[6:]], one)
+    fit(task(), data, other)
+    assert words(one) == [("skip",)]
+    assert list(other.interventions) == []
+
+
+def test_detectors_given_to_two_guards() -> None:
+    """Detectors and remedies that two guards share keep no history between them."""
+    shared = [NonFinite(), GradientSpike(), DivergingLoss()]
+    remedies = [Rollback(), ReduceLR()]
+    first = NaNGuard(detectors=shared, remedies=remedies, snapshot_every_n_steps=3)
+    fit(task(), batches(count=30), first, callbacks=[FaultAt("flash", math.nan, (7, 10))])
+    assert all(detector.state_dict() == type(detector)().state_dict() for detector in shared)
+
+
+@pytest.mark.parametrize("entry", ["validate", "test", "predict"])
+def test_nothing_outside_fit(entry: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Validating, testing and predicting go on as without the guard, NaN or not."""
+
+    class Whole(Task):
+        def test_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.loss(batch, "test_loss")
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0])
+
+    data = batches(count=3)
+    data[1] = with_nan(data[1])
+    guard = NaNGuard()
+    module = Whole(task().net)
+    before = copied(dict(module.named_parameters()))
+    trainer = trainer_for(tmp_path, guard)
+    getattr(trainer, entry)(module, DataLoader(data, batch_size=None), verbose=False) if entry != "predict" else (
+        trainer.predict(module, DataLoader(data, batch_size=None))
+    )
+    assert list(guard.interventions) == []
+    assert differences(before, dict(module.named_parameters())) == []
+    assert list(tmp_path.rglob("*nanguard*")) == []
+    assert "NaNGuard" not in caplog.text
+    # And a fit afterwards is guarded.
+    fit(task(), data, guard)
+    assert words(guard) == [("skip",)]
