@@ -107,9 +107,7 @@ def test_a_proven_rate_is_given_back_quickly_and_a_failed_one_slowly() -> None:
     def waits(scheduled: float, multiplier: float) -> int:
         for healthy in range(1, 100_000):
             evidence = Evidence(step=healthy, healthy_steps=healthy, multiplier=multiplier)
-            plan, _ = policy.give_back(
-                evidence, state, scheduled_lr=scheduled, factor=0.5, after=1000, learning=True
-            )
+            plan, _ = policy.give_back(evidence, state, scheduled_lr=scheduled, factor=0.5, after=1000, learning=True)
             if plan:
                 return healthy
         return -1

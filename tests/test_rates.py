@@ -81,7 +81,7 @@ def right(optimizer: str) -> float:
 def test_a_rate_too_high_is_found_and_cut(optimizer: str, factor: int, since: int, tmp_path: object) -> None:
     """At 10 to 10,000 times the largest rate that converges, 90 % of the right rate's improvement is regained."""
     _, best, largest = OPTIMIZERS[optimizer]
-    guard = NaNGuard(dirpath=str(tmp_path))
+    guard = NaNGuard(dirpath=str(tmp_path), snapshot_every_n_steps=16)
     regained = improvement(optimizer, lambda step: best if step < since else factor * largest, guard)
     assert regained >= 0.9 * right(optimizer)
     assert guard.lr_multiplier < 1
@@ -91,7 +91,7 @@ def test_a_rate_too_high_is_found_and_cut(optimizer: str, factor: int, since: in
 def test_a_peak_in_the_schedule_is_survived_and_the_cut_given_back(optimizer: str, tmp_path: object) -> None:
     """After a peak 100 times too high has passed, the run is back at its schedule."""
     _, best, largest = OPTIMIZERS[optimizer]
-    guard = NaNGuard(dirpath=str(tmp_path))
+    guard = NaNGuard(dirpath=str(tmp_path), snapshot_every_n_steps=16)
     rate = lambda step: 100 * largest if 150 <= step < 170 else best  # noqa: E731
     regained = improvement(optimizer, rate, guard, steps=700)
     assert regained >= 0.9 * right(optimizer)
@@ -102,6 +102,6 @@ def test_a_peak_in_the_schedule_is_survived_and_the_cut_given_back(optimizer: st
 def test_the_right_rate_is_left_alone(optimizer: str, tmp_path: object) -> None:
     """A run at its best rate, and one at the largest that converges, see no intervention."""
     for rate in OPTIMIZERS[optimizer][1:]:
-        guard = NaNGuard(dirpath=str(tmp_path))
+        guard = NaNGuard(dirpath=str(tmp_path), snapshot_every_n_steps=16)
         assert improvement(optimizer, lambda step, rate=rate: rate, guard) > 0
         assert list(guard.interventions) == []

@@ -1,0 +1,100 @@
+"""What the documents say is run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lightning_nanguard
+from lightning_nanguard import NaNGuard
+from lightning_nanguard.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """Every fenced block of a language, with the name of its page."""
+    pattern = re.compile(rf"```{language}\n(.*?)```", re.DOTALL)
+    return [(page.name, code) for page in PAGES for code in pattern.findall(page.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("python"))
+def test_python_snippets_run(page: str, code: str) -> None:
+    """Every Python snippet runs as it stands."""
+    exec(compile(code, page, "exec"), {})
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("yaml"))
+def test_yaml_snippets_name_what_exists(page: str, code: str) -> None:
+    """Every class path in a YAML snippet can be made with the arguments beside it."""
+
+    def build(node: object) -> object:
+        if isinstance(node, list):
+            return [build(item) for item in node]
+        if isinstance(node, dict) and "class_path" in node:
+            name = node["class_path"].removeprefix("lightning_nanguard.")
+            arguments = {key: build(value) for key, value in node.get("init_args", {}).items()}
+            return getattr(lightning_nanguard, name)(**arguments)
+        return node
+
+    (guard,) = build(yaml.safe_load(code)["trainer"]["callbacks"])  # type: ignore[misc]
+    assert isinstance(guard, NaNGuard)
+
+
+def test_commands_in_the_documents_exist() -> None:
+    """Every make target the documents name is in the Makefile."""
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {target for page in PAGES for target in re.findall(r"\bmake ([a-z]+)\b", page.read_text(encoding="utf-8"))}
+    code = {"sure"}
+    assert named - code <= targets
+
+
+def test_links_lead_somewhere() -> None:
+    """Every relative link of a document points at a file."""
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_files_named_in_the_architecture_exist() -> None:
+    """Every module that the architecture's table names is there."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for name in set(re.findall(r"`([a-z_]+\.py)`", text)):
+        assert (ROOT / "lightning_nanguard" / name).exists(), name
+
+
+def test_every_public_name_is_there() -> None:
+    """What the package says it has can be had, and nothing else."""
+    for name in lightning_nanguard.__all__:
+        assert getattr(lightning_nanguard, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'NoSuchThing'"):
+        lightning_nanguard.NoSuchThing  # noqa: B018
+
+
+def test_explain_prints_every_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`nanguard explain` tells the records of a run in words, and says where it found none."""
+    from lightning_nanguard import Intervention
+    from lightning_nanguard.journal import JsonLines
+
+    sink = JsonLines(tmp_path / "version_0" / "nanguard" / "interventions.jsonl")
+    sink.write(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
+    sink.write(Intervention(9, 0, 9, "exploding_loss", "loss", ("restore", "scale"), 0.1, 0.05, 4))
+    assert main(["explain", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "step 7" in shown
+    assert "went back to step 4" in shown
+    (tmp_path / "empty").mkdir()
+    assert main(["explain", str(tmp_path / "empty")]) == 2
+    assert "no interventions.jsonl" in capsys.readouterr().err
+
+
+def test_the_command_is_installed() -> None:
+    """The console script answers."""
+    program = Path(sys.executable).with_name("nanguard")
+    assert subprocess.run([program, "--help"], capture_output=True, timeout=60, check=True).returncode == 0

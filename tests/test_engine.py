@@ -1,0 +1,233 @@
+"""The Guard in a plain loop, without a Trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_nanguard import Budget, Detector, Fault, Intervention, Reading, Remedy, TrainingDivergedError
+from lightning_nanguard.batch_scope import BatchScope
+from lightning_nanguard.detectors import default_detectors
+from lightning_nanguard.engine import Guard, Settings
+from lightning_nanguard.learner import Learner
+from lightning_nanguard.learning_rate import LearningRate
+from lightning_nanguard.policy import Policy
+from lightning_nanguard.remedies import default_remedies
+from lightning_nanguard.ring import Ring
+
+
+class Loop:
+    """The smallest loop there is: one linear layer, one optimizer."""
+
+    def __init__(
+        self,
+        *,
+        lr: float = 0.1,
+        detectors: tuple[Detector, ...] | None = None,
+        remedies: tuple[Remedy, ...] | None = None,
+        budget: Budget | None = None,
+        settings: Settings | None = None,
+        fused: bool = False,
+    ) -> None:
+        self.net = nn.Linear(3, 1)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=lr, momentum=0.5, fused=fused)
+        self.records: list[Intervention] = []
+        self.step = 0
+        self.batch: Tensor | None = None
+        remedies = default_remedies() if remedies is None else remedies
+        rate = LearningRate([self.optimizer])
+        rate.attach()
+        self.guard = Guard(
+            learner=Learner(self.net, [self.optimizer]),
+            rate=rate,
+            make_scope=lambda: BatchScope(self.net),
+            host=self,
+            detectors=default_detectors() if detectors is None else detectors,
+            remedies=remedies,
+            policy=Policy(remedies, budget or Budget()),
+            ring=Ring(),
+            settings=settings or Settings(snapshot_every=4),
+        )
+
+    def loss(self) -> Tensor:
+        assert self.batch is not None
+        return (self.net(self.batch) - self.batch.sum(1, keepdim=True)).square().mean()
+
+    def run(
+        self,
+        batches: int,
+        spoil: Callable[[int, Tensor], None] = lambda step, batch: None,
+        without: int | None = None,
+    ) -> None:
+        draw = torch.Generator().manual_seed(1)
+        if self.step == 0:
+            self.guard.start()
+        for number in range(batches):
+            self.batch = torch.randn(8, 3, generator=draw)
+            if number == without:
+                continue
+            spoil(self.step, self.batch)
+            self.guard.open_batch()
+            self.optimizer.zero_grad()
+            loss = self.loss()
+            self.guard.see_loss(loss)
+            loss.backward()
+            self.guard.before_step(0)
+            self.optimizer.step()
+            self.step += 1
+            self.guard.close_batch()
+        self.guard.flush()
+
+    def clock(self) -> tuple[int, int, int]:
+        return self.step, 0, self.step - 1
+
+    def micro_batches(self) -> int:
+        return 1
+
+    def batch_finite(self) -> bool | None:
+        return None if self.batch is None else bool(torch.isfinite(self.batch).all())
+
+    def comparable(self) -> bool:
+        return True
+
+    def probe(self) -> float | None:
+        with torch.no_grad():
+            return float(self.loss())
+
+    def train_once(self) -> float | None:
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def record(self, intervention: Intervention) -> None:
+        self.records.append(intervention)
+
+    def finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.net.parameters())
+
+
+def nan_at(*steps: int) -> Callable[[int, Tensor], None]:
+    def spoil(step: int, batch: Tensor) -> None:
+        if step in steps:
+            batch[0, 0] = math.nan
+
+    return spoil
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["step", "deferred"])
+def test_a_bad_batch_leaves_finite_weights(deferred: bool) -> None:
+    """In step readback the batch is skipped, in deferred readback undone within two steps."""
+    loop = Loop(settings=Settings(snapshot_every=4, deferred=deferred))
+    loop.run(30, nan_at(12))
+    assert loop.finite()
+    (record,) = loop.records
+    assert record.remedies == (("restore",) if deferred else ("skip",))
+    assert record.global_step <= 13 + 2 * deferred
+    assert loop.guard.rate.multiplier == 1.0
+    assert loop.probe() is not None
+
+
+@pytest.mark.parametrize(("deferred", "fused"), [(False, False), (False, True), (True, True)])
+def test_a_skip_is_bitwise(deferred: bool, fused: bool) -> None:
+    """Skipped before the step, or on the device by a fused optimizer, the batch might as well not have been there."""
+    ends = []
+    for spoil, without in ((nan_at(12), None), (nan_at(), 12)):
+        torch.manual_seed(0)
+        loop = Loop(settings=Settings(snapshot_every=4, deferred=deferred), fused=fused)
+        loop.run(30, spoil, without)
+        moments = [entry["momentum_buffer"] for entry in loop.optimizer.state.values()]
+        ends.append([*loop.net.parameters(), *moments])
+        assert [record.remedies for record in loop.records] == ([] if without else [("skip",)])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
+def test_the_first_batch_may_be_bad() -> None:
+    """A bad first batch is skipped, and the run starts with the second."""
+    loop = Loop()
+    loop.run(20, nan_at(0))
+    assert loop.finite()
+    assert [record.remedies for record in loop.records] == [("skip",)]
+
+
+def test_a_run_that_never_was_good_ends_soon() -> None:
+    """All batches bad from the first: an error that says so, within a bounded number of steps."""
+    loop = Loop(budget=Budget(max_bad_batches=12))
+    with pytest.raises(TrainingDivergedError, match="no update was ever good: the first 12 were all bad"):
+        loop.run(100, nan_at(*range(100)))
+    assert loop.step == 12
+
+
+def test_non_finite_weights_at_the_start_are_named() -> None:
+    """A guard does not start from NaN."""
+    loop = Loop()
+    with torch.no_grad():
+        loop.net.bias[0] = math.nan
+    with pytest.raises(TrainingDivergedError, match="parameter bias holds NaN or Inf before the first update"):
+        loop.run(1)
+
+
+def test_a_weight_that_goes_bad_by_itself_is_put_back() -> None:
+    """Only the state is restored: the rate stays."""
+    loop = Loop()
+    loop.run(20)
+    with torch.no_grad():
+        loop.net.weight[0, 1] = math.inf
+    loop.run(20)
+    assert loop.finite()
+    assert [record.remedies for record in loop.records] == [("restore",)]
+    assert loop.records[0].place == "parameter weight"
+    assert loop.records[0].cause == "corrupted_state"
+    assert loop.guard.rate.multiplier == 1.0
+
+
+def test_a_rate_far_too_high_is_cut_until_the_run_learns() -> None:
+    """A linear layer that diverges at its rate ends learning at a lower one."""
+    loop = Loop(lr=100.0)
+    loop.run(200)
+    assert loop.guard.rate.multiplier < 0.1
+    last = loop.probe()
+    assert last is not None
+    assert last < 0.01
+
+
+def test_a_users_detector_and_its_scope_route_the_remedy() -> None:
+    """What a detector of the user's calls a batch's fault is skipped."""
+
+    class Unlucky(Detector):
+        def check(self, reading: Reading) -> Fault | None:
+            return Fault("unlucky", "batch", "loss", reading.loss, "step 13") if reading.step == 13 else None
+
+    loop = Loop(detectors=(Unlucky(),))
+    loop.run(20)
+    assert [(record.fault, record.remedies) for record in loop.records] == [("unlucky", ("skip",))]
+
+
+def test_observing_changes_nothing() -> None:
+    """With observe=True a run ends as without a guard, and the records say what would have been done."""
+    bare, watched = [], []
+    for seen, settings in ((bare, None), (watched, Settings(snapshot_every=4, observe=True))):
+        torch.manual_seed(0)
+        loop = Loop(settings=settings)
+        if settings is None:
+            loop.guard.before_step = lambda stream: None  # type: ignore[method-assign]
+        loop.run(20, nan_at(15))
+        seen += [parameter.detach().clone() for parameter in loop.net.parameters()]
+        if settings is not None:
+            assert loop.records
+            assert not any(record.applied for record in loop.records)
+    assert all(torch.equal(one.isnan(), other.isnan()) for one, other in zip(bare, watched, strict=True))
+
+
+def test_a_resumed_guard_goes_on() -> None:
+    """Counts, budgets and windows survive a checkpoint."""
+    loop = Loop()
+    loop.run(40, nan_at(25))
+    other = Loop()
+    other.guard.load_state_dict(loop.guard.state_dict())
+    assert other.guard.state_dict() == loop.guard.state_dict()
