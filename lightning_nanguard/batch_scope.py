@@ -80,6 +80,10 @@ class BatchScope:
         self._undo = [other() for other in self._others]
         self._undo += [_remember(metric) for metric in self._metrics]
 
+    def before(self) -> dict[str, Tensor]:
+        """The buffers as they were before the batch, by name, as far as it may have touched them."""
+        return dict(self._saved)
+
     def undo(self) -> None:
         """Put back what the batch touched; may be called once for each :meth:`open`, or again."""
         buffers = dict(self._module.named_buffers())

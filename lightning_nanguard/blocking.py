@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import final
+from typing import Any, final
 
 from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_nanguard.learner import Learner, Path
 from lightning_nanguard.snapshot import Snapshot, capture, restore
@@ -21,8 +23,10 @@ def unscales_itself(optimizer: Optimizer) -> bool:
 class Blocker:
     """Blocks updates and puts back what an optimizer changes all the same.
 
-    Without gradients most optimizers do nothing. LBFGS has by then changed its state and the weights, between the
-    closures of the same step, and others count steps in their groups: for those a copy is kept.
+    Gradients are taken away at the last moment, behind clipping and the user's hooks, some of which fail without them.
+    Torch's own optimizers then do nothing, but for LBFGS, which has by then changed its state and the weights between
+    the closures of the same step. Others may count steps in their groups, or move weights all the same. For those a
+    copy is kept.
 
     Args:
         learner: Whose updates.
@@ -31,33 +35,40 @@ class Blocker:
     def __init__(self, learner: Learner) -> None:
         self._learner = learner
         self._before: dict[int, Snapshot] = {}
+        self._handles: list[RemovableHandle] = []
         self.blocked: set[int] = set()
+
+    def attach(self) -> None:
+        """Take a place before every optimizer's step; does nothing when it is taken already."""
+        if not self._handles:
+            self._handles = [
+                optimizer.register_step_pre_hook(partial(self._gate, index))
+                for index, optimizer in enumerate(self._learner.optimizers)
+            ]
+
+    def detach(self) -> None:
+        """Leave it again."""
+        while self._handles:
+            self._handles.pop().remove()
 
     def open(self) -> None:
         """A batch begins: copy what could not be put back later."""
         self.blocked.clear()
         for index, optimizer in enumerate(self._learner.optimizers):
             if isinstance(optimizer, LBFGS):
-                leaves = [*self._learner.weights(), *self._learner.optimizer_leaves(index)]
-                self._before[index] = capture(
-                    self._learner, step=0, global_step=0, leaves=leaves, reuse=self._before.get(index)
-                )
+                self._keep(index)
 
     def block(self, stream: int) -> None:
         """Keep the update that this optimizer is about to make from the weights."""
         optimizer = self._learner.optimizers[stream]
         self.blocked.add(stream)
         if stream not in self._before and not type(optimizer).__module__.startswith("torch.optim"):
-            leaves = [*self._learner.optimizer_leaves(stream)]
-            self._before[stream] = capture(self._learner, step=0, global_step=0, leaves=leaves)
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if self._learner.scaler is not None and unscales_itself(optimizer):
+            self._keep(stream)
+        if self._scaler_skips(optimizer):
             # This scaler insists on gradients, and skips the step by itself when it finds one that is not finite.
-            if parameters and parameters[0].grad is not None:
-                parameters[0].grad.fill_(math.inf)
-            return
-        for parameter in parameters:
-            parameter.grad = None
+            gradient = next((p.grad for p in self._parameters(stream) if p.grad is not None), None)
+            if gradient is not None:
+                gradient.fill_(math.inf)
 
     def undo(self) -> None:
         """Put back what the blocked optimizers changed without gradients."""
@@ -69,6 +80,41 @@ class Blocker:
             if not isinstance(self._learner.optimizers[stream], LBFGS):
                 del self._before[stream]
 
+    def _gate(
+        self, stream: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # In a closure, which is where Lightning runs forward and backward, the update is judged only now.
+        if kwargs.get("closure") is not None:
+            return args, {**kwargs, "closure": partial(self._behind, stream, kwargs["closure"])}
+        if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
+            return (args[0], partial(self._behind, stream, args[1]), *args[2:]), kwargs
+        self._drop_gradients(stream)
+        return None
+
+    def _behind(self, stream: int, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = closure(*args, **kwargs)
+        self._drop_gradients(stream)
+        return result
+
+    def _drop_gradients(self, stream: int) -> None:
+        if stream in self.blocked and not self._scaler_skips(self._learner.optimizers[stream]):
+            for parameter in self._parameters(stream):
+                parameter.grad = None
+
+    def _scaler_skips(self, optimizer: Optimizer) -> bool:
+        return self._learner.scaler is not None and unscales_itself(optimizer)
+
+    def _parameters(self, stream: int) -> list[Any]:
+        return [p for group in self._learner.optimizers[stream].param_groups for p in group["params"]]
+
+    def _keep(self, stream: int) -> None:
+        # Only its own weights: others may have made good steps since. Buffers are the batch scope's.
+        own = {id(parameter) for parameter in self._parameters(stream)}
+        weights = [(path, leaf) for path, leaf in self._learner.weights() if id(leaf) in own]
+        leaves = [*weights, *self._learner.optimizer_leaves(stream)]
+        reuse = self._before.get(stream)
+        self._before[stream] = capture(self._learner, step=0, global_step=0, leaves=leaves, reuse=reuse)
+
 
 def _is_of(stream: int, path: Path) -> bool:
-    return path[0] in ("parameter", "buffer") or (path[0] in ("optimizer", "group") and path[1] == stream)
+    return path[0] == "parameter" or (path[0] in ("optimizer", "group") and path[1] == stream)

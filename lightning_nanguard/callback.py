@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, final
@@ -91,15 +92,19 @@ class NaNGuard(GuardCallback):
         self._remedies = _instances("remedies", remedies, Remedy, default_remedies)
         executors(self._remedies)
         every = snapshot_every_n_steps
-        is_count = isinstance(every, int) and not isinstance(every, bool) and every >= 1
         require(
-            every == "auto" or is_count, self, "snapshot_every_n_steps", every, '"auto" or an integer of at least 1'
+            every == "auto" or _is_count(every),
+            self,
+            "snapshot_every_n_steps",
+            every,
+            '"auto" or an integer of at least 1',
         )
         devices = ("auto", "same", "cpu")
         require(snapshot_device in devices, self, "snapshot_device", snapshot_device, f"one of {devices}")
-        require(max_snapshots >= 1, self, "max_snapshots", max_snapshots, "an integer of at least 1")
+        require(_is_count(max_snapshots), self, "max_snapshots", max_snapshots, "an integer of at least 1")
         limit = max_snapshot_memory
-        require(limit is None or limit > 0, self, "max_snapshot_memory", limit, "a number of GiB above 0, or None")
+        is_size = isinstance(limit, (int, float)) and not isinstance(limit, bool) and limit > 0
+        require(limit is None or is_size, self, "max_snapshot_memory", limit, "a number of GiB above 0, or None")
         readbacks = ("auto", "step", "deferred")
         require(readback in readbacks, self, "readback", readback, f"one of {readbacks}")
         if budget is not None and not isinstance(budget, Budget):
@@ -120,6 +125,7 @@ class NaNGuard(GuardCallback):
         self._run: _Run | None = None
         self._last_state: dict[str, Any] = {}
         self._multiplier = 1.0
+        self._before: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
 
     # ------------------------------------------------------------------------------------------------ what users read
 
@@ -147,10 +153,10 @@ class NaNGuard(GuardCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the guard of this fit and look at the state before the first update."""
-        if not any(parameter.requires_grad for parameter in pl_module.parameters()) and not trainer.optimizers:
+        if not any(parameter.requires_grad for parameter in pl_module.parameters()):
             raise ValueError(
-                f"NaNGuard has nothing to guard: {type(pl_module).__name__} has no trainable parameter and no "
-                "optimizer. Set requires_grad on the parameters to train, or take the guard out of the callbacks."
+                f"NaNGuard has nothing to guard: {type(pl_module).__name__} has no trainable parameter. "
+                "Set requires_grad on the parameters to train, or take the guard out of the callbacks."
             )
         self._run = _Run(
             trainer,
@@ -167,6 +173,7 @@ class NaNGuard(GuardCallback):
             ),
             journal=Journal(self._sinks(trainer, pl_module)),
         )
+        self._before = (Counter(self._memory.faults), Counter(self._memory.remedies))
         if self._resumed is not None:
             self._run.guard.load_state_dict(self._resumed)
             self._resumed = None
@@ -176,6 +183,7 @@ class NaNGuard(GuardCallback):
         """Remember what the batch may touch."""
         run = self._running()
         run.batch, run.batch_idx = batch, batch_idx
+        run.window.append(batch)
         run.guard.open_batch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -199,6 +207,8 @@ class NaNGuard(GuardCallback):
         finally:
             run.in_batch = False
             run.batch = None
+            if not run.guard.in_window:
+                run.window.clear()
 
     def on_validation_batch_end(
         self,
@@ -218,6 +228,11 @@ class NaNGuard(GuardCallback):
         if self._run is not None and not trainer.sanity_checking:
             self._run.judge_validation()
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let no state that went bad into a checkpoint: what is in it are the live tensors, put back in place."""
+        if self._run is not None:
+            self._run.guard.check()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave a good state behind."""
         if self._run is None:
@@ -228,6 +243,7 @@ class NaNGuard(GuardCallback):
                 self._run.guard.flush()
             except TrainingDivergedError as error:
                 _logger.error("NaNGuard: while the run was ending: %s", error)
+        self._end()  # Lightning calls no teardown after an exception
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read what is still on its way."""
@@ -236,6 +252,9 @@ class NaNGuard(GuardCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say in one line what happened, and let go of the run."""
+        self._end()
+
+    def _end(self) -> None:
         run, self._run = self._run, None
         if run is None:
             return
@@ -245,8 +264,8 @@ class NaNGuard(GuardCallback):
             rank_zero_info(
                 summary(
                     run.guard.updates,
-                    self._memory.faults,
-                    self._memory.remedies,
+                    self._memory.faults - self._before[0],
+                    self._memory.remedies - self._before[1],
                     lr_multiplier=self._multiplier,
                     path=run.records,
                     observe=self._observe,
@@ -266,6 +285,7 @@ class NaNGuard(GuardCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Taken up when the fit starts: optimizers do not exist yet."""
         self._resumed = state_dict.get("guard")
+        self._memory.total = int(state_dict.get("interventions", 0))
 
     def _running(self) -> _Run:
         if self._run is None:
@@ -303,6 +323,7 @@ class _Run:
         self.rank_zero = trainer.is_global_zero
         self.records = next((sink.path for sink in journal.sinks if isinstance(sink, JsonLines)), None)
         self.batch: Any = None
+        self.window: list[Any] = []
         self.batch_idx = -1
         self.in_batch = False
         self._validation: tuple[Tensor, int] | None = None
@@ -351,7 +372,7 @@ class _Run:
         self.guard.ring.capacity = min(self.guard.ring.capacity, fitting)
 
     def close(self) -> None:
-        self.guard.rate.detach()
+        self.guard.close()
         if self._undo_monitors is not None:
             self._undo_monitors()
         self._journal.close()
@@ -377,7 +398,7 @@ class _Run:
         return self._trainer.accumulate_grad_batches if self._module.automatic_optimization else 1
 
     def batch_finite(self) -> bool | None:
-        return None if self.batch is None else batch_finite(self.batch)
+        return batch_finite([*self.window, self.batch])
 
     def comparable(self) -> bool:
         return bool(self._module.automatic_optimization)
@@ -492,6 +513,10 @@ class _Loggers(Sink):
 
     def close(self) -> None:
         pass
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _instances(name: str, given: Sequence[Any] | None, kind: type[Any], default: Callable[[], Any]) -> tuple[Any, ...]:

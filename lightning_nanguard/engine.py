@@ -85,13 +85,13 @@ class _Found:
     Attributes:
         fault: The fault.
         reading: The reading it was found in.
-        scope: What its batch may have touched.
+        scope: What its batch may have touched; ``None`` outside a batch.
         reached: Whether the bad update reached the weights.
     """
 
     fault: Fault
     reading: Reading
-    scope: BatchScope
+    scope: BatchScope | None
     reached: bool
 
 
@@ -169,9 +169,11 @@ class Guard:
         self._losses: list[Tensor] = []
         self._readings: list[Reading] = []
         self._measured: Counter[int] = Counter()
-        self._found: _Found | None = None
+        self._found: list[_Found] = []
         self._acting_on: _Found | None = None
         self._restored: Snapshot | None = None
+        # Parameters made by the first forward are missing from the start's snapshot until then.
+        self._lazy = False
 
     # ---------------------------------------------------------------------------------------- the order of a step
 
@@ -189,8 +191,14 @@ class Guard:
                 "was initialised, or at the checkpoint it came from, and start again."
             )
         self._investigator.allowed = allowances(self.learner.weights())
+        self._blocker.attach()
+        self._keep_start()
+
+    def _keep_start(self) -> None:
+        self._lazy = self.learner.lazy()
         if not self._investigator.initial_norms:
-            self._investigator.initial_norms = matrix_norms(parameters)
+            self._investigator.initial_norms = matrix_norms(self.learner.weights())
+        self.ring.certified.clear()
         self._capture()
         assert self.ring.pending is not None
         # The start is good once its first loss is.
@@ -214,14 +222,16 @@ class Guard:
         Args:
             stream: Index of the optimizer about to step.
         """
+        if self._lazy and not self.learner.lazy():
+            self._keep_start()
         pending = self._measure(stream)
         self._losses = []
         self._updated = True
         self._note_rate()
         if pending is None:
             return
-        if self._found is not None and not self._settings.observe:
-            # A fault of this batch is waiting to be acted on: nothing more reaches the weights before.
+        if self._found and self._settings.deferred and not self._settings.observe:
+            # The weights are bad already: nothing that comes of them is measured, or reaches them.
             self._blocker.block(stream)
             return
         if self._settings.deferred:
@@ -242,11 +252,15 @@ class Guard:
         if not self._updated:
             return  # within a window of accumulation
         self._drop_flags()
-        found, self._found = self._found, None
+        found, self._found = self._found, []
+        self._bad_in_a_row += any(one.fault.scope == "batch" for one in found)
+        self._restored = None
         try:
-            if found is not None:
-                self._handle(found)
-            elif self._readings:
+            for one in found:
+                self._handle(one)
+                if self._restored is not None:
+                    break  # what else was found belonged to the state just left
+            if self._readings and not found:
                 self._healthy()
         finally:
             self._open = self._updated = False
@@ -256,16 +270,28 @@ class Guard:
 
     def report(self, fault: Fault) -> None:
         """Take a fault that was found outside a step, such as in validation, and act at once."""
-        self._handle(_Found(fault, Reading(self._step, 0, None, None), self._scopes[0], reached=False))
+        self._handle(_Found(fault, Reading(self._step, 0, None, None), None, reached=False))
+
+    def check(self) -> None:
+        """Look at the state of now, and go back to the last good one if it is bad; before it is written, for one."""
+        self.flush()
+        bad = corrupt(self.learner.leaves(), self._investigator.allowed)
+        if bad is not None:
+            self.report(Fault("corrupted_state", "state", bad, None, f"{bad} is no longer finite"))
 
     def flush(self) -> None:
         """Read what is still on its way, and act on it."""
-        while self._queue and self._found is None:
+        while self._queue and not self._found:
             pending, scope = self._queue.popleft()
             self._detect(pending.read(), scope, None, reached=not pending.held_back)
-        found, self._found = self._found, None
-        if found is not None:
-            self._handle(found)
+        found, self._found = self._found, []
+        for one in found:
+            self._handle(one)
+
+    def close(self) -> None:
+        """Let go of the optimizers."""
+        self._blocker.detach()
+        self.rate.detach()
 
     # ---------------------------------------------------------------------------------------- measure
 
@@ -314,7 +340,7 @@ class Guard:
                 vars(optimizer).pop(name, None)
 
     def _read_arrived(self, stream: int) -> None:
-        while self._queue and self._found is None:
+        while self._queue and not self._found:
             pending, scope = self._queue[0]
             if pending.step > self._step - _MAX_DELAY and not pending.arrived():
                 return
@@ -342,9 +368,14 @@ class Guard:
         late = self._settings.deferred
         if fault.place == "gradient" and not reading.finite and not late:
             fault = replace(fault, place=self._bad_gradient(reading.stream))
-        self._found = _Found(fault, reading, scope, reached and fault.scope == "batch")
+        found = _Found(fault, reading, scope, reached and fault.scope == "batch")
         # A suspicion is no reason to block: its update is finite, and a restore would rewind it with the rest.
         suspicion = fault.scope == "learner" and not reading.scaler_skips
+        if self._settings.observe and not suspicion and not late:
+            self._bad_in_a_row += 1
+            self._handle(found)  # now, while the update that an acting guard would block has not been made
+            return
+        self._found.append(found)
         if stepping is not None and not suspicion and not self._settings.observe and (not late or reached):
             self._blocker.block(stepping)
 
@@ -367,8 +398,13 @@ class Guard:
 
     def _handle(self, found: _Found) -> None:
         fault, reading = found.fault, found.reading
-        if fault.scope == "batch":
-            self._bad_in_a_row += 1
+        before: Mapping[str, Tensor] = {}
+        # What the batch did to batch norm's statistics is undone with it, and is no state gone bad.
+        if fault.scope == "batch" and not found.reached and found.scope is not None:
+            if self._settings.observe:
+                before = found.scope.before()
+            else:
+                self._undo(found)
         known = Evidence(
             step=self._step,
             healthy_steps=self._healthy_steps,
@@ -378,7 +414,13 @@ class Guard:
         )
         trend = self._trends.get(reading.stream) or Trend()
         at_hand = not self._settings.deferred
-        evidence = self._investigator.look_into(fault, reading, trend, known, at_hand=at_hand, rates=self._rates)
+        evidence = self._investigator.look_into(
+            fault, reading, trend, known, at_hand=at_hand, before=before, rates=self._rates
+        )
+        if fault.kind == "non_finite_validation" and evidence.corrupt is None:
+            self._restored = None
+            self._record(fault, fault.place, (), self.rate.effective())  # the validation data, most likely
+            return
         plan, state = self._policy.decide(fault, evidence, self._policy_state)
         if plan:
             self._policy_state = state
@@ -450,8 +492,12 @@ class Guard:
     def skip(self) -> None:
         """Undo what the batch touched."""
         if self._acting_on is not None:
-            self._acting_on.scope.undo()
-        self._blocker.undo()
+            self._undo(self._acting_on)
+
+    def _undo(self, found: _Found) -> None:
+        if found.scope is not None:
+            found.scope.undo()
+            self._blocker.undo()
 
     def restore(self, depth: int) -> None:
         """Go back to a certified snapshot."""
@@ -550,7 +596,7 @@ class Guard:
             self.ring.drop_pending()
             message = f"{bad} is no longer finite, though every loss and gradient is"
             fault = Fault("corrupted_state", "state", bad, None, message)
-            self._handle(_Found(fault, self._readings[-1], self._scopes[0], reached=False))
+            self._handle(_Found(fault, self._readings[-1], None, reached=False))
             return
         trend = self._trends[self._readings[0].stream]
         pending.level = trend.level()
@@ -586,6 +632,11 @@ class Guard:
     def clip_val(self) -> float | None:
         """The clipping value in force, ``None`` without one."""
         return self._clipper.value
+
+    @property
+    def in_window(self) -> bool:
+        """Whether an update is being accumulated."""
+        return self._open
 
     @property
     def updates(self) -> int:

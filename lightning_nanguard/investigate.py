@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
 
 from lightning_nanguard.events import Fault, Reading
-from lightning_nanguard.learner import Learner, Path
+from lightning_nanguard.learner import Learner, Path, describe
 from lightning_nanguard.learning_rate import LearningRate
 from lightning_nanguard.policy import Comparison, Evidence
 from lightning_nanguard.ring import Ring
@@ -29,6 +29,10 @@ class Witness(Protocol):
 
     def probe(self) -> float | None:
         """Loss of the batch at hand under the weights of now, leaving no trace; ``None`` where it cannot be had."""
+
+
+# No update that is let through makes a weight this many times larger than all were a few snapshots ago.
+_JUMP = 1e4
 
 
 @final
@@ -60,6 +64,7 @@ class Investigator:
         known: Evidence,
         *,
         at_hand: bool,
+        before: Mapping[str, Tensor],
         rates: Iterable[tuple[int, float]] = (),
     ) -> Evidence:
         """Complete what the engine knows.
@@ -70,10 +75,13 @@ class Investigator:
             trend: History of its stream.
             known: The engine's own counts.
             at_hand: Whether the batch at hand is the faulty one.
+            before: Buffers as they were before the faulty batch, where it has not been undone.
             rates: Effective learning rate of the first group after each step at which it changed.
         """
         target = self.target(fault, trend.scale())
-        bad = corrupt(self._learner.leaves(), self.allowed)
+        leaves = self._learner.leaves()
+        untouched = ((path, before.get(path[1], leaf) if path[0] == "buffer" else leaf) for path, leaf in leaves)
+        bad = corrupt(untouched, self.allowed)
         batch_finite = self._witness.batch_finite() if at_hand else None
         effective = self._rate.effective()
         rate = effective[0] if effective else None
@@ -81,7 +89,7 @@ class Investigator:
         comparison = None
         # Where the answer is plain already, or would say nothing, the batch is not run again.
         if self._compare_allowed and target is not None and bad is None and batch_finite is not False:
-            comparison = self._compare(fault, reading, target, at_hand)
+            comparison = self._compare(fault, reading, target)
         return Evidence(
             step=known.step,
             healthy_steps=known.healthy_steps,
@@ -89,6 +97,7 @@ class Investigator:
             bad_in_a_row=known.bad_in_a_row,
             undo=known.undo,
             corrupt=bad,
+            jump=self._jump(target) if bad is None and target is not None else None,
             batch_finite=batch_finite,
             comparable=self._witness.comparable(),
             comparison=comparison,
@@ -117,16 +126,16 @@ class Investigator:
         limit = min(known, default=0.0) + 0.1 * scale
         return next((s for s in certified if s.level is None or s.level <= limit), certified[0])
 
-    def _compare(self, fault: Fault, reading: Reading, target: Snapshot, at_hand: bool) -> Comparison | None:
+    def _compare(self, fault: Fault, reading: Reading, target: Snapshot) -> Comparison | None:
         if fault.kind == "stuck_loss" or reading.loss is None:
             return None
-        # The update of a suspicion was made, so its reading is of older weights than those of now.
-        now = reading.loss if at_hand and fault.scope == "batch" else self._witness.probe()
+        # Measured anew, not taken from the reading: that may be of another micro-batch, or of older weights.
+        now = self._witness.probe()
         if now is None:
             return None
         try:
             mine = capture(self._learner, step=0, global_step=0, leaves=[*self._learner.weights()])
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             return None
         restore(self._learner, target, keep=_is_weight)
         try:
@@ -134,6 +143,15 @@ class Investigator:
         finally:
             restore(self._learner, mine, keep=_is_weight)
         return None if then is None else Comparison(now, then)
+
+    def _jump(self, target: Snapshot) -> str | None:
+        then = [leaf for path, leaf in target.leaves.items() if path[0] == "parameter" and leaf.is_floating_point()]
+        limit = _JUMP * max((float(leaf.abs().max()) for leaf in then if leaf.numel()), default=math.inf)
+        for path, leaf in self._learner.weights():
+            weight = path[0] == "parameter" and leaf.is_floating_point() and leaf.numel() > 0
+            if weight and float(leaf.detach().abs().max()) > max(limit, _JUMP):
+                return describe(path)
+        return None
 
     def _growth(self) -> float:
         now = matrix_norms(self._learner.weights())

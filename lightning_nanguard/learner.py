@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 Path = tuple[Any, ...]
 
 # Schedulers write these: they belong to the clock, and a rollback leaves them as they are.
-_CLOCK_KEYS = frozenset(
+CLOCK_KEYS = frozenset(
     {
         "params", "lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "weight_decay",
         "momentum", "base_momentum", "max_momentum", "betas",
@@ -70,6 +70,10 @@ class Learner:
             if _ready(buffer):
                 yield ("buffer", name), buffer
 
+    def lazy(self) -> bool:
+        """Whether a parameter waits for the first forward to be made."""
+        return any(not _ready(parameter) for parameter in self.module.parameters())
+
     def parameter_names(self) -> dict[int, str]:
         """Identity of every parameter to its name; tied ones keep the first."""
         return {id(parameter): name for name, parameter in self.module.named_parameters()}
@@ -83,7 +87,7 @@ class Learner:
             yield from _leaves(("optimizer", index, name), entry)
         for number, group in enumerate(optimizer.param_groups):
             for key, value in group.items():
-                if key not in _CLOCK_KEYS:
+                if key not in CLOCK_KEYS:
                     yield ("group", index, number, key), value
 
     def leaves(self) -> Iterator[tuple[Path, Any]]:

@@ -48,6 +48,7 @@ class Evidence:
         healthy_since_restore: Updates accepted since the last restore; ``None`` without one.
         bad_in_a_row: Faulty updates in a row, this one included.
         corrupt: Name of the first tensor of the learner that is not finite and was at the start; ``None`` if all are.
+        jump: Name of a weight that is finite but far larger than any was in the snapshot; ``None`` if none is.
         batch_finite: Whether every floating number in the batch is finite; ``None`` where it was not looked at.
         comparable: Whether a batch could be run again at all (automatic optimization).
         comparison: Loss of the batch under the weights of now and of the snapshot; ``None`` where it cannot be had.
@@ -71,6 +72,7 @@ class Evidence:
     healthy_since_restore: int | None = None
     bad_in_a_row: int = 1
     corrupt: str | None = None
+    jump: str | None = None
     batch_finite: bool | None = None
     comparable: bool = True
     comparison: Comparison | None = None
@@ -203,6 +205,8 @@ class Policy:
             return "state"
         if evidence.corrupt is not None:
             return "learner" if evidence.climbing or evidence.rate_rose else "state"
+        if evidence.jump is not None and fault.scope == "batch":
+            return "learner" if self._learner_did_it(evidence) else "state"
         if fault.scope == "learner":
             return self._confirm(fault, evidence)
         if evidence.batch_finite is False:
@@ -210,6 +214,8 @@ class Policy:
         comparison = evidence.comparison
         if comparison is not None and comparison.worse(0.5 * evidence.scale, sane=self._sane(evidence)):
             return "learner" if self._learner_did_it(evidence) else "state"
+        if evidence.healthy_steps == 0:
+            return "batch"
         if evidence.bad_in_a_row >= self.patience and evidence.bad_in_a_row % self.patience == 0:
             # A stretch of bad batches under good weights is the data's fault, however long.
             data = comparison is not None and not comparison.then <= self._sane(evidence)

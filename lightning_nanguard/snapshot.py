@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nanguard.learner import Learner, Path, Scaler, describe
+from lightning_nanguard.learner import CLOCK_KEYS, Learner, Path, Scaler, describe
 from lightning_nanguard.measure import suspects
 
 
@@ -194,10 +194,11 @@ def _restore_optimizer(
         for key, value in entries.items():
             _put(state, key, value, pairs)
     for number, group in enumerate(optimizer.param_groups):
-        for key in list(group):
-            path = ("group", index, number, key)
-            if path in saved:
-                _put(group, key, saved[path], pairs)
+        known = {path[3]: value for path, value in saved.items() if path[:3] == ("group", index, number)}
+        for key in [key for key in group if known and key not in known and key not in CLOCK_KEYS]:
+            del group[key]
+        for key, value in known.items():
+            _put(group, key, value, pairs)
 
 
 def _put(owner: dict[Any, Any], key: Any, value: Any, pairs: list[tuple[Tensor, Tensor]]) -> None:

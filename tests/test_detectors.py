@@ -110,7 +110,7 @@ SHAPES: list[tuple[str, Callable[[int], float], str | None]] = [
     ("exploded at once", lambda step: 2.3 if step < 5 else 1e6 * (1 + step), "exploding_loss"),
     ("back at chance", lambda step: _falling(step) if step < 150 else 2.3, "collapsed"),
     ("never learned after a climb", lambda step: 2.3 if step == 0 else 15.0 if step < 10 else 2.31, "stuck_loss"),
-    ("a jump that falls again", lambda step: _falling(step) + (40 * math.exp(-(step - 100) / 5) if step > 100 else 0), None),
+    ("a jump that falls again", lambda step: _falling(step) + (step > 100) * 40 * math.exp((100 - step) / 5), None),
     ("negative", lambda step: -step / 10, None),
     ("zero", lambda step: 0.0, None),
     ("harder data from the middle on", lambda step: _falling(step) + (0.9 if step > 100 else 0), None),

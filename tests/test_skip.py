@@ -33,7 +33,6 @@ from tests.helpers import (
     task,
     with_nan,
 )
-from tests.known_bugs import known_bugs  # noqa: F401
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
 

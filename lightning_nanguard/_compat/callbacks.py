@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 _TUNERS = frozenset({"BatchSizeFinder", "LearningRateFinder"})
@@ -26,34 +28,53 @@ def put_first(trainer: Any, guard: Any) -> None:
 def averaged_copies(trainer: Any, module: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Copies of the module's weights that callbacks keep (EMA, SWA, WeightAveraging), by callback.
 
-    Lightning has no public name for them: whatever holds tensors of the same shapes as the module's parameters, under
-    the same names, is such a copy; anything else a callback keeps is left alone.
+    Lightning has no public name for them. A module, a dictionary or a list of tensors counts as a copy when it has the
+    shapes (and names) of all parameters of the module, or of a part that holds at least half of what is trained, or of
+    the trained ones among them; anything else a callback keeps is left alone.
     """
-    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    parts = list(_parts(module))
+    live = {id(parameter) for parameter in module.parameters()}
     found: dict[str, dict[str, Tensor]] = {}
     for index, callback in enumerate(trainer.callbacks):
         for attribute, value in vars(callback).items():
-            tensors = _copy_of(value, module, shapes)
-            if tensors:
+            tensors = _tensors_of(value)
+            # The live module under another name holds the very same tensors, and those are rewound already.
+            if tensors and not any(id(tensor) in live for tensor in tensors.values()) and _is_copy(tensors, parts):
                 found[f"{type(callback).__name__}.{attribute} ({index})"] = tensors
     return found
 
 
-def _copy_of(value: Any, module: nn.Module, shapes: Mapping[str, Any]) -> dict[str, Tensor]:
+def _parts(module: nn.Module) -> Iterator[dict[str, torch.Size]]:
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad and not _waits(p))
+    for part in module.modules():
+        own = {name: parameter for name, parameter in part.named_parameters() if not _waits(parameter)}
+        learning = {name: parameter for name, parameter in own.items() if parameter.requires_grad}
+        if own and 2 * sum(parameter.numel() for parameter in learning.values()) >= trained:
+            yield {name: parameter.shape for name, parameter in own.items()}
+            yield {name: parameter.shape for name, parameter in learning.items()}
+
+
+def _waits(parameter: Tensor) -> bool:
+    lazy: bool = is_lazy(parameter)
+    return lazy
+
+
+def _tensors_of(value: Any) -> dict[str, Tensor]:
     if isinstance(value, nn.Module):
-        if value is module or isinstance(value, Metric):
-            return {}
-        tensors: dict[str, Tensor] = {**dict(value.named_parameters()), **dict(value.named_buffers())}
-    elif isinstance(value, dict) and value and all(isinstance(item, Tensor) for item in value.values()):
-        tensors = value
+        return {} if isinstance(value, Metric) else dict([*value.named_parameters(), *value.named_buffers()])
+    if isinstance(value, dict):
+        named = {str(name): item for name, item in value.items()}
+    elif isinstance(value, (list, tuple)):
+        named = {f"#{number}": item for number, item in enumerate(value)}
     else:
         return {}
-    if not shapes:
-        return {}
-    trimmed = {str(name).removeprefix("module."): tensor for name, tensor in tensors.items()}
-    # The live module under another name holds the very same tensors, and those are rewound already.
-    live = {id(parameter) for parameter in module.parameters()}
-    if any(id(tensor) in live for tensor in tensors.values()):
-        return {}
-    shared = [name for name, shape in shapes.items() if name in trimmed and trimmed[name].shape == shape]
-    return {str(name): tensor for name, tensor in tensors.items()} if len(shared) == len(shapes) else {}
+    return named if all(isinstance(item, Tensor) for item in named.values()) else {}
+
+
+def _is_copy(tensors: dict[str, Tensor], parts: list[dict[str, torch.Size]]) -> bool:
+    if "#0" in tensors:
+        shapes = [tensor.shape for tensor in tensors.values()]
+        return any(shapes == list(part.values()) for part in parts)
+    # AveragedModel keeps its copy under "module".
+    named = {name.removeprefix("module."): tensor.shape for name, tensor in tensors.items()}
+    return any(all(named.get(name) == shape for name, shape in part.items()) for part in parts)

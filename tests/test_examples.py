@@ -1,0 +1,90 @@
+"""The examples do what the README promises, with either name of Lightning."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CHANCE = 0.2
+"""Ten classes: an accuracy below this is no more than guessing."""
+
+both_packages = pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
+
+
+def run_example(name: str, *args: str, package: str, cwd: Path) -> str:
+    """Output of an example run in an empty directory; the error's end is shown when it fails."""
+    if package == "lightning.pytorch":
+        pytest.importorskip("lightning")
+    path = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *args],
+        cwd=cwd,
+        env={**os.environ, "LIGHTNING_PACKAGE": package, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def records_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+@both_packages
+def test_demo(package: str, tmp_path: Path) -> None:
+    """Bare runs end at chance, guarded ones near the healthy run, each cured by the remedy that fits its fault."""
+    pytest.importorskip("rich")
+    out = run_example("demo.py", "--fast", "--json", "results.json", package=package, cwd=tmp_path)
+    results = {(r["run"], r["guarded"]): r for r in json.loads((tmp_path / "results.json").read_text())}
+
+    healthy = results.pop(("healthy", False))
+    assert healthy["accuracy"] > 0.9
+    assert len(results) == 4
+    for (run, guarded), result in results.items():
+        if not guarded:
+            assert result["accuracy"] < CHANCE, run
+            assert result["loss"] is None, run
+            continue
+        assert result["stopped"] is None, run
+        assert result["accuracy"] > healthy["accuracy"] - 0.05, run
+        assert result["interventions"] > 0, run
+        assert len(records_of(tmp_path / result["records"])) == result["interventions"], run
+        # Lines of the display are cut to its width, the path's own line is not.
+        assert result["records"] in out, run
+
+    too_fast, corrupt = (results[run, True] for run in ("rate 20 x too high", "3 corrupt images"))
+    assert too_fast["lr_lowest"] < too_fast["lr_before"]
+    assert corrupt["lr_lowest"] == corrupt["lr_before"], "a corrupt image is no reason to lower the rate"
+
+
+@pytest.mark.slow
+@both_packages
+def test_train_from_yaml(package: str, tmp_path: Path) -> None:
+    """The guard, its detectors and its remedies come from a YAML file by class path, under LightningCLI."""
+    pytest.importorskip("jsonargparse")
+    args = ("fit", "--config", str(EXAMPLES / "config.yaml"), "--trainer.enable_progress_bar=false")
+    guarded = run_example("train.py", *args, package=package, cwd=tmp_path)
+    assert held_out_accuracy(guarded) > 0.9
+    (journal,) = tmp_path.glob("example_logs/**/nanguard/interventions.jsonl")
+    assert records_of(journal)
+
+    bare = run_example("train.py", *args, "--trainer.callbacks=null", package=package, cwd=tmp_path)
+    assert held_out_accuracy(bare) < CHANCE
+
+
+def held_out_accuracy(output: str) -> float:
+    found = re.search(r"held-out accuracy ([\d.]+)", output)
+    assert found, output[-2000:]
+    return float(found[1])
