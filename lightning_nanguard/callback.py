@@ -137,7 +137,7 @@ class NaNGuard(GuardCallback):
     @property
     def lr_multiplier(self) -> float:
         """What the scheduled learning rates are multiplied by now."""
-        return self._run.guard.rate.multiplier if self._run is not None else self._multiplier
+        return self._run.guard.rate.ratio() if self._run is not None else self._multiplier
 
     @property
     def clip_val(self) -> float | None:
@@ -258,7 +258,7 @@ class NaNGuard(GuardCallback):
         run, self._run = self._run, None
         if run is None:
             return
-        self._multiplier = run.guard.rate.multiplier
+        self._multiplier = run.guard.rate.ratio()
         self._last_state = run.guard.state_dict()
         if run.rank_zero:
             rank_zero_info(
@@ -499,7 +499,7 @@ class _Loggers(Sink):
         count = float(self._callback._memory.total)
         values: dict[str, float] = {
             "nanguard/interventions": count,
-            "nanguard/lr_multiplier": run.guard.rate.multiplier,
+            "nanguard/lr_multiplier": run.guard.rate.ratio(),
         }
         norm, clip = run.guard.usual_norm(), run.guard.clip_val
         if norm is not None:

@@ -311,6 +311,7 @@ class DivergingLoss(Detector):
     """
 
     _short = 8
+    _lost = 12
     _cooldown = 25
     _longest_cooldown = 3200
     # A model that has not learned by then is hard, not ruined: ruin by a rate shows early.
@@ -381,28 +382,29 @@ class DivergingLoss(Detector):
 
     def _collapsed(self, loss: float, scale: float) -> Fault | None:
         assert self._first is not None
-        recent = self._losses.last(self.patience)
-        if len(recent) < self.patience:
-            return None
-        half = self.patience // 2
-        before, after = median(recent[:half]), median(recent[half:])
-        noise = spread(recent)
-        if after < before - 0.5 * noise / math.sqrt(half):
-            return None  # it is falling
-        level = median(recent)
         best = self._first if self._best is None else self._best
         learned = self._first - best
-        if learned > 0.3 * scale:
-            if level > best + 0.9 * learned and level > best + 4 * noise:
-                return Fault(
-                    "collapsed",
-                    "learner",
-                    "loss",
-                    level,
-                    f"the loss had come down from {self._first:.4g} to {best:.4g} and is back at {level:.4g}",
-                )
+        if learned <= 0.3 * scale or len(self._losses) < self._lost:
             return None
-        return None
+        recent = [*self._losses.last(self.patience - 1), loss]
+        noise = spread(recent) if len(recent) >= self._short else 0.0
+        # Above the untrained level at every one of some readings and not about to return, or settled near it.
+        last = recent[-self._lost :]
+        earlier, later = median(last[: self._lost // 2]), median(last[self._lost // 2 :])
+        above = len(last) == self._lost and min(last) > self._first - 0.1 * learned
+        gone = above and later - best > 0.7 * (earlier - best)
+        settled = len(recent) == self.patience and not _falling(recent, noise)
+        level = median(last if gone else recent)
+        back = settled and level > best + 0.6 * learned and level > best + 4 * noise
+        if not (gone or back):
+            return None
+        return Fault(
+            "collapsed",
+            "learner",
+            "loss",
+            level,
+            f"the loss had come down from {self._first:.4g} to {best:.4g} and is back at {level:.4g}",
+        )
 
     def _stuck(self, loss: float, scale: float) -> Fault | None:
         assert self._first is not None
@@ -488,6 +490,11 @@ class DivergingLoss(Detector):
         self._quiet_until = int(state["quiet_until"])
         self._pause = int(state["pause"])
         self._since = int(state["since"])
+
+
+def _falling(values: list[float], noise: float) -> bool:
+    half = len(values) // 2
+    return median(values[half:]) < median(values[:half]) - 0.5 * noise / math.sqrt(half)
 
 
 def default_detectors() -> tuple[Detector, ...]:

@@ -513,9 +513,13 @@ class Guard:
                 detector.rewind(snapshot.step)
         self._clear_gradients()
 
-    def scale(self, factor: float, min_lr: float) -> None:
-        """Multiply the learning rate."""
-        self.rate.set_multiplier(min(1.0, self.rate.multiplier * factor), min_lr=min_lr)
+    def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
+        """Multiply the learning rate, or with ``limit`` allow no larger one than results."""
+        rate = self.rate
+        if limit:
+            rate.set_multiplier(rate.multiplier, min_lr=min_lr, max_lr=rate.effective()[0] * factor)
+        else:
+            rate.set_multiplier(min(1.0, rate.multiplier * factor), min_lr=min_lr, max_lr=rate.max_lr)
 
     def clip(self, value: float, algorithm: Literal["norm", "value"]) -> None:
         """Clip from now on; ``inf`` ends it."""
@@ -531,9 +535,10 @@ class Guard:
         """Try a rate out from the state just gone back to."""
         if self._restored is None:
             return None
-        multiplier, min_lr = self.rate.multiplier, self.rate.min_lr
-        self.rate.set_multiplier(multiplier * factor)
+        multiplier, min_lr, max_lr = self.rate.multiplier, self.rate.min_lr, self.rate.max_lr
+        self.rate.set_multiplier(self.rate.ratio() * factor)
         losses: list[float] = []
+        self._blocker.blocked.clear()  # the faulty update is over, and rehearsed ones must be made
         try:
             for _ in range(updates):
                 loss = self._host.train_once()
@@ -545,7 +550,7 @@ class Guard:
             last = self._host.probe()
             return None if last is None else [*losses, last]
         finally:
-            self.rate.set_multiplier(multiplier, min_lr=min_lr)
+            self.rate.set_multiplier(multiplier, min_lr=min_lr, max_lr=max_lr)
             restore(self.learner, self._restored)
             self._clear_gradients()
 

@@ -30,8 +30,8 @@ _Group: TypeAlias = dict[str, Any]
 class LearningRate:
     """Scales the learning rate of every group of some optimizers, whatever sets that rate.
 
-    Attach it once; from then on :meth:`set_multiplier` may be called at any time. With a multiplier of 1.0 no group is
-    ever written to.
+    Attach it once; from then on :meth:`set_multiplier` may be called at any time. With a multiplier of 1.0 and no limit
+    no group is ever written to.
 
     Args:
         optimizers: The optimizers whose groups are scaled. Groups without an ``lr`` (or with ``None``) are left out
@@ -56,6 +56,7 @@ class LearningRate:
         self._optimizers = tuple(optimizers)
         self._multiplier = 1.0
         self._min_lr = 0.0
+        self._max_lr = math.inf
         self._scaled: dict[int, _Scaled] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -69,33 +70,45 @@ class LearningRate:
         """Floor of the effective rates; a group whose scheduled rate is lower keeps its scheduled rate."""
         return self._min_lr
 
-    def set_multiplier(self, value: float, *, min_lr: float = 0.0) -> None:
+    @property
+    def max_lr(self) -> float:
+        """Largest effective rate of the first group; where its rate would be larger, all are scaled down with it."""
+        return self._max_lr
+
+    def ratio(self) -> float:
+        """Effective over scheduled rate of the first group: what the scheduled rates are multiplied by just now."""
+        scheduled, effective = self.scheduled()[:1], self.effective()[:1]
+        return effective[0] / scheduled[0] if scheduled and scheduled[0] else self._multiplier
+
+    def set_multiplier(self, value: float, *, min_lr: float = 0.0, max_lr: float = math.inf) -> None:
         """Changes the multiplier, from the update on that is being prepared.
 
         Args:
             value: Positive and finite.
             min_lr: Floor of every group's effective rate; never raises one above its scheduled rate.
+            max_lr: Largest effective rate of the first group; all groups are scaled down in proportion.
 
         Raises:
             ValueError: If an argument is out of its range.
         """
-        _check(value, min_lr)
+        _check(value, min_lr, max_lr)
         applied = [optimizer for optimizer in self._optimizers if self._is_applied(optimizer)]
         self.withdraw()
-        self._multiplier, self._min_lr = float(value), float(min_lr)
+        self._multiplier, self._min_lr, self._max_lr = float(value), float(min_lr), float(max_lr)
         for optimizer in applied:
             self._apply(optimizer)
 
     def effective(self) -> list[float]:
         """What the next step will use, one rate per group over all optimizers; reads tensor rates to the host."""
-        return [float(self._scale(rate)) for rate in self._scheduled_rates()]
+        factor = self._factor()
+        return [float(self._scale(rate, factor)) for rate in self._scheduled_rates()]
 
     def first(self) -> float | None:
         """Effective rate of the first group, ``None`` where reading it would wait for a device."""
         rate = next(self._scheduled_rates(), None)
         if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu"):
             return None
-        return float(self._scale(rate))
+        return float(self._scale(rate, self._factor()))
 
     def scheduled(self) -> list[float]:
         """What the user's scheduler or configuration says, in the same order as :meth:`effective`."""
@@ -130,7 +143,7 @@ class LearningRate:
 
     def state_dict(self) -> dict[str, Any]:
         """The multiplier and its floor; the rates themselves are in the optimizers' own state, unscaled."""
-        return {"multiplier": self._multiplier, "min_lr": self._min_lr}
+        return {"multiplier": self._multiplier, "min_lr": self._min_lr, "max_lr": self._max_lr}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over what :meth:`state_dict` returned.
@@ -141,7 +154,9 @@ class LearningRate:
         missing = [key for key in ("multiplier", "min_lr") if key not in state_dict]
         if missing:
             raise ValueError(f"Expected argument `state_dict` to have {missing} but got {sorted(state_dict)}")
-        self.set_multiplier(state_dict["multiplier"], min_lr=state_dict["min_lr"])
+        self.set_multiplier(
+            state_dict["multiplier"], min_lr=state_dict["min_lr"], max_lr=state_dict.get("max_lr", math.inf)
+        )
 
     # The hooks
 
@@ -172,8 +187,9 @@ class LearningRate:
     # The groups
 
     def _apply(self, optimizer: Optimizer) -> None:
-        if self._multiplier == 1.0:
+        if not self._is_on():
             return
+        factor = self._factor()
         for group in optimizer.param_groups:
             rate = group.get("lr")
             if rate is None or self._find(group, rate) is not None:
@@ -182,10 +198,10 @@ class LearningRate:
                 # In place: the tensor is an input of compiled and captured steps.
                 with torch.no_grad():
                     scheduled = rate.clone()
-                    rate.copy_(self._scale(scheduled))
+                    rate.copy_(self._scale(scheduled, factor))
                 self._scaled[id(rate)] = _Scaled(optimizer, group, rate, scheduled, rate._version)
             else:
-                written = group["lr"] = self._scale(rate)
+                written = group["lr"] = self._scale(rate, factor)
                 self._scaled[id(group)] = _Scaled(optimizer, group, written, rate)
 
     def _withdraw(self, optimizer: Optimizer) -> None:
@@ -213,16 +229,26 @@ class LearningRate:
                     scaled = self._find(group, rate)
                     yield rate if scaled is None else scaled.scheduled
 
+    def _is_on(self) -> bool:
+        return self._multiplier != 1.0 or self._max_lr != math.inf
+
+    def _factor(self) -> float:
+        """What every scheduled rate is multiplied by; reads the first group's rate to the host where a limit is set."""
+        if self._max_lr == math.inf:
+            return self._multiplier
+        first = float(next(self._scheduled_rates(), 0.0))
+        return min(self._multiplier, self._max_lr / first) if first > 0 else self._multiplier
+
     @overload
-    def _scale(self, rate: Tensor) -> Tensor: ...
+    def _scale(self, rate: Tensor, factor: float) -> Tensor: ...
     @overload
-    def _scale(self, rate: float) -> float: ...
-    def _scale(self, rate: _Rate) -> _Rate:
-        if self._multiplier == 1.0:
+    def _scale(self, rate: float, factor: float) -> float: ...
+    def _scale(self, rate: _Rate, factor: float) -> _Rate:
+        if factor == 1.0:
             return rate
         if isinstance(rate, Tensor):
-            return torch.maximum(rate * self._multiplier, rate.clamp(max=self._min_lr))
-        return max(rate * self._multiplier, min(self._min_lr, rate))
+            return torch.maximum(rate * factor, rate.clamp(max=self._min_lr))
+        return max(rate * factor, min(self._min_lr, rate))
 
 
 @final
@@ -253,11 +279,13 @@ class _Scaled:
             self.group["lr"] = self.scheduled
 
 
-def _check(multiplier: float, min_lr: float) -> None:
+def _check(multiplier: float, min_lr: float, max_lr: float) -> None:
     if not _is_number(multiplier) or not 0 < multiplier < math.inf:
         raise ValueError(f"Expected argument `value` to be a positive, finite multiplier but got {multiplier!r}")
     if not _is_number(min_lr) or not 0 <= min_lr < math.inf:
         raise ValueError(f"Expected argument `min_lr` to be a finite number of at least 0 but got {min_lr!r}")
+    if not _is_number(max_lr) or not max_lr > 0:
+        raise ValueError(f"Expected argument `max_lr` to be a number above 0 but got {max_lr!r}")
 
 
 def _is_number(value: object) -> bool:

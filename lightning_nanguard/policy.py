@@ -214,8 +214,8 @@ class Policy:
         comparison = evidence.comparison
         if comparison is not None and comparison.worse(0.5 * evidence.scale, sane=self._sane(evidence)):
             return "learner" if self._learner_did_it(evidence) else "state"
-        if evidence.healthy_steps == 0:
-            return "batch"
+        if evidence.healthy_steps == 0 or evidence.healthy_since_restore == 0:
+            return "batch"  # the state is as good as any that is known
         if evidence.bad_in_a_row >= self.patience and evidence.bad_in_a_row % self.patience == 0:
             # A stretch of bad batches under good weights is the data's fault, however long.
             data = comparison is not None and not comparison.then <= self._sane(evidence)
@@ -282,7 +282,8 @@ class Policy:
                 if isinstance(proposal, Scale):
                     if attempt == 0 and self._peak_is_over(evidence, state):
                         continue
-                    proposal = replace(proposal, least=_proven_factor(proposal.factor, evidence, state))
+                    least = _proven_factor(proposal.factor, evidence, state)
+                    proposal = replace(proposal, least=least, limit=evidence.rate_rose)
                 steps.append(proposal)
         if any(isinstance(step, Stop) for step in steps):
             return tuple(steps), state

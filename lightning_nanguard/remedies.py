@@ -38,8 +38,8 @@ class Patient(Protocol):
     def restore(self, depth: int) -> None:
         """Put the learner back to the certified snapshot ``depth`` places behind the newest."""
 
-    def scale(self, factor: float, min_lr: float) -> None:
-        """Multiply the learning rate."""
+    def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
+        """Multiply the learning rate, or with ``limit`` allow no larger one than results."""
 
     def clip(self, value: float, algorithm: Literal["norm", "value"]) -> None:
         """Clip gradients from now on; ``inf`` ends it."""
@@ -163,7 +163,7 @@ class ReduceLR(Remedy):
         """Change the multiplier."""
         assert isinstance(step, Scale)
         found = rehearsed_cut(patient.rehearse, step.factor) if self.rehearse and step.factor < 1 else None
-        patient.scale(step.factor if found is None else max(found, step.least), step.min_lr)
+        patient.scale(step.factor if found is None else max(found, step.least), step.min_lr, limit=step.limit)
 
 
 # Share of the best gain that is enough.

@@ -40,7 +40,7 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("lost in a climb: the learner", BATCH, {"comparison": THE_LEARNER, "climbing": True}, (Restore(0), Clip(2.0))),
     ("a corrupt weight: the state", BATCH, {"corrupt": "parameter w"}, (Restore(0),)),
     ("a corrupt weight after a rise of the rate", EXPLODING, {"corrupt": "parameter w", "rate_rose": True},
-     (Restore(0), Scale(0.5))),
+     (Restore(0), Scale(0.5, limit=True))),
     ("corrupted state", CORRUPTED, {}, (Restore(0),)),
     ("a divergence", EXPLODING, {"comparison": Comparison(1e6, 0.5)}, (Restore(0), Scale(0.5))),
     ("a suspicion that is none: the data changed", EXPLODING, {"comparison": Comparison(9.0, 9.1)}, ()),

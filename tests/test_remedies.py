@@ -45,7 +45,7 @@ class Patient:
     def restore(self, depth: int) -> None:
         self.done.append(("restore", depth))
 
-    def scale(self, factor: float, min_lr: float) -> None:
+    def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
         self.done.append(("scale", factor, min_lr))
 
     def clip(self, value: float, algorithm: Literal["norm", "value"]) -> None:
