@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TEST_ARGS ?= -n 2
 
-.PHONY: demo test lint types clean
+.PHONY: demo test rescue lint types clean
 
 # Torch goes first and alone: what depends on it must find it in place and not choose another build.
 .venv/.stamp: requirements-dev.txt pyproject.toml
@@ -21,6 +21,10 @@ demo: .venv/.stamp
 
 test: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS)
+
+# Which failing runs are saved, and which healthy ones are left alone; FAST=1 takes a sixth of the forms.
+rescue: .venv/.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rescue $(if $(FAST),--fast)
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .

@@ -1,0 +1,124 @@
+"""``python -m benchmarks.rescue``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import re
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from . import report
+from .cases import FAILING, HEALTHY
+from .contenders import CONTENDERS
+from .measuring import Job, Result, jobs, measure, prepare
+
+FIRST_SEED = {"tune": 0, "report": 500_000}
+"""Where each set of seeds begins; ``--seed`` moves on by a thousand, so that the sets never meet."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, show, write."""
+    arguments = _parser().parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    chosen = [f for f in FAILING if re.search(arguments.cases, f.name)]
+    healthy = [f for f in HEALTHY if re.search(arguments.cases, f.name)]
+    if arguments.only == "failing":
+        healthy = []
+    elif arguments.only == "healthy":
+        chosen = []
+    if arguments.fast:
+        chosen, healthy = chosen[::6], healthy[::6]
+    if arguments.list:
+        for form in (*chosen, *healthy):
+            console.print(form.name, highlight=False)
+        console.print(f"{len(chosen)} failing forms, {len(healthy)} healthy ones")
+        return 0
+    draws = arguments.draws or (len(chosen) if arguments.fast else 300)
+    first = FIRST_SEED[arguments.seeds] + 1000 * arguments.seed
+    todo = jobs(chosen, healthy, draws, first, _contenders(arguments.contenders, console))
+    started = time.perf_counter()
+    results: list[Result] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("rescue", total=len(todo))
+        lines = arguments.jsonl.open("w") if arguments.jsonl else None
+        for result in _measured(todo, arguments.jobs):
+            results.append(result)
+            progress.advance(bar)
+            if lines:
+                lines.write(json.dumps(asdict(result)) + "\n")
+                lines.flush()
+    order = {(job.form, seed): i for i, job in enumerate(todo) for seed in job.seeds}
+    results.sort(key=lambda r: order[r.case.rpartition("#")[0], int(r.case.rpartition("#")[2])])
+    summary = report.summarise(results)
+    about = report.about(arguments.seeds, first, time.perf_counter() - started)
+    report.show(console, results, summary, about)
+    if arguments.show_failures:
+        report.show_failures(console, results)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps({"about": about, "contenders": summary,
+                                            "cases": [report.brief(r) for r in results]}, indent=1))  # fmt: skip
+    report.plot(results, summary, arguments.output.with_suffix(".png"))
+    console.print(f"{arguments.output} and {arguments.output.with_suffix('.png').name} written")
+    return 0
+
+
+def _measured(todo: list[Job], workers: int) -> Iterator[Result]:
+    if workers <= 1:
+        prepare()
+        yield from map(measure, todo)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), prepare) as pool:
+        for future in as_completed([pool.submit(measure, job) for job in todo]):
+            yield future.result()
+
+
+def _contenders(names: str, console: Console) -> list[str]:
+    wanted = [n for n in names.split(",") if n] or list(CONTENDERS)
+    unknown = set(wanted) - set(CONTENDERS)
+    if unknown:
+        sys.exit(f"no contender is named {', '.join(sorted(unknown))}; there are {', '.join(CONTENDERS)}")
+    if "nanguard" in wanted and not _has_guard():
+        console.print("NaNGuard cannot be imported yet: measuring the others", style="yellow")
+        wanted.remove("nanguard")
+    return wanted
+
+
+def _has_guard() -> bool:
+    if importlib.util.find_spec("lightning_nanguard") is None:
+        return False
+    import lightning_nanguard
+
+    return hasattr(lightning_nanguard, "NaNGuard")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks.rescue", description="Which failing runs are saved.")
+    parser.add_argument("--fast", action="store_true", help="every sixth form, once")
+    parser.add_argument("--seed", type=int, default=0, help="other draws of the same forms")
+    parser.add_argument("--seeds", choices=sorted(FIRST_SEED), default="report", help="set of seeds (default: report)")
+    parser.add_argument("--draws", type=int, default=0, help="failing runs (default: 300; with --fast one a form)")
+    parser.add_argument("--cases", default="", metavar="REGEX", help="only forms whose name matches")
+    parser.add_argument("--only", choices=("failing", "healthy"), help="leave the other kind out")
+    parser.add_argument("--contenders", default="", metavar="A,B", help=f"of {', '.join(CONTENDERS)}")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/rescue.json"), metavar="JSON")
+    parser.add_argument("--jsonl", type=Path, help="every verdict in full, a case a line")
+    parser.add_argument("--list", action="store_true", help="list the forms and stop")
+    parser.add_argument("--show-failures", action="store_true", help="say what became of what the guard did not save")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
