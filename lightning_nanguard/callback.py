@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -15,20 +16,28 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_nanguard._compat.callbacks import averaged_copies, put_first
 from lightning_nanguard._compat.packages import GuardCallback, LightningModule, Trainer, logged_at, rank_zero_info
-from lightning_nanguard._compat.precision import grad_scaler
-from lightning_nanguard._compat.probe import plain_update, quiet, run_training_step, same_randomness
+from lightning_nanguard._compat.precision import autocasts_to_half, grad_scaler
+from lightning_nanguard._compat.probe import (
+    loss_with_graph,
+    plain_update,
+    quiet,
+    run_training_step,
+    same_randomness,
+)
 from lightning_nanguard._compat.results import remember_running_means
 from lightning_nanguard._compat.schedulers import around_learning_rate_monitors
 from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.detectors import Detector, default_detectors, require
+from lightning_nanguard.diagnosis.clues import Look
+from lightning_nanguard.diagnosis.diagnostician import Diagnostician
 from lightning_nanguard.engine import Guard, Settings
 from lightning_nanguard.errors import TrainingDivergedError
-from lightning_nanguard.events import Fault, Intervention
+from lightning_nanguard.events import Fault, Finding, Intervention
 from lightning_nanguard.journal import Console, Journal, JsonLines, Memory, Sink, summary
 from lightning_nanguard.learner import Learner
 from lightning_nanguard.learning_rate import LearningRate
 from lightning_nanguard.measure import batch_finite
-from lightning_nanguard.policy import Budget, Policy
+from lightning_nanguard.policy import Budget, Evidence, Policy
 from lightning_nanguard.remedies import Remedy, default_remedies, executors
 from lightning_nanguard.ring import Ring
 
@@ -346,6 +355,13 @@ class _Run:
             ring=ring,
             settings=settings,
         )
+        self._diagnostician = Diagnostician(
+            module,
+            self._rerun,
+            self._untraced,
+            loss_scale=self._loss_scale,
+            low_precision=autocasts_to_half(trainer),
+        )
         self._undo_monitors: Callable[[], None] | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -435,6 +451,28 @@ class _Run:
             return None
         finally:
             trace.undo()
+
+    def diagnose(self, fault: Fault, evidence: Evidence, look: Look) -> Finding | None:
+        if look == "replay" and (not self.comparable() or self._trainer.world_size > 1):
+            look = "batch"  # forward passes of one rank alone would wait for the others
+        return self._diagnostician.diagnose(fault, evidence, self.window, look)
+
+    def _rerun(self, batch: Any, offset: int, full_precision: bool) -> Tensor | None:
+        return loss_with_graph(self._trainer, batch, self.batch_idx + offset, full_precision=full_precision)
+
+    @contextmanager
+    def _untraced(self) -> Iterator[None]:
+        trace = self._make_scope()
+        trace.open()
+        try:
+            with same_randomness(self._module.device), quiet(self._trainer), torch.enable_grad():
+                yield
+        finally:
+            trace.undo()
+
+    def _loss_scale(self) -> float | None:
+        scaler = grad_scaler(self._trainer)
+        return None if scaler is None else float(scaler.get_scale())
 
     def record(self, intervention: Intervention) -> None:
         self._journal.write(intervention)

@@ -208,13 +208,16 @@ class GradientSpike(Detector):
         threshold: Deviations (MAD, scaled) of the logarithm.
         ratio: Least ratio to the median.
         window: Accepted norms looked back at.
-        warmup: Accepted norms before the detector speaks.
+        warmup: Accepted norms before the detector speaks of anything less than 100,000 times the largest of them.
 
     Raises:
         ValueError: When an argument is out of its range.
     """
 
     _above_largest = 10.0
+    # During warm-up only what no beginning explains: far above all norms so far, and huge by itself.
+    _outlandish = 1e5
+    _huge = 1e6
     _refresh_every = 8
 
     def __init__(self, threshold: float = 12.0, ratio: float = 200.0, window: int = 128, warmup: int = 20) -> None:
@@ -257,14 +260,14 @@ class GradientSpike(Detector):
             return
         self._norms.append(reading.step, norm)
         self._stale += 1
-        if len(self._norms) >= self.warmup and (self._stale >= self._refresh_every or math.isinf(self._limit)):
+        if self._stale >= self._refresh_every or len(self._norms) <= self.warmup:
             self._limit = self._find_limit()
             self._stale = 0
 
     def _find_limit(self) -> float:
         norms = [norm for norm in self._norms.values() if norm > 0]
         if len(norms) < self.warmup:
-            return math.inf
+            return max(self._outlandish * max(norms), self._huge) if norms else math.inf
         logs = [math.log(norm) for norm in norms]
         # A floor for the deviation: norms that hardly vary must not make every wiggle a spike.
         by_deviation = median(logs) + self.threshold * max(spread(logs), 0.1)
@@ -342,22 +345,17 @@ class DivergingLoss(Detector):
         loss = reading.loss
         if loss is None or self._first is None or len(self._losses) < self.warmup or reading.step < self._quiet_until:
             return None
-        # The cheap questions first: a loss at its best is no divergence, and one that began at 0 has no scale.
-        best = self._first if self._best is None else self._best
-        if self._first == 0 or (loss <= best and best < self._first):
-            return None
+        # The cheap question first: a loss well below the untrained level, or nearer to its best than to that level, is
+        # none of the three; and one that began at 0 has no scale.
         scale = self._scale()
-        if loss < self._first - 0.1 * scale and loss < best + 4 * self._noise():
+        best = self._first if self._best is None else self._best
+        if self._first == 0 or loss < min(self._first - 0.3 * scale, 0.5 * (best + self._first)):
             return None
         return self._exploding(loss, scale) or self._collapsed(loss, scale) or self._stuck(loss, scale)
 
     def _scale(self) -> float:
         assert self._first is not None
         return max(abs(self._first), 1e-12)
-
-    def _noise(self) -> float:
-        values = self._losses.last(32)
-        return spread(values) if len(values) >= 8 else 0.0
 
     def _exploding(self, loss: float, scale: float) -> Fault | None:
         assert self._first is not None
@@ -395,7 +393,7 @@ class DivergingLoss(Detector):
         gone = above and later - best > 0.7 * (earlier - best)
         settled = len(recent) == self.patience and not _falling(recent, noise)
         level = median(last if gone else recent)
-        back = settled and level > best + 0.6 * learned and level > best + 4 * noise
+        back = settled and level > best + 0.75 * learned and level > best + 4 * noise
         if not (gone or back):
             return None
         return Fault(

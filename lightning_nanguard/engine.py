@@ -29,8 +29,9 @@ from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.blocking import Blocker, unscales_itself
 from lightning_nanguard.clipping import Clipper
 from lightning_nanguard.detectors import Detector, NonFinite
+from lightning_nanguard.diagnosis.clues import Look
 from lightning_nanguard.errors import TrainingDivergedError
-from lightning_nanguard.events import Fault, Intervention, Plan, Reading, Scale, Skip, Stop
+from lightning_nanguard.events import Fault, Finding, Intervention, Plan, Reading, Scale, Skip, Stop
 from lightning_nanguard.investigate import Investigator, Witness, matrix_norms
 from lightning_nanguard.learner import Learner
 from lightning_nanguard.learning_rate import LearningRate
@@ -38,7 +39,7 @@ from lightning_nanguard.measure import PendingReading, exact_norm, gradients, pe
 from lightning_nanguard.policy import Evidence, Policy, PolicyState
 from lightning_nanguard.remedies import ClipGradients, ReduceLR, Remedy, executors
 from lightning_nanguard.ring import Interval, Ring
-from lightning_nanguard.snapshot import Snapshot, allowances, capture, corrupt, restore
+from lightning_nanguard.snapshot import Snapshot, allowances, capture, corrupt, jumped, restore
 from lightning_nanguard.trend import Trend
 
 
@@ -56,6 +57,9 @@ class Host(Witness, Protocol):
 
         ``None`` where that cannot be done.
         """
+
+    def diagnose(self, fault: Fault, evidence: Evidence, look: Look) -> Finding | None:
+        """Why it happened, ``None`` where that was not found; it changes nothing."""
 
     def record(self, intervention: Intervention) -> None:
         """Keep what was done."""
@@ -99,6 +103,12 @@ class _Found:
 _MAX_DELAY = 2
 # A state that no detector objects to, though one is uneasy about it, is certified after this many readings.
 _CERTIFY_ANYWAY = 100
+
+# Healthy updates after which running statistics no longer come from their initial values, and growth from snapshot
+# to snapshot beyond which they cannot be right.
+_SETTLED = 100
+_FAR = 1e4
+_FAR_EARLY = 1e12
 
 _HEALTHY = Fault("healthy_stretch", "learner", "", None, "a long healthy stretch")
 _ADVICE = (
@@ -437,6 +447,8 @@ class Guard:
         before = self.rate.effective()
         stop = next((step for step in plan if isinstance(step, Stop)), None)
         self._acting_on, self._restored = found, None
+        # Now, while weights and batch are still those of the fault.
+        finding = self._host.diagnose(found.fault, evidence, self._look(found))
         if not self._settings.observe:
             if not any(isinstance(step, Skip) for step in plan):
                 self.skip()  # a restore, too, leaves nothing of the batch behind
@@ -446,26 +458,33 @@ class Guard:
                 self._executors[type(step)].apply(step, self)
         words = tuple(self._executors[type(step)].word for step in plan)
         place = evidence.corrupt if evidence.corrupt is not None else found.fault.place
-        self._record(found.fault, place, words, before, _cause(evidence))
+        self._record(found.fault, place, words, before, finding)
         if stop is not None and not self._settings.observe:
-            self._stop(found.fault, place, stop.reason)
+            self._stop(found.fault, place, stop.reason, finding)
         self._tried.append(f"{found.fault.kind}: {', '.join(words)}")
 
-    def _stop(self, fault: Fault, place: str, reason: str) -> None:
+    def _look(self, found: _Found) -> Look:
+        if found.scope is None or self._settings.deferred:
+            return "nothing"  # the batch at hand is not the faulty one
+        return "batch" if self._settings.observe else "replay"
+
+    def _stop(self, fault: Fault, place: str, reason: str, finding: Finding | None) -> None:
         global_step, epoch, batch_idx = self._host.clock()
         to = None if self._restored is None else self._restored.global_step
         good = "There is no good state to go back to." if to is None else f"The module holds the weights of step {to}."
         raise TrainingDivergedError(
             f"Training cannot go on: {reason}. Step {global_step} (epoch {epoch}, batch {batch_idx}): {fault.message} "
-            f"({fault.kind}, {place}). Tried before: {'; '.join(self._tried) or 'nothing'}. {good} {_ADVICE}",
+            f"({fault.kind}, {place}). {_why(finding)}Tried before: {'; '.join(self._tried) or 'nothing'}. "
+            f"{good} {_ADVICE}",
             fault=fault,
             reason=reason,
             tried=tuple(self._tried),
             snapshot_step=to,
+            finding=finding,
         )
 
     def _record(
-        self, fault: Fault, place: str, words: tuple[str, ...], before: list[float], cause: str | None = None
+        self, fault: Fault, place: str, words: tuple[str, ...], before: list[float], finding: Finding | None = None
     ) -> None:
         global_step, epoch, batch_idx = self._host.clock()
         after = self.rate.effective()
@@ -480,7 +499,8 @@ class Guard:
                 lr_before=before[0] if before else None,
                 lr_after=after[0] if after else None,
                 snapshot_step=None if self._restored is None else self._restored.global_step,
-                cause=cause,
+                cause=None if finding is None else finding.cause,
+                finding=finding,
                 message=fault.message,
                 value=fault.value,
                 applied=not self._settings.observe,
@@ -603,6 +623,16 @@ class Guard:
             fault = Fault("corrupted_state", "state", bad, None, message)
             self._handle(_Found(fault, self._readings[-1], None, reached=False))
             return
+        certified = self.ring.certified
+        if certified:
+            # A batch far out of range may pass through batch norm unseen, and leave its statistics useless.
+            times = _FAR if self._healthy_steps > _SETTLED else _FAR_EARLY
+            far = jumped(pending.leaves, certified[0].leaves, times)
+            if far is not None:
+                self.ring.drop_pending()
+                fault = Fault("implausible_state", "state", far, None, f"{far} is over {times:g} times what it was")
+                self._handle(_Found(fault, self._readings[-1], None, reached=False))
+                return
         trend = self._trends[self._readings[0].stream]
         pending.level = trend.level()
         self.ring.certify(margin=0.1 * trend.scale())
@@ -612,10 +642,11 @@ class Guard:
     def _give_back(self) -> None:
         reduce, clip = self._executors[ReduceLR.step], self._executors[ClipGradients.step]
         self._restored = None
-        before = self.rate.effective() if self.rate.multiplier < 1.0 else []
-        if before and isinstance(reduce, ReduceLR):
+        before = self.rate.effective() if self.rate.is_on() else []
+        ratio = self.rate.ratio() if before else 1.0
+        if ratio < 1.0 and isinstance(reduce, ReduceLR):
             plan, self._policy_state = self._policy.give_back(
-                Evidence(self._step, healthy_steps=self._healthy_steps, multiplier=self.rate.multiplier),
+                Evidence(self._step, healthy_steps=self._healthy_steps, multiplier=ratio),
                 self._policy_state,
                 scheduled_lr=self.rate.scheduled()[0],
                 factor=reduce.factor,
@@ -624,8 +655,16 @@ class Guard:
             )
             for step in plan:
                 if isinstance(step, Scale):
-                    self.scale(step.factor, reduce.min_lr)
+                    self._raise_rate(ratio * step.factor, step.factor, reduce.min_lr)
                     self._record(_HEALTHY, "", ("give back",), before)
+        self._end_clipping(clip)
+
+    def _raise_rate(self, ratio: float, factor: float, min_lr: float) -> None:
+        multiplier = min(1.0, self.rate.multiplier * factor)
+        limit = math.inf if ratio >= 1.0 else self.rate.max_lr * factor
+        self.rate.set_multiplier(multiplier, min_lr=min_lr, max_lr=limit)
+
+    def _end_clipping(self, clip: Remedy) -> None:
         healthy = self._healthy_steps - self._clipping_since
         if self._clipper.value is not None and isinstance(clip, ClipGradients) and healthy >= clip.recover_after:
             self.clip(math.inf, "norm")
@@ -696,8 +735,8 @@ class Guard:
                     detector.load_state_dict(histories[type(detector).__qualname__])
 
 
-def _cause(evidence: Evidence) -> str | None:
-    if evidence.batch_finite is False:
-        return "non_finite_input"
-    sudden = evidence.corrupt is not None and not evidence.undo and not evidence.climbing and not evidence.rate_rose
-    return "corrupted_state" if sudden else None
+def _why(finding: Finding | None) -> str:
+    if finding is None:
+        return ""
+    place = f" in {finding.place}" if finding.place else ""
+    return f"Most likely cause: {finding.cause}{place}: {finding.suggestion} "

@@ -187,7 +187,7 @@ class LearningRate:
     # The groups
 
     def _apply(self, optimizer: Optimizer) -> None:
-        if not self._is_on():
+        if not self.is_on():
             return
         factor = self._factor()
         for group in optimizer.param_groups:
@@ -229,7 +229,8 @@ class LearningRate:
                     scaled = self._find(group, rate)
                     yield rate if scaled is None else scaled.scheduled
 
-    def _is_on(self) -> bool:
+    def is_on(self) -> bool:
+        """Whether any rate may be scaled."""
         return self._multiplier != 1.0 or self._max_lr != math.inf
 
     def _factor(self) -> float:

@@ -167,7 +167,7 @@ class ReduceLR(Remedy):
 
 
 # Share of the best gain that is enough.
-_ENOUGH = 1 / 3
+_ENOUGH = 1 / 4
 
 
 def rehearsed_cut(
@@ -176,8 +176,8 @@ def rehearsed_cut(
     """The cut at which a batch's loss really falls.
 
     From ``largest`` down by a factor of four each, until a rate brings clearly less than a larger one did. Rates at the
-    edge of stability look best for a few updates and fail later: the one below the best is taken, where it brings at
-    least a third as much.
+    edge of stability look best for a few updates and fail later: the one below the best is taken where it brings at
+    least a quarter as much, else half of the best.
 
     Args:
         rehearse: Gives the losses of some updates at a cut.
@@ -204,7 +204,9 @@ def rehearsed_cut(
             below = cut if below is None else below
         elif best is not None:
             break
-    return best if below is None else below
+    if best is None:
+        return None
+    return 0.5 * best if below is None else below
 
 
 @final

@@ -89,12 +89,27 @@ def allowances(leaves: Iterable[tuple[Path, Any]]) -> dict[Path, Tensor]:
     }
 
 
+def jumped(now: Mapping[Path, Any], then: Mapping[Path, Any], factor: float) -> str | None:
+    """Name of the first buffer or averaged tensor whose largest element has grown ``factor`` times, above 1."""
+    for path, leaf in now.items():
+        before = then.get(path)
+        if path[0] not in ("buffer", "average") or not isinstance(leaf, Tensor) or not isinstance(before, Tensor):
+            continue
+        if leaf.is_floating_point() and 0 < leaf.numel() == before.numel():
+            largest, was = (float(tensor.abs().nan_to_num(posinf=0.0).max()) for tensor in (leaf, before))
+            if largest > factor * max(was, 1.0):
+                return describe(path)
+    return None
+
+
 def corrupt(leaves: Iterable[tuple[Path, Any]], allowed: Mapping[Path, Tensor]) -> str | None:
     """Name of the first tensor with a non-finite element that is not allowed, ``None`` when there is none."""
     flat = [(path, tensor) for path, leaf in leaves for tensor in _tensors(leaf)]
     for index in suspects([tensor for _, tensor in flat]):
         path, tensor = flat[index]
-        mask = allowed.get(path)
+        # An averaged copy holds the module's masks too, and may appear in mid-run.
+        own = ("buffer", path[2].removeprefix("module.")) if path[0] == "average" else path
+        mask = allowed.get(path, allowed.get(own))
         if mask is not None and mask.shape == tensor.shape:
             bad = ~torch.isfinite(tensor.detach())
             if not bool((bad & ~mask.to(bad.device)).any()):

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from lightning_nanguard import Budget, Detector, Fault, Intervention, Reading, Remedy, TrainingDivergedError
 from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.detectors import default_detectors
+from lightning_nanguard.diagnosis.clues import Clues, Look
+from lightning_nanguard.diagnosis.rules import diagnose
 from lightning_nanguard.engine import Guard, Settings
+from lightning_nanguard.events import Finding
 from lightning_nanguard.learner import Learner
 from lightning_nanguard.learning_rate import LearningRate
-from lightning_nanguard.policy import Policy
+from lightning_nanguard.policy import Evidence, Policy
 from lightning_nanguard.remedies import default_remedies
 from lightning_nanguard.ring import Ring
 
@@ -104,6 +107,9 @@ class Loop:
         loss.backward()
         self.optimizer.step()
         return float(loss.detach())
+
+    def diagnose(self, fault: Fault, evidence: Evidence, look: Look) -> Finding | None:
+        return diagnose(fault, evidence, Clues())
 
     def record(self, intervention: Intervention) -> None:
         self.records.append(intervention)

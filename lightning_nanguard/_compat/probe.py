@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,30 @@ def run_training_step(trainer: Any, batch: Any, batch_idx: int) -> Tensor | None
     """The loss of ``training_step``, in the trainer's precision, without backward; ``None`` where it gives none."""
     loss = _loss(trainer, batch, batch_idx)
     return None if loss is None else loss.detach()
+
+
+def loss_with_graph(trainer: Any, batch: Any, batch_idx: int, *, full_precision: bool = False) -> Tensor | None:
+    """The loss of ``training_step`` with its graph; ``None`` where it gives none.
+
+    Args:
+        trainer: The trainer.
+        batch: A batch.
+        batch_idx: Its index.
+        full_precision: Leave autocast out.
+    """
+    with _without_autocast(trainer) if full_precision else nullcontext():
+        return _loss(trainer, batch, batch_idx)
+
+
+@contextmanager
+def _without_autocast(trainer: Any) -> Iterator[None]:
+    plugin = trainer.precision_plugin
+    # On the instance: the plugin enters its own forward_context around training_step.
+    plugin.forward_context = nullcontext
+    try:
+        yield
+    finally:
+        del plugin.forward_context
 
 
 def plain_update(trainer: Any, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:

@@ -1,0 +1,187 @@
+"""Running a faulty batch again and looking on."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nanguard.diagnosis.batch import fields_of, target_fields
+from lightning_nanguard.diagnosis.clues import Clues, Origin
+from lightning_nanguard.diagnosis.watch import LIBRARIES, Modules, Watch, extent, key, non_finite, rows
+from lightning_nanguard.measure import all_finite, dense_values
+
+
+def replay(
+    clues: Clues,
+    batch: Any,
+    module: nn.Module,
+    step: Callable[[], Tensor | None],
+    *,
+    loss_scale: float | None = None,
+) -> Clues:
+    """Complete what ``look_at`` found with what a further run of the batch shows.
+
+    Args:
+        clues: What is known.
+        batch: The batch that ``step`` runs.
+        module: What is trained.
+        step: Runs the batch forward and gives the loss with its graph.
+        loss_scale: A GradScaler's scale, which the loss is multiplied with before its gradient is taken.
+    """
+    fields = dict(fields_of(batch))
+    size = next((len(t) for t in fields.values() if t.dim()), 0)
+    labels = {key(t): frozenset({"target"}) for name, t in fields.items() if name in target_fields(batch, fields)}
+    labels |= {key(p): frozenset({"weights"}) for p in module.parameters()}
+    with _kept(module), _eager(), Modules(module) as modules, _tracebacks():
+        watch = Watch(modules, labels, size)
+        with watch:
+            loss = step()
+        if loss is None:
+            return clues
+        value = float(loss.detach())
+        clues = replace(clues, replayed=True, loss=value, origin=watch.origin_of(loss))
+        if loss.grad_fn is None or loss.numel() != 1:
+            return clues
+        scaled = loss if loss_scale is None else loss * loss_scale
+        try:
+            found, gradients = _backward(scaled, module, modules, size)
+        except RuntimeError:
+            return clues  # some graphs, such as those of re-entrant checkpointing, give no gradient this way
+    norms = {name: _norm(gradient) / (loss_scale or 1.0) for name, gradient in gradients.items()}
+    finite = all(math.isfinite(norm) for norm in norms.values())
+    return replace(
+        clues,
+        origin=found if math.isfinite(value) and not finite else clues.origin,
+        gradient_finite=finite,
+        norm=math.sqrt(sum(norm**2 for norm in norms.values())) if norms else None,
+        norms=tuple(norms.items()),
+    )
+
+
+def finite_again(module: nn.Module, step: Callable[[], Tensor | None]) -> bool | None:
+    """Whether loss and gradient of one more run are finite."""
+    with _kept(module):
+        loss = step()
+        if loss is None:
+            return None
+        if not math.isfinite(float(loss.detach())):
+            return False
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return all(all_finite(gradient) for gradient in gradients if gradient is not None)
+
+
+@contextmanager
+def _kept(module: nn.Module) -> Iterator[None]:
+    # Averages and target networks, that a training_step may move by itself. What is trained it does not touch.
+    live = [*module.buffers(), *(p for p in module.parameters() if not p.requires_grad)]
+    before = [(tensor, tensor.detach().clone()) for tensor in live]
+    named = [(owner, dict(owner._buffers)) for owner in module.modules() if owner._buffers]
+    try:
+        yield
+    finally:
+        for owner, buffers in named:
+            owner._buffers.update(buffers)
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+
+
+def _eager() -> AbstractContextManager[Any]:
+    # A compiled module shows no operations; torch before 2.6 cannot be told to leave its compiled code out.
+    stance = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if stance is None else stance("force_eager")
+
+
+@contextmanager
+def _tracebacks() -> Iterator[None]:
+    # Every node of the graph then knows the line it comes from; no check, no warning.
+    enabled, checks = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+    torch.autograd.set_detect_anomaly(True, check_nan=False)
+    try:
+        yield
+    finally:
+        torch.autograd.set_detect_anomaly(enabled, check_nan=checks)
+
+
+def _backward(loss: Tensor, module: nn.Module, modules: Modules, size: int) -> tuple[Origin | None, dict[str, Tensor]]:
+    """The first node that made a non-finite gradient of finite ones, and every gradient; ``.grad`` is left alone."""
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    first: list[Origin] = []
+
+    def look(node: Any, made: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> None:
+        if first:
+            return
+        bad = non_finite([one for one in made if one is not None])
+        if bad and not non_finite([one for one in given if one is not None]):
+            first.append(_node_origin(node, bad[0], modules.of(node), size))
+
+    for node in _graph(loss.grad_fn):
+        node.register_hook(partial(look, node))
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    found = {name: one for name, one in zip(named, gradients, strict=True) if one is not None}
+    return (first[0] if first else None), found
+
+
+def _graph(root: Any) -> list[Any]:
+    seen, waiting = {root}, [root]
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node is not None and node not in seen and node.name() != "torch::autograd::AccumulateGrad":
+                seen.add(node)
+                waiting.append(node)
+    return list(seen)
+
+
+def _node_origin(node: Any, bad: Tensor, module: str, size: int) -> Origin:
+    name = re.sub(r"Backward\d*$", "", node.name().split("::")[-1])
+    lowest, highest, smallest, _ = extent(_saved(node))
+    return Origin(
+        operation=re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower(),
+        module=module,
+        line=_line_of(node.metadata.get("traceback_", ())),
+        backward=True,
+        dtype=str(bad.dtype).removeprefix("torch."),
+        samples=rows(bad, size),
+        lowest=lowest,
+        highest=highest,
+        smallest=smallest,
+        exponent=extent(getattr(node, "_saved_exponent", None))[0],
+    )
+
+
+def _saved(node: Any) -> Any:
+    # What the derivative divides by or takes a power of, under the name autograd keeps it.
+    for name in ("_saved_other", "_saved_result", "_saved_self"):
+        try:
+            value = getattr(node, name, None)
+        except RuntimeError:  # freed already
+            continue
+        if isinstance(value, (Tensor, float, int)):
+            return value
+    return None
+
+
+def _line_of(traceback: Any) -> str:
+    libraries = [
+        os.path.dirname(path) + os.sep for name in LIBRARIES if (path := getattr(sys.modules.get(name), "__file__", ""))
+    ]
+    for text in reversed(traceback):
+        found = re.match(r'\s*File "(.+)", line (\d+)', text)
+        if found and not found[1].startswith(tuple(libraries)):
+            return f"{os.path.basename(found[1])}:{found[2]}"
+    return ""
+
+
+def _norm(gradient: Tensor) -> float:
+    return float(torch.linalg.vector_norm(dense_values(gradient), dtype=torch.float64))

@@ -1,0 +1,208 @@
+"""Following a forward pass operation by operation."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
+
+from lightning_nanguard.diagnosis.batch import indices
+from lightning_nanguard.diagnosis.clues import Origin
+from lightning_nanguard.measure import all_finite, dense_values
+
+# Code that is not the user's.
+LIBRARIES = (
+    "torch",
+    "pytorch_lightning",
+    "lightning",
+    "lightning_fabric",
+    "lightning_utilities",
+    "torchmetrics",
+    "lightning_nanguard",
+)
+# What holds whatever was in memory before.
+_UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+_DENOMINATOR = {"div": 1, "true_divide": 1, "divide": 1, "remainder": 1, "fmod": 1, "addcdiv": 2}
+
+
+@final
+class Modules:
+    """Which module is running; and later, which one a node of the graph comes from."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._handles: list[RemovableHandle] = []
+        self._running: list[tuple[str, int]] = []
+        self._spans: list[tuple[int, int, str]] = []
+
+    def __enter__(self) -> Modules:
+        for path, one in self._module.named_modules():
+            if not isinstance(one, torch.jit.ScriptModule):
+                name = path.replace("_orig_mod.", "")  # torch.compile puts a level of its own between
+                enter = one.register_forward_pre_hook(partial(self._enter, name), prepend=True)
+                self._handles += [enter, one.register_forward_hook(self._leave, always_call=True)]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _enter(self, name: str, module: nn.Module, args: Any) -> None:
+        self._running.append((name, _sequence()))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._running:
+            name, since = self._running.pop()
+            self._spans.append((since, _sequence(), name))
+
+    def now(self) -> str:
+        return self._running[-1][0] if self._running else ""
+
+    def of(self, node: Any) -> str:
+        number = node._sequence_nr()
+        # The inner ones leave first.
+        return next((name for since, until, name in self._spans if since <= number < until), "")
+
+
+def _sequence() -> int:
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+
+
+@final
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows every operation: what it depends on, and where non-finite values come from.
+
+    Both are kept by storage, so that views share them. Non-finite values that are put in on purpose (a mask of −inf)
+    have no origin, and one that does not reach the loss is of no interest.
+    """
+
+    def __init__(self, modules: Modules, labels: dict[int, frozenset[str]], size: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._modules = modules
+        self._labels = labels
+        self._size = size
+        self._origins: dict[int, Origin] = {}
+
+    def origin_of(self, tensor: Tensor) -> Origin | None:
+        return self._origins.get(key(tensor)) if not all_finite(tensor.detach()) else None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        before = non_finite(inputs) if func._schema.is_mutable else None
+        result = func(*args, **kwargs)
+        outputs = [leaf for leaf in _leaves(result) if isinstance(leaf, Tensor)]
+        labels = frozenset[str]().union(*(self._labels.get(key(one), ()) for one in inputs))
+        sources = {key(one) for one in inputs}
+        for one in outputs:
+            self._labels[key(one)] = labels
+            if key(one) not in sources:
+                self._origins.pop(key(one), None)  # memory used before
+        bad = non_finite(outputs)
+        if bad:
+            bad_inputs = non_finite(inputs) if before is None else before
+            origin = next((self._origins[key(one)] for one in bad_inputs if key(one) in self._origins), None)
+            if origin is None and self._makes(func, args, kwargs, bad, bad_inputs, before is not None):
+                origin = self._made_by(func, args, bad[0], labels)
+            if origin is not None:
+                self._origins.update((key(one), origin) for one in bad)
+        return result
+
+    def _makes(self, func: Any, args: Any, kwargs: Any, bad: list[Tensor], before: list[Tensor], mutated: bool) -> bool:
+        if _name(func) in _UNINITIALISED:
+            return False
+        if any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in _leaves((args, kwargs))):
+            return False  # put in on purpose
+        if not before:
+            return True
+        # Of −inf that was put in on purpose NaN can still be made, such as by the softmax of a row that is all masked.
+        return not mutated and any(map(_has_nan, bad)) and not any(map(_has_nan, before))
+
+    def _made_by(self, func: Any, args: Any, bad: Tensor, labels: frozenset[str]) -> Origin:
+        name = _name(func)
+        index = _DENOMINATOR.get(name, 0)
+        operand = args[index] if len(args) > index else None
+        lowest, highest, smallest, empty = extent(operand)
+        return Origin(
+            operation=name,
+            module=self._modules.now(),
+            line=_user_line(),
+            dtype=str(bad.dtype).removeprefix("torch."),
+            samples=rows(bad, self._size),
+            lowest=lowest,
+            highest=highest,
+            smallest=smallest,
+            exponent=extent(args[1])[0] if name == "pow" and len(args) > 1 else None,
+            from_weights="weights" in labels,
+            from_target="target" in labels,
+            empty=empty,
+        )
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        yield value
+        return
+    for item in value:
+        yield from _leaves(item)
+
+
+def key(tensor: Tensor) -> int:
+    if tensor.layout != torch.strided or is_lazy(tensor):
+        return -id(tensor)
+    return tensor.untyped_storage().data_ptr() or -id(tensor)
+
+
+def _name(func: Any) -> str:
+    return str(func._schema.name).split("::")[-1].strip("_")
+
+
+def non_finite(tensors: list[Tensor]) -> list[Tensor]:
+    floating = (one for one in tensors if one.is_floating_point() or one.is_complex())
+    return [one for one in floating if not all_finite(one)]
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    return bool(torch.isnan(dense_values(tensor)).any())
+
+
+def rows(tensor: Tensor, size: int) -> tuple[int, ...]:
+    if tensor.layout != torch.strided or tensor.dim() == 0 or len(tensor) != size:
+        return ()
+    bad = ~torch.isfinite(tensor.detach()).reshape(size, -1).all(1)
+    return () if bool(bad.all()) else indices(bad)
+
+
+def extent(operand: Any) -> tuple[float | None, float | None, float | None, bool]:
+    if isinstance(operand, (list, tuple)):
+        operand = next((item for item in operand if isinstance(item, Tensor)), None)
+    if isinstance(operand, (int, float)):
+        return float(operand), float(operand), abs(float(operand)), False
+    if not isinstance(operand, Tensor) or operand.layout != torch.strided or operand.is_complex():
+        return None, None, None, False
+    values = operand.detach().double()
+    finite = values[torch.isfinite(values)]
+    if not finite.numel():
+        return None, None, None, not values.numel()
+    return float(finite.min()), float(finite.max()), float(finite.abs().min()), False
+
+
+def _user_line() -> str:
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", "")).split(".")[0]
+        if name not in LIBRARIES:
+            return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
