@@ -37,13 +37,14 @@ from lightning_nanguard.learner import Learner
 from lightning_nanguard.learning_rate import LearningRate
 from lightning_nanguard.measure import PendingReading, exact_norm, gradients, pend, suspects
 from lightning_nanguard.policy import Evidence, Policy, PolicyState
+from lightning_nanguard.rehearsal import Rehearsal, Stage
 from lightning_nanguard.remedies import ClipGradients, ReduceLR, Remedy, executors
 from lightning_nanguard.ring import Interval, Ring
 from lightning_nanguard.snapshot import Snapshot, allowances, capture, corrupt, jumped, restore
 from lightning_nanguard.trend import Trend
 
 
-class Host(Witness, Protocol):
+class Host(Witness, Stage, Protocol):
     """What the guard asks of the loop around it."""
 
     def clock(self) -> tuple[int, int, int]:
@@ -51,12 +52,6 @@ class Host(Witness, Protocol):
 
     def micro_batches(self) -> int:
         """By how many micro-batches the loss is divided."""
-
-    def train_once(self) -> float | None:
-        """One plain update on the batch at hand, outside the run's count; its loss before the update.
-
-        ``None`` where that cannot be done.
-        """
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look) -> Finding | None:
         """Why it happened, ``None`` where that was not found; it changes nothing."""
@@ -152,7 +147,8 @@ class Guard:
         self._policy = policy
         self._settings = settings
         self._host = host
-        self._investigator = Investigator(learner, ring, rate, host, compare=not settings.observe)
+        self._rehearsal = Rehearsal(learner, rate, host)
+        self._investigator = Investigator(learner, ring, rate, host, self._rehearsal, compare=not settings.observe)
         self._blocker = Blocker(learner)
         self._clipper = Clipper()
         self._interval = Interval(settings.snapshot_every)
@@ -555,24 +551,8 @@ class Guard:
         """Try a rate out from the state just gone back to."""
         if self._restored is None:
             return None
-        multiplier, min_lr, max_lr = self.rate.multiplier, self.rate.min_lr, self.rate.max_lr
-        self.rate.set_multiplier(self.rate.ratio() * factor)
-        losses: list[float] = []
         self._blocker.blocked.clear()  # the faulty update is over, and rehearsed ones must be made
-        try:
-            for _ in range(updates):
-                loss = self._host.train_once()
-                if loss is None:
-                    return None
-                losses.append(loss)
-                if not math.isfinite(loss) or loss > losses[0] + 10 * max(abs(losses[0]), 1e-12):
-                    return losses
-            last = self._host.probe()
-            return None if last is None else [*losses, last]
-        finally:
-            self.rate.set_multiplier(multiplier, min_lr=min_lr, max_lr=max_lr)
-            restore(self.learner, self._restored)
-            self._clear_gradients()
+        return self._rehearsal.losses(self._restored, factor, updates)
 
     def _clear_gradients(self) -> None:
         for optimizer in self.learner.optimizers:

@@ -13,6 +13,7 @@ from lightning_nanguard.events import Fault, Reading
 from lightning_nanguard.learner import Learner, Path, describe
 from lightning_nanguard.learning_rate import LearningRate
 from lightning_nanguard.policy import Comparison, Evidence
+from lightning_nanguard.rehearsal import Rehearsal
 from lightning_nanguard.ring import Ring
 from lightning_nanguard.snapshot import Snapshot, capture, corrupt, restore
 from lightning_nanguard.trend import Trend
@@ -33,6 +34,8 @@ class Witness(Protocol):
 
 # No update that is let through makes a weight this many times larger than all were a few snapshots ago.
 _JUMP = 1e4
+# Below this growth of its matrices a loss that does not fall is a hard task, and nothing is tried out.
+_GROWN = 2.5
 
 
 @final
@@ -44,10 +47,21 @@ class Investigator:
         ring: The snapshots.
         rate: The learning rate's multiplier.
         witness: The loop around.
+        rehearsal: Tries rates out.
         compare: Whether a batch may be run again under older weights.
     """
 
-    def __init__(self, learner: Learner, ring: Ring, rate: LearningRate, witness: Witness, *, compare: bool) -> None:
+    def __init__(
+        self,
+        learner: Learner,
+        ring: Ring,
+        rate: LearningRate,
+        witness: Witness,
+        rehearsal: Rehearsal,
+        *,
+        compare: bool,
+    ) -> None:
+        self._rehearsal = rehearsal
         self._learner = learner
         self._ring = ring
         self._rate = rate
@@ -90,6 +104,10 @@ class Investigator:
         # Where the answer is plain already, or would say nothing, the batch is not run again.
         if self._compare_allowed and target is not None and bad is None and batch_finite is not False:
             comparison = self._compare(fault, reading, target)
+        growth = self._growth()
+        lower_is_better = None
+        if self._compare_allowed and target is not None and fault.kind == "stuck_loss" and growth > _GROWN:
+            lower_is_better = self._rehearsal.lower_rate_is_better(target, trend.scale())
         return Evidence(
             step=known.step,
             healthy_steps=known.healthy_steps,
@@ -103,7 +121,8 @@ class Investigator:
             comparison=comparison,
             first=trend.first if trend.first is not None else 0.0,
             scale=trend.scale(),
-            growth=self._growth(),
+            growth=growth,
+            lower_is_better=lower_is_better,
             excursion=trend.excursion(),
             climbing=trend.climbing(),
             rate_rose=rate is not None and target is not None and target.rate is not None and rate > 1.5 * target.rate,

@@ -55,6 +55,8 @@ class Evidence:
         first: The untrained model's loss.
         scale: The loss's own scale.
         growth: Largest ratio of a matrix's norm to its norm at the start.
+        lower_is_better: Whether a lower rate was tried and learned the batch where the present one does not; ``None``
+            where it was not tried.
         excursion: Whether the loss was far above the untrained model's since the start or the last restore.
         climbing: Whether losses or gradients were rising out of their usual range just before the fault.
         rate_rose: Whether the scheduled learning rate is clearly above that of the snapshot.
@@ -79,6 +81,7 @@ class Evidence:
     first: float = 0.0
     scale: float = 1.0
     growth: float = 1.0
+    lower_is_better: bool | None = None
     excursion: bool = False
     climbing: bool = False
     rate_rose: bool = False
@@ -241,7 +244,11 @@ class Policy:
     def _ruined(self, fault: Fault, evidence: Evidence) -> bool:
         # Matrices of good runs grew to at most 9 times their norm in first trials, ruined ones to 15 and far more.
         no_better = fault.value is not None and fault.value > evidence.first - 0.1 * evidence.scale
-        return evidence.growth > 12 or (evidence.growth > 4 and evidence.excursion and no_better)
+        return (
+            bool(evidence.lower_is_better)
+            or evidence.growth > 12
+            or (evidence.growth > 4 and evidence.excursion and no_better)
+        )
 
     def _learner_did_it(self, evidence: Evidence) -> bool:
         soon = evidence.healthy_since_restore is not None and evidence.healthy_since_restore < self.calm
