@@ -74,7 +74,7 @@ class Rehearsal:
 
         Args:
             start: A certified snapshot from before the trouble.
-            scale: The loss's own scale: less than a fifth of it is nothing learned.
+            scale: The loss's own scale: a fifth of it is a clear difference.
         """
         gradients = [(p, p.grad) for p in self._learner.module.parameters()]
         try:
@@ -82,20 +82,15 @@ class Rehearsal:
         except torch.cuda.OutOfMemoryError:
             return None
         try:
-            here = _gain(self.losses(present, 1.0, self._updates))
-            there = [_gain(self.losses(start, factor, self._updates)) for factor in self._lower]
+            here = self.losses(present, 1.0, self._updates)
+            there = [self.losses(start, factor, self._updates) for factor in self._lower]
         finally:
             restore(self._learner, present)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
-        known = [gain for gain in there if gain is not None]
-        if here is None or not known:
+        ends = [losses[-1] for losses in there if losses is not None and math.isfinite(losses[-1])]
+        if here is None or not ends:
             return None
-        return max(known) > max(3 * here, 0.2 * scale)
-
-
-def _gain(losses: list[float] | None) -> float | None:
-    if losses is None:
-        return None
-    gain = losses[0] - losses[-1]
-    return gain if math.isfinite(gain) else -math.inf
+        # It ends clearly lower, and where the present state stands the present rate brings next to nothing.
+        end = here[-1] if math.isfinite(here[-1]) else math.inf
+        return min(ends) < end - 0.2 * scale and here[0] - end < (here[0] - min(ends)) / 3
