@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import Metric
 
+from lightning_nanguard.snapshot import writable
+
 Undo = Callable[[], None]
 
 # Buffers up to this many bytes are copied before every batch; a larger one only once it was seen to change.
@@ -27,9 +29,12 @@ class BatchScope:
     Args:
         module: The module trained.
         others: Called when a batch opens; each gives what undoes its own part.
+        thorough: Remember large buffers and frozen parameters too (the queue and the teacher of self-supervised
+            learning): for a second look at a batch, which is rare and must leave no trace.
     """
 
-    def __init__(self, module: nn.Module, others: Sequence[Callable[[], Undo]] = ()) -> None:
+    def __init__(self, module: nn.Module, others: Sequence[Callable[[], Undo]] = (), *, thorough: bool = False) -> None:
+        self._thorough = thorough
         self._module = module
         self._others = tuple(others)
         self._versions: dict[str, tuple[int, int]] = {}
@@ -55,7 +60,7 @@ class BatchScope:
 
     def open(self) -> None:
         """Remember the state of now."""
-        buffers = dict(self._module.named_buffers())
+        buffers = self._touchable()
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         saved: dict[str, Tensor] = {}
@@ -64,7 +69,7 @@ class BatchScope:
             if self._versions.get(name, mark) != mark:
                 self._live.add(name)
             self._versions[name] = mark
-            if name not in self._live and buffer.nbytes > _SMALL:
+            if name not in self._live and buffer.nbytes > _SMALL and not self._thorough:
                 continue
             memory = self._saved.get(name)
             if memory is not None and memory.shape == buffer.shape and memory.dtype == buffer.dtype:
@@ -80,13 +85,19 @@ class BatchScope:
         self._undo = [other() for other in self._others]
         self._undo += [_remember(metric) for metric in self._metrics]
 
+    def _touchable(self) -> dict[str, Tensor]:
+        named = dict(self._module.named_buffers())
+        if self._thorough:
+            named |= {name: p.data for name, p in self._module.named_parameters() if not p.requires_grad}
+        return {name: tensor for name, tensor in named.items() if writable(tensor)}
+
     def before(self) -> dict[str, Tensor]:
         """The buffers as they were before the batch, by name, as far as it may have touched them."""
         return dict(self._saved)
 
     def undo(self) -> None:
         """Put back what the batch touched; may be called once for each :meth:`open`, or again."""
-        buffers = dict(self._module.named_buffers())
+        buffers = self._touchable()
         with torch.no_grad():
             for name, value in self._saved.items():
                 live = buffers.get(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_nanguard._compat.callbacks import averaged_copies, put_first
 from lightning_nanguard._compat.packages import GuardCallback, LightningModule, Trainer, logged_at, rank_zero_info
@@ -25,6 +24,7 @@ from lightning_nanguard._compat.probe import (
     same_randomness,
 )
 from lightning_nanguard._compat.results import remember_running_means
+from lightning_nanguard._compat.saving import before_saves
 from lightning_nanguard._compat.schedulers import around_learning_rate_monitors
 from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.detectors import Detector, default_detectors, require
@@ -182,6 +182,12 @@ class NaNGuard(GuardCallback):
             ),
             journal=Journal(self._sinks(trainer, pl_module)),
         )
+        if trainer.world_size > 1 and trainer.is_global_zero:
+            _logger.warning(
+                "NaNGuard: %d processes; it is tested on one. Each decides for itself here, so a fault that only one "
+                "of them sees lets their weights part.",
+                trainer.world_size,
+            )
         self._before = (Counter(self._memory.faults), Counter(self._memory.remedies))
         if self._resumed is not None:
             self._run.guard.load_state_dict(self._resumed)
@@ -192,7 +198,8 @@ class NaNGuard(GuardCallback):
         """Remember what the batch may touch."""
         run = self._running()
         run.batch, run.batch_idx = batch, batch_idx
-        run.window.append(batch)
+        if not run.deferred:
+            run.window.append(batch)
         run.guard.open_batch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -202,7 +209,9 @@ class NaNGuard(GuardCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, detect, and block a bad update."""
         run = self._running()
-        run.guard.before_step(run.stream(optimizer))
+        stream = run.stream(optimizer)
+        if stream is not None:
+            run.guard.before_step(stream)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -237,22 +246,22 @@ class NaNGuard(GuardCallback):
         if self._run is not None and not trainer.sanity_checking:
             self._run.judge_validation()
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let no state that went bad into a checkpoint: what is in it are the live tensors, put back in place."""
-        if self._run is not None:
-            self._run.guard.check()
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave a good state behind."""
-        if self._run is None:
+        run = self._run
+        if run is None:
             return
-        self._run.guard.rate.withdraw()
-        if not isinstance(exception, TrainingDivergedError):
-            try:
-                self._run.guard.flush()
-            except TrainingDivergedError as error:
-                _logger.error("NaNGuard: while the run was ending: %s", error)
-        self._end()  # Lightning calls no teardown after an exception
+        try:
+            run.guard.rate.withdraw()
+            if not isinstance(exception, TrainingDivergedError):
+                run.guard.flush()
+        except Exception as error:
+            # Whatever ended the run must be what the user sees.
+            _logger.error("NaNGuard: while the run was ending: %s", error)
+        try:
+            self._end()  # Lightning calls no teardown after an exception
+        except Exception as error:
+            _logger.error("NaNGuard: while the run was ending: %s", error)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read what is still on its way."""
@@ -332,7 +341,10 @@ class _Run:
         self.rank_zero = trainer.is_global_zero
         self.records = next((sink.path for sink in journal.sinks if isinstance(sink, JsonLines)), None)
         self.batch: Any = None
-        self.window: list[Any] = []
+        # The newest micro-batches of a window; more would hold device memory for nothing.
+        self.window: deque[Any] = deque(maxlen=8)
+        self.deferred = settings.deferred
+        self._unknown: set[int] = set()
         self.batch_idx = -1
         self.in_batch = False
         self._validation: tuple[Tensor, int] | None = None
@@ -363,7 +375,7 @@ class _Run:
             low_precision=autocasts_to_half(trainer),
         )
         self._undo_monitors: Callable[[], None] | None = None
-        self._handles: list[RemovableHandle] = []
+        self._undo_saves: Callable[[], None] | None = None
 
     def start(self, max_memory: float | None) -> None:
         self.guard.start()
@@ -371,6 +383,7 @@ class _Run:
         rate = self.guard.rate
         rate.attach()
         self._undo_monitors = around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw)
+        self._undo_saves = before_saves(self._trainer, self.guard.check)
 
     def _limit_memory(self, max_memory: float | None) -> None:
         if max_memory is None or self.guard.ring.pending is None:
@@ -389,21 +402,26 @@ class _Run:
 
     def close(self) -> None:
         self.guard.close()
-        if self._undo_monitors is not None:
-            self._undo_monitors()
+        for undo in (self._undo_monitors, self._undo_saves):
+            if undo is not None:
+                undo()
         self._journal.close()
 
-    def _make_scope(self) -> BatchScope:
-        return BatchScope(self._module, [lambda: remember_running_means(self._trainer)])
+    def _make_scope(self, *, thorough: bool = False) -> BatchScope:
+        return BatchScope(self._module, [lambda: remember_running_means(self._trainer)], thorough=thorough)
 
-    def stream(self, optimizer: Optimizer) -> int:
+    def stream(self, optimizer: Optimizer) -> int | None:
         for index, known in enumerate(self.guard.learner.optimizers):
             if known is optimizer or getattr(optimizer, "optimizer", None) is known:
                 return index
-        raise RuntimeError(
-            f"NaNGuard does not know the optimizer {type(optimizer).__name__} that is about to step: it was not "
-            "returned by configure_optimizers."
-        )
+        if id(optimizer) not in self._unknown:
+            self._unknown.add(id(optimizer))
+            _logger.warning(
+                "NaNGuard: the optimizer %s that is about to step was not there when the fit began; its updates are "
+                "not guarded.",
+                type(optimizer).__name__,
+            )
+        return None
 
     # Host
 
@@ -414,15 +432,15 @@ class _Run:
         return self._trainer.accumulate_grad_batches if self._module.automatic_optimization else 1
 
     def batch_finite(self) -> bool | None:
-        return batch_finite([*self.window, self.batch])
+        return batch_finite(list(self.window))
 
     def comparable(self) -> bool:
         return bool(self._module.automatic_optimization)
 
     def probe(self) -> float | None:
-        if not self.comparable() or self.batch is None:
+        if not self.comparable() or self.batch is None or self._trainer.world_size > 1:
             return None
-        trace = self._make_scope()
+        trace = self._make_scope(thorough=True)
         trace.open()
         try:
             with same_randomness(self._module.device), quiet(self._trainer):
@@ -441,7 +459,7 @@ class _Run:
             return None
         if isinstance(optimizers[0], LBFGS) or self._trainer.world_size > 1:
             return None
-        trace = self._make_scope()
+        trace = self._make_scope(thorough=True)
         trace.open()
         try:
             with same_randomness(self._module.device), quiet(self._trainer), torch.enable_grad():
@@ -462,7 +480,7 @@ class _Run:
 
     @contextmanager
     def _untraced(self) -> Iterator[None]:
-        trace = self._make_scope()
+        trace = self._make_scope(thorough=True)
         trace.open()
         try:
             with same_randomness(self._module.device), quiet(self._trainer), torch.enable_grad():

@@ -14,6 +14,7 @@ A loop calls, in this order::
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections import Counter, deque
@@ -40,8 +41,10 @@ from lightning_nanguard.policy import Evidence, Policy, PolicyState
 from lightning_nanguard.rehearsal import Rehearsal, Stage
 from lightning_nanguard.remedies import ClipGradients, ReduceLR, Remedy, executors
 from lightning_nanguard.ring import Interval, Ring
-from lightning_nanguard.snapshot import Snapshot, allowances, capture, corrupt, jumped, restore
+from lightning_nanguard.snapshot import Snapshot, capture, corrupt, jumped, restore
 from lightning_nanguard.trend import Trend
+
+_logger = logging.getLogger("lightning_nanguard")
 
 
 class Host(Witness, Stage, Protocol):
@@ -180,6 +183,7 @@ class Guard:
         self._restored: Snapshot | None = None
         # Parameters made by the first forward are missing from the start's snapshot until then.
         self._lazy = False
+        self._jumps: set[str] = set()
 
     # ---------------------------------------------------------------------------------------- the order of a step
 
@@ -196,7 +200,7 @@ class Guard:
                 f"{bad} holds NaN or Inf before the first update, so there is no good state to guard. Look at how it "
                 "was initialised, or at the checkpoint it came from, and start again."
             )
-        self._investigator.allowed = allowances(self.learner.weights())
+        self._investigator.begin()
         self._blocker.attach()
         self._keep_start()
 
@@ -228,6 +232,8 @@ class Guard:
         Args:
             stream: Index of the optimizer about to step.
         """
+        if self._settings.deferred:
+            self._read_arrived(stream)  # first: what is read late must find its batch's scope
         if self._lazy and not self.learner.lazy():
             self._keep_start()
         pending = self._measure(stream)
@@ -236,7 +242,7 @@ class Guard:
         self._note_rate()
         if pending is None:
             return
-        if self._found and self._settings.deferred and not self._settings.observe:
+        if any(one.reached for one in self._found) and not self._settings.observe:
             # The weights are bad already: nothing that comes of them is measured, or reaches them.
             self._blocker.block(stream)
             return
@@ -256,7 +262,9 @@ class Guard:
             TrainingDivergedError: When the run cannot be helped.
         """
         if not self._updated:
-            return  # within a window of accumulation
+            if self._host.micro_batches() == 1:
+                self._open, self._losses = False, []  # a batch without an update, and none to come of it
+            return
         self._drop_flags()
         found, self._found = self._found, []
         self._bad_in_a_row += any(one.fault.scope == "batch" for one in found)
@@ -281,7 +289,7 @@ class Guard:
     def check(self) -> None:
         """Look at the state of now, and go back to the last good one if it is bad; before it is written, for one."""
         self.flush()
-        bad = corrupt(self.learner.leaves(), self._investigator.allowed)
+        bad = self._investigator.corrupt(self.learner.leaves())
         if bad is not None:
             self.report(Fault("corrupted_state", "state", bad, None, f"{bad} is no longer finite"))
 
@@ -289,13 +297,14 @@ class Guard:
         """Read what is still on its way, and act on it."""
         while self._queue and not self._found:
             pending, scope = self._queue.popleft()
-            self._detect(pending.read(), scope, None, reached=not pending.held_back)
+            self._detect_late(pending, scope, None)
         found, self._found = self._found, []
         for one in found:
             self._handle(one)
 
     def close(self) -> None:
         """Let go of the optimizers."""
+        self._drop_flags()
         self._blocker.detach()
         self.rate.detach()
 
@@ -351,9 +360,14 @@ class Guard:
             if pending.step > self._step - _MAX_DELAY and not pending.arrived():
                 return
             self._queue.popleft()
-            self._detect(pending.read(), scope, stream, reached=not pending.held_back)
+            self._detect_late(pending, scope, stream)
 
     # ---------------------------------------------------------------------------------------- detect
+
+    def _detect_late(self, pending: PendingReading, scope: BatchScope, stepping: int | None) -> None:
+        reading = pending.read()
+        # The device holds back what is not finite; a finite spike went through.
+        self._detect(reading, scope, stepping, reached=not (pending.held_back and not reading.finite))
 
     def _detect(self, reading: Reading, scope: BatchScope, stepping: int | None, *, reached: bool) -> None:
         if self.learner.scaler is not None and reading.loss_finite and not reading.finite:
@@ -431,6 +445,10 @@ class Guard:
         if plan:
             self._policy_state = state
             self._act(found, evidence, plan)
+            if fault.kind == "gradient_spike" and self._bad_in_a_row >= self._policy.patience:
+                self._trends[reading.stream].accept(reading)
+                for detector in self._detectors[reading.stream]:
+                    detector.accept(reading)  # a rise that lasts is no spike
             return
         for detector in self._detectors.get(reading.stream, ()):
             detector.dismiss(reading)
@@ -532,7 +550,7 @@ class Guard:
     def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
         """Multiply the learning rate, or with ``limit`` allow no larger one than results."""
         rate = self.rate
-        if limit:
+        if limit or rate.ratio() < rate.multiplier:
             rate.set_multiplier(rate.multiplier, min_lr=min_lr, max_lr=rate.effective()[0] * factor)
         else:
             rate.set_multiplier(min(1.0, rate.multiplier * factor), min_lr=min_lr, max_lr=rate.max_lr)
@@ -577,26 +595,34 @@ class Guard:
 
     def _capture(self) -> None:
         global_step, _, _ = self._host.clock()
-        snapshot = capture(
-            self.learner,
-            step=self._step,
-            global_step=global_step,
-            device=self._settings.snapshot_device,
-            reuse=self.ring.spare(),
-        )
+        self.ring.drop_pending()
+        try:
+            snapshot = self._copy(global_step, self._settings.snapshot_device)
+        except torch.cuda.OutOfMemoryError:
+            _logger.warning(
+                "NaNGuard: the device has no room for another snapshot at step %d. From now on snapshots lie in host "
+                "memory; set snapshot_device='cpu' or max_snapshot_memory to choose this from the start.",
+                global_step,
+            )
+            self.ring.shed()
+            self._settings = replace(self._settings, snapshot_device=torch.device("cpu"))
+            snapshot = self._copy(global_step, self._settings.snapshot_device)
         rates = self.rate.effective()
         snapshot.rate = rates[0] if rates else None
         self.ring.add(snapshot)
         self._last_capture = self._step
 
+    def _copy(self, global_step: int, device: torch.device | None) -> Snapshot:
+        return capture(self.learner, step=self._step, global_step=global_step, device=device, reuse=self.ring.spare())
+
     def _certify(self) -> None:
-        if not self.ring.healthy() or self.ring.pending is None:
+        if not self.ring.healthy(min(reading.step for reading in self._readings)) or self.ring.pending is None:
             return
         pending = self.ring.pending
         uneasy = any(detector.uneasy(r) for r in self._readings for detector in self._detectors[r.stream])
         if uneasy and pending.healthy < _CERTIFY_ANYWAY:
             return
-        bad = corrupt(pending.leaves.items(), self._investigator.allowed)
+        bad = self._investigator.corrupt(pending.leaves.items())
         if bad is not None:
             self.ring.drop_pending()
             message = f"{bad} is no longer finite, though every loss and gradient is"
@@ -607,8 +633,9 @@ class Guard:
         if certified:
             # A batch far out of range may pass through batch norm unseen, and leave its statistics useless.
             times = _FAR if self._healthy_steps > _SETTLED else _FAR_EARLY
-            far = jumped(pending.leaves, certified[0].leaves, times)
-            if far is not None:
+            far = jumped(pending.leaves, certified[0].leaves, self.learner.statistics(), times)
+            if far is not None and far not in self._jumps:
+                self._jumps.add(far)  # once: what comes back after a restore is how it is
                 self.ring.drop_pending()
                 fault = Fault("implausible_state", "state", far, None, f"{far} is over {times:g} times what it was")
                 self._handle(_Found(fault, self._readings[-1], None, reached=False))

@@ -15,7 +15,7 @@ from lightning_nanguard.learning_rate import LearningRate
 from lightning_nanguard.policy import Comparison, Evidence
 from lightning_nanguard.rehearsal import Rehearsal
 from lightning_nanguard.ring import Ring
-from lightning_nanguard.snapshot import Snapshot, capture, corrupt, restore
+from lightning_nanguard.snapshot import Snapshot, allowances, capture, corrupt, restore
 from lightning_nanguard.trend import Trend
 
 
@@ -67,8 +67,19 @@ class Investigator:
         self._rate = rate
         self._witness = witness
         self._compare_allowed = compare
-        self.allowed: dict[Path, Tensor] = {}
+        self._allowed: dict[Path, Tensor] = {}
+        self._shapes: dict[Path, torch.Size] = {}
         self.initial_norms: dict[str, float] = {}
+
+    def begin(self) -> None:
+        """Note what is not finite by design."""
+        weights = [*self._learner.weights()]
+        self._allowed = allowances(weights)
+        self._shapes = {path: leaf.shape for path, leaf in weights if path[0] == "buffer"}
+
+    def corrupt(self, leaves: Iterable[tuple[Path, Any]]) -> str | None:
+        """Name of the first tensor that is not finite and was at the start of fit."""
+        return corrupt(leaves, self._allowed, self._shapes)
 
     def look_into(
         self,
@@ -95,7 +106,7 @@ class Investigator:
         target = self.target(fault, trend.scale())
         leaves = self._learner.leaves()
         untouched = ((path, before.get(path[1], leaf) if path[0] == "buffer" else leaf) for path, leaf in leaves)
-        bad = corrupt(untouched, self.allowed)
+        bad = self.corrupt(untouched)
         batch_finite = self._witness.batch_finite() if at_hand else None
         effective = self._rate.effective()
         rate = effective[0] if effective else None
@@ -131,7 +142,7 @@ class Investigator:
             usual_norm=trend.usual_norm(),
             lr=rate,
             highest_lr=max((one for step, one in rates if step >= since), default=rate),
-            multiplier=self._rate.multiplier,
+            multiplier=self._rate.ratio(),
         )
 
     def target(self, fault: Fault, scale: float) -> Snapshot | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, final
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 Path = tuple[Any, ...]
@@ -69,6 +70,18 @@ class Learner:
         for name, buffer in self.module.named_buffers():
             if _ready(buffer):
                 yield ("buffer", name), buffer
+
+    def statistics(self) -> set[Path]:
+        """Running statistics of normalisation layers, and averaged copies of weights."""
+        prefixes = {name for name, layer in self.module.named_modules() if isinstance(layer, _NormBase)}
+        buffers = {
+            path
+            for path, leaf in self.weights()
+            if path[0] == "buffer" and path[1].rpartition(".")[0] in prefixes and leaf.is_floating_point()
+        }
+        names = {name for name, _ in self.module.named_parameters()}
+        copies = {path for path, _ in self.averages() if path[2].removeprefix("module.") in names}
+        return buffers | copies
 
     def lazy(self) -> bool:
         """Whether a parameter waits for the first forward to be made."""

@@ -23,7 +23,14 @@ def dense_values(gradient: Tensor) -> Tensor:
 
 def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     """The gradients there are, each as dense real numbers."""
-    return [dense_values(p.grad) for p in parameters if p.grad is not None]
+    found = [p.grad for p in parameters if p.grad is not None]
+    # Most are plain already, and a call for each costs more than the norm on a model of many small parameters.
+    return [dense_values(g) if g.requires_grad or g.is_sparse or g.is_complex() else g for g in found]
+
+
+def _on(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # Without waiting only towards the device: a copy to the host would be read before it has arrived.
+    return tensor.to(device, dtype, non_blocking=device.type == "cuda")
 
 
 def total_norm(values: Sequence[Tensor]) -> Tensor:
@@ -31,10 +38,16 @@ def total_norm(values: Sequence[Tensor]) -> Tensor:
 
     A finite result proves every element finite; the inverse does not hold, since squares overflow.
     """
-    norms: Sequence[Tensor] = torch._foreach_norm(list(values))
+    # Half precision overflows at 65,504, which is no unusual norm.
+    half = any(value.dtype == torch.float16 for value in values)
+    norms: Sequence[Tensor] = (
+        [torch.linalg.vector_norm(value, dtype=torch.float32) for value in values]
+        if half
+        else torch._foreach_norm(list(values))
+    )
     first = norms[0]
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    stacked = torch.stack([norm.to(first.device, dtype, non_blocking=True) for norm in norms])
+    stacked = torch.stack([_on(norm, first.device, dtype) for norm in norms])
     total: Tensor = torch.linalg.vector_norm(stacked)
     return total
 
@@ -131,7 +144,7 @@ class PendingReading:
             host = torch.empty(self.values.shape, dtype=self.values.dtype, pin_memory=True)
             host.copy_(self.values, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
+            event.record(torch.cuda.current_stream(self.values.device))
             self.values, self.done = host, event
 
     def is_bad(self) -> Tensor:
@@ -198,13 +211,13 @@ def pend(
     zero = torch.zeros((), dtype=dtype, device=device)
     loss = zero
     if losses:
-        parts = [part.detach().reshape(-1).to(device, dtype, non_blocking=True) for part in losses]
+        parts = [_on(part.detach().reshape(-1), device, dtype) for part in losses]
         loss = (parts[0] if len(parts) == 1 else torch.cat(parts)).sum()
         if loss_factor != 1.0:
             loss = loss * loss_factor
     norm = total_norm(values).to(dtype) if values else zero
     if loss_scale is not None:
-        scale = loss_scale.to(device, dtype, non_blocking=True)
+        scale = _on(loss_scale, device, dtype)
         loss = loss / scale
         if gradients_scaled:
             norm = norm / scale

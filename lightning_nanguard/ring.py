@@ -37,15 +37,25 @@ class Ring:
         self.drop_pending()
         self.pending = snapshot
 
+    def shed(self) -> None:
+        """Let go of what can be spared: there is too little memory."""
+        self.pending = None
+        self._spare.clear()
+        del self.certified[1:]
+        self.capacity = 1
+
     def drop_pending(self) -> None:
         """The state it holds is under suspicion."""
         if self.pending is not None:
             self._recycle(self.pending)
             self.pending = None
 
-    def healthy(self) -> bool:
-        """Count a healthy reading; whether the pending snapshot has waited long enough."""
-        if self.pending is None:
+    def healthy(self, step: int) -> bool:
+        """Count a healthy reading of update ``step``; whether the pending snapshot has waited long enough.
+
+        A reading of an update from before the snapshot, as deferred readback brings, says nothing about it.
+        """
+        if self.pending is None or step <= self.pending.step:
             return False
         self.pending.healthy += 1
         return self.pending.healthy >= self.certify_after

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -26,6 +27,12 @@ def _clone(value: Any, device: torch.device | None) -> Any:
     return copy.deepcopy(value)
 
 
+def writable(tensor: Tensor) -> bool:
+    """Whether a tensor can be written in place: not an inference tensor, and no two elements in one place."""
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return not tensor.is_inference() and not expanded
+
+
 def _fits(live: Any, saved: Any) -> bool:
     return (
         isinstance(live, Tensor)
@@ -33,6 +40,7 @@ def _fits(live: Any, saved: Any) -> bool:
         and live.shape == saved.shape
         and live.dtype == saved.dtype
         and live.layout == saved.layout == torch.strided
+        and writable(live)
     )
 
 
@@ -89,24 +97,39 @@ def allowances(leaves: Iterable[tuple[Path, Any]]) -> dict[Path, Tensor]:
     }
 
 
-def jumped(now: Mapping[Path, Any], then: Mapping[Path, Any], factor: float) -> str | None:
-    """Name of the first buffer or averaged tensor whose largest element has grown ``factor`` times, above 1."""
-    for path, leaf in now.items():
-        before = then.get(path)
-        if path[0] not in ("buffer", "average") or not isinstance(leaf, Tensor) or not isinstance(before, Tensor):
-            continue
-        if leaf.is_floating_point() and 0 < leaf.numel() == before.numel():
-            largest, was = (float(tensor.abs().nan_to_num(posinf=0.0).max()) for tensor in (leaf, before))
-            if largest > factor * max(was, 1.0):
-                return describe(path)
-    return None
+def jumped(now: Mapping[Path, Any], then: Mapping[Path, Any], names: AbstractSet[Path], factor: float) -> str | None:
+    """Name of the first tensor among ``names`` whose largest element has grown ``factor`` times, above 1."""
+    pairs = [(path, now[path], then[path]) for path in now if path in names and path in then]
+    pairs = [(path, one, other) for path, one, other in pairs if 0 < one.numel() == other.numel()]
+    if not pairs:
+        return None
+    largest, was = (
+        torch.stack([tensor.abs().max().float().cpu() for tensor in tensors]).tolist()
+        for tensors in ([one for _, one, _ in pairs], [other for _, _, other in pairs])
+    )
+    far = (path for (path, _, _), one, other in zip(pairs, largest, was, strict=True) if one > factor * max(other, 1.0))
+    found = next(far, None)
+    return None if found is None else describe(found)
 
 
-def corrupt(leaves: Iterable[tuple[Path, Any]], allowed: Mapping[Path, Tensor]) -> str | None:
-    """Name of the first tensor with a non-finite element that is not allowed, ``None`` when there is none."""
+def corrupt(
+    leaves: Iterable[tuple[Path, Any]],
+    allowed: Mapping[Path, Tensor],
+    shapes: Mapping[Path, torch.Size] | None = None,
+) -> str | None:
+    """Name of the first tensor with a non-finite element that is not allowed, ``None`` when there is none.
+
+    Args:
+        leaves: What to look at.
+        allowed: From :func:`allowances`.
+        shapes: Buffers of the start of fit; one that was made or resized since (a mask built in the first forward) is
+            left alone, since nothing says what it should hold.
+    """
     flat = [(path, tensor) for path, leaf in leaves for tensor in _tensors(leaf)]
     for index in suspects([tensor for _, tensor in flat]):
         path, tensor = flat[index]
+        if path[0] == "buffer" and shapes is not None and shapes.get(path) != tensor.shape:
+            continue
         # An averaged copy holds the module's masks too, and may appear in mid-run.
         own = ("buffer", path[2].removeprefix("module.")) if path[0] == "average" else path
         mask = allowed.get(path, allowed.get(own))

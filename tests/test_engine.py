@@ -237,3 +237,30 @@ def test_a_resumed_guard_goes_on() -> None:
     other = Loop()
     other.guard.load_state_dict(loop.guard.state_dict())
     assert other.guard.state_dict() == loop.guard.state_dict()
+
+
+def test_a_lasting_rise_of_the_gradient_is_accepted() -> None:
+    """A task that changes for good costs a few skipped batches, not the run."""
+    loop = Loop()
+    loop.run(60)
+
+    def switch(step: int, batch: Tensor) -> None:
+        batch *= 30.0
+
+    with torch.no_grad():
+        loop.net.weight.zero_()  # the new task has large gradients, and all is well
+    loop.run(60, switch)
+    assert len(loop.records) <= 6
+    assert not any("restore" in record.remedies for record in loop.records[1:])
+
+
+def test_a_batch_without_an_update_leaves_nothing_waiting() -> None:
+    """Losses of batches that no guarded optimizer steps on are not kept."""
+    loop = Loop()
+    loop.guard.start()
+    for _ in range(50):
+        loop.guard.open_batch()
+        loop.guard.see_loss(torch.tensor(1.0))
+        loop.guard.close_batch()
+    assert not loop.guard.in_window
+    assert loop.guard._losses == []

@@ -194,8 +194,9 @@ def ring_of(levels: list[float], capacity: int = 3, margin: float = 0.1) -> list
     ring = Ring(capacity, certify_after=2)
     for step, level in enumerate(levels):
         ring.add(snapshot_at(step, level))
-        assert not ring.healthy()
-        assert ring.healthy()
+        assert not ring.healthy(step)  # measured before this state was
+        assert not ring.healthy(step + 1)
+        assert ring.healthy(step + 2)
         ring.certify(margin)
     return [snapshot.step for snapshot in ring.certified]
 
