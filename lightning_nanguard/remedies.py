@@ -133,8 +133,8 @@ class ReduceLR(Remedy):
         ValueError: When an argument is out of its range.
 
     Example:
-        >>> ReduceLR(factor=0.5).propose(Fault("exploding_loss", "learner", "loss"), Evidence(step=9), 1)
-        Scale(factor=0.25, min_lr=0.0)
+        >>> ReduceLR(factor=0.5).propose(Fault("exploding_loss", "learner", "loss"), Evidence(step=9), 1).factor
+        0.25
     """
 
     word = "scale"
