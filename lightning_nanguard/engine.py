@@ -662,14 +662,17 @@ class Guard:
             )
             for step in plan:
                 if isinstance(step, Scale):
-                    self._raise_rate(ratio * step.factor, step.factor, reduce.min_lr)
+                    self._raise_rate(ratio * step.factor, step, reduce.min_lr)
                     self._record(_HEALTHY, "", ("give back",), before)
         self._end_clipping(clip)
 
-    def _raise_rate(self, ratio: float, factor: float, min_lr: float) -> None:
-        multiplier = min(1.0, self.rate.multiplier * factor)
-        limit = math.inf if ratio >= 1.0 else self.rate.max_lr * factor
-        self.rate.set_multiplier(multiplier, min_lr=min_lr, max_lr=limit)
+    def _raise_rate(self, ratio: float, step: Scale, min_lr: float) -> None:
+        multiplier, limit = self.rate.multiplier, self.rate.max_lr
+        if step.limit:
+            multiplier, limit = 1.0, self.rate.effective()[0] * step.factor
+        else:
+            multiplier, limit = min(1.0, multiplier * step.factor), limit * step.factor
+        self.rate.set_multiplier(multiplier, min_lr=min_lr, max_lr=math.inf if ratio >= 1.0 else limit)
 
     def _end_clipping(self, clip: Remedy) -> None:
         healthy = self._healthy_steps - self._clipping_since

@@ -371,7 +371,8 @@ class Policy:
         if evidence.healthy_steps - state.given_back_at < wait:
             return (), state
         across = scheduled_lr * larger >= 0.75 * state.bad_rate
-        return (Scale(larger / evidence.multiplier),), replace(
+        # Up to a proven rate as a limit: under a falling schedule a multiplier would have to follow it step by step.
+        return (Scale(larger / evidence.multiplier, limit=proven > evidence.multiplier),), replace(
             state, given_back_at=evidence.healthy_steps, bad_rate=math.inf if across else state.bad_rate
         )
 
