@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from lightning_nanguard.journal import Console, Journal, JsonLines, Memory, Sink
 from lightning_nanguard.learner import Learner
 from lightning_nanguard.learning_rate import LearningRate
 from lightning_nanguard.measure import batch_finite
+from lightning_nanguard.metrics import NonFiniteRate
 from lightning_nanguard.policy import Budget, Evidence, Policy
 from lightning_nanguard.remedies import Remedy, default_remedies, executors
 from lightning_nanguard.ring import Ring
@@ -134,6 +136,7 @@ class NaNGuard(GuardCallback):
         self._run: _Run | None = None
         self._last_state: dict[str, Any] = {}
         self._multiplier = 1.0
+        self._non_finite_rate: float | None = None
         self._before: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
 
     # ------------------------------------------------------------------------------------------------ what users read
@@ -147,6 +150,11 @@ class NaNGuard(GuardCallback):
     def lr_multiplier(self) -> float:
         """What the scheduled learning rates are multiplied by now."""
         return self._run.guard.rate.ratio() if self._run is not None else self._multiplier
+
+    @property
+    def non_finite_rate(self) -> float | None:
+        """Share of the updates, over all ranks, whose loss or gradient was not finite; ``None`` before a fit's end."""
+        return self._non_finite_rate
 
     @property
     def clip_val(self) -> float | None:
@@ -264,9 +272,10 @@ class NaNGuard(GuardCallback):
             _logger.error("NaNGuard: while the run was ending: %s", error)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read what is still on its way."""
+        """Read what is still on its way, and count over all ranks."""
         if self._run is not None:
             self._run.guard.flush()
+            self._non_finite_rate = self._run.non_finite_rate()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say in one line what happened, and let go of the run."""
@@ -399,6 +408,14 @@ class _Run:
                 'snapshot_device="cpu".'
             )
         self.guard.ring.capacity = min(self.guard.ring.capacity, fitting)
+
+    def non_finite_rate(self) -> float:
+        # A metric, since it adds up over ranks; all of them come here.
+        rate = NonFiniteRate().to(self._module.device)
+        bad = self.guard.non_finite
+        rate.update(torch.tensor(math.nan), times=bad)
+        rate.update(torch.tensor(0.0), times=self.guard.updates - bad)
+        return float(rate.compute())
 
     def close(self) -> None:
         self.guard.close()

@@ -163,6 +163,7 @@ class Guard:
         self._scopes = deque(make_scope() for _ in range(_MAX_DELAY + 2 if settings.deferred else 1))
         self._queue: deque[tuple[PendingReading, BatchScope]] = deque()
         self._policy_state = PolicyState()
+        self.non_finite = 0
         self._step = 0
         self._healthy_steps = 0
         self._healthy_since_restore: int | None = None
@@ -372,6 +373,7 @@ class Guard:
     def _detect(self, reading: Reading, scope: BatchScope, stepping: int | None, *, reached: bool) -> None:
         if self.learner.scaler is not None and reading.loss_finite and not reading.finite:
             reading = replace(reading, scaler_skips=True)
+        self.non_finite += not reading.finite and not reading.scaler_skips
         if reading.stream not in self._detectors:
             self._detectors[reading.stream] = [copy.deepcopy(detector) for detector in self._prototypes]
             self._trends[reading.stream] = Trend()
@@ -706,6 +708,7 @@ class Guard:
         """Everything a resumed run needs to go on as if it had not stopped, in plain containers."""
         return {
             "step": self._step,
+            "non_finite": self.non_finite,
             "healthy_steps": self._healthy_steps,
             "healthy_since_restore": self._healthy_since_restore,
             "bad_in_a_row": self._bad_in_a_row,
@@ -726,6 +729,7 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; call it before :meth:`start`."""
         self._step = self._last_capture = int(state["step"])
+        self.non_finite = int(state["non_finite"])
         self._healthy_steps = int(state["healthy_steps"])
         self._healthy_since_restore = state["healthy_since_restore"]
         self._bad_in_a_row = int(state["bad_in_a_row"])

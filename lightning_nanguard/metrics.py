@@ -54,14 +54,15 @@ class NonFiniteRate(Metric):
         # One state (not finite, all) instead of two: ranks then exchange it at once.
         self.add_state("counts", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, value: Values) -> None:
-        """Count one update.
+    def update(self, value: Values, times: int = 1) -> None:
+        """Count one update, or several alike.
 
         Args:
             value: A loss, or several tensors, such as outputs or gradients; ``None`` among them is passed over.
+            times: How many updates it stands for.
         """
         bad = ~_all_finite(value, self.counts.device)
-        self.counts = self.counts + torch.stack((bad, torch.ones_like(bad))).to(self.counts.dtype)
+        self.counts = self.counts + torch.stack((bad, torch.ones_like(bad))).to(self.counts.dtype) * times
 
     def compute(self) -> Tensor:
         """The share, from 0 to 1."""

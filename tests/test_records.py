@@ -377,3 +377,13 @@ def test_end_line_after_a_stop(log: pytest.LogCaptureFixture) -> None:
     told = [r.getMessage() for r in log.records if "updates watched" in r.getMessage()]
     assert len(told) == 1
     assert "1 stop" in told[0]
+
+
+def test_the_share_of_non_finite_updates_is_counted(tmp_path: Path) -> None:
+    """After a fit the guard tells how many of its updates were not finite."""
+    data = batches(count=20)
+    data[12] = with_nan(data[12])
+    guard = NaNGuard(dirpath=tmp_path)
+    assert guard.non_finite_rate is None
+    fit(task("mlp"), data, guard, folder=tmp_path)
+    assert guard.non_finite_rate == pytest.approx(1 / 20)
