@@ -480,7 +480,9 @@ class _Run:
         trace.open()
         try:
             with same_randomness(self._module.device), quiet(self._trainer), torch.enable_grad():
-                return plain_update(self._trainer, optimizers[0], self.batch, self.batch_idx)
+                return plain_update(
+                    self._trainer, optimizers[0], self.batch, self.batch_idx, lambda: self.guard.clip_now(optimizers[0])
+                )
         except Exception as error:
             _logger.debug("NaNGuard: a rate could not be rehearsed: %r", error)
             return None

@@ -24,7 +24,7 @@ from typing import Any, Literal, Protocol, final
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS
+from torch.optim import LBFGS, Optimizer
 
 from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.blocking import Blocker, unscales_itself
@@ -561,6 +561,10 @@ class Guard:
         """Clip from now on; ``inf`` ends it."""
         self._clipper.set(value, algorithm)
         self._clipping_since = self._healthy_steps
+
+    def clip_now(self, optimizer: Optimizer) -> None:
+        """Clip gradients that are no longer scaled, if clipping is on."""
+        self._clipper.clip(optimizer)
 
     def drop_moments(self) -> None:
         """Empty the optimizers' state."""

@@ -286,7 +286,7 @@ class Policy:
                 # Nothing was learned yet: any later snapshot may be as ruined as the present state.
                 depth = evidence.snapshots if fault.kind == "stuck_loss" else depth
                 steps.append(Restore(_by_level(depth, evidence)))
-            elif scope == "learner" and (not corrected or attempt > 0):
+            elif scope == "learner" and (not corrected or attempt > 0 or evidence.healthy_steps < 20):
                 corrected = True
                 if isinstance(proposal, Scale):
                     if attempt == 0 and self._peak_is_over(evidence, state):

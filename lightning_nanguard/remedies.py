@@ -215,7 +215,7 @@ class ClipGradients(Remedy):
 
     Args:
         clip_val: Largest norm (or absolute value), or ``"auto"``: twice the median of the healthy norms seen
-            (1.0 where none were seen and a first attempt did not help).
+            (1.0 where none were seen).
         algorithm: ``"norm"`` or ``"value"``.
         recover_after: Healthy updates after which clipping ends.
 
@@ -257,8 +257,8 @@ class ClipGradients(Remedy):
         if isinstance(self.clip_val, str):
             if evidence.usual_norm is not None and evidence.usual_norm > 0:
                 return Clip(2.0 * evidence.usual_norm, self.algorithm)
-            # Nothing was usual yet; once a first attempt did not help, the value most people start with.
-            return Clip(1.0, self.algorithm) if attempt > 0 else None
+            # Nothing was usual yet: the value most people start with.
+            return Clip(1.0, self.algorithm)
         return Clip(float(self.clip_val), self.algorithm)
 
     def apply(self, step: PlanStep, patient: Patient) -> None:

@@ -90,9 +90,9 @@ def test_a_remedy_proposes_and_carries_out(
         assert patient.done == [done]
 
 
-def test_auto_clipping_waits_until_a_usual_norm_is_known() -> None:
-    """Without healthy norms there is nothing to take a value from."""
-    assert ClipGradients().propose(GRADIENT, Evidence(step=1), 0) is None
+def test_auto_clipping_has_a_value_before_any_norm_was_usual() -> None:
+    """Without healthy norms to take a value from it is the one most people start with."""
+    assert ClipGradients().propose(GRADIENT, Evidence(step=1), 0) == Clip(1.0)
 
 
 def test_the_cut_goes_where_a_rehearsal_shows_the_loss_falls() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -53,10 +53,12 @@ def _without_autocast(trainer: Any) -> Iterator[None]:
         del plugin.forward_context
 
 
-def plain_update(trainer: Any, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
+def plain_update(
+    trainer: Any, optimizer: Optimizer, batch: Any, batch_idx: int, clip: Callable[[], None]
+) -> float | None:
     """One update on a batch without the loops' hooks and counters; the loss before it.
 
-    A GradScaler's scale is used but not updated; the trainer's clipping applies.
+    A GradScaler's scale is used but not updated; the trainer's clipping applies, and before it ``clip``.
     """
     loss = _loss(trainer, batch, batch_idx)
     if loss is None:
@@ -68,10 +70,11 @@ def plain_update(trainer: Any, optimizer: Optimizer, batch: Any, batch_idx: int)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     for parameter in parameters if scale is not None else ():
         parameter.grad.div_(scale)
+    clip()
     if trainer.gradient_clip_val:
         clip_by_value = str(trainer.gradient_clip_algorithm or "norm") in ("value", "GradClipAlgorithmType.VALUE")
-        clip = torch.nn.utils.clip_grad_value_ if clip_by_value else torch.nn.utils.clip_grad_norm_
-        clip(parameters, trainer.gradient_clip_val)
+        own = torch.nn.utils.clip_grad_value_ if clip_by_value else torch.nn.utils.clip_grad_norm_
+        own(parameters, trainer.gradient_clip_val)
     optimizer.step()
     return value
 
