@@ -219,7 +219,7 @@ class Policy:
             return "learner" if self._learner_did_it(evidence) else "state"
         if evidence.healthy_steps == 0 or evidence.healthy_since_restore == 0:
             return "batch"  # the state is as good as any that is known
-        if fault.kind == "gradient_spike":
+        if fault.kind == "gradient_spike" and evidence.comparable:
             return "batch"  # finite, under good weights: if it lasts, it is how gradients are from now on
         if evidence.bad_in_a_row >= self.patience and evidence.bad_in_a_row % self.patience == 0:
             # A stretch of bad batches under good weights is the data's fault, however long.
