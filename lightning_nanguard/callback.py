@@ -356,7 +356,6 @@ class _Run:
         self._unknown: set[int] = set()
         self.batch_idx = -1
         self.in_batch = False
-        self._validation: tuple[Tensor, int] | None = None
         self._validation_bad: Tensor | None = None
         learner = Learner(
             module,

@@ -360,7 +360,7 @@ class DivergingLoss(Detector):
     def _exploding(self, loss: float, scale: float) -> Fault | None:
         assert self._first is not None
         recent = [*self._losses.last(self._short - 1), loss]
-        far = self._first + self.factor * max(scale, 0.0)
+        far = self._first + self.factor * scale
         much_too_far = self._first + 100 * self.factor * scale
         last = recent[-3:]
         at_once = len(last) == 3 and min(last) > much_too_far and last[-1] >= 0.5 * last[0]

@@ -83,13 +83,6 @@ def suspects(tensors: Sequence[Tensor]) -> list[int]:
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
-def first_non_finite(named: Mapping[str, Tensor]) -> str | None:
-    """Name of the first tensor that holds a non-finite element."""
-    names = list(named)
-    bad = suspects(list(named.values()))
-    return names[bad[0]] if bad else None
-
-
 def batch_finite(batch: Any) -> bool | None:
     """Whether every floating tensor in a nested batch is finite; ``None`` when it holds no floating tensor."""
     seen = False

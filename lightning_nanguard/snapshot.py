@@ -83,10 +83,6 @@ class Snapshot:
         """Bytes of tensor memory it holds."""
         return sum(leaf.nbytes for leaf in self.leaves.values() if isinstance(leaf, Tensor))
 
-    def first_non_finite(self, allowed: Mapping[Path, Tensor]) -> str | None:
-        """Name of the first tensor that is not finite where it was at the start of fit; see :func:`allowances`."""
-        return corrupt(self.leaves.items(), allowed)
-
 
 def allowances(leaves: Iterable[tuple[Path, Any]]) -> dict[Path, Tensor]:
     """Where buffers are non-finite by design (an attention mask of −inf): path to a bool mask of such elements."""

@@ -20,7 +20,6 @@ class Trend:
         self._norms = Window(128)
         self._highest = -math.inf
         self.first: float | None = None
-        self.accepted = 0
 
     def accept(self, reading: Reading) -> None:
         """Take a healthy reading."""
@@ -31,7 +30,6 @@ class Trend:
             self._losses.append(reading.step, reading.loss)
         if reading.grad_norm is not None and reading.finite:
             self._norms.append(reading.step, reading.grad_norm)
-        self.accepted += 1
 
     def rewind(self, step: int) -> None:
         """Forget what was read after ``step``."""
@@ -77,7 +75,6 @@ class Trend:
             "norms": self._norms.state(),
             "highest": self._highest,
             "first": self.first,
-            "accepted": self.accepted,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -86,7 +83,6 @@ class Trend:
         self._norms.load(state["norms"])
         self._highest = float(state["highest"])
         self.first = state["first"]
-        self.accepted = int(state["accepted"])
 
 
 def _left(values: list[float], least: float) -> bool:
