@@ -19,7 +19,7 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from lightning_nanguard import Fault, Finding, NaNGuard, TrainingDivergedError
-from lightning_nanguard.diagnosis.clues import BadField, Clues, Origin, Range
+from lightning_nanguard.diagnosis.clues import BadField, Case, Clues, Origin, Range
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
 from lightning_nanguard.diagnosis.rules import RULES, diagnose
 from lightning_nanguard.journal import describe, read_records
@@ -45,7 +45,7 @@ STEPS = 30
 AT = 24
 
 
-class Case(Task):
+class Lossy(Task):
     """A task with a loss of its own; ``loss_of(net, x, y)``."""
 
     def __init__(
@@ -85,7 +85,7 @@ def made(
 
     def run(folder: Path) -> tuple[NaNGuard, Task]:
         torch.manual_seed(0)
-        module = Case(loss_of, net(), optimizer)
+        module = Lossy(loss_of, net(), optimizer)
         data: list[Any] = [(x.clone(), y.clone()) for x, y in batches(count=STEPS)]
         for index, (x, y) in enumerate(data):
             prepare(x, y)
@@ -350,7 +350,7 @@ def test_the_error_of_a_lost_run_says_why(tmp_path: Path) -> None:
     """A run that never had a good step is stopped with the cause, its place and what to do."""
     guard = NaNGuard()
     torch.manual_seed(0)
-    module = Case(lambda net, x, y: mse(net, x, torch.log(y - 100)))
+    module = Lossy(lambda net, x, y: mse(net, x, torch.log(y - 100)))
     with pytest.raises(
         TrainingDivergedError, match=r"cause: target_out_of_domain in training_step \(log, .*above 0"
     ) as e:
@@ -520,7 +520,7 @@ RULE_ROWS: list[tuple[str | None, Fault, dict[str, Any], Clues]] = [
 @pytest.mark.parametrize(("cause", "fault", "known", "clues"), RULE_ROWS)
 def test_rules(cause: str | None, fault: Fault, known: dict[str, Any], clues: Clues) -> None:
     """The surest cause of what is known."""
-    finding = diagnose(fault, Evidence(**{"step": 50, "healthy_steps": 50, "scale": 1.0, **known}), clues)
+    finding = diagnose(Case(fault, Evidence(**{"step": 50, "healthy_steps": 50, "scale": 1.0, **known}), clues))
     assert (None if finding is None else finding.cause) == cause
 
 
@@ -532,9 +532,9 @@ def test_suggestions_have_numbers() -> None:
         "exploding_gradient": "the gradient norm is 1e+09, usually 1.5; that of a is 1e+03 times that of b",
     }
     findings = [
-        diagnose(LOSS, Evidence(step=9), Clues(bad_fields=(BadField("0", (3, 17), (3, 4)),))),
-        diagnose(EXPLODING, Evidence(step=9, comparison=WORSE, lr=0.5), Clues()),
-        diagnose(SPIKE, Evidence(step=9, usual_norm=1.5), Clues(norm=1e9, norms=(("a", 1e9), ("b", 1e6)))),
+        diagnose(Case(LOSS, Evidence(step=9), Clues(bad_fields=(BadField("0", (3, 17), (3, 4)),)))),
+        diagnose(Case(EXPLODING, Evidence(step=9, comparison=WORSE, lr=0.5), Clues())),
+        diagnose(Case(SPIKE, Evidence(step=9, usual_norm=1.5), Clues(norm=1e9, norms=(("a", 1e9), ("b", 1e6))))),
     ]
     for finding in findings:
         assert finding is not None
@@ -544,7 +544,7 @@ def test_suggestions_have_numbers() -> None:
 
 def test_each_rule_names_its_own_cause() -> None:
     """A rule is called as the cause it finds, and every one has a row above with three forms in real runs."""
-    names = [rule.__name__ for rule in RULES]
+    names = [rule.__name__ for rule in RULES if not rule.__module__.endswith(".model")]  # those have their own table
     assert {row[0] for row in RULE_ROWS} - {None} == set(names)
     assert all(sum(row[0] == name for row in RUNS) >= 3 for name in names)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_nanguard import Budget, Detector, Fault, Intervention, Reading, Remedy, TrainingDivergedError
 from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.detectors import default_detectors
-from lightning_nanguard.diagnosis.clues import Clues, Look
+from lightning_nanguard.diagnosis.clues import Case, Look
 from lightning_nanguard.diagnosis.rules import diagnose
 from lightning_nanguard.engine import Guard, Settings
 from lightning_nanguard.events import Finding
@@ -109,7 +109,7 @@ class Loop:
         return float(loss.detach())
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look) -> Finding | None:
-        return diagnose(fault, evidence, Clues())
+        return diagnose(Case(fault, evidence))
 
     def record(self, intervention: Intervention) -> None:
         self.records.append(intervention)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from lightning_nanguard.events import Fault
+from lightning_nanguard.policy import Evidence
 
 Look = Literal["nothing", "batch", "replay"]
 """How much may be looked at: only the evidence, the batch at hand too, or the batch while it is run again."""
@@ -126,3 +129,175 @@ class Clues:
     finite_in_float32: bool | None = None
     norm: float | None = None
     norms: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One module that computes, on one batch; in the order in which they run.
+
+    Containers are left out: what stands here has weights of its own, or no children (an activation, a norm). A module
+    that runs several times stands here once, with the numbers of its last run.
+
+    Attributes:
+        path: Path of the module, ``"net.2"``.
+        kind: Name of its class: ``"Linear"``, ``"Sigmoid"``.
+        inputs: Root mean square of the first floating tensor it was given; ``None`` where there was none.
+        outputs: Root mean square of what it gave; ``None`` where that was no floating tensor.
+        lowest: Smallest number it gave.
+        highest: Largest number it gave.
+        saturated: Share of the outputs of a bounded activation (sigmoid, tanh, …) that lie within 1 % of its range of
+            one of its ends; ``None`` for what is not bounded.
+        dead: Share of the units of a rectifier (ReLU, …) that are positive for no sample; ``None`` for anything else.
+        output_gradient: Norm of the loss's gradient with respect to what it gave; ``None`` without a backward pass.
+        gradient: Norm of the gradient of its own weights; ``None`` without weights or a backward pass.
+        weight: Norm of its own weights; ``None`` without any.
+        update: Norm of the last update of its own weights over ``weight``; ``None`` where it is not known.
+    """
+
+    path: str
+    kind: str
+    inputs: float | None = None
+    outputs: float | None = None
+    lowest: float | None = None
+    highest: float | None = None
+    saturated: float | None = None
+    dead: float | None = None
+    output_gradient: float | None = None
+    gradient: float | None = None
+    weight: float | None = None
+    update: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What the loss was computed from, as far as it goes through a function of ``torch.nn.functional``.
+
+    Attributes:
+        function: ``"cross_entropy"``, ``"nll_loss"``, ``"mse_loss"``, ``"binary_cross_entropy"``, …
+        line: ``file.py:12`` in the user's code; empty where it is not known.
+        classes: How many classes the target tells apart (class indices, or rows that are one-hot); ``None`` where the
+            target holds no classes.
+        probabilities: Whether what it was given are probabilities: within 0 and 1, summing to 1 over the classes.
+        softmax: Where those were made: the path of a module, or a line; empty where it is not known.
+        value: The loss it gave.
+        chance: The loss at chance level, such as log(classes); ``None`` where it is not known.
+    """
+
+    function: str
+    line: str = ""
+    classes: int | None = None
+    probabilities: bool = False
+    softmax: str = ""
+    value: float | None = None
+    chance: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GradientCheck:
+    """A gradient against finite differences of the loss.
+
+    Attributes:
+        place: The module or custom function.
+        error: Largest difference relative to the larger of the two.
+        analytic: The gradient's number there.
+        numeric: What finite differences gave there.
+    """
+
+    place: str
+    error: float
+    analytic: float
+    numeric: float
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model and its loss on one batch.
+
+    Attributes:
+        layers: Layer by layer, in the order in which they run.
+        objective: What the loss was computed from; ``None`` where it is not known.
+        loss: The loss.
+        updates: Updates made before; 0 for the untrained model.
+        checks: Gradients against finite differences, where that was asked for.
+    """
+
+    layers: tuple[Layer, ...] = ()
+    objective: Objective | None = None
+    loss: float | None = None
+    updates: int = 0
+    checks: tuple[GradientCheck, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Curvature:
+    """The loss of one batch along its gradient g, and at the ends of the spectrum of its Hessian H.
+
+    Attributes:
+        slope: gᵀg, or gᵀd for a direction d other than the gradient.
+        bend: gᵀHg, or dᵀHd.
+        largest: Largest eigenvalue (sharpness); ``None`` where it was not computed.
+        smallest: Smallest eigenvalue.
+    """
+
+    slope: float
+    bend: float
+    largest: float | None = None
+    smallest: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How a run has gone over its last updates, which were all finite.
+
+    Attributes:
+        updates: Updates looked at.
+        first: Loss of the untrained model.
+        before: Median loss at the start of the stretch.
+        now: Median loss at its end.
+        spread: Median absolute deviation of the loss from batch to batch.
+        best: Lowest median so far.
+        norm: Median gradient norm.
+        opposed: Median cosine of successive gradients of one batch; ``None`` where it was not measured.
+        noise: Norm of the gradient's noise over that of its mean; ``None`` where it was not measured.
+        lr: Effective learning rate of the first group.
+        batch_size: Samples in a batch; ``None`` where that cannot be told.
+        chance: Loss of a model that knows nothing but the classes; ``None`` where it is not known.
+    """
+
+    updates: int
+    first: float
+    before: float
+    now: float
+    spread: float
+    best: float
+    norm: float
+    opposed: float | None = None
+    noise: float | None = None
+    lr: float | None = None
+    batch_size: int | None = None
+    chance: float | None = None
+
+
+NO_FAULT = Fault("no_fault", "state", "")
+"""Where nothing happened and the run, or the model, is looked at all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """All that a rule may look at; each part is empty or ``None`` where nobody looked.
+
+    Attributes:
+        fault: What a detector found.
+        evidence: What the guard knows.
+        clues: What the batch shows, and running it again.
+        model: The model and its loss on one batch.
+        course: How the run has gone.
+        curvature: The loss around the weights of now.
+    """
+
+    fault: Fault = NO_FAULT
+    evidence: Evidence = field(default_factory=lambda: Evidence(step=0))
+    clues: Clues = field(default_factory=Clues)
+    model: Model | None = None
+    course: Course | None = None
+    curvature: Curvature | None = None

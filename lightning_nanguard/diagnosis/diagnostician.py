@@ -13,7 +13,7 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from lightning_nanguard.diagnosis.batch import look_at
-from lightning_nanguard.diagnosis.clues import Clues, Look
+from lightning_nanguard.diagnosis.clues import Case, Clues, Look
 from lightning_nanguard.diagnosis.replay import finite_again, replay
 from lightning_nanguard.diagnosis.rules import diagnose
 from lightning_nanguard.events import Fault, Finding
@@ -66,7 +66,7 @@ class Diagnostician:
             look: How much may be looked at.
         """
         try:
-            return diagnose(fault, evidence, self._gather(fault, batches, look))
+            return diagnose(Case(fault, evidence, self._gather(fault, batches, look)))
         except Exception as error:
             # Not to know why must never cost the run that the guard has just saved.
             _logger.debug("NaNGuard: the cause of %s could not be looked for: %r", fault.kind, error)
