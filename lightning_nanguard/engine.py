@@ -14,9 +14,7 @@ A loop calls, in this order::
 from __future__ import annotations
 
 import copy
-import logging
 import math
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,17 +32,16 @@ from lightning_nanguard.diagnosis.clues import Look
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.events import Fault, Finding, Intervention, Plan, Reading, Scale, Skip, Stop
 from lightning_nanguard.investigate import Investigator, Witness, matrix_norms
+from lightning_nanguard.keeper import Keeper
 from lightning_nanguard.learner import Learner
 from lightning_nanguard.learning_rate import LearningRate
 from lightning_nanguard.measure import PendingReading, exact_norm, gradients, pend, suspects
 from lightning_nanguard.policy import Evidence, Policy, PolicyState
 from lightning_nanguard.rehearsal import Rehearsal, Stage
 from lightning_nanguard.remedies import ClipGradients, ReduceLR, Remedy, executors
-from lightning_nanguard.ring import Interval, Ring
-from lightning_nanguard.snapshot import Snapshot, capture, corrupt, jumped, restore
+from lightning_nanguard.ring import Ring
+from lightning_nanguard.snapshot import Snapshot, corrupt, restore
 from lightning_nanguard.trend import Trend
-
-_logger = logging.getLogger("lightning_nanguard")
 
 
 class Host(Witness, Stage, Protocol):
@@ -102,12 +99,6 @@ _MAX_DELAY = 2
 # A state that no detector objects to, though one is uneasy about it, is certified after this many readings.
 _CERTIFY_ANYWAY = 100
 
-# Healthy updates after which running statistics no longer come from their initial values, and growth from snapshot
-# to snapshot beyond which they cannot be right.
-_SETTLED = 100
-_FAR = 1e4
-_FAR_EARLY = 1e12
-
 _HEALTHY = Fault("healthy_stretch", "learner", "", None, "a long healthy stretch")
 _ADVICE = (
     "Look at the records of what was done before; lower the learning rate, look at the data named there, or widen the "
@@ -154,7 +145,9 @@ class Guard:
         self._investigator = Investigator(learner, ring, rate, host, self._rehearsal, compare=not settings.observe)
         self._blocker = Blocker(learner)
         self._clipper = Clipper()
-        self._interval = Interval(settings.snapshot_every)
+        self._keeper = Keeper(
+            learner, ring, self._investigator, every=settings.snapshot_every, device=settings.snapshot_device
+        )
         self._executors = executors(remedies)
         self._prototypes = tuple(detectors)
         self._detectors: dict[int, list[Detector]] = {}
@@ -169,7 +162,6 @@ class Guard:
         self._healthy_since_restore: int | None = None
         self._bad_in_a_row = 0
         self._clipping_since = 0
-        self._last_capture = 0
         # Step and effective rate, for each step after which the rate of the first group was another.
         self._rates: deque[tuple[int, float]] = deque(maxlen=1024)
         self._tried: deque[str] = deque(maxlen=5)
@@ -184,7 +176,6 @@ class Guard:
         self._restored: Snapshot | None = None
         # Parameters made by the first forward are missing from the start's snapshot until then.
         self._lazy = False
-        self._jumps: set[str] = set()
 
     # ---------------------------------------------------------------------------------------- the order of a step
 
@@ -210,10 +201,8 @@ class Guard:
         if not self._investigator.initial_norms:
             self._investigator.initial_norms = matrix_norms(self.learner.weights())
         self.ring.certified.clear()
-        self._capture()
-        assert self.ring.pending is not None
         # The start is good once its first loss is.
-        self.ring.pending.healthy = self.ring.certify_after - 1
+        self._capture().healthy = self.ring.certify_after - 1
 
     def open_batch(self) -> None:
         """Remember what the coming batch may touch; a window of accumulation counts as one batch."""
@@ -541,7 +530,7 @@ class Guard:
         snapshot = self._restored = self.ring.discard_newer(depth)
         restore(self.learner, snapshot)
         self._healthy_since_restore = 0
-        self._last_capture = self._step
+        self._keeper.count_from(self._step)
         self._queue.clear()
         for stream, detectors in self._detectors.items():
             self._trends[stream].rewind(snapshot.step)
@@ -592,34 +581,15 @@ class Guard:
         if self._healthy_since_restore is not None:
             self._healthy_since_restore += 1
         self._certify()
-        if self.ring.pending is None and self._interval.due(self._step - self._last_capture):
-            started, since = time.perf_counter(), self._step - self._last_capture
+        if self._keeper.due(self._step):
             self._capture()
-            self._interval.measure(started, since)
         if not self._settings.observe:
             self._give_back()
 
-    def _capture(self) -> None:
+    def _capture(self) -> Snapshot:
         global_step, _, _ = self._host.clock()
-        self.ring.drop_pending()
-        try:
-            snapshot = self._copy(global_step, self._settings.snapshot_device)
-        except torch.cuda.OutOfMemoryError:
-            _logger.warning(
-                "NaNGuard: the device has no room for another snapshot at step %d. From now on snapshots lie in host "
-                "memory; set snapshot_device='cpu' or max_snapshot_memory to choose this from the start.",
-                global_step,
-            )
-            self.ring.shed()
-            self._settings = replace(self._settings, snapshot_device=torch.device("cpu"))
-            snapshot = self._copy(global_step, self._settings.snapshot_device)
         rates = self.rate.effective()
-        snapshot.rate = rates[0] if rates else None
-        self.ring.add(snapshot)
-        self._last_capture = self._step
-
-    def _copy(self, global_step: int, device: torch.device | None) -> Snapshot:
-        return capture(self.learner, step=self._step, global_step=global_step, device=device, reuse=self.ring.spare())
+        return self._keeper.capture(self._step, global_step, rates[0] if rates else None)
 
     def _certify(self) -> None:
         if not self.ring.healthy(min(reading.step for reading in self._readings)) or self.ring.pending is None:
@@ -628,24 +598,11 @@ class Guard:
         uneasy = any(detector.uneasy(r) for r in self._readings for detector in self._detectors[r.stream])
         if uneasy and pending.healthy < _CERTIFY_ANYWAY:
             return
-        bad = self._investigator.corrupt(pending.leaves.items())
-        if bad is not None:
+        fault = self._keeper.objection(pending, self._healthy_steps)
+        if fault is not None:
             self.ring.drop_pending()
-            message = f"{bad} is no longer finite, though every loss and gradient is"
-            fault = Fault("corrupted_state", "state", bad, None, message)
             self._handle(_Found(fault, self._readings[-1], None, reached=False))
             return
-        certified = self.ring.certified
-        if certified:
-            # A batch far out of range may pass through batch norm unseen, and leave its statistics useless.
-            times = _FAR if self._healthy_steps > _SETTLED else _FAR_EARLY
-            far = jumped(pending.leaves, certified[0].leaves, self.learner.statistics(), times)
-            if far is not None and far not in self._jumps:
-                self._jumps.add(far)  # once: what comes back after a restore is how it is
-                self.ring.drop_pending()
-                fault = Fault("implausible_state", "state", far, None, f"{far} is over {times:g} times what it was")
-                self._handle(_Found(fault, self._readings[-1], None, reached=False))
-                return
         trend = self._trends[self._readings[0].stream]
         pending.level = trend.level()
         self.ring.certify(margin=0.1 * trend.scale())
@@ -732,7 +689,8 @@ class Guard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; call it before :meth:`start`."""
-        self._step = self._last_capture = int(state["step"])
+        self._step = int(state["step"])
+        self._keeper.count_from(self._step)
         self.non_finite = int(state["non_finite"])
         self._healthy_steps = int(state["healthy_steps"])
         self._healthy_since_restore = state["healthy_since_restore"]
