@@ -133,24 +133,25 @@ class Clues:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One module that computes, on one batch; in the order in which they run.
+    """One weight that is multiplied with, or one activation, on one batch; in the order in which they run.
 
-    Containers are left out: what stands here has weights of its own, or no children (an activation, a norm). A module
-    that runs several times stands here once, with the numbers of its last run.
+    What runs several times stands here once, with the numbers of all its runs together.
 
     Attributes:
-        path: Path of the module, ``"net.2"``.
-        kind: Name of its class: ``"Linear"``, ``"Sigmoid"``.
-        inputs: Root mean square of the first floating tensor it was given; ``None`` where there was none.
-        outputs: Root mean square of what it gave; ``None`` where that was no floating tensor.
+        path: Path of the module, ``"net.2"``; of a weight that a module of the user's multiplies with by itself, the
+            path of the weight.
+        kind: Name of the module's class, ``"Linear"``, ``"Sigmoid"``, or what the user's code calls, with its line:
+            ``"sigmoid, model.py:12"``.
+        inputs: Root mean square of what it was given; ``None`` where that holds no floating numbers.
+        outputs: Root mean square of what it gave.
         lowest: Smallest number it gave.
         highest: Largest number it gave.
         saturated: Share of the outputs of a bounded activation (sigmoid, tanh, …) that lie within 1 % of its range of
             one of its ends; ``None`` for what is not bounded.
-        dead: Share of the units of a rectifier (ReLU, …) that are positive for no sample; ``None`` for anything else.
-        output_gradient: Norm of the loss's gradient with respect to what it gave; ``None`` without a backward pass.
-        gradient: Norm of the gradient of its own weights; ``None`` without weights or a backward pass.
-        weight: Norm of its own weights; ``None`` without any.
+        dead: Share of the units of a rectifier (ReLU) that are positive for no sample; ``None`` for anything else, and
+            for fewer than eight samples.
+        gradient: Norm of the gradient of its weights; ``None`` without weights or a backward pass.
+        weight: Norm of its weights; ``None`` without any.
         update: Norm of the last update of its own weights over ``weight``; ``None`` where it is not known.
     """
 
@@ -162,7 +163,6 @@ class Layer:
     highest: float | None = None
     saturated: float | None = None
     dead: float | None = None
-    output_gradient: float | None = None
     gradient: float | None = None
     weight: float | None = None
     update: float | None = None
@@ -180,7 +180,11 @@ class Objective:
         probabilities: Whether what it was given are probabilities: within 0 and 1, summing to 1 over the classes.
         softmax: Where those were made: the path of a module, or a line; empty where it is not known.
         value: The loss it gave.
-        chance: The loss at chance level, such as log(classes); ``None`` where it is not known.
+        chance: The loss at chance level: log(classes), or the mean square of a target that is no class; ``None`` where
+            it is not known.
+        lowest: Smallest class index of the target; ``None`` where it holds none.
+        highest: Largest class index.
+        outside: Samples whose class index is none of the classes.
     """
 
     function: str
@@ -190,6 +194,9 @@ class Objective:
     softmax: str = ""
     value: float | None = None
     chance: float | None = None
+    lowest: int | None = None
+    highest: int | None = None
+    outside: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +204,8 @@ class GradientCheck:
     """A gradient against finite differences of the loss.
 
     Attributes:
-        place: The module or custom function.
+        place: The parameter, or the custom function with its module and line.
+        custom: Whether it is a custom function (a ``torch.autograd.Function``).
         error: Largest difference relative to the larger of the two.
         analytic: The gradient's number there.
         numeric: What finite differences gave there.
@@ -207,6 +215,7 @@ class GradientCheck:
     error: float
     analytic: float
     numeric: float
+    custom: bool = False
 
 
 @dataclass(frozen=True, slots=True)

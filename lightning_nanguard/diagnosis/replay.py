@@ -42,7 +42,7 @@ def replay(
     size = next((len(t) for t in fields.values() if t.dim()), 0)
     labels = {key(t): frozenset({"target"}) for name, t in fields.items() if name in target_fields(batch, fields)}
     labels |= {key(p): frozenset({"weights"}) for p in module.parameters()}
-    with _kept(module), _eager(), Modules(module) as modules, _tracebacks():
+    with kept(module), eager(), Modules(module) as modules, _tracebacks():
         watch = Watch(modules, labels, size)
         with watch:
             loss = step()
@@ -70,7 +70,7 @@ def replay(
 
 def finite_again(module: nn.Module, step: Callable[[], Tensor | None]) -> bool | None:
     """Whether loss and gradient of one more run are finite."""
-    with _kept(module):
+    with kept(module):
         loss = step()
         if loss is None:
             return None
@@ -82,7 +82,8 @@ def finite_again(module: nn.Module, step: Callable[[], Tensor | None]) -> bool |
 
 
 @contextmanager
-def _kept(module: nn.Module) -> Iterator[None]:
+def kept(module: nn.Module) -> Iterator[None]:
+    """Put buffers and frozen parameters back at the end."""
     # Averages and target networks, that a training_step may move by itself. What is trained it does not touch.
     live = [*module.buffers(), *(p for p in module.parameters() if not p.requires_grad)]
     before = [(tensor, tensor.detach().clone()) for tensor in live]
@@ -97,7 +98,8 @@ def _kept(module: nn.Module) -> Iterator[None]:
                 tensor.copy_(value)
 
 
-def _eager() -> AbstractContextManager[Any]:
+def eager() -> AbstractContextManager[Any]:
+    """Run compiled modules uncompiled."""
     # A compiled module shows no operations; torch before 2.6 cannot be told to leave its compiled code out.
     stance = getattr(torch.compiler, "set_stance", None)
     return nullcontext() if stance is None else stance("force_eager")

@@ -97,10 +97,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         before = non_finite(inputs) if func._schema.is_mutable else None
         result = func(*args, **kwargs)
-        outputs = [leaf for leaf in _leaves(result) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
         labels = frozenset[str]().union(*(self._labels.get(key(one), ()) for one in inputs))
         sources = {key(one) for one in inputs}
         for one in outputs:
@@ -118,9 +118,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _makes(self, func: Any, args: Any, kwargs: Any, bad: list[Tensor], before: list[Tensor], mutated: bool) -> bool:
-        if _name(func) in _UNINITIALISED:
+        if operation(func) in _UNINITIALISED:
             return False
-        if any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in _leaves((args, kwargs))):
+        if any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in leaves((args, kwargs))):
             return False  # put in on purpose
         if not before:
             return True
@@ -128,14 +128,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return not mutated and any(map(_has_nan, bad)) and not any(map(_has_nan, before))
 
     def _made_by(self, func: Any, args: Any, bad: Tensor, labels: frozenset[str]) -> Origin:
-        name = _name(func)
+        name = operation(func)
         index = _DENOMINATOR.get(name, 0)
         operand = args[index] if len(args) > index else None
         lowest, highest, smallest, empty = extent(operand)
         return Origin(
             operation=name,
             module=self._modules.now(),
-            line=_user_line(),
+            line=user_line(),
             dtype=str(bad.dtype).removeprefix("torch."),
             samples=rows(bad, self._size),
             lowest=lowest,
@@ -148,14 +148,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def leaves(value: Any) -> Iterator[Any]:
+    """Everything in nested mappings and sequences."""
     if isinstance(value, Mapping):
         value = value.values()
     elif not isinstance(value, (list, tuple)):
         yield value
         return
     for item in value:
-        yield from _leaves(item)
+        yield from leaves(item)
 
 
 def key(tensor: Tensor) -> int:
@@ -164,7 +165,8 @@ def key(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() or -id(tensor)
 
 
-def _name(func: Any) -> str:
+def operation(func: Any) -> str:
+    """Name of an operation, without underscores at its ends."""
     return str(func._schema.name).split("::")[-1].strip("_")
 
 
@@ -198,7 +200,8 @@ def extent(operand: Any) -> tuple[float | None, float | None, float | None, bool
     return float(finite.min()), float(finite.max()), float(finite.abs().min()), False
 
 
-def _user_line() -> str:
+def user_line() -> str:
+    """``file.py:12``: the innermost line running that is in no library."""
     frame = sys._getframe(1)
     while frame is not None:
         name = str(frame.f_globals.get("__name__", "")).split(".")[0]

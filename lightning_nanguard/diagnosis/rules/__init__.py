@@ -19,6 +19,15 @@ from lightning_nanguard.diagnosis.rules.arithmetic import (
 )
 from lightning_nanguard.diagnosis.rules.data import non_finite_input, target_out_of_domain, unnormalised_input
 from lightning_nanguard.diagnosis.rules.learning import corrupted_state, exploding_gradient, learning_rate_too_high
+from lightning_nanguard.diagnosis.rules.model import (
+    dead_relu,
+    double_softmax,
+    mse_for_classification,
+    saturated_activation,
+    unbalanced_initialisation,
+    vanishing_gradient,
+    wrong_gradient,
+)
 from lightning_nanguard.events import Finding
 
 Rule = Callable[[Case], Finding | None]
@@ -35,6 +44,13 @@ RULES: tuple[Rule, ...] = (
     corrupted_state,
     exploding_gradient,
     learning_rate_too_high,
+    double_softmax,
+    mse_for_classification,
+    unbalanced_initialisation,
+    saturated_activation,
+    dead_relu,
+    vanishing_gradient,
+    wrong_gradient,
 )
 """Every rule, in the order that settles a tie."""
 

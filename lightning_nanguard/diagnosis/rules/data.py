@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from lightning_nanguard.diagnosis.clues import Case, Origin
+from lightning_nanguard.diagnosis.rules.model import early_harm, large_inputs, outside_the_classes
 from lightning_nanguard.diagnosis.rules.words import (
     at,
     learner_diverged,
@@ -16,9 +17,6 @@ from lightning_nanguard.diagnosis.rules.words import (
     sudden,
 )
 from lightning_nanguard.events import Finding
-
-# Root mean square of an input from which on it counts as not normalised; pixels of 0…255 have about 150.
-_UNNORMALISED = 10.0
 
 
 def non_finite_input(case: Case) -> Finding | None:
@@ -77,7 +75,7 @@ def target_out_of_domain(case: Case) -> Finding | None:
             f"{of(origin.samples)}.",
         )
     if target is None or not target.outliers or not sudden(fault):
-        return None
+        return outside_the_classes(case)
     return outliers("target_out_of_domain", target, "Fix the targets, or clip them.")
 
 
@@ -96,9 +94,10 @@ def unnormalised_input(case: Case) -> Finding | None:
         return None
     if inputs.outliers and sudden(fault):
         return outliers("unnormalised_input", inputs, "Clean the data, or clip the inputs.")
-    if clues.normalises or inputs.magnitude < _UNNORMALISED:
+    if not large_inputs(case):
         return None
-    diverged = learner_diverged(fault, evidence)
+    early = early_harm(case.model)
+    diverged = bool(early) or learner_diverged(fault, evidence)
     if not diverged and evidence.healthy_steps >= 20 and "gradient" not in fault.place:
         return None  # it went well with such inputs
     return Finding(
@@ -107,8 +106,8 @@ def unnormalised_input(case: Case) -> Finding | None:
         evidence=numbers_of(inputs),
         place=f"field {inputs.field} of the batch",
         suggestion=(
-            f"the input runs from {inputs.lowest:.4g} to {inputs.highest:.4g} with mean {inputs.mean:.4g} and standard "
-            f"deviation {inputs.std:.4g}. Subtract the mean and divide by the standard deviation, or begin with a "
-            "normalisation layer."
+            f"{early}the input runs from {inputs.lowest:.4g} to {inputs.highest:.4g} with mean {inputs.mean:.4g} and "
+            f"standard deviation {inputs.std:.4g}. Subtract the mean and divide by the standard deviation, or begin "
+            "with a normalisation layer."
         ),
     )

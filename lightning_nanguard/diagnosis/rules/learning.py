@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from lightning_nanguard.diagnosis.clues import Case
+from lightning_nanguard.diagnosis.clues import NO_FAULT, Case
+from lightning_nanguard.diagnosis.rules.model import exploding_at_the_start
 from lightning_nanguard.diagnosis.rules.words import learner_did_it, learner_diverged
 from lightning_nanguard.events import Finding
 
@@ -38,6 +39,8 @@ def corrupted_state(case: Case) -> Finding | None:
 def exploding_gradient(case: Case) -> Finding | None:
     """A finite loss whose gradient is far too large, or overflows in a product."""
     fault, evidence, clues = case.fault, case.evidence, case.clues
+    if fault is NO_FAULT:
+        return exploding_at_the_start(case)
     if fault.kind not in ("gradient_spike", "gradient_overflow", "non_finite_gradient"):
         return None
     finite = [(name, norm) for name, norm in clues.norms if math.isfinite(norm)]

@@ -1,0 +1,387 @@
+"""What one forward and one backward pass show of a model, layer by layer, in plain numbers.
+
+Only sums, counts and one bit for each unit are kept on the way, so that the memory taken does not grow with the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_nanguard.diagnosis.batch import indices
+from lightning_nanguard.diagnosis.clues import Layer, Model, Objective
+from lightning_nanguard.diagnosis.watch import Modules, key, leaves, operation, user_line
+from lightning_nanguard.measure import dense_values
+
+# Layers of one model that are told apart; what comes after is left out.
+_MOST = 2048
+# Samples from which on it can be told that a unit is never positive.
+_ENOUGH = 8
+# What multiplies with a weight.
+_PRODUCTS = frozenset(
+    ["mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "convolution", "embedding", "embedding_bag"]
+)
+# What makes a view, a copy or another precision of the same values.
+_SAME_VALUES = frozenset(
+    {"to_copy", "to", "clone", "contiguous", "view", "reshape", "unsafe_view", "alias", "detach", "t", "transpose"}
+    | {"permute", "expand", "unsqueeze", "squeeze", "slice", "select"}
+)
+# Activations with ends: their lowest and highest output.
+_BOUNDED = {"sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0), "hardsigmoid": (0.0, 1.0)}
+_FROM_CLASSES = frozenset({"nll_loss_forward", "nll_loss2d_forward", "nll_loss", "nll_loss2d"})
+_BINARY = frozenset({"binary_cross_entropy", "binary_cross_entropy_with_logits"})
+
+
+def examine(module: nn.Module, step: Callable[[], Tensor | None], targets: Sequence[Tensor] = ()) -> Model | None:
+    """Look at every layer while a batch runs forward and backward.
+
+    ``.grad`` is left alone. What the pass itself touches (random streams, buffers, metrics) is for the caller to put
+    back.
+
+    Args:
+        module: What is trained.
+        step: Runs a batch forward and gives the loss with its graph.
+        targets: The tensors of the batch that hold targets.
+
+    Returns:
+        What was seen; ``None`` where there was no loss.
+
+    Raises:
+        Exception: What ``step`` raises, unless it is that a target is none of the classes, which is told.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Sigmoid())
+        >>> seen = examine(net, lambda: net(torch.ones(8, 2)).mean())
+        >>> [(layer.path, layer.kind) for layer in seen.layers]
+        [('0', 'Linear'), ('1', 'Sigmoid')]
+    """
+    named = {name: p for name, p in module.named_parameters() if not isinstance(p, nn.UninitializedParameter)}
+    with Modules(module) as modules:
+        follower = _Follower(module, modules, named, targets)
+        try:
+            with follower:
+                loss = step()
+        except (IndexError, RuntimeError):
+            if not any(one.outside for one in follower.objectives):
+                raise
+            return Model(objective=next(one for one in follower.objectives if one.outside))
+    if loss is None:
+        return None
+    gradients = _gradients(loss, {name: p for name, p in named.items() if p.requires_grad})
+    return Model(
+        layers=tuple(one.told(named, gradients) for one in follower.layers.values()),
+        objective=_telling(follower.objectives),
+        loss=float(loss.detach().double().mean()),
+    )
+
+
+def _gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    if loss.grad_fn is None or loss.numel() != 1 or not parameters:
+        return {}
+    try:
+        made: Sequence[Tensor | None] = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    except RuntimeError:
+        return {}  # some graphs, such as those of re-entrant checkpointing, give no gradient this way
+    return {name: _norm(one) for name, one in zip(parameters, made, strict=True) if one is not None}
+
+
+def _telling(objectives: Sequence[Objective]) -> Objective | None:
+    """Of several parts of a loss the one most likely at fault."""
+
+    def faults(one: Objective) -> tuple[bool, bool, float]:
+        known = one.value is not None and one.chance is not None and one.chance > 0
+        return one.probabilities, one.classes is not None, one.value / one.chance if known else 0.0  # type: ignore[operator]
+
+    return max(objectives, key=faults, default=None)
+
+
+def _norm(tensor: Tensor) -> float:
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    return float(torch.linalg.vector_norm(dense_values(tensor.detach()), dtype=wide))
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What was seen of one layer so far."""
+
+    path: str
+    kind: str
+    weights: dict[str, None] = field(default_factory=dict)
+    given: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    made: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    lowest: float = math.inf
+    highest: float = -math.inf
+    at_ends: int | None = None
+    # Whether a unit was positive once; the units of a tensor of three axes may lie along either of two.
+    alive: tuple[Tensor, ...] = ()
+    samples: int = 0
+
+    def add_output(self, output: Tensor) -> None:
+        self.made[0] += _norm(output) ** 2
+        self.made[1] += output.numel()
+        if output.numel() and not output.is_complex():
+            self.lowest = min(self.lowest, float(output.min()))
+            self.highest = max(self.highest, float(output.max()))
+
+    def add_input(self, tensor: Tensor) -> None:
+        self.given[0] += _norm(tensor) ** 2
+        self.given[1] += tensor.numel()
+
+    def add_bounded(self, output: Tensor, lowest: float, highest: float) -> None:
+        near = 0.01 * (highest - lowest)
+        self.at_ends = (self.at_ends or 0) + int(((output < lowest + near) | (output > highest - near)).sum())
+
+    def add_rectified(self, output: Tensor) -> None:
+        if output.dim() < 2:
+            return
+        self.samples += len(output)
+        positive = output > 0
+        alive = tuple(positive.transpose(0, axis).flatten(1).any(1) for axis in sorted({1, output.dim() - 1}))
+        same = [one.shape for one in self.alive] == [one.shape for one in alive]
+        self.alive = tuple(a | b for a, b in zip(self.alive, alive, strict=True)) if same else alive
+
+    def told(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, float]) -> Layer:
+        dead = [1.0 - float(one.float().mean()) for one in self.alive]
+        norms = [gradients[name] for name in self.weights if name in gradients]
+        return Layer(
+            path=self.path,
+            kind=self.kind,
+            inputs=_root_mean(self.given),
+            outputs=_root_mean(self.made),
+            lowest=self.lowest if self.lowest <= self.highest else None,
+            highest=self.highest if self.lowest <= self.highest else None,
+            saturated=None if self.at_ends is None or not self.made[1] else self.at_ends / self.made[1],
+            dead=min(dead) if dead and self.samples >= _ENOUGH else None,
+            gradient=math.hypot(*norms) if norms else None,
+            weight=math.hypot(*(_norm(parameters[name]) for name in self.weights)) if self.weights else None,
+        )
+
+
+def _root_mean(sums: Sequence[float]) -> float | None:
+    return math.sqrt(sums[0] / sums[1]) if sums[1] else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """What the numbers in a tensor are: ``"probabilities"``, ``"log_softmax"``, ``"target"``, ``"difference"``."""
+
+    what: str
+    place: str = ""
+    classes: int | None = None
+
+
+@final
+class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows every operation of a forward pass, and by storage what its operands are."""
+
+    def __init__(
+        self, module: nn.Module, modules: Modules, parameters: Mapping[str, Tensor], targets: Sequence[Tensor]
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._owners = {path.replace("_orig_mod.", ""): one for path, one in module.named_modules()}
+        self._modules = modules
+        self._weights = {key(p): name for name, p in parameters.items()}
+        self._learned = set(self._weights)  # what depends on a weight
+        self._values = {key(one): _Value("target") for one in targets}
+        self._last = ""
+        self.layers: dict[tuple[str, str, str], _Seen] = {}
+        self.objectives: list[Objective] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = operation(func)
+        inputs = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        places = [key(one) for one in inputs]
+        given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        if name in _FROM_CLASSES:
+            self._look_at_classes(inputs)
+        squared = self._squared(name, inputs, given)
+        result = func(*args, **kwargs)
+        outputs = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
+        if name in _FROM_CLASSES or name in _BINARY:
+            self._cross_entropy(name, inputs, given, outputs[0])
+        elif squared is not None:
+            self._squared_error(name, squared, inputs, given, outputs[0])
+        self._label(name, inputs, places, outputs)
+        if outputs and outputs[0].is_floating_point() and outputs[0].layout == torch.strided:
+            self._look(name, inputs, places, outputs[0].detach(), given)
+        return result
+
+    # ------------------------------------------------------------------------------------------ what values are
+
+    def _label(self, name: str, inputs: list[Tensor], places: list[int], outputs: list[Tensor]) -> None:
+        learned = any(place in self._learned for place in places)
+        same = name in _SAME_VALUES and bool(places)
+        value = self._values.get(places[0]) if same else self._made(name, inputs, places, learned)
+        weight = self._weights.get(places[0]) if same else None
+        for place in map(key, outputs):
+            (self._learned.add if learned else self._learned.discard)(place)
+            if place in places and value is None and not same:
+                continue  # written in place: what it depends on is known, what it is stays
+            # What was there before is gone, the memory is used again.
+            _put(self._values, place, value)
+            if place not in places:
+                _put(self._weights, place, weight)
+
+    def _made(self, name: str, inputs: list[Tensor], places: list[int], learned: bool) -> _Value | None:
+        if name in ("softmax", "sigmoid"):
+            return _Value("probabilities", self._place(name))
+        if name == "log_softmax":
+            known = self._values.get(places[0])
+            return _Value("log_softmax", known.place if known is not None and known.what == "probabilities" else "")
+        if not learned:
+            return _Value("target") if any(self._is_target(place) for place in places) else None
+        if name == "sub" and len(inputs) == 2:
+            target = next((t for t, place in zip(inputs, places, strict=True) if self._is_target(place)), None)
+            return None if target is None else _Value("difference", classes=_classes(target))
+        return None
+
+    def _is_target(self, place: int) -> bool:
+        known = self._values.get(place)
+        return known is not None and known.what == "target" and place not in self._learned
+
+    def _place(self, name: str) -> str:
+        line = user_line()
+        return f"{self._modules.now() or 'training_step'} ({name}{', ' if line else ''}{line})"
+
+    # ------------------------------------------------------------------------------------------ layers
+
+    def _look(
+        self, name: str, inputs: list[Tensor], places: list[int], output: Tensor, given: Mapping[str, Any]
+    ) -> None:
+        if name in _PRODUCTS:
+            weight = next((self._weights[p] for t, p in zip(inputs, places, strict=True) if self._is_matrix(t, p)), "")
+            seen = self._seen_weight(weight) if weight else None
+            if seen is None:
+                return
+            seen.weights[weight] = None
+            seen.add_output(output)
+            for one, place in zip(inputs, places, strict=True):
+                if place not in self._weights and one.is_floating_point():
+                    seen.add_input(one)
+            self._last = weight
+            return
+        rectifies = name == "relu" or (name == "hardtanh" and (given.get("min_val"), given.get("max_val")) == (0, 6))
+        if not rectifies and name not in _BOUNDED:
+            return
+        seen = self._seen(self._modules.now(), name, self._last)
+        if seen is None:
+            return
+        seen.add_output(output)
+        if rectifies:
+            seen.add_rectified(output)
+        else:
+            seen.add_bounded(output, *_BOUNDED[name])
+
+    def _is_matrix(self, tensor: Tensor, place: int) -> bool:
+        return place in self._weights and tensor.dim() > 1
+
+    def _seen_weight(self, weight: str) -> _Seen | None:
+        owner = weight.rpartition(".")[0].replace("_orig_mod.", "")
+        module = self._owners.get(owner)
+        ready_made = type(module).__module__.startswith("torch.nn")
+        path = owner if ready_made else weight
+        return self._entry((path, "", ""), path, type(module).__name__ if ready_made else "weight")
+
+    def _seen(self, running: str, name: str, after: str) -> _Seen | None:
+        module = self._owners.get(running)
+        if type(module).__module__.startswith("torch.nn.modules.activation"):
+            return self._entry((running, name, after), running, type(module).__name__)
+        line = user_line()
+        return self._entry((running, name, after), running or "training_step", f"{name}{', ' if line else ''}{line}")
+
+    def _entry(self, found: tuple[str, str, str], path: str, kind: str) -> _Seen | None:
+        if found not in self.layers and len(self.layers) >= _MOST:
+            return None
+        return self.layers.setdefault(found, _Seen(path, kind))
+
+    # ------------------------------------------------------------------------------------------ losses
+
+    def _look_at_classes(self, inputs: list[Tensor]) -> None:
+        scores, target = inputs[:2]
+        classes = scores.shape[min(1, scores.dim() - 1)]
+        counted = target[target >= 0] if target.dim() else target  # ignore_index is below
+        if not counted.numel() or int(counted.max()) < classes:
+            return
+        outside = (target >= classes).reshape(len(target), -1).any(1) if target.dim() else torch.zeros(0)
+        self.objectives.append(
+            Objective(
+                function="cross_entropy",
+                line=user_line(),
+                classes=classes,
+                lowest=int(counted.min()),
+                highest=int(counted.max()),
+                outside=indices(outside),
+            )
+        )
+
+    def _cross_entropy(self, name: str, inputs: list[Tensor], given: Mapping[str, Any], value: Tensor) -> None:
+        scores, binary = inputs[0], name in _BINARY
+        classes = 2 if binary else scores.shape[min(1, scores.dim() - 1)]
+        known = self._values.get(key(scores))
+        if known is None or name == "binary_cross_entropy":
+            place = ""  # probabilities are what it asks for
+        elif binary:
+            place = known.place if known.what == "probabilities" else ""
+        else:
+            place = known.place if known.what == "log_softmax" else ""
+        # A weighted sum, or a loss for each sample, has no such chance level.
+        plain = value.dim() == 0 and len(inputs) == 2 and given.get("reduction", 1) == 1
+        self.objectives.append(
+            Objective(
+                function="binary_cross_entropy" if binary else "cross_entropy",
+                line=user_line(),
+                classes=classes,
+                probabilities=bool(place),
+                softmax=place,
+                value=float(value) if plain else None,
+                chance=math.log(classes) if classes > 1 else None,
+            )
+        )
+
+    def _squared(self, name: str, inputs: list[Tensor], given: Mapping[str, Any]) -> _Value | None:
+        if name == "mse_loss":
+            target = next((t for t in inputs[:2] if self._is_target(key(t))), None)
+            return _Value("difference", classes=None if target is None else _classes(target))
+        squares = name == "square" or (name == "pow" and given.get("exponent") == 2)
+        if name == "mul":
+            squares = len(inputs) == 2 and key(inputs[0]) == key(inputs[1])
+        known = self._values.get(key(inputs[0])) if squares and inputs else None
+        return known if known is not None and known.what == "difference" else None
+
+    def _squared_error(
+        self, name: str, difference: _Value, inputs: list[Tensor], given: Mapping[str, Any], value: Tensor
+    ) -> None:
+        target = next((t for t in inputs[:2] if self._is_target(key(t))), None) if name == "mse_loss" else None
+        plain = target is not None and value.dim() == 0 and given.get("reduction", 1) == 1
+        self.objectives.append(
+            Objective(
+                function="mse_loss" if name == "mse_loss" else "squared error",
+                line=user_line(),
+                classes=difference.classes,
+                value=float(value) if plain else None,
+                chance=float(target.detach().double().square().mean()) if target is not None and plain else None,
+            )
+        )
+
+
+def _put(table: dict[int, Any], place: int, value: Any) -> None:
+    if value is None:
+        table.pop(place, None)
+    else:
+        table[place] = value
+
+
+def _classes(target: Tensor) -> int | None:
+    """How many classes a target of zeros and ones tells apart, ``None`` where it is anything else."""
+    if target.dim() == 0 or target.is_complex() or bool(((target != 0) & (target != 1)).any()):
+        return None
+    if target.dim() > 1 and target.shape[1] > 1:
+        return target.shape[1] if bool((target.sum(1) == 1).all()) else None
+    return 2 if len(target) == target.numel() > 3 and bool(target.min() != target.max()) else None
