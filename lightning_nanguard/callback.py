@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +31,7 @@ from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.detectors import Detector, default_detectors, require
 from lightning_nanguard.diagnosis.clues import Look
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
+from lightning_nanguard.diagnosis.tape import Micro, Tape
 from lightning_nanguard.engine import Guard, Settings
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.events import Fault, Finding, Intervention
@@ -206,8 +207,7 @@ class NaNGuard(GuardCallback):
         """Remember what the batch may touch."""
         run = self._running()
         run.batch, run.batch_idx = batch, batch_idx
-        if not run.deferred:
-            run.window.append(batch)
+        run.tape.add(run.guard.updates + 1, batch_idx, batch)
         run.guard.open_batch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -234,7 +234,7 @@ class NaNGuard(GuardCallback):
             run.in_batch = False
             run.batch = None
             if not run.guard.in_window:
-                run.window.clear()
+                run.tape.clear()
 
     def on_validation_batch_end(
         self,
@@ -350,9 +350,8 @@ class _Run:
         self.rank_zero = trainer.is_global_zero
         self.records = next((sink.path for sink in journal.sinks if isinstance(sink, JsonLines)), None)
         self.batch: Any = None
-        # The newest micro-batches of a window; more would hold device memory for nothing.
-        self.window: deque[Any] = deque(maxlen=8)
-        self.deferred = settings.deferred
+        # Read late, a fault is that of an earlier batch.
+        self.tape = Tape(module.device, updates=4 if settings.deferred else 1)
         self._unknown: set[int] = set()
         self.batch_idx = -1
         self.in_batch = False
@@ -376,7 +375,8 @@ class _Run:
             settings=settings,
         )
         self._diagnostician = Diagnostician(
-            module,
+            learner,
+            ring,
             self._rerun,
             self._untraced,
             loss_scale=self._loss_scale,
@@ -448,7 +448,7 @@ class _Run:
         return self._trainer.accumulate_grad_batches if self._module.automatic_optimization else 1
 
     def batch_finite(self) -> bool | None:
-        return batch_finite(list(self.window))
+        return batch_finite([micro.batch for micro in self.tape.newest()])
 
     def comparable(self) -> bool:
         return bool(self._module.automatic_optimization)
@@ -488,13 +488,14 @@ class _Run:
         finally:
             trace.undo()
 
-    def diagnose(self, fault: Fault, evidence: Evidence, look: Look) -> Finding | None:
+    def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
         if look == "replay" and (not self.comparable() or self._trainer.world_size > 1):
             look = "batch"  # forward passes of one rank alone would wait for the others
-        return self._diagnostician.diagnose(fault, evidence, self.window, look)
+        return self._diagnostician.diagnose(fault, evidence, self.tape.of(update), look)
 
-    def _rerun(self, batch: Any, offset: int, full_precision: bool) -> Tensor | None:
-        return loss_with_graph(self._trainer, batch, self.batch_idx + offset, full_precision=full_precision)
+    def _rerun(self, micro: Micro, full_precision: bool) -> Tensor | None:
+        self.tape.rewind(micro)
+        return loss_with_graph(self._trainer, micro.batch, micro.index, full_precision=full_precision)
 
     @contextmanager
     def _untraced(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, final
@@ -53,8 +53,8 @@ class Host(Witness, Stage, Protocol):
     def micro_batches(self) -> int:
         """By how many micro-batches the loss is divided."""
 
-    def diagnose(self, fault: Fault, evidence: Evidence, look: Look) -> Finding | None:
-        """Why it happened, ``None`` where that was not found; it changes nothing."""
+    def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
+        """Why the fault of an update happened, ``None`` where that was not found; it changes nothing."""
 
     def record(self, intervention: Intervention) -> None:
         """Keep what was done."""
@@ -170,7 +170,7 @@ class Guard:
         self._updated = False
         self._losses: list[Tensor] = []
         self._readings: list[Reading] = []
-        self._measured: dict[int, int] = {}
+        self._measured: Counter[int] = Counter()
         self._found: list[_Found] = []
         self._acting_on: _Found | None = None
         self._restored: Snapshot | None = None
@@ -302,7 +302,7 @@ class Guard:
 
     def _measure(self, stream: int) -> PendingReading | None:
         self._step += 1
-        self._measured[stream] = self._measured.get(stream, 0) + 1
+        self._measured[stream] += 1
         return pend(
             step=self._step,
             stream=stream,
@@ -453,7 +453,7 @@ class Guard:
         stop = next((step for step in plan if isinstance(step, Stop)), None)
         self._acting_on, self._restored = found, None
         # Now, while weights and batch are still those of the fault.
-        finding = self._host.diagnose(found.fault, evidence, self._look(found))
+        finding = self._host.diagnose(found.fault, evidence, self._look(found), found.reading.step)
         if not self._settings.observe:
             if not any(isinstance(step, Skip) for step in plan):
                 self.skip()  # a restore, too, leaves nothing of the batch behind
@@ -469,8 +469,8 @@ class Guard:
         self._tried.append(f"{found.fault.kind}: {', '.join(words)}")
 
     def _look(self, found: _Found) -> Look:
-        if found.scope is None or self._settings.deferred:
-            return "nothing"  # the batch at hand is not the faulty one
+        if found.scope is None:
+            return "nothing"  # it was found outside a batch
         return "batch" if self._settings.observe else "replay"
 
     def _stop(self, fault: Fault, place: str, reason: str, finding: Finding | None) -> None:

@@ -108,7 +108,7 @@ class Loop:
         self.optimizer.step()
         return float(loss.detach())
 
-    def diagnose(self, fault: Fault, evidence: Evidence, look: Look) -> Finding | None:
+    def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
         return diagnose(Case(fault, evidence))
 
     def record(self, intervention: Intervention) -> None:

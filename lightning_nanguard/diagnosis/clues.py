@@ -99,6 +99,23 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """An element of a weight that moved out of all proportion to the others since the last good state.
+
+    Attributes:
+        name: ``"parameter net.0.weight"``.
+        before: What it was in the good state.
+        now: What it is.
+        usual: How far the elements of this weight moved otherwise.
+    """
+
+    name: str
+    before: float
+    now: float
+    usual: float
+
+
+@dataclass(frozen=True, slots=True)
 class Clues:
     """What looking at the batch and running it again showed.
 
@@ -113,6 +130,10 @@ class Clues:
         origin: Where the first non-finite value was made.
         low_precision: Whether it runs in 16 bits.
         finite_in_float32: Whether loss and gradients are finite without autocast; ``None`` where it was not tried.
+        good_loss: The loss under the last good state with the same random numbers; ``None`` where it was not tried.
+        good_norm: Norm of the gradient there.
+        good_finite: Whether both were finite: then the fault is not the batch's alone.
+        change: What no update explains of the difference between the state of now and the good one.
         norm: Norm of the gradient.
         norms: Gradient norm of every weight, by name, in the order of the module.
     """
@@ -127,6 +148,10 @@ class Clues:
     origin: Origin | None = None
     low_precision: bool = False
     finite_in_float32: bool | None = None
+    good_loss: float | None = None
+    good_norm: float | None = None
+    good_finite: bool | None = None
+    change: Change | None = None
     norm: float | None = None
     norms: tuple[tuple[str, float], ...] = ()
 
@@ -242,16 +267,27 @@ class Curvature:
     """The loss of one batch along its gradient g, and at the ends of the spectrum of its Hessian H.
 
     Attributes:
-        slope: gᵀg, or gᵀd for a direction d other than the gradient.
-        bend: gᵀHg, or dᵀHd.
+        slope: gᵀd: the slope along the direction d of the optimizer's updates, which for SGD is g itself.
+        bend: dᵀHd.
+        along: What d is: ``"the gradient"``, ``"Adam's updates"``.
+        steepest: Lower bound of the largest eigenvalue in magnitude; ``None`` where it was not computed.
+        typical: Mean curvature along random directions.
         largest: Largest eigenvalue (sharpness); ``None`` where it was not computed.
         smallest: Smallest eigenvalue.
     """
 
     slope: float
     bend: float
+    along: str = "the gradient"
+    steepest: float | None = None
+    typical: float | None = None
     largest: float | None = None
     smallest: float | None = None
+
+    @property
+    def largest_rate(self) -> float | None:
+        """The rate above which a step along d no longer lowers the loss; ``None`` where it bends down."""
+        return 2 * self.slope / self.bend if self.slope > 0 and self.bend > 0 else None
 
 
 @dataclass(frozen=True, slots=True)

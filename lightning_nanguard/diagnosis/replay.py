@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_nanguard.diagnosis.batch import fields_of, target_fields
 from lightning_nanguard.diagnosis.clues import Clues, Origin
 from lightning_nanguard.diagnosis.watch import LIBRARIES, Modules, Watch, extent, key, non_finite, rows
-from lightning_nanguard.measure import all_finite, dense_values
+from lightning_nanguard.measure import dense_values
 
 
 def replay(
@@ -68,22 +68,23 @@ def replay(
     )
 
 
-def finite_again(module: nn.Module, step: Callable[[], Tensor | None]) -> bool | None:
-    """Whether loss and gradient of one more run are finite."""
+def measured(module: nn.Module, step: Callable[[], Tensor | None]) -> tuple[float, float] | None:
+    """Loss and gradient norm of one more run; ``None`` where it gives no loss."""
     with kept(module):
         loss = step()
         if loss is None:
             return None
-        if not math.isfinite(float(loss.detach())):
-            return False
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            return value, math.nan
         parameters = [p for p in module.parameters() if p.requires_grad]
         gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return all(all_finite(gradient) for gradient in gradients if gradient is not None)
+        return value, math.sqrt(sum(_norm(gradient) ** 2 for gradient in gradients if gradient is not None))
 
 
 @contextmanager
 def kept(module: nn.Module) -> Iterator[None]:
-    """Put buffers and frozen parameters back at the end."""
+    """Put back what a ``training_step`` may move by itself: buffers, and parameters that are not trained."""
     # Averages and target networks, that a training_step may move by itself. What is trained it does not touch.
     live = [*module.buffers(), *(p for p in module.parameters() if not p.requires_grad)]
     before = [(tensor, tensor.detach().clone()) for tensor in live]
@@ -99,7 +100,7 @@ def kept(module: nn.Module) -> Iterator[None]:
 
 
 def eager() -> AbstractContextManager[Any]:
-    """Run compiled modules uncompiled."""
+    """Run compiled modules as they are written."""
     # A compiled module shows no operations; torch before 2.6 cannot be told to leave its compiled code out.
     stance = getattr(torch.compiler, "set_stance", None)
     return nullcontext() if stance is None else stance("force_eager")
@@ -128,15 +129,17 @@ def _backward(loss: Tensor, module: nn.Module, modules: Modules, size: int) -> t
         if bad and not non_finite([one for one in given if one is not None]):
             first.append(_node_origin(node, bad[0], modules.of(node), size))
 
-    for node in _graph(loss.grad_fn):
+    for node in graph(loss.grad_fn):
         node.register_hook(partial(look, node))
     gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     found = {name: one for name, one in zip(named, gradients, strict=True) if one is not None}
     return (first[0] if first else None), found
 
 
-def _graph(root: Any) -> list[Any]:
-    seen, waiting = {root}, [root]
+def graph(*roots: Any) -> list[Any]:
+    """Every node that a backward pass from ``roots`` goes through, but the leaves."""
+    waiting = [root for root in roots if root is not None]
+    seen = set(waiting)
     while waiting:
         for node, _ in waiting.pop().next_functions:
             if node is not None and node not in seen and node.name() != "torch::autograd::AccumulateGrad":

@@ -18,7 +18,13 @@ from lightning_nanguard.diagnosis.rules.arithmetic import (
     sqrt_at_zero,
 )
 from lightning_nanguard.diagnosis.rules.data import non_finite_input, target_out_of_domain, unnormalised_input
-from lightning_nanguard.diagnosis.rules.learning import corrupted_state, exploding_gradient, learning_rate_too_high
+from lightning_nanguard.diagnosis.rules.learning import (
+    collapsed,
+    corrupted_state,
+    exploding_gradient,
+    ill_conditioned,
+    learning_rate_too_high,
+)
 from lightning_nanguard.diagnosis.rules.model import (
     dead_relu,
     double_softmax,
@@ -51,6 +57,8 @@ RULES: tuple[Rule, ...] = (
     dead_relu,
     vanishing_gradient,
     wrong_gradient,
+    ill_conditioned,
+    collapsed,
 )
 """Every rule, in the order that settles a tie."""
 

@@ -6,28 +6,47 @@ import math
 
 from lightning_nanguard.diagnosis.clues import NO_FAULT, Case
 from lightning_nanguard.diagnosis.rules.model import exploding_at_the_start
-from lightning_nanguard.diagnosis.rules.words import learner_did_it, learner_diverged
+from lightning_nanguard.diagnosis.rules.words import learner_did_it, learner_diverged, worse
 from lightning_nanguard.events import Finding
 
 # What multiplies gradients on their way back.
 _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mul", "convolution", "linear", "square", "pow", "prod"})
 
+# How many times as steep as usual the steepest direction is where the loss counts as ill-conditioned.
+_UNEVEN = 100.0
+
 
 def corrupted_state(case: Case) -> Finding | None:
-    """Weights, buffers or moments went bad though no batch was."""
-    fault, evidence = case.fault, case.evidence
+    """Weights, buffers or moments went bad though no batch was: the fault is gone on good state."""
+    fault, evidence, change = case.fault, case.evidence, case.clues.change
     if evidence.undo or evidence.climbing or evidence.rate_rose:
         return None
-    if evidence.corrupt is None and learner_did_it(evidence):
+    if fault.kind == "implausible_state":
+        return _corrupted(
+            0.7, fault.place, f"{fault.message}, though losses and gradients were healthy: a batch far out of range"
+        )
+    if evidence.corrupt is not None:
+        return None if fault.scope == "learner" else _corrupted(0.97, evidence.corrupt, "is no longer finite")
+    if change is not None and case.clues.good_finite is not False and not _bad_there_too(case):
+        moved = (
+            f"went from {change.before:.4g} to {change.now:.4g}, where its elements moved by {change.usual:.2g} at most"
+        )
+        return _corrupted(0.95, change.name, moved, before=change.before, now=change.now, usual=change.usual)
+    if evidence.jump is None or fault.scope == "learner" or learner_did_it(evidence):
         return None
-    name = evidence.corrupt if evidence.corrupt is not None else evidence.jump
-    if name is None or fault.scope == "learner":
-        return None
-    what = "is not finite" if evidence.corrupt is not None else "grew ten thousandfold within a few updates"
+    return _corrupted(0.9, evidence.jump, "grew ten thousandfold within a few updates")
+
+
+def _bad_there_too(case: Case) -> bool:
+    loss, usual = case.clues.good_loss, case.evidence.scale
+    return loss is not None and loss > case.evidence.first + 10 * usual
+
+
+def _corrupted(confidence: float, name: str, what: str, **numbers: float) -> Finding:
     return Finding(
         "corrupted_state",
-        0.97 if evidence.corrupt is not None else 0.9,
-        evidence={"tensor": name, "healthy_steps": float(evidence.healthy_steps)},
+        confidence,
+        evidence={"tensor": name, **numbers},
         place=name,
         suggestion=(
             f"{name} {what}, though losses and gradients were healthy until now: a fault of memory or of code that "
@@ -77,38 +96,100 @@ def exploding_gradient(case: Case) -> Finding | None:
 
 def learning_rate_too_high(case: Case) -> Finding | None:
     """The updates themselves made the loss worse."""
-    fault, evidence = case.fault, case.evidence
-    comparison = evidence.comparison
-    worse = comparison is not None and comparison.worse(0.1 * evidence.scale)
-    if fault.kind in ("exploding_loss", "collapsed"):
-        confidence = 0.9 if worse else 0.7 if evidence.growth > 4 or evidence.climbing else 0.0
+    fault, evidence, curvature = case.fault, case.evidence, case.curvature
+    rate, limit = _rate(case), None if curvature is None else curvature.largest_rate
+    above = rate is not None and limit is not None and rate > limit
+    if fault.kind == "exploding_loss":
+        confidence = 0.9 if worse(evidence) else 0.7 if evidence.growth > 4 or evidence.climbing else 0.0
+    elif fault.kind == "collapsed":
+        confidence = 0.7 if worse(evidence) or evidence.growth > 4 or evidence.climbing else 0.0
     elif fault.kind == "stuck_loss":
         confidence = 0.8
     elif learner_diverged(fault, evidence):
         confidence = 0.9
     else:
-        confidence = 0.6 if worse and evidence.corrupt is None and evidence.jump is None else 0.0
+        blameless = evidence.corrupt is None and evidence.jump is None and case.clues.change is None
+        confidence = 0.6 if worse(evidence) and blameless else 0.0
     if confidence == 0.0:
         return None
-    rate = evidence.highest_lr if evidence.highest_lr is not None else evidence.lr
-    numbers = {"weights_grew": evidence.growth}
+    if above and confidence >= 0.7 and fault.kind != "collapsed":
+        confidence = max(confidence, 0.91)  # a single steep batch is above it, too
+    numbers: dict[str, float | str] = {"weights_grew": evidence.growth}
     parts = []
     if rate is not None:
         numbers["lr"] = rate
         parts.append(f"learning rate {rate:.4g}")
-    if comparison is not None and worse:
+    if curvature is not None and limit is not None:
+        numbers |= {"slope": curvature.slope, "bend": curvature.bend, "largest_rate": limit}
+        parts.append(f"along {curvature.along} the loss of this batch stops falling above {limit:.2g}")
+    comparison = evidence.comparison
+    if comparison is not None and worse(evidence):
         numbers |= {"loss_now": comparison.now, "loss_before": comparison.then}
         parts.append(
             f"the loss of this batch is {comparison.now:.4g}, under the last good weights {comparison.then:.4g}"
         )
     if evidence.growth > 2:
         parts.append(f"a weight matrix grew to {evidence.growth:.3g} times its norm")
-    least = "" if rate is None else f", to {rate / 10:.2g} for a start"
-    why = "; ".join(parts) or "the loss diverged"
     return Finding(
         "learning_rate_too_high",
         confidence,
         evidence=numbers,
         place=fault.place,
-        suggestion=f"{why}. Lower the learning rate{least}, or warm it up.",
+        suggestion=f"{'; '.join(parts) or 'the loss diverged'}. Lower the learning rate{_to(case)}, or warm it up.",
     )
+
+
+def ill_conditioned(case: Case) -> Finding | None:
+    """Diverging though the rate looks low: one direction is far steeper than the others, which hardly move."""
+    rate, curvature = _rate(case), case.curvature
+    if curvature is None or rate is None or curvature.steepest is None or curvature.typical is None:
+        return None
+    diverged = worse(case.evidence) or learner_diverged(case.fault, case.evidence)
+    if not diverged or rate * curvature.steepest < 2 or curvature.steepest < _UNEVEN * curvature.typical:
+        return None
+    return Finding(
+        "ill_conditioned",
+        0.915,
+        evidence={"lr": rate, "steepest": curvature.steepest, "typical": curvature.typical},
+        place=case.fault.place,
+        suggestion=(
+            f"learning rate {rate:.4g} looks low, but the loss bends by {curvature.steepest:.3g} in its steepest "
+            f"direction, which allows {2 / curvature.steepest:.2g} at most, and by {curvature.typical:.2g} in others, "
+            "which hardly move. Normalise the inputs, add normalisation layers, use an adaptive optimizer "
+            "(Adam), or lower the rate."
+        ),
+    )
+
+
+def collapsed(case: Case) -> Finding | None:
+    """Having learned, the loss is back at the untrained model's."""
+    fault, evidence = case.fault, case.evidence
+    if fault.kind != "collapsed":
+        return None
+    best = min((level for level in evidence.levels if level is not None), default=None)
+    numbers: dict[str, float | str] = {"untrained": evidence.first}
+    was = ""
+    if best is not None:
+        numbers["best"] = best
+        was = f", where it had come down to {best:.4g}"
+    return Finding(
+        "collapsed",
+        0.8,
+        evidence=numbers,
+        place=fault.place,
+        suggestion=(
+            f"the loss is back at {fault.value if fault.value is not None else evidence.first:.4g}, about the "
+            f"untrained model's {evidence.first:.4g}{was}. Go back to before it and lower the learning rate{_to(case)}."
+        ),
+    )
+
+
+def _rate(case: Case) -> float | None:
+    return case.evidence.highest_lr if case.evidence.highest_lr is not None else case.evidence.lr
+
+
+def _to(case: Case) -> str:
+    rate, limit = _rate(case), None if case.curvature is None else case.curvature.largest_rate
+    if rate is not None and limit is not None and limit < rate:
+        return f" below {limit:.2g}; {limit / 2:.2g} lowers this batch's loss most"
+    return "" if rate is None else f", to {rate / 10:.2g} for a start"

@@ -21,9 +21,12 @@ def learner_diverged(fault: Fault, evidence: Evidence) -> bool:
         return True
     if evidence.corrupt is not None:
         return evidence.climbing or evidence.rate_rose
+    return worse(evidence) and (learner_did_it(evidence) or (evidence.growth > 4 and evidence.jump is None))
+
+
+def worse(evidence: Evidence) -> bool:
     comparison = evidence.comparison
-    worse = comparison is not None and comparison.worse(0.1 * evidence.scale)
-    return worse and (learner_did_it(evidence) or (evidence.growth > 4 and evidence.jump is None))
+    return comparison is not None and comparison.worse(0.1 * evidence.scale)
 
 
 def learner_did_it(evidence: Evidence) -> bool:

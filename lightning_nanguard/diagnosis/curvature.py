@@ -1,0 +1,290 @@
+"""How the loss of a batch bends: products with its Hessian H, the rate they allow, and the ends of its spectrum.
+
+Along a direction d the loss changes by −ε·gᵀd + ½ε²·dᵀHd, so it stops falling at ε = 2·gᵀd / dᵀHd and falls most at
+half of that (Goodfellow, Bengio and Courville, "Deep Learning", 2016, section 4.3.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_nanguard.diagnosis.clues import Curvature
+from lightning_nanguard.diagnosis.replay import graph
+
+Vector = list[Tensor]
+"""One tensor for each parameter, of its shape."""
+
+# Relative size of a finite difference: what balances rounding (float32) against curvature of higher order.
+_STEP = 5e-3
+
+
+@final
+class Hessian:
+    """The Hessian of a loss, as products with vectors: by double backward, or where that fails, finite differences.
+
+    Args:
+        step: Gives the loss with its graph; every call must give the same loss for the same weights.
+        parameters: What the loss is differentiated by; finite differences move them, and put them back bit for bit.
+
+    Raises:
+        ValueError: When the loss does not depend on the parameters.
+
+    Example:
+        >>> w = torch.tensor([1.0, 1.0], requires_grad=True)
+        >>> hessian = Hessian(lambda: (w.square() * torch.tensor([0.5, 50.0])).sum(), [w])
+        >>> hessian.times([torch.tensor([1.0, 1.0])])[0].tolist()
+        [1.0, 100.0]
+    """
+
+    def __init__(self, step: Callable[[], Tensor | None], parameters: Sequence[Tensor]) -> None:
+        self._step = step
+        self._all = [parameter for parameter in parameters if parameter.requires_grad]
+        self.products = 0
+        try:
+            self._graph: Vector | None = self._gradient(create_graph=True)
+            if any(node.name() == "torch::autograd::Error" for node in graph(*(one.grad_fn for one in self._graph))):
+                # A function that can be differentiated once: differentiated again it would be left out in silence.
+                raise NotImplementedError
+            self.gradient = [one.detach() for one in self._graph]
+            # Attention kernels and compiled modules fail only when they are differentiated again.
+            self._image: Vector | None = self._twice(self._graph, self.gradient)
+        except (RuntimeError, NotImplementedError):
+            self._graph = self._image = None
+            self.gradient = self._gradient()
+
+    def times(self, vector: Vector) -> Vector:
+        """Hv, of the shapes of the parameters."""
+        self.products += 1
+        return self._twice(self._graph, vector) if self._graph is not None else self._differences(vector)
+
+    def along(self, direction: Vector | None = None) -> Curvature:
+        """Slope and bend along a direction; along the gradient itself by default."""
+        if direction is None:
+            if self._image is None:
+                self._image = self.times(self.gradient)
+            return Curvature(slope=dot(self.gradient, self.gradient), bend=dot(self.gradient, self._image))
+        return Curvature(slope=dot(self.gradient, direction), bend=dot(direction, self.times(direction)))
+
+    def _gradient(self, *, create_graph: bool = False) -> Vector:
+        loss = self._step()
+        if loss is None or not loss.requires_grad:
+            raise ValueError("Hessian: the step gave no loss that depends on the parameters.")
+        found = torch.autograd.grad(loss.sum(), self._all, create_graph=create_graph, allow_unused=True)
+        return _filled(found, self._all)
+
+    def _twice(self, gradient: Vector, vector: Vector) -> Vector:
+        # A gradient that does not depend on the weights (a loss that is linear in them) has no graph: H is zero there.
+        pairs = [(one, v) for one, v in zip(gradient, vector, strict=True) if one.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(parameter) for parameter in self._all]
+        outputs, given = [one for one, _ in pairs], [v.to(one.dtype) for one, v in pairs]
+        found = torch.autograd.grad(outputs, self._all, given, retain_graph=True, allow_unused=True)
+        return _filled(found, self._all)
+
+    def _differences(self, vector: Vector) -> Vector:
+        size = norm(vector)
+        if size == 0 or not math.isfinite(size):
+            return [torch.zeros_like(one) for one in vector]
+        width = _STEP * (1 + norm(self._all)) / size
+        before = [parameter.detach().clone() for parameter in self._all]
+        ends: list[Vector] = []
+        try:
+            for sign in (width, -width):
+                with torch.no_grad():
+                    for parameter, start, v in zip(self._all, before, vector, strict=True):
+                        parameter.copy_(start + sign * v)
+                ends.append(self._gradient())
+        finally:
+            with torch.no_grad():
+                for parameter, start in zip(self._all, before, strict=True):
+                    parameter.copy_(start)
+        return [(one - other) / (2 * width) for one, other in zip(*ends, strict=True)]
+
+
+def largest_stable_rate(
+    step: Callable[[], Tensor | None], parameters: Sequence[Tensor], direction: Vector | None = None
+) -> float | None:
+    """The rate above which a step along a direction no longer lowers the loss; ``None`` where it bends down.
+
+    Args:
+        step: Gives the loss with its graph, the same for the same weights.
+        parameters: What is trained.
+        direction: What the weights are moved against, times the rate; the gradient by default.
+
+    Example:
+        >>> w = torch.tensor([3.0], requires_grad=True)
+        >>> largest_stable_rate(lambda: 2 * w.square().sum(), [w])
+        0.5
+    """
+    return Hessian(step, parameters).along(direction).largest_rate
+
+
+# A rate that nobody would call high, for plain gradient descent.
+_CONSERVATIVE = 0.01
+
+
+def bend(step: Callable[[], Tensor | None], optimizer: Optimizer) -> Curvature | None:
+    """What the loss allows an optimizer: slope and bend along its updates, and how unevenly the loss bends.
+
+    ``None`` for an optimizer whose updates are not known.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    hessian = Hessian(step, parameters)
+    moved = direction(optimizer, hessian.gradient, parameters)
+    if moved is None:
+        return None
+    name = type(optimizer).__name__
+    if name != "SGD":
+        return replace(hessian.along(moved), along=f"the updates of {name}")
+    found = hessian.along(moved if len(optimizer.param_groups) > 1 else None)
+    # What the further products answer is only asked of a rate that looks low.
+    if float(optimizer.param_groups[0]["lr"]) > _CONSERVATIVE:
+        return found
+    steep, top = steepest(hessian, products=2)
+    return replace(found, steepest=steep, typical=typical(hessian, top))
+
+
+def direction(optimizer: Optimizer, gradient: Sequence[Tensor], parameters: Sequence[Tensor]) -> Vector | None:
+    """What an optimizer would move the weights against, for the rate of its first group and leaving momentum out.
+
+    ``None`` for one whose update is not known: it is for SGD, and for what divides by a mean of squares (Adam, AdamW,
+    RMSprop, Adagrad).
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    first = float(optimizer.param_groups[0]["lr"])
+    found: Vector = []
+    for parameter, g in zip(parameters, gradient, strict=True):
+        group = groups.get(id(parameter))
+        if group is None:
+            found.append(torch.zeros_like(g))
+            continue
+        scaled = _scaled(type(optimizer).__name__, group, optimizer.state.get(parameter, {}), g)
+        if scaled is None:
+            return None
+        found.append(scaled * (float(group["lr"]) / first if first > 0 else 1.0))
+    return found
+
+
+def _scaled(name: str, group: dict[str, Any], state: dict[str, Any], g: Tensor) -> Tensor | None:
+    if name == "SGD":
+        return g
+    if name in ("Adam", "AdamW", "NAdam", "RAdam"):
+        square, steps = state.get("exp_avg_sq"), float(state.get("step", 0))
+        mean = g.square() if square is None or steps == 0 else square / (1 - group["betas"][1] ** steps)
+    elif name == "RMSprop":
+        mean = state.get("square_avg", g.square())
+    elif name == "Adagrad":
+        mean = state.get("sum", g.square())
+    else:
+        return None
+    scaled: Tensor = g / (mean.sqrt() + group["eps"])
+    return scaled
+
+
+def steepest(hessian: Hessian, products: int = 3) -> tuple[float, Vector]:
+    """A lower bound of the largest eigenvalue in magnitude, by power iteration from the gradient, and its direction."""
+    vector = unit(hessian.gradient)
+    value = 0.0
+    for _ in range(products):
+        image = hessian.times(vector)
+        value = dot(vector, image)
+        if not norm(image) > 0:
+            break
+        vector = unit(image)
+    return value, vector
+
+
+def typical(hessian: Hessian, top: Vector, probes: int = 2) -> float:
+    """Mean curvature, in magnitude, along random directions at right angles to ``top``."""
+    values = []
+    for seed in range(probes):
+        draw = torch.Generator().manual_seed(seed)  # of its own: the run's streams stay as they are
+        probe = [torch.randn(one.shape, generator=draw).to(one.device, one.dtype) for one in top]
+        share = dot(probe, top)
+        probe = unit([p - share * t for p, t in zip(probe, top, strict=True)])
+        values.append(abs(dot(probe, hessian.times(probe))))
+    return sum(values) / len(values)
+
+
+def extremes(hessian: Hessian, *, tolerance: float = 1e-2, restarts: int = 5) -> tuple[float, float]:
+    """Smallest and largest eigenvalue, by SciPy's Lanczos method (``eigsh``).
+
+    Args:
+        hessian: Of which.
+        tolerance: Relative accuracy.
+        restarts: Bounds the time: each takes some twenty products.
+
+    Raises:
+        ModuleNotFoundError: Without SciPy, which comes with the extra ``curvature``.
+
+    Example:
+        >>> w = torch.ones(20, requires_grad=True)
+        >>> scales = torch.arange(-1.0, 19.0)
+        >>> low, high = extremes(Hessian(lambda: 0.5 * (scales * w.square()).sum(), [w]))
+        >>> round(low, 2), round(high, 2)
+        (-1.0, 18.0)
+    """
+    try:
+        import numpy as np
+        from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Eigenvalues of the Hessian need SciPy, which is not installed. Install it with the extra: "
+            "pip install 'lightning-nanguard[curvature]'."
+        ) from error
+    shapes = [(one.shape, one.numel(), one.dtype, one.device) for one in hessian.gradient]
+    size = sum(count for _, count, _, _ in shapes)
+
+    def matvec(flat: Any) -> Any:
+        whole = torch.from_numpy(np.ascontiguousarray(flat).reshape(-1))
+        parts = torch.split(whole, [count for _, count, _, _ in shapes])
+        vector = [
+            part.reshape(shape).to(device, dtype) for part, (shape, _, dtype, device) in zip(parts, shapes, strict=True)
+        ]
+        return torch.cat([one.detach().reshape(-1).double().cpu() for one in hessian.times(vector)]).numpy()
+
+    if size <= 24:  # too few for Lanczos
+        dense = np.stack([matvec(row) for row in np.eye(size)])
+        values = np.linalg.eigvalsh((dense + dense.T) / 2)
+        return float(values[0]), float(values[-1])
+    operator = LinearOperator((size, size), matvec=matvec, dtype=np.float64)
+    # A start of its own: what eigsh draws would come from NumPy's global stream.
+    start = np.cos(np.arange(1, size + 1) ** 1.5)
+    ends = []
+    for which in ("SA", "LA"):
+        try:
+            found = eigsh(
+                operator, k=1, which=which, v0=start, tol=tolerance, maxiter=restarts, return_eigenvectors=False
+            )
+        except ArpackNoConvergence as error:
+            found = error.eigenvalues
+        ends.append(float(found[0]) if len(found) else math.nan)
+    return ends[0], ends[1]
+
+
+def dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Inner product, summed in double precision."""
+    pairs = zip(one, other, strict=True)
+    return float(sum((a.detach().double() * b.detach().double()).sum().cpu() for a, b in pairs))
+
+
+def norm(vector: Sequence[Tensor]) -> float:
+    """2-norm over all tensors."""
+    return math.sqrt(dot(vector, vector))
+
+
+def unit(vector: Sequence[Tensor]) -> Vector:
+    """The same direction with norm 1; zero stays zero."""
+    size = norm(vector)
+    return [one / size if size > 0 else one for one in vector]
+
+
+def _filled(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Vector:
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]

@@ -1,0 +1,75 @@
+"""The learner's state now against a certified one: standing at that for a while, and what no update explains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from lightning_nanguard.diagnosis.clues import Change
+from lightning_nanguard.learner import Learner, Path, describe
+from lightning_nanguard.policy import Evidence
+from lightning_nanguard.ring import Ring
+from lightning_nanguard.snapshot import Snapshot, capture, restore
+
+# An element is out of place when it moved this many times as far as its neighbours did, and lies this many times as
+# far out as any of its tensor did before.
+_MOVED = 1e3
+_OUT = 10.0
+
+
+def good_state(ring: Ring, evidence: Evidence, kind: str) -> Snapshot | None:
+    """The certified snapshot to look at a fault from: the newest of about the best loss, the start for a stuck one."""
+    certified = ring.certified
+    if not certified:
+        return None
+    if kind == "stuck_loss":
+        return certified[-1]
+    known = [snapshot.level for snapshot in certified if snapshot.level is not None]
+    limit = min(known, default=0.0) + 0.1 * evidence.scale
+    return next((one for one in certified if one.level is None or one.level <= limit), certified[0])
+
+
+@contextmanager
+def standing_at(learner: Learner, snapshot: Snapshot) -> Iterator[None]:
+    """Run what is inside with the weights, buffers and moments of a snapshot, and put those of now back bit for bit.
+
+    Args:
+        learner: Whose state it is.
+        snapshot: Where to stand; it is not changed.
+    """
+    mine = capture(learner, step=0, global_step=0)
+    restore(learner, snapshot, keep=_is_state)
+    try:
+        yield
+    finally:
+        restore(learner, mine, keep=_is_state)
+
+
+def _is_state(path: Path) -> bool:
+    return path[0] in ("parameter", "buffer", "optimizer")
+
+
+def out_of_place(learner: Learner, snapshot: Snapshot) -> Change | None:
+    """The trained weight of which a few elements moved out of all proportion to the rest since a snapshot.
+
+    Updates move the elements of a tensor by amounts of one order; a flipped bit or a stray write moves one far out.
+    """
+    found: list[Change] = []
+    for path, live in learner.weights():
+        then = snapshot.leaves.get(path)
+        plain = path[0] == "parameter" and live.requires_grad and live.is_floating_point()
+        if not plain or then is None or then.shape != live.shape or live.numel() < 2 or live.layout != torch.strided:
+            continue
+        now = live.detach().double().flatten()
+        before = then.to(now.device).double().flatten()
+        moved = (now - before).abs()
+        furthest = int(moved.argmax())
+        others = moved[moved > 0]
+        # Of what moved at all, since an embedding moves a few rows; all but the furthest hundredth.
+        usual = float(others.kthvalue(max(1, int(0.99 * (others.numel() - 1))))[0]) if others.numel() > 1 else 0.0
+        far, range_before = float(moved[furthest]), float(before.abs().max())
+        if far > _MOVED * usual and abs(float(now[furthest])) > _OUT * range_before and far > 0:
+            found.append(Change(describe(path), float(before[furthest]), float(now[furthest]), usual))
+    return max(found, key=lambda change: abs(change.now), default=None)

@@ -1,0 +1,73 @@
+"""The newest micro-batches, each with the random state it began with, so that one can be run again as it was."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Micro:
+    """One micro-batch.
+
+    Attributes:
+        update: Number of the update it belongs to.
+        index: Its index in the epoch.
+        batch: The batch itself.
+        random: torch's random states before it: on CPU, and on the device where that has one.
+    """
+
+    update: int
+    index: int
+    batch: Any
+    random: tuple[Tensor, ...]
+
+
+@final
+class Tape:
+    """Keeps references to the micro-batches of the last updates.
+
+    Args:
+        device: The device of the run, whose random state is kept beside the CPU's.
+        updates: Updates kept; 1 for the one at hand.
+        most: Micro-batches of one update that are kept, the newest; more would hold memory for nothing.
+    """
+
+    def __init__(self, device: torch.device, updates: int = 1, most: int = 8) -> None:
+        self._generators = [torch.default_generator]
+        if device.type == "cuda":
+            self._generators.append(torch.cuda.default_generators[device.index or 0])
+        self._updates = updates
+        self._most = most
+        self._micros: deque[Micro] = deque()
+
+    def add(self, update: int, index: int, batch: Any) -> None:
+        """Take a micro-batch that is about to be run."""
+        micros = self._micros
+        while micros and (micros[0].update <= update - self._updates or len(micros) >= self._updates * self._most):
+            micros.popleft()
+        micros.append(Micro(update, index, batch, tuple(generator.get_state() for generator in self._generators)))
+
+    def of(self, update: int) -> list[Micro]:
+        """The micro-batches of an update, the newest last; a batch with several updates is found under each."""
+        known = [micro.update for micro in self._micros if micro.update <= update]
+        return [micro for micro in self._micros if known and micro.update == max(known)]
+
+    def newest(self, updates: int = 1) -> list[Micro]:
+        """The micro-batches of the last updates."""
+        numbers = sorted({micro.update for micro in self._micros})[-updates:]
+        return [micro for micro in self._micros if micro.update in numbers]
+
+    def clear(self) -> None:
+        """Let go of every batch that is not needed once its update is over."""
+        if self._updates == 1:
+            self._micros.clear()
+
+    def rewind(self, micro: Micro) -> None:
+        """Put torch's random streams where they were before a micro-batch."""
+        for generator, state in zip(self._generators, micro.random, strict=True):
+            generator.set_state(state)
