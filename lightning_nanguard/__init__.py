@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lightning_nanguard.callback import NaNGuard
     from lightning_nanguard.detectors import Detector, DivergingLoss, GradientSpike, NonFinite
     from lightning_nanguard.errors import TrainingDivergedError
-    from lightning_nanguard.events import Fault, Finding, Intervention, Reading
+    from lightning_nanguard.events import Advice, Fault, Finding, Intervention, Reading
     from lightning_nanguard.policy import Budget
     from lightning_nanguard.remedies import (
         ClipGradients,
@@ -36,6 +36,7 @@ _HOMES = {
     "GradientSpike": "detectors",
     "NonFinite": "detectors",
     "TrainingDivergedError": "errors",
+    "Advice": "events",
     "Fault": "events",
     "Finding": "events",
     "Intervention": "events",
@@ -51,6 +52,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Advice",
     "Budget",
     "ClipGradients",
     "Detector",

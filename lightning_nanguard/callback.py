@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_nanguard._compat.callbacks import averaged_copies, put_first
+from lightning_nanguard._compat.loading import readable_loader
 from lightning_nanguard._compat.packages import GuardCallback, LightningModule, Trainer, logged_at, rank_zero_info
 from lightning_nanguard._compat.precision import autocasts_to_half, grad_scaler
 from lightning_nanguard._compat.probe import (
@@ -24,7 +26,7 @@ from lightning_nanguard._compat.probe import (
     run_training_step,
     same_randomness,
 )
-from lightning_nanguard._compat.results import remember_running_means
+from lightning_nanguard._compat.results import new_results_forgotten, remember_running_means
 from lightning_nanguard._compat.saving import before_saves
 from lightning_nanguard._compat.schedulers import around_learning_rate_monitors
 from lightning_nanguard.batch_scope import BatchScope
@@ -34,15 +36,17 @@ from lightning_nanguard.diagnosis.diagnostician import Diagnostician
 from lightning_nanguard.diagnosis.tape import Micro, Tape
 from lightning_nanguard.engine import Guard, Settings
 from lightning_nanguard.errors import TrainingDivergedError
-from lightning_nanguard.events import Fault, Finding, Intervention
-from lightning_nanguard.journal import Console, Journal, JsonLines, Memory, Sink, summary
+from lightning_nanguard.events import Advice, Fault, Finding, Intervention
+from lightning_nanguard.journal import Adviser, Console, Journal, JsonLines, Memory, Sink, summary
 from lightning_nanguard.learner import Learner
 from lightning_nanguard.learning_rate import LearningRate
 from lightning_nanguard.measure import batch_finite
 from lightning_nanguard.metrics import NonFiniteRate
 from lightning_nanguard.policy import Budget, Evidence, Policy
+from lightning_nanguard.preflight import LOW, Preflight
 from lightning_nanguard.remedies import Remedy, default_remedies, executors
 from lightning_nanguard.ring import Ring
+from lightning_nanguard.untouched import attributes_kept
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -73,6 +77,8 @@ class NaNGuard(GuardCallback):
             to two steps later without waiting for the device; ``"auto"`` takes ``"step"`` on CPU, ``"deferred"`` on
             CUDA with an optimizer that can skip on the device (``fused=True``), else ``"step"``.
         observe: Record what would be done and change nothing.
+        preflight: Look at the data and the untrained model before the first step, with the first batch, and give
+            advice; it changes nothing.
         on_intervention: Called with each :class:`Intervention`.
 
     Raises:
@@ -97,6 +103,7 @@ class NaNGuard(GuardCallback):
         dirpath: str | Path | None = None,
         readback: Literal["auto", "step", "deferred"] = "auto",
         observe: bool = False,
+        preflight: bool = False,
         on_intervention: Callable[[Intervention], Any] | None = None,
     ) -> None:
         super().__init__()
@@ -131,6 +138,8 @@ class NaNGuard(GuardCallback):
         self._dirpath = None if dirpath is None else Path(dirpath)
         self._readback = readback
         self._observe = observe
+        self._preflight = preflight
+        self._advice: list[Advice] = []
         self._on_intervention = on_intervention
         self._memory = Memory()
         self._resumed: Mapping[str, Any] | None = None
@@ -146,6 +155,11 @@ class NaNGuard(GuardCallback):
     def interventions(self) -> Sequence[Intervention]:
         """The newest interventions, oldest first; all of them are on disk."""
         return self._memory
+
+    @property
+    def advice(self) -> Sequence[Advice]:
+        """What was noticed in the last fit and left alone, such as by the preflight."""
+        return tuple(self._advice)
 
     @property
     def lr_multiplier(self) -> float:
@@ -190,7 +204,9 @@ class NaNGuard(GuardCallback):
                 observe=self._observe,
             ),
             journal=Journal(self._sinks(trainer, pl_module)),
+            adviser=self._adviser(trainer),
         )
+        self._run.preflight_due = self._preflight and trainer.global_step == 0
         if trainer.world_size > 1 and trainer.is_global_zero:
             _logger.warning(
                 "NaNGuard: %d processes; it is tested on one. Each decides for itself here, so a fault that only one "
@@ -207,6 +223,8 @@ class NaNGuard(GuardCallback):
         """Remember what the batch may touch."""
         run = self._running()
         run.batch, run.batch_idx = batch, batch_idx
+        if run.preflight_due:
+            run.preflight(batch)
         run.tape.add(run.guard.updates + 1, batch_idx, batch)
         run.guard.open_batch()
 
@@ -327,6 +345,12 @@ class NaNGuard(GuardCallback):
             return sinks
         return [*sinks, JsonLines(_records(trainer, self._dirpath)), Console(), _Loggers(trainer, self, module)]
 
+    def _adviser(self, trainer: Trainer) -> Adviser:
+        path = _records(trainer, self._dirpath).with_name("advice.jsonl")
+        adviser = Adviser(JsonLines(path) if trainer.is_global_zero else None)
+        self._advice = adviser.given
+        return adviser
+
 
 @final
 class _Run:
@@ -343,10 +367,13 @@ class _Run:
         ring: Ring,
         settings: Settings,
         journal: Journal,
+        adviser: Adviser,
     ) -> None:
         self._trainer = trainer
         self._module = module
         self._journal = journal
+        self._adviser = adviser
+        self.preflight_due = False
         self.rank_zero = trainer.is_global_zero
         self.records = next((sink.path for sink in journal.sinks if isinstance(sink, JsonLines)), None)
         self.batch: Any = None
@@ -422,6 +449,7 @@ class _Run:
             if undo is not None:
                 undo()
         self._journal.close()
+        self._adviser.close()
 
     def _make_scope(self, *, thorough: bool = False) -> BatchScope:
         return BatchScope(self._module, [lambda: remember_running_means(self._trainer)], thorough=thorough)
@@ -502,10 +530,30 @@ class _Run:
         trace = self._make_scope(thorough=True)
         trace.open()
         try:
-            with same_randomness(self._module.device), quiet(self._trainer), torch.enable_grad():
+            with (
+                same_randomness(self._module.device),
+                quiet(self._trainer),
+                new_results_forgotten(self._trainer),
+                attributes_kept(self._module),
+                torch.enable_grad(),
+            ):
                 yield
         finally:
             trace.undo()
+
+    def preflight(self, batch: Any) -> None:
+        self.preflight_due = False
+        look = Preflight(
+            self._module, partial(loss_with_graph, self._trainer, batch_idx=self.batch_idx), self._untraced
+        )
+        run = self.comparable() and self._trainer.world_size == 1 and batch is not None
+        for finding in look.look(batch, readable_loader(self._trainer, self._module), run=run):
+            if finding.confidence > LOW:
+                self.advise("preflight", finding)
+
+    def advise(self, occasion: str, finding: Finding) -> None:
+        global_step, epoch, _ = self.clock()
+        self._adviser.give(Advice(global_step, epoch, occasion, finding))
 
     def _loss_scale(self) -> float | None:
         scaler = grad_scaler(self._trainer)

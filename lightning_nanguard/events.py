@@ -193,15 +193,57 @@ class Intervention:
         values = {key: _number(key, value) for key, value in data.items() if key in _names(cls)}
         try:
             values["remedies"] = tuple(values["remedies"])
-            finding = values.get("finding")
-            if finding is not None:
-                found = {key: _number(key, finding[key]) for key in _names(Finding) & set(finding)}
-                found["samples"] = tuple(found.get("samples", ()))
-                found["evidence"] = {key: _spelled(value) for key, value in found.get("evidence", {}).items()}
-                values["finding"] = Finding(**found)
+            if values.get("finding") is not None:
+                values["finding"] = _finding(values["finding"])
             return cls(**values)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a record of an intervention: {error}; its keys are {sorted(data)}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Something the guard noticed while nothing was done about it: no intervention, and not counted as one.
+
+    Attributes:
+        global_step: The trainer's ``global_step`` then.
+        epoch: The trainer's ``current_epoch``.
+        occasion: Why it looked: ``"preflight"``, …
+        finding: What it found.
+    """
+
+    global_step: int
+    epoch: int
+    occasion: str
+    finding: Finding
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings.
+
+        Example:
+            >>> Advice(0, 0, "preflight", Finding("dead_relu", 0.9)).to_dict()["finding"]["cause"]
+            'dead_relu'
+        """
+        return {"schema": SCHEMA_VERSION, **_plain(asdict(self))}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Advice:
+        """The inverse of :meth:`to_dict`; keys of later versions are ignored.
+
+        Raises:
+            ValueError: When ``data`` lacks a field.
+        """
+        try:
+            values = {key: data[key] for key in _names(cls)}
+            return cls(**{**values, "finding": _finding(values["finding"])})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a record of advice: {error}; its keys are {sorted(data)}") from error
+
+
+def _finding(data: Mapping[str, Any]) -> Finding:
+    found = {key: _number(key, data[key]) for key in _names(Finding) & set(data)}
+    found["samples"] = tuple(found.get("samples", ()))
+    found["evidence"] = {key: _spelled(value) for key, value in found.get("evidence", {}).items()}
+    return Finding(**found)
 
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -220,7 +262,7 @@ def _plain(value: Any) -> Any:
 _NUMBERS = frozenset({"lr_before", "lr_after", "value", "confidence"})
 
 
-def _names(of: type[Intervention | Finding]) -> set[str]:
+def _names(of: type[Intervention | Finding | Advice]) -> set[str]:
     return {f.name for f in fields(of)}
 
 

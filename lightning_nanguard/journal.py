@@ -18,16 +18,18 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, final, overload
+from typing import Any, NamedTuple, TypeVar, final, overload
 
 from lightning_nanguard.detectors import require
-from lightning_nanguard.events import SCHEMA_VERSION, Intervention
+from lightning_nanguard.events import SCHEMA_VERSION, Advice, Finding, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
+
+_Record = TypeVar("_Record", Intervention, Advice)
 
 
 class Sink(ABC):
@@ -80,7 +82,7 @@ class JsonLines(Sink):
         self._dropped = 0
         self._warned = False
 
-    def write(self, intervention: Intervention) -> None:
+    def write(self, intervention: Intervention | Advice) -> None:
         """Append the record, or keep it for the next try."""
         line = json.dumps(intervention.to_dict(), allow_nan=False, default=_jsonable).encode()
         self._dropped += len(self._waiting) == self._waiting.maxlen
@@ -172,7 +174,23 @@ def read_records(path: str | os.PathLike[str]) -> list[Intervention]:
     Raises:
         FileNotFoundError: When there is no such file. A run in which nothing happened writes none.
     """
-    records: list[Intervention] = []
+    return _read(path, Intervention.from_dict)
+
+
+def read_advice(path: str | os.PathLike[str]) -> list[Advice]:
+    """The advice of a file that :class:`Adviser` wrote, oldest first; see :func:`read_records`.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: When there is no such file. A run in which nothing was noticed writes none.
+    """
+    return _read(path, Advice.from_dict)
+
+
+def _read(path: str | os.PathLike[str], parse: Callable[[Mapping[str, Any]], _Record]) -> list[_Record]:
+    records: list[_Record] = []
     unreadable: list[int] = []
     later = False
     with open(path, "rb") as file:
@@ -182,7 +200,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Intervention]:
             try:
                 data = json.loads(line)
                 later = later or (isinstance(data, dict) and _is_later(data.get("schema")))
-                records.append(Intervention.from_dict(data))
+                records.append(parse(data))
             # A torn or overwritten line can be anything: wrong bytes, another type, brackets without end.
             except (ValueError, TypeError, AttributeError, RecursionError):
                 unreadable.append(number)
@@ -315,10 +333,77 @@ def _cause(intervention: Intervention) -> str:
     finding = intervention.finding
     if finding is None:
         return f"; cause: {intervention.cause}" if intervention.cause else ""
+    return f"; cause: {describe_finding(finding)}"
+
+
+def describe_finding(finding: Finding) -> str:
+    """A finding in one line.
+
+    Example:
+        >>> describe_finding(Finding("dead_relu", 0.9, place="net.1 (ReLU)", suggestion="Lower the learning rate."))
+        'dead_relu in net.1 (ReLU): Lower the learning rate.'
+    """
     place = f" in {finding.place}" if finding.place else ""
     samples = f" ({_listed('sample', finding.samples)})" if finding.samples else ""
     suggestion = f": {finding.suggestion}" if finding.suggestion else ""
-    return f"; cause: {finding.cause}{place}{samples}{suggestion}"
+    return " ".join(f"{finding.cause}{place}{samples}{suggestion}".split())
+
+
+def describe_advice(advice: Advice) -> str:
+    """One line for a person.
+
+    Args:
+        advice: What was noticed.
+
+    Example:
+        >>> describe_advice(Advice(0, 0, "preflight", Finding("dead_relu", 0.9, place="net.1 (ReLU)")))
+        'step 0 (epoch 0), advice (preflight): dead_relu in net.1 (ReLU)'
+    """
+    where = f"step {advice.global_step} (epoch {advice.epoch}), advice ({advice.occasion})"
+    return f"{where}: {describe_finding(advice.finding)}"
+
+
+@final
+class Adviser:
+    """Keeps advice: in memory, on the console, and in a file of its own beside the records.
+
+    What was said once is not said again, and no more than ``max_kept`` pieces are.
+
+    Args:
+        sink: The file, ``None`` to keep it in memory only, without a word on the console.
+        max_kept: How much advice is taken at most.
+
+    Example:
+        >>> adviser = Adviser()
+        >>> adviser.give(Advice(0, 0, "preflight", Finding("dead_relu", 0.9)))
+        >>> len(adviser.given)
+        1
+    """
+
+    def __init__(self, sink: JsonLines | None = None, *, max_kept: int = 100) -> None:
+        require(max_kept >= 1, self, "max_kept", max_kept, "at least 1")
+        self._sink = sink
+        self._max_kept = max_kept
+        self._said: set[tuple[str, str, str]] = set()
+        self.given: list[Advice] = []
+
+    def give(self, advice: Advice) -> None:
+        """Take one piece of advice; whatever goes wrong while it is written ends no run."""
+        said = (advice.occasion, advice.finding.cause, advice.finding.place)
+        if said in self._said or len(self.given) >= self._max_kept:
+            return
+        self._said.add(said)
+        self.given.append(advice)
+        if self._sink is not None:
+            _logger.warning("NaNGuard: %s", describe_advice(advice))
+            with contextlib.suppress(Exception):
+                self._sink.write(advice)
+
+    def close(self) -> None:
+        """Try once more to write what could not be written."""
+        if self._sink is not None:
+            with contextlib.suppress(Exception):
+                self._sink.close()
 
 
 @final
