@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from lightning_nanguard._compat.best import keep_best_finite
 from lightning_nanguard._compat.callbacks import averaged_copies, put_first
 from lightning_nanguard._compat.loading import readable_loader
 from lightning_nanguard._compat.packages import GuardCallback, LightningModule, Trainer, logged_at, rank_zero_info
@@ -27,7 +28,7 @@ from lightning_nanguard._compat.probe import (
     same_randomness,
 )
 from lightning_nanguard._compat.results import new_results_forgotten, remember_running_means
-from lightning_nanguard._compat.saving import before_saves
+from lightning_nanguard._compat.saving import guard_saves
 from lightning_nanguard._compat.schedulers import around_learning_rate_monitors
 from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.detectors import Detector, default_detectors, require
@@ -280,7 +281,7 @@ class NaNGuard(GuardCallback):
         try:
             run.guard.rate.withdraw()
             if not isinstance(exception, TrainingDivergedError):
-                run.guard.flush()
+                run.guard.check()  # what is saved on its account comes after this hook
         except Exception as error:
             # Whatever ended the run must be what the user sees.
             _logger.error("NaNGuard: while the run was ending: %s", error)
@@ -290,9 +291,9 @@ class NaNGuard(GuardCallback):
             _logger.error("NaNGuard: while the run was ending: %s", error)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read what is still on its way, and count over all ranks."""
+        """Read what is still on its way, leave a good state, and count over all ranks."""
         if self._run is not None:
-            self._run.guard.flush()
+            self._run.guard.check()
             self._non_finite_rate = self._run.non_finite_rate()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -411,6 +412,7 @@ class _Run:
         )
         self._undo_monitors: Callable[[], None] | None = None
         self._undo_saves: Callable[[], None] | None = None
+        self._undo_best: Callable[[], None] | None = None
 
     def start(self, max_memory: float | None) -> None:
         self.guard.start()
@@ -418,7 +420,8 @@ class _Run:
         rate = self.guard.rate
         rate.attach()
         self._undo_monitors = around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw)
-        self._undo_saves = before_saves(self._trainer, self.guard.check)
+        self._undo_saves = guard_saves(self._trainer, self.guard.before_save, self.guard.mend)
+        self._undo_best = keep_best_finite(self._trainer)
 
     def _limit_memory(self, max_memory: float | None) -> None:
         if max_memory is None or self.guard.ring.pending is None:
@@ -445,7 +448,7 @@ class _Run:
 
     def close(self) -> None:
         self.guard.close()
-        for undo in (self._undo_monitors, self._undo_saves):
+        for undo in (self._undo_monitors, self._undo_saves, self._undo_best):
             if undo is not None:
                 undo()
         self._journal.close()

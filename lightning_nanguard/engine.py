@@ -26,6 +26,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.blocking import Blocker, unscales_itself
+from lightning_nanguard.checkpoints import mended, poisoned
 from lightning_nanguard.clipping import Clipper
 from lightning_nanguard.detectors import Detector, NonFinite
 from lightning_nanguard.diagnosis.clues import Look
@@ -33,14 +34,14 @@ from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.events import Fault, Finding, Intervention, Plan, Reading, Scale, Skip, Stop
 from lightning_nanguard.investigate import Investigator, Witness, matrix_norms
 from lightning_nanguard.keeper import Keeper
-from lightning_nanguard.learner import Learner
+from lightning_nanguard.learner import Learner, Path
 from lightning_nanguard.learning_rate import LearningRate
 from lightning_nanguard.measure import PendingReading, exact_norm, gradients, pend, suspects
 from lightning_nanguard.policy import Evidence, Policy, PolicyState
 from lightning_nanguard.rehearsal import Rehearsal, Stage
 from lightning_nanguard.remedies import ClipGradients, ReduceLR, Remedy, executors
 from lightning_nanguard.ring import Ring
-from lightning_nanguard.snapshot import Snapshot, corrupt, restore
+from lightning_nanguard.snapshot import Snapshot, corrupt, mend_averages, restore
 from lightning_nanguard.trend import Trend
 
 
@@ -256,8 +257,7 @@ class Guard:
                 self._open, self._losses = False, []  # a batch without an update, and none to come of it
             return
         self._drop_flags()
-        found, self._found = self._found, []
-        self._bad_in_a_row += any(one.fault.scope == "batch" for one in found)
+        found = self._take_found()
         self._restored = None
         try:
             for one in found:
@@ -276,21 +276,72 @@ class Guard:
         """Take a fault that was found outside a step, such as in validation, and act at once."""
         self._handle(_Found(fault, Reading(self._step, 0, None, None), None, reached=False))
 
+    def before_save(self) -> None:
+        """Look at the state before it is written; within a batch, whose graph needs its tensors as they are, nothing
+        is changed, and :meth:`mend` alone sees to it that what is written is good."""
+        if not self._open:
+            self.check()
+
     def check(self) -> None:
-        """Look at the state of now, and go back to the last good one if it is bad; before it is written, for one."""
+        """Look at the state of now, and go back to the last good one if it is bad."""
         self.flush()
         bad = self._investigator.corrupt(self.learner.leaves())
-        if bad is not None:
-            self.report(Fault("corrupted_state", "state", bad, None, f"{bad} is no longer finite"))
+        if bad is None:
+            return
+        fault = Fault("corrupted_state", "state", bad, None, f"{bad} is no longer finite")
+        if self._open and not self._settings.observe:
+            # A batch that was broken off may have done no more than spoil batch norm's statistics.
+            self._scopes[0].undo()
+            if self._investigator.corrupt(self.learner.leaves()) is None:
+                self._restored = None
+                self._record(fault, bad, ("undo",), self.rate.effective())
+                return
+        self._readings = []
+        self.report(fault)
+        if not self._settings.observe:
+            mend_averages(self.learner)
+
+    def mend(self, checkpoint: dict[str, Any], path: str, *, checked: bool = False) -> dict[str, Any]:
+        """What to write in the place of a checkpoint: the same, or one with the last good state where it is poisoned.
+
+        The run itself is left alone.
+
+        Args:
+            checkpoint: What is about to be written.
+            path: Where to, for the record.
+            checked: Whether :meth:`before_save` has just been called.
+        """
+        weights = {path[1]: leaf for path, leaf in self.learner.weights()}
+        bad = poisoned(checkpoint, weights, self._investigator.allowed)
+        if not bad or (self._settings.observe and checked and not self._open):
+            return checkpoint
+        good = self._good()
+        listed = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else bad[0]
+        message = f"{listed} of a checkpoint about to be written to {path} is not finite"
+        self._restored = None
+        words = ("rewrite",) if good is not None else ()
+        self._record(Fault("poisoned_checkpoint", "state", bad[0], None, message), bad[0], words, self.rate.effective())
+        return checkpoint if self._settings.observe or good is None else mended(checkpoint, self.learner, good)
+
+    def _good(self) -> dict[Path, Any] | None:
+        live = dict(self.learner.leaves())
+        if self._investigator.corrupt(live.items()) is None:
+            return live
+        kept = [*self.ring.certified[:1], *([] if self.ring.pending is None else [self.ring.pending])]
+        return next((one.leaves for one in kept if self._investigator.corrupt(one.leaves.items()) is None), None)
 
     def flush(self) -> None:
         """Read what is still on its way, and act on it."""
         while self._queue and not self._found:
             pending, scope = self._queue.popleft()
             self._detect_late(pending, scope, None)
-        found, self._found = self._found, []
-        for one in found:
+        for one in self._take_found():
             self._handle(one)
+
+    def _take_found(self) -> list[_Found]:
+        found, self._found = self._found, []
+        self._bad_in_a_row += any(one.fault.scope == "batch" for one in found)
+        return found
 
     def close(self) -> None:
         """Let go of the optimizers."""
@@ -457,8 +508,8 @@ class Guard:
         if not self._settings.observe:
             if not any(isinstance(step, Skip) for step in plan):
                 self.skip()  # a restore, too, leaves nothing of the batch behind
-            if stop is not None and self.ring.certified:
-                self.restore(0)
+            if stop is not None:
+                self._leave_good()
             for step in plan:
                 self._executors[type(step)].apply(step, self)
         words = tuple(self._executors[type(step)].word for step in plan)
@@ -467,6 +518,13 @@ class Guard:
         if stop is not None and not self._settings.observe:
             self._stop(found.fault, place, stop.reason, finding)
         self._tried.append(f"{found.fault.kind}: {', '.join(words)}")
+
+    def _leave_good(self) -> None:
+        if self.ring.certified:
+            self.restore(0)
+        elif self.ring.pending is not None and self._investigator.corrupt(self.learner.leaves()) is not None:
+            # Nothing was ever proven good, but what the fit began with is at least finite.
+            restore(self.learner, self.ring.pending)
 
     def _look(self, found: _Found) -> Look:
         if found.scope is None:
@@ -704,11 +762,18 @@ class Guard:
             trend = self._trends[int(stream)] = Trend()
             trend.load_state_dict(saved["trend"])
             detectors = self._detectors[int(stream)] = [copy.deepcopy(detector) for detector in self._prototypes]
-            # The configuration may have changed: a detector takes its history up where its class is still listed.
-            histories = dict(saved["detectors"])
-            for detector in detectors:
-                if type(detector).__qualname__ in histories:
-                    detector.load_state_dict(histories[type(detector).__qualname__])
+            _take_histories_up(detectors, saved["detectors"])
+
+
+def _take_histories_up(detectors: Sequence[Detector], saved: Sequence[Sequence[Any]]) -> None:
+    """The n-th detector of a class takes up the history of the n-th of that class: the list around may have changed."""
+    histories: dict[str, deque[Any]] = {}
+    for name, history in saved:
+        histories.setdefault(name, deque()).append(history)
+    for detector in detectors:
+        own = histories.get(type(detector).__qualname__)
+        if own:
+            detector.load_state_dict(own.popleft())
 
 
 def _why(finding: Finding | None) -> str:

@@ -67,19 +67,19 @@ class Investigator:
         self._rate = rate
         self._witness = witness
         self._compare_allowed = compare
-        self._allowed: dict[Path, Tensor] = {}
+        self.allowed: dict[Path, Tensor] = {}
         self._shapes: dict[Path, torch.Size] = {}
         self.initial_norms: dict[str, float] = {}
 
     def begin(self) -> None:
         """Note what is not finite by design."""
         weights = [*self._learner.weights()]
-        self._allowed = allowances(weights)
+        self.allowed = allowances(weights)
         self._shapes = {path: leaf.shape for path, leaf in weights if path[0] == "buffer"}
 
     def corrupt(self, leaves: Iterable[tuple[Path, Any]]) -> str | None:
         """Name of the first tensor that is not finite and was at the start of fit."""
-        return corrupt(leaves, self._allowed, self._shapes)
+        return corrupt(leaves, self.allowed, self._shapes)
 
     def look_into(
         self,

@@ -311,6 +311,8 @@ _PHRASES = {
     "scale": ("learning rate {lr}", "changed the learning rate {lr}"),
     "clip": ("turned gradient clipping on", "turned gradient clipping on"),
     "reset moments": ("emptied the optimizer's state", "emptied the optimizer's state"),
+    "undo": ("put back what the batch had touched", "put back what the batch had touched"),
+    "rewrite": ("wrote the last good state in its place", "written the last good state in its place"),
     "stop": ("stopped the run", "stopped the run"),
 }
 
@@ -546,6 +548,8 @@ _ACTIONS = {
     "scale": ("change of the learning rate", "changes of the learning rate"),
     "clip": ("change of gradient clipping", "changes of gradient clipping"),
     "reset moments": ("reset of the optimizer's state", "resets of the optimizer's state"),
+    "undo": ("half batch undone", "half batches undone"),
+    "rewrite": ("checkpoint written with the last good state", "checkpoints written with the last good state"),
     "stop": ("stop", "stops"),
 }
 

@@ -420,3 +420,20 @@ def test_nothing_outside_fit(entry: str, tmp_path: Path, caplog: pytest.LogCaptu
     # And a fit afterwards is guarded.
     fit(task(), data, guard)
     assert words(guard) == [("skip",)]
+
+
+# ------------------------------------------------------------------------------------------- two detectors of a class
+
+
+def test_detectors_of_one_class_keep_their_own_histories(tmp_path: Path) -> None:
+    """Two detectors of one class with other windows each take up the history they had, in whatever place they are."""
+    path = tmp_path / "mid.ckpt"
+    both = [GradientSpike(window=20), GradientSpike(window=30)]
+    train(guard_with(detectors=both), SaveAt(40, path, stop=True))
+    saved = guard_state(path)["guard"]["streams"]["0"]["detectors"]
+    assert [len(state["norms"]) for _, state in saved] == [20, 30]
+    for detectors in (both, [NonFinite(), *both]):
+        again = tmp_path / f"again {len(detectors)}.ckpt"
+        train(guard_with(detectors=detectors), SaveAt(41, again, stop=True), resume=path)
+        resumed = guard_state(again)["guard"]["streams"]["0"]["detectors"][-2:]
+        assert [len(state["norms"]) for _, state in resumed] == [20, 30]

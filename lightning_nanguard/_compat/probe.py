@@ -94,7 +94,34 @@ def same_randomness(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def quiet(trainer: Any) -> Iterator[None]:
-    """Keep ``self.log`` of the code inside out of the loggers' and the progress bar's sight."""
+    """Keep ``self.log`` of the code inside out of the loggers' and the progress bar's sight, and saves off the disk:
+    weights that are only tried out belong in no file."""
+    with _without_saves(trainer), _without_logs(trainer):
+        yield
+
+
+@contextmanager
+def _without_saves(trainer: Any) -> Iterator[None]:
+    owners = (trainer, trainer.strategy)
+    before = [vars(owner).get("save_checkpoint") for owner in owners]
+    for owner in owners:
+        owner.save_checkpoint = _save_nothing
+    try:
+        yield
+    finally:
+        for owner, own in zip(owners, before, strict=True):
+            if own is None:
+                del owner.save_checkpoint
+            else:
+                owner.save_checkpoint = own
+
+
+def _save_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+@contextmanager
+def _without_logs(trainer: Any) -> Iterator[None]:
     connector = getattr(trainer, "_logger_connector", None)
     if connector is None:
         yield

@@ -1,32 +1,54 @@
-"""A look at the state before every checkpoint."""
+"""A look at the state before every checkpoint, and at every checkpoint before it is written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, Protocol
 
 
-def before_saves(trainer: Any, look: Callable[[], None]) -> Callable[[], None]:
-    """Call ``look`` before ``trainer.save_checkpoint`` collects anything.
+class Mend(Protocol):
+    """Gives what to write in the place of a checkpoint."""
 
-    Checkpoint callbacks and users go through it; no hook is called for weights-only saves, and the hook there is comes
-    when the state has been collected.
+    def __call__(self, checkpoint: dict[str, Any], path: str, *, checked: bool = False) -> dict[str, Any]:
+        """The checkpoint, or one that is not poisoned."""
+
+
+def guard_saves(trainer: Any, look: Callable[[], None], mend: Mend) -> Callable[[], None]:
+    """Call ``look`` before ``trainer.save_checkpoint`` collects anything, and write what ``mend`` gives.
+
+    Checkpoint callbacks and users go through the trainer; no hook is called for weights-only saves, and the hook there
+    is comes when the state has been collected. ``strategy.save_checkpoint`` sees every save, also one that a user made
+    a dictionary for: the last line, where nothing of the run is changed, since the state may have been collected at
+    any time and by one rank alone.
 
     Returns:
         A function that undoes this.
     """
-    original = trainer.save_checkpoint
+    strategy = trainer.strategy
+    collect, write = trainer.save_checkpoint, strategy.save_checkpoint
+    looked = False
 
-    @wraps(original)
+    @wraps(collect)
     def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        nonlocal looked
         look()
-        return original(*args, **kwargs)
+        before, looked = looked, True
+        try:
+            return collect(*args, **kwargs)
+        finally:
+            looked = before
+
+    @wraps(write)
+    def write_checkpoint(checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        return write(mend(checkpoint, str(filepath), checked=looked), filepath, *args, **kwargs)
 
     trainer.save_checkpoint = save_checkpoint
+    strategy.save_checkpoint = write_checkpoint
 
     def undo() -> None:
-        if vars(trainer).get("save_checkpoint") is save_checkpoint:
-            del trainer.save_checkpoint
+        for owner, ours in ((trainer, save_checkpoint), (strategy, write_checkpoint)):
+            if vars(owner).get("save_checkpoint") is ours:
+                del owner.save_checkpoint
 
     return undo
