@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TEST_ARGS ?= -n 2
 
-.PHONY: demo test rescue lint types clean
+.PHONY: demo test rescue bench lint types clean
 
 # Torch goes first and alone: what depends on it must find it in place and not choose another build.
 .venv/.stamp: requirements-dev.txt pyproject.toml
@@ -25,6 +25,10 @@ test: .venv/.stamp
 # Which failing runs are saved, and which healthy ones are left alone; FAST=1 takes a sixth of the forms.
 rescue: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rescue $(if $(FAST),--fast)
+
+# What the guard costs, beside clipping and other checks; ten minutes on the CPU, FAST=1 takes a tenth of the rounds.
+bench: .venv/.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.overhead $(if $(FAST),--fast)
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .

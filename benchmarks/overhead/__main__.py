@@ -1,0 +1,141 @@
+"""``python -m benchmarks.overhead``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from . import report
+from .contenders import CONTENDERS, Contender
+from .models import CPU, CUDA, Classifier, Pieces, Workload, _vectors
+from .parts import profile
+from .states import measure_states, peak_memory
+from .turns import Racer, race
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, show, write."""
+    arguments = _parser().parse_args(argv)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu":
+        torch.set_num_threads(1)
+    _silence()
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    chosen = CUDA if device == "cuda" else CPU
+    names = arguments.workloads.split(",") if arguments.workloads else list(chosen)
+    unknown = set(names) - set(chosen)
+    if unknown:
+        sys.exit(f"no workload is named {', '.join(sorted(unknown))}; on {device} there are {', '.join(chosen)}")
+    workloads = [_shorter(chosen[name], arguments.fast) for name in names]
+    started = time.perf_counter()
+    results: report.Results = {"races": {}, "parts": {}, "states": {}, "memory": {}, "growth": []}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for workload in workloads:
+            results["races"][workload.title] = compared = _race(workload, folder, device)
+            report.show_race(console, workload.title, compared)
+        for workload in workloads:
+            steps = max(30, min(1000, workload.steps * workload.rounds // 2))
+            results["parts"][workload.title] = parts = profile(workload, folder, device, steps)
+            report.show_parts(console, workload.title, parts)
+            results["memory"][workload.title] = peak_memory(workload, folder, device, 20)
+            for mode in ("step", "deferred"):
+                results["states"][f"{workload.title}, {mode}"] = measure_states(workload, folder, device, readback=mode)
+        report.show_states(console, results["states"])
+        results["growth"] = list(_growth(folder, device, arguments.fast))
+        report.show_growth(console, results["growth"])
+    results = {"about": report.about(device, time.perf_counter() - started), **results}
+    output: Path = arguments.output or Path(f"benchmarks/results/overhead-{device}.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(_rounded(results), indent=1) + "\n")
+    console.print(json.dumps(results["about"]), highlight=False)
+    console.print(f"{output} written")
+    if find_spec("matplotlib") is None:
+        console.print("no plot: it needs matplotlib, pip install 'lightning-nanguard[report]'")
+    else:
+        report.plot(results, output.with_suffix(".png"))
+    return 0
+
+
+def _race(workload: Workload, folder: Path, device: str) -> dict[str, dict[str, float]]:
+    wanted = {name: one for name, one in CONTENDERS.items() if one.matters or not workload.few}
+    # The bare one and what others are compared with take part in every group that memory allows.
+    base = {one.against for one in wanted.values()}
+    racers: dict[str, dict[str, float]] = {}
+    for group in _groups(wanted, base, workload.at_once):
+        ran: dict[str, Racer] = race(group, workload, folder, device)
+        for name, one in report.compare(ran).items():
+            racers.setdefault(name, one)
+        del ran
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return {name: racers[name] for name in wanted}
+
+
+def _groups(wanted: dict[str, Contender], base: set[str], at_once: int) -> Iterator[dict[str, Contender]]:
+    rest = [name for name in wanted if name not in base]
+    for start in range(0, len(rest), at_once):
+        members = {*rest[start : start + at_once]}
+        members |= {wanted[name].against for name in members} | ({*base} if start == 0 else set()) | {"bare"}
+        yield {name: wanted[name] for name in wanted if name in members}
+
+
+def _growth(folder: Path, device: str, fast: bool) -> Iterator[dict[str, float]]:
+    fused = device == "cuda"
+    shapes = [(100, 1_600), (1_000, 160), (10_000, 16), (100, 16_000), (100, 160_000)]
+    for count, size in shapes[:3] if fast else shapes:
+        workload = Workload(
+            f"{count} of {size}",
+            lambda count=count, size=size: Classifier(Pieces(count, size), fused=fused),  # type: ignore[misc]
+            lambda: _vectors(8, 16),
+            steps=1,
+            rounds=1,
+        )
+        found = profile(workload, folder, device, 20 if count > 1_000 else 60)
+        yield {
+            "tensors": count, "size": size, "bytes": 4 * count * size,
+            **{key: found[key] for key in ("guard", "bound", "step")},
+        }  # fmt: skip
+
+
+def _shorter(workload: Workload, fast: bool) -> Workload:
+    return replace(workload, rounds=max(3, workload.rounds // 10)) if fast else workload
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def _silence() -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks.overhead", description="What the guard costs.")
+    parser.add_argument("--fast", action="store_true", help="a tenth of the rounds")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--workloads", default="", metavar="A,B", help=f"of {', '.join(CPU)}; {', '.join(CUDA)}")
+    parser.add_argument("--output", type=Path, metavar="JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
