@@ -6,12 +6,13 @@ Buffers (batch-norm statistics), torchmetrics objects on the module, and whateve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from lightning_nanguard.snapshot import writable
@@ -20,6 +21,8 @@ Undo = Callable[[], None]
 
 # Buffers up to this many bytes are copied before every batch; a larger one only once it was seen to change.
 _SMALL = 1 << 16
+# The modules are counted anew after so many batches: to walk through them before each costs more than to copy.
+_LOOK_AGAIN = 64
 
 
 @final
@@ -37,59 +40,82 @@ class BatchScope:
         self._thorough = thorough
         self._module = module
         self._others = tuple(others)
-        self._versions: dict[str, tuple[int, int]] = {}
-        self._live: set[str] = set()
+        self._opened = 0
+        self._owners: list[tuple[str, bool, dict[str, Tensor | None]]] = []
+        self._metrics: list[Metric] = []
+        # What the plan was made for, and the plan: copies by name, and what is copied, by dtype and device.
+        self._forms: list[Any] = []
         self._saved: dict[str, Tensor] = {}
+        self._copies: list[tuple[list[Tensor], list[Tensor]]] = []
+        # Large buffers that have not changed so far, with their versions, and those that have.
+        self._watched: list[tuple[str, Tensor, int]] = []
+        self._live: set[str] = set()
         self._undo: list[Undo] = []
-        self._structure()
-
-    def _structure(self) -> None:
-        # The guard's own metrics count what is skipped: they must not forget it.
-        self._metrics = [
-            module
-            for module in self._module.modules()
-            if isinstance(module, Metric) and not getattr(type(module), "keep_when_skipped", False)
-        ]
-        normalised = {
-            f"{prefix}.{name}" if prefix else name
-            for prefix, module in self._module.named_modules()
-            if isinstance(module, _NormBase)
-            for name, _ in module.named_buffers(recurse=False)
-        }
-        self._live |= normalised
 
     def open(self) -> None:
         """Remember the state of now."""
-        buffers = self._touchable()
-        targets: list[Tensor] = []
-        sources: list[Tensor] = []
-        saved: dict[str, Tensor] = {}
-        for name, buffer in buffers.items():
-            mark = (id(buffer), buffer._version)
-            if self._versions.get(name, mark) != mark:
-                self._live.add(name)
-            self._versions[name] = mark
-            if name not in self._live and buffer.nbytes > _SMALL and not self._thorough:
-                continue
-            memory = self._saved.get(name)
-            if memory is not None and memory.shape == buffer.shape and memory.dtype == buffer.dtype:
-                targets.append(memory)
-                sources.append(buffer.detach())
-                saved[name] = memory
-            else:
-                saved[name] = buffer.detach().clone()
-        if targets:
+        if self._opened % _LOOK_AGAIN == 0:
+            self._look()
+        self._opened += 1
+        forms = [
+            (id(buffer), buffer.shape, buffer.dtype)
+            for _, _, buffers in self._owners
+            for buffer in buffers.values()
+            if buffer is not None and not is_lazy(buffer)
+        ]
+        changed = {name for name, buffer, version in self._watched if buffer._version != version}
+        if changed or forms != self._forms or self._thorough:
+            self._live |= changed
+            self._forms = forms
+            self._plan()
+        if self._copies:
             with torch.no_grad():
-                torch._foreach_copy_(targets, sources)
-        self._saved = saved
+                for targets, sources in self._copies:
+                    torch._foreach_copy_(targets, sources)
         self._undo = [other() for other in self._others]
         self._undo += [_remember(metric) for metric in self._metrics]
 
-    def _touchable(self) -> dict[str, Tensor]:
-        named = dict(self._module.named_buffers())
+    def _look(self) -> None:
+        named = list(self._module.named_modules())
+        # The guard's own metrics count what is skipped: they must not forget it.
+        self._metrics = [
+            module
+            for _, module in named
+            if isinstance(module, Metric) and not getattr(type(module), "keep_when_skipped", False)
+        ]
+        self._owners = [
+            (f"{prefix}." if prefix else "", isinstance(module, _NormBase), module._buffers) for prefix, module in named
+        ]
+        self._forms = []
+
+    def _plan(self) -> None:
+        old, self._saved, self._watched = self._saved, {}, []
+        groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+        for name, buffer, normalises in self._touchable():
+            if buffer.nbytes > _SMALL and not (normalises or name in self._live or self._thorough):
+                self._watched.append((name, buffer, buffer._version))
+                continue
+            memory = old.get(name)
+            if memory is None or memory.shape != buffer.shape or memory.dtype != buffer.dtype:
+                memory = torch.empty_like(buffer)
+            self._saved[name] = memory
+            targets, sources = groups.setdefault((buffer.dtype, buffer.device), ([], []))
+            targets.append(memory)
+            sources.append(buffer)
+        self._copies = list(groups.values())
+
+    def _touchable(self) -> Iterator[tuple[str, Tensor, bool]]:
+        seen: set[int] = set()
+        for prefix, normalises, buffers in self._owners:
+            for key, buffer in buffers.items():
+                if buffer is None or is_lazy(buffer) or id(buffer) in seen or not writable(buffer):
+                    continue
+                seen.add(id(buffer))
+                yield prefix + key, buffer, normalises
         if self._thorough:
-            named |= {name: p.data for name, p in self._module.named_parameters() if not p.requires_grad}
-        return {name: tensor for name, tensor in named.items() if writable(tensor)}
+            for name, parameter in self._module.named_parameters():
+                if not parameter.requires_grad and writable(parameter):
+                    yield name, parameter.data, False
 
     def before(self) -> dict[str, Tensor]:
         """The buffers as they were before the batch, by name, as far as it may have touched them."""
@@ -97,7 +123,7 @@ class BatchScope:
 
     def undo(self) -> None:
         """Put back what the batch touched; may be called once for each :meth:`open`, or again."""
-        buffers = self._touchable()
+        buffers = {name: buffer for name, buffer, _ in self._touchable()}
         with torch.no_grad():
             for name, value in self._saved.items():
                 live = buffers.get(name)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grad_value_
 from torch.optim import Optimizer
 
-from lightning_nanguard.measure import gradients, total_norm
+from lightning_nanguard.measure import gradients, partial_norms, total_norm
 
 
 @final
@@ -30,22 +31,20 @@ class Clipper:
         self.value = min(value, self.value) if same and self.value is not None else value
         self._algorithm = algorithm
 
-    def clip(self, optimizer: Optimizer, loss_scale: torch.Tensor | None = None) -> None:
+    def clip(self, optimizer: Optimizer, loss_scale: Tensor | None = None) -> None:
         """Clip in place, without a read by the host; ``loss_scale`` where the gradients are still scaled by it."""
         if self.value is None:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not parameters:
+        values = gradients(parameters)
+        if not values:
             return
         if self._algorithm == "value":
             clip_grad_value_(parameters, self.value if loss_scale is None else self.value * float(loss_scale))
             return
-        norm = total_norm(gradients(parameters))
+        norm = total_norm(partial_norms(values))
         limit = self.value if loss_scale is None else self.value * loss_scale.to(norm.device)
-        factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
-        for parameter in parameters:
-            assert parameter.grad is not None
-            parameter.grad.mul_(factor.to(parameter.grad.device, parameter.grad.dtype))
+        _multiply([p.grad for p in parameters], torch.clamp(limit / (norm + 1e-6), max=1.0))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""
@@ -55,3 +54,13 @@ class Clipper:
         """The inverse of :meth:`state_dict`."""
         self.value = state["value"]
         self._algorithm = state["algorithm"]
+
+
+def _multiply(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    # One call for all tensors of a dtype and device: a call for each costs more than the arithmetic on small ones.
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    with torch.no_grad():
+        for (dtype, device), group in groups.items():
+            torch._foreach_mul_(group, factor.to(device, dtype))

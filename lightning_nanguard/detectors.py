@@ -218,7 +218,6 @@ class GradientSpike(Detector):
     # During warm-up only what no beginning explains: far above all norms so far, and huge by itself.
     _outlandish = 1e5
     _huge = 1e6
-    _refresh_every = 8
 
     def __init__(self, threshold: float = 12.0, ratio: float = 200.0, window: int = 128, warmup: int = 20) -> None:
         require(threshold > 0, self, "threshold", threshold, "a number above 0")
@@ -230,17 +229,15 @@ class GradientSpike(Detector):
         self.window = window
         self.warmup = warmup
         self._norms = Window(window)
-        self._limit = math.inf
-        self._stale = 0
+        self._newest = 0.0
 
     def check(self, reading: Reading) -> Fault | None:
         """The fault of this reading, or ``None``."""
         norm = reading.grad_norm
-        if norm is None or not reading.finite or not norm > self._limit:
+        # The cheap question first: no limit is below ten times a norm in the window.
+        if norm is None or not reading.finite or norm <= self._above_largest * self._newest:
             return None
-        # The cached limit may be a few steps old: decide on the window as it is now.
-        limit = self._find_limit()
-        if not norm > limit:
+        if not norm > self._find_limit():
             return None
         usual = median(self._norms.values())
         return Fault(
@@ -259,10 +256,7 @@ class GradientSpike(Detector):
         if norm is None or not reading.finite:
             return
         self._norms.append(reading.step, norm)
-        self._stale += 1
-        if self._stale >= self._refresh_every or len(self._norms) <= self.warmup:
-            self._limit = self._find_limit()
-            self._stale = 0
+        self._newest = norm
 
     def _find_limit(self) -> float:
         norms = [norm for norm in self._norms.values() if norm > 0]
@@ -279,7 +273,7 @@ class GradientSpike(Detector):
     def rewind(self, step: int) -> None:
         """Forget what was accepted after ``step``."""
         self._norms.rewind(step)
-        self._limit = self._find_limit()
+        self._newest = next(iter(self._norms.last(1)), 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """The history in plain containers."""
@@ -288,7 +282,7 @@ class GradientSpike(Detector):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._norms.load(state["norms"])
-        self._limit = self._find_limit()
+        self._newest = next(iter(self._norms.last(1)), 0.0)
 
 
 @final

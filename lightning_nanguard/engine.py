@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, final
@@ -171,7 +171,7 @@ class Guard:
         self._updated = False
         self._losses: list[Tensor] = []
         self._readings: list[Reading] = []
-        self._measured: Counter[int] = Counter()
+        self._measured: dict[int, int] = {}
         self._found: list[_Found] = []
         self._acting_on: _Found | None = None
         self._restored: Snapshot | None = None
@@ -353,7 +353,7 @@ class Guard:
 
     def _measure(self, stream: int) -> PendingReading | None:
         self._step += 1
-        self._measured[stream] += 1
+        self._measured[stream] = self._measured.get(stream, 0) + 1
         return pend(
             step=self._step,
             stream=stream,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter, methodcaller
 from typing import Any, final
 
 import torch
@@ -22,10 +23,21 @@ def dense_values(gradient: Tensor) -> Tensor:
 
 
 def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The gradients there are, each as dense real numbers."""
-    found = [p.grad for p in parameters if p.grad is not None]
-    # Most are plain already, and a call for each costs more than the norm on a model of many small parameters.
-    return [dense_values(g) if g.requires_grad or g.is_sparse or g.is_complex() else g for g in found]
+    """The gradients there are; sparse ones as the numbers they store."""
+    found = [gradient for p in parameters if (gradient := p.grad) is not None]
+    # One pass in C: a call for each costs more than the norm on a model of many small parameters.
+    return [dense_values(g) if g.is_sparse else g for g in found] if any(map(_IS_SPARSE, found)) else found
+
+
+_IS_SPARSE = attrgetter("is_sparse")
+_IS_CPU = attrgetter("is_cpu")
+_NUMEL = methodcaller("numel")
+_UP_TO_FLOAT = {torch.float16, torch.bfloat16, torch.float32}
+# On the CPU, from so many tensors on, one of up to so many elements is cheaper to copy behind the others than to be
+# given a call of its own; so many are copied at once.
+_MANY = 32
+_SMALL = 4096
+_AT_ONCE = 1024
 
 
 def _on(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -33,28 +45,54 @@ def _on(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return tensor.to(device, dtype, non_blocking=device.type == "cuda")
 
 
-def total_norm(values: Sequence[Tensor]) -> Tensor:
-    """2-norm over all tensors, a 0-dim float tensor on the first one's device.
+def partial_norms(values: list[Tensor]) -> list[Tensor]:
+    """2-norms, 0-dim, whose own 2-norm is that over all tensors; fewer than there are tensors where these are small.
 
-    A finite result proves every element finite; the inverse does not hold, since squares overflow.
+    Finite results prove every element finite; the inverse does not hold, since squares overflow.
     """
-    # Half precision overflows at 65,504, which is no unusual norm.
-    half = any(value.dtype == torch.float16 for value in values)
-    norms: Sequence[Tensor] = (
-        [torch.linalg.vector_norm(value, dtype=torch.float32) for value in values]
-        if half
-        else torch._foreach_norm(list(values))
-    )
+    norms: list[Tensor] = []
+    if len(values) >= _MANY and all(map(_IS_CPU, values)):
+        sizes = list(map(_NUMEL, values))
+        small = [value for value, size in zip(values, sizes, strict=True) if size <= _SMALL]
+        values = [value for value, size in zip(values, sizes, strict=True) if size > _SMALL]
+        norms = [
+            _norm(torch._C._nn.flatten_dense_tensors(small[start : start + _AT_ONCE]))
+            for start in range(0, len(small), _AT_ONCE)
+        ]
+    if len(values) == 1:
+        norms.append(_norm(values[0]))
+    elif values:
+        dtypes = {value.dtype for value in values}
+        if len(dtypes) == 1 and dtypes.isdisjoint(_WIDER):
+            norms += torch._foreach_norm(values)
+        elif dtypes <= _UP_TO_FLOAT:
+            # Half precision overflows at 65,504, which is no unusual norm.
+            norms += torch._foreach_norm(values, 2, torch.float32)
+        else:
+            norms += map(_norm, values)
+    return norms
+
+
+def total_norm(norms: Sequence[Tensor]) -> Tensor:
+    """2-norm of partial norms, a 0-dim float tensor on the first one's device."""
     first = norms[0]
-    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    stacked = torch.stack([_on(norm, first.device, dtype) for norm in norms])
-    total: Tensor = torch.linalg.vector_norm(stacked)
-    return total
+    if len(norms) > 1:
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        if any(norm.device != first.device or norm.dtype != dtype for norm in norms):
+            norms = [_on(norm, first.device, dtype) for norm in norms]
+        first = torch.linalg.vector_norm(torch.stack(list(norms)))
+    return first.detach()  # gradients that keep their graph have a norm that does
+
+
+def _norm(values: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=_WIDER.get(values.dtype))
+    return norm
 
 
 def exact_norm(values: Sequence[Tensor]) -> float:
     """2-norm in float64, for the rare gradient whose squares overflow its own precision. Reads from the device."""
-    return math.sqrt(sum(float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2 for value in values))
+    dense = map(dense_values, values)
+    return math.sqrt(sum(float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2 for value in dense))
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -107,46 +145,84 @@ def floating_tensors(batch: Any) -> Iterable[Tensor]:
 
 
 @final
+class Parcel:
+    """A few numbers on their way to the host, sent without waiting for the device.
+
+    Args:
+        numbers: One-dimensional, on any device.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        cuda = numbers.is_cuda
+        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=cuda)
+        self._host.copy_(numbers, non_blocking=True)
+        self._done: Any = None
+        if cuda:
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record(torch.cuda.current_stream(numbers.device))
+
+    def arrived(self) -> bool:
+        """Whether reading it would not wait for the device."""
+        return self._done is None or bool(self._done.query())
+
+    def read(self) -> list[float]:
+        """The numbers; waits until they are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        numbers: list[float] = self._host.tolist()
+        return numbers
+
+
+@final
 @dataclass(slots=True)
 class PendingReading:
-    """One update's loss and gradient norm on their way to the host.
+    """One update's loss and gradient norm, on the device or on their way to the host.
 
     Attributes:
         step: The guard's clock.
         stream: Index of the optimizer.
-        values: ``[loss, gradient norm, loss scale]`` on the device, or in host memory once copied.
-        has_loss: Whether there was a loss.
-        has_gradient: Whether there was a gradient.
-        loss_scale: Whether a GradScaler's scale is among the values.
+        loss: Sum of the losses as they were given to ``backward``, 0-dim; ``None`` without one.
+        norms: Partial gradient norms, 0-dim, from :func:`partial_norms`; none without a gradient.
+        loss_scale: A GradScaler's scale; ``None`` without one.
+        loss_factor: What undoes the division of the loss by the number of micro-batches.
+        gradients_scaled: Whether the gradients are multiplied by the scale, as the loss is.
         held_back: Whether the device itself keeps a bad update from the weights.
-        done: An event that says when ``values`` has arrived; ``None`` when it can be read at once.
     """
 
     step: int
     stream: int
-    values: Tensor
-    has_loss: bool
-    has_gradient: bool
-    loss_scale: bool = False
+    loss: Tensor | None
+    norms: Sequence[Tensor]
+    loss_scale: Tensor | None = None
+    loss_factor: float = 1.0
+    gradients_scaled: bool = False
     held_back: bool = False
-    done: Any = field(default=None)
+    _parcel: Parcel | None = field(default=None, init=False)
+    _packed: Tensor | None = field(default=None, init=False)
+
+    def packed(self) -> Tensor:
+        """Norm, loss and loss scale, as far as there are any, as one tensor on the norm's device."""
+        if self._packed is None:
+            norm = [total_norm(self.norms)] if self.norms else []
+            parts = [*norm, *(part for part in (self.loss, self.loss_scale) if part is not None)]
+            device = parts[0].device
+            dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+            self._packed = torch.stack([_on(part, device, dtype) for part in parts])
+        return self._packed
 
     def send(self) -> None:
         """Start the copy to the host without waiting for the device."""
-        if self.values.is_cuda:
-            host = torch.empty(self.values.shape, dtype=self.values.dtype, pin_memory=True)
-            host.copy_(self.values, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(self.values.device))
-            self.values, self.done = host, event
+        self._parcel = Parcel(self.packed())
 
     def is_bad(self) -> Tensor:
-        """1.0 where the loss or the norm is not finite, else 0.0; a 0-dim tensor on the device."""
-        return (~torch.isfinite(self.values[:2]).all()).to(torch.float32)
+        """1.0 where loss or norm is not finite, else 0.0; a 0-dim float32 tensor on the device."""
+        packed = self.packed()
+        # What is finite less itself is 0, what is not is NaN.
+        return (packed - packed).sum().ne(0).to(torch.float32)
 
     def arrived(self) -> bool:
         """Whether reading it would not wait for the device."""
-        return self.done is None or bool(self.done.query())
+        return self._parcel is None or self._parcel.arrived()
 
     def read(self, confirm: Callable[[], float | None] | None = None) -> Reading:
         """Bring it to the host.
@@ -155,23 +231,42 @@ class PendingReading:
             confirm: Called when the norm is not finite; gives the exact norm of a gradient that is finite after
                 all, ``None`` when it truly is not.
         """
-        if self.done is not None:
-            self.done.synchronize()
-        loss, norm, scale = self.values.tolist()
-        finite_gradient = not self.has_gradient or math.isfinite(norm)
+        norm, loss, scale = self._numbers()
+        if loss is not None:
+            loss *= self.loss_factor
+        finite_gradient = norm is None or math.isfinite(norm)
         if not finite_gradient and confirm is not None:
             exact = confirm()
             if exact is not None:
                 norm, finite_gradient = exact, True
-        loss_finite = not self.has_loss or math.isfinite(loss)
+        if scale is not None:
+            loss = None if loss is None else loss / scale
+            norm = norm / scale if norm is not None and self.gradients_scaled else norm
+        loss_finite = loss is None or math.isfinite(loss)
         return Reading(
             step=self.step,
             stream=self.stream,
-            loss=loss if self.has_loss else None,
-            grad_norm=norm if self.has_gradient else None,
+            loss=loss,
+            grad_norm=norm,
             finite=finite_gradient and loss_finite,
             loss_finite=loss_finite,
-            loss_scale=scale if self.loss_scale else None,
+            loss_scale=scale,
+        )
+
+    def _numbers(self) -> tuple[float | None, float | None, float | None]:
+        norms, loss, scale = self.norms, self.loss, self.loss_scale
+        if self._parcel is None and all(map(_IS_CPU, norms)) and (loss is None or loss.is_cpu):
+            # Numbers at hand: taking them one by one is cheaper than putting them together first.
+            return (
+                math.hypot(*map(float, norms)) if norms else None,
+                None if loss is None else float(loss),
+                None if scale is None else float(scale),
+            )
+        numbers = iter(self.packed().tolist() if self._parcel is None else self._parcel.read())
+        return (
+            next(numbers) if norms else None,
+            None if loss is None else next(numbers),
+            None if scale is None else next(numbers),
         )
 
 
@@ -181,7 +276,7 @@ def pend(
     stream: int,
     losses: Sequence[Tensor],
     loss_factor: float,
-    values: Sequence[Tensor],
+    values: list[Tensor],
     loss_scale: Tensor | None = None,
     gradients_scaled: bool = False,
 ) -> PendingReading | None:
@@ -192,35 +287,20 @@ def pend(
         stream: Index of the optimizer.
         losses: The update's micro-batch losses, as they were given to ``backward``.
         loss_factor: What undoes the division by the number of micro-batches.
-        values: Dense gradients, from :func:`gradients`.
+        values: Gradients, from :func:`gradients`.
         loss_scale: The GradScaler's scale; losses are multiplied by it, and gradients when ``gradients_scaled``.
     """
     if not losses and not values:
         return None
-    device = values[0].device if values else losses[0].device
-    dtype = torch.float32
-    if any(tensor.dtype == torch.float64 for tensor in (*losses[:1], *values[:1])):
-        dtype = torch.float64
-    zero = torch.zeros((), dtype=dtype, device=device)
-    loss = zero
-    if losses:
-        parts = [_on(part.detach().reshape(-1), device, dtype) for part in losses]
-        loss = (parts[0] if len(parts) == 1 else torch.cat(parts)).sum()
-        if loss_factor != 1.0:
-            loss = loss * loss_factor
-    norm = total_norm(values).to(dtype) if values else zero
-    if loss_scale is not None:
-        scale = _on(loss_scale, device, dtype)
-        loss = loss / scale
-        if gradients_scaled:
-            norm = norm / scale
-    else:
-        scale = zero
-    return PendingReading(
-        step,
-        stream,
-        torch.stack([loss, norm, scale]),
-        has_loss=bool(losses),
-        has_gradient=bool(values),
-        loss_scale=loss_scale is not None,
-    )
+    norms = partial_norms(values) if values else ()
+    return PendingReading(step, stream, _sum(losses), norms, loss_scale, loss_factor, gradients_scaled)
+
+
+def _sum(losses: Sequence[Tensor]) -> Tensor | None:
+    if not losses:
+        return None
+    first = losses[0]
+    if len(losses) == 1 and first.dim() == 0:
+        return first
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    return torch.cat([_on(part.reshape(-1), first.device, dtype) for part in losses]).sum()

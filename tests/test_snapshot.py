@@ -15,7 +15,16 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.learner import Learner, describe
-from lightning_nanguard.measure import all_finite, batch_finite, exact_norm, gradients, pend, suspects, total_norm
+from lightning_nanguard.measure import (
+    all_finite,
+    batch_finite,
+    exact_norm,
+    gradients,
+    partial_norms,
+    pend,
+    suspects,
+    total_norm,
+)
 from lightning_nanguard.ring import Interval, Ring
 from lightning_nanguard.snapshot import Snapshot, allowances, capture, corrupt, restore
 from tests.helpers import copied, same_bits
@@ -248,7 +257,7 @@ def test_the_norm_is_the_norm(values: list[float]) -> None:
     """The norm over several tensors is that of all their elements."""
     tensors = [torch.tensor(values[::2]), torch.tensor(values[1::2])]
     together = torch.tensor(values, dtype=torch.float64)
-    assert float(total_norm(tensors)) == pytest.approx(float(together.norm()), rel=1e-5)
+    assert float(total_norm(partial_norms(tensors))) == pytest.approx(float(together.norm()), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
@@ -277,7 +286,7 @@ def test_one_row_of_a_sparse_gradient_is_seen() -> None:
     table = nn.Embedding(10, 2, sparse=True)
     table(torch.tensor([3, 3, 5])).sum().backward()
     (values,) = gradients([table.weight])
-    assert float(total_norm([values])) == pytest.approx(math.sqrt(2 * 4 + 2 * 1))
+    assert float(total_norm(partial_norms([values]))) == pytest.approx(math.sqrt(2 * 4 + 2 * 1))
 
 
 def test_losses_are_unscaled_and_averaged() -> None:
