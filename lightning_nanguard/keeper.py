@@ -93,6 +93,12 @@ class Keeper:
 
     def objection(self, pending: Snapshot, healthy_steps: int) -> Fault | None:
         """What speaks against certifying ``pending``, ``None`` if nothing does."""
+        started = time.perf_counter()
+        fault = self._objection(pending, healthy_steps)
+        self._interval.certified(time.perf_counter() - started)
+        return fault
+
+    def _objection(self, pending: Snapshot, healthy_steps: int) -> Fault | None:
         bad = self._investigator.corrupt(pending.leaves.items())
         if bad is not None:
             message = f"{bad} is no longer finite, though every loss and gradient is"

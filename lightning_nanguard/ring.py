@@ -104,12 +104,14 @@ class Interval:
     """
 
     _first = 16
-    _longest = 1024
+    _longest = 1 << 14
 
     def __init__(self, every: int | None, share: float = 0.01) -> None:
         self._fixed = every is not None
         self._share = share
-        self._spent = 0.0
+        self._update = 0.0
+        self._capturing = 0.0
+        self._certifying = 0.0
         self._mark = time.perf_counter()
         self.updates = every if every is not None else self._first
 
@@ -124,8 +126,18 @@ class Interval:
         self._mark = ended
         if self._fixed or update <= 0:
             return
-        # The smaller of the times seen, in powers of two: one slow moment must not set the pace.
-        self._spent = min(ended - started, self._spent) if self._spent else ended - started
-        wanted = self._spent / (self._share * update)
+        self._update = _least(update, self._update)
+        self._capturing = _least(ended - started, self._capturing)
+        wanted = (self._capturing + self._certifying) / (self._share * self._update)
+        # In powers of two: small differences must not move it.
         power = 1 << max(0, math.ceil(math.log2(max(wanted, 1.0))))
         self.updates = min(max(self._first, power), self._longest)
+
+    def certified(self, seconds: float) -> None:
+        """A pending snapshot was looked at for so long."""
+        self._certifying = _least(seconds, self._certifying)
+
+
+def _least(seconds: float, before: float) -> float:
+    # Of the times seen the smallest: one slow moment must not set the pace.
+    return min(seconds, before) if before else seconds

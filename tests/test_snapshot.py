@@ -249,6 +249,25 @@ def test_a_fixed_interval_stays() -> None:
     assert interval.due(7)
 
 
+@pytest.mark.parametrize(("capturing", "certifying"), [(0.001, 0.0), (0.001, 0.003), (0.0, 0.002)])
+def test_the_interval_keeps_the_share(capturing: float, certifying: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking snapshots and looking at them together take at most 1 % of the updates' time, slow moments or not."""
+    from lightning_nanguard import ring
+
+    now = 100.0
+    monkeypatch.setattr(ring.time, "perf_counter", lambda: now)
+    interval = Interval(None)
+    for slow in (1.0, 1.0, 40.0, 1.0, 1.0):
+        since = interval.updates
+        now += since * 0.001  # an update takes a millisecond
+        interval.certified(slow * certifying)
+        started = now
+        now += slow * capturing
+        interval.measure(started, since)
+    assert (capturing + certifying) / (interval.updates * 0.001) <= 0.01
+    assert interval.updates <= 2 * 100 * (1000 * (capturing + certifying))
+
+
 # measure
 
 

@@ -32,16 +32,22 @@ def averaged_copies(trainer: Any, module: nn.Module) -> dict[str, dict[str, Tens
     shapes (and names) of all parameters of the module, or of a part that holds at least half of what is trained, or of
     the trained ones among them; anything else a callback keeps is left alone.
     """
+    candidates = {
+        f"{type(callback).__name__}.{attribute} ({index})": tensors
+        for index, callback in enumerate(trainer.callbacks)
+        for attribute, value in vars(callback).items()
+        if (tensors := _tensors_of(value))
+    }
+    if not candidates:
+        return {}
     parts = list(_parts(module))
     live = {id(parameter) for parameter in module.parameters()}
-    found: dict[str, dict[str, Tensor]] = {}
-    for index, callback in enumerate(trainer.callbacks):
-        for attribute, value in vars(callback).items():
-            tensors = _tensors_of(value)
-            # The live module under another name holds the very same tensors, and those are rewound already.
-            if tensors and not any(id(tensor) in live for tensor in tensors.values()) and _is_copy(tensors, parts):
-                found[f"{type(callback).__name__}.{attribute} ({index})"] = tensors
-    return found
+    # The live module under another name holds the very same tensors, and those are rewound already.
+    return {
+        name: tensors
+        for name, tensors in candidates.items()
+        if not any(id(tensor) in live for tensor in tensors.values()) and _is_copy(tensors, parts)
+    }
 
 
 def _parts(module: nn.Module) -> Iterator[dict[str, torch.Size]]:
@@ -62,13 +68,13 @@ def _waits(parameter: Tensor) -> bool:
 def _tensors_of(value: Any) -> dict[str, Tensor]:
     if isinstance(value, nn.Module):
         return {} if isinstance(value, Metric) else dict([*value.named_parameters(), *value.named_buffers()])
-    if isinstance(value, dict):
-        named = {str(name): item for name, item in value.items()}
-    elif isinstance(value, (list, tuple)):
-        named = {f"#{number}": item for number, item in enumerate(value)}
-    else:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    # Before names are made: a callback may keep long lists of something else.
+    if not items or not all(isinstance(item, Tensor) for item in items):
         return {}
-    return named if all(isinstance(item, Tensor) for item in named.values()) else {}
+    if isinstance(value, dict):
+        return {str(name): item for name, item in value.items()}
+    return {f"#{number}": item for number, item in enumerate(value)}
 
 
 def _is_copy(tensors: dict[str, Tensor], parts: list[dict[str, torch.Size]]) -> bool:
