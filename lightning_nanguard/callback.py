@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, final
@@ -21,20 +21,25 @@ from lightning_nanguard._compat.loading import readable_loader
 from lightning_nanguard._compat.packages import GuardCallback, LightningModule, Trainer, logged_at, rank_zero_info
 from lightning_nanguard._compat.precision import autocasts_to_half, grad_scaler
 from lightning_nanguard._compat.probe import (
+    alone,
+    forward_backward,
     loss_with_graph,
-    plain_update,
     quiet,
     run_training_step,
     same_randomness,
+    update,
 )
 from lightning_nanguard._compat.results import new_results_forgotten, remember_running_means
 from lightning_nanguard._compat.saving import guard_saves
 from lightning_nanguard._compat.schedulers import around_learning_rate_monitors
+from lightning_nanguard._compat.strategies import check_strategy, is_sharded
 from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.detectors import Detector, default_detectors, require
 from lightning_nanguard.diagnosis.clues import Look
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
+from lightning_nanguard.diagnosis.state import good_state
 from lightning_nanguard.diagnosis.tape import Micro, Tape
+from lightning_nanguard.distributed import Alone, Group, Ranks, Silent, first, mean
 from lightning_nanguard.engine import Guard, Settings
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.events import Advice, Fault, Finding, Intervention
@@ -180,8 +185,13 @@ class NaNGuard(GuardCallback):
     # ------------------------------------------------------------------------------------------------ Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the first place among the callbacks."""
+        """Take the first place among the callbacks.
+
+        Raises:
+            ValueError: When the strategy is not supported.
+        """
         if stage == "fit":
+            check_strategy(trainer)
             put_first(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -208,12 +218,6 @@ class NaNGuard(GuardCallback):
             adviser=self._adviser(trainer),
         )
         self._run.preflight_due = self._preflight and trainer.global_step == 0
-        if trainer.world_size > 1 and trainer.is_global_zero:
-            _logger.warning(
-                "NaNGuard: %d processes; it is tested on one. Each decides for itself here, so a fault that only one "
-                "of them sees lets their weights part.",
-                trainer.world_size,
-            )
         self._before = (Counter(self._memory.faults), Counter(self._memory.remedies))
         if self._resumed is not None:
             self._run.guard.load_state_dict(self._resumed)
@@ -280,6 +284,7 @@ class NaNGuard(GuardCallback):
             return
         try:
             run.guard.rate.withdraw()
+            run.guard.part()
             if not isinstance(exception, TrainingDivergedError):
                 run.guard.check()  # what is saved on its account comes after this hook
         except Exception as error:
@@ -342,9 +347,10 @@ class NaNGuard(GuardCallback):
         sinks: list[Sink] = [self._memory]
         if self._on_intervention is not None:
             sinks.append(_Call(self._on_intervention))
+        path = _records(trainer, self._dirpath)  # on all ranks: the trainer's log_dir is a broadcast
         if not trainer.is_global_zero:
             return sinks
-        return [*sinks, JsonLines(_records(trainer, self._dirpath)), Console(), _Loggers(trainer, self, module)]
+        return [*sinks, JsonLines(path), Console(), _Loggers(trainer, self, module)]
 
     def _adviser(self, trainer: Trainer) -> Adviser:
         path = _records(trainer, self._dirpath).with_name("advice.jsonl")
@@ -379,7 +385,7 @@ class _Run:
         self.records = next((sink.path for sink in journal.sinks if isinstance(sink, JsonLines)), None)
         self.batch: Any = None
         # Read late, a fault is that of an earlier batch.
-        self.tape = Tape(module.device, updates=4 if settings.deferred else 1)
+        self.tape = Tape(module.device, updates=4 if settings.deferred or trainer.world_size > 1 else 1)
         self._unknown: set[int] = set()
         self.batch_idx = -1
         self.in_batch = False
@@ -391,6 +397,7 @@ class _Run:
             averages=lambda: averaged_copies(trainer, module),
         )
         rate = LearningRate(trainer.optimizers)
+        self._ranks: Ranks = Group(sharded=is_sharded(trainer)) if trainer.world_size > 1 else Alone()
         self.guard = Guard(
             learner=learner,
             rate=rate,
@@ -401,6 +408,7 @@ class _Run:
             policy=policy,
             ring=ring,
             settings=settings,
+            ranks=self._ranks,
         )
         self._diagnostician = Diagnostician(
             learner,
@@ -429,7 +437,9 @@ class _Run:
         # Moments come with the first steps: two for each parameter is what Adam needs.
         parameters = sum(p.nbytes for p in self._module.parameters() if p.requires_grad)
         each = (self.guard.ring.pending.nbytes() + 2 * parameters) / 2**30
-        fitting = int(max_memory / each) - 1 if each else self.guard.ring.capacity
+        # The pending one is whole, certified ones are shared among the ranks of a node.
+        fitting = int((max_memory / each - 1) * self._ranks.sharers) if each else self.guard.ring.capacity
+        fitting = min(self._ranks.gather(fitting))
         if fitting < 1:
             raise ValueError(
                 f"NaNGuard(max_snapshot_memory={max_memory!r}): one snapshot takes about {each:.3g} GiB and two are "
@@ -439,8 +449,8 @@ class _Run:
         self.guard.ring.capacity = min(self.guard.ring.capacity, fitting)
 
     def non_finite_rate(self) -> float:
-        # A metric, since it adds up over ranks; all of them come here.
-        rate = NonFiniteRate().to(self._module.device)
+        # Ranks agree on every update, and need not wait for each other to add up.
+        rate = NonFiniteRate(sync_on_compute=False)
         bad = self.guard.non_finite
         rate.update(torch.tensor(math.nan), times=bad)
         rate.update(torch.tensor(0.0), times=self.guard.updates - bad)
@@ -485,44 +495,69 @@ class _Run:
         return bool(self._module.automatic_optimization)
 
     def probe(self) -> float | None:
-        if not self.comparable() or self.batch is None or self._trainer.world_size > 1:
+        if not self.comparable() or self.batch is None or self._ranks.sharded:
             return None
         trace = self._make_scope(thorough=True)
         trace.open()
+        value = None
         try:
-            with same_randomness(self._module.device), quiet(self._trainer):
+            with self._again():
                 loss = run_training_step(self._trainer, self.batch, self.batch_idx)
-                return None if loss is None else float(loss)
+                value = None if loss is None else float(loss)
         except Exception as error:
             # A second look must never cost the run that the first one would not have.
             _logger.debug("NaNGuard: the batch could not be looked at again: %r", error)
-            return None
         finally:
             trace.undo()
+        return mean(self._ranks, value)
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        # Each rank for itself: one on which this fails must not leave others waiting for it.
+        silence = alone(self._trainer, Silent()) if self._ranks.world > 1 else nullcontext()
+        with same_randomness(self._module.device), quiet(self._trainer), silence:
+            yield
 
     def train_once(self) -> float | None:
         optimizers = self.guard.learner.optimizers
         if not self.comparable() or self.batch is None or len(optimizers) != 1:
             return None
-        if isinstance(optimizers[0], LBFGS) or self._trainer.world_size > 1:
+        if isinstance(optimizers[0], LBFGS) or self._ranks.sharded:
             return None
         trace = self._make_scope(thorough=True)
         trace.open()
+        value = None
         try:
-            with same_randomness(self._module.device), quiet(self._trainer), torch.enable_grad():
-                return plain_update(
-                    self._trainer, optimizers[0], self.batch, self.batch_idx, lambda: self.guard.clip_now(optimizers[0])
-                )
-        except Exception as error:
-            _logger.debug("NaNGuard: a rate could not be rehearsed: %r", error)
-            return None
+            try:
+                with self._again(), torch.enable_grad():
+                    value = forward_backward(self._trainer, optimizers[0], self.batch, self.batch_idx)
+            except Exception as error:
+                _logger.debug("NaNGuard: a rate could not be rehearsed: %r", error)
+            value = mean(self._ranks, value)
+            if value is not None:
+                self._average_gradients(optimizers[0])
+                with same_randomness(self._module.device):
+                    update(self._trainer, optimizers[0], lambda: self.guard.clip_now(optimizers[0]))
+            return value
         finally:
             trace.undo()
 
+    def _average_gradients(self, optimizer: Optimizer) -> None:
+        if self._ranks.world == 1:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._ranks.average([parameter.grad for parameter in parameters if parameter.grad is not None])
+
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
-        if look == "replay" and (not self.comparable() or self._trainer.world_size > 1):
-            look = "batch"  # forward passes of one rank alone would wait for the others
-        return self._diagnostician.diagnose(fault, evidence, self.tape.of(update), look)
+        if look == "replay" and (not self.comparable() or self._ranks.sharded):
+            look = "batch"
+        good = good_state(self.guard.ring, evidence, fault.kind) if look == "replay" else None
+        if good is not None:
+            good = self._ranks.whole(good)  # here, where all ranks come, and not where only some may
+        return self._diagnostician.diagnose(fault, evidence, self.tape.of(update), look, good)
 
     def _rerun(self, micro: Micro, full_precision: bool) -> Tensor | None:
         self.tape.rewind(micro)
@@ -534,8 +569,7 @@ class _Run:
         trace.open()
         try:
             with (
-                same_randomness(self._module.device),
-                quiet(self._trainer),
+                self._again(),
                 new_results_forgotten(self._trainer),
                 attributes_kept(self._module),
                 torch.enable_grad(),
@@ -576,23 +610,22 @@ class _Run:
 
     def judge_validation(self) -> None:
         bad, self._validation_bad = self._validation_bad, None
-        name = "validation loss"
         if bad is None:
-            name = next(
-                (
-                    key
-                    for key, value in self._trainer.callback_metrics.items()
-                    if "loss" in key and key.startswith("val") and not bool(torch.isfinite(value).all())
-                ),
-                "",
+            names = (
+                key
+                for key, value in self._trainer.callback_metrics.items()
+                if "loss" in key and key.startswith("val") and not bool(torch.isfinite(value).all())
             )
-            if not name:
-                return
-        elif not bool(bad):
+            mine = next(names, None)
+        else:
+            mine = "validation loss" if bool(bad) else None
+        # All ranks come here, after a whole validation: no healthy step waits for this.
+        name, ranks = first(self._ranks, mine)
+        if name is None:
             return
         batch_idx, self.batch_idx = self.batch_idx, -1
         message = f"the {name} is not finite while the training loss is"
-        self.guard.report(Fault("non_finite_validation", "state", name, None, message))
+        self.guard.report(Fault("non_finite_validation", "state", name, None, message), ranks)
         self.batch_idx = batch_idx
 
 

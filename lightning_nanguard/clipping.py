@@ -31,8 +31,14 @@ class Clipper:
         self.value = min(value, self.value) if same and self.value is not None else value
         self._algorithm = algorithm
 
-    def clip(self, optimizer: Optimizer, loss_scale: Tensor | None = None) -> None:
-        """Clip in place, without a read by the host; ``loss_scale`` where the gradients are still scaled by it."""
+    def clip(self, optimizer: Optimizer, loss_scale: Tensor | None = None, norm: Tensor | None = None) -> None:
+        """Clip in place, without a read by the host.
+
+        Args:
+            optimizer: Whose gradients.
+            loss_scale: Where the gradients are still scaled by it.
+            norm: Of the whole gradient, where only a part of it is here.
+        """
         if self.value is None:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -42,7 +48,8 @@ class Clipper:
         if self._algorithm == "value":
             clip_grad_value_(parameters, self.value if loss_scale is None else self.value * float(loss_scale))
             return
-        norm = total_norm(partial_norms(values))
+        if norm is None:
+            norm = total_norm(partial_norms(values))
         limit = self.value if loss_scale is None else self.value * loss_scale.to(norm.device)
         _multiply([p.grad for p in parameters], torch.clamp(limit / (norm + 1e-6), max=1.0))
 

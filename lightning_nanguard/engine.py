@@ -30,13 +30,14 @@ from lightning_nanguard.checkpoints import mended, poisoned
 from lightning_nanguard.clipping import Clipper
 from lightning_nanguard.detectors import Detector, NonFinite
 from lightning_nanguard.diagnosis.clues import Look
+from lightning_nanguard.distributed import Alone, Posted, Ranks, Report, combined, conspicuous, first, surest
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.events import Fault, Finding, Intervention, Plan, Reading, Scale, Skip, Stop
 from lightning_nanguard.investigate import Investigator, Witness, matrix_norms
 from lightning_nanguard.keeper import Keeper
 from lightning_nanguard.learner import Learner, Path
 from lightning_nanguard.learning_rate import LearningRate
-from lightning_nanguard.measure import PendingReading, exact_norm, gradients, pend, suspects
+from lightning_nanguard.measure import PendingReading, exact_norm, gradients, partial_norms, pend, suspects, total_norm
 from lightning_nanguard.policy import Evidence, Policy, PolicyState
 from lightning_nanguard.rehearsal import Rehearsal, Stage
 from lightning_nanguard.remedies import ClipGradients, ReduceLR, Remedy, executors
@@ -87,12 +88,35 @@ class _Found:
         reading: The reading it was found in.
         scope: What its batch may have touched; ``None`` outside a batch.
         reached: Whether the bad update reached the weights.
+        late: Whether the batch at hand is another one.
+        ranks: Ranks that saw it, where not all did.
     """
 
     fault: Fault
     reading: Reading
     scope: BatchScope | None
     reached: bool
+    late: bool = False
+    ranks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """One update that the other ranks were told about.
+
+    Attributes:
+        posted: What all ranks say about it.
+        stream: Index of the optimizer.
+        scope: What its batch may have touched.
+        held_back: Whether the device itself keeps a bad update from the weights.
+        trial: Whether it was a further closure of one step.
+    """
+
+    posted: Posted
+    stream: int
+    scope: BatchScope
+    held_back: bool
+    trial: bool
 
 
 # Updates after which a reading is waited for in deferred readback.
@@ -121,6 +145,7 @@ class Guard:
         policy: Decides.
         ring: Keeps snapshots.
         settings: The rest.
+        ranks: All processes of the run; one by default.
     """
 
     def __init__(
@@ -135,26 +160,38 @@ class Guard:
         policy: Policy,
         ring: Ring,
         settings: Settings,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks: Ranks = Alone() if ranks is None else ranks
+        self._many = self._ranks.world > 1
         self.learner = learner
         self.rate = rate
         self.ring = ring
         self._policy = policy
         self._settings = settings
         self._host = host
-        self._rehearsal = Rehearsal(learner, rate, host)
-        self._investigator = Investigator(learner, ring, rate, host, self._rehearsal, compare=not settings.observe)
+        self._rehearsal = Rehearsal(learner, rate, host, self._ranks)
+        self._investigator = Investigator(
+            learner, ring, rate, host, self._rehearsal, compare=not settings.observe, ranks=self._ranks
+        )
         self._blocker = Blocker(learner)
         self._clipper = Clipper()
         self._keeper = Keeper(
-            learner, ring, self._investigator, every=settings.snapshot_every, device=settings.snapshot_device
+            learner,
+            ring,
+            self._investigator,
+            every=settings.snapshot_every,
+            device=settings.snapshot_device,
+            ranks=self._ranks,
         )
         self._executors = executors(remedies)
         self._prototypes = tuple(detectors)
         self._detectors: dict[int, list[Detector]] = {}
         self._trends: dict[int, Trend] = {}
-        # In deferred readback a batch is judged up to two updates later, and must still be undone then.
-        self._scopes = deque(make_scope() for _ in range(_MAX_DELAY + 2 if settings.deferred else 1))
+        self._sent: deque[_Sent] = deque()
+        self._put_together: Snapshot | None = None
+        # In deferred readback, and among ranks, a batch is judged up to two updates later, and must still be undone.
+        self._scopes = deque(make_scope() for _ in range(_MAX_DELAY + 2 if settings.deferred or self._many else 1))
         self._queue: deque[tuple[PendingReading, BatchScope]] = deque()
         self._policy_state = PolicyState()
         self.non_finite = 0
@@ -187,7 +224,7 @@ class Guard:
             TrainingDivergedError: When a parameter is not finite.
         """
         parameters = [(path, leaf) for path, leaf in self.learner.weights() if path[0] == "parameter"]
-        bad = corrupt(parameters, {})
+        bad, _ = first(self._ranks, corrupt(parameters, {}))
         if bad is not None:
             raise TrainingDivergedError(
                 f"{bad} holds NaN or Inf before the first update, so there is no good state to guard. Look at how it "
@@ -223,7 +260,9 @@ class Guard:
         Args:
             stream: Index of the optimizer about to step.
         """
-        if self._settings.deferred:
+        if self._many:
+            self._hear(stream)
+        elif self._settings.deferred:
             self._read_arrived(stream)  # first: what is read late must find its batch's scope
         if self._lazy and not self.learner.lazy():
             self._keep_start()
@@ -231,20 +270,23 @@ class Guard:
         self._losses = []
         self._updated = True
         self._note_rate()
-        if pending is None:
+        if pending is None and not self._many:
             return
         if any(one.reached for one in self._found) and not self._settings.observe:
             # The weights are bad already: nothing that comes of them is measured, or reaches them.
             self._blocker.block(stream)
             return
-        if self._settings.deferred:
+        if pending is None or self._many:
+            self._tell(pending, stream)
+        elif self._settings.deferred:
             self._defer(pending)
             self._read_arrived(stream)
         else:
-            self._detect(pending.read(lambda: self._confirm(stream)), self._scopes[0], stream, reached=False)
+            self._detect(self._read(pending, stream), self._scopes[0], stream, reached=False, late=False)
+        norm = self._whole_norm(stream)
         if stream not in self._blocker.blocked and not self._settings.observe:
             optimizer = self.learner.optimizers[stream]
-            self._clipper.clip(optimizer, self._loss_scale() if unscales_itself(optimizer) else None)
+            self._clipper.clip(optimizer, self._loss_scale() if unscales_itself(optimizer) else None, norm)
 
     def close_batch(self) -> None:
         """Decide, act and record; else certify and take snapshots.
@@ -272,20 +314,30 @@ class Guard:
             self._measured.clear()
             self._blocker.blocked.clear()
 
-    def report(self, fault: Fault) -> None:
-        """Take a fault that was found outside a step, such as in validation, and act at once."""
-        self._handle(_Found(fault, Reading(self._step, 0, None, None), None, reached=False))
+    def report(self, fault: Fault, ranks: tuple[int, ...] = ()) -> None:
+        """Take a fault that was found outside a step, such as in validation, and act at once.
+
+        Args:
+            fault: The fault, the same on all ranks.
+            ranks: Those that saw it, where not all did.
+        """
+        self._handle(_Found(fault, Reading(self._step, 0, None, None), None, reached=False, ranks=ranks))
 
     def before_save(self) -> None:
         """Look at the state before it is written; within a batch, whose graph needs its tensors as they are, nothing
         is changed, and :meth:`mend` alone sees to it that what is written is good."""
+        self._put_together = None
         if not self._open:
             self.check()
+        elif self._many and self.ring.certified:
+            # What is written may have to be put together from all ranks, of which later one alone will write.
+            bad, _ = first(self._ranks, self._investigator.corrupt(self.learner.leaves()))
+            self._put_together = None if bad is None else self._ranks.whole(self.ring.certified[0])
 
     def check(self) -> None:
         """Look at the state of now, and go back to the last good one if it is bad."""
         self.flush()
-        bad = self._investigator.corrupt(self.learner.leaves())
+        bad, ranks = first(self._ranks, self._investigator.corrupt(self.learner.leaves()))
         if bad is None:
             return
         fault = Fault("corrupted_state", "state", bad, None, f"{bad} is no longer finite")
@@ -297,7 +349,7 @@ class Guard:
                 self._record(fault, bad, ("undo",), self.rate.effective())
                 return
         self._readings = []
-        self.report(fault)
+        self.report(fault, ranks)
         if not self._settings.observe:
             mend_averages(self.learner)
 
@@ -328,10 +380,16 @@ class Guard:
         if self._investigator.corrupt(live.items()) is None:
             return live
         kept = [*self.ring.certified[:1], *([] if self.ring.pending is None else [self.ring.pending])]
+        if self._put_together is not None:
+            kept.insert(0, self._put_together)
+        kept = [one for one in kept if not one.shared()]
         return next((one.leaves for one in kept if self._investigator.corrupt(one.leaves.items()) is None), None)
 
     def flush(self) -> None:
         """Read what is still on its way, and act on it."""
+        if self._many:
+            self._post_queued(0)
+            self._hear(None)
         while self._queue and not self._found:
             pending, scope = self._queue.popleft()
             self._detect_late(pending, scope, None)
@@ -348,6 +406,14 @@ class Guard:
         self._drop_flags()
         self._blocker.detach()
         self.rate.detach()
+        self._ranks.close()
+
+    def part(self) -> None:
+        """This process has raised: among several it is alone from now on, and waits for none of the others."""
+        if self._many:
+            self._sent.clear()
+            self._queue.clear()
+            self._ranks.part()
 
     # ---------------------------------------------------------------------------------------- measure
 
@@ -362,6 +428,15 @@ class Guard:
             values=gradients(self._parameters(stream)),
             loss_scale=self._loss_scale(),
             gradients_scaled=unscales_itself(self.learner.optimizers[stream]),
+        )
+
+    def _whole_norm(self, stream: int) -> Tensor | None:
+        # The only collective waited for in an update without a fault, and only while sharded gradients are clipped.
+        if not self._ranks.sharded or self._clipper.value is None:
+            return None
+        values = gradients(self._parameters(stream))
+        return torch.tensor(
+            math.hypot(*self._ranks.gather(float(total_norm(partial_norms(values))) if values else 0.0))
         )
 
     def _note_rate(self) -> None:
@@ -384,7 +459,7 @@ class Guard:
         optimizer = self.learner.optimizers[pending.stream]
         if self.learner.scaler is None and unscales_itself(optimizer) and not self._settings.observe:
             # Fused optimizers leave their state alone where this flag is set: decided without the host.
-            optimizer.found_inf = pending.is_bad()  # type: ignore[attr-defined]
+            optimizer.found_inf = pending.is_bad(by_loss=not self._many)  # type: ignore[attr-defined]
             optimizer.grad_scale = None  # type: ignore[attr-defined]
             pending.held_back = True
         pending.send()
@@ -408,18 +483,103 @@ class Guard:
     def _detect_late(self, pending: PendingReading, scope: BatchScope, stepping: int | None) -> None:
         reading = pending.read()
         # The device holds back what is not finite; a finite spike went through.
-        self._detect(reading, scope, stepping, reached=not (pending.held_back and not reading.finite))
+        self._detect(reading, scope, stepping, reached=not (pending.held_back and not reading.finite), late=True)
 
-    def _detect(self, reading: Reading, scope: BatchScope, stepping: int | None, *, reached: bool) -> None:
+    # ---------------------------------------------------------------------------------------- several ranks
+
+    # Whether and when a rank waits must not hang on what it alone knows: every rank tells of every update (`_tell`) and
+    # hears of it at the same point of a later one (`_hear`). A rank may hear early of an update that looks bad to it,
+    # since all have told or are about to; only if it looks bad to all, all of them have heard, and act together.
+
+    def _tell(self, pending: PendingReading | None, stream: int) -> None:
+        trial = self._closures(stream) > 1
+        if self._settings.deferred and pending is not None:
+            self._defer(pending)
+            self._post_queued(1)
+            return
+        reading = Reading(self._step, stream, None, None) if pending is None else self._read(pending, stream)
+        report = self._report_on(reading, suspects=self._suspects(reading))
+        sent = _Sent(self._ranks.post(report), stream, self._scopes[0], held_back=False, trial=trial)
+        if report.suspects and all(one.suspects for one in sent.posted.reports()):
+            self._keeper.hear(sent.posted.reports())
+            self._judge(sent, stream, late=False)
+            return
+        if report.suspects and not report.gradient_finite and not self._settings.observe:
+            self._blocker.block(stream)  # others do not: they hear of it in the next update, and all go back
+        self._sent.append(sent)
+
+    def _post_queued(self, left: int) -> None:
+        while len(self._queue) > left:
+            pending, scope = self._queue.popleft()
+            report = self._report_on(pending.read(), suspects=False)
+            self._sent.append(_Sent(self._ranks.post(report), pending.stream, scope, pending.held_back, trial=False))
+
+    def _hear(self, stepping: int | None) -> None:
+        while self._sent and not self._found:
+            sent = self._sent.popleft()
+            self._keeper.hear(sent.posted.reports())
+            self._judge(sent, stepping, late=True)
+
+    def _suspects(self, reading: Reading) -> bool:
+        # By the gradient alone, which is the same on all ranks: losses are not.
+        if self.learner.scaler is not None and not self._gradient_finite(reading):
+            return True  # whether it is an overflow, or comes from a loss, shows in the losses of all
+        gradient = replace(reading, loss=None, loss_finite=True, finite=self._gradient_finite(reading))
+        return any(detector.check(gradient) is not None for detector in self._of(reading.stream)[0])
+
+    @staticmethod
+    def _gradient_finite(reading: Reading) -> bool:
+        return reading.grad_norm is None or math.isfinite(reading.grad_norm)
+
+    def _report_on(self, reading: Reading, *, suspects: bool) -> Report:
+        interval, judged, objects, parameters, moments = self._keeper.tell()
+        return Report(
+            loss=reading.loss or 0.0,
+            norm=reading.grad_norm or 0.0,
+            scale=reading.loss_scale or 0.0,
+            step=reading.step,
+            has_loss=reading.loss is not None,
+            has_gradient=reading.grad_norm is not None,
+            gradient_finite=self._gradient_finite(reading),
+            has_scale=reading.loss_scale is not None,
+            suspects=suspects,
+            interval=interval,
+            judged=judged,
+            objects=objects,
+            parameters=parameters,
+            moments=moments,
+        )
+
+    def _judge(self, sent: _Sent, stepping: int | None, *, late: bool) -> None:
+        reports = sent.posted.reports()
+        reading = combined(reports, stream=sent.stream, sharded=self._ranks.sharded)
+        nobody = all(not one.gradient_finite for one in reports) and sent.held_back
+        self._detect(
+            reading, sent.scope, stepping, reached=late and not nobody, late=late, trial=sent.trial,
+            ranks=conspicuous(reports),
+        )  # fmt: skip
+
+    def _read(self, pending: PendingReading, stream: int) -> Reading:
+        return pending.read(lambda: self._confirm(stream))
+
+    def _detect(
+        self,
+        reading: Reading,
+        scope: BatchScope,
+        stepping: int | None,
+        *,
+        reached: bool,
+        late: bool,
+        trial: bool | None = None,
+        ranks: tuple[int, ...] = (),
+    ) -> None:
         if self.learner.scaler is not None and reading.loss_finite and not reading.finite:
             reading = replace(reading, scaler_skips=True)
         self.non_finite += not reading.finite and not reading.scaler_skips
-        if reading.stream not in self._detectors:
-            self._detectors[reading.stream] = [copy.deepcopy(detector) for detector in self._prototypes]
-            self._trends[reading.stream] = Trend()
-        detectors = self._detectors[reading.stream]
+        detectors, _ = self._of(reading.stream)
         # Further closures of one step (LBFGS) look at bad places on purpose, and are no history.
-        trial = stepping is not None and self._closures(stepping) > 1
+        if trial is None:
+            trial = stepping is not None and self._closures(stepping) > 1
         if trial:
             detectors = [detector for detector in detectors if isinstance(detector, NonFinite)]
         fault = next((fault for detector in detectors if (fault := detector.check(reading)) is not None), None)
@@ -427,10 +587,10 @@ class Guard:
             if not trial:
                 self._accept(reading)
             return
-        late = self._settings.deferred
         if fault.place == "gradient" and not reading.finite and not late:
-            fault = replace(fault, place=self._bad_gradient(reading.stream))
-        found = _Found(fault, reading, scope, reached and fault.scope == "batch")
+            place, _ = first(self._ranks, self._bad_gradient(reading.stream))
+            fault = replace(fault, place=place or fault.place)
+        found = _Found(fault, reading, scope, reached and fault.scope == "batch", late, ranks)
         # A suspicion is no reason to block: its update is finite, and a restore would rewind it with the rest.
         suspicion = fault.scope == "learner" and not reading.scaler_skips
         if self._settings.observe and not suspicion and not late:
@@ -441,6 +601,12 @@ class Guard:
         if stepping is not None and not suspicion and not self._settings.observe and (not late or reached):
             self._blocker.block(stepping)
 
+    def _of(self, stream: int) -> tuple[list[Detector], Trend]:
+        if stream not in self._detectors:
+            self._detectors[stream] = [copy.deepcopy(detector) for detector in self._prototypes]
+            self._trends[stream] = Trend()
+        return self._detectors[stream], self._trends[stream]
+
     def _closures(self, stream: int) -> int:
         return self._measured[stream] if isinstance(self.learner.optimizers[stream], LBFGS) else 1
 
@@ -450,11 +616,11 @@ class Guard:
         self._trends[reading.stream].accept(reading)
         self._readings.append(reading)
 
-    def _bad_gradient(self, stream: int) -> str:
+    def _bad_gradient(self, stream: int) -> str | None:
         names = self.learner.parameter_names()
         parameters = [parameter for parameter in self._parameters(stream) if parameter.grad is not None]
         bad = suspects(gradients(parameters))
-        return f"gradient of {names.get(id(parameters[bad[0]]), 'a parameter')}" if bad else "gradient"
+        return f"gradient of {names.get(id(parameters[bad[0]]), 'a parameter')}" if bad else None
 
     # ---------------------------------------------------------------------------------------- decide
 
@@ -475,13 +641,14 @@ class Guard:
             undo=found.reached,
         )
         trend = self._trends.get(reading.stream) or Trend()
-        at_hand = not self._settings.deferred
+        at_hand = not found.late
         evidence = self._investigator.look_into(
             fault, reading, trend, known, at_hand=at_hand, before=before, rates=self._rates
         )
         if fault.kind == "non_finite_validation" and evidence.corrupt is None:
             self._restored = None
-            self._record(fault, fault.place, (), self.rate.effective())  # the validation data, most likely
+            # The validation data, most likely.
+            self._record(fault, fault.place, (), self.rate.effective(), ranks=found.ranks)
             return
         plan, state = self._policy.decide(fault, evidence, self._policy_state)
         if plan:
@@ -504,7 +671,8 @@ class Guard:
         stop = next((step for step in plan if isinstance(step, Stop)), None)
         self._acting_on, self._restored = found, None
         # Now, while weights and batch are still those of the fault.
-        finding = self._host.diagnose(found.fault, evidence, self._look(found), found.reading.step)
+        mine = self._host.diagnose(found.fault, evidence, self._look(found), found.reading.step)
+        finding = surest(self._ranks, mine)
         if not self._settings.observe:
             if not any(isinstance(step, Skip) for step in plan):
                 self.skip()  # a restore, too, leaves nothing of the batch behind
@@ -514,7 +682,8 @@ class Guard:
                 self._executors[type(step)].apply(step, self)
         words = tuple(self._executors[type(step)].word for step in plan)
         place = evidence.corrupt if evidence.corrupt is not None else found.fault.place
-        self._record(found.fault, place, words, before, finding)
+        ranks = evidence.ranks or found.ranks
+        self._record(found.fault, place, words, before, finding, ranks)
         if stop is not None and not self._settings.observe:
             self._stop(found.fault, place, stop.reason, finding)
         self._tried.append(f"{found.fault.kind}: {', '.join(words)}")
@@ -547,7 +716,13 @@ class Guard:
         )
 
     def _record(
-        self, fault: Fault, place: str, words: tuple[str, ...], before: list[float], finding: Finding | None = None
+        self,
+        fault: Fault,
+        place: str,
+        words: tuple[str, ...],
+        before: list[float],
+        finding: Finding | None = None,
+        ranks: tuple[int, ...] = (),
     ) -> None:
         global_step, epoch, batch_idx = self._host.clock()
         after = self.rate.effective()
@@ -567,6 +742,7 @@ class Guard:
                 message=fault.message,
                 value=fault.value,
                 applied=not self._settings.observe,
+                ranks=ranks,
             )
         )
 
@@ -585,11 +761,12 @@ class Guard:
     def restore(self, depth: int) -> None:
         """Go back to a certified snapshot."""
         self.ring.drop_pending()
-        snapshot = self._restored = self.ring.discard_newer(depth)
+        snapshot = self._restored = self._ranks.whole(self.ring.discard_newer(depth))
         restore(self.learner, snapshot)
         self._healthy_since_restore = 0
         self._keeper.count_from(self._step)
         self._queue.clear()
+        self._sent.clear()
         for stream, detectors in self._detectors.items():
             self._trends[stream].rewind(snapshot.step)
             for detector in detectors:
@@ -647,7 +824,7 @@ class Guard:
     def _capture(self) -> Snapshot:
         global_step, _, _ = self._host.clock()
         rates = self.rate.effective()
-        return self._keeper.capture(self._step, global_step, rates[0] if rates else None)
+        return self._keeper.capture(self._step, global_step, rates[0] if rates else None, self._healthy_steps)
 
     def _certify(self) -> None:
         if not self.ring.healthy(min(reading.step for reading in self._readings)) or self.ring.pending is None:
@@ -656,14 +833,16 @@ class Guard:
         uneasy = any(detector.uneasy(r) for r in self._readings for detector in self._detectors[r.stream])
         if uneasy and pending.healthy < _CERTIFY_ANYWAY:
             return
-        fault = self._keeper.objection(pending, self._healthy_steps)
+        if not self._keeper.judged(pending):
+            return
+        fault, ranks = self._keeper.objection(pending, self._healthy_steps)
         if fault is not None:
             self.ring.drop_pending()
-            self._handle(_Found(fault, self._readings[-1], None, reached=False))
+            self._handle(_Found(fault, self._readings[-1], None, reached=False, ranks=ranks))
             return
         trend = self._trends[self._readings[0].stream]
         pending.level = trend.level()
-        self.ring.certify(margin=0.1 * trend.scale())
+        self.ring.certify(margin=0.1 * trend.scale(), kept=self._keeper.kept(pending))
         if trend.learning():
             self._policy_state = self._policy.prove(pending.rate, self._policy_state)
 

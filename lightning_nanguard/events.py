@@ -157,6 +157,7 @@ class Intervention:
         message: The fault in one sentence.
         value: The number that gave the fault away; not finite values are kept as they are.
         applied: ``False`` where ``observe=True`` kept the guard from acting.
+        ranks: Ranks that saw the fault, where not all of them did; empty with one process.
     """
 
     global_step: int
@@ -173,6 +174,7 @@ class Intervention:
     message: str = ""
     value: float | None = None
     applied: bool = True
+    ranks: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings.
@@ -193,6 +195,7 @@ class Intervention:
         values = {key: _number(key, value) for key, value in data.items() if key in _names(cls)}
         try:
             values["remedies"] = tuple(values["remedies"])
+            values["ranks"] = tuple(int(rank) for rank in values.get("ranks", ()))
             if values.get("finding") is not None:
                 values["finding"] = _finding(values["finding"])
             return cls(**values)

@@ -9,9 +9,11 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
+from lightning_nanguard.distributed import Alone, Ranks, first
 from lightning_nanguard.events import Fault, Reading
 from lightning_nanguard.learner import Learner, Path, describe
 from lightning_nanguard.learning_rate import LearningRate
+from lightning_nanguard.measure import local
 from lightning_nanguard.policy import Comparison, Evidence
 from lightning_nanguard.rehearsal import Rehearsal
 from lightning_nanguard.ring import Ring
@@ -49,6 +51,7 @@ class Investigator:
         witness: The loop around.
         rehearsal: Tries rates out.
         compare: Whether a batch may be run again under older weights.
+        ranks: All processes; what is found out here is the same on all of them.
     """
 
     def __init__(
@@ -60,7 +63,9 @@ class Investigator:
         rehearsal: Rehearsal,
         *,
         compare: bool,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks: Ranks = Alone() if ranks is None else ranks
         self._rehearsal = rehearsal
         self._learner = learner
         self._ring = ring
@@ -106,19 +111,23 @@ class Investigator:
         target = self.target(fault, trend.scale())
         leaves = self._learner.leaves()
         untouched = ((path, before.get(path[1], leaf) if path[0] == "buffer" else leaf) for path, leaf in leaves)
-        bad = self.corrupt(untouched)
-        batch_finite = self._witness.batch_finite() if at_hand else None
+        bad, corrupted = first(self._ranks, self.corrupt(untouched))
+        batch_finite, spoilt = self._batch_finite() if at_hand else (None, ())
         effective = self._rate.effective()
         rate = effective[0] if effective else None
         since = target.step if target is not None else 0
         comparison = None
         # Where the answer is plain already, or would say nothing, the batch is not run again.
         if self._compare_allowed and target is not None and bad is None and batch_finite is not False:
+            target = self._ranks.whole(target)
             comparison = self._compare(fault, reading, target)
-        growth = self._growth()
+        jump = None
+        if bad is None and target is not None:
+            jump, _ = first(self._ranks, self._jump(self._ranks.whole(target)))
+        growth = max(self._ranks.gather(self._growth()))
         lower_is_better = None
         if self._compare_allowed and target is not None and fault.kind == "stuck_loss" and growth > _GROWN:
-            lower_is_better = self._rehearsal.lower_rate_is_better(target, trend.scale())
+            lower_is_better = self._rehearsal.lower_rate_is_better(self._ranks.whole(target), trend.scale())
         return Evidence(
             step=known.step,
             healthy_steps=known.healthy_steps,
@@ -126,7 +135,7 @@ class Investigator:
             bad_in_a_row=known.bad_in_a_row,
             undo=known.undo,
             corrupt=bad,
-            jump=self._jump(target) if bad is None and target is not None else None,
+            jump=jump,
             batch_finite=batch_finite,
             comparable=self._witness.comparable(),
             comparison=comparison,
@@ -143,6 +152,7 @@ class Investigator:
             lr=rate,
             highest_lr=max((one for step, one in rates if step >= since), default=rate),
             multiplier=self._rate.ratio(),
+            ranks=corrupted or spoilt,
         )
 
     def target(self, fault: Fault, scale: float) -> Snapshot | None:
@@ -166,6 +176,8 @@ class Investigator:
         try:
             mine = capture(self._learner, step=0, global_step=0, leaves=[*self._learner.weights()])
         except torch.cuda.OutOfMemoryError:
+            mine = None
+        if not all(self._ranks.gather(mine is not None)) or mine is None:
             return None
         restore(self._learner, target, keep=_is_weight)
         try:
@@ -174,10 +186,18 @@ class Investigator:
             restore(self._learner, mine, keep=_is_weight)
         return None if then is None else Comparison(now, then)
 
+    def _batch_finite(self) -> tuple[bool | None, tuple[int, ...]]:
+        answers = self._ranks.gather(self._witness.batch_finite())
+        bad = tuple(rank for rank, answer in enumerate(answers) if answer is False)
+        if bad:
+            return False, bad if len(bad) < len(answers) else ()
+        return (None if None in answers else True), ()
+
     def _jump(self, target: Snapshot) -> str | None:
         then = [leaf for path, leaf in target.leaves.items() if path[0] == "parameter" and leaf.is_floating_point()]
         limit = _JUMP * max((float(leaf.abs().max()) for leaf in then if leaf.numel()), default=math.inf)
         for path, leaf in self._learner.weights():
+            leaf = local(leaf)
             weight = path[0] == "parameter" and leaf.is_floating_point() and leaf.numel() > 0
             if weight and float(leaf.detach().abs().max()) > max(limit, _JUMP):
                 return describe(path)
@@ -194,7 +214,7 @@ def matrix_norms(leaves: Iterable[tuple[Path, Any]]) -> dict[str, float]:
     matrices = {path[1]: leaf for path, leaf in leaves if path[0] == "parameter" and leaf.dim() >= 2}
     if not matrices:
         return {}
-    norms = [torch.linalg.vector_norm(matrix.detach()).float().cpu() for matrix in matrices.values()]
+    norms = [torch.linalg.vector_norm(local(matrix).detach()).float().cpu() for matrix in matrices.values()]
     return dict(zip(matrices, torch.stack(norms).tolist(), strict=True))
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import final
 
 import torch
 
+from lightning_nanguard.distributed import Alone, Ranks, Report, checksums, minority
 from lightning_nanguard.events import Fault
 from lightning_nanguard.investigate import Investigator
 from lightning_nanguard.learner import Learner
@@ -24,6 +27,22 @@ _FAR_EARLY = 1e12
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What one rank found out about the pending snapshot.
+
+    Attributes:
+        step: The snapshot's.
+        objection: What speaks against it.
+        checksums: Of its parameters and of its moments.
+    """
+
+    step: int = -1
+    objection: Fault | None = None
+    checksums: tuple[int, int] = (0, 0)
+
+
+@final
 class Keeper:
     """Takes snapshots of the learner and looks at them before they are certified.
 
@@ -33,6 +52,7 @@ class Keeper:
         investigator: Knows what is not finite by design.
         every: Updates between snapshots; ``None`` chooses so that they take at most 1 % of the time.
         device: Where snapshots lie; ``None`` beside the originals.
+        ranks: All processes: they take and certify the same snapshots.
     """
 
     def __init__(
@@ -43,12 +63,20 @@ class Keeper:
         *,
         every: int | None,
         device: torch.device | None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks: Ranks = Alone() if ranks is None else ranks
+        self._judgement = Judgement()
+        self._heard: Sequence[Report] = ()
+        self._equal = False
+        self._were_equal: set[str] = set()
+        self._parted_before: set[str] = set()
         self._learner = learner
         self._ring = ring
         self._investigator = investigator
         self._device = device
         self._interval = Interval(every)
+        self._every = self._interval.updates
         self._last = 0
         self._jumps: set[str] = set()
 
@@ -58,15 +86,18 @@ class Keeper:
 
     def due(self, step: int) -> bool:
         """Whether a snapshot should be taken after update ``step``."""
-        return self._ring.pending is None and self._interval.due(step - self._last)
+        return self._ring.pending is None and (
+            self._interval.due(step - self._last) if self._ranks.world == 1 else step - self._last >= self._every
+        )
 
-    def capture(self, step: int, global_step: int, rate: float | None) -> Snapshot:
+    def capture(self, step: int, global_step: int, rate: float | None, healthy_steps: int = 0) -> Snapshot:
         """Take a snapshot, which is then pending.
 
         Args:
             step: The guard's clock.
             global_step: The trainer's.
             rate: Effective learning rate of the first group.
+            healthy_steps: Healthy updates so far.
         """
         started, since = time.perf_counter(), step - self._last
         self._ring.drop_pending()
@@ -78,25 +109,86 @@ class Keeper:
                 "memory; set snapshot_device='cpu' or max_snapshot_memory to choose this from the start.",
                 global_step,
             )
-            self._ring.shed()
+            if self._ranks.world == 1:
+                self._ring.shed()  # else ranks would no longer hold the same snapshots
             self._device = torch.device("cpu")
             snapshot = self._copy(step, global_step)
         snapshot.rate = rate
         self._ring.add(snapshot)
         self._last = step
+        if self._ranks.world > 1:
+            sums = (0, 0) if self._ranks.sharded else checksums(snapshot.leaves)
+            self._judgement = Judgement(step, self._objection(snapshot, healthy_steps), sums)
         if since > 0:
             self._interval.measure(started, since)
         return snapshot
 
+    def tell(self) -> tuple[int, int, bool, int, int]:
+        """For a :class:`Report`: the interval chosen here, and what was found out about the pending snapshot."""
+        mine = self._judgement
+        return self._interval.updates, mine.step, mine.objection is not None, *mine.checksums
+
+    def hear(self, reports: Sequence[Report]) -> None:
+        """Take what all ranks say: the longest interval holds."""
+        self._every = max(one.interval for one in reports)
+        self._heard = reports
+
+    def judged(self, pending: Snapshot) -> bool:
+        """Whether it is known what all ranks think of ``pending``."""
+        return self._ranks.world == 1 or all(one.judged == pending.step for one in self._heard)
+
     def _copy(self, step: int, global_step: int) -> Snapshot:
         return capture(self._learner, step=step, global_step=global_step, device=self._device, reuse=self._ring.spare())
 
-    def objection(self, pending: Snapshot, healthy_steps: int) -> Fault | None:
-        """What speaks against certifying ``pending``, ``None`` if nothing does."""
-        started = time.perf_counter()
-        fault = self._objection(pending, healthy_steps)
-        self._interval.certified(time.perf_counter() - started)
-        return fault
+    def objection(self, pending: Snapshot, healthy_steps: int) -> tuple[Fault | None, tuple[int, ...]]:
+        """What speaks against certifying ``pending``, ``None`` if nothing does, and to which ranks."""
+        if self._ranks.world == 1:
+            started = time.perf_counter()
+            fault = self._objection(pending, healthy_steps)
+            self._interval.certified(time.perf_counter() - started)
+            return fault, ()
+        objecting = tuple(rank for rank, one in enumerate(self._heard) if one.objects)
+        if objecting:
+            mine = self._judgement.objection
+            told = self._ranks.gather(None if mine is None else [mine.kind, mine.place, mine.message])
+            kind, place, message = told[objecting[0]]
+            return Fault(kind, "state", place, None, message), objecting
+        return self._parted(pending)
+
+    def _parted(self, pending: Snapshot) -> tuple[Fault | None, tuple[int, ...]]:
+        if self._ranks.sharded:
+            return None, ()
+        self._equal = True
+        for name, sums in (
+            ("parameters", [one.parameters for one in self._heard]),
+            ("optimizer state", [one.moments for one in self._heard]),
+        ):
+            if len(set(sums)) == 1:
+                if sums[0]:
+                    self._were_equal.add(name)
+                continue
+            self._equal = False
+            if name not in self._were_equal:
+                continue  # an optimizer that is itself shared among ranks, or parameters that were never synchronised
+            self._were_equal.remove(name)
+            if name not in self._parted_before:
+                self._parted_before.add(name)
+                message = f"the {name} of the ranks, which were equal, differ at step {pending.global_step}"
+                return Fault("parted_ranks", "state", name, None, message), minority(sums)
+            # What parts again after a restore does so by itself.
+            if self._ranks.rank == 0:
+                _logger.warning(
+                    "NaNGuard: the %s of the ranks differ again at step %d; from now on each rank keeps its own "
+                    "snapshots whole and goes back to them. Look for updates that are not synchronised, or for devices "
+                    "of different kinds in one run.",
+                    name,
+                    pending.global_step,
+                )
+        return None, ()
+
+    def kept(self, pending: Snapshot) -> Snapshot:
+        """How a certified snapshot is kept: shared among ranks where it was found equal on all of them."""
+        return self._ranks.share(pending) if self._ranks.sharers > 1 and self._equal else pending
 
     def _objection(self, pending: Snapshot, healthy_steps: int) -> Fault | None:
         bad = self._investigator.corrupt(pending.leaves.items())

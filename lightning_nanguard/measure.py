@@ -14,17 +14,30 @@ from torch import Tensor
 from lightning_nanguard.events import Reading
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's own part of a sharded tensor (``DTensor``), on the same memory; any other tensor as it is."""
+    if type(tensor) in _PLAIN or not hasattr(tensor, "to_local"):
+        return tensor
+    part: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    return part
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def dense_values(gradient: Tensor) -> Tensor:
-    """The numbers of a gradient; for a sparse one those it stores, duplicates added up."""
-    gradient = gradient.detach()
+    """The numbers of a gradient: of a sparse one those it stores, duplicates added up; of a sharded one this rank's."""
+    gradient = local(gradient).detach()
     if gradient.is_sparse:
         gradient = gradient.coalesce().values()
     return torch.view_as_real(gradient) if gradient.is_complex() else gradient
 
 
 def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The gradients there are; sparse ones as the numbers they store."""
+    """The gradients there are; sparse ones as the numbers they store, sharded ones as this rank's part."""
     found = [gradient for p in parameters if (gradient := p.grad) is not None]
+    if set(map(type, found)) - {Tensor}:
+        found = [local(gradient) for gradient in found]
     # One pass in C: a call for each costs more than the norm on a model of many small parameters.
     return [dense_values(g) if g.is_sparse else g for g in found] if any(map(_IS_SPARSE, found)) else found
 
@@ -214,9 +227,13 @@ class PendingReading:
         """Start the copy to the host without waiting for the device."""
         self._parcel = Parcel(self.packed())
 
-    def is_bad(self) -> Tensor:
-        """1.0 where loss or norm is not finite, else 0.0; a 0-dim float32 tensor on the device."""
-        packed = self.packed()
+    def is_bad(self, *, by_loss: bool = True) -> Tensor:
+        """1.0 where loss or norm is not finite, else 0.0; a 0-dim float32 tensor on the device.
+
+        Args:
+            by_loss: Whether the loss counts; where ranks have losses of their own it must not.
+        """
+        packed = self.packed() if by_loss else self.packed()[: bool(self.norms)]
         # What is finite less itself is 0, what is not is NaN.
         return (packed - packed).sum().ne(0).to(torch.float32)
 

@@ -67,6 +67,7 @@ class Evidence:
         highest_lr: Highest since the snapshot to go back to; ``None`` where it is not known.
         multiplier: The learning-rate multiplier in force.
         undo: Whether the faulty update already reached the weights (deferred readback).
+        ranks: Ranks whose state or batch is not finite; empty where all are concerned, or there is one process.
     """
 
     step: int
@@ -92,6 +93,7 @@ class Evidence:
     highest_lr: float | None = None
     multiplier: float = 1.0
     undo: bool = False
+    ranks: tuple[int, ...] = ()
 
 
 class Proposes(Protocol):

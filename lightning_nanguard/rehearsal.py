@@ -7,6 +7,7 @@ from typing import Protocol, final
 
 import torch
 
+from lightning_nanguard.distributed import Alone, Ranks
 from lightning_nanguard.learner import Learner
 from lightning_nanguard.learning_rate import LearningRate
 from lightning_nanguard.snapshot import Snapshot, capture, restore
@@ -33,12 +34,14 @@ class Rehearsal:
         learner: What is trained.
         rate: The learning rate's multiplier.
         stage: The loop around.
+        ranks: All processes; each rehearses on its own batch, and all go on from the mean.
     """
 
     _updates = 20
     _lower = (1 / 16, 1 / 256)
 
-    def __init__(self, learner: Learner, rate: LearningRate, stage: Stage) -> None:
+    def __init__(self, learner: Learner, rate: LearningRate, stage: Stage, ranks: Ranks | None = None) -> None:
+        self._ranks: Ranks = Alone() if ranks is None else ranks
         self._learner = learner
         self._rate = rate
         self._stage = stage
@@ -80,6 +83,8 @@ class Rehearsal:
         try:
             present = capture(self._learner, step=0, global_step=0)
         except torch.cuda.OutOfMemoryError:
+            present = None
+        if not all(self._ranks.gather(present is not None)) or present is None:
             return None
         try:
             here = self.losses(present, 1.0, self._updates)

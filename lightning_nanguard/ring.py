@@ -60,14 +60,17 @@ class Ring:
         self.pending.healthy += 1
         return self.pending.healthy >= self.certify_after
 
-    def certify(self, margin: float = 0.0) -> None:
+    def certify(self, margin: float = 0.0, kept: Snapshot | None = None) -> None:
         """The pending snapshot is good.
 
         Args:
+            kept: The form in which it is kept, if another.
             margin: How much lower a newer snapshot's loss level must be before the oldest is worth less.
         """
         assert self.pending is not None
-        self.certified.insert(0, self.pending)
+        self.certified.insert(0, self.pending if kept is None else kept)
+        if kept is not None and kept is not self.pending:
+            self._recycle(self.pending)
         self.pending = None
         if len(self.certified) > self.capacity:
             self._recycle(self.certified.pop(self._least_worth(margin)))
@@ -90,7 +93,8 @@ class Ring:
         return next((index for index in range(last, 0, -1) if index not in kept), last)
 
     def _recycle(self, snapshot: Snapshot) -> None:
-        if len(self._spare) < 1:
+        # Only memory for the whole state is of use again.
+        if len(self._spare) < 1 and not snapshot.shared():
             self._spare.append(snapshot)
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nanguard.learner import CLOCK_KEYS, Learner, Path, Scaler, describe
-from lightning_nanguard.measure import suspects
+from lightning_nanguard.measure import local, suspects
 
 
 def _clone(value: Any, device: torch.device | None) -> Any:
     if isinstance(value, Tensor):
-        value = value.detach()
+        value = local(value).detach()
         return value.to(device, copy=True) if device is not None else value.clone()
     if isinstance(value, dict):
         return {key: _clone(item, device) for key, item in value.items()}
@@ -34,10 +34,11 @@ def writable(tensor: Tensor) -> bool:
 
 
 def _fits(live: Any, saved: Any) -> bool:
+    if not isinstance(live, Tensor) or not isinstance(saved, Tensor):
+        return False
+    live = local(live)
     return (
-        isinstance(live, Tensor)
-        and isinstance(saved, Tensor)
-        and live.shape == saved.shape
+        live.shape == saved.shape
         and live.dtype == saved.dtype
         and live.layout == saved.layout == torch.strided
         and writable(live)
@@ -49,22 +50,43 @@ def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
     groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
         left, right = groups.setdefault((target.dtype, target.device, source.device), ([], []))
-        left.append(target.detach())
-        right.append(source.detach())
+        left.append(local(target).detach())
+        right.append(local(source).detach())
     with torch.no_grad():
         for left, right in groups.values():
             torch._foreach_copy_(left, right)
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One rank's part of a tensor that all ranks hold.
+
+    Attributes:
+        part: Its bytes, padded to the same number on each rank.
+        shape: The whole tensor's.
+        dtype: The whole tensor's.
+    """
+
+    part: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held here."""
+        return self.part.nbytes
+
+
+@final
 @dataclass(slots=True)
 class Snapshot:
-    """A copy of the learner.
+    """A copy of the learner; of sharded tensors this rank's own part.
 
     Attributes:
         step: The guard's clock when it was taken: the update with this number had been made.
         global_step: The trainer's.
-        leaves: Path to copied value.
+        leaves: Path to copied value, or to a :class:`Share` of it.
         scaler: The GradScaler's state.
         rate: Scheduled learning rate of the first group.
         level: Loss level of the first stream when it was taken.
@@ -79,9 +101,13 @@ class Snapshot:
     level: float | None = None
     healthy: int = 0
 
+    def shared(self) -> bool:
+        """Whether it must be put together from several ranks."""
+        return any(isinstance(leaf, Share) for leaf in self.leaves.values())
+
     def nbytes(self) -> int:
         """Bytes of tensor memory it holds."""
-        return sum(leaf.nbytes for leaf in self.leaves.values() if isinstance(leaf, Tensor))
+        return sum(leaf.nbytes for leaf in self.leaves.values() if isinstance(leaf, (Tensor, Share)))
 
 
 def allowances(leaves: Iterable[tuple[Path, Any]]) -> dict[Path, Tensor]:
@@ -238,7 +264,7 @@ def _restore_optimizer(
         for key in [key for key in state if key not in entries]:
             del state[key]
         for key, value in entries.items():
-            _put(state, key, value, pairs)
+            _put(state, key, value, pairs, like=parameter)
     for number, group in enumerate(optimizer.param_groups):
         known = {path[3]: value for path, value in saved.items() if path[:3] == ("group", index, number)}
         for key in [key for key in group if known and key not in known and key not in CLOCK_KEYS]:
@@ -247,12 +273,28 @@ def _restore_optimizer(
             _put(group, key, value, pairs)
 
 
-def _put(owner: dict[Any, Any], key: Any, value: Any, pairs: list[tuple[Tensor, Tensor]]) -> None:
+def _put(
+    owner: dict[Any, Any], key: Any, value: Any, pairs: list[tuple[Tensor, Tensor]], like: Tensor | None = None
+) -> None:
     live = owner.get(key)
     if isinstance(live, Tensor) and _fits(live, value):
         pairs.append((live, value))
     else:
-        owner[key] = _clone(value, live.device if isinstance(live, Tensor) else None)
+        made = _clone(value, live.device if isinstance(live, Tensor) else None)
+        owner[key] = made if like is None else _sharded_like(made, like)
+
+
+def _sharded_like(value: Any, parameter: Tensor) -> Any:
+    mine = local(parameter)
+    if mine is parameter or not isinstance(value, Tensor) or value.shape != mine.shape:
+        return value
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(parameter, DTensor)
+    return DTensor.from_local(
+        value.to(mine.device), parameter.device_mesh, parameter.placements, run_check=False,
+        shape=parameter.shape, stride=parameter.stride(),
+    )  # fmt: skip
 
 
 def _restore_scaler(scaler: Scaler, saved: Mapping[str, Any]) -> None:

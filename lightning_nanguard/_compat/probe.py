@@ -53,12 +53,23 @@ def _without_autocast(trainer: Any) -> Iterator[None]:
         del plugin.forward_context
 
 
-def plain_update(
-    trainer: Any, optimizer: Optimizer, batch: Any, batch_idx: int, clip: Callable[[], None]
-) -> float | None:
-    """One update on a batch without the loops' hooks and counters; the loss before it.
+@contextmanager
+def alone(trainer: Any, silence: Any) -> Iterator[None]:
+    """Run the module itself, not what wraps it among ranks, and within ``silence``, which no collective leaves."""
+    strategy = trainer.strategy
+    wrapper = strategy.model
+    strategy.model = strategy.lightning_module
+    try:
+        with silence:
+            yield
+    finally:
+        strategy.model = wrapper
 
-    A GradScaler's scale is used but not updated; the trainer's clipping applies, and before it ``clip``.
+
+def forward_backward(trainer: Any, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
+    """Gradients of a batch without the loops' hooks and counters; its loss, ``None`` where there is none.
+
+    A GradScaler's scale is used but not updated.
     """
     loss = _loss(trainer, batch, batch_idx)
     if loss is None:
@@ -70,13 +81,18 @@ def plain_update(
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     for parameter in parameters if scale is not None else ():
         parameter.grad.div_(scale)
+    return value
+
+
+def update(trainer: Any, optimizer: Optimizer, clip: Callable[[], None]) -> None:
+    """One step on the gradients there are; the trainer's clipping applies, and before it ``clip``."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     clip()
     if trainer.gradient_clip_val:
         clip_by_value = str(trainer.gradient_clip_algorithm or "norm") in ("value", "GradClipAlgorithmType.VALUE")
         own = torch.nn.utils.clip_grad_value_ if clip_by_value else torch.nn.utils.clip_grad_norm_
         own(parameters, trainer.gradient_clip_val)
     optimizer.step()
-    return value
 
 
 @contextmanager

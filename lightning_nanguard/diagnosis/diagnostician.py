@@ -67,7 +67,14 @@ class Diagnostician:
         self._low_precision = low_precision
         self._seen: Counter[tuple[str, str]] = Counter()
 
-    def diagnose(self, fault: Fault, evidence: Evidence, micros: Sequence[Micro], look: Look) -> Finding | None:
+    def diagnose(
+        self,
+        fault: Fault,
+        evidence: Evidence,
+        micros: Sequence[Micro],
+        look: Look,
+        good: Snapshot | None = None,
+    ) -> Finding | None:
         """The cause, ``None`` where none was found.
 
         Args:
@@ -75,22 +82,23 @@ class Diagnostician:
             evidence: What is known.
             micros: The micro-batches of the faulty update, the newest last.
             look: How much may be looked at.
+            good: The state to look at it from; chosen from the ring by default.
         """
         case = Case(fault, evidence)
         with _harmless(fault.kind):
             if look != "nothing" and micros:
-                case = self._gather(case, micros, look)
+                case = self._gather(case, micros, look, good)
             return diagnose(case)
         return None
 
-    def _gather(self, case: Case, micros: Sequence[Micro], look: Look) -> Case:
+    def _gather(self, case: Case, micros: Sequence[Micro], look: Look, good: Snapshot | None) -> Case:
         fault, evidence = case.fault, case.evidence
         looked = [look_at(micro.batch, self._learner.module) for micro in micros]
         chosen = next((index for index, clues in enumerate(looked) if clues.bad_fields), len(micros) - 1)
         case = replace(case, clues=looked[chosen])
         if look == "batch" or not self._due(fault):
             return case
-        good = good_state(self._ring, evidence, fault.kind)
+        good = good_state(self._ring, evidence, fault.kind) if good is None else good
         # Of weights that are bad themselves a replay would only say so.
         usable = evidence.corrupt is None and not evidence.undo
         if fault.scope == "batch" or fault.kind == "loss_scale_collapse":
