@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_nanguard.callback import NaNGuard
     from lightning_nanguard.detectors import Detector, DivergingLoss, GradientSpike, NonFinite
-    from lightning_nanguard.errors import TrainingDivergedError
+    from lightning_nanguard.errors import BadCheckpointError, TrainingDivergedError
     from lightning_nanguard.events import Advice, Fault, Finding, Intervention, Reading
     from lightning_nanguard.policy import Budget
     from lightning_nanguard.remedies import (
@@ -35,6 +35,7 @@ _HOMES = {
     "DivergingLoss": "detectors",
     "GradientSpike": "detectors",
     "NonFinite": "detectors",
+    "BadCheckpointError": "errors",
     "TrainingDivergedError": "errors",
     "Advice": "events",
     "Fault": "events",
@@ -53,6 +54,7 @@ _HOMES = {
 
 __all__ = [
     "Advice",
+    "BadCheckpointError",
     "Budget",
     "ClipGradients",
     "Detector",

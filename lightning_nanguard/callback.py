@@ -17,6 +17,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_nanguard._compat.best import keep_best_finite
 from lightning_nanguard._compat.callbacks import averaged_copies, put_first
+from lightning_nanguard._compat.keeping import after_every_batch, forgive, write_through
 from lightning_nanguard._compat.loading import readable_loader
 from lightning_nanguard._compat.packages import GuardCallback, LightningModule, Trainer, logged_at, rank_zero_info
 from lightning_nanguard._compat.precision import autocasts_to_half, grad_scaler
@@ -30,6 +31,7 @@ from lightning_nanguard._compat.probe import (
     update,
 )
 from lightning_nanguard._compat.results import new_results_forgotten, remember_running_means
+from lightning_nanguard._compat.resuming import before_resuming
 from lightning_nanguard._compat.saving import guard_saves
 from lightning_nanguard._compat.schedulers import around_learning_rate_monitors
 from lightning_nanguard._compat.strategies import check_strategy, is_sharded
@@ -44,6 +46,7 @@ from lightning_nanguard.engine import Guard, Settings
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.events import Advice, Fault, Finding, Intervention
 from lightning_nanguard.journal import Adviser, Console, Journal, JsonLines, Memory, Sink, summary
+from lightning_nanguard.last_good import LastGood
 from lightning_nanguard.learner import Learner
 from lightning_nanguard.learning_rate import LearningRate
 from lightning_nanguard.measure import batch_finite
@@ -51,10 +54,14 @@ from lightning_nanguard.metrics import NonFiniteRate
 from lightning_nanguard.policy import Budget, Evidence, Policy
 from lightning_nanguard.preflight import LOW, Preflight
 from lightning_nanguard.remedies import Remedy, default_remedies, executors
+from lightning_nanguard.resuming import Gate
 from lightning_nanguard.ring import Ring
 from lightning_nanguard.untouched import attributes_kept
 
 _logger = logging.getLogger("lightning_nanguard")
+
+STATE_SCHEMA = 1
+"""Version of what :meth:`NaNGuard.state_dict` gives; raised when an entry changes its meaning."""
 
 
 @final
@@ -78,7 +85,7 @@ class NaNGuard(GuardCallback):
         max_snapshots: Certified snapshots kept (one more is always pending).
         max_snapshot_memory: Limit in GiB for all snapshots; fewer are kept where they do not fit, at least one.
         budget: Bounds on interventions, past which the run is stopped.
-        dirpath: Folder of the records; ``None`` for ``<log_dir>/nanguard``.
+        dirpath: Folder of the records and of the last good checkpoint; ``None`` for ``<log_dir>/nanguard``.
         readback: ``"step"`` reads each update's loss and gradient norm before the step; ``"deferred"`` reads them up
             to two steps later without waiting for the device; ``"auto"`` takes ``"step"`` on CPU, ``"deferred"`` on
             CUDA with an optimizer that can skip on the device (``fused=True``), else ``"step"``.
@@ -86,6 +93,10 @@ class NaNGuard(GuardCallback):
         preflight: Look at the data and the untrained model before the first step, with the first batch, and give
             advice; it changes nothing.
         on_intervention: Called with each :class:`Intervention`.
+        last_good_every_n_steps: Updates between writes of ``nanguard-last-good.ckpt``, a whole checkpoint that takes
+            the place of the older one only when its state was certified; ``None`` writes none.
+        resume: What to do with a ``ckpt_path`` that is poisoned or torn: ``"strict"`` raises
+            :class:`BadCheckpointError`, ``"last-good"`` goes on from the newest good checkpoint near it.
 
     Raises:
         ValueError: When an argument is out of its range or contradicts another.
@@ -111,6 +122,8 @@ class NaNGuard(GuardCallback):
         observe: bool = False,
         preflight: bool = False,
         on_intervention: Callable[[Intervention], Any] | None = None,
+        last_good_every_n_steps: int | None = None,
+        resume: Literal["strict", "last-good"] = "strict",
     ) -> None:
         super().__init__()
         self._detectors = _instances("detectors", detectors, Detector, default_detectors)
@@ -136,6 +149,14 @@ class NaNGuard(GuardCallback):
             raise TypeError(f"NaNGuard(budget={budget!r}): expected a Budget, but got {type(budget).__name__}.")
         if on_intervention is not None and not callable(on_intervention):
             raise TypeError(f"NaNGuard(on_intervention={on_intervention!r}): expected a callable.")
+        steps = last_good_every_n_steps
+        valid = steps is None or _is_count(steps)
+        require(valid, self, "last_good_every_n_steps", steps, "an integer of at least 1, or None")
+        require(resume in ("strict", "last-good"), self, "resume", resume, 'one of ("strict", "last-good")')
+        self._last_good_every = last_good_every_n_steps
+        self._resume = resume
+        self._gate: Gate | None = None
+        self._undo_gate: Callable[[], None] = _nothing
         self._every = None if isinstance(every, str) else every
         self._snapshot_device = snapshot_device
         self._max_snapshots = max_snapshots
@@ -185,7 +206,7 @@ class NaNGuard(GuardCallback):
     # ------------------------------------------------------------------------------------------------ Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the first place among the callbacks.
+        """Take the first place among the callbacks, and look at the checkpoint that is gone on from.
 
         Raises:
             ValueError: When the strategy is not supported.
@@ -193,6 +214,10 @@ class NaNGuard(GuardCallback):
         if stage == "fit":
             check_strategy(trainer)
             put_first(trainer, self)
+            self._undo_gate()
+            folders = [] if self._dirpath is None else [self._dirpath]
+            self._gate = Gate(pl_module, folders, take=self._resume == "last-good", observe=self._observe)
+            self._undo_gate = before_resuming(trainer, self._gate)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the guard of this fit and look at the state before the first update."""
@@ -223,6 +248,16 @@ class NaNGuard(GuardCallback):
             self._run.guard.load_state_dict(self._resumed)
             self._resumed = None
         self._run.start(self._max_snapshot_memory)
+        if self._last_good_every is not None:
+            self._run.keep_last_good(_records(trainer, self._dirpath).parent, self._last_good_every)
+        self._tell_resumed()
+
+    def _tell_resumed(self) -> None:
+        self._undo_gate()
+        gate, self._gate = self._gate, None
+        if gate is not None and gate.taken is not None:
+            message = f"{gate.refused}; the run goes on from {gate.taken.path} of step {gate.taken.global_step}"
+            self._running().guard.note(Fault("bad_checkpoint", "state", "ckpt_path", None, message), "resume")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember what the batch may touch."""
@@ -251,6 +286,8 @@ class NaNGuard(GuardCallback):
         run = self._running()
         run.batch, run.batch_idx = batch, batch_idx
         run.in_batch = True
+        if run.last_good is not None and run.last_good.due(run.guard.updates):
+            run.guard.want_snapshot()
         try:
             run.guard.close_batch()
         finally:
@@ -279,6 +316,7 @@ class NaNGuard(GuardCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave a good state behind."""
+        self._undo_gate()
         run = self._run
         if run is None:
             return
@@ -306,6 +344,7 @@ class NaNGuard(GuardCallback):
         self._end()
 
     def _end(self) -> None:
+        self._undo_gate()
         run, self._run = self._run, None
         if run is None:
             return
@@ -331,10 +370,20 @@ class NaNGuard(GuardCallback):
         state = self._run.guard.state_dict() if self._run is not None else dict(self._last_state)
         if not state:
             return {}
-        return {"guard": state, "interventions": self._memory.total}
+        return {"schema": STATE_SCHEMA, "guard": state, "interventions": self._memory.total}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Taken up when the fit starts: optimizers do not exist yet."""
+        schema = state_dict.get("schema", STATE_SCHEMA)
+        if schema != STATE_SCHEMA:
+            _logger.warning(
+                "NaNGuard: the checkpoint holds the guard's state in version %s, and this lightning-nanguard reads "
+                "version %s: the run goes on, but multiplier, clipping, budgets and windows start anew. Install the "
+                "version that wrote it to take them up.",
+                schema,
+                STATE_SCHEMA,
+            )
+            return
         self._resumed = state_dict.get("guard")
         self._memory.total = int(state_dict.get("interventions", 0))
 
@@ -418,18 +467,30 @@ class _Run:
             loss_scale=self._loss_scale,
             low_precision=autocasts_to_half(trainer),
         )
-        self._undo_monitors: Callable[[], None] | None = None
-        self._undo_saves: Callable[[], None] | None = None
-        self._undo_best: Callable[[], None] | None = None
+        self.last_good: LastGood | None = None
+        self._undos: list[Callable[[], None]] = []
 
     def start(self, max_memory: float | None) -> None:
         self.guard.start()
         self._limit_memory(max_memory)
         rate = self.guard.rate
         rate.attach()
-        self._undo_monitors = around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw)
-        self._undo_saves = guard_saves(self._trainer, self.guard.before_save, self.guard.mend)
-        self._undo_best = keep_best_finite(self._trainer)
+        self._undos = [
+            around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw),
+            guard_saves(self._trainer, self.guard.before_save, self.guard.mend),
+            keep_best_finite(self._trainer),
+        ]
+
+    def keep_last_good(self, folder: Path, every: int) -> None:
+        """Write the last good checkpoint from now on."""
+        trainer, guard = self._trainer, self.guard
+        kept = LastGood(folder, every, guard.ring, lambda path: write_through(trainer, path), leads=self.rank_zero)
+        kept.begin(guard.updates)
+        self._undos += [
+            after_every_batch(trainer, lambda: kept.close_batch(guard.updates)),
+            forgive(trainer.strategy, kept.pending, kept.failed),
+        ]
+        self.last_good = kept
 
     def _limit_memory(self, max_memory: float | None) -> None:
         if max_memory is None or self.guard.ring.pending is None:
@@ -458,9 +519,10 @@ class _Run:
 
     def close(self) -> None:
         self.guard.close()
-        for undo in (self._undo_monitors, self._undo_saves, self._undo_best):
-            if undo is not None:
-                undo()
+        if self.last_good is not None:
+            self.last_good.end()
+        while self._undos:
+            self._undos.pop()()
         self._journal.close()
         self._adviser.close()
 
@@ -672,6 +734,10 @@ class _Loggers(Sink):
 
     def close(self) -> None:
         pass
+
+
+def _nothing() -> None:
+    pass
 
 
 def _is_count(value: object) -> bool:

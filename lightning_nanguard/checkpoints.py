@@ -31,16 +31,18 @@ class Inspection:
         damage: Why it cannot be read, ``""`` where it can.
         tensors: Names of the tensors in it that are not finite and should be.
         global_step: The step it was written at, ``None`` where it does not say.
+        whole_run: Whether it holds more than weights, so that a run can go on from it.
     """
 
     path: Path
     damage: str = ""
     tensors: tuple[str, ...] = ()
     global_step: int | None = None
+    whole_run: bool = False
 
     def good(self) -> bool:
         """Whether a run may go on from it."""
-        return not self.damage and not self.tensors
+        return self.whole_run and not self.damage and not self.tensors
 
 
 # ------------------------------------------------------------------------------------------------------ dictionaries
@@ -246,7 +248,13 @@ def inspect(
     if allowed is None:
         allowed = {("buffer", name): value == -torch.inf for name, value in weights.items() if "mask" in name}
     step = checkpoint.get("global_step")
-    return Inspection(path, "", tuple(poisoned(checkpoint, weights, allowed)), step if isinstance(step, int) else None)
+    return Inspection(
+        path,
+        "",
+        tuple(poisoned(checkpoint, weights, allowed)),
+        step if isinstance(step, int) else None,
+        "optimizer_states" in checkpoint and "loops" in checkpoint,
+    )
 
 
 def newest_good(
@@ -270,12 +278,6 @@ def newest_good(
     }
     for file in sorted(files - {unwanted}, key=lambda file: (file.stat().st_mtime_ns, str(file)), reverse=True):
         found = inspect(file, weights, allowed)
-        # A file of weights alone has no optimizers, and no run could go on from it.
-        if found.good() and found.global_step is not None and _resumable(file):
+        if found.good():
             return found
     return None
-
-
-def _resumable(path: Path) -> bool:
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    return "optimizer_states" in content and "loops" in content

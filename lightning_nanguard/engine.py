@@ -334,6 +334,15 @@ class Guard:
             bad, _ = first(self._ranks, self._investigator.corrupt(self.learner.leaves()))
             self._put_together = None if bad is None else self._ranks.whole(self.ring.certified[0])
 
+    def want_snapshot(self) -> None:
+        """Take a snapshot at the end of this batch, or of the next one that is healthy."""
+        self._keeper.want()
+
+    def note(self, fault: Fault, *words: str) -> None:
+        """Record what was done outside the order of a step."""
+        self._restored = None
+        self._record(fault, fault.place, words, self.rate.effective())
+
     def check(self) -> None:
         """Look at the state of now, and go back to the last good one if it is bad."""
         self.flush()
@@ -345,8 +354,7 @@ class Guard:
             # A batch that was broken off may have done no more than spoil batch norm's statistics.
             self._scopes[0].undo()
             if self._investigator.corrupt(self.learner.leaves()) is None:
-                self._restored = None
-                self._record(fault, bad, ("undo",), self.rate.effective())
+                self.note(fault, "undo")
                 return
         self._readings = []
         self.report(fault, ranks)
@@ -370,9 +378,7 @@ class Guard:
         good = self._good()
         listed = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else bad[0]
         message = f"{listed} of a checkpoint about to be written to {path} is not finite"
-        self._restored = None
-        words = ("rewrite",) if good is not None else ()
-        self._record(Fault("poisoned_checkpoint", "state", bad[0], None, message), bad[0], words, self.rate.effective())
+        self.note(Fault("poisoned_checkpoint", "state", bad[0], None, message), *(("rewrite",) if good else ()))
         return checkpoint if self._settings.observe or good is None else mended(checkpoint, self.learner, good)
 
     def _good(self) -> dict[Path, Any] | None:

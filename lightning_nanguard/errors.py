@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from lightning_nanguard.events import Fault, Finding
 
@@ -34,3 +35,19 @@ class TrainingDivergedError(RuntimeError):
         self.tried = tuple(tried)
         self.snapshot_step = snapshot_step
         self.finding = finding
+
+
+class BadCheckpointError(RuntimeError):
+    """A run was not gone on with: its checkpoint is poisoned or torn.
+
+    Attributes:
+        path: The checkpoint.
+        tensors: Names of the tensors in it that are not finite; empty where it cannot be read.
+        offered: The newest good checkpoint near it, ``None`` where there is none.
+    """
+
+    def __init__(self, message: str, path: Path, tensors: Sequence[str] = (), offered: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+        self.tensors = tuple(tensors)
+        self.offered = offered

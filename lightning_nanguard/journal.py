@@ -312,6 +312,7 @@ _PHRASES = {
     "clip": ("turned gradient clipping on", "turned gradient clipping on"),
     "reset moments": ("emptied the optimizer's state", "emptied the optimizer's state"),
     "undo": ("put back what the batch had touched", "put back what the batch had touched"),
+    "resume": ("went on from another checkpoint", "gone on from another checkpoint"),
     "rewrite": ("wrote the last good state in its place", "written the last good state in its place"),
     "stop": ("stopped the run", "stopped the run"),
 }
@@ -549,6 +550,7 @@ _ACTIONS = {
     "clip": ("change of gradient clipping", "changes of gradient clipping"),
     "reset moments": ("reset of the optimizer's state", "resets of the optimizer's state"),
     "undo": ("half batch undone", "half batches undone"),
+    "resume": ("other checkpoint gone on from", "other checkpoints gone on from"),
     "rewrite": ("checkpoint written with the last good state", "checkpoints written with the last good state"),
     "stop": ("stop", "stops"),
 }

@@ -78,17 +78,23 @@ class Keeper:
         self._interval = Interval(every)
         self._every = self._interval.updates
         self._last = 0
+        self._wanted = False
         self._jumps: set[str] = set()
 
     def count_from(self, step: int) -> None:
         """The next snapshot is due an interval after update ``step``."""
         self._last = step
 
+    def want(self) -> None:
+        """The next snapshot is due at once."""
+        self._wanted = True
+
     def due(self, step: int) -> bool:
         """Whether a snapshot should be taken after update ``step``."""
-        return self._ring.pending is None and (
-            self._interval.due(step - self._last) if self._ranks.world == 1 else step - self._last >= self._every
-        )
+        if self._ring.pending is not None:
+            return False
+        since = step - self._last
+        return self._wanted or (self._interval.due(since) if self._ranks.world == 1 else since >= self._every)
 
     def capture(self, step: int, global_step: int, rate: float | None, healthy_steps: int = 0) -> Snapshot:
         """Take a snapshot, which is then pending.
@@ -101,6 +107,7 @@ class Keeper:
         """
         started, since = time.perf_counter(), step - self._last
         self._ring.drop_pending()
+        self._wanted = False
         try:
             snapshot = self._copy(step, global_step)
         except torch.cuda.OutOfMemoryError:
