@@ -39,6 +39,7 @@ from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.detectors import Detector, default_detectors, require
 from lightning_nanguard.diagnosis.clues import Look
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
+from lightning_nanguard.diagnosis.examination import Examination
 from lightning_nanguard.diagnosis.state import good_state
 from lightning_nanguard.diagnosis.tape import Micro, Tape
 from lightning_nanguard.distributed import Alone, Group, Ranks, Silent, first, mean
@@ -92,6 +93,8 @@ class NaNGuard(GuardCallback):
         observe: Record what would be done and change nothing.
         preflight: Look at the data and the untrained model before the first step, with the first batch, and give
             advice; it changes nothing.
+        examine_after: Updates after which a loss that has not moved, at a high level, is examined for what keeps it
+            there (vanishing gradients, dead units, oscillation, a saddle point, …): advice, and no trace.
         on_intervention: Called with each :class:`Intervention`.
         last_good_every_n_steps: Updates between writes of ``nanguard-last-good.ckpt``, a whole checkpoint that takes
             the place of the older one only when its state was certified; ``None`` writes none.
@@ -121,6 +124,7 @@ class NaNGuard(GuardCallback):
         readback: Literal["auto", "step", "deferred"] = "auto",
         observe: bool = False,
         preflight: bool = False,
+        examine_after: int | None = None,
         on_intervention: Callable[[Intervention], Any] | None = None,
         last_good_every_n_steps: int | None = None,
         resume: Literal["strict", "last-good"] = "strict",
@@ -165,7 +169,15 @@ class NaNGuard(GuardCallback):
         self._dirpath = None if dirpath is None else Path(dirpath)
         self._readback = readback
         self._observe = observe
+        require(
+            examine_after is None or (_is_count(examine_after) and examine_after >= 16),
+            self,
+            "examine_after",
+            examine_after,
+            "None or an integer of at least 16",
+        )
         self._preflight = preflight
+        self._examine_after = examine_after
         self._advice: list[Advice] = []
         self._on_intervention = on_intervention
         self._memory = Memory()
@@ -202,6 +214,16 @@ class NaNGuard(GuardCallback):
     def clip_val(self) -> float | None:
         """The clipping value the guard has turned on, ``None`` without one."""
         return self._run.guard.clip_val if self._run is not None else None
+
+    def examine(self) -> None:
+        """Examine the run at the end of the batch at hand; what is found is in :attr:`advice` then, and on record.
+
+        Under manual optimization, and with several processes, a batch cannot be run again, and nothing is found.
+
+        Raises:
+            RuntimeError: Outside of a fit.
+        """
+        self._running().examination_due = True
 
     # ------------------------------------------------------------------------------------------------ Lightning's hooks
 
@@ -241,6 +263,7 @@ class NaNGuard(GuardCallback):
             ),
             journal=Journal(self._sinks(trainer, pl_module)),
             adviser=self._adviser(trainer),
+            examine_after=self._examine_after,
         )
         self._run.preflight_due = self._preflight and trainer.global_step == 0
         self._before = (Counter(self._memory.faults), Counter(self._memory.remedies))
@@ -290,6 +313,7 @@ class NaNGuard(GuardCallback):
             run.guard.want_snapshot()
         try:
             run.guard.close_batch()
+            run.examine_if_due()
         finally:
             run.in_batch = False
             run.batch = None
@@ -424,6 +448,7 @@ class _Run:
         settings: Settings,
         journal: Journal,
         adviser: Adviser,
+        examine_after: int | None,
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -434,7 +459,9 @@ class _Run:
         self.records = next((sink.path for sink in journal.sinks if isinstance(sink, JsonLines)), None)
         self.batch: Any = None
         # Read late, a fault is that of an earlier batch.
-        self.tape = Tape(module.device, updates=4 if settings.deferred or trainer.world_size > 1 else 1)
+        late = settings.deferred or trainer.world_size > 1
+        self.tape = Tape(module.device, updates=4 if late or examine_after is not None else 1)
+        self.examination_due = False
         self._unknown: set[int] = set()
         self.batch_idx = -1
         self.in_batch = False
@@ -469,6 +496,7 @@ class _Run:
         )
         self.last_good: LastGood | None = None
         self._undos: list[Callable[[], None]] = []
+        self._examination = Examination(learner, self._rerun, self._untraced, examine_after)
 
     def start(self, max_memory: float | None) -> None:
         self.guard.start()
@@ -649,6 +677,22 @@ class _Run:
         for finding in look.look(batch, readable_loader(self._trainer, self._module), run=run):
             if finding.confidence > LOW:
                 self.advise("preflight", finding)
+
+    def examine_if_due(self) -> None:
+        trend, asked = self.guard.trend(), self.examination_due
+        course = None if trend is None else self._examination.due(self.guard.updates, trend, asked=asked)
+        if trend is None or course is None:
+            return
+        self.examination_due = False
+        if not self.comparable() or self._trainer.world_size > 1:
+            return
+        rates = self.guard.rate.effective()
+        evidence = Evidence(
+            step=self.guard.updates, first=course.first, scale=trend.scale(), lr=rates[0] if rates else None
+        )
+        for finding in self._examination.findings(self.tape.newest(4), course, evidence, asked=asked):
+            if finding.confidence > LOW:
+                self.advise("asked" if asked else "loss does not move", finding)
 
     def advise(self, occasion: str, finding: Finding) -> None:
         global_step, epoch, _ = self.clock()

@@ -903,6 +903,10 @@ class Guard:
         """Attempted updates so far."""
         return self._step
 
+    def trend(self, stream: int = 0) -> Trend | None:
+        """History of one optimizer's losses and norms, ``None`` before its first reading."""
+        return self._trends.get(stream)
+
     def usual_norm(self) -> float | None:
         """Median of the healthy gradient norms of the first optimizer."""
         trend = self._trends.get(0)

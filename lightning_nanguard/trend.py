@@ -43,6 +43,10 @@ class Trend:
         noise = spread(values) if len(values) >= 8 else 0.0
         return max(abs(self.first) if self.first is not None else 0.0, noise, 1e-12)
 
+    def losses(self) -> list[float]:
+        """The newest losses, at most 64, the oldest first."""
+        return list(self._losses.values())
+
     def level(self) -> float | None:
         """Median of the newest losses."""
         values = self._losses.last(8)

@@ -299,14 +299,14 @@ class Course:
         first: Loss of the untrained model.
         before: Median loss at the start of the stretch.
         now: Median loss at its end.
-        spread: Median absolute deviation of the loss from batch to batch.
+        spread: Median of how far the level moves, either way, from one eighth of the stretch to the next.
         best: Lowest median so far.
         norm: Median gradient norm.
-        opposed: Median cosine of successive gradients of one batch; ``None`` where it was not measured.
+        opposed: Cosine of a batch's gradients before and after one update on it; ``None`` where it was not measured.
         noise: Norm of the gradient's noise over that of its mean; ``None`` where it was not measured.
         lr: Effective learning rate of the first group.
         batch_size: Samples in a batch; ``None`` where that cannot be told.
-        chance: Loss of a model that knows nothing but the classes; ``None`` where it is not known.
+        chance: Loss of a model that knows nothing; ``None`` where it is not known.
     """
 
     updates: int
@@ -321,6 +321,17 @@ class Course:
     lr: float | None = None
     batch_size: int | None = None
     chance: float | None = None
+
+    @property
+    def moves(self) -> bool:
+        """Whether the loss has fallen by more than it moves from one part of the stretch to the next."""
+        return self.before - self.now > max(0.02 * max(abs(self.first), 1e-12), 2 * self.spread)
+
+    @property
+    def high(self) -> bool:
+        """Whether most of the untrained model's loss is still there, or the loss is at chance."""
+        untrained = self.now > self.first - 0.4 * max(abs(self.first), 1e-12)
+        return untrained or (self.chance is not None and self.now > 0.95 * self.chance)
 
 
 NO_FAULT = Fault("no_fault", "state", "")

@@ -77,7 +77,7 @@ class Hessian:
         if loss is None or not loss.requires_grad:
             raise ValueError("Hessian: the step gave no loss that depends on the parameters.")
         found = torch.autograd.grad(loss.sum(), self._all, create_graph=create_graph, allow_unused=True)
-        return _filled(found, self._all)
+        return filled(found, self._all)
 
     def _twice(self, gradient: Vector, vector: Vector) -> Vector:
         # A gradient that does not depend on the weights (a loss that is linear in them) has no graph: H is zero there.
@@ -86,7 +86,7 @@ class Hessian:
             return [torch.zeros_like(parameter) for parameter in self._all]
         outputs, given = [one for one, _ in pairs], [v.to(one.dtype) for one, v in pairs]
         found = torch.autograd.grad(outputs, self._all, given, retain_graph=True, allow_unused=True)
-        return _filled(found, self._all)
+        return filled(found, self._all)
 
     def _differences(self, vector: Vector) -> Vector:
         size = norm(vector)
@@ -286,5 +286,6 @@ def unit(vector: Sequence[Tensor]) -> Vector:
     return [one / size if size > 0 else one for one in vector]
 
 
-def _filled(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Vector:
+def filled(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Vector:
+    """Gradients with zeros where a parameter had none."""
     return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]

@@ -17,6 +17,13 @@ from lightning_nanguard.diagnosis.rules.arithmetic import (
     low_precision_overflow,
     sqrt_at_zero,
 )
+from lightning_nanguard.diagnosis.rules.course import (
+    batch_size,
+    layer_update_abnormal,
+    local_minimum,
+    oscillation,
+    saddle_point,
+)
 from lightning_nanguard.diagnosis.rules.data import non_finite_input, target_out_of_domain, unnormalised_input
 from lightning_nanguard.diagnosis.rules.learning import (
     collapsed,
@@ -59,6 +66,11 @@ RULES: tuple[Rule, ...] = (
     wrong_gradient,
     ill_conditioned,
     collapsed,
+    layer_update_abnormal,
+    oscillation,
+    saddle_point,
+    local_minimum,
+    batch_size,
 )
 """Every rule, in the order that settles a tie."""
 

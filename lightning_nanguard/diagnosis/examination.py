@@ -1,0 +1,191 @@
+"""Examining a run that is finite and does not learn: its layers, its gradients, and the loss around its weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lightning_nanguard.diagnosis.batch import fields_of, look_at, target_fields
+from lightning_nanguard.diagnosis.clues import Case, Course, Curvature, Layer, Model
+from lightning_nanguard.diagnosis.curvature import Hessian, Vector, bend, direction, dot, extremes, filled, norm
+from lightning_nanguard.diagnosis.layers import examine
+from lightning_nanguard.diagnosis.progress import Progress
+from lightning_nanguard.diagnosis.replay import eager, kept
+from lightning_nanguard.diagnosis.rules import findings
+from lightning_nanguard.diagnosis.tape import Micro
+from lightning_nanguard.events import Finding
+from lightning_nanguard.learner import Learner
+from lightning_nanguard.policy import Evidence
+from lightning_nanguard.trend import Trend
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+@final
+class Examination:
+    """Gathers what the rules need to say why a loss does not move. It leaves no trace.
+
+    Args:
+        learner: What is trained.
+        step: Runs a micro-batch forward with the random numbers it had: ``step(micro, full_precision)`` gives the loss
+            with its graph, ``None`` where there is none.
+        untraced: What is run within is undone.
+        patience: Updates over which a loss has to move; ``None`` waits to be asked.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        step: Callable[[Micro, bool], Tensor | None],
+        untraced: Callable[[], AbstractContextManager[None]],
+        patience: int | None = None,
+    ) -> None:
+        self._learner = learner
+        self._step = step
+        self._untraced = untraced
+        self._progress = None if patience is None else Progress(patience)
+        self._said = False
+
+    def due(self, updates: int, trend: Trend, *, asked: bool = False) -> Course | None:
+        """How the run has gone where it is to be examined now, ``None`` where it is not.
+
+        Args:
+            updates: Updates so far.
+            trend: History of the losses.
+            asked: Whether somebody asked for it.
+        """
+        progress = self._progress
+        if progress is not None and progress.due(updates):
+            progress.see(updates, trend)
+            course = progress.course(updates, trend)
+            if course is not None and progress.stuck(updates, course):
+                return course
+        if not asked:
+            return None
+        recent = Progress.of(trend) if progress is None else progress
+        return recent.course(updates, trend)
+
+    def findings(
+        self, micros: Sequence[Micro], course: Course, evidence: Evidence, *, asked: bool = False
+    ) -> tuple[Finding, ...]:
+        """What is wrong, the surest first; it never raises. A loss that has settled low is well, unless asked for."""
+        try:
+            case = self.case(micros, course, evidence)
+            high = case.course is not None and case.course.high
+            return findings(case) if high or asked else ()
+        except Exception as error:
+            # Advice must never cost the run it is meant for.
+            _logger.debug("NaNGuard: the run could not be examined: %r", error)
+            return ()
+
+    def case(self, micros: Sequence[Micro], course: Course, evidence: Evidence) -> Case:
+        """The case of a run.
+
+        Args:
+            micros: The micro-batches of the last updates, the newest last.
+            course: How it has gone.
+            evidence: The guard's counts.
+
+        Raises:
+            ValueError: Where no batch can be run again.
+        """
+        if not micros:
+            raise ValueError("Examination.case(micros=()): at least one batch is needed.")
+        module, newest = self._learner.module, micros[-1]
+        step = partial(self._step, newest, True)
+        fields = dict(fields_of(newest.batch))
+        targets = target_fields(newest.batch, fields)
+        case = Case(evidence=evidence, clues=look_at(newest.batch, module), course=course)
+        with self._untraced(), kept(module), eager():
+            model = examine(module, step, [fields[name] for name in targets])
+        model = None if model is None else replace(model, updates=evidence.step)
+        objective = None if model is None else model.objective
+        course = replace(course, chance=None if objective is None else objective.chance)
+        if len(self._learner.optimizers) != 1:
+            return replace(case, model=model, course=course)
+        size = next((len(tensor) for tensor in fields.values() if tensor.dim()), None)
+        with self._untraced(), kept(module), eager():
+            course, updates = self._gradients(micros, replace(course, lr=evidence.lr, batch_size=size))
+        with self._untraced(), kept(module), eager():
+            curvature = self._curvature(step, course)
+        model = None if model is None else _with_updates(model, updates)
+        return replace(case, model=model, course=course, curvature=curvature)
+
+    def _gradients(self, micros: Sequence[Micro], course: Course) -> tuple[Course, dict[str, float]]:
+        optimizer = self._learner.optimizers[0]
+        named = {name: p for name, p in self._learner.module.named_parameters() if p.requires_grad}
+        parameters = list(named.values())
+        found = [self._gradient(micro, parameters) for micro in micros]
+        size, noise = _noise(found)
+        course = replace(course, norm=size, noise=noise)
+        moved = direction(optimizer, found[-1], parameters)
+        rate = float(optimizer.param_groups[0]["lr"])
+        if moved is None or rate <= 0:
+            return course, {}
+        updates = {
+            name: rate * norm([d]) / weight
+            for name, p, d in zip(named, parameters, moved, strict=True)
+            if p.dim() > 1 and (weight := norm([p])) > 0
+        }
+        before = [parameter.detach().clone() for parameter in parameters]
+        try:
+            with torch.no_grad():
+                for parameter, d in zip(parameters, moved, strict=True):
+                    parameter.sub_(rate * d)
+            after = self._gradient(micros[-1], parameters)
+        finally:
+            with torch.no_grad():
+                for parameter, start in zip(parameters, before, strict=True):
+                    parameter.copy_(start)
+        sizes = norm(found[-1]) * norm(after)
+        return replace(course, opposed=dot(found[-1], after) / sizes if sizes > 0 else None), updates
+
+    def _gradient(self, micro: Micro, parameters: Sequence[Tensor]) -> Vector:
+        loss = self._step(micro, True)
+        if loss is None or not loss.requires_grad:
+            raise ValueError("a batch that was run again gave no loss")
+        return filled(torch.autograd.grad(loss.sum(), parameters, allow_unused=True), parameters)
+
+    def _curvature(self, step: Callable[[], Tensor | None], course: Course) -> Curvature | None:
+        optimizer = self._learner.optimizers[0]
+        curvature = bend(step, optimizer)
+        if curvature is None or course.moves or not course.high:
+            return curvature
+        hessian = Hessian(step, [p for group in optimizer.param_groups for p in group["params"]])
+        try:
+            smallest, largest = extremes(hessian)
+        except ModuleNotFoundError as error:
+            if not self._said:
+                self._said = True
+                _logger.warning("NaNGuard: saddle points and minima are not told apart. %s", error)
+            return curvature
+        return replace(curvature, smallest=smallest, largest=largest)
+
+
+def _noise(found: Sequence[Vector]) -> tuple[float, float | None]:
+    """Norm of the mean gradient, and the noise of one batch's gradient relative to it."""
+    count = len(found)
+    mean = [torch.stack(parts).mean(0) for parts in zip(*found, strict=True)]
+    size = norm(mean)
+    if count < 2:
+        return size, None
+    apart = sum(norm([g - m for g, m in zip(one, mean, strict=True)]) ** 2 for one in found) / (count - 1)
+    # The mean of a few holds a share of the noise itself.
+    true = math.sqrt(max(size**2 - apart / count, 0.0))
+    return size, math.sqrt(apart) / true if true > 0 else math.inf if apart > 0 else 0.0
+
+
+def _with_updates(model: Model, updates: dict[str, float]) -> Model:
+    def told(layer: Layer) -> Layer:
+        own = [ratio for name, ratio in updates.items() if name in (layer.path, f"{layer.path}.weight")]
+        return replace(layer, update=max(own)) if own else layer
+
+    return replace(model, layers=tuple(map(told, model.layers)))

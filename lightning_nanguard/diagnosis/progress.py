@@ -1,0 +1,78 @@
+"""Whether a loss moves, from its level now and then: a comparison of two integers at every other update."""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+from typing import final
+
+from lightning_nanguard.diagnosis.clues import Course
+from lightning_nanguard.trend import Trend
+
+# Levels that one stretch of patience is divided into.
+_PARTS = 8
+
+
+@final
+class Progress:
+    """Looks at the level of the loss eight times in each stretch of ``patience`` updates.
+
+    Args:
+        patience: Updates over which a loss has to move.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+        self._every = -(-patience // _PARTS)
+        self._levels: deque[float] = deque(maxlen=_PARTS + 1)
+        self._best: float | None = None
+        self._next = 0
+        self._quiet_until = 0
+        self._pause = patience
+
+    @classmethod
+    def of(cls, trend: Trend) -> Progress:
+        """The stretch of the newest losses alone."""
+        losses = trend.losses()
+        size = max(1, len(losses) // (_PARTS + 1))
+        made = cls(len(losses) or 1)
+        made._levels.extend(median(losses[start : start + size]) for start in range(0, len(losses), size))
+        made._best = min(made._levels, default=None)
+        return made
+
+    def due(self, updates: int) -> bool:
+        """Whether it is time to look again."""
+        return updates >= self._next
+
+    def see(self, updates: int, trend: Trend) -> None:
+        """Take the level of now."""
+        self._next = updates + self._every
+        level = trend.level()
+        if level is not None:
+            self._levels.append(level)
+            self._best = level if self._best is None else min(level, self._best)
+
+    def course(self, updates: int, trend: Trend) -> Course | None:
+        """How the run has gone so far; ``None`` before the first reading."""
+        if not self._levels or trend.first is None or self._best is None:
+            return None
+        levels = [*self._levels]
+        third = max(1, len(levels) // 3)
+        steps = [abs(one - other) for one, other in zip(levels[1:], levels, strict=False)]
+        return Course(
+            updates=min(updates, self._patience),
+            first=trend.first,
+            before=median(levels[:third]),
+            now=median(levels[-third:]),
+            spread=median(steps) if steps else 0.0,
+            best=self._best,
+            norm=trend.usual_norm() or 0.0,
+        )
+
+    def stuck(self, updates: int, course: Course) -> bool:
+        """Whether the loss has not moved for as long as the patience lasts; said ever more rarely."""
+        if len(self._levels) <= _PARTS or updates < self._quiet_until or course.moves:
+            return False
+        self._quiet_until = updates + self._pause
+        self._pause *= 2
+        return True

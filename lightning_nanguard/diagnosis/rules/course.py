@@ -1,0 +1,157 @@
+"""Causes of a loss that does not move: how the run has gone, its gradients, and the loss around the weights of now."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from lightning_nanguard.diagnosis.clues import Case, Course, Curvature
+from lightning_nanguard.events import Finding
+
+# Successive gradients of one batch with a cosine below this point back and forth.
+_OPPOSED = -0.3
+# What the best step along the gradient would bring, relative to the loss, below which the gradient counts as zero.
+_NOTHING = 0.02
+# A negative eigenvalue counts from this share of the largest on: below it is rounding.
+_NEGATIVE = 0.01
+# Share of its weights that a layer's update makes, and how many times that of the others, where it is abnormal.
+_LARGE_UPDATE = 0.05
+_APART = 100.0
+# Noise of the gradient over its norm in a batch that is too small for it.
+_NOISY = 3.0
+_SMALL_BATCH = 4
+
+
+def oscillation(case: Case) -> Finding | None:
+    """The loss is flat because updates jump over the minimum and back: successive gradients are opposed."""
+    course = case.course
+    if course is None or course.moves or course.opposed is None or course.opposed > _OPPOSED:
+        return None
+    limit = None if case.curvature is None else case.curvature.largest_rate
+    numbers: dict[str, float | str] = {"cosine": course.opposed, "gradient_norm": course.norm}
+    rate = ""
+    if course.lr is not None:
+        numbers["lr"] = course.lr
+        rate = f", at learning rate {course.lr:.4g}"
+        if limit is not None:
+            numbers["largest_rate"] = limit
+            rate += f" where this batch's loss stops falling above {limit:.2g}"
+    lower = "" if limit is None or course.lr is None or limit > course.lr else f" below {limit:.2g}"
+    return Finding(
+        "oscillation",
+        0.87 if course.high else 0.45,
+        evidence=numbers,
+        place="loss",
+        suggestion=(
+            f"the loss stays at {course.now:.4g} while the gradient norm is {course.norm:.3g}; after one update the "
+            f"gradient of a batch points back (cosine {course.opposed:.2f}){rate}. Lower the learning rate{lower}, or "
+            "use an optimizer that adapts it (Adagrad, RMSprop, Adam)."
+        ),
+    )
+
+
+def saddle_point(case: Case) -> Finding | None:
+    """The gradient is zero where the loss is flat and high, and bends down in some direction."""
+    course, curvature = case.course, case.curvature
+    if course is None or curvature is None or not _stationary(course, curvature) or not _bends_down(curvature):
+        return None
+    assert curvature.smallest is not None
+    assert curvature.largest is not None
+    return Finding(
+        "saddle_point",
+        0.85,
+        evidence={"smallest": curvature.smallest, "largest": curvature.largest, "gradient_norm": course.norm},
+        place="loss",
+        suggestion=(
+            f"the loss stays at {course.now:.4g} with a gradient norm of {course.norm:.2g}, and the smallest Hessian "
+            f"eigenvalue is {curvature.smallest:.3g} (the largest {curvature.largest:.3g}): a saddle point, with a way "
+            "down along that eigenvector. Start from weights that are not all equal or zero, use momentum, or add "
+            "noise."
+        ),
+    )
+
+
+def local_minimum(case: Case) -> Finding | None:
+    """The gradient is zero where the loss is flat and high, and bends up in every direction."""
+    course, curvature = case.course, case.curvature
+    if course is None or curvature is None or not _stationary(course, curvature) or _bends_down(curvature):
+        return None
+    if curvature.largest is None or curvature.smallest is None or curvature.largest < 1e-7:
+        return None
+    return Finding(
+        "local_minimum",
+        0.65,
+        evidence={"smallest": curvature.smallest, "largest": curvature.largest, "gradient_norm": course.norm},
+        place="loss",
+        suggestion=(
+            f"the loss stays at {course.now:.4g} (untrained {course.first:.4g}) with a gradient norm of "
+            f"{course.norm:.2g}, and no Hessian eigenvalue is clearly negative (smallest {curvature.smallest:.2g}, "
+            f"largest {curvature.largest:.3g}): a minimum. Restart from other weights, use momentum or a larger rate "
+            "for a while, or a model with more capacity; where the data holds nothing more to learn, stop."
+        ),
+    )
+
+
+def layer_update_abnormal(case: Case) -> Finding | None:
+    """The updates of one layer are out of all proportion to those of the others."""
+    layers = [] if case.model is None else [one for one in case.model.layers if one.update is not None and one.weight]
+    if len(layers) < 2:
+        return None
+    worst = max(layers, key=lambda one: one.update or 0.0)
+    update = worst.update or 0.0
+    others = median(one.update or 0.0 for one in layers if one is not worst)
+    if update < _LARGE_UPDATE or update < _APART * others:
+        return None
+    moves = case.course is not None and case.course.moves
+    return Finding(
+        "layer_update_abnormal",
+        0.45 if moves else 0.88,
+        evidence={"update_to_weight": update, "others": others},
+        place=worst.path,
+        suggestion=(
+            f"an update changes {worst.path} by {update:.2g} of its norm, the other layers by {others:.2g} (1e-3 is "
+            "usual). Give it a lower learning rate in a parameter group of its own, or initialise it at the scale of "
+            "the others."
+        ),
+    )
+
+
+def batch_size(case: Case) -> Finding | None:
+    """The gradient's noise from batch to batch drowns it."""
+    course = case.course
+    if course is None or course.moves or not course.high or course.batch_size is None or course.noise is None:
+        return None
+    if course.batch_size > _SMALL_BATCH or course.noise < _NOISY:
+        return None
+    return Finding(
+        "batch_size",
+        0.7,
+        evidence={"batch_size": float(course.batch_size), "noise_over_norm": course.noise},
+        place="gradient",
+        suggestion=(
+            f"with {course.batch_size} sample{'s' if course.batch_size > 1 else ''} in a batch the noise of the "
+            f"gradient is {course.noise:.3g} times its mean. Use a larger batch or accumulate_grad_batches, of about "
+            f"{_power(course.batch_size * course.noise**2)}, or a lower learning rate."
+        ),
+    )
+
+
+def _power(samples: float) -> int:
+    size = 1
+    while size < samples and size < 1024:
+        size *= 2
+    return size
+
+
+def _stationary(course: Course, curvature: Curvature) -> bool:
+    if course.moves or not course.high or curvature.smallest is None or curvature.largest is None:
+        return False
+    if curvature.slope == 0.0:
+        return True
+    # The step along the gradient that is best by the parabola through it lowers the loss by slope² / 2·bend.
+    gain = curvature.slope**2 / (2 * abs(curvature.bend)) if curvature.bend else float("inf")
+    return gain < _NOTHING * abs(course.now)
+
+
+def _bends_down(curvature: Curvature) -> bool:
+    smallest, largest = curvature.smallest, curvature.largest
+    return smallest is not None and largest is not None and smallest < -max(_NEGATIVE * abs(largest), 1e-7)

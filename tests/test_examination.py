@@ -1,0 +1,262 @@
+"""A loss that does not move is examined: advice with a cause, no trace, and silence where all is well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import Callback
+from torch import Tensor, nn, optim
+from torch.optim import Optimizer
+
+from lightning_nanguard import NaNGuard
+from lightning_nanguard.diagnosis.clues import Case, Course, Curvature, Layer, Model
+from lightning_nanguard.diagnosis.progress import Progress
+from lightning_nanguard.diagnosis.rules import RULES, findings
+from lightning_nanguard.events import Reading
+from lightning_nanguard.journal import read_advice
+from lightning_nanguard.trend import Trend
+from tests.helpers import Batch, Task, batches, copied, data_for, differences, fit, state_of, task
+
+STEPS = 110
+
+
+class Stuck(Task):
+    """A task of its own loss; ``loss_of(net, x, y)``."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor],
+        make: Callable[[list[nn.Parameter]], Optimizer],
+    ) -> None:
+        super().__init__(net, make)
+        self.loss_of = loss_of
+
+    def loss(self, batch: Batch, name: str) -> Tensor:
+        loss = self.loss_of(self.net, *batch)
+        self.log(name, loss, on_step=True, on_epoch=True, batch_size=len(batch[1]))
+        return loss
+
+
+def squared(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(net(x), y)
+
+
+def sgd(rate: float) -> Callable[[list[nn.Parameter]], Optimizer]:
+    return lambda parameters: optim.SGD(parameters, rate)
+
+
+def deep() -> Stuck:
+    layers = [part for _ in range(10) for part in (nn.Linear(6, 6), nn.Dropout(0.2), nn.Sigmoid())]
+    return Stuck(nn.Sequential(*layers, nn.Linear(6, 2)), squared, sgd(0.01))
+
+
+def zero() -> Stuck:
+    net = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 2, bias=False))
+    for parameter in net.parameters():
+        nn.init.zeros_(parameter)
+    return Stuck(net, squared, sgd(0.05))
+
+
+class Point(nn.Module):
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.w = nn.Parameter(values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w
+
+
+def jumping() -> Stuck:
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return ((1 + 100 * net(x).square()).sqrt()).mean() + 1e-3 * x.mean()
+
+    return Stuck(Point(torch.tensor([1.0, -1.0, 1.0])), loss, sgd(0.6))
+
+
+def well() -> Stuck:
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        w = net(x)
+        return ((w.square() - 1).square() + 0.2 * w).mean() + 1 + 1e-3 * (w * x[:, :4].mean(0)).mean()
+
+    return Stuck(Point(torch.full((4,), 0.9)), loss, sgd(0.05))
+
+
+RUNS = [
+    ("vanishing_gradient", deep, "net.0"),
+    ("saddle_point", zero, "loss"),
+    ("oscillation", jumping, "loss"),
+    ("local_minimum", well, "loss"),
+]
+
+
+@pytest.mark.parametrize(("cause", "make", "place"), RUNS, ids=[row[0] for row in RUNS])
+def test_a_loss_that_does_not_move_is_examined(
+    cause: str, make: Callable[[], Stuck], place: str, tmp_path: Path
+) -> None:
+    """The surest advice names the cause and is on record; nothing is done about it."""
+    torch.manual_seed(0)
+    guard = NaNGuard(examine_after=64, detectors=[])
+    fit(make(), batches(count=STEPS), guard, folder=tmp_path)
+    assert guard.advice
+    surest = guard.advice[0]
+    assert (surest.occasion, surest.finding.cause, surest.finding.place) == ("loss does not move", cause, place)
+    assert any(character.isdigit() for character in surest.finding.suggestion)
+    assert [one.finding.cause for one in read_advice(tmp_path / "nanguard" / "advice.jsonl")] == [
+        one.finding.cause for one in guard.advice
+    ]
+    assert len(guard.interventions) == 0
+
+
+@pytest.mark.parametrize("make", [deep, zero, jumping], ids=["deep", "zero", "jumping"])
+def test_an_examination_leaves_no_trace(make: Callable[[], Stuck], tmp_path: Path) -> None:
+    """Weights, moments, random streams, gradients and logged values are bit for bit those of a run without a guard."""
+
+    def run(guard: NaNGuard | None) -> dict[str, Any]:
+        torch.manual_seed(0)
+        return copied(state_of(fit(make(), batches(count=STEPS), guard, folder=tmp_path)))
+
+    bare = run(None)
+    guard = NaNGuard(examine_after=64, detectors=[])
+    assert differences(bare, run(guard)) == []
+    assert guard.advice
+
+
+@pytest.mark.parametrize("model", ["mlp", "norm", "cnn", "gru", "transformer", "embedding"])
+def test_a_healthy_run_is_not_advised(model: str, tmp_path: Path) -> None:
+    """A loss that falls, or has settled low, is left alone; also when somebody asks."""
+    guard = NaNGuard(examine_after=16)
+    ask = Ask(guard, 70)
+    fit(task(model), data_for(model, 80), guard, folder=tmp_path, callbacks=[ask])
+    assert ask.asked
+    assert [advice.finding for advice in guard.advice] == []
+    assert not (tmp_path / "nanguard").exists()
+
+
+class Ask(Callback):
+    """Asks for an examination at a step."""
+
+    def __init__(self, guard: NaNGuard, at: int) -> None:
+        self.guard, self.at, self.asked = guard, at, False
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.at:
+            self.guard.examine()
+            self.asked = True
+
+
+def test_one_may_ask(tmp_path: Path) -> None:
+    """Without a patience the run is examined when somebody asks, at the end of that batch."""
+    torch.manual_seed(0)
+    guard = NaNGuard(detectors=[])
+    fit(zero(), batches(count=40), guard, folder=tmp_path, callbacks=[Ask(guard, 35)])
+    assert [(one.global_step, one.occasion, one.finding.cause) for one in guard.advice] == [
+        (36, "asked", "saddle_point")
+    ]
+
+
+def test_asking_outside_of_a_fit_is_an_error() -> None:
+    """There is nothing to examine before the fit."""
+    with pytest.raises(RuntimeError, match="on_train_start"):
+        NaNGuard().examine()
+
+
+@pytest.mark.parametrize("value", [0, 15, -1, 2.5, True, "100"])
+def test_a_wrong_patience_is_refused(value: Any) -> None:
+    """A patience is an integer long enough to see a loss move."""
+    with pytest.raises(ValueError, match=r"NaNGuard\(examine_after="):
+        NaNGuard(examine_after=value)
+
+
+def test_without_scipy_it_is_said_once(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    """Saddle points and minima need the extra, and the warning names it; the rest is examined all the same."""
+    monkeypatch.setitem(__import__("sys").modules, "scipy.sparse.linalg", None)
+    torch.manual_seed(0)
+    guard = NaNGuard(examine_after=16, detectors=[])
+    fit(deep(), batches(count=STEPS), guard, folder=tmp_path)
+    assert guard.advice[0].finding.cause == "vanishing_gradient"
+    assert caplog.text.count("lightning-nanguard[curvature]") == 1
+
+
+# ---------------------------------------------------------------------------------------------------- rules
+
+FLAT = Course(updates=100, first=2.3, before=2.3, now=2.29, spread=0.02, best=2.2, norm=1.0, lr=0.5, batch_size=32)
+FALLING = replace(FLAT, before=2.0, now=1.5)
+LOW = replace(FLAT, before=0.5, now=0.5)
+NOTHING = Curvature(slope=1e-8, bend=1e-8, smallest=0.1, largest=1.0)
+LAYERS = tuple(Layer(f"net.{i}", "Linear", weight=1.0, update=1e-3) for i in range(4))
+
+RULE_ROWS: list[tuple[str | None, Case]] = [
+    (None, Case(course=FLAT)),
+    (None, Case(course=FLAT, curvature=replace(NOTHING, slope=1.0))),
+    (None, Case(course=FLAT, curvature=Curvature(slope=1e-8, bend=1e-8))),
+    ("oscillation", Case(course=replace(FLAT, opposed=-0.8))),
+    (None, Case(course=replace(FALLING, opposed=-0.8))),
+    (None, Case(course=replace(FLAT, opposed=0.5))),
+    ("saddle_point", Case(course=FLAT, curvature=replace(NOTHING, smallest=-0.5))),
+    (None, Case(course=FALLING, curvature=replace(NOTHING, smallest=-0.5))),
+    (None, Case(course=LOW, curvature=replace(NOTHING, smallest=-0.5))),
+    ("local_minimum", Case(course=FLAT, curvature=NOTHING)),
+    ("local_minimum", Case(course=FLAT, curvature=replace(NOTHING, smallest=-1e-4))),
+    (None, Case(course=LOW, curvature=NOTHING)),
+    ("local_minimum", Case(course=replace(LOW, chance=0.5), curvature=NOTHING)),
+    (None, Case(course=FLAT, curvature=replace(NOTHING, smallest=0.0, largest=0.0))),
+    (
+        "layer_update_abnormal",
+        Case(course=FLAT, model=Model((*LAYERS, replace(LAYERS[0], path="net.9", update=0.5)), updates=100)),
+    ),
+    (None, Case(course=FLAT, model=Model(LAYERS, updates=100))),
+    ("batch_size", Case(course=replace(FLAT, batch_size=2, noise=8.0))),
+    (None, Case(course=replace(FLAT, batch_size=64, noise=8.0))),
+    (None, Case(course=replace(FLAT, batch_size=2, noise=1.0))),
+    (None, Case(course=replace(FALLING, batch_size=2, noise=8.0))),
+]
+
+
+@pytest.mark.parametrize(("cause", "case"), RULE_ROWS)
+def test_rules(cause: str | None, case: Case) -> None:
+    """The surest cause above low confidence."""
+    said = [finding.cause for finding in findings(case) if finding.confidence > 0.5]
+    assert said[:1] == ([] if cause is None else [cause])
+
+
+def test_every_rule_has_a_row() -> None:
+    """A rule is called as the cause it finds."""
+    names = {rule.__name__ for rule in RULES if rule.__module__.endswith(".course")}
+    assert {cause for cause, _ in RULE_ROWS} - {None} == names
+
+
+def read(losses: list[float], patience: int) -> list[int]:
+    """Updates after which a run of these losses is examined."""
+    trend, progress, found = Trend(), Progress(patience), []
+    for step, loss in enumerate(losses, 1):
+        trend.accept(Reading(step, 0, loss, 1.0))
+        if progress.due(step):
+            progress.see(step, trend)
+            course = progress.course(step, trend)
+            if course is not None and progress.stuck(step, course):
+                found.append(step)
+    return found
+
+
+def test_patience_grows() -> None:
+    """A loss that stands still is examined once the patience is over, and then ever more rarely."""
+    found = read([1.0] * 1000, 100)
+    assert 100 <= found[0] <= 110
+    assert len(found) == 4
+    gaps = [later - earlier for earlier, later in pairwise(found)]
+    assert gaps == sorted(gaps)
+
+
+def test_a_falling_loss_is_not_examined() -> None:
+    """However slowly, as long as it falls by more than it moves otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    noise = (0.02 * torch.randn(1000, generator=generator)).tolist()
+    assert read([3.0 - 0.002 * i + noise[i] for i in range(1000)], 200) == []
