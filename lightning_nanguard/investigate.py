@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, final
 
 import torch
@@ -13,11 +13,11 @@ from lightning_nanguard.distributed import Alone, Ranks, first
 from lightning_nanguard.events import Fault, Reading
 from lightning_nanguard.learner import Learner, Path, describe
 from lightning_nanguard.learning_rate import LearningRate
-from lightning_nanguard.measure import local
+from lightning_nanguard.measure import norms
 from lightning_nanguard.policy import Comparison, Evidence
 from lightning_nanguard.rehearsal import Rehearsal
 from lightning_nanguard.ring import Ring
-from lightning_nanguard.snapshot import Snapshot, allowances, capture, corrupt, restore
+from lightning_nanguard.snapshot import Snapshot, allowances, capture, corrupt, restore, to_be_finite
 from lightning_nanguard.trend import Trend
 
 
@@ -81,6 +81,10 @@ class Investigator:
         weights = [*self._learner.weights()]
         self.allowed = allowances(weights)
         self._shapes = {path: leaf.shape for path, leaf in weights if path[0] == "buffer"}
+
+    def to_be_finite(self, leaves: Iterable[tuple[Path, Any]]) -> Iterator[Tensor]:
+        """What :meth:`corrupt` looks at, in tensors that are finite if nothing is wrong."""
+        return to_be_finite(leaves, self.allowed, self._shapes)
 
     def corrupt(self, leaves: Iterable[tuple[Path, Any]]) -> str | None:
         """Name of the first tensor that is not finite and was at the start of fit."""
@@ -195,13 +199,14 @@ class Investigator:
 
     def _jump(self, target: Snapshot) -> str | None:
         then = [leaf for path, leaf in target.leaves.items() if path[0] == "parameter" and leaf.is_floating_point()]
-        limit = _JUMP * max((float(leaf.abs().max()) for leaf in then if leaf.numel()), default=math.inf)
-        for path, leaf in self._learner.weights():
-            leaf = local(leaf)
-            weight = path[0] == "parameter" and leaf.is_floating_point() and leaf.numel() > 0
-            if weight and float(leaf.detach().abs().max()) > max(limit, _JUMP):
-                return describe(path)
-        return None
+        limit = max(_JUMP, _JUMP * max(norms(then, math.inf), default=math.inf))
+        weights = [
+            (path, leaf)
+            for path, leaf in self._learner.weights()
+            if path[0] == "parameter" and leaf.is_floating_point()
+        ]
+        largest = norms([leaf for _, leaf in weights], math.inf)
+        return next((describe(path) for (path, _), norm in zip(weights, largest, strict=True) if norm > limit), None)
 
     def _growth(self) -> float:
         now = matrix_norms(self._learner.weights())
@@ -212,10 +217,7 @@ class Investigator:
 def matrix_norms(leaves: Iterable[tuple[Path, Any]]) -> dict[str, float]:
     """Norm of every parameter of two or more dimensions, by name. Reads from the device once."""
     matrices = {path[1]: leaf for path, leaf in leaves if path[0] == "parameter" and leaf.dim() >= 2}
-    if not matrices:
-        return {}
-    norms = [torch.linalg.vector_norm(local(matrix).detach()).float().cpu() for matrix in matrices.values()]
-    return dict(zip(matrices, torch.stack(norms).tolist(), strict=True))
+    return dict(zip(matrices, norms(list(matrices.values())), strict=True))
 
 
 def _is_weight(path: Path) -> bool:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 
 from lightning_nanguard.distributed import Alone, Ranks, Report, checksums, minority
 from lightning_nanguard.events import Fault
+from lightning_nanguard.glance import Glance
 from lightning_nanguard.investigate import Investigator
-from lightning_nanguard.learner import Learner
+from lightning_nanguard.learner import Learner, Path
 from lightning_nanguard.ring import Interval, Ring
 from lightning_nanguard.snapshot import Snapshot, capture, jumped
 
@@ -67,6 +68,7 @@ class Keeper:
     ) -> None:
         self._ranks: Ranks = Alone() if ranks is None else ranks
         self._judgement = Judgement()
+        self._glance: Glance | None = None
         self._heard: Sequence[Report] = ()
         self._equal = False
         self._were_equal: set[str] = set()
@@ -108,8 +110,9 @@ class Keeper:
         started, since = time.perf_counter(), step - self._last
         self._ring.drop_pending()
         self._wanted = False
+        leaves = dict(self._learner.leaves())
         try:
-            snapshot = self._copy(step, global_step)
+            snapshot = self._copy(step, global_step, leaves)
         except torch.cuda.OutOfMemoryError:
             _logger.warning(
                 "NaNGuard: the device has no room for another snapshot at step %d. From now on snapshots lie in host "
@@ -119,11 +122,15 @@ class Keeper:
             if self._ranks.world == 1:
                 self._ring.shed()  # else ranks would no longer hold the same snapshots
             self._device = torch.device("cpu")
-            snapshot = self._copy(step, global_step)
+            snapshot = self._copy(step, global_step, leaves)
         snapshot.rate = rate
         self._ring.add(snapshot)
         self._last = step
-        if self._ranks.world > 1:
+        if self._ranks.world == 1:
+            # At the live state, whose values the snapshot has: it may lie far away, and not be there yet.
+            statistics = {path: leaves[path] for path in self._learner.statistics(leaves)}
+            self._glance = Glance(self._investigator.to_be_finite(leaves.items()), statistics)
+        else:
             sums = (0, 0) if self._ranks.sharded else checksums(snapshot.leaves)
             self._judgement = Judgement(step, self._objection(snapshot, healthy_steps), sums)
         if since > 0:
@@ -141,17 +148,33 @@ class Keeper:
         self._heard = reports
 
     def judged(self, pending: Snapshot) -> bool:
-        """Whether it is known what all ranks think of ``pending``."""
-        return self._ranks.world == 1 or all(one.judged == pending.step for one in self._heard)
+        """Whether it is known, on all ranks, what to think of ``pending``."""
+        if self._ranks.world == 1:
+            return self._glance is None or self._glance.arrived()
+        return all(one.judged == pending.step for one in self._heard)
 
-    def _copy(self, step: int, global_step: int) -> Snapshot:
-        return capture(self._learner, step=step, global_step=global_step, device=self._device, reuse=self._ring.spare())
+    def _copy(self, step: int, global_step: int, leaves: Mapping[Path, Any]) -> Snapshot:
+        return capture(
+            self._learner,
+            step=step,
+            global_step=global_step,
+            device=self._device,
+            reuse=self._ring.spare(),
+            leaves=leaves.items(),
+        )
+
+    def _is_fine(self, pending: Snapshot, factor: float) -> bool:
+        if self._glance is None or not self._glance.finite():
+            return False
+        pending.largest = self._glance.largest()
+        before = self._ring.certified[0].largest if self._ring.certified else {}
+        return all(now <= factor * max(before.get(path, now), 1.0) for path, now in pending.largest.items())
 
     def objection(self, pending: Snapshot, healthy_steps: int) -> tuple[Fault | None, tuple[int, ...]]:
         """What speaks against certifying ``pending``, ``None`` if nothing does, and to which ranks."""
         if self._ranks.world == 1:
             started = time.perf_counter()
-            fault = self._objection(pending, healthy_steps)
+            fault = None if self._is_fine(pending, _far(healthy_steps)) else self._objection(pending, healthy_steps)
             self._interval.certified(time.perf_counter() - started)
             return fault, ()
         objecting = tuple(rank for rank, one in enumerate(self._heard) if one.objects)
@@ -205,9 +228,14 @@ class Keeper:
         if not self._ring.certified:
             return None
         # A batch far out of range may pass through batch norm unseen, and leave its statistics useless.
-        times = _FAR if healthy_steps > _SETTLED else _FAR_EARLY
-        far = jumped(pending.leaves, self._ring.certified[0].leaves, self._learner.statistics(), times)
+        times = _far(healthy_steps)
+        names = self._learner.statistics(pending.leaves)
+        far = jumped(pending.leaves, self._ring.certified[0].leaves, names, times)
         if far is None or far in self._jumps:
             return None
         self._jumps.add(far)  # once: what comes back after a restore is how it is
         return Fault("implausible_state", "state", far, None, f"{far} is over {times:g} times what it was")
+
+
+def _far(healthy_steps: int) -> float:
+    return _FAR if healthy_steps > _SETTLED else _FAR_EARLY

@@ -6,7 +6,7 @@ averaged copies are the learner. Learning rates, schedulers and progress are the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol, final
 
 from torch import Tensor, nn
@@ -71,17 +71,15 @@ class Learner:
             if _ready(buffer):
                 yield ("buffer", name), buffer
 
-    def statistics(self) -> set[Path]:
-        """Running statistics of normalisation layers, and averaged copies of weights."""
+    def statistics(self, paths: Collection[Path]) -> list[Path]:
+        """Among ``paths`` running statistics of normalisation layers, and averaged copies of weights."""
         prefixes = {name for name, layer in self.module.named_modules() if isinstance(layer, _NormBase)}
-        buffers = {
+        return [
             path
-            for path, leaf in self.weights()
-            if path[0] == "buffer" and path[1].rpartition(".")[0] in prefixes and leaf.is_floating_point()
-        }
-        names = {name for name, _ in self.module.named_parameters()}
-        copies = {path for path, _ in self.averages() if path[2].removeprefix("module.") in names}
-        return buffers | copies
+            for path in paths
+            if (path[0] == "buffer" and path[1].rpartition(".")[0] in prefixes and "num_batches" not in path[1])
+            or (path[0] == "average" and ("parameter", path[2].removeprefix("module.")) in paths)
+        ]
 
     def lazy(self) -> bool:
         """Whether a parameter waits for the first forward to be made."""

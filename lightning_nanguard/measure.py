@@ -102,6 +102,21 @@ def _norm(values: Tensor) -> Tensor:
     return norm
 
 
+def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[float]:
+    """A norm of each tensor, 0.0 of an empty one; one read for each device and kind of number."""
+    found = [0.0] * len(tensors)
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor.numel():
+            groups.setdefault((tensor.device, tensor.dtype), []).append(index)
+    for (_, dtype), indices in groups.items():
+        values = [local(tensors[index]).detach() for index in indices]
+        numbers = torch.stack(torch._foreach_norm(values, order, _WIDER.get(dtype))).tolist()
+        for index, number in zip(indices, numbers, strict=True):
+            found[index] = number
+    return found
+
+
 def exact_norm(values: Sequence[Tensor]) -> float:
     """2-norm in float64, for the rare gradient whose squares overflow its own precision. Reads from the device."""
     dense = map(dense_values, values)
@@ -115,20 +130,27 @@ def all_finite(tensor: Tensor) -> bool:
 
 def suspects(tensors: Sequence[Tensor]) -> list[int]:
     """Indices of the tensors that hold a non-finite element; one read for each device, one more for each suspect."""
-    sums: dict[torch.device, tuple[list[int], list[Tensor]]] = {}
+    groups: dict[torch.device, list[int]] = {}
     for index, tensor in enumerate(tensors):
         if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() > 0:
-            indices, totals = sums.setdefault(tensor.device, ([], []))
-            indices.append(index)
-            # A finite sum proves every element finite in one cheap pass.
-            totals.append(dense_values(tensor).sum(dtype=_WIDER.get(tensor.dtype)).to(torch.float32))
+            groups.setdefault(tensor.device, []).append(index)
     bad: list[int] = []
-    for indices, totals in sums.values():
-        for index, total in zip(indices, torch.stack(totals).tolist(), strict=True):
-            # An infinite one may be an overflow of the sum alone: look at every element.
-            if not math.isfinite(total) and not bool(torch.isfinite(dense_values(tensors[index])).all()):
-                bad.append(index)
+    for indices in groups.values():
+        values = [dense_values(tensors[index]) for index in indices]
+        # A finite norm proves every element finite in one cheap pass.
+        if not math.isfinite(float(total_norm(partial_norms(values)))):
+            bad += _among(indices, values)
     return sorted(bad)
+
+
+def _among(indices: Sequence[int], values: Sequence[Tensor]) -> list[int]:
+    sums = torch.stack([value.sum(dtype=_WIDER.get(value.dtype)).to(torch.float32) for value in values]).tolist()
+    # An infinite one may be an overflow of the sum alone: look at every element.
+    return [
+        index
+        for index, value, total in zip(indices, values, sums, strict=True)
+        if not math.isfinite(total) and not bool(torch.isfinite(value).all())
+    ]
 
 
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nanguard.learner import CLOCK_KEYS, Learner, Path, Scaler, describe
-from lightning_nanguard.measure import local, suspects
+from lightning_nanguard.measure import local, norms, suspects
 
 
 def _clone(value: Any, device: torch.device | None) -> Any:
@@ -91,6 +91,7 @@ class Snapshot:
         rate: Scheduled learning rate of the first group.
         level: Loss level of the first stream when it was taken.
         healthy: Healthy readings seen since.
+        largest: Largest absolute value of each running statistic.
     """
 
     step: int
@@ -100,6 +101,7 @@ class Snapshot:
     rate: float | None = None
     level: float | None = None
     healthy: int = 0
+    largest: dict[Path, float] = field(default_factory=dict)
 
     def shared(self) -> bool:
         """Whether it must be put together from several ranks."""
@@ -119,15 +121,14 @@ def allowances(leaves: Iterable[tuple[Path, Any]]) -> dict[Path, Tensor]:
     }
 
 
-def jumped(now: Mapping[Path, Any], then: Mapping[Path, Any], names: AbstractSet[Path], factor: float) -> str | None:
+def jumped(now: Mapping[Path, Any], then: Mapping[Path, Any], names: Collection[Path], factor: float) -> str | None:
     """Name of the first tensor among ``names`` whose largest element has grown ``factor`` times, above 1."""
     pairs = [(path, now[path], then[path]) for path in now if path in names and path in then]
     pairs = [(path, one, other) for path, one, other in pairs if 0 < one.numel() == other.numel()]
     if not pairs:
         return None
     largest, was = (
-        torch.stack([tensor.abs().max().float().cpu() for tensor in tensors]).tolist()
-        for tensors in ([one for _, one, _ in pairs], [other for _, _, other in pairs])
+        norms(tensors, math.inf) for tensors in ([one for _, one, _ in pairs], [two for _, _, two in pairs])
     )
     far = (path for (path, _, _), one, other in zip(pairs, largest, was, strict=True) if one > factor * max(other, 1.0))
     found = next(far, None)
@@ -152,15 +153,36 @@ def corrupt(
         path, tensor = flat[index]
         if path[0] == "buffer" and shapes is not None and shapes.get(path) != tensor.shape:
             continue
-        # An averaged copy holds the module's masks too, and may appear in mid-run.
-        own = ("buffer", path[2].removeprefix("module.")) if path[0] == "average" else path
-        mask = allowed.get(path, allowed.get(own))
+        mask = _allowance(path, allowed)
         if mask is not None and mask.shape == tensor.shape:
             bad = ~torch.isfinite(tensor.detach())
             if not bool((bad & ~mask.to(bad.device)).any()):
                 continue
         return describe(path)
     return None
+
+
+def to_be_finite(
+    leaves: Iterable[tuple[Path, Any]],
+    allowed: Mapping[Path, Tensor],
+    shapes: Mapping[Path, torch.Size],
+) -> Iterator[Tensor]:
+    """What :func:`corrupt` looks at, zero where it may be non-finite; waits for no device."""
+    for path, leaf in leaves:
+        for tensor in _tensors(leaf):
+            if path[0] == "buffer" and shapes.get(path) != tensor.shape:
+                continue
+            mask = _allowance(path, allowed)
+            if mask is None or mask.shape != tensor.shape:
+                yield tensor
+            else:
+                yield tensor.masked_fill(mask.to(tensor.device, non_blocking=True), 0)
+
+
+def _allowance(path: Path, allowed: Mapping[Path, Tensor]) -> Tensor | None:
+    # An averaged copy holds the module's masks too, and may appear in mid-run.
+    own = ("buffer", path[2].removeprefix("module.")) if path[0] == "average" else path
+    return allowed.get(path, allowed.get(own))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
