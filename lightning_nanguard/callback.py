@@ -30,12 +30,13 @@ from lightning_nanguard._compat.probe import (
     same_randomness,
     update,
 )
-from lightning_nanguard._compat.results import new_results_forgotten, remember_running_means
+from lightning_nanguard._compat.results import remember_running_means
 from lightning_nanguard._compat.resuming import before_resuming
 from lightning_nanguard._compat.saving import guard_saves
 from lightning_nanguard._compat.schedulers import around_learning_rate_monitors
 from lightning_nanguard._compat.strategies import check_strategy, is_sharded
 from lightning_nanguard.batch_scope import BatchScope
+from lightning_nanguard.bundle import Bundle, Bundles, safetensors, state_of
 from lightning_nanguard.detectors import Detector, default_detectors, require
 from lightning_nanguard.diagnosis.clues import Look
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
@@ -95,6 +96,8 @@ class NaNGuard(GuardCallback):
             advice; it changes nothing.
         examine_after: Updates after which a loss that has not moved, at a high level, is examined for what keeps it
             there (vanishing gradients, dead units, oscillation, a saddle point, …): advice, and no trace.
+        bundle_dir: Folder where the batch and the state of up to ten incidents are kept, to be replayed elsewhere with
+            ``nanguard replay``; they hold data of the run. ``None`` keeps none. Needs the extra ``bundle``.
         on_intervention: Called with each :class:`Intervention`.
         last_good_every_n_steps: Updates between writes of ``nanguard-last-good.ckpt``, a whole checkpoint that takes
             the place of the older one only when its state was certified; ``None`` writes none.
@@ -104,6 +107,7 @@ class NaNGuard(GuardCallback):
     Raises:
         ValueError: When an argument is out of its range or contradicts another.
         TypeError: When a detector, remedy or budget is none.
+        ModuleNotFoundError: When ``bundle_dir`` is given and safetensors is not installed.
 
     Example:
         >>> guard = NaNGuard(snapshot_every_n_steps=50)
@@ -125,6 +129,7 @@ class NaNGuard(GuardCallback):
         observe: bool = False,
         preflight: bool = False,
         examine_after: int | None = None,
+        bundle_dir: str | Path | None = None,
         on_intervention: Callable[[Intervention], Any] | None = None,
         last_good_every_n_steps: int | None = None,
         resume: Literal["strict", "last-good"] = "strict",
@@ -178,6 +183,9 @@ class NaNGuard(GuardCallback):
         )
         self._preflight = preflight
         self._examine_after = examine_after
+        self._bundle_dir = None if bundle_dir is None else Path(bundle_dir)
+        if bundle_dir is not None:
+            safetensors()
         self._advice: list[Advice] = []
         self._on_intervention = on_intervention
         self._memory = Memory()
@@ -264,6 +272,7 @@ class NaNGuard(GuardCallback):
             journal=Journal(self._sinks(trainer, pl_module)),
             adviser=self._adviser(trainer),
             examine_after=self._examine_after,
+            bundles=Bundles(self._bundle_dir) if self._bundle_dir is not None and trainer.is_global_zero else None,
         )
         self._run.preflight_due = self._preflight and trainer.global_step == 0
         self._before = (Counter(self._memory.faults), Counter(self._memory.remedies))
@@ -449,11 +458,13 @@ class _Run:
         journal: Journal,
         adviser: Adviser,
         examine_after: int | None,
+        bundles: Bundles | None,
     ) -> None:
         self._trainer = trainer
         self._module = module
         self._journal = journal
         self._adviser = adviser
+        self._bundles = bundles
         self.preflight_due = False
         self.rank_zero = trainer.is_global_zero
         self.records = next((sink.path for sink in journal.sinks if isinstance(sink, JsonLines)), None)
@@ -647,7 +658,33 @@ class _Run:
         good = good_state(self.guard.ring, evidence, fault.kind) if look == "replay" else None
         if good is not None:
             good = self._ranks.whole(good)  # here, where all ranks come, and not where only some may
-        return self._diagnostician.diagnose(fault, evidence, self.tape.of(update), look, good)
+        micros = self.tape.of(update)
+        finding = self._diagnostician.diagnose(fault, evidence, micros, look, good)
+        wanted = self._bundles is not None and look != "nothing" and not self._ranks.sharded
+        if self._bundles is not None and wanted and micros and self._bundles.due(fault, finding):
+            self._bundles.keep(self._incident(fault, evidence, finding, micros), self.clock()[0])
+        return finding
+
+    def _incident(self, fault: Fault, evidence: Evidence, finding: Finding | None, micros: Sequence[Micro]) -> Bundle:
+        state = state_of(self._module)
+        if evidence.undo and self.guard.ring.certified:
+            # The update was made already: what it began from is in the newest snapshot, nearly.
+            state |= {
+                path[-1]: leaf
+                for path, leaf in self.guard.ring.certified[0].leaves.items()
+                if path[0] in ("parameter", "buffer")
+            }
+        return Bundle(
+            module=f"{type(self._module).__module__}:{type(self._module).__qualname__}",
+            hparams=dict(self._module.hparams),
+            fault=fault,
+            evidence=evidence,
+            finding=finding,
+            batches=micros,
+            state=state,
+            precision=str(self._trainer.precision),
+            loss_scale=self._loss_scale(),
+        )
 
     def _rerun(self, micro: Micro, full_precision: bool) -> Tensor | None:
         self.tape.rewind(micro)
@@ -660,7 +697,6 @@ class _Run:
         try:
             with (
                 self._again(),
-                new_results_forgotten(self._trainer),
                 attributes_kept(self._module),
                 torch.enable_grad(),
             ):

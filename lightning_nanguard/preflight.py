@@ -19,6 +19,7 @@ from lightning_nanguard.diagnosis.clues import Case, Clues, Model
 from lightning_nanguard.diagnosis.layers import examine
 from lightning_nanguard.diagnosis.replay import eager, kept, replay
 from lightning_nanguard.diagnosis.rules import findings
+from lightning_nanguard.diagnosis.rules.words import outliers
 from lightning_nanguard.events import Finding
 from lightning_nanguard.untouched import attributes_kept
 
@@ -30,6 +31,8 @@ LOW = 0.5
 # Samples of a data set that are looked at, where they have to be fetched one by one; else the bytes.
 _SAMPLES = 128
 _BYTES = 2**30
+# How many times the usual size a number has; heavy tails reach thousands.
+_FAR = 1e6
 
 
 @final
@@ -100,15 +103,21 @@ class Preflight:
             if rows is None:
                 return ()
             batch, numbers = rows
-            bad = look_at(batch, nn.Identity()).bad_fields
+            seen = look_at(batch, nn.Identity())
         # Some models take NaN for what is missing.
         harmless = (
             {one.field for one in first.bad_fields} if first.loss is not None and math.isfinite(first.loss) else ()
         )
         told = tuple(
-            replace(one, samples=tuple(numbers[i] for i in one.samples)) for one in bad if one.field not in harmless
+            replace(one, samples=tuple(numbers[i] for i in one.samples))
+            for one in seen.bad_fields
+            if one.field not in harmless
         )
-        said = findings(Case(clues=Clues(bad_fields=told))) if told else ()
+        said = list(findings(Case(clues=Clues(bad_fields=told)))) if told else []
+        far = seen.inputs
+        if far is not None and far.outliers and max(abs(far.lowest), abs(far.highest)) > _FAR * far.usual:
+            far = replace(far, outliers=tuple(numbers[i] for i in far.outliers))
+            said.append(outliers("unnormalised_input", far, "Clean the data, or clip the inputs."))
         return [
             replace(
                 one,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 _FIELDS = ("value", "cumulated_batch_size", "_update_count", "has_reset", "_forward_cache")
@@ -35,19 +34,6 @@ def remember_running_means(trainer: Any) -> Callable[[], None]:
             item._computed = None
 
     return undo
-
-
-@contextmanager
-def new_results_forgotten(trainer: Any) -> Iterator[None]:
-    """Forget at the end what was logged within for the first time."""
-    results: Any = getattr(trainer, "_results", None)
-    results = {} if results is None else results
-    before = set(results)
-    try:
-        yield
-    finally:
-        for key in [key for key in results if key not in before]:
-            del results[key]
 
 
 def _nothing() -> None:
