@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TEST_ARGS ?= -n 2
 
-.PHONY: demo test rescue bench lint types clean
+.PHONY: demo test rescue bench kills lint types clean
 
 # Torch goes first and alone: what depends on it must find it in place and not choose another build.
 .venv/.stamp: requirements-dev.txt pyproject.toml
@@ -29,6 +29,10 @@ rescue: .venv/.stamp
 # What the guard costs, beside clipping and other checks; ten minutes on the CPU, FAST=1 takes a tenth of the rounds.
 bench: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.overhead $(if $(FAST),--fast)
+
+# Kills 200 runs at random moments and looks at what they leave; about three minutes.
+kills: .venv/.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kills
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .

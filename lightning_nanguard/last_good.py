@@ -68,8 +68,7 @@ class LastGood:
         self._twin = self._last = step
         self._waiting = self._lost = False
         try:
-            if self._leads:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Nothing that could fail on one rank alone comes before: the others would wait for it in there.
             self._write(self.pending)
         except Exception as error:  # whatever keeps it from being written is no reason to lose a run
             self.failed(error)

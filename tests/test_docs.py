@@ -69,6 +69,22 @@ def test_files_named_in_the_architecture_exist() -> None:
         assert (ROOT / "lightning_nanguard" / name).exists(), name
 
 
+def test_tests_named_in_the_documents_exist() -> None:
+    """Every test that a document names as its proof is there, with the case it names."""
+    named = {
+        (file, name, case)
+        for page in PAGES
+        for file, name, case in re.findall(
+            r"`(tests/[\w/]+\.py)(?:::(\w+)(?:\[([^`]+)\])?)?`", page.read_text(encoding="utf-8")
+        )
+    }
+    assert len(named) > 40
+    for file, name, case in named:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert not name or f"def {name}(" in source, f"{file}::{name}"
+        assert not case or f'"{case}"' in source, f"{file}::{name}[{case}]"
+
+
 def test_every_public_name_is_there() -> None:
     """What the package says it has can be had, and nothing else."""
     for name in lightning_nanguard.__all__:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard
+from tests.distributed.saving import saves
 from tests.helpers import FaultAt, Task, batches, learner_of, task, trainer_for, with_nan
 
 STEPS = 13
@@ -183,7 +184,7 @@ def one_rank(worker: Worker, rank: int) -> None:
     worker.fit(f"norm {rank}", task("norm"), data=spoilt)
 
 
-SUITES = {"faults": faults}
+SUITES = {"faults": faults, "saves": saves}
 
 
 def main(folder: str, world: str, strategy: str, suite: str) -> None:

@@ -1,0 +1,126 @@
+"""With every scheduler a run that is resumed, in mid-epoch and at an epoch's end, uses the rates of one not stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch.optim import SGD, Optimizer
+from torch.utils.data import DataLoader
+
+from lightning_nanguard import NaNGuard, ReduceLR, Rollback
+from tests.helpers import batches, differences, learner_of, task, trainer_for
+from tests.modules import Diverge
+from tests.test_learning_rate import BATCHES, EPOCHS, SCHEDULERS
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+# Twice: after the first time a rate that its schedule has lowered since is not cut.
+BLOWN_UP_AFTER = (3, 4)
+FOURTEEN = [name for name in SCHEDULERS if name not in ("none", "own", "duck")]
+STEPS = BATCHES * EPOCHS
+
+
+class Loader(DataLoader[Any]):
+    """A loader whose place a checkpoint keeps."""
+
+    def __init__(self) -> None:
+        super().__init__(batches(count=BATCHES), batch_size=None)
+        self.at = 0
+
+    def __iter__(self) -> Any:
+        self.at %= BATCHES
+        for batch in list(self.dataset)[self.at :]:
+            self.at += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+class Used(Callback):
+    """The effective rates after each update, by ``global_step``, as the guard gives them to the optimizer."""
+
+    def __init__(self) -> None:
+        self.rates: dict[int, list[float]] = {}
+        self.multipliers: dict[int, float] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.guard = next(c for c in trainer.callbacks if isinstance(c, NaNGuard))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        scheduled = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        self.rates[trainer.global_step] = [float(rate) * self.guard.lr_multiplier for rate in scheduled]
+        self.multipliers[trainer.global_step] = self.guard.lr_multiplier
+
+
+class StopAt(Callback):
+    """Saves after so many updates."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step = step
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def groups(parameters: list[Any]) -> Optimizer:
+    half = len(parameters) // 2
+    return SGD([{"params": parameters[:half], "lr": 0.1}, {"params": parameters[half:], "lr": 0.03}], momentum=0.5)
+
+
+def train(
+    scheduler: Callable[[Optimizer], Any] | None, *callbacks: Callback, resume: Path | None = None
+) -> tuple[Used, Any, NaNGuard]:
+    module = task(optimizer=groups, scheduler=scheduler)
+    used = Used()
+    guard = NaNGuard(remedies=[Rollback(), ReduceLR(rehearse=False)], snapshot_every_n_steps=1)
+    trainer = trainer_for(
+        None, guard, [Diverge(*BLOWN_UP_AFTER), used, *callbacks], max_epochs=EPOCHS, enable_checkpointing=True
+    )
+    # Without one of the test's own Lightning adds a ModelCheckpoint.
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ModelCheckpoint) or c in callbacks]
+    trainer.fit(module, Loader(), DataLoader(batches(count=1), batch_size=None), ckpt_path=resume)
+    return used, learner_of(trainer, module), guard
+
+
+@pytest.mark.parametrize("where", ["mid-epoch", "epoch end"])
+@pytest.mark.parametrize("name", FOURTEEN)
+def test_rates_go_on(name: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a cut the rates, the multiplier and the weights are those of the run that was not stopped."""
+    monkeypatch.chdir(tmp_path)
+    if where == "mid-epoch":
+        saves: Callback = StopAt(BATCHES + 2, tmp_path / "mid.ckpt")
+        path = tmp_path / "mid.ckpt"
+    else:
+        # On a validation's end: what steps at the end of an epoch, plateau included, is then still to come.
+        saves = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        path = tmp_path / "epoch=0.ckpt"
+    whole, learner, guard = train(SCHEDULERS[name], saves)
+    step = torch.load(path, weights_only=True)["global_step"]
+    assert step == (BATCHES + 2 if where == "mid-epoch" else BATCHES)
+    again, learner2, guard2 = train(SCHEDULERS[name], resume=path)
+    assert min(whole.multipliers.values()) < 1.0, list(guard.interventions)
+    assert again.rates == {at: rates for at, rates in whole.rates.items() if at >= step}
+    assert guard2.lr_multiplier == guard.lr_multiplier
+    assert differences(learner, learner2) == []
+    assert sorted(again.rates) == list(range(step, STEPS))
+
+
+def test_fourteen_schedulers() -> None:
+    """The schedulers tried are fourteen of torch's own."""
+    assert len(FOURTEEN) == 14
