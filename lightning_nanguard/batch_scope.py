@@ -43,10 +43,11 @@ class BatchScope:
         self._opened = 0
         self._owners: list[tuple[str, bool, dict[str, Tensor | None]]] = []
         self._metrics: list[Metric] = []
-        # What the plan was made for, and the plan: copies by name, and what is copied, by dtype and device.
+        # What the plan was made for, and the plan: copies by name; what is copied, by dtype and device, with its
+        # version when the plan was made.
         self._forms: list[Any] = []
         self._saved: dict[str, Tensor] = {}
-        self._copies: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._copies: list[tuple[list[Tensor], list[Tensor], list[int]]] = []
         # Large buffers that have not changed so far, with their versions, and those that have.
         self._watched: list[tuple[str, Tensor, int]] = []
         self._live: set[str] = set()
@@ -70,7 +71,7 @@ class BatchScope:
             self._plan()
         if self._copies:
             with torch.no_grad():
-                for targets, sources in self._copies:
+                for targets, sources, _ in self._copies:
                     torch._foreach_copy_(targets, sources)
         self._undo = [other() for other in self._others]
         self._undo += [_remember(metric) for metric in self._metrics]
@@ -90,7 +91,7 @@ class BatchScope:
 
     def _plan(self) -> None:
         old, self._saved, self._watched = self._saved, {}, []
-        groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+        groups: dict[Any, tuple[list[Tensor], list[Tensor], list[int]]] = {}
         for name, buffer, normalises in self._touchable():
             if buffer.nbytes > _SMALL and not (normalises or name in self._live or self._thorough):
                 self._watched.append((name, buffer, buffer._version))
@@ -99,9 +100,11 @@ class BatchScope:
             if memory is None or memory.shape != buffer.shape or memory.dtype != buffer.dtype:
                 memory = torch.empty_like(buffer)
             self._saved[name] = memory
-            targets, sources = groups.setdefault((buffer.dtype, buffer.device), ([], []))
+            targets, sources, versions = groups.setdefault((buffer.dtype, buffer.device), ([], [], []))
             targets.append(memory)
             sources.append(buffer)
+            # Batch norm writes its statistics behind the version's back.
+            versions.append(-1 if normalises else buffer._version)
         self._copies = list(groups.values())
 
     def _touchable(self) -> Iterator[tuple[str, Tensor, bool]]:
@@ -121,16 +124,37 @@ class BatchScope:
         """The buffers as they were before the batch, by name, as far as it may have touched them."""
         return dict(self._saved)
 
-    def undo(self) -> None:
-        """Put back what the batch touched; may be called once for each :meth:`open`, or again."""
+    def undo_where(self, bad: Tensor) -> None:
+        """Put buffers back where ``bad``, 0-dim, is not 0, and leave them as they are where it is; reads nothing."""
+        with torch.no_grad():
+            for memories, buffers, versions in self._copies:
+                changed = [i for i, buffer in enumerate(buffers) if buffer._version != versions[i]]
+                if not changed:
+                    continue  # a mask, never written
+                live = [buffers[i] for i in changed]
+                before = torch._C._nn.flatten_dense_tensors([memories[i] for i in changed])
+                now = torch._C._nn.flatten_dense_tensors(live)
+                right = torch.where(bad.to(now.device, non_blocking=True) != 0, before, now)
+                torch._foreach_copy_(live, torch._C._nn.unflatten_dense_tensors(right, live))
+
+    def undo(self, *, buffers: bool = True) -> None:
+        """Put back what the batch touched; may be called once for each :meth:`open`, or again.
+
+        Args:
+            buffers: Whether to put buffers back too, and not only what the caller and metrics remember.
+        """
+        if buffers:
+            self._undo_buffers()
+        for undo in self._undo:
+            undo()
+
+    def _undo_buffers(self) -> None:
         buffers = {name: buffer for name, buffer, _ in self._touchable()}
         with torch.no_grad():
             for name, value in self._saved.items():
                 live = buffers.get(name)
                 if live is not None and live.shape == value.shape:
                     live.copy_(value)
-        for undo in self._undo:
-            undo()
 
 
 def _remember(metric: Metric) -> Undo:

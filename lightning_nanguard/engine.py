@@ -202,6 +202,8 @@ class Guard:
         self._clipping_since = 0
         # Step and effective rate, for each step after which the rate of the first group was another.
         self._rates: deque[tuple[int, float]] = deque(maxlen=1024)
+        # The clock at the end of the newest batches, with the number of their last update.
+        self._clocks: deque[tuple[int, tuple[int, int, int]]] = deque(maxlen=_MAX_DELAY + 2)
         self._tried: deque[str] = deque(maxlen=5)
         # What belongs to the batch at hand, and to the intervention at hand.
         self._open = False
@@ -252,7 +254,9 @@ class Guard:
 
     def see_loss(self, loss: Tensor) -> None:
         """Take the loss of one backward, as it is given to it."""
-        self._losses.append(loss.detach())
+        loss = loss.detach()
+        # A captured graph writes the next micro-batch's loss to the same place.
+        self._losses.append(loss.clone() if self._host.micro_batches() > 1 else loss)
 
     def before_step(self, stream: int) -> None:
         """Measure and detect; block the update where it is bad.
@@ -299,6 +303,7 @@ class Guard:
                 self._open, self._losses = False, []  # a batch without an update, and none to come of it
             return
         self._drop_flags()
+        self._clocks.append((self._step, self._host.clock()))
         found = self._take_found()
         self._restored = None
         try:
@@ -396,11 +401,12 @@ class Guard:
         if self._many:
             self._post_queued(0)
             self._hear(None)
-        while self._queue and not self._found:
-            pending, scope = self._queue.popleft()
-            self._detect_late(pending, scope, None)
-        for one in self._take_found():
-            self._handle(one)
+        while self._queue or self._found:
+            while self._queue and not self._found:
+                pending, scope = self._queue.popleft()
+                self._detect_late(pending, scope, None)
+            for one in self._take_found():
+                self._handle(one)
 
     def _take_found(self) -> list[_Found]:
         found, self._found = self._found, []
@@ -465,8 +471,9 @@ class Guard:
         optimizer = self.learner.optimizers[pending.stream]
         if self.learner.scaler is None and unscales_itself(optimizer) and not self._settings.observe:
             # Fused optimizers leave their state alone where this flag is set: decided without the host.
-            optimizer.found_inf = pending.is_bad(by_loss=not self._many)  # type: ignore[attr-defined]
-            optimizer.grad_scale = None  # type: ignore[attr-defined]
+            bad = pending.is_bad(by_loss=not self._many)
+            optimizer.found_inf, optimizer.grad_scale = bad, None  # type: ignore[attr-defined]
+            self._scopes[0].undo_where(bad)  # now: the next batch builds on the buffers of this one
             pending.held_back = True
         pending.send()
         self._queue.append((pending, self._scopes[0]))
@@ -689,9 +696,10 @@ class Guard:
         words = tuple(self._executors[type(step)].word for step in plan)
         place = evidence.corrupt if evidence.corrupt is not None else found.fault.place
         ranks = evidence.ranks or found.ranks
-        self._record(found.fault, place, words, before, finding, ranks)
+        clock = self._clock(found)
+        self._record(found.fault, place, words, before, finding, ranks, clock)
         if stop is not None and not self._settings.observe:
-            self._stop(found.fault, place, stop.reason, finding)
+            self._stop(found.fault, place, stop.reason, finding, clock)
         self._tried.append(f"{found.fault.kind}: {', '.join(words)}")
 
     def _leave_good(self) -> None:
@@ -706,8 +714,15 @@ class Guard:
             return "nothing"  # it was found outside a batch
         return "batch" if self._settings.observe else "replay"
 
-    def _stop(self, fault: Fault, place: str, reason: str, finding: Finding | None) -> None:
-        global_step, epoch, batch_idx = self._host.clock()
+    def _clock(self, found: _Found) -> tuple[int, int, int]:
+        # What is read late is on record under the batch it was found in.
+        past = (clock for step, clock in self._clocks if step >= found.reading.step)
+        return next(past, self._host.clock()) if found.late else self._host.clock()
+
+    def _stop(
+        self, fault: Fault, place: str, reason: str, finding: Finding | None, clock: tuple[int, int, int]
+    ) -> None:
+        global_step, epoch, batch_idx = clock
         to = None if self._restored is None else self._restored.global_step
         good = "There is no good state to go back to." if to is None else f"The module holds the weights of step {to}."
         raise TrainingDivergedError(
@@ -729,8 +744,9 @@ class Guard:
         before: list[float],
         finding: Finding | None = None,
         ranks: tuple[int, ...] = (),
+        clock: tuple[int, int, int] | None = None,
     ) -> None:
-        global_step, epoch, batch_idx = self._host.clock()
+        global_step, epoch, batch_idx = self._host.clock() if clock is None else clock
         after = self.rate.effective()
         self._host.record(
             Intervention(
@@ -749,6 +765,7 @@ class Guard:
                 value=fault.value,
                 applied=not self._settings.observe,
                 ranks=ranks,
+                updates_lost=0 if self._restored is None else self._step - self._restored.step,
             )
         )
 
@@ -761,7 +778,8 @@ class Guard:
 
     def _undo(self, found: _Found) -> None:
         if found.scope is not None:
-            found.scope.undo()
+            # What the device held back it has undone already, and later batches have built on it.
+            found.scope.undo(buffers=not found.late or found.reached)
             self._blocker.undo()
 
     def restore(self, depth: int) -> None:
@@ -829,8 +847,7 @@ class Guard:
 
     def _capture(self) -> Snapshot:
         global_step, _, _ = self._host.clock()
-        rates = self.rate.effective()
-        return self._keeper.capture(self._step, global_step, rates[0] if rates else None, self._healthy_steps)
+        return self._keeper.capture(self._step, global_step, self.rate.first(), self._healthy_steps)
 
     def _certify(self) -> None:
         if not self.ring.healthy(min(reading.step for reading in self._readings)) or self.ring.pending is None:

@@ -158,6 +158,7 @@ class Intervention:
         value: The number that gave the fault away; not finite values are kept as they are.
         applied: ``False`` where ``observe=True`` kept the guard from acting.
         ranks: Ranks that saw the fault, where not all of them did; empty with one process.
+        updates_lost: Updates that a rollback threw away, the faulty one among them.
     """
 
     global_step: int
@@ -175,6 +176,7 @@ class Intervention:
     value: float | None = None
     applied: bool = True
     ranks: tuple[int, ...] = ()
+    updates_lost: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings.

@@ -321,6 +321,8 @@ _PHRASES = {
 def _done(intervention: Intervention) -> str:
     applied, before, after = intervention.applied, intervention.lr_before, intervention.lr_after
     to = "an earlier state" if intervention.snapshot_step is None else f"step {intervention.snapshot_step}"
+    if intervention.updates_lost:
+        to += f" ({intervention.updates_lost} update{'s' * (intervention.updates_lost > 1)} lost)"
     known = before is not None and after is not None and before != after
     rate = f"{before:.4g} → {after:.4g}" if known else "changed" if applied else ""
     words = list(intervention.remedies)

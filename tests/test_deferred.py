@@ -1,0 +1,218 @@
+"""Deferred readback: the host waits for nothing in a healthy step, and what it learns late is undone to the bit."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn, optim
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_nanguard import NaNGuard
+from lightning_nanguard.measure import Parcel, PendingReading
+from tests.helpers import FaultAt, Task, batches, data_for, differences, fit, mlp, non_finite, state_of, task, words
+from tests.test_skip import left_behind, without
+
+
+def fused(parameters: list[nn.Parameter]) -> optim.Optimizer:
+    return optim.AdamW(parameters, lr=0.01, fused=True)
+
+
+def plain(parameters: list[nn.Parameter]) -> optim.Optimizer:
+    return optim.AdamW(parameters, lr=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------- no read
+
+
+class Reads(TorchFunctionMode):
+    """Notes every call that brings a value to the host, but for those on memory that a parcel was sent to.
+
+    On the CPU nothing says where a value lies; on a device each of these would wait for it.
+    """
+
+    names = frozenset(
+        {
+            "__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__", "item", "tolist", "numpy",
+            "cpu", "is_nonzero", "nonzero", "equal", "allclose", "unique", "masked_select", "argwhere",
+        }
+    )  # fmt: skip
+
+    def __init__(self, landed: set[int], seen: list[str]) -> None:
+        super().__init__()
+        self.landed, self.seen = landed, seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        to_host = name == "to" and "cpu" in [argument for argument in args[1:] if isinstance(argument, str)]
+        if (name in self.names or to_host) and not (args and id(args[0]) in self.landed):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Scalars(TorchDispatchMode):
+    """Counts ``aten::_local_scalar_dense``."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.seen.append("_local_scalar_dense")
+        return func(*args, **(kwargs or {}))
+
+
+HOOKS = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
+
+
+@contextmanager
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Watches the guard's hooks."""
+    seen: list[str] = []
+    landed: set[int] = set()
+    kept: list[Parcel] = []
+    send = Parcel.__init__
+
+    def sent(self: Parcel, numbers: Tensor) -> None:
+        send(self, numbers)
+        landed.add(id(self._host))
+        kept.append(self)  # so that no other tensor takes its identity
+
+    monkeypatch.setattr(Parcel, "__init__", sent)
+    for name in HOOKS:
+        hook: Callable[..., Any] = getattr(NaNGuard, name)
+
+        def under(*args: Any, hook: Callable[..., Any] = hook, **kwargs: Any) -> Any:
+            with ExitStack() as stack:
+                stack.enter_context(Scalars(seen))
+                stack.enter_context(Reads(landed, seen))
+                return hook(*args, **kwargs)
+
+        monkeypatch.setattr(NaNGuard, name, functools.wraps(hook)(under))
+    yield seen
+
+
+@pytest.mark.parametrize("make", [fused, plain], ids=["fused", "plain"])
+@pytest.mark.parametrize("model", ["norm", "transformer", "sparse"])
+def test_a_healthy_step_reads_nothing(
+    model: str, make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measuring, judging, taking snapshots and certifying them: none brings a value to the host but by parcel."""
+    if model == "sparse":
+        make = functools.partial(optim.SGD, lr=0.01)
+    guard = NaNGuard(readback="deferred", snapshot_every_n_steps=4, dirpath=tmp_path)
+    with watched(monkeypatch) as seen:
+        fit(task(model, make), data_for(model, 40), guard, folder=tmp_path)
+    assert seen == []
+    assert len(guard.interventions) == 0
+
+
+def test_the_watch_sees_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In step readback the same watch sees the reads there are."""
+    guard = NaNGuard(readback="step", snapshot_every_n_steps=4, dirpath=tmp_path)
+    with watched(monkeypatch) as seen:
+        fit(task("norm", fused), data_for("norm", 12), guard, folder=tmp_path)
+    assert seen.count("__float__") >= 12
+    assert "_local_scalar_dense" in seen
+
+
+# ---------------------------------------------------------------------------------------------------- read late
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readings arrive as late as they may, as from a device that is far behind."""
+    monkeypatch.setattr(PendingReading, "arrived", lambda self: False)
+
+
+@pytest.mark.usefixtures("late")
+@pytest.mark.parametrize("bad", [[7], [7, 8], [7, 8, 9], [0, 1], [22, 23]], ids=str)
+@pytest.mark.parametrize("kind", ["input", "loss", "gradient"])
+def test_late_skips_are_exact(kind: str, bad: list[int], tmp_path: Path) -> None:
+    """Bad batches, also several in a row under batch norm, leave weights, moments and buffers as if never seen, cost no
+    rollback, and are on record under their own clock."""
+    data = data_for("norm", 24)
+    guard = NaNGuard(snapshot_every_n_steps=3, readback="deferred")
+    guarded = fit(task("norm", fused), data, guard, folder=tmp_path, callbacks=[FaultAt(kind, math.nan, bad)])
+    never = fit(task("norm", fused), without(data, *bad), folder=tmp_path)
+    assert words(guard) == [("skip",)] * len(bad)
+    one, other = left_behind(guarded), left_behind(never)
+    for part in ("parameters", "buffers", "optimizers"):
+        assert differences(one[part], other[part]) == []
+    assert [(i.global_step, i.batch_idx, i.updates_lost) for i in guard.interventions] == [(b + 1, b, 0) for b in bad]
+
+
+@pytest.mark.usefixtures("late")
+@pytest.mark.parametrize("kind", ["input", "loss", "gradient"])
+def test_late_rollbacks_say_what_they_cost(kind: str, tmp_path: Path) -> None:
+    """With any other optimizer the run ends in a certified state from before the fault, and says how many updates that
+    cost."""
+    data = data_for("norm", 24)
+    guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
+    run = fit(task("norm", plain), data, guard, folder=tmp_path, callbacks=[FaultAt(kind, math.nan, 15)])
+    (found,) = guard.interventions
+    assert found.remedies == ("restore",)
+    assert (found.global_step, found.batch_idx) == (16, 15)
+    assert found.snapshot_step is not None
+    assert found.snapshot_step <= 15
+    # Read two updates later, when those have been made on lost weights.
+    assert found.updates_lost == 18 - found.snapshot_step
+    assert non_finite(state_of(run)["state_dict"]) == []
+    assert guard.lr_multiplier == 1.0
+
+
+@pytest.mark.usefixtures("late")
+def test_a_late_healthy_run_is_the_same(tmp_path: Path) -> None:
+    """Deciding on the device changes no bit of a healthy run."""
+    ended = []
+    for guard in (None, NaNGuard(snapshot_every_n_steps=3, readback="deferred")):
+        run = fit(task("norm", fused, metric=True), data_for("norm", 30), guard, folder=tmp_path)
+        ended.append(state_of(run))
+    assert differences(*ended) == []
+
+
+def test_losses_of_a_window_are_copied(tmp_path: Path) -> None:
+    """A captured graph writes each loss to the same place: those of a window are kept as they were."""
+
+    class SamePlace(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.place = getattr(self, "place", torch.zeros(()))
+            return _InPlace.apply(loss, self.place)
+
+    seen: list[float | None] = []
+    guard = NaNGuard(readback="deferred")
+    accept = PendingReading.read
+
+    def read(self: PendingReading, *args: Any) -> Any:
+        reading = accept(self, *args)
+        seen.append(reading.loss)
+        return reading
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PendingReading, "read", read)
+        for kind in (Task, SamePlace):
+            torch.manual_seed(0)
+            fit(kind(mlp()), batches(count=8), guard, folder=tmp_path, accumulate_grad_batches=4)
+    assert seen[:2] == pytest.approx(seen[2:])
+
+
+class _InPlace(torch.autograd.Function):
+    """Puts a value into a given place."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, place: Tensor) -> Tensor:
+        place.copy_(value)
+        return place.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0], None
