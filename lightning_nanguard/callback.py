@@ -83,7 +83,9 @@ class NaNGuard(GuardCallback):
             ``[StopTraining()]`` stops.
         snapshot_every_n_steps: Updates between snapshots of the learner; ``"auto"`` keeps them at about 1 % of the
             run's time.
-        snapshot_device: Where snapshots lie: ``"auto"`` and ``"same"`` beside the weights, ``"cpu"`` in host memory.
+        snapshot_device: Where snapshots lie: ``"same"`` beside the weights; ``"cpu"`` in host memory (pinned, where the
+            weights are on a CUDA device: the copy goes on beside the next forward and backward); ``"auto"`` beside the
+            weights where the first updates have left room for them, else in host memory.
         max_snapshots: Certified snapshots kept (one more is always pending).
         max_snapshot_memory: Limit in GiB for all snapshots; fewer are kept where they do not fit, at least one.
         budget: Bounds on interventions, past which the run is stopped.
@@ -266,6 +268,7 @@ class NaNGuard(GuardCallback):
             settings=Settings(
                 snapshot_every=self._every,
                 snapshot_device=torch.device("cpu") if self._snapshot_device == "cpu" else None,
+                choose_place=self._snapshot_device == "auto",
                 deferred=_deferred(self._readback, trainer, pl_module),
                 observe=self._observe,
             ),

@@ -69,12 +69,14 @@ class Settings:
     Attributes:
         snapshot_every: Updates between snapshots; ``None`` chooses so that they take at most 1 % of the time.
         snapshot_device: Where snapshots lie; ``None`` beside the originals.
+        choose_place: Whether they go to host memory by themselves where the device has no room.
         deferred: Read late, without waiting for the device.
         observe: Record what would be done, change nothing.
     """
 
     snapshot_every: int | None = None
     snapshot_device: torch.device | None = None
+    choose_place: bool = False
     deferred: bool = False
     observe: bool = False
 
@@ -182,6 +184,7 @@ class Guard:
             self._investigator,
             every=settings.snapshot_every,
             device=settings.snapshot_device,
+            choose=settings.choose_place,
             ranks=self._ranks,
         )
         self._executors = executors(remedies)
@@ -264,6 +267,7 @@ class Guard:
         Args:
             stream: Index of the optimizer about to step.
         """
+        self._keeper.settle()
         if self._many:
             self._hear(stream)
         elif self._settings.deferred:
@@ -394,6 +398,8 @@ class Guard:
         if self._put_together is not None:
             kept.insert(0, self._put_together)
         kept = [one for one in kept if not one.shared()]
+        for one in kept:
+            one.wait()
         return next((one.leaves for one in kept if self._investigator.corrupt(one.leaves.items()) is None), None)
 
     def flush(self) -> None:

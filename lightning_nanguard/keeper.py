@@ -6,15 +6,18 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
+from torch import Tensor
 
 from lightning_nanguard.distributed import Alone, Ranks, Report, checksums, minority
 from lightning_nanguard.events import Fault
 from lightning_nanguard.glance import Glance
 from lightning_nanguard.investigate import Investigator
 from lightning_nanguard.learner import Learner, Path
+from lightning_nanguard.place import Courier, Room
 from lightning_nanguard.ring import Interval, Ring
 from lightning_nanguard.snapshot import Snapshot, capture, jumped
 
@@ -53,6 +56,7 @@ class Keeper:
         investigator: Knows what is not finite by design.
         every: Updates between snapshots; ``None`` chooses so that they take at most 1 % of the time.
         device: Where snapshots lie; ``None`` beside the originals.
+        choose: Whether they go to host memory by themselves where a CUDA device has no room for them.
         ranks: All processes: they take and certify the same snapshots.
     """
 
@@ -64,6 +68,7 @@ class Keeper:
         *,
         every: int | None,
         device: torch.device | None,
+        choose: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
         self._ranks: Ranks = Alone() if ranks is None else ranks
@@ -77,6 +82,10 @@ class Keeper:
         self._ring = ring
         self._investigator = investigator
         self._device = device
+        self._choose = choose
+        self._said = 0
+        self._courier = Courier()
+        self._taking: tuple[Any, Any] | None = None
         self._interval = Interval(every)
         self._every = self._interval.updates
         self._last = 0
@@ -111,6 +120,9 @@ class Keeper:
         self._ring.drop_pending()
         self._wanted = False
         leaves = dict(self._learner.leaves())
+        if since > 0 and self._choose:
+            self._choose_place(leaves)
+        began = _event(leaves)
         try:
             snapshot = self._copy(step, global_step, leaves)
         except torch.cuda.OutOfMemoryError:
@@ -131,11 +143,45 @@ class Keeper:
             statistics = {path: leaves[path] for path in self._learner.statistics(leaves)}
             self._glance = Glance(self._investigator.to_be_finite(leaves.items()), statistics)
         else:
+            snapshot.wait()
             sums = (0, 0) if self._ranks.sharded else checksums(snapshot.leaves)
             self._judgement = Judgement(step, self._objection(snapshot, healthy_steps), sums)
+        if began is not None:
+            self._taking = began, _event(leaves)
         if since > 0:
             self._interval.measure(started, since)
+            self._say(snapshot)
         return snapshot
+
+    def settle(self) -> None:
+        """Before an update: what is still being copied must be, and must not have been written to."""
+        if not self._courier.settle():
+            self._ring.drop_pending()
+
+    def _choose_place(self, leaves: Mapping[Path, Any]) -> None:
+        # After the first updates: activations have had their peak, and moments are there.
+        self._choose = False
+        device = next((leaf.device for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.is_cuda), None)
+        if device is None or self._device is not None or self._ranks.world > 1:
+            return
+        # One more is pending, and the one the fit began with is there already, without its moments.
+        needed = sum(leaf.nbytes for leaf in leaves.values() if isinstance(leaf, Tensor)) * (self._ring.capacity + 1)
+        there = sum(snapshot.nbytes() for snapshot in self._ring.certified)
+        if not Room.of(device).fits(needed - there):
+            self._device = torch.device("cpu")
+
+    def _say(self, snapshot: Snapshot) -> None:
+        # Twice measured, the interval stands.
+        self._said += 1
+        if self._said == 2 and self._ranks.rank == 0:
+            _logger.info(
+                "NaNGuard: a snapshot of %.4g MB every %d updates, %s; up to %d of them. Set snapshot_every_n_steps, "
+                "snapshot_device and max_snapshots or max_snapshot_memory to choose otherwise.",
+                snapshot.nbytes() / 1e6,
+                self._interval.updates,
+                "beside the weights" if self._device is None else "in host memory",
+                self._ring.capacity + 1,
+            )
 
     def tell(self) -> tuple[int, int, bool, int, int]:
         """For a :class:`Report`: the interval chosen here, and what was found out about the pending snapshot."""
@@ -154,14 +200,22 @@ class Keeper:
         return all(one.judged == pending.step for one in self._heard)
 
     def _copy(self, step: int, global_step: int, leaves: Mapping[Path, Any]) -> Snapshot:
-        return capture(
-            self._learner,
-            step=step,
-            global_step=global_step,
-            device=self._device,
-            reuse=self._ring.spare(),
-            leaves=leaves.items(),
+        take = partial(
+            capture, self._learner, step=step, global_step=global_step, device=self._device, reuse=self._ring.spare()
         )
+        on_cuda = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.is_cuda]
+        if self._device is None or self._device.type != "cpu" or not on_cuda:
+            return take(leaves=leaves.items())
+        # Forward writes to buffers, and other callbacks to averages, before the next update.
+        soon = [(path, leaf) for path, leaf in leaves.items() if path[0] in ("buffer", "average")]
+        later = [(path, leaf) for path, leaf in leaves.items() if path[0] not in ("buffer", "average")]
+        snapshot = take(leaves=soon)
+
+        def copy() -> None:
+            snapshot.leaves.update(take(leaves=later).leaves)
+
+        snapshot.done = self._courier.send(copy, [leaf for _, leaf in later if isinstance(leaf, Tensor)])
+        return snapshot
 
     def _is_fine(self, pending: Snapshot, factor: float) -> bool:
         if self._glance is None or not self._glance.finite():
@@ -174,6 +228,8 @@ class Keeper:
         """What speaks against certifying ``pending``, ``None`` if nothing does, and to which ranks."""
         if self._ranks.world == 1:
             started = time.perf_counter()
+            if self._taking is not None and self._taking[1].query():
+                self._interval.certified(self._taking[0].elapsed_time(self._taking[1]) / 1e3)
             fault = None if self._is_fine(pending, _far(healthy_steps)) else self._objection(pending, healthy_steps)
             self._interval.certified(time.perf_counter() - started)
             return fault, ()
@@ -221,6 +277,7 @@ class Keeper:
         return self._ranks.share(pending) if self._ranks.sharers > 1 and self._equal else pending
 
     def _objection(self, pending: Snapshot, healthy_steps: int) -> Fault | None:
+        pending.wait()
         bad = self._investigator.corrupt(pending.leaves.items())
         if bad is not None:
             message = f"{bad} is no longer finite, though every loss and gradient is"
@@ -239,3 +296,11 @@ class Keeper:
 
 def _far(healthy_steps: int) -> float:
     return _FAR if healthy_steps > _SETTLED else _FAR_EARLY
+
+
+def _event(leaves: Mapping[Path, Any]) -> Any:
+    # What a device does takes its own time, which the host's clock does not see.
+    device = next((leaf.device for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.is_cuda), None)
+    if device is None:
+        return None
+    return torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]

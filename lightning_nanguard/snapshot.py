@@ -19,7 +19,12 @@ from lightning_nanguard.measure import local, norms, suspects
 def _clone(value: Any, device: torch.device | None) -> Any:
     if isinstance(value, Tensor):
         value = local(value).detach()
-        return value.to(device, copy=True) if device is not None else value.clone()
+        if device is None:
+            return value.clone()
+        if value.is_cuda and device.type == "cpu" and value.layout == torch.strided:
+            # Pinned: only there a copy goes on while the run does.
+            return torch.empty_like(value, device=device, pin_memory=True).copy_(value, non_blocking=True)
+        return value.to(device, copy=True)
     if isinstance(value, dict):
         return {key: _clone(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -54,7 +59,7 @@ def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
         right.append(local(source).detach())
     with torch.no_grad():
         for left, right in groups.values():
-            torch._foreach_copy_(left, right)
+            torch._foreach_copy_(left, right, non_blocking=left[0].is_pinned() and right[0].is_cuda)
 
 
 @final
@@ -92,6 +97,7 @@ class Snapshot:
         level: Loss level of the first stream when it was taken.
         healthy: Healthy readings seen since.
         largest: Largest absolute value of each running statistic.
+        done: Events that say when a copy to the host has arrived.
     """
 
     step: int
@@ -102,6 +108,12 @@ class Snapshot:
     level: float | None = None
     healthy: int = 0
     largest: dict[Path, float] = field(default_factory=dict)
+    done: list[Any] = field(default_factory=list)
+
+    def wait(self) -> None:
+        """Let the host wait until it is there."""
+        while self.done:
+            self.done.pop().synchronize()
 
     def shared(self) -> bool:
         """Whether it must be put together from several ranks."""
@@ -221,7 +233,7 @@ def capture(
     sources: list[Tensor] = []
     for path, live in learner.leaves() if leaves is None else leaves:
         memory = old.get(path)
-        if isinstance(memory, Tensor) and _fits(live, memory):
+        if isinstance(memory, Tensor) and _fits(live, memory) and memory.device == (device or live.device):
             targets.append(memory)
             sources.append(live)
             copied[path] = memory
@@ -240,6 +252,7 @@ def restore(learner: Learner, snapshot: Snapshot, *, keep: Callable[[Path], bool
         snapshot: To what; it is not changed and may be used again.
         keep: Says which paths to put back; all by default.
     """
+    snapshot.wait()
     saved = snapshot.leaves if keep is None else {path: leaf for path, leaf in snapshot.leaves.items() if keep(path)}
     pairs = [(live, saved[path]) for path, live in learner.weights() if _fits(live, saved.get(path))]
     names = learner.parameter_names()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -346,3 +347,74 @@ def test_a_batch_leaves_nothing_behind() -> None:
     net.large[1] = math.nan
     scope.undo()
     assert same_bits(dict(net.named_buffers()), before)
+
+
+# place
+
+
+class Sent:
+    """Stands in for a copy to the host that is under way."""
+
+    def __init__(self) -> None:
+        self.waited = 0
+
+    def synchronize(self) -> None:
+        self.waited += 1
+
+
+def test_a_copy_under_way_is_waited_for_before_it_is_used() -> None:
+    """Going back to a snapshot waits for it to arrive, once."""
+    _, _, learner = made(next(iter(OPTIMIZERS)))
+    taken, sent = capture(learner, step=0, global_step=0), Sent()
+    taken.done = [sent]
+    restore(learner, taken)
+    restore(learner, taken)
+    assert sent.waited == 1
+
+
+def test_what_is_written_to_while_it_is_copied_is_no_snapshot() -> None:
+    """Weights that somebody changes between the copy's start and the next update would be torn."""
+    from lightning_nanguard.place import Courier
+
+    weight = torch.zeros(3)
+    courier = Courier()
+    assert courier.settle()
+    courier.send(lambda: None, [weight])
+    assert courier.settle()
+    courier.send(lambda: None, [weight])
+    weight.add_(1.0)
+    assert not courier.settle()
+    assert courier.settle(), "and it is forgotten"
+
+
+@pytest.mark.parametrize(
+    ("free", "cached", "peak", "fits"), [(50, 30, 20, True), (10, 60, 20, True), (10, 60, 50, False)]
+)
+def test_room_is_what_the_peak_leaves(free: int, cached: int, peak: int, fits: bool) -> None:
+    """What the allocator holds but never used at once is room as well; a twentieth is left free."""
+    from lightning_nanguard.place import Room
+
+    assert Room(total=100, free=free, cached=cached, peak=peak).fits(40) is fits
+
+
+def test_memory_of_snapshots_is_used_again(tmp_path: Path) -> None:
+    """Over a long run no more memory is taken than for the ring and the one that is pending."""
+    from lightning_nanguard import NaNGuard
+    from lightning_nanguard.keeper import Keeper
+    from tests.helpers import data_for, fit, task
+
+    places: set[int] = set()
+    snapshots = []
+    take = Keeper.capture
+
+    def taken(self: Keeper, *args: Any) -> Snapshot:
+        snapshot = take(self, *args)
+        snapshots.append(snapshot.step)
+        places.add(snapshot.leaves[("parameter", "net.0.weight")].data_ptr())
+        return snapshot
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Keeper, "capture", taken)
+        fit(task("norm"), data_for("norm", 120), NaNGuard(snapshot_every_n_steps=1), folder=tmp_path)
+    assert len(snapshots) > 30
+    assert len(places) <= 5
