@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard
 from tests.helpers import same_bits
@@ -44,16 +46,24 @@ def data(bad: int | None = None, without: int | None = None) -> list[Tensor]:
     return [batch for index, batch in enumerate(batches) if index != without]
 
 
-def train(batches: list[Tensor], fused: bool, guard: NaNGuard | None, **options: Any) -> dict[str, Any]:
+def train(
+    batches: list[Tensor],
+    fused: bool,
+    guard: NaNGuard | None,
+    callbacks: Sequence[Callback] = (),
+    module: type[Net] = Net,
+    **options: Any,
+) -> dict[str, Any]:
     torch.manual_seed(0)
-    module = Net(fused)
+    net = module(fused)
     trainer = Trainer(
         max_epochs=1, accelerator="gpu", devices=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[] if guard is None else [guard], **options,
+        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[*([] if guard is None else [guard]), *callbacks], **options,
     )  # fmt: skip
-    trainer.fit(module, batches)
+    trainer.fit(net, DataLoader(batches, batch_size=None))
     state = trainer.optimizers[0].state_dict()["state"]
-    return {"weights": module.state_dict(), "state": state, "loss": trainer.callback_metrics.get("loss_epoch")}
+    return {"weights": net.state_dict(), "state": state, "loss": trainer.callback_metrics.get("loss_epoch")}
 
 
 MODES = [("step", False), ("step", True), ("deferred", True), ("auto", True), ("auto", False)]
