@@ -63,20 +63,22 @@ class Preflight:
             loader: Where more of the data is looked at, if it can be read again without a trace.
             run: Whether the batch may be run forward and backward; ``False`` looks at the data alone.
         """
-        found: list[Finding] = []
+        model: Sequence[Finding] = ()
+        data: Sequence[Finding] = ()
         case = Case()
         # Advice must never cost the run it is meant for.
         try:
             case = self.case(batch, run=run)
-            found += findings(case)
+            model = findings(case)
         except Exception as error:
             _logger.debug("NaNGuard: the model could not be looked at before the first step: %r", error)
         try:
-            found += self._look_at_data(loader, case.clues)
+            data = self._look_at_data(loader, case.clues)
         except Exception as error:
             _logger.debug("NaNGuard: the data could not be looked at before the first step: %r", error)
         first: dict[str, Finding] = {}
-        for finding in found:
+        # The data set's comes first: it names every sample, with numbers that mean something to the user.
+        for finding in (*data, *model):
             first.setdefault(finding.cause, finding)
         return tuple(sorted(first.values(), key=lambda finding: -finding.confidence))
 
@@ -138,7 +140,7 @@ def rows_of(loader: Any) -> tuple[Any, Sequence[int]] | None:
     Args:
         loader: What gives the batches.
     """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         return None
     if type(loader.sampler) not in (RandomSampler, SequentialSampler):
         return None
@@ -154,4 +156,6 @@ def rows_of(loader: Any) -> tuple[Any, Sequence[int]] | None:
     many = getattr(data, "__getitems__", None)
     with attributes_kept(data):
         rows = many(numbers) if callable(many) else [data[number] for number in numbers]
-        return (loader.collate_fn(rows) if loader.batch_size is not None else rows), numbers
+        batch = loader.collate_fn(rows)
+    # A collate function of the user's may give something else than one row for each sample.
+    return (batch, numbers) if all(len(t) == count for _, t in fields_of(batch) if t.dim()) else None

@@ -84,6 +84,66 @@ def test_train_from_yaml(package: str, tmp_path: Path) -> None:
     assert held_out_accuracy(bare) < CHANCE
 
 
+# Example, package, what it prints in this order.
+THREADS = [
+    (
+        "linear_rate.py",
+        "pytorch_lightning",
+        [
+            r"learning rate 0\.0001: .*\n  ends at \d\.",
+            r"learning rate 0\.001: .*inf.*\n  ends at nan",
+            r"with NaNGuard\(\): .*\n  ends at \d\.",
+            r"cause: (ill_conditioned|learning_rate_too_high) in ",
+            r"learning rate 0\.001 .*allows 0\.000\d+ at most",
+        ],
+    ),
+    (
+        "sigmoid_digits.py",
+        "lightning.pytorch",
+        [
+            r"sigmoids and a squared loss: .*accuracy [01]?\d\.",
+            r"cause: mse_for_classification in training_step \(squared error, sigmoid_digits\.py:\d+\)",
+            r"cause: vanishing_gradient in net\.0\n.* is 0\.\d+ in net\.14 and \d\.?\d*e-0\d in net\.0",
+            r"ReLU and cross-entropy: .*accuracy 9\d\..*\n  the preflight found nothing",
+        ],
+    ),
+    (
+        "nan_classifier.py",
+        "pytorch_lightning",
+        [
+            r"loss by hand: not finite from batch \d+ on; held-out accuracy 10\.0%",
+            r"with NaNGuard\(\): .*accuracy 9\d\.",
+            r"cause: log_of_zero in training_step \((backward of )?log, nan_classifier\.py:\d+\)",
+            r"torch's own: finite to the end; held-out accuracy 9\d\.",
+        ],
+    ),
+    (
+        "flat_loss.py",
+        "lightning.pytorch",
+        [
+            r"begin at zero: .*\n  cause: saddle_point in loss\n.*smallest Hessian eigenvalue is -",
+            r"through a parabola: .*\n  cause: local_minimum in loss",
+            r"too long: .*\n  cause: oscillation in loss\n.*cosine -1\.00",
+            r"through a line: .*\n  nothing to say",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "package", "printed"), THREADS, ids=[row[0] for row in THREADS])
+def test_the_cause_is_named(name: str, package: str, printed: list[str], tmp_path: Path) -> None:
+    """Each failure that practitioners ask about has its cause named, and where it can be saved it is."""
+    if name == "flat_loss.py":
+        pytest.importorskip("scipy")
+    out = run_example(name, package=package, cwd=tmp_path)
+    rest = out
+    for pattern in printed:
+        found = re.search(pattern, rest)
+        assert found, f"{pattern} is not in\n{rest}\nof\n{out}"
+        rest = rest[found.end() :]
+    assert not list(tmp_path.iterdir())
+
+
 def held_out_accuracy(output: str) -> float:
     found = re.search(r"held-out accuracy ([\d.]+)", output)
     assert found, output[-2000:]

@@ -406,6 +406,19 @@ def test_a_replay_draws_the_same_numbers(tmp_path: Path) -> None:
     assert loss == seen[14]
 
 
+def test_explain_tells_records_and_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`nanguard explain` prints every record of a run with its finding, and what the preflight said."""
+    guard = NaNGuard(preflight=True, dirpath=tmp_path / "run" / "nanguard")
+    trainer = trainer_for(tmp_path, guard, max_epochs=1, limit_val_batches=0)
+    trainer.fit(Model("softmax"), Numbers(bad=37))
+    assert main(["explain", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "step 0 (epoch 0), advice (preflight): non_finite_input in field 0 of the data set (sample 37)" in said
+    assert "advice (preflight): double_softmax in training_step (softmax, test_outside.py:" in said
+    assert "; skipped the batch; cause: non_finite_input in field 0 of the batch (sample " in said
+    assert len(said.splitlines()) == 2 + 2 + 1
+
+
 def test_a_replay_needs_the_same_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Arguments can be given; a module that the state does not fit is named with the first difference."""
     _, path = incident(tmp_path, FaultAt("input", -60.0, 14), log=True)

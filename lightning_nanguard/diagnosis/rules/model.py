@@ -83,8 +83,8 @@ def vanishing_gradient(case: Case) -> Finding | None:
         place=first.path,
         suggestion=(
             f"the gradient norm is {_gradient(last):.2g} in {last.path} and {_gradient(first):.2g} in {first.path}, "
-            f"{len(layers)} layers before: the first layers learn nothing.{scale} Use ReLU or another activation that "
-            "does not saturate, Xavier or He initialisation, normalisation layers, or residual connections."
+            f"{len(layers) - 1} layers before: the first layers learn nothing.{scale} Use ReLU or another activation "
+            "that does not saturate, Xavier or He initialisation, normalisation layers, or residual connections."
         ),
     )
 

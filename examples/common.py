@@ -1,0 +1,68 @@
+"""What the four small examples share: a quiet run that keeps its losses, and the guard's own words about it."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from typing import Any
+
+import torch
+from digits import DigitsDataModule, pl
+
+from lightning_nanguard import NaNGuard, TrainingDivergedError
+
+# The examples print what matters themselves; the guard's records say the same.
+for name in ("pytorch_lightning", "lightning.pytorch", "lightning_nanguard"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "You passed in a `val_dataloader` but have no `validation_step`")
+torch.set_num_threads(1)  # the models are too small to gain from more
+
+
+class Losses(pl.Callback):
+    """Keeps the loss of every batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.seen.append(float(outputs["loss"]))
+
+
+def train(module: Any, data: Any, guard: NaNGuard | None = None, **options: Any) -> list[float]:
+    """Fit and give the loss of every batch; whatever is written lies in a folder that is deleted afterwards."""
+    losses = Losses()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            callbacks=[losses] if guard is None else [guard, losses],
+            default_root_dir=folder,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            limit_val_batches=0,
+            logger=False,
+            **options,
+        )
+        try:
+            trainer.fit(module, data)
+        except TrainingDivergedError as error:
+            print(f"  stopped: {error}")
+    return losses.seen
+
+
+def tell(guard: NaNGuard, at_most: int = 2) -> None:
+    """Print what the guard advised and why it stepped in, once for each cause."""
+    findings = [one.finding for one in guard.advice] + [one.finding for one in guard.interventions]
+    first = {finding.cause: finding for finding in reversed(findings) if finding is not None}
+    for cause, finding in list(reversed(first.items()))[:at_most]:
+        print(f"  cause: {cause} in {finding.place or 'the model'}\n         {finding.suggestion}")
+
+
+def accuracy(module: torch.nn.Module, data: DigitsDataModule) -> float:
+    """Share of the held-out digits that are read."""
+    images, targets = data.held_out.tensors
+    with torch.no_grad():
+        return float((module(images).argmax(1) == targets).float().mean())

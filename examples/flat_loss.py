@@ -1,0 +1,95 @@
+"""Four losses that stand still for four reasons, which look alike in a plot: a saddle, a minimum, steps that are too
+long, and a loss that has simply been learned.
+
+    python examples/flat_loss.py
+
+Asked to (``examine_after=64``), the guard looks at a loss that has not moved over that many updates: how large is the
+gradient, does it point back after a step, and does the loss bend down in any direction (the smallest eigenvalue of its
+Hessian)? Needs the extra ``curvature``.
+"""
+
+from __future__ import annotations
+
+import torch
+from common import pl, tell, train
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_nanguard import NaNGuard
+
+
+class Product(nn.Module):
+    """A linear model as a product of two layers that both begin at zero, where neither gets a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 1, bias=False))
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layers(inputs)
+
+
+def line() -> nn.Module:
+    """One layer that begins at zero, which is no harm here: it gets a gradient."""
+    net = nn.Linear(8, 1)
+    nn.init.zeros_(net.weight)
+    nn.init.zeros_(net.bias)
+    return net
+
+
+class Fit(pl.LightningModule):
+    """A net under plain SGD and a squared loss."""
+
+    def __init__(self, net: nn.Module, lr: float) -> None:
+        super().__init__()
+        self.net = net
+        self.lr = lr
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def data(kind: str) -> DataLoader[tuple[Tensor, ...]]:
+    """128 inputs, on request with something in common, and a target: their sum, or a parabola, which no line fits."""
+    source = torch.Generator().manual_seed(0)
+    inputs = torch.randn(128, 8, generator=source)
+    if kind == "common":
+        inputs += 3 * torch.randn(128, 1, generator=source)
+    targets = inputs.sum(1, keepdim=True)
+    if kind == "parabola":
+        targets = inputs[:, :1].square() - 1
+    return DataLoader(TensorDataset(inputs, targets), batch_size=128)
+
+
+def main() -> None:
+    runs = {
+        "two layers that begin at zero": (Product(), "linear", 0.05),
+        "a line through a parabola": (line(), "parabola", 0.1),
+        "steps that are too long": (line(), "common", None),
+        "a line through a line": (line(), "linear", 0.1),
+    }
+    for name, (net, kind, lr) in runs.items():
+        pl.seed_everything(0, verbose=False)
+        loader = data(kind)
+        guard = NaNGuard(examine_after=64)
+        losses = train(Fit(net, edge(loader) if lr is None else lr), loader, guard, max_epochs=200)
+        print(f"{name}: loss {losses[0]:.3g}, after 100 steps {losses[100]:.3g}, in the end {losses[-1]:.3g}")
+        tell(guard, at_most=1)
+        if not guard.advice:
+            print("  nothing to say")
+
+
+def edge(loader: DataLoader[tuple[Tensor, ...]]) -> float:
+    """The rate at which plain SGD neither falls nor climbs along the steepest direction: 2 / (largest eigenvalue)."""
+    inputs = next(iter(loader))[0]
+    inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1)
+    return float(2 / torch.linalg.eigvalsh(2 * inputs.T @ inputs / len(inputs)).max())
+
+
+if __name__ == "__main__":
+    main()
