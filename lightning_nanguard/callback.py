@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_nanguard._compat.best import keep_best_finite
-from lightning_nanguard._compat.callbacks import averaged_copies, put_first
+from lightning_nanguard._compat.callbacks import averaged_copies, put_first, swaps_weights
 from lightning_nanguard._compat.keeping import after_every_batch, forgive, write_through
 from lightning_nanguard._compat.loading import readable_loader
 from lightning_nanguard._compat.packages import GuardCallback, LightningModule, Trainer, logged_at, rank_zero_info
@@ -345,9 +345,16 @@ class NaNGuard(GuardCallback):
         if self._run is not None and not trainer.sanity_checking:
             self._run.see_validation(outputs, batch_idx)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the state before averages take its place."""
+        if self._run is not None and swaps_weights(trainer):
+            self._run.guard.check()
+            self._run.guard.swapped = True
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look into a validation loss that was not finite, before anything is saved on its account."""
         if self._run is not None and not trainer.sanity_checking:
+            self._run.guard.swapped = False
             self._run.judge_validation()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -532,6 +539,7 @@ class _Run:
             after_every_batch(trainer, lambda: kept.close_batch(guard.updates)),
             forgive(trainer.strategy, kept.pending, kept.failed),
         ]
+        guard.on_disk = kept.told
         self.last_good = kept
 
     def _limit_memory(self, max_memory: float | None) -> None:

@@ -198,6 +198,10 @@ class Guard:
         self._queue: deque[tuple[PendingReading, BatchScope]] = deque()
         self._policy_state = PolicyState()
         self.non_finite = 0
+        # Whether weights and averages have changed places, as WeightAveraging has them do in validation.
+        self.swapped = False
+        # Says where a good state lies on the disk, for whoever has to start again.
+        self.on_disk: Callable[[], str] = str
         self._step = 0
         self._healthy_steps = 0
         self._healthy_since_restore: int | None = None
@@ -333,10 +337,13 @@ class Guard:
         self._handle(_Found(fault, Reading(self._step, 0, None, None), None, reached=False, ranks=ranks))
 
     def before_save(self) -> None:
-        """Look at the state before it is written; within a batch, whose graph needs its tensors as they are, nothing
-        is changed, and :meth:`mend` alone sees to it that what is written is good."""
+        """Look at the state before it is written.
+
+        Within a batch, whose graph needs its tensors as they are, and while averages take the weights' place, nothing
+        is changed: :meth:`mend` alone sees to it that what is written is good.
+        """
         self._put_together = None
-        if not self._open:
+        if not self._open and not self.swapped:
             self.check()
         elif self._many and self.ring.certified:
             # What is written may have to be put together from all ranks, of which later one alone will write.
@@ -368,7 +375,7 @@ class Guard:
         self._readings = []
         self.report(fault, ranks)
         if not self._settings.observe:
-            mend_averages(self.learner)
+            mend_averages(self.learner, self._investigator.corrupt)
 
     def mend(self, checkpoint: dict[str, Any], path: str, *, checked: bool = False) -> dict[str, Any]:
         """What to write in the place of a checkpoint: the same, or one with the last good state where it is poisoned.
@@ -382,7 +389,8 @@ class Guard:
         """
         weights = {path[1]: leaf for path, leaf in self.learner.weights()}
         bad = poisoned(checkpoint, weights, self._investigator.allowed)
-        if not bad or (self._settings.observe and checked and not self._open):
+        told = checked and not self._open and not self.swapped
+        if not bad or (self._settings.observe and told):
             return checkpoint
         good = self._good()
         listed = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else bad[0]
@@ -734,7 +742,7 @@ class Guard:
         raise TrainingDivergedError(
             f"Training cannot go on: {reason}. Step {global_step} (epoch {epoch}, batch {batch_idx}): {fault.message} "
             f"({fault.kind}, {place}). {_why(finding)}Tried before: {'; '.join(self._tried) or 'nothing'}. "
-            f"{good} {_ADVICE}",
+            f"{good} {self.on_disk()}{_ADVICE}",
             fault=fault,
             reason=reason,
             tried=tuple(self._tried),

@@ -88,6 +88,10 @@ class LastGood:
         self._lost, self._waiting = True, False
         self._remove(self.pending)
 
+    def told(self) -> str:
+        """Where the file is, in a sentence; ``""`` where there is none."""
+        return f"A certified checkpoint lies in {self.path}. " if self.path.exists() else ""
+
     def end(self) -> None:
         """The fit is over: a certified file takes its place, another is dropped."""
         self._settle()

@@ -267,16 +267,25 @@ def restore(learner: Learner, snapshot: Snapshot, *, keep: Callable[[Path], bool
         _restore_scaler(learner.scaler, snapshot.scaler)
 
 
-def mend_averages(learner: Learner) -> None:
-    """Set averaged copies that no snapshot holds, since they began later, to the weights where they are not finite."""
+def mend_averages(learner: Learner, bad: Callable[[Iterable[tuple[Path, Any]]], str | None]) -> None:
+    """Set averaged copies that no snapshot holds, since they began later, to the weights where they went bad.
+
+    Args:
+        learner: Whose copies.
+        bad: Names a tensor that went bad, ``None`` where none did.
+    """
     weights = {path[1]: leaf for path, leaf in learner.weights()}
-    owners = [*learner.averages()]
-    bad = {owners[index][0][1] for index in suspects([tensor for _, tensor in owners])}
-    for path, tensor in owners:
-        source = weights.get(path[2].removeprefix("module."))
-        if path[1] in bad and source is not None and _fits(tensor, source):
-            with torch.no_grad():
-                tensor.copy_(source)
+    copies: dict[Any, list[tuple[Path, Tensor]]] = {}
+    for path, tensor in learner.averages():
+        copies.setdefault(path[1], []).append((path, tensor))
+    for tensors in copies.values():
+        if bad(tensors) is None:
+            continue
+        for path, tensor in tensors:
+            source = weights.get(path[2].removeprefix("module."))
+            if source is not None and _fits(tensor, source):
+                with torch.no_grad():
+                    tensor.copy_(source)
 
 
 def _restore_optimizer(

@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import AsyncCheckpointIO
 from torch.utils.data import DataLoader
 
-from lightning_nanguard import BadCheckpointError, NaNGuard
+from lightning_nanguard import BadCheckpointError, Budget, NaNGuard, TrainingDivergedError
 from lightning_nanguard.checkpoints import LAST_GOOD, damage, inspect
 from lightning_nanguard.cli import main
 from tests.helpers import batches, copied, differences, learner_of, non_finite, task, trainer_for, words
@@ -145,6 +145,46 @@ def test_observing_keeps_it_too(tmp_path: Path) -> None:
     """With observe=True the file is kept all the same, of certified states only."""
     train(keeping(tmp_path, observe=True))
     assert inspect(tmp_path / LAST_GOOD).good()
+
+
+def test_the_error_says_where_it_lies(tmp_path: Path) -> None:
+    """A run that cannot be helped names the file that another may go on from."""
+    guard = keeping(tmp_path, budget=Budget(max_rollbacks=2))
+    with pytest.raises(TrainingDivergedError, match=r"A certified checkpoint lies in .*nanguard-last-good\.ckpt"):
+        train(guard, NaNWeight([15, 18, 21]))
+    assert inspect(tmp_path / LAST_GOOD).good()
+
+
+def test_the_other_package(tmp_path: Path) -> None:
+    """With lightning.pytorch the file is kept, gone on from, and refused like with pytorch_lightning."""
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Whole(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return (self.net(batch[0]) - batch[1]).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters())
+
+    def fit(ckpt_path: Path | None, epochs: int) -> int:
+        trainer = lightning.Trainer(
+            accelerator="cpu", max_epochs=epochs, callbacks=[keeping(tmp_path)], logger=False,
+            enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+        )  # fmt: skip
+        trainer.fit(Whole(), DataLoader(batches(count=12), batch_size=None), ckpt_path=ckpt_path)
+        return int(trainer.global_step)
+
+    assert fit(None, 1) == 12
+    assert fit(tmp_path / LAST_GOOD, 2) == 24
+    poisoned = torch.load(tmp_path / LAST_GOOD, weights_only=True)
+    poisoned["state_dict"]["net.one.bias"][0] = math.nan
+    torch.save(poisoned, tmp_path / "bad.ckpt")
+    with pytest.raises(BadCheckpointError, match=r"net\.one\.bias is not finite"):
+        fit(tmp_path / "bad.ckpt", 3)
 
 
 # ------------------------------------------------------------------------------------------------- a disk that fails

@@ -410,6 +410,55 @@ def test_averages_in_the_file(name: str, saves: str, fault: str, tmp_path: Path)
     assert len(guard.interventions) >= 1
 
 
+@pytest.mark.skipif(not AVERAGES, reason="this Lightning has no WeightAveraging")
+@pytest.mark.parametrize("hook_name", ["on_train_batch_end", "on_validation_batch_start"])
+def test_save_while_the_average_is_validated(hook_name: str, tmp_path: Path) -> None:
+    """A weight lost before or during a validation in which the average stands in for the weights: a file saved there is
+    good, and afterwards weights and average are each in their own place.
+    """
+    average = stock.WeightAveraging(use_buffers=False)
+    guard = NaNGuard(snapshot_every_n_steps=1)
+    known: list[tuple[Any, Any]] = []
+    later: list[tuple[Any, Any]] = []
+    spoilt: list[int] = []
+
+    def both(module: Any) -> tuple[Any, Any]:
+        weights, averages = module.named_parameters(), average._average_model.module.named_parameters()
+        return copied(dict(weights)), copied(dict(averages))
+
+    class Spoil(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+            known.append(both(pl_module))
+            if hook_name == "on_train_batch_end":
+                self.spoil(trainer, pl_module)
+
+        def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+            if hook_name == "on_validation_batch_start":
+                self.spoil(trainer, pl_module)
+
+        def spoil(self, trainer: Trainer, pl_module: Any) -> None:
+            if trainer.global_step == PER_EPOCH and not spoilt:
+                spoilt.append(trainer.global_step)
+                with torch.no_grad():
+                    pl_module.net.one.weight[0, 0] = math.nan
+
+        def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step == PER_EPOCH:
+                trainer.save_checkpoint(tmp_path / "one.ckpt")
+
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+            if trainer.global_step == PER_EPOCH:
+                later.append(both(pl_module))
+
+    train(Way(lambda folder: [Spoil(), checkpoint(folder)]), tmp_path / "run", "nothing", guard, lambda: [average])
+    content = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert non_finite({key: content[key] for key in ("state_dict", "current_model_state", "optimizer_states")}) == []
+    assert ("restore",) in [i.remedies for i in guard.interventions]
+    # Gone on from: the weights of an update and the average as the guard saw it then, each in its own place.
+    pairs = [(weights, averages) for (weights, _), (_, averages) in zip(known[1:], known, strict=False)]
+    assert any(not differences(pair, later[0]) for pair in pairs[:PER_EPOCH])
+
+
 class LateEMA(Callback):
     """An average that a user begins in the middle of a run, and keeps in the checkpoint."""
 

@@ -25,6 +25,11 @@ def put_first(trainer: Any, guard: Any) -> None:
     trainer.callbacks = [*others[:split], guard, *others[split:]]
 
 
+def swaps_weights(trainer: Any) -> bool:
+    """Whether a callback validates its average in the weights' place (WeightAveraging)."""
+    return any(callable(getattr(callback, "_swap_models", None)) for callback in trainer.callbacks)
+
+
 def averaged_copies(trainer: Any, module: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Copies of the module's weights that callbacks keep (EMA, SWA, WeightAveraging), by callback.
 
