@@ -43,7 +43,7 @@ from lightning_nanguard.diagnosis.diagnostician import Diagnostician
 from lightning_nanguard.diagnosis.examination import Examination
 from lightning_nanguard.diagnosis.state import good_state
 from lightning_nanguard.diagnosis.tape import Micro, Tape
-from lightning_nanguard.distributed import Alone, Group, Ranks, Silent, first, mean
+from lightning_nanguard.distributed import Alone, Group, Ranks, Silent, mean
 from lightning_nanguard.engine import Guard, Settings
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.events import Advice, Fault, Finding, Intervention
@@ -58,6 +58,7 @@ from lightning_nanguard.preflight import LOW, Preflight
 from lightning_nanguard.remedies import Remedy, default_remedies, executors
 from lightning_nanguard.resuming import Gate
 from lightning_nanguard.ring import Ring
+from lightning_nanguard.snapshot import Snapshot
 from lightning_nanguard.untouched import attributes_kept
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -379,7 +380,7 @@ class NaNGuard(GuardCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read what is still on its way, leave a good state, and count over all ranks."""
         if self._run is not None:
-            self._run.guard.check()
+            self._run.guard.finish()
             self._non_finite_rate = self._run.non_finite_rate()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -673,18 +674,23 @@ class _Run:
         finding = self._diagnostician.diagnose(fault, evidence, micros, look, good)
         wanted = self._bundles is not None and look != "nothing" and not self._ranks.sharded
         if self._bundles is not None and wanted and micros and self._bundles.due(fault, finding):
-            self._bundles.keep(self._incident(fault, evidence, finding, micros), self.clock()[0])
+            self._bundles.keep(self._incident(fault, evidence, finding, micros, good), self.clock()[0])
         return finding
 
-    def _incident(self, fault: Fault, evidence: Evidence, finding: Finding | None, micros: Sequence[Micro]) -> Bundle:
+    def _incident(
+        self,
+        fault: Fault,
+        evidence: Evidence,
+        finding: Finding | None,
+        micros: Sequence[Micro],
+        good: Snapshot | None,
+    ) -> Bundle:
         state = state_of(self._module)
-        if evidence.undo and self.guard.ring.certified:
-            # The update was made already: what it began from is in the newest snapshot, nearly.
-            state |= {
-                path[-1]: leaf
-                for path, leaf in self.guard.ring.certified[0].leaves.items()
-                if path[0] in ("parameter", "buffer")
-            }
+        if good is None and self.guard.ring.certified:
+            good = self.guard.ring.certified[0]
+        if evidence.undo and good is not None and not good.shared():
+            # The update was made already: what it began from is in the last good snapshot, nearly.
+            state |= {path[-1]: leaf for path, leaf in good.leaves.items() if path[0] in ("parameter", "buffer")}
         return Bundle(
             module=f"{type(self._module).__module__}:{type(self._module).__qualname__}",
             hparams=dict(self._module.hparams),
@@ -772,13 +778,11 @@ class _Run:
             mine = next(names, None)
         else:
             mine = "validation loss" if bool(bad) else None
-        # All ranks come here, after a whole validation: no healthy step waits for this.
-        name, ranks = first(self._ranks, mine)
-        if name is None:
+        if mine is None:
             return
         batch_idx, self.batch_idx = self.batch_idx, -1
-        message = f"the {name} is not finite while the training loss is"
-        self.guard.report(Fault("non_finite_validation", "state", name, None, message), ranks)
+        message = f"the {mine} is not finite while the training loss is"
+        self.guard.report(Fault("non_finite_validation", "state", mine, None, message))
         self.batch_idx = batch_idx
 
 

@@ -47,6 +47,7 @@ class Report:
         objects: Whether something speaks against that snapshot.
         parameters: Checksum of that snapshot's parameters.
         moments: Checksum of its optimizer state.
+        outside: Whether it has seen a fault outside of any update since it last told, such as in validation.
     """
 
     loss: float
@@ -63,6 +64,7 @@ class Report:
     objects: bool
     parameters: int
     moments: int
+    outside: bool = False
 
     def pack(self) -> bytes:
         """Eight bytes for each number."""
@@ -75,7 +77,7 @@ class Report:
         return cls(*(bool(v) if f.type == "bool" else v for f, v in zip(fields(cls), values, strict=True)))
 
 
-_FORMAT = struct.Struct("<3d11q")
+_FORMAT = struct.Struct("<3d12q")
 _WORDS = _FORMAT.size // 8
 
 
@@ -225,7 +227,7 @@ class _Underway:
 
 
 # Tensors below this many bytes are kept whole: a gather of their own would cost more than they do.
-_WORTH_SHARING = 4096
+_WORTH_SHARING = 1024
 
 
 @final

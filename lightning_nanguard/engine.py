@@ -192,6 +192,7 @@ class Guard:
         self._detectors: dict[int, list[Detector]] = {}
         self._trends: dict[int, Trend] = {}
         self._sent: deque[_Sent] = deque()
+        self._outside: Fault | None = None
         self._put_together: Snapshot | None = None
         # In deferred readback, and among ranks, a batch is judged up to two updates later, and must still be undone.
         self._scopes = deque(make_scope() for _ in range(_MAX_DELAY + 2 if settings.deferred or self._many else 1))
@@ -327,13 +328,18 @@ class Guard:
             self._measured.clear()
             self._blocker.blocked.clear()
 
-    def report(self, fault: Fault, ranks: tuple[int, ...] = ()) -> None:
-        """Take a fault that was found outside a step, such as in validation, and act at once.
+    def report(self, fault: Fault) -> None:
+        """Take a fault that was found outside a step, such as in validation.
 
-        Args:
-            fault: The fault, the same on all ranks.
-            ranks: Those that saw it, where not all did.
+        It is acted on at once; among several ranks, of which this may be the only one that saw it, when all have heard
+        of it with the next update.
         """
+        if self._many:
+            self._outside = fault
+        else:
+            self._report(fault, ())
+
+    def _report(self, fault: Fault, ranks: tuple[int, ...]) -> None:
         self._handle(_Found(fault, Reading(self._step, 0, None, None), None, reached=False, ranks=ranks))
 
     def before_save(self) -> None:
@@ -373,7 +379,7 @@ class Guard:
                 self.note(fault, "undo")
                 return
         self._readings = []
-        self.report(fault, ranks)
+        self._report(fault, ranks)
         if not self._settings.observe:
             mend_averages(self.learner, self._investigator.corrupt)
 
@@ -387,6 +393,8 @@ class Guard:
             path: Where to, for the record.
             checked: Whether :meth:`before_save` has just been called.
         """
+        if self._ranks.rank > 0 and not self._ranks.sharded:
+            return checkpoint  # rank 0 writes
         weights = {path[1]: leaf for path, leaf in self.learner.weights()}
         bad = poisoned(checkpoint, weights, self._investigator.allowed)
         told = checked and not self._open and not self.swapped
@@ -426,6 +434,16 @@ class Guard:
         found, self._found = self._found, []
         self._bad_in_a_row += any(one.fault.scope == "batch" for one in found)
         return found
+
+    def finish(self) -> None:
+        """The last update has been made: look at the state that is left, and read what is still on its way.
+
+        Among several ranks only the latter: where their data are uneven, others never come here.
+        """
+        if self._many:
+            self.flush()
+        else:
+            self.check()
 
     def close(self) -> None:
         """Let go of the optimizers."""
@@ -528,7 +546,6 @@ class Guard:
         report = self._report_on(reading, suspects=self._suspects(reading))
         sent = _Sent(self._ranks.post(report), stream, self._scopes[0], held_back=False, trial=trial)
         if report.suspects and all(one.suspects for one in sent.posted.reports()):
-            self._keeper.hear(sent.posted.reports())
             self._judge(sent, stream, late=False)
             return
         if report.suspects and not report.gradient_finite and not self._settings.observe:
@@ -544,7 +561,6 @@ class Guard:
     def _hear(self, stepping: int | None) -> None:
         while self._sent and not self._found:
             sent = self._sent.popleft()
-            self._keeper.hear(sent.posted.reports())
             self._judge(sent, stepping, late=True)
 
     def _suspects(self, reading: Reading) -> bool:
@@ -575,16 +591,29 @@ class Guard:
             objects=objects,
             parameters=parameters,
             moments=moments,
+            outside=self._outside is not None,
         )
 
     def _judge(self, sent: _Sent, stepping: int | None, *, late: bool) -> None:
         reports = sent.posted.reports()
+        self._keeper.hear(reports)
         reading = combined(reports, stream=sent.stream, sharded=self._ranks.sharded)
         nobody = all(not one.gradient_finite for one in reports) and sent.held_back
         self._detect(
             reading, sent.scope, stepping, reached=late and not nobody, late=late, trial=sent.trial,
             ranks=conspicuous(reports),
         )  # fmt: skip
+        if any(one.outside for one in reports):
+            self._hear_of_outside(reading)
+
+    def _hear_of_outside(self, reading: Reading) -> None:
+        mine, self._outside = self._outside, None
+        told = self._ranks.gather(None if mine is None else [mine.kind, mine.scope, mine.place, mine.message])
+        ranks = tuple(rank for rank, one in enumerate(told) if one is not None)
+        if ranks:
+            kind, scope, place, message = told[ranks[0]]
+            some = ranks if len(ranks) < len(told) else ()
+            self._found.append(_Found(Fault(kind, scope, place, None, message), reading, None, False, True, some))
 
     def _read(self, pending: PendingReading, stream: int) -> Reading:
         return pending.read(lambda: self._confirm(stream))
@@ -719,7 +748,7 @@ class Guard:
     def _leave_good(self) -> None:
         if self.ring.certified:
             self.restore(0)
-        elif self.ring.pending is not None and self._investigator.corrupt(self.learner.leaves()) is not None:
+        elif self.ring.pending is not None and first(self._ranks, self._investigator.corrupt(self.learner.leaves()))[0]:
             # Nothing was ever proven good, but what the fit began with is at least finite.
             restore(self.learner, self.ring.pending)
 

@@ -88,3 +88,145 @@ def test_a_micro_batch_under_no_sync(launched: Launch, how: str, world: int, ran
     (record,) = seen["records"]
     assert (record["fault"], record["remedies"], record["ranks"]) == ("non_finite_loss", ["skip"], [rank])
     assert seen["steps"] == math.ceil(seen["batches"] / 2)
+
+
+@pytest.mark.parametrize("fault", [name for name, (_, remedies, _, _) in FAULTS.items() if remedies == ["restore"]])
+@pytest.mark.parametrize(("how", "world", "rank"), RANKS)
+def test_a_rollback_is_bitwise(launched: Launch, how: str, world: int, rank: int, fault: str) -> None:
+    """Parameters and moments are what they were at the step gone back to, though each rank kept only its part."""
+    seen = agreed(launched(how, world, "faults"), f"{fault} {rank}")
+    (record,) = seen["records"]
+    assert seen["after"] == [seen["by_step"][str(record["snapshot_step"])]]
+
+
+def test_spawned_ranks(launched: Launch) -> None:
+    """Ranks made by spawn agree like others."""
+    one, other = (result["loss 1"] for result in launched("spawn", 2, "spawned"))
+    assert one == other
+    (record,) = one["records"]
+    assert (record["fault"], record["remedies"], record["ranks"]) == ("non_finite_loss", ["skip"], [1])
+
+
+@pytest.fixture
+def seen(launched: Launch) -> Results:
+    """What two ranks saw of everything but single faults."""
+    return launched("script", 2, "behaviour")
+
+
+def test_a_shared_snapshot_is_put_together_bitwise(seen: Results) -> None:
+    """A rollback gathers a snapshot of which each rank holds a part, and the weights are those of its step."""
+    one = agreed(seen, "shared")
+    (record,) = one["records"]
+    assert one["after"] == [one["by_step"][str(record["snapshot_step"])]]
+
+
+def test_ranks_rehearse_a_rate_together(seen: Results) -> None:
+    """A rate that is too high is found by rehearsals on the batches of all ranks, to the same multiplier."""
+    one = agreed(seen, "diverged")
+    assert one["records"][0]["remedies"][:2] == ["restore", "scale"]
+    assert one["lr_multiplier"] < 0.5
+    assert one["finite"]
+
+
+def test_a_nan_metric_does_not_hang(seen: Results) -> None:
+    """A rank that logs a NaN metric, reduced over ranks, is nobody's fault."""
+    one = agreed(seen, "metric")
+    assert (one["error"], one["records"]) == (None, [])
+
+
+def test_one_ranks_validation_loss(seen: Results) -> None:
+    """A validation loss that is not finite on one rank is on record with the next update, and nothing is changed."""
+    (record,) = agreed(seen, "validation")["records"]
+    assert (record["fault"], record["remedies"], record["ranks"]) == ("non_finite_validation", [], [1])
+
+
+def test_observing_ranks_change_nothing(seen: Results) -> None:
+    """With observe=True all record what they would have done, and no rank does anything."""
+    one = agreed(seen, "observed")
+    assert one["records"][0]["remedies"] == ["skip"]
+    assert not any(record["applied"] for record in one["records"])
+    assert not one["finite"]
+
+
+def test_manual_optimization(seen: Results) -> None:
+    """Two optimizers: the faulty updates of one batch are skipped on both ranks."""
+    one = agreed(seen, "manual")
+    assert {tuple(record["remedies"]) for record in one["records"]} == {("skip",)}
+    assert all(record["ranks"] == [1] for record in one["records"])
+    assert one["finite"]
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient", "weight"])
+def test_late_reading(seen: Results, fault: str) -> None:
+    """In deferred readback all ranks go back two updates later."""
+    (record,) = agreed(seen, f"deferred {fault}")["records"]
+    assert (record["batch_idx"], record["remedies"], record["ranks"]) == (AT + 2, ["restore"], [1])
+    assert all(result[f"deferred {fault}"]["finite"] for result in seen)
+
+
+def test_late_reading_with_an_optimizer_that_skips(seen: Results) -> None:
+    """Fused optimizers hold the update back on every rank, so that nothing has to be undone."""
+    (record,) = agreed(seen, "deferred fused")["records"]
+    assert (record["remedies"], record["ranks"]) == (["skip"], [1])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_save_with_one_ranks_weight_gone_bad(seen: Results, rank: int) -> None:
+    """What rank 0 writes is finite, whichever rank's weight went bad just before, in mid-batch."""
+    assert seen[0][f"saved {rank}"]["saved"]
+    assert all(result[f"saved {rank}"]["finite"] for result in seen)
+    assert seen[0][f"saved {rank}"]["end"] == seen[1][f"saved {rank}"]["end"]
+
+
+def test_a_rank_waits_for_nobody(seen: Results) -> None:
+    """In a healthy update a rank ends, decisions and all, before the others have told of theirs."""
+    one, other = (result["plain"]["waits"] for result in seen)
+    assert one == other
+    assert (one["steps"], one["records"]) == (6, 0)
+
+
+def test_ranks_of_a_node_share_snapshots(seen: Results) -> None:
+    """Each of two ranks keeps half of a snapshot, a rank alone on its node all of it; both come back bit by bit."""
+    for result in seen:
+        memory = result["plain"]["memory"]
+        shared, alone = memory["one node"], memory["nodes"]
+        assert all(shared["restored"])
+        assert all(alone["restored"])
+        assert alone["kept"][0] == alone["whole"]
+        assert shared["kept"][0] == pytest.approx(shared["whole"] / 2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "remedies", "ranks"),
+    [
+        ("loss", "non_finite_loss", ["skip"], [1]),
+        ("gradient", "non_finite_gradient", ["restore"], [1]),
+        ("weight", "non_finite_loss", ["restore"], [1]),
+        ("moment", "corrupted_state", ["restore"], [1]),
+        ("start", "non_finite_loss", ["restore"], []),
+    ],
+)
+def test_sharded_parameters(seen: Results, fault: str, kind: str, remedies: list[str], ranks: list[int]) -> None:
+    """``fully_shard``: local shards go back in place, and moments that are made anew are sharded like their weights."""
+    one, other = (result["plain"]["sharded"][fault] for result in seen)
+    assert one["records"] == other["records"]
+    (record,) = one["records"]
+    assert (record["fault"], record["remedies"], record["ranks"]) == (kind, remedies, ranks)
+    for result in (one, other):
+        assert result["finite"]
+        assert result["sharded_moments"]
+
+
+def test_sharded_gradients_are_clipped_by_the_norm_of_all_shards(seen: Results) -> None:
+    """Clipping turned on by the guard limits the norm over all ranks."""
+    squares = sum(result["plain"]["sharded"]["clipped"] for result in seen)
+    assert math.sqrt(squares) == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("suite", ["raising", "uneven"])
+def test_a_rank_that_is_left_alone_ends(launched: Launch, suite: str) -> None:
+    """Where a rank raises or runs out of data the others fail as they do without the guard, and nobody waits."""
+    errors = [result[suite]["error"] for result in launched("script", 2, suite)]
+    alone = {"raising": "RuntimeError: one rank is out of luck", "uneven": None}[suite]
+    assert errors[1] == alone
+    assert "Connection closed by peer" in errors[0] or "Connection reset by peer" in errors[0]

@@ -10,9 +10,12 @@ import faulthandler
 import hashlib
 import json
 import logging
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,13 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard
+from tests.distributed import plain
 from tests.distributed.saving import saves
-from tests.helpers import FaultAt, Task, batches, learner_of, task, trainer_for, with_nan
+from tests.helpers import FaultAt, Task, batches, learner_of, mlp, task, trainer_for, with_nan
 
 STEPS = 13
 AT = 7
@@ -50,11 +54,17 @@ class AfterInterventions(Callback):
         self.guard = guard
         self.seen = 0
         self.prints: list[str] = []
+        self.by_step: dict[int, str] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.by_step[trainer.global_step] = fingerprint(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        now = fingerprint(trainer, pl_module)
+        self.by_step.setdefault(trainer.global_step, now)
         if len(self.guard.interventions) > self.seen:
             self.seen = len(self.guard.interventions)
-            self.prints.append(fingerprint(trainer, pl_module))
+            self.prints.append(now)
 
 
 def fingerprint(trainer: Trainer, module: Any) -> str:
@@ -128,9 +138,11 @@ class Worker:
             trainer.fit(module, loader, val)
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
+            traceback.print_exc()
         self.results[name] = {
             "records": [record.to_dict() for record in guard.interventions] if guard is not None else [],
             "after": watch[0].prints if watch else [],
+            "by_step": watch[0].by_step if watch else {},
             "end": fingerprint(trainer, module),
             "finite": finite(trainer, module),
             "steps": trainer.global_step,
@@ -184,17 +196,123 @@ def one_rank(worker: Worker, rank: int) -> None:
     worker.fit(f"norm {rank}", task("norm"), data=spoilt)
 
 
-SUITES = {"faults": faults, "saves": saves}
+class Raises(Callback):
+    """One rank raises in mid-run."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == AT and trainer.global_rank == trainer.world_size - 1:
+            raise RuntimeError("one rank is out of luck")
+
+
+class NaNMetric(Task):
+    """Logs a metric that is NaN on one rank."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        value = float("nan") if self.global_rank == 1 and batch_idx == AT else 1.0
+        self.log("metric", torch.tensor(value), sync_dist=True, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+
+class NaNValidation(Task):
+    """Its validation loss is NaN on one rank, once."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().validation_step(batch, batch_idx)
+        return loss * float("nan") if self.global_rank == 1 and self.current_epoch == 1 else loss
+
+
+def behaviour(worker: Worker) -> None:
+    """What else may happen among ranks."""
+    nan = float("nan")
+    wide = Task(nn.Sequential(nn.Linear(6, 500), nn.Tanh(), nn.Linear(500, 2)))
+    torch.manual_seed(4)
+    worker.fit("shared", wide, OnRank(1, "weight", nan, AT))
+    worker.fit("diverged", task("mlp", lambda p: torch.optim.SGD(p, lr=50.0)), max_epochs=6)
+    worker.fit("metric", NaNMetric(mlp()))
+    worker.fit("validation", NaNValidation(mlp()), max_epochs=3)
+    worker.fit("observed", None, OnRank(1, "loss", nan, AT), guard=NaNGuard(observe=True))
+    toggled = "ddp_find_unused_parameters_true"
+    worker.fit("manual", task("manual"), OnRank(1, "loss", nan, AT), strategy=toggled)
+    for kind in ("loss", "gradient", "weight"):
+        guard = NaNGuard(readback="deferred", snapshot_every_n_steps=2)
+        worker.fit(f"deferred {kind}", None, OnRank(1, kind, nan, AT), guard=guard)
+    guard = NaNGuard(readback="deferred", snapshot_every_n_steps=2)
+    fused = task("mlp", lambda p: torch.optim.AdamW(p, lr=0.01, fused=True))
+    worker.fit("deferred fused", fused, OnRank(1, "loss", nan, AT), guard=guard)
+    for rank in range(worker.world):
+        save = SaveAt(AT, worker.folder / f"saved {rank}.ckpt")
+        worker.fit(f"saved {rank}", None, OnRank(rank, "weight", nan, AT), save)
+        dist.barrier()
+        weights = torch.load(save.path, weights_only=True)["state_dict"].values()
+        worker.results[f"saved {rank}"]["saved"] = all(bool(torch.isfinite(tensor).all()) for tensor in weights)
+    worker.results["plain"] = {
+        "waits": plain.waits_for_nobody(worker.folder),
+        "memory": plain.memory(),
+        "sharded": plain.sharded(1),
+    }
+
+
+class SaveAt(Callback):
+    """Saves before a batch, when a weight has just gone bad."""
+
+    def __init__(self, at: int, path: Path) -> None:
+        self.at, self.path = at, path
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.at:
+            trainer.save_checkpoint(self.path)
+
+
+class Writes(Callback):
+    """Writes a rank's results from within: what was spawned leaves nothing in the process that spawned it."""
+
+    def __init__(self, folder: Path, name: str, guard: NaNGuard) -> None:
+        self.folder, self.name, self.guard = folder, name, guard
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        result = {
+            "records": [record.to_dict() for record in self.guard.interventions],
+            "end": fingerprint(trainer, pl_module),
+        }
+        (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps({self.name: result}))
+
+
+def spawned(worker: Worker) -> None:
+    """As much as shows that spawned ranks are ranks like others."""
+    guard = NaNGuard(snapshot_every_n_steps=2)
+    fault = OnRank(1, "loss", float("nan"), AT)
+    module = task("mlp", partial(torch.optim.AdamW, lr=0.01))
+    worker.fit("loss 1", module, fault, Writes(worker.folder, "loss 1", guard), guard=guard)
+
+
+def raising(worker: Worker) -> None:
+    """One rank raises."""
+    worker.fit("raising", None, Raises())
+
+
+def uneven(worker: Worker) -> None:
+    """One rank has fewer batches."""
+    worker.fit("uneven", data=lambda rank: batches(count=STEPS - 3 * rank, seed=rank))
+
+
+def uneven_bare(worker: Worker) -> None:
+    """The same without the guard."""
+    worker.fit("uneven", data=lambda rank: batches(count=STEPS - 3 * rank, seed=rank), guarded=False)
+
+
+SUITES = {one.__name__: one for one in (faults, behaviour, saves, spawned, raising, uneven, uneven_bare)}
 
 
 def main(folder: str, world: str, strategy: str, suite: str) -> None:
-    faulthandler.dump_traceback_later(220, exit=True)  # no rank outlives its test
+    # No rank outlives its test.
+    faulthandler.dump_traceback_later(float(os.environ.get("RANK_TIMEOUT", "220")), exit=True)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     worker = Worker(Path(folder), int(world), strategy)
     SUITES[suite](worker)
-    worker.write()
+    if worker.results and not worker.spawned:
+        worker.write()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,270 @@
+"""The Guard among ranks in a plain loop: its own proofs, and parameters sharded by ``fully_shard`` on the CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_nanguard import Budget, Fault, Intervention
+from lightning_nanguard.batch_scope import BatchScope
+from lightning_nanguard.detectors import default_detectors
+from lightning_nanguard.diagnosis.clues import Look
+from lightning_nanguard.distributed import Group, Ranks
+from lightning_nanguard.engine import Guard, Settings
+from lightning_nanguard.events import Finding
+from lightning_nanguard.learner import Learner
+from lightning_nanguard.learning_rate import LearningRate
+from lightning_nanguard.policy import Evidence, Policy
+from lightning_nanguard.remedies import ClipGradients, Remedy, default_remedies
+from lightning_nanguard.ring import Ring
+from lightning_nanguard.snapshot import Snapshot
+
+
+def net() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 500), nn.Tanh(), nn.Linear(500, 2))
+
+
+class PlainLoop:
+    """A module trained by hand on one rank's data; gradients are averaged by ``synchronise``."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        ranks: Ranks,
+        synchronise: Callable[[], None] = lambda: None,
+        remedies: tuple[Remedy, ...] | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        self.net, self.ranks, self.synchronise = module, ranks, synchronise
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
+        self.records: list[Intervention] = []
+        self.step = 0
+        self.draw = torch.Generator().manual_seed(dist.get_rank())
+        self.prints: dict[int, str] = {}
+        remedies = default_remedies() if remedies is None else remedies
+        rate = LearningRate([self.optimizer])
+        rate.attach()
+        self.guard = Guard(
+            learner=Learner(module, [self.optimizer]),
+            rate=rate,
+            make_scope=lambda: BatchScope(module),
+            host=self,
+            detectors=default_detectors(),
+            remedies=remedies,
+            policy=Policy(remedies, Budget()),
+            ring=Ring(),
+            settings=settings or Settings(snapshot_every=2),
+            ranks=ranks,
+        )
+        self.guard.start()
+        self.prints[0] = self.print()
+
+    def train(self, batches: int, spoil: Callable[[PlainLoop, Tensor, Tensor], Tensor | None] | None = None) -> None:
+        for _ in range(batches):
+            x = torch.randn(8, 6, generator=self.draw)
+            self.guard.open_batch()
+            self.optimizer.zero_grad()
+            loss = (self.net(x) - x[:, :2].square()).square().mean()
+            if spoil is not None:
+                changed = spoil(self, x, loss)
+                loss = loss if changed is None else changed
+            self.guard.see_loss(loss)
+            loss.backward()
+            self.synchronise()
+            self.spoil_gradient()
+            self.guard.before_step(0)
+            self.optimizer.step()
+            self.step += 1
+            self.guard.close_batch()
+            self.prints.setdefault(self.step, self.print())
+
+    def spoil_gradient(self) -> None:
+        """What a test overrides."""
+
+    def print(self) -> str:
+        digest = hashlib.sha256()
+        for tensor in self.own():
+            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def own(self) -> list[Tensor]:
+        tensors = [*self.net.parameters()]
+        tensors += [v for entry in self.optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
+        return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "records": [record.to_dict() for record in self.records],
+            "prints": self.prints,
+            "end": self.print(),
+            "finite": all(bool(torch.isfinite(tensor).all()) for tensor in self.own()),
+            "sharded_moments": all(
+                isinstance(entry["exp_avg"], DTensor) == isinstance(parameter, DTensor)
+                for parameter, entry in self.optimizer.state.items()
+            ),
+        }
+
+    # Host
+
+    def clock(self) -> tuple[int, int, int]:
+        return self.step, 0, self.step - 1
+
+    def micro_batches(self) -> int:
+        return 1
+
+    def batch_finite(self) -> bool | None:
+        return None
+
+    def comparable(self) -> bool:
+        return True
+
+    def probe(self) -> float | None:
+        return None
+
+    def train_once(self) -> float | None:
+        return None
+
+    def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
+        return None
+
+    def record(self, intervention: Intervention) -> None:
+        self.records.append(intervention)
+
+
+def averaged(module: nn.Module) -> Callable[[], None]:
+    """What DDP does behind backward."""
+
+    def average() -> None:
+        for parameter in module.parameters():
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+    return average
+
+
+def waits_for_nobody(folder: Path) -> dict[str, Any]:
+    """Rank 0 ends an update, decisions and all, before the others have begun to tell of theirs."""
+    module = net()
+    loop = PlainLoop(module, Group(), averaged(module))
+    loop.train(3)
+    mark = folder / "rank 0 is through"
+
+    def wait() -> None:
+        while dist.get_rank() != 0 and not mark.exists():
+            time.sleep(0.01)
+
+    loop.spoil_gradient = wait  # type: ignore[method-assign]
+    loop.train(1)
+    mark.touch()
+    loop.spoil_gradient = lambda: None  # type: ignore[method-assign]
+    loop.train(2)
+    loop.guard.flush()
+    return {"steps": loop.step, "end": loop.print(), "records": len(loop.records)}
+
+
+def memory() -> dict[str, Any]:
+    """Bytes in a snapshot that all ranks of a node keep together, and when each rank is a node of its own."""
+    found = {}
+    for name, node in (("one node", "a"), ("nodes", f"node {dist.get_rank()}")):
+        module = net()
+        loop = PlainLoop(module, Group(node=node), averaged(module))
+        loop.train(9)
+        whole = sum(tensor.nbytes for tensor in loop.own())
+        kept = loop.guard.ring.certified
+        restored = [loop.ranks.whole(snapshot) for snapshot in kept]
+        found[name] = {
+            "whole": whole,
+            "kept": [snapshot.nbytes() for snapshot in kept],
+            "restored": [_print(one) == loop.prints[one.global_step] for one in restored],
+        }
+        loop.guard.close()
+    return found
+
+
+def _print(snapshot: Snapshot) -> str:
+    leaves = snapshot.leaves
+    digest = hashlib.sha256()
+    for kind in ("parameter", "optimizer"):
+        for path, leaf in leaves.items():
+            if path[0] == kind and isinstance(leaf, Tensor):
+                digest.update(leaf.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sharded(rank: int) -> dict[str, Any]:
+    """``fully_shard``: faults on one rank's loss, on its shard of a gradient, of a weight and of a moment."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def made(**options: Any) -> PlainLoop:
+        module = net()
+        fully_shard(module, mesh=mesh)
+        return PlainLoop(module, Group(sharded=True), **options)
+
+    found: dict[str, Any] = {}
+    me = dist.get_rank() == rank
+
+    def run(name: str, **options: Any) -> PlainLoop:
+        loop = made(**options)
+        loop.train(8)
+        return loop
+
+    def end(name: str, loop: PlainLoop, batches: int = 4) -> None:
+        loop.train(batches)
+        loop.guard.flush()
+        found[name] = loop.result()
+        loop.guard.close()
+
+    bare = net()
+    fully_shard(bare, mesh=mesh)
+    end("healthy", run("healthy"))
+
+    loop = run("loss")
+    loop.train(1, lambda loop, x, loss: loss * float("nan") if me else None)
+    end("loss", loop)
+
+    loop = run("gradient")
+
+    def spoil() -> None:
+        if me and loop.step == 8:
+            next(loop.net.parameters()).grad.to_local()[0, 0] = float("nan")  # type: ignore[union-attr]
+
+    loop.spoil_gradient = spoil  # type: ignore[method-assign]
+    end("gradient", loop)
+
+    loop = run("weight")
+    if me:
+        with torch.no_grad():
+            next(loop.net.parameters()).to_local()[0, 0] = float("nan")
+    end("weight", loop)
+
+    loop = run("moment")
+    if me:
+        loop.optimizer.state[next(loop.net.parameters())]["exp_avg_sq"].to_local()[0, 0] = float("inf")
+    end("moment", loop, 8)
+
+    # Back to the start, where there were no moments, and on: they must be sharded anew.
+    loop = made(settings=Settings(snapshot_every=1000))
+    loop.train(4)
+    with torch.no_grad():
+        next(loop.net.parameters()).to_local().fill_(float("nan"))
+    end("start", loop)
+
+    loop = run("clipped", remedies=(ClipGradients(clip_val=1e-3),))
+    loop.guard.clip(1e-3, "norm")
+    loop.train(1)
+    norms = [float(p.grad.to_local().square().sum()) for p in loop.net.parameters() if p.grad is not None]  # type: ignore[union-attr]
+    found["clipped"] = sum(norms)
+    loop.guard.close()
+    return found
