@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 240
+TIMEOUT = 420
 Results = list[dict[str, Any]]
 Launch = Callable[[str, int, str], Results]
 

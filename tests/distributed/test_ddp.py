@@ -12,7 +12,10 @@ import torch
 from tests.distributed.conftest import Launch, Results
 from tests.distributed.worker import AT
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build has no gloo")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build has no gloo"),
+    pytest.mark.timeout(450),  # the first test of a suite waits for all its ranks
+]
 
 
 def agreed(results: Results, name: str) -> Mapping[str, Any]:

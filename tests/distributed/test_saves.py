@@ -8,7 +8,10 @@ import torch
 from tests.distributed.conftest import Launch
 from tests.distributed.worker import STEPS
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build has no gloo")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build has no gloo"),
+    pytest.mark.timeout(450),  # the first test of a suite waits for all its ranks
+]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

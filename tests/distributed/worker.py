@@ -305,7 +305,7 @@ SUITES = {one.__name__: one for one in (faults, behaviour, saves, spawned, raisi
 
 def main(folder: str, world: str, strategy: str, suite: str) -> None:
     # No rank outlives its test.
-    faulthandler.dump_traceback_later(float(os.environ.get("RANK_TIMEOUT", "220")), exit=True)
+    faulthandler.dump_traceback_later(float(os.environ.get("RANK_TIMEOUT", "400")), exit=True)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
