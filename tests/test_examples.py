@@ -30,7 +30,7 @@ def run_example(name: str, *args: str, package: str, cwd: Path) -> str:
         env={**os.environ, "LIGHTNING_PACKAGE": package, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

@@ -347,41 +347,49 @@ def test_incidents_are_bounded_and_harmless(tmp_path: Path, caplog: pytest.LogCa
     assert "could not be kept" in caplog.text
 
 
-def incident(folder: Path, fault: FaultAt | None, **options: Any) -> tuple[NaNGuard, Path]:
+def incident(folder: Path, fault: tuple[float, int] | None, **options: Any) -> tuple[NaNGuard, Path]:
+    """A run with a value put into the input of a batch, and the folder of its first incident."""
     seed_all()
     guard = NaNGuard(bundle_dir=folder / "incidents", dirpath=folder)
-    callbacks = [] if fault is None else [fault]
+    callbacks = [] if fault is None else [FaultAt("input", *fault)]
     trainer = trainer_for(folder, guard, callbacks, max_epochs=10, limit_val_batches=0)
     trainer.fit(Model(**options), Numbers())
     return guard, sorted((folder / "incidents").iterdir())[0]
 
 
-@pytest.mark.parametrize(
-    ("options", "fault", "cause"),
-    [
-        ({"log": True}, FaultAt("input", -60.0, 14), "log_of_zero"),
-        ({"middle": "dropout"}, FaultAt("input", NAN, 9), "non_finite_input"),
-        ({"lr": 3000.0}, None, "learning_rate_too_high"),
-    ],
-    ids=["log", "nan", "rate"],
-)
-def test_an_incident_is_reproduced_elsewhere(
-    options: dict[str, Any], fault: FaultAt | None, cause: str, tmp_path: Path
-) -> None:
-    """A fresh process runs the batch of an incident again and finds the cause the run found."""
+INCIDENTS: dict[str, tuple[dict[str, Any], tuple[float, int] | None, str]] = {
+    "log": ({"log": True}, (-60.0, 14), "log_of_zero"),
+    "nan": ({"middle": "dropout"}, (NAN, 9), "non_finite_input"),
+    "rate": ({"lr": 3000.0}, None, "learning_rate_too_high"),
+}
+
+
+@pytest.mark.parametrize("kind", list(INCIDENTS))
+def test_an_incident_is_reproduced(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The batch of an incident is run again, and the cause is the one that the run found."""
+    options, fault, cause = INCIDENTS[kind]
     guard, path = incident(tmp_path, fault, **options)
     assert guard.interventions[0].cause == cause
+    assert main(["replay", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert f"cause then: {cause}" in said
+    assert f"\ncause: {cause}" in said
+
+
+def test_an_incident_is_reproduced_elsewhere(tmp_path: Path) -> None:
+    """A fresh process that knows nothing but the folder finds the same."""
+    _, path = incident(tmp_path, INCIDENTS["log"][1], **INCIDENTS["log"][0])
     done = subprocess.run(
-        [sys.executable, "-m", "lightning_nanguard.cli", "replay", str(path)],
+        [sys.executable, "-m", "lightning_nanguard.cli", "replay", str(path), "--module", "tests.test_outside:Model"],
         cwd=HERE.parents[1],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert f"cause then: {cause}" in done.stdout
-    assert f"\ncause: {cause}" in done.stdout
+    assert "\nreplayed: loss nan" in done.stdout
+    assert "\ncause: log_of_zero in training_step (log, test_outside.py:" in done.stdout
 
 
 def test_a_replay_draws_the_same_numbers(tmp_path: Path) -> None:
@@ -421,7 +429,7 @@ def test_explain_tells_records_and_advice(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_replay_needs_the_same_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Arguments can be given; a module that the state does not fit is named with the first difference."""
-    _, path = incident(tmp_path, FaultAt("input", -60.0, 14), log=True)
+    _, path = incident(tmp_path, (-60.0, 14), log=True)
     assert main(["replay", str(path), "--module", "tests.test_outside:make_model", "--args", "{}"]) == 0
     assert "log_of_zero" in capsys.readouterr().out
     # Without the logarithm nothing happens.
