@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             results["parts"][workload.title] = parts = profile(workload, folder, device, steps)
             report.show_parts(console, workload.title, parts)
             results["memory"][workload.title] = peak_memory(workload, folder, device, 20)
-            for mode in ("step", "deferred"):
+            for mode in ("step",) if workload.few and device == "cpu" else ("step", "deferred"):
                 results["states"][f"{workload.title}, {mode}"] = measure_states(workload, folder, device, readback=mode)
         report.show_states(console, results["states"])
         results["growth"] = list(_growth(folder, device, arguments.fast))
@@ -94,12 +94,11 @@ def _groups(wanted: dict[str, Contender], base: set[str], at_once: int) -> Itera
 
 
 def _growth(folder: Path, device: str, fast: bool) -> Iterator[dict[str, float]]:
-    fused = device == "cuda"
     shapes = [(100, 1_600), (1_000, 160), (10_000, 16), (100, 16_000), (100, 160_000)]
     for count, size in shapes[:3] if fast else shapes:
         workload = Workload(
             f"{count} of {size}",
-            lambda count=count, size=size: Classifier(Pieces(count, size), fused=fused),  # type: ignore[misc]
+            lambda count=count, size=size: Classifier(Pieces(count, size), fused=True),  # type: ignore[misc]
             lambda: _vectors(8, 16),
             steps=1,
             rounds=1,

@@ -166,13 +166,14 @@ CPU: dict[str, Workload] = {
     "mlp": Workload("MLP, 2 layers, 9.6k", _mlp, lambda: _vectors(32, 64), 100, 60),
     "resnet": Workload(
         "residual CNN, 75k", lambda: Classifier(resnet()), lambda: (torch.randn(8, 3, 16, 16), _vectors(8, 1)[1]),
-        12, 40,
+        12, 30,
     ),
     "transformer": Workload(
-        "transformer, 4 layers, 0.9M", lambda: Classifier(GPT(4, 128, 4, 256, 64)), lambda: _words(8, 64, 256), 8, 40
+        "transformer, 4 layers, 0.9M", lambda: Classifier(GPT(4, 128, 4, 256, 64)), lambda: _words(8, 64, 256), 8, 30
     ),
     "pieces": Workload(
-        "10,000 parameters of 16", lambda: Classifier(Pieces(10_000, 16)), lambda: _vectors(8, 16), 3, 6, few=True
+        "10,000 parameters of 16", lambda: Classifier(Pieces(10_000, 16), fused=True), lambda: _vectors(8, 16), 4, 8,
+        few=True,
     ),
 }  # fmt: skip
 CUDA: dict[str, Workload] = {

@@ -153,6 +153,7 @@ def test_the_place_is_chosen_from_the_room(tmp_path: Path, monkeypatch: pytest.M
     assert "".join(kept) == "cpu"
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler has its own
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_steps_keep_working(mode: str, tmp_path: Path) -> None:
     """torch.compile, also with CUDA graphs: healthy runs are the same, and a bad batch is skipped."""
