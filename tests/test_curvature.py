@@ -152,7 +152,7 @@ def test_the_direction_is_that_of_the_next_update(make: Callable[[list[nn.Parame
 def test_an_unknown_optimizer_has_no_direction() -> None:
     """Nothing is said about a rate whose updates are not known."""
     net = mlp()
-    assert bend(problem(net), optim.LBFGS(net.parameters())) is None
+    assert bend(problem(net), optim.LBFGS(net.parameters()), dict(net.named_parameters())) is None
 
 
 def test_the_ends_of_the_spectrum_are_those_of_the_whole_hessian() -> None:

@@ -65,12 +65,12 @@ class Said:
 
 
 def run(problem: Problem) -> Said:
-    """Fit the problem with the guard; the finding is that of its first intervention, or the surest advice."""
+    """Fit the problem with the guard; the finding is that of its first intervention, or else the surest advice."""
     examines = problem.look == "examine"
-    guard = NaNGuard(preflight=problem.look == "preflight", examine_after=problem.steps - 10 if examines else None)
+    guard = NaNGuard(preflight=problem.look == "preflight", examine_after=problem.steps - 24 if examines else None)
     fit(problem, [guard, Disturb(problem)])
     advised = [advice.finding for advice in guard.advice if advice.finding.confidence > LOW]
-    if problem.look != "fit":
+    if problem.look != "fit" and not len(guard.interventions):
         return Said(max(advised, key=lambda one: one.confidence, default=None), "", len(advised))
     found = [one.finding for one in guard.interventions if one.finding is not None]
     first = guard.interventions[0] if len(guard.interventions) else None

@@ -15,7 +15,7 @@ from .faulty import entropy, squared
 from .problems import Dice, Form, Loss, Net, Pair, Problem
 
 STEPS = 120
-"""Updates after which a loss that has not moved is examined, and ten more."""
+"""Updates of a run; a loss that has not moved for all but 24 of them is examined."""
 
 
 def _stuck(
@@ -59,12 +59,12 @@ def deep_sigmoids(dice: Dice) -> Problem:
 
 
 def small_tanh(dice: Dice) -> Problem:
-    net = _deep(dice, nn.Tanh, dice.randint(8, 12), dice.uniform(0.1, 0.25))
+    net = _deep(dice, nn.Tanh, dice.randint(9, 12), dice.uniform(0.05, 0.2))
     return _stuck(dice, "vanishing_gradient", net, entropy, dice.digits(60), _sgd(dice.near(0.05)), r"^net\.0")
 
 
-def small_relu(dice: Dice) -> Problem:
-    net = _deep(dice, nn.ReLU, dice.randint(8, 12), dice.uniform(0.2, 0.4))
+def small_elu(dice: Dice) -> Problem:
+    net = _deep(dice, nn.ELU, dice.randint(9, 12), dice.uniform(0.05, 0.2))
     return _stuck(dice, "vanishing_gradient", net, entropy, dice.digits(60), _sgd(dice.near(0.05)), r"^net\.0")
 
 
@@ -75,7 +75,7 @@ def large_sigmoids(dice: Dice) -> Problem:
         for layer in (net[0], net[2]):  # type: ignore[index]
             layer.weight.normal_(std=dice.uniform(8, 20))
     where = r"^net\.[13] "
-    return _stuck(dice, "saturated_activation", net, entropy, dice.digits(60), _sgd(dice.near(1e-3)), where)
+    return _before(_stuck(dice, "saturated_activation", net, entropy, dice.digits(60), _sgd(dice.near(1e-3)), where))
 
 
 def biased_sigmoids(dice: Dice) -> Problem:
@@ -140,15 +140,17 @@ def _before(problem: Problem) -> Problem:
 
 
 def squared_on_sigmoids(dice: Dice) -> Problem:
-    net = nn.Sequential(*models.mlp(64, 32, 10, act=nn.Sigmoid), nn.Sigmoid())
+    """Deep enough that the loss settles where every class is given a tenth."""
+    net = nn.Sequential(*models.mlp(64, 32, 32, 10, act=nn.Sigmoid), nn.Sigmoid())
     return _stuck(
         dice,
         "mse_for_classification",
         net,
         _one_hot,
         dice.digits(60),
-        _sgd(dice.near(0.01)),
+        _sgd(dice.near(1.0)),
         r"\(mse_loss",
+        steps=400,
     )
 
 
@@ -270,15 +272,22 @@ def two_sides(dice: Dice) -> Problem:
     return _stuck(dice, "oscillation", net, loss, batches, _sgd(rate), "loss", gradient_clip_val=dice.uniform(1.0, 2.0))
 
 
-def sign_descent(dice: Dice) -> Problem:
-    """Adam with a rate so large that every update crosses the minimum, in a loss that grows slowly."""
+def across(dice: Dice) -> Problem:
+    """Angles that every update throws to the other side of where they should be."""
+
+    class Angles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(1.2 * torch.randn(10).sign() + 0.1 * torch.randn(10))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w
 
     def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return torch.log1p((net(x) - y).square()).mean()
+        return (1 - torch.cos(net(x))).sum() / 10 + 1e-3 * (net(x) * x[:, :10].mean(0)).sum()
 
-    rate = dice.uniform(0.6, 1.2)
-    make = lambda net: optim.RMSprop(net.parameters(), rate)  # noqa: E731
-    return _stuck(dice, "oscillation", nn.Linear(8, 2), loss, dice.regression(60, size=64), make, "loss")
+    rate = 10 * dice.uniform(2.3, 2.9)
+    return _stuck(dice, "oscillation", Angles(), loss, dice.regression(60, features=10), _sgd(rate), "loss")
 
 
 def all_zero(dice: Dice) -> Problem:
@@ -408,30 +417,33 @@ def _grouped(which: int, factor: float, rate: float) -> Any:
 
 
 def layer_too_fast(dice: Dice) -> Problem:
-    """A rate for one layer that was meant for another."""
-    which = dice.choice([0, 2, 4])
-    net = models.mlp(64, 32, 32, 10, act=nn.Tanh)
-    make = _grouped(which, dice.uniform(3000, 10000), 2e-4)
+    """A rate for one layer that was meant for another optimizer."""
+    which = dice.choice([0, 3])
+    width = dice.choice([24, 32])
+    hidden = [(nn.Linear(n, width), nn.LayerNorm(width), nn.GELU()) for n in (64, width)]
+    net = nn.Sequential(*hidden[0], *hidden[1], nn.Linear(width, 10))
+    make = _grouped(which, dice.uniform(2e4, 5e4), 3e-5)
     return _stuck(dice, "layer_update_abnormal", net, entropy, dice.digits(60), make, rf"^net\.{which}$")
 
 
-def tiny_layer(dice: Dice) -> Problem:
-    """One layer of weights so small that every update of Adam is many times its norm, and another that makes it up."""
+def loud_body(dice: Dice) -> Problem:
+    """SGD, and a first layer whose weights are multiplied by a factor in the forward pass."""
 
-    class Scaled(nn.Module):
+    class Loud(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second, self.last = nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(32, 10)
-            self.factor = 10 ** dice.uniform(4, 5)
+            self.body, self.norm, self.head = nn.Linear(64, 32), nn.LayerNorm(32), nn.Linear(32, 10)
+            self.factor = dice.uniform(1000, 3000)
             with torch.no_grad():
-                self.second.weight.div_(self.factor)
+                self.body.weight.div_(self.factor)
 
         def forward(self, x: Tensor) -> Tensor:
-            h = torch.tanh(self.first(x))
-            return self.last(torch.tanh(functional.linear(h, self.second.weight) * self.factor))
+            return self.head(torch.tanh(self.norm(functional.linear(x, self.body.weight * self.factor))))
 
-    make = _adam(dice.near(1e-3))
-    return _stuck(dice, "layer_update_abnormal", Scaled(), entropy, dice.digits(60), make, r"^net\.second")
+    where = r"^net\.body"
+    return _stuck(
+        dice, "layer_update_abnormal", Loud(), entropy, dice.digits(60), _sgd(dice.uniform(0.001, 0.003)), where
+    )
 
 
 def loud_head(dice: Dice) -> Problem:
@@ -455,7 +467,7 @@ def loud_head(dice: Dice) -> Problem:
 
 def _noisy(dice: Dice, size: int, make: Any, net: nn.Module | None = None) -> Problem:
     """Targets that are nearly all noise, a sample or two at a time."""
-    slope = torch.randn(8, 2) / 8
+    slope = torch.randn(8, 2) / 30
     batches = []
     for _ in range(STEPS * 2):
         x = torch.randn(size, 8)
@@ -479,16 +491,16 @@ def few_samples(dice: Dice) -> Problem:
 SLOW: tuple[Form, ...] = tuple(
     Form(cause, make.__name__, make)
     for cause, makes in {
-        "vanishing_gradient": (deep_sigmoids, small_tanh, small_relu),
+        "vanishing_gradient": (deep_sigmoids, small_tanh, small_elu),
         "saturated_activation": (large_sigmoids, biased_sigmoids, shut_gate),
         "dead_relu": (dead_shallow, dead_deep, dead_features),
         "mse_for_classification": (squared_on_sigmoids, squared_on_softmax, squared_by_hand),
         "double_softmax": (softmax_at_the_end, softmax_in_the_step, sigmoid_twice),
         "unbalanced_initialisation": (wide_start, one_layer_far_off, large_embedding),
-        "oscillation": (valley, two_sides, sign_descent),
+        "oscillation": (valley, two_sides, across),
         "saddle_point": (all_zero, all_equal, monkey_saddle),
         "local_minimum": (wrong_frequency, double_well, one_cluster),
-        "layer_update_abnormal": (layer_too_fast, tiny_layer, loud_head),
+        "layer_update_abnormal": (layer_too_fast, loud_body, loud_head),
         "batch_size": (one_sample, two_samples, few_samples),
     }.items()
     for make in makes

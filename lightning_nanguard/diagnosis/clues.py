@@ -325,7 +325,7 @@ class Course:
     @property
     def moves(self) -> bool:
         """Whether the loss has fallen by more than it moves from one part of the stretch to the next."""
-        return self.before - self.now > max(0.02 * max(abs(self.first), 1e-12), 2 * self.spread)
+        return self.before - self.now > max(0.05 * max(abs(self.first), 1e-12), 2 * self.spread)
 
     @property
     def high(self) -> bool:

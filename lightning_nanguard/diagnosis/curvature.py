@@ -7,7 +7,7 @@ half of that (Goodfellow, Bengio and Courville, "Deep Learning", 2016, section 4
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nanguard.diagnosis.clues import Curvature
+from lightning_nanguard.diagnosis.clues import Curvature, Layer
 from lightning_nanguard.diagnosis.replay import graph
 
 Vector = list[Tensor]
@@ -130,25 +130,37 @@ def largest_stable_rate(
 _CONSERVATIVE = 0.01
 
 
-def bend(step: Callable[[], Tensor | None], optimizer: Optimizer) -> Curvature | None:
-    """What the loss allows an optimizer: slope and bend along its updates, and how unevenly the loss bends.
+def bend(
+    step: Callable[[], Tensor | None], optimizer: Optimizer, named: Mapping[str, Tensor]
+) -> tuple[Curvature, tuple[Layer, ...]] | None:
+    """What the loss allows an optimizer, and what an update would make of each weight matrix.
 
     ``None`` for an optimizer whose updates are not known.
+
+    Args:
+        step: Gives the loss with its graph, the same for the same weights.
+        optimizer: Its state is read, and left as it is.
+        named: What is trained, by name.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    parameters = list(named.values())
     hessian = Hessian(step, parameters)
     moved = direction(optimizer, hessian.gradient, parameters)
     if moved is None:
         return None
-    name = type(optimizer).__name__
+    rate, name = float(optimizer.param_groups[0]["lr"]), type(optimizer).__name__
+    layers = tuple(
+        Layer(path.rpartition(".")[0] or path, "", weight=weight, update=rate * norm([d]) / weight)
+        for path, parameter, d in zip(named, parameters, moved, strict=True)
+        if parameter.dim() > 1 and (weight := norm([parameter])) > 0
+    )
     if name != "SGD":
-        return replace(hessian.along(moved), along=f"the updates of {name}")
+        return replace(hessian.along(moved), along=f"the updates of {name}"), layers
     found = hessian.along(moved if len(optimizer.param_groups) > 1 else None)
     # What the further products answer is only asked of a rate that looks low.
-    if float(optimizer.param_groups[0]["lr"]) > _CONSERVATIVE:
-        return found
-    steep, top = steepest(hessian, products=2)
-    return replace(found, steepest=steep, typical=typical(hessian, top))
+    if rate <= _CONSERVATIVE:
+        steep, top = steepest(hessian, products=2)
+        found = replace(found, steepest=steep, typical=typical(hessian, top))
+    return found, layers
 
 
 def direction(optimizer: Optimizer, gradient: Sequence[Tensor], parameters: Sequence[Tensor]) -> Vector | None:

@@ -14,7 +14,7 @@ from typing import final
 from torch import Tensor
 
 from lightning_nanguard.diagnosis.batch import look_at
-from lightning_nanguard.diagnosis.clues import Case, Clues, Curvature, Look
+from lightning_nanguard.diagnosis.clues import Case, Clues, Look, Model
 from lightning_nanguard.diagnosis.curvature import bend
 from lightning_nanguard.diagnosis.replay import eager, kept, measured, replay
 from lightning_nanguard.diagnosis.rules import diagnose
@@ -116,7 +116,7 @@ class Diagnostician:
                 case = replace(case, clues=self._against(case.clues, micros[chosen], good))
         if good is not None and self._learner_suspected(case):
             with _harmless(fault.kind):
-                case = replace(case, curvature=self._curvature(micros[-1], good))
+                case = self._around(case, micros[-1], good)
         return case
 
     def _due(self, fault: Fault) -> bool:
@@ -159,12 +159,18 @@ class Diagnostician:
             return False
         return worse(case.evidence) or learner_diverged(case.fault, case.evidence)
 
-    def _curvature(self, micro: Micro, good: Snapshot) -> Curvature | None:
+    def _around(self, case: Case, micro: Micro, good: Snapshot) -> Case:
         if len(self._learner.optimizers) != 1:
-            return None
-        with self._untraced(), self._at(good), kept(self._learner.module), eager():
+            return case
+        module = self._learner.module
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        with self._untraced(), self._at(good), kept(module), eager():
             # In full precision: second derivatives do not survive 16 bits.
-            return bend(partial(self._step, micro, True), self._learner.optimizers[0])
+            found = bend(partial(self._step, micro, True), self._learner.optimizers[0], named)
+        if found is None:
+            return case
+        curvature, layers = found
+        return replace(case, curvature=curvature, model=Model(layers, updates=max(1, case.evidence.step)))
 
 
 def _bad(clues: Clues) -> bool:

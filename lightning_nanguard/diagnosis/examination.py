@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.diagnosis.batch import fields_of, look_at, target_fields
-from lightning_nanguard.diagnosis.clues import Case, Course, Curvature, Layer, Model
+from lightning_nanguard.diagnosis.clues import Case, Course, Curvature, Layer, Model, Objective
 from lightning_nanguard.diagnosis.curvature import Hessian, Vector, bend, direction, dot, extremes, filled, norm
 from lightning_nanguard.diagnosis.layers import examine
 from lightning_nanguard.diagnosis.progress import Progress
@@ -80,7 +80,7 @@ class Examination:
         try:
             case = self.case(micros, course, evidence)
             high = case.course is not None and case.course.high
-            return findings(case) if high or asked else ()
+            return tuple(one for one in findings(case) if high or asked or one.cause == "oscillation")
         except Exception as error:
             # Advice must never cost the run it is meant for.
             _logger.debug("NaNGuard: the run could not be examined: %r", error)
@@ -107,34 +107,34 @@ class Examination:
         with self._untraced(), kept(module), eager():
             model = examine(module, step, [fields[name] for name in targets])
         model = None if model is None else replace(model, updates=evidence.step)
-        objective = None if model is None else model.objective
-        course = replace(course, chance=None if objective is None else objective.chance)
+        course = replace(course, chance=None if model is None else _chance(model.objective))
         if len(self._learner.optimizers) != 1:
             return replace(case, model=model, course=course)
         size = next((len(tensor) for tensor in fields.values() if tensor.dim()), None)
+        course = replace(course, lr=evidence.lr, batch_size=size)
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         with self._untraced(), kept(module), eager():
-            course, updates = self._gradients(micros, replace(course, lr=evidence.lr, batch_size=size))
+            course = self._gradients(micros, course, list(named.values()))
         with self._untraced(), kept(module), eager():
-            curvature = self._curvature(step, course)
-        model = None if model is None else _with_updates(model, updates)
-        return replace(case, model=model, course=course, curvature=curvature)
+            found = bend(step, self._learner.optimizers[0], named)
+        case = replace(case, model=model, course=course)
+        if found is None:
+            return case
+        curvature, layers = found
+        if not course.moves and course.high:
+            with self._untraced(), kept(module), eager():
+                curvature = self._ends(curvature, Hessian(step, list(named.values())))
+        return replace(case, model=None if model is None else _with_updates(model, layers), curvature=curvature)
 
-    def _gradients(self, micros: Sequence[Micro], course: Course) -> tuple[Course, dict[str, float]]:
+    def _gradients(self, micros: Sequence[Micro], course: Course, parameters: list[Tensor]) -> Course:
         optimizer = self._learner.optimizers[0]
-        named = {name: p for name, p in self._learner.module.named_parameters() if p.requires_grad}
-        parameters = list(named.values())
         found = [self._gradient(micro, parameters) for micro in micros]
         size, noise = _noise(found)
         course = replace(course, norm=size, noise=noise)
         moved = direction(optimizer, found[-1], parameters)
         rate = float(optimizer.param_groups[0]["lr"])
-        if moved is None or rate <= 0:
-            return course, {}
-        updates = {
-            name: rate * norm([d]) / weight
-            for name, p, d in zip(named, parameters, moved, strict=True)
-            if p.dim() > 1 and (weight := norm([p])) > 0
-        }
+        if moved is None:
+            return course
         before = [parameter.detach().clone() for parameter in parameters]
         try:
             with torch.no_grad():
@@ -146,7 +146,7 @@ class Examination:
                 for parameter, start in zip(parameters, before, strict=True):
                     parameter.copy_(start)
         sizes = norm(found[-1]) * norm(after)
-        return replace(course, opposed=dot(found[-1], after) / sizes if sizes > 0 else None), updates
+        return replace(course, opposed=dot(found[-1], after) / sizes if sizes > 0 else None)
 
     def _gradient(self, micro: Micro, parameters: Sequence[Tensor]) -> Vector:
         loss = self._step(micro, True)
@@ -154,12 +154,7 @@ class Examination:
             raise ValueError("a batch that was run again gave no loss")
         return filled(torch.autograd.grad(loss.sum(), parameters, allow_unused=True), parameters)
 
-    def _curvature(self, step: Callable[[], Tensor | None], course: Course) -> Curvature | None:
-        optimizer = self._learner.optimizers[0]
-        curvature = bend(step, optimizer)
-        if curvature is None or course.moves or not course.high:
-            return curvature
-        hessian = Hessian(step, [p for group in optimizer.param_groups for p in group["params"]])
+    def _ends(self, curvature: Curvature, hessian: Hessian) -> Curvature:
         try:
             smallest, largest = extremes(hessian)
         except ModuleNotFoundError as error:
@@ -183,9 +178,14 @@ def _noise(found: Sequence[Vector]) -> tuple[float, float | None]:
     return size, math.sqrt(apart) / true if true > 0 else math.inf if apart > 0 else 0.0
 
 
-def _with_updates(model: Model, updates: dict[str, float]) -> Model:
-    def told(layer: Layer) -> Layer:
-        own = [ratio for name, ratio in updates.items() if name in (layer.path, f"{layer.path}.weight")]
-        return replace(layer, update=max(own)) if own else layer
+def _with_updates(model: Model, layers: Sequence[Layer]) -> Model:
+    known = {layer.path: layer.update for layer in layers}
+    return replace(model, layers=tuple(replace(one, update=known.get(one.path)) for one in model.layers))
 
-    return replace(model, layers=tuple(map(told, model.layers)))
+
+def _chance(objective: Objective | None) -> float | None:
+    if objective is None or objective.chance is None:
+        return None
+    one_hot = objective.function == "mse_loss" and objective.classes is not None
+    # Of rows that are one-hot the mean is known to a model that knows nothing else.
+    return objective.chance * (1 - 1 / objective.classes) if one_hot and objective.classes else objective.chance

@@ -11,6 +11,9 @@ from lightning_nanguard.trend import Trend
 
 # Levels that one stretch of patience is divided into.
 _PARTS = 8
+# Losses of which a level is the median: at the start, and later.
+_FEW = 8
+_MANY = 32
 
 
 @final
@@ -26,7 +29,8 @@ class Progress:
         self._every = -(-patience // _PARTS)
         self._levels: deque[float] = deque(maxlen=_PARTS + 1)
         self._best: float | None = None
-        self._next = 0
+        self._first: float | None = None
+        self._next = _FEW
         self._quiet_until = 0
         self._pause = patience
 
@@ -38,6 +42,7 @@ class Progress:
         made = cls(len(losses) or 1)
         made._levels.extend(median(losses[start : start + size]) for start in range(0, len(losses), size))
         made._best = min(made._levels, default=None)
+        made._first = trend.first
         return made
 
     def due(self, updates: int) -> bool:
@@ -47,21 +52,24 @@ class Progress:
     def see(self, updates: int, trend: Trend) -> None:
         """Take the level of now."""
         self._next = updates + self._every
-        level = trend.level()
-        if level is not None:
+        losses = trend.losses()[-_MANY:]
+        if losses:
+            level = median(losses)
             self._levels.append(level)
+            # One loss of a small batch says little of the untrained model.
+            self._first = level if self._first is None else self._first
             self._best = level if self._best is None else min(level, self._best)
 
     def course(self, updates: int, trend: Trend) -> Course | None:
         """How the run has gone so far; ``None`` before the first reading."""
-        if not self._levels or trend.first is None or self._best is None:
+        if not self._levels or self._first is None or self._best is None:
             return None
         levels = [*self._levels]
         third = max(1, len(levels) // 3)
         steps = [abs(one - other) for one, other in zip(levels[1:], levels, strict=False)]
         return Course(
             updates=min(updates, self._patience),
-            first=trend.first,
+            first=self._first,
             before=median(levels[:third]),
             now=median(levels[-third:]),
             spread=median(steps) if steps else 0.0,

@@ -17,7 +17,7 @@ _NEGATIVE = 0.01
 _LARGE_UPDATE = 0.05
 _APART = 100.0
 # Noise of the gradient over its norm in a batch that is too small for it.
-_NOISY = 3.0
+_NOISY = 2.0
 _SMALL_BATCH = 4
 
 
@@ -38,7 +38,7 @@ def oscillation(case: Case) -> Finding | None:
     lower = "" if limit is None or course.lr is None or limit > course.lr else f" below {limit:.2g}"
     return Finding(
         "oscillation",
-        0.87 if course.high else 0.45,
+        0.87 if course.high or _could_fall(course, case.curvature) else 0.45,
         evidence=numbers,
         place="loss",
         suggestion=(
@@ -101,10 +101,11 @@ def layer_update_abnormal(case: Case) -> Finding | None:
     others = median(one.update or 0.0 for one in layers if one is not worst)
     if update < _LARGE_UPDATE or update < _APART * others:
         return None
-    moves = case.course is not None and case.course.moves
+    stands = case.course is not None and not case.course.moves
+    confidence = 0.93 if case.fault.scope == "learner" else 0.88 if stands else 0.45
     return Finding(
         "layer_update_abnormal",
-        0.45 if moves else 0.88,
+        confidence,
         evidence={"update_to_weight": update, "others": others},
         place=worst.path,
         suggestion=(
@@ -133,6 +134,13 @@ def batch_size(case: Case) -> Finding | None:
             f"{_power(course.batch_size * course.noise**2)}, or a lower learning rate."
         ),
     )
+
+
+def _could_fall(course: Course, curvature: Curvature | None) -> bool:
+    # Where batches disagree more than they agree the loss is down in its noise, and every batch would like to fall.
+    if curvature is None or course.noise is None or course.noise > 1 or not curvature.bend > 0:
+        return False
+    return curvature.slope**2 / (2 * curvature.bend) > _NOTHING * abs(course.now)
 
 
 def _power(samples: float) -> int:

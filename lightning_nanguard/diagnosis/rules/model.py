@@ -22,6 +22,9 @@ _HUGE = 100.0
 _APART = 1e4
 # Of the gradients of the first and the last layers.
 _VANISHED = 1e-4
+_VANISHED_WHERE_STILL = 1e-2
+# Share of its weights that an update makes, below which a layer stands still.
+_STILL = 1e-6
 _EXPLODED = 1e4
 
 
@@ -68,7 +71,9 @@ def vanishing_gradient(case: Case) -> Finding | None:
     if len(layers) < 3 or _starts_at_zero(case.model):
         return None
     early, late = _ends(layers)
-    if not 0.0 < late < math.inf or early / late > _VANISHED or not _falls(layers):
+    if not 0.0 < late < math.inf or not _falls(layers):
+        return None
+    if early / late > (_VANISHED_WHERE_STILL if _stand_still(layers) else _VANISHED):
         return None
     ratio = early / late
     first, last = layers[0], layers[-1]
@@ -78,7 +83,7 @@ def vanishing_gradient(case: Case) -> Finding | None:
     blocked = any((one.saturated or one.dead or 0.0) > 0.5 for one in _with(case, "kind"))
     return Finding(
         "vanishing_gradient",
-        0.6 if blocked else 0.9 if ratio < 1e-6 else 0.75,
+        0.6 if blocked else 0.9 if ratio < 1e-6 or _stand_still(layers) else 0.75,
         evidence={"first_layer": _gradient(first), "last_layer": _gradient(last), "first_over_last": ratio},
         place=first.path,
         suggestion=(
@@ -302,9 +307,15 @@ def _ends(layers: list[Layer]) -> tuple[float, float]:
     return max(map(_gradient, layers[:third])), max(map(_gradient, layers[-third:]))
 
 
+def _stand_still(layers: list[Layer]) -> bool:
+    """Whether the updates of the first third are known, and next to nothing."""
+    return all(one.update is not None and one.update < _STILL for one in layers[: max(1, len(layers) // 3)])
+
+
 def _falls(layers: list[Layer]) -> bool:
     """Whether the gradient is mostly smaller in the earlier of two neighbours."""
-    steps = [_gradient(a) <= _gradient(b) for a, b in pairwise(layers)]
+    # Where nearly nothing arrives it may be as little in one as in the next.
+    steps = [_gradient(a) <= 2 * _gradient(b) for a, b in pairwise(layers)]
     return sum(steps) >= 0.7 * len(steps)
 
 
