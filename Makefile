@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TEST_ARGS ?= -n 2
 
-.PHONY: demo test rescue bench kills lint types clean
+.PHONY: diagnose demo test rescue bench kills lint types clean
 
 # Torch goes first and alone: what depends on it must find it in place and not choose another build.
 .venv/.stamp: requirements-dev.txt pyproject.toml
@@ -33,6 +33,9 @@ bench: .venv/.stamp
 # Kills 200 runs at random moments and looks at what they leave; about three minutes.
 kills: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kills
+# Which causes the diagnosis names, on failing runs of every cause and on healthy ones; FAST=1 takes one seed a form.
+diagnose: .venv/.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.diagnose --show-failures $(if $(FAST),--draws 1 --healthy 0)
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .

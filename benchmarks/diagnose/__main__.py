@@ -1,0 +1,140 @@
+"""``python -m benchmarks.diagnose``: the confusion table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .healthy import NAMES
+from .measuring import FORMS, Result, failing, healthy
+from .others import OTHERS
+
+FIRST_SEED = {"tune": 0, "report": 900_000}
+"""Where each set of seeds begins; nothing was chosen by looking at the second."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, show, write."""
+    parser = argparse.ArgumentParser(prog="benchmarks.diagnose", description=main.__doc__)
+    parser.add_argument("--seeds", choices=sorted(FIRST_SEED), default="report", help="which set of seeds")
+    parser.add_argument("--draws", type=int, default=5, help="seeds of each form")
+    parser.add_argument("--cases", default=".", help="pattern of the forms, as cause/name")
+    parser.add_argument("--healthy", type=int, default=1, help="seeds of each healthy form; 0 leaves them out")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/diagnose.json"))
+    parser.add_argument("--show-failures", action="store_true")
+    arguments = parser.parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    first, started = FIRST_SEED[arguments.seeds], time.perf_counter()
+    chosen = [name for name in FORMS if re.search(arguments.cases, name)]
+    jobs = [(name, first + draw) for name in chosen for draw in range(arguments.draws)]
+    calm = [(name, first + draw) for name in NAMES for draw in range(arguments.healthy)]
+    results = list(_each(failing, jobs, arguments.jobs))
+    well = list(_each(healthy, calm, arguments.jobs))
+    about = {
+        "date": date.today().isoformat(),
+        "processor": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "seeds": arguments.seeds,
+        "first_seed": first,
+        "runs": len(results),
+        "healthy_runs": len(well),
+        "seconds": round(time.perf_counter() - started),
+    }
+    show(console, results, well)
+    if arguments.show_failures:
+        for one in results:
+            if one.said != one.cause or one.place is False or one.samples is False:
+                console.print(f"{one.form} {one.seed}: {one.said or 'nothing'} {one.place} {one.samples} {one.text}")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(
+        json.dumps({"about": about, "rows": rows(results), "healthy": [*map(list, well)],
+                    "runs": [_brief(one) for one in results]}, indent=1)
+    )  # fmt: skip
+    console.print(f"{arguments.output} written; {about['runs']} failing and {about['healthy_runs']} healthy runs")
+    return 0
+
+
+def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """One row a cause, and one for all of them."""
+    results = list(results)
+    causes = list(dict.fromkeys(one.cause for one in results))
+    return [_row(cause, [one for one in results if one.cause == cause]) for cause in causes] + [_row("all", results)]
+
+
+def _row(cause: str, results: list[Result]) -> dict[str, Any]:
+    wrong = Counter(one.said or "nothing" for one in results if one.said != one.cause)
+    row: dict[str, Any] = {
+        "cause": cause,
+        "forms": len({one.form for one in results}),
+        "runs": len(results),
+        "right": sum(one.said == one.cause for one in results),
+        "place": _share(one.place for one in results),
+        "samples": _share(one.samples for one in results),
+        "instead": dict(wrong),
+    }
+    for tool in OTHERS:
+        row[tool] = _share(one.others[tool] for one in results)
+    return row
+
+
+def _share(answers: Iterable[bool | None]) -> tuple[int, int]:
+    known = [one for one in answers if one is not None]
+    return sum(known), len(known)
+
+
+def show(console: Console, results: list[Result], well: list[tuple[str, int, list[str]]]) -> None:
+    """Print the table."""
+    table = Table(title="First-ranked cause, place and samples; places that other tools name", title_justify="left")
+    for name in ("cause", "runs", "right", "place", "samples", *OTHERS, "said instead"):
+        table.add_column(name, justify="left" if name in ("cause", "said instead") else "right")
+    for row in rows(results):
+        if row["cause"] == "all":
+            table.add_section()
+        instead = ", ".join(f"{name} {count}" for name, count in row["instead"].items())
+        told = [_told(row[name]) for name in ("place", "samples", *OTHERS)]
+        table.add_row(
+            row["cause"], str(row["runs"]), str(row["right"]), *told, instead if row["cause"] != "all" else ""
+        )
+    console.print(table)
+    loud = [(name, seed, causes) for name, seed, causes in well if causes]
+    if well:
+        console.print(f"healthy runs: {len(well)}, with a finding above low confidence: {len(loud)}")
+    for name, seed, causes in loud:
+        console.print(f"  {name} {seed}: {', '.join(causes)}")
+
+
+def _told(share: tuple[int, int]) -> str:
+    return f"{share[0]}/{share[1]}" if share[1] else "–"
+
+
+def _brief(one: Result) -> dict[str, Any]:
+    return {key: value for key, value in asdict(one).items() if key != "text"}
+
+
+def _each(function: Any, jobs: list[Any], workers: int) -> Iterator[Any]:
+    if workers <= 1:
+        yield from map(function, jobs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(function, jobs, chunksize=4)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
