@@ -33,6 +33,7 @@ bench: .venv/.stamp
 # Kills 200 runs at random moments and looks at what they leave; about three minutes.
 kills: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kills
+
 # Which causes the diagnosis names, on failing runs of every cause and on healthy ones; FAST=1 takes one seed a form.
 diagnose: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.diagnose --show-failures $(if $(FAST),--draws 1 --healthy 0)
