@@ -312,7 +312,8 @@ class Guard:
                 self._open, self._losses = False, []  # a batch without an update, and none to come of it
             return
         self._drop_flags()
-        self._clocks.append((self._step, self._host.clock()))
+        if self._settings.deferred or self._many:
+            self._clocks.append((self._step, self._host.clock()))
         found = self._take_found()
         self._restored = None
         try:
