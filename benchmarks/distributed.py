@@ -1,4 +1,4 @@
-"""What a healthy step costs among two processes: ``python -m benchmarks.distributed [OUT]``.
+"""What a healthy step costs among two processes: ``python -m benchmarks.distributed [OUT [ROUNDS [RUNS]]]``.
 
 Two ranks run one DDP loop over gloo. Its steps go on in turns with the guard, without it, and without it once more; the
 spread of the two equal ones is what a difference must be held against. Each rank's step takes about ten milliseconds.
@@ -37,7 +37,7 @@ from lightning_nanguard.policy import Evidence, Policy
 from lightning_nanguard.remedies import default_remedies
 from lightning_nanguard.ring import Ring
 
-WORLD, ROUNDS, STEPS, WARM = 2, 30, 20, 3
+WORLD, STEPS, WARM = 2, 20, 3
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -130,7 +130,7 @@ class Waits:
         distributed._Underway.reports = reports  # type: ignore[method-assign]
 
 
-def race(rank: int, folder: str, port: int) -> None:
+def race(rank: int, folder: str, port: int, rounds: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
@@ -141,7 +141,7 @@ def race(rank: int, folder: str, port: int) -> None:
     waits = Waits()
     medians: dict[str, list[float]] = {name: [] for name in loops}
     names = list(loops)
-    for number in range(ROUNDS):
+    for number in range(rounds):
         for name in names[number % 3 :] + names[: number % 3]:
             times = []
             for step in range(WARM + STEPS):
@@ -179,11 +179,11 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"low": round(low, 4), "median": round(middle, 4), "high": round(high, 4)}
 
 
-def main(out: str | None = None) -> None:
+def main(out: str | None = None, rounds: str = "30", repeats: str = "3") -> None:
     runs = []
-    for run in range(3):
+    for run in range(int(repeats)):
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(race, args=(folder, 29500 + os.getpid() % 1000 + run), nprocs=WORLD)
+            mp.spawn(race, args=(folder, 29500 + os.getpid() % 1000 + run, int(rounds)), nprocs=WORLD)
             runs.append([json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(WORLD)])
         for rank, one in enumerate(runs[-1]):
             print(f"run {run} rank {rank}: bare {one['bare_ms']} ms, guarded {one['guarded']}, equal {one['equal']}")
@@ -192,7 +192,7 @@ def main(out: str | None = None) -> None:
         "machine": f"{os.cpu_count()} CPU cores, {platform.processor() or platform.machine()}",
         "torch": torch.__version__,
         "processes": WORLD,
-        "rounds": ROUNDS,
+        "rounds": int(rounds),
         "steps_a_round": STEPS,
         "runs": runs,
     }
