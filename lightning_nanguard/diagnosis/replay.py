@@ -50,6 +50,8 @@ def replay(
             return clues
         value = float(loss.detach())
         clues = replace(clues, replayed=True, loss=value, origin=watch.origin_of(loss))
+        if not math.isfinite(value):
+            return replace(clues, gradient_finite=False)  # no gradient of it would say more
         if loss.grad_fn is None or loss.numel() != 1:
             return clues
         scaled = loss if loss_scale is None else loss * loss_scale
@@ -61,7 +63,7 @@ def replay(
     finite = all(math.isfinite(norm) for norm in norms.values())
     return replace(
         clues,
-        origin=found if math.isfinite(value) and not finite else clues.origin,
+        origin=clues.origin if finite else found,
         gradient_finite=finite,
         norm=math.sqrt(sum(norm**2 for norm in norms.values())) if norms else None,
         norms=tuple(norms.items()),
@@ -129,9 +131,13 @@ def _backward(loss: Tensor, module: nn.Module, modules: Modules, size: int) -> t
         if bad and not non_finite([one for one in given if one is not None]):
             first.append(_node_origin(node, bad[0], modules.of(node), size))
 
-    for node in graph(loss.grad_fn):
-        node.register_hook(partial(look, node))
-    gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    parameters = list(named.values())
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    if not all(math.isfinite(_norm(one)) for one in gradients if one is not None):
+        # Once more, looking on: most gradients are finite, and looking costs several times the pass itself.
+        for node in graph(loss.grad_fn):
+            node.register_hook(partial(look, node))
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     found = {name: one for name, one in zip(named, gradients, strict=True) if one is not None}
     return (first[0] if first else None), found
 
