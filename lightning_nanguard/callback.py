@@ -23,12 +23,12 @@ from lightning_nanguard._compat.packages import GuardCallback, LightningModule, 
 from lightning_nanguard._compat.precision import autocasts_to_half, grad_scaler
 from lightning_nanguard._compat.probe import (
     alone,
+    clip_as_configured,
     forward_backward,
     loss_with_graph,
     quiet,
     run_training_step,
     same_randomness,
-    update,
 )
 from lightning_nanguard._compat.results import remember_running_means
 from lightning_nanguard._compat.resuming import before_resuming
@@ -55,6 +55,7 @@ from lightning_nanguard.measure import batch_finite
 from lightning_nanguard.metrics import NonFiniteRate
 from lightning_nanguard.policy import Budget, Evidence, Policy
 from lightning_nanguard.preflight import LOW, Preflight
+from lightning_nanguard.recent import RecentBatches
 from lightning_nanguard.remedies import Remedy, default_remedies, executors
 from lightning_nanguard.resuming import Gate
 from lightning_nanguard.ring import Ring
@@ -325,7 +326,8 @@ class NaNGuard(GuardCallback):
         if run.last_good is not None and run.last_good.due(run.guard.updates):
             run.guard.want_snapshot()
         try:
-            run.guard.close_batch()
+            if run.guard.close_batch():
+                run.recent.add(batch, batch_idx)
             run.examine_if_due()
         finally:
             run.in_batch = False
@@ -452,6 +454,10 @@ class NaNGuard(GuardCallback):
         return adviser
 
 
+class _RehearsalError(Exception):
+    """A rehearsed update could not be made."""
+
+
 @final
 class _Run:
     """One fit: the guard, and what the trainer answers to it."""
@@ -483,6 +489,7 @@ class _Run:
         # Read late, a fault is that of an earlier batch.
         late = settings.deferred or trainer.world_size > 1
         self.tape = Tape(module.device, updates=8 if examine_after is not None else 4 if late else 1)
+        self.recent = RecentBatches()
         self.examination_due = False
         self._unknown: set[int] = set()
         self.batch_idx = -1
@@ -604,6 +611,9 @@ class _Run:
     def batch_finite(self) -> bool | None:
         return batch_finite([micro.batch for micro in self.tape.newest()])
 
+    def batch_strange(self) -> bool | None:
+        return None if self.batch is None else self.recent.strange(self.batch)
+
     def comparable(self) -> bool:
         return bool(self._module.automatic_optimization)
 
@@ -627,33 +637,89 @@ class _Run:
     @contextmanager
     def _again(self) -> Iterator[None]:
         # Each rank for itself: one on which this fails must not leave others waiting for it.
-        silence = alone(self._trainer, Silent()) if self._ranks.world > 1 else nullcontext()
-        with same_randomness(self._module.device), quiet(self._trainer), silence:
+        with same_randomness(self._module.device), quiet(self._trainer), self._silently():
             yield
 
-    def train_once(self) -> float | None:
-        optimizers = self.guard.learner.optimizers
-        if not self.comparable() or self.batch is None or len(optimizers) != 1:
-            return None
-        if isinstance(optimizers[0], LBFGS) or self._ranks.sharded:
-            return None
+    @contextmanager
+    def _silently(self) -> Iterator[None]:
+        with alone(self._trainer, Silent()) if self._ranks.world > 1 else nullcontext():
+            yield
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
         trace = self._make_scope(thorough=True)
         trace.open()
-        value = None
         try:
-            try:
-                with self._again(), torch.enable_grad():
-                    value = forward_backward(self._trainer, optimizers[0], self.batch, self.batch_idx)
-            except Exception as error:
-                _logger.debug("NaNGuard: a rate could not be rehearsed: %r", error)
-            value = mean(self._ranks, value)
-            if value is not None:
-                self._average_gradients(optimizers[0])
-                with same_randomness(self._module.device):
-                    update(self._trainer, optimizers[0], lambda: self.guard.clip_now(optimizers[0]))
-            return value
+            with (
+                same_randomness(self._module.device),
+                quiet(self._trainer),
+                attributes_kept(self._module),
+                torch.enable_grad(),
+            ):
+                yield
         finally:
             trace.undo()
+
+    def rehearsal_batches(self) -> int:
+        optimizers = self.guard.learner.optimizers
+        can = self.comparable() and self.batch is not None and len(optimizers) == 1 and not self._ranks.sharded
+        if not can or (self._ranks.world > 1 and isinstance(optimizers[0], LBFGS)):
+            return 0
+        counts: list[int] = self._ranks.gather(len(self._at_hand()))
+        return min(counts)
+
+    def _at_hand(self) -> list[tuple[Any, int]]:
+        if len(self.recent) > 1:
+            return list(self.recent)
+        # Too few to leave out the one at hand, though it may have a part in the trouble.
+        return [*self.recent, (self.batch, self.batch_idx)]
+
+    def train_on(self, index: int) -> float | None:
+        optimizer = self.guard.learner.optimizers[0]
+        seen: list[float] = []
+
+        def closure() -> float:
+            value = self._gradients(optimizer, *self._at_hand()[index])
+            if value is None:
+                raise _RehearsalError
+            self.guard.clip_now(optimizer)
+            clip_as_configured(self._trainer, optimizer)
+            seen.append(value)
+            return value
+
+        try:
+            if isinstance(optimizer, LBFGS):
+                optimizer.step(closure)  # type: ignore[no-untyped-call]
+            else:
+                closure()
+                optimizer.step()
+        except _RehearsalError:
+            return None
+        return seen[0]
+
+    def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
+        value = None
+        try:
+            with self._silently():
+                value = forward_backward(self._trainer, optimizer, batch, batch_idx)
+        except Exception as error:
+            # All ranks must learn of it, or those where it went well would wait.
+            _logger.debug("NaNGuard: a rate could not be rehearsed: %r", error)
+        value = mean(self._ranks, value)
+        if value is not None:
+            self._average_gradients(optimizer)
+        return value
+
+    def loss_on(self, index: int) -> float | None:
+        batch, batch_idx = self._at_hand()[index]
+        value = None
+        try:
+            with self._silently(), torch.no_grad():
+                loss = run_training_step(self._trainer, batch, batch_idx)
+                value = None if loss is None else float(loss)
+        except Exception as error:
+            _logger.debug("NaNGuard: a rate could not be rehearsed: %r", error)
+        return mean(self._ranks, value)
 
     def _average_gradients(self, optimizer: Optimizer) -> None:
         if self._ranks.world == 1:

@@ -19,7 +19,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Mapping
-from statistics import median
+from statistics import fmean, median
 from typing import Any, final
 
 from lightning_nanguard.events import Fault, Reading
@@ -208,7 +208,7 @@ class GradientSpike(Detector):
         threshold: Deviations (MAD, scaled) of the logarithm.
         ratio: Least ratio to the median.
         window: Accepted norms looked back at.
-        warmup: Accepted norms before the detector speaks of anything less than 100,000 times the largest of them.
+        warmup: Accepted norms before the detector is sure of anything less than 100,000 times the largest of them.
 
     Raises:
         ValueError: When an argument is out of its range.
@@ -218,6 +218,8 @@ class GradientSpike(Detector):
     # During warm-up only what no beginning explains: far above all norms so far, and huge by itself.
     _outlandish = 1e5
     _huge = 1e6
+    # Far above all norms so far, and of a batch that is strange too.
+    _doubt = 100.0
 
     def __init__(self, threshold: float = 12.0, ratio: float = 200.0, window: int = 128, warmup: int = 20) -> None:
         require(threshold > 0, self, "threshold", threshold, "a number above 0")
@@ -237,7 +239,9 @@ class GradientSpike(Detector):
         # The cheap question first: no limit is below ten times a norm in the window.
         if norm is None or not reading.finite or norm <= self._above_largest * self._newest:
             return None
-        if not norm > self._find_limit():
+        doubtful = not norm > self._find_limit()
+        # During warm-up a norm that stands out is told from a beginning's by its batch.
+        if doubtful and not (self._warming_up() and norm > self._doubt * max(self._norms.values())):
             return None
         usual = median(self._norms.values())
         return Fault(
@@ -248,7 +252,11 @@ class GradientSpike(Detector):
             f"the gradient norm is {norm:.3g}, {norm / usual:.3g} times its median of {usual:.3g}"
             if usual > 0
             else f"the gradient norm is {norm:.3g} after having been 0",
+            doubtful,
         )
+
+    def _warming_up(self) -> bool:
+        return 2 <= len(self._norms) < self.warmup
 
     def accept(self, reading: Reading) -> None:
         """Take a healthy norm into the window."""
@@ -289,10 +297,11 @@ class GradientSpike(Detector):
 class DivergingLoss(Detector):
     """A finite loss that left for good: it exploded, fell back to chance, or never got below the untrained model's.
 
-    Three shapes, each judged on medians so that noise and heavy tails are no fault:
+    Four shapes, judged on medians and trimmed means so that noise and heavy tails are no fault:
 
     * ``exploding_loss``: far above the untrained model's loss (``factor`` times its scale) and not falling;
     * ``collapsed``: having learned, the loss is back at the untrained level and stays there;
+    * ``unsteady_loss``: having learned, it swings, and is on average above the untrained level;
     * ``stuck_loss``: early in training the loss stays above the untrained model's.
 
     All are suspicions: before anything is changed, the engine compares the loss of the same batch under the last good
@@ -313,6 +322,8 @@ class DivergingLoss(Detector):
     _longest_cooldown = 3200
     # A model that has not learned by then is hard, not ruined: ruin by a rate shows early.
     _early = 1000
+    # Share of the untrained model's loss down to which a loss at rest is looked into.
+    _at_rest = 0.7
 
     def __init__(self, factor: float = 10.0, patience: int = 40, warmup: int = 3) -> None:
         require(factor > 1, self, "factor", factor, "a number above 1")
@@ -340,10 +351,13 @@ class DivergingLoss(Detector):
         if loss is None or self._first is None or len(self._losses) < self.warmup or reading.step < self._quiet_until:
             return None
         # The cheap question first: a loss well below the untrained level, or nearer to its best than to that level, is
-        # none of the three; and one that began at 0 has no scale.
+        # none of the shapes; and one that began at 0 has no scale.
         scale = self._scale()
         best = self._first if self._best is None else self._best
-        if self._first == 0 or loss < min(self._first - 0.3 * scale, 0.5 * (best + self._first)):
+        low = min(self._first - 0.3 * scale, 0.5 * (best + self._first))
+        if self.patience <= self._since <= self._early:
+            low = min(low, self._first - self._at_rest * scale)
+        if self._first == 0 or loss < low:
             return None
         return self._exploding(loss, scale) or self._collapsed(loss, scale) or self._stuck(loss, scale)
 
@@ -389,7 +403,7 @@ class DivergingLoss(Detector):
         level = median(last if gone else recent)
         back = settled and level > best + 0.75 * learned and level > best + 4 * noise
         if not (gone or back):
-            return None
+            return self._unsteady(recent, scale)
         return Fault(
             "collapsed",
             "learner",
@@ -398,18 +412,30 @@ class DivergingLoss(Detector):
             f"the loss had come down from {self._first:.4g} to {best:.4g} and is back at {level:.4g}",
         )
 
+    def _unsteady(self, recent: list[float], scale: float) -> Fault | None:
+        # Right on some batches and far off on others: no median tells it, the mean of all but the highest tenth does.
+        assert self._first is not None
+        if len(recent) < self.patience:
+            return None
+        usual = fmean(sorted(recent)[: -self.patience // 10])
+        if usual <= self._first + scale:
+            return None
+        message = f"having learned, the loss swings around {usual:.4g}; the untrained model's was {self._first:.4g}"
+        return Fault("unsteady_loss", "learner", "loss", usual, message)
+
     def _stuck(self, loss: float, scale: float) -> Fault | None:
         assert self._first is not None
         best = self._first if self._best is None else self._best
-        if self._first - best > 0.3 * scale or self._since > self._early:
+        if self._since > self._early or self._since < 12:
             return None
         recent = [*self._losses.last(15), loss]
-        if len(recent) < 12 or self._since < 12:
+        if len(recent) < 12:
             return None
         level = median(recent)
-        high = min(recent) > self._first + 0.5 * scale
-        settled = self._since >= self.patience and level > self._first - 0.3 * scale
-        if not (high or settled):
+        learned = self._first - best > 0.3 * scale
+        high = not learned and min(recent) > self._first + 0.5 * scale
+        settled = not learned and self._since >= self.patience and level > self._first - 0.3 * scale
+        if not (high or settled or self._plateau(loss, scale)):
             return None
         climb = f" and a climb to {self._highest:.4g}" if self._highest is not None else ""
         return Fault(
@@ -420,6 +446,15 @@ class DivergingLoss(Detector):
             f"after {self._since} updates{climb} the loss is {level:.4g}, no better than the untrained model's "
             f"{self._first:.4g}",
         )
+
+    def _plateau(self, loss: float, scale: float) -> bool:
+        # An untrained model's loss may lie above that of chance, where a ruined one comes to rest.
+        assert self._first is not None
+        best = self._first if self._best is None else self._best
+        if self._since < self.patience or best < self._first - self._at_rest * scale:
+            return False
+        recent = [*self._losses.last(self.patience - 1), loss]
+        return not _falling(recent, spread(recent))
 
     def accept(self, reading: Reading) -> None:
         """Take a healthy loss into the history."""

@@ -39,7 +39,7 @@ from lightning_nanguard.learner import Learner, Path
 from lightning_nanguard.learning_rate import LearningRate
 from lightning_nanguard.measure import PendingReading, exact_norm, gradients, partial_norms, pend, suspects, total_norm
 from lightning_nanguard.policy import Evidence, Policy, PolicyState
-from lightning_nanguard.rehearsal import Rehearsal, Stage
+from lightning_nanguard.rehearsal import Rehearsal, Reviews, Stage
 from lightning_nanguard.remedies import ClipGradients, ReduceLR, Remedy, executors
 from lightning_nanguard.ring import Ring
 from lightning_nanguard.snapshot import Snapshot, corrupt, mend_averages, restore
@@ -126,6 +126,12 @@ _MAX_DELAY = 2
 # A state that no detector objects to, though one is uneasy about it, is certified after this many readings.
 _CERTIFY_ANYWAY = 100
 
+_STALLED = Fault(
+    "rate_still_too_high", "learner", "", None, "trials at the rate after a cut made the loss worse than at less"
+)
+# Healthy updates for which the state of the start is kept: ruin by a rate shows by then.
+_EARLY = 1000
+
 _HEALTHY = Fault("healthy_stretch", "learner", "", None, "a long healthy stretch")
 _ADVICE = (
     "Look at the records of what was done before; lower the learning rate, look at the data named there, or widen the "
@@ -172,7 +178,8 @@ class Guard:
         self._policy = policy
         self._settings = settings
         self._host = host
-        self._rehearsal = Rehearsal(learner, rate, host, self._ranks)
+        self._rehearsal = Rehearsal(learner, rate, host, self._own_scale, self._ranks)
+        self._reviews = Reviews()
         self._investigator = Investigator(
             learner, ring, rate, host, self._rehearsal, compare=not settings.observe, ranks=self._ranks
         )
@@ -295,14 +302,28 @@ class Guard:
             self._defer(pending)
             self._read_arrived(stream)
         else:
-            self._detect(self._read(pending, stream), self._scopes[0], stream, reached=False, late=False)
+            reading = self._read(pending, stream)
+            self._detect(reading, self._scopes[0], stream, reached=False, late=False)
+            if self._keeper.watches_statistics and not self._found and not self._many:
+                self._look_at_statistics(reading)
         norm = self._whole_norm(stream)
         if stream not in self._blocker.blocked and not self._settings.observe:
             optimizer = self.learner.optimizers[stream]
             self._clipper.clip(optimizer, self._loss_scale() if unscales_itself(optimizer) else None, norm)
 
-    def close_batch(self) -> None:
+    def _look_at_statistics(self, reading: Reading) -> None:
+        scope = self._scopes[0]
+        fault = self._keeper.strange_statistics(scope.before(), self._healthy_steps)
+        # What batch after batch brings is how the data are from now on.
+        if fault is not None and self._bad_in_a_row < self._policy.patience:
+            self._blocker.block(reading.stream)
+            self._found.append(_Found(fault, reading, scope, reached=False))
+
+    def close_batch(self) -> bool:
         """Decide, act and record; else certify and take snapshots.
+
+        Returns:
+            Whether nothing was found.
 
         Raises:
             TrainingDivergedError: When the run cannot be helped.
@@ -310,7 +331,7 @@ class Guard:
         if not self._updated:
             if self._host.micro_batches() == 1:
                 self._open, self._losses = False, []  # a batch without an update, and none to come of it
-            return
+            return True
         self._drop_flags()
         if self._settings.deferred or self._many:
             self._clocks.append((self._step, self._host.clock()))
@@ -328,6 +349,7 @@ class Guard:
             self._readings = []
             self._measured.clear()
             self._blocker.blocked.clear()
+        return not found
 
     def report(self, fault: Fault) -> None:
         """Take a fault that was found outside a step, such as in validation.
@@ -644,6 +666,10 @@ class Guard:
             if not trial:
                 self._accept(reading)
             return
+        if fault.doubtful and (late or self._many or not self._host.batch_strange()):
+            if not trial:
+                self._accept(reading)
+            return
         if fault.place == "gradient" and not reading.finite and not late:
             place, _ = first(self._ranks, self._bad_gradient(reading.stream))
             fault = replace(fault, place=place or fault.place)
@@ -711,7 +737,8 @@ class Guard:
         if plan:
             self._policy_state = state
             self._act(found, evidence, plan)
-            if fault.kind == "gradient_spike" and self._bad_in_a_row >= self._policy.patience:
+            lasts = self._bad_in_a_row >= self._policy.patience and not evidence.batch_strange
+            if fault.kind == "gradient_spike" and lasts:
                 self._trends[reading.stream].accept(reading)
                 for detector in self._detectors[reading.stream]:
                     detector.accept(reading)  # a rise that lasts is no spike
@@ -848,6 +875,7 @@ class Guard:
             rate.set_multiplier(rate.multiplier, min_lr=min_lr, max_lr=rate.effective()[0] * factor)
         else:
             rate.set_multiplier(min(1.0, rate.multiplier * factor), min_lr=min_lr, max_lr=rate.max_lr)
+        self._reviews.begin(self._healthy_steps)
 
     def clip(self, value: float, algorithm: Literal["norm", "value"]) -> None:
         """Clip from now on; ``inf`` ends it."""
@@ -863,12 +891,15 @@ class Guard:
         for optimizer in self.learner.optimizers:
             optimizer.state.clear()
 
-    def rehearse(self, factor: float, updates: int) -> list[float] | None:
+    def rehearse(self, factor: float, updates: int) -> float | None:
         """Try a rate out from the state just gone back to."""
         if self._restored is None:
             return None
         self._blocker.blocked.clear()  # the faulty update is over, and rehearsed ones must be made
-        return self._rehearsal.losses(self._restored, factor, updates)
+        return self._rehearsal.loss_after(self._restored, factor, updates)
+
+    def _own_scale(self) -> float:
+        return max((trend.scale() for trend in self._trends.values()), default=0.0)
 
     def _clear_gradients(self) -> None:
         for optimizer in self.learner.optimizers:
@@ -909,7 +940,8 @@ class Guard:
             return
         trend = self._trends[self._readings[0].stream]
         pending.level = trend.level()
-        self.ring.certify(margin=0.1 * trend.scale(), kept=self._keeper.kept(pending))
+        early = self._healthy_steps < _EARLY
+        self.ring.certify(0.1 * trend.scale(), self._keeper.kept(pending), keep_oldest=early)
         if trend.learning():
             self._policy_state = self._policy.prove(pending.rate, self._policy_state)
 
@@ -928,10 +960,31 @@ class Guard:
                 learning=all(trend.learning() for trend in self._trends.values()),
             )
             for step in plan:
-                if isinstance(step, Scale):
+                if isinstance(step, Scale) and reduce.rehearse and self._rehearsal.harmful(step.factor):
+                    self._policy_state = replace(self._policy_state, proven_rate=0.0)
+                elif isinstance(step, Scale):
                     self._raise_rate(ratio * step.factor, step, reduce.min_lr)
                     self._record(_HEALTHY, "", ("give back",), before)
+                    self._reviews.begin(self._healthy_steps)
+            self._review(reduce)
         self._end_clipping(clip)
+
+    def _review(self, reduce: ReduceLR) -> None:
+        # The cut was chosen on next to no evidence; now there is more.
+        if not (reduce.rehearse and self._reviews.due(self._healthy_steps)):
+            return
+        before, ratio = self.rate.effective(), self.rate.ratio()
+        factor = self._rehearsal.review(may_rise=ratio <= 0.5 and 4 * before[0] < self._policy_state.bad_rate)
+        if factor > 1:
+            self._raise_rate(ratio * factor, Scale(factor), reduce.min_lr)
+        elif factor < 1:
+            self.scale(factor, reduce.min_lr)
+            failed = min(self._policy_state.bad_rate, before[0])
+            self._policy_state = replace(self._policy_state, bad_rate=failed)
+        if factor != 1:
+            self._reviews.begin(self._healthy_steps)
+            self._policy_state = replace(self._policy_state, given_back_at=self._healthy_steps)
+            self._record(_HEALTHY if factor > 1 else _STALLED, "", ("give back" if factor > 1 else "scale",), before)
 
     def _raise_rate(self, ratio: float, step: Scale, min_lr: float) -> None:
         multiplier, limit = self.rate.multiplier, self.rate.max_lr
@@ -984,6 +1037,7 @@ class Guard:
             "clipping_since": self._clipping_since,
             "clipper": self._clipper.state_dict(),
             "rate": self.rate.state_dict(),
+            "reviews": self._reviews.state_dict(),
             "initial_norms": dict(self._investigator.initial_norms),
             "policy": self._policy_state.to_dict(),
             "streams": {
@@ -1006,6 +1060,7 @@ class Guard:
         self._clipping_since = int(state["clipping_since"])
         self._clipper.load_state_dict(state["clipper"])
         self.rate.load_state_dict(state["rate"])
+        self._reviews.load_state_dict(state["reviews"])
         self._investigator.initial_norms = dict(state["initial_norms"])
         self._policy_state = PolicyState.from_dict(state["policy"])
         for stream, saved in state["streams"].items():

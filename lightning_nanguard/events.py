@@ -53,6 +53,7 @@ class Fault:
         place: Where: ``"loss"``, ``"gradient of encoder.0.weight"``, ``"buffer bn.running_mean"``.
         value: The number that gave it away, ``None`` where there is none.
         message: One sentence for the user.
+        doubtful: Whether it is a fault only if the batch itself is out of the ordinary.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class Fault:
     place: str
     value: float | None = None
     message: str = ""
+    doubtful: bool = False
 
 
 @dataclass(frozen=True, slots=True)

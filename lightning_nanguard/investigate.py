@@ -8,6 +8,7 @@ from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
+from torch.optim import LBFGS
 
 from lightning_nanguard.distributed import Alone, Ranks, first
 from lightning_nanguard.events import Fault, Reading
@@ -26,6 +27,9 @@ class Witness(Protocol):
 
     def batch_finite(self) -> bool | None:
         """Whether the batch at hand is finite; ``None`` where it holds no floating numbers or is not at hand."""
+
+    def batch_strange(self) -> bool | None:
+        """Whether the batch at hand reaches far beyond those before it; ``None`` where that cannot be told."""
 
     def comparable(self) -> bool:
         """Whether a batch can be run again at all."""
@@ -121,14 +125,18 @@ class Investigator:
         rate = effective[0] if effective else None
         since = target.step if target is not None else 0
         comparison = None
+        strange = self._batch_strange() if at_hand and batch_finite is not False else None
         # Where the answer is plain already, or would say nothing, the batch is not run again.
-        if self._compare_allowed and target is not None and bad is None and batch_finite is not False:
+        plain = bad is not None or batch_finite is False or (strange is True and fault.scope == "batch")
+        if self._compare_allowed and target is not None and not plain:
             target = self._ranks.whole(target)
             comparison = self._compare(fault, reading, target)
+        # Nothing about the weights is asked for a batch that is plainly at fault.
+        blameless = fault.scope == "batch" and (batch_finite is False or strange is True)
         jump = None
-        if bad is None and target is not None:
+        if bad is None and target is not None and not blameless:
             jump, _ = first(self._ranks, self._jump(self._ranks.whole(target)))
-        growth = max(self._ranks.gather(self._growth()))
+        growth = 1.0 if blameless else max(self._ranks.gather(self._growth()))
         lower_is_better = None
         if self._compare_allowed and target is not None and fault.kind == "stuck_loss" and growth > _GROWN:
             lower_is_better = self._rehearsal.lower_rate_is_better(self._ranks.whole(target), trend.scale())
@@ -140,8 +148,10 @@ class Investigator:
             undo=known.undo,
             corrupt=bad,
             jump=jump,
+            batch_strange=strange,
             batch_finite=batch_finite,
             comparable=self._witness.comparable(),
+            clippable=not isinstance(self._learner.optimizers[reading.stream], LBFGS),
             comparison=comparison,
             first=trend.first if trend.first is not None else 0.0,
             scale=trend.scale(),
@@ -173,6 +183,10 @@ class Investigator:
     def _compare(self, fault: Fault, reading: Reading, target: Snapshot) -> Comparison | None:
         if fault.kind == "stuck_loss" or reading.loss is None:
             return None
+        if fault.kind == "unsteady_loss":
+            # A ruined model may be sure of single batches: several say more.
+            losses = self._rehearsal.compare(target)
+            return None if losses is None else Comparison(*losses)
         # Measured anew, not taken from the reading: that may be of another micro-batch, or of older weights.
         now = self._witness.probe()
         if now is None:
@@ -189,6 +203,10 @@ class Investigator:
         finally:
             restore(self._learner, mine, keep=_is_weight)
         return None if then is None else Comparison(now, then)
+
+    def _batch_strange(self) -> bool | None:
+        answers = self._ranks.gather(self._witness.batch_strange())
+        return True if True in answers else (None if None in answers else False)
 
     def _batch_finite(self) -> tuple[bool | None, tuple[int, ...]]:
         answers = self._ranks.gather(self._witness.batch_finite())

@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import stat
+import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,9 @@ from lightning_nanguard.detectors import require
 from lightning_nanguard.events import SCHEMA_VERSION, Advice, Finding, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
+
+# Seconds within which no two records wait for the disk.
+_SYNC_EVERY = 1.0
 
 _Record = TypeVar("_Record", Intervention, Advice)
 
@@ -57,7 +61,10 @@ class Sink(ABC):
 
 @final
 class JsonLines(Sink):
-    """Appends one JSON object a line to a file; a record is on the disk when :meth:`write` returns.
+    """Appends one JSON object a line to a file.
+
+    A record outlives the death of the process as soon as :meth:`write` returns. It also waits for the disk, but in a
+    burst of records for no more than one a second; the rest follow with the next one and with :meth:`close`.
 
     The folder is made with the first record, so a healthy run leaves nothing behind. While the file cannot be written,
     the newest ``max_kept`` records wait in memory and are tried again with every next record and with :meth:`close`.
@@ -81,6 +88,9 @@ class JsonLines(Sink):
         self._waiting: deque[bytes] = deque(maxlen=max_kept)
         self._dropped = 0
         self._warned = False
+        self._synced = -math.inf
+        self._unsynced = False
+        self._synced = -math.inf
 
     def write(self, intervention: Intervention | Advice) -> None:
         """Append the record, or keep it for the next try."""
@@ -101,7 +111,7 @@ class JsonLines(Sink):
 
     def close(self) -> None:
         """Try once more to write what waits, and say so if it is lost."""
-        error = self._flush()
+        error = self._flush(last=True)
         if error is not None:
             _logger.warning(
                 "NaNGuard: %d of its records could not be written to %s: %s.",
@@ -110,16 +120,22 @@ class JsonLines(Sink):
                 error,
             )
 
-    def _flush(self) -> OSError | None:
-        if not self._waiting:
+    def _flush(self, *, last: bool = False) -> OSError | None:
+        if not self._waiting and not (last and self._unsynced):
             return None
+        now = time.monotonic()
+        lasting = last or now >= self._synced + _SYNC_EVERY
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: a buffer left over from a full disk would be written again on closing the file.
             with open(self.path, "a+b", buffering=0) as file:
                 while self._waiting:
-                    _append(file, self._waiting[0])
+                    _append(file, self._waiting[0], lasting=lasting)
                     self._waiting.popleft()
+                if last and self._unsynced:
+                    _sync(file)
+            self._unsynced = not lasting
+            self._synced = now if lasting else self._synced
         except OSError as error:
             return error
         if self._dropped:
@@ -128,8 +144,8 @@ class JsonLines(Sink):
         return None
 
 
-def _append(file: FileIO, line: bytes) -> None:
-    """Add a line and wait until it is on the disk; a failed try leaves the file as it was."""
+def _append(file: FileIO, line: bytes, *, lasting: bool) -> None:
+    """Add a line and, if ``lasting``, wait until it is on the disk; a failed try leaves the file as it was."""
     status = os.fstat(file.fileno())
     torn = False
     if status.st_size:
@@ -140,13 +156,18 @@ def _append(file: FileIO, line: bytes) -> None:
     try:
         while rest:
             rest = rest[file.write(rest) :]
-        if stat.S_ISREG(status.st_mode):
-            os.fsync(file.fileno())
+        if lasting:
+            _sync(file)
     except BaseException:
         # Half of a record, or one that may not last, would show twice after the next try.
         with contextlib.suppress(OSError):
             file.truncate(status.st_size)
         raise
+
+
+def _sync(file: FileIO) -> None:
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        os.fsync(file.fileno())
 
 
 def _jsonable(value: object) -> Any:

@@ -17,14 +17,15 @@ from lightning_nanguard.events import Fault
 from lightning_nanguard.glance import Glance
 from lightning_nanguard.investigate import Investigator
 from lightning_nanguard.learner import Learner, Path
+from lightning_nanguard.measure import size
 from lightning_nanguard.place import Courier, Room
 from lightning_nanguard.ring import Interval, Ring
 from lightning_nanguard.snapshot import Snapshot, capture, jumped
 
 _logger = logging.getLogger("lightning_nanguard")
 
-# Healthy updates after which running statistics no longer come from their initial values, and growth from snapshot
-# to snapshot beyond which they cannot be right.
+# Healthy updates after which statistics and moments no longer come from their initial values, and growth from snapshot
+# to snapshot beyond which they, and weights, cannot be right.
 _SETTLED = 100
 _FAR = 1e4
 _FAR_EARLY = 1e12
@@ -91,6 +92,7 @@ class Keeper:
         self._last = 0
         self._wanted = False
         self._jumps: set[str] = set()
+        self.watches_statistics = False
 
     def count_from(self, step: int) -> None:
         """The next snapshot is due an interval after update ``step``."""
@@ -165,7 +167,7 @@ class Keeper:
         if device is None or self._device is not None or self._ranks.world > 1:
             return
         # One more is pending, and the one the fit began with is there already, without its moments.
-        needed = sum(leaf.nbytes for leaf in leaves.values() if isinstance(leaf, Tensor)) * (self._ring.capacity + 1)
+        needed = sum(size(leaf) for leaf in leaves.values() if isinstance(leaf, Tensor)) * (self._ring.capacity + 1)
         there = sum(snapshot.nbytes() for snapshot in self._ring.certified)
         if not Room.of(device).fits(needed - there):
             self._device = torch.device("cpu")
@@ -284,14 +286,32 @@ class Keeper:
             return Fault("corrupted_state", "state", bad, None, message)
         if not self._ring.certified:
             return None
-        # A batch far out of range may pass through batch norm unseen, and leave its statistics useless.
+        # Layers that normalise hide what is far out of range from the loss: statistics, weights and moments alike.
         times = _far(healthy_steps)
-        names = self._learner.statistics(pending.leaves)
+        own = [path for path in pending.leaves if path[0] in ("parameter", "optimizer")]
+        names = {*self._learner.statistics(pending.leaves), *own}
         far = jumped(pending.leaves, self._ring.certified[0].leaves, names, times)
         if far is None or far in self._jumps:
             return None
         self._jumps.add(far)  # once: what comes back after a restore is how it is
+        # Where it came of a batch, the next one that brings it can be skipped.
+        self.watches_statistics = True
         return Fault("implausible_state", "state", far, None, f"{far} is over {times:g} times what it was")
+
+    def strange_statistics(self, before: Mapping[str, Tensor], healthy_steps: int) -> Fault | None:
+        """What the batch at hand has just done to running statistics, ``None`` if it may be.
+
+        Args:
+            before: Buffers as they were before the batch, by name.
+            healthy_steps: Updates accepted so far.
+        """
+        then = {("buffer", name): tensor for name, tensor in before.items()}
+        now = dict(self._learner.weights())
+        far = jumped(now, then, self._learner.statistics(now), _far(healthy_steps))
+        if far is None:
+            return None
+        message = f"this batch made {far} over {_FAR:g} times as large"
+        return Fault("implausible_statistics", "batch", far, None, message)
 
 
 def _far(healthy_steps: int) -> float:

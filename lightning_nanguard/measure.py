@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, methodcaller
 from typing import Any, final
@@ -166,17 +166,32 @@ def batch_finite(batch: Any) -> bool | None:
     return True if seen else None
 
 
-def floating_tensors(batch: Any) -> Iterable[Tensor]:
+def size(tensor: Tensor) -> int:
+    """Bytes of the numbers a tensor stores."""
+    return size(tensor.coalesce().values()) if tensor.is_sparse else tensor.numel() * tensor.element_size()
+
+
+def largest_magnitudes(batch: Any) -> list[float]:
+    """Largest absolute value of every floating tensor in a nested batch. Reads from the device."""
+    tensors = [dense_values(tensor) for tensor in floating_tensors(batch) if tensor.numel() > 0]
+    return [float(tensor.abs().max()) for tensor in tensors]
+
+
+def floating_tensors(batch: Any) -> Iterator[Tensor]:
     """Every floating tensor in nested mappings and sequences."""
+    return (tensor for tensor in nested_tensors(batch) if tensor.is_floating_point() or tensor.is_complex())
+
+
+def nested_tensors(batch: Any) -> Iterator[Tensor]:
+    """Every tensor in nested mappings and sequences."""
     if isinstance(batch, Tensor):
-        if batch.is_floating_point() or batch.is_complex():
-            yield batch
+        yield batch
     elif isinstance(batch, Mapping):
         for item in batch.values():
-            yield from floating_tensors(item)
+            yield from nested_tensors(item)
     elif isinstance(batch, (list, tuple)):
         for item in batch:
-            yield from floating_tensors(item)
+            yield from nested_tensors(item)
 
 
 @final

@@ -15,7 +15,7 @@ from torch.optim import Adam, Optimizer
 
 from lightning_nanguard._compat.loading import readable_loader
 from lightning_nanguard._compat.offline import at_first_batch, from_config, one_batch
-from lightning_nanguard._compat.probe import forward_backward, loss_with_graph, update
+from lightning_nanguard._compat.probe import clip_as_configured, forward_backward, loss_with_graph
 from lightning_nanguard._compat.untraced import untraced
 from lightning_nanguard.bundle import Bundle, put_into, state_of
 from lightning_nanguard.diagnosis.batch import fields_of, look_at
@@ -162,7 +162,8 @@ def _train(trainer: Any, optimizer: Optimizer, batch: Any) -> list[float]:
         losses.append(loss)
         if loss < 0.01 * losses[0]:
             break
-        update(trainer, optimizer, lambda: None)
+        clip_as_configured(trainer, optimizer)
+        optimizer.step()
     return losses
 
 

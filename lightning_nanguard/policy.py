@@ -49,8 +49,10 @@ class Evidence:
         bad_in_a_row: Faulty updates in a row, this one included.
         corrupt: Name of the first tensor of the learner that is not finite and was at the start; ``None`` if all are.
         jump: Name of a weight that is finite but far larger than any was in the snapshot; ``None`` if none is.
+        batch_strange: Whether the batch reaches far beyond those before it; ``None`` where that cannot be told.
         batch_finite: Whether every floating number in the batch is finite; ``None`` where it was not looked at.
         comparable: Whether a batch could be run again at all (automatic optimization).
+        clippable: Whether clipping leaves the optimizer sound; it spoils the curvature that LBFGS estimates.
         comparison: Loss of the batch under the weights of now and of the snapshot; ``None`` where it cannot be had.
         first: The untrained model's loss.
         scale: The loss's own scale.
@@ -76,8 +78,10 @@ class Evidence:
     bad_in_a_row: int = 1
     corrupt: str | None = None
     jump: str | None = None
+    batch_strange: bool | None = None
     batch_finite: bool | None = None
     comparable: bool = True
+    clippable: bool = True
     comparison: Comparison | None = None
     first: float = 0.0
     scale: float = 1.0
@@ -207,7 +211,9 @@ class Policy:
 
     def _blame(self, fault: Fault, evidence: Evidence) -> Scope | None:
         if fault.scope == "state":
-            return "state"
+            return "learner" if evidence.rate_rose and fault.kind == "implausible_state" else "state"
+        if fault.kind == "implausible_statistics":
+            return "batch"
         if evidence.corrupt is not None:
             return "learner" if evidence.climbing or evidence.rate_rose else "state"
         if evidence.jump is not None and fault.scope == "batch":
@@ -215,6 +221,8 @@ class Policy:
         if fault.scope == "learner":
             return self._confirm(fault, evidence)
         if evidence.batch_finite is False:
+            return "batch"
+        if evidence.batch_strange:
             return "batch"
         comparison = evidence.comparison
         if comparison is not None and comparison.worse(0.5 * evidence.scale, sane=self._sane(evidence)):
@@ -230,12 +238,18 @@ class Policy:
         return "batch"
 
     def _confirm(self, fault: Fault, evidence: Evidence) -> Scope | None:
+        if not evidence.comparable and fault.kind in ("stuck_loss", "collapsed"):
+            # Several losses that work against each other rise and fall by design.
+            far = fault.value is not None and fault.value > evidence.first + 2 * abs(evidence.first)
+            return "learner" if far and evidence.growth > _RUINED_BLINDLY else None
         if fault.kind == "stuck_loss":
             # A hard task looks the same in the loss: only the weights tell a ruined learner from it.
-            return "learner" if evidence.comparable and self._ruined(fault, evidence) else None
+            return "learner" if self._ruined(fault, evidence) else None
         comparison = evidence.comparison
-        if comparison is None and fault.kind == "collapsed" and not evidence.comparable:
-            return None  # several losses that work against each other rise and fall by design
+        if fault.kind == "unsteady_loss":
+            # Data that swing do so under good weights too.
+            ruined = comparison is not None and comparison.then < evidence.first < comparison.now
+            return "learner" if ruined else None
         if comparison is None or fault.kind == "loss_scale_collapse":
             return "learner"
         if comparison.worse(0.1 * evidence.scale, sane=self._sane(evidence)):
@@ -273,6 +287,9 @@ class Policy:
         attempt, state = self._escalate(evidence, state) if scope == "learner" else (0, state)
         steps: list[PlanStep] = []
         corrected = False
+        # A loss that explodes may do so by its rate or by rare large gradients: rehearsed under clipping, the rate is
+        # cut no further than it must be.
+        both = attempt > 0 or evidence.healthy_steps < 20 or fault.kind == "exploding_loss"
         for remedy in self.remedies:
             proposal = remedy.propose(fault, evidence, attempt)
             if proposal is None:
@@ -288,7 +305,7 @@ class Policy:
                 # Nothing was learned yet: any later snapshot may be as ruined as the present state.
                 depth = evidence.snapshots if fault.kind == "stuck_loss" else depth
                 steps.append(Restore(_by_level(depth, evidence)))
-            elif scope == "learner" and (not corrected or attempt > 0 or evidence.healthy_steps < 20):
+            elif scope == "learner" and (not corrected or both):
                 corrected = True
                 if isinstance(proposal, Scale):
                     if attempt == 0 and self._peak_is_over(evidence, state):
@@ -383,6 +400,10 @@ class Policy:
         if rate is None or rate <= state.proven_rate or rate >= state.bad_rate:
             return state
         return replace(state, proven_rate=rate)
+
+
+# Growth of the weights at which a run is lost, where no batch can be run again to prove it; sound ones reach 12.
+_RUINED_BLINDLY = 25.0
 
 
 def _by_level(depth: int, evidence: Evidence) -> int:

@@ -1,8 +1,11 @@
-"""Trying a learning rate out: a few updates on the batch at hand, from some state, that are undone again."""
+"""Trying a learning rate out: a few updates on the newest batches, from some state, that are undone again."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from statistics import fmean
 from typing import Protocol, final
 
 import torch
@@ -16,14 +19,55 @@ from lightning_nanguard.snapshot import Snapshot, capture, restore
 class Stage(Protocol):
     """What a rehearsal asks of the loop around."""
 
-    def train_once(self) -> float | None:
-        """One plain update on the batch at hand, outside the run's count; its loss before the update.
+    def rehearsal_batches(self) -> int:
+        """How many batches are at hand to rehearse on; 0 where that cannot be done."""
 
-        ``None`` where that cannot be done.
-        """
+    def rehearsing(self) -> AbstractContextManager[None]:
+        """Inside, batches run outside the run's count; at its end all they touched but the learner is put back."""
 
-    def probe(self) -> float | None:
-        """Loss of the batch at hand under the weights of now, leaving no trace; ``None`` where it cannot be had."""
+    def train_on(self, index: int) -> float | None:
+        """One plain update on a batch; its loss before the update. ``None`` where that fails."""
+
+    def loss_on(self, index: int) -> float | None:
+        """Loss of a batch under the weights of now; ``None`` where it cannot be had."""
+
+
+# A rehearsal is over once a loss has risen by this many times the loss it began at, or the loss's own scale.
+_GONE = 2.0
+# Times the gain of the present rate that a larger one must bring to be taken.
+_CLEARLY_MORE = 2.0
+
+
+@final
+class Reviews:
+    """When a rate that was cut is looked at again: soon after the cut, then ever more rarely."""
+
+    _first = 50
+
+    def __init__(self) -> None:
+        self._next: int | None = None
+        self._wait = self._first
+
+    def begin(self, healthy_steps: int) -> None:
+        """The rate was changed after this many healthy updates."""
+        self._wait = self._first
+        self._next = healthy_steps + self._wait
+
+    def due(self, healthy_steps: int) -> bool:
+        """Whether it is time; says so once, and waits four times as long for the next."""
+        if self._next is None or healthy_steps < self._next:
+            return False
+        self._wait *= 4
+        self._next = healthy_steps + self._wait
+        return True
+
+    def state_dict(self) -> dict[str, int | None]:
+        """Plain containers."""
+        return {"next": self._next, "wait": self._wait}
+
+    def load_state_dict(self, state: Mapping[str, int | None]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._next, self._wait = state["next"], state["wait"] or self._first
 
 
 @final
@@ -34,68 +78,154 @@ class Rehearsal:
         learner: What is trained.
         rate: The learning rate's multiplier.
         stage: The loop around.
-        ranks: All processes; each rehearses on its own batch, and all go on from the mean.
+        scale: Gives the loss's own scale.
+        ranks: All processes; each rehearses on its own batches, and all go on from the mean.
     """
 
-    _updates = 20
+    _updates = 16
     _lower = (1 / 16, 1 / 256)
 
-    def __init__(self, learner: Learner, rate: LearningRate, stage: Stage, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        learner: Learner,
+        rate: LearningRate,
+        stage: Stage,
+        scale: Callable[[], float],
+        ranks: Ranks | None = None,
+    ) -> None:
         self._ranks: Ranks = Alone() if ranks is None else ranks
         self._learner = learner
         self._rate = rate
         self._stage = stage
+        self._scale = scale
 
-    def losses(self, base: Snapshot, factor: float, updates: int) -> list[float] | None:
-        """Loss of the batch before each update from ``base`` with the rate times ``factor``, and after the last.
+    def loss_after(self, base: Snapshot, factor: float, updates: int, *, unseen: bool = False) -> float | None:
+        """Mean loss of the batches at hand after ``updates`` from ``base`` with the rate times ``factor``.
 
-        It ends early where the loss leaves. The learner is left at ``base``; ``None`` where it cannot be done.
+        The updates take the batches in turn. It is infinite where the loss leaves on the way; the learner is left at
+        ``base``. ``None`` where it cannot be done.
+
+        Args:
+            base: Where to begin.
+            factor: What the rate is multiplied by.
+            updates: How many.
+            unseen: Train on every other batch, and take the loss of the others: what is learned by heart does not
+                count.
         """
+        batches = range(self._stage.rehearsal_batches())
+        if not batches:
+            return None
+        trained, measured = (batches[::2], batches[1::2]) if unseen and len(batches) > 1 else (batches, batches)
         rate = self._rate
         multiplier, min_lr, max_lr = rate.multiplier, rate.min_lr, rate.max_lr
         restore(self._learner, base)
         rate.set_multiplier(rate.ratio() * factor)
-        losses: list[float] = []
         try:
-            for _ in range(updates):
-                loss = self._stage.train_once()
-                if loss is None:
-                    return None
-                losses.append(loss)
-                if not math.isfinite(loss) or loss > losses[0] + 10 * max(abs(losses[0]), 1e-12):
-                    return losses
-            last = self._stage.probe()
-            return None if last is None else [*losses, last]
+            with self._stage.rehearsing():
+                return self._play(trained, measured, self._horizon(updates))
         finally:
             rate.set_multiplier(multiplier, min_lr=min_lr, max_lr=max_lr)
             restore(self._learner, base)
             for optimizer in self._learner.optimizers:
                 optimizer.zero_grad(set_to_none=True)
 
+    def _horizon(self, updates: int) -> int:
+        group = self._learner.optimizers[0].param_groups[0]
+        # Momentum shows what it does to a rate only once it has built up; LBFGS makes several updates in one step.
+        inertia = 2.0 if group.get("momentum") else 1.5 if "betas" in group else 1.0
+        return math.ceil(updates * inertia / int(group.get("max_iter", 1)))
+
+    def _play(self, trained: Sequence[int], measured: Sequence[int], updates: int) -> float | None:
+        first: float | None = None
+        scale = self._scale()
+        for update in range(updates):
+            loss = self._stage.train_on(trained[update % len(trained)])
+            if loss is None:
+                return None
+            first = loss if first is None else first
+            if not math.isfinite(loss) or loss > first + _GONE * max(abs(first), scale):
+                return math.inf
+        losses = [self._stage.loss_on(index) for index in measured]
+        mean = fmean(loss for loss in losses if loss is not None) if None not in losses else None
+        return mean if mean is None or math.isfinite(mean) else math.inf
+
+    def review(self, *, may_rise: bool) -> float:
+        """The factor at which the present rate would serve the present state better: 2, 1 or a quarter.
+
+        Short trials favour small rates. So a larger one is taken where four times the present one brings clearly more
+        all the same, and a smaller one only where the present one makes it clearly worse.
+
+        Args:
+            may_rise: Whether a larger rate may be tried.
+        """
+        with self._present() as present:
+            if present is None:
+                return 1.0
+
+            def loss(factor: float, updates: int = self._updates // 2) -> float | None:
+                return self.loss_after(present, factor, updates, unseen=True)
+
+            before, same = loss(1.0, 0), loss(1.0)
+            if before is None or same is None:
+                return 1.0
+            if may_rise:
+                larger = loss(4.0)
+                if larger is not None and before - larger > _CLEARLY_MORE * max(before - same, 0.0):
+                    return 2.0
+            margin = 0.1 * self._scale()
+            if same <= before + margin:
+                return 1.0
+            smaller = loss(0.25)
+            return 0.25 if smaller is not None and smaller < same - margin else 1.0
+
+    def harmful(self, factor: float) -> bool:
+        """Whether from the present state the rate times ``factor`` makes the loss clearly worse."""
+        with self._present() as present:
+            if present is None:
+                return False
+            before = self.loss_after(present, 1.0, 0)
+            after = self.loss_after(present, factor, self._updates)
+        return before is not None and after is not None and after > before + 0.1 * self._scale()
+
+    @contextmanager
+    def _present(self) -> Iterator[Snapshot | None]:
+        gradients = [(p, p.grad) for p in self._learner.module.parameters()]
+        present: Snapshot | None = None
+        with suppress(torch.cuda.OutOfMemoryError):
+            present = capture(self._learner, step=0, global_step=0)
+        if not all(self._ranks.gather(present is not None)) or present is None:
+            yield None
+            return
+        try:
+            yield present
+        finally:
+            restore(self._learner, present)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+
+    def compare(self, target: Snapshot) -> tuple[float, float] | None:
+        """Mean loss of the batches at hand under the state of now and under ``target``; ``None`` without them."""
+        with self._present() as present:
+            if present is None:
+                return None
+            now, then = (self.loss_after(base, 1.0, 0) for base in (present, target))
+        return None if now is None or then is None else (now, then)
+
     def lower_rate_is_better(self, start: Snapshot, scale: float) -> bool | None:
-        """Whether a lower rate learns this batch from ``start``, and the present one from the present state does not.
+        """Whether a lower rate learns from ``start``, and the present one from the present state does not.
 
         Args:
             start: A certified snapshot from before the trouble.
             scale: The loss's own scale: a fifth of it is a clear difference.
         """
-        gradients = [(p, p.grad) for p in self._learner.module.parameters()]
-        try:
-            present = capture(self._learner, step=0, global_step=0)
-        except torch.cuda.OutOfMemoryError:
-            present = None
-        if not all(self._ranks.gather(present is not None)) or present is None:
-            return None
-        try:
-            here = self.losses(present, 1.0, self._updates)
-            there = [self.losses(start, factor, self._updates) for factor in self._lower]
-        finally:
-            restore(self._learner, present)
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-        ends = [losses[-1] for losses in there if losses is not None and math.isfinite(losses[-1])]
-        if here is None or not ends:
+        with self._present() as present:
+            if present is None:
+                return None
+            begin = self.loss_after(present, 1.0, 0)
+            end = self.loss_after(present, 1.0, self._updates)
+            there = [self.loss_after(start, factor, self._updates) for factor in self._lower]
+        ends = [loss for loss in there if loss is not None and math.isfinite(loss)]
+        if begin is None or end is None or not ends:
             return None
         # It ends clearly lower, and where the present state stands the present rate brings next to nothing.
-        end = here[-1] if math.isfinite(here[-1]) else math.inf
-        return min(ends) < end - 0.2 * scale and here[0] - end < (here[0] - min(ends)) / 3
+        return min(ends) < end - 0.2 * scale and begin - end < (begin - min(ends)) / 3

@@ -47,9 +47,10 @@ class Patient(Protocol):
     def drop_moments(self) -> None:
         """Empty the optimizers' state."""
 
-    def rehearse(self, factor: float, updates: int) -> list[float] | None:
-        """Loss of the batch at hand before each of ``updates`` updates on it, and after the last, with the learning
-        rate multiplied by ``factor``; leaves the learner as it was. ``None`` where that cannot be done.
+    def rehearse(self, factor: float, updates: int) -> float | None:
+        """Mean loss of the newest batches after ``updates`` on them with the learning rate multiplied by ``factor``.
+
+        Infinite where the loss left on the way; the learner is left as it was. ``None`` where that cannot be done.
         """
 
 
@@ -140,6 +141,8 @@ class ReduceLR(Remedy):
     word = "scale"
     step = Scale
     _largest_cut = 0.1
+    _largest_blind_cut = 1 / 1024
+    _grown = 25.0
 
     def __init__(
         self, factor: float = 0.5, min_lr: float = 0.0, recover_after: int = 1000, rehearse: bool = True
@@ -157,30 +160,41 @@ class ReduceLR(Remedy):
         if evidence.lr is not None and evidence.lr <= self.min_lr:
             return None
         smallest = min(self.factor, self._largest_cut)
-        return Scale(max(self.factor**2 ** min(attempt, 10), smallest), self.min_lr)
+        factor = max(self.factor**2 ** min(attempt, 10), smallest)
+        if not evidence.comparable and evidence.growth > self._grown:
+            # Nothing can be rehearsed: how far the weights went is the only measure of the rate.
+            factor = min(factor, max(0.5 / evidence.growth, self._largest_blind_cut))
+        return Scale(factor, self.min_lr)
 
     def apply(self, step: PlanStep, patient: Patient) -> None:
         """Change the multiplier."""
         assert isinstance(step, Scale)
         found = rehearsed_cut(patient.rehearse, step.factor) if self.rehearse and step.factor < 1 else None
-        patient.scale(step.factor if found is None else max(found, step.least), step.min_lr, limit=step.limit)
+        # A rate proven long ago may be too high by now: a rehearsal that says so by far is believed.
+        factor = step.factor if found is None else max(found, min(step.least, 4 * found))
+        patient.scale(factor, step.min_lr, limit=step.limit)
 
 
-# Share of the best gain that is enough.
-_ENOUGH = 1 / 4
+# How much of the best gain may be missing, of a gain that is counted up to so many times the loss it ends at: where the
+# loss began far off, every rate gains nearly all.
+_MISSING = 0.5
+_COUNTED = 30.0
+# The rate taken lies between these shares of the best.
+_LEAST_OF_BEST = 1 / 16
+_MOST_OF_BEST = 1 / 2
 
 
 def rehearsed_cut(
-    rehearse: Callable[[float, int], list[float] | None], largest: float, *, tries: int = 9, updates: int = 20
+    rehearse: Callable[[float, int], float | None], largest: float, *, tries: int = 10, updates: int = 8
 ) -> float | None:
-    """The cut at which a batch's loss really falls.
+    """The cut at which the loss of the newest batches really falls.
 
     From ``largest`` down by a factor of four each, until a rate brings clearly less than a larger one did. Rates at the
-    edge of stability look best for a few updates and fail later: the one below the best is taken where it brings at
-    least a quarter as much, else half of the best.
+    edge of stability look best for a few updates and fail later: taken is the lowest in a row below the best that
+    brings at least half as much, at most half of the best and at least a sixteenth.
 
     Args:
-        rehearse: Gives the losses of some updates at a cut.
+        rehearse: Gives the mean loss after some updates at a cut.
         largest: The first cut tried.
         tries: How many are tried at most.
         updates: Updates of each try.
@@ -188,25 +202,23 @@ def rehearsed_cut(
     Returns:
         The cut, ``None`` where no rate helped or a rehearsal could not be had.
     """
-    best_gain, best, below = 0.0, None, None
+    before = rehearse(largest, 0)
+    if before is None or not math.isfinite(before):
+        return None
+    best, lowest, best_after = None, largest, before
     for power in range(tries):
         cut = largest * 0.25**power
-        losses = rehearse(cut, updates)
-        if losses is None:
+        after = rehearse(cut, updates)
+        if after is None:
             return None
-        gain = losses[0] - losses[-1]
-        steady = math.isfinite(gain) and max(losses) <= losses[0] + 0.5 * max(abs(losses[0]), 1e-12)
-        if not steady:
-            continue
-        if gain > best_gain:
-            best_gain, best, below = gain, cut, None
-        elif gain >= _ENOUGH * best_gain > 0:
-            below = cut if below is None else below
+        counted = min(before - best_after, _COUNTED * max(abs(best_after), 1e-12))
+        if after < best_after:
+            best, lowest, best_after = cut, cut, after
         elif best is not None:
-            break
-    if best is None:
-        return None
-    return 0.5 * best if below is None else below
+            if after > best_after + _MISSING * counted:
+                break
+            lowest = cut
+    return None if best is None else min(_MOST_OF_BEST * best, max(lowest, _LEAST_OF_BEST * best))
 
 
 @final
@@ -214,8 +226,8 @@ class ClipGradients(Remedy):
     """Turn gradient clipping on when gradients are what explodes.
 
     Args:
-        clip_val: Largest norm (or absolute value), or ``"auto"``: twice the median of the healthy norms seen
-            (1.0 where none were seen).
+        clip_val: Largest norm (or absolute value), or ``"auto"``: twice the usual one of the healthy norms seen, their
+            lower quartile (1.0 where none were seen).
         algorithm: ``"norm"`` or ``"value"``.
         recover_after: Healthy updates after which clipping ends.
 
@@ -225,7 +237,9 @@ class ClipGradients(Remedy):
 
     word = "clip"
     step = Clip
-    _kinds = frozenset({"gradient_spike", "gradient_overflow", "non_finite_gradient", "non_finite_loss"})
+    _kinds = frozenset(
+        {"gradient_spike", "gradient_overflow", "non_finite_gradient", "non_finite_loss", "exploding_loss"}
+    )
 
     def __init__(
         self,
@@ -252,7 +266,7 @@ class ClipGradients(Remedy):
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
         """Clipping, where the fault is in the gradient and a value is known."""
         # Where the scheduled rate has just risen, the rate is the first to suspect.
-        if fault.kind not in self._kinds or (evidence.rate_rose and attempt == 0):
+        if fault.kind not in self._kinds or not evidence.clippable or (evidence.rate_rose and attempt == 0):
             return None
         if isinstance(self.clip_val, str):
             if evidence.usual_norm is not None and evidence.usual_norm > 0:

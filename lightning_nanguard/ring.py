@@ -60,12 +60,13 @@ class Ring:
         self.pending.healthy += 1
         return self.pending.healthy >= self.certify_after
 
-    def certify(self, margin: float = 0.0, kept: Snapshot | None = None) -> None:
+    def certify(self, margin: float = 0.0, kept: Snapshot | None = None, *, keep_oldest: bool = False) -> None:
         """The pending snapshot is good.
 
         Args:
             kept: The form in which it is kept, if another.
             margin: How much lower a newer snapshot's loss level must be before the oldest is worth less.
+            keep_oldest: Keep the oldest all the same: what came since may be ruined without a sign in the loss.
         """
         assert self.pending is not None
         self.certified.insert(0, self.pending if kept is None else kept)
@@ -73,7 +74,7 @@ class Ring:
             self._recycle(self.pending)
         self.pending = None
         if len(self.certified) > self.capacity:
-            self._recycle(self.certified.pop(self._least_worth(margin)))
+            self._recycle(self.certified.pop(self._least_worth(margin, keep_oldest)))
 
     def discard_newer(self, depth: int) -> Snapshot:
         """Drop the ``depth`` newest and return the one that is then newest."""
@@ -82,13 +83,13 @@ class Ring:
             self._recycle(self.certified.pop(0))
         return self.certified[0]
 
-    def _least_worth(self, margin: float) -> int:
+    def _least_worth(self, margin: float, keep_oldest: bool) -> int:
         last = len(self.certified) - 1
         levels = [math.inf if snapshot.level is None else snapshot.level for snapshot in self.certified]
         # Worth keeping beside the newest: the newest whose level is about the best, and, until something newer is
         # clearly better, the oldest.
         good = next((i for i, level in enumerate(levels) if level <= min(levels) + margin), 0)
-        unbeaten = levels[last] < min(levels[:last]) + margin
+        unbeaten = keep_oldest or levels[last] < min(levels[:last]) + margin
         kept = {0, good, last} if unbeaten else {0, good}
         return next((index for index in range(last, 0, -1) if index not in kept), last)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nanguard.learner import CLOCK_KEYS, Learner, Path, Scaler, describe
-from lightning_nanguard.measure import local, norms, suspects
+from lightning_nanguard.measure import local, norms, size, suspects
 
 
 def _clone(value: Any, device: torch.device | None) -> Any:
@@ -121,7 +121,8 @@ class Snapshot:
 
     def nbytes(self) -> int:
         """Bytes of tensor memory it holds."""
-        return sum(leaf.nbytes for leaf in self.leaves.values() if isinstance(leaf, (Tensor, Share)))
+        shares = sum(leaf.nbytes for leaf in self.leaves.values() if isinstance(leaf, Share))
+        return shares + sum(size(leaf) for leaf in self.leaves.values() if isinstance(leaf, Tensor))
 
 
 def allowances(leaves: Iterable[tuple[Path, Any]]) -> dict[Path, Tensor]:
@@ -136,7 +137,7 @@ def allowances(leaves: Iterable[tuple[Path, Any]]) -> dict[Path, Tensor]:
 def jumped(now: Mapping[Path, Any], then: Mapping[Path, Any], names: Collection[Path], factor: float) -> str | None:
     """Name of the first tensor among ``names`` whose largest element has grown ``factor`` times, above 1."""
     pairs = [(path, now[path], then[path]) for path in now if path in names and path in then]
-    pairs = [(path, one, other) for path, one, other in pairs if 0 < one.numel() == other.numel()]
+    pairs = [(path, one, other) for path, one, other in pairs if _comparable(one, other)]
     if not pairs:
         return None
     largest, was = (
@@ -145,6 +146,11 @@ def jumped(now: Mapping[Path, Any], then: Mapping[Path, Any], names: Collection[
     far = (path for (path, _, _), one, other in zip(pairs, largest, was, strict=True) if one > factor * max(other, 1.0))
     found = next(far, None)
     return None if found is None else describe(found)
+
+
+def _comparable(one: Any, other: Any) -> bool:
+    tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return tensors and one.is_floating_point() and 0 < one.numel() == other.numel()
 
 
 def corrupt(

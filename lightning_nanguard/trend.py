@@ -62,9 +62,14 @@ class Trend:
         return self.first is not None and self._highest > self.first + self.scale()
 
     def usual_norm(self) -> float | None:
-        """Median of the healthy gradient norms; ``None`` when fewer than four were seen."""
-        norms = self._norms.values()
-        return median(norms) if len(norms) >= 4 else None
+        """Lower quartile of the healthy gradient norms, of a few the least; ``None`` when fewer than four were seen.
+
+        A run on its way out raises the median long before a norm counts as a fault.
+        """
+        norms = sorted(norm for norm in self._norms.values() if norm > 0)
+        if len(norms) < 4:
+            return None
+        return norms[0] if len(norms) < 20 else norms[len(norms) // 4]
 
     def climbing(self) -> bool:
         """Whether losses or norms had left their usual range just before now, upwards."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -101,7 +102,19 @@ class Loop:
         with torch.no_grad():
             return float(self.loss())
 
-    def train_once(self) -> float | None:
+    def batch_strange(self) -> bool | None:
+        return None
+
+    def rehearsal_batches(self) -> int:
+        return 1
+
+    def rehearsing(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def loss_on(self, index: int) -> float | None:
+        return self.probe()
+
+    def train_on(self, index: int) -> float | None:
         self.optimizer.zero_grad()
         loss = self.loss()
         loss.backward()

@@ -141,16 +141,24 @@ class TestJsonLines:
         sink.write(SKIP)
         assert steps(sink.path) == [412]
 
-    def test_record_is_on_the_disk_when_write_returns(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The file is synchronised once per record, after its last byte."""
+    def test_a_record_waits_for_the_disk_once_a_second(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A record is in the file when write returns; a burst is synchronised once a second, and at the end."""
         path = tmp_path / "records.jsonl"
         sizes: list[int] = []
+        now = 100.0
         monkeypatch.setattr("os.fsync", lambda _: sizes.append(path.stat().st_size))
+        monkeypatch.setattr("time.monotonic", lambda: now)
         sink = JsonLines(path)
-        sink.write(SKIP)
-        sink.write(ROLLBACK)
-        first, second = path.read_bytes().splitlines(keepends=True)
-        assert sizes == [len(first), len(first) + len(second)]
+        sink.write(step(1))
+        one = path.stat().st_size
+        sink.write(step(2))
+        assert steps(path) == [1, 2]
+        now += 1.0
+        sink.write(step(3))
+        sink.write(step(4))
+        sink.close()
+        sink.close()
+        assert sizes == [one, 3 * one, 4 * one]
 
     def test_appends_after_a_torn_line(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """What a killed run left is kept as it is, and costs no record of the next run."""
@@ -224,6 +232,7 @@ class TestJsonLines:
 
         with monkeypatch.context() as patch:
             patch.setattr("os.fsync", fail)
+            patch.setattr("time.monotonic", lambda: math.inf)
             if isinstance(error, OSError):
                 sink.write(step(2))
             else:

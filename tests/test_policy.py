@@ -42,15 +42,17 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("a corrupt weight after a rise of the rate", EXPLODING, {"corrupt": "parameter w", "rate_rose": True},
      (Restore(0), Scale(0.5, limit=True))),
     ("corrupted state", CORRUPTED, {}, (Restore(0),)),
-    ("a divergence", EXPLODING, {"comparison": Comparison(1e6, 0.5)}, (Restore(0), Scale(0.5))),
+    ("a divergence", EXPLODING, {"comparison": Comparison(1e6, 0.5)}, (Restore(0), Clip(2.0), Scale(0.5))),
     ("a suspicion that is none: the data changed", EXPLODING, {"comparison": Comparison(9.0, 9.1)}, ()),
+    ("a batch that reaches far beyond those before", BATCH, {"batch_strange": True, "bad_in_a_row": 8}, (Skip(),)),
     ("a hard task", STUCK, {"growth": 1.5}, ()),
     ("a ruined one goes back to the start", STUCK, {"growth": 50.0, "levels": (2.3, 2.3, 2.3)},
      (Restore(2), Scale(0.5))),
     ("never good: stop", BATCH, {"healthy_steps": 0, "bad_in_a_row": 8}, (Stop("…"),)),
     ("not good yet: wait", BATCH, {"healthy_steps": 0, "bad_in_a_row": 3, "snapshots": 0}, (Skip(),)),
     ("a bad update that reached the weights", BATCH, {"undo": True}, (Restore(0),)),
-    ("deeper where an older snapshot was better", EXPLODING, {"levels": (5.0, 4.0, 0.5)}, (Restore(2), Scale(0.5))),
+    ("deeper where an older snapshot was better", EXPLODING, {"levels": (5.0, 4.0, 0.5)},
+     (Restore(2), Clip(2.0), Scale(0.5))),
 ]  # fmt: skip
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from lightning_nanguard.rehearsal import Rehearsal
+from lightning_nanguard.rehearsal import Rehearsal, Reviews
 from lightning_nanguard.snapshot import capture
 from tests.helpers import copied, same_bits
 from tests.test_engine import Loop
@@ -23,7 +24,7 @@ def test_a_trial_leaves_no_trace() -> None:
     """Weights, moments, rates, gradients and random numbers are bit by bit as before, whatever it found."""
     loop = Loop(lr=1e-3)
     loop.run(10)
-    rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop)
+    rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
     start = capture(loop.guard.learner, step=0, global_step=0)
     loop.run(5)
     before = copied(state(loop))
@@ -37,22 +38,46 @@ def test_a_lower_rate_is_found_better() -> None:
     for lr in (30.0, 0.1):
         loop = Loop(lr=lr)
         loop.batch = torch.randn(8, 3)
-        rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop)
+        rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
         start = capture(loop.guard.learner, step=0, global_step=0)
-        loop.train_once()
+        loop.train_on(0)
         answers.append(rehearsal.lower_rate_is_better(start, scale=1.0))
     assert answers == [True, False]
 
 
-def test_losses_are_those_of_the_rate() -> None:
-    """The losses rehearsed are those that training at that rate has, and the learner is left where it began."""
+def test_the_loss_is_that_of_training_at_the_rate() -> None:
+    """What is rehearsed is what training at that rate brings, and the learner is left where it began."""
     loop = Loop(lr=0.1)
     loop.batch = torch.randn(8, 3)
-    rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop)
+    rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
     base = capture(loop.guard.learner, step=0, global_step=0)
-    rehearsed = rehearsal.losses(base, 0.5, 5)
-    assert rehearsed is not None
+    before = copied(state(loop))
+    rehearsed = rehearsal.loss_after(base, 0.5, 5)
+    assert same_bits(state(loop), before)
     loop.optimizer.param_groups[0]["lr"] = 0.05
-    trained = [loop.train_once() for _ in range(5)]
-    assert rehearsed[:5] == trained
-    assert rehearsed[5] == loop.probe()
+    for _ in range(10):  # under momentum twice as many
+        loop.train_on(0)
+    assert rehearsed == loop.probe()
+
+
+@pytest.mark.parametrize(
+    ("lr", "may_rise", "factor"), [(0.001, True, 2.0), (0.001, False, 1.0), (0.1, True, 1.0), (1.5, True, 0.25)]
+)
+def test_a_review_moves_the_rate_to_where_it_learns(lr: float, may_rise: bool, factor: float) -> None:
+    """A rate that hardly moves the loss rises, one that brings nothing falls, and no trace is left of the trials."""
+    loop = Loop(lr=lr)
+    loop.batch = torch.randn(8, 3, generator=torch.Generator().manual_seed(3))
+    rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
+    before = copied(state(loop))
+    assert rehearsal.review(may_rise=may_rise) == factor
+    assert same_bits(state(loop), before)
+
+
+def test_reviews_come_at_growing_intervals() -> None:
+    """50 healthy updates after a cut, then after 200, 800 and so on; a resumed run keeps the dates."""
+    reviews = Reviews()
+    assert not reviews.due(1000)
+    reviews.begin(1000)
+    resumed = Reviews()
+    resumed.load_state_dict(reviews.state_dict())
+    assert [step for step in range(1000, 2100) if resumed.due(step)] == [1050, 1250, 2050]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pytest
@@ -29,6 +29,7 @@ from lightning_nanguard.remedies import executors, rehearsed_cut
 
 GRADIENT = Fault("gradient_spike", "batch", "gradient", 1e6)
 LOSS = Fault("exploding_loss", "learner", "loss", 1e6)
+COLLAPSED = Fault("collapsed", "learner", "loss", 2.3)
 EVIDENCE = Evidence(step=100, usual_norm=2.0, lr=0.1)
 
 
@@ -37,7 +38,7 @@ class Patient:
     """Writes down what is done to it."""
 
     done: list[tuple[object, ...]] = field(default_factory=list)
-    losses: Callable[[float], list[float] | None] = lambda factor: None
+    loss: Callable[[float, int], float | None] = lambda factor, updates: None
 
     def skip(self) -> None:
         self.done.append(("skip",))
@@ -54,8 +55,8 @@ class Patient:
     def drop_moments(self) -> None:
         self.done.append(("drop moments",))
 
-    def rehearse(self, factor: float, updates: int) -> list[float] | None:
-        return self.losses(factor)
+    def rehearse(self, factor: float, updates: int) -> float | None:
+        return self.loss(factor, updates)
 
 
 ROWS: list[tuple[Remedy, Fault, int, PlanStep | None, tuple[object, ...] | None]] = [
@@ -71,7 +72,8 @@ ROWS: list[tuple[Remedy, Fault, int, PlanStep | None, tuple[object, ...] | None]
     (ClipGradients(), GRADIENT, 0, Clip(4.0), ("clip", 4.0, "norm")),
     (ClipGradients(3), GRADIENT, 0, Clip(3.0), ("clip", 3.0, "norm")),
     (ClipGradients(3.0, "value"), GRADIENT, 0, Clip(3.0, "value"), ("clip", 3.0, "value")),
-    (ClipGradients(), LOSS, 0, None, None),
+    (ClipGradients(), LOSS, 0, Clip(4.0), ("clip", 4.0, "norm")),
+    (ClipGradients(), COLLAPSED, 0, None, None),
     (ResetMoments(), LOSS, 0, None, None),
     (ResetMoments(), LOSS, 1, DropMoments(), ("drop moments",)),
     (StopTraining(), LOSS, 0, Stop("the remedies listed ask to stop when skipping is not enough"), None),
@@ -98,28 +100,48 @@ def test_auto_clipping_has_a_value_before_any_norm_was_usual() -> None:
 def test_the_cut_goes_where_a_rehearsal_shows_the_loss_falls() -> None:
     """Rates that ruin are passed over, and so are those that fall much slower than the best."""
 
-    def losses(factor: float) -> list[float]:
+    def loss(factor: float, updates: int) -> float:
         rate = 1000.0 * factor
-        if rate > 2:
-            return [2.3, 1e9]
-        return [2.3, 2.3 - min(2.0, rate)]
+        if updates == 0:
+            return 2.3
+        return math.inf if rate > 2 else 2.3 - min(2.0, rate)
 
-    patient = Patient(losses=losses)
+    patient = Patient(loss=loss)
     ReduceLR().apply(Scale(0.5), patient)
     ((_, factor, _),) = patient.done
     assert isinstance(factor, float)
-    assert 0.4 <= 1000 * factor <= 2
+    assert 0.4 <= 1000 * factor <= 1
 
 
-@pytest.mark.parametrize("losses", [None, [2.3, 2.4], [2.3, math.nan], [0.0, 0.0]])
-def test_a_rehearsal_that_says_nothing_changes_nothing(losses: list[float] | None) -> None:
+def test_where_the_loss_began_far_off_a_rate_must_come_as_near_as_the_best() -> None:
+    """A rate that takes the loss from 1,000 to 20 is not enough where another takes it to 0.5."""
+    ends = {0.5: math.inf, 0.125: 0.5, 0.03125: 0.6, 0.0078125: 20.0}
+    cut = rehearsed_cut(lambda factor, updates: 1000.0 if updates == 0 else ends.get(factor, 500.0), 0.5)
+    assert cut == 0.03125
+
+
+@pytest.mark.parametrize("after", [None, 2.4, math.inf, 2.3])
+def test_a_rehearsal_that_says_nothing_changes_nothing(after: float | None) -> None:
     """Where no rate helps, or none can be tried, the proposed cut stays."""
-    assert rehearsed_cut(lambda factor, updates: losses, 0.5) is None
+    assert rehearsed_cut(lambda factor, updates: after if updates else 2.3, 0.5) is None
+    assert rehearsed_cut(lambda factor, updates: None, 0.5) is None
+
+
+def test_without_rehearsals_the_cut_follows_the_growth_of_the_weights() -> None:
+    """Under manual optimization weights that grew 200 times say how far the rate is off."""
+    blind = replace(EVIDENCE, comparable=False, growth=200.0)
+    assert ReduceLR().propose(LOSS, blind, 0) == Scale(1 / 400)
+    assert ReduceLR().propose(LOSS, replace(blind, growth=5.0), 0) == Scale(0.5)
+
+
+def test_an_optimizer_that_estimates_curvature_is_not_clipped() -> None:
+    """Clipped gradients would spoil what LBFGS makes of their differences."""
+    assert ClipGradients().propose(GRADIENT, replace(EVIDENCE, clippable=False), 0) is None
 
 
 def test_rehearsing_can_be_turned_off() -> None:
     """With rehearse=False no update is tried."""
-    patient = Patient(losses=lambda factor: [2.3, 0.1])
+    patient = Patient(loss=lambda factor, updates: 0.1)
     ReduceLR(rehearse=False).apply(Scale(0.5), patient)
     assert patient.done == [("scale", 0.5, 0.0)]
 

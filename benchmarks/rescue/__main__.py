@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import report
+from .ablation import ABLATIONS, EVERYONE
 from .cases import FAILING, HEALTHY
 from .contenders import CONTENDERS
 from .measuring import Job, Result, jobs, measure, prepare
@@ -45,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     draws = arguments.draws or (len(chosen) if arguments.fast else 300)
     first = FIRST_SEED[arguments.seeds] + 1000 * arguments.seed
-    todo = jobs(chosen, healthy, draws, first, _contenders(arguments.contenders, console))
+    contenders = ["nanguard", *ABLATIONS] if arguments.ablation else _contenders(arguments.contenders, console)
+    todo = jobs(chosen, healthy, draws, first, contenders)
     started = time.perf_counter()
     results: list[Result] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -86,9 +88,9 @@ def _measured(todo: list[Job], workers: int) -> Iterator[Result]:
 
 def _contenders(names: str, console: Console) -> list[str]:
     wanted = [n for n in names.split(",") if n] or list(CONTENDERS)
-    unknown = set(wanted) - set(CONTENDERS)
+    unknown = set(wanted) - set(EVERYONE)
     if unknown:
-        sys.exit(f"no contender is named {', '.join(sorted(unknown))}; there are {', '.join(CONTENDERS)}")
+        sys.exit(f"no contender is named {', '.join(sorted(unknown))}; there are {', '.join(EVERYONE)}")
     if "nanguard" in wanted and not _has_guard():
         console.print("NaNGuard cannot be imported yet: measuring the others", style="yellow")
         wanted.remove("nanguard")
@@ -112,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cases", default="", metavar="REGEX", help="only forms whose name matches")
     parser.add_argument("--only", choices=("failing", "healthy"), help="leave the other kind out")
     parser.add_argument("--contenders", default="", metavar="A,B", help=f"of {', '.join(CONTENDERS)}")
+    parser.add_argument("--ablation", action="store_true", help="the guard without one rule at a time instead")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/rescue.json"), metavar="JSON")
     parser.add_argument("--jsonl", type=Path, help="every verdict in full, a case a line")

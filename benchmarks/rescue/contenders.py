@@ -232,10 +232,14 @@ class Guard(Contender):
     def attempt(self, case: Case) -> Attempt:
         from lightning_nanguard import NaNGuard
 
-        guard = NaNGuard()
-        run = train(case, [guard])
-        records = list(guard.interventions)
-        return Attempt(run, [_plain(r) for r in records], sum(_lost(r) for r in records))
+        return attempt_with(NaNGuard(), case)
+
+
+def attempt_with(guard: Any, case: Case) -> Attempt:
+    """What a guard, however configured, makes of a case."""
+    run = train(case, [guard])
+    records = list(guard.interventions)
+    return Attempt(run, [_plain(r) for r in records], sum(_lost(r) for r in records))
 
 
 def _plain(record: Any) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from .ablation import EVERYONE
 from .cases import FAILING, HEALTHY, Case, Form
-from .contenders import CONTENDERS, Attempt
+from .contenders import Attempt
 from .running import Trained, train
 
 REGAINED = 0.9
@@ -163,7 +164,7 @@ def _failing(form: Form, job: Job) -> Result:
             break
         if not fails:
             guard = verdict.rescued and "nanguard" in job.contenders and not survivors
-            kept = judge(case, CONTENDERS["nanguard"].attempt(case), "nanguard", twin) if guard else None
+            kept = judge(case, EVERYONE["nanguard"].attempt(case), "nanguard", twin) if guard else None
             survivors.append((case.name, kept))
     result = _result(case, twin, fails, survivors)
     for name in job.contenders:
@@ -172,7 +173,7 @@ def _failing(form: Form, job: Job) -> Result:
             continue
         if not fails:
             continue
-        attempt = CONTENDERS[name].attempt(case)
+        attempt = EVERYONE[name].attempt(case)
         result.verdicts[name] = judge(case, attempt, name, twin)
     guarded = result.verdicts.get("nanguard")
     if guarded is not None and result.harms_data and guarded.regained < REGAINED_DATA:
@@ -188,7 +189,7 @@ def _healthy(case: Case, job: Job) -> Result:
     bare = train(case)
     result = _result(case, bare, False, [])
     for name in job.contenders:
-        attempt = Attempt(bare) if name == "bare" else CONTENDERS[name].attempt(case)
+        attempt = Attempt(bare) if name == "bare" else EVERYONE[name].attempt(case)
         verdict = judge(case, attempt, name, bare)
         verdict.rescued = attempt.run.digest == bare.digest
         result.verdicts[name] = verdict

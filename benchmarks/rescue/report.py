@@ -15,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from .contenders import CONTENDERS
+from .ablation import EVERYONE
 from .measuring import REGAINED_DATA, Result, Verdict
 
 Summary = dict[str, dict[str, Any]]
@@ -69,7 +69,7 @@ def _median(values: Sequence[float]) -> float | None:
 def summarise(results: Sequence[Result]) -> Summary:
     """All figures of each contender."""
     summary: Summary = {}
-    for name in (n for n in CONTENDERS if any(n in r.verdicts for r in results)):
+    for name in (n for n in EVERYONE if any(n in r.verdicts for r in results)):
         bad, good = _of(failing(results), name), _of(healthy(results), name)
         saved = [v for v in bad if v.rescued]
         learned = [v for v in saved if v.error is None]
@@ -77,7 +77,7 @@ def summarise(results: Sequence[Result]) -> Summary:
         data = _of((r for r in failing(results) if r.harms_data), name)
         survivors = [v for r in results for _, v in r.survivors if v is not None] if name == "nanguard" else []
         summary[name] = {
-            "title": CONTENDERS[name].title,
+            "title": EVERYONE[name].title,
             "failing": len(bad),
             "rescued": len(saved),
             "share": round(len(saved) / len(bad), 4) if bad else None,

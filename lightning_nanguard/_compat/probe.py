@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -84,15 +84,14 @@ def forward_backward(trainer: Any, optimizer: Optimizer, batch: Any, batch_idx: 
     return value
 
 
-def update(trainer: Any, optimizer: Optimizer, clip: Callable[[], None]) -> None:
-    """One step on the gradients there are; the trainer's clipping applies, and before it ``clip``."""
+def clip_as_configured(trainer: Any, optimizer: Optimizer) -> None:
+    """The trainer's own clipping, applied to the gradients there are."""
+    if not trainer.gradient_clip_val:
+        return
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    clip()
-    if trainer.gradient_clip_val:
-        clip_by_value = str(trainer.gradient_clip_algorithm or "norm") in ("value", "GradClipAlgorithmType.VALUE")
-        own = torch.nn.utils.clip_grad_value_ if clip_by_value else torch.nn.utils.clip_grad_norm_
-        own(parameters, trainer.gradient_clip_val)
-    optimizer.step()
+    clip_by_value = str(trainer.gradient_clip_algorithm or "norm") in ("value", "GradClipAlgorithmType.VALUE")
+    own = torch.nn.utils.clip_grad_value_ if clip_by_value else torch.nn.utils.clip_grad_norm_
+    own(parameters, trainer.gradient_clip_val)
 
 
 @contextmanager
