@@ -51,7 +51,7 @@ from lightning_nanguard.journal import Adviser, Console, Journal, JsonLines, Mem
 from lightning_nanguard.last_good import LastGood
 from lightning_nanguard.learner import Learner
 from lightning_nanguard.learning_rate import LearningRate
-from lightning_nanguard.measure import batch_finite
+from lightning_nanguard.measure import batch_finite, gradients, suspects
 from lightning_nanguard.metrics import NonFiniteRate
 from lightning_nanguard.policy import Budget, Evidence, Policy
 from lightning_nanguard.preflight import LOW, Preflight
@@ -709,6 +709,19 @@ class _Run:
         if value is not None:
             self._average_gradients(optimizer)
         return value
+
+    def gradient_finite(self) -> bool | None:
+        optimizers = self.guard.learner.optimizers
+        if not self.comparable() or self.batch is None or len(optimizers) != 1 or self._ranks.sharded:
+            return None
+        optimizer = optimizers[0]
+        with self.rehearsing():
+            loss = self._gradients(optimizer, self.batch, self.batch_idx)
+        found = gradients(p for group in optimizer.param_groups for p in group["params"])
+        finite = None if loss is None else math.isfinite(loss) and not suspects(found)
+        optimizer.zero_grad(set_to_none=True)
+        answers = self._ranks.gather(finite)
+        return None if None in answers else all(answers)
 
     def loss_on(self, index: int) -> float | None:
         batch, batch_idx = self._at_hand()[index]

@@ -34,6 +34,12 @@ class Witness(Protocol):
     def comparable(self) -> bool:
         """Whether a batch can be run again at all."""
 
+    def gradient_finite(self) -> bool | None:
+        """Whether the batch at hand has a finite gradient under the weights of now; ``None`` where it cannot be had.
+
+        Gradients are gone afterwards.
+        """
+
     def probe(self) -> float | None:
         """Loss of the batch at hand under the weights of now, leaving no trace; ``None`` where it cannot be had."""
 
@@ -200,9 +206,11 @@ class Investigator:
         restore(self._learner, target, keep=_is_weight)
         try:
             then = self._witness.probe()
+            differentiated = fault.kind == "non_finite_gradient" and then is not None
+            then_finite = self._witness.gradient_finite() if differentiated else None
         finally:
             restore(self._learner, mine, keep=_is_weight)
-        return None if then is None else Comparison(now, then)
+        return None if then is None else Comparison(now, then, then_finite)
 
     def _batch_strange(self) -> bool | None:
         answers = self._ranks.gather(self._witness.batch_strange())

@@ -21,10 +21,17 @@ from lightning_nanguard.events import Fault, Plan, PlanStep, Restore, Scale, Sco
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The loss of one batch under the weights of now and under the last good ones, with the same random numbers."""
+    """One batch under the weights of now and under the last good ones, with the same random numbers.
+
+    Attributes:
+        now: Loss under the weights of now.
+        then: Loss under the last good ones.
+        then_finite: Whether the gradient is finite under the last good ones; ``None`` where that was not asked.
+    """
 
     now: float
     then: float
+    then_finite: bool | None = None
 
     def worse(self, least: float, *, sane: float = math.inf) -> bool:
         """Whether today's weights are clearly worse on this batch.
@@ -227,6 +234,8 @@ class Policy:
         comparison = evidence.comparison
         if comparison is not None and comparison.worse(0.5 * evidence.scale, sane=self._sane(evidence)):
             return "learner" if self._learner_did_it(evidence) else "state"
+        if comparison is not None and comparison.then_finite is False:
+            return "batch"  # and going back would bring it back: a loss that cannot be differentiated there
         if evidence.healthy_steps == 0 or evidence.healthy_since_restore == 0:
             return "batch"  # the state is as good as any that is known
         if fault.kind == "gradient_spike" and evidence.comparable:
@@ -303,8 +312,8 @@ class Policy:
                 recent = sum(1 for step, _ in state.restores if step > evidence.step - self.calm)
                 depth = proposal.depth if scope == "learner" else proposal.depth + min(recent // 2, 8)
                 # Nothing was learned yet: any later snapshot may be as ruined as the present state.
-                depth = evidence.snapshots if fault.kind == "stuck_loss" else depth
-                steps.append(Restore(_by_level(depth, evidence)))
+                stuck = fault.kind == "stuck_loss"
+                steps.append(Restore(_by_level(evidence.snapshots if stuck else depth, evidence, keeps=not stuck)))
             elif scope == "learner" and (not corrected or both):
                 corrected = True
                 if isinstance(proposal, Scale):
@@ -406,18 +415,26 @@ class Policy:
 _RUINED_BLINDLY = 25.0
 
 
-def _by_level(depth: int, evidence: Evidence) -> int:
-    """At least ``depth``, and deeper while an older snapshot was at a clearly better loss."""
-    last = max(0, evidence.snapshots - 1)
-    depth = min(depth, last)
+def _by_level(depth: int, evidence: Evidence, *, keeps: bool) -> int:
+    """At least ``depth``, and deeper while an older snapshot was at a clearly better loss.
+
+    Args:
+        depth: Where to begin.
+        evidence: Levels and scale of the loss.
+        keeps: Stop short of a snapshot that would lose half of what was learned.
+    """
+    depth = min(depth, max(0, evidence.snapshots - 1))
     levels = evidence.levels
     known = [level for level in levels if level is not None]
     if not known:
         return depth
-    limit = min(known) + 0.1 * evidence.scale
+    best = min(known)
+    most = 0.5 * (best + evidence.first) if keeps and best < evidence.first else math.inf
+    while depth > 0 and (level := levels[depth]) is not None and level > most:
+        depth -= 1
     for index in range(depth, len(levels)):
         level = levels[index]
-        if level is None or level <= limit:
+        if level is None or level <= best + 0.1 * evidence.scale:
             return index
     return depth
 

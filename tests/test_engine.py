@@ -105,6 +105,9 @@ class Loop:
     def batch_strange(self) -> bool | None:
         return None
 
+    def gradient_finite(self) -> bool | None:
+        return None
+
     def rehearsal_batches(self) -> int:
         return 1
 

@@ -63,7 +63,10 @@ ABLATIONS: dict[str, Contender] = {
         Without("plausibility", replaced=[("keeper.jumped", _nothing)]),
         Without("start kept", replaced=[("engine._EARLY", 0)]),
         Without("growth", replaced=[("investigate.Investigator._growth", lambda self: 1.0)]),
-        Without("depth by level", replaced=[("policy._by_level", lambda depth, evidence: depth)]),
+        Without(
+            "depth by level",
+            replaced=[("policy._by_level", lambda depth, evidence, keeps: min(depth, max(0, evidence.snapshots - 1)))],
+        ),
     )
 }
 """By name: the guard as it is, but for one rule."""
