@@ -159,3 +159,27 @@ def test_the_command_writes_its_results(tmp_path, capsys):
     assert written["contenders"]["skip"]["healthy_identical"] == 1
     assert output.with_suffix(".png").stat().st_size > 1000
     assert "Failing runs" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_guard_saves_what_it_saved(tmp_path):
+    """On every sixth form the guard saves nearly all runs and touches no healthy one."""
+    output = tmp_path / "rescue.json"
+    arguments = ["--fast", "--seeds", "tune", "--jobs", "1", "--contenders", "nanguard", "--output", str(output)]
+    assert command.main(arguments) == 0
+    guard = json.loads(output.read_text())["contenders"]["nanguard"]
+    assert guard["failing"] >= 35
+    assert guard["share"] >= 0.94
+    assert guard["healthy"] >= 14
+    assert guard["healthy_identical"] == guard["healthy"]
+    assert guard["healthy_touched"] == 0
+
+
+def test_an_ablation_says_what_a_rule_earns(tmp_path, capsys):
+    """Without a look at plausibility an input that batch norm swallows ruins the run."""
+    arguments = ["--cases", "^input_1e15:cnn/adam$", "--draws", "1", "--jobs", "1", "--only", "failing", "--ablation"]
+    assert command.main([*arguments, "--output", str(tmp_path / "ablation.json")]) == 0
+    written = json.loads((tmp_path / "ablation.json").read_text())["contenders"]
+    assert written["nanguard"]["rescued"] == 1
+    assert written["no plausibility"]["rescued"] == 0
+    assert "What each rule earns" in capsys.readouterr().out

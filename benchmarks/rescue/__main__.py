@@ -65,7 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     results.sort(key=lambda r: order[r.case.rpartition("#")[0], int(r.case.rpartition("#")[2])])
     summary = report.summarise(results)
     about = report.about(arguments.seeds, first, time.perf_counter() - started)
-    report.show(console, results, summary, about)
+    if arguments.ablation:
+        report.show_ablation(console, results, summary)
+    else:
+        report.show(console, results, summary, about)
     if arguments.show_failures:
         report.show_failures(console, results)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -112,6 +112,27 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
+def show_ablation(console: Console, results: Sequence[Result], summary: Summary) -> None:
+    """Print what is lost without each rule, in runs of each kind."""
+    whole = summary["nanguard"]
+    table = Table(title="What each rule earns", title_justify="left", box=SIMPLE_HEAD)
+    columns = ("rescued", "difference", *groups(results), "healthy touched", "time, median*", "largest*")
+    table.add_column("guard")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in summary.values():
+        kinds = (row["groups"][group][0] - whole["groups"][group][0] for group in groups(results))
+        table.add_row(
+            row["title"], _share(row["rescued"], row["failing"]),
+            "" if row is whole else f"{row['rescued'] - whole['rescued']:+d}",
+            *("" if row is whole or not kind else f"{kind:+d}" for kind in kinds),
+            str(row["healthy_touched"]), _number(row["cpu_time_median_of_rescued"], ".2f"),
+            _number(row["cpu_time_max_of_rescued"], ".2f"),
+        )  # fmt: skip
+    console.print(table)
+    console.print("*: processor time of rescued runs over the twin's", style="dim")
+
+
 def show(console: Console, results: Sequence[Result], summary: Summary, facts: dict[str, Any]) -> None:
     """Print both tables and what was left out."""
     if failing(results):
