@@ -484,7 +484,7 @@ class DivergingLoss(Detector):
         """The suspicion was looked into and was none: stay quiet for a while."""
         self._quiet_until = reading.step + self._pause
         # A run that looks suspicious for good reasons must not be looked into for ever.
-        self._pause = min(2 * self._pause, self._longest_cooldown)
+        self._pause = min(4 * self._pause, self._longest_cooldown)
 
     def rewind(self, step: int) -> None:
         """Forget what was accepted after ``step``."""

@@ -48,6 +48,7 @@ class Witness(Protocol):
 _JUMP = 1e4
 # Below this growth of its matrices a loss that does not fall is a hard task, and nothing is tried out.
 _GROWN = 2.5
+_GROWN_AND_LEARNED = 6.0
 
 
 @final
@@ -144,7 +145,8 @@ class Investigator:
             jump, _ = first(self._ranks, self._jump(self._ranks.whole(target)))
         growth = 1.0 if blameless else max(self._ranks.gather(self._growth()))
         lower_is_better = None
-        if self._compare_allowed and target is not None and fault.kind == "stuck_loss" and growth > _GROWN:
+        stuck = self._compare_allowed and target is not None and fault.kind == "stuck_loss"
+        if stuck and target is not None and growth > self._least_growth(fault, trend):
             lower_is_better = self._rehearsal.lower_rate_is_better(self._ranks.whole(target), trend.scale())
         return Evidence(
             step=known.step,
@@ -211,6 +213,13 @@ class Investigator:
         finally:
             restore(self._learner, mine, keep=_is_weight)
         return None if then is None else Comparison(now, then, then_finite)
+
+    def _least_growth(self, fault: Fault, trend: Trend) -> float:
+        # One that has learned something may be slow: it takes more to try it.
+        learned = (
+            trend.first is not None and fault.value is not None and fault.value < trend.first - 0.3 * trend.scale()
+        )
+        return _GROWN_AND_LEARNED if learned else _GROWN
 
     def _batch_strange(self) -> bool | None:
         answers = self._ranks.gather(self._witness.batch_strange())

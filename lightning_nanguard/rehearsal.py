@@ -82,7 +82,7 @@ class Rehearsal:
         ranks: All processes; each rehearses on its own batches, and all go on from the mean.
     """
 
-    _updates = 16
+    _updates = 8
     _lower = (1 / 16, 1 / 256)
 
     def __init__(
@@ -162,7 +162,7 @@ class Rehearsal:
             if present is None:
                 return 1.0
 
-            def loss(factor: float, updates: int = self._updates // 2) -> float | None:
+            def loss(factor: float, updates: int = self._updates) -> float | None:
                 return self.loss_after(present, factor, updates, unseen=True)
 
             before, same = loss(1.0, 0), loss(1.0)
@@ -184,7 +184,7 @@ class Rehearsal:
             if present is None:
                 return False
             before = self.loss_after(present, 1.0, 0)
-            after = self.loss_after(present, factor, self._updates)
+            after = self.loss_after(present, factor, 2 * self._updates)
         return before is not None and after is not None and after > before + 0.1 * self._scale()
 
     @contextmanager
@@ -223,9 +223,13 @@ class Rehearsal:
                 return None
             begin = self.loss_after(present, 1.0, 0)
             end = self.loss_after(present, 1.0, self._updates)
-            there = [self.loss_after(start, factor, self._updates) for factor in self._lower]
-        ends = [loss for loss in there if loss is not None and math.isfinite(loss)]
-        if begin is None or end is None or not ends:
-            return None
-        # It ends clearly lower, and where the present state stands the present rate brings next to nothing.
-        return min(ends) < end - 0.2 * scale and begin - end < (begin - min(ends)) / 3
+            if begin is None or end is None or begin - end > 0.2 * scale:
+                return None if begin is None or end is None else False
+            for factor in self._lower:
+                lower = self.loss_after(start, factor, self._updates)
+                if lower is None:
+                    return None
+                # It ends clearly lower, and where the present state stands the present rate brings next to nothing.
+                if lower < end - 0.2 * scale and begin - end < (begin - lower) / 3:
+                    return True
+        return False
