@@ -488,7 +488,8 @@ class _Run:
         self.batch: Any = None
         # Read late, a fault is that of an earlier batch.
         late = settings.deferred or trainer.world_size > 1
-        self.tape = Tape(module.device, updates=8 if examine_after is not None else 4 if late else 1)
+        examined = examine_after is not None
+        self.tape = Tape(module.device, updates=8 if examined else 4 if late else 1, small=256 if examined else 0)
         self.recent = RecentBatches()
         self.examination_due = False
         self._unknown: set[int] = set()
@@ -822,7 +823,7 @@ class _Run:
         evidence = Evidence(
             step=self.guard.updates, first=course.first, scale=trend.scale(), lr=rates[0] if rates else None
         )
-        for finding in self._examination.findings(self.tape.newest(8), course, evidence, asked=asked):
+        for finding in self._examination.findings(self.tape.newest(256), course, evidence, asked=asked):
             if finding.confidence > LOW:
                 self.advise("asked" if asked else "loss does not move", finding)
 

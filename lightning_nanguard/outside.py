@@ -218,8 +218,14 @@ def replay_bundle(bundle: Bundle, module: Any) -> Replayed:
         put_into(module, bundle.state)  # a hook may have begun to train something
         for micro in bundle.batches:
             clues = look_at(micro.batch, module)
-            with untraced(trainer, module):
-                clues = replay(clues, micro.batch, module, partial(_step, trainer, micro), loss_scale=bundle.loss_scale)
+            clues = replay(
+                clues,
+                micro.batch,
+                module,
+                partial(_step, trainer, micro),
+                untraced=partial(untraced, trainer, module),
+                loss_scale=bundle.loss_scale,
+            )
             seen.losses += [] if clues.loss is None else [clues.loss]
             if seen.clues is None or clues.origin is not None or clues.gradient_finite is False:
                 seen.clues = clues

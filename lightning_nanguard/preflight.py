@@ -89,8 +89,7 @@ class Preflight:
             return Case(clues=clues)  # the first forward makes what is missing, which is for the run to do
         model = self._model(batch)
         if model is None or model.objective is None or not model.objective.outside:
-            with self._untraced():
-                clues = replay(clues, batch, self._module, partial(self._step, batch))
+            clues = replay(clues, batch, self._module, partial(self._step, batch), untraced=self._untraced)
         return Case(clues=clues, model=model)
 
     def _model(self, batch: Any) -> Model | None:

@@ -481,7 +481,7 @@ def test_replays_become_rare() -> None:
     for _ in range(20):
         doctor.diagnose(fault, Evidence(step=9), tape.of(1), "replay")
         seen.append(len(runs))
-    assert seen == [1, 2, 3, 4, 4, 4, 4, 5, 5, 5, 5, 5, 5, 5, 5, 6, 6, 6, 6, 6]
+    assert seen == [2, 4, 6, 8, 8, 8, 8, 10, 10, 10, 10, 10, 10, 10, 10, 12, 12, 12, 12, 12]
     tape.add(2, 1, torch.full((3, 2), NAN))
     assert doctor.diagnose(fault, Evidence(step=9), tape.of(2), "replay") is not None
 
@@ -499,6 +499,7 @@ FAR_OUT = Fault("implausible_state", "state", "buffer bn.running_var", None, "it
 MOVED = Change("parameter w", 0.1, 1e5, 1e-3)
 CORRUPTED = Fault("corrupted_state", "state", "buffer b")
 WORSE, SAME = Comparison(INF, 1.0), Comparison(INF, INF)
+NEITHER = Comparison(9.0, 1.0, then_finite=False)
 NORMAL = Range("0", "float32", -3.0, 3.0, 0.0, 1.0)
 PIXELS = Range("0", "float32", 0.0, 255.0, 120.0, 80.0)
 FAR = Range("1", "float32", 0.0, 1e20, 1e18, 1e19, outliers=(4,), usual=2.0)
@@ -517,6 +518,12 @@ RULE_ROWS: list[tuple[str | None, Fault, dict[str, Any], Clues]] = [
     ("target_out_of_domain", LOSS, {}, Clues(origin=Origin("log1p", from_weights=False, from_target=True))),
     ("target_out_of_domain", SPIKE, {}, Clues(target=FAR)),
     ("log_of_zero", LOSS, {}, Clues(origin=Origin("log", from_weights=True, from_target=True))),
+    (
+        "log_of_zero",
+        GRADIENT,
+        {"comparison": NEITHER, "climbing": True},
+        Clues(origin=Origin("log", backward=True), gradient_finite=False),
+    ),
     ("exp_overflow", LOSS, {}, Clues(origin=Origin("exp", highest=100.0))),
     ("exp_overflow", LOSS, {"comparison": SAME}, Clues(origin=Origin("exp", highest=100.0))),
     (

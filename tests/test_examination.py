@@ -189,6 +189,7 @@ def test_without_scipy_it_is_said_once(tmp_path: Path, monkeypatch: Any, caplog:
 
 FLAT = Course(updates=100, first=2.3, before=2.3, now=2.29, spread=0.02, best=2.2, norm=1.0, lr=0.5, batch_size=32)
 FALLING = replace(FLAT, before=2.0, now=1.5)
+NOISY = replace(FLAT, updates=256, noise=8.0, batches=64, clear=9.0)
 LOW = replace(FLAT, before=0.5, now=0.5)
 NOTHING = Curvature(slope=1e-8, bend=1e-8, smallest=0.1, largest=1.0)
 LAYERS = tuple(Layer(f"net.{i}", "Linear", weight=1.0, update=1e-3) for i in range(4))
@@ -213,10 +214,14 @@ RULE_ROWS: list[tuple[str | None, Case]] = [
         Case(course=FLAT, model=Model((*LAYERS, replace(LAYERS[0], path="net.9", update=0.5)), updates=100)),
     ),
     (None, Case(course=FLAT, model=Model(LAYERS, updates=100))),
-    ("batch_size", Case(course=replace(FLAT, batch_size=2, noise=8.0))),
-    (None, Case(course=replace(FLAT, batch_size=64, noise=8.0))),
-    (None, Case(course=replace(FLAT, batch_size=2, noise=1.0))),
-    (None, Case(course=replace(FALLING, batch_size=2, noise=8.0))),
+    ("batch_size", Case(course=replace(NOISY, batch_size=2))),
+    (None, Case(course=replace(NOISY, batch_size=2, batches=8))),
+    (None, Case(course=replace(NOISY, batch_size=2, clear=1.0))),
+    (None, Case(course=replace(NOISY, batch_size=2, updates=64))),
+    (None, Case(course=replace(FLAT, batch_size=1), curvature=replace(NOTHING, smallest=-0.5))),
+    (None, Case(course=replace(NOISY, batch_size=64))),
+    (None, Case(course=replace(NOISY, batch_size=2, noise=1.0))),
+    (None, Case(course=replace(NOISY, batch_size=2, before=2.0, now=1.5))),
 ]
 
 

@@ -43,6 +43,11 @@ def fields_of(batch: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from fields_of(item, f"{path}.{name}" if path else str(name))
 
 
+def samples(batch: Any) -> int | None:
+    """Samples in a batch; ``None`` where that cannot be told."""
+    return next((len(tensor) for _, tensor in fields_of(batch) if tensor.dim()), None)
+
+
 def target_fields(batch: Any, fields: Mapping[str, Tensor]) -> list[str]:
     """Paths of the target: the last of several items, or what a mapping calls so."""
     if isinstance(batch, (list, tuple)) and len(batch) > 1:

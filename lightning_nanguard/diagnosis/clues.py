@@ -304,6 +304,8 @@ class Course:
         norm: Median gradient norm.
         opposed: Cosine of a batch's gradients before and after one update on it; ``None`` where it was not measured.
         noise: Norm of the gradient's noise over that of its mean; ``None`` where it was not measured.
+        batches: Batches that the noise was measured over.
+        clear: How many standard errors the mean of their gradients stands out of its noise by.
         lr: Effective learning rate of the first group.
         batch_size: Samples in a batch; ``None`` where that cannot be told.
         chance: Loss of a model that knows nothing; ``None`` where it is not known.
@@ -318,6 +320,8 @@ class Course:
     norm: float
     opposed: float | None = None
     noise: float | None = None
+    batches: int = 0
+    clear: float = 0.0
     lr: float | None = None
     batch_size: int | None = None
     chance: float | None = None

@@ -64,12 +64,16 @@ class Hessian:
         self.products += 1
         return self._twice(self._graph, vector) if self._graph is not None else self._differences(vector)
 
+    def of_gradient(self) -> Vector:
+        """Hg, computed once."""
+        if self._image is None:
+            self._image = self.times(self.gradient)
+        return self._image
+
     def along(self, direction: Vector | None = None) -> Curvature:
         """Slope and bend along a direction; along the gradient itself by default."""
         if direction is None:
-            if self._image is None:
-                self._image = self.times(self.gradient)
-            return Curvature(slope=dot(self.gradient, self.gradient), bend=dot(self.gradient, self._image))
+            return Curvature(slope=dot(self.gradient, self.gradient), bend=dot(self.gradient, self.of_gradient()))
         return Curvature(slope=dot(self.gradient, direction), bend=dot(direction, self.times(direction)))
 
     def _gradient(self, *, create_graph: bool = False) -> Vector:
@@ -202,10 +206,12 @@ def _scaled(name: str, group: dict[str, Any], state: dict[str, Any], g: Tensor) 
 
 def steepest(hessian: Hessian, products: int = 3) -> tuple[float, Vector]:
     """A lower bound of the largest eigenvalue in magnitude, by power iteration from the gradient, and its direction."""
+    size = norm(hessian.gradient)
     vector = unit(hessian.gradient)
     value = 0.0
-    for _ in range(products):
-        image = hessian.times(vector)
+    for turn in range(products):
+        known = turn == 0 and size > 0
+        image = [one / size for one in hessian.of_gradient()] if known else hessian.times(vector)
         value = dot(vector, image)
         if not norm(image) > 0:
             break

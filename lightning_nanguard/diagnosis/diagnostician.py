@@ -133,8 +133,8 @@ class Diagnostician:
 
     def _replay(self, clues: Clues, micro: Micro) -> Clues:
         module, step = self._learner.module, partial(self._step, micro)
-        with self._untraced():
-            clues = replay(clues, micro.batch, module, partial(step, False), loss_scale=self._loss_scale())
+        scale = self._loss_scale()
+        clues = replay(clues, micro.batch, module, partial(step, False), untraced=self._untraced, loss_scale=scale)
         if self._low_precision:
             clues = replace(clues, low_precision=True)
             if _bad(clues) and not clues.bad_fields:

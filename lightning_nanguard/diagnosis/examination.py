@@ -13,7 +13,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_nanguard.diagnosis.batch import fields_of, look_at, target_fields
+from lightning_nanguard.diagnosis.batch import fields_of, look_at, samples, target_fields
 from lightning_nanguard.diagnosis.clues import Case, Course, Curvature, Layer, Model, Objective
 from lightning_nanguard.diagnosis.curvature import Hessian, Vector, bend, direction, dot, extremes, filled, norm
 from lightning_nanguard.diagnosis.layers import examine
@@ -27,6 +27,10 @@ from lightning_nanguard.policy import Evidence
 from lightning_nanguard.trend import Trend
 
 _logger = logging.getLogger("lightning_nanguard")
+
+# Batches whose gradients are compared whatever they take, and the numbers that those of more may hold.
+_FEW = 8
+_ELEMENTS = 2**23
 
 
 @final
@@ -110,8 +114,7 @@ class Examination:
         course = replace(course, chance=None if model is None else _chance(model.objective))
         if len(self._learner.optimizers) != 1:
             return replace(case, model=model, course=course)
-        size = next((len(tensor) for tensor in fields.values() if tensor.dim()), None)
-        course = replace(course, lr=evidence.lr, batch_size=size)
+        course = replace(course, lr=evidence.lr, batch_size=samples(newest.batch))
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         with self._untraced(), kept(module), eager():
             course = self._gradients(micros, course, list(named.values()))
@@ -128,9 +131,10 @@ class Examination:
 
     def _gradients(self, micros: Sequence[Micro], course: Course, parameters: list[Tensor]) -> Course:
         optimizer = self._learner.optimizers[0]
-        found = [self._gradient(micro, parameters) for micro in micros]
+        most = max(_FEW, _ELEMENTS // max(1, sum(parameter.numel() for parameter in parameters)))
+        found = [self._gradient(micro, parameters) for micro in micros[-most:]]
         size, noise = _noise(found)
-        course = replace(course, norm=size, noise=noise)
+        course = replace(course, norm=size, noise=noise, batches=len(found), clear=_clear(found))
         moved = direction(optimizer, found[-1], parameters)
         rate = float(optimizer.param_groups[0]["lr"])
         if moved is None:
@@ -176,6 +180,17 @@ def _noise(found: Sequence[Vector]) -> tuple[float, float | None]:
     # The mean of a few holds a share of the noise itself.
     true = math.sqrt(max(size**2 - apart / count, 0.0))
     return size, math.sqrt(apart) / true if true > 0 else math.inf if apart > 0 else 0.0
+
+
+def _clear(found: Sequence[Vector]) -> float:
+    """How many standard errors the mean gradient stands out by: over all pairs, the sum of gᵢᵀgⱼ over its own noise.
+
+    Were the gradients noise alone, of either sign alike, this would have mean 0 and variance 1.
+    """
+    flat = torch.stack([torch.cat([one.detach().reshape(-1).float() for one in vector]) for vector in found])
+    pairs = (flat @ flat.T).double()[tuple(torch.triu_indices(len(flat), len(flat), 1))]
+    spread = float(pairs.square().sum().sqrt())
+    return float(pairs.sum()) / spread if spread > 0 else 0.0
 
 
 def _with_updates(model: Model, layers: Sequence[Layer]) -> Model:

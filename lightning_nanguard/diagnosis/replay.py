@@ -27,6 +27,7 @@ def replay(
     module: nn.Module,
     step: Callable[[], Tensor | None],
     *,
+    untraced: Callable[[], AbstractContextManager[None]] = nullcontext,
     loss_scale: float | None = None,
 ) -> Clues:
     """Complete what ``look_at`` found with what a further run of the batch shows.
@@ -35,35 +36,51 @@ def replay(
         clues: What is known.
         batch: The batch that ``step`` runs.
         module: What is trained.
-        step: Runs the batch forward and gives the loss with its graph.
+        step: Runs the batch forward and gives the loss with its graph; twice where something is not finite.
+        untraced: What is run within is undone.
         loss_scale: A GradScaler's scale, which the loss is multiplied with before its gradient is taken.
     """
     fields = dict(fields_of(batch))
     size = next((len(t) for t in fields.values() if t.dim()), 0)
-    labels = {key(t): frozenset({"target"}) for name, t in fields.items() if name in target_fields(batch, fields)}
-    labels |= {key(p): frozenset({"weights"}) for p in module.parameters()}
-    with kept(module), eager(), Modules(module) as modules, _tracebacks():
-        watch = Watch(modules, labels, size)
-        with watch:
-            loss = step()
+    scale = loss_scale or 1.0
+
+    @contextmanager
+    def running() -> Iterator[None]:
+        with untraced(), kept(module), eager():
+            yield
+
+    # Looking on costs several times the pass itself: it is first run alone, and looked at only where it is not finite.
+    with running():
+        loss = step()
         if loss is None:
             return clues
         value = float(loss.detach())
-        clues = replace(clues, replayed=True, loss=value, origin=watch.origin_of(loss))
-        if not math.isfinite(value):
-            return replace(clues, gradient_finite=False)  # no gradient of it would say more
-        if loss.grad_fn is None or loss.numel() != 1:
-            return clues
-        scaled = loss if loss_scale is None else loss * loss_scale
+        clues = replace(clues, replayed=True, loss=value)
+        differentiable = math.isfinite(value) and loss.grad_fn is not None and loss.numel() == 1
         try:
-            found, gradients = _backward(scaled, module, modules, size)
+            gradients = _gradients(loss * scale, module) if differentiable else {}
         except RuntimeError:
             return clues  # some graphs, such as those of re-entrant checkpointing, give no gradient this way
-    norms = {name: _norm(gradient) / (loss_scale or 1.0) for name, gradient in gradients.items()}
-    finite = all(math.isfinite(norm) for norm in norms.values())
+        norms = {name: _norm(gradient) / scale for name, gradient in gradients.items()}
+        del loss
+    if not math.isfinite(value):
+        labels = {key(t): frozenset({"target"}) for name, t in fields.items() if name in target_fields(batch, fields)}
+        labels |= {key(p): frozenset({"weights"}) for p in module.parameters()}
+        with running(), Modules(module) as modules:
+            with Watch(modules, labels, size) as watch:
+                loss = step()
+            origin = None if loss is None else watch.origin_of(loss)
+        return replace(clues, origin=origin, gradient_finite=False)  # no gradient of it would say more
+    if not differentiable:
+        return clues
+    finite, origin = all(map(math.isfinite, norms.values())), None
+    if not finite:
+        with running(), Modules(module) as modules, _tracebacks():
+            loss = step()
+            origin = None if loss is None else _first_bad(loss * scale, module, modules, size)
     return replace(
         clues,
-        origin=clues.origin if finite else found,
+        origin=origin,
         gradient_finite=finite,
         norm=math.sqrt(sum(norm**2 for norm in norms.values())) if norms else None,
         norms=tuple(norms.items()),
@@ -119,9 +136,15 @@ def _tracebacks() -> Iterator[None]:
         torch.autograd.set_detect_anomaly(enabled, check_nan=checks)
 
 
-def _backward(loss: Tensor, module: nn.Module, modules: Modules, size: int) -> tuple[Origin | None, dict[str, Tensor]]:
-    """The first node that made a non-finite gradient of finite ones, and every gradient; ``.grad`` is left alone."""
+def _gradients(loss: Tensor, module: nn.Module) -> dict[str, Tensor]:
+    """Every gradient there is, by name; ``.grad`` is left alone."""
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    found: Sequence[Tensor | None] = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: one for name, one in zip(named, found, strict=True) if one is not None}
+
+
+def _first_bad(loss: Tensor, module: nn.Module, modules: Modules, size: int) -> Origin | None:
+    """The first node that made a non-finite gradient of finite ones."""
     first: list[Origin] = []
 
     def look(node: Any, made: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> None:
@@ -131,15 +154,10 @@ def _backward(loss: Tensor, module: nn.Module, modules: Modules, size: int) -> t
         if bad and not non_finite([one for one in given if one is not None]):
             first.append(_node_origin(node, bad[0], modules.of(node), size))
 
-    parameters = list(named.values())
-    gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
-    if not all(math.isfinite(_norm(one)) for one in gradients if one is not None):
-        # Once more, looking on: most gradients are finite, and looking costs several times the pass itself.
-        for node in graph(loss.grad_fn):
-            node.register_hook(partial(look, node))
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    found = {name: one for name, one in zip(named, gradients, strict=True) if one is not None}
-    return (first[0] if first else None), found
+    for node in graph(loss.grad_fn):
+        node.register_hook(partial(look, node))
+    _gradients(loss, module)
+    return first[0] if first else None
 
 
 def graph(*roots: Any) -> list[Any]:

@@ -9,6 +9,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from lightning_nanguard.diagnosis.batch import samples
+
+SMALL = 4
+"""Samples up to which a batch is small."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Micro:
@@ -35,20 +40,25 @@ class Tape:
         device: The device of the run, whose random state is kept beside the CPU's.
         updates: Updates kept; 1 for the one at hand.
         most: Micro-batches of one update that are kept, the newest; more would hold memory for nothing.
+        small: Updates kept where a batch holds up to four samples, of which eight would say little; ``updates`` if
+            that is more.
     """
 
-    def __init__(self, device: torch.device, updates: int = 1, most: int = 8) -> None:
+    def __init__(self, device: torch.device, updates: int = 1, most: int = 8, small: int = 0) -> None:
         self._generators = [torch.default_generator]
         if device.type == "cuda":
             self._generators.append(torch.cuda.default_generators[device.index or 0])
         self._updates = updates
         self._most = most
+        self._small = max(small, updates)
         self._micros: deque[Micro] = deque()
 
     def add(self, update: int, index: int, batch: Any) -> None:
         """Take a micro-batch that is about to be run."""
-        micros = self._micros
-        while micros and (micros[0].update <= update - self._updates or len(micros) >= self._updates * self._most):
+        micros, updates = self._micros, self._updates
+        if self._small > updates and (samples(batch) or SMALL + 1) <= SMALL:
+            updates = self._small
+        while micros and (micros[0].update <= update - updates or len(micros) >= updates * self._most):
             micros.popleft()
         micros.append(Micro(update, index, batch, tuple(generator.get_state() for generator in self._generators)))
 

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any, final
 
 import torch
@@ -31,6 +31,7 @@ LIBRARIES = (
 )
 # What holds whatever was in memory before.
 _UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+_NONE: frozenset[str] = frozenset()
 _DENOMINATOR = {"div": 1, "true_divide": 1, "divide": 1, "remainder": 1, "fmod": 1, "addcdiv": 2}
 
 
@@ -97,21 +98,24 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        before = non_finite(inputs) if func._schema.is_mutable else None
+        inputs = _tensors((args, kwargs) if kwargs else args)
+        mutated = _mutates(func)
+        before = non_finite(inputs) if mutated else None
         result = func(*args, **kwargs)
-        outputs = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
-        labels = frozenset[str]().union(*(self._labels.get(key(one), ()) for one in inputs))
         sources = {key(one) for one in inputs}
-        for one in outputs:
+        # What shares memory with what went in, and wrote nothing there, is a view, and known already.
+        made = [one for one in _tensors(result) if mutated or key(one) not in sources]
+        known = [found for source in sources if (found := self._labels.get(source))]
+        labels = known[0].union(*known[1:]) if known else _NONE
+        for one in made:
             self._labels[key(one)] = labels
             if key(one) not in sources:
                 self._origins.pop(key(one), None)  # memory used before
-        bad = non_finite(outputs)
+        bad = non_finite(made)
         if bad:
             bad_inputs = non_finite(inputs) if before is None else before
             origin = next((self._origins[key(one)] for one in bad_inputs if key(one) in self._origins), None)
-            if origin is None and self._makes(func, args, kwargs, bad, bad_inputs, before is not None):
+            if origin is None and self._makes(func, args, kwargs, bad, bad_inputs, mutated):
                 origin = self._made_by(func, args, bad[0], labels)
             if origin is not None:
                 self._origins.update((key(one), origin) for one in bad)
@@ -148,6 +152,27 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    found: list[Tensor] = []
+    for item in value:  # mostly tensors and numbers: this runs for every operation
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (list, tuple, Mapping)):
+            found += _tensors(item)
+    return found
+
+
+@cache
+def _mutates(func: Any) -> bool:
+    return bool(func._schema.is_mutable)
+
+
 def leaves(value: Any) -> Iterator[Any]:
     """Everything in nested mappings and sequences."""
     if isinstance(value, Mapping):
@@ -172,7 +197,12 @@ def operation(func: Any) -> str:
 
 def non_finite(tensors: list[Tensor]) -> list[Tensor]:
     floating = (one for one in tensors if one.is_floating_point() or one.is_complex())
-    return [one for one in floating if not all_finite(one)]
+    return [one for one in floating if not _sums(one) and not all_finite(one)]
+
+
+def _sums(tensor: Tensor) -> bool:
+    """Whether the sum is finite, which proves every element finite; a cheap first look at a tensor of plain layout."""
+    return tensor.layout == torch.strided and not tensor.is_complex() and math.isfinite(float(tensor.detach().sum()))
 
 
 def _has_nan(tensor: Tensor) -> bool:

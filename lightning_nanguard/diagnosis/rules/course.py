@@ -19,6 +19,12 @@ _APART = 100.0
 # Noise of the gradient over its norm in a batch that is too small for it.
 _NOISY = 2.0
 _SMALL_BATCH = 4
+# Samples that a stretch must hold before losses of small batches say that it does not move: fewer are noise themselves.
+_SAMPLES = 256
+# At a minimum the gradient is noise alone in healthy runs too: over this many batches its mean must stand out by this
+# many standard errors, so that there is something that the noise drowns.
+_MANY = 32
+_CLEAR = 4.0
 
 
 def oscillation(case: Case) -> Finding | None:
@@ -123,10 +129,16 @@ def batch_size(case: Case) -> Finding | None:
         return None
     if course.batch_size > _SMALL_BATCH or course.noise < _NOISY:
         return None
+    certain = course.batches >= _MANY and course.clear > _CLEAR and not _too_few(course)
     return Finding(
         "batch_size",
-        0.7,
-        evidence={"batch_size": float(course.batch_size), "noise_over_norm": course.noise},
+        0.7 if certain else 0.4,
+        evidence={
+            "batch_size": float(course.batch_size),
+            "noise_over_norm": course.noise,
+            "batches": float(course.batches),
+            "standard_errors": course.clear,
+        },
         place="gradient",
         suggestion=(
             f"with {course.batch_size} sample{'s' if course.batch_size > 1 else ''} in a batch the noise of the "
@@ -143,6 +155,11 @@ def _could_fall(course: Course, curvature: Curvature | None) -> bool:
     return curvature.slope**2 / (2 * curvature.bend) > _NOTHING * abs(course.now)
 
 
+def _too_few(course: Course) -> bool:
+    size = course.batch_size
+    return size is not None and size <= _SMALL_BATCH and size * course.updates < _SAMPLES
+
+
 def _power(samples: float) -> int:
     size = 1
     while size < samples and size < 1024:
@@ -151,7 +168,7 @@ def _power(samples: float) -> int:
 
 
 def _stationary(course: Course, curvature: Curvature) -> bool:
-    if course.moves or not course.high or curvature.smallest is None or curvature.largest is None:
+    if course.moves or not course.high or _too_few(course) or curvature.smallest is None or curvature.largest is None:
         return False
     if curvature.slope == 0.0:
         return True

@@ -26,7 +26,9 @@ def learner_diverged(fault: Fault, evidence: Evidence) -> bool:
 
 def worse(evidence: Evidence) -> bool:
     comparison = evidence.comparison
-    return comparison is not None and comparison.worse(0.1 * evidence.scale)
+    if comparison is None or comparison.then_finite is False:
+        return False  # of a batch that cannot be differentiated under good weights either, the loss says nothing
+    return comparison.worse(0.1 * evidence.scale)
 
 
 def learner_did_it(evidence: Evidence) -> bool:
