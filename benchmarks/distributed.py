@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import AbstractContextManager, nullcontext
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,10 @@ class Loop:
 
     # Host
 
+    @property
+    def stage(self) -> Loop:
+        return self
+
     def clock(self) -> tuple[int, int, int]:
         return self.step, 0, self.step - 1
 
@@ -103,7 +108,22 @@ class Loop:
     def probe(self) -> float | None:
         return None
 
-    def train_once(self) -> float | None:
+    def batch_strange(self) -> bool | None:
+        return None
+
+    def gradient_finite(self) -> bool | None:
+        return None
+
+    def rehearsal_batches(self) -> int:
+        return 0
+
+    def rehearsing(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def train_on(self, index: int) -> float | None:
+        return None
+
+    def loss_on(self, index: int) -> float | None:
         return None
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:

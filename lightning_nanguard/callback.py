@@ -3,64 +3,31 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
-from lightning_nanguard._compat.best import keep_best_finite
-from lightning_nanguard._compat.callbacks import averaged_copies, put_first, swaps_weights
-from lightning_nanguard._compat.keeping import after_every_batch, forgive, write_through
-from lightning_nanguard._compat.loading import readable_loader
+from lightning_nanguard._compat.callbacks import put_first, swaps_weights
 from lightning_nanguard._compat.packages import GuardCallback, LightningModule, Trainer, logged_at, rank_zero_info
-from lightning_nanguard._compat.precision import autocasts_to_half, grad_scaler
-from lightning_nanguard._compat.probe import (
-    alone,
-    clip_as_configured,
-    forward_backward,
-    loss_with_graph,
-    quiet,
-    run_training_step,
-    same_randomness,
-)
-from lightning_nanguard._compat.results import remember_running_means
+from lightning_nanguard._compat.precision import grad_scaler
 from lightning_nanguard._compat.resuming import before_resuming
-from lightning_nanguard._compat.saving import guard_saves
-from lightning_nanguard._compat.schedulers import around_learning_rate_monitors
-from lightning_nanguard._compat.strategies import check_strategy, is_sharded
-from lightning_nanguard.batch_scope import BatchScope
-from lightning_nanguard.bundle import Bundle, Bundles, safetensors, state_of
+from lightning_nanguard._compat.strategies import check_strategy
+from lightning_nanguard.bundle import Bundles, safetensors
 from lightning_nanguard.detectors import Detector, default_detectors, require
-from lightning_nanguard.diagnosis.clues import Look
-from lightning_nanguard.diagnosis.diagnostician import Diagnostician
-from lightning_nanguard.diagnosis.examination import Examination
-from lightning_nanguard.diagnosis.state import good_state
-from lightning_nanguard.diagnosis.tape import Micro, Tape
-from lightning_nanguard.distributed import Alone, Group, Ranks, Silent, mean
-from lightning_nanguard.engine import Guard, Settings
+from lightning_nanguard.engine import Settings
 from lightning_nanguard.errors import TrainingDivergedError
-from lightning_nanguard.events import Advice, Fault, Finding, Intervention
+from lightning_nanguard.events import Advice, Fault, Intervention
 from lightning_nanguard.journal import Adviser, Console, Journal, JsonLines, Memory, Sink, summary
-from lightning_nanguard.last_good import LastGood
-from lightning_nanguard.learner import Learner
-from lightning_nanguard.learning_rate import LearningRate
-from lightning_nanguard.measure import batch_finite, gradients, suspects
-from lightning_nanguard.metrics import NonFiniteRate
-from lightning_nanguard.policy import Budget, Evidence, Policy
-from lightning_nanguard.preflight import LOW, Preflight
-from lightning_nanguard.recent import RecentBatches
+from lightning_nanguard.policy import Budget, Policy
 from lightning_nanguard.remedies import Remedy, default_remedies, executors
 from lightning_nanguard.resuming import Gate
 from lightning_nanguard.ring import Ring
-from lightning_nanguard.snapshot import Snapshot
-from lightning_nanguard.untouched import attributes_kept
+from lightning_nanguard.run import Run
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -194,7 +161,7 @@ class NaNGuard(GuardCallback):
         self._on_intervention = on_intervention
         self._memory = Memory()
         self._resumed: Mapping[str, Any] | None = None
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._last_state: dict[str, Any] = {}
         self._multiplier = 1.0
         self._non_finite_rate: float | None = None
@@ -235,7 +202,7 @@ class NaNGuard(GuardCallback):
         Raises:
             RuntimeError: Outside of a fit.
         """
-        self._running().examination_due = True
+        self._running().inquiry.asked = True
 
     # ------------------------------------------------------------------------------------------------ Lightning's hooks
 
@@ -260,7 +227,7 @@ class NaNGuard(GuardCallback):
                 f"NaNGuard has nothing to guard: {type(pl_module).__name__} has no trainable parameter. "
                 "Set requires_grad on the parameters to train, or take the guard out of the callbacks."
             )
-        self._run = _Run(
+        self._run = Run(
             trainer,
             pl_module,
             detectors=self._detectors,
@@ -279,7 +246,7 @@ class NaNGuard(GuardCallback):
             examine_after=self._examine_after,
             bundles=Bundles(self._bundle_dir) if self._bundle_dir is not None and trainer.is_global_zero else None,
         )
-        self._run.preflight_due = self._preflight and trainer.global_step == 0
+        self._run.inquiry.preflight_due = self._preflight and trainer.global_step == 0
         self._before = (Counter(self._memory.faults), Counter(self._memory.remedies))
         if self._resumed is not None:
             self._run.guard.load_state_dict(self._resumed)
@@ -299,10 +266,10 @@ class NaNGuard(GuardCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember what the batch may touch."""
         run = self._running()
-        run.batch, run.batch_idx = batch, batch_idx
-        if run.preflight_due:
-            run.preflight(batch)
-        run.tape.add(run.guard.updates + 1, batch_idx, batch)
+        run.stage.batch, run.stage.batch_idx = batch, batch_idx
+        if run.inquiry.preflight_due:
+            run.inquiry.preflight(batch)
+        run.stage.tape.add(run.guard.updates + 1, batch_idx, batch)
         run.guard.open_batch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -321,19 +288,19 @@ class NaNGuard(GuardCallback):
     ) -> None:
         """Decide, act, record; certify and take snapshots."""
         run = self._running()
-        run.batch, run.batch_idx = batch, batch_idx
+        run.stage.batch, run.stage.batch_idx = batch, batch_idx
         run.in_batch = True
         if run.last_good is not None and run.last_good.due(run.guard.updates):
             run.guard.want_snapshot()
         try:
             if run.guard.close_batch():
-                run.recent.add(batch, batch_idx)
-            run.examine_if_due()
+                run.stage.recent.add(batch, batch_idx)
+            run.inquiry.examine_if_due()
         finally:
             run.in_batch = False
-            run.batch = None
+            run.stage.batch = None
             if not run.guard.in_window:
-                run.tape.clear()
+                run.stage.tape.clear()
 
     def on_validation_batch_end(
         self,
@@ -433,7 +400,7 @@ class NaNGuard(GuardCallback):
         self._resumed = state_dict.get("guard")
         self._memory.total = int(state_dict.get("interventions", 0))
 
-    def _running(self) -> _Run:
+    def _running(self) -> Run:
         if self._run is None:
             raise RuntimeError("NaNGuard was asked to watch a step before on_train_start; add it before fit begins.")
         return self._run
@@ -452,418 +419,6 @@ class NaNGuard(GuardCallback):
         adviser = Adviser(JsonLines(path) if trainer.is_global_zero else None)
         self._advice = adviser.given
         return adviser
-
-
-class _RehearsalError(Exception):
-    """A rehearsed update could not be made."""
-
-
-@final
-class _Run:
-    """One fit: the guard, and what the trainer answers to it."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        *,
-        detectors: Sequence[Detector],
-        policy: Policy,
-        remedies: Sequence[Remedy],
-        ring: Ring,
-        settings: Settings,
-        journal: Journal,
-        adviser: Adviser,
-        examine_after: int | None,
-        bundles: Bundles | None,
-    ) -> None:
-        self._trainer = trainer
-        self._module = module
-        self._journal = journal
-        self._adviser = adviser
-        self._bundles = bundles
-        self.preflight_due = False
-        self.rank_zero = trainer.is_global_zero
-        self.records = next((sink.path for sink in journal.sinks if isinstance(sink, JsonLines)), None)
-        self.batch: Any = None
-        # Read late, a fault is that of an earlier batch.
-        late = settings.deferred or trainer.world_size > 1
-        examined = examine_after is not None
-        self.tape = Tape(module.device, updates=8 if examined else 4 if late else 1, small=256 if examined else 0)
-        self.recent = RecentBatches()
-        self.examination_due = False
-        self._unknown: set[int] = set()
-        self.batch_idx = -1
-        self.in_batch = False
-        self._validation_bad: Tensor | None = None
-        learner = Learner(
-            module,
-            trainer.optimizers,
-            scaler=grad_scaler(trainer),
-            averages=lambda: averaged_copies(trainer, module),
-        )
-        rate = LearningRate(trainer.optimizers)
-        self._ranks: Ranks = Group(sharded=is_sharded(trainer)) if trainer.world_size > 1 else Alone()
-        self.guard = Guard(
-            learner=learner,
-            rate=rate,
-            make_scope=self._make_scope,
-            host=self,
-            detectors=detectors,
-            remedies=remedies,
-            policy=policy,
-            ring=ring,
-            settings=settings,
-            ranks=self._ranks,
-        )
-        self._diagnostician = Diagnostician(
-            learner,
-            ring,
-            self._rerun,
-            self._untraced,
-            loss_scale=self._loss_scale,
-            low_precision=autocasts_to_half(trainer),
-        )
-        self.last_good: LastGood | None = None
-        self._undos: list[Callable[[], None]] = []
-        self._examination = Examination(learner, self._rerun, self._untraced, examine_after)
-
-    def start(self, max_memory: float | None) -> None:
-        self.guard.start()
-        self._limit_memory(max_memory)
-        rate = self.guard.rate
-        rate.attach()
-        self._undos = [
-            around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw),
-            guard_saves(self._trainer, self.guard.before_save, self.guard.mend),
-            keep_best_finite(self._trainer),
-        ]
-
-    def keep_last_good(self, folder: Path, every: int) -> None:
-        """Write the last good checkpoint from now on."""
-        trainer, guard = self._trainer, self.guard
-        kept = LastGood(folder, every, guard.ring, lambda path: write_through(trainer, path), leads=self.rank_zero)
-        kept.begin(guard.updates)
-        self._undos += [
-            after_every_batch(trainer, lambda: kept.close_batch(guard.updates)),
-            forgive(trainer.strategy, kept.pending, kept.failed),
-        ]
-        guard.on_disk = kept.told
-        self.last_good = kept
-
-    def _limit_memory(self, max_memory: float | None) -> None:
-        if max_memory is None or self.guard.ring.pending is None:
-            return
-        # Moments come with the first steps: two for each parameter is what Adam needs.
-        parameters = sum(p.nbytes for p in self._module.parameters() if p.requires_grad)
-        each = (self.guard.ring.pending.nbytes() + 2 * parameters) / 2**30
-        # The pending one is whole, certified ones are shared among the ranks of a node.
-        fitting = int((max_memory / each - 1) * self._ranks.sharers) if each else self.guard.ring.capacity
-        fitting = min(self._ranks.gather(fitting))
-        if fitting < 1:
-            raise ValueError(
-                f"NaNGuard(max_snapshot_memory={max_memory!r}): one snapshot takes about {each:.3g} GiB and two are "
-                f"needed, one certified and one pending. Allow {2 * each:.3g} GiB, or leave the limit out and set "
-                'snapshot_device="cpu".'
-            )
-        self.guard.ring.capacity = min(self.guard.ring.capacity, fitting)
-
-    def non_finite_rate(self) -> float:
-        # Ranks agree on every update, and need not wait for each other to add up.
-        rate = NonFiniteRate(sync_on_compute=False)
-        bad = self.guard.non_finite
-        rate.update(torch.tensor(math.nan), times=bad)
-        rate.update(torch.tensor(0.0), times=self.guard.updates - bad)
-        return float(rate.compute())
-
-    def close(self) -> None:
-        self.guard.close()
-        if self.last_good is not None:
-            self.last_good.end()
-        while self._undos:
-            self._undos.pop()()
-        self._journal.close()
-        self._adviser.close()
-
-    def _make_scope(self, *, thorough: bool = False) -> BatchScope:
-        return BatchScope(self._module, [lambda: remember_running_means(self._trainer)], thorough=thorough)
-
-    def stream(self, optimizer: Optimizer) -> int | None:
-        for index, known in enumerate(self.guard.learner.optimizers):
-            if known is optimizer or getattr(optimizer, "optimizer", None) is known:
-                return index
-        if id(optimizer) not in self._unknown:
-            self._unknown.add(id(optimizer))
-            _logger.warning(
-                "NaNGuard: the optimizer %s that is about to step was not there when the fit began; its updates are "
-                "not guarded.",
-                type(optimizer).__name__,
-            )
-        return None
-
-    # Host
-
-    def clock(self) -> tuple[int, int, int]:
-        return self._trainer.global_step, self._trainer.current_epoch, self.batch_idx
-
-    def micro_batches(self) -> int:
-        return self._trainer.accumulate_grad_batches if self._module.automatic_optimization else 1
-
-    def batch_finite(self) -> bool | None:
-        return batch_finite([micro.batch for micro in self.tape.newest()])
-
-    def batch_strange(self) -> bool | None:
-        return None if self.batch is None else self.recent.strange(self.batch)
-
-    def comparable(self) -> bool:
-        return bool(self._module.automatic_optimization)
-
-    def probe(self) -> float | None:
-        if not self.comparable() or self.batch is None or self._ranks.sharded:
-            return None
-        trace = self._make_scope(thorough=True)
-        trace.open()
-        value = None
-        try:
-            with self._again():
-                loss = run_training_step(self._trainer, self.batch, self.batch_idx)
-                value = None if loss is None else float(loss)
-        except Exception as error:
-            # A second look must never cost the run that the first one would not have.
-            _logger.debug("NaNGuard: the batch could not be looked at again: %r", error)
-        finally:
-            trace.undo()
-        return mean(self._ranks, value)
-
-    @contextmanager
-    def _again(self) -> Iterator[None]:
-        # Each rank for itself: one on which this fails must not leave others waiting for it.
-        with same_randomness(self._module.device), quiet(self._trainer), self._silently():
-            yield
-
-    @contextmanager
-    def _silently(self) -> Iterator[None]:
-        with alone(self._trainer, Silent()) if self._ranks.world > 1 else nullcontext():
-            yield
-
-    @contextmanager
-    def rehearsing(self) -> Iterator[None]:
-        trace = self._make_scope(thorough=True)
-        trace.open()
-        try:
-            with (
-                same_randomness(self._module.device),
-                quiet(self._trainer),
-                attributes_kept(self._module),
-                torch.enable_grad(),
-            ):
-                yield
-        finally:
-            trace.undo()
-
-    def rehearsal_batches(self) -> int:
-        optimizers = self.guard.learner.optimizers
-        can = self.comparable() and self.batch is not None and len(optimizers) == 1 and not self._ranks.sharded
-        if not can or (self._ranks.world > 1 and isinstance(optimizers[0], LBFGS)):
-            return 0
-        counts: list[int] = self._ranks.gather(len(self._at_hand()))
-        return min(counts)
-
-    def _at_hand(self) -> list[tuple[Any, int]]:
-        if len(self.recent) > 1:
-            return list(self.recent)
-        # Too few to leave out the one at hand, though it may have a part in the trouble.
-        return [*self.recent, (self.batch, self.batch_idx)]
-
-    def train_on(self, index: int) -> float | None:
-        optimizer = self.guard.learner.optimizers[0]
-        seen: list[float] = []
-
-        def closure() -> float:
-            value = self._gradients(optimizer, *self._at_hand()[index])
-            if value is None:
-                raise _RehearsalError
-            self.guard.clip_now(optimizer)
-            clip_as_configured(self._trainer, optimizer)
-            seen.append(value)
-            return value
-
-        try:
-            if isinstance(optimizer, LBFGS):
-                optimizer.step(closure)  # type: ignore[no-untyped-call]
-            else:
-                closure()
-                optimizer.step()
-        except _RehearsalError:
-            return None
-        return seen[0]
-
-    def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
-        value = None
-        try:
-            with self._silently():
-                value = forward_backward(self._trainer, optimizer, batch, batch_idx)
-        except Exception as error:
-            # All ranks must learn of it, or those where it went well would wait.
-            _logger.debug("NaNGuard: a rate could not be rehearsed: %r", error)
-        value = mean(self._ranks, value)
-        if value is not None:
-            self._average_gradients(optimizer)
-        return value
-
-    def gradient_finite(self) -> bool | None:
-        optimizers = self.guard.learner.optimizers
-        if not self.comparable() or self.batch is None or len(optimizers) != 1 or self._ranks.sharded:
-            return None
-        optimizer = optimizers[0]
-        with self.rehearsing():
-            loss = self._gradients(optimizer, self.batch, self.batch_idx)
-        found = gradients(p for group in optimizer.param_groups for p in group["params"])
-        finite = None if loss is None else math.isfinite(loss) and not suspects(found)
-        optimizer.zero_grad(set_to_none=True)
-        answers = self._ranks.gather(finite)
-        return None if None in answers else all(answers)
-
-    def loss_on(self, index: int) -> float | None:
-        batch, batch_idx = self._at_hand()[index]
-        value = None
-        try:
-            with self._silently(), torch.no_grad():
-                loss = run_training_step(self._trainer, batch, batch_idx)
-                value = None if loss is None else float(loss)
-        except Exception as error:
-            _logger.debug("NaNGuard: a rate could not be rehearsed: %r", error)
-        return mean(self._ranks, value)
-
-    def _average_gradients(self, optimizer: Optimizer) -> None:
-        if self._ranks.world == 1:
-            return
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self._ranks.average([parameter.grad for parameter in parameters if parameter.grad is not None])
-
-    def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
-        if look == "replay" and (not self.comparable() or self._ranks.sharded):
-            look = "batch"
-        good = good_state(self.guard.ring, evidence, fault.kind) if look == "replay" else None
-        if good is not None:
-            good = self._ranks.whole(good)  # here, where all ranks come, and not where only some may
-        micros = self.tape.of(update)
-        finding = self._diagnostician.diagnose(fault, evidence, micros, look, good)
-        wanted = self._bundles is not None and look != "nothing" and not self._ranks.sharded
-        if self._bundles is not None and wanted and micros and self._bundles.due(fault, finding):
-            self._bundles.keep(self._incident(fault, evidence, finding, micros, good), self.clock()[0])
-        return finding
-
-    def _incident(
-        self,
-        fault: Fault,
-        evidence: Evidence,
-        finding: Finding | None,
-        micros: Sequence[Micro],
-        good: Snapshot | None,
-    ) -> Bundle:
-        state = state_of(self._module)
-        if good is None and self.guard.ring.certified:
-            good = self.guard.ring.certified[0]
-        if evidence.undo and good is not None and not good.shared():
-            # The update was made already: what it began from is in the last good snapshot, nearly.
-            state |= {path[-1]: leaf for path, leaf in good.leaves.items() if path[0] in ("parameter", "buffer")}
-        return Bundle(
-            module=f"{type(self._module).__module__}:{type(self._module).__qualname__}",
-            hparams=dict(self._module.hparams),
-            fault=fault,
-            evidence=evidence,
-            finding=finding,
-            batches=micros,
-            state=state,
-            precision=str(self._trainer.precision),
-            loss_scale=self._loss_scale(),
-        )
-
-    def _rerun(self, micro: Micro, full_precision: bool) -> Tensor | None:
-        self.tape.rewind(micro)
-        return loss_with_graph(self._trainer, micro.batch, micro.index, full_precision=full_precision)
-
-    @contextmanager
-    def _untraced(self) -> Iterator[None]:
-        trace = self._make_scope(thorough=True)
-        trace.open()
-        try:
-            with (
-                self._again(),
-                attributes_kept(self._module),
-                torch.enable_grad(),
-            ):
-                yield
-        finally:
-            trace.undo()
-
-    def preflight(self, batch: Any) -> None:
-        self.preflight_due = False
-        look = Preflight(
-            self._module, partial(loss_with_graph, self._trainer, batch_idx=self.batch_idx), self._untraced
-        )
-        run = self.comparable() and self._trainer.world_size == 1 and batch is not None
-        for finding in look.look(batch, readable_loader(self._trainer, self._module), run=run):
-            if finding.confidence > LOW:
-                self.advise("preflight", finding)
-
-    def examine_if_due(self) -> None:
-        trend, asked = self.guard.trend(), self.examination_due
-        course = None if trend is None else self._examination.due(self.guard.updates, trend, asked=asked)
-        if trend is None or course is None:
-            return
-        self.examination_due = False
-        if not self.comparable() or self._trainer.world_size > 1:
-            return
-        rates = self.guard.rate.effective()
-        evidence = Evidence(
-            step=self.guard.updates, first=course.first, scale=trend.scale(), lr=rates[0] if rates else None
-        )
-        for finding in self._examination.findings(self.tape.newest(256), course, evidence, asked=asked):
-            if finding.confidence > LOW:
-                self.advise("asked" if asked else "loss does not move", finding)
-
-    def advise(self, occasion: str, finding: Finding) -> None:
-        global_step, epoch, _ = self.clock()
-        self._adviser.give(Advice(global_step, epoch, occasion, finding))
-
-    def _loss_scale(self) -> float | None:
-        scaler = grad_scaler(self._trainer)
-        return None if scaler is None else float(scaler.get_scale())
-
-    def record(self, intervention: Intervention) -> None:
-        self._journal.write(intervention)
-
-    # Validation
-
-    def see_validation(self, outputs: Any, batch_idx: int) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not isinstance(loss, Tensor) or not loss.is_floating_point():
-            return
-        bad = ~torch.isfinite(loss.detach()).all()
-        self._validation_bad = bad if self._validation_bad is None else self._validation_bad | bad
-
-    def judge_validation(self) -> None:
-        bad, self._validation_bad = self._validation_bad, None
-        if bad is None:
-            names = (
-                key
-                for key, value in self._trainer.callback_metrics.items()
-                if "loss" in key and key.startswith("val") and not bool(torch.isfinite(value).all())
-            )
-            mine = next(names, None)
-        else:
-            mine = "validation loss" if bool(bad) else None
-        if mine is None:
-            return
-        batch_idx, self.batch_idx = self.batch_idx, -1
-        message = f"the {mine} is not finite while the training loss is"
-        self.guard.report(Fault("non_finite_validation", "state", mine, None, message))
-        self.batch_idx = batch_idx
 
 
 @final

@@ -86,6 +86,10 @@ class Loop:
             self.guard.close_batch()
         self.guard.flush()
 
+    @property
+    def stage(self) -> Loop:
+        return self
+
     def clock(self) -> tuple[int, int, int]:
         return self.step, 0, self.step - 1
 
@@ -279,4 +283,4 @@ def test_a_batch_without_an_update_leaves_nothing_waiting() -> None:
         loop.guard.see_loss(torch.tensor(1.0))
         loop.guard.close_batch()
     assert not loop.guard.in_window
-    assert loop.guard._losses == []
+    assert loop.guard._meter.losses == []

@@ -144,9 +144,9 @@ def _mark_all(shared: Shared) -> None:
 
     _mark(shared, keeper, "capture", "snapshot")
     _mark(shared, TorchCheckpointIO, "save_checkpoint", "save")
-    from lightning_nanguard import callback
+    from lightning_nanguard import run
 
-    _mark(shared, callback, "write_through", "last good", note_written)
+    _mark(shared, run, "write_through", "last good", note_written)
     _mark(shared, last_good, "_replace", "last good", note_kept)
     _mark(shared, journal, "_append", "record", note_record)
 

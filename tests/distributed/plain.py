@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,10 @@ class PlainLoop:
 
     # Host
 
+    @property
+    def stage(self) -> PlainLoop:
+        return self
+
     def clock(self) -> tuple[int, int, int]:
         return self.step, 0, self.step - 1
 
@@ -130,7 +135,22 @@ class PlainLoop:
     def probe(self) -> float | None:
         return None
 
-    def train_once(self) -> float | None:
+    def batch_strange(self) -> bool | None:
+        return None
+
+    def gradient_finite(self) -> bool | None:
+        return None
+
+    def rehearsal_batches(self) -> int:
+        return 0
+
+    def rehearsing(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def train_on(self, index: int) -> float | None:
+        return None
+
+    def loss_on(self, index: int) -> float | None:
         return None
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:

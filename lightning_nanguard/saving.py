@@ -1,0 +1,88 @@
+"""No poisoned file: what is written in the place of a checkpoint that holds a value gone bad."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, final
+
+from lightning_nanguard.checkpoints import mended, poisoned
+from lightning_nanguard.distributed import Ranks, first
+from lightning_nanguard.events import Fault
+from lightning_nanguard.investigate import Investigator
+from lightning_nanguard.learner import Learner, Path
+from lightning_nanguard.ring import Ring
+from lightning_nanguard.snapshot import Snapshot
+
+
+@final
+class Saving:
+    """Looks at checkpoints before they are written, and puts the last good state in their place where it must.
+
+    Args:
+        learner: What is trained.
+        ring: The snapshots.
+        investigator: Knows what is not finite by design.
+        note: Records what was done.
+        observe: Whether what is written is left as it is.
+        ranks: All processes.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        ring: Ring,
+        investigator: Investigator,
+        note: Callable[..., None],
+        *,
+        observe: bool,
+        ranks: Ranks,
+    ) -> None:
+        self._learner = learner
+        self._ring = ring
+        self._investigator = investigator
+        self._note = note
+        self._observe = observe
+        self._ranks = ranks
+        self._put_together: Snapshot | None = None
+
+    def begin(self) -> None:
+        """A checkpoint is about to be written."""
+        self._put_together = None
+
+    def put_together(self) -> None:
+        """Have the last good state whole where the one of now is bad, of which later one rank alone will write."""
+        if self._ranks.world > 1 and self._ring.certified:
+            bad, _ = first(self._ranks, self._investigator.corrupt(self._learner.leaves()))
+            self._put_together = None if bad is None else self._ranks.whole(self._ring.certified[0])
+
+    def mend(self, checkpoint: dict[str, Any], path: str, *, told: bool) -> dict[str, Any]:
+        """What to write in the place of a checkpoint.
+
+        Args:
+            checkpoint: What is about to be written.
+            path: Where to, for the record.
+            told: Whether what is wrong with the state has just been recorded.
+        """
+        if self._ranks.rank > 0 and not self._ranks.sharded:
+            return checkpoint  # rank 0 writes
+        weights = {path[1]: leaf for path, leaf in self._learner.weights()}
+        bad = poisoned(checkpoint, weights, self._investigator.allowed)
+        if not bad or (self._observe and told):
+            return checkpoint
+        good = self._good()
+        listed = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else bad[0]
+        message = f"{listed} of a checkpoint about to be written to {path} is not finite"
+        self._note(Fault("poisoned_checkpoint", "state", bad[0], None, message), *(("rewrite",) if good else ()))
+        return checkpoint if self._observe or good is None else mended(checkpoint, self._learner, good)
+
+    def _good(self) -> dict[Path, Any] | None:
+        live = dict(self._learner.leaves())
+        if self._investigator.corrupt(live.items()) is None:
+            return live
+        kept = [*self._ring.certified[:1], *([] if self._ring.pending is None else [self._ring.pending])]
+        if self._put_together is not None:
+            kept.insert(0, self._put_together)
+        kept = [one for one in kept if not one.shared()]
+        for one in kept:
+            one.wait()
+        return next((one.leaves for one in kept if self._investigator.corrupt(one.leaves.items()) is None), None)

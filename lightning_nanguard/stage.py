@@ -1,0 +1,242 @@
+"""The batches at hand, seen again and run again on the trainer's module, without a trace."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from lightning_nanguard._compat.packages import LightningModule, Trainer
+from lightning_nanguard._compat.probe import (
+    alone,
+    clip_as_configured,
+    forward_backward,
+    loss_with_graph,
+    quiet,
+    run_training_step,
+    same_randomness,
+)
+from lightning_nanguard._compat.results import remember_running_means
+from lightning_nanguard.batch_scope import BatchScope
+from lightning_nanguard.diagnosis.tape import Micro, Tape
+from lightning_nanguard.distributed import Ranks, Silent, mean
+from lightning_nanguard.learner import Learner
+from lightning_nanguard.measure import batch_finite, gradients, suspects
+from lightning_nanguard.recent import RecentBatches
+from lightning_nanguard.untouched import attributes_kept
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+class _RehearsalError(Exception):
+    """A rehearsed update could not be made."""
+
+
+@final
+class TrainerStage:
+    """Runs batches again for the investigation, for rehearsals and for the diagnosis.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        learner: What is trained.
+        ranks: All processes.
+        clip: Clips the gradients of an optimizer as the guard does now.
+        updates: Of how many updates the micro-batches are kept.
+        small: Of how many updates they are kept where they are small.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        learner: Learner,
+        ranks: Ranks,
+        clip: Callable[[Optimizer], None],
+        *,
+        updates: int,
+        small: int,
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._learner = learner
+        self._ranks = ranks
+        self._clip = clip
+        self.batch: Any = None
+        self.batch_idx = -1
+        self.tape = Tape(module.device, updates=updates, small=small)
+        self.recent = RecentBatches()
+
+    def make_scope(self, *, thorough: bool = False) -> BatchScope:
+        """An object that remembers what a batch may touch."""
+        return BatchScope(self._module, [lambda: remember_running_means(self._trainer)], thorough=thorough)
+
+    def batch_finite(self) -> bool | None:
+        """Whether the micro-batches of the newest update are finite."""
+        return batch_finite([micro.batch for micro in self.tape.newest()])
+
+    def batch_strange(self) -> bool | None:
+        """Whether the batch at hand reaches far beyond those before it."""
+        return None if self.batch is None else self.recent.strange(self.batch)
+
+    def comparable(self) -> bool:
+        """Whether a batch can be run again at all: under automatic optimization."""
+        return bool(self._module.automatic_optimization)
+
+    def probe(self) -> float | None:
+        """Loss of the batch at hand under the weights of now, leaving no trace."""
+        if not self.comparable() or self.batch is None or self._ranks.sharded:
+            return None
+        trace = self.make_scope(thorough=True)
+        trace.open()
+        value = None
+        try:
+            with self._again():
+                loss = run_training_step(self._trainer, self.batch, self.batch_idx)
+                value = None if loss is None else float(loss)
+        except Exception as error:
+            # A second look must never cost the run that the first one would not have.
+            _logger.debug("NaNGuard: the batch could not be looked at again: %r", error)
+        finally:
+            trace.undo()
+        return mean(self._ranks, value)
+
+    def gradient_finite(self) -> bool | None:
+        """Whether the batch at hand has a finite gradient under the weights of now; gradients are gone afterwards."""
+        optimizers = self._learner.optimizers
+        if not self.comparable() or self.batch is None or len(optimizers) != 1 or self._ranks.sharded:
+            return None
+        optimizer = optimizers[0]
+        with self.rehearsing():
+            loss = self._gradients(optimizer, self.batch, self.batch_idx)
+        found = gradients(p for group in optimizer.param_groups for p in group["params"])
+        finite = None if loss is None else math.isfinite(loss) and not suspects(found)
+        optimizer.zero_grad(set_to_none=True)
+        answers = self._ranks.gather(finite)
+        return None if None in answers else all(answers)
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Inside, batches run outside the run's count; at its end all they touched but the learner is put back."""
+        trace = self.make_scope(thorough=True)
+        trace.open()
+        try:
+            with (
+                same_randomness(self._module.device),
+                quiet(self._trainer),
+                attributes_kept(self._module),
+                torch.enable_grad(),
+            ):
+                yield
+        finally:
+            trace.undo()
+
+    def rehearsal_batches(self) -> int:
+        """How many batches are at hand to rehearse on; 0 where that cannot be done."""
+        optimizers = self._learner.optimizers
+        can = self.comparable() and self.batch is not None and len(optimizers) == 1 and not self._ranks.sharded
+        if not can or (self._ranks.world > 1 and isinstance(optimizers[0], LBFGS)):
+            return 0
+        counts: list[int] = self._ranks.gather(len(self._at_hand()))
+        return min(counts)
+
+    def train_on(self, index: int) -> float | None:
+        """One plain update on a batch; its loss before the update."""
+        optimizer = self._learner.optimizers[0]
+        seen: list[float] = []
+
+        def closure() -> float:
+            value = self._gradients(optimizer, *self._at_hand()[index])
+            if value is None:
+                raise _RehearsalError
+            self._clip(optimizer)
+            clip_as_configured(self._trainer, optimizer)
+            seen.append(value)
+            return value
+
+        try:
+            if isinstance(optimizer, LBFGS):
+                optimizer.step(closure)  # type: ignore[no-untyped-call]
+            else:
+                closure()
+                optimizer.step()
+        except _RehearsalError:
+            return None
+        return seen[0]
+
+    def loss_on(self, index: int) -> float | None:
+        """Loss of a batch under the weights of now."""
+        batch, batch_idx = self._at_hand()[index]
+        value = None
+        try:
+            with self._silently(), torch.no_grad():
+                loss = run_training_step(self._trainer, batch, batch_idx)
+                value = None if loss is None else float(loss)
+        except Exception as error:
+            _logger.debug("NaNGuard: a rate could not be rehearsed: %r", error)
+        return mean(self._ranks, value)
+
+    def _at_hand(self) -> list[tuple[Any, int]]:
+        if len(self.recent) > 1:
+            return list(self.recent)
+        # Too few to leave out the one at hand, though it may have a part in the trouble.
+        return [*self.recent, (self.batch, self.batch_idx)]
+
+    def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
+        value = None
+        try:
+            with self._silently():
+                value = forward_backward(self._trainer, optimizer, batch, batch_idx)
+        except Exception as error:
+            # All ranks must learn of it, or those where it went well would wait.
+            _logger.debug("NaNGuard: a rate could not be rehearsed: %r", error)
+        value = mean(self._ranks, value)
+        if value is not None:
+            self._average_gradients(optimizer)
+        return value
+
+    def _average_gradients(self, optimizer: Optimizer) -> None:
+        if self._ranks.world == 1:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._ranks.average([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+    def rerun(self, micro: Micro, full_precision: bool) -> Tensor | None:
+        """Loss of a micro-batch with its graph, with the random numbers it had."""
+        self.tape.rewind(micro)
+        return loss_with_graph(self._trainer, micro.batch, micro.index, full_precision=full_precision)
+
+    @contextmanager
+    def untraced(self) -> Iterator[None]:
+        """Inside, nothing that runs leaves a trace."""
+        trace = self.make_scope(thorough=True)
+        trace.open()
+        try:
+            with (
+                self._again(),
+                attributes_kept(self._module),
+                torch.enable_grad(),
+            ):
+                yield
+        finally:
+            trace.undo()
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        # Each rank for itself: one on which this fails must not leave others waiting for it.
+        with same_randomness(self._module.device), quiet(self._trainer), self._silently():
+            yield
+
+    @contextmanager
+    def _silently(self) -> Iterator[None]:
+        with alone(self._trainer, Silent()) if self._ranks.world > 1 else nullcontext():
+            yield
