@@ -20,6 +20,7 @@ class RecentBatches:
     """References to the newest healthy batches, at most four of them and 64 MiB.
 
     Example:
+        >>> import torch
         >>> recent = RecentBatches()
         >>> recent.add(torch.zeros(2, 3), 0)
         >>> [index for _, index in recent]
