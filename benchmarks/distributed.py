@@ -14,7 +14,6 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import AbstractContextManager, nullcontext
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,49 +25,27 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_nanguard import Budget, Fault, Intervention, distributed
-from lightning_nanguard.batch_scope import BatchScope
-from lightning_nanguard.detectors import default_detectors
-from lightning_nanguard.diagnosis.clues import Look
+from benchmarks.plain import PlainHost
+from lightning_nanguard import distributed
 from lightning_nanguard.engine import Guard, Settings
-from lightning_nanguard.events import Finding
-from lightning_nanguard.learner import Learner
-from lightning_nanguard.learning_rate import LearningRate
-from lightning_nanguard.policy import Evidence, Policy
-from lightning_nanguard.remedies import default_remedies
-from lightning_nanguard.ring import Ring
 
 WORLD, STEPS, WARM = 2, 20, 3
 RESULTS = Path(__file__).parent / "results"
 
 
-class Loop:
+class Loop(PlainHost):
     """A DDP loop, guarded or not."""
 
     def __init__(self, guarded: bool) -> None:
+        super().__init__()
         torch.manual_seed(0)
         self.module = nn.Sequential(nn.Linear(256, 384), nn.GELU(), nn.Linear(384, 384), nn.GELU(), nn.Linear(384, 8))
         self.ddp = DistributedDataParallel(self.module)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-3)
         self.draw = torch.Generator().manual_seed(dist.get_rank())
-        self.step = 0
-        self.records: list[Intervention] = []
         self.guard: Guard | None = None
         if guarded:
-            rate = LearningRate([self.optimizer])
-            rate.attach()
-            self.guard = Guard(
-                learner=Learner(self.module, [self.optimizer]),
-                rate=rate,
-                make_scope=lambda: BatchScope(self.module),
-                host=self,
-                detectors=default_detectors(),
-                remedies=default_remedies(),
-                policy=Policy(default_remedies(), Budget()),
-                ring=Ring(),
-                settings=Settings(),
-                ranks=distributed.Group(),
-            )
+            self.guard = self.make_guard(self.module, self.optimizer, Settings(), ranks=distributed.Group())
             self.guard.start()
 
     def one(self) -> None:
@@ -86,51 +63,6 @@ class Loop:
         self.step += 1
         if self.guard is not None:
             self.guard.close_batch()
-
-    # Host
-
-    @property
-    def stage(self) -> Loop:
-        return self
-
-    def clock(self) -> tuple[int, int, int]:
-        return self.step, 0, self.step - 1
-
-    def micro_batches(self) -> int:
-        return 1
-
-    def batch_finite(self) -> bool | None:
-        return None
-
-    def comparable(self) -> bool:
-        return True
-
-    def probe(self) -> float | None:
-        return None
-
-    def batch_strange(self) -> bool | None:
-        return None
-
-    def gradient_finite(self) -> bool | None:
-        return None
-
-    def rehearsal_batches(self) -> int:
-        return 0
-
-    def rehearsing(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def train_on(self, index: int) -> float | None:
-        return None
-
-    def loss_on(self, index: int) -> float | None:
-        return None
-
-    def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
-        return None
-
-    def record(self, intervention: Intervention) -> None:
-        self.records.append(intervention)
 
 
 class Waits:

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_nanguard import Budget, Detector, Fault, Intervention, Reading, Remedy, TrainingDivergedError
-from lightning_nanguard.batch_scope import BatchScope
-from lightning_nanguard.detectors import default_detectors
+from benchmarks.plain import PlainHost
+from lightning_nanguard import Budget, Detector, Fault, Reading, Remedy, TrainingDivergedError
 from lightning_nanguard.diagnosis.clues import Case, Look
 from lightning_nanguard.diagnosis.rules import diagnose
-from lightning_nanguard.engine import Guard, Settings
+from lightning_nanguard.engine import Settings
 from lightning_nanguard.events import Finding
-from lightning_nanguard.learner import Learner
-from lightning_nanguard.learning_rate import LearningRate
-from lightning_nanguard.policy import Evidence, Policy
-from lightning_nanguard.remedies import default_remedies
-from lightning_nanguard.ring import Ring
+from lightning_nanguard.policy import Evidence
 
 
-class Loop:
+class Loop(PlainHost):
     """The smallest loop there is: one linear layer, one optimizer."""
 
     def __init__(
@@ -37,24 +31,17 @@ class Loop:
         settings: Settings | None = None,
         fused: bool = False,
     ) -> None:
+        super().__init__()
         self.net = nn.Linear(3, 1)
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=lr, momentum=0.5, fused=fused)
-        self.records: list[Intervention] = []
-        self.step = 0
         self.batch: Tensor | None = None
-        remedies = default_remedies() if remedies is None else remedies
-        rate = LearningRate([self.optimizer])
-        rate.attach()
-        self.guard = Guard(
-            learner=Learner(self.net, [self.optimizer]),
-            rate=rate,
-            make_scope=lambda: BatchScope(self.net),
-            host=self,
-            detectors=default_detectors() if detectors is None else detectors,
+        self.guard = self.make_guard(
+            self.net,
+            self.optimizer,
+            settings or Settings(snapshot_every=4),
+            detectors=detectors,
             remedies=remedies,
-            policy=Policy(remedies, budget or Budget()),
-            ring=Ring(),
-            settings=settings or Settings(snapshot_every=4),
+            budget=budget,
         )
 
     def loss(self) -> Tensor:
@@ -86,37 +73,15 @@ class Loop:
             self.guard.close_batch()
         self.guard.flush()
 
-    @property
-    def stage(self) -> Loop:
-        return self
-
-    def clock(self) -> tuple[int, int, int]:
-        return self.step, 0, self.step - 1
-
-    def micro_batches(self) -> int:
-        return 1
-
     def batch_finite(self) -> bool | None:
         return None if self.batch is None else bool(torch.isfinite(self.batch).all())
-
-    def comparable(self) -> bool:
-        return True
 
     def probe(self) -> float | None:
         with torch.no_grad():
             return float(self.loss())
 
-    def batch_strange(self) -> bool | None:
-        return None
-
-    def gradient_finite(self) -> bool | None:
-        return None
-
     def rehearsal_batches(self) -> int:
         return 1
-
-    def rehearsing(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def loss_on(self, index: int) -> float | None:
         return self.probe()
@@ -130,9 +95,6 @@ class Loop:
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
         return diagnose(Case(fault, evidence))
-
-    def record(self, intervention: Intervention) -> None:
-        self.records.append(intervention)
 
     def finite(self) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in self.net.parameters())

@@ -57,10 +57,8 @@ def _wrap(callback: Any) -> list[Callable[[], None]]:
         return save(*args, **kwargs)
 
     _forget(callback)  # what a checkpoint of a run without the guard has brought along
-    return [
-        _shadow(callback, name, ours)
-        for name, ours in zip(_METHODS, (check_monitor_top_k, update_best_and_save, save_checkpoint), strict=True)
-    ]
+    wrappers: tuple[Callable[..., Any], ...] = (check_monitor_top_k, update_best_and_save, save_checkpoint)
+    return [_shadow(callback, name, ours) for name, ours in zip(_METHODS, wrappers, strict=True)]
 
 
 def _shadow(owner: Any, name: str, ours: Callable[..., Any]) -> Callable[[], None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_nanguard import Budget, Fault, Intervention
-from lightning_nanguard.batch_scope import BatchScope
-from lightning_nanguard.detectors import default_detectors
-from lightning_nanguard.diagnosis.clues import Look
+from benchmarks.plain import PlainHost
 from lightning_nanguard.distributed import Group, Ranks
-from lightning_nanguard.engine import Guard, Settings
-from lightning_nanguard.events import Finding
-from lightning_nanguard.learner import Learner
-from lightning_nanguard.learning_rate import LearningRate
-from lightning_nanguard.policy import Evidence, Policy
-from lightning_nanguard.remedies import ClipGradients, Remedy, default_remedies
-from lightning_nanguard.ring import Ring
+from lightning_nanguard.engine import Settings
+from lightning_nanguard.remedies import ClipGradients, Remedy
 from lightning_nanguard.snapshot import Snapshot
 
 
@@ -34,7 +25,7 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 500), nn.Tanh(), nn.Linear(500, 2))
 
 
-class PlainLoop:
+class PlainLoop(PlainHost):
     """A module trained by hand on one rank's data; gradients are averaged by ``synchronise``."""
 
     def __init__(
@@ -45,27 +36,13 @@ class PlainLoop:
         remedies: tuple[Remedy, ...] | None = None,
         settings: Settings | None = None,
     ) -> None:
+        super().__init__()
         self.net, self.ranks, self.synchronise = module, ranks, synchronise
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
-        self.records: list[Intervention] = []
-        self.step = 0
         self.draw = torch.Generator().manual_seed(dist.get_rank())
         self.prints: dict[int, str] = {}
-        remedies = default_remedies() if remedies is None else remedies
-        rate = LearningRate([self.optimizer])
-        rate.attach()
-        self.guard = Guard(
-            learner=Learner(module, [self.optimizer]),
-            rate=rate,
-            make_scope=lambda: BatchScope(module),
-            host=self,
-            detectors=default_detectors(),
-            remedies=remedies,
-            policy=Policy(remedies, Budget()),
-            ring=Ring(),
-            settings=settings or Settings(snapshot_every=2),
-            ranks=ranks,
-        )
+        settings = settings or Settings(snapshot_every=2)
+        self.guard = self.make_guard(module, self.optimizer, settings, remedies=remedies, ranks=ranks)
         self.guard.start()
         self.prints[0] = self.print()
 
@@ -113,51 +90,6 @@ class PlainLoop:
                 for parameter, entry in self.optimizer.state.items()
             ),
         }
-
-    # Host
-
-    @property
-    def stage(self) -> PlainLoop:
-        return self
-
-    def clock(self) -> tuple[int, int, int]:
-        return self.step, 0, self.step - 1
-
-    def micro_batches(self) -> int:
-        return 1
-
-    def batch_finite(self) -> bool | None:
-        return None
-
-    def comparable(self) -> bool:
-        return True
-
-    def probe(self) -> float | None:
-        return None
-
-    def batch_strange(self) -> bool | None:
-        return None
-
-    def gradient_finite(self) -> bool | None:
-        return None
-
-    def rehearsal_batches(self) -> int:
-        return 0
-
-    def rehearsing(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def train_on(self, index: int) -> float | None:
-        return None
-
-    def loss_on(self, index: int) -> float | None:
-        return None
-
-    def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
-        return None
-
-    def record(self, intervention: Intervention) -> None:
-        self.records.append(intervention)
 
 
 def averaged(module: nn.Module) -> Callable[[], None]:
