@@ -10,43 +10,55 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.learner import Path
-from lightning_nanguard.measure import Parcel, dense_values, partial_norms, total_norm
+from lightning_nanguard.measure import Parcel, dense_values, each_norm
 
 
 @final
 class Glance:
-    """A few numbers about a state, on their way to the host.
+    """One norm of each tensor of a state, on their way to the host.
 
     Args:
-        tensors: What must be finite.
-        statistics: What may not have grown beyond measure since an older glance.
+        tensors: What must be finite, and may not have grown beyond measure since an older glance.
     """
 
-    def __init__(self, tensors: Iterable[Tensor], statistics: Mapping[Path, Tensor]) -> None:
-        values: dict[torch.device, list[Tensor]] = {}
-        for tensor in tensors:
+    def __init__(self, tensors: Iterable[tuple[Path, Tensor]]) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], list[tuple[Path, Tensor]]] = {}
+        for path, tensor in tensors:
             if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel():
-                values.setdefault(tensor.device, []).append(dense_values(tensor))
-        self._norms = [Parcel(total_norm(partial_norms(group)).reshape(1)) for group in values.values()]
-        groups: dict[tuple[torch.device, torch.dtype], list[Path]] = {}
-        for path, tensor in statistics.items():
-            if tensor.is_floating_point() and tensor.numel():
-                groups.setdefault((tensor.device, tensor.dtype), []).append(path)
-        self._largest = [
-            (paths, Parcel(torch.stack(torch._foreach_norm([statistics[path].detach() for path in paths], math.inf))))
-            for paths in groups.values()
+                values = dense_values(tensor)
+                groups.setdefault((values.device, values.dtype), []).append((path, values))
+        self._norms = [
+            (
+                [(path, values.numel()) for path, values in group],
+                Parcel(torch.stack(each_norm([values for _, values in group]))),
+            )
+            for group in groups.values()
         ]
 
     def arrived(self) -> bool:
         """Whether reading it would not wait for a device."""
-        return all(parcel.arrived() for parcel in (*self._norms, *(parcel for _, parcel in self._largest)))
+        return all(parcel.arrived() for _, parcel in self._norms)
 
-    def finite(self) -> bool:
-        """Whether all is surely finite."""
-        return all(math.isfinite(number) for parcel in self._norms for number in parcel.read())
+    def fine(self, before: Mapping[Path, float], factor: float) -> bool:
+        """Whether all is surely finite, and no element can have grown ``factor`` times, above 1.
 
-    def largest(self) -> dict[Path, float]:
-        """Largest absolute value of each of the statistics."""
-        return {
-            path: number for paths, parcel in self._largest for path, number in zip(paths, parcel.read(), strict=True)
-        }
+        Args:
+            before: The older glance's :meth:`typical`.
+            factor: Growth of a tensor's largest element that would be too much.
+        """
+        # A largest element m lies between the root mean square and the norm: no jump of m goes unseen.
+        typical = self.typical()
+        return all(norm <= factor * max(before.get(path, typical[path]), 1.0) for path, _, norm in self._read())
+
+    def typical(self) -> dict[Path, float]:
+        """Root mean square of each tensor; of the smallest one where a path holds several."""
+        found: dict[Path, float] = {}
+        for path, elements, norm in self._read():
+            size = norm / math.sqrt(elements)
+            found[path] = min(size, found.get(path, size))
+        return found
+
+    def _read(self) -> Iterable[tuple[Path, int, float]]:
+        for about, parcel in self._norms:
+            for (path, elements), norm in zip(about, parcel.read(), strict=True):
+                yield path, elements, norm

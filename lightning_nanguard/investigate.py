@@ -93,7 +93,7 @@ class Investigator:
         self.allowed = allowances(weights)
         self._shapes = {path: leaf.shape for path, leaf in weights if path[0] == "buffer"}
 
-    def to_be_finite(self, leaves: Iterable[tuple[Path, Any]]) -> Iterator[Tensor]:
+    def to_be_finite(self, leaves: Iterable[tuple[Path, Any]]) -> Iterator[tuple[Path, Tensor]]:
         """What :meth:`corrupt` looks at, in tensors that are finite if nothing is wrong."""
         return to_be_finite(leaves, self.allowed, self._shapes)
 

@@ -140,14 +140,12 @@ class Keeper:
         snapshot.rate = rate
         self._ring.add(snapshot)
         self._last = step
-        if self._ranks.world == 1:
-            # At the live state, whose values the snapshot has: it may lie far away, and not be there yet.
-            statistics = {path: leaves[path] for path in self._learner.statistics(leaves)}
-            self._glance = Glance(self._investigator.to_be_finite(leaves.items()), statistics)
-        else:
+        # At the live state, whose values the snapshot has: it may lie far away, and not be there yet.
+        self._glance = Glance(self._investigator.to_be_finite(leaves.items()))
+        if self._ranks.world > 1:
             snapshot.wait()
             sums = (0, 0) if self._ranks.sharded else checksums(snapshot.leaves)
-            self._judgement = Judgement(step, self._objection(snapshot, healthy_steps), sums)
+            self._judgement = Judgement(step, self._look(snapshot, healthy_steps), sums)
         if began is not None:
             self._taking = began, _event(leaves)
         if since > 0:
@@ -219,12 +217,13 @@ class Keeper:
         snapshot.done = self._courier.send(copy, [leaf for _, leaf in later if isinstance(leaf, Tensor)])
         return snapshot
 
-    def _is_fine(self, pending: Snapshot, factor: float) -> bool:
-        if self._glance is None or not self._glance.finite():
-            return False
-        pending.largest = self._glance.largest()
-        before = self._ring.certified[0].largest if self._ring.certified else {}
-        return all(now <= factor * max(before.get(path, now), 1.0) for path, now in pending.largest.items())
+    def _look(self, pending: Snapshot, healthy_steps: int) -> Fault | None:
+        if self._glance is not None:
+            pending.typical = self._glance.typical()
+            before = self._ring.certified[0].typical if self._ring.certified else {}
+            if self._glance.fine(before, _far(healthy_steps)):
+                return None
+        return self._objection(pending, healthy_steps)
 
     def objection(self, pending: Snapshot, healthy_steps: int) -> tuple[Fault | None, tuple[int, ...]]:
         """What speaks against certifying ``pending``, ``None`` if nothing does, and to which ranks."""
@@ -232,7 +231,7 @@ class Keeper:
             started = time.perf_counter()
             if self._taking is not None and self._taking[1].query():
                 self._interval.certified(self._taking[0].elapsed_time(self._taking[1]) / 1e3)
-            fault = None if self._is_fine(pending, _far(healthy_steps)) else self._objection(pending, healthy_steps)
+            fault = self._look(pending, healthy_steps)
             self._interval.certified(time.perf_counter() - started)
             return fault, ()
         objecting = tuple(rank for rank, one in enumerate(self._heard) if one.objects)

@@ -86,6 +86,12 @@ def partial_norms(values: list[Tensor]) -> list[Tensor]:
     return norms
 
 
+def each_norm(values: list[Tensor]) -> list[Tensor]:
+    """2-norm of each of several dense tensors of one kind, 0-dim."""
+    dtype = _WIDER.get(values[0].dtype)
+    return list(torch._foreach_norm(values) if dtype is None else torch._foreach_norm(values, 2, dtype))
+
+
 def total_norm(norms: Sequence[Tensor]) -> Tensor:
     """2-norm of partial norms, a 0-dim float tensor on the first one's device."""
     first = norms[0]

@@ -96,7 +96,7 @@ class Snapshot:
         rate: Scheduled learning rate of the first group.
         level: Loss level of the first stream when it was taken.
         healthy: Healthy readings seen since.
-        largest: Largest absolute value of each running statistic.
+        typical: Root mean square of each tensor, from its :class:`~lightning_nanguard.glance.Glance`.
         done: Events that say when a copy to the host has arrived.
     """
 
@@ -107,7 +107,7 @@ class Snapshot:
     rate: float | None = None
     level: float | None = None
     healthy: int = 0
-    largest: dict[Path, float] = field(default_factory=dict)
+    typical: dict[Path, float] = field(default_factory=dict)
     done: list[Any] = field(default_factory=list)
 
     def wait(self) -> None:
@@ -184,7 +184,7 @@ def to_be_finite(
     leaves: Iterable[tuple[Path, Any]],
     allowed: Mapping[Path, Tensor],
     shapes: Mapping[Path, torch.Size],
-) -> Iterator[Tensor]:
+) -> Iterator[tuple[Path, Tensor]]:
     """What :func:`corrupt` looks at, zero where it may be non-finite; waits for no device."""
     for path, leaf in leaves:
         for tensor in _tensors(leaf):
@@ -192,9 +192,9 @@ def to_be_finite(
                 continue
             mask = _allowance(path, allowed)
             if mask is None or mask.shape != tensor.shape:
-                yield tensor
+                yield path, tensor
             else:
-                yield tensor.masked_fill(mask.to(tensor.device, non_blocking=True), 0)
+                yield path, tensor.masked_fill(mask.to(tensor.device, non_blocking=True), 0)
 
 
 def _allowance(path: Path, allowed: Mapping[Path, Tensor]) -> Tensor | None:

@@ -22,9 +22,8 @@ def corrupted_state(case: Case) -> Finding | None:
     if evidence.undo or evidence.climbing or evidence.rate_rose:
         return None
     if fault.kind == "implausible_state":
-        return _corrupted(
-            0.7, fault.place, f"{fault.message}, though losses and gradients were healthy: a batch far out of range"
-        )
+        # Running statistics also jump where a batch far out of range passes a normalisation.
+        return _corrupted(0.7, fault.place, "became far larger than it was")
     if evidence.corrupt is not None:
         return None if fault.scope == "learner" else _corrupted(0.97, evidence.corrupt, "is no longer finite")
     if change is not None and case.clues.good_finite is not False and not _bad_there_too(case):
