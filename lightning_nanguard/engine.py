@@ -511,11 +511,7 @@ class Guard:
         if trial:
             detectors = [detector for detector in detectors if isinstance(detector, NonFinite)]
         fault = next((fault for detector in detectors if (fault := detector.check(reading)) is not None), None)
-        if fault is None:
-            if not trial:
-                self._accept(reading)
-            return
-        if fault.doubtful and (late or self._many or not self._host.stage.batch_strange()):
+        if fault is None or (fault.doubtful and (late or self._many or not self._host.stage.batch_strange())):
             if not trial:
                 self._accept(reading)
             return
@@ -730,7 +726,7 @@ class Guard:
         return self._streams.trend(stream)
 
     def usual_norm(self) -> float | None:
-        """Median of the healthy gradient norms of the first optimizer."""
+        """Lower quartile of the healthy gradient norms of the first optimizer."""
         trend = self._streams.trend(0)
         return trend.usual_norm() if trend is not None else None
 
