@@ -28,6 +28,7 @@ class Arrivals:
         self._learner = learner
         self._by_loss = by_loss
         self._observe = observe
+        self._flagged = False
         self._queue: deque[tuple[PendingReading, BatchScope]] = deque()
 
     def __len__(self) -> int:
@@ -40,6 +41,7 @@ class Arrivals:
             # Fused optimizers leave their state alone where this flag is set: decided without the host.
             bad = pending.is_bad(by_loss=self._by_loss)
             optimizer.found_inf, optimizer.grad_scale = bad, None  # type: ignore[attr-defined]
+            self._flagged = True
             scope.undo_where(bad)  # now: the next batch builds on the buffers of this one
             pending.held_back = True
         pending.send()
@@ -47,6 +49,9 @@ class Arrivals:
 
     def drop_flags(self) -> None:
         """Take from the optimizers what :meth:`defer` has set."""
+        if not self._flagged:
+            return
+        self._flagged = False
         for optimizer in self._learner.optimizers:
             for name in ("found_inf", "grad_scale"):
                 vars(optimizer).pop(name, None)

@@ -114,6 +114,15 @@ class Detector(ABC):
         """The inverse of :meth:`state_dict`."""
 
 
+def check(detectors: Iterable[Detector], reading: Reading) -> Fault | None:
+    """The first fault that one of some detectors finds in a reading, ``None`` where none does."""
+    for detector in detectors:
+        fault = detector.check(reading)
+        if fault is not None:
+            return fault
+    return None
+
+
 @final
 class NonFinite(Detector):
     """A loss or a gradient that holds NaN or Inf, or a gradient so large that its square would overflow.

@@ -27,7 +27,7 @@ from lightning_nanguard.account import Account, Book
 from lightning_nanguard.arrivals import MAX_DELAY, Arrivals
 from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.blocking import Blocker, unscales_itself
-from lightning_nanguard.detectors import Detector, NonFinite
+from lightning_nanguard.detectors import Detector, NonFinite, check
 from lightning_nanguard.diagnosis.clues import Look
 from lightning_nanguard.distributed import Alone, Ranks, first, surest
 from lightning_nanguard.errors import TrainingDivergedError
@@ -262,7 +262,7 @@ class Guard:
         self._note_rate()
         if pending is None and not self._many:
             return
-        if any(one.reached for one in self._found) and not self._settings.observe:
+        if self._found and any(one.reached for one in self._found) and not self._settings.observe:
             # The weights are bad already: nothing that comes of them is measured, or reaches them.
             self._blocker.block(stream)
             return
@@ -276,12 +276,8 @@ class Guard:
             self._detect(reading, self._scopes[0], stream, reached=False, late=False)
             if self._keeper.watches_statistics and not self._found and not self._many:
                 self._look_at_statistics(reading)
-        norm = self._whole_norm(stream)
-        if stream not in self._blocker.blocked and not self._settings.observe:
-            optimizer = self.learner.optimizers[stream]
-            self._recovery.clipper.clip(
-                optimizer, self._meter.loss_scale() if unscales_itself(optimizer) else None, norm
-            )
+        if self._recovery.clipper.value is not None:
+            self._clip(stream)
 
     def _look_at_statistics(self, reading: Reading) -> None:
         scope = self._scopes[0]
@@ -430,11 +426,14 @@ class Guard:
 
     # ---------------------------------------------------------------------------------------- measure and detect
 
-    def _whole_norm(self, stream: int) -> Tensor | None:
+    def _clip(self, stream: int) -> None:
         # The only collective waited for in an update without a fault, and only while sharded gradients are clipped.
-        if not self._ranks.sharded or self._recovery.clipper.value is None:
-            return None
-        return torch.tensor(math.hypot(*self._ranks.gather(self._meter.norm(stream))))
+        ranks = self._ranks
+        norm = torch.tensor(math.hypot(*ranks.gather(self._meter.norm(stream)))) if ranks.sharded else None
+        if stream not in self._blocker.blocked and not self._settings.observe:
+            optimizer = self.learner.optimizers[stream]
+            scale = self._meter.loss_scale() if unscales_itself(optimizer) else None
+            self._recovery.clipper.clip(optimizer, scale, norm)
 
     def _note_rate(self) -> None:
         rate = self.rate.first()
@@ -510,7 +509,7 @@ class Guard:
             trial = stepping is not None and self._meter.closures(stepping) > 1
         if trial:
             detectors = [detector for detector in detectors if isinstance(detector, NonFinite)]
-        fault = next((fault for detector in detectors if (fault := detector.check(reading)) is not None), None)
+        fault = check(detectors, reading)
         if fault is None or (fault.doubtful and (late or self._many or not self._host.stage.batch_strange())):
             if not trial:
                 self._accept(reading)
@@ -683,9 +682,9 @@ class Guard:
         return self._keeper.capture(self._standing.step, global_step, self.rate.first(), self._standing.healthy_steps)
 
     def _certify(self) -> None:
-        if not self.ring.healthy(min(reading.step for reading in self._readings)) or self.ring.pending is None:
-            return
         pending = self.ring.pending
+        if pending is None or not self.ring.healthy(min(reading.step for reading in self._readings)):
+            return
         uneasy = self._streams.uneasy(self._readings)
         if uneasy and pending.healthy < _CERTIFY_ANYWAY:
             return

@@ -108,7 +108,7 @@ class LearningRate:
         rate = next(self._scheduled_rates(), None)
         if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu"):
             return None
-        return float(self._scale(rate, self._factor()))
+        return float(self._scale(rate, self._factor()) if self.is_on() else rate)
 
     def scheduled(self) -> list[float]:
         """What the user's scheduler or configuration says, in the same order as :meth:`effective`."""
@@ -226,7 +226,7 @@ class LearningRate:
             for group in optimizer.param_groups:
                 rate = group.get("lr")
                 if rate is not None:
-                    scaled = self._find(group, rate)
+                    scaled = self._find(group, rate) if self._scaled else None
                     yield rate if scaled is None else scaled.scheduled
 
     def is_on(self) -> bool:

@@ -45,10 +45,11 @@ def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
 _IS_SPARSE = attrgetter("is_sparse")
 _IS_CPU = attrgetter("is_cpu")
 _NUMEL = methodcaller("numel")
+_DTYPE = attrgetter("dtype")
 _UP_TO_FLOAT = {torch.float16, torch.bfloat16, torch.float32}
 # On the CPU, from so many tensors on, one of up to so many elements is cheaper to copy behind the others than to be
 # given a call of its own; so many are copied at once.
-_MANY = 32
+_MANY = 8
 _SMALL = 4096
 _AT_ONCE = 1024
 
@@ -75,7 +76,7 @@ def partial_norms(values: list[Tensor]) -> list[Tensor]:
     if len(values) == 1:
         norms.append(_norm(values[0]))
     elif values:
-        dtypes = {value.dtype for value in values}
+        dtypes = set(map(_DTYPE, values))
         if len(dtypes) == 1 and dtypes.isdisjoint(_WIDER):
             norms += torch._foreach_norm(values)
         elif dtypes <= _UP_TO_FLOAT:

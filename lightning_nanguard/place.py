@@ -82,6 +82,8 @@ class Courier:
 
     def settle(self) -> bool:
         """Let the run's stream wait for what is under way, without the host; whether nobody wrote to it meanwhile."""
+        if not self._written:
+            return True
         for event, device in self._under_way:
             torch.cuda.current_stream(device).wait_event(event)
         intact = all(tensor._version == version for tensor, version in self._written)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-_FIELDS = ("value", "cumulated_batch_size", "_update_count", "has_reset", "_forward_cache")
+_FIELDS = {"value", "cumulated_batch_size", "_update_count", "has_reset", "_forward_cache"}
 
 
 def remember_running_means(trainer: Any) -> Callable[[], None]:
@@ -18,9 +18,7 @@ def remember_running_means(trainer: Any) -> Callable[[], None]:
     results = getattr(trainer, "_results", None)
     if results is None:
         return _nothing
-    saved = {
-        key: {name: vars(item).get(name) for name in _FIELDS if name in vars(item)} for key, item in results.items()
-    }
+    saved = {key: {name: value for name, value in vars(item).items() if name in _FIELDS} for key, item in results.items()}
 
     def undo() -> None:
         for key, item in results.items():
