@@ -69,6 +69,7 @@ class Inquiry:
             low_precision=autocasts_to_half(trainer),
         )
         self._examination = Examination(guard.learner, stage.rerun, stage.untraced, examine_after)
+        self._examines = examine_after is not None
         # Whether the first batch is still to be looked at, and whether an examination was asked for.
         self.preflight_due = False
         self.asked = False
@@ -126,6 +127,8 @@ class Inquiry:
 
     def examine_if_due(self) -> None:
         """Examine a loss that does not move, or the run at hand where that was asked for."""
+        if not (self._examines or self.asked):
+            return
         trend, asked = self._guard.trend(), self.asked
         course = None if trend is None else self._examination.due(self._guard.updates, trend, asked=asked)
         if trend is None or course is None:

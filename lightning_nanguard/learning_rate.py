@@ -57,6 +57,7 @@ class LearningRate:
         self._multiplier = 1.0
         self._min_lr = 0.0
         self._max_lr = math.inf
+        self._on = False
         self._scaled: dict[int, _Scaled] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -95,6 +96,7 @@ class LearningRate:
         applied = [optimizer for optimizer in self._optimizers if self._is_applied(optimizer)]
         self.withdraw()
         self._multiplier, self._min_lr, self._max_lr = float(value), float(min_lr), float(max_lr)
+        self._on = self._multiplier != 1.0 or self._max_lr != math.inf
         for optimizer in applied:
             self._apply(optimizer)
 
@@ -108,7 +110,7 @@ class LearningRate:
         rate = next(self._scheduled_rates(), None)
         if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu"):
             return None
-        return float(self._scale(rate, self._factor()) if self.is_on() else rate)
+        return float(self._scale(rate, self._factor()) if self._on else rate)
 
     def scheduled(self) -> list[float]:
         """What the user's scheduler or configuration says, in the same order as :meth:`effective`."""
@@ -172,13 +174,16 @@ class LearningRate:
             self._apply(optimizer)
             return None
         # Some optimizers (LBFGS) read the rate before they call the closure, most of them after it: serve both.
-        self._apply(optimizer)
+        if self._on:
+            self._apply(optimizer)
         return args, kwargs
 
     def _run_closure(self, optimizer: Optimizer, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._withdraw(optimizer)
+        if self._scaled:
+            self._withdraw(optimizer)
         result = closure(*args, **kwargs)
-        self._apply(optimizer)
+        if self._on:
+            self._apply(optimizer)
         return result
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -187,7 +192,7 @@ class LearningRate:
     # The groups
 
     def _apply(self, optimizer: Optimizer) -> None:
-        if not self.is_on():
+        if not self._on:
             return
         factor = self._factor()
         for group in optimizer.param_groups:
@@ -205,8 +210,6 @@ class LearningRate:
                 self._scaled[id(group)] = _Scaled(optimizer, group, written, rate)
 
     def _withdraw(self, optimizer: Optimizer) -> None:
-        if not self._scaled:
-            return
         for key, scaled in list(self._scaled.items()):
             if scaled.optimizer is optimizer:
                 del self._scaled[key]
@@ -231,7 +234,7 @@ class LearningRate:
 
     def is_on(self) -> bool:
         """Whether any rate may be scaled."""
-        return self._multiplier != 1.0 or self._max_lr != math.inf
+        return self._on
 
     def _factor(self) -> float:
         """What every scheduled rate is multiplied by; reads the first group's rate to the host where a limit is set."""
