@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import report
 from .ablation import ABLATIONS, EVERYONE
 from .cases import FAILING, HEALTHY
-from .contenders import CONTENDERS
+from .contenders import CONTENDERS, MODES
 from .measuring import Job, Result, jobs, measure, prepare
 
 FIRST_SEED = {"tune": 0, "report": 500_000}
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--draws", type=int, default=0, help="failing runs (default: 300; with --fast one a form)")
     parser.add_argument("--cases", default="", metavar="REGEX", help="only forms whose name matches")
     parser.add_argument("--only", choices=("failing", "healthy"), help="leave the other kind out")
-    parser.add_argument("--contenders", default="", metavar="A,B", help=f"of {', '.join(CONTENDERS)}")
+    parser.add_argument("--contenders", default="", metavar="A,B", help=f"of {', '.join([*CONTENDERS, *MODES])}")
     parser.add_argument("--ablation", action="store_true", help="the guard without one rule at a time instead")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/rescue.json"), metavar="JSON")

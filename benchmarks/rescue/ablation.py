@@ -18,7 +18,7 @@ from lightning_nanguard import (
 )
 
 from .cases import Case
-from .contenders import CONTENDERS, Attempt, Contender, attempt_with
+from .contenders import CONTENDERS, MODES, Attempt, Contender, attempt_with
 
 Replaced = Sequence[tuple[str, Any]]
 
@@ -71,4 +71,4 @@ ABLATIONS: dict[str, Contender] = {
 }
 """By name: the guard as it is, but for one rule."""
 
-EVERYONE: dict[str, Contender] = CONTENDERS | ABLATIONS
+EVERYONE: dict[str, Contender] = CONTENDERS | MODES | ABLATIONS

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, final
+from unittest.mock import patch
 
 import pytorch_lightning as pl
 import torch
@@ -235,6 +236,20 @@ class Guard(Contender):
         return attempt_with(NaNGuard(), case)
 
 
+@final
+class ReadLate(Contender):
+    """The guard in deferred readback where every number arrives as late as it may: after two further updates."""
+
+    name, title = "deferred", 'NaNGuard(readback="deferred")'
+
+    def attempt(self, case: Case) -> Attempt:
+        from lightning_nanguard import NaNGuard
+        from lightning_nanguard.measure import PendingReading
+
+        with patch.object(PendingReading, "arrived", lambda self: False):
+            return attempt_with(NaNGuard(readback="deferred"), case)
+
+
 def attempt_with(guard: Any, case: Case) -> Attempt:
     """What a guard, however configured, makes of a case."""
     run = train(case, [guard])
@@ -258,3 +273,6 @@ CONTENDERS: dict[str, Contender] = {
     c.name: c for c in (Bare(), Clip(), SkipNonFinite(), StopEarly(), ZClip(), StartAgain(), Guard())
 }
 """By name, in the order of the tables."""
+
+MODES: dict[str, Contender] = {c.name: c for c in (ReadLate(),)}
+"""Other ways to use the guard, measured on request."""
