@@ -115,6 +115,11 @@ def with_nan(batch: Batch, row: int = 0) -> Batch:
     return x, y
 
 
+def with_bad(*indices: int, count: int = 24) -> list[Batch]:
+    """Vectors, some batches of which hold a non-finite input sample."""
+    return [with_nan(batch) if index in indices else batch for index, batch in enumerate(batches(count=count))]
+
+
 class Positioned(DataLoader[Any]):
     """A loader that a checkpoint can put back to where it was, so that a resumed run sees the data it would have."""
 

@@ -31,12 +31,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever names no folder lies in one of the test's own."""
-    monkeypatch.chdir(tmp_path)
-
-
 def keeping(folder: Path, every: int = 5, **options: Any) -> NaNGuard:
     return guard_with(dirpath=folder, last_good_every_n_steps=every, **options)
 

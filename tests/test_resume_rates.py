@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.usefixtures("own_folder"),
 ]
 
 # Twice: after the first time a rate that its schedule has lowered since is not cut.
@@ -69,9 +70,8 @@ def train(
 
 @pytest.mark.parametrize("where", ["mid-epoch", "epoch end"])
 @pytest.mark.parametrize("name", FOURTEEN)
-def test_rates_go_on(name: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_go_on(name: str, where: str, tmp_path: Path) -> None:
     """After a cut the rates, the multiplier and the weights are those of the run that was not stopped."""
-    monkeypatch.chdir(tmp_path)
     if where == "mid-epoch":
         saves: Callback = SaveAt(BATCHES + 2, tmp_path / "mid.ckpt")
         path = tmp_path / "mid.ckpt"

@@ -37,6 +37,7 @@ from tests.helpers import (
     state_of,
     task,
     trainer_for,
+    with_bad,
     with_nan,
     words,
 )
@@ -49,12 +50,6 @@ pytestmark = [
 
 PER_EPOCH = 12
 EPOCHS = 4
-
-
-@pytest.fixture
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records of a run without a logger's folder lie in the working directory."""
-    monkeypatch.chdir(tmp_path)
 
 
 class BadSteps(Callback):
@@ -331,8 +326,7 @@ def test_fit_again_with_the_same_trainer() -> None:
     """A trainer that goes on with more epochs is guarded in them."""
     guard = guard_with()
     run = fit(task(), batches(count=12), guard)
-    data = batches(count=12)
-    data[5] = with_nan(data[5])
+    data = with_bad(5, count=12)
     run.trainer.fit_loop.max_epochs = 2
     run.trainer.fit(run.module, DataLoader(data, batch_size=None), DataLoader(data, batch_size=None))
     assert words(guard) == [("skip",)]
@@ -370,8 +364,7 @@ def test_nothing_outside_fit(entry: str, tmp_path: Path, caplog: pytest.LogCaptu
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
             return self.net(batch[0])
 
-    data = batches(count=3)
-    data[1] = with_nan(data[1])
+    data = with_bad(1, count=3)
     guard = NaNGuard()
     module = Whole(task().net)
     before = copied(dict(module.named_parameters()))
