@@ -128,26 +128,23 @@ class Investigator:
         untouched = ((path, before.get(path[1], leaf) if path[0] == "buffer" else leaf) for path, leaf in leaves)
         bad, corrupted = first(self._ranks, self.corrupt(untouched))
         batch_finite, spoilt = self._batch_finite() if at_hand else (None, ())
+        strange = self._batch_strange() if at_hand and batch_finite is not False else None
+        # Nothing about the weights is asked for a batch that is plainly at fault.
+        blameless = fault.scope == "batch" and (batch_finite is False or strange is True)
+        growth = 1.0 if blameless else max(self._ranks.gather(self._growth()))
+        comparison = jump = lower_is_better = None
+        # Weights that are not finite are compared with nothing: the answer is plain already.
+        if target is not None and bad is None and not blameless:
+            target = self._ranks.whole(target)
+            jump, _ = first(self._ranks, self._jump(target))
+            if self._compare_allowed and fault.kind == "stuck_loss":
+                if growth > self._least_growth(fault, trend):
+                    lower_is_better = self._rehearsal.lower_rate_is_better(target, trend.scale())
+            elif self._compare_allowed and batch_finite is not False:  # under any weights it would say nothing
+                comparison = self._compare(fault, reading, target)
         effective = self._rate.effective()
         rate = effective[0] if effective else None
         since = target.step if target is not None else 0
-        comparison = None
-        strange = self._batch_strange() if at_hand and batch_finite is not False else None
-        # Where the answer is plain already, or would say nothing, the batch is not run again.
-        plain = bad is not None or batch_finite is False or (strange is True and fault.scope == "batch")
-        if self._compare_allowed and target is not None and not plain:
-            target = self._ranks.whole(target)
-            comparison = self._compare(fault, reading, target)
-        # Nothing about the weights is asked for a batch that is plainly at fault.
-        blameless = fault.scope == "batch" and (batch_finite is False or strange is True)
-        jump = None
-        if bad is None and target is not None and not blameless:
-            jump, _ = first(self._ranks, self._jump(self._ranks.whole(target)))
-        growth = 1.0 if blameless else max(self._ranks.gather(self._growth()))
-        lower_is_better = None
-        stuck = self._compare_allowed and target is not None and fault.kind == "stuck_loss"
-        if stuck and target is not None and growth > self._least_growth(fault, trend):
-            lower_is_better = self._rehearsal.lower_rate_is_better(self._ranks.whole(target), trend.scale())
         return Evidence(
             step=known.step,
             healthy_steps=known.healthy_steps,
@@ -189,7 +186,7 @@ class Investigator:
         return next((s for s in certified if s.level is None or s.level <= limit), certified[0])
 
     def _compare(self, fault: Fault, reading: Reading, target: Snapshot) -> Comparison | None:
-        if fault.kind == "stuck_loss" or reading.loss is None:
+        if reading.loss is None:
             return None
         if fault.kind == "unsteady_loss":
             # A ruined model may be sure of single batches: several say more.

@@ -201,6 +201,18 @@ def nested_tensors(batch: Any) -> Iterator[Tensor]:
             yield from nested_tensors(item)
 
 
+def mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with every tensor in nested mappings and sequences replaced by what ``function`` makes of it."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: mapped(item, function) for key, item in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        items = [mapped(item, function) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    return batch
+
+
 @final
 class Parcel:
     """A few numbers on their way to the host, sent without waiting for the device.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,14 @@ from lightning_nanguard._compat.offline import at_first_batch, from_config, one_
 from lightning_nanguard._compat.probe import clip_as_configured, forward_backward, loss_with_graph
 from lightning_nanguard._compat.untraced import untraced
 from lightning_nanguard.bundle import Bundle, put_into, state_of
-from lightning_nanguard.diagnosis.batch import fields_of, look_at
+from lightning_nanguard.diagnosis.batch import look_at, samples
 from lightning_nanguard.diagnosis.clues import Case, Clues, Model
 from lightning_nanguard.diagnosis.gradients import check_gradients
 from lightning_nanguard.diagnosis.replay import replay
 from lightning_nanguard.diagnosis.rules import diagnose, findings
 from lightning_nanguard.diagnosis.tape import Micro
 from lightning_nanguard.events import Finding
+from lightning_nanguard.measure import mapped
 from lightning_nanguard.preflight import Preflight
 
 # Samples that are learned by heart, and updates in which a model has to.
@@ -150,7 +151,7 @@ def _overfit(trainer: Any, module: nn.Module, batch: Any) -> str:
         verdict = "not learned by heart: look at the loss, the labels and what is detached before the optimizer"
         if last < _STUCK * first:
             verdict = "partly learned"
-    return f"overfit: {_size(batch)} samples, loss {'; '.join(said)}: {verdict}"
+    return f"overfit: {samples(batch) or 0} samples, loss {'; '.join(said)}: {verdict}"
 
 
 def _train(trainer: Any, optimizer: Optimizer, batch: Any) -> list[float]:
@@ -169,24 +170,8 @@ def _train(trainer: Any, optimizer: Optimizer, batch: Any) -> list[float]:
 
 def first_rows(batch: Any, count: int) -> Any:
     """The first samples of a batch; what does not have its length is left as it is."""
-    size = _size(batch)
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[:count] if value.dim() and len(value) == size else value
-        if isinstance(value, Mapping):
-            return {key: cut(item) for key, item in value.items()}
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*(cut(item) for item in value))
-        if isinstance(value, (list, tuple)):
-            return type(value)(cut(item) for item in value)
-        return value
-
-    return cut(batch)
-
-
-def _size(batch: Any) -> int:
-    return next((len(tensor) for _, tensor in fields_of(batch) if tensor.dim()), 0)
+    size = samples(batch)
+    return mapped(batch, lambda tensor: tensor[:count] if tensor.dim() and len(tensor) == size else tensor)
 
 
 # ------------------------------------------------------------------------------------------------ after an incident

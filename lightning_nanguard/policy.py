@@ -18,6 +18,9 @@ from typing import Any, Protocol
 
 from lightning_nanguard.events import Fault, Plan, PlanStep, Restore, Scale, Scope, Skip, Stop
 
+# Healthy updates after a rollback before the learner is trusted again.
+CALM = 200
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -105,6 +108,15 @@ class Evidence:
     multiplier: float = 1.0
     undo: bool = False
     ranks: tuple[int, ...] = ()
+
+    def learner_did_it(self, calm: int = CALM) -> bool:
+        """Whether it was the learner's own doing; what comes out of nothing in a calm run was not.
+
+        Args:
+            calm: Updates accepted after a restore from which on the learner is trusted again.
+        """
+        soon = self.healthy_since_restore is not None and self.healthy_since_restore < calm
+        return self.climbing or self.rate_rose or soon or self.healthy_steps < 20
 
 
 class Proposes(Protocol):
@@ -198,7 +210,7 @@ class Policy:
     remedies: Sequence[Proposes]
     budget: Budget = Budget()
     patience: int = 4
-    calm: int = 200
+    calm: int = CALM
 
     def decide(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
         """The plan for a fault; an empty plan says that it was none."""
@@ -224,7 +236,7 @@ class Policy:
         if evidence.corrupt is not None:
             return "learner" if evidence.climbing or evidence.rate_rose else "state"
         if evidence.jump is not None and fault.scope == "batch":
-            return "learner" if self._learner_did_it(evidence) else "state"
+            return "learner" if evidence.learner_did_it(self.calm) else "state"
         if fault.scope == "learner":
             return self._confirm(fault, evidence)
         if evidence.batch_finite is False:
@@ -233,7 +245,7 @@ class Policy:
             return "batch"
         comparison = evidence.comparison
         if comparison is not None and comparison.worse(0.5 * evidence.scale, sane=self._sane(evidence)):
-            return "learner" if self._learner_did_it(evidence) else "state"
+            return "learner" if evidence.learner_did_it(self.calm) else "state"
         if comparison is not None and comparison.then_finite is False:
             return "batch"  # and going back would bring it back: a loss that cannot be differentiated there
         if evidence.healthy_steps == 0 or evidence.healthy_since_restore == 0:
@@ -276,10 +288,6 @@ class Policy:
             or evidence.growth > 12
             or (evidence.growth > 4 and evidence.excursion and no_better)
         )
-
-    def _learner_did_it(self, evidence: Evidence) -> bool:
-        soon = evidence.healthy_since_restore is not None and evidence.healthy_since_restore < self.calm
-        return evidence.climbing or evidence.rate_rose or soon or evidence.healthy_steps < 20
 
     def _skip(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
         if evidence.bad_in_a_row > self.budget.max_bad_batches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, final
 
 from lightning_nanguard.measure import largest_magnitudes, nested_tensors, size
@@ -13,6 +14,18 @@ _MOST = 4
 _MAX_BYTES = 64 << 20
 # How many times the largest number of the batches before makes a batch strange.
 _FAR = 100.0
+
+
+@final
+class _Kept:
+    def __init__(self, batch: Any, batch_idx: int) -> None:
+        self.batch = batch
+        self.batch_idx = batch_idx
+        self.size = sum(map(size, nested_tensors(batch)))
+
+    @cached_property
+    def magnitudes(self) -> list[float]:
+        return largest_magnitudes(self.batch)
 
 
 @final
@@ -28,27 +41,19 @@ class RecentBatches:
     """
 
     def __init__(self) -> None:
-        self._batches: deque[tuple[Any, int]] = deque(maxlen=_MOST)
-        self._sizes: deque[int] = deque(maxlen=_MOST)
+        self._kept: deque[_Kept] = deque(maxlen=_MOST)
 
     def add(self, batch: Any, batch_idx: int) -> None:
         """Take a batch that turned out healthy."""
-        self._batches.append((batch, batch_idx))
-        self._sizes.append(sum(map(size, nested_tensors(batch))))
-        while sum(self._sizes) > _MAX_BYTES:
-            self._batches.popleft()
-            self._sizes.popleft()
-
-    def clear(self) -> None:
-        """Let go of them."""
-        self._batches.clear()
-        self._sizes.clear()
+        self._kept.append(_Kept(batch, batch_idx))
+        while sum(kept.size for kept in self._kept) > _MAX_BYTES:
+            self._kept.popleft()
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        return iter(tuple(self._batches))
+        return iter([(kept.batch, kept.batch_idx) for kept in self._kept])
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._kept)
 
     def strange(self, batch: Any) -> bool | None:
         """Whether a tensor of ``batch`` reaches 100 times as far from zero as in any of the recent batches.
@@ -56,7 +61,7 @@ class RecentBatches:
         ``None`` where there are fewer than two to compare with, or none of the same structure. Reads from the device.
         """
         mine = largest_magnitudes(batch)
-        others = [magnitudes for b, _ in self._batches if len(magnitudes := largest_magnitudes(b)) == len(mine)]
+        others = [kept.magnitudes for kept in self._kept if len(kept.magnitudes) == len(mine)]
         if len(others) < 2 or not mine:
             return None
         return any(not one <= _FAR * max(before) for one, *before in zip(mine, *others, strict=True) if max(before) > 0)

@@ -223,8 +223,10 @@ class Rehearsal:
                 return None
             begin = self.loss_after(present, 1.0, 0)
             end = self.loss_after(present, 1.0, self._updates)
-            if begin is None or end is None or begin - end > 0.2 * scale:
-                return None if begin is None or end is None else False
+            if begin is None or end is None:
+                return None
+            if begin - end > 0.2 * scale:
+                return False
             for factor in self._lower:
                 lower = self.loss_after(start, factor, self._updates)
                 if lower is None:

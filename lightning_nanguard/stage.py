@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -18,18 +19,16 @@ from lightning_nanguard._compat.probe import (
     clip_as_configured,
     forward_backward,
     loss_with_graph,
-    quiet,
     run_training_step,
-    same_randomness,
 )
 from lightning_nanguard._compat.results import remember_running_means
+from lightning_nanguard._compat.untraced import untraced
 from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.diagnosis.tape import Micro, Tape
 from lightning_nanguard.distributed import Ranks, Silent, mean
 from lightning_nanguard.learner import Learner
 from lightning_nanguard.measure import batch_finite, gradients, suspects
 from lightning_nanguard.recent import RecentBatches
-from lightning_nanguard.untouched import attributes_kept
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -73,9 +72,9 @@ class TrainerStage:
         self.tape = Tape(module.device, updates=updates, small=small)
         self.recent = RecentBatches()
 
-    def make_scope(self, *, thorough: bool = False) -> BatchScope:
+    def make_scope(self) -> BatchScope:
         """An object that remembers what a batch may touch."""
-        return BatchScope(self._module, [lambda: remember_running_means(self._trainer)], thorough=thorough)
+        return BatchScope(self._module, [partial(remember_running_means, self._trainer)])
 
     def batch_finite(self) -> bool | None:
         """Whether the micro-batches of the newest update are finite."""
@@ -91,28 +90,16 @@ class TrainerStage:
 
     def probe(self) -> float | None:
         """Loss of the batch at hand under the weights of now, leaving no trace."""
-        if not self.comparable() or self.batch is None or self._ranks.sharded:
+        if not self._repeatable():
             return None
-        trace = self.make_scope(thorough=True)
-        trace.open()
-        value = None
-        try:
-            with self._again():
-                loss = run_training_step(self._trainer, self.batch, self.batch_idx)
-                value = None if loss is None else float(loss)
-        except Exception as error:
-            # A second look must never cost the run that the first one would not have.
-            _logger.debug("NaNGuard: the batch could not be looked at again: %r", error)
-        finally:
-            trace.undo()
-        return mean(self._ranks, value)
+        with self.rehearsing():
+            return self._loss(self.batch, self.batch_idx)
 
     def gradient_finite(self) -> bool | None:
         """Whether the batch at hand has a finite gradient under the weights of now; gradients are gone afterwards."""
-        optimizers = self._learner.optimizers
-        if not self.comparable() or self.batch is None or len(optimizers) != 1 or self._ranks.sharded:
+        if not self._repeatable():
             return None
-        optimizer = optimizers[0]
+        optimizer = self._learner.optimizers[0]
         with self.rehearsing():
             loss = self._gradients(optimizer, self.batch, self.batch_idx)
         found = gradients(p for group in optimizer.param_groups for p in group["params"])
@@ -121,27 +108,13 @@ class TrainerStage:
         answers = self._ranks.gather(finite)
         return None if None in answers else all(answers)
 
-    @contextmanager
-    def rehearsing(self) -> Iterator[None]:
+    def rehearsing(self) -> AbstractContextManager[None]:
         """Inside, batches run outside the run's count; at its end all they touched but the learner is put back."""
-        trace = self.make_scope(thorough=True)
-        trace.open()
-        try:
-            with (
-                same_randomness(self._module.device),
-                quiet(self._trainer),
-                attributes_kept(self._module),
-                torch.enable_grad(),
-            ):
-                yield
-        finally:
-            trace.undo()
+        return untraced(self._trainer, self._module)
 
     def rehearsal_batches(self) -> int:
         """How many batches are at hand to rehearse on; 0 where that cannot be done."""
-        optimizers = self._learner.optimizers
-        can = self.comparable() and self.batch is not None and len(optimizers) == 1 and not self._ranks.sharded
-        if not can or (self._ranks.world > 1 and isinstance(optimizers[0], LBFGS)):
+        if not self._repeatable() or (self._ranks.world > 1 and isinstance(self._learner.optimizers[0], LBFGS)):
             return 0
         counts: list[int] = self._ranks.gather(len(self._at_hand()))
         return min(counts)
@@ -172,15 +145,12 @@ class TrainerStage:
 
     def loss_on(self, index: int) -> float | None:
         """Loss of a batch under the weights of now."""
-        batch, batch_idx = self._at_hand()[index]
-        value = None
-        try:
-            with self._silently(), torch.no_grad():
-                loss = run_training_step(self._trainer, batch, batch_idx)
-                value = None if loss is None else float(loss)
-        except Exception as error:
-            _logger.debug("NaNGuard: a rate could not be rehearsed: %r", error)
-        return mean(self._ranks, value)
+        with torch.no_grad():
+            return self._loss(*self._at_hand()[index])
+
+    def _repeatable(self) -> bool:
+        one = len(self._learner.optimizers) == 1
+        return self.comparable() and self.batch is not None and one and not self._ranks.sharded
 
     def _at_hand(self) -> list[tuple[Any, int]]:
         if len(self.recent) > 1:
@@ -189,17 +159,24 @@ class TrainerStage:
         return [*self.recent, (self.batch, self.batch_idx)]
 
     def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
-        value = None
-        try:
-            with self._silently():
-                value = forward_backward(self._trainer, optimizer, batch, batch_idx)
-        except Exception as error:
-            # All ranks must learn of it, or those where it went well would wait.
-            _logger.debug("NaNGuard: a rate could not be rehearsed: %r", error)
-        value = mean(self._ranks, value)
+        value = self._attempt(partial(forward_backward, self._trainer, optimizer, batch, batch_idx))
         if value is not None:
             self._average_gradients(optimizer)
         return value
+
+    def _loss(self, batch: Any, batch_idx: int) -> float | None:
+        return self._attempt(partial(run_training_step, self._trainer, batch, batch_idx))
+
+    def _attempt(self, run: Callable[[], float | None]) -> float | None:
+        value = None
+        try:
+            with self._silently():
+                value = run()
+        except Exception as error:
+            # A second look must never cost the run that the first one would not have; and all ranks must learn of it,
+            # or those where it went well would wait.
+            _logger.debug("NaNGuard: a batch could not be run again: %r", error)
+        return mean(self._ranks, value)
 
     def _average_gradients(self, optimizer: Optimizer) -> None:
         if self._ranks.world == 1:
@@ -217,26 +194,12 @@ class TrainerStage:
 
     @contextmanager
     def untraced(self) -> Iterator[None]:
-        """Inside, nothing that runs leaves a trace."""
-        trace = self.make_scope(thorough=True)
-        trace.open()
-        try:
-            with (
-                self._again(),
-                attributes_kept(self._module),
-                torch.enable_grad(),
-            ):
-                yield
-        finally:
-            trace.undo()
-
-    @contextmanager
-    def _again(self) -> Iterator[None]:
-        # Each rank for itself: one on which this fails must not leave others waiting for it.
-        with same_randomness(self._module.device), quiet(self._trainer), self._silently():
+        """Inside, nothing that runs leaves a trace, and no rank waits for another."""
+        with untraced(self._trainer, self._module), self._silently():
             yield
 
     @contextmanager
     def _silently(self) -> Iterator[None]:
+        # Each rank for itself: one on which this fails must not leave others waiting for it.
         with alone(self._trainer, Silent()) if self._ranks.world > 1 else nullcontext():
             yield

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,3 +11,9 @@ def _same_start() -> None:
     """Every test starts from one thread and one seed, whatever ran before it."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records of a run without a logger's folder lie in the working directory."""
+    monkeypatch.chdir(tmp_path)

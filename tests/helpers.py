@@ -115,6 +115,32 @@ def with_nan(batch: Batch, row: int = 0) -> Batch:
     return x, y
 
 
+def with_bad(*indices: int, count: int = 24) -> list[Batch]:
+    """Vectors, some batches of which hold a non-finite input sample."""
+    return [with_nan(batch) if index in indices else batch for index, batch in enumerate(batches(count=count))]
+
+
+class Positioned(DataLoader[Any]):
+    """A loader that a checkpoint can put back to where it was, so that a resumed run sees the data it would have."""
+
+    def __init__(self, data: Sequence[Batch]) -> None:
+        super().__init__(list(data), batch_size=None)
+        self.at = 0
+
+    def __iter__(self) -> Any:
+        data = list(self.dataset)
+        self.at %= len(data)
+        for batch in data[self.at :]:
+            self.at += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
 # ---------------------------------------------------------------------------------------------------- models
 
 

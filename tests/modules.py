@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +53,20 @@ class Diverge(Callback):
             with torch.no_grad():
                 for parameter in pl_module.parameters():
                     parameter.mul_(1e25)
+
+
+class SaveAt(Callback):
+    """Saves the whole run after so many updates, and ends it there on request."""
+
+    def __init__(self, step: int, path: Path, stop: bool = False) -> None:
+        self.step = step
+        self.path = path
+        self.stop = stop
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step == self.step and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = self.stop
 
 
 class Rates(Callback):

@@ -40,7 +40,7 @@ from tests.helpers import (
     non_finite,
     state_of,
     task,
-    with_nan,
+    with_bad,
     words,
 )
 from tests.modules import Diverge, NaNWeight, make
@@ -59,12 +59,6 @@ BAD_BATCH = 13
 BAD_WEIGHT = 18
 PER_EPOCH = 10
 EPOCHS = 3
-
-
-@pytest.fixture
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records of a run without a logger's folder lie in the working directory."""
-    monkeypatch.chdir(tmp_path)
 
 
 class CopyEMA(Callback):
@@ -236,8 +230,7 @@ def test_no_harm(name: str, first: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", COMPANIONS)
 def test_nothing_is_poisoned_by_a_batch(name: str, first: bool, tmp_path: Path) -> None:
     """After a NaN batch no companion holds NaN, stops the run, or has written NaN to a file."""
-    data = batches(count=PER_EPOCH)
-    data[BAD_BATCH - PER_EPOCH] = with_nan(data[BAD_BATCH - PER_EPOCH])
+    data = with_bad(BAD_BATCH - PER_EPOCH, count=PER_EPOCH)
     others = companions(tmp_path)[name]()
     guard = NaNGuard()
     run = train(others, guard, data=data, first=first)
@@ -353,8 +346,7 @@ def test_swa_with_a_weight_lost(after: int) -> None:
 
 def test_early_stopping_is_not_misled() -> None:
     """A NaN batch does not end a run whose EarlyStopping checks the epoch's training loss for being finite."""
-    data = batches(count=PER_EPOCH)
-    data[4] = with_nan(data[4])
+    data = with_bad(4, count=PER_EPOCH)
     guard = NaNGuard()
     run = train([EarlyStopping("loss_epoch", patience=50, check_finite=True)], guard, data=data)
     assert run.trainer.current_epoch == EPOCHS
@@ -363,8 +355,7 @@ def test_early_stopping_is_not_misled() -> None:
 
 def test_top_k_by_training_loss(tmp_path: Path) -> None:
     """A ModelCheckpoint that follows the training loss never calls a NaN epoch its best."""
-    data = batches(count=PER_EPOCH)
-    data[4] = with_nan(data[4])
+    data = with_bad(4, count=PER_EPOCH)
     top = ModelCheckpoint(tmp_path, monitor="loss_epoch", save_top_k=1, mode="min")
     run = train([top], NaNGuard(), data=data)
     assert math.isfinite(float(top.best_model_score))
@@ -465,8 +456,7 @@ def test_two_epochs_of_everything_at_once(tmp_path: Path) -> None:
     """All companions together live through a bad batch and a lost weight."""
     known = companions(tmp_path)
     others = [c for name in ("early stopping", "top k", "rate monitor", "timer", "dictionary") for c in known[name]()]
-    data = batches(count=PER_EPOCH)
-    data[4] = with_nan(data[4])
+    data = with_bad(4, count=PER_EPOCH)
     guard = NaNGuard(snapshot_every_n_steps=2)
     run = train(others, guard, data=data, faults=[NaNWeight(BAD_WEIGHT)])
     assert [w for w in words(guard) if w != ("skip",)] == [("restore",)]

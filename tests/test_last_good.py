@@ -19,22 +19,16 @@ from torch.utils.data import DataLoader
 from lightning_nanguard import BadCheckpointError, Budget, NaNGuard, TrainingDivergedError
 from lightning_nanguard.checkpoints import LAST_GOOD, damage, inspect
 from lightning_nanguard.cli import main
-from tests.helpers import batches, copied, differences, learner_of, non_finite, task, trainer_for, words
-from tests.modules import Diverge, NaNWeight
+from tests.helpers import Positioned, batches, copied, differences, learner_of, non_finite, task, trainer_for, words
+from tests.modules import Diverge, NaNWeight, SaveAt
 from tests.test_saves import Net
-from tests.test_state import EPOCHS, PER_EPOCH, Positioned, SaveAt, cosine_task, guard_with, train
+from tests.test_state import EPOCHS, PER_EPOCH, cosine_task, guard_with, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.usefixtures("own_folder"),
 ]
-
-
-@pytest.fixture
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever names no folder lies in one of the test's own."""
-    monkeypatch.chdir(tmp_path)
 
 
 def keeping(folder: Path, every: int = 5, **options: Any) -> NaNGuard:
@@ -393,8 +387,9 @@ def test_the_guards_hooks_are_gone_after_a_refusal(tmp_path: Path) -> None:
     bad = made(tmp_path)
     cut(bad)
     trainer = trainer_for(None, guard_with())
+    data, val = Positioned(batches(count=PER_EPOCH)), DataLoader(batches(count=1), batch_size=None)
     with pytest.raises(BadCheckpointError, match="cut short"):
-        trainer.fit(cosine_task(), Positioned(), DataLoader(batches(count=1), batch_size=None), ckpt_path=bad)
+        trainer.fit(cosine_task(), data, val, ckpt_path=bad)
     assert "resume_start" not in vars(trainer._checkpoint_connector)
 
 

@@ -208,14 +208,6 @@ class TestGuard(Callback):
         self.loaded = state_dict["learning_rate"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The rate of every group in every SGD update from here on, in order."""

@@ -28,7 +28,7 @@ from tests.helpers import (
     fit,
     task,
     trainer_for,
-    with_nan,
+    with_bad,
     words,
 )
 from tests.modules import Diverge, NaNWeight
@@ -52,12 +52,6 @@ FIELDS = {
 
 
 @pytest.fixture
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records of a run without a logger's folder lie in the working directory."""
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """Every line at INFO and above, also of loggers that Lightning keeps from the root."""
     kept = {name: logging.getLogger(name).propagate for name in ("lightning.pytorch", "pytorch_lightning")}
@@ -67,13 +61,6 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
         yield caplog
     for name, propagate in kept.items():
         logging.getLogger(name).propagate = propagate
-
-
-def with_bad(*indices: int, count: int = 24) -> list[Batch]:
-    data = batches(count=count)
-    for index in indices:
-        data[index] = with_nan(data[index])
-    return data
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -354,7 +341,7 @@ def test_stop_leaves_the_last_good_weights() -> None:
     """After a stop the module holds, bit by bit, the weights of the step that the error names."""
     states = States()
     guard = NaNGuard(remedies=[StopTraining()], snapshot_every_n_steps=2)
-    error, module, _ = stopped(guard, with_bad(), NaNWeight(15), states)
+    error, module, _ = stopped(guard, batches(count=24), NaNWeight(15), states)
     assert error.snapshot_step is not None
     assert error.snapshot_step <= 15
     assert f"The module holds the weights of step {error.snapshot_step}" in str(error)
@@ -366,14 +353,14 @@ def test_stop_leaves_the_last_good_weights() -> None:
 def test_stop_is_on_disk(tmp_path: Path) -> None:
     """The record of the stop itself is on disk when the error is raised."""
     guard = NaNGuard(remedies=[StopTraining()], dirpath=tmp_path, snapshot_every_n_steps=2)
-    stopped(guard, with_bad(), NaNWeight(15))
+    stopped(guard, batches(count=24), NaNWeight(15))
     assert lines(tmp_path / "interventions.jsonl")[-1]["remedies"] == ["stop"]
 
 
 def test_end_line_after_a_stop(log: pytest.LogCaptureFixture) -> None:
     """A run that was stopped has its line at the end as well."""
     guard = NaNGuard(remedies=[StopTraining()], snapshot_every_n_steps=2)
-    stopped(guard, with_bad(), NaNWeight(15))
+    stopped(guard, batches(count=24), NaNWeight(15))
     told = [r.getMessage() for r in log.records if "updates watched" in r.getMessage()]
     assert len(told) == 1
     assert "1 stop" in told[0]
@@ -381,8 +368,7 @@ def test_end_line_after_a_stop(log: pytest.LogCaptureFixture) -> None:
 
 def test_the_share_of_non_finite_updates_is_counted(tmp_path: Path) -> None:
     """After a fit the guard tells how many of its updates were not finite."""
-    data = batches(count=20)
-    data[12] = with_nan(data[12])
+    data = with_bad(12, count=20)
     guard = NaNGuard(dirpath=tmp_path)
     assert guard.non_finite_rate is None
     fit(task("mlp"), data, guard, folder=tmp_path)

@@ -24,15 +24,6 @@ WARNINGS = pytest.mark.filterwarnings("ignore")
 pytestmark = WARNINGS
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Runs are compared bit by bit on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def short(name: str, steps: int = 40) -> Case:
     """A case of a form, cut short."""
     return replace(FORMS[name].draw(3), steps=steps)

@@ -14,40 +14,21 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard, ReduceLR, Rollback
-from tests.helpers import batches, differences, learner_of, task, trainer_for
-from tests.modules import Diverge
+from tests.helpers import Positioned, batches, differences, learner_of, task, trainer_for
+from tests.modules import Diverge, SaveAt
 from tests.test_learning_rate import BATCHES, EPOCHS, SCHEDULERS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.usefixtures("own_folder"),
 ]
 
 # Twice: after the first time a rate that its schedule has lowered since is not cut.
 BLOWN_UP_AFTER = (3, 4)
 FOURTEEN = [name for name in SCHEDULERS if name not in ("none", "own", "duck")]
 STEPS = BATCHES * EPOCHS
-
-
-class Loader(DataLoader[Any]):
-    """A loader whose place a checkpoint keeps."""
-
-    def __init__(self) -> None:
-        super().__init__(batches(count=BATCHES), batch_size=None)
-        self.at = 0
-
-    def __iter__(self) -> Any:
-        self.at %= BATCHES
-        for batch in list(self.dataset)[self.at :]:
-            self.at += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.at = state["at"]
 
 
 class Used(Callback):
@@ -66,18 +47,6 @@ class Used(Callback):
         self.multipliers[trainer.global_step] = self.guard.lr_multiplier
 
 
-class StopAt(Callback):
-    """Saves after so many updates."""
-
-    def __init__(self, step: int, path: Path) -> None:
-        self.step = step
-        self.path = path
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
-
-
 def groups(parameters: list[Any]) -> Optimizer:
     half = len(parameters) // 2
     return SGD([{"params": parameters[:half], "lr": 0.1}, {"params": parameters[half:], "lr": 0.03}], momentum=0.5)
@@ -94,17 +63,17 @@ def train(
     )
     # Without one of the test's own Lightning adds a ModelCheckpoint.
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ModelCheckpoint) or c in callbacks]
-    trainer.fit(module, Loader(), DataLoader(batches(count=1), batch_size=None), ckpt_path=resume)
+    data, val = Positioned(batches(count=BATCHES)), DataLoader(batches(count=1), batch_size=None)
+    trainer.fit(module, data, val, ckpt_path=resume)
     return used, learner_of(trainer, module), guard
 
 
 @pytest.mark.parametrize("where", ["mid-epoch", "epoch end"])
 @pytest.mark.parametrize("name", FOURTEEN)
-def test_rates_go_on(name: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_go_on(name: str, where: str, tmp_path: Path) -> None:
     """After a cut the rates, the multiplier and the weights are those of the run that was not stopped."""
-    monkeypatch.chdir(tmp_path)
     if where == "mid-epoch":
-        saves: Callback = StopAt(BATCHES + 2, tmp_path / "mid.ckpt")
+        saves: Callback = SaveAt(BATCHES + 2, tmp_path / "mid.ckpt")
         path = tmp_path / "mid.ckpt"
     else:
         # On a validation's end: what steps at the end of an epoch, plateau included, is then still to come.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nanguard import NaNGuard
-from tests.helpers import Run, Task, batches, fit, mlp, same_bits, state_of, with_nan
+from tests.helpers import Run, Task, batches, fit, mlp, same_bits, state_of, with_bad
 
 
 class Masked(nn.Module):
@@ -68,8 +68,7 @@ def test_odd_buffers_change_nothing(net: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("net", [Masked, Odd])
 def test_odd_buffers_do_not_keep_a_batch_from_being_skipped(net: Any, tmp_path: Path) -> None:
     """With them, a bad batch is skipped as ever."""
-    data = batches(count=30)
-    data[24] = with_nan(data[24])
+    data = with_bad(24, count=30)
     guard = NaNGuard(snapshot_every_n_steps=4)
     trained(net, data, guard, tmp_path)
     assert [record.remedies for record in guard.interventions] == [("skip",)]

@@ -37,12 +37,6 @@ EPOCHS = 2
 LOST_AFTER = 8
 
 
-@pytest.fixture
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records of a run without a logger's folder lie in the working directory."""
-    monkeypatch.chdir(tmp_path)
-
-
 class Net(nn.Module):
     """Batch norm and a causal mask of −inf, which is no poison and must stay in every file."""
 

@@ -27,6 +27,7 @@ from lightning_nanguard import (
 )
 from tests.helpers import (
     MemoryLogger,
+    Positioned,
     Task,
     batches,
     copied,
@@ -36,10 +37,11 @@ from tests.helpers import (
     state_of,
     task,
     trainer_for,
+    with_bad,
     with_nan,
     words,
 )
-from tests.modules import Diverge, NaNWeight, Rates
+from tests.modules import Diverge, NaNWeight, Rates, SaveAt
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
@@ -48,47 +50,6 @@ pytestmark = [
 
 PER_EPOCH = 12
 EPOCHS = 4
-
-
-@pytest.fixture
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records of a run without a logger's folder lie in the working directory."""
-    monkeypatch.chdir(tmp_path)
-
-
-class Positioned(DataLoader[Any]):
-    """A loader that a checkpoint can put back to where it was, so that a resumed run sees the data it would have."""
-
-    def __init__(self) -> None:
-        super().__init__(batches(count=PER_EPOCH), batch_size=None)
-        self.at = 0
-
-    def __iter__(self) -> Any:
-        data = list(self.dataset)
-        start, self.at = self.at % PER_EPOCH, self.at % PER_EPOCH
-        for batch in data[start:]:
-            self.at += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.at = state["at"]
-
-
-class SaveAt(Callback):
-    """Saves the whole run after so many updates, and ends it there on request."""
-
-    def __init__(self, step: int, path: Path, stop: bool = False) -> None:
-        self.step = step
-        self.path = path
-        self.stop = stop
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if trainer.global_step == self.step and not self.path.exists():
-            trainer.save_checkpoint(self.path)
-            trainer.should_stop = self.stop
 
 
 class BadSteps(Callback):
@@ -121,7 +82,7 @@ def train(
     trainer = trainer_for(None, guard, [*callbacks, rates, LearningRateMonitor("step")], max_epochs=epochs, **options)
     trainer.limit_val_batches = 0
     val = DataLoader(batches(count=1), batch_size=None)
-    trainer.fit(module, Positioned(), val, ckpt_path=resume)
+    trainer.fit(module, Positioned(batches(count=PER_EPOCH)), val, ckpt_path=resume)
     assert isinstance(trainer.logger, MemoryLogger)
     return trainer, module, rates.used, trainer.logger
 
@@ -365,8 +326,7 @@ def test_fit_again_with_the_same_trainer() -> None:
     """A trainer that goes on with more epochs is guarded in them."""
     guard = guard_with()
     run = fit(task(), batches(count=12), guard)
-    data = batches(count=12)
-    data[5] = with_nan(data[5])
+    data = with_bad(5, count=12)
     run.trainer.fit_loop.max_epochs = 2
     run.trainer.fit(run.module, DataLoader(data, batch_size=None), DataLoader(data, batch_size=None))
     assert words(guard) == [("skip",)]
@@ -404,8 +364,7 @@ def test_nothing_outside_fit(entry: str, tmp_path: Path, caplog: pytest.LogCaptu
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
             return self.net(batch[0])
 
-    data = batches(count=3)
-    data[1] = with_nan(data[1])
+    data = with_bad(1, count=3)
     guard = NaNGuard()
     module = Whole(task().net)
     before = copied(dict(module.named_parameters()))

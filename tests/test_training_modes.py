@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +32,7 @@ from tests.helpers import (
     non_finite,
     state_of,
     task,
-    with_nan,
+    with_bad,
     words,
 )
 from tests.modules import NaNWeight, make
@@ -47,12 +46,6 @@ pytestmark = [
 
 BAD_BATCH = 9
 BAD_WEIGHT = 14
-
-
-@pytest.fixture
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records of a run without a logger's folder lie in the working directory."""
-    monkeypatch.chdir(tmp_path)
 
 
 def adam(**options: Any) -> Callable[..., AdamW]:
@@ -113,13 +106,6 @@ def every_mode() -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODES]
 
 
-def data_with(bad: Iterable[int] = (), count: int = 24) -> list[Batch]:
-    data = batches(count=count)
-    for index in bad:
-        data[index] = with_nan(data[index])
-    return data
-
-
 def run(mode: str, data: list[Batch], guard: NaNGuard | None, *callbacks: Callback, **more: Any) -> Run:
     build, options = MODES[mode]
     return fit(build(), data, guard, callbacks=callbacks, **{**options, **more})
@@ -140,7 +126,7 @@ def assert_only_skips(guard: NaNGuard, count: int = 1) -> None:
 def test_bad_batch(mode: str) -> None:
     """One batch with NaN is skipped, whatever is trained and how, and nothing else is changed."""
     guard = NaNGuard()
-    done = run(mode, data_with([BAD_BATCH]), guard)
+    done = run(mode, with_bad(BAD_BATCH), guard)
     assert_alive(done)
     # Two optimizers meet the same batch; it may be one record for the batch or one for each.
     assert {i.remedies for i in guard.interventions} == {("skip",)}, list(guard.interventions)
@@ -157,7 +143,7 @@ def test_bad_weight(mode: str) -> None:
     """One weight that becomes NaN is restored, and neither the learning rate nor clipping changes for it."""
     guard = NaNGuard(snapshot_every_n_steps=2)
     fault = NaNWeight(BAD_WEIGHT)
-    done = run(mode, data_with(), guard, fault)
+    done = run(mode, batches(count=24), guard, fault)
     assert fault.hits == 1
     assert_alive(done)
     assert [i.remedies for i in guard.interventions] == [("restore",)], list(guard.interventions)
@@ -174,7 +160,7 @@ def test_bad_micro_batch(first: bool, accumulate: int) -> None:
     """One NaN micro-batch costs its window and nothing more, wherever in the window it stands."""
     guard = NaNGuard()
     bad = 8 if first else 8 + accumulate - 1
-    done = fit(make()(), data_with([bad]), guard, accumulate_grad_batches=accumulate)
+    done = fit(make()(), with_bad(bad), guard, accumulate_grad_batches=accumulate)
     assert_alive(done)
     assert_only_skips(guard)
 
@@ -182,7 +168,7 @@ def test_bad_micro_batch(first: bool, accumulate: int) -> None:
 def test_bad_weight_within_a_window() -> None:
     """A weight lost between two micro-batches of one window is restored as well."""
     guard = NaNGuard(snapshot_every_n_steps=2)
-    done = fit(make()(), data_with(), guard, callbacks=[NaNWeight(13)], accumulate_grad_batches=4)
+    done = fit(make()(), batches(count=24), guard, callbacks=[NaNWeight(13)], accumulate_grad_batches=4)
     assert_alive(done)
     assert words(guard) == [("restore",)]
 
@@ -211,10 +197,10 @@ def test_ordinary_overflows(fused: bool) -> None:
     build = make(optimizer=adam(fused=fused))
     scale = Scale()
     guard = NaNGuard()
-    guarded = fit(build(), data_with(), guard, callbacks=[scale], **scaled(2.0**28))
+    guarded = fit(build(), batches(count=24), guard, callbacks=[scale], **scaled(2.0**28))
     assert scale.after[0] < 2.0**28, "no overflow happened, so nothing was tested"
     assert list(guard.interventions) == []
-    bare = fit(build(), data_with(), callbacks=[Scale()], **scaled(2.0**28))
+    bare = fit(build(), batches(count=24), callbacks=[Scale()], **scaled(2.0**28))
     assert differences(state_of(bare), state_of(guarded)) == []
 
 
@@ -226,7 +212,7 @@ def test_streak_of_overflows(fused: bool) -> None:
     hits = FaultAt("gradient", math.inf, range(12, 34))
     done = fit(
         make(optimizer=adam(fused=fused))(),
-        data_with(count=48),
+        batches(count=48),
         guard,
         callbacks=[hits, scale],
         **scaled(2.0**26, growth_interval=4),
@@ -241,7 +227,7 @@ def test_streak_of_overflows(fused: bool) -> None:
 def test_scale_at_its_floor() -> None:
     """Overflow at a scale below 1 is the learner's fault at once."""
     guard = NaNGuard(snapshot_every_n_steps=2)
-    fit(make()(), data_with(), guard, callbacks=[FaultAt("gradient", math.inf, 10)], **scaled(0.5))
+    fit(make()(), batches(count=24), guard, callbacks=[FaultAt("gradient", math.inf, 10)], **scaled(0.5))
     assert [i.fault for i in guard.interventions] == ["loss_scale_collapse"]
 
 
@@ -251,7 +237,7 @@ def test_overflow_that_never_ends() -> None:
     with pytest.raises(TrainingDivergedError, match="loss_scale_collapse"):
         fit(
             make()(),
-            data_with(count=24),
+            batches(count=24),
             guard,
             callbacks=[FaultAt("gradient", math.inf, range(10, 10_000))],
             max_epochs=100,
@@ -262,7 +248,7 @@ def test_overflow_that_never_ends() -> None:
 def test_nan_loss_under_a_scaler() -> None:
     """A loss that is NaN is no overflow: it is on record, and the scale is left where the scaler puts it."""
     guard = NaNGuard()
-    done = fit(make()(), data_with([BAD_BATCH]), guard, precision="16-mixed")
+    done = fit(make()(), with_bad(BAD_BATCH), guard, precision="16-mixed")
     assert [i.fault for i in guard.interventions] == ["non_finite_loss"]
     assert_alive(done)
 
@@ -273,7 +259,7 @@ def test_nan_loss_under_a_scaler() -> None:
 @pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
 def test_none_batch() -> None:
     """A batch of None is Lightning's to leave out; the guard goes on past it, with a fault right after it."""
-    data: list[Any] = data_with([BAD_BATCH])
+    data: list[Any] = with_bad(BAD_BATCH)
     data[BAD_BATCH - 1] = None
     guard = NaNGuard()
     done = fit(make()(), data, guard)
@@ -285,7 +271,7 @@ def test_none_batch() -> None:
 def test_no_length(bad: bool) -> None:
     """A dataset that knows no length is trained on like any other."""
     guard = NaNGuard()
-    loader = DataLoader(modules.Stream(data_with([BAD_BATCH] if bad else [])), batch_size=None)
+    loader = DataLoader(modules.Stream(with_bad(*[BAD_BATCH] if bad else [])), batch_size=None)
     done = fit(make()(), loader, guard, val=batches(count=1), limit_val_batches=0, max_epochs=2)
     assert_only_skips(guard, 2 if bad else 0)
     assert_alive(done)
@@ -298,7 +284,7 @@ def test_dictionary_batches() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return super().training_step((batch["in"]["x"], batch["out"][0]), batch_idx)
 
-    data = [{"in": {"x": x, "name": "some"}, "out": [y]} for x, y in data_with([BAD_BATCH])]
+    data = [{"in": {"x": x, "name": "some"}, "out": [y]} for x, y in with_bad(BAD_BATCH)]
     guard = NaNGuard()
     assert_alive(fit(make(kind=Nested)(), data, guard))  # type: ignore[arg-type]
     assert_only_skips(guard)
@@ -314,7 +300,7 @@ def test_dictionary_batches() -> None:
 def test_lazy_layers(bad: str) -> None:
     """Layers that take shape with the first batch are guarded from then on."""
     guard = NaNGuard()
-    data = data_with({"batch": [BAD_BATCH], "first batch": [0]}.get(bad, []))
+    data = with_bad(*{"batch": [BAD_BATCH], "first batch": [0]}.get(bad, []))
     callbacks = [NaNWeight(6)] if bad == "weight" else []
     done = fit(make(modules.lazy)(), data, guard, callbacks=callbacks)
     assert words(guard) == [("restore",) if bad == "weight" else ("skip",)]
@@ -324,7 +310,7 @@ def test_lazy_layers(bad: str) -> None:
 def test_minus_inf_mask() -> None:
     """A mask of −inf is no fault, through snapshots, certifications and a restore, and stays as it is."""
     guard = NaNGuard(snapshot_every_n_steps=1)
-    done = fit(make(modules.Masked)(), data_with(), guard, callbacks=[NaNWeight(BAD_WEIGHT, "net.key.weight")])
+    done = fit(make(modules.Masked)(), batches(count=24), guard, callbacks=[NaNWeight(BAD_WEIGHT, "net.key.weight")])
     assert words(guard) == [("restore",)]
     assert guard.interventions[0].place == "parameter net.key.weight"
     assert done.module.net.mask.isinf().sum() == 15
@@ -333,7 +319,7 @@ def test_minus_inf_mask() -> None:
 def test_mask_that_goes_bad_elsewhere() -> None:
     """NaN in a buffer whose −inf are by design is still corruption."""
     guard = NaNGuard(snapshot_every_n_steps=1)
-    fit(make(modules.Masked)(), data_with(), guard, callbacks=[NaNWeight(BAD_WEIGHT, "net.mask")])
+    fit(make(modules.Masked)(), batches(count=24), guard, callbacks=[NaNWeight(BAD_WEIGHT, "net.mask")])
     # The element was finite when fit began.
     assert words(guard) == [("restore",)]
     assert guard.interventions[0].place == "buffer net.mask"
@@ -342,7 +328,7 @@ def test_mask_that_goes_bad_elsewhere() -> None:
 def test_non_persistent_buffer() -> None:
     """A buffer that no state_dict holds is rewound with the rest."""
     guard = NaNGuard(snapshot_every_n_steps=1)
-    done = fit(make(modules.Masked)(), data_with(), guard, callbacks=[NaNWeight(BAD_WEIGHT, "net.running")])
+    done = fit(make(modules.Masked)(), batches(count=24), guard, callbacks=[NaNWeight(BAD_WEIGHT, "net.running")])
     assert words(guard) == [("restore",)]
     assert guard.interventions[0].place == "buffer net.running"
     assert bool(done.module.net.running.isfinite().all())
@@ -351,7 +337,7 @@ def test_non_persistent_buffer() -> None:
 def test_tied_weights_stay_tied() -> None:
     """A restore keeps two names of one parameter one parameter."""
     guard = NaNGuard(snapshot_every_n_steps=1)
-    done = fit(make(modules.Tied)(), data_with(), guard, callbacks=[NaNWeight(BAD_WEIGHT)])
+    done = fit(make(modules.Tied)(), batches(count=24), guard, callbacks=[NaNWeight(BAD_WEIGHT)])
     assert words(guard) == [("restore",)]
     assert done.module.net.one.weight is done.module.net.two.weight
 
@@ -364,7 +350,7 @@ def test_unfreezing(after: int) -> None:
     fault = NaNWeight(after, name)
     done = fit(
         make(optimizer=lambda p: AdamW([q for q in p if q.requires_grad], lr=0.01))(),
-        data_with(count=12),
+        batches(count=12),
         guard,
         callbacks=[modules.Unfreeze(), fault],
         max_epochs=3,
@@ -381,7 +367,7 @@ def test_weight_lost_right_after_unfreezing() -> None:
     guard = NaNGuard(snapshot_every_n_steps=8)
     done = fit(
         make(optimizer=lambda p: AdamW([q for q in p if q.requires_grad], lr=0.01))(),
-        data_with(count=12),
+        batches(count=12),
         guard,
         callbacks=[modules.Unfreeze(), NaNWeight(13, "net.0.weight")],
         max_epochs=2,
@@ -405,7 +391,7 @@ def test_gan_gradient(part: str) -> None:
                     network[0].weight.grad[0, 0] = math.nan
 
     guard = NaNGuard()
-    done = fit(modules.Gan(), data_with(), guard, callbacks=[Poison()])  # type: ignore[arg-type]
+    done = fit(modules.Gan(), batches(count=24), guard, callbacks=[Poison()])  # type: ignore[arg-type]
     assert words(guard) == [("skip",)]
     assert guard.interventions[0].place == f"gradient of {part}.0.weight"
     assert non_finite(learner_of(done.trainer, done.module)) == []
@@ -415,7 +401,7 @@ def test_gan_moment() -> None:
     """A moment lost in the second of two optimizers is restored."""
     guard = NaNGuard(snapshot_every_n_steps=2)
     fault = FaultAt("moment", math.inf, 14, "discriminator.0.weight")
-    done = fit(modules.Gan(), data_with(), guard, callbacks=[fault])  # type: ignore[arg-type]
+    done = fit(modules.Gan(), batches(count=24), guard, callbacks=[fault])  # type: ignore[arg-type]
     assert fault.hits == 1
     assert [i.remedies for i in guard.interventions] == [("restore",)]
     assert "discriminator.0.weight" in guard.interventions[0].place
@@ -426,7 +412,8 @@ def test_tensor_rate_is_kept() -> None:
     """A learning rate that is a tensor stays the same object with the same value through a restore."""
     rate = torch.tensor(0.01)
     guard = NaNGuard(snapshot_every_n_steps=2)
-    done = fit(make(optimizer=lambda p: AdamW(p, lr=rate))(), data_with(), guard, callbacks=[NaNWeight(BAD_WEIGHT)])
+    build = make(optimizer=lambda p: AdamW(p, lr=rate))
+    done = fit(build(), batches(count=24), guard, callbacks=[NaNWeight(BAD_WEIGHT)])
     assert words(guard) == [("restore",)]
     assert done.trainer.optimizers[0].param_groups[0]["lr"] is rate
     assert float(rate) == pytest.approx(0.01)
@@ -435,7 +422,7 @@ def test_tensor_rate_is_kept() -> None:
 def test_groups_keep_their_rates() -> None:
     """Every group's own rate and decay are as the user set them after a skip and a restore."""
     guard = NaNGuard(snapshot_every_n_steps=2)
-    done = fit(make(kind=modules.TwoGroups)(), data_with([BAD_BATCH]), guard, callbacks=[NaNWeight(BAD_WEIGHT)])
+    done = fit(make(kind=modules.TwoGroups)(), with_bad(BAD_BATCH), guard, callbacks=[NaNWeight(BAD_WEIGHT)])
     assert words(guard) == [("skip",), ("restore",)]
     groups = done.trainer.optimizers[0].param_groups
     assert [group["lr"] for group in groups] == [0.003, 0.01]
@@ -454,7 +441,7 @@ def test_restore_is_bitwise(mode: str) -> None:
             if guard.interventions and not restored:
                 restored.update(copied(learner_of(trainer, pl_module)))
 
-    run(mode, data_with(), guard, Look(), NaNWeight(BAD_WEIGHT), states)
+    run(mode, batches(count=24), guard, Look(), NaNWeight(BAD_WEIGHT), states)
     assert words(guard) == [("restore",)]
     step = guard.interventions[0].snapshot_step
     assert step is not None
@@ -469,8 +456,8 @@ def test_no_harm_in_every_mode() -> None:
     for mode in MODES:
         if mode in SLOW:
             continue
-        bare = run(mode, data_with(count=8), None)
-        guarded = run(mode, data_with(count=8), guard := NaNGuard(snapshot_every_n_steps=2))
+        bare = run(mode, batches(count=8), None)
+        guarded = run(mode, batches(count=8), guard := NaNGuard(snapshot_every_n_steps=2))
         assert list(guard.interventions) == [], mode
         assert differences(state_of(bare), state_of(guarded)) == [], mode
 
@@ -481,7 +468,7 @@ def test_compiled_module() -> None:
     guard = NaNGuard(snapshot_every_n_steps=2)
     module = torch.compile(make(kind=modules.Quiet)(), backend="aot_eager")
     trainer_options = {"callbacks": [NaNWeight(BAD_WEIGHT)]}
-    done = fit(module, data_with([BAD_BATCH]), guard, **trainer_options)  # type: ignore[arg-type]
+    done = fit(module, with_bad(BAD_BATCH), guard, **trainer_options)  # type: ignore[arg-type]
     assert words(guard) == [("skip",), ("restore",)]
     assert non_finite(dict(done.trainer.lightning_module.named_parameters())) == []
 
@@ -489,7 +476,7 @@ def test_compiled_module() -> None:
 def test_plain_sgd_without_state() -> None:
     """An optimizer without any state is restored as one without any state."""
     guard = NaNGuard(snapshot_every_n_steps=2)
-    done = fit(make(optimizer=lambda p: SGD(p, lr=0.05))(), data_with(), guard, callbacks=[NaNWeight(BAD_WEIGHT)])
+    done = fit(make(optimizer=lambda p: SGD(p, lr=0.05))(), batches(count=24), guard, callbacks=[NaNWeight(BAD_WEIGHT)])
     assert words(guard) == [("restore",)]
     assert_alive(done)
     assert isinstance(done.module, nn.Module)

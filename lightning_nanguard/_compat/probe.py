@@ -23,10 +23,10 @@ def _loss(trainer: Any, batch: Any, batch_idx: int) -> Tensor | None:
     return loss if isinstance(loss, Tensor) else None
 
 
-def run_training_step(trainer: Any, batch: Any, batch_idx: int) -> Tensor | None:
+def run_training_step(trainer: Any, batch: Any, batch_idx: int) -> float | None:
     """The loss of ``training_step``, in the trainer's precision, without backward; ``None`` where it gives none."""
     loss = _loss(trainer, batch, batch_idx)
-    return None if loss is None else loss.detach()
+    return None if loss is None else float(loss.detach())
 
 
 def loss_with_graph(trainer: Any, batch: Any, batch_idx: int, *, full_precision: bool = False) -> Tensor | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import torch
-from torch import nn
 
+from lightning_nanguard._compat.packages import LightningModule, Trainer
 from lightning_nanguard._compat.probe import quiet, same_randomness
 from lightning_nanguard._compat.results import remember_running_means
 from lightning_nanguard.batch_scope import BatchScope
@@ -16,18 +16,17 @@ from lightning_nanguard.untouched import attributes_kept
 
 
 @contextmanager
-def untraced(trainer: Any, module: nn.Module) -> Iterator[None]:
+def untraced(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Undo at the end what a step touches: random streams, buffers, metrics, logged values, attributes.
 
     Args:
         trainer: The trainer.
         module: What is trained by it.
     """
-    trace = BatchScope(module, [lambda: remember_running_means(trainer)], thorough=True)
+    trace = BatchScope(module, [partial(remember_running_means, trainer)], thorough=True)
     trace.open()
     try:
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        with same_randomness(device), quiet(trainer), attributes_kept(module), torch.enable_grad():
+        with same_randomness(module.device), quiet(trainer), attributes_kept(module), torch.enable_grad():
             yield
     finally:
         trace.undo()

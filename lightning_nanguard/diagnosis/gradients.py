@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.autograd.function import BackwardCFunction, Function
 from lightning_nanguard.diagnosis.clues import GradientCheck
 from lightning_nanguard.diagnosis.replay import graph
 from lightning_nanguard.diagnosis.watch import Modules
+from lightning_nanguard.measure import mapped
 
 # Parameters that are checked at most; each takes two forward passes.
 _MOST = 200
@@ -43,7 +44,7 @@ def check_gradients(
         Exception: Where the model cannot run in float64, whatever it raises then.
     """
     with _doubled(module):
-        batch = _double(batch)
+        batch = mapped(batch, _double)
         return (*_functions(module, batch, step, untraced), *_parameters(module, batch, step, untraced))
 
 
@@ -223,13 +224,5 @@ def _doubled(module: nn.Module) -> Iterator[None]:
             tensor.data = data
 
 
-def _double(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: _double(item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_double(item) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_double(item) for item in value)
-    return value
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor

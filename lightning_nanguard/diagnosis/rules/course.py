@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from statistics import median
 
 from lightning_nanguard.diagnosis.clues import Case, Course, Curvature
@@ -11,8 +12,8 @@ from lightning_nanguard.events import Finding
 _OPPOSED = -0.3
 # What the best step along the gradient would bring, relative to the loss, below which the gradient counts as zero.
 _NOTHING = 0.02
-# A negative eigenvalue counts from this share of the largest on: below it is rounding.
-_NEGATIVE = 0.01
+# A negative eigenvalue counts from this share of the largest on, and none at all below the other: that is rounding.
+_NEGATIVE, _ROUNDING = 0.01, 1e-7
 # Share of its weights that a layer's update makes, and how many times that of the others, where it is abnormal.
 _LARGE_UPDATE = 0.05
 _APART = 100.0
@@ -57,19 +58,18 @@ def oscillation(case: Case) -> Finding | None:
 
 def saddle_point(case: Case) -> Finding | None:
     """The gradient is zero where the loss is flat and high, and bends down in some direction."""
-    course, curvature = case.course, case.curvature
-    if course is None or curvature is None or not _stationary(course, curvature) or not _bends_down(curvature):
+    point = _stationary_point(case)
+    if point is None or not point.bends_down:
         return None
-    assert curvature.smallest is not None
-    assert curvature.largest is not None
+    course = point.course
     return Finding(
         "saddle_point",
         0.85,
-        evidence={"smallest": curvature.smallest, "largest": curvature.largest, "gradient_norm": course.norm},
+        evidence=point.evidence,
         place="loss",
         suggestion=(
             f"the loss stays at {course.now:.4g} with a gradient norm of {course.norm:.2g}, and the smallest Hessian "
-            f"eigenvalue is {curvature.smallest:.3g} (the largest {curvature.largest:.3g}): a saddle point, with a way "
+            f"eigenvalue is {point.smallest:.3g} (the largest {point.largest:.3g}): a saddle point, with a way "
             "down along that eigenvector. Start from weights that are not all equal or zero, use momentum, or add "
             "noise."
         ),
@@ -78,20 +78,19 @@ def saddle_point(case: Case) -> Finding | None:
 
 def local_minimum(case: Case) -> Finding | None:
     """The gradient is zero where the loss is flat and high, and bends up in every direction."""
-    course, curvature = case.course, case.curvature
-    if course is None or curvature is None or not _stationary(course, curvature) or _bends_down(curvature):
+    point = _stationary_point(case)
+    if point is None or point.bends_down or point.largest < _ROUNDING:
         return None
-    if curvature.largest is None or curvature.smallest is None or curvature.largest < 1e-7:
-        return None
+    course = point.course
     return Finding(
         "local_minimum",
         0.65,
-        evidence={"smallest": curvature.smallest, "largest": curvature.largest, "gradient_norm": course.norm},
+        evidence=point.evidence,
         place="loss",
         suggestion=(
             f"the loss stays at {course.now:.4g} (untrained {course.first:.4g}) with a gradient norm of "
-            f"{course.norm:.2g}, and no Hessian eigenvalue is clearly negative (smallest {curvature.smallest:.2g}, "
-            f"largest {curvature.largest:.3g}): a minimum. Restart from other weights, use momentum or a larger rate "
+            f"{course.norm:.2g}, and no Hessian eigenvalue is clearly negative (smallest {point.smallest:.2g}, "
+            f"largest {point.largest:.3g}): a minimum. Restart from other weights, use momentum or a larger rate "
             "for a while, or a model with more capacity; where the data holds nothing more to learn, stop."
         ),
     )
@@ -167,16 +166,29 @@ def _power(samples: float) -> int:
     return size
 
 
-def _stationary(course: Course, curvature: Curvature) -> bool:
-    if course.moves or not course.high or _too_few(course) or curvature.smallest is None or curvature.largest is None:
-        return False
-    if curvature.slope == 0.0:
-        return True
+@dataclass(frozen=True, slots=True)
+class _Point:
+    course: Course
+    smallest: float
+    largest: float
+
+    @property
+    def bends_down(self) -> bool:
+        return self.smallest < -max(_NEGATIVE * abs(self.largest), _ROUNDING)
+
+    @property
+    def evidence(self) -> dict[str, float | str]:
+        return {"smallest": self.smallest, "largest": self.largest, "gradient_norm": self.course.norm}
+
+
+def _stationary_point(case: Case) -> _Point | None:
+    course, curvature = case.course, case.curvature
+    if course is None or course.moves or not course.high or _too_few(course):
+        return None
+    if curvature is None or curvature.smallest is None or curvature.largest is None:
+        return None
     # The step along the gradient that is best by the parabola through it lowers the loss by slope² / 2·bend.
     gain = curvature.slope**2 / (2 * abs(curvature.bend)) if curvature.bend else float("inf")
-    return gain < _NOTHING * abs(course.now)
-
-
-def _bends_down(curvature: Curvature) -> bool:
-    smallest, largest = curvature.smallest, curvature.largest
-    return smallest is not None and largest is not None and smallest < -max(_NEGATIVE * abs(largest), 1e-7)
+    if curvature.slope != 0.0 and not gain < _NOTHING * abs(course.now):
+        return None
+    return _Point(course, curvature.smallest, curvature.largest)

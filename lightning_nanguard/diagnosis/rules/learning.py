@@ -6,7 +6,7 @@ import math
 
 from lightning_nanguard.diagnosis.clues import NO_FAULT, Case
 from lightning_nanguard.diagnosis.rules.model import exploding_at_the_start
-from lightning_nanguard.diagnosis.rules.words import learner_did_it, learner_diverged, worse
+from lightning_nanguard.diagnosis.rules.words import learner_diverged, worse
 from lightning_nanguard.events import Finding
 
 # What multiplies gradients on their way back.
@@ -31,7 +31,7 @@ def corrupted_state(case: Case) -> Finding | None:
             f"went from {change.before:.4g} to {change.now:.4g}, where its elements moved by {change.usual:.2g} at most"
         )
         return _corrupted(0.95, change.name, moved, before=change.before, now=change.now, usual=change.usual)
-    if evidence.jump is None or fault.scope == "learner" or learner_did_it(evidence):
+    if evidence.jump is None or fault.scope == "learner" or evidence.learner_did_it():
         return None
     return _corrupted(0.9, evidence.jump, "grew ten thousandfold within a few updates")
 

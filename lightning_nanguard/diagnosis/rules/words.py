@@ -8,9 +8,6 @@ from lightning_nanguard.diagnosis.clues import Origin, Range
 from lightning_nanguard.events import Fault, Finding
 from lightning_nanguard.policy import Evidence
 
-# Healthy updates after a rollback before the learner is trusted again.
-_CALM = 200
-
 
 def sudden(fault: Fault) -> bool:
     return fault.scope == "batch"
@@ -21,7 +18,7 @@ def learner_diverged(fault: Fault, evidence: Evidence) -> bool:
         return True
     if evidence.corrupt is not None:
         return evidence.climbing or evidence.rate_rose
-    return worse(evidence) and (learner_did_it(evidence) or (evidence.growth > 4 and evidence.jump is None))
+    return worse(evidence) and (evidence.learner_did_it() or (evidence.growth > 4 and evidence.jump is None))
 
 
 def worse(evidence: Evidence) -> bool:
@@ -29,12 +26,6 @@ def worse(evidence: Evidence) -> bool:
     if comparison is None or comparison.then_finite is False:
         return False  # of a batch that cannot be differentiated under good weights either, the loss says nothing
     return comparison.worse(0.1 * evidence.scale)
-
-
-def learner_did_it(evidence: Evidence) -> bool:
-    # As the policy sees it: what comes out of nothing in a calm run was not the learner's doing.
-    soon = evidence.healthy_since_restore is not None and evidence.healthy_since_restore < _CALM
-    return evidence.climbing or evidence.rate_rose or soon or evidence.healthy_steps < 20
 
 
 def at(cause: str, confidence: float, origin: Origin, suggestion: str) -> Finding:
