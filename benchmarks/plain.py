@@ -75,6 +75,9 @@ class PlainHost:
     def batch_strange(self) -> bool | None:
         return None
 
+    def showing(self, update: int) -> AbstractContextManager[bool]:
+        return nullcontext(False)
+
     def comparable(self) -> bool:
         return True
 

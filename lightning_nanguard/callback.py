@@ -294,7 +294,7 @@ class NaNGuard(GuardCallback):
             run.guard.want_snapshot()
         try:
             if run.guard.close_batch():
-                run.stage.recent.add(batch, batch_idx)
+                run.stage.remember(run.guard.updates)
             run.inquiry.examine_if_due()
         finally:
             run.in_batch = False

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, final
 
@@ -53,6 +54,9 @@ from lightning_nanguard.trend import Trend
 
 class Rerun(Witness, Stage, Protocol):
     """Batches seen again, and run again, without a trace."""
+
+    def showing(self, update: int) -> AbstractContextManager[bool]:
+        """Inside, the batch at hand is that of an update which is over; whether it is still there."""
 
 
 class Host(Book, Protocol):
@@ -551,10 +555,10 @@ class Guard:
             undo=found.reached,
         )
         trend = self._streams.trend(reading.stream) or Trend()
-        at_hand = not found.late
-        evidence = self._investigator.look_into(
-            fault, reading, trend, known, at_hand=at_hand, before=before, rates=self._rates
-        )
+        with self._batch_of(found) as at_hand:
+            evidence = self._investigator.look_into(
+                fault, reading, trend, known, at_hand=at_hand, before=before, rates=self._rates
+            )
         if fault.kind == "non_finite_validation" and evidence.corrupt is None:
             self._standing.restored = None
             # The validation data, most likely.
@@ -570,6 +574,11 @@ class Guard:
             return
         if self._streams.dismiss(reading) and reading.loss is not None:
             self._accept(reading)
+
+    def _batch_of(self, found: _Found) -> AbstractContextManager[bool]:
+        if found.late and not self._many and found.scope is not None:
+            return self._host.stage.showing(found.reading.step)
+        return nullcontext(not found.late)
 
     # ---------------------------------------------------------------------------------------- act
 

@@ -126,7 +126,8 @@ class Investigator:
         target = self.target(fault, trend.scale())
         leaves = self._learner.leaves()
         untouched = ((path, before.get(path[1], leaf) if path[0] == "buffer" else leaf) for path, leaf in leaves)
-        bad, corrupted = first(self._ranks, self.corrupt(untouched))
+        # Where the faulty update was made, what is bad now says nothing of what was before it.
+        bad, corrupted = (None, ()) if known.undo else first(self._ranks, self.corrupt(untouched))
         batch_finite, spoilt = self._batch_finite() if at_hand else (None, ())
         strange = self._batch_strange() if at_hand and batch_finite is not False else None
         # Nothing about the weights is asked for a batch that is plainly at fault.
@@ -136,7 +137,8 @@ class Investigator:
         # Weights that are not finite are compared with nothing: the answer is plain already.
         if target is not None and bad is None and not blameless:
             target = self._ranks.whole(target)
-            jump, _ = first(self._ranks, self._jump(target))
+            if not known.undo:
+                jump, _ = first(self._ranks, self._jump(target))
             if self._compare_allowed and fault.kind == "stuck_loss":
                 if growth > self._least_growth(fault, trend):
                     lower_is_better = self._rehearsal.lower_rate_is_better(target, trend.scale())

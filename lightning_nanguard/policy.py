@@ -116,7 +116,8 @@ class Evidence:
             calm: Updates accepted after a restore from which on the learner is trusted again.
         """
         soon = self.healthy_since_restore is not None and self.healthy_since_restore < calm
-        return self.climbing or self.rate_rose or soon or self.healthy_steps < 20
+        # Behind an update that was made, bad weights are no sign by themselves: it is asked again if they come back.
+        return self.climbing or self.rate_rose or soon or (self.healthy_steps < 20 and not self.undo)
 
 
 class Proposes(Protocol):
@@ -246,6 +247,8 @@ class Policy:
         comparison = evidence.comparison
         if comparison is not None and comparison.worse(0.5 * evidence.scale, sane=self._sane(evidence)):
             return "learner" if evidence.learner_did_it(self.calm) else "state"
+        if evidence.undo and comparison is None and evidence.healthy_since_restore is not None:
+            return "learner" if evidence.healthy_since_restore < _AT_ONCE else "batch"
         if comparison is not None and comparison.then_finite is False:
             return "batch"  # and going back would bring it back: a loss that cannot be differentiated there
         if evidence.healthy_steps == 0 or evidence.healthy_since_restore == 0:
@@ -421,6 +424,9 @@ class Policy:
 
 # Growth of the weights at which a run is lost, where no batch can be run again to prove it; sound ones reach 12.
 _RUINED_BLINDLY = 25.0
+
+# Healthy updates after a restore before which a fault that is back without a batch to blame is the learner's.
+_AT_ONCE = 20
 
 
 def _by_level(depth: int, evidence: Evidence, *, keeps: bool) -> int:

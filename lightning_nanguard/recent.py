@@ -44,7 +44,9 @@ class RecentBatches:
         self._kept: deque[_Kept] = deque(maxlen=_MOST)
 
     def add(self, batch: Any, batch_idx: int) -> None:
-        """Take a batch that turned out healthy."""
+        """Take a batch that turned out healthy, once."""
+        if self._kept and self._kept[-1].batch is batch:
+            return
         self._kept.append(_Kept(batch, batch_idx))
         while sum(kept.size for kept in self._kept) > _MAX_BYTES:
             self._kept.popleft()

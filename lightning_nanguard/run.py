@@ -20,6 +20,7 @@ from lightning_nanguard._compat.precision import grad_scaler
 from lightning_nanguard._compat.saving import guard_saves
 from lightning_nanguard._compat.schedulers import around_learning_rate_monitors
 from lightning_nanguard._compat.strategies import is_sharded
+from lightning_nanguard.arrivals import MAX_DELAY
 from lightning_nanguard.bundle import Bundles
 from lightning_nanguard.detectors import Detector
 from lightning_nanguard.diagnosis.clues import Look
@@ -98,6 +99,7 @@ class Run:
             learner,
             self._ranks,
             lambda optimizer: self.guard.clip_now(optimizer),
+            delay=MAX_DELAY if late else 0,
             updates=8 if examined else 4 if late else 1,
             small=256 if examined else 0,
         )

@@ -47,6 +47,7 @@ class TrainerStage:
         learner: What is trained.
         ranks: All processes.
         clip: Clips the gradients of an optimizer as the guard does now.
+        delay: After how many further updates it is known that one was healthy.
         updates: Of how many updates the micro-batches are kept.
         small: Of how many updates they are kept where they are small.
     """
@@ -59,6 +60,7 @@ class TrainerStage:
         ranks: Ranks,
         clip: Callable[[Optimizer], None],
         *,
+        delay: int,
         updates: int,
         small: int,
     ) -> None:
@@ -67,18 +69,39 @@ class TrainerStage:
         self._learner = learner
         self._ranks = ranks
         self._clip = clip
+        self._delay = delay
         self.batch: Any = None
         self.batch_idx = -1
         self.tape = Tape(module.device, updates=updates, small=small)
         self.recent = RecentBatches()
+        self._shown: list[Micro] = []
 
     def make_scope(self) -> BatchScope:
         """An object that remembers what a batch may touch."""
         return BatchScope(self._module, [partial(remember_running_means, self._trainer)])
 
+    def remember(self, update: int) -> None:
+        """The batch at hand is over, in which update ``update`` was the last; keep what turned out healthy."""
+        if not self._delay:
+            self.recent.add(self.batch, self.batch_idx)
+        elif micros := self.tape.of(update - self._delay):
+            self.recent.add(micros[-1].batch, micros[-1].index)
+
+    @contextmanager
+    def showing(self, update: int) -> Iterator[bool]:
+        """Inside, the batch at hand is that of an update which is over; whether it is still there."""
+        batch, batch_idx = self.batch, self.batch_idx
+        self._shown = self.tape.of(update)
+        if self._shown:
+            self.batch, self.batch_idx = self._shown[-1].batch, self._shown[-1].index
+        try:
+            yield bool(self._shown)
+        finally:
+            self.batch, self.batch_idx, self._shown = batch, batch_idx, []
+
     def batch_finite(self) -> bool | None:
-        """Whether the micro-batches of the newest update are finite."""
-        return batch_finite([micro.batch for micro in self.tape.newest()])
+        """Whether the micro-batches of the update at hand are finite."""
+        return batch_finite([micro.batch for micro in self._shown or self.tape.newest()])
 
     def batch_strange(self) -> bool | None:
         """Whether the batch at hand reaches far beyond those before it."""

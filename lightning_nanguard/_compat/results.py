@@ -18,7 +18,9 @@ def remember_running_means(trainer: Any) -> Callable[[], None]:
     results = getattr(trainer, "_results", None)
     if results is None:
         return _nothing
-    saved = {key: {name: value for name, value in vars(item).items() if name in _FIELDS} for key, item in results.items()}
+    saved = {
+        key: {name: value for name, value in vars(item).items() if name in _FIELDS} for key, item in results.items()
+    }
 
     def undo() -> None:
         for key, item in results.items():
