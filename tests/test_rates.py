@@ -89,9 +89,9 @@ def test_a_rate_too_high_is_found_and_cut(optimizer: str, factor: int, since: in
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
-@pytest.mark.parametrize("factor", [100, 10_000])
+@pytest.mark.parametrize("factor", [1e4, 1e8, 1e12])
 def test_a_rate_too_high_is_cut_where_numbers_arrive_late(
-    optimizer: str, factor: int, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    optimizer: str, factor: float, tmp_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In deferred readback the bad update was made before it is known; when it comes back, the rate is cut all the
     same, and 90 % of the right rate's improvement is regained."""
