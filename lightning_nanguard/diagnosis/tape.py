@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -15,7 +16,7 @@ SMALL = 4
 """Samples up to which a batch is small."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Micro:
     """One micro-batch.
 
@@ -29,7 +30,7 @@ class Micro:
     update: int
     index: int
     batch: Any
-    random: tuple[Tensor, ...]
+    random: Sequence[Tensor]
 
 
 @final
@@ -60,7 +61,7 @@ class Tape:
             updates = self._small
         while micros and (micros[0].update <= update - updates or len(micros) >= updates * self._most):
             micros.popleft()
-        micros.append(Micro(update, index, batch, tuple(generator.get_state() for generator in self._generators)))
+        micros.append(Micro(update, index, batch, [generator.get_state() for generator in self._generators]))
 
     def of(self, update: int) -> list[Micro]:
         """The micro-batches of an update, the newest last; a batch with several updates is found under each."""
