@@ -107,7 +107,11 @@ class LearningRate:
 
     def first(self) -> float | None:
         """Effective rate of the first group, ``None`` where reading it would wait for a device."""
-        rate = next(self._scheduled_rates(), None)
+        # Asked in every update: the plain case first.
+        plain = bool(self._optimizers) and not self._scaled
+        rate = self._optimizers[0].param_groups[0].get("lr") if plain else None
+        if rate is None:
+            rate = next(self._scheduled_rates(), None)
         if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu"):
             return None
         return float(self._scale(rate, self._factor()) if self._on else rate)
