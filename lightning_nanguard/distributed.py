@@ -1,9 +1,9 @@
 """Agreement between ranks. It knows ``torch.distributed`` only.
 
-In every update each rank posts a :class:`Report` by one asynchronous all-reduce and goes on; what all of them posted is
-heard in the next update, behind its gradients, without which no rank gets that far. Everything that decides is taken
-from those reports, which are the same on all ranks. Only ranks that know from them that all are in an intervention wait
-for each other. :class:`Alone` is a single process, at no cost.
+In every update each rank posts a :class:`Report` to all others, without waiting, and goes on; what all posted is heard
+in the next update, behind its gradients, without which no rank gets that far. Everything that decides is taken from
+those reports, which are the same on all ranks. Only ranks that know from them that all are in an intervention wait for
+each other. :class:`Alone` is a single process, at no cost.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ import math
 import socket
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, final
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_nanguard.checksum import replicated
 from lightning_nanguard.events import Finding, Reading
-from lightning_nanguard.measure import local
+from lightning_nanguard.lines import connect
 from lightning_nanguard.snapshot import Share, Snapshot
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(NamedTuple):
     """What one rank says about one update: numbers only, which travel bit by bit.
 
     Attributes:
@@ -67,18 +68,17 @@ class Report:
     outside: bool = False
 
     def pack(self) -> bytes:
-        """Eight bytes for each number."""
-        return _FORMAT.pack(*(getattr(self, f.name) for f in fields(self)))
+        """All of it in 72 bytes."""
+        return _FORMAT.pack(*self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Report:
         """The inverse of :meth:`pack`."""
-        values = _FORMAT.unpack(data)
-        return cls(*(bool(v) if f.type == "bool" else v for f, v in zip(fields(cls), values, strict=True)))
+        return cls(*_FORMAT.unpack(data))
 
 
-_FORMAT = struct.Struct("<3d12q")
-_WORDS = _FORMAT.size // 8
+# Filled up to whole words of eight bytes, which a collective can add.
+_FORMAT = struct.Struct("<3dq5?2q?2q?x")
 
 
 def combined(reports: Sequence[Report], *, stream: int, sharded: bool) -> Reading:
@@ -91,7 +91,7 @@ def combined(reports: Sequence[Report], *, stream: int, sharded: bool) -> Readin
 
     Example:
         >>> healthy = Report(1.0, 3.0, 0.0, 7, True, True, True, False, False, 16, -1, False, 0, 0)
-        >>> reading = combined([healthy, replace(healthy, loss=2.0, norm=4.0)], stream=0, sharded=True)
+        >>> reading = combined([healthy, healthy._replace(loss=2.0, norm=4.0)], stream=0, sharded=True)
         >>> reading.loss, reading.grad_norm
         (1.5, 5.0)
     """
@@ -213,17 +213,17 @@ class Alone:
 
 
 @final
-@dataclass(slots=True)
 class _Underway:
-    rows: Tensor
-    work: Any
-    done: tuple[Report, ...] = ()
+    __slots__ = ("_read", "_reports")
+
+    def __init__(self, read: Callable[[], Sequence[bytes]]) -> None:
+        self._read = read
+        self._reports: tuple[Report, ...] = ()
 
     def reports(self) -> Sequence[Report]:
-        if not self.done:
-            self.work.wait()
-            self.done = tuple(Report.unpack(row.numpy().tobytes()) for row in self.rows)
-        return self.done
+        if not self._reports:
+            self._reports = tuple(map(Report.unpack, self._read()))
+        return self._reports
 
 
 # Tensors below this many bytes are kept whole: a gather of their own would cost more than they do.
@@ -234,8 +234,9 @@ _WORTH_SHARING = 1024
 class Group:
     """The ranks of ``torch.distributed``'s default group. All of them must make it at the same moment.
 
-    Reports travel over a gloo group of their own, in host memory: they never mix with the collectives of the trainer or
-    the user, and need no synchronisation of a device.
+    On one machine reports travel over sockets (see :mod:`lightning_nanguard.lines`), else by an asynchronous all-reduce
+    over a gloo group of their own. They never mix with the collectives of the trainer or the user, and need no
+    synchronisation of a device.
 
     Args:
         sharded: Whether each rank holds a shard of the parameters; else all hold the same.
@@ -264,17 +265,25 @@ class Group:
                 group = dist.new_group([rank for rank, other in enumerate(nodes) if other == name], backend="gloo")
                 if name == nodes[self.rank]:
                     self._own = group
+        self._lines = connect(self.rank, self.gather) if len(set(nodes)) == 1 else None
         self.sharers = 1 if sharded else nodes.count(nodes[self.rank])
         self._place = nodes[: self.rank].count(nodes[self.rank])
 
     def post(self, report: Report) -> Posted:
-        """Tell the others, without waiting.
+        """Tell the others, without waiting."""
+        data = report.pack()
+        if self._lines is not None:
+            return _Underway(partial(self._lines.read, self._lines.post(data)))
+        # A sum in which each rank has a row to itself: exact for any bits, equal on all, and it says who said what.
+        rows = torch.zeros(self.world, len(data) // 8, dtype=torch.int64)
+        rows[self.rank] = torch.frombuffer(bytearray(data), dtype=torch.int64)
+        work: Any = dist.all_reduce(rows, group=self._group, async_op=True)
 
-        A sum over ranks in which each has a row to itself: exact for any bits, equal on all, and it says who said what.
-        """
-        rows = torch.zeros(self.world, _WORDS, dtype=torch.int64)
-        rows[self.rank] = torch.frombuffer(bytearray(report.pack()), dtype=torch.int64)
-        return _Underway(rows, dist.all_reduce(rows, group=self._group, async_op=True))
+        def read() -> list[bytes]:
+            work.wait()
+            return [row.tobytes() for row in rows.numpy()]
+
+        return _Underway(read)
 
     def gather(self, value: Any) -> list[Any]:
         """Everybody's value; only one's own after :meth:`part`."""
@@ -332,13 +341,19 @@ class Group:
     def part(self) -> None:
         """Nothing waits for the others any more."""
         self._parted = True
+        self._hang_up()
 
     def close(self) -> None:
         """Let go of the group."""
+        self._hang_up()
         if dist.is_initialized() and not self._parted:
             for group in {id(group): group for group in (self._own, self._group)}.values():
                 dist.destroy_process_group(group)
         self._parted = True
+
+    def _hang_up(self) -> None:
+        if self._lines is not None:
+            self._lines.close()
 
 
 def mean(ranks: Ranks, value: float | None) -> float | None:
@@ -366,48 +381,6 @@ def surest(ranks: Ranks, finding: Finding | None) -> Finding | None:
         return None
     best = max(found, key=lambda one: float(one["confidence"]))
     return Finding(**{**best, "samples": tuple(best["samples"])})
-
-
-def replicated(path: tuple[Any, ...], leaf: Any) -> bool:
-    """Whether every rank should hold the same: parameters and moments, but no buffers or averaged copies."""
-    return path[0] in ("parameter", "optimizer") and isinstance(leaf, Tensor) and leaf.layout == torch.strided
-
-
-def checksums(leaves: Mapping[tuple[Any, ...], Any]) -> tuple[int, int]:
-    """Checksums of the bits of all parameters, and of all optimizer state. Reads from the device once for each."""
-    own = [(path, leaf) for path, leaf in leaves.items() if replicated(path, leaf)]
-    return (
-        checksum(leaf for path, leaf in own if path[0] == "parameter"),
-        checksum(leaf for path, leaf in own if path[0] == "optimizer"),
-    )
-
-
-_CHUNK = 1 << 20
-
-
-def checksum(tensors: Iterable[Tensor]) -> int:
-    """A number of 63 bits that depends on every bit of some tensors and on its place.
-
-    Example:
-        >>> one, other = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])
-        >>> checksum([one]) == checksum([one.clone()]), checksum([one]) == checksum([other])
-        (True, False)
-    """
-    sums: list[Tensor] = []
-    weights: dict[torch.device, Tensor] = {}
-    for tensor in tensors:
-        data = local(tensor).detach().contiguous().view(-1)
-        if data.numel() == 0:
-            continue
-        words = data.view(torch.int32) if data.nbytes % 4 == 0 else data.view(torch.uint8)
-        if words.device not in weights:
-            weights[words.device] = (torch.arange(_CHUNK, device=words.device) * 0x9E3779B97F4A7C1 + 1) | 1
-        parts = [(part * weights[words.device][: len(part)]).sum() for part in torch.split(words, _CHUNK)]
-        sums += [part.cpu() for part in parts]
-    total = 0
-    for number in sums:
-        total = (total * 1_000_003 + int(number)) % (1 << 63)
-    return total
 
 
 @final

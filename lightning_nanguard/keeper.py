@@ -12,7 +12,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lightning_nanguard.distributed import Alone, Ranks, Report, checksums, minority
+from lightning_nanguard.checksum import checksums
+from lightning_nanguard.distributed import Alone, Ranks, Report, minority
 from lightning_nanguard.events import Fault
 from lightning_nanguard.glance import Glance
 from lightning_nanguard.investigate import Investigator

@@ -16,7 +16,8 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.distributed import Report, Silent, checksum, combined, conspicuous, minority
+from lightning_nanguard.checksum import checksum
+from lightning_nanguard.distributed import Report, Silent, combined, conspicuous, minority
 from tests.helpers import task
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,146 @@
+"""Messages among the processes of one machine, over sockets: no thread, no collective, and no waiting to send."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import tempfile
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, final
+
+_PATIENCE = 1800.0  # seconds, as long as a collective of gloo waits
+_UNREAD = 64  # letters not yet read, well below what a socket holds
+
+
+@final
+class Letter:
+    """One message of each process; those of the others are missing until they are read."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, rank: int, data: bytes) -> None:
+        self.parts = {rank: data}
+
+
+@final
+class Lines:
+    """A line to each of the other processes. Every process posts the same number of messages, all of one length.
+
+    Args:
+        rank: This process.
+        sockets: A connected socket for each of the others.
+    """
+
+    def __init__(self, rank: int, sockets: Mapping[int, socket.socket]) -> None:
+        self._rank = rank
+        self._sockets = dict(sockets)
+        self._unread: dict[int, deque[Letter]] = {other: deque() for other in self._sockets}
+
+    def post(self, data: bytes) -> Letter:
+        """Send a message to all, without waiting."""
+        letter = Letter(self._rank, data)
+        for other, line in self._sockets.items():
+            self._unread[other].append(letter)
+            # Who has gone is missed when it is to be heard, and not before.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                line.sendall(data)
+        # What nobody asks for must not fill the lines.
+        for other, unread in self._unread.items():
+            if len(unread) > _UNREAD:
+                self._next(other, len(data))
+        return letter
+
+    def read(self, letter: Letter) -> list[bytes]:
+        """The message of each process, in order of ranks; waits for what has not been posted yet.
+
+        Raises:
+            RuntimeError: When one of them has gone or is silent for too long.
+        """
+        size = len(letter.parts[self._rank])
+        for other in self._sockets:
+            while other not in letter.parts:
+                self._next(other, size)
+        return [letter.parts[rank] for rank in range(len(letter.parts))]
+
+    def _next(self, other: int, size: int) -> None:
+        # In the order in which they were posted: a line knows no other.
+        self._unread[other].popleft().parts[other] = _receive(self._sockets[other], other, size)
+
+    def close(self) -> None:
+        """Nothing is sent any more; the others can still read what was."""
+        for line in self._sockets.values():
+            # A process forked from this one holds the socket too.
+            with contextlib.suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
+            line.close()
+
+
+def _receive(line: socket.socket, other: int, size: int) -> bytes:
+    try:
+        data = line.recv(size)
+        while 0 < len(data) < size:
+            more = line.recv(size - len(data))
+            data = data + more if more else b""
+    except TimeoutError as error:
+        raise RuntimeError(f"rank {other} has told nothing for {_PATIENCE:g} seconds") from error
+    except ConnectionError as error:
+        raise RuntimeError(f"Connection reset by peer: rank {other} has gone") from error
+    if not data:
+        raise RuntimeError(f"Connection closed by peer: rank {other} has gone")
+    return data
+
+
+def connect(rank: int, gather: Callable[[Any], list[Any]]) -> Lines | None:
+    """Lines among all processes, ``None`` where they cannot all reach each other; all must call it.
+
+    Args:
+        rank: This process.
+        gather: Brings everybody's value to all.
+    """
+    folder = Path(tempfile.mkdtemp())  # where nobody else may connect
+    path = str(folder / "line")
+    listener = _listening(path)
+    sockets: dict[int, socket.socket] = {}
+    try:
+        for other, place in enumerate(gather(path)[:rank]):
+            line = _calling(place, rank)
+            if line is not None:
+                sockets[other] = line
+        made = gather(listener is not None and len(sockets) == rank)
+        if listener is None or not all(made):
+            for line in sockets.values():
+                line.close()
+            return None
+        while len(sockets) < len(made) - 1:
+            line, _ = listener.accept()
+            line.settimeout(_PATIENCE)
+            sockets[int.from_bytes(_receive(line, -1, 8), "big")] = line
+        return Lines(rank, sockets)
+    finally:
+        if listener is not None:
+            listener.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _listening(path: str) -> socket.socket | None:
+    # There are systems without such sockets, and paths too long for them.
+    with contextlib.suppress(OSError, AttributeError):
+        listener = socket.socket(socket.AF_UNIX)
+        listener.settimeout(_PATIENCE)
+        listener.bind(path)
+        listener.listen(128)
+        return listener
+    return None
+
+
+def _calling(path: str, rank: int) -> socket.socket | None:
+    with contextlib.suppress(OSError, AttributeError):
+        line = socket.socket(socket.AF_UNIX)
+        line.settimeout(_PATIENCE)
+        line.connect(path)
+        line.sendall(rank.to_bytes(8, "big"))
+        return line
+    return None
