@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, final
 
 _PATIENCE = 1800.0  # seconds, as long as a collective of gloo waits
-_UNREAD = 64  # letters not yet read, well below what a socket holds
+_UNREAD = 16  # letters not yet read; what a socket holds is several times as much
 
 
 @final
@@ -126,21 +126,29 @@ def connect(rank: int, gather: Callable[[Any], list[Any]]) -> Lines | None:
 
 
 def _listening(path: str) -> socket.socket | None:
-    # There are systems without such sockets, and paths too long for them.
-    with contextlib.suppress(OSError, AttributeError):
-        listener = socket.socket(socket.AF_UNIX)
-        listener.settimeout(_PATIENCE)
-        listener.bind(path)
-        listener.listen(128)
-        return listener
-    return None
+    def listen(made: socket.socket) -> None:
+        made.bind(path)
+        made.listen(128)
+
+    return _opened(listen)
 
 
 def _calling(path: str, rank: int) -> socket.socket | None:
-    with contextlib.suppress(OSError, AttributeError):
-        line = socket.socket(socket.AF_UNIX)
-        line.settimeout(_PATIENCE)
-        line.connect(path)
-        line.sendall(rank.to_bytes(8, "big"))
-        return line
-    return None
+    def call(made: socket.socket) -> None:
+        made.connect(path)
+        made.sendall(rank.to_bytes(8, "big"))
+
+    return _opened(call)
+
+
+def _opened(prepare: Callable[[socket.socket], None]) -> socket.socket | None:
+    if not hasattr(socket, "AF_UNIX"):
+        return None
+    made = socket.socket(socket.AF_UNIX)
+    made.settimeout(_PATIENCE)
+    try:
+        prepare(made)
+    except OSError:  # the path is too long, or leads to another machine
+        made.close()
+        return None
+    return made
