@@ -36,7 +36,7 @@ class Lines:
 
     def __init__(self, rank: int, sockets: Mapping[int, socket.socket]) -> None:
         self._rank = rank
-        self._sockets = dict(sockets)
+        self._sockets = dict(sorted(sockets.items()))
         self._unread: dict[int, deque[Letter]] = {other: deque() for other in self._sockets}
 
     def post(self, data: bytes) -> Letter:
