@@ -2,19 +2,21 @@
 
 Two ranks run one DDP loop over gloo. Its steps go on in turns with the guard, without it, and without it once more; the
 spread of the two equal ones is what a difference must be held against. Each rank's step takes about ten milliseconds.
-A trace of guarded steps then lists every collective, and how long the guard waited for its own.
+Two clocks are read: the one on the wall, of whose steps in a turn the median counts, and the processor time of the
+whole process with all its threads, snapshots included, which knows no other process. A trace of guarded steps and of
+bare ones then lists every collective.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
+import random
 import statistics
 import sys
 import tempfile
 import time
-from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.overhead.report import about
 from benchmarks.plain import PlainHost
 from lightning_nanguard import distributed
 from lightning_nanguard.engine import Guard, Settings
 
-WORLD, STEPS, WARM = 2, 20, 3
+WORLD, STEPS, WARM, TRACED = 2, 12, 2, 20
 RESULTS = Path(__file__).parent / "results"
 
 
 class Loop(PlainHost):
-    """A DDP loop, guarded or not."""
+    """A DDP loop, with a guard where there are settings for one."""
 
-    def __init__(self, guarded: bool) -> None:
+    def __init__(self, settings: Settings | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.module = nn.Sequential(nn.Linear(256, 384), nn.GELU(), nn.Linear(384, 384), nn.GELU(), nn.Linear(384, 8))
@@ -44,8 +47,8 @@ class Loop(PlainHost):
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-3)
         self.draw = torch.Generator().manual_seed(dist.get_rank())
         self.guard: Guard | None = None
-        if guarded:
-            self.guard = self.make_guard(self.module, self.optimizer, Settings(), ranks=distributed.Group())
+        if settings is not None:
+            self.guard = self.make_guard(self.module, self.optimizer, settings, ranks=distributed.Group())
             self.guard.start()
 
     def one(self) -> None:
@@ -66,7 +69,7 @@ class Loop(PlainHost):
 
 
 class Waits:
-    """Adds up how long the guard waits for what all ranks say."""
+    """Adds up how long the guard takes to hear what all ranks say."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -82,48 +85,72 @@ class Waits:
         distributed._Underway.reports = reports  # type: ignore[method-assign]
 
 
+def settled() -> int:
+    """The interval that a guard chooses whose loop is alone: in turns with others its steps would look longer."""
+    loop = Loop(Settings())
+    for _ in range(100):
+        loop.one()
+    assert loop.guard is not None
+    every = loop.guard._keeper._every
+    loop.guard.close()
+    return every
+
+
 def race(rank: int, folder: str, port: int, rounds: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    loops = {"bare": Loop(False), "guarded": Loop(True), "bare again": Loop(False)}
+    every = settled()
+    loops = {"bare": Loop(), "guarded": Loop(Settings(snapshot_every=every)), "bare again": Loop()}
     for loop in loops.values():
         for _ in range(40):
             loop.one()
     waits = Waits()
-    medians: dict[str, list[float]] = {name: [] for name in loops}
-    names = list(loops)
-    for number in range(rounds):
-        for name in names[number % 3 :] + names[: number % 3]:
-            times = []
-            for step in range(WARM + STEPS):
-                started = time.perf_counter()
+    wall: dict[str, list[float]] = {name: [] for name in loops}
+    cpu: dict[str, list[float]] = {name: [] for name in loops}
+    names, order = list(loops), random.Random(0)
+    for _ in range(rounds):
+        order.shuffle(names)
+        for name in names:
+            for _ in range(WARM):
                 loops[name].one()
-                if step >= WARM:
-                    times.append(time.perf_counter() - started)
-            medians[name].append(statistics.median(times))
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
-        for _ in range(20):
-            loops["guarded"].one()
-    collectives = {
-        event.key: {"calls": event.count, "ms": round(event.cpu_time_total / 1e3, 3)}
-        for event in trace.key_averages()
-        if "c10d::" in event.key or "gloo:" in event.key
-    }
-    ratios = [guarded / bare for guarded, bare in zip(medians["guarded"], medians["bare"], strict=True)]
-    equal = [again / bare for again, bare in zip(medians["bare again"], medians["bare"], strict=True)]
-    guarded = loops["guarded"]
+            times, worked = [time.perf_counter()], time.process_time()
+            for _ in range(STEPS):
+                loops[name].one()
+                times.append(time.perf_counter())
+            cpu[name].append((time.process_time() - worked) / STEPS)
+            wall[name].append(statistics.median(b - a for a, b in pairwise(times)))
+    guarded, heard = loops["guarded"], waits.seconds
     assert not guarded.records
-    dist.barrier()
     result = {
-        "bare_ms": round(1e3 * statistics.median(medians["bare"]), 3),
-        "guarded": quartiles(ratios),
-        "equal": quartiles(equal),
-        "waited_us": quartiles([1e6 * seconds for seconds in waits.seconds]),
-        "collectives_of_20_steps": collectives,
+        "bare_ms": round(1e3 * statistics.median(wall["bare"]), 3),
+        "bare_cpu_ms": round(1e3 * statistics.median(cpu["bare"]), 3),
+        "guarded": against(wall["guarded"], wall["bare"], wall["bare again"]),
+        "equal": against(wall["bare again"], wall["bare"]),
+        "guarded_cpu": against(cpu["guarded"], cpu["bare"], cpu["bare again"]),
+        "equal_cpu": against(cpu["bare again"], cpu["bare"]),
+        "snapshot_every": every,
+        "hearing_us": quartiles([1e6 * seconds for seconds in heard]),
+        f"collectives_of_{TRACED}_steps": {name: collectives(loops[name]) for name in ("bare", "guarded")},
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
+    dist.barrier()
     dist.destroy_process_group()
+
+
+def collectives(loop: Loop) -> dict[str, int]:
+    """How often each is called in a trace."""
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        for _ in range(TRACED):
+            loop.one()
+    return {event.key: event.count for event in trace.key_averages() if event.key.startswith(("c10d::", "gloo:"))}
+
+
+def against(mine: list[float], *others: list[float]) -> dict[str, float]:
+    """Quartiles of the ratio in each round, and the ratio of the whole race's sums, whose noise has averaged out."""
+    bare = [statistics.mean(turns) for turns in zip(*others, strict=True)]
+    ratios = [one / other for one, other in zip(mine, bare, strict=True)]
+    return {**quartiles(ratios), "of_sums": round(sum(mine) / sum(bare), 4)}
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
@@ -131,23 +158,19 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"low": round(low, 4), "median": round(middle, 4), "high": round(high, 4)}
 
 
-def main(out: str | None = None, rounds: str = "30", repeats: str = "3") -> None:
+def main(out: str | None = None, rounds: str = "100", repeats: str = "3") -> None:
+    started = time.perf_counter()
     runs = []
     for run in range(int(repeats)):
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(race, args=(folder, 29500 + os.getpid() % 1000 + run, int(rounds)), nprocs=WORLD)
             runs.append([json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(WORLD)])
         for rank, one in enumerate(runs[-1]):
-            print(f"run {run} rank {rank}: bare {one['bare_ms']} ms, guarded {one['guarded']}, equal {one['equal']}")
-    result = {
-        "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.processor() or platform.machine()}",
-        "torch": torch.__version__,
-        "processes": WORLD,
-        "rounds": int(rounds),
-        "steps_a_round": STEPS,
-        "runs": runs,
-    }
+            print(f"run {run}, rank {rank}: a bare step of {one['bare_ms']} ms")
+            for name in ("guarded", "equal", "guarded_cpu", "equal_cpu"):
+                print(f"  {name:12s} {one[name]}")
+    about_it = {**about("cpu", time.perf_counter() - started), "threads": 1}
+    result = {**about_it, "processes": WORLD, "rounds": int(rounds), "steps_a_turn": STEPS, "runs": runs}
     path = Path(out) if out else RESULTS / "distributed.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(path)

@@ -95,20 +95,20 @@ def combined(reports: Sequence[Report], *, stream: int, sharded: bool) -> Readin
         >>> reading.loss, reading.grad_norm
         (1.5, 5.0)
     """
-    losses = [one.loss for one in reports if one.has_loss]
-    norms = [one.norm for one in reports if one.has_gradient]
-    gradient_finite = all(one.gradient_finite for one in reports)
-    loss_finite = all(math.isfinite(loss) for loss in losses)
+    told: Any = Report._make(zip(*reports, strict=True))  # a column of each number
+    losses = told.loss if all(told.has_loss) else [one.loss for one in reports if one.has_loss]
+    gradient_finite = all(told.gradient_finite)
+    loss_finite = all(map(math.isfinite, losses))
     norm = None
-    if norms:
-        norm = math.hypot(*norms) if sharded else max(norms)
+    if any(told.has_gradient):
+        norm = math.hypot(*told.norm) if sharded else max(told.norm)
         if not gradient_finite:
-            norm = next(value for one in reports if not one.gradient_finite for value in [one.norm])
+            norm = told.norm[told.gradient_finite.index(False)]
     return Reading(
         step=reports[0].step,
         stream=stream,
         # Divided first: the sum of finite losses may overflow.
-        loss=sum(loss / len(losses) for loss in losses) if losses else None,
+        loss=sum([loss / len(losses) for loss in losses]) if losses else None,
         grad_norm=norm,
         finite=gradient_finite and loss_finite,
         loss_finite=loss_finite,

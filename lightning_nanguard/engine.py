@@ -502,7 +502,7 @@ class Guard:
         reached: bool,
         late: bool,
         trial: bool | None = None,
-        ranks: tuple[int, ...] = (),
+        ranks: Callable[[], tuple[int, ...]] = tuple,
     ) -> None:
         if self.learner.scaler is not None and reading.loss_finite and not reading.finite:
             reading = replace(reading, scaler_skips=True)
@@ -521,7 +521,7 @@ class Guard:
         if fault.place == "gradient" and not reading.finite and not late:
             place, _ = first(self._ranks, self._meter.bad_gradient(reading.stream))
             fault = replace(fault, place=place or fault.place)
-        found = _Found(fault, reading, scope, reached and fault.scope == "batch", late, ranks)
+        found = _Found(fault, reading, scope, reached and fault.scope == "batch", late, ranks())
         # A suspicion is no reason to block: its update is finite, and a restore would rewind it with the rest.
         suspicion = fault.scope == "learner" and not reading.scaler_skips
         if self._settings.observe and not suspicion and not late:

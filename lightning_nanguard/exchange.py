@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -51,15 +52,19 @@ class Heard:
 
     Attributes:
         reading: Theirs, in one.
-        ranks: Those that stand out, where not all do.
+        reports: Theirs, one by one.
         held_back: Whether the update was kept from the weights on all of them.
         outside: Whether one of them found a fault outside a step.
     """
 
     reading: Reading
-    ranks: tuple[int, ...]
+    reports: Sequence[Report]
     held_back: bool
     outside: bool
+
+    def ranks(self) -> tuple[int, ...]:
+        """Those that stand out, where not all do."""
+        return conspicuous(self.reports)
 
 
 @final
@@ -131,8 +136,8 @@ class Exchange:
         self._keeper.hear(reports)
         return Heard(
             combined(reports, stream=sent.stream, sharded=self._ranks.sharded),
-            conspicuous(reports),
-            held_back=all(not one.gradient_finite for one in reports) and sent.held_back,
+            reports,
+            held_back=sent.held_back and not any(one.gradient_finite for one in reports),
             outside=any(one.outside for one in reports),
         )
 

@@ -191,7 +191,7 @@ class Keeper:
 
     def hear(self, reports: Sequence[Report]) -> None:
         """Take what all ranks say: the longest interval holds."""
-        self._every = max(one.interval for one in reports)
+        self._every = max([one.interval for one in reports])
         self._heard = reports
 
     def judged(self, pending: Snapshot) -> bool:
@@ -276,7 +276,12 @@ class Keeper:
 
     def kept(self, pending: Snapshot) -> Snapshot:
         """How a certified snapshot is kept: shared among ranks where it was found equal on all of them."""
-        return self._ranks.share(pending) if self._ranks.sharers > 1 and self._equal else pending
+        if self._ranks.sharers == 1 or not self._equal:
+            return pending
+        started = time.perf_counter()
+        shared = self._ranks.share(pending)
+        self._interval.certified(time.perf_counter() - started)
+        return shared
 
     def _objection(self, pending: Snapshot, healthy_steps: int) -> Fault | None:
         pending.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import socket
+import struct
 import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -17,12 +18,12 @@ _UNREAD = 16  # letters not yet read; what a socket holds is several times as mu
 
 @final
 class Letter:
-    """One message of each process; those of the others are missing until they are read."""
+    """One message of each process, in order of ranks; those of the others are empty until they are read."""
 
     __slots__ = ("parts",)
 
-    def __init__(self, rank: int, data: bytes) -> None:
-        self.parts = {rank: data}
+    def __init__(self, world: int) -> None:
+        self.parts = [b""] * world
 
 
 @final
@@ -41,16 +42,17 @@ class Lines:
 
     def post(self, data: bytes) -> Letter:
         """Send a message to all, without waiting."""
-        letter = Letter(self._rank, data)
+        letter = Letter(len(self._sockets) + 1)
+        letter.parts[self._rank] = data
         for other, line in self._sockets.items():
-            self._unread[other].append(letter)
+            unread = self._unread[other]
+            unread.append(letter)
             # Who has gone is missed when it is to be heard, and not before.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 line.sendall(data)
-        # What nobody asks for must not fill the lines.
-        for other, unread in self._unread.items():
+            # What nobody asks for must not fill the lines.
             if len(unread) > _UNREAD:
-                self._next(other, len(data))
+                unread.popleft().parts[other] = _receive(line, other, len(data))
         return letter
 
     def read(self, letter: Letter) -> list[bytes]:
@@ -59,15 +61,12 @@ class Lines:
         Raises:
             RuntimeError: When one of them has gone or is silent for too long.
         """
-        size = len(letter.parts[self._rank])
-        for other in self._sockets:
-            while other not in letter.parts:
-                self._next(other, size)
-        return [letter.parts[rank] for rank in range(len(letter.parts))]
-
-    def _next(self, other: int, size: int) -> None:
-        # In the order in which they were posted: a line knows no other.
-        self._unread[other].popleft().parts[other] = _receive(self._sockets[other], other, size)
+        parts = letter.parts
+        for other, line in self._sockets.items():
+            while not parts[other]:
+                # In the order in which they were posted: a line knows no other.
+                self._unread[other].popleft().parts[other] = _receive(line, other, len(parts[self._rank]))
+        return parts
 
     def close(self) -> None:
         """Nothing is sent any more; the others can still read what was."""
@@ -84,7 +83,7 @@ def _receive(line: socket.socket, other: int, size: int) -> bytes:
         while 0 < len(data) < size:
             more = line.recv(size - len(data))
             data = data + more if more else b""
-    except TimeoutError as error:
+    except BlockingIOError as error:
         raise RuntimeError(f"rank {other} has told nothing for {_PATIENCE:g} seconds") from error
     except ConnectionError as error:
         raise RuntimeError(f"Connection reset by peer: rank {other} has gone") from error
@@ -115,8 +114,7 @@ def connect(rank: int, gather: Callable[[Any], list[Any]]) -> Lines | None:
                 line.close()
             return None
         while len(sockets) < len(made) - 1:
-            line, _ = listener.accept()
-            line.settimeout(_PATIENCE)
+            line = _patient(listener.accept()[0])
             sockets[int.from_bytes(_receive(line, -1, 8), "big")] = line
         return Lines(rank, sockets)
     finally:
@@ -144,11 +142,18 @@ def _calling(path: str, rank: int) -> socket.socket | None:
 def _opened(prepare: Callable[[socket.socket], None]) -> socket.socket | None:
     if not hasattr(socket, "AF_UNIX"):
         return None
-    made = socket.socket(socket.AF_UNIX)
-    made.settimeout(_PATIENCE)
+    made = _patient(socket.socket(socket.AF_UNIX))
     try:
         prepare(made)
     except OSError:  # the path is too long, or leads to another machine
         made.close()
         return None
+    return made
+
+
+def _patient(made: socket.socket) -> socket.socket:
+    # Python's own time limit would ask the system twice for each message.
+    limit = struct.pack("ll", int(_PATIENCE), round(_PATIENCE % 1 * 1e6))
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        made.setsockopt(socket.SOL_SOCKET, option, limit)
     return made
