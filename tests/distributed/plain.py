@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.plain import PlainHost
 from lightning_nanguard.distributed import Group, Ranks
@@ -121,6 +122,23 @@ def waits_for_nobody(folder: Path) -> dict[str, Any]:
     loop.train(2)
     loop.guard.flush()
     return {"steps": loop.step, "end": loop.print(), "records": len(loop.records)}
+
+
+def collectives() -> dict[str, int]:
+    """How many a trace of healthy updates holds, snapshots and their proof among them."""
+    updates = 9
+    found = {"updates": updates}
+    for name, node in (("one node", "a"), ("nodes", f"node {dist.get_rank()}")):
+        module = net()
+        loop = PlainLoop(module, Group(node=node), averaged(module))
+        loop.train(3)
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            loop.train(updates)
+        loop.guard.flush()
+        found[name] = sum(event.count for event in trace.key_averages() if event.key.startswith("c10d::"))
+        found["of the loop"] = updates * len([*module.parameters()])
+        loop.guard.close()
+    return found
 
 
 def memory() -> dict[str, Any]:

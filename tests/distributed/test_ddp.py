@@ -27,6 +27,7 @@ def agreed(results: Results, name: str) -> Mapping[str, Any]:
     return one
 
 
+# Two ranks of one machine, and three that torchrun is told are of two.
 LAUNCHES = [("script", 2), ("torchrun", 3)]
 RANKS = [(how, world, rank) for how, world in LAUNCHES for rank in range(world)]
 FAULTS = {
@@ -57,13 +58,26 @@ def test_a_healthy_run_is_the_same(launched: Launch, how: str, world: int) -> No
 @pytest.mark.parametrize(("how", "world", "rank"), RANKS)
 def test_one_ranks_fault_leads_all_to_the_same(launched: Launch, how: str, world: int, rank: int, fault: str) -> None:
     """Same decision, remedy, record and multiplier at the same step, bit-identical weights, and the rank is named."""
-    results = launched(how, world, "faults")
+    led_to_the_same(launched(how, world, "faults"), rank, fault)
+
+
+SPAWNED = [(world, rank) for world in (2, 3) for rank in range(world)]
+
+
+@pytest.mark.parametrize("fault", ["sample", "loss", "gradient", "weight"])
+@pytest.mark.parametrize(("world", "rank"), SPAWNED)
+def test_spawned_ranks(launched: Launch, world: int, rank: int, fault: str) -> None:
+    """Ranks made by spawn agree like others."""
+    led_to_the_same(launched("spawn", world, "spawned"), rank, fault)
+
+
+def led_to_the_same(results: Results, rank: int, fault: str) -> None:
     seen = agreed(results, f"{fault} {rank}")
     kind, remedies, within, named = FAULTS[fault]
     (record,) = seen["records"]
     assert (record["fault"], record["remedies"]) == (kind, remedies)
     assert 0 <= record["batch_idx"] - AT <= within
-    assert record["ranks"] == ([rank] if named or world > 2 else [])
+    assert record["ranks"] == ([rank] if named or len(results) > 2 else [])
     assert len(seen["after"]) == 1
     assert seen["error"] is None
     assert all(result[f"{fault} {rank}"]["finite"] for result in results)
@@ -100,14 +114,6 @@ def test_a_rollback_is_bitwise(launched: Launch, how: str, world: int, rank: int
     seen = agreed(launched(how, world, "faults"), f"{fault} {rank}")
     (record,) = seen["records"]
     assert seen["after"] == [seen["by_step"][str(record["snapshot_step"])]]
-
-
-def test_spawned_ranks(launched: Launch) -> None:
-    """Ranks made by spawn agree like others."""
-    one, other = (result["loss 1"] for result in launched("spawn", 2, "spawned"))
-    assert one == other
-    (record,) = one["records"]
-    assert (record["fault"], record["remedies"], record["ranks"]) == ("non_finite_loss", ["skip"], [1])
 
 
 @pytest.fixture
@@ -186,6 +192,14 @@ def test_a_rank_waits_for_nobody(seen: Results) -> None:
     one, other = (result["plain"]["waits"] for result in seen)
     assert one == other
     assert (one["steps"], one["records"]) == (6, 0)
+
+
+def test_no_collective_in_a_healthy_update(seen: Results) -> None:
+    """On one machine a trace holds the collectives of the loop alone; among machines one more for each update."""
+    for result in seen:
+        collectives = result["plain"]["collectives"]
+        assert collectives["one node"] == collectives["of the loop"]
+        assert collectives["nodes"] == collectives["of the loop"] + collectives["updates"]
 
 
 def test_ranks_of_a_node_share_snapshots(seen: Results) -> None:

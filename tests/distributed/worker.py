@@ -26,7 +26,8 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_nanguard import NaNGuard
+from lightning_nanguard import NaNGuard, run
+from lightning_nanguard.distributed import Group
 from tests.distributed import plain
 from tests.distributed.saving import saves
 from tests.helpers import FaultAt, Task, batches, learner_of, mlp, task, trainer_for, with_nan
@@ -176,24 +177,34 @@ def without(data: list[Any]) -> list[Any]:
 
 
 def one_rank(worker: Worker, rank: int) -> None:
-    def spoilt(which: int) -> list[Any]:
-        data = batches(count=STEPS, seed=which)
-        return [with_nan(b, 1) if i == AT and which == rank else b for i, b in enumerate(data)]
-
+    main_faults(worker, rank)
     nan, inf = float("nan"), float("inf")
-    worker.fit(f"sample {rank}", data=spoilt)
-    worker.fit(f"loss {rank}", None, OnRank(rank, "loss", nan, AT))
     worker.fit(f"infinite {rank}", None, OnRank(rank, "loss", inf, AT))
     worker.fit(f"spike {rank}", None, OnRank(rank, "loss", 1e12, AT))
-    worker.fit(f"gradient {rank}", None, OnRank(rank, "gradient", nan, AT))
-    worker.fit(f"weight {rank}", None, OnRank(rank, "weight", nan, AT))
     worker.fit(f"flip {rank}", None, OnRank(rank, "weight", 0.125, AT))
     worker.fit(f"moment {rank}", None, OnRank(rank, "moment", inf, AT))
     worker.fit(
         f"buffer {rank}", task("norm"), OnRank(rank, "buffer", nan, AT), strategy=DDPStrategy(broadcast_buffers=False)
     )
     worker.fit(f"accumulated {rank}", None, OnRank(rank, "loss", nan, AT), accumulate_grad_batches=2)
-    worker.fit(f"norm {rank}", task("norm"), data=spoilt)
+    worker.fit(f"norm {rank}", task("norm"), data=spoilt(rank))
+
+
+def main_faults(worker: Worker, rank: int) -> None:
+    """One of each place: in the data, the loss, the gradient and a weight."""
+    worker.fit(f"sample {rank}", data=spoilt(rank))
+    for place in ("loss", "gradient", "weight"):
+        worker.fit(f"{place} {rank}", None, OnRank(rank, place, float("nan"), AT))
+
+
+def spoilt(rank: int) -> Callable[[int], list[Any]]:
+    """Data of which one rank's hold a NaN."""
+
+    def data(which: int) -> list[Any]:
+        made = batches(count=STEPS, seed=which)
+        return [with_nan(batch, 1) if i == AT and which == rank else batch for i, batch in enumerate(made)]
+
+    return data
 
 
 class Raises(Callback):
@@ -247,6 +258,7 @@ def behaviour(worker: Worker) -> None:
         worker.results[f"saved {rank}"]["saved"] = all(bool(torch.isfinite(tensor).all()) for tensor in weights)
     worker.results["plain"] = {
         "waits": plain.waits_for_nobody(worker.folder),
+        "collectives": plain.collectives(),
         "memory": plain.memory(),
         "sharded": plain.sharded(1),
     }
@@ -263,26 +275,25 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.path)
 
 
-class Writes(Callback):
-    """Writes a rank's results from within: what was spawned leaves nothing in the process that spawned it."""
+class MoreFits(Callback):
+    """Goes on with more fits in spawned ranks, which leave nothing in the process that spawned them."""
 
-    def __init__(self, folder: Path, name: str, guard: NaNGuard) -> None:
-        self.folder, self.name, self.guard = folder, name, guard
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        result = {
-            "records": [record.to_dict() for record in self.guard.interventions],
-            "end": fingerprint(trainer, pl_module),
-        }
-        (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps({self.name: result}))
+        os.environ.update(LOCAL_RANK=str(trainer.local_rank), NODE_RANK="0")  # they are there, and need no launch
+        quiet()
+        worker = Worker(self.worker.folder, self.worker.world, "ddp")
+        for rank in range(worker.world):
+            main_faults(worker, rank)
+        worker.write()
 
 
 def spawned(worker: Worker) -> None:
-    """As much as shows that spawned ranks are ranks like others."""
-    guard = NaNGuard(snapshot_every_n_steps=2)
-    fault = OnRank(1, "loss", float("nan"), AT)
+    """The main faults on each rank, among ranks that were spawned."""
     module = task("mlp", partial(torch.optim.AdamW, lr=0.01))
-    worker.fit("loss 1", module, fault, Writes(worker.folder, "loss 1", guard), guard=guard)
+    worker.fit("first", module, MoreFits(worker))
 
 
 def raising(worker: Worker) -> None:
@@ -303,12 +314,18 @@ def uneven_bare(worker: Worker) -> None:
 SUITES = {one.__name__: one for one in (faults, behaviour, saves, spawned, raising, uneven, uneven_bare)}
 
 
-def main(folder: str, world: str, strategy: str, suite: str) -> None:
-    # No rank outlives its test.
-    faulthandler.dump_traceback_later(float(os.environ.get("RANK_TIMEOUT", "400")), exit=True)
+def quiet() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+
+
+def main(folder: str, world: str, strategy: str, suite: str) -> None:
+    # No rank outlives its test.
+    faulthandler.dump_traceback_later(float(os.environ.get("RANK_TIMEOUT", "400")), exit=True)
+    quiet()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        run.Group = partial(Group, node=f"machine {int(os.environ['RANK']) // 2}")  # type: ignore[assignment, misc]
     worker = Worker(Path(folder), int(world), strategy)
     SUITES[suite](worker)
     if worker.results and not worker.spawned:
