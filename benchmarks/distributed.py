@@ -158,7 +158,7 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"low": round(low, 4), "median": round(middle, 4), "high": round(high, 4)}
 
 
-def main(out: str | None = None, rounds: str = "100", repeats: str = "3") -> None:
+def main(out: str | None = None, rounds: str = "80", repeats: str = "3") -> None:
     started = time.perf_counter()
     runs = []
     for run in range(int(repeats)):

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import final
+from typing import NamedTuple, final
 
 from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.distributed import Posted, Ranks, Report, combined, conspicuous
@@ -22,8 +21,7 @@ from lightning_nanguard.streams import Streams
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Sent:
+class Sent(NamedTuple):
     """One update that the other ranks were told about.
 
     Attributes:
@@ -46,8 +44,7 @@ class Sent:
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Heard:
+class Heard(NamedTuple):
     """What all ranks say of one update.
 
     Attributes:
@@ -92,7 +89,15 @@ class Exchange:
         # By the gradient alone, which is the same on all ranks: losses are not.
         if self._learner.scaler is not None and not gradient_finite(reading):
             return True  # whether it is an overflow, or comes from a loss, shows in the losses of all
-        gradient = replace(reading, loss=None, loss_finite=True, finite=gradient_finite(reading))
+        gradient = Reading(
+            reading.step,
+            reading.stream,
+            loss=None,
+            grad_norm=reading.grad_norm,
+            finite=gradient_finite(reading),
+            scaler_skips=reading.scaler_skips,
+            loss_scale=reading.loss_scale,
+        )
         return any(detector.check(gradient) is not None for detector in self._streams.detectors(reading.stream))
 
     def tell(
