@@ -856,15 +856,9 @@ FAULTY: tuple[Form, ...] = tuple(
         "corrupted_state": (nan_weight, flipped_weight, bad_statistics, bad_moment),
         "exploding_gradient": (steep_layer, steep_term, through_time),
         "learning_rate_too_high": (
-            fast_mlp,
-            fast_linear,
-            fast_adam,
-            fast_momentum,
-            fast_transformer,
-            fast_logarithm,
-            fast_exponential,
-            late_rise,
-        ),  # fmt: skip
+            *(fast_mlp, fast_linear, fast_adam, fast_momentum, fast_transformer),
+            *(fast_logarithm, fast_exponential, late_rise),
+        ),
         "ill_conditioned": (common_mean, uneven_features, copies),
         "collapsed": (started_anew, decayed_away, units_die),
     }.items()
