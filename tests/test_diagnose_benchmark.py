@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.diagnose import __main__ as command
 from benchmarks.diagnose.healthy import said_of
-from benchmarks.diagnose.measuring import FORMS, failing
+from benchmarks.diagnose.measuring import FORMS, Job, Seen, failing, measure
 from benchmarks.diagnose.others import anomaly, nan_detector, overflow_hooks, place_right
 from lightning_nanguard.diagnosis.rules import RULES
 
@@ -68,3 +68,26 @@ def test_the_command_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFixt
         ("all", 2, 2),
     ]
     assert "non_finite_input" in capsys.readouterr().out
+    assert [*tmp_path.iterdir()] == [output]
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured before an interruption is kept, and only the rest is measured then."""
+    made: list[str] = []
+
+    def once(job: Job) -> Seen:
+        if made == ["non_finite_input/bad_label"]:
+            made.append("interrupted")
+            raise KeyboardInterrupt
+        made.append(job.form)
+        return measure(job)
+
+    monkeypatch.setattr(command, "measure", once)
+    output = tmp_path / "diagnose.json"
+    arguments = ["--cases", "non_finite_input/bad_label|wrong_gradient/wrong_sign", "--draws", "1", "--jobs", "1"]
+    arguments += ["--seeds", "tune", "--healthy", "0", "--output", str(output)]
+    with pytest.raises(KeyboardInterrupt):
+        command.main(arguments)
+    assert command.main([*arguments, "--resume"]) == 0
+    assert made == ["non_finite_input/bad_label", "interrupted", "wrong_gradient/wrong_sign"]
+    assert json.loads(output.read_text())["about"]["runs"] == 2
