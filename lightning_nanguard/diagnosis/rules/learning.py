@@ -181,7 +181,12 @@ def ill_conditioned(case: Case) -> Finding | None:
     return Finding(
         "ill_conditioned",
         0.915,
-        evidence={"lr": rate, "steepest": curvature.steepest, "typical": curvature.typical},
+        evidence={
+            "lr": rate,
+            "steepest": curvature.steepest,
+            "typical": curvature.typical,
+            "largest_rate": 2 / curvature.steepest,
+        },
         place=case.fault.place,
         suggestion=(
             f"learning rate {rate:.4g} looks low, but the loss bends by {curvature.steepest:.3g} in its steepest "
