@@ -201,6 +201,7 @@ RULE_ROWS: list[tuple[str | None, Case]] = [
     (None, Case(course=FLAT, curvature=Curvature(slope=1e-8, bend=1e-8))),
     ("oscillation", Case(course=replace(FLAT, opposed=-0.8))),
     (None, Case(course=replace(FALLING, opposed=-0.8))),
+    (None, Case(course=replace(FLAT, before=1.0, now=3.2, opposed=-0.8))),
     # One that has learned most swings and falls on, by little of its first loss; the other stands where it could fall.
     (None, Case(course=replace(LOW, now=0.46, spread=0.005, opposed=-0.8, noise=0.5), curvature=BENT)),
     ("oscillation", Case(course=replace(LOW, spread=0.005, opposed=-0.8, noise=0.5), curvature=BENT)),

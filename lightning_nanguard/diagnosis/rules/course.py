@@ -33,7 +33,7 @@ def oscillation(case: Case) -> Finding | None:
     if course is None or course.opposed is None or course.opposed > _OPPOSED:
         return None
     # A model that has learned most goes on by little; Adam's updates swing about the valley that they travel along.
-    if course.moves or (course.falls and not course.high):
+    if course.moves or course.rises or (course.falls and not course.high):
         return None
     limit = None if case.curvature is None else case.curvature.largest_rate
     numbers: dict[str, float | str] = {"cosine": course.opposed, "gradient_norm": course.norm}
