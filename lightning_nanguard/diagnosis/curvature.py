@@ -163,7 +163,10 @@ def bend(
     # What the further products answer is only asked of a rate that looks low.
     if rate <= _CONSERVATIVE:
         steep, top = steepest(hessian, products=2)
-        found = replace(found, steepest=steep, typical=typical(hessian, top))
+        found = replace(found, steepest=steep)
+        # Whether the other directions bend as much is only of interest where the steepest does not allow the rate.
+        if rate * steep >= 2:
+            found = replace(found, typical=typical(hessian, top))
     return found, layers
 
 
@@ -225,7 +228,7 @@ def steepest(hessian: Hessian, products: int = 3) -> tuple[float, Vector]:
     return value, vector
 
 
-def typical(hessian: Hessian, top: Vector, probes: int = 2) -> float:
+def typical(hessian: Hessian, top: Vector, probes: int = 1) -> float:
     """Mean curvature, in magnitude, along random directions at right angles to ``top``."""
     values = []
     for seed in range(probes):
