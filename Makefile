@@ -34,9 +34,10 @@ bench: .venv/.stamp
 kills: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kills
 
-# Which causes the diagnosis names, on failing runs of every cause and on healthy ones; FAST=1 takes one seed a form.
+# Which causes the diagnosis names, on failing runs of every cause and on healthy ones; a few minutes, FAST=1 takes one
+# seed a form, RESUME=1 goes on where an interrupted run ended.
 diagnose: .venv/.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.diagnose --show-failures $(if $(FAST),--draws 1 --healthy 0)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.diagnose --show-failures $(if $(FAST),--draws 1 --healthy 0) $(if $(RESUME),--resume)
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from digits import DigitsDataModule, pl
 
-from lightning_nanguard import NaNGuard, TrainingDivergedError
+from lightning_nanguard import Finding, NaNGuard, TrainingDivergedError
 
 # The examples print what matters themselves; the guard's records say the same.
 for name in ("pytorch_lightning", "lightning.pytorch", "lightning_nanguard"):
@@ -56,8 +56,11 @@ def train(module: Any, data: Any, guard: NaNGuard | None = None, **options: Any)
 def tell(guard: NaNGuard, at_most: int = 2) -> None:
     """Print what the guard advised and why it stepped in, once for each cause."""
     findings = [one.finding for one in guard.advice] + [one.finding for one in guard.interventions]
-    first = {finding.cause: finding for finding in reversed(findings) if finding is not None}
-    for cause, finding in list(reversed(first.items()))[:at_most]:
+    first: dict[str, Finding] = {}
+    for finding in findings:
+        if finding is not None:
+            first.setdefault(finding.cause, finding)
+    for cause, finding in list(first.items())[:at_most]:
         print(f"  cause: {cause} in {finding.place or 'the model'}\n         {finding.suggestion}")
 
 

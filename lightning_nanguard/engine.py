@@ -40,7 +40,7 @@ from lightning_nanguard.learner import Learner
 from lightning_nanguard.learning_rate import LearningRate
 from lightning_nanguard.measure import PendingReading
 from lightning_nanguard.meter import Meter
-from lightning_nanguard.policy import Evidence, Policy, PolicyState
+from lightning_nanguard.policy import Evidence, Policy, PolicyState, within_curvature
 from lightning_nanguard.recovery import Recovery
 from lightning_nanguard.rehearsal import Rehearsal, Stage
 from lightning_nanguard.remedies import ClipGradients, ReduceLR, Remedy, executors
@@ -589,6 +589,7 @@ class Guard:
         # Now, while weights and batch are still those of the fault.
         mine = self._host.diagnose(found.fault, evidence, self._look(found), found.reading.step)
         finding = surest(self._ranks, mine)
+        plan = within_curvature(plan, finding, before[0] if before else None)
         if not self._settings.observe:
             if not any(isinstance(step, Skip) for step in plan):
                 self.skip()  # a restore, too, leaves nothing of the batch behind

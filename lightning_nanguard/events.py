@@ -85,15 +85,16 @@ class Restore(PlanStep):
 class Scale(PlanStep):
     """Multiply the learning rate by ``factor``; the product never falls below ``min_lr``.
 
-    A remedy that looks for a better factor does not go below ``least``, at which the rate was proven before. With
-    ``limit`` the rate that results becomes the largest allowed, and the schedule goes on below it: for a rate that its
-    schedule has just raised.
+    A remedy that looks for a better factor does not go below ``least``, at which the rate was proven before, nor above
+    ``most``, up to which the loss falls by its curvature. With ``limit`` the rate that results becomes the largest
+    allowed, and the schedule goes on below it: for a rate that its schedule has just raised.
     """
 
     factor: float
     min_lr: float = 0.0
     least: float = 0.0
     limit: bool = False
+    most: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from lightning_nanguard.events import Fault, Plan, PlanStep, Restore, Scale, Scope, Skip, Stop
+from lightning_nanguard.events import Fault, Finding, Plan, PlanStep, Restore, Scale, Scope, Skip, Stop
 
 # Healthy updates after a rollback before the learner is trusted again.
 CALM = 200
@@ -420,6 +420,21 @@ class Policy:
         if rate is None or rate <= state.proven_rate or rate >= state.bad_rate:
             return state
         return replace(state, proven_rate=rate)
+
+
+def within_curvature(plan: Plan, finding: Finding | None, lr: float | None) -> Plan:
+    """The plan, of which no cut ends above the rate that the finding allows.
+
+    Args:
+        plan: What is to be done.
+        finding: Why; ``None`` where that is not known.
+        lr: Effective learning rate of now.
+    """
+    allowed = None if finding is None else finding.evidence.get("largest_rate")
+    if not isinstance(allowed, float) or not lr or not 0 < allowed < lr:
+        return plan
+    most = allowed / lr
+    return tuple(replace(step, most=most) if isinstance(step, Scale) and step.factor < 1 else step for step in plan)
 
 
 # Growth of the weights at which a run is lost, where no batch can be run again to prove it; sound ones reach 12.

@@ -172,6 +172,8 @@ class ReduceLR(Remedy):
         found = rehearsed_cut(patient.rehearse, step.factor) if self.rehearse and step.factor < 1 else None
         # A rate proven long ago may be too high by now: a rehearsal that says so by far is believed.
         factor = step.factor if found is None else max(found, min(step.least, 4 * found))
+        # The curvature is that of one batch at one place, a rehearsal is several updates.
+        factor = min(factor, max(step.most, _LEAST_OF_BEST * factor))
         patient.scale(factor, step.min_lr, limit=step.limit)
 
 

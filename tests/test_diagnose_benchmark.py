@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.diagnose import __main__ as command
 from benchmarks.diagnose.healthy import said_of
-from benchmarks.diagnose.measuring import FORMS, failing
+from benchmarks.diagnose.measuring import FORMS, Job, Seen, failing, measure
 from benchmarks.diagnose.others import anomaly, nan_detector, overflow_hooks, place_right
 from lightning_nanguard.diagnosis.rules import RULES
 
@@ -21,14 +21,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def test_every_cause_has_three_forms() -> None:
-    """Each rule has at least three kinds of failing runs; a wrong gradient is found by the check before a run alone."""
+    """Each rule has at least three kinds of failing runs."""
     forms = Counter(form.cause for form in FORMS.values())
-    assert set(forms) == {rule.__name__ for rule in RULES} - {"wrong_gradient"}
+    assert set(forms) == {rule.__name__ for rule in RULES}
     assert min(forms.values()) >= 3
     assert len(FORMS) == sum(forms.values())
 
 
-@pytest.mark.parametrize("name", ["log_of_zero/log_of_softmax", "saddle_point/all_zero"])
+@pytest.mark.parametrize("name", ["log_of_zero/log_of_softmax", "saddle_point/all_zero", "wrong_gradient/wrong_sign"])
 def test_a_run_depends_on_its_seed_alone(name: str) -> None:
     """The same seed is judged alike twice."""
     assert failing((name, 3)) == failing((name, 3))
@@ -68,3 +68,26 @@ def test_the_command_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFixt
         ("all", 2, 2),
     ]
     assert "non_finite_input" in capsys.readouterr().out
+    assert [*tmp_path.iterdir()] == [output]
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured before an interruption is kept, and only the rest is measured then."""
+    made: list[str] = []
+
+    def once(job: Job) -> Seen:
+        if made == ["non_finite_input/bad_label"]:
+            made.append("interrupted")
+            raise KeyboardInterrupt
+        made.append(job.form)
+        return measure(job)
+
+    monkeypatch.setattr(command, "measure", once)
+    output = tmp_path / "diagnose.json"
+    arguments = ["--cases", "non_finite_input/bad_label|wrong_gradient/wrong_sign", "--draws", "1", "--jobs", "1"]
+    arguments += ["--seeds", "tune", "--healthy", "0", "--output", str(output)]
+    with pytest.raises(KeyboardInterrupt):
+        command.main(arguments)
+    assert command.main([*arguments, "--resume"]) == 0
+    assert made == ["non_finite_input/bad_label", "interrupted", "wrong_gradient/wrong_sign"]
+    assert json.loads(output.read_text())["about"]["runs"] == 2

@@ -504,6 +504,9 @@ NORMAL = Range("0", "float32", -3.0, 3.0, 0.0, 1.0)
 PIXELS = Range("0", "float32", 0.0, 255.0, 120.0, 80.0)
 FAR = Range("1", "float32", 0.0, 1e20, 1e18, 1e19, outliers=(4,), usual=2.0)
 LOG = Origin("log", lowest=0.0, smallest=0.0)
+EXP = Origin("exp", highest=100.0)
+GROWN = {"growth": 9.0, "first": 2.3, "scale": 2.3}
+RISEN, FAR_WORSE = Comparison(0.37, 0.13, then_finite=True), Comparison(30.0, 0.13, then_finite=True)
 
 RULE_ROWS: list[tuple[str | None, Fault, dict[str, Any], Clues]] = [
     (None, LOSS, {}, Clues()),
@@ -556,6 +559,14 @@ RULE_ROWS: list[tuple[str | None, Fault, dict[str, Any], Clues]] = [
     ("corrupted_state", LOSS, {}, Clues(change=MOVED, good_finite=True, origin=Origin("exp", highest=1e5))),
     ("exp_overflow", LOSS, {}, Clues(change=MOVED, good_finite=False, origin=Origin("exp", highest=1e5))),
     ("corrupted_state", FAR_OUT, {}, Clues()),
+    # A good model that an operation does not hold, and a ruined one of which an exponential overflows in the end.
+    ("log_of_zero", GRADIENT, {**GROWN, "comparison": RISEN}, Clues(replayed=True, origin=LOG)),
+    ("exp_overflow", LOSS, {**GROWN, "comparison": WORSE}, Clues(replayed=True, origin=EXP)),
+    ("learning_rate_too_high", LOSS, {**GROWN, "comparison": WORSE, "climbing": True}, Clues(origin=EXP)),
+    ("learning_rate_too_high", LOSS, {**GROWN, "comparison": WORSE, "growth": 1e6}, Clues(origin=EXP)),
+    ("learning_rate_too_high", GRADIENT, {**GROWN, "comparison": FAR_WORSE}, Clues(replayed=True, origin=LOG)),
+    # One that was not looked for again, having been seen so often, is no matter of the rate either.
+    (None, GRADIENT, {**GROWN, "comparison": RISEN}, Clues()),
 ]
 
 

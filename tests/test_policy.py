@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_nanguard import Budget, ClipGradients, Fault, ReduceLR, Remedy, ResetMoments, Rollback, StopTraining
-from lightning_nanguard.events import Clip, DropMoments, Plan, Restore, Scale, Skip, Stop
-from lightning_nanguard.policy import Comparison, Evidence, Policy, PolicyState
+from lightning_nanguard.events import Clip, DropMoments, Finding, Plan, Restore, Scale, Skip, Stop
+from lightning_nanguard.policy import Comparison, Evidence, Policy, PolicyState, within_curvature
 from lightning_nanguard.remedies import default_remedies
 
 BATCH = Fault("non_finite_loss", "batch", "loss", math.nan, "the loss is nan")
@@ -89,6 +89,23 @@ def test_the_remedies_allowed(
     """Only what is listed is done, in the order listed."""
     found = decide(fault, remedies, **evidence)
     assert tuple(Stop("…") if isinstance(step, Stop) else step for step in found) == plan
+
+
+@pytest.mark.parametrize(
+    ("evidence", "lr", "most"),
+    [
+        ({"largest_rate": 0.02}, 0.5, 0.04),
+        ({"largest_rate": 0.9}, 0.5, math.inf),
+        ({"largest_rate": 0.02}, None, math.inf),
+        ({}, 0.5, math.inf),
+    ],
+)
+def test_a_finding_bounds_the_cut(evidence: dict[str, float | str], lr: float | None, most: float) -> None:
+    """Where the finding knows the largest rate the loss allows, the plan's cut ends there at most; the rest stays."""
+    plan = (Restore(0), Clip(2.0), Scale(0.5))
+    finding = Finding("learning_rate_too_high", 0.9, evidence)
+    assert within_curvature(plan, finding, lr) == (Restore(0), Clip(2.0), Scale(0.5, most=most))
+    assert within_curvature(plan, None, lr) == plan
 
 
 def test_trouble_that_comes_back_soon_is_treated_harder() -> None:

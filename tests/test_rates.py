@@ -120,3 +120,38 @@ def test_the_right_rate_is_left_alone(optimizer: str, tmp_path: object) -> None:
         guard = NaNGuard(dirpath=str(tmp_path), snapshot_every_n_steps=16)
         assert improvement(optimizer, lambda step, rate=rate: rate, guard) > 0
         assert list(guard.interventions) == []
+
+
+class Wide(LightningModule):
+    """A linear model of many inputs with the same mean, along which the loss is steep: a low rate is too high."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(300, 2)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.mse_loss(self.layer(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.005)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cut_ends_within_what_the_curvature_allows(seed: int, tmp_path: object) -> None:
+    """The rate found too high is cut below the largest that the loss allows by the finding."""
+    torch.manual_seed(seed)
+    x = 6 + 0.05 * torch.randn(24 * 60, 300)
+    guard = NaNGuard(dirpath=str(tmp_path))
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[guard],
+    )  # fmt: skip
+    trainer.fit(Wide(), DataLoader(TensorDataset(x, torch.tanh(x[:, :2] - 6)), 24))
+    cuts = [found for found in guard.interventions if "scale" in found.remedies]
+    assert cuts
+    for found in cuts:
+        assert found.finding is not None
+        allowed = found.finding.evidence["largest_rate"]
+        assert isinstance(allowed, float)
+        assert found.lr_after is not None
+        assert found.lr_after <= 1.001 * allowed

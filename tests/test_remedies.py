@@ -113,6 +113,17 @@ def test_the_cut_goes_where_a_rehearsal_shows_the_loss_falls() -> None:
     assert 0.4 <= 1000 * factor <= 1
 
 
+@pytest.mark.parametrize(
+    ("like", "most", "cut"), [(0.5, 1.0, 0.03125), (0.5, 0.01, 0.01), (0.5, 1e-9, 0.03125 / 16), (0.05, 0.04, 0.00195)]
+)
+def test_no_cut_ends_above_what_the_curvature_allows(like: float, most: float, cut: float) -> None:
+    """Few updates may like a rate that the curvature does not; that lowers what they like by a sixteenth at most."""
+    patient = Patient(loss=lambda tried, updates: 2.3 - 2.0 * (updates > 0 and tried <= like))
+    ReduceLR().apply(Scale(0.5, most=most), patient)
+    ((_, factor, _),) = patient.done
+    assert factor == pytest.approx(cut, rel=0.01)
+
+
 def test_where_the_loss_began_far_off_a_rate_must_come_as_near_as_the_best() -> None:
     """A rate that takes the loss from 1,000 to 20 is not enough where another takes it to 0.5."""
     ends = {0.5: math.inf, 0.125: 0.5, 0.03125: 0.6, 0.0078125: 20.0}

@@ -8,10 +8,9 @@ import multiprocessing
 import platform
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -19,10 +18,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .healthy import NAMES
-from .measuring import FORMS, Result, failing, healthy
+from .measuring import FORMS, Job, Result, Seen, measure
 from .others import OTHERS
 
 FIRST_SEED = {"tune": 0, "report": 900_000}
@@ -30,23 +30,40 @@ FIRST_SEED = {"tune": 0, "report": 900_000}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, show, write."""
+    """Measure, show, write. What was measured lies in a file beside the output until that is whole."""
     parser = argparse.ArgumentParser(prog="benchmarks.diagnose", description=main.__doc__)
     parser.add_argument("--seeds", choices=sorted(FIRST_SEED), default="report", help="which set of seeds")
     parser.add_argument("--draws", type=int, default=5, help="seeds of each form")
-    parser.add_argument("--cases", default=".", help="pattern of the forms, as cause/name")
+    parser.add_argument("--cases", default=".", help="pattern of the forms, as cause/name, or of healthy ones")
     parser.add_argument("--healthy", type=int, default=1, help="seeds of each healthy form; 0 leaves them out")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/diagnose.json"))
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same kind ended")
     parser.add_argument("--show-failures", action="store_true")
     arguments = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 150)
-    first, started = FIRST_SEED[arguments.seeds], time.perf_counter()
-    chosen = [name for name in FORMS if re.search(arguments.cases, name)]
-    jobs = [(name, first + draw) for name in chosen for draw in range(arguments.draws)]
-    calm = [(name, first + draw) for name in NAMES for draw in range(arguments.healthy)]
-    results = list(_each(failing, jobs, arguments.jobs))
-    well = list(_each(healthy, calm, arguments.jobs))
+    first, pattern = FIRST_SEED[arguments.seeds], re.compile(arguments.cases)
+    forms = [(True, name, arguments.draws) for name in FORMS if pattern.search(name)]
+    forms += [(False, name, arguments.healthy) for name in NAMES if pattern.search(name)]
+    # The first seed of every form comes first, so that an interrupted run has something of each.
+    jobs = [
+        Job(fails, name, first + draw)
+        for draw in range(max(arguments.draws, arguments.healthy))
+        for fails, name, draws in forms
+        if draw < draws
+    ]
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    partial = arguments.output.with_suffix(".partial.jsonl")
+    done = _read(partial) if arguments.resume else {}
+    with partial.open("a" if arguments.resume else "w") as lines:
+        for seen in _measured([job for job in jobs if job not in done], arguments.jobs, console):
+            done[seen.job] = seen
+            lines.write(json.dumps(asdict(seen)) + "\n")
+            lines.flush()
+    order = {name: index for index, (_, name, _) in enumerate(forms)}
+    whole = sorted((done[job] for job in jobs), key=lambda seen: (order[seen.job.form], seen.job.seed))
+    results = [seen.result for seen in whole if seen.result is not None]
+    well = [(seen.job.form, seen.job.seed, list(seen.causes)) for seen in whole if not seen.job.fails]
     about = {
         "date": date.today().isoformat(),
         "processor": platform.processor() or platform.machine(),
@@ -55,19 +72,23 @@ def main(argv: list[str] | None = None) -> int:
         "first_seed": first,
         "runs": len(results),
         "healthy_runs": len(well),
-        "seconds": round(time.perf_counter() - started),
+        "processes": arguments.jobs,
+        "cpu_seconds": round(sum(seen.seconds for seen in whole)),
     }
     show(console, results, well)
     if arguments.show_failures:
         for one in results:
             if one.said != one.cause or one.place is False or one.samples is False:
                 console.print(f"{one.form} {one.seed}: {one.said or 'nothing'} {one.place} {one.samples} {one.text}")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(
         json.dumps({"about": about, "rows": rows(results), "healthy": [*map(list, well)],
                     "runs": [_brief(one) for one in results]}, indent=1)
     )  # fmt: skip
-    console.print(f"{arguments.output} written; {about['runs']} failing and {about['healthy_runs']} healthy runs")
+    partial.unlink()
+    console.print(
+        f"{arguments.output} written; {about['runs']} failing and {about['healthy_runs']} healthy runs, "
+        f"{about['cpu_seconds']} s of processor time"
+    )
     return 0
 
 
@@ -128,12 +149,39 @@ def _brief(one: Result) -> dict[str, Any]:
     return {key: value for key, value in asdict(one).items() if key != "text"}
 
 
-def _each(function: Any, jobs: list[Any], workers: int) -> Iterator[Any]:
+def _read(path: Path) -> dict[Job, Seen]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    # The last line of a run that was killed may be torn.
+    whole = [json.loads(line) for line in lines if line.endswith("}")]
+    seen = [
+        Seen(
+            Job(**one["job"]),
+            one["seconds"],
+            None if one["result"] is None else Result(**one["result"]),
+            tuple(one["causes"]),
+        )
+        for one in whole
+    ]
+    return {one.job: one for one in seen}
+
+
+def _measured(jobs: list[Job], workers: int, console: Console) -> Iterator[Seen]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("diagnose", total=len(jobs))
+        for seen in _each(jobs, workers):
+            progress.advance(bar)
+            yield seen
+
+
+def _each(jobs: list[Job], workers: int) -> Iterator[Seen]:
     if workers <= 1:
-        yield from map(function, jobs)
+        yield from map(measure, jobs)
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(function, jobs, chunksize=4)
+        for future in as_completed([pool.submit(measure, job) for job in jobs]):
+            yield future.result()
 
 
 if __name__ == "__main__":

@@ -268,6 +268,39 @@ def entropy_by_hand(dice: Dice) -> Problem:
     )  # fmt: skip
 
 
+def _learned(
+    dice: Dice, cause: str, loss: Loss, place: str, make: Callable[[nn.Module], Optimizer], outputs: int = 10
+) -> Problem:
+    """A model at a good rate, of which the scores grow until a loss written by hand holds them no more."""
+    net = models.mlp(64, dice.choice([64, 96, 128]), outputs)
+    return Problem(Net(net, loss, make), dice.digits(400, 32), cause, place, None, 400)
+
+
+def sure_of_the_right_one(dice: Dice) -> Problem:
+    """The logarithm of every probability: zero is among them, and is left out only after."""
+
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        p = torch.softmax(3 * net(x), 1)
+        return -torch.log(p)[torch.arange(len(y)), y].mean()
+
+    rate = dice.near(0.1, 1.2)
+    make = lambda net: optim.SGD(net.parameters(), rate, momentum=0.9)  # noqa: E731
+    return _learned(dice, "log_of_zero", loss, r"training_step \((backward of )?log, faulty.py", make)
+
+
+def sure_enough(dice: Dice) -> Problem:
+    """A model that learns comes to be sure, and the logarithm of the rest is that of zero."""
+
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        p = torch.sigmoid(8 * net(x))
+        hot = functional.one_hot(y, 10)
+        return -(hot * torch.log(p) + (1 - hot) * torch.log(1 - p)).mean()
+
+    rate = dice.near(6e-3, 1.2)
+    make = lambda net: optim.Adam(net.parameters(), rate)  # noqa: E731
+    return _learned(dice, "log_of_zero", loss, r"training_step \(log, faulty.py", make)
+
+
 class SoftmaxByHand(nn.Module):
     """Exponentials over their sum."""
 
@@ -283,6 +316,20 @@ def softmax_by_hand(dice: Dice) -> Problem:
         dice, "exp_overflow", squared, _marked(dice, dice.uniform(95, 900)), place=r"net\.1 \(exp, faulty.py",
         samples=_same, net=net,
     )  # fmt: skip
+
+
+def self_similar(dice: Dice) -> Problem:
+    """Attention of the samples to each other by hand, of scores without a norm, at a low temperature."""
+    temperature = dice.uniform(0.03, 0.06)
+
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        h = net(x)
+        e = torch.exp(h @ h.T / temperature)
+        return functional.cross_entropy(4 * (e / e.sum(1, keepdim=True)) @ h, y)
+
+    rate = dice.near(3e-3, 1.2)
+    make = lambda net: optim.Adam(net.parameters(), rate)  # noqa: E731
+    return _learned(dice, "exp_overflow", loss, r"training_step \(exp, faulty.py", make)
 
 
 def poisson(dice: Dice) -> Problem:
@@ -669,6 +716,43 @@ def fast_transformer(dice: Dice) -> Problem:
     return _too_fast(dice, models.Transformer(), loss, batches, lambda net: optim.SGD(net.parameters(), rate))
 
 
+def fast_logarithm(dice: Dice) -> Problem:
+    """Scores thrown so far apart that a probability is zero: not the logarithm is at fault."""
+
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return -torch.log(torch.softmax(net(x), 1)[torch.arange(len(y)), y]).mean()
+
+    rate = dice.near(20, 2)
+    net = models.mlp(64, dice.choice([32, 48]), 10)
+    return _too_fast(dice, net, loss, dice.digits(60), lambda net: optim.SGD(net.parameters(), rate))
+
+
+def fast_exponential(dice: Dice) -> Problem:
+    """A Poisson loss whose updates jump beyond what its exponential holds."""
+
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        rate = net(x)
+        return (torch.exp(rate) - y.abs() * rate).mean()
+
+    rate = dice.near(20, 2)
+    net = models.mlp(8, 24, 2, act=dice.choice([nn.ReLU, nn.Tanh]))
+    return _too_fast(dice, net, loss, dice.regression(60), lambda net: optim.SGD(net.parameters(), rate))
+
+
+def late_rise(dice: Dice) -> Problem:
+    """A rate that somebody raises in mid-run; the exponential overflows."""
+    problem = fast_exponential(dice)
+    at, rate = dice.randint(30, 50), dice.near(20, 2)
+    problem.module._make = lambda net: optim.SGD(net.parameters(), 0.02)
+
+    def disturb(step: int, module: nn.Module, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups if step == at else ():
+            group["lr"] = rate
+
+    problem.disturb = disturb
+    return problem
+
+
 def _low(dice: Dice, features: int, shift: Tensor | float, scale: Tensor | float, rate: float) -> Problem:
     batches = [(x * scale + shift, y) for x, y in dice.regression(60, features=features)]
     module = Net(nn.Linear(features, 2), squared, lambda net: optim.SGD(net.parameters(), rate))
@@ -757,14 +841,24 @@ FAULTY: tuple[Form, ...] = tuple(
         "non_finite_input": (bad_input, bad_label, bad_image, bad_window),
         "target_out_of_domain": (log1p_of_target, root_of_target, log_of_target, far_target),
         "unnormalised_input": (raw_pixels, large_mean, raw_units, far_sample),
-        "log_of_zero": (log_of_softmax, log_of_sigmoid, log_behind_where, entropy_by_hand),
-        "exp_overflow": (softmax_by_hand, poisson, variance),
+        "log_of_zero": (
+            log_of_softmax,
+            log_of_sigmoid,
+            log_behind_where,
+            entropy_by_hand,
+            sure_of_the_right_one,
+            sure_enough,
+        ),
+        "exp_overflow": (softmax_by_hand, poisson, variance, self_similar),
         "division_by_zero": (standardised_by_hand, empty_mask, mean_of_nothing, masked_row, cosine_by_hand),
         "sqrt_at_zero": (distance, root_behind_where, power),
         "low_precision_overflow": (half_square, half_cast, half_scores),
         "corrupted_state": (nan_weight, flipped_weight, bad_statistics, bad_moment),
         "exploding_gradient": (steep_layer, steep_term, through_time),
-        "learning_rate_too_high": (fast_mlp, fast_linear, fast_adam, fast_momentum, fast_transformer),
+        "learning_rate_too_high": (
+            *(fast_mlp, fast_linear, fast_adam, fast_momentum, fast_transformer),
+            *(fast_logarithm, fast_exponential, late_rise),
+        ),
         "ill_conditioned": (common_mean, uneven_features, copies),
         "collapsed": (started_anew, decayed_away, units_die),
     }.items()

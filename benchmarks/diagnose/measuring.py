@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 
 from .faulty import FAULTY
@@ -41,6 +42,48 @@ class Result:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run to be made.
+
+    Attributes:
+        fails: Whether it is one of the failing forms, and not of the healthy ones.
+        form: Name of the form.
+        seed: Its seed.
+    """
+
+    fails: bool
+    form: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What came of a run.
+
+    Attributes:
+        job: Which.
+        seconds: Processor time.
+        result: Of a failing run.
+        causes: What was said of a healthy one.
+    """
+
+    job: Job
+    seconds: float
+    result: Result | None = None
+    causes: tuple[str, ...] = ()
+
+
+def measure(job: Job) -> Seen:
+    """Make one run."""
+    started = time.process_time()
+    if job.fails:
+        result = failing((job.form, job.seed))
+        return Seen(job, time.process_time() - started, result)
+    causes = tuple(finding.cause for finding in said_of(job.form, job.seed))
+    return Seen(job, time.process_time() - started, None, causes)
+
+
 def failing(job: tuple[str, int]) -> Result:
     """Run one problem under the guard and under the others."""
     name, seed = job
@@ -61,9 +104,3 @@ def failing(job: tuple[str, int]) -> Result:
                 others[tool] = place_right(again, say(again))
     confidence, text = (0.0, "") if finding is None else (finding.confidence, finding.suggestion)
     return Result(name, seed, problem.cause, cause, confidence, place, samples, others, text)
-
-
-def healthy(job: tuple[str, int]) -> tuple[str, int, list[str]]:
-    """What is said of one healthy run."""
-    name, seed = job
-    return name, seed, [finding.cause for finding in said_of(name, seed)]

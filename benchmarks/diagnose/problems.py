@@ -48,7 +48,8 @@ class Problem:
         place: A pattern of the place that a diagnosis should name, ``""`` for a cause that has none.
         samples: The samples it should name; ``None`` where there are none to name.
         steps: Updates of the run.
-        look: How it is found: at an intervention, by an examination of a loss that does not move, or before the run.
+        look: How it is found: at an intervention, by an examination of a loss that does not move, before the run, or
+            before it by the check that compares gradients on request.
         disturb: Called before each update with its number, the module and the optimizer.
         options: Of the Trainer.
     """
@@ -59,7 +60,7 @@ class Problem:
     place: str = ""
     samples: tuple[int, ...] | None = None
     steps: int = 0
-    look: Literal["fit", "examine", "preflight"] = "fit"
+    look: Literal["fit", "examine", "preflight", "check"] = "fit"
     disturb: Callable[[int, nn.Module, Optimizer], None] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 

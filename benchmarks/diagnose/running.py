@@ -6,7 +6,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_nanguard import NaNGuard, TrainingDivergedError
 from lightning_nanguard.events import Finding
+from lightning_nanguard.outside import look_over
 
 from .problems import Problem
 
@@ -66,6 +67,9 @@ class Said:
 
 def run(problem: Problem) -> Said:
     """Fit the problem with the guard; the finding is that of its first intervention, or else the surest advice."""
+    if problem.look == "check":
+        found = [one for one in checked(problem) if one.confidence > LOW]
+        return Said(next(iter(found), None), "", len(found))
     examines = problem.look == "examine"
     guard = NaNGuard(preflight=problem.look == "preflight", examine_after=problem.steps - 24 if examines else None)
     fit(problem, [guard, Disturb(problem)])
@@ -76,6 +80,23 @@ def run(problem: Problem) -> Said:
     first = guard.interventions[0] if len(guard.interventions) else None
     said = sum(one.confidence > LOW for one in found) + len(advised)
     return Said(None, "", said) if first is None else Said(first.finding, first.fault, said)
+
+
+class Check(pl.Callback):
+    """Looks at a batch as ``nanguard check --gradients`` does."""
+
+    def __init__(self) -> None:
+        self.findings: Sequence[Finding] = ()
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.findings = look_over(trainer, module, batch, gradients=True).findings
+
+
+def checked(problem: Problem) -> Sequence[Finding]:
+    """What the check before a run finds, the surest first."""
+    check = Check()
+    fit(problem, [check], limit_train_batches=1)
+    return check.findings
 
 
 def fit(problem: Problem, callbacks: list[pl.Callback], **options: Any) -> Exception | None:

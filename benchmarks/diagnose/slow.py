@@ -236,6 +236,97 @@ def large_embedding(dice: Dice) -> Problem:
     return _before(_stuck(dice, "unbalanced_initialisation", net, entropy, dice.digits(60), _adam(1e-3), r"^net"))
 
 
+# ------------------------------------------------------------------------------------------------- wrong gradients
+
+
+class Wrong(nn.Module):
+    """An activation of the user's own with a backward pass of the user's own."""
+
+    def __init__(self, function: type[torch.autograd.Function], factor: float) -> None:
+        super().__init__()
+        self.function, self.factor = function, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function.apply(x, self.factor)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Tanh(torch.autograd.Function):
+    """A tanh of which the derivative has the wrong sign in its second term."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        y = torch.tanh(factor * x)
+        ctx.save_for_backward(y)
+        ctx.factor = factor
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (y,) = ctx.saved_tensors
+        return grad * ctx.factor * (1 + y * y), None
+
+
+class Cube(torch.autograd.Function):
+    """A power whose exponent is forgotten in the derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.factor = factor
+        return factor * x**3
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return grad * ctx.factor * x**2, None
+
+
+class Swish(torch.autograd.Function):
+    """A product of which the derivative has one of two terms."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.factor = factor
+        return x * torch.sigmoid(factor * x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return grad * torch.sigmoid(ctx.factor * x), None
+
+
+class Standard(nn.Module):
+    """A normalisation by hand whose spread is detached."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.detach().std(0, keepdim=True)
+
+
+def _checked(dice: Dice, act: nn.Module, place: str) -> Problem:
+    width = dice.choice([16, 24, 32])
+    net = nn.Sequential(nn.Linear(8, width), act, nn.Linear(width, width), dice.act(), nn.Linear(width, 2))
+    problem = _stuck(dice, "wrong_gradient", net, squared, dice.regression(4), dice.optimizer(), place)
+    problem.look = "check"
+    return problem
+
+
+def wrong_sign(dice: Dice) -> Problem:
+    return _checked(dice, Wrong(Tanh, dice.uniform(0.8, 2)), r"^net\.1 \(backward of Tanh, slow.py:\d+\)")
+
+
+def wrong_factor(dice: Dice) -> Problem:
+    return _checked(dice, Wrong(Cube, dice.near(0.5)), r"^net\.1 \(backward of Cube, slow.py:\d+\)")
+
+
+def missing_term(dice: Dice) -> Problem:
+    return _checked(dice, Wrong(Swish, dice.uniform(0.8, 2)), r"^net\.1 \(backward of Swish, slow.py:\d+\)")
+
+
+def detached_part(dice: Dice) -> Problem:
+    return _checked(dice, Standard(), r"^net\.0\.")
+
+
 # ---------------------------------------------------------------------------------------------------- the course
 
 
@@ -497,6 +588,7 @@ SLOW: tuple[Form, ...] = tuple(
         "mse_for_classification": (squared_on_sigmoids, squared_on_softmax, squared_by_hand),
         "double_softmax": (softmax_at_the_end, softmax_in_the_step, sigmoid_twice),
         "unbalanced_initialisation": (wide_start, one_layer_far_off, large_embedding),
+        "wrong_gradient": (wrong_sign, wrong_factor, missing_term, detached_part),
         "oscillation": (valley, two_sides, across),
         "saddle_point": (all_zero, all_equal, monkey_saddle),
         "local_minimum": (wrong_frequency, double_well, one_cluster),

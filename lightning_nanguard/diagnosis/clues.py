@@ -332,6 +332,16 @@ class Course:
         return self.before - self.now > max(0.05 * max(abs(self.first), 1e-12), 2 * self.spread)
 
     @property
+    def falls(self) -> bool:
+        """Whether the loss falls by a fiftieth of its own level, and clearly, be that little of the first loss."""
+        return self.before - self.now > max(0.02 * abs(self.before), 2 * self.spread)
+
+    @property
+    def rises(self) -> bool:
+        """Whether the loss has left its level upwards, by a quarter of the first loss: it is another, or diverges."""
+        return self.now - self.before > max(0.25 * abs(self.first), 2 * self.spread)
+
+    @property
     def high(self) -> bool:
         """Whether most of the untrained model's loss is still there, or the loss is at chance."""
         untrained = self.now > self.first - 0.4 * max(abs(self.first), 1e-12)

@@ -163,7 +163,10 @@ def bend(
     # What the further products answer is only asked of a rate that looks low.
     if rate <= _CONSERVATIVE:
         steep, top = steepest(hessian, products=2)
-        found = replace(found, steepest=steep, typical=typical(hessian, top))
+        found = replace(found, steepest=steep)
+        # Whether the other directions bend as much is only of interest where the steepest does not allow the rate.
+        if rate * steep >= 2:
+            found = replace(found, typical=typical(hessian, top))
     return found, layers
 
 
@@ -191,17 +194,23 @@ def direction(optimizer: Optimizer, gradient: Sequence[Tensor], parameters: Sequ
 def _scaled(name: str, group: dict[str, Any], state: dict[str, Any], g: Tensor) -> Tensor | None:
     if name == "SGD":
         return g
+    # As the update would: with this gradient in the mean, which without it may be zero yet.
+    square = g.square()
     if name in ("Adam", "AdamW", "NAdam", "RAdam"):
-        square, steps = state.get("exp_avg_sq"), float(state.get("step", 0))
-        mean = g.square() if square is None or steps == 0 else square / (1 - group["betas"][1] ** steps)
+        beta = group["betas"][1]
+        mean = _moved(state.get("exp_avg_sq"), square, beta) / (1 - beta ** (float(state.get("step", 0)) + 1))
     elif name == "RMSprop":
-        mean = state.get("square_avg", g.square())
+        mean = _moved(state.get("square_avg"), square, group["alpha"])
     elif name == "Adagrad":
-        mean = state.get("sum", g.square())
+        mean = square if (total := state.get("sum")) is None else total + square
     else:
         return None
     scaled: Tensor = g / (mean.sqrt() + group["eps"])
     return scaled
+
+
+def _moved(mean: Tensor | None, value: Tensor, keep: float) -> Tensor:
+    return (1 - keep) * value if mean is None else keep * mean + (1 - keep) * value
 
 
 def steepest(hessian: Hessian, products: int = 3) -> tuple[float, Vector]:
@@ -219,7 +228,7 @@ def steepest(hessian: Hessian, products: int = 3) -> tuple[float, Vector]:
     return value, vector
 
 
-def typical(hessian: Hessian, top: Vector, probes: int = 2) -> float:
+def typical(hessian: Hessian, top: Vector, probes: int = 1) -> float:
     """Mean curvature, in magnitude, along random directions at right angles to ``top``."""
     values = []
     for seed in range(probes):

@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -172,9 +173,10 @@ def _function(function: type[Function], place: str, args: tuple[Any, ...]) -> Gr
     right = torch.autograd.gradcheck(
         call, inputs, fast_mode=True, raise_exception=False, check_undefined_grad=False, nondet_tol=1e-9, atol=1e-4
     )
-    if right:
-        return GradientCheck(place, 0.0, 0.0, 0.0, custom=True)
-    return _worst(call, inputs, place)
+    # Either sees what the other may not: gradcheck in its fast mode lets errors pass that are small beside the number
+    # of elements, and a direction may miss an error in a few of them.
+    worst = _worst(call, inputs, place)
+    return worst if right else replace(worst, error=max(worst.error, 0.1))
 
 
 def _worst(call: Callable[..., Any], inputs: list[Tensor], place: str) -> GradientCheck:
@@ -191,10 +193,12 @@ def _worst(call: Callable[..., Any], inputs: list[Tensor], place: str) -> Gradie
     found = []
     for one, gradient in zip(inputs, made, strict=True):
         known = torch.zeros_like(one) if gradient is None else gradient
-        found.append(_along(place, one.data, known, lambda: float(weighed().detach()), dice, _STEP, 1.0))
-    worst = max(found, key=lambda check: check.error)
-    # gradcheck has seen it even where these directions do not.
-    return GradientCheck(place, max(worst.error, 0.1), worst.analytic, worst.numeric, custom=True)
+        tries = (
+            _along(place, one.data, known, lambda: float(weighed().detach()), dice, _STEP / 10**turn, 1.0)
+            for turn in range(3)
+        )
+        found.append(_best(tries))
+    return replace(max(found, key=lambda check: check.error), custom=True)
 
 
 def _defined(function: type[Function]) -> str:

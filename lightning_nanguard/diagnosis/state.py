@@ -70,6 +70,8 @@ def out_of_place(learner: Learner, snapshot: Snapshot) -> Change | None:
         # Of what moved at all, since an embedding moves a few rows; all but the furthest hundredth.
         usual = float(others.kthvalue(max(1, int(0.99 * (others.numel() - 1))))[0]) if others.numel() > 1 else 0.0
         far, range_before = float(moved[furthest]), float(before.abs().max())
-        if far > _MOVED * usual and abs(float(now[furthest])) > _OUT * range_before and far > 0:
+        # Neighbours that left their range as well were thrown there by an update, and it with them.
+        stayed = usual <= _OUT * range_before or range_before == 0
+        if stayed and far > _MOVED * usual and abs(float(now[furthest])) > _OUT * range_before and far > 0:
             found.append(Change(describe(path), float(before[furthest]), float(now[furthest]), usual))
     return max(found, key=lambda change: abs(change.now), default=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -16,7 +16,7 @@ SMALL = 4
 """Samples up to which a batch is small."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Micro:
     """One micro-batch.
 
@@ -30,7 +30,7 @@ class Micro:
     update: int
     index: int
     batch: Any
-    random: Sequence[Tensor]
+    random: tuple[Tensor, ...]
 
 
 @final
@@ -49,29 +49,37 @@ class Tape:
         self._generators = [torch.default_generator]
         if device.type == "cuda":
             self._generators.append(torch.cuda.default_generators[device.index or 0])
+        self._states = [generator.get_state for generator in self._generators]
         self._updates = updates
         self._most = most
         self._small = max(small, updates)
-        self._micros: deque[Micro] = deque()
+        # What a Micro is made of, and only where one is asked for: this runs in every step.
+        self._micros: deque[tuple[int, int, Any, list[Tensor]]] = deque()
 
     def add(self, update: int, index: int, batch: Any) -> None:
         """Take a micro-batch that is about to be run."""
         micros, updates = self._micros, self._updates
         if self._small > updates and (samples(batch) or SMALL + 1) <= SMALL:
             updates = self._small
-        while micros and (micros[0].update <= update - updates or len(micros) >= updates * self._most):
+        while micros and (micros[0][0] <= update - updates or len(micros) >= updates * self._most):
             micros.popleft()
-        micros.append(Micro(update, index, batch, [generator.get_state() for generator in self._generators]))
+        micros.append((update, index, batch, [state() for state in self._states]))
 
     def of(self, update: int) -> list[Micro]:
         """The micro-batches of an update, the newest last; a batch with several updates is found under each."""
-        known = [micro.update for micro in self._micros if micro.update <= update]
-        return [micro for micro in self._micros if known and micro.update == max(known)]
+        known = max((one[0] for one in self._micros if one[0] <= update), default=None)
+        return self._made(() if known is None else (known,))
 
     def newest(self, updates: int = 1) -> list[Micro]:
         """The micro-batches of the last updates."""
-        numbers = sorted({micro.update for micro in self._micros})[-updates:]
-        return [micro for micro in self._micros if micro.update in numbers]
+        return self._made(sorted({one[0] for one in self._micros})[-updates:])
+
+    def _made(self, updates: Container[int]) -> list[Micro]:
+        return [
+            Micro(update, index, batch, tuple(random))
+            for update, index, batch, random in self._micros
+            if update in updates
+        ]
 
     def clear(self) -> None:
         """Let go of every batch that is not needed once its update is over."""

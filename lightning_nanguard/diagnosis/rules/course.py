@@ -31,7 +31,10 @@ _CLEAR = 4.0
 def oscillation(case: Case) -> Finding | None:
     """The loss is flat because updates jump over the minimum and back: successive gradients are opposed."""
     course = case.course
-    if course is None or course.moves or course.opposed is None or course.opposed > _OPPOSED:
+    if course is None or course.opposed is None or course.opposed > _OPPOSED:
+        return None
+    # A model that has learned most goes on by little; Adam's updates swing about the valley that they travel along.
+    if course.moves or course.rises or (course.falls and not course.high):
         return None
     limit = None if case.curvature is None else case.curvature.largest_rate
     numbers: dict[str, float | str] = {"cosine": course.opposed, "gradient_norm": course.norm}

@@ -102,7 +102,7 @@ def unnormalised_input(case: Case) -> Finding | None:
         return None  # it went well with such inputs
     return Finding(
         "unnormalised_input",
-        0.92 if diverged else 0.5,
+        0.94 if diverged else 0.5,
         evidence=numbers_of(inputs),
         place=f"field {inputs.field} of the batch",
         suggestion=(

@@ -15,6 +15,11 @@ _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mul", "convolution", "l
 # How many times as steep as usual the steepest direction is where the loss counts as ill-conditioned.
 _UNEVEN = 100.0
 
+# Matrices of good runs grew to at most 9 times their norm in first trials, ruined ones to 15 and far more.
+_RUINED = 12.0
+# A rate this many times as high as the loss allows is to blame for whatever comes after.
+_FAR_ABOVE = 4.0
+
 
 def corrupted_state(case: Case) -> Finding | None:
     """Weights, buffers or moments went bad though no batch was: the fault is gone on good state."""
@@ -109,7 +114,7 @@ def learning_rate_too_high(case: Case) -> Finding | None:
     else:
         blameless = evidence.corrupt is None and evidence.jump is None and case.clues.change is None
         confidence = 0.6 if worse(evidence) and blameless else 0.0
-    if confidence == 0.0:
+    if confidence == 0.0 or _operation_explains_it(case, rate, limit):
         return None
     if above and confidence >= 0.7 and fault.kind != "collapsed":
         confidence = max(confidence, 0.91)  # a single steep batch is above it, too
@@ -138,18 +143,49 @@ def learning_rate_too_high(case: Case) -> Finding | None:
     )
 
 
+def _operation_explains_it(case: Case, rate: float | None, limit: float | None) -> bool:
+    """Whether a good model was given to an operation that does not hold it, and not a ruined one.
+
+    A rate that is far too high lays waste to any model, and in the end its exponential overflows, too.
+    """
+    fault, evidence, clues = case.fault, case.evidence, case.clues
+    # A finite loss that cannot be differentiated is an operation's doing, also where it was not looked for again.
+    unseen = not clues.replayed and fault.kind == "non_finite_gradient"
+    operation = unseen if clues.origin is None else clues.origin.operation not in _PRODUCTS
+    ruined = (
+        evidence.climbing
+        or evidence.rate_rose
+        or evidence.excursion
+        or evidence.growth > _RUINED
+        or bool(evidence.jump)
+    )
+    now = evidence.comparison.now if evidence.comparison is not None else math.nan
+    # One that is not finite is the operation's own, and says nothing of the model.
+    untrained = math.isfinite(now) and now > evidence.first + 0.1 * evidence.scale
+    # Good runs stay about the largest rate; far above it nothing is learned.
+    above = rate is not None and limit is not None and rate > _FAR_ABOVE * limit
+    return operation and not (ruined or untrained or above)
+
+
 def ill_conditioned(case: Case) -> Finding | None:
     """Diverging though the rate looks low: one direction is far steeper than the others, which hardly move."""
     rate, curvature = _rate(case), case.curvature
     if curvature is None or rate is None or curvature.steepest is None or curvature.typical is None:
         return None
     diverged = worse(case.evidence) or learner_diverged(case.fault, case.evidence)
-    if not diverged or rate * curvature.steepest < 2 or curvature.steepest < _UNEVEN * curvature.typical:
+    if not diverged or _operation_explains_it(case, rate, curvature.largest_rate):
+        return None
+    if rate * curvature.steepest < 2 or curvature.steepest < _UNEVEN * curvature.typical:
         return None
     return Finding(
         "ill_conditioned",
         0.915,
-        evidence={"lr": rate, "steepest": curvature.steepest, "typical": curvature.typical},
+        evidence={
+            "lr": rate,
+            "steepest": curvature.steepest,
+            "typical": curvature.typical,
+            "largest_rate": 2 / curvature.steepest,
+        },
         place=case.fault.place,
         suggestion=(
             f"learning rate {rate:.4g} looks low, but the loss bends by {curvature.steepest:.3g} in its steepest "
