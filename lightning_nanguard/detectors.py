@@ -210,8 +210,9 @@ class GradientSpike(Detector):
     """A gradient norm far outside everything accepted so far.
 
     Judged on the logarithm of the norm by median and MAD, so that heavy tails and slow drifts are no fault: a spike
-    is more than ``threshold`` deviations above the median, ``ratio`` times the median, and ten times the largest
-    norm in the window.
+    is more than ``threshold`` deviations above the median, ``ratio`` times the median, ten times the largest norm in
+    the window, and twice what the run took when it began: where a loss has come down to nothing and the data change,
+    the gradient is a hundred million times its median, and as it was for the untrained model.
 
     Args:
         threshold: Deviations (MAD, scaled) of the logarithm.
@@ -224,6 +225,7 @@ class GradientSpike(Detector):
     """
 
     _above_largest = 10.0
+    _above_first = 2.0
     # During warm-up only what no beginning explains: far above all norms so far, and huge by itself.
     _outlandish = 1e5
     _huge = 1e6
@@ -240,6 +242,7 @@ class GradientSpike(Detector):
         self.window = window
         self.warmup = warmup
         self._norms = Window(window)
+        self._first = Window(warmup)
         self._newest = 0.0
 
     def check(self, reading: Reading) -> Fault | None:
@@ -273,6 +276,8 @@ class GradientSpike(Detector):
         if norm is None or not reading.finite:
             return
         self._norms.append(reading.step, norm)
+        if len(self._first) < self.warmup:
+            self._first.append(reading.step, norm)
         self._newest = norm
 
     def _find_limit(self) -> float:
@@ -285,20 +290,23 @@ class GradientSpike(Detector):
         by_ratio = math.log(self.ratio) + median(logs)
         by_largest = math.log(self._above_largest) + max(logs)
         limit = max(by_deviation, by_ratio, by_largest)
-        return math.exp(limit) if limit < 700 else math.inf
+        by_first = self._above_first * max(self._first.values(), default=0.0)
+        return max(math.exp(limit), by_first) if limit < 700 else math.inf
 
     def rewind(self, step: int) -> None:
         """Forget what was accepted after ``step``."""
         self._norms.rewind(step)
+        self._first.rewind(step)
         self._newest = next(iter(self._norms.last(1)), 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """The history in plain containers."""
-        return {"norms": self._norms.state()}
+        return {"norms": self._norms.state(), "first": self._first.state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._norms.load(state["norms"])
+        self._first.load(state.get("first", ()))
         self._newest = next(iter(self._norms.last(1)), 0.0)
 
 

@@ -47,6 +47,10 @@ class Comparison:
             return False
         return not math.isfinite(self.now) or self.now - self.then > max(least, 0.5 * abs(self.then))
 
+    def better(self, least: float) -> bool:
+        """Whether today's weights are better on this batch than the good ones, by ``least`` at least."""
+        return self.then - self.now > least
+
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
@@ -278,6 +282,8 @@ class Policy:
             return "learner"
         if comparison.worse(0.1 * evidence.scale, sane=self._sane(evidence)):
             return "learner"
+        if comparison.better(0.1 * evidence.scale):
+            return None  # data that have changed, to which the model is on its way
         return "learner" if fault.kind == "collapsed" and self._ruined(fault, evidence) else None
 
     def _sane(self, evidence: Evidence) -> float:

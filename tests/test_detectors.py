@@ -80,6 +80,16 @@ def test_a_spike_stands_out_and_does_not_enter_the_window() -> None:
     assert detector.check(reading(42, norm=5.0)) is None
 
 
+def test_what_the_untrained_model_took_is_no_spike() -> None:
+    """Where the loss has come down to nothing and the data change, gradients are as they were at the start; what lies
+    far above that is a spike all the same."""
+    detector = GradientSpike()
+    for step in range(300):
+        detector.accept(reading(step, norm=8.0 * 0.8**step + 1e-8))
+    assert detector.check(reading(300, norm=9.0)) is None
+    assert detector.check(reading(300, norm=900.0)) is not None
+
+
 def test_no_spike_during_warmup() -> None:
     """Before the warm-up is over a finite norm that stands out is a fault only if its batch is strange too."""
     detector = GradientSpike(warmup=20)

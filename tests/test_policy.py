@@ -18,6 +18,7 @@ BATCH = Fault("non_finite_loss", "batch", "loss", math.nan, "the loss is nan")
 GRADIENT = Fault("non_finite_gradient", "batch", "gradient", math.nan, "a gradient is not finite")
 EXPLODING = Fault("exploding_loss", "learner", "loss", 1e6, "the loss is 1e6")
 STUCK = Fault("stuck_loss", "learner", "loss", 2.3, "the loss is 2.3")
+COLLAPSED = Fault("collapsed", "learner", "loss", 2.7, "the loss is back at 2.7")
 CORRUPTED = Fault("corrupted_state", "state", "buffer bn.running_var", None, "it is not finite")
 
 GOOD = Evidence(step=500, healthy_steps=480, snapshots=3, levels=(0.5, 0.6, 0.7), first=2.3, scale=2.3, usual_norm=1.0,
@@ -44,6 +45,14 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("corrupted state", CORRUPTED, {}, (Restore(0),)),
     ("a divergence", EXPLODING, {"comparison": Comparison(1e6, 0.5)}, (Restore(0), Clip(2.0), Scale(0.5))),
     ("a suspicion that is none: the data changed", EXPLODING, {"comparison": Comparison(9.0, 9.1)}, ()),
+    ("data that changed, which the good weights know even less", COLLAPSED,
+     {"comparison": Comparison(2.5, 36.0), "growth": 4.6, "excursion": True, "first": 2.3}, ()),
+    ("collapsed, and the weights have grown", COLLAPSED,
+     {"comparison": Comparison(2.5, 2.5), "growth": 4.6, "excursion": True, "first": 2.3}, (Restore(0), Scale(0.5))),
+    ("a bad update that was made, and is back at once", BATCH,
+     {"undo": True, "comparison": THE_LEARNER, "healthy_since_restore": 2}, (Restore(0), Clip(2.0))),
+    ("the same, where no batch can be run again", BATCH,
+     {"undo": True, "comparable": False, "healthy_since_restore": 2}, (Restore(0), Clip(2.0))),
     ("a batch that reaches far beyond those before", BATCH, {"batch_strange": True, "bad_in_a_row": 8}, (Skip(),)),
     ("bad in a row under good weights too: the loss itself", GRADIENT,
      {"bad_in_a_row": 8, "comparison": Comparison(0.2, 0.2, then_finite=False)}, (Skip(),)),

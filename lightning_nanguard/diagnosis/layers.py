@@ -360,13 +360,14 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         target = next((t for t in inputs[:2] if self._is_target(key(t))), None) if name == "mse_loss" else None
         plain = target is not None and value.dim() == 0 and given.get("reduction", 1) == 1
+        known = target is not None and plain and target.numel() >= _ENOUGH  # a few may all be near 0
         self.objectives.append(
             Objective(
                 function="mse_loss" if name == "mse_loss" else "squared error",
                 line=user_line(),
                 classes=difference.classes,
                 value=float(value) if plain else None,
-                chance=float(target.detach().double().square().mean()) if target is not None and plain else None,
+                chance=float(target.detach().double().square().mean()) if target is not None and known else None,
             )
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
-from lightning_nanguard.diagnosis.clues import Case, Course, Curvature
+from lightning_nanguard.diagnosis.clues import Case, Course
 from lightning_nanguard.events import Finding
 
 # Successive gradients of one batch with a cosine below this point back and forth.
@@ -48,7 +48,8 @@ def oscillation(case: Case) -> Finding | None:
     lower = "" if limit is None or course.lr is None or limit > course.lr else f" below {limit:.2g}"
     return Finding(
         "oscillation",
-        0.87 if course.high or _could_fall(course, case.curvature) else 0.45,
+        # Where batches disagree more than they agree each of them points back, and the loss is down in its noise.
+        0.87 if course.high and (course.noise is None or course.noise <= 1) else 0.45,
         evidence=numbers,
         place="loss",
         suggestion=(
@@ -148,13 +149,6 @@ def batch_size(case: Case) -> Finding | None:
             f"{_power(course.batch_size * course.noise**2)}, or a lower learning rate."
         ),
     )
-
-
-def _could_fall(course: Course, curvature: Curvature | None) -> bool:
-    # Where batches disagree more than they agree the loss is down in its noise, and every batch would like to fall.
-    if curvature is None or course.noise is None or course.noise > 1 or not curvature.bend > 0:
-        return False
-    return curvature.slope**2 / (2 * curvature.bend) > _NOTHING * abs(course.now)
 
 
 def _too_few(course: Course) -> bool:
