@@ -339,6 +339,8 @@ class DivergingLoss(Detector):
     _longest_cooldown = 3200
     # A model that has not learned by then is hard, not ruined: ruin by a rate shows early.
     _early = 1000
+    # Times the untrained model's loss by which a loss with a floor near 0 can fall at most, and some more.
+    _bounded = 3.0
     # Share of the untrained model's loss down to which a loss at rest is looked into.
     _at_rest = 0.7
 
@@ -418,7 +420,10 @@ class DivergingLoss(Detector):
         gone = above and later - best > 0.7 * (earlier - best)
         settled = len(recent) == self.patience and not _falling(recent, noise)
         level = median(last if gone else recent)
-        back = settled and level > best + 0.75 * learned and level > best + 4 * noise
+        # A loss that fell by many times the untrained one's size (a policy gradient's, which begins at 0) is no measure
+        # of progress until it is back there altogether.
+        measures = learned <= self._bounded * scale
+        back = settled and measures and level > best + 0.75 * learned and level > best + 4 * noise
         if not (gone or back):
             return self._unsteady(recent, scale)
         return Fault(

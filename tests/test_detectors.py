@@ -129,6 +129,8 @@ SHAPES: list[tuple[str, Callable[[int], float], str | None]] = [
      "unsteady_loss"),
     ("at rest at chance, below a poor start", lambda step: max(2.3, 3.9 - 0.2 * step), "stuck_loss"),
     ("negative", lambda step: -step / 10, None),
+    ("a policy gradient's: from 0 down, and most of the way back",
+     lambda step: -0.01 - min(3.0, step / 20) + 0.03 * min(80, max(0, step - 60)), None),
     ("zero", lambda step: 0.0, None),
     ("harder data from the middle on", lambda step: _falling(step) + (0.9 if step > 100 else 0), None),
 ]  # fmt: skip
