@@ -423,7 +423,7 @@ class DivergingLoss(Detector):
         # A loss that fell by many times the untrained one's size (a policy gradient's, which begins at 0) is no measure
         # of progress until it is back there altogether.
         measures = learned <= self._bounded * scale
-        back = settled and measures and level > best + 0.75 * learned and level > best + 4 * noise
+        back = settled and measures and level > best + 0.6 * learned and level > best + 4 * noise
         if not (gone or back):
             return self._unsteady(recent, scale)
         return Fault(
