@@ -211,6 +211,7 @@ RULE_ROWS: list[tuple[str | None, Case]] = [
     (None, Case(course=LOW, curvature=replace(NOTHING, smallest=-0.5))),
     ("local_minimum", Case(course=FLAT, curvature=NOTHING)),
     ("local_minimum", Case(course=FLAT, curvature=replace(NOTHING, smallest=-1e-4))),
+    (None, Case(course=FLAT, curvature=replace(NOTHING, smallest=-0.03))),
     (None, Case(course=LOW, curvature=NOTHING)),
     ("local_minimum", Case(course=replace(LOW, chance=0.5), curvature=NOTHING)),
     (None, Case(course=FLAT, curvature=replace(NOTHING, smallest=0.0, largest=0.0))),

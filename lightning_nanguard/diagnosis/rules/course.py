@@ -12,8 +12,9 @@ from lightning_nanguard.events import Finding
 _OPPOSED = -0.3
 # What the best step along the gradient would bring, relative to the loss, below which the gradient counts as zero.
 _NOTHING = 0.02
-# A negative eigenvalue counts from this share of the largest on, and none at all below the other: that is rounding.
-_NEGATIVE, _ROUNDING = 0.01, 1e-7
+# A negative eigenvalue is one from the first share of the largest on, and none up to the second; between them it may be
+# the noise of the samples. Below the last all is rounding.
+_NEGATIVE, _NONE, _ROUNDING = 0.1, 0.01, 1e-7
 # Share of its weights that a layer's update makes, and how many times that of the others, where it is abnormal.
 _LARGE_UPDATE = 0.05
 _APART = 100.0
@@ -83,7 +84,7 @@ def saddle_point(case: Case) -> Finding | None:
 def local_minimum(case: Case) -> Finding | None:
     """The gradient is zero where the loss is flat and high, and bends up in every direction."""
     point = _stationary_point(case)
-    if point is None or point.bends_down or point.largest < _ROUNDING:
+    if point is None or not point.bends_up:
         return None
     course = point.course
     return Finding(
@@ -172,6 +173,10 @@ class _Point:
     @property
     def bends_down(self) -> bool:
         return self.smallest < -max(_NEGATIVE * abs(self.largest), _ROUNDING)
+
+    @property
+    def bends_up(self) -> bool:
+        return self.largest >= _ROUNDING and self.smallest >= -max(_NONE * abs(self.largest), _ROUNDING)
 
     @property
     def evidence(self) -> dict[str, float | str]:
