@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_nanguard.diagnosis.clues import Layer
 from lightning_nanguard.events import Finding
 from lightning_nanguard.journal import describe, describe_advice, describe_finding, read_advice, read_records
 
@@ -153,8 +154,24 @@ def _replay(chosen: argparse.Namespace) -> int:
     )
     print(f"replayed: loss {losses}{gradient}")
     print("no cause found now" if replayed.finding is None else f"cause: {_told(replayed.finding)}")
+    for line in _table(replayed.layers):
+        print(line)
     same = replayed.finding is not None and (bundle.finding is None or bundle.finding.cause == replayed.finding.cause)
     return 0 if replayed.bad or same else 1
+
+
+def _table(layers: Sequence[Layer]) -> list[str]:
+    """One line for each layer: root mean squares in and out, the range it gave, norms of weight and gradient."""
+
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3g}"
+
+    rows = [["layer", "kind", "in", "out", "from", "to", "weight", "gradient", "saturated", "dead"]] if layers else []
+    for one in layers:
+        numbers = (one.inputs, one.outputs, one.lowest, one.highest, one.weight, one.gradient, one.saturated, one.dead)
+        rows.append([one.path, one.kind, *map(number, numbers)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _load(name: str) -> Any:

@@ -19,14 +19,14 @@ from lightning_nanguard._compat.probe import clip_as_configured, forward_backwar
 from lightning_nanguard._compat.untraced import untraced
 from lightning_nanguard.bundle import Bundle, put_into, state_of
 from lightning_nanguard.diagnosis.batch import look_at, samples
-from lightning_nanguard.diagnosis.clues import Case, Clues, Model
+from lightning_nanguard.diagnosis.clues import Case, Clues, Layer, Model
 from lightning_nanguard.diagnosis.gradients import check_gradients
 from lightning_nanguard.diagnosis.replay import replay
 from lightning_nanguard.diagnosis.rules import diagnose, findings
 from lightning_nanguard.diagnosis.tape import Micro
 from lightning_nanguard.events import Finding
 from lightning_nanguard.measure import mapped
-from lightning_nanguard.preflight import Preflight
+from lightning_nanguard.preflight import Preflight, look_through
 
 # Samples that are learned by heart, and updates in which a model has to.
 _FEW = 8
@@ -56,11 +56,13 @@ class Replayed:
         losses: The loss of every micro-batch.
         gradient_finite: Whether the gradient was finite; ``None`` without a backward pass.
         finding: The cause found now, ``None`` where none was.
+        layers: What the batch looked like layer by layer, in the order in which they ran.
     """
 
     losses: Sequence[float] = ()
     gradient_finite: bool | None = None
     finding: Finding | None = None
+    layers: Sequence[Layer] = ()
 
     @property
     def bad(self) -> bool:
@@ -181,6 +183,7 @@ def first_rows(batch: Any, count: int) -> Any:
 class _Seen:
     losses: list[float] = field(default_factory=list)
     clues: Clues | None = None
+    layers: Sequence[Layer] = ()
 
 
 def replay_bundle(bundle: Bundle, module: Any) -> Replayed:
@@ -201,24 +204,21 @@ def replay_bundle(bundle: Bundle, module: Any) -> Replayed:
 
     def look(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         put_into(module, bundle.state)  # a hook may have begun to train something
+        quietly = partial(untraced, trainer, module)
         for micro in bundle.batches:
+            step = partial(_step, trainer, micro)
             clues = look_at(micro.batch, module)
-            clues = replay(
-                clues,
-                micro.batch,
-                module,
-                partial(_step, trainer, micro),
-                untraced=partial(untraced, trainer, module),
-                loss_scale=bundle.loss_scale,
-            )
+            clues = replay(clues, micro.batch, module, step, untraced=quietly, loss_scale=bundle.loss_scale)
             seen.losses += [] if clues.loss is None else [clues.loss]
             if seen.clues is None or clues.origin is not None or clues.gradient_finite is False:
                 seen.clues = clues
+                model = look_through(module, micro.batch, step, quietly)
+                seen.layers = () if model is None else model.layers
 
     one_batch(module, bundle.batches[-1].batch, look, precision=bundle.precision)
     clues = seen.clues or Clues()
     finding = diagnose(Case(bundle.fault, replace(bundle.evidence, undo=False), clues))
-    return Replayed(seen.losses, clues.gradient_finite, finding)
+    return Replayed(seen.losses, clues.gradient_finite, finding, seen.layers)
 
 
 def _step(trainer: Any, micro: Micro) -> Tensor | None:

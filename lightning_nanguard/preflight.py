@@ -35,6 +35,19 @@ _BYTES = 2**30
 _FAR = 1e6
 
 
+def look_through(
+    module: nn.Module,
+    batch: Any,
+    step: Callable[[], Tensor | None],
+    untraced: Callable[[], AbstractContextManager[None]],
+) -> Model | None:
+    """What a batch looks like layer by layer, forward and backward; without a trace."""
+    fields = dict(fields_of(batch))
+    targets = [fields[name] for name in target_fields(batch, fields)]
+    with untraced(), kept(module), eager():
+        return examine(module, step, targets)
+
+
 @final
 class Preflight:
     """Looks at one batch and an untrained model.
@@ -87,16 +100,10 @@ class Preflight:
         clues = look_at(batch, self._module)
         if not run or any(isinstance(p, nn.UninitializedParameter) for p in self._module.parameters()):
             return Case(clues=clues)  # the first forward makes what is missing, which is for the run to do
-        model = self._model(batch)
+        model = look_through(self._module, batch, partial(self._step, batch), self._untraced)
         if model is None or model.objective is None or not model.objective.outside:
             clues = replay(clues, batch, self._module, partial(self._step, batch), untraced=self._untraced)
         return Case(clues=clues, model=model)
-
-    def _model(self, batch: Any) -> Model | None:
-        fields = dict(fields_of(batch))
-        targets = [fields[name] for name in target_fields(batch, fields)]
-        with self._untraced(), kept(self._module), eager():
-            return examine(self._module, partial(self._step, batch), targets)
 
     def _look_at_data(self, loader: Any, first: Clues) -> Sequence[Finding]:
         with self._untraced(), torch.no_grad():

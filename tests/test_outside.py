@@ -374,6 +374,10 @@ def test_an_incident_is_reproduced(kind: str, tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().out
     assert f"cause then: {cause}" in said
     assert f"\ncause: {cause}" in said
+    # Layer by layer, in the order in which they ran.
+    heading, *layers = said.split("\nlayer ")[1].splitlines()
+    assert heading.split() == ["kind", "in", "out", "from", "to", "weight", "gradient", "saturated", "dead"]
+    assert [line.split()[0] for line in layers][:1] == ["net.0"]
 
 
 def test_an_incident_is_reproduced_elsewhere(tmp_path: Path) -> None:
