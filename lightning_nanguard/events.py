@@ -85,9 +85,10 @@ class Restore(PlanStep):
 class Scale(PlanStep):
     """Multiply the learning rate by ``factor``; the product never falls below ``min_lr``.
 
-    A remedy that looks for a better factor does not go below ``least``, at which the rate was proven before, nor above
-    ``most``, up to which the loss falls by its curvature. With ``limit`` the rate that results becomes the largest
-    allowed, and the schedule goes on below it: for a rate that its schedule has just raised.
+    A remedy that looks for a better factor does not go below ``least``, at which the rate was proven before. One that
+    cannot look goes down to ``most``, up to which the loss falls by its curvature; with ``firm`` one that can does,
+    too. With ``limit`` the rate that results becomes the largest allowed, and the schedule goes on below it: for a rate
+    that its schedule has just raised.
     """
 
     factor: float
@@ -95,6 +96,7 @@ class Scale(PlanStep):
     least: float = 0.0
     limit: bool = False
     most: float = math.inf
+    firm: bool = False
 
 
 @dataclass(frozen=True, slots=True)

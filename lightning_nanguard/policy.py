@@ -429,7 +429,11 @@ class Policy:
 
 
 def within_curvature(plan: Plan, finding: Finding | None, lr: float | None) -> Plan:
-    """The plan, of which no cut ends above the rate that the finding allows.
+    """The plan, whose cut knows of the rate that the finding allows.
+
+    Along one gradient the curvature of an untrained model may say a ten-thousandth of what a rehearsal shows to be
+    right, so it holds where nothing can be rehearsed. Where the loss is ill-conditioned the steepest direction was
+    looked for, and it holds altogether.
 
     Args:
         plan: What is to be done.
@@ -439,8 +443,10 @@ def within_curvature(plan: Plan, finding: Finding | None, lr: float | None) -> P
     allowed = None if finding is None else finding.evidence.get("largest_rate")
     if not isinstance(allowed, float) or not lr or not 0 < allowed < lr:
         return plan
-    most = allowed / lr
-    return tuple(replace(step, most=most) if isinstance(step, Scale) and step.factor < 1 else step for step in plan)
+    most, firm = allowed / lr, finding is not None and finding.cause == "ill_conditioned"
+    return tuple(
+        replace(step, most=most, firm=firm) if isinstance(step, Scale) and step.factor < 1 else step for step in plan
+    )
 
 
 # Growth of the weights at which a run is lost, where no batch can be run again to prove it; sound ones reach 12.

@@ -170,10 +170,14 @@ class ReduceLR(Remedy):
         """Change the multiplier."""
         assert isinstance(step, Scale)
         found = rehearsed_cut(patient.rehearse, step.factor) if self.rehearse and step.factor < 1 else None
-        # A rate proven long ago may be too high by now: a rehearsal that says so by far is believed.
-        factor = step.factor if found is None else max(found, min(step.least, 4 * found))
-        # The curvature is that of one batch at one place, a rehearsal is several updates.
-        factor = min(factor, max(step.most, _LEAST_OF_BEST * factor))
+        if found is None:
+            # Nothing was tried: the curvature of one batch at one place is what is known.
+            factor = min(step.factor, max(step.most, self._largest_blind_cut))
+        else:
+            # A rate proven long ago may be too high by now: a rehearsal that says so by far is believed.
+            factor = max(found, min(step.least, 4 * found))
+            if step.firm:
+                factor = min(factor, max(step.most, _LEAST_OF_BEST * factor))
         patient.scale(factor, step.min_lr, limit=step.limit)
 
 

@@ -114,6 +114,9 @@ def test_a_finding_bounds_the_cut(evidence: dict[str, float | str], lr: float | 
     plan = (Restore(0), Clip(2.0), Scale(0.5))
     finding = Finding("learning_rate_too_high", 0.9, evidence)
     assert within_curvature(plan, finding, lr) == (Restore(0), Clip(2.0), Scale(0.5, most=most))
+    steepest = Finding("ill_conditioned", 0.9, evidence)
+    firm = most < math.inf
+    assert within_curvature(plan, steepest, lr) == (Restore(0), Clip(2.0), Scale(0.5, most=most, firm=firm))
     assert within_curvature(plan, None, lr) == plan
 
 

@@ -114,12 +114,20 @@ def test_the_cut_goes_where_a_rehearsal_shows_the_loss_falls() -> None:
 
 
 @pytest.mark.parametrize(
-    ("like", "most", "cut"), [(0.5, 1.0, 0.03125), (0.5, 0.01, 0.01), (0.5, 1e-9, 0.03125 / 16), (0.05, 0.04, 0.00195)]
+    ("tried", "step", "cut"),
+    [
+        (False, Scale(0.5, most=1.0), 0.5),
+        (False, Scale(0.5, most=0.01), 0.01),
+        (False, Scale(0.5, most=1e-9), 1 / 1024),
+        (True, Scale(0.5, most=0.01), 0.03125),
+        (True, Scale(0.5, most=0.01, firm=True), 0.01),
+        (True, Scale(0.5, most=1e-9, firm=True), 0.03125 / 16),
+    ],
 )
-def test_no_cut_ends_above_what_the_curvature_allows(like: float, most: float, cut: float) -> None:
-    """Few updates may like a rate that the curvature does not; that lowers what they like by a sixteenth at most."""
-    patient = Patient(loss=lambda tried, updates: 2.3 - 2.0 * (updates > 0 and tried <= like))
-    ReduceLR().apply(Scale(0.5, most=most), patient)
+def test_a_cut_and_what_the_curvature_allows(tried: bool, step: Scale, cut: float) -> None:
+    """The curvature along one gradient bounds a cut that could not be rehearsed, that of the steepest direction any."""
+    patient = Patient(loss=lambda factor, updates: 2.3 - 2.0 * (updates > 0) if tried else None)
+    ReduceLR().apply(step, patient)
     ((_, factor, _),) = patient.done
     assert factor == pytest.approx(cut, rel=0.01)
 
