@@ -13,6 +13,7 @@ A loop calls, in this order::
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,8 @@ from lightning_nanguard.snapshot import Snapshot, corrupt, mend_averages, restor
 from lightning_nanguard.standing import Standing
 from lightning_nanguard.streams import Streams
 from lightning_nanguard.trend import Trend
+
+_logger = logging.getLogger("lightning_nanguard")
 
 
 class Rerun(Witness, Stage, Protocol):
@@ -115,6 +118,9 @@ class _Found:
 
 # A state that no detector objects to, though one is uneasy about it, is certified after this many readings.
 _CERTIFY_ANYWAY = 100
+
+# Rollbacks for updates that were made before they were judged, after which each is judged before it is made.
+_ENOUGH_UNDONE = 3
 
 # Healthy updates for which the state of the start is kept: ruin by a rate shows by then.
 _EARLY = 1000
@@ -204,6 +210,7 @@ class Guard:
         self._readings: list[Reading] = []
         self._found: list[_Found] = []
         self._acting_on: _Found | None = None
+        self._undone = 0
         # Parameters made by the first forward are missing from the start's snapshot until then.
         self._lazy = False
 
@@ -597,6 +604,7 @@ class Guard:
                 self._leave_good()
             for step in plan:
                 self._executors[type(step)].apply(step, self)
+            self._judge_sooner(found)
         words = tuple(self._executors[type(step)].word for step in plan)
         place = evidence.corrupt if evidence.corrupt is not None else found.fault.place
         ranks = evidence.ranks or found.ranks
@@ -606,6 +614,20 @@ class Guard:
         if stop is not None and not self._settings.observe:
             self.account.stop(found.fault, place, stop.reason, finding, clock)
         self.account.tried(found.fault, words)
+
+    def _judge_sooner(self, found: _Found) -> None:
+        # Nothing is on its way any more: the restore has forgotten it.
+        holds_back = unscales_itself(self.learner.optimizers[found.reading.stream])
+        if not found.reached or self._many or holds_back or not self._settings.deferred:
+            return
+        self._undone += 1
+        if self._undone == _ENOUGH_UNDONE and self._standing.restored is not None:
+            self._settings = replace(self._settings, deferred=False)
+            _logger.warning(
+                "NaNGuard: %d rollbacks undid updates that step readback would have held back. From now on every "
+                "update is read before it is made; set readback='step', or use an optimizer with fused=True.",
+                self._undone,
+            )
 
     def _leave_good(self) -> None:
         if self.ring.certified:

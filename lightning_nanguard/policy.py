@@ -20,6 +20,8 @@ from lightning_nanguard.events import Fault, Finding, Plan, PlanStep, Restore, S
 
 # Healthy updates after a rollback before the learner is trusted again.
 CALM = 200
+# The same for a fault that was read late, where the weights cannot be compared with those before its update.
+_AT_ONCE = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +121,9 @@ class Evidence:
         Args:
             calm: Updates accepted after a restore from which on the learner is trusted again.
         """
+        # Behind an update that was made, bad weights are no sign by themselves: only if they are back at once.
+        calm = _AT_ONCE if self.undo else calm
         soon = self.healthy_since_restore is not None and self.healthy_since_restore < calm
-        # Behind an update that was made, bad weights are no sign by themselves: it is asked again if they come back.
         return self.climbing or self.rate_rose or soon or (self.healthy_steps < 20 and not self.undo)
 
 
@@ -451,9 +454,6 @@ def within_curvature(plan: Plan, finding: Finding | None, lr: float | None) -> P
 
 # Growth of the weights at which a run is lost, where no batch can be run again to prove it; sound ones reach 12.
 _RUINED_BLINDLY = 25.0
-
-# Healthy updates after a restore before which a fault that is back without a batch to blame is the learner's.
-_AT_ONCE = 20
 
 
 def _by_level(depth: int, evidence: Evidence, *, keeps: bool) -> int:

@@ -17,7 +17,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.measure import Parcel, PendingReading
-from tests.helpers import FaultAt, Task, batches, data_for, differences, fit, mlp, non_finite, state_of, task, words
+from tests.helpers import (
+    FaultAt,
+    Task,
+    batches,
+    data_for,
+    differences,
+    fit,
+    mlp,
+    non_finite,
+    state_of,
+    task,
+    with_nan,
+    words,
+)
 from tests.test_skip import left_behind, without
 
 
@@ -167,6 +180,22 @@ def test_late_rollbacks_say_what_they_cost(kind: str, tmp_path: Path) -> None:
     assert found.updates_lost == 18 - found.snapshot_step
     assert non_finite(state_of(run)["state_dict"]) == []
     assert guard.lr_multiplier == 1.0
+
+
+@pytest.mark.usefixtures("late")
+def test_bad_batches_that_keep_coming_are_judged_before_their_update(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the device holds nothing back, three rollbacks for bad batches are enough: from then on each is skipped,
+    the budget lasts, and it is said once."""
+    bad = list(range(9, 300, 12))
+    guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
+    data = [with_nan(batch) if index in bad else batch for index, batch in enumerate(data_for("norm", 300))]
+    run = fit(task("norm", plain), data, guard, folder=tmp_path)
+    assert words(guard) == [("restore",)] * 3 + [("skip",)] * (len(bad) - 3)
+    assert non_finite(state_of(run)["state_dict"]) == []
+    assert guard.lr_multiplier == 1.0
+    assert caplog.text.count("readback='step'") == 1
 
 
 @pytest.mark.usefixtures("late")
