@@ -655,9 +655,15 @@ class Guard:
             self._blocker.undo()
 
     def restore(self, depth: int) -> None:
-        """Go back to a certified snapshot."""
-        self.ring.drop_pending()
-        snapshot = self._standing.restored = self._ranks.whole(self.ring.discard_newer(depth))
+        """Go back to a certified snapshot; to what the fit began with where nothing was certified yet."""
+        if self.ring.certified:
+            self.ring.drop_pending()
+            snapshot = self._ranks.whole(self.ring.discard_newer(depth))
+        elif self.ring.pending is not None:
+            snapshot = self.ring.pending
+        else:
+            return
+        self._standing.restored = snapshot
         restore(self.learner, snapshot)
         self._standing.healthy_since_restore = 0
         self._keeper.count_from(self._standing.step)

@@ -199,6 +199,19 @@ def test_bad_batches_that_keep_coming_are_judged_before_their_update(
 
 
 @pytest.mark.usefixtures("late")
+@pytest.mark.parametrize("make", [fused, plain], ids=["fused", "plain"])
+@pytest.mark.parametrize("bad", [[0], [0, 1], [0, 1, 2]], ids=str)
+def test_the_first_batches_are_bad(bad: list[int], make: Callable[..., Any], tmp_path: Path) -> None:
+    """Before anything was proven good the run goes back to what the fit began with, and goes on."""
+    data = [with_nan(batch) if index in bad else batch for index, batch in enumerate(data_for("norm", 60))]
+    guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
+    run = fit(task("norm", make), data, guard, folder=tmp_path)
+    assert non_finite(state_of(run)["state_dict"]) == []
+    assert set(words(guard)) <= {("skip",), ("restore",)}
+    assert guard.interventions[0].snapshot_step in (None, 0)
+
+
+@pytest.mark.usefixtures("late")
 def test_a_late_healthy_run_is_the_same(tmp_path: Path) -> None:
     """Deciding on the device changes no bit of a healthy run."""
     ended = []
