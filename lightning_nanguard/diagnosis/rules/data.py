@@ -7,6 +7,7 @@ import math
 from lightning_nanguard.diagnosis.clues import Case, Origin
 from lightning_nanguard.diagnosis.rules.model import early_harm, large_inputs, outside_the_classes
 from lightning_nanguard.diagnosis.rules.words import (
+    PRODUCTS,
     at,
     learner_diverged,
     listed,
@@ -26,6 +27,9 @@ def non_finite_input(case: Case) -> Finding | None:
         return None
     # Some models take NaN for what is missing: then something else made the loss bad.
     harmless = clues.origin is not None or (clues.loss is not None and math.isfinite(clues.loss))
+    # A bounded activation makes a finite loss of it, and its product with a gradient of 0 is NaN.
+    if clues.origin is not None and clues.origin.backward and clues.origin.operation in PRODUCTS:
+        harmless = False
     confidence = 0.4 if harmless else 0.98
     if not clues.bad_fields:
         return Finding("non_finite_input", confidence, suggestion="The batch holds NaN or Inf: clean the data.")

@@ -6,11 +6,8 @@ import math
 
 from lightning_nanguard.diagnosis.clues import NO_FAULT, Case
 from lightning_nanguard.diagnosis.rules.model import exploding_at_the_start
-from lightning_nanguard.diagnosis.rules.words import learner_diverged, worse
+from lightning_nanguard.diagnosis.rules.words import PRODUCTS, learner_diverged, worse
 from lightning_nanguard.events import Finding
-
-# What multiplies gradients on their way back.
-_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mul", "convolution", "linear", "square", "pow", "prod"})
 
 # How many times as steep as usual the steepest direction is where the loss counts as ill-conditioned.
 _UNEVEN = 100.0
@@ -69,7 +66,7 @@ def exploding_gradient(case: Case) -> Finding | None:
     finite = [(name, norm) for name, norm in clues.norms if math.isfinite(norm)]
     origin = clues.origin
     if fault.kind == "non_finite_gradient":
-        if origin is None or not origin.backward or origin.operation not in _PRODUCTS:
+        if origin is None or not origin.backward or origin.operation not in PRODUCTS:
             return None
         confidence, place = 0.75, origin.place
     else:
@@ -151,7 +148,7 @@ def _operation_explains_it(case: Case, rate: float | None, limit: float | None) 
     fault, evidence, clues = case.fault, case.evidence, case.clues
     # A finite loss that cannot be differentiated is an operation's doing, also where it was not looked for again.
     unseen = not clues.replayed and fault.kind == "non_finite_gradient"
-    operation = unseen if clues.origin is None else clues.origin.operation not in _PRODUCTS
+    operation = unseen if clues.origin is None else clues.origin.operation not in PRODUCTS
     ruined = (
         evidence.climbing
         or evidence.rate_rose

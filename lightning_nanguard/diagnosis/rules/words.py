@@ -8,6 +8,9 @@ from lightning_nanguard.diagnosis.clues import Origin, Range
 from lightning_nanguard.events import Fault, Finding
 from lightning_nanguard.policy import Evidence
 
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mul", "convolution", "linear", "square", "pow", "prod"})
+"""What multiplies gradients on their way back."""
+
 
 def sudden(fault: Fault) -> bool:
     return fault.scope == "batch"
