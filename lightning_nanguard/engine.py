@@ -621,7 +621,7 @@ class Guard:
         if not found.reached or self._many or holds_back or not self._settings.deferred:
             return
         self._undone += 1
-        if self._undone == _ENOUGH_UNDONE and self._standing.restored is not None:
+        if self._undone >= _ENOUGH_UNDONE and self._standing.restored is not None:
             self._settings = replace(self._settings, deferred=False)
             _logger.warning(
                 "NaNGuard: %d rollbacks undid updates that step readback would have held back. From now on every "

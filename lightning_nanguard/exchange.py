@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, final
 
 from lightning_nanguard.batch_scope import BatchScope
+from lightning_nanguard.detectors import check
 from lightning_nanguard.distributed import Posted, Ranks, Report, combined, conspicuous
 from lightning_nanguard.events import Fault, Reading
 from lightning_nanguard.keeper import Keeper
@@ -89,16 +91,8 @@ class Exchange:
         # By the gradient alone, which is the same on all ranks: losses are not.
         if self._learner.scaler is not None and not gradient_finite(reading):
             return True  # whether it is an overflow, or comes from a loss, shows in the losses of all
-        gradient = Reading(
-            reading.step,
-            reading.stream,
-            loss=None,
-            grad_norm=reading.grad_norm,
-            finite=gradient_finite(reading),
-            scaler_skips=reading.scaler_skips,
-            loss_scale=reading.loss_scale,
-        )
-        return any(detector.check(gradient) is not None for detector in self._streams.detectors(reading.stream))
+        gradient = replace(reading, loss=None, loss_finite=True, finite=gradient_finite(reading))
+        return check(self._streams.detectors(reading.stream), gradient) is not None
 
     def tell(
         self, reading: Reading, scope: BatchScope, *, suspects: bool = False, held_back: bool = False, trial: bool

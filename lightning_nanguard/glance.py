@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import final
 
 import torch
@@ -43,22 +44,25 @@ class Glance:
         """Whether all is surely finite, and no element can have grown ``factor`` times, above 1.
 
         Args:
-            before: The older glance's :meth:`typical`.
+            before: The older glance's :attr:`typical`.
             factor: Growth of a tensor's largest element that would be too much.
         """
         # A largest element m lies between the root mean square and the norm: no jump of m goes unseen.
-        typical = self.typical()
-        return all(norm <= factor * max(before.get(path, typical[path]), 1.0) for path, _, norm in self._read())
+        return all(norm <= factor * max(before.get(path, self.typical[path]), 1.0) for path, _, norm in self._numbers)
 
+    @cached_property
     def typical(self) -> dict[Path, float]:
         """Root mean square of each tensor; of the smallest one where a path holds several."""
         found: dict[Path, float] = {}
-        for path, elements, norm in self._read():
+        for path, elements, norm in self._numbers:
             size = norm / math.sqrt(elements)
             found[path] = min(size, found.get(path, size))
         return found
 
-    def _read(self) -> Iterable[tuple[Path, int, float]]:
-        for about, parcel in self._norms:
-            for (path, elements), norm in zip(about, parcel.read(), strict=True):
-                yield path, elements, norm
+    @cached_property
+    def _numbers(self) -> list[tuple[Path, int, float]]:
+        return [
+            (path, elements, norm)
+            for about, parcel in self._norms
+            for (path, elements), norm in zip(about, parcel.read(), strict=True)
+        ]

@@ -75,7 +75,7 @@ class Keeper:
     ) -> None:
         self._ranks: Ranks = Alone() if ranks is None else ranks
         self._judgement = Judgement()
-        self._glance: Glance | None = None
+        self._glance = Glance(())
         self._heard: Sequence[Report] = ()
         self._equal = False
         self._were_equal: set[str] = set()
@@ -197,7 +197,7 @@ class Keeper:
     def judged(self, pending: Snapshot) -> bool:
         """Whether it is known, on all ranks, what to think of ``pending``."""
         if self._ranks.world == 1:
-            return self._glance is None or self._glance.arrived()
+            return self._glance.arrived()
         return all(one.judged == pending.step for one in self._heard)
 
     def _copy(self, step: int, global_step: int, leaves: Mapping[Path, Any]) -> Snapshot:
@@ -219,12 +219,10 @@ class Keeper:
         return snapshot
 
     def _look(self, pending: Snapshot, healthy_steps: int) -> Fault | None:
-        if self._glance is not None:
-            pending.typical = self._glance.typical()
-            before = self._ring.certified[0].typical if self._ring.certified else {}
-            if self._glance.fine(before, _far(healthy_steps)):
-                return None
-        return self._objection(pending, healthy_steps)
+        pending.typical = self._glance.typical
+        before = self._ring.certified[0].typical if self._ring.certified else {}
+        fine = self._glance.fine(before, _far(healthy_steps))
+        return None if fine else self._objection(pending, healthy_steps)
 
     def objection(self, pending: Snapshot, healthy_steps: int) -> tuple[Fault | None, tuple[int, ...]]:
         """What speaks against certifying ``pending``, ``None`` if nothing does, and to which ranks."""

@@ -57,7 +57,6 @@ class LearningRate:
         self._multiplier = 1.0
         self._min_lr = 0.0
         self._max_lr = math.inf
-        self._on = False
         self._scaled: dict[int, _Scaled] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -96,7 +95,6 @@ class LearningRate:
         applied = [optimizer for optimizer in self._optimizers if self._is_applied(optimizer)]
         self.withdraw()
         self._multiplier, self._min_lr, self._max_lr = float(value), float(min_lr), float(max_lr)
-        self._on = self._multiplier != 1.0 or self._max_lr != math.inf
         for optimizer in applied:
             self._apply(optimizer)
 
@@ -107,14 +105,10 @@ class LearningRate:
 
     def first(self) -> float | None:
         """Effective rate of the first group, ``None`` where reading it would wait for a device."""
-        # Asked in every update: the plain case first.
-        plain = bool(self._optimizers) and not self._scaled
-        rate = self._optimizers[0].param_groups[0].get("lr") if plain else None
-        if rate is None:
-            rate = next(self._scheduled_rates(), None)
+        rate = next(self._scheduled_rates(), None)
         if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu"):
             return None
-        return float(self._scale(rate, self._factor()) if self._on else rate)
+        return float(self._scale(rate, self._factor()))
 
     def scheduled(self) -> list[float]:
         """What the user's scheduler or configuration says, in the same order as :meth:`effective`."""
@@ -178,16 +172,13 @@ class LearningRate:
             self._apply(optimizer)
             return None
         # Some optimizers (LBFGS) read the rate before they call the closure, most of them after it: serve both.
-        if self._on:
-            self._apply(optimizer)
+        self._apply(optimizer)
         return args, kwargs
 
     def _run_closure(self, optimizer: Optimizer, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._scaled:
-            self._withdraw(optimizer)
+        self._withdraw(optimizer)
         result = closure(*args, **kwargs)
-        if self._on:
-            self._apply(optimizer)
+        self._apply(optimizer)
         return result
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -196,7 +187,7 @@ class LearningRate:
     # The groups
 
     def _apply(self, optimizer: Optimizer) -> None:
-        if not self._on:
+        if not self.is_on():
             return
         factor = self._factor()
         for group in optimizer.param_groups:
@@ -214,6 +205,8 @@ class LearningRate:
                 self._scaled[id(group)] = _Scaled(optimizer, group, written, rate)
 
     def _withdraw(self, optimizer: Optimizer) -> None:
+        if not self._scaled:
+            return
         for key, scaled in list(self._scaled.items()):
             if scaled.optimizer is optimizer:
                 del self._scaled[key]
@@ -233,12 +226,12 @@ class LearningRate:
             for group in optimizer.param_groups:
                 rate = group.get("lr")
                 if rate is not None:
-                    scaled = self._find(group, rate) if self._scaled else None
+                    scaled = self._find(group, rate)
                     yield rate if scaled is None else scaled.scheduled
 
     def is_on(self) -> bool:
         """Whether any rate may be scaled."""
-        return self._on
+        return self._multiplier != 1.0 or self._max_lr != math.inf
 
     def _factor(self) -> float:
         """What every scheduled rate is multiplied by; reads the first group's rate to the host where a limit is set."""

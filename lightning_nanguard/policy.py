@@ -22,6 +22,8 @@ from lightning_nanguard.events import Fault, Finding, Plan, PlanStep, Restore, S
 CALM = 200
 # The same for a fault that was read late, where the weights cannot be compared with those before its update.
 _AT_ONCE = 20
+# Matrices of good runs grew to at most 9 times their norm in first trials, ruined ones to 15 and far more.
+RUINED = 12.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,11 +295,10 @@ class Policy:
         return evidence.first + 10 * evidence.scale
 
     def _ruined(self, fault: Fault, evidence: Evidence) -> bool:
-        # Matrices of good runs grew to at most 9 times their norm in first trials, ruined ones to 15 and far more.
         no_better = fault.value is not None and fault.value > evidence.first - 0.1 * evidence.scale
         return (
             bool(evidence.lower_is_better)
-            or evidence.growth > 12
+            or evidence.growth > RUINED
             or (evidence.growth > 4 and evidence.excursion and no_better)
         )
 

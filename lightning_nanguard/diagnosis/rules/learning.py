@@ -8,12 +8,11 @@ from lightning_nanguard.diagnosis.clues import NO_FAULT, Case
 from lightning_nanguard.diagnosis.rules.model import exploding_at_the_start
 from lightning_nanguard.diagnosis.rules.words import PRODUCTS, learner_diverged, worse
 from lightning_nanguard.events import Finding
+from lightning_nanguard.policy import RUINED
 
 # How many times as steep as usual the steepest direction is where the loss counts as ill-conditioned.
 _UNEVEN = 100.0
 
-# Matrices of good runs grew to at most 9 times their norm in first trials, ruined ones to 15 and far more.
-_RUINED = 12.0
 # A rate this many times as high as the loss allows is to blame for whatever comes after.
 _FAR_ABOVE = 4.0
 
@@ -150,11 +149,7 @@ def _operation_explains_it(case: Case, rate: float | None, limit: float | None) 
     unseen = not clues.replayed and fault.kind == "non_finite_gradient"
     operation = unseen if clues.origin is None else clues.origin.operation not in PRODUCTS
     ruined = (
-        evidence.climbing
-        or evidence.rate_rose
-        or evidence.excursion
-        or evidence.growth > _RUINED
-        or bool(evidence.jump)
+        evidence.climbing or evidence.rate_rose or evidence.excursion or evidence.growth > RUINED or bool(evidence.jump)
     )
     now = evidence.comparison.now if evidence.comparison is not None else math.nan
     # One that is not finite is the operation's own, and says nothing of the model.
