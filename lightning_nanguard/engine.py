@@ -23,13 +23,13 @@ from typing import Any, Literal, Protocol, final
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_nanguard.account import Account, Book
 from lightning_nanguard.arrivals import MAX_DELAY, Arrivals
 from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.blocking import Blocker, unscales_itself
-from lightning_nanguard.detectors import Detector, NonFinite, check
+from lightning_nanguard.detectors import Detector
 from lightning_nanguard.diagnosis.clues import Look
 from lightning_nanguard.distributed import Alone, Ranks, first, surest
 from lightning_nanguard.errors import TrainingDivergedError
@@ -514,13 +514,11 @@ class Guard:
         if self.learner.scaler is not None and reading.loss_finite and not reading.finite:
             reading = replace(reading, scaler_skips=True)
         self.non_finite += not reading.finite and not reading.scaler_skips
-        detectors = self._streams.detectors(reading.stream)
         # Further closures of one step (LBFGS) look at bad places on purpose, and are no history.
         if trial is None:
             trial = stepping is not None and self._meter.closures(stepping) > 1
-        if trial:
-            detectors = [detector for detector in detectors if isinstance(detector, NonFinite)]
-        fault = check(detectors, reading)
+        wanders = isinstance(self.learner.optimizers[reading.stream], LBFGS)
+        fault = self._streams.check(reading, trial=trial, wanders=wanders)
         if fault is None or (fault.doubtful and (late or self._many or not self._host.stage.batch_strange())):
             if not trial:
                 self._accept(reading)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import takewhile
 from statistics import median
 from typing import Any, final
 
@@ -60,6 +61,13 @@ class Trend:
     def excursion(self) -> bool:
         """Whether the loss went far above the untrained model's since the start or the last rewind."""
         return self.first is not None and self._highest > self.first + self.scale()
+
+    def far_off(self) -> int:
+        """For how many updates in a row, up to now, the loss has been far above the untrained model's."""
+        if self.first is None:
+            return 0
+        limit = self.first + abs(self.first)
+        return sum(1 for _ in takewhile(lambda loss: loss > limit, reversed(self._losses.values())))
 
     def usual_norm(self) -> float | None:
         """Lower quartile of the healthy gradient norms, of a few the least; ``None`` when fewer than four were seen.

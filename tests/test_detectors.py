@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lightning_nanguard import Detector, DivergingLoss, GradientSpike, NonFinite, Reading
 from lightning_nanguard.detectors import Window, default_detectors, spread
+from lightning_nanguard.streams import Streams
 from lightning_nanguard.trend import Trend
 
 
@@ -206,3 +207,43 @@ def test_a_climb_before_a_fault_is_seen() -> None:
         climbing.accept(reading(step, 2.0 + 0.1 * (step % 4) + (0 if step < 27 else 5.0 * (step - 26)), 1.0))
     assert not calm.climbing()
     assert climbing.climbing()
+
+
+def until_found(streams: Streams, losses: Iterable[float], norms: Iterable[float], wanders: bool) -> list[str]:
+    """Kinds of the faults that are acted on, when what is no fault is accepted."""
+    found = []
+    for step, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+        seen = reading(step, loss, norm)
+        fault = streams.check(seen, wanders=wanders)
+        if fault is None or fault.doubtful:
+            streams.accept(seen)
+        else:
+            found.append(fault.kind)
+    return found
+
+
+@pytest.mark.parametrize("steps", [20, 46])
+def test_one_that_wanders_may_come_back(steps: int) -> None:
+    """A loss far off and back again is a fault, but not of an optimizer that wanders."""
+    losses = [1.0, 0.8, 0.5, 0.3] + [0.2] * 36 + [1e4] * steps + [0.2] * 40
+    norms = [1.0] * 40 + [1e5] * steps + [1.0] * 40
+    assert until_found(Streams(default_detectors()), losses, norms, wanders=False)
+    assert not until_found(Streams(default_detectors()), losses, norms, wanders=True)
+
+
+def test_one_that_wanders_may_have_left() -> None:
+    """A loss that stays far off is a fault of any optimizer; so is what is not finite, at once."""
+    far = [1.0] * 40 + [1e4] * 80
+    assert "exploding_loss" in until_found(Streams(default_detectors()), far, far, wanders=True)
+    assert until_found(Streams(default_detectors()), [1.0, math.nan], [1.0, 1.0], wanders=True) == ["non_finite_loss"]
+    assert until_found(Streams(default_detectors()), [1.0, 1.0], [1.0, 1e20], wanders=True) == ["gradient_overflow"]
+
+
+def test_one_that_wanders_is_still_asked_about_its_batch() -> None:
+    """A finite gradient spike is then in doubt: it counts where the batch is strange."""
+    streams = Streams(default_detectors())
+    until_found(streams, [1.0] * 40, [1.0] * 40, wanders=True)
+    fault = streams.check(reading(40, 1.0, 1e6), wanders=True)
+    assert fault is not None
+    assert fault.kind == "gradient_spike"
+    assert fault.doubtful
