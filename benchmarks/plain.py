@@ -42,11 +42,9 @@ class PlainHost:
     ) -> Guard:
         """A guard of one module and one optimizer, hosted here; ``None`` stands for what ``NaNGuard()`` takes."""
         remedies = default_remedies() if remedies is None else remedies
-        rate = LearningRate([optimizer])
-        rate.attach()
         return Guard(
             learner=Learner(module, [optimizer]),
-            rate=rate,
+            rate=LearningRate([optimizer]),
             make_scope=lambda: BatchScope(module),
             host=self,
             detectors=default_detectors() if detectors is None else detectors,

@@ -42,10 +42,13 @@ class BatchScope:
         self._others = tuple(others)
         self._opened = 0
         self._owners: list[tuple[str, bool, dict[str, Tensor | None]]] = []
+        # Those of all modules that have none so far.
+        self._empty: list[dict[str, Tensor | None]] = []
         self._metrics: list[Metric] = []
         # What the plan was made for, and the plan: copies by name; what is copied, by dtype and device, with its
         # version when the plan was made.
-        self._forms: list[Any] = []
+        self._planned: list[int] | None = None
+        self._held: list[Tensor | None] = []
         self._saved: dict[str, Tensor] = {}
         self._copies: list[tuple[list[Tensor], list[Tensor], list[int]]] = []
         # Large buffers that have not changed so far, with their versions, and those that have.
@@ -55,26 +58,28 @@ class BatchScope:
 
     def open(self) -> None:
         """Remember the state of now."""
-        if self._opened % _LOOK_AGAIN == 0:
+        if self._opened % _LOOK_AGAIN == 0 or any(self._empty):
             self._look()
         self._opened += 1
-        forms = [
-            (id(buffer), buffer.shape, buffer.dtype)
-            for _, _, buffers in self._owners
-            for buffer in buffers.values()
-            if buffer is not None and not is_lazy(buffer)
-        ]
-        changed = {name for name, buffer, version in self._watched if buffer._version != version}
-        if changed or forms != self._forms or self._thorough:
-            self._live |= changed
-            self._forms = forms
-            self._plan()
+        buffers = [buffer for _, _, owned in self._owners for buffer in owned.values()]
+        changed = [name for name, buffer, version in self._watched if buffer._version != version]
+        # The plan holds the buffers it was made for, so that no other can have the identity of one.
+        if changed or self._thorough or list(map(id, buffers)) != self._planned:
+            self._live.update(changed)
+            self._plan(buffers)
         if self._copies:
-            with torch.no_grad():
-                for targets, sources, _ in self._copies:
-                    torch._foreach_copy_(targets, sources)
+            try:
+                self._copy()
+            except RuntimeError:  # one has another shape than it had
+                self._plan(buffers)
+                self._copy()
         self._undo = [other() for other in self._others]
         self._undo += [_remember(metric) for metric in self._metrics]
+
+    def _copy(self) -> None:
+        with torch.no_grad():
+            for targets, sources, _ in self._copies:
+                torch._foreach_copy_(targets, sources)
 
     def _look(self) -> None:
         named = list(self._module.named_modules())
@@ -85,11 +90,17 @@ class BatchScope:
             if isinstance(module, Metric) and not getattr(type(module), "keep_when_skipped", False)
         ]
         self._owners = [
-            (f"{prefix}." if prefix else "", isinstance(module, _NormBase), module._buffers) for prefix, module in named
+            (f"{prefix}." if prefix else "", isinstance(module, _NormBase), module._buffers)
+            for prefix, module in named
+            if module._buffers
         ]
-        self._forms = []
+        self._empty = [module._buffers for _, module in named if not module._buffers]
 
-    def _plan(self) -> None:
+    def _plan(self, buffers: list[Tensor | None]) -> None:
+        # One that forward has still to make keeps its identity then.
+        lazy = any(buffer is not None and is_lazy(buffer) for buffer in buffers)
+        self._planned = None if lazy else list(map(id, buffers))
+        self._held = buffers
         old, self._saved, self._watched = self._saved, {}, []
         groups: dict[Any, tuple[list[Tensor], list[Tensor], list[int]]] = {}
         for name, buffer, normalises in self._touchable():

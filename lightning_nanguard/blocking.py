@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, final
 
 from torch.optim import LBFGS, Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_nanguard.learner import Learner, Path
 from lightning_nanguard.snapshot import Snapshot, capture, restore
@@ -23,10 +21,10 @@ def unscales_itself(optimizer: Optimizer) -> bool:
 class Blocker:
     """Blocks updates and puts back what an optimizer changes all the same.
 
-    Gradients are taken away at the last moment, behind clipping and the user's hooks, some of which fail without them.
-    Torch's own optimizers then do nothing, but for LBFGS, which has by then changed its state and the weights between
-    the closures of the same step. Others may count steps in their groups, or move weights all the same. For those a
-    copy is kept.
+    Gradients are taken away at the last moment (:meth:`hold_back`), behind clipping and the user's hooks, some of which
+    fail without them. Torch's own optimizers then do nothing, but for LBFGS, which has by then changed its state and
+    the weights between the closures of the same step. Others may count steps in their groups, or move weights all the
+    same. For those a copy is kept.
 
     Args:
         learner: Whose updates.
@@ -35,28 +33,14 @@ class Blocker:
     def __init__(self, learner: Learner) -> None:
         self._learner = learner
         self._before: dict[int, Snapshot] = {}
-        self._handles: list[RemovableHandle] = []
         self.blocked: set[int] = set()
-
-    def attach(self) -> None:
-        """Take a place before every optimizer's step; does nothing when it is taken already."""
-        if not self._handles:
-            self._handles = [
-                optimizer.register_step_pre_hook(partial(self._gate, index))
-                for index, optimizer in enumerate(self._learner.optimizers)
-            ]
-
-    def detach(self) -> None:
-        """Leave it again."""
-        while self._handles:
-            self._handles.pop().remove()
+        self._quasi_newton = [i for i, optimizer in enumerate(learner.optimizers) if isinstance(optimizer, LBFGS)]
 
     def open(self) -> None:
         """A batch begins: copy what could not be put back later."""
         self.blocked.clear()
-        for index, optimizer in enumerate(self._learner.optimizers):
-            if isinstance(optimizer, LBFGS):
-                self._keep(index)
+        for index in self._quasi_newton:
+            self._keep(index)
 
     def block(self, stream: int) -> None:
         """Keep the update that this optimizer is about to make from the weights."""
@@ -80,26 +64,14 @@ class Blocker:
             if not isinstance(self._learner.optimizers[stream], LBFGS):
                 del self._before[stream]
 
-    def _gate(
-        self, stream: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # In a closure, which is where Lightning runs forward and backward, the update is judged only now.
-        if kwargs.get("closure") is not None:
-            return args, {**kwargs, "closure": partial(self._behind, stream, kwargs["closure"])}
-        if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
-            return (args[0], partial(self._behind, stream, args[1]), *args[2:]), kwargs
-        self._drop_gradients(stream)
-        return None
-
-    def _behind(self, stream: int, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = closure(*args, **kwargs)
-        self._drop_gradients(stream)
-        return result
-
-    def _drop_gradients(self, stream: int) -> None:
-        if stream in self.blocked and not self._scaler_skips(self._learner.optimizers[stream]):
-            for parameter in self._parameters(stream):
-                parameter.grad = None
+    def hold_back(self, optimizer: Optimizer) -> None:
+        """The gradients of an optimizer are there, and it steps next: take them away if its update is blocked."""
+        if not self.blocked:
+            return
+        for stream in self.blocked:
+            if self._learner.optimizers[stream] is optimizer and not self._scaler_skips(optimizer):
+                for parameter in self._parameters(stream):
+                    parameter.grad = None
 
     def _scaler_skips(self, optimizer: Optimizer) -> bool:
         return self._learner.scaler is not None and unscales_itself(optimizer)

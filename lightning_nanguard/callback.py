@@ -265,20 +265,21 @@ class NaNGuard(GuardCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember what the batch may touch."""
-        run = self._running()
-        run.stage.batch, run.stage.batch_idx = batch, batch_idx
+        run = self._run or self._running()
+        guard, stage = run.guard, run.stage
+        stage.batch, stage.batch_idx = batch, batch_idx
         if run.inquiry.preflight_due:
             run.inquiry.preflight(batch)
-        run.stage.tape.add(run.guard.updates + 1, batch_idx, batch)
-        run.guard.open_batch()
+        stage.tape.add(guard.updates + 1, batch_idx, batch)
+        guard.open_batch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Take the loss."""
-        self._running().guard.see_loss(loss)
+        (self._run or self._running()).guard.see_loss(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, detect, and block a bad update."""
-        run = self._running()
+        run = self._run or self._running()
         stream = run.stream(optimizer)
         if stream is not None:
             run.guard.before_step(stream)
@@ -287,20 +288,21 @@ class NaNGuard(GuardCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Decide, act, record; certify and take snapshots."""
-        run = self._running()
-        run.stage.batch, run.stage.batch_idx = batch, batch_idx
+        run = self._run or self._running()
+        guard, stage = run.guard, run.stage
+        stage.batch, stage.batch_idx = batch, batch_idx
         run.in_batch = True
-        if run.last_good is not None and run.last_good.due(run.guard.updates):
-            run.guard.want_snapshot()
+        if run.last_good is not None and run.last_good.due(guard.updates):
+            guard.want_snapshot()
         try:
-            if run.guard.close_batch():
-                run.stage.remember(run.guard.updates)
+            if guard.close_batch():
+                stage.remember(guard.updates)
             run.inquiry.examine_if_due()
         finally:
             run.in_batch = False
-            run.stage.batch = None
-            if not run.guard.in_window:
-                run.stage.tape.clear()
+            stage.batch = None
+            if not guard.in_window:
+                stage.tape.clear()
 
     def on_validation_batch_end(
         self,

@@ -188,7 +188,7 @@ class NonFinite(Detector):
         """Count overflows in a row."""
         if reading.scaler_skips:
             self._overflows.append(reading.step)
-        else:
+        elif self._overflows:
             self._overflows.clear()
 
     def rewind(self, step: int) -> None:
@@ -386,8 +386,10 @@ class DivergingLoss(Detector):
 
     def _exploding(self, loss: float, scale: float) -> Fault | None:
         assert self._first is not None
-        recent = [*self._losses.last(self._short - 1), loss]
         far = self._first + self.factor * scale
+        if loss <= far:
+            return None
+        recent = [*self._losses.last(self._short - 1), loss]
         much_too_far = self._first + 100 * self.factor * scale
         last = recent[-3:]
         at_once = len(last) == 3 and min(last) > much_too_far and last[-1] >= 0.5 * last[0]
@@ -448,7 +450,8 @@ class DivergingLoss(Detector):
     def _stuck(self, loss: float, scale: float) -> Fault | None:
         assert self._first is not None
         best = self._first if self._best is None else self._best
-        if self._since > self._early or self._since < 12:
+        # What stands still can be looked at now and then.
+        if self._since > self._early or self._since < 12 or self._since % 4:
             return None
         recent = [*self._losses.last(15), loss]
         if len(recent) < 12:
@@ -487,7 +490,8 @@ class DivergingLoss(Detector):
             self._first = loss
         self._losses.append(reading.step, loss)
         self._since += 1
-        if len(self._losses) >= self._short:
+        # The median of the newest hardly falls below the best one while no loss does.
+        if (self._best is None or loss < self._best) and len(self._losses) >= self._short:
             level = median(self._losses.last(self._short))
             if self._best is None or level < self._best:
                 self._best = level

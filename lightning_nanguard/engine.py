@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol, final
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from lightning_nanguard.account import Account, Book
 from lightning_nanguard.arrivals import MAX_DELAY, Arrivals
@@ -230,7 +230,7 @@ class Guard:
                 "was initialised, or at the checkpoint it came from, and start again."
             )
         self._investigator.begin()
-        self._blocker.attach()
+        self.rate.attach(self._blocker.hold_back)
         self._keep_start()
 
     def _keep_start(self) -> None:
@@ -311,8 +311,8 @@ class Guard:
             if self._host.micro_batches() == 1:
                 self._open, self._meter.losses = False, []  # a batch without an update, and none to come of it
             return True
-        self._arrivals.drop_flags()
         if self._settings.deferred or self._many:
+            self._arrivals.drop_flags()
             self.account.mark()
         found = self._take_found()
         self._standing.restored = None
@@ -407,6 +407,8 @@ class Guard:
                 self._handle(one)
 
     def _take_found(self) -> list[_Found]:
+        if not self._found:
+            return []
         found, self._found = self._found, []
         self._standing.bad_in_a_row += any(one.fault.scope == "batch" for one in found)
         return found
@@ -424,7 +426,6 @@ class Guard:
     def close(self) -> None:
         """Let go of the optimizers."""
         self._arrivals.drop_flags()
-        self._blocker.detach()
         self.rate.detach()
         self._ranks.close()
 
@@ -463,7 +464,7 @@ class Guard:
     # Among several ranks; see lightning_nanguard.exchange.
 
     def _tell(self, pending: PendingReading | None, stream: int) -> None:
-        trial = self._meter.closures(stream) > 1
+        trial = self._meter.tries(stream)
         if self._settings.deferred and pending is not None:
             self._arrivals.defer(pending, self._scopes[0])
             self._post_queued(1)
@@ -512,13 +513,12 @@ class Guard:
         ranks: Callable[[], tuple[int, ...]] = tuple,
     ) -> None:
         if self.learner.scaler is not None and reading.loss_finite and not reading.finite:
-            reading = replace(reading, scaler_skips=True)
+            reading = reading._replace(scaler_skips=True)
         self.non_finite += not reading.finite and not reading.scaler_skips
         # Further closures of one step (LBFGS) look at bad places on purpose, and are no history.
         if trial is None:
-            trial = stepping is not None and self._meter.closures(stepping) > 1
-        wanders = isinstance(self.learner.optimizers[reading.stream], LBFGS)
-        fault = self._streams.check(reading, trial=trial, wanders=wanders)
+            trial = stepping is not None and self._meter.tries(stepping)
+        fault = self._streams.check(reading, trial=trial, wanders=self._meter.wanders(reading.stream))
         if fault is None or (fault.doubtful and (late or self._many or not self._host.stage.batch_strange())):
             if not trial:
                 self._accept(reading)
@@ -701,14 +701,16 @@ class Guard:
     # ---------------------------------------------------------------------------------------- healthy
 
     def _healthy(self) -> None:
-        self._standing.bad_in_a_row = 0
-        if all(reading.scaler_skips for reading in self._readings):
+        standing = self._standing
+        standing.bad_in_a_row = 0
+        if self._readings[-1].scaler_skips and all(reading.scaler_skips for reading in self._readings):
             return  # the scaler skipped it: nothing was learned about the state
-        self._standing.healthy_steps += 1
-        if self._standing.healthy_since_restore is not None:
-            self._standing.healthy_since_restore += 1
-        self._certify()
-        if self._keeper.due(self._standing.step):
+        standing.healthy_steps += 1
+        if standing.healthy_since_restore is not None:
+            standing.healthy_since_restore += 1
+        if self.ring.pending is not None:
+            self._certify(self.ring.pending)
+        if self.ring.pending is None and self._keeper.due(standing.step):
             self._capture()
         if not self._settings.observe:
             self._recovery.give_back()
@@ -717,9 +719,8 @@ class Guard:
         global_step, _, _ = self._host.clock()
         return self._keeper.capture(self._standing.step, global_step, self.rate.first(), self._standing.healthy_steps)
 
-    def _certify(self) -> None:
-        pending = self.ring.pending
-        if pending is None or not self.ring.healthy(min(reading.step for reading in self._readings)):
+    def _certify(self, pending: Snapshot) -> None:
+        if not self.ring.healthy(min(reading.step for reading in self._readings)):
             return
         uneasy = self._streams.uneasy(self._readings)
         if uneasy and pending.healthy < _CERTIFY_ANYWAY:

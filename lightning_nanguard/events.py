@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 SCHEMA_VERSION = 1
 """Version of the JSON written by :meth:`Intervention.to_dict`; raised when a field changes its meaning."""
@@ -18,9 +18,10 @@ Scope = Literal["batch", "learner", "state"]
 """What is at fault: one batch, the learner (weights, rate, clipping), or state that went bad by itself."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """What was measured about one update, on the host.
+
+    Made in every step, and so a named tuple, which is the cheapest record that cannot be changed.
 
     Attributes:
         step: The guard's own count of attempted updates; it never goes back.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple, final
 
 from lightning_nanguard.batch_scope import BatchScope
@@ -91,7 +90,7 @@ class Exchange:
         # By the gradient alone, which is the same on all ranks: losses are not.
         if self._learner.scaler is not None and not gradient_finite(reading):
             return True  # whether it is an overflow, or comes from a loss, shows in the losses of all
-        gradient = replace(reading, loss=None, loss_finite=True, finite=gradient_finite(reading))
+        gradient = reading._replace(loss=None, loss_finite=True, finite=gradient_finite(reading))
         return check(self._streams.detectors(reading.stream), gradient) is not None
 
     def tell(

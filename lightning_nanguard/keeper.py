@@ -104,9 +104,7 @@ class Keeper:
         self._wanted = True
 
     def due(self, step: int) -> bool:
-        """Whether a snapshot should be taken after update ``step``."""
-        if self._ring.pending is not None:
-            return False
+        """Whether a snapshot should be taken after update ``step``, where none is pending."""
         since = step - self._last
         return self._wanted or (self._interval.due(since) if self._ranks.world == 1 else since >= self._every)
 

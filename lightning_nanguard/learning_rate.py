@@ -59,6 +59,7 @@ class LearningRate:
         self._max_lr = math.inf
         self._scaled: dict[int, _Scaled] = {}
         self._handles: list[RemovableHandle] = []
+        self._behind: Callable[[Optimizer], None] = _nothing
 
     @property
     def multiplier(self) -> float:
@@ -105,6 +106,10 @@ class LearningRate:
 
     def first(self) -> float | None:
         """Effective rate of the first group, ``None`` where reading it would wait for a device."""
+        if self._optimizers and not self.is_on():  # asked for in every step: the short way
+            rate = self._optimizers[0].param_groups[0].get("lr")
+            if isinstance(rate, float):
+                return rate
         rate = next(self._scheduled_rates(), None)
         if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu"):
             return None
@@ -114,10 +119,16 @@ class LearningRate:
         """What the user's scheduler or configuration says, in the same order as :meth:`effective`."""
         return [float(rate) for rate in self._scheduled_rates()]
 
-    def attach(self) -> None:
-        """Registers the hooks around every optimizer's ``step``; does nothing when they are there already."""
+    def attach(self, behind: Callable[[Optimizer], None] | None = None) -> None:
+        """Registers the hooks around every optimizer's ``step``; does nothing when they are there already.
+
+        Args:
+            behind: Called in each step when its gradients are there: behind the closure, or at the beginning of a step
+                without one.
+        """
         if self._handles:
             return
+        self._behind = behind or _nothing
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
@@ -162,15 +173,15 @@ class LearningRate:
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # The closure is wrapped at a multiplier of 1.0 as well: the guard changes the multiplier inside it.
-        if kwargs.get("closure") is not None:
-            kwargs = {**kwargs, "closure": partial(self._run_closure, optimizer, kwargs["closure"])}
+        closure = kwargs.get("closure")
+        if closure is not None:
+            kwargs = {**kwargs, "closure": partial(self._run_closure, optimizer, closure)}
         elif len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
             args = (args[0], partial(self._run_closure, optimizer, args[1]), *args[2:])
         else:
-            self._apply(optimizer)
-            return None
+            self._behind(optimizer)
         # Some optimizers (LBFGS) read the rate before they call the closure, most of them after it: serve both.
         self._apply(optimizer)
         return args, kwargs
@@ -178,6 +189,7 @@ class LearningRate:
     def _run_closure(self, optimizer: Optimizer, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._withdraw(optimizer)
         result = closure(*args, **kwargs)
+        self._behind(optimizer)
         self._apply(optimizer)
         return result
 
@@ -278,6 +290,10 @@ class _Scaled:
                     self.written.copy_(self.scheduled)
         elif self.is_what_we_wrote(self.group["lr"]):
             self.group["lr"] = self.scheduled
+
+
+def _nothing(optimizer: Optimizer) -> None:
+    pass
 
 
 def _check(multiplier: float, min_lr: float, max_lr: float) -> None:

@@ -35,7 +35,11 @@ def dense_values(gradient: Tensor) -> Tensor:
 
 def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     """The gradients there are; sparse ones as the numbers they store, sharded ones as this rank's part."""
-    found = [gradient for p in parameters if (gradient := p.grad) is not None]
+    return plain([gradient for p in parameters if (gradient := p.grad) is not None])
+
+
+def plain(found: list[Tensor]) -> list[Tensor]:
+    """Sparse gradients as the numbers they store, sharded ones as this rank's part, others as they are."""
     if set(map(type, found)) - {Tensor}:
         found = [local(gradient) for gradient in found]
     # One pass in C: a call for each costs more than the norm on a model of many small parameters.

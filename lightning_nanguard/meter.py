@@ -11,7 +11,16 @@ from torch.optim import LBFGS
 from lightning_nanguard.blocking import unscales_itself
 from lightning_nanguard.events import Reading
 from lightning_nanguard.learner import Learner
-from lightning_nanguard.measure import PendingReading, exact_norm, gradients, partial_norms, pend, suspects, total_norm
+from lightning_nanguard.measure import (
+    PendingReading,
+    exact_norm,
+    gradients,
+    partial_norms,
+    pend,
+    plain,
+    suspects,
+    total_norm,
+)
 
 
 @final
@@ -26,26 +35,32 @@ class Meter:
     def __init__(self, learner: Learner, micro_batches: Callable[[], int]) -> None:
         self._learner = learner
         self._micro_batches = micro_batches
+        # What may measure several times in one step.
+        self._quasi_newton = {i for i, optimizer in enumerate(learner.optimizers) if isinstance(optimizer, LBFGS)}
         self._measured: dict[int, int] = {}
+        self._among = 1
         self.losses: list[Tensor] = []
 
     def see_loss(self, loss: Tensor) -> None:
         """Take the loss of one backward, as it is given to it."""
+        self._among = self._micro_batches()
         loss = loss.detach()
         # A captured graph writes the next micro-batch's loss to the same place.
-        self.losses.append(loss.clone() if self._micro_batches() > 1 else loss)
+        self.losses.append(loss.clone() if self._among > 1 else loss)
 
     def measure(self, step: int, stream: int) -> PendingReading | None:
         """Loss and gradient of update ``step``, on their way; ``None`` where there is neither."""
-        self._measured[stream] = self._measured.get(stream, 0) + 1
+        if stream in self._quasi_newton:
+            self._measured[stream] = self._measured.get(stream, 0) + 1
+        scale = self.loss_scale()
         return pend(
             step=step,
             stream=stream,
             losses=self.losses,
-            loss_factor=self._micro_batches() / len(self.losses) if self.losses else 1.0,
-            values=gradients(self._parameters(stream)),
-            loss_scale=self.loss_scale(),
-            gradients_scaled=unscales_itself(self._learner.optimizers[stream]),
+            loss_factor=self._among / len(self.losses) if self.losses else 1.0,
+            values=self._gradients(stream),
+            loss_scale=scale,
+            gradients_scaled=scale is not None and unscales_itself(self._learner.optimizers[stream]),
         )
 
     def read(self, pending: PendingReading) -> Reading:
@@ -53,18 +68,19 @@ class Meter:
         return pending.read(lambda: self._confirm(pending.stream))
 
     def _confirm(self, stream: int) -> float | None:
-        values = gradients(self._parameters(stream))
+        values = self._gradients(stream)
         return None if suspects(values) else exact_norm(values)
 
     def norm(self, stream: int) -> float:
         """Norm of the gradients at hand, in this process."""
-        values = gradients(self._parameters(stream))
+        values = self._gradients(stream)
         return float(total_norm(partial_norms(values))) if values else 0.0
 
     def bad_gradient(self, stream: int) -> str | None:
         """The first gradient at hand that is not finite, in words."""
         names = self._learner.parameter_names()
-        parameters = [parameter for parameter in self._parameters(stream) if parameter.grad is not None]
+        groups = self._learner.optimizers[stream].param_groups
+        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         bad = suspects(gradients(parameters))
         return f"gradient of {names.get(id(parameters[bad[0]]), 'a parameter')}" if bad else None
 
@@ -73,13 +89,18 @@ class Meter:
         # The tensor itself: get_scale() reads from the device.
         return None if self._learner.scaler is None else getattr(self._learner.scaler, "_scale", None)
 
-    def closures(self, stream: int) -> int:
-        """How often the step at hand of an optimizer was measured: LBFGS runs its closure several times."""
-        return self._measured[stream] if isinstance(self._learner.optimizers[stream], LBFGS) else 1
+    def wanders(self, stream: int) -> bool:
+        """Whether an optimizer goes far off and comes back by itself, as LBFGS does on mini-batches."""
+        return stream in self._quasi_newton
+
+    def tries(self, stream: int) -> bool:
+        """Whether what was measured last is of a further closure of the same step, which only tries a place out."""
+        return self._measured.get(stream, 1) > 1
 
     def end_batch(self) -> None:
         """Closures are counted anew."""
         self._measured.clear()
 
-    def _parameters(self, stream: int) -> list[Tensor]:
-        return [p for group in self._learner.optimizers[stream].param_groups for p in group["params"]]
+    def _gradients(self, stream: int) -> list[Tensor]:
+        groups = self._learner.optimizers[stream].param_groups
+        return plain([grad for group in groups for p in group["params"] if (grad := p.grad) is not None])

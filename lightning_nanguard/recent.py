@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any, final
 
 from lightning_nanguard.measure import largest_magnitudes, nested_tensors, size
@@ -16,17 +15,6 @@ _MAX_BYTES = 64 << 20
 _MEASURE_EVERY = 16
 # How many times the largest number of the batches before makes a batch strange.
 _FAR = 100.0
-
-
-@final
-class _Kept:
-    def __init__(self, batch: Any, batch_idx: int) -> None:
-        self.batch = batch
-        self.batch_idx = batch_idx
-
-    @cached_property
-    def magnitudes(self) -> list[float]:
-        return largest_magnitudes(self.batch)
 
 
 @final
@@ -42,23 +30,21 @@ class RecentBatches:
     """
 
     def __init__(self) -> None:
-        self._kept: deque[_Kept] = deque(maxlen=_MOST)
-        self._room = _MOST
+        self._kept: deque[tuple[Any, int]] = deque(maxlen=_MOST)
         self._taken = 0
 
     def add(self, batch: Any, batch_idx: int) -> None:
         """Take a batch that turned out healthy, once."""
-        if self._kept and self._kept[-1].batch is batch:
+        if self._kept and self._kept[-1][0] is batch:
             return
         if self._taken % _MEASURE_EVERY == 0:
-            self._room = _MAX_BYTES // max(1, sum(map(size, nested_tensors(batch))))
+            room = _MAX_BYTES // max(1, sum(map(size, nested_tensors(batch))))
+            self._kept = deque(self._kept, maxlen=min(_MOST, room))
         self._taken += 1
-        self._kept.append(_Kept(batch, batch_idx))
-        while len(self._kept) > self._room:
-            self._kept.popleft()
+        self._kept.append((batch, batch_idx))
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        return iter([(kept.batch, kept.batch_idx) for kept in self._kept])
+        return iter(list(self._kept))
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -69,7 +55,7 @@ class RecentBatches:
         ``None`` where there are fewer than two to compare with, or none of the same structure. Reads from the device.
         """
         mine = largest_magnitudes(batch)
-        others = [kept.magnitudes for kept in self._kept if len(kept.magnitudes) == len(mine)]
+        others = [one for kept, _ in self._kept if len(one := largest_magnitudes(kept)) == len(mine)]
         if len(others) < 2 or not mine:
             return None
         return any(not one <= _FAR * max(before) for one, *before in zip(mine, *others, strict=True) if max(before) > 0)

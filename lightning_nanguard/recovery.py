@@ -77,6 +77,8 @@ class Recovery:
 
     def give_back(self) -> None:
         """After a healthy update: raise the rate, review it, end clipping, where it is time."""
+        if not self._rate.is_on() and self.clipper.value is None:
+            return
         standing, reduce = self._standing, self._reduce
         standing.restored = None
         before = self._rate.effective() if self._rate.is_on() else []

@@ -133,7 +133,6 @@ class Run:
         self.guard.start()
         self._limit_memory(max_memory)
         rate = self.guard.rate
-        rate.attach()
         self._undos = [
             around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw),
             guard_saves(self._trainer, self.guard.before_save, self.guard.mend),

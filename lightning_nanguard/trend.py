@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
-from itertools import takewhile
+from itertools import islice, takewhile
 from statistics import median
 from typing import Any, final
 
-from lightning_nanguard.detectors import Window, spread
+from lightning_nanguard.detectors import spread
 from lightning_nanguard.events import Reading
+
+# How many readings are looked back at.
+_LOSSES = 64
+_NORMS = 128
 
 
 @final
@@ -17,40 +22,43 @@ class Trend:
     """Usual norms, loss level, and whether either was climbing."""
 
     def __init__(self) -> None:
-        self._losses = Window(64)
-        self._norms = Window(128)
+        # Step, loss and norm of each reading; this is written in every step, and seldom read.
+        self._read: deque[tuple[int, float | None, float | None]] = deque(maxlen=_NORMS)
         self._highest = -math.inf
         self.first: float | None = None
 
     def accept(self, reading: Reading) -> None:
         """Take a healthy reading."""
-        if reading.loss is not None and math.isfinite(reading.loss):
+        loss = reading.loss if reading.loss_finite else None
+        self._read.append((reading.step, loss, reading.grad_norm if reading.finite else None))
+        if loss is not None:
             if self.first is None:
-                self.first = reading.loss
-            self._highest = max(self._highest, reading.loss)
-            self._losses.append(reading.step, reading.loss)
-        if reading.grad_norm is not None and reading.finite:
-            self._norms.append(reading.step, reading.grad_norm)
+                self.first = loss
+            if loss > self._highest:
+                self._highest = loss
 
     def rewind(self, step: int) -> None:
         """Forget what was read after ``step``."""
-        self._losses.rewind(step)
-        self._norms.rewind(step)
-        self._highest = max(self._losses.values(), default=-math.inf)
+        while self._read and self._read[-1][0] > step:
+            self._read.pop()
+        self._highest = max(self.losses(), default=-math.inf)
 
     def scale(self) -> float:
         """The loss's own scale: the untrained model's loss, or its noise where that is larger."""
-        values = self._losses.last(32)
+        values = self.losses(32)
         noise = spread(values) if len(values) >= 8 else 0.0
         return max(abs(self.first) if self.first is not None else 0.0, noise, 1e-12)
 
-    def losses(self) -> list[float]:
-        """The newest losses, at most 64, the oldest first."""
-        return list(self._losses.values())
+    def losses(self, count: int = _LOSSES) -> list[float]:
+        """The losses of the newest ``count`` readings, the oldest first."""
+        return [loss for _, loss, _ in islice(self._read, max(0, len(self._read) - count), None) if loss is not None]
+
+    def _norms(self, count: int = _NORMS) -> list[float]:
+        return [norm for _, _, norm in islice(self._read, max(0, len(self._read) - count), None) if norm]
 
     def level(self) -> float | None:
         """Median of the newest losses."""
-        values = self._losses.last(8)
+        values = self.losses(8)
         return median(values) if values else None
 
     def learning(self) -> bool:
@@ -67,37 +75,38 @@ class Trend:
         if self.first is None:
             return 0
         limit = self.first + abs(self.first)
-        return sum(1 for _ in takewhile(lambda loss: loss > limit, reversed(self._losses.values())))
+        return sum(1 for _ in takewhile(lambda loss: loss > limit, reversed(self.losses())))
 
     def usual_norm(self) -> float | None:
         """Lower quartile of the healthy gradient norms, of a few the least; ``None`` when fewer than four were seen.
 
         A run on its way out raises the median long before a norm counts as a fault.
         """
-        norms = sorted(norm for norm in self._norms.values() if norm > 0)
+        norms = sorted(self._norms())
         if len(norms) < 4:
             return None
         return norms[0] if len(norms) < 20 else norms[len(norms) // 4]
 
     def climbing(self) -> bool:
         """Whether losses or norms had left their usual range just before now, upwards."""
-        return _left(self._losses.last(32), 0.5 * self.scale()) or _left(
-            [math.log(norm) for norm in self._norms.last(32) if norm > 0], math.log(5.0)
+        return _left(self.losses(32), 0.5 * self.scale()) or _left(
+            [math.log(norm) for norm in self._norms(32)], math.log(5.0)
         )
 
     def state_dict(self) -> dict[str, Any]:
         """The history in plain containers."""
         return {
-            "losses": self._losses.state(),
-            "norms": self._norms.state(),
+            "losses": [[step, loss] for step, loss, _ in self._read if loss is not None],
+            "norms": [[step, norm] for step, _, norm in self._read if norm is not None],
             "highest": self._highest,
             "first": self.first,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self._losses.load(state["losses"])
-        self._norms.load(state["norms"])
+        self._read.clear()
+        losses, norms = dict(state["losses"]), dict(state["norms"])
+        self._read.extend((step, losses.get(step), norms.get(step)) for step in sorted({*losses, *norms}))
         self._highest = float(state["highest"])
         self.first = state["first"]
 
