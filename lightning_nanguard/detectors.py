@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Mapping
 from statistics import fmean, median
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 from lightning_nanguard.events import Fault, Reading
 
@@ -83,6 +83,22 @@ class Window:
         self._items.extend((int(step), float(value)) for step, value in state)
 
 
+AT_ONCE = 16
+"""How many healthy readings are accepted at once, at most."""
+
+
+class Limits(NamedTuple):
+    """A finite reading below both is no fault.
+
+    Attributes:
+        loss: Which the loss has to be below.
+        norm: Which the gradient norm must not be above.
+    """
+
+    loss: float
+    norm: float
+
+
 class Detector(ABC):
     """Looks at one stream of readings (one optimizer) and says what is wrong with the newest, if anything is.
 
@@ -105,6 +121,13 @@ class Detector(ABC):
     def uneasy(self, reading: Reading) -> bool:
         """Whether a state should not be certified on this reading, though it is no fault."""
         return False
+
+    def limits(self) -> Limits | None:
+        """Below what the next :data:`AT_ONCE` readings are no fault, ``None`` where each has to be looked at.
+
+        Readings below the limits of all detectors are accepted some at a time, which is cheaper.
+        """
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """The history in plain containers."""
@@ -191,6 +214,10 @@ class NonFinite(Detector):
         elif self._overflows:
             self._overflows.clear()
 
+    def limits(self) -> Limits:
+        """Anything finite whose square is."""
+        return Limits(math.inf, self._square_overflows)
+
     def rewind(self, step: int) -> None:
         """Start counting overflows anew."""
         self._overflows.clear()
@@ -266,6 +293,10 @@ class GradientSpike(Detector):
             else f"the gradient norm is {norm:.3g} after having been 0",
             doubtful,
         )
+
+    def limits(self) -> Limits:
+        """Ten times the newest norm: a spike is ten times the largest of the window, in which that one stays."""
+        return Limits(math.inf, self._above_largest * self._newest)
 
     def _warming_up(self) -> bool:
         return 2 <= len(self._norms) < self.warmup
@@ -369,16 +400,26 @@ class DivergingLoss(Detector):
         loss = reading.loss
         if loss is None or self._first is None or len(self._losses) < self.warmup or reading.step < self._quiet_until:
             return None
-        # The cheap question first: a loss well below the untrained level, or nearer to its best than to that level, is
-        # none of the shapes; and one that began at 0 has no scale.
-        scale = self._scale()
-        best = self._first if self._best is None else self._best
-        low = min(self._first - 0.3 * scale, 0.5 * (best + self._first))
-        if self.patience <= self._since <= self._early:
-            low = min(low, self._first - self._at_rest * scale)
-        if self._first == 0 or loss < low:
+        # One that began at 0 has no scale.
+        if self._first == 0 or loss < self._low(self._since):
             return None
+        scale = self._scale()
         return self._exploding(loss, scale) or self._collapsed(loss, scale) or self._stuck(loss, scale)
+
+    def limits(self) -> Limits:
+        """What :meth:`check` does not look at, now or a few readings later."""
+        if self._first is None or len(self._losses) < self.warmup:
+            return Limits(-math.inf, math.inf)
+        return Limits(min(self._low(self._since), self._low(self._since + AT_ONCE)), math.inf)
+
+    def _low(self, since: int) -> float:
+        # Well below the untrained level, or nearer to its best than to that level, a loss is none of the shapes.
+        assert self._first is not None
+        best = self._first if self._best is None else self._best
+        low = min(self._first - 0.3 * self._scale(), 0.5 * (best + self._first))
+        if self.patience <= since <= self._early:
+            low = min(low, self._first - self._at_rest * self._scale())
+        return low
 
     def _scale(self) -> float:
         assert self._first is not None

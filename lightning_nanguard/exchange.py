@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import NamedTuple, final
 
 from lightning_nanguard.batch_scope import BatchScope
-from lightning_nanguard.detectors import check
 from lightning_nanguard.distributed import Posted, Ranks, Report, combined, conspicuous
 from lightning_nanguard.events import Fault, Reading
 from lightning_nanguard.keeper import Keeper
@@ -91,7 +90,7 @@ class Exchange:
         if self._learner.scaler is not None and not gradient_finite(reading):
             return True  # whether it is an overflow, or comes from a loss, shows in the losses of all
         gradient = reading._replace(loss=None, loss_finite=True, finite=gradient_finite(reading))
-        return check(self._streams.detectors(reading.stream), gradient) is not None
+        return self._streams.check(gradient) is not None
 
     def tell(
         self, reading: Reading, scope: BatchScope, *, suspects: bool = False, held_back: bool = False, trial: bool

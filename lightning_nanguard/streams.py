@@ -3,17 +3,80 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
-from lightning_nanguard.detectors import Detector, NonFinite, check
+from lightning_nanguard.detectors import AT_ONCE, Detector, Limits, NonFinite, check
 from lightning_nanguard.events import Fault, Reading
 from lightning_nanguard.trend import Trend
 
 # Steps in a row far off after which one that wanders has left: of 240 healthy LBFGS runs one came back after 46.
 _COMES_BACK = 60
+
+
+# A reading that lies below these is below nothing.
+_ALL = Limits(-math.inf, -math.inf)
+
+
+@final
+class _Stream:
+    """What is known of one optimizer. Readings below all limits wait until there are some, or somebody asks."""
+
+    def __init__(self, detectors: list[Detector]) -> None:
+        self._detectors = detectors
+        self._trend = Trend()
+        self._waiting: list[Reading] = []
+        self._loss, self._norm = _ALL
+
+    def is_calm(self, reading: Reading) -> bool:
+        """Whether no detector needs to look at a reading."""
+        loss, norm = reading.loss, reading.grad_norm
+        return reading.finite and (loss is None or loss < self._loss) and (norm is None or norm <= self._norm)
+
+    def accept(self, reading: Reading) -> None:
+        """Take a healthy reading."""
+        self._waiting.append(reading)
+        if len(self._waiting) >= AT_ONCE:
+            self.up_to_date()
+
+    def up_to_date(self) -> tuple[list[Detector], Trend]:
+        """Detectors and trend that have taken every reading."""
+        if self._waiting:
+            for reading in self._waiting:
+                for detector in self._detectors:
+                    detector.accept(reading)
+                self._trend.accept(reading)
+            self._waiting.clear()
+            self._find_limits()
+        return self._detectors, self._trend
+
+    def _find_limits(self) -> None:
+        limits = [detector.limits() or _ALL for detector in self._detectors]
+        self._loss = min([one.loss for one in limits], default=math.inf)
+        self._norm = min([one.norm for one in limits], default=math.inf)
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after update ``step``."""
+        detectors, trend = self.up_to_date()
+        trend.rewind(step)
+        for detector in detectors:
+            detector.rewind(step)
+        self._find_limits()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        detectors, trend = self.up_to_date()
+        histories = [[type(detector).__qualname__, detector.state_dict()] for detector in detectors]
+        return {"trend": trend.state_dict(), "detectors": histories}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._trend.load_state_dict(state["trend"])
+        _take_histories_up(self._detectors, state["detectors"])
+        self._find_limits()
 
 
 @final
@@ -26,15 +89,12 @@ class Streams:
 
     def __init__(self, prototypes: Sequence[Detector]) -> None:
         self._prototypes = tuple(prototypes)
-        self._detectors: dict[int, list[Detector]] = {}
-        self._trends: dict[int, Trend] = {}
+        self._streams: dict[int, _Stream] = {}
 
-    def detectors(self, stream: int) -> list[Detector]:
-        """The detectors of an optimizer; from now on it is known."""
-        if stream not in self._detectors:
-            self._detectors[stream] = [copy.deepcopy(detector) for detector in self._prototypes]
-            self._trends[stream] = Trend()
-        return self._detectors[stream]
+    def _made(self, stream: int) -> _Stream:
+        if stream not in self._streams:
+            self._streams[stream] = _Stream([copy.deepcopy(detector) for detector in self._prototypes])
+        return self._streams[stream]
 
     def check(self, reading: Reading, *, trial: bool = False, wanders: bool = False) -> Fault | None:
         """What the detectors of its optimizer find in a reading; from now on that optimizer is known.
@@ -45,7 +105,10 @@ class Streams:
             wanders: Whether the optimizer goes far off and comes back by itself, as LBFGS does on mini-batches: a
                 finite spike is then the batch's only where that is strange too, and a loss far off is one that stays.
         """
-        detectors = self.detectors(reading.stream)
+        stream = self._made(reading.stream)
+        if stream.is_calm(reading):
+            return None
+        detectors, trend = stream.up_to_date()
         if trial:
             return check([detector for detector in detectors if isinstance(detector, NonFinite)], reading)
         fault = check(detectors, reading)
@@ -53,19 +116,18 @@ class Streams:
             return fault
         if fault.kind == "gradient_spike":
             return replace(fault, doubtful=True)
-        far_off = self._trends[reading.stream].far_off()
+        far_off = trend.far_off()
         returns = far_off > 0 or fault.kind == "unsteady_loss"
         return None if fault.scope == "learner" and returns and far_off < _COMES_BACK else fault
 
     def trend(self, stream: int) -> Trend | None:
         """History of an optimizer's losses and norms, ``None`` before its first reading."""
-        return self._trends.get(stream)
+        known = self._streams.get(stream)
+        return None if known is None else known.up_to_date()[1]
 
     def accept(self, reading: Reading) -> None:
         """Take a reading into the history of its optimizer, which is known."""
-        for detector in self._detectors[reading.stream]:
-            detector.accept(reading)
-        self._trends[reading.stream].accept(reading)
+        self._streams[reading.stream].accept(reading)
 
     def dismiss(self, reading: Reading) -> bool:
         """The fault seen in a reading was none.
@@ -73,46 +135,37 @@ class Streams:
         Returns:
             Whether its optimizer is known.
         """
-        for detector in self._detectors.get(reading.stream, ()):
+        known = self._streams.get(reading.stream)
+        for detector in () if known is None else known.up_to_date()[0]:
             detector.dismiss(reading)
-        return reading.stream in self._detectors
+        return known is not None
 
     def rewind(self, step: int) -> None:
         """Forget what came after update ``step``."""
-        for stream, detectors in self._detectors.items():
-            self._trends[stream].rewind(step)
-            for detector in detectors:
-                detector.rewind(step)
+        for stream in self._streams.values():
+            stream.rewind(step)
 
     def uneasy(self, readings: Sequence[Reading]) -> bool:
         """Whether a detector is uneasy about one of some readings."""
-        return any(detector.uneasy(r) for r in readings for detector in self._detectors[r.stream])
+        return any(detector.uneasy(r) for r in readings for detector in self._streams[r.stream].up_to_date()[0])
 
     def learning(self) -> bool:
         """Whether all losses are falling, or have fallen and stayed there."""
-        return all(trend.learning() for trend in self._trends.values())
+        return all(stream.up_to_date()[1].learning() for stream in self._streams.values())
 
     def scale(self) -> float:
         """The largest scale of a loss."""
-        return max((trend.scale() for trend in self._trends.values()), default=0.0)
+        return max((stream.up_to_date()[1].scale() for stream in self._streams.values()), default=0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""
-        return {
-            str(stream): {
-                "trend": self._trends[stream].state_dict(),
-                "detectors": [[type(detector).__qualname__, detector.state_dict()] for detector in detectors],
-            }
-            for stream, detectors in self._detectors.items()
-        }
+        return {str(index): stream.state_dict() for index, stream in self._streams.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        for stream, saved in state.items():
-            trend = self._trends[int(stream)] = Trend()
-            trend.load_state_dict(saved["trend"])
-            detectors = self._detectors[int(stream)] = [copy.deepcopy(detector) for detector in self._prototypes]
-            _take_histories_up(detectors, saved["detectors"])
+        self._streams.clear()
+        for index, saved in state.items():
+            self._made(int(index)).load_state_dict(saved)
 
 
 def _take_histories_up(detectors: Sequence[Detector], saved: Sequence[Sequence[Any]]) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_nanguard import Detector, DivergingLoss, GradientSpike, NonFinite, Reading
-from lightning_nanguard.detectors import Window, default_detectors, spread
+from lightning_nanguard.detectors import AT_ONCE, Window, check, default_detectors, spread
 from lightning_nanguard.streams import Streams
 from lightning_nanguard.trend import Trend
 
@@ -247,3 +247,78 @@ def test_one_that_wanders_is_still_asked_about_its_batch() -> None:
     assert fault is not None
     assert fault.kind == "gradient_spike"
     assert fault.doubtful
+
+
+def one_by_one(detectors: Sequence[Detector], readings: Iterable[Reading]) -> list[tuple[int, str]]:
+    """Faults when every detector looks at every reading and takes it at once."""
+    found = []
+    for seen in readings:
+        fault = check(detectors, seen)
+        if fault is None:
+            for detector in detectors:
+                detector.accept(seen)
+        else:
+            found.append((seen.step, fault.kind))
+    return found
+
+
+def some_at_a_time(detectors: Sequence[Detector], readings: Iterable[Reading]) -> list[tuple[int, str]]:
+    """Faults when what lies below the detectors' limits is taken some at a time."""
+    streams, found = Streams(detectors), []
+    for seen in readings:
+        fault = streams.check(seen)
+        if fault is None:
+            streams.accept(seen)
+        else:
+            found.append((seen.step, fault.kind))
+    return found
+
+
+@given(st.lists(st.floats(-14, 30), min_size=1, max_size=120), st.integers(0, 2**16))
+@settings(max_examples=200, deadline=None)
+def test_limits_hide_no_spike(exponents: list[float], seed: int) -> None:
+    """However norms jump about, limits change nothing about which of them are faults."""
+    draw = random.Random(seed)
+    norms = [math.exp(x) if draw.random() < 0.3 else 1 + draw.random() for x in exponents]
+    readings = [reading(step, 0.5, norm) for step, norm in enumerate(norms)]
+    assert some_at_a_time([NonFinite(), GradientSpike()], readings) == one_by_one(
+        [NonFinite(), GradientSpike()], readings
+    )
+
+
+@given(st.integers(5, 90), st.floats(0.02, 0.9), st.floats(1.0, 1e4), st.integers(0, 2**16))
+@settings(max_examples=100, deadline=None)
+def test_limits_hide_no_divergence(left_at: int, learned: float, level: float, seed: int) -> None:
+    """A loss that leaves is found at the same reading, or some later where it lay about the limit."""
+    draw = random.Random(seed)
+    losses = [1 - learned * min(1, step / 30) if step < left_at else level for step in range(200)]
+    readings = [reading(step, loss * (1 + 0.05 * draw.random())) for step, loss in enumerate(losses)]
+    alone = one_by_one([DivergingLoss()], readings)
+    together = some_at_a_time([DivergingLoss()], readings)
+    assert bool(alone) == bool(together)
+    if alone:
+        assert 0 <= together[0][0] - alone[0][0] <= AT_ONCE
+
+
+def test_a_detector_without_limits_sees_every_reading() -> None:
+    """A detector of a user's own is asked about each reading, and given each before the next."""
+
+    class Counting(Detector):
+        def __init__(self) -> None:
+            self.seen, self.taken = 0, 0
+
+        def check(self, reading: Reading) -> None:
+            assert self.taken == reading.step
+            self.seen += 1
+
+        def accept(self, reading: Reading) -> None:
+            self.taken += 1
+
+        def state_dict(self) -> dict[str, int]:
+            return {"seen": self.seen}
+
+    streams = Streams([NonFinite(), Counting()])
+    for step in range(20):
+        streams.check(reading(step))
+        streams.accept(reading(step))
+    assert streams.state_dict()["0"]["detectors"][1] == [Counting.__qualname__, {"seen": 20}]
