@@ -84,8 +84,8 @@ class TrainerStage:
         """The batch at hand is over, in which update ``update`` was the last; keep what turned out healthy."""
         if not self._delay:
             self.recent.add(self.batch, self.batch_idx)
-        elif micros := self.tape.of(update - self._delay):
-            self.recent.add(micros[-1].batch, micros[-1].index)
+        elif (newest := self.tape.last(update - self._delay)) is not None:
+            self.recent.add(*newest)
 
     @contextmanager
     def showing(self, update: int) -> Iterator[bool]:

@@ -20,6 +20,7 @@ from lightning_nanguard.measure import Parcel, PendingReading
 from tests.helpers import (
     FaultAt,
     Task,
+    TwoOptimizers,
     batches,
     data_for,
     differences,
@@ -209,6 +210,31 @@ def test_the_first_batches_are_bad(bad: list[int], make: Callable[..., Any], tmp
     assert non_finite(state_of(run)["state_dict"]) == []
     assert set(words(guard)) <= {("skip",), ("restore",)}
     assert guard.interventions[0].snapshot_step in (None, 0)
+
+
+@pytest.mark.usefixtures("late")
+def test_bad_windows_that_keep_coming(tmp_path: Path) -> None:
+    """So it is where an update is made of several batches: the batch shown for a late fault is one of its window."""
+    bad = list(range(42, 400, 40))
+    guard = NaNGuard(snapshot_every_n_steps=2, readback="deferred")
+    data = [with_nan(batch) if index in bad else batch for index, batch in enumerate(data_for("norm", 400))]
+    run = fit(task("norm", plain), data, guard, folder=tmp_path, accumulate_grad_batches=4)
+    assert words(guard) == [("restore",)] * 3 + [("skip",)] * (len(bad) - 3)
+    assert [i.cause for i in guard.interventions] == ["non_finite_input"] * len(bad)
+    assert non_finite(state_of(run)["state_dict"]) == []
+
+
+@pytest.mark.usefixtures("late")
+def test_bad_losses_of_one_optimizer_that_keep_coming(tmp_path: Path) -> None:
+    """Under manual optimization, where no batch can be run again to tell, one rollback is enough: bad losses are no
+    reason to slow the learner down."""
+    bad = list(range(10, 200, 10))
+    guard = NaNGuard(snapshot_every_n_steps=2, readback="deferred")
+    fault = FaultAt("loss", math.nan, bad)
+    run = fit(TwoOptimizers(), batches(count=200), guard, folder=tmp_path, callbacks=[fault])
+    assert words(guard) == [("restore",)] + [("skip",)] * 2 * (len(bad) - 1)  # each bad batch skips two optimizers
+    assert guard.lr_multiplier == 1.0
+    assert non_finite(state_of(run)["state_dict"]) == []
 
 
 @pytest.mark.usefixtures("late")

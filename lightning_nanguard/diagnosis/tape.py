@@ -70,6 +70,10 @@ class Tape:
         known = max((one[0] for one in self._micros if one[0] <= update), default=None)
         return self._made(() if known is None else (known,))
 
+    def last(self, update: int) -> tuple[Any, int] | None:
+        """The newest batch of an update and its index, ``None`` where it is no longer there."""
+        return next(((batch, index) for known, index, batch, _ in reversed(self._micros) if known <= update), None)
+
     def newest(self, updates: int = 1) -> list[Micro]:
         """The micro-batches of the last updates."""
         return self._made(sorted({one[0] for one in self._micros})[-updates:])
