@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import socket
 import struct
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, final
+from weakref import WeakSet
 
 _PATIENCE = 1800.0  # seconds, as long as a collective of gloo waits
 _UNREAD = 16  # letters not yet read; what a socket holds is several times as much
@@ -39,6 +41,7 @@ class Lines:
         self._rank = rank
         self._sockets = dict(sorted(sockets.items()))
         self._unread: dict[int, deque[Letter]] = {other: deque() for other in self._sockets}
+        _here.add(self)
 
     def post(self, data: bytes) -> Letter:
         """Send a message to all, without waiting."""
@@ -75,6 +78,24 @@ class Lines:
             with contextlib.suppress(OSError):
                 line.shutdown(socket.SHUT_RDWR)
             line.close()
+
+    def let_go(self) -> None:
+        """Only this process is through with them: another one holds them too."""
+        for line in self._sockets.values():
+            line.close()
+
+
+_here: WeakSet[Lines] = WeakSet()
+
+
+def _let_go() -> None:
+    # A worker of a DataLoader may outlive its rank, and while it held the ends nobody would see that the rank has gone.
+    for lines in list(_here):
+        lines.let_go()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _receive(line: socket.socket, other: int, size: int) -> bytes:

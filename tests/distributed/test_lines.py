@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +91,48 @@ def test_silence_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         one.read(one.post(b"?"))
     one.close()
     other.close()
+
+
+def gather_over(pipe: Connection, rank: int) -> Callable[[Any], list[Any]]:
+    """How two processes bring their values to each other."""
+
+    def gather(value: Any) -> list[Any]:
+        pipe.send(value)
+        values = [value, pipe.recv()]
+        return values if rank == 0 else values[::-1]
+
+    return gather
+
+
+def killed_beside_its_worker(pipe: Connection) -> None:
+    """Rank 1: it forks a process, as a DataLoader does, which outlives it."""
+    line = connect(1, gather_over(pipe, 1))
+    assert line is not None
+    ready, told = os.pipe()
+    if os.fork() == 0:
+        os.write(told, b"!")
+        pipe.poll(60)  # until the test ends
+        os._exit(0)
+    os.read(ready, 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
+def test_a_forked_process_holds_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that is killed is missed at once, though a process forked from it lives on."""
+    monkeypatch.setattr(lines, "_PATIENCE", 10.0)
+    mine, other = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=killed_beside_its_worker, args=(other,))
+    process.start()
+    other.close()
+    end = connect(0, gather_over(mine, 0))
+    assert end is not None
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    with pytest.raises(RuntimeError, match="by peer: rank 1 has gone"):
+        end.read(end.post(b"?"))
+    end.close()
+    mine.close()
 
 
 def test_without_sockets_there_are_no_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
