@@ -27,21 +27,24 @@ def agreed(results: Results, name: str) -> Mapping[str, Any]:
     return one
 
 
-# Two ranks of one machine, and three that torchrun is told are of two.
-LAUNCHES = [("script", 2), ("torchrun", 3)]
+# Ranks of one machine, and three that torchrun is told are of two.
+LAUNCHES = [("script", 2), ("spawn", 2), ("spawn", 3), ("torchrun", 3)]
 RANKS = [(how, world, rank) for how, world in LAUNCHES for rank in range(world)]
+NEVER = 99
 FAULTS = {
-    # What: fault, remedies, within how many updates, whether the rank is told.
-    "sample": ("non_finite_loss", ["skip"], 0, True),
-    "loss": ("non_finite_loss", ["skip"], 0, True),
-    "infinite": ("non_finite_loss", ["skip"], 0, True),
-    "spike": ("gradient_spike", ["skip"], 0, True),
-    "norm": ("non_finite_loss", ["skip"], 0, True),
-    "gradient": ("non_finite_gradient", ["restore"], 1, True),
-    "weight": ("non_finite_loss", ["restore"], 0, True),
-    "flip": ("parted_ranks", ["restore"], 6, False),
-    "moment": ("corrupted_state", ["restore"], 6, True),
-    "buffer": ("corrupted_state", ["restore"], 6, True),
+    # What: fault, remedies, within how many updates, among how many ranks the one at fault can be told.
+    "sample": ("non_finite_loss", ["skip"], 0, 2),
+    "loss": ("non_finite_loss", ["skip"], 0, 2),
+    "infinite": ("non_finite_loss", ["skip"], 0, 2),
+    "spike": ("gradient_spike", ["skip"], 0, 2),
+    "norm": ("non_finite_loss", ["skip"], 0, 2),
+    "accumulated loss": ("non_finite_loss", ["skip"], 0, 2),
+    "accumulated gradient": ("non_finite_gradient", ["skip"], 0, NEVER),
+    "gradient": ("non_finite_gradient", ["restore"], 1, 2),
+    "weight": ("non_finite_loss", ["restore"], 0, 2),
+    "flip": ("parted_ranks", ["restore"], 6, 3),
+    "moment": ("corrupted_state", ["restore"], 6, 2),
+    "buffer": ("corrupted_state", ["restore"], 6, 2),
 }
 
 
@@ -58,26 +61,13 @@ def test_a_healthy_run_is_the_same(launched: Launch, how: str, world: int) -> No
 @pytest.mark.parametrize(("how", "world", "rank"), RANKS)
 def test_one_ranks_fault_leads_all_to_the_same(launched: Launch, how: str, world: int, rank: int, fault: str) -> None:
     """Same decision, remedy, record and multiplier at the same step, bit-identical weights, and the rank is named."""
-    led_to_the_same(launched(how, world, "faults"), rank, fault)
-
-
-SPAWNED = [(world, rank) for world in (2, 3) for rank in range(world)]
-
-
-@pytest.mark.parametrize("fault", ["sample", "loss", "gradient", "weight"])
-@pytest.mark.parametrize(("world", "rank"), SPAWNED)
-def test_spawned_ranks(launched: Launch, world: int, rank: int, fault: str) -> None:
-    """Ranks made by spawn agree like others."""
-    led_to_the_same(launched("spawn", world, "spawned"), rank, fault)
-
-
-def led_to_the_same(results: Results, rank: int, fault: str) -> None:
+    results = launched(how, world, "faults")
     seen = agreed(results, f"{fault} {rank}")
-    kind, remedies, within, named = FAULTS[fault]
+    kind, remedies, within, told_among = FAULTS[fault]
     (record,) = seen["records"]
     assert (record["fault"], record["remedies"]) == (kind, remedies)
     assert 0 <= record["batch_idx"] - AT <= within
-    assert record["ranks"] == ([rank] if named or len(results) > 2 else [])
+    assert record["ranks"] == ([rank] if world >= told_among else [])
     assert len(seen["after"]) == 1
     assert seen["error"] is None
     assert all(result[f"{fault} {rank}"]["finite"] for result in results)
@@ -98,12 +88,13 @@ def test_a_sample_is_named_with_its_rank(launched: Launch, how: str, world: int,
     assert record["finding"]["samples"] == [1]
 
 
+@pytest.mark.parametrize("place", ["loss", "gradient"])
 @pytest.mark.parametrize(("how", "world", "rank"), RANKS)
-def test_a_micro_batch_under_no_sync(launched: Launch, how: str, world: int, rank: int) -> None:
-    """A fault in a micro-batch whose gradients are not yet synchronised is skipped with its window on all ranks."""
-    seen = agreed(launched(how, world, "faults"), f"accumulated {rank}")
-    (record,) = seen["records"]
-    assert (record["fault"], record["remedies"], record["ranks"]) == ("non_finite_loss", ["skip"], [rank])
+def test_a_micro_batch_under_no_sync(launched: Launch, how: str, world: int, rank: int, place: str) -> None:
+    """A fault in a micro-batch whose gradients are not yet synchronised: all are as if no rank had met its window."""
+    results = launched(how, world, "faults")
+    seen = agreed(results, f"accumulated {place} {rank}")
+    assert seen["end"] == agreed(results, "without window")["end"]
     assert seen["steps"] == math.ceil(seen["batches"] / 2)
 
 

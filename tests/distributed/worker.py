@@ -117,17 +117,9 @@ class Worker:
         if guard is None and guarded:
             guard = NaNGuard(snapshot_every_n_steps=2)
         watch = [AfterInterventions(guard)] if guard is not None else []
-        strategy = options.pop("strategy", DDPStrategy(start_method="spawn") if self.spawned else "ddp")
+        options.setdefault("strategy", DDPStrategy(start_method="spawn") if self.spawned else "ddp")
         trainer = trainer_for(
-            self.folder,
-            guard,
-            [*callbacks, *watch],
-            devices=self.world,
-            strategy="ddp"
-            if dist.is_initialized() and isinstance(strategy, DDPStrategy) and self.spawned
-            else strategy,
-            use_distributed_sampler=False,
-            **options,
+            self.folder, guard, [*callbacks, *watch], devices=self.world, use_distributed_sampler=False, **options
         )
         torch.manual_seed(1)
         rank = trainer.global_rank
@@ -167,34 +159,39 @@ def faults(worker: Worker) -> None:
     """Each fault on each rank."""
     worker.fit("healthy")
     worker.fit("bare", guarded=False)
-    worker.fit("without", guarded=False, data=lambda rank: without(batches(count=STEPS, seed=rank)))
+    worker.fit("without", guarded=False, data=partial(without, AT))
+    worker.fit("without window", guarded=False, data=partial(without, AT - 1, AT), accumulate_grad_batches=2)
     for rank in range(worker.world):
         one_rank(worker, rank)
 
 
-def without(data: list[Any]) -> list[Any]:
-    return [batch for index, batch in enumerate(data) if index != AT]
+def without(*left_out: int) -> list[Any]:
+    """Data of a rank, the last number, but for some batches."""
+    *indices, rank = left_out
+    return [batch for index, batch in enumerate(batches(count=STEPS, seed=rank)) if index not in indices]
 
 
 def one_rank(worker: Worker, rank: int) -> None:
-    main_faults(worker, rank)
+    """One of each kind, in each place."""
     nan, inf = float("nan"), float("inf")
-    worker.fit(f"infinite {rank}", None, OnRank(rank, "loss", inf, AT))
-    worker.fit(f"spike {rank}", None, OnRank(rank, "loss", 1e12, AT))
-    worker.fit(f"flip {rank}", None, OnRank(rank, "weight", 0.125, AT))
-    worker.fit(f"moment {rank}", None, OnRank(rank, "moment", inf, AT))
-    worker.fit(
-        f"buffer {rank}", task("norm"), OnRank(rank, "buffer", nan, AT), strategy=DDPStrategy(broadcast_buffers=False)
-    )
-    worker.fit(f"accumulated {rank}", None, OnRank(rank, "loss", nan, AT), accumulate_grad_batches=2)
-    worker.fit(f"norm {rank}", task("norm"), data=spoilt(rank))
 
+    def fit(name: str, *fault: Any, module: str = "mlp", **options: Any) -> None:
+        callbacks = [OnRank(rank, *fault)] if fault else []
+        worker.fit(f"{name} {rank}", task(module), *callbacks, **options)
 
-def main_faults(worker: Worker, rank: int) -> None:
-    """One of each place: in the data, the loss, the gradient and a weight."""
-    worker.fit(f"sample {rank}", data=spoilt(rank))
-    for place in ("loss", "gradient", "weight"):
-        worker.fit(f"{place} {rank}", None, OnRank(rank, place, float("nan"), AT))
+    fit("sample", data=spoilt(rank))
+    fit("loss", "loss", nan, AT)
+    fit("infinite", "loss", inf, AT)
+    fit("spike", "loss", 1e12, AT)
+    fit("gradient", "gradient", nan, AT)
+    fit("weight", "weight", nan, AT)
+    fit("flip", "weight", 0.125, AT)
+    fit("moment", "moment", inf, AT)
+    fit("buffer", "buffer", nan, AT, module="norm", strategy=DDPStrategy(broadcast_buffers=False))
+    fit("norm", module="norm", data=spoilt(rank))
+    # The first batch of two, whose gradients are not synchronised.
+    fit("accumulated loss", "loss", nan, AT - 1, accumulate_grad_batches=2)
+    fit("accumulated gradient", "gradient", nan, AT - 1, accumulate_grad_batches=2)
 
 
 def spoilt(rank: int) -> Callable[[int], list[Any]]:
@@ -276,24 +273,17 @@ class SaveAt(Callback):
 
 
 class MoreFits(Callback):
-    """Goes on with more fits in spawned ranks, which leave nothing in the process that spawned them."""
+    """Goes on with a suite in spawned ranks, which leave nothing in the process that spawned them."""
 
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
+    def __init__(self, folder: Path, suite: str) -> None:
+        self.folder, self.suite = folder, suite
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         os.environ.update(LOCAL_RANK=str(trainer.local_rank), NODE_RANK="0")  # they are there, and need no launch
         quiet()
-        worker = Worker(self.worker.folder, self.worker.world, "ddp")
-        for rank in range(worker.world):
-            main_faults(worker, rank)
+        worker = Worker(self.folder, trainer.world_size, "ddp")
+        SUITES[self.suite](worker)
         worker.write()
-
-
-def spawned(worker: Worker) -> None:
-    """The main faults on each rank, among ranks that were spawned."""
-    module = task("mlp", partial(torch.optim.AdamW, lr=0.01))
-    worker.fit("first", module, MoreFits(worker))
 
 
 def raising(worker: Worker) -> None:
@@ -311,7 +301,7 @@ def uneven_bare(worker: Worker) -> None:
     worker.fit("uneven", data=lambda rank: batches(count=STEPS - 3 * rank, seed=rank), guarded=False)
 
 
-SUITES = {one.__name__: one for one in (faults, behaviour, saves, spawned, raising, uneven, uneven_bare)}
+SUITES = {one.__name__: one for one in (faults, behaviour, saves, raising, uneven, uneven_bare)}
 
 
 def quiet() -> None:
@@ -327,9 +317,11 @@ def main(folder: str, world: str, strategy: str, suite: str) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         run.Group = partial(Group, node=f"machine {int(os.environ['RANK']) // 2}")  # type: ignore[assignment, misc]
     worker = Worker(Path(folder), int(world), strategy)
+    if worker.spawned:
+        worker.fit("first", task("mlp", partial(torch.optim.AdamW, lr=0.01)), MoreFits(worker.folder, suite))
+        return
     SUITES[suite](worker)
-    if worker.results and not worker.spawned:
-        worker.write()
+    worker.write()
 
 
 if __name__ == "__main__":
