@@ -16,8 +16,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, final
 
@@ -580,10 +580,14 @@ class Guard:
         if self._streams.dismiss(reading) and reading.loss is not None:
             self._accept(reading)
 
-    def _batch_of(self, found: _Found) -> AbstractContextManager[bool]:
-        if found.late and not self._many and found.scope is not None:
-            return self._host.stage.showing(found.reading.step)
-        return nullcontext(not found.late)
+    @contextmanager
+    def _batch_of(self, found: _Found) -> Iterator[bool]:
+        if found.late and found.scope is not None:
+            with self._host.stage.showing(found.reading.step) as shown:
+                if all(self._ranks.gather(shown)):
+                    yield True
+                    return
+        yield not found.late
 
     # ---------------------------------------------------------------------------------------- act
 

@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.checkpoints import LAST_GOOD, inspect
+from tests.distributed.data import spoilt
 
 
 class Lose(Callback):
@@ -44,6 +45,12 @@ def saves(worker: Any) -> None:
             "bad": [file.name for file in files if not inspect(file).good()],
             "kept": inspect(place / "nanguard" / LAST_GOOD).global_step,
         }
+    # A fault that is still on its way when a save is asked for.
+    checkpoint = ModelCheckpoint(folder / "late", every_n_train_steps=1, save_top_k=-1)
+    guard = NaNGuard(snapshot_every_n_steps=2, readback="deferred")
+    worker.fit("late", None, checkpoint, data=spoilt(1), guard=guard, enable_checkpointing=True)
+    files = sorted((folder / "late").rglob("*.ckpt"))
+    worker.results["late"]["bad"] = [file.name for file in files if not inspect(file).good()]
     # A folder that cannot be made is met by rank 0 alone.
     blocked = folder / "blocked"
     if not blocked.exists():

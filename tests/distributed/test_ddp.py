@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.distributed.conftest import Launch, Results
-from tests.distributed.worker import AT
+from tests.distributed.data import AT
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build has no gloo"),
@@ -162,6 +162,14 @@ def test_late_reading(seen: Results, fault: str) -> None:
     (record,) = agreed(seen, f"deferred {fault}")["records"]
     assert (record["batch_idx"], record["remedies"], record["ranks"]) == (AT, ["restore"], [1])
     assert all(result[f"deferred {fault}"]["finite"] for result in seen)
+
+
+def test_late_reading_looks_at_the_batch(seen: Results) -> None:
+    """Corrupt samples that are read late lie with the data of one rank: all go back, and no rate is cut."""
+    one = agreed(seen, "deferred samples")
+    told = [(record["batch_idx"], record["remedies"], record["ranks"], record["cause"]) for record in one["records"]]
+    assert told == [(index, ["restore"], [1], "non_finite_input") for index in (15, 19, 23)]
+    assert one["lr_multiplier"] == 1.0
 
 
 def test_late_reading_with_an_optimizer_that_skips(seen: Results) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.distributed.conftest import Launch
-from tests.distributed.worker import STEPS
+from tests.distributed.data import AT, STEPS
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build has no gloo"),
@@ -25,6 +25,16 @@ def test_no_rank_writes_poison(launched: Launch, rank: int) -> None:
     assert seen[0]["end"] == seen[1]["end"]
     assert seen[0]["records"] == seen[1]["records"]
     assert [record["remedies"] for record in seen[0]["records"]] == [["restore"]]
+
+
+def test_a_late_fault_is_read_before_a_save(launched: Launch) -> None:
+    """A corrupt sample of one rank, not yet read when a save is asked for: all look at it together, and then save."""
+    one, other = (result["late"] for result in launched("script", 2, "saves"))
+    assert (one["error"], other["error"]) == (None, None)
+    assert (one["records"], one["end"], one["bad"]) == (other["records"], other["end"], [])
+    (record,) = one["records"]
+    assert (record["batch_idx"], record["remedies"]) == (AT, ["restore"])
+    assert (record["ranks"], record["cause"]) == ([1], "non_finite_input")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -29,11 +29,9 @@ from torch.utils.data import DataLoader
 from lightning_nanguard import NaNGuard, run
 from lightning_nanguard.distributed import Group
 from tests.distributed import plain
+from tests.distributed.data import AT, STEPS, spoilt, without
 from tests.distributed.saving import saves
-from tests.helpers import FaultAt, Task, batches, learner_of, mlp, task, trainer_for, with_nan
-
-STEPS = 13
-AT = 7
+from tests.helpers import FaultAt, Task, batches, learner_of, mlp, task, trainer_for
 
 
 class OnRank(FaultAt):
@@ -159,16 +157,10 @@ def faults(worker: Worker) -> None:
     """Each fault on each rank."""
     worker.fit("healthy")
     worker.fit("bare", guarded=False)
-    worker.fit("without", guarded=False, data=partial(without, AT))
-    worker.fit("without window", guarded=False, data=partial(without, AT - 1, AT), accumulate_grad_batches=2)
+    worker.fit("without", guarded=False, data=without(AT))
+    worker.fit("without window", guarded=False, data=without(AT - 1, AT), accumulate_grad_batches=2)
     for rank in range(worker.world):
         one_rank(worker, rank)
-
-
-def without(*left_out: int) -> list[Any]:
-    """Data of a rank, the last number, but for some batches."""
-    *indices, rank = left_out
-    return [batch for index, batch in enumerate(batches(count=STEPS, seed=rank)) if index not in indices]
 
 
 def one_rank(worker: Worker, rank: int) -> None:
@@ -192,16 +184,6 @@ def one_rank(worker: Worker, rank: int) -> None:
     # The first batch of two, whose gradients are not synchronised.
     fit("accumulated loss", "loss", nan, AT - 1, accumulate_grad_batches=2)
     fit("accumulated gradient", "gradient", nan, AT - 1, accumulate_grad_batches=2)
-
-
-def spoilt(rank: int) -> Callable[[int], list[Any]]:
-    """Data of which one rank's hold a NaN."""
-
-    def data(which: int) -> list[Any]:
-        made = batches(count=STEPS, seed=which)
-        return [with_nan(batch, 1) if i == AT and which == rank else batch for i, batch in enumerate(made)]
-
-    return data
 
 
 class Raises(Callback):
@@ -244,6 +226,8 @@ def behaviour(worker: Worker) -> None:
     for kind in ("loss", "gradient", "weight"):
         guard = NaNGuard(readback="deferred", snapshot_every_n_steps=2)
         worker.fit(f"deferred {kind}", None, OnRank(1, kind, nan, AT), guard=guard)
+    guard = NaNGuard(readback="deferred", snapshot_every_n_steps=2)
+    worker.fit("deferred samples", data=spoilt(1, 15, 19, 23, count=30), guard=guard)
     guard = NaNGuard(readback="deferred", snapshot_every_n_steps=2)
     fused = task("mlp", lambda p: torch.optim.AdamW(p, lr=0.01, fused=True))
     worker.fit("deferred fused", fused, OnRank(1, "loss", nan, AT), guard=guard)

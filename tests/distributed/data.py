@@ -1,0 +1,26 @@
+"""Batches of the ranks, each of which has its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tests.helpers import batches, with_nan
+
+STEPS = 13
+AT = 7
+
+
+def spoilt(rank: int, *at: int, count: int = STEPS) -> Callable[[int], list[Any]]:
+    """Data of which one rank's hold a NaN in some batches."""
+
+    def data(which: int) -> list[Any]:
+        made = batches(count=count, seed=which)
+        return [with_nan(batch, 1) if i in (at or (AT,)) and which == rank else batch for i, batch in enumerate(made)]
+
+    return data
+
+
+def without(*left_out: int) -> Callable[[int], list[Any]]:
+    """Data that lack some batches."""
+    return lambda which: [batch for i, batch in enumerate(batches(count=STEPS, seed=which)) if i not in left_out]
