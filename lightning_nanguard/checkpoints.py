@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_nanguard import learner as learners
 from lightning_nanguard.learner import Learner
-from lightning_nanguard.measure import suspects
+from lightning_nanguard.measure import local, suspects
 
 LAST_GOOD = "nanguard-last-good.ckpt"
 """Name of the file that the guard itself keeps."""
@@ -68,7 +68,7 @@ def poisoned(
     """
     found = [*_found(checkpoint, weights, ())]
     bad = []
-    for index in suspects([tensor for _, _, tensor in found]):
+    for index in suspects([local(tensor) for _, _, tensor in found]):
         where, name, tensor = found[index]
         mask = allowed.get(("buffer", name.removeprefix(_PREFIX)))
         if mask is not None and mask.shape == tensor.shape:

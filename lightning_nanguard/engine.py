@@ -356,6 +356,10 @@ class Guard:
         else:
             self._saving.put_together()
 
+    def after_save(self) -> None:
+        """It has been written."""
+        self._saving.end()
+
     def want_snapshot(self) -> None:
         """Take a snapshot at the end of this batch, or of the next one that is healthy."""
         self._keeper.want()

@@ -15,10 +15,14 @@ from lightning_nanguard.events import Reading
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's own part of a sharded tensor (``DTensor``), on the same memory; any other tensor as it is."""
-    if type(tensor) in _PLAIN or not hasattr(tensor, "to_local"):
+    """This rank's part of a sharded tensor (``DTensor``, ``ShardedTensor``), on the same memory; any other as it is."""
+    if type(tensor) in _PLAIN:
         return tensor
-    part: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    part = tensor
+    if hasattr(tensor, "local_shards"):
+        part = next((shard.tensor for shard in tensor.local_shards()), torch.empty(0))
+    elif hasattr(tensor, "to_local"):
+        part = tensor.detach().to_local()  # type: ignore[attr-defined]
     return part
 
 

@@ -135,7 +135,7 @@ class Run:
         rate = self.guard.rate
         self._undos = [
             around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw),
-            guard_saves(self._trainer, self.guard.before_save, self.guard.mend),
+            guard_saves(self._trainer, self.guard.before_save, self.guard.mend, self.guard.after_save),
             keep_best_finite(self._trainer),
         ]
 

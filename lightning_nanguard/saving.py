@@ -11,7 +11,7 @@ from lightning_nanguard.events import Fault
 from lightning_nanguard.investigate import Investigator
 from lightning_nanguard.learner import Learner, Path
 from lightning_nanguard.ring import Ring
-from lightning_nanguard.snapshot import Snapshot
+from lightning_nanguard.snapshot import Snapshot, capture, restore
 
 
 @final
@@ -44,16 +44,38 @@ class Saving:
         self._observe = observe
         self._ranks = ranks
         self._put_together: Snapshot | None = None
+        self._aside: Snapshot | None = None
 
     def begin(self) -> None:
         """A checkpoint is about to be written."""
         self._put_together = None
 
     def put_together(self) -> None:
-        """Have the last good state whole where the one of now is bad, of which later one rank alone will write."""
-        if self._ranks.world > 1 and self._ring.certified:
-            bad, _ = first(self._ranks, self._investigator.corrupt(self._learner.leaves()))
-            self._put_together = None if bad is None else self._ranks.whole(self._ring.certified[0])
+        """Have the last good state at hand where the one of now is bad.
+
+        Whole, since one rank alone will write it. Sharded parameters and moments are collected by all ranks: there it
+        takes the place of the state of now until :meth:`end`.
+        """
+        if self._ranks.world == 1 or not self._ring.certified:
+            return
+        bad, _ = first(self._ranks, self._investigator.corrupt(self._learner.leaves()))
+        if bad is None:
+            return
+        good = self._ring.certified[0]
+        if not self._ranks.sharded:
+            self._put_together = self._ranks.whole(good)
+            return
+        message = f"{bad} is not finite while a checkpoint is about to be written"
+        self._note(Fault("poisoned_checkpoint", "state", bad, None, message), *(() if self._observe else ("rewrite",)))
+        if not self._observe:
+            self._aside = capture(self._learner, step=0, global_step=0)
+            restore(self._learner, good, keep=_not_scaler)
+
+    def end(self) -> None:
+        """It has been written."""
+        aside, self._aside = self._aside, None
+        if aside is not None:
+            restore(self._learner, aside, keep=_not_scaler)
 
     def mend(self, checkpoint: dict[str, Any], path: str, *, told: bool) -> dict[str, Any]:
         """What to write in the place of a checkpoint.
@@ -67,6 +89,13 @@ class Saving:
             return checkpoint  # rank 0 writes
         weights = {path[1]: leaf for path, leaf in self._learner.weights()}
         bad = poisoned(checkpoint, weights, self._investigator.allowed)
+        if self._ranks.sharded:
+            # Each rank has looked at its own shards, and what one of them would put in fits no other's.
+            name, _ = first(self._ranks, bad[0] if bad else None)
+            if name is not None and not told:
+                message = f"{name} of a checkpoint about to be written to {path} is not finite"
+                self._note(Fault("poisoned_checkpoint", "state", name, None, message))
+            return checkpoint
         if not bad or (self._observe and told):
             return checkpoint
         good = self._good()
@@ -86,3 +115,7 @@ class Saving:
         for one in kept:
             one.wait()
         return next((one.leaves for one in kept if self._investigator.corrupt(one.leaves.items()) is None), None)
+
+
+def _not_scaler(path: Path) -> bool:
+    return True

@@ -14,8 +14,8 @@ class Mend(Protocol):
         """The checkpoint, or one that is not poisoned."""
 
 
-def guard_saves(trainer: Any, look: Callable[[], None], mend: Mend) -> Callable[[], None]:
-    """Call ``look`` before ``trainer.save_checkpoint`` collects anything, and write what ``mend`` gives.
+def guard_saves(trainer: Any, look: Callable[[], None], mend: Mend, done: Callable[[], None]) -> Callable[[], None]:
+    """Call ``look`` before ``trainer.save_checkpoint`` collects anything, write what ``mend`` gives, call ``done``.
 
     Checkpoint callbacks and users go through the trainer; no hook is called for weights-only saves, and the hook there
     is comes when the state has been collected. ``strategy.save_checkpoint`` sees every save, also one that a user made
@@ -38,6 +38,7 @@ def guard_saves(trainer: Any, look: Callable[[], None], mend: Mend) -> Callable[
             return collect(*args, **kwargs)
         finally:
             looked = before
+            done()
 
     @wraps(write)
     def write_checkpoint(checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:

@@ -28,9 +28,11 @@ from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard, run
 from lightning_nanguard.distributed import Group
+from lightning_nanguard.measure import local
 from tests.distributed import plain
 from tests.distributed.data import AT, STEPS, spoilt, without
 from tests.distributed.saving import saves
+from tests.distributed.sharding import sharded
 from tests.helpers import FaultAt, Task, batches, learner_of, mlp, task, trainer_for
 
 
@@ -76,10 +78,10 @@ def fingerprint(trainer: Trainer, module: Any) -> str:
 
 def replicated_tensors(trainer: Trainer, module: Any) -> Iterator[Tensor]:
     state = learner_of(trainer, module)
-    yield from state["parameters"].values()
+    yield from map(local, state["parameters"].values())
     for optimizer in state["optimizers"]:
         for entry in optimizer["state"].values():
-            yield from (value for value in entry.values() if isinstance(value, Tensor))
+            yield from (local(value) for value in entry.values() if isinstance(value, Tensor))
 
 
 def finite(trainer: Trainer, module: Any) -> bool:
@@ -108,6 +110,7 @@ class Worker:
         data: Callable[[int], list[Any]] | None = None,
         guard: NaNGuard | None = None,
         guarded: bool = True,
+        ckpt_path: Path | None = None,
         **options: Any,
     ) -> tuple[Trainer, Task]:
         """One fit, each rank on data of its own; what is left of it is kept under ``name``."""
@@ -126,7 +129,7 @@ class Worker:
         val = DataLoader(batches(count=2, seed=50 + rank), batch_size=None)
         error = None
         try:
-            trainer.fit(module, loader, val)
+            trainer.fit(module, loader, val, ckpt_path=ckpt_path)
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
             traceback.print_exc()
@@ -285,7 +288,7 @@ def uneven_bare(worker: Worker) -> None:
     worker.fit("uneven", data=lambda rank: batches(count=STEPS - 3 * rank, seed=rank), guarded=False)
 
 
-SUITES = {one.__name__: one for one in (faults, behaviour, saves, raising, uneven, uneven_bare)}
+SUITES = {one.__name__: one for one in (faults, behaviour, saves, sharded, raising, uneven, uneven_bare)}
 
 
 def quiet() -> None:

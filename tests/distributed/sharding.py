@@ -1,0 +1,185 @@
+"""What each rank runs of the tests of sharded strategies: whole Trainer runs over gloo on the CPU."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_nanguard import NaNGuard
+from lightning_nanguard.checkpoints import LAST_GOOD
+from lightning_nanguard.measure import local
+from tests.distributed.data import AT, spoilt, without
+from tests.helpers import Task
+
+KINDS = ("fsdp2", "fsdp1")
+
+
+class OnCPU(FSDPStrategy):
+    """Lightning asks for CUDA where the class is FSDPStrategy itself; torch asks for a device."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        return FullyShardedDataParallel(
+            model, sharding_strategy=self.sharding_strategy, device_id=torch.device("cpu"), **self.kwargs
+        )
+
+
+class Sharded(Task):
+    """A task whose layers are sharded by ``fully_shard``, where the strategy has a mesh."""
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = self.device_mesh["data_parallel"]
+            for layer in (self.net[0], self.net[2], self.net):
+                fully_shard(layer, mesh=mesh)
+
+
+def made() -> Sharded:
+    torch.manual_seed(3)
+    return Sharded(nn.Sequential(nn.Linear(6, 100), nn.Tanh(), nn.Linear(100, 2)))
+
+
+def strategy(kind: str, world: int, *, whole: bool = True) -> Any:
+    """The strategy of a kind, saving one whole file or a folder of shards."""
+    if kind == "fsdp2":
+        return ModelParallelStrategy(world, 1, save_distributed_checkpoint=not whole)
+    return OnCPU(auto_wrap_policy={nn.Linear}, state_dict_type="full" if whole else "sharded")
+
+
+class InShard(Callback):
+    """Spoils a number of one rank's shard, or its loss."""
+
+    hits = 0
+
+    def __init__(self, rank: int, place: str, value: float = math.nan, at: int = AT) -> None:
+        self.rank, self.place, self.value, self.at = rank, place, value, at
+
+    def _now(self, trainer: Trainer, batch_idx: int) -> bool:
+        return trainer.global_rank == self.rank and batch_idx == self.at
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.armed = self._now(trainer, batch_idx)
+        pl_module.loss_factor = self.value if self.armed and self.place == "loss" else None
+
+    def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.armed and self.place == "gradient":
+            self._spoil([p.grad for p in pl_module.parameters() if p.grad is not None])
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._now(trainer, batch_idx + 1) and self.place in ("weight", "moment"):
+            (optimizer,) = trainer.optimizers
+            moments = [entry["exp_avg_sq"] for entry in optimizer.state.values()]
+            self._spoil(moments if self.place == "moment" else pl_module.parameters())
+
+    def _spoil(self, tensors: Any) -> None:
+        with torch.no_grad():
+            next(mine for one in tensors if (mine := local(one.detach())).numel() > 0).view(-1)[0] = self.value
+
+
+def sharded(worker: Any) -> None:
+    """Each fault on each rank, saves of both layouts, and going on from them."""
+    for kind in KINDS:
+        one_kind(worker, kind)
+
+
+def one_kind(worker: Any, kind: str) -> None:
+    def fit(name: str, *callbacks: Callback, whole: bool = True, **options: Any) -> Any:
+        options.setdefault("strategy", strategy(kind, worker.world, whole=whole))
+        return worker.fit(f"{kind} {name}", made(), *callbacks, **options)
+
+    fit("healthy")
+    fit("bare", guarded=False)
+    fit("without", guarded=False, data=without(AT))
+    for rank in range(worker.world):
+        fit(f"sample {rank}", data=spoilt(rank))
+        fit(f"spike {rank}", InShard(rank, "loss", 1e12))
+        for place in ("loss", "gradient", "weight"):
+            fit(f"{place} {rank}", InShard(rank, place))
+        fit(f"moment {rank}", InShard(rank, "moment", math.inf))
+
+    for place in ("loss", "gradient", "weight"):
+        late = NaNGuard(readback="deferred", snapshot_every_n_steps=2)
+        fit(f"deferred {place}", InShard(1, place), guard=late)
+    fit("observed", InShard(1, "loss"), guard=NaNGuard(observe=True))
+    # Of FSDP1 torch cannot collect a whole file on the CPU, with a guard or without: it reads memory that it has freed.
+    for whole in (True, False) if kind == "fsdp2" else (False,):
+        layout = "whole" if whole else "shards"
+        for rank in range(worker.world):
+            saved(worker, f"{kind} saved {layout} {rank}", partial(fit, f"saved {layout} {rank}", whole=whole), rank)
+        saved_within(worker, f"{kind} within {layout}", partial(fit, f"within {layout}", whole=whole))
+        goes_on(worker.folder / f"{kind} {layout}", layout, partial(fit, whole=whole))
+
+
+def saved(worker: Any, name: str, fit: Any, rank: int) -> None:
+    """Checkpoints after every update, and the last good one."""
+    place = worker.folder / name
+    each = ModelCheckpoint(place / "checkpoints", every_n_train_steps=1, save_top_k=-1)
+    guard = NaNGuard(snapshot_every_n_steps=2, dirpath=place / "nanguard", last_good_every_n_steps=3)
+    fit(InShard(rank, "weight"), each, guard=guard, enable_checkpointing=True)
+    files = sorted(place.rglob("*.ckpt"))
+    worker.results[name] |= {
+        "files": len(files),
+        "bad": [file.name for file in files if not holds_only_numbers(file)],
+        "kept": holds_only_numbers(place / "nanguard" / LAST_GOOD),
+    }
+
+
+class SaveWithin(Callback):
+    """Saves in mid-batch, when a weight has gone bad."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
+        if trainer.fit_loop.epoch_loop.batch_idx == AT:
+            trainer.save_checkpoint(self.path)
+
+
+def saved_within(worker: Any, name: str, fit: Any) -> None:
+    """One checkpoint, written when a weight has gone bad and the batch is under way."""
+    save = SaveWithin(worker.folder / f"{name}.ckpt")
+    fit(InShard(1, "weight"), save)
+    worker.results[name]["saved"] = holds_only_numbers(save.path)
+
+
+def goes_on(place: Path, layout: str, fit: Any) -> None:
+    """Two epochs at once, and with a stop after the first."""
+    each = ModelCheckpoint(place, every_n_epochs=1, save_top_k=-1)
+    fit(f"two epochs {layout}", each, enable_checkpointing=True, max_epochs=2)
+    (first,) = place.glob("epoch=0*")
+    fit(f"resumed {layout}", max_epochs=2, ckpt_path=first)
+    fit(f"resumed bare {layout}", max_epochs=2, ckpt_path=first, guarded=False)
+    # What a run without the guard leaves of a weight that is lost.
+    each = ModelCheckpoint(place / "bare", every_n_epochs=1, save_top_k=-1)
+    fit(f"lost {layout}", InShard(1, "weight"), each, enable_checkpointing=True, guarded=False)
+    (lost,) = (place / "bare").glob("epoch=0*")
+    fit(f"refused {layout}", max_epochs=2, ckpt_path=lost)
+
+
+def holds_only_numbers(checkpoint: Path) -> bool:
+    """Whether no tensor of a checkpoint, a file or a folder, holds NaN or Inf."""
+    content: Any = {}
+    if checkpoint.is_dir():
+        from torch.distributed.checkpoint import FileSystemReader
+        from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+        from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+        reader = FileSystemReader(checkpoint)
+        _load_state_dict(content, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    else:
+        content = torch.load(checkpoint, weights_only=True)
+        content = [content["state_dict"], content["optimizer_states"]]
+    tensors = [leaf for leaf in tree_leaves(content) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return bool(tensors) and all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
