@@ -69,13 +69,13 @@ class Saving:
         self._note(Fault("poisoned_checkpoint", "state", bad, None, message), *(() if self._observe else ("rewrite",)))
         if not self._observe:
             self._aside = capture(self._learner, step=0, global_step=0)
-            restore(self._learner, good, keep=_not_scaler)
+            restore(self._learner, good, keep=_state)
 
     def end(self) -> None:
         """It has been written."""
         aside, self._aside = self._aside, None
         if aside is not None:
-            restore(self._learner, aside, keep=_not_scaler)
+            restore(self._learner, aside, keep=_state)
 
     def mend(self, checkpoint: dict[str, Any], path: str, *, told: bool) -> dict[str, Any]:
         """What to write in the place of a checkpoint.
@@ -117,5 +117,6 @@ class Saving:
         return next((one.leaves for one in kept if self._investigator.corrupt(one.leaves.items()) is None), None)
 
 
-def _not_scaler(path: Path) -> bool:
+def _state(path: Path) -> bool:
+    # All that has a path; the GradScaler has none, and its scale is not to fall on account of a save.
     return True

@@ -123,6 +123,6 @@ def test_a_sharded_run_goes_on(seen: Results, kind: str, layout: str) -> None:
 
 @pytest.mark.parametrize(("kind", "layout"), LAYOUTS)
 def test_a_poisoned_sharded_checkpoint_is_refused(seen: Results, kind: str, layout: str) -> None:
-    """What a run without the guard has lost is not gone on from: a whole file is refused by name, shards at the start."""
+    """What a run without the guard has lost is not gone on from: a whole file by name, shards at the start."""
     told = "BadCheckpointError" if layout == "whole" else "TrainingDivergedError: parameter"
     assert all(result[f"{kind} refused {layout}"]["error"].startswith(told) for result in seen)
