@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, final
+
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from lightning_nanguard.checkpoints import mended, poisoned
 from lightning_nanguard.distributed import Ranks, first
 from lightning_nanguard.events import Fault
 from lightning_nanguard.investigate import Investigator
 from lightning_nanguard.learner import Learner, Path
+from lightning_nanguard.measure import local
 from lightning_nanguard.ring import Ring
 from lightning_nanguard.snapshot import Snapshot, capture, restore
 
@@ -69,13 +73,20 @@ class Saving:
         self._note(Fault("poisoned_checkpoint", "state", bad, None, message), *(() if self._observe else ("rewrite",)))
         if not self._observe:
             self._aside = capture(self._learner, step=0, global_step=0)
-            restore(self._learner, good, keep=_state)
+            self._put(good)
 
     def end(self) -> None:
         """It has been written."""
         aside, self._aside = self._aside, None
         if aside is not None:
-            restore(self._learner, aside, keep=_state)
+            self._put(aside)
+
+    def _put(self, snapshot: Snapshot) -> None:
+        # A graph under way finds its tensors as they were by the time it is used, and their versions must say so.
+        with ExitStack() as unnoticed:
+            for _, leaf in self._learner.weights():
+                unnoticed.enter_context(_unsafe_preserve_version_counter(local(leaf)))
+            restore(self._learner, snapshot, keep=_state)
 
     def mend(self, checkpoint: dict[str, Any], path: str, *, told: bool) -> dict[str, Any]:
         """What to write in the place of a checkpoint.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +133,42 @@ def collectives() -> dict[str, int]:
         module = net()
         loop = PlainLoop(module, Group(node=node), averaged(module))
         loop.train(3)
-        with profile(activities=[ProfilerActivity.CPU]) as trace:
-            loop.train(updates)
+        found[name] = traced(partial(loop.train, updates))
         loop.guard.flush()
-        found[name] = sum(event.count for event in trace.key_averages() if event.key.startswith("c10d::"))
         found["of the loop"] = updates * len([*module.parameters()])
         loop.guard.close()
+    module = fully_sharded()
+    loop = PlainLoop(module, Group(sharded=True))
+    loop.train(3)
+    found["shards"] = traced(partial(loop.train, updates))
+    loop.guard.flush()
+    loop.guard.close()
+
+    def bare() -> None:
+        for _ in range(updates):
+            loop.optimizer.zero_grad()
+            module(torch.randn(8, 6)).square().mean().backward()
+            loop.optimizer.step()
+
+    found["of the sharded loop"] = traced(bare)
     return found
+
+
+def traced(run: Callable[[], None]) -> int:
+    """Number of collectives that are made."""
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        run()
+    return sum(event.count for event in trace.key_averages() if event.key.startswith("c10d::"))
+
+
+def fully_sharded() -> nn.Module:
+    """The net, its parameters sharded among all ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    module = net()
+    fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return module
 
 
 def memory() -> dict[str, Any]:
@@ -172,15 +202,9 @@ def _print(snapshot: Snapshot) -> str:
 
 def sharded(rank: int) -> dict[str, Any]:
     """``fully_shard``: faults on one rank's loss, on its shard of a gradient, of a weight and of a moment."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
     def made(**options: Any) -> PlainLoop:
-        module = net()
-        fully_shard(module, mesh=mesh)
-        return PlainLoop(module, Group(sharded=True), **options)
+        return PlainLoop(fully_sharded(), Group(sharded=True), **options)
 
     found: dict[str, Any] = {}
     me = dist.get_rank() == rank
@@ -195,10 +219,6 @@ def sharded(rank: int) -> dict[str, Any]:
         loop.guard.flush()
         found[name] = loop.result()
         loop.guard.close()
-
-    bare = net()
-    fully_shard(bare, mesh=mesh)
-    end("healthy", run("healthy"))
 
     loop = run("loss")
     loop.train(1, lambda loop, x, loss: loss * float("nan") if me else None)

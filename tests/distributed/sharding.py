@@ -42,13 +42,13 @@ class Sharded(Task):
             from torch.distributed.fsdp import fully_shard
 
             mesh = self.device_mesh["data_parallel"]
-            for layer in (self.net[0], self.net[2], self.net):
+            for layer in (self.net[0], self.net[3], self.net):
                 fully_shard(layer, mesh=mesh)
 
 
-def made() -> Sharded:
+def made(optimizer: Any = None) -> Sharded:
     torch.manual_seed(3)
-    return Sharded(nn.Sequential(nn.Linear(6, 100), nn.Tanh(), nn.Linear(100, 2)))
+    return Sharded(nn.Sequential(nn.Linear(6, 100), nn.BatchNorm1d(100), nn.Tanh(), nn.Linear(100, 2)), optimizer)
 
 
 def strategy(kind: str, world: int, *, whole: bool = True) -> Any:
@@ -78,10 +78,11 @@ class InShard(Callback):
             self._spoil([p.grad for p in pl_module.parameters() if p.grad is not None])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._now(trainer, batch_idx + 1) and self.place in ("weight", "moment"):
+        if self._now(trainer, batch_idx + 1) and self.place in ("weight", "moment", "buffer"):
             (optimizer,) = trainer.optimizers
             moments = [entry["exp_avg_sq"] for entry in optimizer.state.values()]
-            self._spoil(moments if self.place == "moment" else pl_module.parameters())
+            buffers = [buffer for name, buffer in pl_module.named_buffers() if "running_var" in name]
+            self._spoil({"weight": pl_module.parameters(), "moment": moments, "buffer": buffers}[self.place])
 
     def _spoil(self, tensors: Any) -> None:
         with torch.no_grad():
@@ -97,21 +98,26 @@ def sharded(worker: Any) -> None:
 def one_kind(worker: Any, kind: str) -> None:
     def fit(name: str, *callbacks: Callback, whole: bool = True, **options: Any) -> Any:
         options.setdefault("strategy", strategy(kind, worker.world, whole=whole))
-        return worker.fit(f"{kind} {name}", made(), *callbacks, **options)
+        module = made(options.pop("optimizer", None))
+        return worker.fit(f"{kind} {name}", module, *callbacks, **options)
 
     fit("healthy")
     fit("bare", guarded=False)
     fit("without", guarded=False, data=without(AT))
+    fit("without window", guarded=False, data=without(AT - 1, AT), accumulate_grad_batches=2)
     for rank in range(worker.world):
         fit(f"sample {rank}", data=spoilt(rank))
         fit(f"spike {rank}", InShard(rank, "loss", 1e12))
         for place in ("loss", "gradient", "weight"):
             fit(f"{place} {rank}", InShard(rank, place))
         fit(f"moment {rank}", InShard(rank, "moment", math.inf))
+        fit(f"buffer {rank}", InShard(rank, "buffer"))
+        fit(f"accumulated {rank}", InShard(rank, "loss", at=AT - 1), accumulate_grad_batches=2)
 
     for place in ("loss", "gradient", "weight"):
         late = NaNGuard(readback="deferred", snapshot_every_n_steps=2)
         fit(f"deferred {place}", InShard(1, place), guard=late)
+    fit("diverged", optimizer=lambda parameters: torch.optim.SGD(parameters, lr=50.0), max_epochs=6)
     fit("observed", InShard(1, "loss"), guard=NaNGuard(observe=True))
     # Of FSDP1 torch cannot collect a whole file on the CPU, with a guard or without: it reads memory that it has freed.
     for whole in (True, False) if kind == "fsdp2" else (False,):
@@ -155,9 +161,9 @@ def saved_within(worker: Any, name: str, fit: Any) -> None:
 
 
 def goes_on(place: Path, layout: str, fit: Any) -> None:
-    """Two epochs at once, and with a stop after the first."""
+    """A second epoch from what the first one left, with the guard and without."""
     each = ModelCheckpoint(place, every_n_epochs=1, save_top_k=-1)
-    fit(f"two epochs {layout}", each, enable_checkpointing=True, max_epochs=2)
+    fit(f"first epoch {layout}", each, enable_checkpointing=True)
     (first,) = place.glob("epoch=0*")
     fit(f"resumed {layout}", max_epochs=2, ckpt_path=first)
     fit(f"resumed bare {layout}", max_epochs=2, ckpt_path=first, guarded=False)

@@ -194,11 +194,13 @@ def test_a_rank_waits_for_nobody(seen: Results) -> None:
 
 
 def test_no_collective_in_a_healthy_update(seen: Results) -> None:
-    """On one machine a trace holds the collectives of the loop alone; among machines one more for each update."""
+    """On one machine, or with shards, a trace holds the collectives of the loop alone; among machines one more for each
+    update."""
     for result in seen:
         collectives = result["plain"]["collectives"]
         assert collectives["one node"] == collectives["of the loop"]
         assert collectives["nodes"] == collectives["of the loop"] + collectives["updates"]
+        assert collectives["shards"] == collectives["of the sharded loop"] > 0
 
 
 def test_ranks_of_a_node_share_snapshots(seen: Results) -> None:
