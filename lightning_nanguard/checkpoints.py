@@ -234,6 +234,8 @@ def inspect(
         ...     inspect(path).tensors
         ('state_dict: w',)
     """
+    if path.is_dir():
+        return Inspection(path, "it is a folder of shards, whose index is a pickle and is not opened here")
     try:
         wrong = damage(path)
         if wrong:

@@ -411,6 +411,13 @@ def test_the_command_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == f"{tmp_path / 'runs' / 'one' / 'nanguard' / LAST_GOOD}\n"
 
 
+def test_a_folder_of_shards_is_not_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The index of one is a pickle: the command says so and goes on to other files."""
+    (tmp_path / "run" / LAST_GOOD).mkdir(parents=True)
+    assert main(["last-good", str(tmp_path)]) == 2
+    assert "folder of shards, whose index is a pickle" in capsys.readouterr().err
+
+
 def test_the_command_finds_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without one it says how to have one, and names the newest good checkpoint there is."""
     good = made(tmp_path / "run")

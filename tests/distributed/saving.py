@@ -51,6 +51,11 @@ def saves(worker: Any) -> None:
     worker.fit("late", None, checkpoint, data=spoilt(1), guard=guard, enable_checkpointing=True)
     files = sorted((folder / "late").rglob("*.ckpt"))
     worker.results["late"]["bad"] = [file.name for file in files if not inspect(file).good()]
+    # Two epochs at once, and with a stop after the first.
+    checkpoint = ModelCheckpoint(folder / "epochs", every_n_epochs=1, save_top_k=-1)
+    worker.fit("two epochs", None, checkpoint, enable_checkpointing=True, max_epochs=2)
+    (first,) = (folder / "epochs").glob("epoch=0*")
+    worker.fit("resumed", max_epochs=2, ckpt_path=first)
     # A folder that cannot be made is met by rank 0 alone.
     blocked = folder / "blocked"
     if not blocked.exists():

@@ -37,6 +37,14 @@ def test_a_late_fault_is_read_before_a_save(launched: Launch) -> None:
     assert (record["ranks"], record["cause"]) == ([1], "non_finite_input")
 
 
+def test_ranks_go_on(launched: Launch) -> None:
+    """From a checkpoint at the end of an epoch all ranks go on as if they had not stopped."""
+    for result in launched("script", 2, "saves"):
+        resumed, whole = result["resumed"], result["two epochs"]
+        assert (resumed["error"], resumed["records"]) == (None, [])
+        assert (resumed["steps"], resumed["end"]) == (2 * STEPS, whole["end"])
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_last_good_file_under_ddp(launched: Launch, rank: int) -> None:
     """The file is of a late update, and a folder that rank 0 cannot make neither stops nor parts the ranks."""
