@@ -370,7 +370,7 @@ def first(ranks: Ranks, value: str | None) -> tuple[str | None, tuple[int, ...]]
 
 
 def surest(ranks: Ranks, finding: Finding | None) -> Finding | None:
-    """The finding with the highest confidence, the lowest rank's among equals; all must call it."""
+    """The finding with the highest confidence, among equals one that names samples; all must call it."""
     if ranks.world == 1:
         return finding
     told = None if finding is None else {f.name: getattr(finding, f.name) for f in fields(Finding)}
@@ -379,7 +379,7 @@ def surest(ranks: Ranks, finding: Finding | None) -> Finding | None:
     found = [one for one in ranks.gather(told) if one is not None]
     if not found:
         return None
-    best = max(found, key=lambda one: float(one["confidence"]))
+    best = max(found, key=lambda one: (float(one["confidence"]), bool(one["samples"])))
     return Finding(**{**best, "samples": tuple(best["samples"])})
 
 

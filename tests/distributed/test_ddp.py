@@ -169,6 +169,7 @@ def test_late_reading_looks_at_the_batch(seen: Results) -> None:
     one = agreed(seen, "deferred samples")
     told = [(record["batch_idx"], record["remedies"], record["ranks"], record["cause"]) for record in one["records"]]
     assert told == [(index, ["restore"], [1], "non_finite_input") for index in (15, 19, 23)]
+    assert all(record["finding"]["samples"] == [1] for record in one["records"])
     assert one["lr_multiplier"] == 1.0
 
 
