@@ -60,18 +60,18 @@ class Saving:
         Whole, since one rank alone will write it. Sharded parameters and moments are collected by all ranks: there it
         takes the place of the state of now until :meth:`end`.
         """
-        if self._ranks.world == 1 or not self._ring.certified:
+        good = self._ring.certified[0] if self._ring.certified else self._ring.pending
+        if self._ranks.world == 1 or good is None:
             return
         bad, _ = first(self._ranks, self._investigator.corrupt(self._learner.leaves()))
         if bad is None:
             return
-        good = self._ring.certified[0]
         if not self._ranks.sharded:
             self._put_together = self._ranks.whole(good)
             return
-        message = f"{bad} is not finite while a checkpoint is about to be written"
-        self._note(Fault("poisoned_checkpoint", "state", bad, None, message), *(() if self._observe else ("rewrite",)))
         if not self._observe:
+            message = f"{bad} is not finite while a checkpoint is about to be written"
+            self._note(Fault("poisoned_checkpoint", "state", bad, None, message), "rewrite")
             self._aside = capture(self._learner, step=0, global_step=0)
             self._put(good)
 
