@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
@@ -113,7 +114,6 @@ def one_kind(worker: Any, kind: str) -> None:
         fit(f"moment {rank}", InShard(rank, "moment", math.inf))
         fit(f"buffer {rank}", InShard(rank, "buffer"))
         fit(f"accumulated {rank}", InShard(rank, "loss", at=AT - 1), accumulate_grad_batches=2)
-
     for place in ("loss", "gradient", "weight"):
         late = NaNGuard(readback="deferred", snapshot_every_n_steps=2)
         fit(f"deferred {place}", InShard(1, place), guard=late)
@@ -134,6 +134,7 @@ def saved(worker: Any, name: str, fit: Any, rank: int) -> None:
     each = ModelCheckpoint(place / "checkpoints", every_n_train_steps=AT, save_top_k=-1)
     guard = NaNGuard(snapshot_every_n_steps=2, dirpath=place / "nanguard", last_good_every_n_steps=3)
     fit(InShard(rank, "weight"), each, guard=guard, enable_checkpointing=True)
+    dist.barrier()  # rank 0 may be moving the last good one
     files = sorted(place.rglob("*.ckpt"))
     worker.results[name] |= {
         "files": len(files),
