@@ -624,14 +624,15 @@ class Guard:
     def _judge_sooner(self, found: _Found) -> None:
         # Nothing is on its way any more: the restore has forgotten it.
         holds_back = unscales_itself(self.learner.optimizers[found.reading.stream])
-        if not found.reached or self._many or holds_back or not self._settings.deferred:
+        if not found.reached or holds_back or not self._settings.deferred:
             return
         self._undone += 1
         # Where no batch can be run again, bad ones that come soon after each other look like a bad learner.
         enough = _ENOUGH_UNDONE if self._host.stage.comparable() else 1
         if self._undone >= enough and self._standing.restored is not None:
             self._settings = replace(self._settings, deferred=False)
-            _logger.warning(
+            _logger.log(
+                logging.DEBUG if self._ranks.rank else logging.WARNING,
                 "NaNGuard: updates that step readback would have held back had to be undone (%d so far). From now on "
                 "every update is read before it is made; set readback='step', or use an optimizer with fused=True.",
                 self._undone,

@@ -230,7 +230,7 @@ def behaviour(worker: Worker) -> None:
         guard = NaNGuard(readback="deferred", snapshot_every_n_steps=2)
         worker.fit(f"deferred {kind}", None, OnRank(1, kind, nan, AT), guard=guard)
     guard = NaNGuard(readback="deferred", snapshot_every_n_steps=2)
-    worker.fit("deferred samples", data=spoilt(1, 15, 19, 23, count=30), guard=guard)
+    worker.fit("deferred samples", data=spoilt(1, 15, 19, 23, 27, 31, count=36), guard=guard)
     guard = NaNGuard(readback="deferred", snapshot_every_n_steps=2)
     fused = task("mlp", lambda p: torch.optim.AdamW(p, lr=0.01, fused=True))
     worker.fit("deferred fused", fused, OnRank(1, "loss", nan, AT), guard=guard)
