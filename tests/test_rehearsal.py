@@ -37,6 +37,7 @@ def test_a_lower_rate_is_found_better() -> None:
     answers = []
     for lr in (30.0, 0.1):
         loop = Loop(lr=lr)
+        loop.guard.start()
         loop.batch = torch.randn(8, 3)
         rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
         start = capture(loop.guard.learner, step=0, global_step=0)
@@ -48,6 +49,7 @@ def test_a_lower_rate_is_found_better() -> None:
 def test_the_loss_is_that_of_training_at_the_rate() -> None:
     """What is rehearsed is what training at that rate brings, and the learner is left where it began."""
     loop = Loop(lr=0.1)
+    loop.guard.start()
     loop.batch = torch.randn(8, 3)
     rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
     base = capture(loop.guard.learner, step=0, global_step=0)
@@ -66,6 +68,7 @@ def test_the_loss_is_that_of_training_at_the_rate() -> None:
 def test_a_review_moves_the_rate_to_where_it_learns(lr: float, may_rise: bool, factor: float) -> None:
     """A rate that hardly moves the loss rises, one that brings nothing falls, and no trace is left of the trials."""
     loop = Loop(lr=lr)
+    loop.guard.start()
     loop.batch = torch.randn(8, 3, generator=torch.Generator().manual_seed(3))
     rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
     before = copied(state(loop))
