@@ -424,8 +424,12 @@ class Guard:
         """
         if self._many:
             self.flush()
-        else:
-            self.check()
+            return
+        self.check()
+        # No snapshot may have fallen due since a weight or an average went out of range.
+        fault = self._keeper.implausible(dict(self.learner.leaves()), self._standing.healthy_steps)
+        if fault is not None:
+            self._report(fault, ())
 
     def close(self) -> None:
         """Let go of the optimizers."""
@@ -747,9 +751,10 @@ class Guard:
         assert trend is not None  # its reading was accepted
         pending.level = trend.level()
         early = self._standing.healthy_steps < _EARLY
-        self.ring.certify(0.1 * trend.scale(), self._keeper.kept(pending), keep_oldest=early)
+        margin = 0.1 * trend.scale()
+        self.ring.certify(margin, self._keeper.kept(pending), keep_oldest=early)
         if trend.learning():
-            self._standing.policy = self._policy.prove(pending.rate, self._standing.policy)
+            self._standing.policy = self._policy.prove(pending.rate, pending.level, margin, self._standing.policy)
 
     # ---------------------------------------------------------------------------------------- state
 

@@ -150,6 +150,40 @@ def test_a_proven_rate_is_given_back_quickly_and_a_failed_one_slowly() -> None:
     assert (waits(0.1, 0.5), waits(1.0, 0.25), waits(1.0, 0.5)) == (50, 1000, 4000)
 
 
+def test_a_rate_is_proven_only_while_the_loss_falls() -> None:
+    """Under a schedule that goes on rising, rates at which the run stays where it is are not proven by its staying."""
+    policy, state, proven = Policy(default_remedies()), PolicyState(), []
+    for rate, level in ((0.01, 2.0), (0.02, 1.5), (0.04, 1.45), (0.08, 1.5), (0.16, 1.41)):
+        state = policy.prove(rate, level, 0.1, state)
+        proven.append(state.proven_rate)
+    assert proven == [0.01, 0.02, 0.02, 0.02, 0.02]
+    assert policy.prove(0.01, 1.0, 0.1, state).proven_rate == 0.02  # a lower one takes nothing back
+    state = dataclasses.replace(state, bad_rate=0.1)
+    assert policy.prove(0.32, 1.0, 0.1, state).proven_rate == 0.02
+
+
+def test_a_rate_that_fails_takes_the_proof_of_lower_ones_along() -> None:
+    """Where the learner diverged at about a proven rate nothing is proven any more, and the next proof may come at any
+    loss."""
+    policy = Policy(default_remedies())
+    state = PolicyState(proven_rate=0.1, proven_level=0.5)
+    _, kept = policy.decide(EXPLODING, dataclasses.replace(GOOD, lr=1.0), state)
+    _, lost = policy.decide(EXPLODING, dataclasses.replace(GOOD, lr=0.2), state)
+    assert (kept.proven_rate, kept.proven_level) == (0.1, 0.5)
+    assert policy.prove(0.05, 0.9, 0.1, lost).proven_rate == 0.05
+
+
+@pytest.mark.parametrize(
+    ("lowest", "rose", "limit"), [(0.2, False, True), (0.9, False, False), (0.9, True, True), (None, False, False)]
+)
+def test_a_rate_that_has_risen_is_limited(lowest: float | None, rose: bool, limit: bool) -> None:
+    """A multiplier would be outgrown by a schedule that goes on rising, however little it has since the snapshot."""
+    evidence = dataclasses.replace(GOOD, lr=1.0, lowest_lr=lowest, rate_rose=rose)
+    plan, _ = Policy(default_remedies()).decide(EXPLODING, evidence, PolicyState())
+    [cut] = [step for step in plan if isinstance(step, Scale)]
+    assert cut.limit is limit
+
+
 faults = st.sampled_from([BATCH, GRADIENT, EXPLODING, STUCK, CORRUPTED])
 comparisons = st.sampled_from([None, THE_BATCH, THE_LEARNER, Comparison(9.0, 1.0), Comparison(1.0, 1.0)])
 
