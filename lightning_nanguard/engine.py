@@ -751,10 +751,10 @@ class Guard:
         assert trend is not None  # its reading was accepted
         pending.level = trend.level()
         early = self._standing.healthy_steps < _EARLY
-        margin = 0.1 * trend.scale()
-        self.ring.certify(margin, self._keeper.kept(pending), keep_oldest=early)
+        scale = trend.scale()
+        self.ring.certify(0.1 * scale, self._keeper.kept(pending), keep_oldest=early)
         if trend.learning():
-            self._standing.policy = self._policy.prove(pending.rate, pending.level, margin, self._standing.policy)
+            self._standing.policy = self._policy.prove(pending.rate, pending.level, 0.2 * scale, self._standing.policy)
 
     # ---------------------------------------------------------------------------------------- state
 

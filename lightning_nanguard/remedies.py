@@ -224,6 +224,8 @@ def rehearsed_cut(
             if after > best_after + _MISSING * counted:
                 break
             lowest = cut
+            if cut <= _LEAST_OF_BEST * best:
+                break
     return None if best is None else min(_MOST_OF_BEST * best, max(lowest, _LEAST_OF_BEST * best))
 
 

@@ -139,6 +139,18 @@ def test_where_the_loss_began_far_off_a_rate_must_come_as_near_as_the_best() -> 
     assert cut == 0.03125
 
 
+def test_no_rate_is_tried_below_those_that_may_be_taken() -> None:
+    """A sixteenth of the best rate is the least that is taken, so nothing below it is tried."""
+    tried: list[float] = []
+
+    def rehearse(factor: float, updates: int) -> float:
+        tried.append(factor)
+        return 2.3 if updates == 0 else math.inf if factor > 0.2 else 0.3
+
+    assert rehearsed_cut(rehearse, 0.5) == 0.125 / 16
+    assert tried[1:] == [0.5, 0.125, 0.125 / 4, 0.125 / 16]
+
+
 @pytest.mark.parametrize("after", [None, 2.4, math.inf, 2.3])
 def test_a_rehearsal_that_says_nothing_changes_nothing(after: float | None) -> None:
     """Where no rate helps, or none can be tried, the proposed cut stays."""
