@@ -152,8 +152,8 @@ class Rehearsal:
     def review(self) -> float:
         """The factor at which the present rate would serve the present state better: 2 or 1.
 
-        Short trials favour small rates, so a larger one is taken where four times the present one brings clearly more all
-        the same.
+        Short trials favour small rates, so a larger one is taken where four times the present one brings clearly more
+        all the same.
         """
         with self._present() as present:
             if present is None:
