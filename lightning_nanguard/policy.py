@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from lightning_nanguard.events import Fault, Finding, Plan, PlanStep, Restore, Scale, Scope, Skip, Stop
+from lightning_nanguard.events import Clip, Fault, Finding, Plan, PlanStep, Restore, Scale, Scope, Skip, Stop
 
 # Healthy updates after a rollback before the learner is trusted again.
 CALM = 200
@@ -288,8 +288,9 @@ class Policy:
             return "learner" if self._ruined(fault, evidence) else None
         comparison = evidence.comparison
         if fault.kind == "unsteady_loss":
-            # Data that swing do so under good weights too.
-            ruined = comparison is not None and comparison.then < evidence.first < comparison.now
+            # Data that swing do so under good weights too, which are no worse than untrained ones, or hardly.
+            first = evidence.first
+            ruined = comparison is not None and comparison.then < first + 0.1 * abs(first) and comparison.now > first
             return "learner" if ruined else None
         if comparison is None or fault.kind == "loss_scale_collapse":
             return "learner"
@@ -349,7 +350,8 @@ class Policy:
                     if attempt == 0 and self._peak_is_over(evidence, state):
                         continue
                     least = _proven_factor(proposal.factor, evidence, state)
-                    proposal = replace(proposal, least=least, limit=evidence.rate_rises())
+                    clipped = attempt == 0 and any(isinstance(step, Clip) for step in steps)
+                    proposal = replace(proposal, least=least, limit=evidence.rate_rises(), clipped=clipped)
                 steps.append(proposal)
         if any(isinstance(step, Stop) for step in steps):
             return tuple(steps), state

@@ -169,7 +169,10 @@ class ReduceLR(Remedy):
     def apply(self, step: PlanStep, patient: Patient) -> None:
         """Change the multiplier."""
         assert isinstance(step, Scale)
-        found = rehearsed_cut(patient.rehearse, step.factor) if self.rehearse and step.factor < 1 else None
+        rehearses = self.rehearse and step.factor < 1
+        if rehearses and step.clipped and clipping_will_do(patient.rehearse, step.factor):
+            return
+        found = rehearsed_cut(patient.rehearse, step.factor) if rehearses else None
         if found is None:
             # Nothing was tried: the curvature of one batch at one place is what is known.
             factor = min(step.factor, max(step.most, self._largest_blind_cut))
@@ -184,7 +187,7 @@ class ReduceLR(Remedy):
 # How much of the best gain may be missing, of a gain that is counted up to so many times the loss it ends at: where the
 # loss began far off, every rate gains nearly all.
 _MISSING = 0.5
-_COUNTED = 30.0
+_COUNTED = 2.0
 # The rate taken lies between these shares of the best.
 _LEAST_OF_BEST = 1 / 16
 _MOST_OF_BEST = 1 / 2
@@ -227,6 +230,23 @@ def rehearsed_cut(
             if cut <= _LEAST_OF_BEST * best:
                 break
     return None if best is None else min(_MOST_OF_BEST * best, max(lowest, _LEAST_OF_BEST * best))
+
+
+def clipping_will_do(rehearse: Callable[[float, int], float | None], cut: float, *, updates: int = 8) -> bool:
+    """Whether, under the clipping that has just begun, the rate learns the newest batches faster than at a cut.
+
+    A rate that is too high by itself never does: at the first cut, a half, it does less harm.
+
+    Args:
+        rehearse: Gives the mean loss after some updates at a cut.
+        cut: The cut.
+        updates: Updates of each try.
+    """
+    before, uncut = rehearse(1.0, 0), rehearse(1.0, updates)
+    if before is None or uncut is None or not uncut < before:
+        return False
+    lower = rehearse(cut, updates)
+    return lower is not None and uncut < lower
 
 
 @final

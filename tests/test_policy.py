@@ -18,18 +18,22 @@ BATCH = Fault("non_finite_loss", "batch", "loss", math.nan, "the loss is nan")
 GRADIENT = Fault("non_finite_gradient", "batch", "gradient", math.nan, "a gradient is not finite")
 EXPLODING = Fault("exploding_loss", "learner", "loss", 1e6, "the loss is 1e6")
 STUCK = Fault("stuck_loss", "learner", "loss", 2.3, "the loss is 2.3")
+UNSTEADY = Fault("unsteady_loss", "learner", "loss", 6.0, "it swings")
 COLLAPSED = Fault("collapsed", "learner", "loss", 2.7, "the loss is back at 2.7")
 CORRUPTED = Fault("corrupted_state", "state", "buffer bn.running_var", None, "it is not finite")
 
 GOOD = Evidence(step=500, healthy_steps=480, snapshots=3, levels=(0.5, 0.6, 0.7), first=2.3, scale=2.3, usual_norm=1.0,
                 lr=0.1)  # fmt: skip
+# Clipping that begins with a cut may do without it.
+CUT = Scale(0.5, clipped=True)
 THE_BATCH = Comparison(math.nan, math.nan)
 THE_LEARNER = Comparison(math.nan, 0.5)
 
 
 def decide(fault: Fault, remedies: tuple[Remedy, ...] | None = None, **evidence: object) -> Plan:
     policy = Policy(default_remedies() if remedies is None else remedies)
-    return policy.decide(fault, dataclasses.replace(GOOD, **evidence), PolicyState())[0]
+    state = PolicyState(learner_step=450 if evidence.pop("again", False) else -1)
+    return policy.decide(fault, dataclasses.replace(GOOD, **evidence), state)[0]
 
 
 ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
@@ -43,7 +47,7 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("a corrupt weight after a rise of the rate", EXPLODING, {"corrupt": "parameter w", "rate_rose": True},
      (Restore(0), Scale(0.5, limit=True))),
     ("corrupted state", CORRUPTED, {}, (Restore(0),)),
-    ("a divergence", EXPLODING, {"comparison": Comparison(1e6, 0.5)}, (Restore(0), Clip(2.0), Scale(0.5))),
+    ("a divergence", EXPLODING, {"comparison": Comparison(1e6, 0.5)}, (Restore(0), Clip(2.0), CUT)),
     ("a suspicion that is none: the data changed", EXPLODING, {"comparison": Comparison(9.0, 9.1)}, ()),
     ("data that changed, which the good weights know even less", COLLAPSED,
      {"comparison": Comparison(2.5, 36.0), "growth": 4.6, "excursion": True, "first": 2.3}, ()),
@@ -57,7 +61,7 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("bad in a row under good weights too: the loss itself", GRADIENT,
      {"bad_in_a_row": 8, "comparison": Comparison(0.2, 0.2, then_finite=False)}, (Skip(),)),
     ("no deeper than half of what was learned", EXPLODING,
-     {"levels": (0.3, 0.2, 2.3), "first": 2.3, "healthy_since_restore": 5}, (Restore(0), Clip(2.0), Scale(0.5))),
+     {"levels": (0.3, 0.2, 2.3), "first": 2.3, "healthy_since_restore": 5}, (Restore(0), Clip(2.0), CUT)),
     ("a hard task", STUCK, {"growth": 1.5}, ()),
     ("a ruined one goes back to the start", STUCK, {"growth": 50.0, "levels": (2.3, 2.3, 2.3)},
      (Restore(2), Scale(0.5))),
@@ -65,7 +69,12 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("not good yet: wait", BATCH, {"healthy_steps": 0, "bad_in_a_row": 3, "snapshots": 0}, (Skip(),)),
     ("a bad update that reached the weights", BATCH, {"undo": True}, (Restore(0),)),
     ("deeper where an older snapshot was better", EXPLODING, {"levels": (5.0, 4.0, 0.5)},
-     (Restore(2), Clip(2.0), Scale(0.5))),
+     (Restore(2), Clip(2.0), CUT)),
+    ("back soon: clipping alone is not enough any more", EXPLODING, {"healthy_since_restore": 5, "again": True},
+     (Restore(0), Clip(2.0), Scale(0.25))),
+    ("a loss that swings, and did not under good weights", UNSTEADY, {"comparison": Comparison(6.0, 2.4)},
+     (Restore(0), Scale(0.5))),
+    ("data that swing under good weights too", UNSTEADY, {"comparison": Comparison(6.0, 3.0)}, ()),
 ]  # fmt: skip
 
 

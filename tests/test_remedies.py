@@ -151,6 +151,26 @@ def test_no_rate_is_tried_below_those_that_may_be_taken() -> None:
     assert tried[1:] == [0.5, 0.125, 0.125 / 4, 0.125 / 16]
 
 
+@pytest.mark.parametrize(
+    ("clipped", "whole", "half", "cut"),
+    [
+        (True, 0.3, 0.5, None),
+        (True, 0.5, 0.3, 0.125),
+        (True, math.inf, math.inf, 0.125),
+        (True, 2.5, math.inf, 0.125),
+        (True, None, None, 0.5),
+        (False, 0.3, 0.5, 0.125),
+    ],
+)
+def test_clipping_may_do_without_a_cut(clipped: bool, whole: float, half: float, cut: float | None) -> None:
+    """Where the rate as it is learns under the new clipping, and faster than at half, it stays; else it is cut."""
+    ends = {1.0: whole, 0.5: half}
+    other = None if whole is None else 0.2
+    patient = Patient(loss=lambda factor, updates: ends.get(factor, other) if updates else 2.3)
+    ReduceLR().apply(Scale(0.5, clipped=clipped), patient)
+    assert [done[1] for done in patient.done] == ([] if cut is None else [pytest.approx(cut, rel=1.0)])
+
+
 @pytest.mark.parametrize("after", [None, 2.4, math.inf, 2.3])
 def test_a_rehearsal_that_says_nothing_changes_nothing(after: float | None) -> None:
     """Where no rate helps, or none can be tried, the proposed cut stays."""
