@@ -106,7 +106,7 @@ class Keeper:
     def due(self, step: int) -> bool:
         """Whether a snapshot should be taken after update ``step``, where none is pending."""
         since = step - self._last
-        return self._wanted or (self._interval.due(since) if self._ranks.world == 1 else since >= self._every)
+        return self._wanted or self._interval.due(since, step, None if self._ranks.world == 1 else self._every)
 
     def capture(self, step: int, global_step: int, rate: float | None, healthy_steps: int = 0) -> Snapshot:
         """Take a snapshot, which is then pending.

@@ -186,8 +186,8 @@ class ReduceLR(Remedy):
 
 # How much of the best gain may be missing, of a gain that is counted up to so many times the loss it ends at: where the
 # loss began far off, every rate gains nearly all.
-_MISSING = 0.5
-_COUNTED = 2.0
+_MISSING = 0.3
+_COUNTED = 30.0
 # The rate taken lies between these shares of the best.
 _LEAST_OF_BEST = 1 / 16
 _MOST_OF_BEST = 1 / 2
