@@ -105,7 +105,9 @@ class Recovery:
         if not (reduce.rehearse and self._reviews.due(standing.healthy_steps)):
             return
         before, ratio = self._rate.effective(), self._rate.ratio()
-        factor = self._rehearsal.review(standing.policy.bad_rate / before[0]) if ratio <= 0.5 else 1.0
+        if ratio > 0.5 or 4 * before[0] >= standing.policy.bad_rate:
+            return
+        factor = self._rehearsal.review()
         if factor > 1:
             self._raise_rate(ratio * factor, Scale(factor), reduce.min_lr)
             self._reviews.begin(standing.healthy_steps)

@@ -149,29 +149,25 @@ class Rehearsal:
         mean = fmean(loss for loss in losses if loss is not None) if None not in losses else None
         return mean if mean is None or math.isfinite(mean) else math.inf
 
-    def review(self, most: float = math.inf) -> float:
-        """The factor at which the present rate would serve the present state better: 8, 2 or 1.
+    def review(self) -> float:
+        """The factor at which the present rate would serve the present state better: 2 or 1.
 
         Short trials favour small rates, so a larger one is taken where four times the present one brings clearly more
-        all the same; half of the largest that does is taken.
-
-        Args:
-            most: No larger factor is tried.
+        all the same.
         """
         with self._present() as present:
-            if present is None or most <= 4:
+            if present is None:
                 return 1.0
 
-            def loss(factor: float, updates: int = self._updates) -> float:
-                after = self.loss_after(present, factor, updates, unseen=True)
-                return math.inf if after is None else after
+            def loss(factor: float, updates: int = self._updates) -> float | None:
+                return self.loss_after(present, factor, updates, unseen=True)
 
             before, larger = loss(1.0, 0), loss(4.0)
             # Most reviews end here, and the present rate need not be tried.
-            if not larger < before or not before - larger > _CLEARLY_MORE * (before - loss(1.0)):
+            if before is None or larger is None or not larger < before:
                 return 1.0
-            # A rate that was cut far too deep has no time for many reviews.
-            return 8.0 if most > 16 and before - loss(16.0) > _CLEARLY_MORE * (before - larger) else 2.0
+            same = loss(1.0)
+            return 2.0 if same is not None and before - larger > _CLEARLY_MORE * (before - same) else 1.0
 
     def harmful(self, factor: float) -> bool:
         """Whether from the present state the rate times ``factor`` makes the loss clearly worse."""

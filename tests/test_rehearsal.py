@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -39,6 +37,7 @@ def test_a_lower_rate_is_found_better() -> None:
     answers = []
     for lr in (30.0, 0.1):
         loop = Loop(lr=lr)
+        loop.guard.rate.attach()
         loop.batch = torch.randn(8, 3)
         rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
         start = capture(loop.guard.learner, step=0, global_step=0)
@@ -50,6 +49,7 @@ def test_a_lower_rate_is_found_better() -> None:
 def test_the_loss_is_that_of_training_at_the_rate() -> None:
     """What is rehearsed is what training at that rate brings, and the learner is left where it began."""
     loop = Loop(lr=0.1)
+    loop.guard.rate.attach()
     loop.batch = torch.randn(8, 3)
     rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
     base = capture(loop.guard.learner, step=0, global_step=0)
@@ -62,19 +62,15 @@ def test_the_loss_is_that_of_training_at_the_rate() -> None:
     assert rehearsed == loop.probe()
 
 
-@pytest.mark.parametrize(
-    ("lr", "most", "factor"),
-    [(1e-3, math.inf, 8.0), (1e-3, 10.0, 2.0), (1e-3, 3.0, 1.0), (4e-3, math.inf, 2.0), (0.1, math.inf, 1.0),
-     (1.5, math.inf, 1.0)],
-)  # fmt: skip
-def test_a_review_raises_a_rate_that_hardly_moves_the_loss(lr: float, most: float, factor: float) -> None:
-    """A rate at which four times as much brings far more is doubled, and where sixteen times as much brings far more
-    still and is no rate that failed, it is raised to eight times; no trial leaves a trace."""
+@pytest.mark.parametrize(("lr", "factor"), [(0.001, 2.0), (0.1, 1.0), (1.5, 1.0)])
+def test_a_review_raises_a_rate_that_hardly_moves_the_loss(lr: float, factor: float) -> None:
+    """A rate at which four times as much brings far more is doubled, another is not, and no trial leaves a trace."""
     loop = Loop(lr=lr)
+    loop.guard.rate.attach()
     loop.batch = torch.randn(8, 3, generator=torch.Generator().manual_seed(3))
     rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
     before = copied(state(loop))
-    assert rehearsal.review(most) == factor
+    assert rehearsal.review() == factor
     assert same_bits(state(loop), before)
 
 
