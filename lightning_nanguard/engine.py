@@ -709,6 +709,10 @@ class Guard:
         self._blocker.blocked.clear()  # the faulty update is over, and rehearsed ones must be made
         return self._rehearsal.loss_after(self._standing.restored, factor, updates)
 
+    def rehearsal_batches(self) -> int:
+        """How many batches there are to rehearse on."""
+        return self._host.stage.rehearsal_batches()
+
     def _clear_gradients(self) -> None:
         for optimizer in self.learner.optimizers:
             optimizer.zero_grad(set_to_none=True)

@@ -53,6 +53,9 @@ class Patient(Protocol):
         Infinite where the loss left on the way; the learner is left as it was. ``None`` where that cannot be done.
         """
 
+    def rehearsal_batches(self) -> int:
+        """How many batches there are to rehearse on."""
+
 
 class Remedy(ABC):
     """One thing the guard may do."""
@@ -172,7 +175,9 @@ class ReduceLR(Remedy):
         rehearses = self.rehearse and step.factor < 1
         if rehearses and step.clipped and clipping_will_do(patient.rehearse, step.factor):
             return
-        found = rehearsed_cut(patient.rehearse, step.factor) if rehearses else None
+        few = rehearses and patient.rehearsal_batches() <= _FEW
+        missing = _MISSING_OF_FEW if few else _MISSING
+        found = rehearsed_cut(patient.rehearse, step.factor, missing=missing) if rehearses else None
         if found is None:
             # Nothing was tried: the curvature of one batch at one place is what is known.
             factor = min(step.factor, max(step.most, self._largest_blind_cut))
@@ -187,6 +192,9 @@ class ReduceLR(Remedy):
 # How much of the best gain may be missing, of a gain that is counted up to so many times the loss it ends at: where the
 # loss began far off, every rate gains nearly all.
 _MISSING = 0.3
+# On a few batches what is learned by heart counts for more, and it favours large rates.
+_FEW = 2
+_MISSING_OF_FEW = 0.5
 _COUNTED = 30.0
 # The rate taken lies between these shares of the best.
 _LEAST_OF_BEST = 1 / 16
@@ -194,17 +202,23 @@ _MOST_OF_BEST = 1 / 2
 
 
 def rehearsed_cut(
-    rehearse: Callable[[float, int], float | None], largest: float, *, tries: int = 10, updates: int = 8
+    rehearse: Callable[[float, int], float | None],
+    largest: float,
+    *,
+    missing: float = _MISSING,
+    tries: int = 10,
+    updates: int = 8,
 ) -> float | None:
     """The cut at which the loss of the newest batches really falls.
 
     From ``largest`` down by a factor of four each, until a rate brings clearly less than a larger one did. Rates at the
     edge of stability look best for a few updates and fail later: taken is the lowest in a row below the best that
-    brings at least half as much, at most half of the best and at least a sixteenth.
+    brings nearly as much, at most half of the best and at least a sixteenth.
 
     Args:
         rehearse: Gives the mean loss after some updates at a cut.
         largest: The first cut tried.
+        missing: The share of the best rate's gain that may be missing.
         tries: How many are tried at most.
         updates: Updates of each try.
 
@@ -224,7 +238,7 @@ def rehearsed_cut(
         if after < best_after:
             best, lowest, best_after = cut, cut, after
         elif best is not None:
-            if after > best_after + _MISSING * counted:
+            if after > best_after + missing * counted:
                 break
             lowest = cut
             if cut <= _LEAST_OF_BEST * best:
@@ -233,20 +247,20 @@ def rehearsed_cut(
 
 
 def clipping_will_do(rehearse: Callable[[float, int], float | None], cut: float, *, updates: int = 8) -> bool:
-    """Whether, under the clipping that has just begun, the rate learns the newest batches faster than at a cut.
+    """Whether, under the clipping that has just begun, the rate learns the newest batches faster than at two cuts.
 
-    A rate that is too high by itself never does: at the first cut, a half, it does less harm.
+    A rate that is too high by itself never does: at a lower one it does less harm.
 
     Args:
         rehearse: Gives the mean loss after some updates at a cut.
-        cut: The cut.
+        cut: The first cut; the second is a quarter of it.
         updates: Updates of each try.
     """
     before, uncut = rehearse(1.0, 0), rehearse(1.0, updates)
     if before is None or uncut is None or not uncut < before:
         return False
-    lower = rehearse(cut, updates)
-    return lower is not None and uncut < lower
+    lower = (rehearse(one, updates) for one in (cut, cut / 4))
+    return all(after is not None and uncut < after for after in lower)
 
 
 @final

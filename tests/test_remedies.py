@@ -39,6 +39,7 @@ class Patient:
 
     done: list[tuple[object, ...]] = field(default_factory=list)
     loss: Callable[[float, int], float | None] = lambda factor, updates: None
+    batches: int = 4
 
     def skip(self) -> None:
         self.done.append(("skip",))
@@ -57,6 +58,9 @@ class Patient:
 
     def rehearse(self, factor: float, updates: int) -> float | None:
         return self.loss(factor, updates)
+
+    def rehearsal_batches(self) -> int:
+        return self.batches
 
 
 ROWS: list[tuple[Remedy, Fault, int, PlanStep | None, tuple[object, ...] | None]] = [
@@ -151,22 +155,35 @@ def test_no_rate_is_tried_below_those_that_may_be_taken() -> None:
     assert tried[1:] == [0.5, 0.125, 0.125 / 4, 0.125 / 16]
 
 
+@pytest.mark.parametrize(("batches", "cut"), [(4, 0.0625), (2, 0.03125)])
+def test_on_few_batches_the_cut_is_deeper(batches: int, cut: float) -> None:
+    """On two batches, which are soon known by heart, a lower rate may bring less and is taken all the same."""
+    ends = {0.5: math.inf, 0.125: 0.3, 0.03125: 1.1}
+    patient = Patient(loss=lambda factor, updates: ends.get(factor, 2.2) if updates else 2.3, batches=batches)
+    ReduceLR().apply(Scale(0.5), patient)
+    [(_, factor, _)] = patient.done
+    assert factor == cut
+
+
 @pytest.mark.parametrize(
-    ("clipped", "whole", "half", "cut"),
+    ("clipped", "whole", "half", "eighth", "cut"),
     [
-        (True, 0.3, 0.5, None),
-        (True, 0.5, 0.3, 0.125),
-        (True, math.inf, math.inf, 0.125),
-        (True, 2.5, math.inf, 0.125),
-        (True, None, None, 0.5),
-        (False, 0.3, 0.5, 0.125),
+        (True, 0.3, 0.5, 0.6, None),
+        (True, 0.3, 0.5, 0.2, 0.125),
+        (True, 0.5, 0.3, 0.2, 0.125),
+        (True, math.inf, math.inf, 0.2, 0.125),
+        (True, 2.5, math.inf, 0.2, 0.125),
+        (True, None, None, None, 0.5),
+        (False, 0.3, 0.5, 0.2, 0.125),
     ],
 )
-def test_clipping_may_do_without_a_cut(clipped: bool, whole: float, half: float, cut: float | None) -> None:
-    """Where the rate as it is learns under the new clipping, and faster than at half, it stays; else it is cut."""
+def test_clipping_may_do_without_a_cut(
+    clipped: bool, whole: float | None, half: float | None, eighth: float | None, cut: float | None
+) -> None:
+    """Where the rate as it is learns under the new clipping, and faster than at half or less, it stays; else it is
+    cut."""
     ends = {1.0: whole, 0.5: half}
-    other = None if whole is None else 0.2
-    patient = Patient(loss=lambda factor, updates: ends.get(factor, other) if updates else 2.3)
+    patient = Patient(loss=lambda factor, updates: ends.get(factor, eighth) if updates else 2.3)
     ReduceLR().apply(Scale(0.5, clipped=clipped), patient)
     assert [done[1] for done in patient.done] == ([] if cut is None else [pytest.approx(cut, rel=1.0)])
 
