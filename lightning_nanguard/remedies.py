@@ -173,11 +173,10 @@ class ReduceLR(Remedy):
         """Change the multiplier."""
         assert isinstance(step, Scale)
         rehearses = self.rehearse and step.factor < 1
-        if rehearses and step.clipped and clipping_will_do(patient.rehearse, step.factor):
+        if rehearses and step.clipped and not step.firm and clipping_will_do(patient.rehearse, step.factor):
             return
         few = rehearses and patient.rehearsal_batches() <= _FEW
-        missing = _MISSING_OF_FEW if few else _MISSING
-        found = rehearsed_cut(patient.rehearse, step.factor, missing=missing) if rehearses else None
+        found = rehearsed_cut(patient.rehearse, step.factor, few=few) if rehearses else None
         if found is None:
             # Nothing was tried: the curvature of one batch at one place is what is known.
             factor = min(step.factor, max(step.most, self._largest_blind_cut))
@@ -191,11 +190,12 @@ class ReduceLR(Remedy):
 
 # How much of the best gain may be missing, of a gain that is counted up to so many times the loss it ends at: where the
 # loss began far off, every rate gains nearly all.
-_MISSING = 0.3
-# On a few batches what is learned by heart counts for more, and it favours large rates.
-_FEW = 2
-_MISSING_OF_FEW = 0.5
+_MISSING = 0.5
 _COUNTED = 30.0
+# The same where the best rate takes the loss below half: what lags behind it there is slow, while before that all are.
+_MISSING_OF_MUCH = 0.3
+# On so few batches what is learned by heart takes the loss there, and it favours large rates.
+_FEW = 2
 # The rate taken lies between these shares of the best.
 _LEAST_OF_BEST = 1 / 16
 _MOST_OF_BEST = 1 / 2
@@ -205,7 +205,7 @@ def rehearsed_cut(
     rehearse: Callable[[float, int], float | None],
     largest: float,
     *,
-    missing: float = _MISSING,
+    few: bool = False,
     tries: int = 10,
     updates: int = 8,
 ) -> float | None:
@@ -218,7 +218,7 @@ def rehearsed_cut(
     Args:
         rehearse: Gives the mean loss after some updates at a cut.
         largest: The first cut tried.
-        missing: The share of the best rate's gain that may be missing.
+        few: Whether they are very few.
         tries: How many are tried at most.
         updates: Updates of each try.
 
@@ -238,6 +238,7 @@ def rehearsed_cut(
         if after < best_after:
             best, lowest, best_after = cut, cut, after
         elif best is not None:
+            missing = _MISSING_OF_MUCH if best_after < 0.5 * before and not few else _MISSING
             if after > best_after + missing * counted:
                 break
             lowest = cut
