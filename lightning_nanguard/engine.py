@@ -424,8 +424,12 @@ class Guard:
         """
         if self._many:
             self.flush()
-        else:
-            self.check()
+            return
+        self.check()
+        # No snapshot may have fallen due since a weight or an average went out of range.
+        fault = self._keeper.implausible(dict(self.learner.leaves()), self._standing.healthy_steps)
+        if fault is not None:
+            self._report(fault, ())
 
     def close(self) -> None:
         """Let go of the optimizers."""
@@ -705,6 +709,10 @@ class Guard:
         self._blocker.blocked.clear()  # the faulty update is over, and rehearsed ones must be made
         return self._rehearsal.loss_after(self._standing.restored, factor, updates)
 
+    def rehearsal_batches(self) -> int:
+        """How many batches there are to rehearse on."""
+        return self._host.stage.rehearsal_batches()
+
     def _clear_gradients(self) -> None:
         for optimizer in self.learner.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -747,9 +755,10 @@ class Guard:
         assert trend is not None  # its reading was accepted
         pending.level = trend.level()
         early = self._standing.healthy_steps < _EARLY
-        self.ring.certify(0.1 * trend.scale(), self._keeper.kept(pending), keep_oldest=early)
+        scale = trend.scale()
+        self.ring.certify(0.1 * scale, self._keeper.kept(pending), keep_oldest=early)
         if trend.learning():
-            self._standing.policy = self._policy.prove(pending.rate, self._standing.policy)
+            self._standing.policy = self._policy.prove(pending.rate, pending.level, 0.2 * scale, self._standing.policy)
 
     # ---------------------------------------------------------------------------------------- state
 

@@ -89,7 +89,8 @@ class Scale(PlanStep):
     A remedy that looks for a better factor does not go below ``least``, at which the rate was proven before. One that
     cannot look goes down to ``most``, up to which the loss falls by its curvature; with ``firm`` one that can does,
     too. With ``limit`` the rate that results becomes the largest allowed, and the schedule goes on below it: for a rate
-    that its schedule has just raised.
+    that its schedule has just raised. With ``clipped`` the rate may stay: gradients are clipped from now on, and that
+    may be all it takes.
     """
 
     factor: float
@@ -98,6 +99,7 @@ class Scale(PlanStep):
     limit: bool = False
     most: float = math.inf
     firm: bool = False
+    clipped: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,6 +147,7 @@ class Investigator:
         effective = self._rate.effective()
         rate = effective[0] if effective else None
         since = target.step if target is not None else 0
+        rates = list(rates)
         return Evidence(
             step=known.step,
             healthy_steps=known.healthy_steps,
@@ -172,6 +173,7 @@ class Investigator:
             usual_norm=trend.usual_norm(),
             lr=rate,
             highest_lr=max((one for step, one in rates if step >= since), default=rate),
+            lowest_lr=min((one for _, one in rates), default=rate),
             multiplier=self._rate.ratio(),
             ranks=corrupted or spoilt,
         )

@@ -106,7 +106,7 @@ class Keeper:
     def due(self, step: int) -> bool:
         """Whether a snapshot should be taken after update ``step``, where none is pending."""
         since = step - self._last
-        return self._wanted or (self._interval.due(since) if self._ranks.world == 1 else since >= self._every)
+        return self._wanted or self._interval.due(since, step, None if self._ranks.world == 1 else self._every)
 
     def capture(self, step: int, global_step: int, rate: float | None, healthy_steps: int = 0) -> Snapshot:
         """Take a snapshot, which is then pending.
@@ -285,13 +285,22 @@ class Keeper:
         if bad is not None:
             message = f"{bad} is no longer finite, though every loss and gradient is"
             return Fault("corrupted_state", "state", bad, None, message)
+        return self.implausible(pending.leaves, healthy_steps)
+
+    def implausible(self, leaves: Mapping[Path, Any], healthy_steps: int) -> Fault | None:
+        """What is far out of range beside the newest certified snapshot, ``None`` if nothing is.
+
+        Args:
+            leaves: A state of the learner.
+            healthy_steps: Updates accepted so far.
+        """
         if not self._ring.certified:
             return None
         # Layers that normalise hide what is far out of range from the loss: statistics, weights and moments alike.
         times = _far(healthy_steps)
-        own = [path for path in pending.leaves if path[0] in ("parameter", "optimizer")]
-        names = {*self._learner.statistics(pending.leaves), *own}
-        far = jumped(pending.leaves, self._ring.certified[0].leaves, names, times)
+        own = [path for path in leaves if path[0] in ("parameter", "optimizer")]
+        names = {*self._learner.statistics(leaves), *own}
+        far = jumped(leaves, self._ring.certified[0].leaves, names, times)
         if far is None or far in self._jumps:
             return None
         self._jumps.add(far)  # once: what comes back after a restore is how it is

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from lightning_nanguard.events import Fault, Finding, Plan, PlanStep, Restore, Scale, Scope, Skip, Stop
+from lightning_nanguard.events import Clip, Fault, Finding, Plan, PlanStep, Restore, Scale, Scope, Skip, Stop
 
 # Healthy updates after a rollback before the learner is trusted again.
 CALM = 200
@@ -85,6 +85,7 @@ class Evidence:
         usual_norm: Median of the healthy gradient norms, ``None`` when too few were seen.
         lr: Effective learning rate of the first group.
         highest_lr: Highest since the snapshot to go back to; ``None`` where it is not known.
+        lowest_lr: Lowest so far; ``None`` where it is not known.
         multiplier: The learning-rate multiplier in force.
         undo: Whether the faulty update already reached the weights (deferred readback).
         ranks: Ranks whose state or batch is not finite; empty where all are concerned, or there is one process.
@@ -113,6 +114,7 @@ class Evidence:
     usual_norm: float | None = None
     lr: float | None = None
     highest_lr: float | None = None
+    lowest_lr: float | None = None
     multiplier: float = 1.0
     undo: bool = False
     ranks: tuple[int, ...] = ()
@@ -127,6 +129,10 @@ class Evidence:
         calm = _AT_ONCE if self.undo else calm
         soon = self.healthy_since_restore is not None and self.healthy_since_restore < calm
         return self.climbing or self.rate_rose or soon or (self.healthy_steps < 20 and not self.undo)
+
+    def rate_rises(self) -> bool:
+        """Whether the rate has clearly risen, since the snapshot or before: it may go on and outgrow a multiplier."""
+        return self.rate_rose or (self.lr is not None and self.lowest_lr is not None and self.lr > 1.5 * self.lowest_lr)
 
 
 class Proposes(Protocol):
@@ -180,10 +186,11 @@ class PolicyState:
         restores: ``(step, fault and place)`` of the restores within the budget's window.
         skips: Steps of the skips within the budget's window.
         bad_rate: Lowest effective learning rate at which the learner diverged, ``inf`` when it never did.
-        proven_rate: Highest effective learning rate at which a snapshot was certified while learning, kept below
-            ``bad_rate``.
+        proven_rate: Highest effective learning rate at which a snapshot was certified while the loss was falling, kept
+            below ``bad_rate``.
         failed_returns: How often the learner diverged again after a cut was given back.
         given_back_at: Healthy-step count at the last change of the multiplier.
+        proven_level: Level of the loss when it was last seen to have fallen, ``inf`` before.
     """
 
     attempt: int = 0
@@ -194,6 +201,7 @@ class PolicyState:
     proven_rate: float = 0.0
     failed_returns: int = 0
     given_back_at: int = 0
+    proven_level: float = math.inf
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers for a checkpoint."""
@@ -280,8 +288,9 @@ class Policy:
             return "learner" if self._ruined(fault, evidence) else None
         comparison = evidence.comparison
         if fault.kind == "unsteady_loss":
-            # Data that swing do so under good weights too.
-            ruined = comparison is not None and comparison.then < evidence.first < comparison.now
+            # Data that swing do so under good weights too, which are no worse than untrained ones, or hardly.
+            first = evidence.first
+            ruined = comparison is not None and comparison.then < first + 0.1 * abs(first) and comparison.now > first
             return "learner" if ruined else None
         if comparison is None or fault.kind == "loss_scale_collapse":
             return "learner"
@@ -341,7 +350,8 @@ class Policy:
                     if attempt == 0 and self._peak_is_over(evidence, state):
                         continue
                     least = _proven_factor(proposal.factor, evidence, state)
-                    proposal = replace(proposal, least=least, limit=evidence.rate_rose)
+                    clipped = attempt == 0 and any(isinstance(step, Clip) for step in steps)
+                    proposal = replace(proposal, least=least, limit=evidence.rate_rises(), clipped=clipped)
                 steps.append(proposal)
         if any(isinstance(step, Stop) for step in steps):
             return tuple(steps), state
@@ -358,8 +368,9 @@ class Policy:
             rates = [rate for rate in (evidence.lr, evidence.highest_lr) if rate is not None]
             rate = max(rates, default=math.inf)
             bad = min(state.bad_rate, rate)
-            proven = state.proven_rate if state.proven_rate <= bad / 4 else 0.0
-            state = replace(state, bad_rate=bad, proven_rate=proven, given_back_at=evidence.healthy_steps)
+            state = replace(state, bad_rate=bad, given_back_at=evidence.healthy_steps)
+            if state.proven_rate > bad / 4:
+                state = replace(state, proven_rate=0.0, proven_level=math.inf)
         return self._count_restore(fault, evidence, state, tuple(steps))
 
     def _peak_is_over(self, evidence: Evidence, state: PolicyState) -> bool:
@@ -425,11 +436,22 @@ class Policy:
             state, given_back_at=evidence.healthy_steps, bad_rate=math.inf if across else state.bad_rate
         )
 
-    def prove(self, rate: float | None, state: PolicyState) -> PolicyState:
-        """A snapshot was certified at this effective learning rate while the run was learning."""
-        if rate is None or rate <= state.proven_rate or rate >= state.bad_rate:
+    def prove(self, rate: float | None, level: float | None, margin: float, state: PolicyState) -> PolicyState:
+        """A snapshot was certified while the run was learning.
+
+        Its rate is proven only where the loss has fallen since the last proof: under a schedule that goes on rising, a
+        run that has arrived bears rates at which it would never have got there.
+
+        Args:
+            rate: Effective learning rate.
+            level: Level of the loss.
+            margin: By how much the loss must have fallen.
+            state: What is remembered.
+        """
+        if rate is None or level is None or level > state.proven_level - margin:
             return state
-        return replace(state, proven_rate=rate)
+        proven = max(rate, state.proven_rate) if rate < state.bad_rate else state.proven_rate
+        return replace(state, proven_rate=proven, proven_level=level)
 
 
 def within_curvature(plan: Plan, finding: Finding | None, lr: float | None) -> Plan:

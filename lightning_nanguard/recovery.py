@@ -17,9 +17,6 @@ from lightning_nanguard.remedies import ClipGradients, ReduceLR, Remedy
 from lightning_nanguard.standing import Standing
 from lightning_nanguard.streams import Streams
 
-_STALLED = Fault(
-    "rate_still_too_high", "learner", "", None, "trials at the rate after a cut made the loss worse than at less"
-)
 _HEALTHY = Fault("healthy_stretch", "learner", "", None, "a long healthy stretch")
 
 
@@ -108,17 +105,14 @@ class Recovery:
         if not (reduce.rehearse and self._reviews.due(standing.healthy_steps)):
             return
         before, ratio = self._rate.effective(), self._rate.ratio()
-        factor = self._rehearsal.review(may_rise=ratio <= 0.5 and 4 * before[0] < standing.policy.bad_rate)
+        if ratio > 0.5 or 4 * before[0] >= standing.policy.bad_rate:
+            return
+        factor = self._rehearsal.review()
         if factor > 1:
             self._raise_rate(ratio * factor, Scale(factor), reduce.min_lr)
-        elif factor < 1:
-            self.scale(factor, reduce.min_lr)
-            standing.policy = replace(standing.policy, bad_rate=min(standing.policy.bad_rate, before[0]))
-        if factor != 1:
             self._reviews.begin(standing.healthy_steps)
             standing.policy = replace(standing.policy, given_back_at=standing.healthy_steps)
-            word = "give back" if factor > 1 else "scale"
-            self._account.record(_HEALTHY if factor > 1 else _STALLED, "", (word,), before)
+            self._account.record(_HEALTHY, "", ("give back",), before)
 
     def _raise_rate(self, ratio: float, step: Scale, min_lr: float) -> None:
         multiplier, limit = self._rate.multiplier, self._rate.max_lr

@@ -149,14 +149,11 @@ class Rehearsal:
         mean = fmean(loss for loss in losses if loss is not None) if None not in losses else None
         return mean if mean is None or math.isfinite(mean) else math.inf
 
-    def review(self, *, may_rise: bool) -> float:
-        """The factor at which the present rate would serve the present state better: 2, 1 or a quarter.
+    def review(self) -> float:
+        """The factor at which the present rate would serve the present state better: 2 or 1.
 
-        Short trials favour small rates. So a larger one is taken where four times the present one brings clearly more
-        all the same, and a smaller one only where the present one makes it clearly worse.
-
-        Args:
-            may_rise: Whether a larger rate may be tried.
+        Short trials favour small rates, so a larger one is taken where four times the present one brings clearly more
+        all the same.
         """
         with self._present() as present:
             if present is None:
@@ -165,18 +162,12 @@ class Rehearsal:
             def loss(factor: float, updates: int = self._updates) -> float | None:
                 return self.loss_after(present, factor, updates, unseen=True)
 
-            before, same = loss(1.0, 0), loss(1.0)
-            if before is None or same is None:
+            before, larger = loss(1.0, 0), loss(4.0)
+            # Most reviews end here, and the present rate need not be tried.
+            if before is None or larger is None or not larger < before:
                 return 1.0
-            if may_rise:
-                larger = loss(4.0)
-                if larger is not None and before - larger > _CLEARLY_MORE * max(before - same, 0.0):
-                    return 2.0
-            margin = 0.1 * self._scale()
-            if same <= before + margin:
-                return 1.0
-            smaller = loss(0.25)
-            return 0.25 if smaller is not None and smaller < same - margin else 1.0
+            same = loss(1.0)
+            return 2.0 if same is not None and before - larger > _CLEARLY_MORE * (before - same) else 1.0
 
     def harmful(self, factor: float) -> bool:
         """Whether from the present state the rate times ``factor`` makes the loss clearly worse."""

@@ -53,6 +53,9 @@ class Patient(Protocol):
         Infinite where the loss left on the way; the learner is left as it was. ``None`` where that cannot be done.
         """
 
+    def rehearsal_batches(self) -> int:
+        """How many batches there are to rehearse on."""
+
 
 class Remedy(ABC):
     """One thing the guard may do."""
@@ -169,7 +172,11 @@ class ReduceLR(Remedy):
     def apply(self, step: PlanStep, patient: Patient) -> None:
         """Change the multiplier."""
         assert isinstance(step, Scale)
-        found = rehearsed_cut(patient.rehearse, step.factor) if self.rehearse and step.factor < 1 else None
+        rehearses = self.rehearse and step.factor < 1
+        if rehearses and step.clipped and not step.firm and clipping_will_do(patient.rehearse, step.factor):
+            return
+        few = rehearses and patient.rehearsal_batches() <= _FEW
+        found = rehearsed_cut(patient.rehearse, step.factor, few=few) if rehearses else None
         if found is None:
             # Nothing was tried: the curvature of one batch at one place is what is known.
             factor = min(step.factor, max(step.most, self._largest_blind_cut))
@@ -185,23 +192,33 @@ class ReduceLR(Remedy):
 # loss began far off, every rate gains nearly all.
 _MISSING = 0.5
 _COUNTED = 30.0
+# The same where the best rate takes the loss below half: what lags behind it there is slow, while before that all are.
+_MISSING_OF_MUCH = 0.3
+# On so few batches what is learned by heart takes the loss there, and it favours large rates.
+_FEW = 2
 # The rate taken lies between these shares of the best.
 _LEAST_OF_BEST = 1 / 16
 _MOST_OF_BEST = 1 / 2
 
 
 def rehearsed_cut(
-    rehearse: Callable[[float, int], float | None], largest: float, *, tries: int = 10, updates: int = 8
+    rehearse: Callable[[float, int], float | None],
+    largest: float,
+    *,
+    few: bool = False,
+    tries: int = 10,
+    updates: int = 8,
 ) -> float | None:
     """The cut at which the loss of the newest batches really falls.
 
     From ``largest`` down by a factor of four each, until a rate brings clearly less than a larger one did. Rates at the
     edge of stability look best for a few updates and fail later: taken is the lowest in a row below the best that
-    brings at least half as much, at most half of the best and at least a sixteenth.
+    brings nearly as much, at most half of the best and at least a sixteenth.
 
     Args:
         rehearse: Gives the mean loss after some updates at a cut.
         largest: The first cut tried.
+        few: Whether they are very few.
         tries: How many are tried at most.
         updates: Updates of each try.
 
@@ -221,10 +238,30 @@ def rehearsed_cut(
         if after < best_after:
             best, lowest, best_after = cut, cut, after
         elif best is not None:
-            if after > best_after + _MISSING * counted:
+            missing = _MISSING_OF_MUCH if best_after < 0.5 * before and not few else _MISSING
+            if after > best_after + missing * counted:
                 break
             lowest = cut
+            if cut <= _LEAST_OF_BEST * best:
+                break
     return None if best is None else min(_MOST_OF_BEST * best, max(lowest, _LEAST_OF_BEST * best))
+
+
+def clipping_will_do(rehearse: Callable[[float, int], float | None], cut: float, *, updates: int = 8) -> bool:
+    """Whether, under the clipping that has just begun, the rate learns the newest batches faster than at two cuts.
+
+    A rate that is too high by itself never does: at a lower one it does less harm.
+
+    Args:
+        rehearse: Gives the mean loss after some updates at a cut.
+        cut: The first cut; the second is a quarter of it.
+        updates: Updates of each try.
+    """
+    before, uncut = rehearse(1.0, 0), rehearse(1.0, updates)
+    if before is None or uncut is None or not uncut < before:
+        return False
+    lower = (rehearse(one, updates) for one in (cut, cut / 4))
+    return all(after is not None and uncut < after for after in lower)
 
 
 @final

@@ -120,9 +120,19 @@ class Interval:
         self._mark = time.perf_counter()
         self.updates = every if every is not None else self._first
 
-    def due(self, since: int) -> bool:
-        """Whether a snapshot is due ``since`` updates after the last."""
-        return since >= self.updates
+    def due(self, since: int, made: int, every: int | None = None) -> bool:
+        """Whether a snapshot is due.
+
+        Early in a run a long interval would lose most of what was learned, so it grows with the run: the few snapshots
+        more take a twentieth of the first interval's time at most.
+
+        Args:
+            since: Updates since the last one.
+            made: Updates made so far.
+            every: The interval, if another than the one measured here.
+        """
+        every = self.updates if every is None else every
+        return since >= every or (not self._fixed and since >= max(self._first, every // 8, (made + 1) // 2))
 
     def measure(self, started: float, since: int) -> None:
         """A capture that began at ``started``, ``since`` updates after the last, has just ended."""

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from itertools import islice, takewhile
-from statistics import median
+from statistics import fmean, median
 from typing import Any, final
 
 from lightning_nanguard.detectors import spread
@@ -25,6 +25,7 @@ class Trend:
         # Step, loss and norm of each reading; this is written in every step, and seldom read.
         self._read: deque[tuple[int, float | None, float | None]] = deque(maxlen=_NORMS)
         self._highest = -math.inf
+        self._first_norm = 0.0
         self.first: float | None = None
 
     def accept(self, reading: Reading) -> None:
@@ -34,6 +35,7 @@ class Trend:
         if loss is not None:
             if self.first is None:
                 self.first = loss
+                self._first_norm = reading.grad_norm if reading.finite and reading.grad_norm else 0.0
             if loss > self._highest:
                 self._highest = loss
 
@@ -57,9 +59,9 @@ class Trend:
         return [norm for _, _, norm in islice(self._read, max(0, len(self._read) - count), None) if norm]
 
     def level(self) -> float | None:
-        """Median of the newest losses."""
-        values = self.losses(8)
-        return median(values) if values else None
+        """Mean of the newest losses but the highest: a ruined model may be right on more than half of its batches."""
+        values = sorted(self.losses(8))
+        return fmean(values[:-1] or values) if values else None
 
     def learning(self) -> bool:
         """Whether the loss is clearly below the untrained model's."""
@@ -80,12 +82,13 @@ class Trend:
     def usual_norm(self) -> float | None:
         """Lower quartile of the healthy gradient norms, of a few the least; ``None`` when fewer than four were seen.
 
-        A run on its way out raises the median long before a norm counts as a fault.
+        A run on its way out raises the median long before a norm counts as a fault. One whose units a rate has
+        saturated has next to no gradient: a hundredth of the first norm is the least.
         """
         norms = sorted(self._norms())
         if len(norms) < 4:
             return None
-        return norms[0] if len(norms) < 20 else norms[len(norms) // 4]
+        return max(norms[0] if len(norms) < 20 else norms[len(norms) // 4], 0.01 * self._first_norm)
 
     def climbing(self) -> bool:
         """Whether losses or norms had left their usual range just before now, upwards."""
@@ -100,6 +103,7 @@ class Trend:
             "norms": [[step, norm] for step, _, norm in self._read if norm is not None],
             "highest": self._highest,
             "first": self.first,
+            "first_norm": self._first_norm,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -109,6 +113,7 @@ class Trend:
         self._read.extend((step, losses.get(step), norms.get(step)) for step in sorted({*losses, *norms}))
         self._highest = float(state["highest"])
         self.first = state["first"]
+        self._first_norm = float(state.get("first_norm", 0.0))
 
 
 def _left(values: list[float], least: float) -> bool:

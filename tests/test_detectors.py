@@ -322,3 +322,26 @@ def test_a_detector_without_limits_sees_every_reading() -> None:
         streams.check(reading(step))
         streams.accept(reading(step))
     assert streams.state_dict()["0"]["detectors"][1] == [Counting.__qualname__, {"seen": 20}]
+
+
+def test_the_level_of_a_loss_is_no_median() -> None:
+    """A ruined model that is right on most batches and far off on the others is at no low level."""
+    trend, usual = Trend(), Trend()
+    for step, loss in enumerate([0.0, 0.0, 0.0, 15.0, 2.5, 0.0, 13.0, 0.0]):
+        trend.accept(reading(step, loss, 1.0))
+        usual.accept(reading(step, 2.0 + 0.01 * step, 1.0))
+    level, steady = trend.level(), usual.level()
+    assert level is not None
+    assert level > 2.0
+    assert steady == pytest.approx(2.03)
+
+
+def test_norms_of_a_saturated_model_are_not_usual() -> None:
+    """Where a rate has saturated all units, the gradient to clip at is that of a model that still learns."""
+    trend = Trend()
+    for step in range(30):
+        trend.accept(reading(step, 1.0, 3.0 if step == 0 else 1e-30))
+    assert trend.usual_norm() == pytest.approx(0.03)
+    resumed = Trend()
+    resumed.load_state_dict(trend.state_dict())
+    assert resumed.usual_norm() == trend.usual_norm()

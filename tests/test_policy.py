@@ -18,18 +18,22 @@ BATCH = Fault("non_finite_loss", "batch", "loss", math.nan, "the loss is nan")
 GRADIENT = Fault("non_finite_gradient", "batch", "gradient", math.nan, "a gradient is not finite")
 EXPLODING = Fault("exploding_loss", "learner", "loss", 1e6, "the loss is 1e6")
 STUCK = Fault("stuck_loss", "learner", "loss", 2.3, "the loss is 2.3")
+UNSTEADY = Fault("unsteady_loss", "learner", "loss", 6.0, "it swings")
 COLLAPSED = Fault("collapsed", "learner", "loss", 2.7, "the loss is back at 2.7")
 CORRUPTED = Fault("corrupted_state", "state", "buffer bn.running_var", None, "it is not finite")
 
 GOOD = Evidence(step=500, healthy_steps=480, snapshots=3, levels=(0.5, 0.6, 0.7), first=2.3, scale=2.3, usual_norm=1.0,
                 lr=0.1)  # fmt: skip
+# Clipping that begins with a cut may do without it.
+CUT = Scale(0.5, clipped=True)
 THE_BATCH = Comparison(math.nan, math.nan)
 THE_LEARNER = Comparison(math.nan, 0.5)
 
 
 def decide(fault: Fault, remedies: tuple[Remedy, ...] | None = None, **evidence: object) -> Plan:
     policy = Policy(default_remedies() if remedies is None else remedies)
-    return policy.decide(fault, dataclasses.replace(GOOD, **evidence), PolicyState())[0]
+    state = PolicyState(learner_step=450 if evidence.pop("again", False) else -1)
+    return policy.decide(fault, dataclasses.replace(GOOD, **evidence), state)[0]
 
 
 ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
@@ -43,7 +47,7 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("a corrupt weight after a rise of the rate", EXPLODING, {"corrupt": "parameter w", "rate_rose": True},
      (Restore(0), Scale(0.5, limit=True))),
     ("corrupted state", CORRUPTED, {}, (Restore(0),)),
-    ("a divergence", EXPLODING, {"comparison": Comparison(1e6, 0.5)}, (Restore(0), Clip(2.0), Scale(0.5))),
+    ("a divergence", EXPLODING, {"comparison": Comparison(1e6, 0.5)}, (Restore(0), Clip(2.0), CUT)),
     ("a suspicion that is none: the data changed", EXPLODING, {"comparison": Comparison(9.0, 9.1)}, ()),
     ("data that changed, which the good weights know even less", COLLAPSED,
      {"comparison": Comparison(2.5, 36.0), "growth": 4.6, "excursion": True, "first": 2.3}, ()),
@@ -57,7 +61,7 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("bad in a row under good weights too: the loss itself", GRADIENT,
      {"bad_in_a_row": 8, "comparison": Comparison(0.2, 0.2, then_finite=False)}, (Skip(),)),
     ("no deeper than half of what was learned", EXPLODING,
-     {"levels": (0.3, 0.2, 2.3), "first": 2.3, "healthy_since_restore": 5}, (Restore(0), Clip(2.0), Scale(0.5))),
+     {"levels": (0.3, 0.2, 2.3), "first": 2.3, "healthy_since_restore": 5}, (Restore(0), Clip(2.0), CUT)),
     ("a hard task", STUCK, {"growth": 1.5}, ()),
     ("a ruined one goes back to the start", STUCK, {"growth": 50.0, "levels": (2.3, 2.3, 2.3)},
      (Restore(2), Scale(0.5))),
@@ -65,7 +69,12 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("not good yet: wait", BATCH, {"healthy_steps": 0, "bad_in_a_row": 3, "snapshots": 0}, (Skip(),)),
     ("a bad update that reached the weights", BATCH, {"undo": True}, (Restore(0),)),
     ("deeper where an older snapshot was better", EXPLODING, {"levels": (5.0, 4.0, 0.5)},
-     (Restore(2), Clip(2.0), Scale(0.5))),
+     (Restore(2), Clip(2.0), CUT)),
+    ("back soon: clipping alone is not enough any more", EXPLODING, {"healthy_since_restore": 5, "again": True},
+     (Restore(0), Clip(2.0), Scale(0.25))),
+    ("a loss that swings, and did not under good weights", UNSTEADY, {"comparison": Comparison(6.0, 2.4)},
+     (Restore(0), Scale(0.5))),
+    ("data that swing under good weights too", UNSTEADY, {"comparison": Comparison(6.0, 3.0)}, ()),
 ]  # fmt: skip
 
 
@@ -148,6 +157,40 @@ def test_a_proven_rate_is_given_back_quickly_and_a_failed_one_slowly() -> None:
         return -1
 
     assert (waits(0.1, 0.5), waits(1.0, 0.25), waits(1.0, 0.5)) == (50, 1000, 4000)
+
+
+def test_a_rate_is_proven_only_while_the_loss_falls() -> None:
+    """Under a schedule that goes on rising, rates at which the run stays where it is are not proven by its staying."""
+    policy, state, proven = Policy(default_remedies()), PolicyState(), []
+    for rate, level in ((0.01, 2.0), (0.02, 1.5), (0.04, 1.45), (0.08, 1.5), (0.16, 1.41)):
+        state = policy.prove(rate, level, 0.1, state)
+        proven.append(state.proven_rate)
+    assert proven == [0.01, 0.02, 0.02, 0.02, 0.02]
+    assert policy.prove(0.01, 1.0, 0.1, state).proven_rate == 0.02  # a lower one takes nothing back
+    state = dataclasses.replace(state, bad_rate=0.1)
+    assert policy.prove(0.32, 1.0, 0.1, state).proven_rate == 0.02
+
+
+def test_a_rate_that_fails_takes_the_proof_of_lower_ones_along() -> None:
+    """Where the learner diverged at about a proven rate nothing is proven any more, and the next proof may come at any
+    loss."""
+    policy = Policy(default_remedies())
+    state = PolicyState(proven_rate=0.1, proven_level=0.5)
+    _, kept = policy.decide(EXPLODING, dataclasses.replace(GOOD, lr=1.0), state)
+    _, lost = policy.decide(EXPLODING, dataclasses.replace(GOOD, lr=0.2), state)
+    assert (kept.proven_rate, kept.proven_level) == (0.1, 0.5)
+    assert policy.prove(0.05, 0.9, 0.1, lost).proven_rate == 0.05
+
+
+@pytest.mark.parametrize(
+    ("lowest", "rose", "limit"), [(0.2, False, True), (0.9, False, False), (0.9, True, True), (None, False, False)]
+)
+def test_a_rate_that_has_risen_is_limited(lowest: float | None, rose: bool, limit: bool) -> None:
+    """A multiplier would be outgrown by a schedule that goes on rising, however little it has since the snapshot."""
+    evidence = dataclasses.replace(GOOD, lr=1.0, lowest_lr=lowest, rate_rose=rose)
+    plan, _ = Policy(default_remedies()).decide(EXPLODING, evidence, PolicyState())
+    [cut] = [step for step in plan if isinstance(step, Scale)]
+    assert cut.limit is limit
 
 
 faults = st.sampled_from([BATCH, GRADIENT, EXPLODING, STUCK, CORRUPTED])

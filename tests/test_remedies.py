@@ -39,6 +39,7 @@ class Patient:
 
     done: list[tuple[object, ...]] = field(default_factory=list)
     loss: Callable[[float, int], float | None] = lambda factor, updates: None
+    batches: int = 4
 
     def skip(self) -> None:
         self.done.append(("skip",))
@@ -57,6 +58,9 @@ class Patient:
 
     def rehearse(self, factor: float, updates: int) -> float | None:
         return self.loss(factor, updates)
+
+    def rehearsal_batches(self) -> int:
+        return self.batches
 
 
 ROWS: list[tuple[Remedy, Fault, int, PlanStep | None, tuple[object, ...] | None]] = [
@@ -137,6 +141,52 @@ def test_where_the_loss_began_far_off_a_rate_must_come_as_near_as_the_best() -> 
     ends = {0.5: math.inf, 0.125: 0.5, 0.03125: 0.6, 0.0078125: 20.0}
     cut = rehearsed_cut(lambda factor, updates: 1000.0 if updates == 0 else ends.get(factor, 500.0), 0.5)
     assert cut == 0.03125
+
+
+def test_no_rate_is_tried_below_those_that_may_be_taken() -> None:
+    """A sixteenth of the best rate is the least that is taken, so nothing below it is tried."""
+    tried: list[float] = []
+
+    def rehearse(factor: float, updates: int) -> float:
+        tried.append(factor)
+        return 2.3 if updates == 0 else math.inf if factor > 0.2 else 0.3
+
+    assert rehearsed_cut(rehearse, 0.5) == 0.125 / 16
+    assert tried[1:] == [0.5, 0.125, 0.125 / 4, 0.125 / 16]
+
+
+@pytest.mark.parametrize(("batches", "began", "cut"), [(4, 2.3, 0.0625), (2, 2.3, 0.03125), (4, 0.5, 0.03125)])
+def test_how_much_of_the_best_gain_may_be_missing(batches: int, began: float, cut: float) -> None:
+    """Up to half; less where the loss came down by more than half, unless on two batches, soon known by heart."""
+    best = 0.3
+    ends = {0.5: math.inf, 0.125: best, 0.03125: best + 0.4 * (began - best)}
+    patient = Patient(loss=lambda factor, updates: ends.get(factor, began) if updates else began, batches=batches)
+    ReduceLR().apply(Scale(0.5), patient)
+    [(_, factor, _)] = patient.done
+    assert factor == cut
+
+
+@pytest.mark.parametrize(
+    ("clipped", "whole", "half", "eighth", "cut"),
+    [
+        (True, 0.3, 0.5, 0.6, None),
+        (True, 0.3, 0.5, 0.2, 0.125),
+        (True, 0.5, 0.3, 0.2, 0.125),
+        (True, math.inf, math.inf, 0.2, 0.125),
+        (True, 2.5, math.inf, 0.2, 0.125),
+        (True, None, None, None, 0.5),
+        (False, 0.3, 0.5, 0.2, 0.125),
+    ],
+)
+def test_clipping_may_do_without_a_cut(
+    clipped: bool, whole: float | None, half: float | None, eighth: float | None, cut: float | None
+) -> None:
+    """Where the rate as it is learns under the new clipping, and faster than at half or less, it stays; else it is
+    cut."""
+    ends = {1.0: whole, 0.5: half}
+    patient = Patient(loss=lambda factor, updates: ends.get(factor, eighth) if updates else 2.3)
+    ReduceLR().apply(Scale(0.5, clipped=clipped), patient)
+    assert [done[1] for done in patient.done] == ([] if cut is None else [pytest.approx(cut, rel=1.0)])
 
 
 @pytest.mark.parametrize("after", [None, 2.4, math.inf, 2.3])

@@ -53,7 +53,7 @@ ABLATIONS: dict[str, Contender] = {
     c.name: c
     for c in (
         Without("rehearsal", lambda: NaNGuard(remedies=[Rollback(), ClipGradients(), ReduceLR(rehearse=False)])),
-        Without("review", replaced=[("rehearsal.Rehearsal.review", lambda self, may_rise: 1.0)]),
+        Without("review", replaced=[("rehearsal.Rehearsal.review", lambda self: 1.0)]),
         Without("clipping", lambda: NaNGuard(remedies=[Rollback(), ReduceLR()])),
         Without("cut", lambda: NaNGuard(remedies=[Rollback(), ClipGradients()])),
         Without("spikes", lambda: NaNGuard(detectors=[NonFinite(), DivergingLoss()])),
