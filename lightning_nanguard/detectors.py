@@ -275,8 +275,28 @@ class GradientSpike(Detector):
     def check(self, reading: Reading) -> Fault | None:
         """The fault of this reading, or ``None``."""
         norm = reading.grad_norm
+        if norm is None or not reading.finite:
+            return None
+        if len(self._norms) == 2:
+            return self._first_of_all(norm) or self._spike(norm)
+        return self._spike(norm)
+
+    def _first_of_all(self, norm: float) -> Fault | None:
+        # The first batch has none before it to be told by: the two behind it say that it was the bad one, when it has
+        # left its mark on weights and moments already.
+        first, second = self._norms.values()
+        others = max(second, norm)
+        if first <= self._huge or first <= self._outlandish * others:
+            return None
+        message = (
+            f"the gradient norm of the first batch was {first:.3g}, of those behind it at most {others:.3g}: what it "
+            "left in weights and optimizer state is undone"
+        )
+        return Fault("gradient_spike", "state", "gradient", first, message)
+
+    def _spike(self, norm: float) -> Fault | None:
         # The cheap question first: no limit is below ten times a norm in the window.
-        if norm is None or not reading.finite or norm <= self._above_largest * self._newest:
+        if norm <= self._above_largest * self._newest:
             return None
         doubtful = not norm > self._find_limit()
         # During warm-up a norm that stands out is told from a beginning's by its batch.
@@ -296,7 +316,7 @@ class GradientSpike(Detector):
 
     def limits(self) -> Limits:
         """Ten times the newest norm: a spike is ten times the largest of the window, in which that one stays."""
-        return Limits(math.inf, self._above_largest * self._newest)
+        return Limits(math.inf, self._above_largest * self._newest if len(self._norms) > 2 else -math.inf)
 
     def _warming_up(self) -> bool:
         return 2 <= len(self._norms) < self.warmup
@@ -384,6 +404,7 @@ class DivergingLoss(Detector):
         self.warmup = warmup
         self._losses = Window(max(64, 2 * patience))
         self._first: float | None = None
+        self._first_step: int | None = None
         self._best: float | None = None
         self._highest: float | None = None
         self._since = 0
@@ -527,8 +548,8 @@ class DivergingLoss(Detector):
         loss = reading.loss
         if loss is None or not math.isfinite(loss):
             return
-        if self._first is None:
-            self._first = loss
+        if self._first_step is None:
+            self._first, self._first_step = loss, reading.step
         self._losses.append(reading.step, loss)
         self._since += 1
         # The median of the newest hardly falls below the best one while no loss does.
@@ -562,12 +583,15 @@ class DivergingLoss(Detector):
         self._pause = self._cooldown
         if not len(self._losses):
             self._best = None
+        if self._first_step is not None and step < self._first_step:
+            self._first_step = None  # the next one is the untrained model's again
 
     def state_dict(self) -> dict[str, Any]:
         """The history in plain containers."""
         return {
             "losses": self._losses.state(),
             "first": self._first,
+            "first_step": self._first_step,
             "best": self._best,
             "highest": self._highest,
             "quiet_until": self._quiet_until,
@@ -579,6 +603,7 @@ class DivergingLoss(Detector):
         """The inverse of :meth:`state_dict`."""
         self._losses.load(state["losses"])
         self._first = state["first"]
+        self._first_step = state["first_step"]
         self._best = state["best"]
         self._highest = state["highest"]
         self._quiet_until = int(state["quiet_until"])

@@ -26,6 +26,7 @@ class Trend:
         self._read: deque[tuple[int, float | None, float | None]] = deque(maxlen=_NORMS)
         self._highest = -math.inf
         self._first_norm = 0.0
+        self._first_step: int | None = None
         self.first: float | None = None
 
     def accept(self, reading: Reading) -> None:
@@ -33,8 +34,8 @@ class Trend:
         loss = reading.loss if reading.loss_finite else None
         self._read.append((reading.step, loss, reading.grad_norm if reading.finite else None))
         if loss is not None:
-            if self.first is None:
-                self.first = loss
+            if self._first_step is None:
+                self.first, self._first_step = loss, reading.step
                 self._first_norm = reading.grad_norm if reading.finite and reading.grad_norm else 0.0
             if loss > self._highest:
                 self._highest = loss
@@ -44,6 +45,8 @@ class Trend:
         while self._read and self._read[-1][0] > step:
             self._read.pop()
         self._highest = max(self.losses(), default=-math.inf)
+        if self._first_step is not None and step < self._first_step:
+            self._first_step = None  # the next one is the untrained model's again
 
     def scale(self) -> float:
         """The loss's own scale: the untrained model's loss, or its noise where that is larger."""
@@ -104,6 +107,7 @@ class Trend:
             "highest": self._highest,
             "first": self.first,
             "first_norm": self._first_norm,
+            "first_step": self._first_step,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -113,7 +117,8 @@ class Trend:
         self._read.extend((step, losses.get(step), norms.get(step)) for step in sorted({*losses, *norms}))
         self._highest = float(state["highest"])
         self.first = state["first"]
-        self._first_norm = float(state.get("first_norm", 0.0))
+        self._first_norm = float(state["first_norm"])
+        self._first_step = state["first_step"]
 
 
 def _left(values: list[float], least: float) -> bool:

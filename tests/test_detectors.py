@@ -249,6 +249,43 @@ def test_one_that_wanders_is_still_asked_about_its_batch() -> None:
     assert fault.doubtful
 
 
+@pytest.mark.parametrize(
+    ("norms", "found"),
+    [
+        ([1e14, 2.0, 3.0], True),
+        ([1e14, 1e13, 1e12], False),
+        ([1e5, 0.1, 0.1], False),
+        ([3.0, 2.0, 1e14], False),
+    ],
+)
+def test_the_first_batch_is_told_by_those_behind_it(norms: list[float], found: bool) -> None:
+    """A first gradient absurdly larger than the two behind it has spoilt weights and moments."""
+    detector = GradientSpike()
+    for step, norm in enumerate(norms[:2]):
+        assert detector.check(reading(step, 1.0, norm)) is None
+        detector.accept(reading(step, 1.0, norm))
+    fault = detector.check(reading(2, 1.0, norms[2]))
+    assert (fault is not None and fault.scope == "state") == found
+
+
+def test_the_untrained_loss_is_read_again_from_the_start() -> None:
+    """Where all was rewound, the next loss is the untrained model's."""
+    trend, detector = Trend(), DivergingLoss()
+    for one in (trend, detector):
+        one.accept(reading(1, 1e28))
+        one.accept(reading(2, 5.0))
+        one.rewind(1)
+        one.accept(reading(3, 6.0))
+    assert trend.first == detector.first == 1e28
+    for one in (trend, detector):
+        one.rewind(0)
+    assert trend.first == detector.first == 1e28
+    for one in (trend, detector):
+        one.accept(reading(4, 7.0))
+        one.accept(reading(5, 6.0))
+    assert trend.first == detector.first == 7.0
+
+
 def one_by_one(detectors: Sequence[Detector], readings: Iterable[Reading]) -> list[tuple[int, str]]:
     """Faults when every detector looks at every reading and takes it at once."""
     found = []

@@ -42,6 +42,7 @@ from tests.helpers import (
     with_nan,
     words,
 )
+from tests.test_skip import left_behind
 
 NAN, INF = math.nan, math.inf
 STEPS = 40
@@ -562,3 +563,21 @@ def test_callable_is_told_before_the_next_step(tmp_path: Path) -> None:
     fit(task("mlp", adam), data_for("mlp", 12), guard, folder=tmp_path, callbacks=[*faults, Looks()])
     assert told == [(3, 4), (9, 10)]
     assert lines == [0] * 4 + [1] * 6 + [2] * 2
+
+
+@pytest.mark.parametrize("model", ["mlp", "manual"])
+def test_a_finite_fault_in_the_first_batch(model: str, tmp_path: Path) -> None:
+    """Nothing came before that the first batch could be told by: the third tells it, and the run starts anew behind it,
+    as if the three had never been. When it comes back it is skipped."""
+    data = data_for(model, 40)
+    bad = (data[0][0], data[0][1] * 1e15)
+    guard = NaNGuard(snapshot_every_n_steps=5)
+    guarded = fit(task(model, adam), [bad, *data[1:20], bad, *data[20:]], guard, folder=tmp_path)
+    assert words(guard)[0] == ("restore",)
+    assert set(words(guard)[1:]) == {("skip",)}
+    assert guard.lr_multiplier == 1.0
+    if model == "mlp":
+        never = fit(task(model, adam), data[3:], folder=tmp_path)
+        one, other = left_behind(guarded), left_behind(never)
+        for part in ("parameters", "optimizers"):
+            assert differences(one[part], other[part]) == []
