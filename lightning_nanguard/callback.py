@@ -213,7 +213,7 @@ class NaNGuard(GuardCallback):
             ValueError: When the strategy is not supported.
         """
         if stage == "fit":
-            check_strategy(trainer)
+            check_strategy(trainer, pl_module)
             put_first(trainer, self)
             self._undo_gate()
             folders = [] if self._dirpath is None else [self._dirpath]

@@ -580,6 +580,7 @@ class Guard:
         plan, state = self._policy.decide(fault, evidence, self._standing.policy)
         if plan:
             self._standing.policy = state
+            self._investigator.conclude(fault, batch=plan == (Skip(),))
             self._act(found, evidence, plan)
             lasts = self._standing.bad_in_a_row >= self._policy.patience and not evidence.batch_strange
             if fault.kind == "gradient_spike" and lasts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, final
 
@@ -46,6 +47,8 @@ class Witness(Protocol):
 
 # No update that is let through makes a weight this many times larger than all were a few snapshots ago.
 _JUMP = 1e4
+# So often in a row a fault must have been its batch's before that is taken for granted, if it comes alone.
+_SURE = 4
 # Below this growth of its matrices a loss that does not fall is a hard task, and nothing is tried out.
 _GROWN = 2.5
 _GROWN_AND_LEARNED = 6.0
@@ -86,6 +89,8 @@ class Investigator:
         self.allowed: dict[Path, Tensor] = {}
         self._shapes: dict[Path, torch.Size] = {}
         self.initial_norms: dict[str, float] = {}
+        # How often in a row each kind of fault at each place was its batch's.
+        self._batches: Counter[tuple[str, str]] = Counter()
 
     def begin(self) -> None:
         """Note what is not finite by design."""
@@ -100,6 +105,20 @@ class Investigator:
     def corrupt(self, leaves: Iterable[tuple[Path, Any]]) -> str | None:
         """Name of the first tensor that is not finite and was at the start of fit."""
         return corrupt(leaves, self.allowed, self._shapes)
+
+    def conclude(self, fault: Fault, *, batch: bool) -> None:
+        """A fault was found to be its batch's, or not."""
+        if batch:
+            self._batches[fault.kind, fault.place] += 1
+        else:
+            self._batches.clear()
+
+    def _known_to_be_the_batch(self, fault: Fault, known: Evidence, trend: Trend) -> bool:
+        # A corrupt sample comes back in every epoch. Alone among healthy updates it is what it was before; if not, the
+        # next update is faulty too, and then it is looked into.
+        times = self._batches[fault.kind, fault.place]
+        again = times > _SURE and times & (times - 1) != 0
+        return again and known.bad_in_a_row == 1 and not known.undo and not trend.climbing()
 
     def look_into(
         self,
@@ -142,7 +161,11 @@ class Investigator:
             if self._compare_allowed and fault.kind == "stuck_loss":
                 if growth > self._least_growth(fault, trend):
                     lower_is_better = self._rehearsal.lower_rate_is_better(target, trend.scale())
-            elif self._compare_allowed and batch_finite is not False:  # under any weights it would say nothing
+            elif (
+                self._compare_allowed
+                and batch_finite is not False  # under any weights it would say nothing
+                and not self._known_to_be_the_batch(fault, known, trend)
+            ):
                 comparison = self._compare(fault, reading, target)
         effective = self._rate.effective()
         rate = effective[0] if effective else None

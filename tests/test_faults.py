@@ -27,6 +27,7 @@ from lightning_nanguard import (
     StopTraining,
     TrainingDivergedError,
 )
+from lightning_nanguard.stage import TrainerStage
 from tests.helpers import (
     FaultAt,
     Run,
@@ -581,3 +582,23 @@ def test_a_finite_fault_in_the_first_batch(model: str, tmp_path: Path) -> None:
         one, other = left_behind(guarded), left_behind(never)
         for part in ("parameters", "optimizers"):
             assert differences(one[part], other[part]) == []
+
+
+def test_a_batch_that_comes_back_is_not_compared_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that is bad for the same reason in every epoch is looked into at first, and then more and more rarely; each
+    is skipped and on record all the same."""
+    looks: list[int] = []
+    probe = TrainerStage.probe
+
+    def counted(self: TrainerStage) -> float | None:
+        looks.append(1)
+        return probe(self)
+
+    monkeypatch.setattr(TrainerStage, "probe", counted)
+    bad = list(range(10, 400, 10))
+    guard = NaNGuard(snapshot_every_n_steps=5)
+    fault = FaultAt("loss", NAN, bad)
+    fit(task("norm", adam), data_for("norm", 400), guard, folder=tmp_path, callbacks=[fault])
+    assert words(guard) == [("skip",)] * len(bad)
+    assert len({(one.fault, one.cause) for one in guard.interventions}) == 1
+    assert len(looks) == 2 * len([n for n in range(len(bad)) if n <= 4 or n & (n - 1) == 0])

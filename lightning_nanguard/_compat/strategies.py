@@ -19,8 +19,8 @@ def is_sharded(trainer: Any) -> bool:
     return _is(trainer, _SHARDED)
 
 
-def check_strategy(trainer: Any) -> None:
-    """Look whether the guard supports the trainer's strategy.
+def check_strategy(trainer: Any, module: Any) -> None:
+    """Look whether the guard supports the trainer's strategy, with this module.
 
     Raises:
         ValueError: When it does not.
@@ -36,6 +36,12 @@ def check_strategy(trainer: Any) -> None:
         raise ValueError(
             f"NaNGuard does not support {name}(model_averaging_period=…): the weights of the ranks part by design "
             "between averages. Leave the averaging out, or take the guard out of the callbacks."
+        )
+    if _is(trainer, ("FSDPStrategy",)) and not module.automatic_optimization:
+        raise ValueError(
+            f"NaNGuard does not support {name} with manual optimization: the gradient of a skipped update stays in the "
+            "flat parameters that the strategy keeps. Use automatic optimization, ModelParallelStrategy or "
+            "strategy='ddp', or take the guard out of the callbacks."
         )
     if trainer.world_size > 1 and not _is(trainer, (*_REPLICATED, *_SHARDED)):
         raise ValueError(

@@ -47,9 +47,14 @@ class DeepSpeedStrategy(SingleDeviceStrategy):
     """Has the name; the real one needs a package and a device that are not here."""
 
 
+class FSDPStrategy(SingleDeviceStrategy):
+    """Has the name; the real one needs processes."""
+
+
 @pytest.mark.parametrize(
     ("strategy", "devices", "told"),
     [
+        (FSDPStrategy("cpu"), 1, "does not support FSDPStrategy with manual optimization.*ModelParallelStrategy"),
         (DeepSpeedStrategy("cpu"), 1, "does not support DeepSpeedStrategy.*Use strategy='ddp'"),
         (DDPStrategy(model_averaging_period=2), 2, r"does not support DDPStrategy\(model_averaging_period"),
     ],
@@ -61,7 +66,7 @@ def test_unsupported_strategies_are_refused(strategy: Any, devices: int, told: s
         enable_progress_bar=False, default_root_dir=tmp_path,
     )  # fmt: skip
     with pytest.raises(ValueError, match=told):
-        NaNGuard().setup(trainer, task(), "fit")
+        NaNGuard().setup(trainer, task("manual"), "fit")
 
 
 @settings(deadline=None)
