@@ -585,7 +585,7 @@ def test_a_finite_fault_in_the_first_batch(model: str, tmp_path: Path) -> None:
 
 
 def test_a_batch_that_comes_back_is_not_compared_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss that is bad for the same reason in every epoch is looked into at first, and then more and more rarely; each
+    """A loss that is bad for the same reason in every epoch is looked into at first, then more and more rarely; each
     is skipped and on record all the same."""
     looks: list[int] = []
     probe = TrainerStage.probe
