@@ -120,12 +120,13 @@ def _norm(values: Tensor) -> Tensor:
 def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[float]:
     """A norm of each tensor, 0.0 of an empty one; one read for each device and kind of number."""
     found = [0.0] * len(tensors)
+    dense = [dense_values(tensor) if tensor.is_sparse else local(tensor).detach() for tensor in tensors]
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, tensor in enumerate(tensors):
+    for index, tensor in enumerate(dense):
         if tensor.numel():
             groups.setdefault((tensor.device, tensor.dtype), []).append(index)
     for (_, dtype), indices in groups.items():
-        values = [local(tensors[index]).detach() for index in indices]
+        values = [dense[index] for index in indices]
         numbers = torch.stack(torch._foreach_norm(values, order, _WIDER.get(dtype))).tolist()
         for index, number in zip(indices, numbers, strict=True):
             found[index] = number
