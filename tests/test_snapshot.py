@@ -435,6 +435,10 @@ def test_memory_of_snapshots_is_used_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", [2.0, math.inf])
 def test_norms_of_sparse_state(order: float) -> None:
     """Of a sparse tensor, such as the momentum of an embedding, what it stores counts, and an empty one is 0."""
-    stored = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), torch.tensor([[3.0], [4.0]]), (5, 1))
-    empty = torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.long), torch.zeros(0, 1), (5, 1))
+    stored = torch.sparse_coo_tensor(
+        torch.tensor([[1, 1]]), torch.tensor([[3.0], [4.0]]), (5, 1), check_invariants=True
+    )
+    empty = torch.sparse_coo_tensor(
+        torch.zeros(1, 0, dtype=torch.long), torch.zeros(0, 1), (5, 1), check_invariants=True
+    )
     assert norms([stored, empty, torch.tensor([-2.0])], order) == [7.0, 0.0, 2.0]
