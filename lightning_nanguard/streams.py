@@ -29,6 +29,7 @@ class _Stream:
         self._detectors = detectors
         self._trend = Trend()
         self._waiting: list[Reading] = []
+        self._taken = 0
         self._loss, self._norm = _ALL
 
     def is_calm(self, reading: Reading) -> bool:
@@ -39,8 +40,11 @@ class _Stream:
     def accept(self, reading: Reading) -> None:
         """Take a healthy reading."""
         self._waiting.append(reading)
-        if len(self._waiting) >= AT_ONCE:
+        self._taken += 1
+        # Counted, so that all ranks have the same limits, whenever each of them was asked.
+        if self._taken % AT_ONCE == 0:
             self.up_to_date()
+            self._find_limits()
 
     def up_to_date(self) -> tuple[list[Detector], Trend]:
         """Detectors and trend that have taken every reading."""
@@ -50,7 +54,6 @@ class _Stream:
                     detector.accept(reading)
                 self._trend.accept(reading)
             self._waiting.clear()
-            self._find_limits()
         return self._detectors, self._trend
 
     def _find_limits(self) -> None:
@@ -64,6 +67,7 @@ class _Stream:
         trend.rewind(step)
         for detector in detectors:
             detector.rewind(step)
+        self._taken = 0
         self._find_limits()
 
     def state_dict(self) -> dict[str, Any]:

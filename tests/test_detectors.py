@@ -382,3 +382,20 @@ def test_norms_of_a_saturated_model_are_not_usual() -> None:
     resumed = Trend()
     resumed.load_state_dict(trend.state_dict())
     assert resumed.usual_norm() == trend.usual_norm()
+
+
+@given(st.lists(st.booleans(), min_size=80, max_size=80), st.integers(0, 2**16))
+@settings(max_examples=50, deadline=None)
+def test_limits_do_not_depend_on_when_somebody_asks(asks: list[bool], seed: int) -> None:
+    """Ranks that ask for a trend at different times judge every reading alike."""
+    draw = random.Random(seed)
+    one, other = Streams(default_detectors()), Streams(default_detectors())
+    for step, ask in enumerate(asks):
+        seen = reading(step, draw.lognormvariate(0, 1), draw.lognormvariate(0, 3))
+        found = one.check(seen)
+        assert found == other.check(seen)
+        if found is None:
+            one.accept(seen)
+            other.accept(seen)
+        if ask:
+            one.trend(0)
