@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lightning_nanguard import NaNGuard, keeper, measure, meter
+from lightning_nanguard import NaNGuard, keeper, measure
 from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.engine import Guard
+from lightning_nanguard.meter import Meter
 
 from .models import Workload
 from .turns import quiet_trainer
@@ -27,7 +28,7 @@ _PARTS: tuple[tuple[str, Any, str], ...] = (
     ("  buffers, metrics, running means", BatchScope, "open"),
     ("take the loss", NaNGuard, "on_before_backward"),
     ("measure and judge", NaNGuard, "on_before_optimizer_step"),
-    ("  list the gradients", meter, "gradients"),
+    ("  list the gradients", Meter, "_gradients"),
     ("  their norms", measure, "partial_norms"),
     ("  bring the numbers to the host", measure.PendingReading, "read"),
     ("  detectors and history", Guard, "_detect"),
