@@ -33,7 +33,7 @@ from lightning_nanguard.detectors import Detector
 from lightning_nanguard.diagnosis.clues import Look
 from lightning_nanguard.distributed import Alone, Ranks, first, surest
 from lightning_nanguard.errors import TrainingDivergedError
-from lightning_nanguard.events import Fault, Finding, Plan, Reading, Skip, Stop
+from lightning_nanguard.events import Fault, Finding, Plan, Reading, Scale, Skip, Stop
 from lightning_nanguard.exchange import Exchange, Sent, gradient_finite
 from lightning_nanguard.investigate import Investigator, Witness, matrix_norms
 from lightning_nanguard.keeper import Keeper
@@ -616,7 +616,10 @@ class Guard:
             for step in plan:
                 self._executors[type(step)].apply(step, self)
             self._judge_sooner(found)
-        words = tuple(self._executors[type(step)].word for step in plan)
+        kept = not self._settings.observe and self.rate.effective() == before
+        # Where clipping alone would do, a cut that was planned has not been made.
+        done = [step for step in plan if not (kept and isinstance(step, Scale) and step.clipped)]
+        words = tuple(self._executors[type(step)].word for step in done)
         place = evidence.corrupt if evidence.corrupt is not None else found.fault.place
         ranks = evidence.ranks or found.ranks
         # What is read late is on record under the batch it was found in.

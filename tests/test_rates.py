@@ -86,6 +86,8 @@ def test_a_rate_too_high_is_found_and_cut(optimizer: str, factor: int, since: in
     regained = improvement(optimizer, lambda step: best if step < since else factor * largest, guard)
     assert regained >= 0.9 * right(optimizer)
     assert guard.lr_multiplier < 1
+    for found in guard.interventions:
+        assert ("scale" in found.remedies) == (found.lr_after < found.lr_before)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
