@@ -7,6 +7,7 @@ Buffers (batch-norm statistics), torchmetrics objects on the module, and whateve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import is_
 from typing import Any, final
 
 import torch
@@ -45,10 +46,9 @@ class BatchScope:
         # Those of all modules that have none so far.
         self._empty: list[dict[str, Tensor | None]] = []
         self._metrics: list[Metric] = []
-        # What the plan was made for, and the plan: copies by name; what is copied, by dtype and device, with its
-        # version when the plan was made.
-        self._planned: list[int] | None = None
-        self._held: list[Tensor | None] = []
+        # The buffers that the plan was made for, and the plan: copies by name; what is copied, by dtype and device,
+        # with its version when the plan was made.
+        self._planned: list[Tensor | None] | None = None
         self._saved: dict[str, Tensor] = {}
         self._copies: list[tuple[list[Tensor], list[Tensor], list[int]]] = []
         # Large buffers that have not changed so far, with their versions, and those that have.
@@ -63,8 +63,7 @@ class BatchScope:
         self._opened += 1
         buffers = [buffer for _, _, owned in self._owners for buffer in owned.values()]
         changed = [name for name, buffer, version in self._watched if buffer._version != version]
-        # The plan holds the buffers it was made for, so that no other can have the identity of one.
-        if changed or self._thorough or list(map(id, buffers)) != self._planned:
+        if changed or self._thorough or not self._is_planned(buffers):
             self._live.update(changed)
             self._plan(buffers)
         if self._copies:
@@ -75,6 +74,10 @@ class BatchScope:
                 self._copy()
         self._undo = [other() for other in self._others]
         self._undo += [_remember(metric) for metric in self._metrics]
+
+    def _is_planned(self, buffers: list[Tensor | None]) -> bool:
+        planned = self._planned
+        return planned is not None and len(planned) == len(buffers) and all(map(is_, planned, buffers))
 
     def _copy(self) -> None:
         with torch.no_grad():
@@ -99,8 +102,7 @@ class BatchScope:
     def _plan(self, buffers: list[Tensor | None]) -> None:
         # One that forward has still to make keeps its identity then.
         lazy = any(buffer is not None and is_lazy(buffer) for buffer in buffers)
-        self._planned = None if lazy else list(map(id, buffers))
-        self._held = buffers
+        self._planned = None if lazy else buffers
         old, self._saved, self._watched = self._saved, {}, []
         groups: dict[Any, tuple[list[Tensor], list[Tensor], list[int]]] = {}
         for name, buffer, normalises in self._touchable():

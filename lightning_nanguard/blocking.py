@@ -6,7 +6,7 @@ import math
 from functools import partial
 from typing import Any, final
 
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from lightning_nanguard.learner import Learner, Path
 from lightning_nanguard.snapshot import Snapshot, capture, restore
@@ -34,12 +34,11 @@ class Blocker:
         self._learner = learner
         self._before: dict[int, Snapshot] = {}
         self.blocked: set[int] = set()
-        self._quasi_newton = [i for i, optimizer in enumerate(learner.optimizers) if isinstance(optimizer, LBFGS)]
 
     def open(self) -> None:
         """A batch begins: copy what could not be put back later."""
         self.blocked.clear()
-        for index in self._quasi_newton:
+        for index in self._learner.quasi_newton:
             self._keep(index)
 
     def block(self, stream: int) -> None:
@@ -61,13 +60,11 @@ class Blocker:
             if before is None:
                 continue
             restore(self._learner, before, keep=partial(_is_of, stream))
-            if not isinstance(self._learner.optimizers[stream], LBFGS):
+            if stream not in self._learner.quasi_newton:
                 del self._before[stream]
 
     def hold_back(self, optimizer: Optimizer) -> None:
         """The gradients of an optimizer are there, and it steps next: take them away if its update is blocked."""
-        if not self.blocked:
-            return
         for stream in self.blocked:
             if self._learner.optimizers[stream] is optimizer and not self._scaler_skips(optimizer):
                 for parameter in self._parameters(stream):

@@ -526,7 +526,7 @@ class Guard:
         # Further closures of one step (LBFGS) look at bad places on purpose, and are no history.
         if trial is None:
             trial = stepping is not None and self._meter.tries(stepping)
-        fault = self._streams.check(reading, trial=trial, wanders=self._meter.wanders(reading.stream))
+        fault = self._streams.check(reading, trial=trial, wanders=reading.stream in self.learner.quasi_newton)
         if fault is None or (fault.doubtful and (late or self._many or not self._host.stage.batch_strange())):
             if not trial:
                 self._accept(reading)

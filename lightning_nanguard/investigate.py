@@ -9,7 +9,6 @@ from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS
 
 from lightning_nanguard.distributed import Alone, Ranks, first
 from lightning_nanguard.events import Fault, Reading
@@ -182,7 +181,7 @@ class Investigator:
             batch_strange=strange,
             batch_finite=batch_finite,
             comparable=self._witness.comparable(),
-            clippable=not isinstance(self._learner.optimizers[reading.stream], LBFGS),
+            clippable=reading.stream not in self._learner.quasi_newton,
             comparison=comparison,
             first=trend.first if trend.first is not None else 0.0,
             scale=trend.scale(),

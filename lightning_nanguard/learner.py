@@ -11,7 +11,7 @@ from typing import Any, Protocol, final
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 Path = tuple[Any, ...]
 
@@ -59,6 +59,8 @@ class Learner:
     ) -> None:
         self.module = module
         self.optimizers = list(optimizers)
+        # Indices of those that run their closure several times in a step, and leave and come back by themselves.
+        self.quasi_newton = frozenset(i for i, one in enumerate(self.optimizers) if isinstance(one, LBFGS))
         self.scaler = scaler
         self._averages = averages
 

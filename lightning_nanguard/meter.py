@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import final
 
 from torch import Tensor
-from torch.optim import LBFGS
 
 from lightning_nanguard.blocking import unscales_itself
 from lightning_nanguard.events import Reading
@@ -35,8 +34,6 @@ class Meter:
     def __init__(self, learner: Learner, micro_batches: Callable[[], int]) -> None:
         self._learner = learner
         self._micro_batches = micro_batches
-        # What may measure several times in one step.
-        self._quasi_newton = {i for i, optimizer in enumerate(learner.optimizers) if isinstance(optimizer, LBFGS)}
         self._measured: dict[int, int] = {}
         self._among = 1
         self.losses: list[Tensor] = []
@@ -50,7 +47,7 @@ class Meter:
 
     def measure(self, step: int, stream: int) -> PendingReading | None:
         """Loss and gradient of update ``step``, on their way; ``None`` where there is neither."""
-        if stream in self._quasi_newton:
+        if stream in self._learner.quasi_newton:
             self._measured[stream] = self._measured.get(stream, 0) + 1
         scale = self.loss_scale()
         return pend(
@@ -88,10 +85,6 @@ class Meter:
         """What the GradScaler multiplies losses by; ``None`` without one."""
         # The tensor itself: get_scale() reads from the device.
         return None if self._learner.scaler is None else getattr(self._learner.scaler, "_scale", None)
-
-    def wanders(self, stream: int) -> bool:
-        """Whether an optimizer goes far off and comes back by itself, as LBFGS does on mini-batches."""
-        return stream in self._quasi_newton
 
     def tries(self, stream: int) -> bool:
         """Whether what was measured last is of a further closure of the same step, which only tries a place out."""

@@ -11,7 +11,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from lightning_nanguard._compat.packages import LightningModule, Trainer
 from lightning_nanguard._compat.probe import (
@@ -137,7 +137,7 @@ class TrainerStage:
 
     def rehearsal_batches(self) -> int:
         """How many batches are at hand to rehearse on; 0 where that cannot be done."""
-        if not self._repeatable() or (self._ranks.world > 1 and isinstance(self._learner.optimizers[0], LBFGS)):
+        if not self._repeatable() or (self._ranks.world > 1 and 0 in self._learner.quasi_newton):
             return 0
         counts: list[int] = self._ranks.gather(len(self._at_hand()))
         return min(counts)
@@ -157,8 +157,8 @@ class TrainerStage:
             return value
 
         try:
-            if isinstance(optimizer, LBFGS):
-                optimizer.step(closure)  # type: ignore[no-untyped-call]
+            if 0 in self._learner.quasi_newton:
+                optimizer.step(closure)
             else:
                 closure()
                 optimizer.step()
