@@ -61,6 +61,12 @@ class BatchScope:
         if self._opened % _LOOK_AGAIN == 0 or any(self._empty):
             self._look()
         self._opened += 1
+        if self._owners or self._thorough or self._planned:
+            self._open_buffers()
+        self._undo = [other() for other in self._others]
+        self._undo += [_remember(metric) for metric in self._metrics]
+
+    def _open_buffers(self) -> None:
         buffers = [buffer for _, _, owned in self._owners for buffer in owned.values()]
         changed = [name for name, buffer, version in self._watched if buffer._version != version]
         if changed or self._thorough or not self._is_planned(buffers):
@@ -72,8 +78,6 @@ class BatchScope:
             except RuntimeError:  # one has another shape than it had
                 self._plan(buffers)
                 self._copy()
-        self._undo = [other() for other in self._others]
-        self._undo += [_remember(metric) for metric in self._metrics]
 
     def _is_planned(self, buffers: list[Tensor | None]) -> bool:
         planned = self._planned

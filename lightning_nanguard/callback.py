@@ -50,8 +50,8 @@ class NaNGuard(GuardCallback):
         remedies: What may follow when skipping the batch is not enough, in order of preference; ``None`` for
             :class:`Rollback`, :class:`ClipGradients` and :class:`ReduceLR`. ``[]`` only skips,
             ``[StopTraining()]`` stops.
-        snapshot_every_n_steps: Updates between snapshots of the learner; ``"auto"`` keeps them at about 1 % of the
-            run's time.
+        snapshot_every_n_steps: Updates between snapshots of the learner; ``"auto"`` keeps them at 1 % of the run's
+            time at most, and at less and less as a run goes on without a fault.
         snapshot_device: Where snapshots lie: ``"same"`` beside the weights; ``"cpu"`` in host memory (pinned, where the
             weights are on a CUDA device: the copy goes on beside the next forward and backward); ``"auto"`` beside the
             weights where the first updates have left room for them, else in host memory.

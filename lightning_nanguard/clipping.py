@@ -37,7 +37,7 @@ class Clipper:
         Args:
             optimizer: Whose gradients.
             loss_scale: Where the gradients are still scaled by it.
-            norm: Of the whole gradient, where only a part of it is here.
+            norm: Of the whole gradient, as it lies: where it is known, or only a part of the gradient is here.
         """
         if self.value is None:
             return
@@ -51,7 +51,9 @@ class Clipper:
         if norm is None:
             norm = total_norm(partial_norms(values))
         limit = self.value if loss_scale is None else self.value * loss_scale.to(norm.device)
-        _multiply([p.grad for p in parameters], torch.clamp(limit / (norm + 1e-6), max=1.0))
+        factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
+        if not (factor.is_cpu and float(factor) == 1.0):
+            _multiply([p.grad for p in parameters], factor)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""

@@ -81,7 +81,7 @@ class Settings:
     """How the guard works, apart from detectors and remedies.
 
     Attributes:
-        snapshot_every: Updates between snapshots; ``None`` chooses so that they take at most 1 % of the time.
+        snapshot_every: Updates between snapshots; ``None`` chooses so that they take at most 1 % of the time, less later.
         snapshot_device: Where snapshots lie; ``None`` beside the originals.
         choose_place: Whether they go to host memory by themselves where the device has no room.
         deferred: Read late, without waiting for the device.
@@ -273,6 +273,7 @@ class Guard:
         self._note_rate()
         if pending is None and not self._many:
             return
+        norm: float | None = None
         if self._found and any(one.reached for one in self._found) and not self._settings.observe:
             # The weights are bad already: nothing that comes of them is measured, or reaches them.
             self._blocker.block(stream)
@@ -284,11 +285,12 @@ class Guard:
             self._read_arrived(stream)
         else:
             reading = self._meter.read(pending)
+            norm = reading.grad_norm
             self._detect(reading, self._scopes[0], stream, reached=False, late=False)
             if self._keeper.watches_statistics and not self._found and not self._many:
                 self._look_at_statistics(reading)
         if self._recovery.clipper.value is not None:
-            self._clip(stream)
+            self._clip(stream, norm)
 
     def _look_at_statistics(self, reading: Reading) -> None:
         scope = self._scopes[0]
@@ -446,14 +448,16 @@ class Guard:
 
     # ---------------------------------------------------------------------------------------- measure and detect
 
-    def _clip(self, stream: int) -> None:
-        # The only collective waited for in an update without a fault, and only while sharded gradients are clipped.
-        ranks = self._ranks
-        norm = torch.tensor(math.hypot(*ranks.gather(self._meter.norm(stream)))) if ranks.sharded else None
+    def _clip(self, stream: int, norm: float | None) -> None:
+        optimizer = self.learner.optimizers[stream]
+        scale = self._meter.loss_scale() if unscales_itself(optimizer) else None
+        if self._ranks.sharded:
+            # The only collective waited for in an update without a fault, and only while sharded gradients are clipped.
+            norm = math.hypot(*self._ranks.gather(self._meter.norm(stream)))
+        elif scale is not None:
+            norm = None  # what was read is that of unscaled gradients
         if stream not in self._blocker.blocked and not self._settings.observe:
-            optimizer = self.learner.optimizers[stream]
-            scale = self._meter.loss_scale() if unscales_itself(optimizer) else None
-            self._recovery.clipper.clip(optimizer, scale, norm)
+            self._recovery.clipper.clip(optimizer, scale, None if norm is None else torch.tensor(norm))
 
     def _note_rate(self) -> None:
         rate = self.rate.first()
@@ -520,12 +524,15 @@ class Guard:
         trial: bool | None = None,
         ranks: Callable[[], tuple[int, ...]] = tuple,
     ) -> None:
-        if self.learner.scaler is not None and reading.loss_finite and not reading.finite:
-            reading = reading._replace(scaler_skips=True)
-        self.non_finite += not reading.finite and not reading.scaler_skips
         # Further closures of one step (LBFGS) look at bad places on purpose, and are no history.
         if trial is None:
             trial = stepping is not None and self._meter.tries(stepping)
+        if not trial and self._streams.passes(reading):
+            self._readings.append(reading)  # nearly always
+            return
+        if self.learner.scaler is not None and reading.loss_finite and not reading.finite:
+            reading = reading._replace(scaler_skips=True)
+        self.non_finite += not reading.finite and not reading.scaler_skips
         fault = self._streams.check(reading, trial=trial, wanders=reading.stream in self.learner.quasi_newton)
         if fault is None or (fault.doubtful and (late or self._many or not self._host.stage.batch_strange())):
             if not trial:

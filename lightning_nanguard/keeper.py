@@ -56,7 +56,7 @@ class Keeper:
         learner: What is kept.
         ring: Where snapshots go.
         investigator: Knows what is not finite by design.
-        every: Updates between snapshots; ``None`` chooses so that they take at most 1 % of the time.
+        every: Updates between snapshots; ``None`` chooses so that they take at most 1 % of the time, and less later.
         device: Where snapshots lie; ``None`` beside the originals.
         choose: Whether they go to host memory by themselves where a CUDA device has no room for them.
         ranks: All processes: they take and certify the same snapshots.
@@ -148,7 +148,7 @@ class Keeper:
         if began is not None:
             self._taking = began, _event(leaves)
         if since > 0:
-            self._interval.measure(started, since)
+            self._interval.measure(started, since, step)
             self._say(snapshot)
         return snapshot
 

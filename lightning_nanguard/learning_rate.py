@@ -187,14 +187,16 @@ class LearningRate:
         return args, kwargs
 
     def _run_closure(self, optimizer: Optimizer, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._withdraw(optimizer)
+        if self._scaled:
+            self._withdraw(optimizer)
         result = closure(*args, **kwargs)
         self._behind(optimizer)
         self._apply(optimizer)
         return result
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._withdraw(optimizer)
+        if self._scaled:
+            self._withdraw(optimizer)
 
     # The groups
 
@@ -217,8 +219,6 @@ class LearningRate:
                 self._scaled[id(group)] = _Scaled(optimizer, group, written, rate)
 
     def _withdraw(self, optimizer: Optimizer) -> None:
-        if not self._scaled:
-            return
         for key, scaled in list(self._scaled.items()):
             if scaled.optimizer is optimizer:
                 del self._scaled[key]

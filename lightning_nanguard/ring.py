@@ -101,7 +101,10 @@ class Ring:
 
 @final
 class Interval:
-    """Updates between snapshots, so that they take at most a share of the run's time.
+    """Updates between snapshots, so that they take at most a share of the run's time, and less as the run goes on.
+
+    Of a run that has come through ``made`` updates, snapshots that cost as much as ``cost`` updates lose least, taken
+    and missed together, at every ``sqrt(2 * cost * made)`` updates (Young 1974, doi:10.1145/361147.361115).
 
     Args:
         every: A fixed interval; ``None`` measures.
@@ -134,8 +137,8 @@ class Interval:
         every = self.updates if every is None else every
         return since >= every or (not self._fixed and since >= max(self._first, every // 8, (made + 1) // 2))
 
-    def measure(self, started: float, since: int) -> None:
-        """A capture that began at ``started``, ``since`` updates after the last, has just ended."""
+    def measure(self, started: float, since: int, made: int) -> None:
+        """A capture that began at ``started``, after ``made`` updates and ``since`` the last, has just ended."""
         ended = time.perf_counter()
         update = (started - self._mark) / max(1, since)
         self._mark = ended
@@ -143,7 +146,8 @@ class Interval:
             return
         self._update = _least(update, self._update)
         self._capturing = _least(ended - started, self._capturing)
-        wanted = (self._capturing + self._certifying) / (self._share * self._update)
+        cost = (self._capturing + self._certifying) / self._update
+        wanted = max(cost / self._share, math.sqrt(2 * cost * made))
         # In powers of two: small differences must not move it.
         power = 1 << max(0, math.ceil(math.log2(max(wanted, 1.0))))
         self.updates = min(max(self._first, power), self._longest)

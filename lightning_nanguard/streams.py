@@ -100,6 +100,14 @@ class Streams:
             self._streams[stream] = _Stream([copy.deepcopy(detector) for detector in self._prototypes])
         return self._streams[stream]
 
+    def passes(self, reading: Reading) -> bool:
+        """Take a reading that no detector needs to look at; whether it is one."""
+        stream = self._streams.get(reading.stream)
+        if stream is None or not stream.is_calm(reading):
+            return False
+        stream.accept(reading)
+        return True
+
     def check(self, reading: Reading, *, trial: bool = False, wanders: bool = False) -> Fault | None:
         """What the detectors of its optimizer find in a reading; from now on that optimizer is known.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pytest
+import torch
 
 from lightning_nanguard import (
     ClipGradients,
@@ -23,6 +24,7 @@ from lightning_nanguard import (
     SkipStep,
     StopTraining,
 )
+from lightning_nanguard.clipping import Clipper
 from lightning_nanguard.events import Clip, DropMoments, PlanStep, Restore, Scale, Skip, Stop
 from lightning_nanguard.policy import Evidence
 from lightning_nanguard.remedies import executors, rehearsed_cut
@@ -250,3 +252,17 @@ def test_arguments_are_checked(make: Callable[[], Remedy | Detector], message: s
     """An argument out of range is named with its value when the object is made."""
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("size", [0.5, 1.0, 1.5, 3.0, 1e6])
+def test_a_norm_that_is_known_clips_as_one_that_is_measured(size: float) -> None:
+    """Handing the norm in saves a pass over the gradients, and changes none of them by more than rounding."""
+    clipper, clipped = Clipper(), []
+    clipper.set(1.0, "norm")
+    for known in (None, torch.tensor(size)):
+        weight = torch.nn.Parameter(torch.zeros(8))
+        weight.grad = torch.full((8,), size / math.sqrt(8))
+        clipper.clip(torch.optim.SGD([weight], 0.1), norm=known)
+        clipped.append(weight.grad)
+    assert torch.allclose(*clipped, rtol=1e-6)
+    assert float(clipped[0].norm()) == pytest.approx(min(size, 1.0), rel=1e-5)

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -245,7 +246,7 @@ def test_a_pending_snapshot_under_suspicion_goes() -> None:
 def test_a_fixed_interval_stays() -> None:
     """An interval that was set is never measured away."""
     interval = Interval(7)
-    interval.measure(started=-1e9, since=7)
+    interval.measure(started=-1e9, since=7, made=10**6)
     assert interval.updates == 7
     assert not interval.due(6, 1000)
     assert interval.due(7, 7)
@@ -276,9 +277,29 @@ def test_the_interval_keeps_the_share(capturing: float, certifying: float, monke
         interval.certified(slow * certifying)
         started = now
         now += slow * capturing
-        interval.measure(started, since)
+        interval.measure(started, since, made=100)
     assert (capturing + certifying) / (interval.updates * 0.001) <= 0.01
     assert interval.updates <= 2 * 100 * (1000 * (capturing + certifying))
+
+
+@given(cost=st.floats(0.01, 10.0), made=st.integers(100_000, 10_000_000))
+def test_in_a_long_run_the_interval_loses_least(cost: float, made: int) -> None:
+    """Time lost to snapshots and to one fault at a random moment lies within a quarter of the least there is."""
+    from lightning_nanguard import ring
+
+    now = 0.0
+    with patch.object(ring.time, "perf_counter", lambda: now):
+        interval = Interval(None)
+        now = 16.0
+        started, now = now, now + cost
+        interval.measure(started, since=16, made=made)
+
+    def lost(every: float) -> float:
+        return cost * made / every + every / 2
+
+    assume(16 < interval.updates < 1 << 14)
+    best = min(lost(max(every, cost / 0.01)) for every in range(16, 1 << 14, 4))
+    assert lost(interval.updates) <= 1.26 * best
 
 
 # measure

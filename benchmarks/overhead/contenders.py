@@ -17,7 +17,9 @@ from pytorch_lightning.callbacks.spike import SpikeDetection
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks.plain import PlainHost
 from lightning_nanguard import NaNGuard
+from lightning_nanguard.engine import Settings
 
 
 @final
@@ -108,8 +110,21 @@ class Contender:
     matters: bool = False
 
 
+LATER = 10_000
+"""Updates that a guard has behind it when it is measured: at the start of a run it takes more snapshots than later."""
+
+
+def in_mid_run(folder: Path, **options: Any) -> NaNGuard:
+    """A guard that goes on from update :data:`LATER` of a run that knew no fault."""
+    module = nn.Linear(1, 1)
+    new = PlainHost().make_guard(module, torch.optim.SGD(module.parameters(), 0.1), Settings())
+    guard = NaNGuard(dirpath=folder, **options)
+    guard.load_state_dict({"guard": {**new.state_dict(), "step": LATER, "healthy_steps": LATER}})
+    return guard
+
+
 def _guard(folder: Path, **options: Any) -> list[Callback]:
-    return [NaNGuard(dirpath=folder, **options)]
+    return [in_mid_run(folder, **options)]
 
 
 CONTENDERS: dict[str, Contender] = {

@@ -19,6 +19,7 @@ from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.engine import Guard
 from lightning_nanguard.meter import Meter
 
+from .contenders import in_mid_run
 from .models import Workload
 from .turns import quiet_trainer
 
@@ -107,7 +108,7 @@ def profile(workload: Workload, folder: Path, device: str, steps: int, **guard: 
     torch.manual_seed(0)
     module = workload.make()
     trainer = quiet_trainer(
-        folder, [NaNGuard(dirpath=folder, **guard), Watch()], device, precision=workload.precision, max_steps=steps
+        folder, [in_mid_run(folder, **guard), Watch()], device, precision=workload.precision, max_steps=steps
     )
     timers = [_timed(owner, name, spent[title], clock) for title, owner, name in _PARTS]
     for timer in timers:

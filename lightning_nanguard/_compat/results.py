@@ -15,12 +15,9 @@ def remember_running_means(trainer: Any) -> Callable[[], None]:
         A function that puts it back. Values are updated out of place, so references suffice; a torchmetrics object
         that was logged is left to whoever undoes metrics.
     """
-    results = getattr(trainer, "_results", None)
-    if results is None:
-        return _nothing
-    saved = {
-        key: {name: value for name, value in vars(item).items() if name in _FIELDS} for key, item in results.items()
-    }
+    # What Trainer._results leads to in training, by the short way: this runs before every batch.
+    results = trainer.fit_loop.epoch_loop._results
+    saved = {key: vars(item).copy() for key, item in results.items()}
 
     def undo() -> None:
         for key, item in results.items():
@@ -30,11 +27,7 @@ def remember_running_means(trainer: Any) -> Callable[[], None]:
                     item.reset()
                     item._forward_cache = None
             else:
-                vars(item).update(before)
+                vars(item).update({name: before[name] for name in _FIELDS & before.keys()})
             item._computed = None
 
     return undo
-
-
-def _nothing() -> None:
-    return None

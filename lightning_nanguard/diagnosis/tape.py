@@ -15,6 +15,10 @@ from lightning_nanguard.diagnosis.batch import samples
 SMALL = 4
 """Samples up to which a batch is small."""
 
+# Where so many micro-batches have drawn no random number, the next so many are taken to draw none either: to copy the
+# state of torch's generator, 5 KB, is the dearest thing that is done before a batch.
+_LOOK_AGAIN = 16
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Micro:
@@ -55,6 +59,9 @@ class Tape:
         self._small = max(small, updates)
         # What a Micro is made of, and only where one is asked for: this runs in every step.
         self._micros: deque[tuple[int, int, Any, list[Tensor]]] = deque()
+        self._taken = 0
+        self._random: list[Tensor] = []
+        self._drawn = True
 
     def add(self, update: int, index: int, batch: Any) -> None:
         """Take a micro-batch that is about to be run."""
@@ -63,7 +70,18 @@ class Tape:
             updates = self._small
         while micros and (micros[0][0] <= update - updates or len(micros) >= updates * self._most):
             micros.popleft()
-        micros.append((update, index, batch, [state() for state in self._states]))
+        micros.append((update, index, batch, self._state()))
+
+    def _state(self) -> list[Tensor]:
+        looks = self._taken % _LOOK_AGAIN == 0
+        self._taken += 1
+        if not (self._drawn or looks):
+            return self._random
+        now = [state() for state in self._states]
+        if looks:
+            self._drawn = len(now) != len(self._random) or not all(map(torch.equal, now, self._random))
+            self._random = now
+        return now
 
     def of(self, update: int) -> list[Micro]:
         """The micro-batches of an update, the newest last; a batch with several updates is found under each."""
