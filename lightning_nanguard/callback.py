@@ -461,7 +461,7 @@ class _Loggers(Sink):
             values["nanguard/clip_val"] = clip
         for logger in self._trainer.loggers:
             logger.log_metrics(values, step=logged_at(self._trainer))
-        if run.in_batch:
+        if run.in_batch and self._trainer.progress_bar_callback is not None:
             self._module.log("nanguard", count, prog_bar=True, logger=False, rank_zero_only=True)
 
     def close(self) -> None:

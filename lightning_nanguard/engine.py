@@ -81,7 +81,7 @@ class Settings:
     """How the guard works, apart from detectors and remedies.
 
     Attributes:
-        snapshot_every: Updates between snapshots; ``None`` chooses so that they take at most 1 % of the time, less later.
+        snapshot_every: Updates between snapshots; ``None`` chooses so that they take at most 1 % of the time.
         snapshot_device: Where snapshots lie; ``None`` beside the originals.
         choose_place: Whether they go to host memory by themselves where the device has no room.
         deferred: Read late, without waiting for the device.

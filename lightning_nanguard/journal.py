@@ -90,7 +90,6 @@ class JsonLines(Sink):
         self._warned = False
         self._synced = -math.inf
         self._unsynced = False
-        self._synced = -math.inf
 
     def write(self, intervention: Intervention | Advice) -> None:
         """Append the record, or keep it for the next try."""
