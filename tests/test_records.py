@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_nanguard import Budget, Intervention, NaNGuard, Rollback, StopTraining, TrainingDivergedError
@@ -268,14 +269,18 @@ def test_on_intervention_that_raises(log: pytest.LogCaptureFixture) -> None:
 
 
 def test_progress_bar_only_after_an_intervention() -> None:
-    """The progress bar shows the count once there is one to show, and not before."""
+    """The progress bar shows the count once there is one to show, and not before; without a bar nothing is logged."""
     shown: list[dict[str, Any]] = []
 
-    class Look(Callback):
+    class Look(ProgressBar):
         def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
             shown.append({k: v for k, v in trainer.progress_bar_metrics.items() if "nanguard" in k})
 
-    fit(task(), with_bad(4), NaNGuard(), callbacks=[Look()])
+        def disable(self) -> None:
+            pass
+
+    assert "nanguard" not in fit(task(), with_bad(4), NaNGuard()).trainer.callback_metrics
+    fit(task(), with_bad(4), NaNGuard(), callbacks=[Look()], enable_progress_bar=True)
     assert shown[:5] == [{}] * 5
     assert list(shown[5].values()) == [1.0]
     assert list(shown[-1].values()) == [1.0]
