@@ -267,28 +267,28 @@ class Guard:
         if self._lazy and not self.learner.lazy():
             self._keep_start()
         self._standing.step += 1
-        pending = self._meter.measure(self._standing.step, stream)
+        measure = self._meter.measure if self._settings.deferred else self._meter.take
+        measured = measure(self._standing.step, stream)
         self._meter.losses = []
         self._updated = True
         self._note_rate()
-        if pending is None and not self._many:
+        if measured is None and not self._many:
             return
         norm: float | None = None
         if self._found and any(one.reached for one in self._found) and not self._settings.observe:
             # The weights are bad already: nothing that comes of them is measured, or reaches them.
             self._blocker.block(stream)
             return
-        if pending is None or self._many:
-            self._tell(pending, stream)
-        elif self._settings.deferred:
-            self._arrivals.defer(pending, self._scopes[0])
+        if measured is None or self._many:
+            self._tell(measured, stream)
+        elif isinstance(measured, PendingReading):
+            self._arrivals.defer(measured, self._scopes[0])
             self._read_arrived(stream)
         else:
-            reading = self._meter.read(pending)
-            norm = reading.grad_norm
-            self._detect(reading, self._scopes[0], stream, reached=False, late=False)
-            if self._keeper.watches_statistics and not self._found and not self._many:
-                self._look_at_statistics(reading)
+            norm = measured.grad_norm
+            self._detect(measured, self._scopes[0], stream, reached=False, late=False)
+            if self._keeper.watches_statistics and not self._found:
+                self._look_at_statistics(measured)
         if self._recovery.clipper.value is not None:
             self._clip(stream, norm)
 
@@ -475,14 +475,13 @@ class Guard:
 
     # Among several ranks; see lightning_nanguard.exchange.
 
-    def _tell(self, pending: PendingReading | None, stream: int) -> None:
+    def _tell(self, measured: PendingReading | Reading | None, stream: int) -> None:
         trial = self._meter.tries(stream)
-        if self._settings.deferred and pending is not None:
-            self._arrivals.defer(pending, self._scopes[0])
+        if isinstance(measured, PendingReading):
+            self._arrivals.defer(measured, self._scopes[0])
             self._post_queued(1)
             return
-        nothing = Reading(self._standing.step, stream, None, None)
-        reading = nothing if pending is None else self._meter.read(pending)
+        reading = Reading(self._standing.step, stream, None, None) if measured is None else measured
         suspects = self._exchange.suspects(reading)
         sent = self._exchange.tell(reading, self._scopes[0], suspects=suspects, trial=trial)
         if suspects and sent.suspected_by_all():

@@ -51,7 +51,9 @@ def plain(found: list[Tensor]) -> list[Tensor]:
 
 
 _IS_SPARSE = attrgetter("is_sparse")
-_IS_CPU = attrgetter("is_cpu")
+is_at_hand = attrgetter("is_cpu")
+"""Whether reading a tensor waits for no device."""
+
 _NUMEL = methodcaller("numel")
 _DTYPE = attrgetter("dtype")
 _UP_TO_FLOAT = {torch.float16, torch.bfloat16, torch.float32}
@@ -73,7 +75,7 @@ def partial_norms(values: list[Tensor]) -> list[Tensor]:
     Finite results prove every element finite; the inverse does not hold, since squares overflow.
     """
     norms: list[Tensor] = []
-    if len(values) >= _MANY and all(map(_IS_CPU, values)):
+    if len(values) >= _MANY and all(map(is_at_hand, values)):
         sizes = list(map(_NUMEL, values))
         small = [value for value, size in zip(values, sizes, strict=True) if size <= _SMALL]
         values = [value for value, size in zip(values, sizes, strict=True) if size > _SMALL]
@@ -336,19 +338,11 @@ class PendingReading:
         )
 
     def _numbers(self) -> tuple[float | None, float | None, float | None]:
-        norms, loss, scale = self.norms, self.loss, self.loss_scale
-        if self._parcel is None and all(map(_IS_CPU, norms)) and (loss is None or loss.is_cpu):
-            # Numbers at hand: taking them one by one is cheaper than putting them together first.
-            return (
-                math.hypot(*map(float, norms)) if norms else None,
-                None if loss is None else float(loss),
-                None if scale is None else float(scale),
-            )
         numbers = iter(self.packed().tolist() if self._parcel is None else self._parcel.read())
         return (
-            next(numbers) if norms else None,
-            None if loss is None else next(numbers),
-            None if scale is None else next(numbers),
+            next(numbers) if self.norms else None,
+            None if self.loss is None else next(numbers),
+            None if self.loss_scale is None else next(numbers),
         )
 
 
@@ -358,23 +352,22 @@ def pend(
     stream: int,
     losses: Sequence[Tensor],
     loss_factor: float,
-    values: list[Tensor],
+    norms: Sequence[Tensor],
     loss_scale: Tensor | None = None,
     gradients_scaled: bool = False,
 ) -> PendingReading | None:
-    """Launch the measurement of one update; ``None`` when there is nothing to measure.
+    """Put together what was measured of one update; ``None`` where nothing was.
 
     Args:
         step: The guard's clock.
         stream: Index of the optimizer.
         losses: The update's micro-batch losses, as they were given to ``backward``.
         loss_factor: What undoes the division by the number of micro-batches.
-        values: Gradients, from :func:`gradients`.
+        norms: Of its gradients, from :func:`partial_norms`.
         loss_scale: The GradScaler's scale; losses are multiplied by it, and gradients when ``gradients_scaled``.
     """
-    if not losses and not values:
+    if not losses and not norms:
         return None
-    norms = partial_norms(values) if values else ()
     return PendingReading(step, stream, _sum(losses), norms, loss_scale, loss_factor, gradients_scaled)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import final
 
 from torch import Tensor
@@ -14,6 +16,7 @@ from lightning_nanguard.measure import (
     PendingReading,
     exact_norm,
     gradients,
+    is_at_hand,
     partial_norms,
     pend,
     plain,
@@ -47,22 +50,35 @@ class Meter:
 
     def measure(self, step: int, stream: int) -> PendingReading | None:
         """Loss and gradient of update ``step``, on their way; ``None`` where there is neither."""
+        return self._pend(step, stream, self._launch(stream))
+
+    def take(self, step: int, stream: int) -> Reading | None:
+        """Loss and gradient of update ``step``, waited for; ``None`` where there is neither."""
+        norms, losses = self._launch(stream), self.losses
+        # The short way, where the numbers are at hand and fine: most updates on a CPU go by it.
+        if losses and norms and self._learner.scaler is None and all(map(is_at_hand, (*losses, *norms))):
+            norm, loss = math.hypot(*map(float, norms)), sum(map(float, losses)) * self._among / len(losses)
+            if math.isfinite(norm) and math.isfinite(loss):
+                return Reading(step, stream, loss, norm)
+        pending = self._pend(step, stream, norms)
+        return None if pending is None else pending.read(partial(self._confirm, stream))
+
+    def _launch(self, stream: int) -> list[Tensor]:
         if stream in self._learner.quasi_newton:
             self._measured[stream] = self._measured.get(stream, 0) + 1
+        return partial_norms(self._gradients(stream))
+
+    def _pend(self, step: int, stream: int, norms: list[Tensor]) -> PendingReading | None:
         scale = self.loss_scale()
         return pend(
             step=step,
             stream=stream,
             losses=self.losses,
             loss_factor=self._among / len(self.losses) if self.losses else 1.0,
-            values=self._gradients(stream),
+            norms=norms,
             loss_scale=scale,
             gradients_scaled=scale is not None and unscales_itself(self._learner.optimizers[stream]),
         )
-
-    def read(self, pending: PendingReading) -> Reading:
-        """Wait for a reading of the gradients at hand."""
-        return pending.read(lambda: self._confirm(pending.stream))
 
     def _confirm(self, stream: int) -> float | None:
         values = self._gradients(stream)

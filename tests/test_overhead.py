@@ -68,7 +68,7 @@ def test_parts_and_states_are_measured(tmp_path: Path) -> None:
     """The guard's parts lie within its hooks, and a rollback, a snapshot and a checkpoint file are timed."""
     found = profile(TINY, tmp_path, "cpu", 40)
     assert 0 < found["bound"] < found["guard"] < found["step"]
-    assert found["parts"]["  their norms"] < found["parts"]["measure and judge"]
+    assert found["parts"]["    their norms"] < found["parts"]["measure and judge"]
     late = {"  take snapshots", "  look at them before they are certified"}  # may not fall due in so few updates
     assert [name for name, spent in found["parts"].items() if not spent and name not in late] == []
     states = measure_states(TINY, tmp_path, "cpu", readback="step")

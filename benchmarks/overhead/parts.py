@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lightning_nanguard import NaNGuard, keeper, measure
+from lightning_nanguard import NaNGuard, keeper, meter
 from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.engine import Guard
 from lightning_nanguard.meter import Meter
@@ -29,9 +29,9 @@ _PARTS: tuple[tuple[str, Any, str], ...] = (
     ("  buffers, metrics, running means", BatchScope, "open"),
     ("take the loss", NaNGuard, "on_before_backward"),
     ("measure and judge", NaNGuard, "on_before_optimizer_step"),
-    ("  list the gradients", Meter, "_gradients"),
-    ("  their norms", measure, "partial_norms"),
-    ("  bring the numbers to the host", measure.PendingReading, "read"),
+    ("  numbers of the update, and in step readback the wait for them", Meter, "take"),
+    ("    list the gradients", Meter, "_gradients"),
+    ("    their norms", meter, "partial_norms"),
     ("  detectors and history", Guard, "_detect"),
     ("end of the batch", NaNGuard, "on_train_batch_end"),
     ("  take snapshots", keeper.Keeper, "capture"),
