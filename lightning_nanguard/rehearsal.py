@@ -32,8 +32,10 @@ class Stage(Protocol):
         """Loss of a batch under the weights of now; ``None`` where it cannot be had."""
 
 
-# A rehearsal is over once a loss has risen by this many times the loss it began at, or the loss's own scale.
+# A rehearsal is over once a batch's loss has risen by this many times the loss it began at, or the loss's own scale;
+# and beside another batch's, which may be far smaller by itself, by so many times.
 _GONE = 2.0
+_GONE_BESIDE = 100.0
 # Times the gain of the present rate that a larger one must bring to be taken.
 _CLEARLY_MORE = 2.0
 
@@ -136,15 +138,19 @@ class Rehearsal:
         return math.ceil(updates * inertia / int(group.get("max_iter", 1)))
 
     def _play(self, trained: Sequence[int], measured: Sequence[int], updates: int) -> float | None:
-        first: float | None = None
+        began: dict[int, float] = {}
         scale = self._scale()
         for update in range(updates):
-            loss = self._stage.train_on(trained[update % len(trained)])
+            index = trained[update % len(trained)]
+            loss = self._stage.train_on(index)
             if loss is None:
                 return None
-            first = loss if first is None else first
-            if not math.isfinite(loss) or loss > first + _GONE * max(abs(first), scale):
+            beside, times = (
+                (began[index], _GONE) if index in began else (max(began.values(), default=loss), _GONE_BESIDE)
+            )
+            if not math.isfinite(loss) or loss > beside + times * max(abs(beside), scale):
                 return math.inf
+            began.setdefault(index, loss)
         losses = [self._stage.loss_on(index) for index in measured]
         mean = fmean(loss for loss in losses if loss is not None) if None not in losses else None
         return mean if mean is None or math.isfinite(mean) else math.inf

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -60,6 +62,42 @@ def test_the_loss_is_that_of_training_at_the_rate() -> None:
     for _ in range(10):  # under momentum twice as many
         loop.train_on(0)
     assert rehearsed == loop.probe()
+
+
+class Played(Loop):
+    """Four batches, whose losses before each update are given."""
+
+    def __init__(self, *rounds: tuple[float, ...]) -> None:
+        super().__init__(lr=0.1)
+        self.left = [loss for losses in rounds for loss in losses]
+
+    def rehearsal_batches(self) -> int:
+        return 4
+
+    def train_on(self, index: int) -> float | None:
+        return self.left.pop(0)
+
+    def loss_on(self, index: int) -> float | None:
+        return 1.0
+
+
+@pytest.mark.parametrize(
+    ("rounds", "expected", "left"),
+    [
+        ([(1.0, 40.0, 0.5, 2.0), (0.9, 30.0, 0.4, 1.5)], 1.0, 0),
+        ([(1.0, 40.0, 0.5, 2.0), (3.5, 30.0, 0.4, 1.5)], math.inf, 3),
+        ([(1.0, 200.0, 0.5, 2.0), (0.9, 30.0, 0.4, 1.5)], math.inf, 6),
+        ([(1.0, math.nan, 0.5, 2.0), (0.9, 30.0, 0.4, 1.5)], math.inf, 6),
+    ],
+    ids=["batches that differ", "a batch that rises", "far beyond the others", "not finite"],
+)
+def test_a_batch_is_compared_with_itself(rounds: list[tuple[float, ...]], expected: float, left: int) -> None:
+    """A batch whose loss is many times another's ends no trial; one whose own loss rises does, at once."""
+    loop = Played(*rounds)
+    rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
+    base = capture(loop.guard.learner, step=0, global_step=0)
+    assert rehearsal.loss_after(base, 0.5, 4) == expected  # under momentum twice as many
+    assert len(loop.left) == left
 
 
 @pytest.mark.parametrize(("lr", "factor"), [(0.001, 2.0), (0.1, 1.0), (1.5, 1.0)])
