@@ -8,15 +8,13 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_value_
-from torch.optim import Optimizer
 
-from lightning_nanguard.measure import gradients, partial_norms, total_norm
+from lightning_nanguard.measure import partial_norms, plain, total_norm
 
 
 @final
 class Clipper:
-    """Clips the gradients of an optimizer once a value is set."""
+    """Clips gradients once a value is set."""
 
     def __init__(self) -> None:
         self.value: float | None = None
@@ -31,29 +29,27 @@ class Clipper:
         self.value = min(value, self.value) if same and self.value is not None else value
         self._algorithm = algorithm
 
-    def clip(self, optimizer: Optimizer, loss_scale: Tensor | None = None, norm: Tensor | None = None) -> None:
+    def clip(self, gradients: Sequence[Tensor], loss_scale: Tensor | None = None, norm: Tensor | None = None) -> None:
         """Clip in place, without a read by the host.
 
         Args:
-            optimizer: Whose gradients.
+            gradients: Those of one optimizer, as they are.
             loss_scale: Where the gradients are still scaled by it.
             norm: Of the whole gradient, as it lies: where it is known, or only a part of the gradient is here.
         """
-        if self.value is None:
-            return
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        values = gradients(parameters)
-        if not values:
+        if self.value is None or not gradients:
             return
         if self._algorithm == "value":
-            clip_grad_value_(parameters, self.value if loss_scale is None else self.value * float(loss_scale))
+            limit = self.value if loss_scale is None else self.value * float(loss_scale)
+            for gradient in gradients:
+                gradient.detach().clamp_(-limit, limit)
             return
         if norm is None:
-            norm = total_norm(partial_norms(values))
-        limit = self.value if loss_scale is None else self.value * loss_scale.to(norm.device)
-        factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
+            norm = total_norm(partial_norms(plain(list(gradients))))
+        largest = self.value if loss_scale is None else self.value * loss_scale.to(norm.device)
+        factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
         if not (factor.is_cpu and float(factor) == 1.0):
-            _multiply([p.grad for p in parameters], factor)
+            _multiply(gradients, factor)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""

@@ -179,12 +179,18 @@ class Ranks(Protocol):
 
 @final
 class Alone:
-    """One process."""
+    """One process.
+
+    Args:
+        sharded: Whether a strategy keeps the parameters as it would among several.
+    """
 
     rank = 0
     world = 1
-    sharded = False
     sharers = 1
+
+    def __init__(self, *, sharded: bool = False) -> None:
+        self.sharded = sharded
 
     def post(self, report: Report) -> Posted:
         """Nobody listens."""

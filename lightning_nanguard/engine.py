@@ -457,7 +457,8 @@ class Guard:
         elif scale is not None:
             norm = None  # what was read is that of unscaled gradients
         if stream not in self._blocker.blocked and not self._settings.observe:
-            self._recovery.clipper.clip(optimizer, scale, None if norm is None else torch.tensor(norm))
+            known = None if norm is None else torch.tensor(norm)
+            self._recovery.clipper.clip(self.learner.gradients(stream), scale, known)
 
     def _note_rate(self) -> None:
         rate = self.rate.first()
@@ -705,7 +706,7 @@ class Guard:
 
     def clip_now(self, optimizer: Optimizer) -> None:
         """Clip gradients that are no longer scaled, if clipping is on."""
-        self._recovery.clipper.clip(optimizer)
+        self._recovery.clipper.clip(self.learner.gradients(self.learner.optimizers.index(optimizer)))
 
     def drop_moments(self) -> None:
         """Empty the optimizers' state."""

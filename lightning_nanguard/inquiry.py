@@ -120,7 +120,7 @@ class Inquiry:
         look = Preflight(
             self._module, partial(loss_with_graph, self._trainer, batch_idx=self._stage.batch_idx), self._stage.untraced
         )
-        run = self._stage.comparable() and self._trainer.world_size == 1 and batch is not None
+        run = self._stage.comparable() and self._is_whole() and batch is not None
         for finding in look.look(batch, readable_loader(self._trainer, self._module), run=run):
             if finding.confidence > LOW:
                 self._advise("preflight", finding)
@@ -134,7 +134,7 @@ class Inquiry:
         if trend is None or course is None:
             return
         self.asked = False
-        if not self._stage.comparable() or self._trainer.world_size > 1:
+        if not self._stage.comparable() or not self._is_whole():
             return
         rates = self._guard.rate.effective()
         evidence = Evidence(
@@ -146,6 +146,9 @@ class Inquiry:
 
     def _advise(self, occasion: str, finding: Finding) -> None:
         self._adviser.give(Advice(self._trainer.global_step, self._trainer.current_epoch, occasion, finding))
+
+    def _is_whole(self) -> bool:
+        return self._trainer.world_size == 1 and not self._ranks.sharded
 
     def _loss_scale(self) -> float | None:
         scaler = grad_scaler(self._trainer)

@@ -34,6 +34,25 @@ class Scaler(Protocol):
         """Put them back."""
 
 
+class Partitions(Protocol):
+    """What a strategy trains in the place of the module's parameters: partitions, of which each process steps its own.
+
+    The parameters are made from them anew after each step, and have no ``grad`` when it comes.
+    """
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """By name: of each parameter what this process keeps of it, and what it steps."""
+
+    def stepped(self) -> Mapping[str, Tensor]:
+        """What the optimizer steps, by name."""
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """What the next step will use of each parameter's gradient, by the parameter's name."""
+
+    def restored(self) -> None:
+        """What :meth:`weights` gives was put back: what was made from other values goes."""
+
+
 def _ready(tensor: Tensor) -> bool:
     return not isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
 
@@ -48,6 +67,7 @@ class Learner:
         scaler: The GradScaler, if there is one.
         averages: Gives averaged copies of the module kept elsewhere (EMA, SWA), by name; asked anew each time, since
             such copies come and go.
+        partitions: What is stepped in the parameters' place, where a strategy keeps it so.
     """
 
     def __init__(
@@ -56,6 +76,7 @@ class Learner:
         optimizers: Sequence[Optimizer],
         scaler: Scaler | None = None,
         averages: Callable[[], Mapping[str, Mapping[str, Tensor]]] = dict,
+        partitions: Partitions | None = None,
     ) -> None:
         self.module = module
         self.optimizers = list(optimizers)
@@ -63,10 +84,12 @@ class Learner:
         self.quasi_newton = frozenset(i for i, one in enumerate(self.optimizers) if isinstance(one, LBFGS))
         self.scaler = scaler
         self._averages = averages
+        self._partitions = partitions
 
     def weights(self) -> Iterator[tuple[Path, Tensor]]:
         """Parameters and buffers (also those that are not persistent)."""
-        for name, parameter in self.module.named_parameters():
+        own = self._partitions
+        for name, parameter in self.module.named_parameters() if own is None else own.weights():
             if _ready(parameter):
                 yield ("parameter", name), parameter
         for name, buffer in self.module.named_buffers():
@@ -89,7 +112,36 @@ class Learner:
 
     def parameter_names(self) -> dict[int, str]:
         """Identity of every parameter to its name; tied ones keep the first."""
-        return {id(parameter): name for name, parameter in self.module.named_parameters()}
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        if self._partitions is not None:
+            names |= {id(tensor): name for name, tensor in self._partitions.stepped().items()}
+        return names
+
+    def stepped(self, index: int) -> list[Tensor]:
+        """What an optimizer steps."""
+        if self._partitions is not None:
+            return list(self._partitions.stepped().values())
+        return [parameter for group in self.optimizers[index].param_groups for parameter in group["params"]]
+
+    def gradients(self, index: int) -> list[Tensor]:
+        """The gradients an optimizer steps by, as they are: sparse or sharded ones too."""
+        if self._partitions is not None:
+            return [gradient for _, gradient in self._partitions.gradients()]
+        groups = self.optimizers[index].param_groups
+        return [grad for group in groups for p in group["params"] if (grad := p.grad) is not None]
+
+    def named_gradients(self, index: int) -> list[tuple[str, Tensor]]:
+        """The same, by the parameters' names."""
+        if self._partitions is not None:
+            return list(self._partitions.gradients())
+        names = self.parameter_names()
+        found = [(names.get(id(p), "a parameter"), p.grad) for p in self.stepped(index)]
+        return [(name, grad) for name, grad in found if grad is not None]
+
+    def restored(self) -> None:
+        """Weights were put back."""
+        if self._partitions is not None:
+            self._partitions.restored()
 
     def optimizer_leaves(self, index: int) -> Iterator[tuple[Path, Any]]:
         """State of one optimizer and what it keeps in its groups."""

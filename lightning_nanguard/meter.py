@@ -15,7 +15,6 @@ from lightning_nanguard.learner import Learner
 from lightning_nanguard.measure import (
     PendingReading,
     exact_norm,
-    gradients,
     is_at_hand,
     partial_norms,
     pend,
@@ -91,11 +90,9 @@ class Meter:
 
     def bad_gradient(self, stream: int) -> str | None:
         """The first gradient at hand that is not finite, in words."""
-        names = self._learner.parameter_names()
-        groups = self._learner.optimizers[stream].param_groups
-        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
-        bad = suspects(gradients(parameters))
-        return f"gradient of {names.get(id(parameters[bad[0]]), 'a parameter')}" if bad else None
+        named = self._learner.named_gradients(stream)
+        bad = suspects(plain([gradient for _, gradient in named]))
+        return f"gradient of {named[bad[0]][0]}" if bad else None
 
     def loss_scale(self) -> Tensor | None:
         """What the GradScaler multiplies losses by; ``None`` without one."""
@@ -111,5 +108,4 @@ class Meter:
         self._measured.clear()
 
     def _gradients(self, stream: int) -> list[Tensor]:
-        groups = self._learner.optimizers[stream].param_groups
-        return plain([grad for group in groups for p in group["params"] if (grad := p.grad) is not None])
+        return plain(self._learner.gradients(stream))

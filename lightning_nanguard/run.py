@@ -19,7 +19,7 @@ from lightning_nanguard._compat.packages import LightningModule, Trainer
 from lightning_nanguard._compat.precision import grad_scaler
 from lightning_nanguard._compat.saving import guard_saves
 from lightning_nanguard._compat.schedulers import around_learning_rate_monitors
-from lightning_nanguard._compat.strategies import is_sharded
+from lightning_nanguard._compat.strategies import accumulates, is_sharded, what_steps
 from lightning_nanguard.arrivals import MAX_DELAY
 from lightning_nanguard.bundle import Bundles
 from lightning_nanguard.detectors import Detector
@@ -83,12 +83,15 @@ class Run:
         self._unknown: set[int] = set()
         self.in_batch = False
         self._validation_bad: Tensor | None = None
-        self._ranks: Ranks = Group(sharded=is_sharded(trainer)) if trainer.world_size > 1 else Alone()
+        sharded = is_sharded(trainer)
+        self._ranks: Ranks = Group(sharded=sharded) if trainer.world_size > 1 else Alone(sharded=sharded)
+        optimizers, partitions = what_steps(trainer, module)
         learner = Learner(
             module,
-            trainer.optimizers,
+            optimizers,
             scaler=grad_scaler(trainer),
             averages=lambda: averaged_copies(trainer, module),
+            partitions=partitions,
         )
         # Read late, a fault is that of an earlier batch.
         late = settings.deferred or trainer.world_size > 1
@@ -105,7 +108,7 @@ class Run:
         )
         self.guard = Guard(
             learner=learner,
-            rate=LearningRate(trainer.optimizers),
+            rate=LearningRate(optimizers),
             make_scope=self.stage.make_scope,
             host=self,
             detectors=detectors,
@@ -188,7 +191,9 @@ class Run:
         self._adviser.close()
 
     def stream(self, optimizer: Optimizer) -> int | None:
-        """Index of an optimizer; ``None`` where it was not there when the fit began."""
+        """Index of an optimizer that steps next; ``None`` where it does not, or was not there when the fit began."""
+        if accumulates(self._trainer):
+            return None
         for index, known in enumerate(self.guard.learner.optimizers):
             if known is optimizer or getattr(optimizer, "optimizer", None) is known:
                 return index

@@ -61,7 +61,7 @@ class Saving:
         takes the place of the state of now until :meth:`end`.
         """
         good = self._ring.certified[0] if self._ring.certified else self._ring.pending
-        if self._ranks.world == 1 or good is None:
+        if good is None or (self._ranks.world == 1 and not self._ranks.sharded):
             return
         bad, _ = first(self._ranks, self._investigator.corrupt(self._learner.leaves()))
         if bad is None:

@@ -264,11 +264,12 @@ def restore(learner: Learner, snapshot: Snapshot, *, keep: Callable[[Path], bool
     names = learner.parameter_names()
     for index, optimizer in enumerate(learner.optimizers):
         if keep is None or keep(("optimizer", index)):
-            _restore_optimizer(optimizer, index, names, saved, pairs)
+            _restore_optimizer(optimizer, index, learner.stepped(index), names, saved, pairs)
     if keep is None:
         averages = ((path, live) for path, live in learner.averages() if _fits(live, saved.get(path)))
         pairs += [(live, saved[path]) for path, live in averages]
     _copy_all([live for live, _ in pairs], [value for _, value in pairs])
+    learner.restored()
     if learner.scaler is not None and snapshot.scaler and keep is None:
         _restore_scaler(learner.scaler, snapshot.scaler)
 
@@ -297,6 +298,7 @@ def mend_averages(learner: Learner, bad: Callable[[Iterable[tuple[Path, Any]]], 
 def _restore_optimizer(
     optimizer: Optimizer,
     index: int,
+    stepped: Iterable[Tensor],
     names: Mapping[int, str],
     saved: Mapping[Path, Any],
     pairs: list[tuple[Tensor, Tensor]],
@@ -305,7 +307,7 @@ def _restore_optimizer(
     for path, value in saved.items():
         if path[:2] == ("optimizer", index):
             wanted.setdefault(path[2], {})[path[3]] = value
-    for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
+    for parameter in stepped:
         entries = wanted.get(names.get(id(parameter), f"#{id(parameter)}"))
         if not entries:
             optimizer.state.pop(parameter, None)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_nanguard._compat import deepspeed
+
 _ONE = ("SingleDeviceStrategy", "SingleDeviceXLAStrategy")
 _REPLICATED = ("DDPStrategy",)
-_SHARDED = ("FSDPStrategy", "ModelParallelStrategy")
+_DEEPSPEED = ("DeepSpeedStrategy",)
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", *_DEEPSPEED)
 
 
 def _is(trainer: Any, names: tuple[str, ...]) -> bool:
@@ -19,6 +25,19 @@ def is_sharded(trainer: Any) -> bool:
     return _is(trainer, _SHARDED)
 
 
+def what_steps(trainer: Any, module: nn.Module) -> tuple[list[Optimizer], deepspeed.ZeroPartitions | None]:
+    """The optimizers of torch that step, and what they step where it is not the module's parameters."""
+    if not _is(trainer, _DEEPSPEED):
+        return list(trainer.optimizers), None
+    (zero,) = trainer.optimizers
+    return [deepspeed.stepping(zero)], deepspeed.ZeroPartitions(zero, module)
+
+
+def accumulates(trainer: Any) -> bool:
+    """Whether the optimizer that is about to be asked to step will only accumulate."""
+    return _is(trainer, _DEEPSPEED) and not deepspeed.at_boundary(trainer)
+
+
 def check_strategy(trainer: Any, module: Any) -> None:
     """Look whether the guard supports the trainer's strategy, with this module.
 
@@ -26,12 +45,10 @@ def check_strategy(trainer: Any, module: Any) -> None:
         ValueError: When it does not.
     """
     name = type(trainer.strategy).__name__
-    if _is(trainer, ("DeepSpeedStrategy",)):
-        raise ValueError(
-            f"NaNGuard does not support {name}: DeepSpeed keeps the weights it trains, their gradients and moments in "
-            "partitions of its own, which a snapshot in memory cannot put back exactly. Use strategy='ddp', "
-            "FSDPStrategy or ModelParallelStrategy, or take the guard out of the callbacks."
-        )
+    if _is(trainer, _DEEPSPEED):
+        reason = deepspeed.unsupported(trainer.strategy.config or {}, str(trainer.precision))
+        if reason is not None:
+            raise ValueError(f"NaNGuard does not support {name} {reason}, or take the guard out of the callbacks.")
     if getattr(trainer.strategy, "_model_averaging_period", None) is not None:
         raise ValueError(
             f"NaNGuard does not support {name}(model_averaging_period=…): the weights of the ranks part by design "

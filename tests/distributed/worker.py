@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -33,6 +33,7 @@ from tests.distributed import plain
 from tests.distributed.data import AT, STEPS, spoilt, without
 from tests.distributed.saving import saves
 from tests.distributed.sharding import sharded
+from tests.distributed.zero import tensors, zero
 from tests.helpers import FaultAt, Task, batches, learner_of, mlp, task, trainer_for
 
 
@@ -77,6 +78,9 @@ def fingerprint(trainer: Trainer, module: Any) -> str:
 
 
 def replicated_tensors(trainer: Trainer, module: Any) -> Iterator[Tensor]:
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        yield from tensors(trainer, module)
+        return
     state = learner_of(trainer, module)
     yield from map(local, state["parameters"].values())
     for optimizer in state["optimizers"]:
@@ -288,7 +292,7 @@ def uneven_bare(worker: Worker) -> None:
     worker.fit("uneven", data=lambda rank: batches(count=STEPS - 3 * rank, seed=rank), guarded=False)
 
 
-SUITES = {one.__name__: one for one in (faults, behaviour, saves, sharded, raising, uneven, uneven_bare)}
+SUITES = {one.__name__: one for one in (faults, behaviour, saves, sharded, raising, uneven, uneven_bare, zero)}
 
 
 def quiet() -> None:

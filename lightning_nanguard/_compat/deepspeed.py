@@ -1,0 +1,121 @@
+"""What DeepSpeed's ZeRO trains in the place of a module's parameters: tried with DeepSpeed 0.19.
+
+Each rank steps a partition of its own in full precision (``fp32_partition``), from which the module's parameters are
+made anew after every step: gathered whole (stages 1 and 2), or as this rank's part of each (stage 3), which is gathered
+again when it is needed. All of it is plain tensors, so that it can be copied and put back bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, final
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_GATHERED, _PARTITIONED = "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"
+
+# Parts of `zero_optimization` under which weights lie elsewhere, or more than one copy of them does.
+_ELSEWHERE = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_params")
+_OTHERWISE = (
+    "mics_shard_size",
+    "super_offload",
+    "zenflow",
+    "zero_hpz_partition_size",
+    "zero_quantized_gradients",
+    "zero_quantized_weights",
+)
+
+
+def unsupported(config: Mapping[str, Any], precision: str) -> str | None:
+    """What of a DeepSpeed configuration the guard cannot work under, and what to use instead; ``None`` where it can.
+
+    Args:
+        config: The configuration.
+        precision: The trainer's.
+    """
+    zero = config.get("zero_optimization") or {}
+    if not zero.get("stage"):
+        return "without ZeRO: it does then what DDP does. Use strategy='ddp'"
+    for name in _ELSEWHERE:
+        device = value.get("device", "none") if isinstance(value := zero.get(name), Mapping) else value
+        if device not in (None, False, "none"):
+            return (
+                f"with {name}: what is trained then lies outside of the device, where a snapshot cannot put it back "
+                "exactly. Leave offloading out, or use FSDPStrategy or ModelParallelStrategy"
+            )
+    for name in _OTHERWISE:
+        if zero.get(name) not in (None, False, {}, -1, 0, 1):
+            return (
+                f"with {name}, under which it was not tried. Leave it out, or use FSDPStrategy or ModelParallelStrategy"
+            )
+    if precision.startswith("16") or (config.get("fp16") or {}).get("enabled"):
+        return (
+            f"with precision {precision!r}, whose loss scale DeepSpeed keeps for itself. Use precision='bf16-mixed', "
+            "'bf16-true' or '32-true'"
+        )
+    return None
+
+
+def at_boundary(trainer: Any) -> bool:
+    """Whether the optimizer steps after this micro-batch: DeepSpeed, which accumulates by itself, is asked at each."""
+    return bool(trainer.strategy.model.is_gradient_accumulation_boundary())
+
+
+def stepping(zero: Any) -> Optimizer:
+    """The torch optimizer behind a ZeRO optimizer."""
+    optimizer: Optimizer = zero.optimizer
+    return optimizer
+
+
+@final
+class ZeroPartitions:
+    """The partitions of a ZeRO optimizer, :class:`~lightning_nanguard.learner.Partitions`.
+
+    Args:
+        zero: DeepSpeed's optimizer.
+        module: The module it trains.
+
+    Raises:
+        ValueError: When it is another kind of optimizer.
+    """
+
+    def __init__(self, zero: Any, module: nn.Module) -> None:
+        kind = type(zero).__name__
+        if kind not in (_GATHERED, _PARTITIONED):
+            raise ValueError(
+                f"NaNGuard does not support DeepSpeed's {kind}. Use ZeRO stage 1, 2 or 3 without offloading, "
+                "strategy='ddp', FSDPStrategy or ModelParallelStrategy, or take the guard out of the callbacks."
+            )
+        self._zero = zero
+        self._module = module
+        self._parted = kind == _PARTITIONED
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What this process keeps of each parameter, and its partitions."""
+        parameters: Iterator[tuple[str, Any]] = self._module.named_parameters()
+        for name, parameter in parameters:
+            yield name, parameter.ds_tensor if self._parted else parameter
+        yield from self.stepped().items()
+
+    def stepped(self) -> Mapping[str, Tensor]:
+        """This rank's partitions."""
+        zero = self._zero
+        flat = zero.fp32_partitioned_groups_flat if self._parted else zero.single_partition_of_fp32_groups
+        return {f"fp32_partition.{number}": tensor for number, tensor in enumerate(flat)}
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's part of each parameter's averaged gradient."""
+        zero = self._zero
+        groups = zero.fp16_groups if self._parted else zero.params_in_partition
+        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+        for number, found in zero.averaged_gradients.items():
+            # Between them lies padding, which belongs to no parameter.
+            own = [gradient for gradient in found or () if not getattr(gradient, "_zero_padding", False)]
+            for parameter, gradient in zip(groups[number], own, strict=False):
+                yield names[id(parameter)], gradient
+
+    def restored(self) -> None:
+        """Parameters that are gathered were made from other values."""
+        if self._parted:
+            self._zero._partition_all_parameters()
