@@ -90,6 +90,7 @@ class ZeroPartitions:
         self._zero = zero
         self._module = module
         self._parted = kind == _PARTITIONED
+        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """What this process keeps of each parameter, and its partitions."""
@@ -108,14 +109,15 @@ class ZeroPartitions:
         """This rank's part of each parameter's averaged gradient."""
         zero = self._zero
         groups = zero.fp16_groups if self._parted else zero.params_in_partition
-        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         for number, found in zero.averaged_gradients.items():
             # Between them lies padding, which belongs to no parameter.
             own = [gradient for gradient in found or () if not getattr(gradient, "_zero_padding", False)]
             for parameter, gradient in zip(groups[number], own, strict=False):
-                yield names[id(parameter)], gradient
+                yield self._names.get(id(parameter), "a parameter"), gradient
 
     def restored(self) -> None:
-        """Parameters that are gathered were made from other values."""
+        """Parameters that are gathered were made from other values, and moments may be made anew."""
         if self._parted:
             self._zero._partition_all_parameters()
+        else:
+            self._zero._hp_optimizer_states_linked = False

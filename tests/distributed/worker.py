@@ -33,7 +33,7 @@ from tests.distributed import plain
 from tests.distributed.data import AT, STEPS, spoilt, without
 from tests.distributed.saving import saves
 from tests.distributed.sharding import sharded
-from tests.distributed.zero import tensors, zero
+from tests.distributed.zero import tensors, zero, zero_alone
 from tests.helpers import FaultAt, Task, batches, learner_of, mlp, task, trainer_for
 
 
@@ -56,17 +56,19 @@ class AfterInterventions(Callback):
         self.guard = guard
         self.seen = 0
         self.prints: list[str] = []
+        self.batches: list[int] = []
         self.by_step: dict[int, str] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.by_step[trainer.global_step] = fingerprint(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = fingerprint(trainer, pl_module)
         self.by_step.setdefault(trainer.global_step, now)
         if len(self.guard.interventions) > self.seen:
             self.seen = len(self.guard.interventions)
             self.prints.append(now)
+            self.batches.append(batch_idx)
 
 
 def fingerprint(trainer: Trainer, module: Any) -> str:
@@ -140,6 +142,7 @@ class Worker:
         self.results[name] = {
             "records": [record.to_dict() for record in guard.interventions] if guard is not None else [],
             "after": watch[0].prints if watch else [],
+            "acted_in": watch[0].batches if watch else [],
             "by_step": watch[0].by_step if watch else {},
             "end": fingerprint(trainer, module),
             "finite": finite(trainer, module),
@@ -292,7 +295,9 @@ def uneven_bare(worker: Worker) -> None:
     worker.fit("uneven", data=lambda rank: batches(count=STEPS - 3 * rank, seed=rank), guarded=False)
 
 
-SUITES = {one.__name__: one for one in (faults, behaviour, saves, sharded, raising, uneven, uneven_bare, zero)}
+SUITES = {
+    one.__name__: one for one in (faults, behaviour, saves, sharded, raising, uneven, uneven_bare, zero, zero_alone)
+}
 
 
 def quiet() -> None:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_nanguard import NaNGuard
+from lightning_nanguard.checkpoints import LAST_GOOD
 from tests.distributed.data import AT, spoilt, without
+from tests.distributed.sharding import SaveWithin
 from tests.helpers import Task
 
-STAGES = (1, 2, 3)
+# Stage and precision of each kind.
+KINDS = {"zero1": (1, "32-true"), "zero2": (2, "bf16-true"), "zero3": (3, "32-true"), "zero3 in bf16": (3, "bf16-true")}
+PLACES = ("loss", "spike", "gradient", "weight", "partition", "moment", "buffer")
+# Among ranks; of stage 1 only what differs from stage 2.
+AMONG = {"zero1": ("loss", "gradient", "partition"), "zero2": PLACES, "zero3": PLACES}
 
 
 class OnCPU(DeepSpeedStrategy):
@@ -29,10 +40,8 @@ class OnCPU(DeepSpeedStrategy):
 
     def setup_distributed(self) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        from deepspeed.comm import torch as backend
-
         # It would compile an extension for reductions in shared memory.
-        backend.build_shm_op = lambda: None
+        import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
@@ -41,11 +50,12 @@ class OnCPU(DeepSpeedStrategy):
         return torch.device("cpu", 0)
 
 
-def strategy(stage: int, **options: Any) -> OnCPU:
-    return OnCPU(
-        zero_optimization=stage > 0, stage=stage, logging_batch_size_per_gpu=8, reduce_bucket_size=10_000,
-        allgather_bucket_size=10_000, **options,
-    )  # fmt: skip
+def strategy(stage: int) -> OnCPU:
+    """The strategy, with buffers for a small model; in stage 3 its largest parameter alone is not kept whole."""
+    buckets = {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000}
+    made = OnCPU(stage=stage, logging_batch_size_per_gpu=8, **buckets)
+    made.config["zero_optimization"]["stage3_param_persistence_threshold"] = 300
+    return made
 
 
 def tensors(trainer: Trainer, module: nn.Module) -> Iterator[Tensor]:
@@ -64,8 +74,10 @@ class InPartition(Callback):
 
     hits = 0
 
-    def __init__(self, rank: int, place: str, value: float = math.nan, at: int = AT) -> None:
-        self.rank, self.place, self.value, self.at = rank, place, value, at
+    def __init__(self, rank: int, place: str, at: int = AT) -> None:
+        self.rank, self.at = rank, at
+        self.place = "loss" if place == "spike" else place
+        self.value = {"spike": 1e12, "moment": math.inf}.get(place, math.nan)
 
     def _now(self, trainer: Trainer, batch_idx: int) -> bool:
         return trainer.global_rank == self.rank and batch_idx == self.at
@@ -97,31 +109,190 @@ class InPartition(Callback):
             next(one for one in found if one.numel() > 0).view(-1)[0] = self.value
 
 
-def made(optimizer: Any = None) -> Task:
+class Manual(Task):
+    """Manual optimization, with the one optimizer that DeepSpeed allows."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch, "loss"))
+        optimizer.step()
+
+
+def made(optimizer: Any = None, kind: type[Task] = Task) -> Task:
     torch.manual_seed(3)
-    return Task(nn.Sequential(nn.Linear(6, 100), nn.BatchNorm1d(100), nn.Tanh(), nn.Linear(100, 2)), optimizer)
+    return kind(nn.Sequential(nn.Linear(6, 100), nn.BatchNorm1d(100), nn.Tanh(), nn.Linear(100, 2)), optimizer)
 
 
 def zero(worker: Any) -> None:
-    """Each stage."""
-    for stage in STAGES:
-        one_stage(worker, stage)
+    """Each fault on each rank, saves, and going on from them, in every stage."""
+    gc.freeze()  # DeepSpeed collects garbage whenever it begins
+    for kind in AMONG:
+        one_kind(worker, kind)
 
 
-def one_stage(worker: Any, stage: int) -> None:
-    def fit(name: str, *callbacks: Callback, **options: Any) -> Any:
-        options.setdefault("strategy", strategy(stage))
-        return worker.fit(f"{stage} {name}", made(options.pop("optimizer", None)), *callbacks, **options)
+def zero_alone(worker: Any) -> None:
+    """One process, whose partitions are whole."""
+    gc.freeze()
+    for kind in KINDS:
+        fit = partial(fit_of, worker, kind)
+        fit("healthy")
+        fit("bare", guarded=False)
+        fit("without", guarded=False, data=without(AT))
+        fit("loss", InPartition(0, "loss"))
+        fit("weight", InPartition(0, "weight"), guard=NaNGuard(snapshot_every_n_steps=1000))
+        fit("without all", guarded=False, data=without(*range(AT + 1)))
+        clipped(worker, f"{kind}: clipped", fit)
+        slowed(fit)
+        saved_within(worker, f"{kind}: within", fit)
+        fit("manual", InPartition(0, "loss"), module=made(kind=Manual))
+        fit("manual without", guarded=False, module=made(kind=Manual), data=without(AT))
 
+
+def fit_of(worker: Any, kind: str, name: str, *callbacks: Callback, **options: Any) -> Any:
+    """One fit of a kind."""
+    stage, precision = KINDS[kind]
+    options = {"strategy": strategy(stage), "precision": precision, **options}
+    module = options.pop("module", None) or made(options.pop("optimizer", None))
+    return worker.fit(f"{kind}: {name}", module, *callbacks, **options)
+
+
+def one_kind(worker: Any, kind: str) -> None:
+    fit = partial(fit_of, worker, kind)
     fit("healthy")
     fit("bare", guarded=False)
     fit("without", guarded=False, data=without(AT))
     fit("without window", guarded=False, data=without(AT - 1, AT), accumulate_grad_batches=2)
     for rank in range(worker.world):
         fit(f"sample {rank}", data=spoilt(rank))
-        fit(f"spike {rank}", InPartition(rank, "loss", 1e12))
-        for place in ("loss", "gradient", "weight", "master"):
+        for place in AMONG[kind]:
             fit(f"{place} {rank}", InPartition(rank, place))
-        fit(f"moment {rank}", InPartition(rank, "moment", math.inf))
-        fit(f"buffer {rank}", InPartition(rank, "buffer"))
         fit(f"accumulated {rank}", InPartition(rank, "loss", at=AT - 1), accumulate_grad_batches=2)
+        saved(worker, f"{kind}: saved {rank}", fit, rank)
+    goes_on(worker.folder / kind, fit)
+    if kind != "zero1":
+        for place in ("loss", "gradient", "weight"):
+            late = NaNGuard(readback="deferred", snapshot_every_n_steps=2)
+            fit(f"deferred {place}", InPartition(1, place), guard=late)
+        fit("diverged", optimizer=lambda parameters: torch.optim.SGD(parameters, lr=50.0), max_epochs=3)
+        fit("observed", InPartition(1, "loss"), guard=NaNGuard(observe=True))
+        clipped(worker, f"{kind}: clipped", fit)
+        saved_within(worker, f"{kind}: within", fit)
+    never_seen(worker, kind, fit)
+
+
+def never_seen(worker: Any, kind: str, fit: Any) -> None:
+    """What a run leaves that never saw the batches which a rollback has lost."""
+    lost = {
+        (record["snapshot_step"], result["acted_in"][0])
+        for name, result in worker.results.items()
+        for record in result["records"]
+        if name.startswith(f"{kind}: ") and name.split()[1] in AMONG[kind] and record["remedies"] == ["restore"]
+    }
+    for step, batch in sorted(lost):
+        fit(f"without {step} to {batch}", guarded=False, data=without(*range(step, batch + 1)))
+
+
+class Slow(Callback):
+    """Has the guard halve the learning rate from the start."""
+
+    def __init__(self, guard: NaNGuard) -> None:
+        self.guard = guard
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.guard._run.guard.rate.set_multiplier(0.5)
+
+
+def slowed(fit: Any) -> None:
+    """The guard's multiplier, and the same rate without it, in two groups."""
+
+    def groups(rate: float) -> Any:
+        def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            body, head = parameters[:-2], parameters[-2:]
+            return torch.optim.AdamW([{"params": body}, {"params": head, "lr": 3 * rate}], lr=rate)
+
+        return optimizer
+
+    guard = NaNGuard(snapshot_every_n_steps=2)
+    fit("slowed", InPartition(0, "loss"), Slow(guard), guard=guard, optimizer=groups(0.01))
+    fit("slow", guarded=False, optimizer=groups(0.005), data=without(AT))
+
+
+class ClipAlways(Callback):
+    """Has the guard clip from the start, and keeps the norms that DeepSpeed then finds by itself."""
+
+    def __init__(self, guard: NaNGuard, value: float) -> None:
+        self.guard, self.value = guard, value
+        self.norms: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.guard._run.guard.clip(self.value, "norm")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        self.norms.append(float(trainer.strategy.deepspeed_engine.get_global_grad_norm()))
+
+
+def clipped(worker: Any, name: str, fit: Any) -> None:
+    """The guard clips."""
+    guard = NaNGuard()
+    clip = ClipAlways(guard, 1e-2)
+    fit("clipped", clip, guard=guard)
+    worker.results[name]["norms"] = clip.norms
+
+
+def saved(worker: Any, name: str, fit: Any, rank: int) -> None:
+    """A checkpoint when a weight has just been lost, and the last good one."""
+    place = worker.folder / name
+    each = ModelCheckpoint(place / "checkpoints", every_n_train_steps=AT, save_top_k=-1)
+    guard = NaNGuard(snapshot_every_n_steps=2, dirpath=place / "nanguard", last_good_every_n_steps=3)
+    fit(f"saved {rank}", InPartition(rank, "weight"), each, guard=guard, enable_checkpointing=True)
+    dist.barrier()  # rank 0 may be moving the last good one
+    files = sorted(place.rglob("*.ckpt"))
+    worker.results[name] |= {
+        "files": len(files),
+        "bad": [file.name for file in files if not holds_only_numbers(file)],
+        "kept": holds_only_numbers(place / "nanguard" / LAST_GOOD),
+    }
+
+
+def saved_within(worker: Any, name: str, fit: Any) -> None:
+    """One checkpoint, written when a weight has gone bad and the batch is under way."""
+    save = SaveWithin(worker.folder / f"{name}.ckpt")
+    fit("within", InPartition(worker.world - 1, "weight"), save)
+    worker.results[name]["saved"] = holds_only_numbers(save.path)
+
+
+def goes_on(place: Path, fit: Any) -> None:
+    """A second epoch from what the first one left, with the guard and without."""
+    each = ModelCheckpoint(place, every_n_epochs=1, save_top_k=-1)
+    fit("first epoch", each, enable_checkpointing=True)
+    (first,) = place.glob("epoch=0*")
+    fit("resumed", max_epochs=2, ckpt_path=first)
+    fit("resumed bare", max_epochs=2, ckpt_path=first, guarded=False)
+    good = place.parent / f"{place.name}: saved 1" / "nanguard" / LAST_GOOD
+    fit("from last good", ckpt_path=good)
+    fit("from last good bare", ckpt_path=good, guarded=False)
+    # What a run without the guard leaves of a partition that is lost.
+    each = ModelCheckpoint(place / "bare", every_n_epochs=1, save_top_k=-1)
+    fit("lost", InPartition(1, "partition"), each, enable_checkpointing=True, guarded=False)
+    (lost,) = (place / "bare").glob("epoch=0*")
+    fit("refused", max_epochs=2, ckpt_path=lost)
+
+
+def holds_only_numbers(checkpoint: Path) -> bool:
+    """Whether no tensor in the files of a checkpoint holds NaN or Inf."""
+    names = {
+        "deepspeed.runtime.fp16.loss_scaler": ("LossScaler",),
+        "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
+        "deepspeed.utils.tensor_fragment": ("fragment_address",),
+    }
+    known = [getattr(import_module(module), name) for module, found in names.items() for name in found]
+    with torch.serialization.safe_globals(known):
+        content = [torch.load(file, weights_only=True) for file in sorted(checkpoint.rglob("*.pt"))]
+    content = [[file.get("module"), file.get("optimizer_state_dict")] for file in content]
+    found = [leaf for leaf in tree_leaves(content) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return bool(found) and all(bool(torch.isfinite(tensor).all()) for tensor in found)
