@@ -158,7 +158,9 @@ class Run:
         if max_memory is None or self.guard.ring.pending is None:
             return
         # Moments come with the first steps: two for each parameter is what Adam needs.
-        parameters = sum(p.nbytes for p in self._module.parameters() if p.requires_grad)
+        learner = self.guard.learner
+        stepped = [one for index in range(len(learner.optimizers)) for one in learner.stepped(index)]
+        parameters = sum(one.nbytes for one in stepped if one.requires_grad)
         each = (self.guard.ring.pending.nbytes() + 2 * parameters) / 2**30
         # The pending one is whole, certified ones are shared among the ranks of a node.
         fitting = int((max_memory / each - 1) * self._ranks.sharers) if each else self.guard.ring.capacity

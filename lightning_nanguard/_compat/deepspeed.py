@@ -14,6 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 _GATHERED, _PARTITIONED = "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"
+_USED = {
+    _GATHERED: ("averaged_gradients", "params_in_partition", "single_partition_of_fp32_groups"),
+    _PARTITIONED: (
+        "averaged_gradients", "fp16_groups", "fp32_partitioned_groups_flat", "_partition_all_parameters",
+    ),
+}  # fmt: skip
 
 # Parts of `zero_optimization` under which weights lie elsewhere, or more than one copy of them does.
 _ELSEWHERE = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_params")
@@ -62,12 +68,6 @@ def at_boundary(trainer: Any) -> bool:
     return bool(trainer.strategy.model.is_gradient_accumulation_boundary())
 
 
-def stepping(zero: Any) -> Optimizer:
-    """The torch optimizer behind a ZeRO optimizer."""
-    optimizer: Optimizer = zero.optimizer
-    return optimizer
-
-
 @final
 class ZeroPartitions:
     """The partitions of a ZeRO optimizer, :class:`~lightning_nanguard.learner.Partitions`.
@@ -76,18 +76,25 @@ class ZeroPartitions:
         zero: DeepSpeed's optimizer.
         module: The module it trains.
 
+    Attributes:
+        optimizer: The optimizer of torch behind it.
+
     Raises:
         ValueError: When it is another kind of optimizer.
     """
 
     def __init__(self, zero: Any, module: nn.Module) -> None:
         kind = type(zero).__name__
-        if kind not in (_GATHERED, _PARTITIONED):
+        missing = [name for name in _USED.get(kind, ()) if not hasattr(zero, name)]
+        if kind not in _USED or missing:
+            without = f" without {', '.join(missing)}" if missing else ""
             raise ValueError(
-                f"NaNGuard does not support DeepSpeed's {kind}. Use ZeRO stage 1, 2 or 3 without offloading, "
-                "strategy='ddp', FSDPStrategy or ModelParallelStrategy, or take the guard out of the callbacks."
+                f"NaNGuard does not support DeepSpeed's {kind}{without}. Use ZeRO stage 1, 2 or 3 of DeepSpeed 0.19 "
+                "without offloading, strategy='ddp', FSDPStrategy or ModelParallelStrategy, or take the guard out of "
+                "the callbacks."
             )
         self._zero = zero
+        self.optimizer: Optimizer = zero.optimizer
         self._module = module
         self._parted = kind == _PARTITIONED
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}

@@ -30,7 +30,8 @@ def what_steps(trainer: Any, module: nn.Module) -> tuple[list[Optimizer], deepsp
     if not _is(trainer, _DEEPSPEED):
         return list(trainer.optimizers), None
     (zero,) = trainer.optimizers
-    return [deepspeed.stepping(zero)], deepspeed.ZeroPartitions(zero, module)
+    partitions = deepspeed.ZeroPartitions(zero, module)
+    return [partitions.optimizer], partitions
 
 
 def accumulates(trainer: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,15 +13,15 @@ from tests.distributed.conftest import Launch, Results
 from tests.distributed.data import AT, STEPS
 from tests.distributed.zero import AMONG, KINDS
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytestmark = [
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed: see the Makefile"),
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build has no gloo"),
     pytest.mark.timeout(450),  # the first test of a suite waits for all its ranks
 ]
 
-WHOLE = [kind for kind in AMONG if kind != "zero1"]
 FAULTS = {
     # What: fault, remedies, within how many updates.
+    "sample": ("non_finite_loss", ["skip"], 0),
     "loss": ("non_finite_loss", ["skip"], 0),
     "spike": ("gradient_spike", ["skip"], 0),
     "gradient": ("non_finite_gradient", ["restore"], 1),
@@ -77,11 +78,9 @@ def test_one_ranks_fault_in_partitions(seen: Results, kind: str, place: str, ran
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("kind", AMONG)
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
 def test_a_sample_is_named_in_partitions(seen: Results, kind: str, rank: int) -> None:
-    """A corrupt sample is skipped bit by bit, and rank 0 writes the cause that another rank's batch shows."""
-    for result in seen:
-        assert result[f"{kind}: sample {rank}"]["end"] == result[f"{kind}: without"]["end"]
+    """Rank 0 writes the cause that another rank's batch shows."""
     (record,) = seen[0][f"{kind}: sample {rank}"]["records"]
     assert (record["cause"], record["finding"]["samples"]) == ("non_finite_input", [1])
 
@@ -96,43 +95,40 @@ def test_a_micro_batch_that_deepspeed_accumulates(seen: Results, kind: str, rank
         assert mine["end"] == result[f"{kind}: without window"]["end"]
 
 
-@pytest.mark.parametrize("kind", WHOLE)
-def test_a_diverging_run_in_partitions(seen: Results, kind: str) -> None:
+def test_a_diverging_run_in_partitions(seen: Results) -> None:
     """Both go back, clip by the norm of all partitions and cut the rate alike, and what is left is finite."""
-    one, other = (result[f"{kind}: diverged"] for result in seen)
+    one, other = (result["zero3: diverged"] for result in seen)
     assert one["records"] == other["records"]
     assert one["records"][0]["remedies"] == ["restore", "clip", "scale"]
     assert one["lr_multiplier"] == other["lr_multiplier"] < 1
     assert (one["error"], one["finite"], other["finite"]) == (None, True, True)
 
 
-@pytest.mark.parametrize("kind", WHOLE)
-def test_partitioned_gradients_are_clipped(seen: Results, kind: str) -> None:
+def test_partitioned_gradients_are_clipped(seen: Results, alone: dict[str, Any]) -> None:
     """By the norm over all ranks: the one that DeepSpeed then finds is the value clipped to."""
-    tolerance = 1e-4 if KINDS[kind][1] == "32-true" else 1e-2
-    for result in seen:
+    found = [("zero3", result) for result in seen] + [(kind, alone) for kind in KINDS]
+    for kind, result in found:
         norms = result[f"{kind}: clipped"]["norms"]
         assert len(norms) == STEPS
+        tolerance = 1e-4 if KINDS[kind][1] == "32-true" else 1e-2
         assert all(math.isclose(norm, 1e-2, rel_tol=tolerance) for norm in norms)
 
 
 @pytest.mark.parametrize("place", ["loss", "gradient", "weight"])
-@pytest.mark.parametrize("kind", WHOLE)
-def test_late_reading_of_partitions(seen: Results, kind: str, place: str) -> None:
+def test_late_reading_of_partitions(seen: Results, place: str) -> None:
     """In deferred readback both go back together, bit by bit, and the record is of the faulty batch."""
     for result in seen:
-        mine = result[f"{kind}: deferred {place}"]
-        assert mine["records"] == seen[0][f"{kind}: deferred {place}"]["records"]
+        mine = result[f"zero3: deferred {place}"]
+        assert mine["records"] == seen[0][f"zero3: deferred {place}"]["records"]
         (record,) = mine["records"]
         assert (record["batch_idx"], record["remedies"]) == (AT, ["restore"])
         assert mine["after"] == [mine["by_step"][str(record["snapshot_step"])]]
         assert mine["finite"]
 
 
-@pytest.mark.parametrize("kind", WHOLE)
-def test_observing_partitions(seen: Results, kind: str) -> None:
+def test_observing_partitions(seen: Results) -> None:
     """With observe=True both record what they would have done, and neither does anything."""
-    one, other = (result[f"{kind}: observed"] for result in seen)
+    one, other = (result["zero3: observed"] for result in seen)
     assert one["records"] == other["records"]
     assert one["records"][0]["remedies"] == ["skip"]
     assert not any(record["applied"] for record in one["records"])
@@ -150,10 +146,10 @@ def test_no_poisoned_partition(seen: Results, kind: str, rank: int) -> None:
     assert [(record["remedies"], record["ranks"]) for record in one["records"]] == [(["restore"], [rank])]
 
 
-@pytest.mark.parametrize("kind", WHOLE)
-def test_a_save_of_partitions_within_a_batch(seen: Results, kind: str) -> None:
-    """The last good partitions are written, and the run is helped at the end of the batch."""
-    for result in seen:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_save_of_partitions_within_a_batch(seen: Results, alone: dict[str, Any], kind: str) -> None:
+    """The last good partitions are written, by one process or two, and the run is helped at the end of the batch."""
+    for result in [alone, *(seen if kind == "zero3" else [])]:
         mine = result[f"{kind}: within"]
         assert (mine["saved"], mine["finite"], mine["error"]) == (True, True, None)
         assert [record["remedies"] for record in mine["records"]] == [["rewrite"], ["restore"]]
@@ -198,11 +194,3 @@ def test_one_process_of_deepspeed(
     assert (mine["error"], mine["finite"]) == (None, True)
     assert [record["remedies"] for record in mine["records"]] == remedies
     assert mine["end"] == alone[f"{kind}: {same}"]["end"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_process_saves_within_a_batch(alone: dict[str, Any], kind: str) -> None:
-    """The last good partitions are written."""
-    mine = alone[f"{kind}: within"]
-    assert (mine["saved"], mine["finite"], mine["error"]) == (True, True, None)
-    assert [record["remedies"] for record in mine["records"]] == [["rewrite"], ["restore"]]

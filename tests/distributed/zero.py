@@ -27,7 +27,7 @@ from tests.helpers import Task
 
 # Stage and precision of each kind.
 KINDS = {"zero1": (1, "32-true"), "zero2": (2, "bf16-true"), "zero3": (3, "32-true"), "zero3 in bf16": (3, "bf16-true")}
-PLACES = ("loss", "spike", "gradient", "weight", "partition", "moment", "buffer")
+PLACES = ("sample", "loss", "spike", "gradient", "weight", "partition", "moment", "buffer")
 # Among ranks; of stage 1 only what differs from stage 2.
 AMONG = {"zero1": ("loss", "gradient", "partition"), "zero2": PLACES, "zero3": PLACES}
 
@@ -58,13 +58,18 @@ def strategy(stage: int) -> OnCPU:
     return made
 
 
+def partitions(zero: Any) -> list[Tensor]:
+    """What a rank's optimizer steps."""
+    flat = getattr(zero, "fp32_partitioned_groups_flat", None)
+    return list(zero.single_partition_of_fp32_groups if flat is None else flat)
+
+
 def tensors(trainer: Trainer, module: nn.Module) -> Iterator[Tensor]:
     """All of a rank that a step changes, found without the guard."""
     (zero,) = trainer.optimizers
     for parameter in module.parameters():
         yield getattr(parameter, "ds_tensor", parameter)
-    flat: Any = getattr(zero, "fp32_partitioned_groups_flat", None)
-    yield from zero.single_partition_of_fp32_groups if flat is None else flat
+    yield from partitions(zero)
     for entry in zero.optimizer.state.values():
         yield from (value for value in entry.values() if isinstance(value, Tensor))
 
@@ -91,18 +96,17 @@ class InPartition(Callback):
             self._spoil(trainer.optimizers[0].averaged_gradients[0])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if not self._now(trainer, batch_idx + 1) or self.place in ("loss", "gradient"):
+        if not self._now(trainer, batch_idx + 1):
             return
         (zero,) = trainer.optimizers
-        if self.place == "moment":
+        if self.place == "weight":
+            self._spoil(getattr(parameter, "ds_tensor", parameter) for parameter in pl_module.parameters())
+        elif self.place == "partition":
+            self._spoil(partitions(zero))
+        elif self.place == "moment":
             self._spoil(entry["exp_avg_sq"] for entry in zero.optimizer.state.values())
         elif self.place == "buffer":
             self._spoil(buffer for name, buffer in pl_module.named_buffers() if "running_var" in name)
-        elif self.place == "weight":
-            self._spoil(p.ds_tensor if hasattr(p, "ds_tensor") else p for p in pl_module.parameters())
-        else:
-            flat = getattr(zero, "fp32_partitioned_groups_flat", None)
-            self._spoil(zero.single_partition_of_fp32_groups if flat is None else flat)
 
     def _spoil(self, found: Any) -> None:
         with torch.no_grad():
@@ -168,13 +172,12 @@ def one_kind(worker: Any, kind: str) -> None:
     fit("without", guarded=False, data=without(AT))
     fit("without window", guarded=False, data=without(AT - 1, AT), accumulate_grad_batches=2)
     for rank in range(worker.world):
-        fit(f"sample {rank}", data=spoilt(rank))
         for place in AMONG[kind]:
-            fit(f"{place} {rank}", InPartition(rank, place))
+            fit(f"{place} {rank}", InPartition(rank, place), data=spoilt(rank) if place == "sample" else None)
         fit(f"accumulated {rank}", InPartition(rank, "loss", at=AT - 1), accumulate_grad_batches=2)
         saved(worker, f"{kind}: saved {rank}", fit, rank)
     goes_on(worker.folder / kind, fit)
-    if kind != "zero1":
+    if kind == "zero3":
         for place in ("loss", "gradient", "weight"):
             late = NaNGuard(readback="deferred", snapshot_every_n_steps=2)
             fit(f"deferred {place}", InPartition(1, place), guard=late)
