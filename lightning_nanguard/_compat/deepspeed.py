@@ -21,16 +21,16 @@ _USED = {
     ),
 }  # fmt: skip
 
-# Parts of `zero_optimization` under which weights lie elsewhere, or more than one copy of them does.
+# Parts of `zero_optimization` under which weights lie elsewhere, or in further copies; these with what leaves them out.
 _ELSEWHERE = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_params")
-_OTHERWISE = (
-    "mics_shard_size",
-    "super_offload",
-    "zenflow",
-    "zero_hpz_partition_size",
-    "zero_quantized_gradients",
-    "zero_quantized_weights",
-)
+_OTHERWISE = {
+    "mics_shard_size": -1,
+    "super_offload": False,
+    "zenflow": None,
+    "zero_hpz_partition_size": 1,
+    "zero_quantized_gradients": False,
+    "zero_quantized_weights": False,
+}
 
 
 def unsupported(config: Mapping[str, Any], precision: str) -> str | None:
@@ -50,8 +50,8 @@ def unsupported(config: Mapping[str, Any], precision: str) -> str | None:
                 f"with {name}: what is trained then lies outside of the device, where a snapshot cannot put it back "
                 "exactly. Leave offloading out, or use FSDPStrategy or ModelParallelStrategy"
             )
-    for name in _OTHERWISE:
-        if zero.get(name) not in (None, False, {}, -1, 0, 1):
+    for name, without in _OTHERWISE.items():
+        if zero.get(name) and zero[name] != without:
             return (
                 f"with {name}, under which it was not tried. Leave it out, or use FSDPStrategy or ModelParallelStrategy"
             )
