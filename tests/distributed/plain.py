@@ -108,9 +108,14 @@ def averaged(module: nn.Module) -> Callable[[], None]:
 def waits_for_nobody(folder: Path) -> dict[str, Any]:
     """Rank 0 ends an update, decisions and all, before the others have begun to tell of theirs."""
     module = net()
-    loop = PlainLoop(module, Group(), averaged(module))
+    whole = waits(folder / "rank 0 is through", PlainLoop(module, Group(), averaged(module)))
+    shards = waits(folder / "rank 0 is through with its shards", PlainLoop(fully_sharded(), Group(sharded=True)))
+    return {**whole, "shards": [shards["steps"], shards["records"]]}
+
+
+def waits(mark: Path, loop: PlainLoop) -> dict[str, Any]:
+    """One update in which the others begin to tell when rank 0 is through."""
     loop.train(3)
-    mark = folder / "rank 0 is through"
 
     def wait() -> None:
         while dist.get_rank() != 0 and not mark.exists():

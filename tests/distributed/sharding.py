@@ -19,6 +19,7 @@ from lightning_nanguard import NaNGuard
 from lightning_nanguard.checkpoints import LAST_GOOD
 from lightning_nanguard.measure import local
 from tests.distributed.data import AT, spoilt, without
+from tests.distributed.further import further
 from tests.helpers import Task
 
 KINDS = ("fsdp2", "fsdp1")
@@ -47,9 +48,9 @@ class Sharded(Task):
                 fully_shard(layer, mesh=mesh)
 
 
-def made(optimizer: Any = None) -> Sharded:
+def made(optimizer: Any = None, kind: type[Task] = Sharded) -> Task:
     torch.manual_seed(3)
-    return Sharded(nn.Sequential(nn.Linear(6, 100), nn.BatchNorm1d(100), nn.Tanh(), nn.Linear(100, 2)), optimizer)
+    return kind(nn.Sequential(nn.Linear(6, 100), nn.BatchNorm1d(100), nn.Tanh(), nn.Linear(100, 2)), optimizer)
 
 
 def strategy(kind: str, world: int, *, whole: bool = True) -> Any:
@@ -99,7 +100,7 @@ def sharded(worker: Any) -> None:
 def one_kind(worker: Any, kind: str) -> None:
     def fit(name: str, *callbacks: Callback, whole: bool = True, **options: Any) -> Any:
         options.setdefault("strategy", strategy(kind, worker.world, whole=whole))
-        module = made(options.pop("optimizer", None))
+        module = options.pop("module", None) or made(options.pop("optimizer", None))
         return worker.fit(f"{kind} {name}", module, *callbacks, **options)
 
     fit("healthy")
@@ -119,6 +120,7 @@ def one_kind(worker: Any, kind: str) -> None:
         fit(f"deferred {place}", InShard(1, place), guard=late)
     fit("diverged", optimizer=lambda parameters: torch.optim.SGD(parameters, lr=50.0), max_epochs=3)
     fit("observed", InShard(1, "loss"), guard=NaNGuard(observe=True))
+    further(worker, f"{kind} ", fit, made, Sharded)
     # Of FSDP1 torch cannot collect a whole file on the CPU, with a guard or without: it reads memory that it has freed.
     for whole in (True, False) if kind == "fsdp2" else (False,):
         layout = "whole" if whole else "shards"

@@ -190,10 +190,10 @@ def test_a_save_with_one_ranks_weight_gone_bad(seen: Results, rank: int) -> None
 
 
 def test_a_rank_waits_for_nobody(seen: Results) -> None:
-    """In a healthy update a rank ends, decisions and all, before the others have told of theirs."""
+    """In a healthy update a rank ends, decisions and all, before the others have told of theirs; also with shards."""
     one, other = (result["plain"]["waits"] for result in seen)
     assert one == other
-    assert (one["steps"], one["records"]) == (6, 0)
+    assert (one["steps"], one["records"], one["shards"]) == (6, 0, [6, 0])
 
 
 def test_no_collective_in_a_healthy_update(seen: Results) -> None:

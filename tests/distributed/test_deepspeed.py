@@ -194,3 +194,33 @@ def test_one_process_of_deepspeed(
     assert (mine["error"], mine["finite"]) == (None, True)
     assert [record["remedies"] for record in mine["records"]] == remedies
     assert mine["end"] == alone[f"{kind}: {same}"]["end"]
+
+
+def test_no_collective_in_a_healthy_update_of_partitions(seen: Results) -> None:
+    """A trace of a run's updates holds as many with the guard as without."""
+    for result in seen:
+        one, other = (result[f"zero3: {name}"]["collectives"] for name in ("traced", "traced bare"))
+        assert one == other > 0
+
+
+def test_late_reading_looks_at_the_batch_of_partitions(seen: Results) -> None:
+    """Corrupt samples that are read late are found in the batch of the update that is over, and no rate is cut."""
+    for result in seen:
+        mine = result["zero3: deferred samples"]
+        told = [(record["batch_idx"], record["remedies"], record["cause"]) for record in mine["records"]]
+        undone = [(index, ["restore"], "non_finite_input") for index in (15, 19, 23)]
+        assert told == [*undone, (27, ["skip"], "non_finite_input")]
+        assert mine["lr_multiplier"] == 1.0
+
+
+def test_one_ranks_validation_loss_with_partitions(seen: Results) -> None:
+    """It is on record with the next update, and nothing is changed."""
+    for result in seen:
+        (record,) = result["zero3: validation"]["records"]
+        assert (record["fault"], record["remedies"], record["ranks"]) == ("non_finite_validation", [], [1])
+
+
+def test_a_nan_metric_with_partitions(seen: Results) -> None:
+    """It is nobody's fault."""
+    assert all(result["zero3: metric"]["records"] == [] for result in seen)
+    assert all(result["zero3: metric"]["error"] is None for result in seen)

@@ -144,3 +144,37 @@ def test_a_poisoned_sharded_checkpoint_is_refused(seen: Results, kind: str, layo
     """What a run without the guard has lost is not gone on from: a whole file by name, shards at the start."""
     told = "BadCheckpointError" if layout == "whole" else "TrainingDivergedError: parameter"
     assert all(result[f"{kind} refused {layout}"]["error"].startswith(told) for result in seen)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_collective_in_a_healthy_sharded_update(seen: Results, kind: str) -> None:
+    """A trace of a run's updates holds as many with the guard as without."""
+    for result in seen:
+        one, other = (result[f"{kind} {name}"]["collectives"] for name in ("traced", "traced bare"))
+        assert one == other > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_late_reading_looks_at_the_batch_of_shards(seen: Results, kind: str) -> None:
+    """Corrupt samples that are read late are found in the batch of the update that is over, and no rate is cut."""
+    for result in seen:
+        mine = result[f"{kind} deferred samples"]
+        told = [(record["batch_idx"], record["remedies"], record["cause"]) for record in mine["records"]]
+        undone = [(index, ["restore"], "non_finite_input") for index in (15, 19, 23)]
+        assert told == [*undone, (27, ["skip"], "non_finite_input")]
+        assert mine["lr_multiplier"] == 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_ranks_validation_loss_under_a_sharded_strategy(seen: Results, kind: str) -> None:
+    """It is on record with the next update, and nothing is changed."""
+    for result in seen:
+        (record,) = result[f"{kind} validation"]["records"]
+        assert (record["fault"], record["remedies"], record["ranks"]) == ("non_finite_validation", [], [1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_metric_under_a_sharded_strategy(seen: Results, kind: str) -> None:
+    """It is nobody's fault."""
+    assert all(result[f"{kind} metric"]["records"] == [] for result in seen)
+    assert all(result[f"{kind} metric"]["error"] is None for result in seen)

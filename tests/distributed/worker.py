@@ -31,6 +31,7 @@ from lightning_nanguard.distributed import Group
 from lightning_nanguard.measure import local
 from tests.distributed import plain
 from tests.distributed.data import AT, STEPS, spoilt, without
+from tests.distributed.further import NaNMetric, NaNValidation
 from tests.distributed.saving import saves
 from tests.distributed.sharding import sharded
 from tests.distributed.zero import tensors, zero, zero_alone
@@ -202,23 +203,6 @@ class Raises(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == AT and trainer.global_rank == trainer.world_size - 1:
             raise RuntimeError("one rank is out of luck")
-
-
-class NaNMetric(Task):
-    """Logs a metric that is NaN on one rank."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        value = float("nan") if self.global_rank == 1 and batch_idx == AT else 1.0
-        self.log("metric", torch.tensor(value), sync_dist=True, on_step=False, on_epoch=True)
-        return super().training_step(batch, batch_idx)
-
-
-class NaNValidation(Task):
-    """Its validation loss is NaN on one rank, once."""
-
-    def validation_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = super().validation_step(batch, batch_idx)
-        return loss * float("nan") if self.global_rank == 1 and self.current_epoch == 1 else loss
 
 
 def behaviour(worker: Worker) -> None:

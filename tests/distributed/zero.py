@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.checkpoints import LAST_GOOD
 from tests.distributed.data import AT, spoilt, without
+from tests.distributed.further import further
 from tests.distributed.sharding import SaveWithin
 from tests.helpers import Task
 
@@ -185,6 +186,7 @@ def one_kind(worker: Any, kind: str) -> None:
         fit("observed", InPartition(1, "loss"), guard=NaNGuard(observe=True))
         clipped(worker, f"{kind}: clipped", fit)
         saved_within(worker, f"{kind}: within", fit)
+        further(worker, f"{kind}: ", fit, made, Task)
     never_seen(worker, kind, fit)
 
 
