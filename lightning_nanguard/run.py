@@ -19,7 +19,7 @@ from lightning_nanguard._compat.packages import LightningModule, Trainer
 from lightning_nanguard._compat.precision import grad_scaler
 from lightning_nanguard._compat.saving import guard_saves
 from lightning_nanguard._compat.schedulers import around_learning_rate_monitors
-from lightning_nanguard._compat.strategies import accumulates, is_sharded, what_steps
+from lightning_nanguard._compat.strategies import accumulates, collects, is_sharded, what_steps
 from lightning_nanguard.arrivals import MAX_DELAY
 from lightning_nanguard.bundle import Bundles
 from lightning_nanguard.detectors import Detector
@@ -138,7 +138,13 @@ class Run:
         rate = self.guard.rate
         self._undos = [
             around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw),
-            guard_saves(self._trainer, self.guard.before_save, self.guard.mend, self.guard.after_save),
+            guard_saves(
+                self._trainer,
+                self.guard.before_save,
+                self.guard.mend,
+                self.guard.after_save,
+                collects=collects(self._trainer),
+            ),
             keep_best_finite(self._trainer),
         ]
 

@@ -14,13 +14,23 @@ class Mend(Protocol):
         """The checkpoint, or one that is not poisoned."""
 
 
-def guard_saves(trainer: Any, look: Callable[[], None], mend: Mend, done: Callable[[], None]) -> Callable[[], None]:
+def guard_saves(
+    trainer: Any, look: Callable[[], None], mend: Mend, done: Callable[[], None], *, collects: bool = False
+) -> Callable[[], None]:
     """Call ``look`` before ``trainer.save_checkpoint`` collects anything, write what ``mend`` gives, call ``done``.
 
     Checkpoint callbacks and users go through the trainer; no hook is called for weights-only saves, and the hook there
     is comes when the state has been collected. ``strategy.save_checkpoint`` sees every save, also one that a user made
     a dictionary for: the last line, where nothing of the run is changed, since the state may have been collected at
     any time and by one rank alone.
+
+    Args:
+        trainer: The trainer.
+        look: Sees to it that the state is good.
+        mend: Sees to it that a dictionary is.
+        done: Called when a checkpoint was written.
+        collects: Whether ``strategy.save_checkpoint`` writes the state of now whatever dictionary it is given, by all
+            ranks: then ``look`` and ``done`` are called around it too.
 
     Returns:
         A function that undoes this.
@@ -42,7 +52,14 @@ def guard_saves(trainer: Any, look: Callable[[], None], mend: Mend, done: Callab
 
     @wraps(write)
     def write_checkpoint(checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
-        return write(mend(checkpoint, str(filepath), checked=looked), filepath, *args, **kwargs)
+        ours = collects and not looked
+        if ours:
+            look()
+        try:
+            return write(mend(checkpoint, str(filepath), checked=looked or ours), filepath, *args, **kwargs)
+        finally:
+            if ours:
+                done()
 
     trainer.save_checkpoint = save_checkpoint
     strategy.save_checkpoint = write_checkpoint

@@ -34,6 +34,11 @@ def what_steps(trainer: Any, module: nn.Module) -> tuple[list[Optimizer], deepsp
     return [partitions.optimizer], partitions
 
 
+def collects(trainer: Any) -> bool:
+    """Whether saving through the strategy writes the state of now, whatever it is given."""
+    return _is(trainer, _DEEPSPEED)
+
+
 def accumulates(trainer: Any) -> bool:
     """Whether the optimizer that is about to be asked to step will only accumulate."""
     return _is(trainer, _DEEPSPEED) and not deepspeed.at_boundary(trainer)

@@ -146,11 +146,13 @@ def test_no_poisoned_partition(seen: Results, kind: str, rank: int) -> None:
     assert [(record["remedies"], record["ranks"]) for record in one["records"]] == [(["restore"], [rank])]
 
 
+@pytest.mark.parametrize("way", ["within", "within, directly"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_save_of_partitions_within_a_batch(seen: Results, alone: dict[str, Any], kind: str) -> None:
-    """The last good partitions are written, by one process or two, and the run is helped at the end of the batch."""
+def test_a_save_of_partitions_within_a_batch(seen: Results, alone: dict[str, Any], kind: str, way: str) -> None:
+    """The last good partitions are written, by one process or two, through the trainer or the strategy, and the run is
+    helped at the end of the batch."""
     for result in [alone, *(seen if kind == "zero3" else [])]:
-        mine = result[f"{kind}: within"]
+        mine = result[f"{kind}: {way}"]
         assert (mine["saved"], mine["finite"], mine["error"]) == (True, True, None)
         assert [record["remedies"] for record in mine["records"]] == [["rewrite"], ["restore"]]
 

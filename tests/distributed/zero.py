@@ -153,7 +153,7 @@ def zero_alone(worker: Any) -> None:
         fit("without all", guarded=False, data=without(*range(AT + 1)))
         clipped(worker, f"{kind}: clipped", fit)
         slowed(fit)
-        saved_within(worker, f"{kind}: within", fit)
+        saved_within(worker, kind, fit)
         fit("manual", InPartition(0, "loss"), module=made(kind=Manual))
         fit("manual without", guarded=False, module=made(kind=Manual), data=without(AT))
 
@@ -185,7 +185,7 @@ def one_kind(worker: Any, kind: str) -> None:
         fit("diverged", optimizer=lambda parameters: torch.optim.SGD(parameters, lr=50.0), max_epochs=3)
         fit("observed", InPartition(1, "loss"), guard=NaNGuard(observe=True))
         clipped(worker, f"{kind}: clipped", fit)
-        saved_within(worker, f"{kind}: within", fit)
+        saved_within(worker, kind, fit)
         further(worker, f"{kind}: ", fit, made, Task)
     never_seen(worker, kind, fit)
 
@@ -264,11 +264,20 @@ def saved(worker: Any, name: str, fit: Any, rank: int) -> None:
     }
 
 
-def saved_within(worker: Any, name: str, fit: Any) -> None:
-    """One checkpoint, written when a weight has gone bad and the batch is under way."""
-    save = SaveWithin(worker.folder / f"{name}.ckpt")
-    fit("within", InPartition(worker.world - 1, "weight"), save)
-    worker.results[name]["saved"] = holds_only_numbers(save.path)
+class SaveDirectly(SaveWithin):
+    """Saves through the strategy, which writes the state of the engine whatever it is given."""
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
+        if trainer.fit_loop.epoch_loop.batch_idx == AT:
+            trainer.strategy.save_checkpoint({"mine": 1}, self.path)
+
+
+def saved_within(worker: Any, kind: str, fit: Any) -> None:
+    """A checkpoint, written when a weight has gone bad and the batch is under way."""
+    for name, way in (("within", SaveWithin), ("within, directly", SaveDirectly)):
+        save = way(worker.folder / f"{kind}: {name}.ckpt")
+        fit(name, InPartition(worker.world - 1, "weight"), save)
+        worker.results[f"{kind}: {name}"]["saved"] = holds_only_numbers(save.path)
 
 
 def goes_on(place: Path, fit: Any) -> None:
