@@ -78,9 +78,7 @@ class Blocker:
 
     def _keep(self, stream: int) -> None:
         # Only its own weights: others may have made good steps since. Buffers are the batch scope's.
-        own = {id(parameter) for parameter in self._parameters(stream)}
-        weights = [(path, leaf) for path, leaf in self._learner.weights() if id(leaf) in own]
-        leaves = [*weights, *self._learner.optimizer_leaves(stream)]
+        leaves = [*self._learner.weights_of(stream), *self._learner.optimizer_leaves(stream)]
         reuse = self._before.get(stream)
         self._before[stream] = capture(self._learner, step=0, global_step=0, leaves=leaves, reuse=reuse)
 

@@ -123,6 +123,14 @@ class Learner:
             return list(self._partitions.stepped().values())
         return [parameter for group in self.optimizers[index].param_groups for parameter in group["params"]]
 
+    def weights_of(self, index: int) -> list[tuple[Path, Tensor]]:
+        """Parameters that the steps of an optimizer change."""
+        parameters = [(path, leaf) for path, leaf in self.weights() if path[0] == "parameter"]
+        if self._partitions is not None:
+            return parameters
+        own = {id(parameter) for parameter in self.stepped(index)}
+        return [(path, leaf) for path, leaf in parameters if id(leaf) in own]
+
     def gradients(self, index: int) -> list[Tensor]:
         """The gradients an optimizer steps by, as they are: sparse or sharded ones too."""
         if self._partitions is not None:

@@ -185,13 +185,14 @@ def test_a_poisoned_partition_is_refused(seen: Results, kind: str) -> None:
         ("weight", "without all", [["restore"]]),
         ("slowed", "slow", [["skip"]]),
         ("manual", "manual without", [["skip"]]),
+        ("looking ahead", "looking ahead without", [["skip"]]),
     ],
 )
 def test_one_process_of_deepspeed(
     alone: dict[str, Any], kind: str, done: str, same: str, remedies: list[list[str]]
 ) -> None:
     """Bit by bit: a healthy run, a skip, a rollback to the start without moments, a multiplier on the rates of two
-    groups, and a skip under manual optimization."""
+    groups, a skip under manual optimization, and one with an optimizer that moves weights without gradients."""
     mine = alone[f"{kind}: {done}"]
     assert (mine["error"], mine["finite"]) == (None, True)
     assert [record["remedies"] for record in mine["records"]] == remedies

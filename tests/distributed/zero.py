@@ -24,7 +24,7 @@ from lightning_nanguard.checkpoints import LAST_GOOD
 from tests.distributed.data import AT, spoilt, without
 from tests.distributed.further import further
 from tests.distributed.sharding import SaveWithin
-from tests.helpers import Task
+from tests.helpers import Lookahead, Task
 
 # Stage and precision of each kind.
 KINDS = {"zero1": (1, "32-true"), "zero2": (2, "bf16-true"), "zero3": (3, "32-true"), "zero3 in bf16": (3, "bf16-true")}
@@ -150,6 +150,9 @@ def zero_alone(worker: Any) -> None:
         fit("without", guarded=False, data=without(AT))
         fit("loss", InPartition(0, "loss"))
         fit("weight", InPartition(0, "weight"), guard=NaNGuard(snapshot_every_n_steps=1000))
+        ahead = partial(Lookahead, lr=0.1)  # it moves weights in every third step
+        fit("looking ahead", InPartition(0, "spike", at=8), optimizer=ahead)
+        fit("looking ahead without", guarded=False, optimizer=ahead, data=without(8))
         fit("without all", guarded=False, data=without(*range(AT + 1)))
         clipped(worker, f"{kind}: clipped", fit)
         slowed(fit)
