@@ -19,7 +19,7 @@ from lightning_nanguard._compat.packages import LightningModule, Trainer
 from lightning_nanguard._compat.precision import grad_scaler
 from lightning_nanguard._compat.saving import guard_saves
 from lightning_nanguard._compat.schedulers import around_learning_rate_monitors
-from lightning_nanguard._compat.strategies import accumulates, collects, is_sharded, what_steps
+from lightning_nanguard._compat.strategies import accumulation, collects, is_sharded, what_steps
 from lightning_nanguard.arrivals import MAX_DELAY
 from lightning_nanguard.bundle import Bundles
 from lightning_nanguard.detectors import Detector
@@ -86,6 +86,7 @@ class Run:
         sharded = is_sharded(trainer)
         self._ranks: Ranks = Group(sharded=sharded) if trainer.world_size > 1 else Alone(sharded=sharded)
         optimizers, partitions = what_steps(trainer, module)
+        self._accumulates = accumulation(trainer)
         learner = Learner(
             module,
             optimizers,
@@ -200,7 +201,7 @@ class Run:
 
     def stream(self, optimizer: Optimizer) -> int | None:
         """Index of an optimizer that steps next; ``None`` where it does not, or was not there when the fit began."""
-        if accumulates(self._trainer):
+        if self._accumulates():
             return None
         for index, known in enumerate(self.guard.learner.optimizers):
             if known is optimizer or getattr(optimizer, "optimizer", None) is known:

@@ -7,7 +7,7 @@ again when it is needed. All of it is plain tensors, so that it can be copied an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -63,9 +63,9 @@ def unsupported(config: Mapping[str, Any], precision: str) -> str | None:
     return None
 
 
-def at_boundary(trainer: Any) -> bool:
-    """Whether the optimizer steps after this micro-batch: DeepSpeed, which accumulates by itself, is asked at each."""
-    return bool(trainer.strategy.model.is_gradient_accumulation_boundary())
+def accumulation(engine: Any) -> Callable[[], bool]:
+    """A function that says whether DeepSpeed, which is asked to step after each micro-batch, will only accumulate."""
+    return lambda: not engine.is_gradient_accumulation_boundary()
 
 
 @final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -39,9 +40,13 @@ def collects(trainer: Any) -> bool:
     return _is(trainer, _DEEPSPEED)
 
 
-def accumulates(trainer: Any) -> bool:
-    """Whether the optimizer that is about to be asked to step will only accumulate."""
-    return _is(trainer, _DEEPSPEED) and not deepspeed.at_boundary(trainer)
+def accumulation(trainer: Any) -> Callable[[], bool]:
+    """A function that says whether an optimizer that is about to be asked to step will only accumulate."""
+    return deepspeed.accumulation(trainer.strategy.model) if _is(trainer, _DEEPSPEED) else _never
+
+
+def _never() -> bool:
+    return False
 
 
 def check_strategy(trainer: Any, module: Any) -> None:
