@@ -20,7 +20,7 @@ from lightning_nanguard.checkpoints import LAST_GOOD
 from lightning_nanguard.measure import local
 from tests.distributed.data import AT, spoilt, without
 from tests.distributed.further import further
-from tests.helpers import Task
+from tests.helpers import Task, TwoOptimizers
 
 KINDS = ("fsdp2", "fsdp1")
 
@@ -46,6 +46,16 @@ class Sharded(Task):
             mesh = self.device_mesh["data_parallel"]
             for layer in (self.net[0], self.net[3], self.net):
                 fully_shard(layer, mesh=mesh)
+
+
+class TwoSharded(TwoOptimizers):
+    """Manual optimization with two optimizers, each of whose layers is sharded."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in (*(one for one in self.net if isinstance(one, nn.Linear)), self.net):
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
 
 def made(optimizer: Any = None, kind: type[Task] = Sharded) -> Task:
@@ -121,6 +131,9 @@ def one_kind(worker: Any, kind: str) -> None:
     fit("diverged", optimizer=lambda parameters: torch.optim.SGD(parameters, lr=50.0), max_epochs=3)
     fit("observed", InShard(1, "loss"), guard=NaNGuard(observe=True))
     further(worker, f"{kind} ", fit, made, Sharded)
+    if kind == "fsdp2":
+        torch.manual_seed(3)
+        fit("manual", InShard(1, "loss"), module=TwoSharded())
     # Of FSDP1 torch cannot collect a whole file on the CPU, with a guard or without: it reads memory that it has freed.
     for whole in (True, False) if kind == "fsdp2" else (False,):
         layout = "whole" if whole else "shards"

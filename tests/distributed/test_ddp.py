@@ -120,6 +120,18 @@ def test_a_shared_snapshot_is_put_together_bitwise(seen: Results) -> None:
     assert one["after"] == [one["by_step"][str(record["snapshot_step"])]]
 
 
+def test_a_rollback_to_the_start_is_bitwise(seen: Results) -> None:
+    """Moments, which were not there, are made anew: the run ends as one that never saw the batches since."""
+    one = agreed(seen, "to the start")
+    assert [(record["remedies"], record["snapshot_step"]) for record in one["records"]] == [(["restore"], 0)]
+    assert one["end"] == agreed(seen, "from the start")["end"]
+
+
+def test_a_poisoned_checkpoint_is_refused_on_all_ranks(seen: Results) -> None:
+    """What a run without the guard has lost is not gone on from, and every rank says so."""
+    assert all(result["refused"]["error"].startswith("BadCheckpointError") for result in seen)
+
+
 def test_ranks_rehearse_a_rate_together(seen: Results) -> None:
     """A rate that is too high is found by rehearsals on the batches of all ranks, to the same multiplier."""
     one = agreed(seen, "diverged")

@@ -178,3 +178,12 @@ def test_a_nan_metric_under_a_sharded_strategy(seen: Results, kind: str) -> None
     """It is nobody's fault."""
     assert all(result[f"{kind} metric"]["records"] == [] for result in seen)
     assert all(result[f"{kind} metric"]["error"] is None for result in seen)
+
+
+def test_manual_optimization_of_shards(seen: Results) -> None:
+    """Two optimizers: the faulty updates of one batch are skipped on both ranks."""
+    one, other = (result["fsdp2 manual"] for result in seen)
+    assert one["records"] == other["records"]
+    assert {tuple(record["remedies"]) for record in one["records"]} == {("skip",)}
+    assert all(record["ranks"] == [1] for record in one["records"])
+    assert (one["error"], one["finite"], other["finite"]) == (None, True, True)

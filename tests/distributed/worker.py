@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -231,6 +232,11 @@ def behaviour(worker: Worker) -> None:
         dist.barrier()
         weights = torch.load(save.path, weights_only=True)["state_dict"].values()
         worker.results[f"saved {rank}"]["saved"] = all(bool(torch.isfinite(tensor).all()) for tensor in weights)
+    worker.fit("to the start", None, OnRank(1, "weight", nan, AT), guard=NaNGuard(snapshot_every_n_steps=1000))
+    worker.fit("from the start", guarded=False, data=without(*range(AT + 1)))
+    each = ModelCheckpoint(worker.folder / "lost", every_n_epochs=1)
+    worker.fit("lost", None, OnRank(0, "weight", nan, AT), each, guarded=False, enable_checkpointing=True)
+    worker.fit("refused", ckpt_path=Path(each.best_model_path), max_epochs=2)
     worker.results["plain"] = {
         "waits": plain.waits_for_nobody(worker.folder),
         "collectives": plain.collectives(),
