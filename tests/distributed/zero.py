@@ -182,7 +182,8 @@ def one_kind(worker: Any, kind: str) -> None:
             fit(f"{place} {rank}", InPartition(rank, place), data=spoilt(rank) if place == "sample" else None)
         fit(f"accumulated {rank}", InPartition(rank, "loss", at=AT - 1), accumulate_grad_batches=2)
         saved(worker, f"{kind}: saved {rank}", fit, rank)
-    goes_on(worker.folder / kind, fit)
+    if kind != "zero1":
+        goes_on(worker.folder / kind, fit)
     if kind == "zero3":
         for place in ("loss", "gradient", "weight"):
             late = NaNGuard(readback="deferred", snapshot_every_n_steps=2)
