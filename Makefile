@@ -5,7 +5,9 @@ TEST_ARGS ?= -n 2
 # For its tests alone, which skip themselves where it is not installed. It has no wheel.
 DEEPSPEED := deepspeed==0.19.8
 
-.PHONY: diagnose demo test rescue bench kills lint types clean
+OLDEST := pytorch-lightning==2.4.0
+
+.PHONY: diagnose demo test oldest rescue bench kills lint types clean
 
 # Torch goes first and alone: what depends on it must find it in place and not choose another build. DeepSpeed goes last:
 # it is built with the torch that is there, and compiles nothing.
@@ -25,6 +27,12 @@ demo: .venv/.stamp
 
 test: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS)
+
+# The tests that touch most of Lightning, with the oldest one that is supported.
+oldest: .venv/.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/oldest $(OLDEST)
+	PYTHONPATH=.venv/oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS) \
+		tests/test_deferred.py tests/test_identity.py tests/test_records.py tests/test_saves.py tests/test_skip.py tests/test_state.py
 
 # Which failing runs are saved, and which healthy ones are left alone; FAST=1 takes a sixth of the forms.
 rescue: .venv/.stamp

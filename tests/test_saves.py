@@ -190,7 +190,7 @@ def model(**options: Any) -> Way:
 SAVES: dict[str, Way] = {
     "every step": model(every_n_train_steps=1),
     "every epoch": model(every_n_epochs=1),
-    "time interval": model(train_time_interval=timedelta(0)),
+    "time interval": model(train_time_interval=timedelta(microseconds=1)),
     "train epoch end": model(every_n_epochs=1, save_on_train_epoch_end=True),
     "validation end": model(every_n_epochs=1, save_on_train_epoch_end=False),
     "monitor": model(monitor="val_loss", save_top_k=2, filename="{step}"),

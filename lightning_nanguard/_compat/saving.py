@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Protocol
+
+from torch import Tensor
+
+from lightning_nanguard.measure import mapped
 
 
 class Mend(Protocol):
@@ -36,6 +41,7 @@ def guard_saves(
         A function that undoes this.
     """
     strategy = trainer.strategy
+    writes_later = _writes_what_is_there_later(strategy)
     collect, write = trainer.save_checkpoint, strategy.save_checkpoint
     looked = False
 
@@ -56,7 +62,8 @@ def guard_saves(
         if ours:
             look()
         try:
-            return write(mend(checkpoint, str(filepath), checked=looked or ours), filepath, *args, **kwargs)
+            good = mend(checkpoint, str(filepath), checked=looked or ours)
+            return write(mapped(good, _copy) if writes_later else good, filepath, *args, **kwargs)
         finally:
             if ours:
                 done()
@@ -70,3 +77,14 @@ def guard_saves(
                 del owner.save_checkpoint
 
     return undo
+
+
+def _writes_what_is_there_later(strategy: Any) -> bool:
+    """Whether a thread writes the run's own tensors while they change: AsyncCheckpointIO of Lightning before 2.5.4 does."""
+    classes = type(getattr(strategy, "checkpoint_io", None)).__mro__
+    kinds = (kind for kind in classes if kind.__name__ == "AsyncCheckpointIO")
+    return any(not hasattr(sys.modules[kind.__module__], "_clone_tensor") for kind in kinds)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
