@@ -80,7 +80,7 @@ def guard_saves(
 
 
 def _writes_what_is_there_later(strategy: Any) -> bool:
-    """Whether a thread writes the run's own tensors while they change: AsyncCheckpointIO of Lightning before 2.5.4 does."""
+    """Whether a thread writes tensors that go on changing, as AsyncCheckpointIO of Lightning before 2.5.4 does."""
     classes = type(getattr(strategy, "checkpoint_io", None)).__mro__
     kinds = (kind for kind in classes if kind.__name__ == "AsyncCheckpointIO")
     return any(not hasattr(sys.modules[kind.__module__], "_clone_tensor") for kind in kinds)
