@@ -294,11 +294,17 @@ class Policy:
             return "learner" if ruined else None
         if comparison is None or fault.kind == "loss_scale_collapse":
             return "learner"
-        if comparison.worse(0.1 * evidence.scale, sane=self._sane(evidence)):
+        if comparison.worse(0.1 * self._scale(fault, evidence), sane=self._sane(evidence)):
             return "learner"
         if comparison.better(0.1 * evidence.scale):
             return None  # data that have changed, to which the model is on its way
         return "learner" if fault.kind == "collapsed" and self._ruined(fault, evidence) else None
+
+    def _scale(self, fault: Fault, evidence: Evidence) -> float:
+        if fault.kind == "exploding_loss" and fault.value is not None:
+            # Where it is falling again it varies by as much as it is too high, and that is no noise.
+            return min(evidence.scale, abs(fault.value - evidence.first))
+        return evidence.scale
 
     def _sane(self, evidence: Evidence) -> float:
         return evidence.first + 10 * evidence.scale
