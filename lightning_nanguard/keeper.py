@@ -91,6 +91,7 @@ class Keeper:
         self._interval = Interval(every)
         self._every = self._interval.updates
         self._last = 0
+        self._next = self._interval.until_next(0)
         self._wanted = False
         self._jumps: set[str] = set()
         self.watches_statistics = False
@@ -98,6 +99,7 @@ class Keeper:
     def count_from(self, step: int) -> None:
         """The next snapshot is due an interval after update ``step``."""
         self._last = step
+        self._next = step + self._interval.until_next(step, None if self._ranks.world == 1 else self._every)
 
     def want(self) -> None:
         """The next snapshot is due at once."""
@@ -105,8 +107,7 @@ class Keeper:
 
     def due(self, step: int) -> bool:
         """Whether a snapshot should be taken after update ``step``, where none is pending."""
-        since = step - self._last
-        return self._wanted or self._interval.due(since, step, None if self._ranks.world == 1 else self._every)
+        return self._wanted or step >= self._next
 
     def capture(self, step: int, global_step: int, rate: float | None, healthy_steps: int = 0) -> Snapshot:
         """Take a snapshot, which is then pending.
@@ -138,7 +139,7 @@ class Keeper:
             snapshot = self._copy(step, global_step, leaves)
         snapshot.rate = rate
         self._ring.add(snapshot)
-        self._last = step
+        self.count_from(step)
         # At the live state, whose values the snapshot has: it may lie far away, and not be there yet.
         self._glance = Glance(self._investigator.to_be_finite(leaves.items()))
         if self._ranks.world > 1:
@@ -149,6 +150,7 @@ class Keeper:
             self._taking = began, _event(leaves)
         if since > 0:
             self._interval.measure(started, since, step)
+            self.count_from(step)
             self._say(snapshot)
         return snapshot
 
@@ -189,8 +191,11 @@ class Keeper:
 
     def hear(self, reports: Sequence[Report]) -> None:
         """Take what all ranks say: the longest interval holds."""
-        self._every = max([one.interval for one in reports])
         self._heard = reports
+        every = max([one.interval for one in reports])
+        if every != self._every:
+            self._every = every
+            self.count_from(self._last)
 
     def judged(self, pending: Snapshot) -> bool:
         """Whether it is known, on all ranks, what to think of ``pending``."""

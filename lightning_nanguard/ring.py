@@ -123,19 +123,18 @@ class Interval:
         self._mark = time.perf_counter()
         self.updates = every if every is not None else self._first
 
-    def due(self, since: int, made: int, every: int | None = None) -> bool:
-        """Whether a snapshot is due.
+    def until_next(self, last: int, every: int | None = None) -> int:
+        """Updates after which a snapshot is due.
 
         Early in a run a long interval would lose most of what was learned, so it grows with the run: the few snapshots
         more take a twentieth of the first interval's time at most.
 
         Args:
-            since: Updates since the last one.
-            made: Updates made so far.
+            last: Updates made before the last one was taken.
             every: The interval, if another than the one measured here.
         """
         every = self.updates if every is None else every
-        return since >= every or (not self._fixed and since >= max(self._first, every // 8, (made + 1) // 2))
+        return every if self._fixed else min(every, max(self._first, every // 8, last))
 
     def measure(self, started: float, since: int, made: int) -> None:
         """A capture that began at ``started``, after ``made`` updates and ``since`` the last, has just ended."""

@@ -248,18 +248,15 @@ def test_a_fixed_interval_stays() -> None:
     interval = Interval(7)
     interval.measure(started=-1e9, since=7, made=10**6)
     assert interval.updates == 7
-    assert not interval.due(6, 1000)
-    assert interval.due(7, 7)
+    assert [interval.until_next(last) for last in (0, 7, 1000)] == [7, 7, 7]
 
 
 @pytest.mark.parametrize(("every", "expected"), [(64, [16, 32, 64, 128, 192, 256]), (1024, [128, 256])])
 def test_a_long_interval_grows_with_the_run(every: int, expected: list[int]) -> None:
     """Early on snapshots come more often than the interval says, but never more than eight times as often."""
     interval, last, taken = Interval(None), 0, []
-    for step in range(1, 257):
-        if interval.due(step - last, step, every):
-            last = step
-            taken.append(step)
+    while (last := last + interval.until_next(last, every)) <= 256:
+        taken.append(last)
     assert taken == expected
 
 
