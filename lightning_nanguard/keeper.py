@@ -26,9 +26,11 @@ from lightning_nanguard.snapshot import Snapshot, capture, jumped
 _logger = logging.getLogger("lightning_nanguard")
 
 # Healthy updates after which statistics and moments no longer come from their initial values, and growth from snapshot
-# to snapshot beyond which they, and weights, cannot be right.
+# to snapshot beyond which they cannot be right; a weight, which an optimizer moves by its rate, grows by less than a
+# second moment, which goes with the square of a gradient.
 _SETTLED = 100
 _FAR = 1e4
+_FAR_WEIGHT = 1e3
 _FAR_EARLY = 1e12
 
 
@@ -224,7 +226,7 @@ class Keeper:
     def _look(self, pending: Snapshot, healthy_steps: int) -> Fault | None:
         pending.typical = self._glance.typical
         before = self._ring.certified[0].typical if self._ring.certified else {}
-        fine = self._glance.fine(before, _far(healthy_steps))
+        fine = self._glance.fine(before, _far(healthy_steps, _FAR_WEIGHT))
         return None if fine else self._objection(pending, healthy_steps)
 
     def objection(self, pending: Snapshot, healthy_steps: int) -> tuple[Fault | None, tuple[int, ...]]:
@@ -302,16 +304,18 @@ class Keeper:
         if not self._ring.certified:
             return None
         # Layers that normalise hide what is far out of range from the loss: statistics, weights and moments alike.
-        times = _far(healthy_steps)
-        own = [path for path in leaves if path[0] in ("parameter", "optimizer")]
-        names = {*self._learner.statistics(leaves), *own}
-        far = jumped(leaves, self._ring.certified[0].leaves, names, times)
-        if far is None or far in self._jumps:
-            return None
-        self._jumps.add(far)  # once: what comes back after a restore is how it is
-        # Where it came of a batch, the next one that brings it can be skipped.
-        self.watches_statistics = True
-        return Fault("implausible_state", "state", far, None, f"{far} is over {times:g} times what it was")
+        weights = {path for path in leaves if path[0] == "parameter"}
+        others = {*self._learner.statistics(leaves), *(path for path in leaves if path[0] == "optimizer")}
+        for names, usual in ((weights, _FAR_WEIGHT), (others, _FAR)):
+            times = _far(healthy_steps, usual)
+            far = jumped(leaves, self._ring.certified[0].leaves, names, times)
+            if far is None or far in self._jumps:
+                continue
+            self._jumps.add(far)  # once: what comes back after a restore is how it is
+            # Where it came of a batch, the next one that brings it can be skipped.
+            self.watches_statistics = True
+            return Fault("implausible_state", "state", far, None, f"{far} is over {times:g} times what it was")
+        return None
 
     def strange_statistics(self, before: Mapping[str, Tensor], healthy_steps: int) -> Fault | None:
         """What the batch at hand has just done to running statistics, ``None`` if it may be.
@@ -329,8 +333,8 @@ class Keeper:
         return Fault("implausible_statistics", "batch", far, None, message)
 
 
-def _far(healthy_steps: int) -> float:
-    return _FAR if healthy_steps > _SETTLED else _FAR_EARLY
+def _far(healthy_steps: int, usual: float = _FAR) -> float:
+    return usual if healthy_steps > _SETTLED else _FAR_EARLY
 
 
 def _event(leaves: Mapping[Path, Any]) -> Any:
