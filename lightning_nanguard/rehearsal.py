@@ -32,10 +32,8 @@ class Stage(Protocol):
         """Loss of a batch under the weights of now; ``None`` where it cannot be had."""
 
 
-# A rehearsal is over once a batch's loss has risen by this many times the loss it began at, or the loss's own scale;
-# and beside another batch's, which may be far smaller by itself, by so many times.
+# A rehearsal is over once a batch's loss has risen by this many times the loss it began at, or the loss's own scale.
 _GONE = 2.0
-_GONE_BESIDE = 100.0
 # Times the gain of the present rate that a larger one must bring to be taken.
 _CLEARLY_MORE = 2.0
 
@@ -100,6 +98,9 @@ class Rehearsal:
         self._rate = rate
         self._stage = stage
         self._scale = scale
+        # The loss of each batch under the state last rehearsed from, where it was looked at: batches may differ by far.
+        self._base: tuple[int, int] = (0, 0)
+        self._began: dict[int, float] = {}
 
     def loss_after(self, base: Snapshot, factor: float, updates: int, *, unseen: bool = False) -> float | None:
         """Mean loss of the batches at hand after ``updates`` from ``base`` with the rate times ``factor``.
@@ -118,6 +119,8 @@ class Rehearsal:
         if not batches:
             return None
         trained, measured = (batches[::2], batches[1::2]) if unseen and len(batches) > 1 else (batches, batches)
+        if self._base != (id(base), base.step):
+            self._base, self._began = (id(base), base.step), {}
         rate = self._rate
         multiplier, min_lr, max_lr = rate.multiplier, rate.min_lr, rate.max_lr
         restore(self._learner, base)
@@ -138,20 +141,20 @@ class Rehearsal:
         return math.ceil(updates * inertia / int(group.get("max_iter", 1)))
 
     def _play(self, trained: Sequence[int], measured: Sequence[int], updates: int) -> float | None:
-        began: dict[int, float] = {}
+        first: float | None = None
         scale = self._scale()
         for update in range(updates):
             index = trained[update % len(trained)]
             loss = self._stage.train_on(index)
             if loss is None:
                 return None
-            beside, times = (
-                (began[index], _GONE) if index in began else (max(began.values(), default=loss), _GONE_BESIDE)
-            )
-            if not math.isfinite(loss) or loss > beside + times * max(abs(beside), scale):
+            first = loss if first is None else first
+            began = self._began.get(index, first)
+            if not math.isfinite(loss) or loss > began + _GONE * max(abs(began), scale):
                 return math.inf
-            began.setdefault(index, loss)
         losses = [self._stage.loss_on(index) for index in measured]
+        if updates == 0:
+            self._began = {i: loss for i, loss in zip(measured, losses, strict=True) if loss is not None}
         mean = fmean(loss for loss in losses if loss is not None) if None not in losses else None
         return mean if mean is None or math.isfinite(mean) else math.inf
 
@@ -187,6 +190,7 @@ class Rehearsal:
     @contextmanager
     def _present(self) -> Iterator[Snapshot | None]:
         gradients = [(p, p.grad) for p in self._learner.module.parameters()]
+        self._began = {}
         present: Snapshot | None = None
         with suppress(torch.cuda.OutOfMemoryError):
             present = capture(self._learner, step=0, global_step=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
 import pytest
 import torch
@@ -67,6 +68,8 @@ def test_the_loss_is_that_of_training_at_the_rate() -> None:
 class Played(Loop):
     """Four batches, whose losses before each update are given."""
 
+    at_base = (1.0, 40.0, 0.5, 2.0)
+
     def __init__(self, *rounds: tuple[float, ...]) -> None:
         super().__init__(lr=0.1)
         self.left = [loss for losses in rounds for loss in losses]
@@ -78,25 +81,26 @@ class Played(Loop):
         return self.left.pop(0)
 
     def loss_on(self, index: int) -> float | None:
-        return 1.0
+        return self.at_base[index]
 
 
 @pytest.mark.parametrize(
-    ("rounds", "expected", "left"),
+    ("rounds", "gone", "left"),
     [
-        ([(1.0, 40.0, 0.5, 2.0), (0.9, 30.0, 0.4, 1.5)], 1.0, 0),
-        ([(1.0, 40.0, 0.5, 2.0), (3.5, 30.0, 0.4, 1.5)], math.inf, 3),
-        ([(1.0, 200.0, 0.5, 2.0), (0.9, 30.0, 0.4, 1.5)], math.inf, 6),
-        ([(1.0, math.nan, 0.5, 2.0), (0.9, 30.0, 0.4, 1.5)], math.inf, 6),
+        ([(1.0, 40.0, 0.5, 2.0), (0.9, 30.0, 0.4, 1.5)], False, 0),
+        ([(1.0, 40.0, 0.5, 2.0), (3.5, 30.0, 0.4, 1.5)], True, 3),
+        ([(1.0, 40.0, 3.0, 2.0), (0.9, 30.0, 0.4, 1.5)], True, 5),
+        ([(1.0, math.nan, 0.5, 2.0), (0.9, 30.0, 0.4, 1.5)], True, 6),
     ],
-    ids=["batches that differ", "a batch that rises", "far beyond the others", "not finite"],
+    ids=["batches that differ", "a batch that rises", "one that rises before its turn", "not finite"],
 )
-def test_a_batch_is_compared_with_itself(rounds: list[tuple[float, ...]], expected: float, left: int) -> None:
-    """A batch whose loss is many times another's ends no trial; one whose own loss rises does, at once."""
+def test_a_batch_is_compared_with_itself(rounds: list[tuple[float, ...]], gone: bool, left: int) -> None:
+    """A batch whose loss is many times another's ends no trial; one whose own loss rises from the base does at once."""
     loop = Played(*rounds)
     rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
     base = capture(loop.guard.learner, step=0, global_step=0)
-    assert rehearsal.loss_after(base, 0.5, 4) == expected  # under momentum twice as many
+    assert rehearsal.loss_after(base, 0.5, 0) == fmean(loop.at_base)
+    assert rehearsal.loss_after(base, 0.5, 4) == (math.inf if gone else fmean(loop.at_base))  # under momentum 8 updates
     assert len(loop.left) == left
 
 
