@@ -42,7 +42,7 @@ class Clipper:
         if self._algorithm == "value":
             limit = self.value if loss_scale is None else self.value * float(loss_scale)
             for gradient in gradients:
-                gradient.detach().clamp_(-limit, limit)
+                _clamp(gradient.detach(), limit)
             return
         if norm is None:
             norm = total_norm(partial_norms(plain(list(gradients))))
@@ -69,3 +69,13 @@ def _multiply(tensors: Sequence[Tensor], factor: Tensor) -> None:
     with torch.no_grad():
         for (dtype, device), group in groups.items():
             torch._foreach_mul_(group, factor.to(device, dtype))
+
+
+def _clamp(gradient: Tensor, limit: float) -> None:
+    if not gradient.is_sparse:
+        gradient.clamp_(-limit, limit)
+        return
+    # Entries of one place count together.
+    whole = gradient.coalesce()
+    whole.values().clamp_(-limit, limit)
+    gradient.copy_(whole)

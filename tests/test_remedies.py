@@ -266,3 +266,22 @@ def test_a_norm_that_is_known_clips_as_one_that_is_measured(size: float) -> None
         clipped.append(weight.grad)
     assert torch.allclose(*clipped, rtol=1e-6)
     assert float(clipped[0].norm()) == pytest.approx(min(size, 1.0), rel=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_sparse_gradients_are_clipped(algorithm: Literal["norm", "value"]) -> None:
+    """What an embedding looked up twice counts once, and a step can be made with what is left."""
+    table = torch.nn.Embedding(10, 3, sparse=True)
+    optimizer = torch.optim.SGD(table.parameters(), 1.0)
+    before = table.weight.detach().clone()
+    (5 * table(torch.tensor([1, 1, 2])).sum()).backward()
+    clipper = Clipper()
+    clipper.set(1.0, algorithm)
+    assert table.weight.grad is not None
+    clipper.clip([table.weight.grad])
+    optimizer.step()
+    moved = before - table.weight.detach()
+    size = moved.norm() if algorithm == "norm" else moved.abs().max()
+    assert float(size) == pytest.approx(1.0, rel=1e-5)
+    assert bool((moved[1] > 0).all())
+    assert not moved[3].any()
