@@ -41,8 +41,9 @@ class Clipper:
             return
         if self._algorithm == "value":
             limit = self.value if loss_scale is None else self.value * float(loss_scale)
-            for gradient in gradients:
-                _clamp(gradient.detach(), limit)
+            with torch.no_grad():
+                for gradient in gradients:
+                    _clamp(gradient, limit)
             return
         if norm is None:
             norm = total_norm(partial_norms(plain(list(gradients))))
