@@ -141,7 +141,6 @@ class Keeper:
             snapshot = self._copy(step, global_step, leaves)
         snapshot.rate = rate
         self._ring.add(snapshot)
-        self.count_from(step)
         # At the live state, whose values the snapshot has: it may lie far away, and not be there yet.
         self._glance = Glance(self._investigator.to_be_finite(leaves.items()))
         if self._ranks.world > 1:
@@ -152,8 +151,8 @@ class Keeper:
             self._taking = began, _event(leaves)
         if since > 0:
             self._interval.measure(started, since, step)
-            self.count_from(step)
             self._say(snapshot)
+        self.count_from(step)
         return snapshot
 
     def settle(self) -> None:

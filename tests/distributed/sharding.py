@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,23 +139,31 @@ def one_kind(worker: Any, kind: str) -> None:
     for whole in (True, False) if kind == "fsdp2" else (False,):
         layout = "whole" if whole else "shards"
         for rank in range(worker.world):
-            saved(worker, f"{kind} saved {layout} {rank}", partial(fit, f"saved {layout} {rank}", whole=whole), rank)
+            fault, name = InShard(rank, "weight"), f"saved {layout} {rank}"
+            saved(worker, f"{kind} {name}", partial(fit, name, fault, whole=whole), holds_only_numbers)
         saved_within(worker, f"{kind} within {layout}", partial(fit, f"within {layout}", whole=whole))
         goes_on(worker.folder / f"{kind} {layout}", layout, partial(fit, whole=whole))
 
 
-def saved(worker: Any, name: str, fit: Any, rank: int) -> None:
-    """A checkpoint when a weight has just been lost, and the last good one."""
+def saved(worker: Any, name: str, fit: Any, good: Callable[[Path], bool]) -> None:
+    """A checkpoint when a weight has just been lost, and the last good one.
+
+    Args:
+        worker: The rank.
+        name: Of the fit.
+        fit: Makes it, with the fault.
+        good: Whether a checkpoint holds no NaN and no Inf.
+    """
     place = worker.folder / name
     each = ModelCheckpoint(place / "checkpoints", every_n_train_steps=AT, save_top_k=-1)
     guard = NaNGuard(snapshot_every_n_steps=2, dirpath=place / "nanguard", last_good_every_n_steps=3)
-    fit(InShard(rank, "weight"), each, guard=guard, enable_checkpointing=True)
+    fit(each, guard=guard, enable_checkpointing=True)
     dist.barrier()  # rank 0 may be moving the last good one
     files = sorted(place.rglob("*.ckpt"))
     worker.results[name] |= {
         "files": len(files),
-        "bad": [file.name for file in files if not holds_only_numbers(file)],
-        "kept": holds_only_numbers(place / "nanguard" / LAST_GOOD),
+        "bad": [file.name for file in files if not good(file)],
+        "kept": good(place / "nanguard" / LAST_GOOD),
     }
 
 

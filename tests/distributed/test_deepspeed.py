@@ -11,6 +11,7 @@ import torch
 
 from tests.distributed.conftest import Launch, Results
 from tests.distributed.data import AT, STEPS
+from tests.distributed.test_sharded import FAULTS as SHARDED
 from tests.distributed.zero import AMONG, KINDS
 
 pytestmark = [
@@ -19,17 +20,7 @@ pytestmark = [
     pytest.mark.timeout(450),  # the first test of a suite waits for all its ranks
 ]
 
-FAULTS = {
-    # What: fault, remedies, within how many updates.
-    "sample": ("non_finite_loss", ["skip"], 0),
-    "loss": ("non_finite_loss", ["skip"], 0),
-    "spike": ("gradient_spike", ["skip"], 0),
-    "gradient": ("non_finite_gradient", ["restore"], 1),
-    "weight": ("non_finite_loss", ["restore"], 0),
-    "partition": ("non_finite_loss", ["restore"], 1),
-    "moment": ("corrupted_state", ["restore"], 6),
-    "buffer": ("corrupted_state", ["restore"], 6),
-}
+FAULTS = {**SHARDED, "partition": ("non_finite_loss", ["restore"], 1)}
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DeepSpeedStrategy
@@ -23,7 +22,7 @@ from lightning_nanguard import NaNGuard
 from lightning_nanguard.checkpoints import LAST_GOOD
 from tests.distributed.data import AT, spoilt, without
 from tests.distributed.further import further
-from tests.distributed.sharding import SaveWithin
+from tests.distributed.sharding import SaveWithin, saved
 from tests.helpers import Lookahead, Task
 
 # Stage and precision of each kind.
@@ -181,7 +180,8 @@ def one_kind(worker: Any, kind: str) -> None:
         for place in AMONG[kind]:
             fit(f"{place} {rank}", InPartition(rank, place), data=spoilt(rank) if place == "sample" else None)
         fit(f"accumulated {rank}", InPartition(rank, "loss", at=AT - 1), accumulate_grad_batches=2)
-        saved(worker, f"{kind}: saved {rank}", fit, rank)
+        lost, name = InPartition(rank, "weight"), f"saved {rank}"
+        saved(worker, f"{kind}: {name}", partial(fit, name, lost), holds_only_numbers)
     if kind != "zero1":
         goes_on(worker.folder / kind, fit)
     if kind == "zero3":
@@ -253,21 +253,6 @@ def clipped(worker: Any, name: str, fit: Any) -> None:
     clip = ClipAlways(guard, 1e-2)
     fit("clipped", clip, guard=guard)
     worker.results[name]["norms"] = clip.norms
-
-
-def saved(worker: Any, name: str, fit: Any, rank: int) -> None:
-    """A checkpoint when a weight has just been lost, and the last good one."""
-    place = worker.folder / name
-    each = ModelCheckpoint(place / "checkpoints", every_n_train_steps=AT, save_top_k=-1)
-    guard = NaNGuard(snapshot_every_n_steps=2, dirpath=place / "nanguard", last_good_every_n_steps=3)
-    fit(f"saved {rank}", InPartition(rank, "weight"), each, guard=guard, enable_checkpointing=True)
-    dist.barrier()  # rank 0 may be moving the last good one
-    files = sorted(place.rglob("*.ckpt"))
-    worker.results[name] |= {
-        "files": len(files),
-        "bad": [file.name for file in files if not holds_only_numbers(file)],
-        "kept": holds_only_numbers(place / "nanguard" / LAST_GOOD),
-    }
 
 
 class SaveDirectly(SaveWithin):
