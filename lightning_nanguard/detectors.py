@@ -365,12 +365,13 @@ class GradientSpike(Detector):
 class DivergingLoss(Detector):
     """A finite loss that left for good: it exploded, fell back to chance, or never got below the untrained model's.
 
-    Four shapes, judged on medians and trimmed means so that noise and heavy tails are no fault:
+    Five shapes, judged on medians and trimmed means so that noise and heavy tails are no fault:
 
     * ``exploding_loss``: far above the untrained model's loss (``factor`` times its scale) and not falling;
     * ``collapsed``: having learned, the loss is back at the untrained level and stays there;
     * ``unsteady_loss``: having learned, it swings, and is on average above the untrained level;
-    * ``stuck_loss``: early in training the loss stays above the untrained model's.
+    * ``stuck_loss``: early in training the loss stays above the untrained model's;
+    * ``overshoot``: one of the first updates took the loss far above the untrained model's, wherever it is now.
 
     All are suspicions: before anything is changed, the engine compares the loss of the same batch under the last good
     weights and looks at how far the weights have grown.
@@ -386,6 +387,8 @@ class DivergingLoss(Detector):
 
     _short = 8
     _lost = 12
+    # After so many updates a rise in the first of them is looked into, once.
+    _overshot = 12
     _cooldown = 25
     _longest_cooldown = 3200
     # A model that has not learned by then is hard, not ruined: ruin by a rate shows early.
@@ -419,7 +422,11 @@ class DivergingLoss(Detector):
     def check(self, reading: Reading) -> Fault | None:
         """The fault of this reading, or ``None``."""
         loss = reading.loss
-        if loss is None or self._first is None or len(self._losses) < self.warmup or reading.step < self._quiet_until:
+        if loss is None or self._first is None or len(self._losses) < self.warmup:
+            return None
+        if self._since == self._overshot and self._rose():
+            return self._overshoot(loss)
+        if reading.step < self._quiet_until:
             return None
         # One that began at 0 has no scale.
         if self._first == 0 or loss < self._low(self._since):
@@ -429,7 +436,7 @@ class DivergingLoss(Detector):
 
     def limits(self) -> Limits:
         """What :meth:`check` does not look at, now or a few readings later."""
-        if self._first is None or len(self._losses) < self.warmup:
+        if self._first is None or len(self._losses) < self.warmup or (self._since <= self._overshot and self._rose()):
             return Limits(-math.inf, math.inf)
         return Limits(min(self._low(self._since), self._low(self._since + AT_ONCE)), math.inf)
 
@@ -445,6 +452,17 @@ class DivergingLoss(Detector):
     def _scale(self) -> float:
         assert self._first is not None
         return max(abs(self._first), 1e-12)
+
+    def _rose(self) -> bool:
+        # One that began at 0 has no scale.
+        return bool(self._first) and self._highest is not None and self._highest > self._first + 2 * self._scale()
+
+    def _overshoot(self, loss: float) -> Fault:
+        message = (
+            f"in the first {self._since} updates the loss rose to {self._highest:.4g}; the untrained model's was "
+            f"{self._first:.4g}"
+        )
+        return Fault("overshoot", "learner", "loss", loss, message)
 
     def _exploding(self, loss: float, scale: float) -> Fault | None:
         assert self._first is not None
@@ -570,6 +588,8 @@ class DivergingLoss(Detector):
 
     def dismiss(self, reading: Reading) -> None:
         """The suspicion was looked into and was none: stay quiet for a while."""
+        if self._since == self._overshot and self._rose():
+            return  # it is asked once, and says nothing of what comes
         self._quiet_until = reading.step + self._pause
         # A run that looks suspicious for good reasons must not be looked into for ever.
         self._pause = min(4 * self._pause, self._longest_cooldown)

@@ -35,7 +35,7 @@ from lightning_nanguard.distributed import Alone, Ranks, first, surest
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.events import Fault, Finding, Plan, Reading, Scale, Skip, Stop
 from lightning_nanguard.exchange import Exchange, Sent, gradient_finite
-from lightning_nanguard.investigate import Investigator, Witness, matrix_norms
+from lightning_nanguard.investigate import Investigator, Witness, norms_to_grow_from
 from lightning_nanguard.keeper import Keeper
 from lightning_nanguard.learner import Learner
 from lightning_nanguard.learning_rate import LearningRate
@@ -236,7 +236,7 @@ class Guard:
     def _keep_start(self) -> None:
         self._lazy = self.learner.lazy()
         if not self._investigator.initial_norms:
-            self._investigator.initial_norms = matrix_norms(self.learner.weights())
+            self._investigator.initial_norms = norms_to_grow_from(self.learner.weights())
         self.ring.certified.clear()
         # The start is good once its first loss is.
         self._capture().healthy = self.ring.certify_after - 1
@@ -718,7 +718,8 @@ class Guard:
         if self._standing.restored is None:
             return None
         self._blocker.blocked.clear()  # the faulty update is over, and rehearsed ones must be made
-        return self._rehearsal.loss_after(self._standing.restored, factor, updates)
+        loss = self._rehearsal.loss_after(self._standing.restored, factor, updates)
+        return None if loss is None else loss / self._streams.scale()
 
     def rehearsal_batches(self) -> int:
         """How many batches there are to rehearse on."""

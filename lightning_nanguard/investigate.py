@@ -15,7 +15,7 @@ from lightning_nanguard.events import Fault, Reading
 from lightning_nanguard.learner import Learner, Path, describe
 from lightning_nanguard.learning_rate import LearningRate
 from lightning_nanguard.measure import norms
-from lightning_nanguard.policy import Comparison, Evidence
+from lightning_nanguard.policy import FROM_THE_START, Comparison, Evidence
 from lightning_nanguard.rehearsal import Rehearsal
 from lightning_nanguard.ring import Ring
 from lightning_nanguard.snapshot import Snapshot, allowances, capture, corrupt, restore, to_be_finite
@@ -162,6 +162,7 @@ class Investigator:
                     lower_is_better = self._rehearsal.lower_rate_is_better(target, trend.scale())
             elif (
                 self._compare_allowed
+                and fault.kind != "overshoot"  # its batch may be as good as any by now
                 and batch_finite is not False  # under any weights it would say nothing
                 and not self._known_to_be_the_batch(fault, known, trend)
             ):
@@ -205,7 +206,7 @@ class Investigator:
         certified = self._ring.certified
         if not certified:
             return None
-        if fault.kind == "stuck_loss":
+        if fault.kind in FROM_THE_START:
             return certified[-1]
         known = [snapshot.level for snapshot in certified if snapshot.level is not None]
         limit = min(known, default=0.0) + 0.1 * scale
@@ -267,15 +268,25 @@ class Investigator:
         return next((describe(path) for (path, _), norm in zip(weights, largest, strict=True) if norm > limit), None)
 
     def _growth(self) -> float:
-        now = matrix_norms(self._learner.weights())
-        ratios = [norm / before for name, norm in now.items() if (before := self.initial_norms.get(name, 0.0)) > 0]
+        matrices = _matrices(self._learner.weights())
+        now = zip(matrices, norms(list(matrices.values())), strict=True)  # read from the device at once
+        ratios = [norm / before for name, norm in now if (before := self.initial_norms.get(name, 0.0)) > 0]
         return max((ratio if math.isfinite(ratio) else math.inf for ratio in ratios), default=1.0)
 
 
-def matrix_norms(leaves: Iterable[tuple[Path, Any]]) -> dict[str, float]:
-    """Norm of every parameter of two or more dimensions, by name. Reads from the device once."""
-    matrices = {path[1]: leaf for path, leaf in leaves if path[0] == "parameter" and leaf.dim() >= 2}
-    return dict(zip(matrices, norms(list(matrices.values())), strict=True))
+def norms_to_grow_from(leaves: Iterable[tuple[Path, Any]]) -> dict[str, float]:
+    """What the growth of a parameter is measured by: its norm, and no less than that of an ordinary beginning.
+
+    One that begins at nothing, as an adapter or the last layer of a block may, grows many times over in good runs.
+    ``torch.nn.Linear`` begins at a norm of ``sqrt(rows / 3)``.
+    """
+    matrices = _matrices(leaves)
+    ordinary = (math.sqrt(matrix.shape[0] / 3) for matrix in matrices.values())
+    return {name: max(pair) for name, *pair in zip(matrices, norms(list(matrices.values())), ordinary, strict=True)}
+
+
+def _matrices(leaves: Iterable[tuple[Path, Any]]) -> dict[str, Tensor]:
+    return {path[1]: leaf for path, leaf in leaves if path[0] == "parameter" and leaf.dim() >= 2}
 
 
 def _is_weight(path: Path) -> bool:

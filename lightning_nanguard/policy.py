@@ -24,6 +24,8 @@ CALM = 200
 _AT_ONCE = 20
 # Matrices of good runs grew to at most 9 times their norm in first trials, ruined ones to 15 and far more.
 RUINED = 12.0
+# Nothing was learned yet: any later snapshot may be as ruined as the present state.
+FROM_THE_START = frozenset({"stuck_loss", "overshoot"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +285,9 @@ class Policy:
             # Several losses that work against each other rise and fall by design.
             far = fault.value is not None and fault.value > evidence.first + 2 * abs(evidence.first)
             return "learner" if far and evidence.growth > _RUINED_BLINDLY else None
+        if fault.kind == "overshoot":
+            # A heavy-tailed loss rises as far; but then the weights stay where they are.
+            return "learner" if evidence.growth > (RUINED if evidence.comparable else _RUINED_BLINDLY) else None
         if fault.kind == "stuck_loss":
             # A hard task looks the same in the loss: only the weights tell a ruined learner from it.
             return "learner" if self._ruined(fault, evidence) else None
@@ -347,8 +352,7 @@ class Policy:
             if isinstance(proposal, Restore):
                 recent = sum(1 for step, _ in state.restores if step > evidence.step - self.calm)
                 depth = proposal.depth if scope == "learner" else proposal.depth + min(recent // 2, 8)
-                # Nothing was learned yet: any later snapshot may be as ruined as the present state.
-                stuck = fault.kind == "stuck_loss"
+                stuck = fault.kind in FROM_THE_START
                 steps.append(Restore(_by_level(evidence.snapshots if stuck else depth, evidence, keeps=not stuck)))
             elif scope == "learner" and (not corrected or both):
                 corrected = True

@@ -32,7 +32,8 @@ class Stage(Protocol):
         """Loss of a batch under the weights of now; ``None`` where it cannot be had."""
 
 
-# A rehearsal is over once a batch's loss has risen by this many times the loss it began at, or the loss's own scale.
+# A rehearsal is over once the loss has risen by this many times the loss it began at, or the loss's own scale, in two
+# batches behind each other: under clipping one update may go too far and the next ones come back.
 _GONE = 2.0
 # Times the gain of the present rate that a larger one must bring to be taken.
 _CLEARLY_MORE = 2.0
@@ -143,6 +144,7 @@ class Rehearsal:
     def _play(self, trained: Sequence[int], measured: Sequence[int], updates: int) -> float | None:
         first: float | None = None
         scale = self._scale()
+        gone = False
         for update in range(updates):
             index = trained[update % len(trained)]
             loss = self._stage.train_on(index)
@@ -150,7 +152,8 @@ class Rehearsal:
                 return None
             first = loss if first is None else first
             began = self._began.get(index, first)
-            if not math.isfinite(loss) or loss > began + _GONE * max(abs(began), scale):
+            was_gone, gone = gone, loss > began + _GONE * max(abs(began), scale)
+            if not math.isfinite(loss) or (gone and was_gone):
                 return math.inf
         losses = [self._stage.loss_on(index) for index in measured]
         if updates == 0:

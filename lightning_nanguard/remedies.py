@@ -50,7 +50,8 @@ class Patient(Protocol):
     def rehearse(self, factor: float, updates: int) -> float | None:
         """Mean loss of the newest batches after ``updates`` on them with the learning rate multiplied by ``factor``.
 
-        Infinite where the loss left on the way; the learner is left as it was. ``None`` where that cannot be done.
+        In units of the loss's own scale, the untrained model's loss or its noise. Infinite where the loss left on the
+        way; the learner is left as it was. ``None`` where that cannot be done.
         """
 
     def rehearsal_batches(self) -> int:
@@ -192,6 +193,9 @@ class ReduceLR(Remedy):
 # loss began far off, every rate gains nearly all.
 _MISSING = 0.5
 _COUNTED = 30.0
+# A loss at so much of its scale or less is as good as 0: batches learned by heart, which every rate does that is not
+# far too small, and the largest first.
+_BY_HEART = 0.1
 # The same where the best rate takes the loss below half: what lags behind it there is slow, while before that all are.
 _MISSING_OF_MUCH = 0.3
 # On so few batches what is learned by heart takes the loss there, and it favours large rates.
@@ -213,10 +217,11 @@ def rehearsed_cut(
 
     From ``largest`` down by a factor of four each, until a rate brings clearly less than a larger one did. Rates at the
     edge of stability look best for a few updates and fail later: taken is the lowest in a row below the best that
-    brings nearly as much, at most half of the best and at least a sixteenth.
+    brings nearly as much, at most half of the best and at least a sixteenth, or still less where that, too, takes the
+    loss to next to nothing.
 
     Args:
-        rehearse: Gives the mean loss after some updates at a cut.
+        rehearse: Gives the mean loss, over its scale, after some updates at a cut.
         largest: The first cut tried.
         few: Whether they are very few.
         tries: How many are tried at most.
@@ -228,23 +233,25 @@ def rehearsed_cut(
     before = rehearse(largest, 0)
     if before is None or not math.isfinite(before):
         return None
-    best, lowest, best_after = None, largest, before
+    best, lowest, best_after, least = None, largest, before, 0.0
     for power in range(tries):
         cut = largest * 0.25**power
         after = rehearse(cut, updates)
         if after is None:
             return None
-        counted = min(before - best_after, _COUNTED * max(abs(best_after), 1e-12))
+        counted = min(before - best_after, _COUNTED * max(abs(best_after), _BY_HEART))
         if after < best_after:
-            best, lowest, best_after = cut, cut, after
+            best, lowest, best_after, least = cut, cut, after, _LEAST_OF_BEST * cut
         elif best is not None:
             missing = _MISSING_OF_MUCH if best_after < 0.5 * before and not few else _MISSING
             if after > best_after + missing * counted:
                 break
             lowest = cut
-            if cut <= _LEAST_OF_BEST * best:
+            if 0 <= best_after <= after <= _BY_HEART:
+                least = min(least, cut)
+            elif cut <= least:
                 break
-    return None if best is None else min(_MOST_OF_BEST * best, max(lowest, _LEAST_OF_BEST * best))
+    return None if best is None else min(_MOST_OF_BEST * best, max(lowest, least))
 
 
 def clipping_will_do(rehearse: Callable[[float, int], float | None], cut: float, *, updates: int = 8) -> bool:

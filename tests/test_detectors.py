@@ -124,7 +124,8 @@ SHAPES: list[tuple[str, Callable[[int], float], str | None]] = [
     ("exploding", lambda step: 2.3 * 1.3 ** max(0, step - 20), "exploding_loss"),
     ("exploded at once", lambda step: 2.3 if step < 5 else 1e6 * (1 + step), "exploding_loss"),
     ("back at chance", lambda step: _falling(step) if step < 150 else 2.3, "collapsed"),
-    ("never learned after a climb", lambda step: 2.3 if step == 0 else 15.0 if step < 10 else 2.31, "stuck_loss"),
+    ("never learned after a climb", lambda step: 2.3 if step == 0 else 6.0 if step < 10 else 2.31, "stuck_loss"),
+    ("far up at first, and learning since", lambda step: 15.0 if 0 < step < 4 else _falling(step), "overshoot"),
     ("a jump that falls again", lambda step: _falling(step) + (step > 100) * 40 * math.exp((100 - step) / 5), None),
     ("right on some, far off on others", lambda step: _falling(step) + (step > 150 and step % 3 == 0) * 20,
      "unsteady_loss"),
@@ -154,7 +155,7 @@ def test_a_noisy_heavy_tailed_loss_that_learns_is_no_fault(seed: int) -> None:
         return draw.gauss(0, 0.3) / math.sqrt(draw.gammavariate(1.5, 1 / 1.5) + 1e-3)
 
     found = watch(DivergingLoss(), [2.3 * math.exp(-step / 50) + 0.3 * noise() for step in range(300)])
-    assert {kind for _, kind in found} <= {"stuck_loss"}
+    assert {kind for _, kind in found} <= {"stuck_loss", "overshoot"}
 
 
 def test_a_dismissed_suspicion_is_not_raised_again_soon() -> None:
@@ -169,6 +170,27 @@ def test_a_dismissed_suspicion_is_not_raised_again_soon() -> None:
         detector.accept(one)
     gaps = [later - earlier for earlier, later in itertools.pairwise(raised)]
     assert gaps[:2] == [28, 100]
+
+
+@pytest.mark.parametrize("dismissed", [True, False])
+def test_a_rise_in_the_first_updates_is_looked_into_once(dismissed: bool) -> None:
+    """However low the loss is by then, and whatever else was looked into; it silences nothing."""
+    detector, raised = DivergingLoss(), []
+    detector.accept(reading(0, 2.3))
+    for step in range(1, 60):
+        one = reading(step, 15.0 if step < 8 else 1e-3)
+        limits = detector.limits()
+        assert limits is not None
+        assert (one.loss >= limits.loss) == (step <= 12)
+        fault = detector.check(one)
+        if fault is not None:
+            raised.append((step, fault.kind))
+            detector.dismiss(one)
+        detector.accept(one)
+        if dismissed and step == 4:
+            detector.dismiss(one)
+    assert raised == [(12, "overshoot")]
+    assert not detector.state_dict()["quiet_until"] > 40
 
 
 @pytest.mark.parametrize("detector", default_detectors(), ids=lambda detector: type(detector).__name__)

@@ -18,6 +18,7 @@ BATCH = Fault("non_finite_loss", "batch", "loss", math.nan, "the loss is nan")
 GRADIENT = Fault("non_finite_gradient", "batch", "gradient", math.nan, "a gradient is not finite")
 EXPLODING = Fault("exploding_loss", "learner", "loss", 1e6, "the loss is 1e6")
 STUCK = Fault("stuck_loss", "learner", "loss", 2.3, "the loss is 2.3")
+OVERSHOOT = Fault("overshoot", "learner", "loss", 0.3, "the loss rose to 20")
 UNSTEADY = Fault("unsteady_loss", "learner", "loss", 6.0, "it swings")
 COLLAPSED = Fault("collapsed", "learner", "loss", 2.7, "the loss is back at 2.7")
 CORRUPTED = Fault("corrupted_state", "state", "buffer bn.running_var", None, "it is not finite")
@@ -66,6 +67,9 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("no deeper than half of what was learned", EXPLODING,
      {"levels": (0.3, 0.2, 2.3), "first": 2.3, "healthy_since_restore": 5}, (Restore(0), Clip(2.0), CUT)),
     ("a hard task", STUCK, {"growth": 1.5}, ()),
+    ("a rise of a loss alone", OVERSHOOT, {"growth": 5.0}, ()),
+    ("a rise that took the weights along", OVERSHOOT, {"growth": 20.0}, (Restore(2), Scale(0.5))),
+    ("the same of losses that work against each other", OVERSHOOT, {"growth": 20.0, "comparable": False}, ()),
     ("a ruined one goes back to the start", STUCK, {"growth": 50.0, "levels": (2.3, 2.3, 2.3)},
      (Restore(2), Scale(0.5))),
     ("never good: stop", BATCH, {"healthy_steps": 0, "bad_in_a_row": 8}, (Stop("…"),)),

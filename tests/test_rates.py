@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_wine
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -157,3 +157,55 @@ def test_a_cut_ends_within_what_the_curvature_allows(seed: int, tmp_path: object
         assert isinstance(allowed, float)
         assert found.lr_after is not None
         assert found.lr_after <= 1.001 * allowed
+
+
+class Wine(LightningModule):
+    """A network for so few samples that it learns all of them at any rate."""
+
+    def __init__(self, lr: float, *, small: bool) -> None:
+        super().__init__()
+        self.lr = lr
+        self.small = small
+        self.net = nn.Sequential(nn.Linear(13, 24), nn.Tanh(), nn.Linear(24, 3))
+        if small:
+            nn.init.normal_(self.net[2].weight, std=1e-4)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        return loss * (20 if self.small and self.global_step == 1 else 1)
+
+    def configure_optimizers(self) -> Optimizer:
+        return torch.optim.RMSprop(self.parameters(), lr=self.lr)
+
+
+def wine(lr: float, guard: NaNGuard | None, *, small: bool = False) -> float:
+    """Held-out loss in the end; with ``small`` the last layer begins at nothing, and one early loss is far up."""
+    inputs, kinds = load_wine(return_X_y=True)
+    torch.manual_seed(3)
+    order = torch.randperm(len(kinds))
+    x, y = torch.tensor(inputs, dtype=torch.float32)[order], torch.tensor(kinds)[order]
+    x = (x - x.mean(0)) / x.std(0)
+    module = Wine(lr, small=small)
+    trainer = Trainer(
+        max_epochs=25, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[] if guard is None else [guard],
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(TensorDataset(x[:128], y[:128]), 16, shuffle=True))
+    with torch.no_grad():
+        return float(nn.functional.cross_entropy(module.net(x[128:]), y[128:]))
+
+
+def test_a_first_update_that_went_too_far_is_taken_back_though_the_loss_comes_down(tmp_path: object) -> None:
+    """At forty times the right rate the training loss goes to nothing all the same, and only the held-out one
+    suffers: the weights, many times as large after the first updates, and the rise of the loss tell it."""
+    right, wrong, guard = wine(0.01, None), wine(0.4, None), NaNGuard(dirpath=str(tmp_path))
+    guarded = wine(0.4, guard)
+    assert [found.fault for found in guard.interventions][:1] == ["overshoot"]
+    assert guarded < right + 0.1 < wrong
+
+
+def test_a_layer_that_began_at_next_to_nothing_may_grow(tmp_path: object) -> None:
+    """To hundreds of times its norm, also where an early loss was far up: it is an ordinary layer by then."""
+    guard = NaNGuard(dirpath=str(tmp_path))
+    wine(0.01, guard, small=True)
+    assert list(guard.interventions) == []

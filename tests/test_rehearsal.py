@@ -88,14 +88,15 @@ class Played(Loop):
     ("rounds", "gone", "left"),
     [
         ([(1.0, 40.0, 0.5, 2.0), (0.9, 30.0, 0.4, 1.5)], False, 0),
-        ([(1.0, 40.0, 0.5, 2.0), (3.5, 30.0, 0.4, 1.5)], True, 3),
-        ([(1.0, 40.0, 3.0, 2.0), (0.9, 30.0, 0.4, 1.5)], True, 5),
+        ([(1.0, 40.0, 0.5, 2.0), (3.5, 30.0, 0.4, 1.5)], False, 0),
+        ([(1.0, 40.0, 0.5, 2.0), (3.5, 200.0, 0.4, 1.5)], True, 2),
+        ([(1.0, 40.0, 3.0, 7.0), (0.9, 30.0, 0.4, 1.5)], True, 4),
         ([(1.0, math.nan, 0.5, 2.0), (0.9, 30.0, 0.4, 1.5)], True, 6),
     ],
-    ids=["batches that differ", "a batch that rises", "one that rises before its turn", "not finite"],
+    ids=["batches that differ", "one update too far", "two that rise", "two that rise before their turn", "not finite"],
 )
 def test_a_batch_is_compared_with_itself(rounds: list[tuple[float, ...]], gone: bool, left: int) -> None:
-    """A batch whose loss is many times another's ends no trial; one whose own loss rises from the base does at once."""
+    """A batch whose loss is many times another's ends no trial; two in a row whose own losses rise from the base do."""
     loop = Played(*rounds)
     rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
     base = capture(loop.guard.learner, step=0, global_step=0)

@@ -103,7 +103,7 @@ def learning_rate_too_high(case: Case) -> Finding | None:
         confidence = 0.9 if worse(evidence) else 0.7 if evidence.growth > 4 or evidence.climbing else 0.0
     elif fault.kind == "collapsed":
         confidence = 0.7 if worse(evidence) or evidence.growth > 4 or evidence.climbing else 0.0
-    elif fault.kind == "stuck_loss":
+    elif fault.kind in ("stuck_loss", "overshoot"):
         confidence = 0.8
     elif learner_diverged(fault, evidence):
         confidence = 0.9
