@@ -455,7 +455,9 @@ class DivergingLoss(Detector):
 
     def _rose(self) -> bool:
         # One that began at 0 has no scale.
-        return bool(self._first) and self._highest is not None and self._highest > self._first + 2 * self._scale()
+        if not self._first or self._highest is None:
+            return False
+        return self._highest > self._first + 2 * self._scale()
 
     def _overshoot(self, loss: float) -> Fault:
         message = (
