@@ -371,7 +371,7 @@ class DivergingLoss(Detector):
     * ``collapsed``: having learned, the loss is back at the untrained level and stays there;
     * ``unsteady_loss``: having learned, it swings, and is on average above the untrained level;
     * ``stuck_loss``: early in training the loss stays above the untrained model's;
-    * ``overshoot``: one of the first updates took the loss far above the untrained model's, wherever it is now.
+    * ``overshoot``: an update took the loss far above the untrained model's some readings ago, wherever it is now.
 
     All are suspicions: before anything is changed, the engine compares the loss of the same batch under the last good
     weights and looks at how far the weights have grown.
@@ -387,8 +387,8 @@ class DivergingLoss(Detector):
 
     _short = 8
     _lost = 12
-    # After so many updates a rise in the first of them is looked into, once.
-    _overshot = 12
+    # So many readings behind one that was far up the weights are looked at.
+    _behind = 12
     _cooldown = 25
     _longest_cooldown = 3200
     # A model that has not learned by then is hard, not ruined: ruin by a rate shows early.
@@ -413,6 +413,10 @@ class DivergingLoss(Detector):
         self._since = 0
         self._quiet_until = 0
         self._pause = self._cooldown
+        # Step of a reading that was far up, when to look at the weights, and from when on another one counts.
+        self._rise: int | None = None
+        self._looks_at = self._rises_from = 0
+        self._rise_pause = self._cooldown
 
     @property
     def first(self) -> float | None:
@@ -424,8 +428,8 @@ class DivergingLoss(Detector):
         loss = reading.loss
         if loss is None or self._first is None or len(self._losses) < self.warmup:
             return None
-        if self._since == self._overshot and self._rose():
-            return self._overshoot(loss)
+        if self._rise is not None and self._since >= self._looks_at:
+            return self._overshoot(self._rise, loss)
         if reading.step < self._quiet_until:
             return None
         # One that began at 0 has no scale.
@@ -436,7 +440,7 @@ class DivergingLoss(Detector):
 
     def limits(self) -> Limits:
         """What :meth:`check` does not look at, now or a few readings later."""
-        if self._first is None or len(self._losses) < self.warmup or (self._since <= self._overshot and self._rose()):
+        if self._first is None or len(self._losses) < self.warmup or self._rise is not None:
             return Limits(-math.inf, math.inf)
         return Limits(min(self._low(self._since), self._low(self._since + AT_ONCE)), math.inf)
 
@@ -453,18 +457,12 @@ class DivergingLoss(Detector):
         assert self._first is not None
         return max(abs(self._first), 1e-12)
 
-    def _rose(self) -> bool:
-        # One that began at 0 has no scale.
-        if not self._first or self._highest is None:
-            return False
-        return self._highest > self._first + 2 * self._scale()
-
-    def _overshoot(self, loss: float) -> Fault:
+    def _overshoot(self, rise: int, loss: float) -> Fault:
         message = (
-            f"in the first {self._since} updates the loss rose to {self._highest:.4g}; the untrained model's was "
+            f"the loss rose to {self._highest:.4g} at step {rise} or soon after; the untrained model's was "
             f"{self._first:.4g}"
         )
-        return Fault("overshoot", "learner", "loss", loss, message)
+        return Fault("overshoot", "learner", "loss", loss, message, since=rise)
 
     def _exploding(self, loss: float, scale: float) -> Fault | None:
         assert self._first is not None
@@ -579,6 +577,10 @@ class DivergingLoss(Detector):
                 self._best = level
         if self._highest is None or loss > self._highest:
             self._highest = loss
+        # One that began at 0 has no scale.
+        far_up = bool(self._first) and self._first is not None and loss > self._first + 2 * self._scale()
+        if far_up and self._rise is None and self._since > self._rises_from:
+            self._rise, self._looks_at = reading.step, self._since - 1 + self._behind
 
     def uneasy(self, reading: Reading) -> bool:
         """A loss clearly above the untrained model's, or on its way back there: the learner may be leaving."""
@@ -590,8 +592,11 @@ class DivergingLoss(Detector):
 
     def dismiss(self, reading: Reading) -> None:
         """The suspicion was looked into and was none: stay quiet for a while."""
-        if self._since == self._overshot and self._rose():
-            return  # it is asked once, and says nothing of what comes
+        if self._rise is not None and self._since >= self._looks_at:
+            # It is over, and says nothing of what comes; where the next ones are none either, that is how the loss is.
+            self._rise, self._rises_from = None, self._since + self._rise_pause
+            self._rise_pause = min(4 * self._rise_pause, self._longest_cooldown)
+            return
         self._quiet_until = reading.step + self._pause
         # A run that looks suspicious for good reasons must not be looked into for ever.
         self._pause = min(4 * self._pause, self._longest_cooldown)
@@ -603,6 +608,9 @@ class DivergingLoss(Detector):
         self._since = 0
         self._quiet_until = 0
         self._pause = self._cooldown
+        self._rise = None
+        self._looks_at = self._rises_from = 0
+        self._rise_pause = self._cooldown
         if not len(self._losses):
             self._best = None
         if self._first_step is not None and step < self._first_step:
@@ -619,6 +627,7 @@ class DivergingLoss(Detector):
             "quiet_until": self._quiet_until,
             "pause": self._pause,
             "since": self._since,
+            "rise": [self._rise, self._looks_at, self._rises_from, self._rise_pause],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -631,6 +640,8 @@ class DivergingLoss(Detector):
         self._quiet_until = int(state["quiet_until"])
         self._pause = int(state["pause"])
         self._since = int(state["since"])
+        rise = state.get("rise", (None, 0, 0, self._cooldown))
+        self._rise, self._looks_at, self._rises_from, self._rise_pause = rise
 
 
 def _falling(values: list[float], noise: float) -> bool:

@@ -55,6 +55,7 @@ class Fault:
         value: The number that gave it away, ``None`` where there is none.
         message: One sentence for the user.
         doubtful: Whether it is a fault only if the batch itself is out of the ordinary.
+        since: Step of the reading in which it first showed, where that is an earlier one.
     """
 
     kind: str
@@ -63,6 +64,7 @@ class Fault:
     value: float | None = None
     message: str = ""
     doubtful: bool = False
+    since: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from lightning_nanguard.events import Fault, Reading
 from lightning_nanguard.learner import Learner, Path, describe
 from lightning_nanguard.learning_rate import LearningRate
 from lightning_nanguard.measure import norms
-from lightning_nanguard.policy import FROM_THE_START, Comparison, Evidence
+from lightning_nanguard.policy import Comparison, Evidence
 from lightning_nanguard.rehearsal import Rehearsal
 from lightning_nanguard.ring import Ring
 from lightning_nanguard.snapshot import Snapshot, allowances, capture, corrupt, restore, to_be_finite
@@ -142,6 +142,7 @@ class Investigator:
             rates: Effective learning rate of the first group after each step at which it changed.
         """
         target = self.target(fault, trend.scale())
+        sound = self._ring.certified.index(target) if target is not None and _is_older(fault) else None
         leaves = self._learner.leaves()
         untouched = ((path, before.get(path[1], leaf) if path[0] == "buffer" else leaf) for path, leaf in leaves)
         # Where the faulty update was made, what is bad now says nothing of what was before it.
@@ -155,6 +156,8 @@ class Investigator:
         # Weights that are not finite are compared with nothing: the answer is plain already.
         if target is not None and bad is None and not blameless:
             target = self._ranks.whole(target)
+            if fault.since is not None:
+                growth = max(self._ranks.gather(self._growth(target)))
             if not known.undo:
                 jump, _ = first(self._ranks, self._jump(target))
             if self._compare_allowed and fault.kind == "stuck_loss":
@@ -162,7 +165,7 @@ class Investigator:
                     lower_is_better = self._rehearsal.lower_rate_is_better(target, trend.scale())
             elif (
                 self._compare_allowed
-                and fault.kind != "overshoot"  # its batch may be as good as any by now
+                and fault.since is None  # this batch may be as good as any
                 and batch_finite is not False  # under any weights it would say nothing
                 and not self._known_to_be_the_batch(fault, known, trend)
             ):
@@ -193,6 +196,7 @@ class Investigator:
             rate_rose=rate is not None and target is not None and target.rate is not None and rate > 1.5 * target.rate,
             snapshots=len(self._ring.certified),
             levels=tuple(snapshot.level for snapshot in self._ring.certified),
+            sound=sound,
             usual_norm=trend.usual_norm(),
             lr=rate,
             highest_lr=max((one for step, one in rates if step >= since), default=rate),
@@ -202,12 +206,14 @@ class Investigator:
         )
 
     def target(self, fault: Fault, scale: float) -> Snapshot | None:
-        """The newest certified snapshot whose loss was about the best; the oldest where nothing was learned."""
+        """The newest certified snapshot whose loss was about the best, or which is older than the trouble."""
         certified = self._ring.certified
         if not certified:
             return None
-        if fault.kind in FROM_THE_START:
-            return certified[-1]
+        if _is_older(fault):
+            # The loss of a step is that of the update before; where nothing was learned, any but the first is suspect.
+            latest = -1 if fault.since is None else fault.since - 2
+            return next((snapshot for snapshot in certified if snapshot.step <= latest), certified[-1])
         known = [snapshot.level for snapshot in certified if snapshot.level is not None]
         limit = min(known, default=0.0) + 0.1 * scale
         return next((s for s in certified if s.level is None or s.level <= limit), certified[0])
@@ -267,10 +273,11 @@ class Investigator:
         largest = norms([leaf for _, leaf in weights], math.inf)
         return next((describe(path) for (path, _), norm in zip(weights, largest, strict=True) if norm > limit), None)
 
-    def _growth(self) -> float:
+    def _growth(self, since: Snapshot | None = None) -> float:
+        begun = self.initial_norms if since is None else norms_to_grow_from(since.leaves.items())
         matrices = _matrices(self._learner.weights())
         now = zip(matrices, norms(list(matrices.values())), strict=True)  # read from the device at once
-        ratios = [norm / before for name, norm in now if (before := self.initial_norms.get(name, 0.0)) > 0]
+        ratios = [norm / before for name, norm in now if (before := begun.get(name, 0.0)) > 0]
         return max((ratio if math.isfinite(ratio) else math.inf for ratio in ratios), default=1.0)
 
 
@@ -287,6 +294,10 @@ def norms_to_grow_from(leaves: Iterable[tuple[Path, Any]]) -> dict[str, float]:
 
 def _matrices(leaves: Iterable[tuple[Path, Any]]) -> dict[str, Tensor]:
     return {path[1]: leaf for path, leaf in leaves if path[0] == "parameter" and leaf.dim() >= 2}
+
+
+def _is_older(fault: Fault) -> bool:
+    return fault.kind == "stuck_loss" or fault.since is not None
 
 
 def _is_weight(path: Path) -> bool:

@@ -24,8 +24,6 @@ CALM = 200
 _AT_ONCE = 20
 # Matrices of good runs grew to at most 9 times their norm in first trials, ruined ones to 15 and far more.
 RUINED = 12.0
-# Nothing was learned yet: any later snapshot may be as ruined as the present state.
-FROM_THE_START = frozenset({"stuck_loss", "overshoot"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +74,7 @@ class Evidence:
         comparison: Loss of the batch under the weights of now and of the snapshot; ``None`` where it cannot be had.
         first: The untrained model's loss.
         scale: The loss's own scale.
-        growth: Largest ratio of a matrix's norm to its norm at the start.
+        growth: Largest ratio of a matrix's norm to its norm at the start, or in the snapshot from before the trouble.
         lower_is_better: Whether a lower rate was tried and learned the batch where the present one does not; ``None``
             where it was not tried.
         excursion: Whether the loss was far above the untrained model's since the start or the last restore.
@@ -84,6 +82,7 @@ class Evidence:
         rate_rose: Whether the scheduled learning rate is clearly above that of the snapshot.
         snapshots: How many certified snapshots there are.
         levels: Loss level of every certified snapshot, newest first.
+        sound: Depth of the newest snapshot from before the trouble; ``None`` where none is suspected more than others.
         usual_norm: Median of the healthy gradient norms, ``None`` when too few were seen.
         lr: Effective learning rate of the first group.
         highest_lr: Highest since the snapshot to go back to; ``None`` where it is not known.
@@ -113,6 +112,7 @@ class Evidence:
     rate_rose: bool = False
     snapshots: int = 0
     levels: tuple[float | None, ...] = ()
+    sound: int | None = None
     usual_norm: float | None = None
     lr: float | None = None
     highest_lr: float | None = None
@@ -352,8 +352,8 @@ class Policy:
             if isinstance(proposal, Restore):
                 recent = sum(1 for step, _ in state.restores if step > evidence.step - self.calm)
                 depth = proposal.depth if scope == "learner" else proposal.depth + min(recent // 2, 8)
-                stuck = fault.kind in FROM_THE_START
-                steps.append(Restore(_by_level(evidence.snapshots if stuck else depth, evidence, keeps=not stuck)))
+                sound = evidence.sound
+                steps.append(Restore(_by_level(max(depth, sound or 0), evidence, keeps=sound is None)))
             elif scope == "learner" and (not corrected or both):
                 corrected = True
                 if isinstance(proposal, Scale):

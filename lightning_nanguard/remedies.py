@@ -193,9 +193,8 @@ class ReduceLR(Remedy):
 # loss began far off, every rate gains nearly all.
 _MISSING = 0.5
 _COUNTED = 30.0
-# A loss at so much of its scale or less is as good as 0: batches learned by heart, which every rate does that is not
-# far too small, and the largest first.
-_BY_HEART = 0.1
+# A best loss this near to 0, over its scale, is of batches learned by heart. So have rates that come below the second.
+_BY_HEART, _AS_GOOD = 3e-3, 0.05
 # The same where the best rate takes the loss below half: what lags behind it there is slow, while before that all are.
 _MISSING_OF_MUCH = 0.3
 # On so few batches what is learned by heart takes the loss there, and it favours large rates.
@@ -239,7 +238,8 @@ def rehearsed_cut(
         after = rehearse(cut, updates)
         if after is None:
             return None
-        counted = min(before - best_after, _COUNTED * max(abs(best_after), _BY_HEART))
+        by_heart = 0 <= best_after <= _BY_HEART
+        counted = before if by_heart else min(before - best_after, _COUNTED * abs(best_after))
         if after < best_after:
             best, lowest, best_after, least = cut, cut, after, _LEAST_OF_BEST * cut
         elif best is not None:
@@ -247,7 +247,7 @@ def rehearsed_cut(
             if after > best_after + missing * counted:
                 break
             lowest = cut
-            if 0 <= best_after <= after <= _BY_HEART:
+            if by_heart and after <= _AS_GOOD:
                 least = min(least, cut)
             elif cut <= least:
                 break

@@ -124,6 +124,9 @@ class Streams:
         if trial:
             return check([detector for detector in detectors if isinstance(detector, NonFinite)], reading)
         fault = check(detectors, reading)
+        if wanders and fault is not None and fault.since is not None:
+            self.dismiss(reading)  # it has come back
+            fault = check(detectors, reading)
         if fault is None or not wanders:
             return fault
         if fault.kind == "gradient_spike":

@@ -25,14 +25,17 @@ def reading(step: int, loss: float | None = 1.0, norm: float | None = 1.0, **mor
 
 
 def watch(detector: Detector, losses: Iterable[float], norm: float = 1.0) -> list[tuple[int, str]]:
-    """The faults in a run of losses; what is no fault is accepted."""
+    """The faults in a run of losses; what is no fault is accepted, and so are rises, which the weights decide on."""
     faults = []
     for step, loss in enumerate(losses):
-        fault = detector.check(reading(step, loss, norm))
-        if fault is None:
-            detector.accept(reading(step, loss, norm))
-        else:
+        one = reading(step, loss, norm)
+        fault = detector.check(one)
+        if fault is not None:
             faults.append((step, fault.kind))
+        if fault is not None and fault.kind == "overshoot":
+            detector.dismiss(one)
+        if fault is None or fault.kind == "overshoot":
+            detector.accept(one)
     return faults
 
 
@@ -126,9 +129,10 @@ SHAPES: list[tuple[str, Callable[[int], float], str | None]] = [
     ("back at chance", lambda step: _falling(step) if step < 150 else 2.3, "collapsed"),
     ("never learned after a climb", lambda step: 2.3 if step == 0 else 6.0 if step < 10 else 2.31, "stuck_loss"),
     ("far up at first, and learning since", lambda step: 15.0 if 0 < step < 4 else _falling(step), "overshoot"),
-    ("a jump that falls again", lambda step: _falling(step) + (step > 100) * 40 * math.exp((100 - step) / 5), None),
+    ("a jump that falls again", lambda step: _falling(step) + (step > 100) * 40 * math.exp((100 - step) / 5), "overshoot"),
+    ("a lower one", lambda step: _falling(step) + (step > 100) * 4 * math.exp((100 - step) / 5), None),
     ("right on some, far off on others", lambda step: _falling(step) + (step > 150 and step % 3 == 0) * 20,
-     "unsteady_loss"),
+     "unsteady_loss overshoot"),
     ("at rest at chance, below a poor start", lambda step: max(2.3, 3.9 - 0.2 * step), "stuck_loss"),
     ("negative", lambda step: -step / 10, None),
     ("a policy gradient's: from 0 down, and most of the way back",
@@ -142,7 +146,7 @@ SHAPES: list[tuple[str, Callable[[int], float], str | None]] = [
 def test_shapes_of_a_loss(losses: Callable[[int], float], kind: str | None) -> None:
     """Every shape of divergence is seen, and what only looks like one is not."""
     found = {name for _, name in watch(DivergingLoss(), [losses(step) for step in range(300)])}
-    assert found == ({kind} if kind else set())
+    assert found == set((kind or "").split())
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -172,25 +176,33 @@ def test_a_dismissed_suspicion_is_not_raised_again_soon() -> None:
     assert gaps[:2] == [28, 100]
 
 
-@pytest.mark.parametrize("dismissed", [True, False])
-def test_a_rise_in_the_first_updates_is_looked_into_once(dismissed: bool) -> None:
-    """However low the loss is by then, and whatever else was looked into; it silences nothing."""
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_rise_is_looked_into_however_low_the_loss_is_by_then(quiet: bool) -> None:
+    """Twelve readings later, whatever else was looked into in between; it silences no other suspicion."""
     detector, raised = DivergingLoss(), []
-    detector.accept(reading(0, 2.3))
-    for step in range(1, 60):
-        one = reading(step, 15.0 if step < 8 else 1e-3)
+    for step in range(60):
+        one = reading(step, 2.3 if step == 0 else 15.0 if step < 8 else 1e-3)
         limits = detector.limits()
         assert limits is not None
-        assert (one.loss >= limits.loss) == (step <= 12)
+        assert one.loss is not None
+        assert (one.loss >= limits.loss) == (step <= 13)
         fault = detector.check(one)
         if fault is not None:
-            raised.append((step, fault.kind))
+            raised.append((step, fault.kind, fault.since))
             detector.dismiss(one)
         detector.accept(one)
-        if dismissed and step == 4:
+        if quiet and step == 4:
             detector.dismiss(one)
-    assert raised == [(12, "overshoot")]
-    assert not detector.state_dict()["quiet_until"] > 40
+    assert raised == [(13, "overshoot", 1)]
+    assert detector.state_dict()["quiet_until"] < 40
+
+
+def test_a_loss_that_rises_again_and_again_is_looked_into_ever_more_rarely() -> None:
+    """Heavy tails are no fault, and cost next to nothing."""
+    losses = [20.0 if step % 20 == 9 else _falling(step) for step in range(3000)]
+    raised = [kind for _, kind in watch(DivergingLoss(), losses)]
+    assert set(raised) == {"overshoot"}
+    assert 3 <= len(raised) <= 6
 
 
 @pytest.mark.parametrize("detector", default_detectors(), ids=lambda detector: type(detector).__name__)
@@ -256,6 +268,7 @@ def test_one_that_wanders_may_come_back(steps: int) -> None:
 def test_one_that_wanders_may_have_left() -> None:
     """A loss that stays far off is a fault of any optimizer; so is what is not finite, at once."""
     far = [1.0] * 40 + [1e4] * 80
+    assert "overshoot" not in until_found(Streams(default_detectors()), far, far, wanders=True)
     assert "exploding_loss" in until_found(Streams(default_detectors()), far, far, wanders=True)
     assert until_found(Streams(default_detectors()), [1.0, math.nan], [1.0, 1.0], wanders=True) == ["non_finite_loss"]
     assert until_found(Streams(default_detectors()), [1.0, 1.0], [1.0, 1e20], wanders=True) == ["gradient_overflow"]
