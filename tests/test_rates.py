@@ -104,6 +104,16 @@ def test_a_rate_too_high_is_cut_where_numbers_arrive_late(
     assert guard.lr_multiplier < 1
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_ruin_that_is_only_observed_is_said_ever_more_rarely(optimizer: str, tmp_path: object) -> None:
+    """With ``observe=True`` a rate a hundred times too high is on record, and does not fill the file with one line for
+    every update."""
+    guard = NaNGuard(dirpath=str(tmp_path), observe=True)
+    improvement(optimizer, lambda step: 100 * OPTIMIZERS[optimizer][2], guard)
+    assert 2 <= len(guard.interventions) <= 10
+    assert "scale" in guard.interventions[0].remedies
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_peak_in_the_schedule_is_survived_and_the_cut_given_back(optimizer: str, tmp_path: object) -> None:
     """After a peak 100 times too high has passed, the run is back at its schedule."""
