@@ -202,6 +202,8 @@ _FEW = 2
 # The rate taken lies between these shares of the best.
 _LEAST_OF_BEST = 1 / 16
 _MOST_OF_BEST = 1 / 2
+# Share of a cut's gain that may be missing without it, where it is not to be made.
+_NEARLY = 0.1
 
 
 def rehearsed_cut(
@@ -255,7 +257,7 @@ def rehearsed_cut(
 
 
 def clipping_will_do(rehearse: Callable[[float, int], float | None], cut: float, *, updates: int = 8) -> bool:
-    """Whether, under the clipping that has just begun, the rate learns the newest batches faster than at two cuts.
+    """Whether, under the clipping that has just begun, the rate learns the newest batches about as fast as at two cuts.
 
     A rate that is too high by itself never does: at a lower one it does less harm.
 
@@ -268,7 +270,7 @@ def clipping_will_do(rehearse: Callable[[float, int], float | None], cut: float,
     if before is None or uncut is None or not uncut < before:
         return False
     lower = (rehearse(one, updates) for one in (cut, cut / 4))
-    return all(after is not None and uncut < after for after in lower)
+    return all(after is not None and uncut < after + _NEARLY * max(0.0, before - after) for after in lower)
 
 
 @final

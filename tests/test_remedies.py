@@ -179,7 +179,8 @@ def test_how_much_of_the_best_gain_may_be_missing(batches: int, began: float, cu
     ("clipped", "whole", "half", "eighth", "cut"),
     [
         (True, 0.3, 0.5, 0.6, None),
-        (True, 0.3, 0.5, 0.2, 0.125),
+        (True, 0.3, 0.5, 0.2, None),
+        (True, 0.45, 0.5, 0.2, 0.125),
         (True, 0.5, 0.3, 0.2, 0.125),
         (True, math.inf, math.inf, 0.2, 0.125),
         (True, 2.5, math.inf, 0.2, 0.125),
@@ -190,7 +191,7 @@ def test_how_much_of_the_best_gain_may_be_missing(batches: int, began: float, cu
 def test_clipping_may_do_without_a_cut(
     clipped: bool, whole: float | None, half: float | None, eighth: float | None, cut: float | None
 ) -> None:
-    """Where the rate as it is learns under the new clipping, and faster than at half or less, it stays; else it is
+    """Where the rate as it is learns under the new clipping, and about as fast as at half or less, it stays; else it is
     cut."""
     ends = {1.0: whole, 0.5: half}
     patient = Patient(loss=lambda factor, updates: ends.get(factor, eighth) if updates else 2.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, final
@@ -62,7 +63,9 @@ ABLATIONS: dict[str, Contender] = {
         Without("strange batches", replaced=[("recent.RecentBatches.strange", _nothing)]),
         Without("plausibility", replaced=[("keeper.jumped", _nothing)]),
         Without("start kept", replaced=[("engine._EARLY", 0)]),
-        Without("growth", replaced=[("investigate.Investigator._growth", lambda self: 1.0)]),
+        Without("growth", replaced=[("investigate.Investigator._growth", lambda self, since=None: 1.0)]),
+        Without("overshoot", replaced=[("detectors.DivergingLoss._behind", math.inf)]),
+        Without("by heart", replaced=[("remedies._BY_HEART", -1.0)]),
         Without(
             "depth by level",
             replaced=[("policy._by_level", lambda depth, evidence, keeps: min(depth, max(0, evidence.snapshots - 1)))],
