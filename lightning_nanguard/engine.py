@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol, final
 
 import torch
@@ -35,6 +36,7 @@ from lightning_nanguard.distributed import Alone, Ranks, first, surest
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.events import Fault, Finding, Plan, Reading, Scale, Skip, Stop
 from lightning_nanguard.exchange import Exchange, Sent, gradient_finite
+from lightning_nanguard.hands import Hands
 from lightning_nanguard.investigate import Investigator, Witness, norms_to_grow_from
 from lightning_nanguard.keeper import Keeper
 from lightning_nanguard.learner import Learner
@@ -194,6 +196,17 @@ class Guard:
             self._rehearsal,
             self.account,
         )
+        self._hands = Hands(
+            learner,
+            ring,
+            self._standing,
+            self._recovery,
+            self._rehearsal,
+            host.stage,
+            self._blocker,
+            forget=self._forget,
+            ranks=self._ranks,
+        )
         self._saving = Saving(learner, ring, self._investigator, self.note, observe=settings.observe, ranks=self._ranks)
         self._arrivals = Arrivals(learner, by_loss=not self._many, observe=settings.observe)
         self._exchange = Exchange(self._ranks, learner, self._keeper, self._streams)
@@ -204,12 +217,11 @@ class Guard:
         self.swapped = False
         # Step and effective rate, for each step after which the rate of the first group was another.
         self._rates: deque[tuple[int, float]] = deque(maxlen=1024)
-        # What belongs to the batch at hand, and to the intervention at hand.
+        # What belongs to the batch at hand.
         self._open = False
         self._updated = False
         self._readings: list[Reading] = []
         self._found: list[_Found] = []
-        self._acting_on: _Found | None = None
         self._undone = 0
         # Parameters made by the first forward are missing from the start's snapshot until then.
         self._lazy = False
@@ -612,18 +624,18 @@ class Guard:
     def _act(self, found: _Found, evidence: Evidence, plan: Plan) -> None:
         before = self.rate.effective()
         stop = next((step for step in plan if isinstance(step, Stop)), None)
-        self._acting_on, self._standing.restored = found, None
+        self._hands.begin(partial(self._undo, found))
         # Now, while weights and batch are still those of the fault.
         mine = self._host.diagnose(found.fault, evidence, self._look(found), found.reading.step)
         finding = surest(self._ranks, mine)
         plan = within_curvature(plan, finding, before[0] if before else None)
         if not self._settings.observe:
             if not any(isinstance(step, Skip) for step in plan):
-                self.skip()  # a restore, too, leaves nothing of the batch behind
+                self._hands.skip()  # a restore, too, leaves nothing of the batch behind
             if stop is not None:
                 self._leave_good()
             for step in plan:
-                self._executors[type(step)].apply(step, self)
+                self._executors[type(step)].apply(step, self._hands)
             self._judge_sooner(found)
         kept = not self._settings.observe and self.rate.effective() == before
         # Where clipping alone would do, a cut that was planned has not been made.
@@ -657,7 +669,7 @@ class Guard:
 
     def _leave_good(self) -> None:
         if self.ring.certified:
-            self.restore(0)
+            self._hands.restore(0)
         elif self.ring.pending is not None and first(self._ranks, self._investigator.corrupt(self.learner.leaves()))[0]:
             # Nothing was ever proven good, but what the fit began with is at least finite.
             restore(self.learner, self.ring.pending)
@@ -667,40 +679,18 @@ class Guard:
             return "nothing"  # it was found outside a batch
         return "batch" if self._settings.observe else "replay"
 
-    # What remedies may do: see lightning_nanguard.remedies.Patient.
-
-    def skip(self) -> None:
-        """Undo what the batch touched."""
-        if self._acting_on is not None:
-            self._undo(self._acting_on)
-
     def _undo(self, found: _Found) -> None:
         if found.scope is not None:
             # What the device held back it has undone already, and later batches have built on it.
             found.scope.undo(buffers=not found.late or found.reached)
             self._blocker.undo()
 
-    def restore(self, depth: int) -> None:
-        """Go back to a certified snapshot; to what the fit began with where nothing was certified yet."""
-        if self.ring.certified:
-            self.ring.drop_pending()
-            snapshot = self._ranks.whole(self.ring.discard_newer(depth))
-        elif self.ring.pending is not None:
-            snapshot = self.ring.pending
-        else:
-            return
-        self._standing.restored = snapshot
-        restore(self.learner, snapshot)
-        self._standing.healthy_since_restore = 0
+    def _forget(self, snapshot: Snapshot) -> None:
+        # Everything that was read of states after this one.
         self._keeper.count_from(self._standing.step)
         self._arrivals.clear()
         self._exchange.clear()
         self._streams.rewind(snapshot.step)
-        self._clear_gradients()
-
-    def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
-        """Multiply the learning rate, or with ``limit`` allow no larger one than results."""
-        self._recovery.scale(factor, min_lr, limit=limit)
 
     def clip(self, value: float, algorithm: Literal["norm", "value"]) -> None:
         """Clip from now on; ``inf`` ends it."""
@@ -709,27 +699,6 @@ class Guard:
     def clip_now(self, optimizer: Optimizer) -> None:
         """Clip gradients that are no longer scaled, if clipping is on."""
         self._recovery.clipper.clip(self.learner.gradients(self.learner.optimizers.index(optimizer)))
-
-    def drop_moments(self) -> None:
-        """Empty the optimizers' state."""
-        for optimizer in self.learner.optimizers:
-            optimizer.state.clear()
-
-    def rehearse(self, factor: float, updates: int) -> float | None:
-        """Try a rate out from the state just gone back to."""
-        if self._standing.restored is None:
-            return None
-        self._blocker.blocked.clear()  # the faulty update is over, and rehearsed ones must be made
-        loss = self._rehearsal.loss_after(self._standing.restored, factor, updates)
-        return None if loss is None else loss / self._streams.scale()
-
-    def rehearsal_batches(self) -> int:
-        """How many batches there are to rehearse on."""
-        return self._host.stage.rehearsal_batches()
-
-    def _clear_gradients(self) -> None:
-        for optimizer in self.learner.optimizers:
-            optimizer.zero_grad(set_to_none=True)
 
     # ---------------------------------------------------------------------------------------- healthy
 

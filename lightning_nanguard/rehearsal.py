@@ -98,7 +98,7 @@ class Rehearsal:
         self._learner = learner
         self._rate = rate
         self._stage = stage
-        self._scale = scale
+        self.scale = scale
         # The loss of each batch under the state last rehearsed from, where it was looked at: batches may differ by far.
         self._base: tuple[int, int] = (0, 0)
         self._began: dict[int, float] = {}
@@ -143,7 +143,7 @@ class Rehearsal:
 
     def _play(self, trained: Sequence[int], measured: Sequence[int], updates: int) -> float | None:
         first: float | None = None
-        scale = self._scale()
+        scale = self.scale()
         gone = False
         for update in range(updates):
             index = trained[update % len(trained)]
@@ -188,7 +188,7 @@ class Rehearsal:
                 return False
             before = self.loss_after(present, 1.0, 0)
             after = self.loss_after(present, factor, 2 * self._updates)
-        return before is not None and after is not None and after > before + 0.1 * self._scale()
+        return before is not None and after is not None and after > before + 0.1 * self.scale()
 
     @contextmanager
     def _present(self) -> Iterator[Snapshot | None]:
