@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Mapping
 from statistics import fmean, median
+from types import MappingProxyType
 from typing import Any, NamedTuple, final
 
 from lightning_nanguard.events import Fault, Reading
@@ -362,6 +363,37 @@ class GradientSpike(Detector):
 
 
 @final
+class _Dismissed:
+    """Suspicions that were none: each is not raised again for a while, four times as long each time.
+
+    A run that looks suspicious for good reasons must not be looked into for ever; but one suspicion says nothing of
+    another, nor of one of the same kind where the loss is many times as high.
+    """
+
+    _cooldown = 25
+    _longest_cooldown = 3200
+    _far_higher = 10.0
+
+    def __init__(self, state: Mapping[str, Iterable[float]] = MappingProxyType({})) -> None:
+        # By kind: until which step, for how long the next time, and the loss.
+        self._by_kind: dict[str, tuple[float, ...]] = {kind: tuple(values) for kind, values in state.items()}
+
+    def silences(self, kind: str, step: int, loss: float) -> bool:
+        """Whether a suspicion is not to be raised at this step."""
+        until, _, then = self._by_kind.get(kind, (-math.inf, 0, 0))
+        return step < until and not loss > self._far_higher * abs(then)
+
+    def add(self, kind: str, step: int, loss: float) -> None:
+        """One was looked into and was none."""
+        _, pause, _ = self._by_kind.get(kind, (0, self._cooldown, 0))
+        self._by_kind[kind] = (step + pause, min(4 * pause, self._longest_cooldown), loss)
+
+    def state(self) -> dict[str, list[float]]:
+        """Plain containers."""
+        return {kind: list(values) for kind, values in self._by_kind.items()}
+
+
+@final
 class DivergingLoss(Detector):
     """A finite loss that left for good: it exploded, fell back to chance, or never got below the untrained model's.
 
@@ -389,8 +421,6 @@ class DivergingLoss(Detector):
     _lost = 12
     # So many readings behind one that was far up the weights are looked at.
     _behind = 12
-    _cooldown = 25
-    _longest_cooldown = 3200
     # A model that has not learned by then is hard, not ruined: ruin by a rate shows early.
     _early = 1000
     # Times the untrained model's loss by which a loss with a floor near 0 can fall at most, and some more.
@@ -411,12 +441,10 @@ class DivergingLoss(Detector):
         self._best: float | None = None
         self._highest: float | None = None
         self._since = 0
-        self._quiet_until = 0
-        self._pause = self._cooldown
-        # Step of a reading that was far up, when to look at the weights, and from when on another one counts.
+        self._dismissed = _Dismissed()
+        # Step of a reading that was far up, and when to look at the weights.
         self._rise: int | None = None
-        self._looks_at = self._rises_from = 0
-        self._rise_pause = self._cooldown
+        self._looks_at = 0
 
     @property
     def first(self) -> float | None:
@@ -430,13 +458,21 @@ class DivergingLoss(Detector):
             return None
         if self._rise is not None and self._since >= self._looks_at:
             return self._overshoot(self._rise, loss)
-        if reading.step < self._quiet_until:
-            return None
         # One that began at 0 has no scale.
         if self._first == 0 or loss < self._low(self._since):
             return None
         scale = self._scale()
-        return self._exploding(loss, scale) or self._collapsed(loss, scale) or self._stuck(loss, scale)
+        for kinds, shape in (
+            (("exploding_loss",), self._exploding),
+            (("collapsed", "unsteady_loss"), self._collapsed),
+            (("stuck_loss",), self._stuck),
+        ):
+            if all(self._dismissed.silences(kind, reading.step, loss) for kind in kinds):
+                continue
+            fault = shape(loss, scale)
+            if fault is not None and not self._dismissed.silences(fault.kind, reading.step, loss):
+                return fault
+        return None
 
     def limits(self) -> Limits:
         """What :meth:`check` does not look at, now or a few readings later."""
@@ -579,7 +615,7 @@ class DivergingLoss(Detector):
             self._highest = loss
         # One that began at 0 has no scale.
         far_up = bool(self._first) and self._first is not None and loss > self._first + 2 * self._scale()
-        if far_up and self._rise is None and self._since > self._rises_from:
+        if far_up and self._rise is None and not self._dismissed.silences("overshoot", reading.step, loss):
             self._rise, self._looks_at = reading.step, self._since - 1 + self._behind
 
     def uneasy(self, reading: Reading) -> bool:
@@ -592,25 +628,20 @@ class DivergingLoss(Detector):
 
     def dismiss(self, reading: Reading) -> None:
         """The suspicion was looked into and was none: stay quiet for a while."""
-        if self._rise is not None and self._since >= self._looks_at:
-            # It is over, and says nothing of what comes; where the next ones are none either, that is how the loss is.
-            self._rise, self._rises_from = None, self._since + self._rise_pause
-            self._rise_pause = min(4 * self._rise_pause, self._longest_cooldown)
+        fault, loss = self.check(reading), reading.loss
+        if fault is None or loss is None:
             return
-        self._quiet_until = reading.step + self._pause
-        # A run that looks suspicious for good reasons must not be looked into for ever.
-        self._pause = min(4 * self._pause, self._longest_cooldown)
+        if fault.kind == "overshoot":
+            self._rise, loss = None, loss if self._highest is None else self._highest
+        self._dismissed.add(fault.kind, reading.step, loss)
 
     def rewind(self, step: int) -> None:
         """Forget what was accepted after ``step``."""
         self._losses.rewind(step)
         self._highest = None
         self._since = 0
-        self._quiet_until = 0
-        self._pause = self._cooldown
+        self._dismissed = _Dismissed()
         self._rise = None
-        self._looks_at = self._rises_from = 0
-        self._rise_pause = self._cooldown
         if not len(self._losses):
             self._best = None
         if self._first_step is not None and step < self._first_step:
@@ -624,10 +655,9 @@ class DivergingLoss(Detector):
             "first_step": self._first_step,
             "best": self._best,
             "highest": self._highest,
-            "quiet_until": self._quiet_until,
-            "pause": self._pause,
+            "dismissed": self._dismissed.state(),
             "since": self._since,
-            "rise": [self._rise, self._looks_at, self._rises_from, self._rise_pause],
+            "rise": [self._rise, self._looks_at],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -637,11 +667,9 @@ class DivergingLoss(Detector):
         self._first_step = state["first_step"]
         self._best = state["best"]
         self._highest = state["highest"]
-        self._quiet_until = int(state["quiet_until"])
-        self._pause = int(state["pause"])
+        self._dismissed = _Dismissed(state.get("dismissed", {}))
         self._since = int(state["since"])
-        rise = state.get("rise", (None, 0, 0, self._cooldown))
-        self._rise, self._looks_at, self._rises_from, self._rise_pause = rise
+        self._rise, self._looks_at = state.get("rise", (None, 0))
 
 
 def _falling(values: list[float], noise: float) -> bool:

@@ -177,6 +177,38 @@ def test_a_dismissed_suspicion_is_not_raised_again_soon() -> None:
     assert gaps[:2] == [28, 100]
 
 
+def test_a_suspicion_that_was_none_says_nothing_of_others() -> None:
+    """A run that does not learn is looked into ever more rarely, and is still seen to explode."""
+    detector, raised = DivergingLoss(), []
+    for step in range(700):
+        one = reading(step, 2.3 + 0.01 * (step % 3) if step < 600 else 2.3 * 1.5 ** (step - 600))
+        fault = detector.check(one)
+        if fault is not None and fault.kind == "exploding_loss":
+            break
+        if fault is not None:
+            raised.append(fault.kind)
+            detector.dismiss(one)
+        detector.accept(one)
+    assert set(raised) == {"stuck_loss"}
+    assert len(raised) < 6
+    assert 600 < step < 620
+
+
+def test_a_loss_that_was_high_for_good_reasons_may_still_explode() -> None:
+    """A suspicion that was none silences its like, and not one of a loss ten times as high."""
+    detector, raised = DivergingLoss(), []
+    for step in range(200):
+        one = reading(step, 1.0 if step < 20 else 20.0 + step / 10 if step < 100 else 1e4 * (step - 99))
+        fault = detector.check(one)
+        if fault is not None and fault.kind == "exploding_loss":
+            raised.append(step)
+        if fault is not None:
+            detector.dismiss(one)
+        detector.accept(one)
+    assert [step for step in raised if step < 100] == [23, 48]
+    assert min(step for step in raised if step >= 100) < 105
+
+
 @pytest.mark.parametrize("quiet", [False, True])
 def test_a_rise_is_looked_into_however_low_the_loss_is_by_then(quiet: bool) -> None:
     """Twelve readings later, whatever else was looked into in between; it silences no other suspicion."""
@@ -195,7 +227,7 @@ def test_a_rise_is_looked_into_however_low_the_loss_is_by_then(quiet: bool) -> N
         if quiet and step == 4:
             detector.dismiss(one)
     assert raised == [(13, "overshoot", 1)]
-    assert detector.state_dict()["quiet_until"] < 40
+    assert set(detector.state_dict()["dismissed"]) <= {"overshoot"}
 
 
 def test_a_loss_that_rises_again_and_again_is_looked_into_ever_more_rarely() -> None:
