@@ -23,7 +23,7 @@ from .cases import FAILING, HEALTHY
 from .contenders import CONTENDERS, MODES
 from .measuring import Job, Result, jobs, measure, prepare
 
-FIRST_SEED = {"tune": 0, "report": 504_000}
+FIRST_SEED = {"tune": 0, "report": 505_000}
 """Where each set of seeds begins; ``--seed`` moves on by a thousand, so that the sets never meet."""
 
 
