@@ -67,6 +67,10 @@ class Window:
         items = self._items
         return [items[i][1] for i in range(max(0, len(items) - count), len(items))]
 
+    def step_before(self, step: int) -> int:
+        """Step of the newest value that was read before ``step``; one less where none is known."""
+        return next((read for read, _ in reversed(self._items) if read < step), step - 1)
+
     def values(self) -> list[float]:
         """All values, oldest first."""
         return [value for _, value in self._items]
@@ -362,6 +366,10 @@ class GradientSpike(Detector):
         self._newest = next(iter(self._norms.last(1)), 0.0)
 
 
+# A rise is looked into at least once in so many readings: that costs some norms, and runs no batch again.
+_LONGEST_LOOK = 400
+
+
 @final
 class _Dismissed:
     """Suspicions that were none: each is not raised again for a while, four times as long each time.
@@ -371,7 +379,6 @@ class _Dismissed:
     """
 
     _cooldown = 25
-    _longest_cooldown = 3200
     _far_higher = 10.0
 
     def __init__(self, state: Mapping[str, Iterable[float]] = MappingProxyType({})) -> None:
@@ -383,10 +390,10 @@ class _Dismissed:
         until, _, then = self._by_kind.get(kind, (-math.inf, 0, 0))
         return step < until and not loss > self._far_higher * abs(then)
 
-    def add(self, kind: str, step: int, loss: float) -> None:
-        """One was looked into and was none."""
+    def add(self, kind: str, step: int, loss: float, longest: int = 3200) -> None:
+        """One was looked into and was none; ``longest`` is the longest while."""
         _, pause, _ = self._by_kind.get(kind, (0, self._cooldown, 0))
-        self._by_kind[kind] = (step + pause, min(4 * pause, self._longest_cooldown), loss)
+        self._by_kind[kind] = (step + pause, min(4 * pause, longest), loss)
 
     def state(self) -> dict[str, list[float]]:
         """Plain containers."""
@@ -406,7 +413,7 @@ class DivergingLoss(Detector):
     * ``overshoot``: an update took the loss far above the untrained model's some readings ago, wherever it is now.
 
     All are suspicions: before anything is changed, the engine compares the loss of the same batch under the last good
-    weights and looks at how far the weights have grown.
+    weights, or looks at how far the weights have grown.
 
     Args:
         factor: How many times the scale of the first loss counts as far above.
@@ -442,8 +449,9 @@ class DivergingLoss(Detector):
         self._highest: float | None = None
         self._since = 0
         self._dismissed = _Dismissed()
-        # Step of a reading that was far up, and when to look at the weights.
+        # Step of the last reading before one that was far up, how far up it went, and when to look at the weights.
         self._rise: int | None = None
+        self._height = 0.0
         self._looks_at = 0
 
     @property
@@ -462,16 +470,16 @@ class DivergingLoss(Detector):
         if self._first == 0 or loss < self._low(self._since):
             return None
         scale = self._scale()
-        for kinds, shape in (
-            (("exploding_loss",), self._exploding),
-            (("collapsed", "unsteady_loss"), self._collapsed),
-            (("stuck_loss",), self._stuck),
+        for kind, shape in (
+            ("exploding_loss", self._exploding),
+            ("collapsed", self._collapsed),
+            ("unsteady_loss", self._unsteady),
+            ("stuck_loss", self._stuck),
         ):
-            if all(self._dismissed.silences(kind, reading.step, loss) for kind in kinds):
-                continue
-            fault = shape(loss, scale)
-            if fault is not None and not self._dismissed.silences(fault.kind, reading.step, loss):
-                return fault
+            if not self._dismissed.silences(kind, reading.step, self._lately(loss)):
+                fault = shape(loss, scale)
+                if fault is not None:
+                    return fault
         return None
 
     def limits(self) -> Limits:
@@ -493,11 +501,12 @@ class DivergingLoss(Detector):
         assert self._first is not None
         return max(abs(self._first), 1e-12)
 
+    def _lately(self, loss: float) -> float:
+        # A single outlier is no level.
+        return min([*self._losses.last(2), loss])
+
     def _overshoot(self, rise: int, loss: float) -> Fault:
-        message = (
-            f"the loss rose to {self._highest:.4g} at step {rise} or soon after; the untrained model's was "
-            f"{self._first:.4g}"
-        )
+        message = f"the loss rose to {self._height:.4g} after step {rise}; the untrained model's was {self._first:.4g}"
         return Fault("overshoot", "learner", "loss", loss, message, since=rise)
 
     def _exploding(self, loss: float, scale: float) -> Fault | None:
@@ -543,7 +552,7 @@ class DivergingLoss(Detector):
         measures = learned <= self._bounded * scale
         back = settled and measures and level > best + 0.6 * learned and level > best + 4 * noise
         if not (gone or back):
-            return self._unsteady(recent, scale)
+            return None
         return Fault(
             "collapsed",
             "learner",
@@ -552,9 +561,12 @@ class DivergingLoss(Detector):
             f"the loss had come down from {self._first:.4g} to {best:.4g} and is back at {level:.4g}",
         )
 
-    def _unsteady(self, recent: list[float], scale: float) -> Fault | None:
+    def _unsteady(self, loss: float, scale: float) -> Fault | None:
         # Right on some batches and far off on others: no median tells it, the mean of all but the highest tenth does.
         assert self._first is not None
+        if self._best is None or self._first - self._best <= 0.3 * scale:
+            return None
+        recent = [*self._losses.last(self.patience - 1), loss]
         if len(recent) < self.patience:
             return None
         usual = fmean(sorted(recent)[: -self.patience // 10])
@@ -615,11 +627,16 @@ class DivergingLoss(Detector):
             self._highest = loss
         # One that began at 0 has no scale.
         far_up = bool(self._first) and self._first is not None and loss > self._first + 2 * self._scale()
-        if far_up and self._rise is None and not self._dismissed.silences("overshoot", reading.step, loss):
-            self._rise, self._looks_at = reading.step, self._since - 1 + self._behind
+        if self._rise is not None:
+            self._height = max(self._height, loss)
+        elif far_up and not self._dismissed.silences("overshoot", reading.step, loss):
+            self._rise, self._height = self._losses.step_before(reading.step), loss
+            self._looks_at = self._since - 1 + self._behind
 
     def uneasy(self, reading: Reading) -> bool:
         """A loss clearly above the untrained model's, or on its way back there: the learner may be leaving."""
+        if self._rise is not None:
+            return True  # the weights have not been looked at yet
         if reading.loss is None or self._first is None:
             return False
         learned = 0.0 if self._best is None else self._first - self._best
@@ -632,8 +649,10 @@ class DivergingLoss(Detector):
         if fault is None or loss is None:
             return
         if fault.kind == "overshoot":
-            self._rise, loss = None, loss if self._highest is None else self._highest
-        self._dismissed.add(fault.kind, reading.step, loss)
+            self._rise = None
+            self._dismissed.add(fault.kind, reading.step, self._height, longest=_LONGEST_LOOK)
+        else:
+            self._dismissed.add(fault.kind, reading.step, self._lately(loss))
 
     def rewind(self, step: int) -> None:
         """Forget what was accepted after ``step``."""
@@ -641,7 +660,10 @@ class DivergingLoss(Detector):
         self._highest = None
         self._since = 0
         self._dismissed = _Dismissed()
-        self._rise = None
+        if self._rise is not None and self._rise < step:
+            self._looks_at = self._behind  # the state gone back to is from behind the rise
+        else:
+            self._rise = None
         if not len(self._losses):
             self._best = None
         if self._first_step is not None and step < self._first_step:
@@ -657,7 +679,7 @@ class DivergingLoss(Detector):
             "highest": self._highest,
             "dismissed": self._dismissed.state(),
             "since": self._since,
-            "rise": [self._rise, self._looks_at],
+            "rise": [self._rise, self._height, self._looks_at],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -669,7 +691,7 @@ class DivergingLoss(Detector):
         self._highest = state["highest"]
         self._dismissed = _Dismissed(state.get("dismissed", {}))
         self._since = int(state["since"])
-        self._rise, self._looks_at = state.get("rise", (None, 0))
+        self._rise, self._height, self._looks_at = state.get("rise", (None, 0.0, 0))
 
 
 def _falling(values: list[float], noise: float) -> bool:

@@ -604,9 +604,10 @@ class Guard:
             lasts = self._standing.bad_in_a_row >= self._policy.patience and not evidence.batch_strange
             if fault.kind == "gradient_spike" and lasts:
                 self._streams.accept(reading)  # a rise that lasts is no spike
-            if not (self._settings.observe and fault.scope == "learner" and reading.finite and reading.loss_finite):
+            stays = fault.scope == "learner" and self._standing.restored is None
+            if not (stays and reading.finite and reading.loss_finite):
                 return
-            # The learner stays as it is: it has been said, and is said again ever more rarely.
+            # The learner is still where it was: it has been said and dealt with, and is again, ever more rarely.
         if self._streams.dismiss(reading) and reading.loss is not None:
             self._accept(reading)
 

@@ -55,7 +55,8 @@ class Fault:
         value: The number that gave it away, ``None`` where there is none.
         message: One sentence for the user.
         doubtful: Whether it is a fault only if the batch itself is out of the ordinary.
-        since: Step of the reading in which it first showed, where that is an earlier one.
+        since: Step of the last reading before it showed, where that is an earlier one than the fault's: states of later
+            updates are under suspicion, and that of this one.
     """
 
     kind: str

@@ -78,7 +78,7 @@ class Inquiry:
         """Why the fault of an update happened; where folders of incidents are kept, what it can be replayed from."""
         if look == "replay" and (not self._stage.comparable() or self._ranks.sharded):
             look = "batch"
-        good = good_state(self._guard.ring, evidence, fault.kind) if look == "replay" else None
+        good = good_state(self._guard.ring, evidence) if look == "replay" else None
         if good is not None:
             good = self._ranks.whole(good)  # here, where all ranks come, and not where only some may
         micros = self._stage.tape.of(update)

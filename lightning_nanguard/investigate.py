@@ -142,7 +142,7 @@ class Investigator:
             rates: Effective learning rate of the first group after each step at which it changed.
         """
         target = self.target(fault, trend.scale())
-        sound = self._ring.certified.index(target) if target is not None and _is_older(fault) else None
+        sound = self._sound(fault)
         leaves = self._learner.leaves()
         untouched = ((path, before.get(path[1], leaf) if path[0] == "buffer" else leaf) for path, leaf in leaves)
         # Where the faulty update was made, what is bad now says nothing of what was before it.
@@ -156,7 +156,7 @@ class Investigator:
         # Weights that are not finite are compared with nothing: the answer is plain already.
         if target is not None and bad is None and not blameless:
             target = self._ranks.whole(target)
-            if fault.since is not None:
+            if fault.since is not None and sound is not None:
                 growth = max(self._ranks.gather(self._growth(target)))
             if not known.undo:
                 jump, _ = first(self._ranks, self._jump(target))
@@ -210,13 +210,19 @@ class Investigator:
         certified = self._ring.certified
         if not certified:
             return None
-        if _is_older(fault):
-            # The loss of a step is that of the update before; where nothing was learned, any but the first is suspect.
-            latest = -1 if fault.since is None else fault.since - 2
-            return next((snapshot for snapshot in certified if snapshot.step <= latest), certified[-1])
+        sound = self._sound(fault)
+        if sound is not None:
+            return certified[sound]
         known = [snapshot.level for snapshot in certified if snapshot.level is not None]
         limit = min(known, default=0.0) + 0.1 * scale
         return next((s for s in certified if s.level is None or s.level <= limit), certified[0])
+
+    def _sound(self, fault: Fault) -> int | None:
+        certified = self._ring.certified
+        if fault.kind == "stuck_loss":
+            return len(certified) - 1 if certified else None
+        since = -math.inf if fault.since is None else fault.since
+        return next((depth for depth, snapshot in enumerate(certified) if snapshot.step < since), None)
 
     def _compare(self, fault: Fault, reading: Reading, target: Snapshot) -> Comparison | None:
         if reading.loss is None:
@@ -288,16 +294,13 @@ def norms_to_grow_from(leaves: Iterable[tuple[Path, Any]]) -> dict[str, float]:
     ``torch.nn.Linear`` begins at a norm of ``sqrt(rows / 3)``.
     """
     matrices = _matrices(leaves)
-    ordinary = (math.sqrt(matrix.shape[0] / 3) for matrix in matrices.values())
-    return {name: max(pair) for name, *pair in zip(matrices, norms(list(matrices.values())), ordinary, strict=True)}
+    begun = zip(matrices.items(), norms(list(matrices.values())), strict=True)
+    # From exactly 0 anything is far: such as positions, whose size their rows do not tell.
+    return {name: max(norm, math.sqrt(matrix.shape[0] / 3)) if norm else 0.0 for (name, matrix), norm in begun}
 
 
 def _matrices(leaves: Iterable[tuple[Path, Any]]) -> dict[str, Tensor]:
     return {path[1]: leaf for path, leaf in leaves if path[0] == "parameter" and leaf.dim() >= 2}
-
-
-def _is_older(fault: Fault) -> bool:
-    return fault.kind == "stuck_loss" or fault.since is not None
 
 
 def _is_weight(path: Path) -> bool:

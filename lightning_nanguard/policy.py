@@ -82,7 +82,8 @@ class Evidence:
         rate_rose: Whether the scheduled learning rate is clearly above that of the snapshot.
         snapshots: How many certified snapshots there are.
         levels: Loss level of every certified snapshot, newest first.
-        sound: Depth of the newest snapshot from before the trouble; ``None`` where none is suspected more than others.
+        sound: Depth of the newest snapshot from before the trouble, of the oldest where nothing was ever learned;
+            ``None`` where that cannot be told.
         usual_norm: Median of the healthy gradient norms, ``None`` when too few were seen.
         lr: Effective learning rate of the first group.
         highest_lr: Highest since the snapshot to go back to; ``None`` where it is not known.
@@ -369,6 +370,8 @@ class Policy:
         comparison = evidence.comparison
         lost = evidence.corrupt is not None or (comparison is not None and not math.isfinite(comparison.now))
         if not restoring and (lost or not steps):
+            if fault.since is not None and not lost:
+                return (), state  # it may have come back by itself
             if fault.scope == "batch" and not lost:
                 return self._skip(fault, evidence, state)
             return (Stop("the learner is lost and no remedy that could bring it back is allowed"),), state

@@ -240,7 +240,7 @@ def rehearsed_cut(
         after = rehearse(cut, updates)
         if after is None:
             return None
-        by_heart = 0 <= best_after <= _BY_HEART
+        by_heart = before > _AS_GOOD and 0 <= best_after <= _BY_HEART
         counted = before if by_heart else min(before - best_after, _COUNTED * abs(best_after))
         if after < best_after:
             best, lowest, best_after, least = cut, cut, after, _LEAST_OF_BEST * cut

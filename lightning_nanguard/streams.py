@@ -125,7 +125,8 @@ class Streams:
             return check([detector for detector in detectors if isinstance(detector, NonFinite)], reading)
         fault = check(detectors, reading)
         if wanders and fault is not None and fault.since is not None:
-            self.dismiss(reading)  # it has come back
+            # It comes back from far off, and its weights with it.
+            next(detector for detector in detectors if detector.check(reading) is not None).dismiss(reading)
             fault = check(detectors, reading)
         if fault is None or not wanders:
             return fault

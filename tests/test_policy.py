@@ -18,7 +18,7 @@ BATCH = Fault("non_finite_loss", "batch", "loss", math.nan, "the loss is nan")
 GRADIENT = Fault("non_finite_gradient", "batch", "gradient", math.nan, "a gradient is not finite")
 EXPLODING = Fault("exploding_loss", "learner", "loss", 1e6, "the loss is 1e6")
 STUCK = Fault("stuck_loss", "learner", "loss", 2.3, "the loss is 2.3")
-OVERSHOOT = Fault("overshoot", "learner", "loss", 0.3, "the loss rose to 20")
+OVERSHOOT = Fault("overshoot", "learner", "loss", 0.3, "the loss rose to 20", since=480)
 UNSTEADY = Fault("unsteady_loss", "learner", "loss", 6.0, "it swings")
 COLLAPSED = Fault("collapsed", "learner", "loss", 2.7, "the loss is back at 2.7")
 CORRUPTED = Fault("corrupted_state", "state", "buffer bn.running_var", None, "it is not finite")
@@ -101,6 +101,7 @@ REMEDIES: list[tuple[str, tuple[Remedy, ...], Fault, dict[str, object], Plan]] =
     ("a cut without a rollback", (ReduceLR(factor=0.3),), EXPLODING, {}, (Scale(0.3),)),
     ("clip preferred", (Rollback(), ReduceLR(), ClipGradients(5.0)), GRADIENT, {"bad_in_a_row": 4},
      (Restore(0), Scale(0.5))),
+    ("what may have come back by itself", (ClipGradients(),), OVERSHOOT, {"growth": 20.0}, ()),
     ("a rate at its floor", (Rollback(), ReduceLR(min_lr=0.1)), EXPLODING, {}, (Restore(0),)),
 ]  # fmt: skip
 

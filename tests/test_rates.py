@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nanguard import NaNGuard
+from lightning_nanguard import NaNGuard, ReduceLR
+from lightning_nanguard.investigate import norms_to_grow_from
 from lightning_nanguard.measure import PendingReading
 
 STEPS = 400
@@ -212,6 +213,34 @@ def test_a_first_update_that_went_too_far_is_taken_back_though_the_loss_comes_do
     guarded = wine(0.4, guard)
     assert [found.fault for found in guard.interventions][:1] == ["overshoot"]
     assert guarded < right + 0.1 < wrong
+
+
+def test_a_single_snapshot_is_from_before_a_rise(tmp_path: object) -> None:
+    """While a rise has not been looked into no state from behind it takes the place of the sound one."""
+    guard = NaNGuard(dirpath=str(tmp_path), max_snapshots=1, snapshot_every_n_steps=1)
+    assert wine(0.4, guard) < 0.2
+    assert [found.fault for found in guard.interventions][:1] == ["overshoot"]
+    assert guard.interventions[0].snapshot_step == 0
+
+
+def test_an_overshoot_that_is_not_rolled_back_is_dealt_with_once(tmp_path: object) -> None:
+    """Where rollbacks are not allowed the rate is cut, and not again with every update."""
+    guard = NaNGuard(dirpath=str(tmp_path), remedies=[ReduceLR()])
+    wine(0.4, guard)
+    assert [found.fault for found in guard.interventions][:1] == ["overshoot"]
+    assert len(guard.interventions) <= 6
+
+
+def test_a_parameter_that_began_at_zero_has_no_growth() -> None:
+    """Positions or a class token that begin at 0 are as large as they like; a small layer grows from an ordinary one."""
+    leaves = [
+        (("parameter", "positions"), torch.zeros(1, 64, 64)),
+        (("parameter", "small"), torch.full((12, 4), 1e-6)),
+        (("parameter", "large"), torch.ones(12, 4)),
+        (("parameter", "bias"), torch.ones(12)),
+    ]
+    begun = norms_to_grow_from(leaves)
+    assert begun == {"positions": 0.0, "small": 2.0, "large": pytest.approx(48**0.5)}
 
 
 def test_a_layer_that_began_at_next_to_nothing_may_grow(tmp_path: object) -> None:

@@ -164,6 +164,12 @@ def test_batches_learned_by_heart_do_not_choose_a_large_rate(slow: float, cut: f
     assert rehearsed_cut(lambda factor, updates: ends.get(factor, 0.95) if updates else 1.0, 0.5) == cut
 
 
+def test_a_model_that_has_learned_is_not_said_to_learn_by_heart() -> None:
+    """Where the loss is next to nothing before any update, rates that bring nothing are as bad as ever."""
+    ends = {0.5: math.inf, 0.125: 0.001, 0.125 / 4: 0.0018}
+    assert rehearsed_cut(lambda factor, updates: ends.get(factor, 0.002) if updates else 0.002, 0.5) == 0.0625
+
+
 @pytest.mark.parametrize(("batches", "began", "cut"), [(4, 2.3, 0.0625), (2, 2.3, 0.03125), (4, 0.5, 0.03125)])
 def test_how_much_of_the_best_gain_may_be_missing(batches: int, began: float, cut: float) -> None:
     """Up to half; less where the loss came down by more than half, unless on two batches, soon known by heart."""

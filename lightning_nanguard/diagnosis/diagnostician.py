@@ -98,7 +98,7 @@ class Diagnostician:
         case = replace(case, clues=looked[chosen])
         if look == "batch" or not self._due(fault):
             return case
-        good = good_state(self._ring, evidence, fault.kind) if good is None else good
+        good = good_state(self._ring, evidence) if good is None else good
         # Of weights that are bad themselves a replay would only say so.
         usable = evidence.corrupt is None and not evidence.undo
         if fault.scope == "batch" or fault.kind == "loss_scale_collapse":

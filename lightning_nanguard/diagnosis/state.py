@@ -19,13 +19,13 @@ _MOVED = 1e3
 _OUT = 10.0
 
 
-def good_state(ring: Ring, evidence: Evidence, kind: str) -> Snapshot | None:
-    """The certified snapshot to look at a fault from: the newest of about the best loss, the start for a stuck one."""
+def good_state(ring: Ring, evidence: Evidence) -> Snapshot | None:
+    """The certified snapshot to look at a fault from: older than the trouble, or the newest of about the best loss."""
     certified = ring.certified
     if not certified:
         return None
-    if kind == "stuck_loss":
-        return certified[-1]
+    if evidence.sound is not None and evidence.sound < len(certified):
+        return certified[evidence.sound]
     known = [snapshot.level for snapshot in certified if snapshot.level is not None]
     limit = min(known, default=0.0) + 0.1 * evidence.scale
     return next((one for one in certified if one.level is None or one.level <= limit), certified[0])
