@@ -1,4 +1,4 @@
-"""What remedies may do to a run: the learner is put back, slowed and clipped here and nowhere else."""
+"""What remedies may do to a run: put the learner back, slow it, clip it, try rates out."""
 
 from __future__ import annotations
 

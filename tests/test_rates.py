@@ -232,7 +232,7 @@ def test_an_overshoot_that_is_not_rolled_back_is_dealt_with_once(tmp_path: objec
 
 
 def test_a_parameter_that_began_at_zero_has_no_growth() -> None:
-    """Positions or a class token that begin at 0 are as large as they like; a small layer grows from an ordinary one."""
+    """Positions or a class token may become as large as they like; a small layer grows from an ordinary one."""
     leaves = [
         (("parameter", "positions"), torch.zeros(1, 64, 64)),
         (("parameter", "small"), torch.full((12, 4), 1e-6)),
