@@ -470,13 +470,14 @@ class DivergingLoss(Detector):
         if self._first == 0 or loss < self._low(self._since):
             return None
         scale = self._scale()
+        lately = self._lately(loss)
         for kind, shape in (
             ("exploding_loss", self._exploding),
             ("collapsed", self._collapsed),
             ("unsteady_loss", self._unsteady),
             ("stuck_loss", self._stuck),
         ):
-            if not self._dismissed.silences(kind, reading.step, self._lately(loss)):
+            if not self._dismissed.silences(kind, reading.step, lately):
                 fault = shape(loss, scale)
                 if fault is not None:
                     return fault
