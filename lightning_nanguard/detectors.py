@@ -127,6 +127,10 @@ class Detector(ABC):
         """Whether a state should not be certified on this reading, though it is no fault."""
         return False
 
+    def undecided(self) -> bool:
+        """Whether something is still to be looked into, and no state is to be certified until then."""
+        return False
+
     def limits(self) -> Limits | None:
         """Below what the next :data:`AT_ONCE` readings are no fault, ``None`` where each has to be looked at.
 
@@ -636,13 +640,15 @@ class DivergingLoss(Detector):
 
     def uneasy(self, reading: Reading) -> bool:
         """A loss clearly above the untrained model's, or on its way back there: the learner may be leaving."""
-        if self._rise is not None:
-            return True  # the weights have not been looked at yet
         if reading.loss is None or self._first is None:
             return False
         learned = 0.0 if self._best is None else self._first - self._best
         way_back = learned > 0.3 * self._scale() and reading.loss > self._first - 0.5 * learned
         return way_back or reading.loss > self._first + self._scale()
+
+    def undecided(self) -> bool:
+        """A rise behind which the weights have not been looked at."""
+        return self._rise is not None
 
     def dismiss(self, reading: Reading) -> None:
         """The suspicion was looked into and was none: stay quiet for a while."""

@@ -735,6 +735,8 @@ class Guard:
             self.ring.drop_pending()
             self._handle(_Found(fault, self._readings[-1], None, reached=False, ranks=ranks))
             return
+        if self._streams.undecided():
+            return
         trend = self._streams.trend(self._readings[0].stream)
         assert trend is not None  # its reading was accepted
         pending.level = trend.level()

@@ -203,7 +203,7 @@ _FEW = 2
 _LEAST_OF_BEST = 1 / 16
 _MOST_OF_BEST = 1 / 2
 # Share of a cut's gain that may be missing without it, where it is not to be made.
-_NEARLY = 0.1
+_NEARLY = 0.02
 
 
 def rehearsed_cut(

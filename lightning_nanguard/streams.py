@@ -165,6 +165,10 @@ class Streams:
         """Whether a detector is uneasy about one of some readings."""
         return any(detector.uneasy(r) for r in readings for detector in self._streams[r.stream].up_to_date()[0])
 
+    def undecided(self) -> bool:
+        """Whether a detector has still to look into something."""
+        return any(detector.undecided() for stream in self._streams.values() for detector in stream.up_to_date()[0])
+
     def learning(self) -> bool:
         """Whether all losses are falling, or have fallen and stayed there."""
         return all(stream.up_to_date()[1].learning() for stream in self._streams.values())

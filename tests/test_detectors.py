@@ -223,7 +223,7 @@ def test_a_rise_is_looked_into_however_low_the_loss_is_by_then() -> None:
             raised.append((step, fault.kind, fault.since))
             detector.dismiss(one)
         detector.accept(one)
-        assert detector.uneasy(one) == (1 <= step < 13)
+        assert detector.undecided() == (1 <= step < 13)
     assert raised == [(7, "exploding_loss", None), (13, "overshoot", 0)]
 
 

@@ -185,8 +185,8 @@ def test_how_much_of_the_best_gain_may_be_missing(batches: int, began: float, cu
     ("clipped", "whole", "half", "eighth", "cut"),
     [
         (True, 0.3, 0.5, 0.6, None),
-        (True, 0.3, 0.5, 0.2, None),
-        (True, 0.45, 0.5, 0.2, 0.125),
+        (True, 0.23, 0.5, 0.2, None),
+        (True, 0.3, 0.5, 0.2, 0.125),
         (True, 0.5, 0.3, 0.2, 0.125),
         (True, math.inf, math.inf, 0.2, 0.125),
         (True, 2.5, math.inf, 0.2, 0.125),
