@@ -735,7 +735,8 @@ class Guard:
             self.ring.drop_pending()
             self._handle(_Found(fault, self._readings[-1], None, reached=False, ranks=ranks))
             return
-        if self._streams.undecided():
+        # Among ranks states go on being certified: while one waits, no other is looked at.
+        if self._streams.undecided() and not self._many:
             return
         trend = self._streams.trend(self._readings[0].stream)
         assert trend is not None  # its reading was accepted

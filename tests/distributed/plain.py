@@ -247,7 +247,7 @@ def sharded(rank: int) -> dict[str, Any]:
     loop = run("moment")
     if me:
         loop.optimizer.state[next(loop.net.parameters())]["exp_avg_sq"].to_local()[0, 0] = float("inf")
-    end("moment", loop, 24)  # losses rise in the first of them, and no state is certified before that is looked into
+    end("moment", loop, 8)
 
     # Back to the start, where there were no moments, and on: they must be sharded anew.
     loop = made(settings=Settings(snapshot_every=1000))
