@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
@@ -693,10 +693,6 @@ class Guard:
         self._exchange.clear()
         self._streams.rewind(snapshot.step)
 
-    def clip(self, value: float, algorithm: Literal["norm", "value"]) -> None:
-        """Clip from now on; ``inf`` ends it."""
-        self._recovery.clip(value, algorithm)
-
     def clip_now(self, optimizer: Optimizer) -> None:
         """Clip gradients that are no longer scaled, if clipping is on."""
         self._recovery.clipper.clip(self.learner.gradients(self.learner.optimizers.index(optimizer)))
@@ -736,7 +732,7 @@ class Guard:
             self._handle(_Found(fault, self._readings[-1], None, reached=False, ranks=ranks))
             return
         # Among ranks states go on being certified: while one waits, no other is looked at.
-        if self._streams.undecided() and not self._many:
+        if not self._many and self._streams.undecided():
             return
         trend = self._streams.trend(self._readings[0].stream)
         assert trend is not None  # its reading was accepted

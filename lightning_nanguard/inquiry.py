@@ -14,7 +14,6 @@ from lightning_nanguard.bundle import Bundle, Bundles, state_of
 from lightning_nanguard.diagnosis.clues import Look
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
 from lightning_nanguard.diagnosis.examination import Examination
-from lightning_nanguard.diagnosis.state import good_state
 from lightning_nanguard.diagnosis.tape import Micro
 from lightning_nanguard.distributed import Ranks
 from lightning_nanguard.engine import Guard
@@ -78,7 +77,7 @@ class Inquiry:
         """Why the fault of an update happened; where folders of incidents are kept, what it can be replayed from."""
         if look == "replay" and (not self._stage.comparable() or self._ranks.sharded):
             look = "batch"
-        good = good_state(self._guard.ring, evidence) if look == "replay" else None
+        good = self._guard.ring.good(evidence.sound, evidence.scale) if look == "replay" else None
         if good is not None:
             good = self._ranks.whole(good)  # here, where all ranks come, and not where only some may
         micros = self._stage.tape.of(update)

@@ -141,8 +141,8 @@ class Investigator:
             before: Buffers as they were before the faulty batch, where it has not been undone.
             rates: Effective learning rate of the first group after each step at which it changed.
         """
-        target = self.target(fault, trend.scale())
         sound = self._sound(fault)
+        target = self._ring.good(sound, trend.scale())
         leaves = self._learner.leaves()
         untouched = ((path, before.get(path[1], leaf) if path[0] == "buffer" else leaf) for path, leaf in leaves)
         # Where the faulty update was made, what is bad now says nothing of what was before it.
@@ -204,18 +204,6 @@ class Investigator:
             multiplier=self._rate.ratio(),
             ranks=corrupted or spoilt,
         )
-
-    def target(self, fault: Fault, scale: float) -> Snapshot | None:
-        """The newest certified snapshot whose loss was about the best, or which is older than the trouble."""
-        certified = self._ring.certified
-        if not certified:
-            return None
-        sound = self._sound(fault)
-        if sound is not None:
-            return certified[sound]
-        known = [snapshot.level for snapshot in certified if snapshot.level is not None]
-        limit = min(known, default=0.0) + 0.1 * scale
-        return next((s for s in certified if s.level is None or s.level <= limit), certified[0])
 
     def _sound(self, fault: Fault) -> int | None:
         certified = self._ring.certified

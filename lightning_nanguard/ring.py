@@ -76,6 +76,22 @@ class Ring:
         if len(self.certified) > self.capacity:
             self._recycle(self.certified.pop(self._least_worth(margin, keep_oldest)))
 
+    def good(self, sound: int | None, scale: float) -> Snapshot | None:
+        """The certified snapshot to compare with; ``None`` without one.
+
+        Args:
+            sound: Depth of the one to take, where that is known; else it is the newest whose loss was about the best.
+            scale: The loss's own scale.
+        """
+        certified = self.certified
+        if not certified:
+            return None
+        if sound is not None and sound < len(certified):
+            return certified[sound]
+        known = [snapshot.level for snapshot in certified if snapshot.level is not None]
+        limit = min(known, default=0.0) + 0.1 * scale
+        return next((one for one in certified if one.level is None or one.level <= limit), certified[0])
+
     def discard_newer(self, depth: int) -> Snapshot:
         """Drop the ``depth`` newest and return the one that is then newest."""
         depth = min(depth, len(self.certified) - 1)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_nanguard import Detector, DivergingLoss, GradientSpike, NonFinite, Reading
+from lightning_nanguard import Detector, DivergingLoss, Fault, GradientSpike, NonFinite, Reading
 from lightning_nanguard.detectors import AT_ONCE, Window, check, default_detectors, spread
 from lightning_nanguard.streams import Streams
 from lightning_nanguard.trend import Trend
@@ -36,6 +36,19 @@ def watch(detector: Detector, losses: Iterable[float], norm: float = 1.0) -> lis
             detector.dismiss(one)
         if fault is None or fault.kind == "overshoot":
             detector.accept(one)
+    return faults
+
+
+def looked_into(detector: Detector, losses: Iterable[float], start: int = 0) -> list[tuple[int, Fault]]:
+    """The faults in a run of losses of which each is looked into and is none."""
+    faults = []
+    for step, loss in enumerate(losses, start):
+        one = reading(step, loss)
+        fault = detector.check(one)
+        if fault is not None:
+            faults.append((step, fault))
+            detector.dismiss(one)
+        detector.accept(one)
     return faults
 
 
@@ -165,46 +178,26 @@ def test_a_noisy_heavy_tailed_loss_that_learns_is_no_fault(seed: int) -> None:
 
 def test_a_dismissed_suspicion_is_not_raised_again_soon() -> None:
     """After each dismissal the detector is quiet for four times as long, and then looks at every fourth reading."""
-    detector, raised = DivergingLoss(), []
-    detector.accept(reading(0, 2.3))
-    for step in range(1, 400):
-        one = reading(step, 2.31)
-        if detector.check(one) is not None:
-            raised.append(step)
-            detector.dismiss(one)
-        detector.accept(one)
+    raised = [step for step, _ in looked_into(DivergingLoss(), [2.3] + [2.31] * 399)]
     gaps = [later - earlier for earlier, later in itertools.pairwise(raised)]
     assert gaps[:2] == [28, 100]
 
 
 def test_a_suspicion_that_was_none_says_nothing_of_others() -> None:
     """A run that does not learn is looked into ever more rarely, and is still seen to explode."""
-    detector, raised = DivergingLoss(), []
-    for step in range(700):
-        one = reading(step, 2.3 + 0.01 * (step % 3) if step < 600 else 2.3 * 1.5 ** (step - 600))
-        fault = detector.check(one)
-        if fault is not None and fault.kind == "exploding_loss":
-            break
-        if fault is not None:
-            raised.append(fault.kind)
-            detector.dismiss(one)
-        detector.accept(one)
-    assert set(raised) == {"stuck_loss"}
-    assert len(raised) < 6
-    assert 600 < step < 620
+    losses = [2.3 + 0.01 * (step % 3) if step < 600 else 2.3 * 1.5 ** (step - 600) for step in range(700)]
+    raised = looked_into(DivergingLoss(), losses)
+    exploded = next(step for step, fault in raised if fault.kind == "exploding_loss")
+    before = [fault.kind for step, fault in raised if step < exploded]
+    assert set(before) == {"stuck_loss"}
+    assert len(before) < 6
+    assert 600 < exploded < 620
 
 
 def test_a_loss_that_was_high_for_good_reasons_may_still_explode() -> None:
     """A suspicion that was none silences its like, and not one of a loss ten times as high."""
-    detector, raised = DivergingLoss(), []
-    for step in range(200):
-        one = reading(step, 1.0 if step < 20 else 20.0 + step / 10 if step < 100 else 1e4 * (step - 99))
-        fault = detector.check(one)
-        if fault is not None and fault.kind == "exploding_loss":
-            raised.append(step)
-        if fault is not None:
-            detector.dismiss(one)
-        detector.accept(one)
+    losses = [1.0 if step < 20 else 20.0 + step / 10 if step < 100 else 1e4 * (step - 99) for step in range(200)]
+    raised = [step for step, fault in looked_into(DivergingLoss(), losses) if fault.kind == "exploding_loss"]
     assert [step for step in raised if step < 100] == [23, 48]
     assert min(step for step in raised if step >= 100) < 105
 
@@ -230,50 +223,29 @@ def test_a_rise_is_looked_into_however_low_the_loss_is_by_then() -> None:
 @pytest.mark.parametrize(("back_to", "looks"), [(0, []), (3, []), (6, [19])])
 def test_a_rise_is_still_looked_into_behind_a_state_that_is_newer(back_to: int, looks: list[int]) -> None:
     """Going back to a state from before the rise is the end of it; one from behind it may be as ruined."""
-    detector, raised = DivergingLoss(), []
+    detector = DivergingLoss()
     for step in range(7):
         detector.accept(reading(step, 9.0 if step == 4 else 2.3))
     detector.rewind(back_to)
     resumed = DivergingLoss()
     resumed.load_state_dict(detector.state_dict())
-    for step in range(7, 40):
-        one = reading(step, 0.1)
-        fault = resumed.check(one)
-        if fault is not None:
-            raised.append(step)
-            assert fault.kind == "overshoot"
-            assert "rose to 9 after step 3" in fault.message
-            resumed.dismiss(one)
-        resumed.accept(one)
-    assert raised == looks
+    raised = looked_into(resumed, [0.1] * 33, start=7)
+    assert [step for step, _ in raised] == looks
+    assert all(fault.kind == "overshoot" and "rose to 9 after step 3" in fault.message for _, fault in raised)
 
 
 def test_a_model_back_at_chance_for_good_reasons_may_still_swing() -> None:
     """What is silenced of one shape hides no other: a loss well above the untrained one's is told."""
     losses = [_falling(step) if step < 150 else 2.3 if step < 400 else 6.5 for step in range(500)]
-    detector, raised = DivergingLoss(), {}
-    for step, loss in enumerate(losses):
-        one = reading(step, loss)
-        fault = detector.check(one)
-        if fault is not None:
-            raised.setdefault(fault.kind, step)
-            detector.dismiss(one)
-        detector.accept(one)
-    assert set(raised) == {"collapsed", "unsteady_loss"}
-    assert 400 < raised["unsteady_loss"] < 450
+    raised = looked_into(DivergingLoss(), losses)
+    assert {fault.kind for _, fault in raised} == {"collapsed", "unsteady_loss"}
+    assert 400 < next(step for step, fault in raised if fault.kind == "unsteady_loss") < 450
 
 
 def test_an_outlier_does_not_set_the_bar() -> None:
     """One reading a thousand times as high neither raises what was dismissed again nor hides what comes after it."""
-    detector, raised = DivergingLoss(), []
-    for step in range(60):
-        one = reading(step, 1.0 if step < 16 else 5000.0 if step == 30 else 14.0 if step < 34 else 1500.0)
-        fault = detector.check(one)
-        if fault is not None and fault.kind == "exploding_loss":
-            raised.append(step)
-        if fault is not None:
-            detector.dismiss(one)
-        detector.accept(one)
+    losses = [1.0 if step < 16 else 5000.0 if step == 30 else 14.0 if step < 34 else 1500.0 for step in range(60)]
+    raised = [step for step, fault in looked_into(DivergingLoss(), losses) if fault.kind == "exploding_loss"]
     assert raised[:2] == [20, 36]
 
 

@@ -19,7 +19,7 @@ from lightning_nanguard.diagnosis.curvature import bend
 from lightning_nanguard.diagnosis.replay import eager, kept, measured, replay
 from lightning_nanguard.diagnosis.rules import diagnose
 from lightning_nanguard.diagnosis.rules.words import learner_diverged, worse
-from lightning_nanguard.diagnosis.state import good_state, out_of_place, standing_at
+from lightning_nanguard.diagnosis.state import out_of_place, standing_at
 from lightning_nanguard.diagnosis.tape import Micro
 from lightning_nanguard.events import Fault, Finding
 from lightning_nanguard.learner import Learner
@@ -98,7 +98,7 @@ class Diagnostician:
         case = replace(case, clues=looked[chosen])
         if look == "batch" or not self._due(fault):
             return case
-        good = good_state(self._ring, evidence) if good is None else good
+        good = self._ring.good(evidence.sound, evidence.scale) if good is None else good
         # Of weights that are bad themselves a replay would only say so.
         usable = evidence.corrupt is None and not evidence.undo
         if fault.scope == "batch" or fault.kind == "loss_scale_collapse":

@@ -9,26 +9,12 @@ import torch
 
 from lightning_nanguard.diagnosis.clues import Change
 from lightning_nanguard.learner import Learner, Path, describe
-from lightning_nanguard.policy import Evidence
-from lightning_nanguard.ring import Ring
 from lightning_nanguard.snapshot import Snapshot, capture, restore
 
 # An element is out of place when it moved this many times as far as its neighbours did, and lies this many times as
 # far out as any of its tensor did before.
 _MOVED = 1e3
 _OUT = 10.0
-
-
-def good_state(ring: Ring, evidence: Evidence) -> Snapshot | None:
-    """The certified snapshot to look at a fault from: older than the trouble, or the newest of about the best loss."""
-    certified = ring.certified
-    if not certified:
-        return None
-    if evidence.sound is not None and evidence.sound < len(certified):
-        return certified[evidence.sound]
-    known = [snapshot.level for snapshot in certified if snapshot.level is not None]
-    limit = min(known, default=0.0) + 0.1 * evidence.scale
-    return next((one for one in certified if one.level is None or one.level <= limit), certified[0])
 
 
 @contextmanager

@@ -241,7 +241,7 @@ class ClipAlways(Callback):
         self.norms: list[float] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.guard._run.guard.clip(self.value, "norm")
+        self.guard._run.guard._hands.clip(self.value, "norm")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         self.norms.append(float(trainer.strategy.deepspeed_engine.get_global_grad_norm()))
