@@ -58,8 +58,8 @@ _NUMEL = methodcaller("numel")
 _DTYPE = attrgetter("dtype")
 _UP_TO_FLOAT = {torch.float16, torch.bfloat16, torch.float32}
 # On the CPU, from so many tensors on, one of up to so many elements is cheaper to copy behind the others than to be
-# given a call of its own; so many are copied at once.
-_MANY = 8
+# read by itself; so many are copied at once.
+_MANY = 100
 _SMALL = 4096
 _AT_ONCE = 1024
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Callback
 from rich.console import Console
+from torch.optim import Optimizer
 
 from benchmarks.overhead import report
-from benchmarks.overhead.__main__ import _groups, _rounded
+from benchmarks.overhead.__main__ import _rounded
 from benchmarks.overhead.contenders import CONTENDERS
 from benchmarks.overhead.models import CPU
 from benchmarks.overhead.parts import profile
 from benchmarks.overhead.states import measure_states
-from benchmarks.overhead.turns import race
+from benchmarks.overhead.turns import _FIRST, _Turns, take_turns
 from lightning_nanguard import keeper, ring
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -34,13 +39,10 @@ def quiet() -> Iterator[None]:
     ring.time, keeper.time = clocks
 
 
-def test_contenders_take_turns(tmp_path: Path) -> None:
+def test_contenders_are_on_and_off_by_turns(tmp_path: Path) -> None:
     """Every contender has its rounds, and the tables, the plot and the JSON can be made of them."""
-    racers = race(CONTENDERS, TINY, tmp_path, "cpu")
-    assert {name: len(racer.times) for name, racer in racers.items()} == dict.fromkeys(CONTENDERS, 2)
-    assert not any(racer.alive for racer in racers.values())
-    compared = report.compare(racers)
-    assert compared["bare"]["ratio"] == 1.0
+    compared = {name: report.compare(take_turns(one, TINY, tmp_path, "cpu")) for name, one in CONTENDERS.items()}
+    assert {one["rounds"] for one in compared.values()} == {2}
     with (tmp_path / "table").open("w") as file:
         report.show_race(Console(file=file), "tiny", compared)
     report.plot({"races": {"tiny": compared}}, tmp_path / "plot.png")
@@ -48,20 +50,34 @@ def test_contenders_take_turns(tmp_path: Path) -> None:
     assert json.loads(json.dumps(_rounded(compared)))["guard"]["rounds"] == 2
 
 
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_what_is_off_is_not_there(name: str, tmp_path: Path) -> None:
+    """In half of the measured steps the trainer is a bare one, in the other half it has what is measured."""
+    seen: list[tuple[bool, ...]] = []
+
+    class Spy(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+            callbacks = [one for one in trainer.callbacks if type(one) not in (Spy, _Turns)]  # type: ignore[attr-defined]
+            seen.append((
+                bool(callbacks), trainer.gradient_clip_val is not None, torch.is_anomaly_enabled(),
+                bool(optimizer._optimizer_step_pre_hooks), any(bool(m._forward_hooks) for m in pl_module.modules()),
+            ))  # fmt: skip
+
+    contender = CONTENDERS[name]
+    # The spy is there in both halves: it is a callback of the Trainer, not of the contender.
+    take_turns(contender, TINY, tmp_path, "cpu", [Spy()])
+    halves = Counter(seen[_FIRST:])
+    assert len(halves) == 2
+    assert len(set(halves.values())) == 1
+    off = min(halves, key=sum)
+    assert off == (False, "gradient_clip_val" in contender.options, False, False, False)
+
+
 def test_a_contender_that_fails_is_named(tmp_path: Path) -> None:
-    """An exception in a contender's thread ends the benchmark and says whose it was."""
+    """An exception in a contender's run ends the benchmark and says whose it was."""
     broken = replace(CONTENDERS["nothing"], options={"precision": "no such thing"})
     with pytest.raises(RuntimeError, match="a callback that does nothing failed"):
-        race({"broken": broken}, TINY, tmp_path, "cpu")
-
-
-def test_groups_hold_the_bare_one() -> None:
-    """However few fit into memory at once, each is measured beside what it is compared with."""
-    for at_once in (1, 2, 5, 100):
-        groups = list(_groups(CONTENDERS, {"bare", "clip"}, at_once))
-        assert set().union(*groups) == set(CONTENDERS)
-        assert all("bare" in group for group in groups)
-        assert all(CONTENDERS[name].against in group for group in groups for name in group)
+        take_turns(broken, TINY, tmp_path, "cpu")
 
 
 def test_parts_and_states_are_measured(tmp_path: Path) -> None:

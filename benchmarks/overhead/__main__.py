@@ -19,11 +19,11 @@ import torch
 from rich.console import Console
 
 from . import report
-from .contenders import CONTENDERS, Contender
+from .contenders import CONTENDERS
 from .models import CPU, CUDA, Classifier, Pieces, Workload, _vectors
 from .parts import profile
 from .states import measure_states, peak_memory
-from .turns import Racer, race
+from .turns import take_turns
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,26 +71,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _race(workload: Workload, folder: Path, device: str) -> dict[str, dict[str, float]]:
-    wanted = {name: one for name, one in CONTENDERS.items() if one.matters or not workload.few}
-    # The bare one and what others are compared with take part in every group that memory allows.
-    base = {one.against for one in wanted.values()}
-    racers: dict[str, dict[str, float]] = {}
-    for group in _groups(wanted, base, workload.at_once):
-        ran: dict[str, Racer] = race(group, workload, folder, device)
-        for name, one in report.compare(ran).items():
-            racers.setdefault(name, one)
-        del ran
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    return {name: racers[name] for name in wanted}
-
-
-def _groups(wanted: dict[str, Contender], base: set[str], at_once: int) -> Iterator[dict[str, Contender]]:
-    rest = [name for name in wanted if name not in base]
-    for start in range(0, len(rest), at_once):
-        members = {*rest[start : start + at_once]}
-        members |= {wanted[name].against for name in members} | ({*base} if start == 0 else set()) | {"bare"}
-        yield {name: wanted[name] for name in wanted if name in members}
+    found = {}
+    for name, contender in CONTENDERS.items():
+        if contender.matters or not workload.few:
+            found[name] = report.compare(take_turns(contender, workload, folder, device))
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    return found
 
 
 def _growth(folder: Path, device: str, fast: bool) -> Iterator[dict[str, float]]:

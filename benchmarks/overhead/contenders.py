@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.callbacks.spike import SpikeDetection
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from benchmarks.plain import PlainHost
 from lightning_nanguard import NaNGuard
@@ -71,11 +72,17 @@ class ZClip(Callback):
 class OverflowHooks(Callback):
     """Looks at the output of every module, and at the gradient that comes back through it."""
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for name, module in pl_module.named_modules():
+    def __init__(self) -> None:
+        self.handles: list[RemovableHandle] = []
+
+    def switch(self, root: nn.Module, on: bool) -> None:
+        """Put the hooks on all modules, or take them away."""
+        while self.handles:
+            self.handles.pop().remove()
+        for name, module in root.named_modules() if on else ():
             if not any(True for _ in module.children()) and not isinstance(module, nn.ParameterList):
-                module.register_forward_hook(partial(self._forward, name))
-                module.register_full_backward_hook(partial(self._backward, name))
+                self.handles.append(module.register_forward_hook(partial(self._forward, name)))
+                self.handles.append(module.register_full_backward_hook(partial(self._backward, name)))
 
     def _forward(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         self._look(name, output)
@@ -89,24 +96,54 @@ class OverflowHooks(Callback):
             raise ValueError(f"{name} gives a value that is not finite")
 
 
+Switch = Callable[[pl.Trainer, list[Callback], bool], None]
+"""Turns on or off what a contender has beside its callbacks."""
+
+
+def _nothing_else(trainer: pl.Trainer, callbacks: list[Callback], on: bool) -> None:
+    pass
+
+
+def _guard_hooks(trainer: pl.Trainer, callbacks: list[Callback], on: bool) -> None:
+    for callback in callbacks:
+        assert isinstance(callback, NaNGuard)
+        run = callback._run
+        assert run is not None
+        run.guard.rate.detach()
+        if on:
+            run.guard.rate.attach(run.guard._blocker.hold_back)
+
+
+def _module_hooks(trainer: pl.Trainer, callbacks: list[Callback], on: bool) -> None:
+    for callback in callbacks:
+        assert isinstance(callback, OverflowHooks)
+        callback.switch(trainer.lightning_module, on)
+
+
+def _clipping(trainer: pl.Trainer, callbacks: list[Callback], on: bool) -> None:
+    trainer.gradient_clip_val = 1.0 if on else None
+
+
 @dataclass(frozen=True)
 class Contender:
-    """Something that is measured against a bare Trainer.
+    """Something that is measured by turning it on and off.
 
     Attributes:
         title: For tables.
-        callbacks: Makes its callbacks.
-        options: Further arguments of the Trainer.
-        anomaly: Whether autograd's anomaly mode is on in its turns, as ``Trainer(detect_anomaly=True)`` has it.
-        against: What it is compared with.
-        matters: Whether it is measured on every workload.
+        callbacks: Makes its callbacks, which the Trainer has while it is on.
+        switch: Turns on and off what else it has.
+        options: Further arguments of the Trainer, for both.
+        anomaly: Whether autograd's anomaly mode is on with it, as ``Trainer(detect_anomaly=True)`` has it.
+        beside: What there is when it is off.
+        matters: Whether it is measured on every workload, and in all rounds.
     """
 
     title: str
     callbacks: Callable[[Path], list[Callback]] = lambda folder: []
+    switch: Switch = _nothing_else
     options: dict[str, Any] = field(default_factory=dict)
     anomaly: bool = False
-    against: str = "bare"
+    beside: str = "bare Lightning"
     matters: bool = False
 
 
@@ -128,9 +165,8 @@ def _guard(folder: Path, **options: Any) -> list[Callback]:
 
 
 CONTENDERS: dict[str, Contender] = {
-    "bare": Contender("bare Lightning", matters=True),
     "nothing": Contender("a callback that does nothing", lambda folder: [Nothing()], matters=True),
-    "clip": Contender("gradient_clip_val=1.0", options={"gradient_clip_val": 1.0}, matters=True),
+    "clip": Contender("gradient_clip_val=1.0", switch=_clipping, matters=True),
     "each": Contender("a check per parameter", lambda folder: [CheckEach()], matters=True),
     "early": Contender("EarlyStopping(check_finite)", lambda folder: [EarlyStopping("loss", patience=10**9)]),
     "spike": Contender(
@@ -139,11 +175,14 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "zclip": Contender("ZClip's rule", lambda folder: [ZClip()]),
     "anomaly": Contender("detect_anomaly", anomaly=True),
-    "hooks": Contender("overflow hooks on each module", lambda folder: [OverflowHooks()]),
-    "guard": Contender("NaNGuard()", _guard, matters=True),
-    "deferred": Contender('NaNGuard(readback="deferred")', partial(_guard, readback="deferred"), matters=True),
-    "guard+clip": Contender(
-        "gradient_clip_val=1.0 and NaNGuard()", _guard, options={"gradient_clip_val": 1.0}, against="clip"
+    "hooks": Contender("overflow hooks on each module", lambda folder: [OverflowHooks()], _module_hooks),
+    "guard": Contender("NaNGuard()", _guard, _guard_hooks, matters=True),
+    "deferred": Contender(
+        'NaNGuard(readback="deferred")', partial(_guard, readback="deferred"), _guard_hooks, matters=True
     ),
-}
+    "guard+clip": Contender(
+        "gradient_clip_val=1.0 and NaNGuard()", _guard, _guard_hooks, {"gradient_clip_val": 1.0},
+        beside="gradient_clip_val=1.0",
+    ),
+}  # fmt: skip
 """By name, in the order of the tables."""

@@ -126,10 +126,9 @@ class Workload:
         title: For tables.
         make: Makes the module.
         batch: Makes a batch, on the CPU.
-        steps: Steps of a turn.
-        rounds: Turns of every contender.
+        steps: Steps of a half turn.
+        rounds: Turns of each contender that matters most; of others a fifth.
         precision: The Trainer's.
-        at_once: Contenders that fit into memory beside the bare one.
         few: Whether only the contenders that matter most are measured.
     """
 
@@ -139,8 +138,11 @@ class Workload:
     steps: int
     rounds: int
     precision: Any = "32-true"
-    at_once: int = 100
     few: bool = False
+
+    def rounds_of(self, matters: bool) -> int:
+        """Turns of a contender."""
+        return self.rounds if matters else max(2, self.rounds // 5)
 
     def loader(self, steps: int) -> DataLoader[Any]:
         """The same batch ``steps`` times."""
@@ -167,26 +169,26 @@ CPU: dict[str, Workload] = {
     "mlp": Workload("MLP, 2 layers, 9.6k", _mlp, lambda: _vectors(32, 64), 100, 60),
     "resnet": Workload(
         "residual CNN, 75k", lambda: Classifier(resnet()), lambda: (torch.randn(8, 3, 16, 16), _vectors(8, 1)[1]),
-        12, 30,
+        4, 150,
     ),
     "transformer": Workload(
-        "transformer, 4 layers, 0.9M", lambda: Classifier(GPT(4, 128, 4, 256, 64)), lambda: _words(8, 64, 256), 8, 30
+        "transformer, 4 layers, 0.9M", lambda: Classifier(GPT(4, 128, 4, 256, 64)), lambda: _words(8, 64, 256), 4, 60
     ),
     "pieces": Workload(
-        "10,000 parameters of 16", lambda: Classifier(Pieces(10_000, 16), fused=True), lambda: _vectors(8, 16), 4, 8,
+        "10,000 parameters of 16", lambda: Classifier(Pieces(10_000, 16), fused=True), lambda: _vectors(8, 16), 2, 12,
         few=True,
     ),
 }  # fmt: skip
 CUDA: dict[str, Workload] = {
     "mlp": Workload("MLP, 2 layers, 9.6k", lambda: _mlp(fused=True), lambda: _vectors(32, 64), 100, 20),
     "gpt2-124m": Workload(
-        "GPT-2, 124M, bf16", lambda: _gpt(12, 768, 12), lambda: _words(8, 1024, 50257), 10, 6, "bf16-mixed", at_once=6
+        "GPT-2, 124M, bf16", lambda: _gpt(12, 768, 12), lambda: _words(8, 1024, 50257), 10, 6, "bf16-mixed"
     ),
     "gpt2-350m": Workload(
-        "GPT-2, 350M, bf16", lambda: _gpt(24, 1024, 16), lambda: _words(4, 1024, 50257), 8, 4, "bf16-mixed", 2, few=True
+        "GPT-2, 350M, bf16", lambda: _gpt(24, 1024, 16), lambda: _words(4, 1024, 50257), 8, 4, "bf16-mixed", few=True
     ),
     "gpt2-1.5b": Workload(
-        "GPT-2, 1.5B, bf16", lambda: _gpt(48, 1600, 25), lambda: _words(2, 1024, 50257), 6, 3, "bf16-true", 1, few=True
+        "GPT-2, 1.5B, bf16", lambda: _gpt(48, 1600, 25), lambda: _words(2, 1024, 50257), 6, 3, "bf16-true", few=True
     ),
     "pieces": Workload(
         "10,000 parameters of 16", lambda: Classifier(Pieces(10_000, 16), fused=True), lambda: _vectors(8, 16), 5, 5,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from datetime import date
 from pathlib import Path
-from statistics import mean, median, quantiles
+from statistics import median, quantiles
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .contenders import CONTENDERS
-from .turns import Racer
+from .turns import Times
 
 Results = dict[str, Any]
 
@@ -44,42 +45,52 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def compare(racers: dict[str, Racer]) -> dict[str, dict[str, float]]:
-    """Each contender's time over that of the bare one of the same round.
+def compare(times: Times) -> dict[str, float]:
+    """The time of a step with something over that without it, of the same round.
 
-    ``ratio`` is the median over the rounds with its quartiles ``low`` and ``high``; ``extra_us`` the median of the
-    difference a step; ``cpu_ratio`` the sum of the thread's own time over the bare one's, which knows no waiting for
-    other processes and has the snapshots in it.
+    ``ratio`` is the median over the rounds with its quartiles ``low`` and ``high``, and ``error`` its standard error;
+    ``extra_us`` the median of the difference a step, with ``extra_error``; ``cpu_ratio`` the sum of the thread's own
+    time over that without it, which knows no waiting for other processes and has all snapshots in it.
     """
-    found: dict[str, dict[str, float]] = {}
-    for name, racer in racers.items():
-        bare = racers[CONTENDERS[name].against]
-        rounds = list(zip(racer.times, bare.times, strict=False))
-        ratios = [mine[0] / theirs[0] for mine, theirs in rounds]
-        low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        found[name] = {
-            "step_us": 1e6 * median(mine[0] for mine, _ in rounds),
-            "ratio": median(ratios),
-            "low": low,
-            "high": high,
-            "extra_us": 1e6 * median(mine[0] - theirs[0] for mine, theirs in rounds),
-            "cpu_ratio": mean(mine[1] for mine, _ in rounds) / mean(theirs[1] for _, theirs in rounds),
-            "rounds": len(rounds),
-        }
-    return found
+    ratios = [on[0] / off[0] for off, on in times]
+    extra = [1e6 * (on[0] - off[0]) for off, on in times]
+    low, _, high = _quartiles(ratios)
+    least, _, most = _quartiles(extra)
+    return {
+        "bare_us": 1e6 * median(off[0] for off, _ in times),
+        "ratio": median(ratios),
+        "low": low,
+        "high": high,
+        "error": _error(low, high, len(times)),
+        "extra_us": median(extra),
+        "extra_error": _error(least, most, len(times)),
+        "cpu_ratio": sum(on[1] for _, on in times) / sum(off[1] for off, _ in times),
+        "rounds": len(times),
+    }
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    return quantiles(values, n=4) if len(values) > 1 else values * 3
+
+
+def _error(low: float, high: float, count: int) -> float:
+    # Of a median, as if values were distributed normally: sqrt(pi / 2) sigma / sqrt(count), and sigma is the distance
+    # of the quartiles over 1.349.
+    return 0.929 * (high - low) / math.sqrt(count)
 
 
 def show_race(console: Console, title: str, compared: dict[str, dict[str, float]]) -> None:
     """One workload's table."""
     table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
-    for heading in ("", "µs a step", "extra µs", "times bare", "quartiles", "of its thread's time"):
+    for heading in ("", "µs a step without", "extra µs", "times", "quartiles", "of its thread's time", "rounds"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, one in compared.items():
         contender = CONTENDERS[name]
-        note = "" if contender.against == "bare" else f" (against {CONTENDERS[contender.against].title})"
+        note = "" if contender.beside == "bare Lightning" else f" (beside {contender.beside} alone)"
         table.add_row(
-            contender.title + note, f"{one['step_us']:,.0f}", f"{one['extra_us']:+,.0f}", f"{one['ratio']:.3f}",
-            f"{one['low']:.3f} to {one['high']:.3f}", f"{one['cpu_ratio']:.3f}",
+            contender.title + note, f"{one['bare_us']:,.0f}", f"{one['extra_us']:+,.0f} ± {one['extra_error']:,.0f}",
+            f"{one['ratio']:.3f} ± {one['error']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}",
+            f"{one['cpu_ratio']:.3f}", f"{one['rounds']:.0f}",
         )  # fmt: skip
     console.print(table)
 
@@ -134,7 +145,7 @@ def plot(results: Results, path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(races), 4.2), layout="constrained")
     for index, (title, compared) in enumerate(races.items()):
         axes = figure.add_subplot(1, len(races), index + 1)
-        names = [name for name in compared if name != "bare"][::-1]
+        names = list(compared)[::-1]
         extra = [100 * (compared[name]["ratio"] - 1) for name in names]
         spread = [
             [100 * (compared[name]["ratio"] - compared[name]["low"]) for name in names],

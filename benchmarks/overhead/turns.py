@@ -1,12 +1,14 @@
-"""Trainers that take turns: each in a thread of its own, only one of them moving at a time."""
+"""Runs in which something is on and off by turns.
+
+Two runs of the very same thing differ by one to two per cent here, wherever their tensors happen to lie: what costs
+less than that shows only within one run.
+"""
 
 from __future__ import annotations
 
 import random
-import threading
 import time
-import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -19,10 +21,14 @@ from lightning_nanguard import keeper, ring
 from .contenders import Contender
 from .models import Workload
 
-# Steps of a turn that are not counted: caches are warm with another model's data.
-_WARM = 3
-# Steps of the first turn, which is not counted either: optimizers make their state, allocators their pools.
-_FIRST = 20
+Times = list[tuple[tuple[float, float], tuple[float, float]]]
+"""Of each round, seconds a step without it and with it: wall time, and time of the thread."""
+
+# Steps of a half turn that are not counted: caches are warm with the other half's.
+_WARM = 2
+# Steps before the first turn, with everything on: optimizers make their state, allocators their pools, detectors wait
+# for their first readings.
+_FIRST = 40
 
 
 def quiet_trainer(folder: Path, callbacks: list[Callback], device: str, **options: Any) -> pl.Trainer:
@@ -41,126 +47,102 @@ def quiet_trainer(folder: Path, callbacks: list[Callback], device: str, **option
 
 
 @final
-class _Turns(Callback):
-    """Hands over after so many steps, and takes the time of those that count."""
-
-    def __init__(self, racer: Racer, steps: int, rounds: int) -> None:
-        self.racer, self.steps, self.rounds = racer, steps, rounds
-        self.starts = 0
-        self.since = (0.0, 0.0)
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        self.starts += 1
-        if not self.racer.turns:
-            if self.starts < _FIRST:
-                return
-        elif self.starts == _WARM:
-            self.since = _now(pl_module.device)
-            return
-        elif self.starts < _WARM + self.steps:
-            return
-        else:
-            now = _now(pl_module.device)
-            self.racer.times.append(tuple((b - a) / self.steps for a, b in zip(self.since, now, strict=True)))
-            if len(self.racer.times) == self.rounds:
-                raise _EnoughError
-        self.starts = 0
-        self.racer.hand_over()
-
-
-class _EnoughError(Exception):
-    """Enough was measured."""
-
-
-@final
 class _OwnTime:
-    """The guard's clock, which stands still while others have their turn: it sets its snapshots by it."""
+    """The guard's clock, which stands still while it is off: it sets its snapshots by it."""
 
     def __init__(self) -> None:
-        self.paused = threading.local()
+        self.paused = 0.0
 
     def perf_counter(self) -> float:
-        return time.perf_counter() - getattr(self.paused, "seconds", 0.0)
-
-    def pause(self, seconds: float) -> None:
-        self.paused.seconds = getattr(self.paused, "seconds", 0.0) + seconds
-
-
-_OWN = _OwnTime()
-
-
-def _now(device: torch.device) -> tuple[float, float]:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter(), time.thread_time()
+        return time.perf_counter() - self.paused
 
 
 @final
-class Racer:
-    """One contender on one workload.
+class _Turns(Callback):
+    """Switches on and off at the end of steps, behind all other callbacks, and takes the time between."""
 
-    Attributes:
-        times: Seconds a step of each turn that counts: wall time, and time of its own thread.
-        trainer: The trainer, once it was made.
-    """
+    def __init__(self, contender: Contender, callbacks: list[Callback], steps: int, rounds: int) -> None:
+        self.times: Times = []
+        self._contender, self._callbacks = contender, callbacks
+        self._steps, self._rounds = steps, rounds
+        self._clock = _OwnTime()
+        self._course = self._go()
 
-    def __init__(self, contender: Contender, workload: Workload, folder: Path, device: str) -> None:
-        self.contender = contender
-        self.times: list[tuple[float, ...]] = []
-        self.turns = 0
-        self.error: str | None = None
-        self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, args=(workload, folder, device), daemon=True)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        ring.time = keeper.time = self._clock  # type: ignore[attr-defined, assignment]
+        self._trainer, self._device = trainer, pl_module.device
+        self._with = list(trainer.callbacks)
+        self._without = [callback for callback in trainer.callbacks if callback not in self._callbacks]
+        torch.autograd.set_detect_anomaly(self._contender.anomaly)
+        next(self._course)
 
-    @property
-    def alive(self) -> bool:
-        """Whether it has something left to do."""
-        return self._thread.is_alive()
+    def on_train_batch_end(self, *args: Any) -> None:
+        if next(self._course, None) is None:
+            self._trainer.should_stop = True
 
-    def turn(self) -> None:
-        """Let it move until it hands over or ends."""
-        if not self.turns and not self._thread.is_alive():
-            self._thread.start()
-        torch.autograd.set_detect_anomaly(self.contender.anomaly)
-        self._mine.release()
-        self._theirs.acquire()
+    def on_exception(self, *args: Any) -> None:
+        self._end()
+
+    def on_train_end(self, *args: Any) -> None:
+        self._end()
+
+    def _end(self) -> None:
         torch.autograd.set_detect_anomaly(False)
-        self.turns += 1
-        if self.error is not None:
-            raise RuntimeError(f"{self.contender.title} failed:\n{self.error}")
+        ring.time = keeper.time = time  # type: ignore[attr-defined]
 
-    def hand_over(self) -> None:
-        """Called from its own thread."""
-        since = time.perf_counter()
-        self._theirs.release()
-        self._mine.acquire()
-        _OWN.pause(time.perf_counter() - since)
+    def _go(self) -> Iterator[bool]:
+        # Goes on at the end of each step.
+        yield from [True] * _FIRST
+        first = random.Random(0)
+        for _ in range(self._rounds):
+            measured: dict[bool, tuple[float, float]] = {}
+            begins = first.random() < 0.5
+            for on in (begins, not begins):
+                self._switch(on)
+                since = time.perf_counter()
+                yield from [True] * _WARM
+                start = self._now()
+                yield from [True] * self._steps
+                end = self._now()
+                measured[on] = (end[0] - start[0]) / self._steps, (end[1] - start[1]) / self._steps
+                self._clock.paused += 0.0 if on else time.perf_counter() - since
+            self.times.append((measured[False], measured[True]))
+        self._switch(True)
 
-    def _run(self, workload: Workload, folder: Path, device: str) -> None:
-        self._mine.acquire()
-        try:
-            torch.manual_seed(0)
-            module = workload.make()
-            callbacks = [*self.contender.callbacks(folder), _Turns(self, workload.steps, workload.rounds)]
-            options = {"precision": workload.precision, **self.contender.options}
-            trainer = quiet_trainer(folder, callbacks, device, **options)
-            trainer.fit(module, workload.loader(100))
-        except _EnoughError:
-            pass
-        except BaseException:
-            self.error = traceback.format_exc()
-        finally:
-            self._theirs.release()
+    def _switch(self, on: bool) -> None:
+        # A new list: Lightning is walking over the old one.
+        self._trainer.callbacks = list(self._with if on else self._without)  # type: ignore[attr-defined]
+        self._contender.switch(self._trainer, self._callbacks, on)
+        torch.autograd.set_detect_anomaly(on and self._contender.anomaly)
+
+    def _now(self) -> tuple[float, float]:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter(), time.thread_time()
 
 
-def race(contenders: Mapping[str, Contender], workload: Workload, folder: Path, device: str) -> dict[str, Racer]:
-    """Let all of them run through all rounds, in another order each time."""
-    ring.time = keeper.time = _OWN  # type: ignore[attr-defined, assignment]
-    racers = {name: Racer(contender, workload, folder, device) for name, contender in contenders.items()}
-    order = list(racers.values())
-    shuffle = random.Random(0).shuffle
-    while any(len(racer.times) < workload.rounds for racer in order):
-        shuffle(order)
-        for racer in order:
-            racer.turn()
-    return racers
+def take_turns(
+    contender: Contender, workload: Workload, folder: Path, device: str, others: Sequence[Callback] = ()
+) -> Times:
+    """Let a contender be on and off by turns in one run; the times of each round.
+
+    Args:
+        contender: What is measured.
+        workload: What is trained.
+        folder: Where a callback may write.
+        device: ``"cpu"`` or ``"cuda"``.
+        others: Callbacks that are there all the time.
+
+    Raises:
+        RuntimeError: When the run fails.
+    """
+    torch.manual_seed(0)
+    module = workload.make()
+    callbacks = contender.callbacks(folder)
+    turns = _Turns(contender, callbacks, workload.steps, workload.rounds_of(contender.matters))
+    options = {"precision": workload.precision, **contender.options}
+    try:
+        quiet_trainer(folder, [*callbacks, *others, turns], device, **options).fit(module, workload.loader(100))
+    except Exception as error:
+        raise RuntimeError(f"{contender.title} failed on {workload.title}: {error!r}") from error
+    return turns.times
