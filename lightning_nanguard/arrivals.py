@@ -6,7 +6,7 @@ from collections import deque
 from typing import final
 
 from lightning_nanguard.batch_scope import BatchScope
-from lightning_nanguard.blocking import unscales_itself
+from lightning_nanguard.blocking import skips_on_device
 from lightning_nanguard.learner import Learner
 from lightning_nanguard.measure import PendingReading
 
@@ -37,7 +37,7 @@ class Arrivals:
     def defer(self, pending: PendingReading, scope: BatchScope) -> None:
         """Send a reading on its way; where the optimizer can, the device itself holds a bad update back."""
         optimizer = self._learner.optimizers[pending.stream]
-        if self._learner.scaler is None and unscales_itself(optimizer) and not self._observe:
+        if self._learner.scaler is None and skips_on_device(optimizer) and not self._observe:
             # Fused optimizers leave their state alone where this flag is set: decided without the host.
             bad = pending.is_bad(by_loss=self._by_loss)
             optimizer.found_inf, optimizer.grad_scale = bad, None  # type: ignore[attr-defined]

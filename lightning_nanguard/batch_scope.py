@@ -151,8 +151,11 @@ class BatchScope:
                 live = [buffers[i] for i in changed]
                 before = torch._C._nn.flatten_dense_tensors([memories[i] for i in changed])
                 now = torch._C._nn.flatten_dense_tensors(live)
-                right = torch.where(bad.to(now.device, non_blocking=True) != 0, before, now)
-                torch._foreach_copy_(live, torch._C._nn.unflatten_dense_tensors(right, live))
+                # Towards the host it must be waited for, or something else would be read.
+                right = torch.where(bad.to(now.device, non_blocking=now.is_cuda) != 0, before, now)
+                # Behind the version's back: a backward that is still to come may need them, and they are as they were.
+                behind = [buffer.data for buffer in live]
+                torch._foreach_copy_(behind, torch._C._nn.unflatten_dense_tensors(right, live))
 
     def undo(self, *, buffers: bool = True) -> None:
         """Put back what the batch touched; may be called once for each :meth:`open`, or again.

@@ -6,15 +6,21 @@ import math
 from functools import partial
 from typing import Any, final
 
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from lightning_nanguard.learner import Learner, Path
 from lightning_nanguard.snapshot import Snapshot, capture, restore
 
 
 def unscales_itself(optimizer: Optimizer) -> bool:
-    """Whether the optimizer takes scaled gradients and a ``found_inf`` flag (the fused ones)."""
+    """Whether a GradScaler leaves unscaling and skipping to the optimizer."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Whether the optimizer leaves a step out where a ``found_inf`` flag on the device says so (the fused ones)."""
+    # The state of a run without fused steps, loaded into an optimizer with them, turns them off in the groups alone.
+    return unscales_itself(optimizer) and all(group.get("fused", True) for group in optimizer.param_groups)
 
 
 @final
@@ -52,6 +58,22 @@ class Blocker:
             gradient = next((p.grad for p in self._parameters(stream) if p.grad is not None), None)
             if gradient is not None:
                 gradient.fill_(math.inf)
+
+    def cannot_skip(self, stream: int) -> bool:
+        """Whether the next update of an optimizer that skips on the device must not be left to that.
+
+        Fused SGD makes the momentum of a parameter in its first step, and leaves the memory as it found it where that
+        is skipped; the next step takes it for momentum.
+        """
+        optimizer = self._learner.optimizers[stream]
+        if not isinstance(optimizer, SGD):
+            return False
+        return any(
+            p.grad is not None and optimizer.state.get(p, {}).get("momentum_buffer") is None
+            for group in optimizer.param_groups
+            if group["fused"] and group["momentum"]
+            for p in group["params"]
+        )
 
     def undo(self) -> None:
         """Put back what the blocked optimizers changed without gradients."""

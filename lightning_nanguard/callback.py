@@ -17,6 +17,7 @@ from lightning_nanguard._compat.packages import GuardCallback, LightningModule, 
 from lightning_nanguard._compat.precision import grad_scaler
 from lightning_nanguard._compat.resuming import before_resuming
 from lightning_nanguard._compat.strategies import check_strategy
+from lightning_nanguard.blocking import skips_on_device
 from lightning_nanguard.bundle import Bundles, safetensors
 from lightning_nanguard.detectors import Detector, default_detectors, require
 from lightning_nanguard.engine import Settings
@@ -491,7 +492,7 @@ def _instances(name: str, given: Sequence[Any] | None, kind: type[Any], default:
 def _deferred(readback: str, trainer: Trainer, module: LightningModule) -> bool:
     if readback != "auto":
         return readback == "deferred"
-    fused = all(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in trainer.optimizers)
+    fused = all(map(skips_on_device, trainer.optimizers))
     return module.device.type == "cuda" and fused and grad_scaler(trainer) is None
 
 

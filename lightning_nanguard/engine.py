@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from lightning_nanguard.account import Account, Book
 from lightning_nanguard.arrivals import MAX_DELAY, Arrivals
 from lightning_nanguard.batch_scope import BatchScope
-from lightning_nanguard.blocking import Blocker, unscales_itself
+from lightning_nanguard.blocking import Blocker, skips_on_device, unscales_itself
 from lightning_nanguard.detectors import Detector
 from lightning_nanguard.diagnosis.clues import Look
 from lightning_nanguard.distributed import Alone, Ranks, first, surest
@@ -169,7 +169,7 @@ class Guard:
         self._host = host
         self._standing = Standing()
         self._streams = Streams(detectors)
-        self._meter = Meter(learner, host.micro_batches)
+        self._meter = Meter(learner, host.micro_batches, several=not host.stage.comparable())
         self._rehearsal = Rehearsal(learner, rate, host.stage, self._streams.scale, self._ranks)
         self._investigator = Investigator(
             learner, ring, rate, host.stage, self._rehearsal, compare=not settings.observe, ranks=self._ranks
@@ -272,15 +272,16 @@ class Guard:
             stream: Index of the optimizer about to step.
         """
         self._keeper.settle()
+        late = self._reads_late(stream)
         if self._many:
             self._hear(stream)
         elif self._settings.deferred:
-            self._read_arrived(stream)  # first: what is read late must find its batch's scope
+            self._read_arrived(stream, all_of_them=not late)  # first: what is read late must find its batch's scope
         if self._lazy and not self.learner.lazy():
             self._keep_start()
+            self._keeper.settle()
         self._standing.step += 1
-        measure = self._meter.measure if self._settings.deferred else self._meter.take
-        measured = measure(self._standing.step, stream)
+        measured = (self._meter.measure if late else self._meter.take)(self._standing.step, stream)
         self._meter.losses = []
         self._updated = True
         self._note_rate()
@@ -385,6 +386,7 @@ class Guard:
 
     def check(self) -> None:
         """Look at the state of now, and go back to the last good one if it is bad."""
+        self._keeper.settle()  # whoever asks may write to it next
         self.flush()
         bad, ranks = first(self._ranks, self._investigator.corrupt(self.learner.leaves()))
         if bad is None:
@@ -449,6 +451,8 @@ class Guard:
         """Let go of the optimizers."""
         self._arrivals.drop_flags()
         self.rate.detach()
+        # The guard and its host know each other: their memory would stay until the collector comes by.
+        self.ring.clear()
         self._ranks.close()
 
     def part(self) -> None:
@@ -477,8 +481,13 @@ class Guard:
         if rate is not None and (not self._rates or self._rates[-1][1] != rate):
             self._rates.append((self._standing.step, rate))
 
-    def _read_arrived(self, stream: int) -> None:
-        while not self._found and (late := self._arrivals.arrived(self._standing.step)) is not None:
+    def _reads_late(self, stream: int) -> bool:
+        # What a batch does to statistics must be looked at before its update, where such a batch has been seen.
+        return self._settings.deferred and not self._keeper.watches_statistics and not self._blocker.cannot_skip(stream)
+
+    def _read_arrived(self, stream: int, *, all_of_them: bool = False) -> None:
+        due = self._standing.step + MAX_DELAY if all_of_them else self._standing.step
+        while not self._found and (late := self._arrivals.arrived(due)) is not None:
             self._detect_late(*late, stream)
 
     def _detect_late(self, pending: PendingReading, scope: BatchScope, stepping: int | None) -> None:
@@ -494,6 +503,7 @@ class Guard:
             self._arrivals.defer(measured, self._scopes[0])
             self._post_queued(1)
             return
+        self._post_queued(0)
         reading = Reading(self._standing.step, stream, None, None) if measured is None else measured
         suspects = self._exchange.suspects(reading)
         sent = self._exchange.tell(reading, self._scopes[0], suspects=suspects, trial=trial)
@@ -653,7 +663,7 @@ class Guard:
 
     def _judge_sooner(self, found: _Found) -> None:
         # Nothing is on its way any more: the restore has forgotten it.
-        holds_back = unscales_itself(self.learner.optimizers[found.reading.stream])
+        holds_back = skips_on_device(self.learner.optimizers[found.reading.stream])
         if not found.reached or holds_back or not self._settings.deferred:
             return
         self._undone += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from typing import final
 
@@ -20,9 +20,11 @@ class Glance:
 
     Args:
         tensors: What must be finite, and may not have grown beyond measure since an older glance.
+        wide: Paths of tensors with so many elements that their norm does not tell whether one has grown: the largest
+            element is sent too.
     """
 
-    def __init__(self, tensors: Iterable[tuple[Path, Tensor]]) -> None:
+    def __init__(self, tensors: Iterable[tuple[Path, Tensor]], wide: Collection[Path] = ()) -> None:
         groups: dict[tuple[torch.device, torch.dtype], list[tuple[Path, Tensor]]] = {}
         for path, tensor in tensors:
             if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel():
@@ -30,8 +32,13 @@ class Glance:
                 groups.setdefault((values.device, values.dtype), []).append((path, values))
         self._norms = [
             (
-                [(path, values.numel()) for path, values in group],
-                Parcel(torch.stack(each_norm([values for _, values in group]))),
+                [(path, values.numel(), path in wide) for path, values in group],
+                Parcel(
+                    torch.stack(
+                        each_norm([values for _, values in group])
+                        + each_norm([values for path, values in group if path in wide], math.inf)
+                    )
+                ),
             )
             for group in groups.values()
         ]
@@ -40,29 +47,35 @@ class Glance:
         """Whether reading it would not wait for a device."""
         return all(parcel.arrived() for _, parcel in self._norms)
 
-    def fine(self, before: Mapping[Path, float], factor: float) -> bool:
-        """Whether all is surely finite, and no element can have grown ``factor`` times, above 1.
+    def beyond(self, before: Mapping[Path, float], factor: float) -> set[Path]:
+        """Paths of tensors of which it is not sure that they are finite, and that no element has grown too far.
 
         Args:
             before: The older glance's :attr:`typical`.
-            factor: Growth of a tensor's largest element that would be too much.
+            factor: Growth of a tensor's largest element, above 1, that would be too much.
         """
         # A largest element m lies between the root mean square and the norm: no jump of m goes unseen.
-        return all(norm <= factor * max(before.get(path, self.typical[path]), 1.0) for path, _, norm in self._numbers)
+        return {
+            path
+            for path, _, norm, largest in self._numbers
+            if not (norm < math.inf and largest <= factor * max(before.get(path, self.typical[path]), 1.0))
+        }
 
     @cached_property
     def typical(self) -> dict[Path, float]:
         """Root mean square of each tensor; of the smallest one where a path holds several."""
         found: dict[Path, float] = {}
-        for path, elements, norm in self._numbers:
+        for path, elements, norm, _ in self._numbers:
             size = norm / math.sqrt(elements)
             found[path] = min(size, found.get(path, size))
         return found
 
     @cached_property
-    def _numbers(self) -> list[tuple[Path, int, float]]:
-        return [
-            (path, elements, norm)
-            for about, parcel in self._norms
-            for (path, elements), norm in zip(about, parcel.read(), strict=True)
-        ]
+    def _numbers(self) -> list[tuple[Path, int, float, float]]:
+        found = []
+        for about, parcel in self._norms:
+            numbers = parcel.read()
+            largest = iter(numbers[len(about) :])
+            for (path, elements, wide), norm in zip(about, numbers, strict=False):
+                found.append((path, elements, norm, next(largest) if wide else norm))
+        return found

@@ -78,6 +78,7 @@ class Keeper:
         self._ranks: Ranks = Alone() if ranks is None else ranks
         self._judgement = Judgement()
         self._glance = Glance(())
+        self._wide: set[Path] = set()
         self._heard: Sequence[Report] = ()
         self._equal = False
         self._were_equal: set[str] = set()
@@ -89,6 +90,7 @@ class Keeper:
         self._choose = choose
         self._said = 0
         self._courier = Courier()
+        self._overlap = True
         self._taking: tuple[Any, Any] | None = None
         self._interval = Interval(every)
         self._every = self._interval.updates
@@ -128,7 +130,7 @@ class Keeper:
             self._choose_place(leaves)
         began = _event(leaves)
         try:
-            snapshot = self._copy(step, global_step, leaves)
+            snapshot = self._copy(step, global_step, leaves, self._place(leaves))
         except torch.cuda.OutOfMemoryError:
             _logger.warning(
                 "NaNGuard: the device has no room for another snapshot at step %d. From now on snapshots lie in host "
@@ -137,12 +139,12 @@ class Keeper:
             )
             if self._ranks.world == 1:
                 self._ring.shed()  # else ranks would no longer hold the same snapshots
-            self._device = torch.device("cpu")
-            snapshot = self._copy(step, global_step, leaves)
+            self._device, self._choose = torch.device("cpu"), False
+            snapshot = self._copy(step, global_step, leaves, self._device)
         snapshot.rate = rate
         self._ring.add(snapshot)
         # At the live state, whose values the snapshot has: it may lie far away, and not be there yet.
-        self._glance = Glance(self._investigator.to_be_finite(leaves.items()))
+        self._glance = Glance(self._investigator.to_be_finite(leaves.items()), self._wide)
         if self._ranks.world > 1:
             snapshot.wait()
             sums = (0, 0) if self._ranks.sharded else checksums(snapshot.leaves)
@@ -159,18 +161,26 @@ class Keeper:
         """Before an update: what is still being copied must be, and must not have been written to."""
         if not self._courier.settle():
             self._ring.drop_pending()
+            # Who has done so once, in forward or in a callback, does so again.
+            self._overlap = False
 
     def _choose_place(self, leaves: Mapping[Path, Any]) -> None:
         # After the first updates: activations have had their peak, and moments are there.
         self._choose = False
-        device = next((leaf.device for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.is_cuda), None)
+        device = _cuda(leaves)
         if device is None or self._device is not None or self._ranks.world > 1:
             return
-        # One more is pending, and the one the fit began with is there already, without its moments.
-        needed = sum(size(leaf) for leaf in leaves.values() if isinstance(leaf, Tensor)) * (self._ring.capacity + 1)
-        there = sum(snapshot.nbytes() for snapshot in self._ring.certified)
-        if not Room.of(device).fits(needed - there):
+        # One more is pending, and the one the fit began with may be there already, without its moments.
+        there = sum(snapshot.nbytes() for snapshot in self._ring.certified if not snapshot.homes)
+        if not Room.of(device).fits(_bytes(leaves) * (self._ring.capacity + 1) - there):
             self._device = torch.device("cpu")
+
+    def _place(self, leaves: Mapping[Path, Any]) -> torch.device | None:
+        device = _cuda(leaves)
+        if device is None or not self._choose or self._device is not None or self._ranks.world > 1:
+            return self._device
+        # What room there is shows only after the first updates, which may need it all.
+        return None if Room.of(device).hardly_sees(_bytes(leaves)) else torch.device("cpu")
 
     def _say(self, snapshot: Snapshot) -> None:
         # Twice measured, the interval stands.
@@ -204,20 +214,25 @@ class Keeper:
             return self._glance.arrived()
         return all(one.judged == pending.step for one in self._heard)
 
-    def _copy(self, step: int, global_step: int, leaves: Mapping[Path, Any]) -> Snapshot:
+    def _copy(self, step: int, global_step: int, leaves: Mapping[Path, Any], device: torch.device | None) -> Snapshot:
         take = partial(
-            capture, self._learner, step=step, global_step=global_step, device=self._device, reuse=self._ring.spare()
+            capture, self._learner, step=step, global_step=global_step, device=device, reuse=self._ring.spare()
         )
-        on_cuda = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.is_cuda]
-        if self._device is None or self._device.type != "cpu" or not on_cuda:
+        on_cuda = {leaf.device for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.is_cuda}
+        if device is None or device.type != "cpu" or not on_cuda:
             return take(leaves=leaves.items())
-        # Forward writes to buffers, and other callbacks to averages, before the next update.
-        soon = [(path, leaf) for path, leaf in leaves.items() if path[0] in ("buffer", "average")]
-        later = [(path, leaf) for path, leaf in leaves.items() if path[0] not in ("buffer", "average")]
+        if not self._overlap:
+            snapshot = take(leaves=leaves.items())
+            snapshot.done = [torch.cuda.current_stream(one).record_event() for one in on_cuda]
+            return snapshot
+        soon = [(path, leaf) for path, leaf in leaves.items() if _changes_soon(path, leaf)]
+        later = [(path, leaf) for path, leaf in leaves.items() if not _changes_soon(path, leaf)]
         snapshot = take(leaves=soon)
 
         def copy() -> None:
-            snapshot.leaves.update(take(leaves=later).leaves)
+            rest = take(leaves=later)
+            snapshot.leaves.update(rest.leaves)
+            snapshot.homes.update(rest.homes)
 
         snapshot.done = self._courier.send(copy, [leaf for _, leaf in later if isinstance(leaf, Tensor)])
         return snapshot
@@ -225,15 +240,16 @@ class Keeper:
     def _look(self, pending: Snapshot, healthy_steps: int) -> Fault | None:
         pending.typical = self._glance.typical
         before = self._ring.certified[0].typical if self._ring.certified else {}
-        fine = self._glance.fine(before, _far(healthy_steps, _FAR_WEIGHT))
-        return None if fine else self._objection(pending, healthy_steps)
+        self._wide |= (beyond := self._glance.beyond(before, _far(healthy_steps, _FAR_WEIGHT)))
+        return self._objection(pending, healthy_steps) if beyond else None
 
     def objection(self, pending: Snapshot, healthy_steps: int) -> tuple[Fault | None, tuple[int, ...]]:
         """What speaks against certifying ``pending``, ``None`` if nothing does, and to which ranks."""
         if self._ranks.world == 1:
             started = time.perf_counter()
-            if self._taking is not None and self._taking[1].query():
-                self._interval.certified(self._taking[0].elapsed_time(self._taking[1]) / 1e3)
+            waited = self._courier.waited()
+            if self._taking is not None and self._taking[1].query() and waited is not None:
+                self._interval.took_device(self._taking[0].elapsed_time(self._taking[1]) / 1e3 + waited)
             fault = self._look(pending, healthy_steps)
             self._interval.certified(time.perf_counter() - started)
             return fault, ()
@@ -336,9 +352,22 @@ def _far(healthy_steps: int, usual: float = _FAR) -> float:
     return usual if healthy_steps > _SETTLED else _FAR_EARLY
 
 
+def _cuda(leaves: Mapping[Path, Any]) -> torch.device | None:
+    return next((leaf.device for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.is_cuda), None)
+
+
+def _bytes(leaves: Mapping[Path, Any]) -> int:
+    return sum(size(leaf) for leaf in leaves.values() if isinstance(leaf, Tensor))
+
+
+def _changes_soon(path: Path, leaf: Any) -> bool:
+    # Forward writes to buffers, and others to averages and to a teacher, before the next update.
+    return path[0] in ("buffer", "average") or (path[0] == "parameter" and not leaf.requires_grad)
+
+
 def _event(leaves: Mapping[Path, Any]) -> Any:
     # What a device does takes its own time, which the host's clock does not see.
-    device = next((leaf.device for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.is_cuda), None)
+    device = _cuda(leaves)
     if device is None:
         return None
     return torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]

@@ -97,10 +97,9 @@ def partial_norms(values: list[Tensor]) -> list[Tensor]:
     return norms
 
 
-def each_norm(values: list[Tensor]) -> list[Tensor]:
-    """2-norm of each of several dense tensors of one kind, 0-dim."""
-    dtype = _WIDER.get(values[0].dtype)
-    return list(torch._foreach_norm(values) if dtype is None else torch._foreach_norm(values, 2, dtype))
+def each_norm(values: list[Tensor], order: float = 2.0) -> list[Tensor]:
+    """A norm of each of several dense tensors of one kind, none of them empty; 0-dim."""
+    return list(torch._foreach_norm(values, order, _WIDER.get(values[0].dtype))) if values else []
 
 
 def total_norm(norms: Sequence[Tensor]) -> Tensor:

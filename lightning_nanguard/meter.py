@@ -31,11 +31,13 @@ class Meter:
     Args:
         learner: What is trained.
         micro_batches: By how many micro-batches the loss is divided.
+        several: Whether an update may have several losses even so, as under manual optimization.
     """
 
-    def __init__(self, learner: Learner, micro_batches: Callable[[], int]) -> None:
+    def __init__(self, learner: Learner, micro_batches: Callable[[], int], *, several: bool = False) -> None:
         self._learner = learner
         self._micro_batches = micro_batches
+        self._several = several
         self._measured: dict[int, int] = {}
         self._among = 1
         self.losses: list[Tensor] = []
@@ -44,8 +46,8 @@ class Meter:
         """Take the loss of one backward, as it is given to it."""
         self._among = self._micro_batches()
         loss = loss.detach()
-        # A captured graph writes the next micro-batch's loss to the same place.
-        self.losses.append(loss.clone() if self._among > 1 else loss)
+        # A captured graph writes the next loss to the same place.
+        self.losses.append(loss.clone() if self._several or self._among > 1 else loss)
 
     def measure(self, step: int, stream: int) -> PendingReading | None:
         """Loss and gradient of update ``step``, on their way; ``None`` where there is neither."""

@@ -10,6 +10,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from lightning_nanguard.measure import local
+
 # Share of a device's memory that is left free: batches differ in size, and the allocator's blocks do not fit exactly.
 _RESERVE = 0.05
 
@@ -45,6 +47,10 @@ class Room:
         """
         return nbytes <= self.free + self.cached - self.peak - _RESERVE * self.total
 
+    def hardly_sees(self, nbytes: float) -> bool:
+        """Whether so much makes no difference."""
+        return nbytes <= _RESERVE * self.total
+
 
 @final
 class Courier:
@@ -57,12 +63,13 @@ class Courier:
     def __init__(self) -> None:
         self._streams: dict[torch.device, Any] = {}
         self._under_way: list[tuple[Any, torch.device]] = []
-        self._written: list[tuple[Tensor, int]] = []
+        self._sources: list[_Source] = []
+        self._waits: list[tuple[Any, Any]] = []
 
     def send(self, copy: Callable[[], Any], tensors: Collection[Tensor]) -> list[Any]:
         """Launch ``copy``, which reads ``tensors`` of CUDA devices; the events that say when it is done."""
-        # They are kept until then, so that their memory is not given to somebody else.
-        self._written = [(tensor, tensor._version) for tensor in tensors]
+        self._sources = [_Source.of(tensor) for tensor in tensors]
+        self._waits = []
         with ExitStack() as stack:
             for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
                 side = self._side(device)
@@ -82,10 +89,42 @@ class Courier:
 
     def settle(self) -> bool:
         """Let the run's stream wait for what is under way, without the host; whether nobody wrote to it meanwhile."""
-        if not self._written:
+        if not self._sources:
             return True
         for event, device in self._under_way:
-            torch.cuda.current_stream(device).wait_event(event)
-        intact = all(tensor._version == version for tensor, version in self._written)
-        self._under_way, self._written = [], []
+            stream = torch.cuda.current_stream(device)
+            before = stream.record_event(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+            stream.wait_event(event)
+            after = stream.record_event(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+            self._waits.append((before, after))
+        intact = all(source.is_as_it_was() for source in self._sources)
+        self._under_way, self._sources = [], []
         return intact
+
+    def waited(self) -> float | None:
+        """Seconds that the run's stream waited for the last copy, ``None`` where that is not known yet."""
+        if self._sources or not all(after.query() for _, after in self._waits):
+            return None
+        return max([before.elapsed_time(after) / 1e3 for before, after in self._waits], default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A tensor that is being copied.
+
+    Attributes:
+        tensor: The tensor itself.
+        memory: Its numbers, which are not given to somebody else while this is there, whatever becomes of the tensor.
+        version: Of its numbers when the copy began. Writes through ``.data`` leave it as it is.
+    """
+
+    tensor: Tensor
+    memory: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Source:
+        return cls(tensor, local(tensor).detach(), tensor._version)
+
+    def is_as_it_was(self) -> bool:
+        return self.tensor._version == self.version and local(self.tensor).data_ptr() == self.memory.data_ptr()

@@ -76,6 +76,12 @@ class Ring:
         if len(self.certified) > self.capacity:
             self._recycle(self.certified.pop(self._least_worth(margin, keep_oldest)))
 
+    def clear(self) -> None:
+        """Let go of all memory."""
+        self.pending = None
+        self.certified.clear()
+        self._spare.clear()
+
     def good(self, sound: int | None, scale: float) -> Snapshot | None:
         """The certified snapshot to compare with; ``None`` without one.
 
@@ -136,6 +142,7 @@ class Interval:
         self._update = 0.0
         self._capturing = 0.0
         self._certifying = 0.0
+        self._on_device = 0.0
         self._mark = time.perf_counter()
         self.updates = every if every is not None else self._first
 
@@ -161,7 +168,7 @@ class Interval:
             return
         self._update = _least(update, self._update)
         self._capturing = _least(ended - started, self._capturing)
-        cost = (self._capturing + self._certifying) / self._update
+        cost = (self._capturing + self._certifying + self._on_device) / self._update
         wanted = max(cost / self._share, math.sqrt(2 * cost * made))
         # In powers of two: small differences must not move it.
         power = 1 << max(0, math.ceil(math.log2(max(wanted, 1.0))))
@@ -170,6 +177,10 @@ class Interval:
     def certified(self, seconds: float) -> None:
         """A pending snapshot was looked at for so long."""
         self._certifying = _least(seconds, self._certifying)
+
+    def took_device(self, seconds: float) -> None:
+        """A capture has taken the device, which the host's clock does not see, for so long."""
+        self._on_device = _least(seconds, self._on_device)
 
 
 def _least(seconds: float, before: float) -> float:

@@ -191,9 +191,9 @@ class Run:
 
     def close(self) -> None:
         """Let go of the trainer."""
-        self.guard.close()
         if self.last_good is not None:
             self.last_good.end()
+        self.guard.close()
         while self._undos:
             self._undos.pop()()
         self._journal.close()

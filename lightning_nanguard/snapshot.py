@@ -22,14 +22,25 @@ def _clone(value: Any, device: torch.device | None) -> Any:
         if device is None:
             return value.clone()
         if value.is_cuda and device.type == "cpu" and value.layout == torch.strided:
-            # Pinned: only there a copy goes on while the run does.
-            return torch.empty_like(value, device=device, pin_memory=True).copy_(value, non_blocking=True)
+            return _pinned_like(value).copy_(value, non_blocking=True)
         return value.to(device, copy=True)
     if isinstance(value, dict):
         return {key: _clone(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(_clone(item, device) for item in value)
     return copy.deepcopy(value)
+
+
+def _pinned_like(value: Tensor) -> Tensor:
+    # Only to pinned memory a copy goes on while the run does; a host may have a limit for it.
+    try:
+        return torch.empty_like(value, device="cpu", pin_memory=True)
+    except RuntimeError:
+        return torch.empty_like(value, device="cpu")
+
+
+def _home(value: Any) -> torch.device | None:
+    return next((tensor.device for tensor in _tensors(value)), None)
 
 
 def writable(tensor: Tensor) -> bool:
@@ -98,6 +109,7 @@ class Snapshot:
         healthy: Healthy readings seen since.
         typical: Root mean square of each tensor, from its :class:`~lightning_nanguard.glance.Glance`.
         done: Events that say when a copy to the host has arrived.
+        homes: Where the originals lie, if the copies lie elsewhere.
     """
 
     step: int
@@ -109,6 +121,7 @@ class Snapshot:
     healthy: int = 0
     typical: dict[Path, float] = field(default_factory=dict)
     done: list[Any] = field(default_factory=list)
+    homes: dict[Path, torch.device] = field(default_factory=dict)
 
     def wait(self) -> None:
         """Let the host wait until it is there."""
@@ -194,7 +207,7 @@ def to_be_finite(
             if mask is None or mask.shape != tensor.shape:
                 yield path, tensor
             else:
-                yield path, tensor.masked_fill(mask.to(tensor.device, non_blocking=True), 0)
+                yield path, tensor.masked_fill(mask.to(tensor.device, non_blocking=tensor.is_cuda), 0)
 
 
 def _allowance(path: Path, allowed: Mapping[Path, Tensor]) -> Tensor | None:
@@ -237,8 +250,11 @@ def capture(
     copied: dict[Path, Any] = {}
     targets: list[Tensor] = []
     sources: list[Tensor] = []
+    homes: dict[Path, torch.device] = {}
     for path, live in learner.leaves() if leaves is None else leaves:
         memory = old.get(path)
+        if device is not None and (home := _home(live)) is not None:
+            homes[path] = home
         if isinstance(memory, Tensor) and _fits(live, memory) and memory.device == (device or live.device):
             targets.append(memory)
             sources.append(live)
@@ -247,7 +263,7 @@ def capture(
             copied[path] = _clone(live, device)
     _copy_all(targets, sources)
     scaler = dict(learner.scaler.state_dict()) if learner.scaler is not None else None
-    return Snapshot(step, global_step, copied, scaler)
+    return Snapshot(step, global_step, copied, scaler, homes=homes)
 
 
 def restore(learner: Learner, snapshot: Snapshot, *, keep: Callable[[Path], bool] | None = None) -> None:
@@ -264,7 +280,7 @@ def restore(learner: Learner, snapshot: Snapshot, *, keep: Callable[[Path], bool
     names = learner.parameter_names()
     for index, optimizer in enumerate(learner.optimizers):
         if keep is None or keep(("optimizer", index)):
-            _restore_optimizer(optimizer, index, learner.stepped(index), names, saved, pairs)
+            _restore_optimizer(optimizer, index, learner.stepped(index), names, saved, snapshot.homes, pairs)
     if keep is None:
         averages = ((path, live) for path, live in learner.averages() if _fits(live, saved.get(path)))
         pairs += [(live, saved[path]) for path, live in averages]
@@ -301,12 +317,13 @@ def _restore_optimizer(
     stepped: Iterable[Tensor],
     names: Mapping[int, str],
     saved: Mapping[Path, Any],
+    homes: Mapping[Path, torch.device],
     pairs: list[tuple[Tensor, Tensor]],
 ) -> None:
-    wanted: dict[str, dict[Any, Any]] = {}
+    wanted: dict[str, dict[Any, tuple[Any, torch.device | None]]] = {}
     for path, value in saved.items():
         if path[:2] == ("optimizer", index):
-            wanted.setdefault(path[2], {})[path[3]] = value
+            wanted.setdefault(path[2], {})[path[3]] = value, homes.get(path)
     for parameter in stepped:
         entries = wanted.get(names.get(id(parameter), f"#{id(parameter)}"))
         if not entries:
@@ -315,24 +332,29 @@ def _restore_optimizer(
         state = optimizer.state[parameter]
         for key in [key for key in state if key not in entries]:
             del state[key]
-        for key, value in entries.items():
-            _put(state, key, value, pairs, like=parameter)
+        for key, (value, home) in entries.items():
+            _put(state, key, value, home, pairs, like=parameter)
     for number, group in enumerate(optimizer.param_groups):
         known = {path[3]: value for path, value in saved.items() if path[:3] == ("group", index, number)}
         for key in [key for key in group if known and key not in known and key not in CLOCK_KEYS]:
             del group[key]
         for key, value in known.items():
-            _put(group, key, value, pairs)
+            _put(group, key, value, homes.get(("group", index, number, key)), pairs)
 
 
 def _put(
-    owner: dict[Any, Any], key: Any, value: Any, pairs: list[tuple[Tensor, Tensor]], like: Tensor | None = None
+    owner: dict[Any, Any],
+    key: Any,
+    value: Any,
+    home: torch.device | None,
+    pairs: list[tuple[Tensor, Tensor]],
+    like: Tensor | None = None,
 ) -> None:
     live = owner.get(key)
     if isinstance(live, Tensor) and _fits(live, value):
         pairs.append((live, value))
     else:
-        made = _clone(value, live.device if isinstance(live, Tensor) else None)
+        made = _clone(value, live.device if isinstance(live, Tensor) else home)
         owner[key] = made if like is None else _sharded_like(made, like)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.measure import Parcel, PendingReading
@@ -25,10 +26,12 @@ from tests.helpers import (
     data_for,
     differences,
     fit,
+    learner_of,
     mlp,
     non_finite,
     state_of,
     task,
+    trainer_for,
     with_nan,
     words,
 )
@@ -164,6 +167,84 @@ def test_late_skips_are_exact(kind: str, bad: list[int], tmp_path: Path) -> None
     for part in ("parameters", "buffers", "optimizers"):
         assert differences(one[part], other[part]) == []
     assert [(i.global_step, i.batch_idx, i.updates_lost) for i in guard.interventions] == [(b + 1, b, 0) for b in bad]
+
+
+@pytest.mark.usefixtures("late")
+@pytest.mark.parametrize("bad", [[0], [0, 1], [0, 1, 5], [5]], ids=str)
+def test_momentum_that_a_skipped_step_would_have_begun(bad: list[int], tmp_path: Path) -> None:
+    """Fused SGD leaves uninitialised memory as momentum where its first step is skipped on the device: that one is
+    read before it is made."""
+
+    def momentum(parameters: list[nn.Parameter]) -> optim.Optimizer:
+        return optim.SGD(parameters, lr=0.02, momentum=0.9, dampening=0.1, fused=True)
+
+    data = data_for("norm", 12)
+    guard = NaNGuard(snapshot_every_n_steps=3, readback="deferred")
+    guarded = fit(task("norm", momentum), data, guard, folder=tmp_path, callbacks=[FaultAt("input", math.nan, bad)])
+    never = fit(task("norm", momentum), without(data, *bad), folder=tmp_path)
+    assert words(guard) == [("skip",)] * len(bad)
+    one, other = left_behind(guarded), left_behind(never)
+    for part in ("parameters", "buffers", "optimizers"):
+        assert differences(one[part], other[part]) == []
+
+
+@pytest.mark.usefixtures("late")
+def test_one_forward_that_two_optimizers_learn_from(tmp_path: Path) -> None:
+    """What a generator made serves both losses of a GAN: that batch norm's statistics are decided on behind the first
+    step must not stand in the way of the second backward."""
+    ended = []
+    for guard in (None, NaNGuard(snapshot_every_n_steps=3, readback="deferred")):
+        torch.manual_seed(0)
+        run = fit(SharedForward(), batches(count=24), guard, folder=tmp_path)
+        ended.append(state_of(run))
+    assert differences(*ended) == []
+
+
+class SharedForward(Task):
+    """A GAN in small, whose generator runs once a batch."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp(norm=True))
+        self.automatic_optimization = False
+        self.judge = nn.Linear(2, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        judging, making = self.optimizers()
+        made = self.net(batch[0])
+        for optimizer, shown, wanted in ((judging, made.detach(), 0.0), (making, made, 1.0)):
+            optimizer.zero_grad()
+            self.manual_backward((self.judge(shown) - wanted).square().mean())
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [fused(list(part.parameters())) for part in (self.judge, self.net)]
+
+
+@pytest.mark.usefixtures("late")
+def test_gone_on_with_a_fused_optimizer(tmp_path: Path) -> None:
+    """The state of a run without fused steps turns them off where it is loaded, though the optimizer was made with
+    them: nothing is held back on the device then, and a bad update is undone."""
+    kept = tmp_path / "kept.ckpt"
+    first = fit(task("norm", plain), data_for("norm", 12), folder=tmp_path)
+    first.trainer.save_checkpoint(kept)
+    guard = NaNGuard(snapshot_every_n_steps=3, readback="deferred")
+    fault = FaultAt("input", math.nan, 8)
+    trainer, module = trainer_for(tmp_path, guard, [fault], max_epochs=2, limit_val_batches=0), task("norm", fused)
+    loader = DataLoader(data_for("norm", 12), batch_size=None)
+    trainer.fit(module, loader, loader, ckpt_path=kept)
+    assert words(guard) == [("restore",)]
+    assert non_finite(learner_of(trainer, module)) == []
+
+
+@pytest.mark.usefixtures("late")
+def test_statistics_that_batches_spoil_are_watched_before_updates(tmp_path: Path) -> None:
+    """A finite batch that ruins batch norm's statistics is undone once it shows; from then on such a batch is skipped,
+    though numbers come late."""
+    guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
+    fault = FaultAt("input", 1e15, [130, 145, 160])
+    run = fit(task("norm", plain), data_for("norm", 180), guard, folder=tmp_path, callbacks=[fault])
+    assert words(guard)[-2:] == [("skip",), ("skip",)]
+    assert max(float(buffer.abs().max()) for buffer in run.module.buffers()) < 1e6
 
 
 @pytest.mark.usefixtures("late")

@@ -12,9 +12,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from pytorch_lightning import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_nanguard import NaNGuard
 from lightning_nanguard.batch_scope import BatchScope
 from lightning_nanguard.learner import Learner, describe
 from lightning_nanguard.measure import (
@@ -30,7 +32,7 @@ from lightning_nanguard.measure import (
 )
 from lightning_nanguard.ring import Interval, Ring
 from lightning_nanguard.snapshot import Snapshot, allowances, capture, corrupt, restore
-from tests.helpers import copied, same_bits
+from tests.helpers import copied, data_for, fit, same_bits, task
 
 
 class Net(nn.Module):
@@ -417,6 +419,59 @@ def test_what_is_written_to_while_it_is_copied_is_no_snapshot() -> None:
     weight.add_(1.0)
     assert not courier.settle()
     assert courier.settle(), "and it is forgotten"
+    courier.send(lambda: None, [weight])
+    weight.data = torch.zeros(3)
+    assert not courier.settle()
+    assert courier.waited() == 0.0
+
+
+def test_a_glance_at_a_wide_tensor_is_as_sharp() -> None:
+    """The norm of a large embedding lies beyond what one element may be: once that was seen its largest element is sent
+    too, and what is wrong with it shows as before."""
+    from lightning_nanguard.glance import Glance
+
+    wide, narrow = ("parameter", "embedding"), ("parameter", "bias")
+    state = {wide: torch.ones(2_000_000), narrow: torch.ones(10)}
+    first = Glance(state.items())
+    assert first.beyond({}, 1e3) == {wide}
+    for value, bad in ((1.0, set()), (999.0, set()), (1001.0, {wide}), (math.nan, {wide}), (-math.inf, {wide})):
+        state[wide][12_345] = value
+        assert Glance(state.items(), {wide}).beyond(first.typical, 1e3) == bad
+        assert Glance(state.items(), {wide}).typical[narrow] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["tensors", "lists of tensors"])
+def test_what_was_moved_comes_back_to_its_device(several: bool) -> None:
+    """A snapshot that lies elsewhere knows where the originals lay, also of what an optimizer has forgotten since."""
+    net, optimizer, learner = made("lbfgs" if several else "adam")
+    train(net, optimizer, 3, seed=1)
+    taken = capture(learner, step=0, global_step=0, device=torch.device("cpu"))
+    tensors = {path for path, leaf in taken.leaves.items() if isinstance(leaf, torch.Tensor)}
+    assert set(taken.homes) >= tensors
+    before = copied(optimizer.state_dict()["state"])
+    assert before
+    optimizer.state.clear()
+    restore(learner, taken)
+    assert same_bits(optimizer.state_dict()["state"], before)
+    assert capture(learner, step=0, global_step=0).homes == {}
+
+
+def test_nothing_is_held_after_a_fit(tmp_path: Path) -> None:
+    """Snapshots are let go of at the end of a fit, not when the garbage collector comes by."""
+    rings = []
+
+    class Look(Callback):
+        def on_train_end(self, *args: Any) -> None:
+            assert guard._run is not None
+            rings.append(guard._run.guard.ring)
+            assert rings[0].certified
+
+    guard = NaNGuard(snapshot_every_n_steps=2)
+    fit(task(), data_for("mlp", 12), guard, folder=tmp_path, callbacks=[Look()])
+    (ring,) = rings
+    assert ring.certified == []
+    assert ring.pending is None
+    assert ring.spare() is None
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,8 +45,11 @@ def no_sync(monkeypatch: pytest.MonkeyPatch, after: int = 5) -> Iterator[list[st
             if batches[0] <= after:
                 return hook(*args, **kwargs)
             before = torch.cuda.get_sync_debug_mode()
-            torch.cuda.set_sync_debug_mode("error")
             try:
+                with warnings.catch_warnings():
+                    # That it is a prototype, once.
+                    warnings.simplefilter("ignore")
+                    torch.cuda.set_sync_debug_mode("error")
                 entered.append(name)
                 return hook(*args, **kwargs)
             finally:
@@ -97,8 +101,17 @@ def test_a_late_rollback_says_what_it_costs(tmp_path: Path) -> None:
     assert all(bool(torch.isfinite(tensor).all()) for tensor in ended["weights"].values())
 
 
-def test_snapshots_in_host_memory_are_pinned_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copied beside the run, each snapshot holds the weights of its own step, in pinned memory that is used again."""
+@pytest.mark.parametrize("averaged", [False, True])
+def test_snapshots_in_host_memory_are_pinned_and_whole(
+    averaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copied beside the run, each snapshot holds the weights of its own step, in pinned memory that is used again; also
+    where averages take the weights' place, right behind a batch, to be validated."""
+    others: list[Callback] = []
+    options: dict[str, Any] = {}
+    if averaged:
+        others.append(pytest.importorskip("pytorch_lightning.callbacks.weight_averaging").WeightAveraging())
+        options = {"val_check_interval": 2, "limit_val_batches": 2, "num_sanity_val_steps": 0}
     expected: dict[int, Tensor] = {}
     places: set[int] = set()
     take = Keeper.capture
@@ -120,13 +133,13 @@ def test_snapshots_in_host_memory_are_pinned_and_whole(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Keeper, "capture", taken)
     guard = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=2, snapshot_device="cpu")
-    train(data(), True, guard, [Compare()])
+    train(data(), True, guard, [Compare(), *others], **options)
     assert len(expected) > 8
     assert len(places) == 3
 
 
 def test_memory_does_not_grow(tmp_path: Path) -> None:
-    """After the ring is full, the device's allocations stay as they are."""
+    """After the ring is full, the device's allocations stay as they are, but for the few numbers on their way."""
     seen: list[int] = []
 
     class Look(Callback):
@@ -134,7 +147,7 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
             seen.append(torch.cuda.memory_allocated())
 
     train(data() * 5, True, NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=3), [Look()])
-    assert max(seen[100:]) <= max(seen[40:100])
+    assert max(seen[100:]) <= max(seen[40:100]) + (64 << 10)
 
 
 def test_the_place_is_chosen_from_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

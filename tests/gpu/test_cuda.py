@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard
+from lightning_nanguard.learner import Learner
+from lightning_nanguard.snapshot import capture, restore
 from tests.helpers import same_bits
 
+DEVICE = "cuda"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
@@ -34,8 +37,38 @@ class Net(LightningModule):
         self.log("loss", loss, on_epoch=True)
         return loss
 
+    def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return (self.net(batch) - batch.sum(1, keepdim=True)).square().mean()
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-2, fused=self.fused)
+
+
+class Momentum(Net):
+    """The same, by SGD with momentum."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9, fused=self.fused)
+
+
+class Adversarial(Net):
+    """A GAN in small, whose generator runs once a batch."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__(fused)
+        self.automatic_optimization = False
+        self.judge = nn.Linear(1, 1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+        judging, making = self.optimizers()  # type: ignore[misc]
+        made = self.net(batch)
+        for optimizer, shown, wanted in ((judging, made.detach(), 0.0), (making, made, 1.0)):
+            optimizer.zero_grad()
+            self.manual_backward((self.judge(shown) - wanted).square().mean())
+            optimizer.step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # type: ignore[override]
+        return [torch.optim.AdamW(part.parameters(), lr=1e-3, fused=self.fused) for part in (self.judge, self.net)]
 
 
 def data(bad: int | None = None, without: int | None = None) -> list[Tensor]:
@@ -59,9 +92,10 @@ def train(
     trainer = Trainer(
         max_epochs=1, accelerator="gpu", devices=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[*([] if guard is None else [guard]), *callbacks], **options,
+        callbacks=[*([] if guard is None else [guard]), *callbacks], **{"limit_val_batches": 0, **options},
     )  # fmt: skip
-    trainer.fit(net, DataLoader(batches, batch_size=None))
+    loader = DataLoader(batches, batch_size=None)
+    trainer.fit(net, loader, loader)
     state = trainer.optimizers[0].state_dict()["state"]
     return {"weights": net.state_dict(), "state": state, "loss": trainer.callback_metrics.get("loss_epoch")}
 
@@ -102,3 +136,47 @@ def test_mixed_precision(tmp_path: Path) -> None:
     ended = train(data(bad=20), False, guard, precision="16-mixed")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in ended["weights"].values())
     assert [record.remedies for record in guard.interventions] == [("skip",)]
+
+
+def test_momentum_that_a_skipped_step_would_have_begun(tmp_path: Path) -> None:
+    """Fused SGD leaves uninitialised memory as momentum where its first step is skipped on the device: that one is
+    read before it is made."""
+    guard = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=4, readback="deferred")
+    guarded = train(data(bad=0), True, guard, module=Momentum)
+    never = train(data(without=0), True, None, module=Momentum)
+    assert same_bits([guarded["weights"], guarded["state"]], [never["weights"], never["state"]])
+    assert [record.remedies for record in guard.interventions] == [("skip",)]
+
+
+def test_one_forward_that_two_optimizers_learn_from(tmp_path: Path) -> None:
+    """That statistics are decided on behind the first step does not stand in the way of the second backward."""
+    guard = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=4)
+    assert same_bits(train(data(), True, guard, module=Adversarial), train(data(), True, None, module=Adversarial))
+    assert len(guard.interventions) == 0
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.LBFGS])
+def test_what_was_moved_comes_back_to_its_device(make: Any) -> None:
+    """A snapshot in host memory puts back what an optimizer has forgotten, where it lay: tensors and lists of them."""
+    net = nn.Linear(4, 4, device=DEVICE)
+    optimizer = make(net.parameters())
+    x = torch.randn(8, 4, device=DEVICE)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (net(x) - x).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    learner = Learner(net, [optimizer])
+    taken = capture(learner, step=3, global_step=3, device=torch.device("cpu"))
+    ended = []
+    for forget in (False, True):
+        if forget:
+            optimizer.state.clear()
+        restore(learner, taken)
+        optimizer.step(closure)
+        ended.append([parameter.detach().clone() for parameter in net.parameters()])
+    assert same_bits(*ended)
