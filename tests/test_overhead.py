@@ -16,10 +16,11 @@ from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 from torch.optim import Optimizer
 
+from benchmarks.overhead import __main__ as main
 from benchmarks.overhead import report
 from benchmarks.overhead.__main__ import _rounded
 from benchmarks.overhead.contenders import CONTENDERS
-from benchmarks.overhead.models import CPU
+from benchmarks.overhead.models import CPU, CUDA, Workload
 from benchmarks.overhead.parts import profile
 from benchmarks.overhead.states import measure_states
 from benchmarks.overhead.turns import _FIRST, _Turns, take_turns
@@ -27,6 +28,8 @@ from lightning_nanguard import keeper, ring
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TINY = replace(CPU["mlp"], steps=3, rounds=2)
+# As what is measured on a CUDA device.
+MIXED = replace(TINY, make=CUDA["mlp"].make, precision="bf16-mixed")
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +42,10 @@ def quiet() -> Iterator[None]:
     ring.time, keeper.time = clocks
 
 
-def test_contenders_are_on_and_off_by_turns(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workload", [TINY, MIXED], ids=["32", "bf16, fused"])
+def test_contenders_are_on_and_off_by_turns(workload: Workload, tmp_path: Path) -> None:
     """Every contender has its rounds, and the tables, the plot and the JSON can be made of them."""
-    compared = {name: report.compare(take_turns(one, TINY, tmp_path, "cpu")) for name, one in CONTENDERS.items()}
+    compared = {name: report.compare(take_turns(one, workload, tmp_path, "cpu")) for name, one in CONTENDERS.items()}
     assert {one["rounds"] for one in compared.values()} == {2}
     with (tmp_path / "table").open("w") as file:
         report.show_race(Console(file=file), "tiny", compared)
@@ -78,6 +82,27 @@ def test_a_contender_that_fails_is_named(tmp_path: Path) -> None:
     broken = replace(CONTENDERS["nothing"], options={"precision": "no such thing"})
     with pytest.raises(RuntimeError, match="a callback that does nothing failed"):
         take_turns(broken, TINY, tmp_path, "cpu")
+
+
+def test_some_workloads_take_their_places_among_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured is written after each workload, so that a later failure loses nothing, and one alone can be
+    measured again."""
+    output = tmp_path / "overhead.json"
+    models = {"one": replace(TINY, title="one"), "two": replace(TINY, title="two")}
+    monkeypatch.setattr(main, "CPU", models)
+    monkeypatch.setattr(main, "CONTENDERS", {"clip": CONTENDERS["clip"], "step": CONTENDERS["step"]})
+    fails = replace(models["two"], precision="no such thing")
+    monkeypatch.setitem(models, "two", fails)
+    with pytest.raises(RuntimeError, match="failed on two"):
+        main.main(["--device", "cpu", "--workloads", "one,two", "--output", str(output)])
+    written = json.loads(output.read_text())
+    assert list(written["races"]) == ["one"]
+    assert list(written["races"]["one"]) == ["clip"], "step is the default on the CPU"
+    monkeypatch.setitem(models, "two", replace(TINY, title="two"))
+    assert main.main(["--device", "cpu", "--workloads", "two", "--output", str(output)]) == 0
+    now = json.loads(output.read_text())
+    assert list(now["races"]) == ["one", "two"]
+    assert now["races"]["one"] == written["races"]["one"]
 
 
 def test_parts_and_states_are_measured(tmp_path: Path) -> None:

@@ -40,27 +40,18 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         sys.exit(f"no workload is named {', '.join(sorted(unknown))}; on {device} there are {', '.join(chosen)}")
     workloads = [_shorter(chosen[name], arguments.fast) for name in names]
-    started = time.perf_counter()
-    results: report.Results = {"races": {}, "parts": {}, "states": {}, "memory": {}, "growth": []}
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        for workload in workloads:
-            results["races"][workload.title] = compared = _race(workload, folder, device)
-            report.show_race(console, workload.title, compared)
-        for workload in workloads:
-            steps = max(30, min(1000, workload.steps * workload.rounds // 2))
-            results["parts"][workload.title] = parts = profile(workload, folder, device, steps)
-            report.show_parts(console, workload.title, parts)
-            results["memory"][workload.title] = peak_memory(workload, folder, device, 20)
-            for mode in ("step",) if workload.few and device == "cpu" else ("step", "deferred"):
-                results["states"][f"{workload.title}, {mode}"] = measure_states(workload, folder, device, readback=mode)
-        report.show_states(console, results["states"])
-        results["growth"] = list(_growth(folder, device, arguments.fast))
-        report.show_growth(console, results["growth"])
-    results = {"about": report.about(device, time.perf_counter() - started), **results}
     output: Path = arguments.output or Path(f"benchmarks/results/overhead-{device}.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(_rounded(results), indent=1) + "\n")
+    # Some workloads alone take their places among the others.
+    results = json.loads(output.read_text()) if arguments.workloads and output.exists() else {}
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as place:
+        for _ in _measured(results, workloads, device, Path(place), console):
+            # Whatever comes later may fail.
+            _write(results, output, device, time.perf_counter() - started)
+        if not arguments.workloads:
+            results["growth"] = list(_growth(Path(place), device, arguments.fast))
+            report.show_growth(console, results["growth"])
+            _write(results, output, device, time.perf_counter() - started)
     console.print(json.dumps(results["about"]), highlight=False)
     console.print(f"{output} written")
     if find_spec("matplotlib") is None:
@@ -70,13 +61,37 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _measured(
+    results: report.Results, workloads: list[Workload], device: str, folder: Path, console: Console
+) -> Iterator[None]:
+    races, parts, memory, states = (results.setdefault(key, {}) for key in ("races", "parts", "memory", "states"))
+    for workload in workloads:
+        races[workload.title] = compared = _race(workload, folder, device)
+        report.show_race(console, workload.title, compared)
+        yield
+    for workload in workloads:
+        steps = max(30, min(1000, workload.steps * workload.rounds // 2))
+        parts[workload.title] = found = profile(workload, folder, device, steps)
+        report.show_parts(console, workload.title, found)
+        memory[workload.title] = peak_memory(workload, folder, device, 20)
+        for mode in ("step",) if workload.few and device == "cpu" else ("step", "deferred"):
+            states[f"{workload.title}, {mode}"] = measure_states(workload, folder, device, readback=mode)
+        yield
+    report.show_states(console, states)
+
+
+def _write(results: report.Results, output: Path, device: str, seconds: float) -> None:
+    about = {"about": report.about(device, seconds)}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(_rounded({**about, **results, **about}), indent=1) + "\n")
+    results.update(about)
+
+
 def _race(workload: Workload, folder: Path, device: str) -> dict[str, dict[str, float]]:
     found = {}
     for name, contender in CONTENDERS.items():
-        if contender.matters or not workload.few:
+        if (contender.matters or not workload.few) and contender.device in (None, device):
             found[name] = report.compare(take_turns(contender, workload, folder, device))
-            if device == "cuda":
-                torch.cuda.empty_cache()
     return found
 
 

@@ -136,6 +136,7 @@ class Contender:
         anomaly: Whether autograd's anomaly mode is on with it, as ``Trainer(detect_anomaly=True)`` has it.
         beside: What there is when it is off.
         matters: Whether it is measured on every workload, and in all rounds.
+        device: Where alone it is measured, elsewhere being the same as another.
     """
 
     title: str
@@ -145,6 +146,7 @@ class Contender:
     anomaly: bool = False
     beside: str = "bare Lightning"
     matters: bool = False
+    device: str | None = None
 
 
 LATER = 10_000
@@ -178,7 +180,10 @@ CONTENDERS: dict[str, Contender] = {
     "hooks": Contender("overflow hooks on each module", lambda folder: [OverflowHooks()], _module_hooks),
     "guard": Contender("NaNGuard()", _guard, _guard_hooks, matters=True),
     "deferred": Contender(
-        'NaNGuard(readback="deferred")', partial(_guard, readback="deferred"), _guard_hooks, matters=True
+        'NaNGuard(readback="deferred")', partial(_guard, readback="deferred"), _guard_hooks, matters=True, device="cpu"
+    ),
+    "step": Contender(
+        'NaNGuard(readback="step")', partial(_guard, readback="step"), _guard_hooks, matters=True, device="cuda"
     ),
     "guard+clip": Contender(
         "gradient_clip_val=1.0 and NaNGuard()", _guard, _guard_hooks, {"gradient_clip_val": 1.0},

@@ -21,7 +21,7 @@ from lightning_nanguard.meter import Meter
 
 from .contenders import in_mid_run
 from .models import Workload
-from .turns import quiet_trainer
+from .turns import make_on, quiet_trainer
 
 # What is timed, under what name; parts of a part are indented and not added up.
 _PARTS: tuple[tuple[str, Any, str], ...] = (
@@ -30,6 +30,7 @@ _PARTS: tuple[tuple[str, Any, str], ...] = (
     ("take the loss", NaNGuard, "on_before_backward"),
     ("measure and judge", NaNGuard, "on_before_optimizer_step"),
     ("  numbers of the update, and in step readback the wait for them", Meter, "take"),
+    ("  numbers of the update, and in step readback the wait for them", Meter, "measure"),
     ("    list the gradients", Meter, "_gradients"),
     ("    their norms", meter, "partial_norms"),
     ("  detectors and history", Guard, "_detect"),
@@ -105,8 +106,7 @@ def profile(workload: Workload, folder: Path, device: str, steps: int, **guard: 
                 bound.read(trainer.optimizers[0])
 
     spent: dict[str, list[float]] = {title: [] for title, _, _ in _PARTS}
-    torch.manual_seed(0)
-    module = workload.make()
+    module = make_on(device, workload)
     trainer = quiet_trainer(
         folder, [in_mid_run(folder, **guard), Watch()], device, precision=workload.precision, max_steps=steps
     )

@@ -6,6 +6,7 @@ less than that shows only within one run.
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,25 @@ def quiet_trainer(folder: Path, callbacks: list[Callback], device: str, **option
         "logger": False,
         "max_epochs": -1,
     }
-    return pl.Trainer(callbacks=callbacks, **{**settings, **options})
+    trainer = pl.Trainer(callbacks=callbacks, **{**settings, **options})
+    if device == "cuda":
+        # It would move everything to the host, which takes longer than most of what is measured.
+        trainer.strategy.teardown = _nothing  # type: ignore[method-assign]
+    return trainer
+
+
+def make_on(device: str, workload: Workload) -> pl.LightningModule:
+    """The workload's module, the same each time, made where it is trained; what was there before is let go of."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    torch.manual_seed(0)
+    with torch.device(device):
+        return workload.make()
+
+
+def _nothing() -> None:
+    pass
 
 
 @final
@@ -136,8 +155,7 @@ def take_turns(
     Raises:
         RuntimeError: When the run fails.
     """
-    torch.manual_seed(0)
-    module = workload.make()
+    module = make_on(device, workload)
     callbacks = contender.callbacks(folder)
     turns = _Turns(contender, callbacks, workload.steps, workload.rounds_of(contender.matters))
     options = {"precision": workload.precision, **contender.options}
