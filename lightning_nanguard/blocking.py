@@ -39,6 +39,7 @@ class Blocker:
     def __init__(self, learner: Learner) -> None:
         self._learner = learner
         self._before: dict[int, Snapshot] = {}
+        self._without_momentum: dict[int, tuple[tuple[int, int], list[Any]]] = {}
         self.blocked: set[int] = set()
 
     def open(self) -> None:
@@ -66,14 +67,16 @@ class Blocker:
         is skipped; the next step takes it for momentum.
         """
         optimizer = self._learner.optimizers[stream]
-        if not isinstance(optimizer, SGD):
+        if not isinstance(optimizer, SGD) or self._learner.scaler is not None or not skips_on_device(optimizer):
             return False
-        return any(
-            p.grad is not None and optimizer.state.get(p, {}).get("momentum_buffer") is None
-            for group in optimizer.param_groups
-            if group["fused"] and group["momentum"]
-            for p in group["params"]
-        )
+        # What had momentum has it until the state is another one: to look at all in each step would cost too much.
+        known, key = self._without_momentum.get(stream), (id(optimizer.state), len(optimizer.state))
+        if known is None or known[0] != key:
+            state: Any = optimizer.state
+            moved = [p for group in optimizer.param_groups if group.get("momentum") for p in group["params"]]
+            without = [p for p in moved if state.get(p, {}).get("momentum_buffer") is None]
+            known = self._without_momentum[stream] = (key, without)
+        return any(p.grad is not None for p in known[1])
 
     def undo(self) -> None:
         """Put back what the blocked optimizers changed without gradients."""

@@ -276,7 +276,7 @@ class Guard:
         if self._many:
             self._hear(stream)
         elif self._settings.deferred:
-            self._read_arrived(stream, all_of_them=not late)  # first: what is read late must find its batch's scope
+            self._read_arrived(stream, wait=not late)  # first: what is read late must find its batch's scope
         if self._lazy and not self.learner.lazy():
             self._keep_start()
             self._keeper.settle()
@@ -453,6 +453,7 @@ class Guard:
         self.rate.detach()
         # The guard and its host know each other: their memory would stay until the collector comes by.
         self.ring.clear()
+        self._standing.restored = None
         self._ranks.close()
 
     def part(self) -> None:
@@ -482,11 +483,10 @@ class Guard:
             self._rates.append((self._standing.step, rate))
 
     def _reads_late(self, stream: int) -> bool:
-        # What a batch does to statistics must be looked at before its update, where such a batch has been seen.
-        return self._settings.deferred and not self._keeper.watches_statistics and not self._blocker.cannot_skip(stream)
+        return self._settings.deferred and (self._settings.observe or not self._blocker.cannot_skip(stream))
 
-    def _read_arrived(self, stream: int, *, all_of_them: bool = False) -> None:
-        due = self._standing.step + MAX_DELAY if all_of_them else self._standing.step
+    def _read_arrived(self, stream: int, *, wait: bool = False) -> None:
+        due = self._standing.step + MAX_DELAY if wait else self._standing.step
         while not self._found and (late := self._arrivals.arrived(due)) is not None:
             self._detect_late(*late, stream)
 
@@ -662,20 +662,23 @@ class Guard:
         self.account.tried(found.fault, words)
 
     def _judge_sooner(self, found: _Found) -> None:
-        # Nothing is on its way any more: the restore has forgotten it.
-        holds_back = skips_on_device(self.learner.optimizers[found.reading.stream])
-        if not found.reached or holds_back or not self._settings.deferred:
+        if not self._settings.deferred:
             return
-        self._undone += 1
+        self._undone += found.reached and not skips_on_device(self.learner.optimizers[found.reading.stream])
         # Where no batch can be run again, bad ones that come soon after each other look like a bad learner.
         enough = _ENOUGH_UNDONE if self._host.stage.comparable() else 1
-        if self._undone >= enough and self._standing.restored is not None:
+        # What a batch does to statistics shows only before its update; among ranks each would find that by itself.
+        watches = self._keeper.watches_statistics and not self._many
+        # After a restore nothing is on its way any more.
+        if (self._undone >= enough or watches) and self._standing.restored is not None:
             self._settings = replace(self._settings, deferred=False)
             _logger.log(
                 logging.DEBUG if self._ranks.rank else logging.WARNING,
-                "NaNGuard: updates that step readback would have held back had to be undone (%d so far). From now on "
-                "every update is read before it is made; set readback='step', or use an optimizer with fused=True.",
-                self._undone,
+                "NaNGuard: %s. From now on every update is read before it is made; set readback='step'%s.",
+                "a batch spoiled running statistics, and one like it can be kept out only before its update"
+                if watches
+                else f"updates that step readback would have held back had to be undone ({self._undone} so far)",
+                "" if watches else ", or use an optimizer with fused=True",
             )
 
     def _leave_good(self) -> None:

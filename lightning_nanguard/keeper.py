@@ -79,6 +79,7 @@ class Keeper:
         self._judgement = Judgement()
         self._glance = Glance(())
         self._wide: set[Path] = set()
+        self._still: set[Path] = set()
         self._heard: Sequence[Report] = ()
         self._equal = False
         self._were_equal: set[str] = set()
@@ -162,7 +163,7 @@ class Keeper:
         if not self._courier.settle():
             self._ring.drop_pending()
             # Who has done so once, in forward or in a callback, does so again.
-            self._overlap = False
+            self._overlap, self._courier = False, Courier()
 
     def _choose_place(self, leaves: Mapping[Path, Any]) -> None:
         # After the first updates: activations have had their peak, and moments are there.
@@ -180,7 +181,7 @@ class Keeper:
         if device is None or not self._choose or self._device is not None or self._ranks.world > 1:
             return self._device
         # What room there is shows only after the first updates, which may need it all.
-        return None if Room.of(device).hardly_sees(_bytes(leaves)) else torch.device("cpu")
+        return None if Room.of(device).is_negligible(_bytes(leaves)) else torch.device("cpu")
 
     def _say(self, snapshot: Snapshot) -> None:
         # Twice measured, the interval stands.
@@ -225,8 +226,8 @@ class Keeper:
             snapshot = take(leaves=leaves.items())
             snapshot.done = [torch.cuda.current_stream(one).record_event() for one in on_cuda]
             return snapshot
-        soon = [(path, leaf) for path, leaf in leaves.items() if _changes_soon(path, leaf)]
-        later = [(path, leaf) for path, leaf in leaves.items() if not _changes_soon(path, leaf)]
+        soon = [(path, leaf) for path, leaf in leaves.items() if self._changes_soon(path, leaf)]
+        later = [(path, leaf) for path, leaf in leaves.items() if not self._changes_soon(path, leaf)]
         snapshot = take(leaves=soon)
 
         def copy() -> None:
@@ -237,9 +238,15 @@ class Keeper:
         snapshot.done = self._courier.send(copy, [leaf for _, leaf in later if isinstance(leaf, Tensor)])
         return snapshot
 
+    def _changes_soon(self, path: Path, leaf: Any) -> bool:
+        # Forward writes to buffers, and others to averages and to a teacher, before the next update.
+        frozen = path[0] == "parameter" and not leaf.requires_grad
+        return path[0] in ("buffer", "average") or (frozen and path not in self._still)
+
     def _look(self, pending: Snapshot, healthy_steps: int) -> Fault | None:
         pending.typical = self._glance.typical
         before = self._ring.certified[0].typical if self._ring.certified else {}
+        self._still = {path for path, size in pending.typical.items() if before.get(path) == size}
         self._wide |= (beyond := self._glance.beyond(before, _far(healthy_steps, _FAR_WEIGHT)))
         return self._objection(pending, healthy_steps) if beyond else None
 
@@ -320,15 +327,18 @@ class Keeper:
             return None
         # Layers that normalise hide what is far out of range from the loss: statistics, weights and moments alike.
         weights = {path for path in leaves if path[0] == "parameter"}
-        others = {*self._learner.statistics(leaves), *(path for path in leaves if path[0] == "optimizer")}
+        statistics = set(self._learner.statistics(leaves))
+        others = {*statistics, *(path for path in leaves if path[0] == "optimizer")}
+        then = self._ring.certified[0].leaves
         for names, usual in ((weights, _FAR_WEIGHT), (others, _FAR)):
             times = _far(healthy_steps, usual)
-            far = jumped(leaves, self._ring.certified[0].leaves, names, times)
+            far = jumped(leaves, then, names, times)
             if far is None or far in self._jumps:
                 continue
             self._jumps.add(far)  # once: what comes back after a restore is how it is
             # Where it came of a batch, the next one that brings it can be skipped.
-            self.watches_statistics = True
+            buffers = {path for path in statistics if path[0] == "buffer"}
+            self.watches_statistics |= jumped(leaves, then, buffers, _far(healthy_steps)) is not None
             return Fault("implausible_state", "state", far, None, f"{far} is over {times:g} times what it was")
         return None
 
@@ -358,11 +368,6 @@ def _cuda(leaves: Mapping[Path, Any]) -> torch.device | None:
 
 def _bytes(leaves: Mapping[Path, Any]) -> int:
     return sum(size(leaf) for leaf in leaves.values() if isinstance(leaf, Tensor))
-
-
-def _changes_soon(path: Path, leaf: Any) -> bool:
-    # Forward writes to buffers, and others to averages and to a teacher, before the next update.
-    return path[0] in ("buffer", "average") or (path[0] == "parameter" and not leaf.requires_grad)
 
 
 def _event(leaves: Mapping[Path, Any]) -> Any:

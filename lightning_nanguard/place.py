@@ -47,7 +47,7 @@ class Room:
         """
         return nbytes <= self.free + self.cached - self.peak - _RESERVE * self.total
 
-    def hardly_sees(self, nbytes: float) -> bool:
+    def is_negligible(self, nbytes: float) -> bool:
         """Whether so much makes no difference."""
         return nbytes <= _RESERVE * self.total
 

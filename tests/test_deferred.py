@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard
+from lightning_nanguard.blocking import skips_on_device
 from lightning_nanguard.measure import Parcel, PendingReading
 from tests.helpers import (
     FaultAt,
@@ -236,14 +237,27 @@ def test_gone_on_with_a_fused_optimizer(tmp_path: Path) -> None:
     assert non_finite(learner_of(trainer, module)) == []
 
 
+def test_readback_is_chosen_by_what_the_optimizer_does_now(tmp_path: Path) -> None:
+    """An optimizer whose fused steps a checkpoint turned off cannot skip on the device."""
+    net = nn.Linear(2, 2)
+    ours, other = fused(list(net.parameters())), plain(list(net.parameters()))
+    assert skips_on_device(ours)
+    assert not skips_on_device(other)
+    ours.load_state_dict(other.state_dict())
+    assert not skips_on_device(ours)
+
+
 @pytest.mark.usefixtures("late")
-def test_statistics_that_batches_spoil_are_watched_before_updates(tmp_path: Path) -> None:
+def test_statistics_that_batches_spoil_are_watched_before_updates(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A finite batch that ruins batch norm's statistics is undone once it shows; from then on such a batch is skipped,
     though numbers come late."""
     guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
     fault = FaultAt("input", 1e15, [130, 145, 160])
     run = fit(task("norm", plain), data_for("norm", 180), guard, folder=tmp_path, callbacks=[fault])
-    assert words(guard)[-2:] == [("skip",), ("skip",)]
+    assert words(guard) == [("restore",), ("skip",), ("skip",)]
+    assert caplog.text.count("a batch spoiled running statistics") == 1
     assert max(float(buffer.abs().max()) for buffer in run.module.buffers()) < 1e6
 
 
@@ -330,12 +344,31 @@ def test_a_late_healthy_run_is_the_same(tmp_path: Path) -> None:
     assert differences(*ended) == []
 
 
-def test_losses_of_a_window_are_copied(tmp_path: Path) -> None:
-    """A captured graph writes each loss to the same place: those of a window are kept as they were."""
+@pytest.mark.parametrize("by_hand", [False, True], ids=["window", "manual optimization"])
+def test_losses_of_a_window_are_copied(by_hand: bool, tmp_path: Path) -> None:
+    """A captured graph writes each loss to the same place: those of a window are kept as they were, and those of an
+    update that is made by hand of several backwards."""
 
-    class SamePlace(Task):
+    class Plain(Task):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__(net)
+            self.automatic_optimization = not by_hand
+
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            loss = super().training_step(batch, batch_idx)
+            if not by_hand:
+                return self.shown(super().training_step(batch, batch_idx))
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            for index in range(4):
+                self.manual_backward(self.shown((index + 1) * self.loss(batch, f"loss {index}")))
+            optimizer.step()
+            return None
+
+        def shown(self, loss: Tensor) -> Tensor:
+            return loss
+
+    class SamePlace(Plain):
+        def shown(self, loss: Tensor) -> Tensor:
             self.place = getattr(self, "place", torch.zeros(()))
             return _InPlace.apply(loss, self.place)
 
@@ -350,9 +383,10 @@ def test_losses_of_a_window_are_copied(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PendingReading, "read", read)
-        for kind in (Task, SamePlace):
+        options = {} if by_hand else {"accumulate_grad_batches": 4}
+        for kind in (Plain, SamePlace):
             torch.manual_seed(0)
-            fit(kind(mlp()), batches(count=8), guard, folder=tmp_path, accumulate_grad_batches=4)
+            fit(kind(mlp()), batches(count=2 if by_hand else 8), guard, folder=tmp_path, **options)
     assert seen[:2] == pytest.approx(seen[2:])
 
 

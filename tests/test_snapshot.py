@@ -16,8 +16,10 @@ from pytorch_lightning import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks.plain import PlainHost
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.batch_scope import BatchScope
+from lightning_nanguard.engine import Settings
 from lightning_nanguard.learner import Learner, describe
 from lightning_nanguard.measure import (
     all_finite,
@@ -456,6 +458,55 @@ def test_what_was_moved_comes_back_to_its_device(several: bool) -> None:
     assert capture(learner, step=0, global_step=0).homes == {}
 
 
+def test_where_nothing_can_be_pinned_a_copy_is_made_all_the_same() -> None:
+    """A host without pinned memory left, or without a device as here, gives ordinary memory."""
+    from lightning_nanguard.snapshot import _pinned_like
+
+    made = _pinned_like(torch.ones(3, 2).T)
+    assert made.device.type == "cpu"
+    assert made.shape == (2, 3)
+    assert not made.is_pinned()
+
+
+def test_a_wide_tensor_is_looked_into_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After that its largest element comes with the others, and no certification waits for the device."""
+    from lightning_nanguard.keeper import Keeper
+
+    looks: list[int] = []
+    look = Keeper._objection
+
+    def looked(self: Keeper, pending: Snapshot, healthy_steps: int) -> Any:
+        looks.append(pending.step)
+        return look(self, pending, healthy_steps)
+
+    monkeypatch.setattr(Keeper, "_objection", looked)
+    module = task()
+    module.net.register_buffer("table", torch.ones(2_000_000))
+    guard = NaNGuard(snapshot_every_n_steps=10)
+    fit(module, data_for("mlp", 160), guard, folder=tmp_path)
+    assert len(looks) == 1
+    assert len(guard.interventions) == 0
+
+
+def test_device_time_counts_among_what_snapshots_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a copy takes of the device adds to what the host sees of it."""
+    from lightning_nanguard import ring
+
+    now = 0.0
+    monkeypatch.setattr(ring.time, "perf_counter", lambda: now)
+    intervals = []
+    for on_device in (0.0, 0.7):
+        now, interval = 0.0, Interval(None)
+        for count in range(1, 4):
+            now += 16 * 0.1
+            started = now
+            now += 0.1
+            interval.measure(started, 16, 16 * count)
+            interval.took_device(on_device)
+        intervals.append(interval.updates)
+    assert intervals == [128, 1024]
+
+
 def test_nothing_is_held_after_a_fit(tmp_path: Path) -> None:
     """Snapshots are let go of at the end of a fit, not when the garbage collector comes by."""
     rings = []
@@ -472,6 +523,25 @@ def test_nothing_is_held_after_a_fit(tmp_path: Path) -> None:
     assert ring.certified == []
     assert ring.pending is None
     assert ring.spare() is None
+
+
+def test_whoever_looks_at_the_state_waits_for_copies_first() -> None:
+    """A check comes before averages take the weights' place: what is on its way must be there by then."""
+    net, optimizer, _ = made("adam")
+    guard = PlainHost().make_guard(net, optimizer, Settings())
+    guard.start()
+    guard._keeper._courier.send(lambda: None, list(net.parameters()))
+    guard.check()
+    with torch.no_grad():
+        net.last.weight.add_(1.0)
+    assert guard._keeper._courier.settle()
+    # Who writes in between has the copies made on the run's own stream from then on.
+    guard._keeper._courier.send(lambda: None, list(net.parameters()))
+    with torch.no_grad():
+        net.last.weight.add_(1.0)
+    guard._keeper.settle()
+    assert guard.ring.pending is None
+    assert not guard._keeper._overlap
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     output: Path = arguments.output or Path(f"benchmarks/results/overhead-{device}.json")
     # Some workloads alone take their places among the others.
     results = json.loads(output.read_text()) if arguments.workloads and output.exists() else {}
+    if results and not report.comparable(results["about"], report.about(device, 0.0)):
+        sys.exit(f"{output} was made on other hardware or with other versions; write elsewhere with --output")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
         for _ in _measured(results, workloads, device, Path(place), console):

@@ -135,7 +135,8 @@ class Workload:
         title: For tables.
         make: Makes the module.
         batch: Makes a batch, on the CPU.
-        steps: Steps of a half turn.
+        steps: Steps of a half turn; with the two that are not counted an odd number, so that what comes every so many
+            steps does not come in the same of them each time.
         rounds: Turns of each contender that matters most; of others a fifth.
         precision: The Trainer's.
         few: Whether only the contenders that matter most are measured.
@@ -175,29 +176,29 @@ def _gpt(layers: int, width: int, heads: int) -> Classifier:
 
 
 CPU: dict[str, Workload] = {
-    "mlp": Workload("MLP, 2 layers, 9.6k", _mlp, lambda: _vectors(32, 64), 100, 60),
+    "mlp": Workload("MLP, 2 layers, 9.6k", _mlp, lambda: _vectors(32, 64), 99, 60),
     "resnet": Workload(
         "residual CNN, 75k", lambda: Classifier(resnet()), lambda: (torch.randn(8, 3, 16, 16), _vectors(8, 1)[1]),
-        4, 150,
+        5, 150,
     ),
     "transformer": Workload(
-        "transformer, 4 layers, 0.9M", lambda: Classifier(GPT(4, 128, 4, 256, 64)), lambda: _words(8, 64, 256), 4, 60
+        "transformer, 4 layers, 0.9M", lambda: Classifier(GPT(4, 128, 4, 256, 64)), lambda: _words(8, 64, 256), 5, 60
     ),
     "pieces": Workload(
-        "10,000 parameters of 16", lambda: Classifier(Pieces(10_000, 16), fused=True), lambda: _vectors(8, 16), 2, 12,
+        "10,000 parameters of 16", lambda: Classifier(Pieces(10_000, 16), fused=True), lambda: _vectors(8, 16), 3, 12,
         few=True,
     ),
 }  # fmt: skip
 CUDA: dict[str, Workload] = {
-    "mlp": Workload("MLP, 2 layers, 9.6k", lambda: _mlp(fused=True), lambda: _vectors(32, 64), 100, 20),
+    "mlp": Workload("MLP, 2 layers, 9.6k", lambda: _mlp(fused=True), lambda: _vectors(32, 64), 99, 20),
     "gpt2-124m": Workload(
-        "GPT-2, 124M, bf16", lambda: _gpt(12, 768, 12), lambda: _words(8, 1024, 50257), 10, 20, "bf16-mixed"
+        "GPT-2, 124M, bf16", lambda: _gpt(12, 768, 12), lambda: _words(8, 1024, 50257), 11, 20, "bf16-mixed"
     ),
     "gpt2-350m": Workload(
-        "GPT-2, 350M, bf16", lambda: _gpt(24, 1024, 16), lambda: _words(4, 1024, 50257), 8, 10, "bf16-mixed", few=True
+        "GPT-2, 350M, bf16", lambda: _gpt(24, 1024, 16), lambda: _words(4, 1024, 50257), 9, 10, "bf16-mixed", few=True
     ),
     "gpt2-1.5b": Workload(
-        "GPT-2, 1.5B, bf16", lambda: _gpt(48, 1600, 25), lambda: _words(2, 1024, 50257), 6, 6, "bf16-true", few=True
+        "GPT-2, 1.5B, bf16", lambda: _gpt(48, 1600, 25), lambda: _words(2, 1024, 50257), 7, 6, "bf16-true", few=True
     ),
     "pieces": Workload(
         "10,000 parameters of 16", lambda: Classifier(Pieces(10_000, 16), fused=True), lambda: _vectors(8, 16), 5, 5,

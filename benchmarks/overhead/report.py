@@ -37,6 +37,11 @@ def about(device: str, seconds: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def comparable(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether figures were made on the same hardware with the same versions."""
+    return all(one[key] == other[key] for key in ("hardware", "machine", "threads", "versions"))
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -50,7 +55,8 @@ def compare(times: Times) -> dict[str, float]:
 
     ``ratio`` is the median over the rounds with its quartiles ``low`` and ``high``, and ``error`` its standard error;
     ``extra_us`` the median of the difference a step, with ``extra_error``; ``cpu_ratio`` the sum of the thread's own
-    time over that without it, which knows no waiting for other processes and has all snapshots in it.
+    time over that without it, which knows no waiting for other processes. What comes in few steps, as snapshots do, is in
+    the sums as often as it fell into a measured step, and hardly in the medians: the parts have it.
     """
     ratios = [on[0] / off[0] for off, on in times]
     extra = [1e6 * (on[0] - off[0]) for off, on in times]

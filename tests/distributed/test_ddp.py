@@ -176,6 +176,13 @@ def test_late_reading(seen: Results, fault: str) -> None:
     assert all(result[f"deferred {fault}"]["finite"] for result in seen)
 
 
+def test_late_reading_of_one_ranks_statistics(seen: Results) -> None:
+    """Statistics that one rank's batch spoils, where only that rank sees it: all go back, and read late together."""
+    (record,) = agreed(seen, "deferred statistics")["records"]
+    assert (record["fault"], record["remedies"], record["ranks"]) == ("implausible_state", ["restore"], [1])
+    assert all(result["deferred statistics"]["steps"] == 160 for result in seen)
+
+
 def test_late_reading_looks_at_the_batch(seen: Results) -> None:
     """Corrupt samples that are read late lie with the data of one rank: all go back, and no rate is cut. After three
     rollbacks all read each update before it is made."""

@@ -31,7 +31,7 @@ from lightning_nanguard import NaNGuard, run
 from lightning_nanguard.distributed import Group
 from lightning_nanguard.measure import local
 from tests.distributed import plain
-from tests.distributed.data import AT, STEPS, spoilt, without
+from tests.distributed.data import AT, STEPS, far_off, spoilt, without
 from tests.distributed.further import NaNMetric, NaNValidation
 from tests.distributed.saving import saves
 from tests.distributed.sharding import sharded
@@ -221,6 +221,9 @@ def behaviour(worker: Worker) -> None:
     for kind in ("loss", "gradient", "weight"):
         guard = NaNGuard(readback="deferred", snapshot_every_n_steps=2)
         worker.fit(f"deferred {kind}", None, OnRank(1, kind, nan, AT), guard=guard)
+    guard = NaNGuard(readback="deferred", snapshot_every_n_steps=4)
+    own = DDPStrategy(broadcast_buffers=False)
+    worker.fit("deferred statistics", task("norm"), data=far_off(1, 130, count=160), guard=guard, strategy=own)
     guard = NaNGuard(readback="deferred", snapshot_every_n_steps=2)
     worker.fit("deferred samples", data=spoilt(1, 15, 19, 23, 27, 31, count=36), guard=guard)
     guard = NaNGuard(readback="deferred", snapshot_every_n_steps=2)
