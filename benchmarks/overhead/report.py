@@ -54,9 +54,9 @@ def compare(times: Times) -> dict[str, float]:
     """The time of a step with something over that without it, of the same round.
 
     ``ratio`` is the median over the rounds with its quartiles ``low`` and ``high``, and ``error`` its standard error;
-    ``extra_us`` the median of the difference a step, with ``extra_error``; ``cpu_ratio`` the sum of the thread's own time
-    over that without it, which knows no waiting for other processes. What comes in few steps, as snapshots do, is in the
-    sums as often as it fell into a measured step, and hardly in the medians: the parts have it.
+    ``extra_us`` the median of the difference a step, with ``extra_error``; ``cpu_ratio`` the sum of the thread's own
+    time over that without it, which knows no waiting for other processes. What comes in few steps, as snapshots do,
+    is in the sums as often as it fell into a measured step, and hardly in the medians: the parts have it.
     """
     ratios = [on[0] / off[0] for off, on in times]
     extra = [1e6 * (on[0] - off[0]) for off, on in times]
