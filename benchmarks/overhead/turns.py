@@ -141,7 +141,13 @@ class _Turns(Callback):
 
 
 def take_turns(
-    contender: Contender, workload: Workload, folder: Path, device: str, others: Sequence[Callback] = ()
+    contender: Contender,
+    workload: Workload,
+    folder: Path,
+    device: str,
+    others: Sequence[Callback] = (),
+    *,
+    passes: int = 1,
 ) -> Times:
     """Let a contender be on and off by turns in one run; the times of each round.
 
@@ -151,13 +157,14 @@ def take_turns(
         folder: Where a callback may write.
         device: ``"cpu"`` or ``"cuda"``.
         others: Callbacks that are there all the time.
+        passes: Into how many runs the rounds are divided, of which this is one.
 
     Raises:
         RuntimeError: When the run fails.
     """
     module = make_on(device, workload)
     callbacks = contender.callbacks(folder)
-    turns = _Turns(contender, callbacks, workload.steps, workload.rounds_of(contender.matters))
+    turns = _Turns(contender, callbacks, workload.steps, max(1, workload.rounds_of(contender.matters) // passes))
     options = {"precision": workload.precision, **contender.options}
     try:
         quiet_trainer(folder, [*callbacks, *others, turns], device, **options).fit(module, workload.loader(100))
