@@ -25,7 +25,6 @@ from .parts import profile
 from .states import measure_states, peak_memory
 from .turns import Times, take_turns
 
-
 # Each contender has a run of its own; in several passes each meets other hours of the machine, and other memory.
 _PASSES = 3
 
