@@ -110,7 +110,8 @@ def _growth(folder: Path, device: str, fast: bool) -> Iterator[dict[str, float]]
     for count, size in shapes[:3] if fast else shapes:
         workload = Workload(
             f"{count} of {size}",
-            lambda count=count, size=size: Classifier(Pieces(count, size), fused=True),  # type: ignore[misc]
+            # Its weight is summed up: the more elements, the lower the rate it bears.
+            lambda count=count, size=size: Classifier(Pieces(count, size), fused=True, rate=1 / (count * size)),  # type: ignore[misc]
             lambda: _vectors(8, 16),
             steps=1,
             rounds=1,

@@ -21,12 +21,14 @@ class Classifier(pl.LightningModule):
     Args:
         net: Gives logits whose last dimension is the classes.
         fused: Whether AdamW is fused.
+        rate: One at which it learns, as runs do: below half of the untrained loss the guard looks at less.
     """
 
-    def __init__(self, net: nn.Module, *, fused: bool = False) -> None:
+    def __init__(self, net: nn.Module, *, fused: bool = False, rate: float = 1e-3) -> None:
         super().__init__()
         self.net = net
         self.fused = fused
+        self.rate = rate
         self.last: Tensor | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -50,8 +52,7 @@ class Classifier(pl.LightningModule):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # A rate at which it learns, as runs do: below half of the untrained loss the guard looks at less.
-        return torch.optim.AdamW(self.parameters(), lr=1e-3, fused=self.fused)
+        return torch.optim.AdamW(self.parameters(), lr=self.rate, fused=self.fused)
 
 
 class Residual(nn.Module):
