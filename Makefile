@@ -38,7 +38,7 @@ oldest: .venv/.stamp
 rescue: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rescue $(if $(FAST),--fast)
 
-# What the guard costs, beside clipping and other checks; ten minutes on the CPU, FAST=1 takes a tenth of the rounds.
+# What the guard costs, beside clipping and other checks; a quarter of an hour on the CPU, FAST=1 takes a tenth of the rounds.
 bench: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.overhead $(if $(FAST),--fast)
 
