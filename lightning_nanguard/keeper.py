@@ -18,10 +18,9 @@ from lightning_nanguard.events import Fault
 from lightning_nanguard.glance import Glance
 from lightning_nanguard.investigate import Investigator
 from lightning_nanguard.learner import Learner, Path
-from lightning_nanguard.measure import size
 from lightning_nanguard.place import Courier, Room
 from lightning_nanguard.ring import Interval, Ring
-from lightning_nanguard.snapshot import Snapshot, capture, jumped
+from lightning_nanguard.snapshot import Snapshot, capture, jumped, tensor_bytes
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -173,7 +172,7 @@ class Keeper:
             return
         # One more is pending, and the one the fit began with may be there already, without its moments.
         there = sum(snapshot.nbytes() for snapshot in self._ring.certified if not snapshot.homes)
-        if not Room.of(device).fits(_bytes(leaves) * (self._ring.capacity + 1) - there):
+        if not Room.of(device).fits(tensor_bytes(leaves) * (self._ring.capacity + 1) - there):
             self._device = torch.device("cpu")
 
     def _place(self, leaves: Mapping[Path, Any]) -> torch.device | None:
@@ -181,7 +180,7 @@ class Keeper:
         if device is None or not self._choose or self._device is not None or self._ranks.world > 1:
             return self._device
         # What room there is shows only after the first updates, which may need it all.
-        return None if Room.of(device).is_negligible(_bytes(leaves)) else torch.device("cpu")
+        return None if Room.of(device).is_negligible(tensor_bytes(leaves)) else torch.device("cpu")
 
     def _say(self, snapshot: Snapshot) -> None:
         # Twice measured, the interval stands.
@@ -364,10 +363,6 @@ def _far(healthy_steps: int, usual: float = _FAR) -> float:
 
 def _cuda(leaves: Mapping[Path, Any]) -> torch.device | None:
     return next((leaf.device for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.is_cuda), None)
-
-
-def _bytes(leaves: Mapping[Path, Any]) -> int:
-    return sum(size(leaf) for leaf in leaves.values() if isinstance(leaf, Tensor))
 
 
 def _event(leaves: Mapping[Path, Any]) -> Any:

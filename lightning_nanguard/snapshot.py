@@ -135,7 +135,12 @@ class Snapshot:
     def nbytes(self) -> int:
         """Bytes of tensor memory it holds."""
         shares = sum(leaf.nbytes for leaf in self.leaves.values() if isinstance(leaf, Share))
-        return shares + sum(size(leaf) for leaf in self.leaves.values() if isinstance(leaf, Tensor))
+        return shares + tensor_bytes(self.leaves)
+
+
+def tensor_bytes(leaves: Mapping[Path, Any]) -> int:
+    """Bytes of the tensors among some leaves."""
+    return sum(size(leaf) for leaf in leaves.values() if isinstance(leaf, Tensor))
 
 
 def allowances(leaves: Iterable[tuple[Path, Any]]) -> dict[Path, Tensor]:

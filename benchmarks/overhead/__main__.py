@@ -45,8 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     workloads = [_shorter(chosen[name], arguments.fast) for name in names]
     output: Path = arguments.output or Path(f"benchmarks/results/overhead-{device}.json")
     # Some workloads alone take their places among the others.
-    results = json.loads(output.read_text()) if arguments.workloads and output.exists() else {}
-    if results and not report.comparable(results["about"], report.about(device, 0.0)):
+    here = report.about(device, 0.0)
+    results = json.loads(output.read_text()) if arguments.workloads and output.exists() else {"about": here}
+    if not report.comparable(results["about"], here):
         sys.exit(f"{output} was made on other hardware or with other versions; write elsewhere with --output")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
@@ -86,10 +87,9 @@ def _measured(
 
 
 def _write(results: report.Results, output: Path, device: str, seconds: float) -> None:
-    about = {"about": report.about(device, seconds)}
+    results["about"] = report.about(device, seconds)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(_rounded({**about, **results, **about}), indent=1) + "\n")
-    results.update(about)
+    output.write_text(json.dumps(_rounded(results), indent=1) + "\n")
 
 
 def _race(workload: Workload, folder: Path, device: str) -> dict[str, dict[str, float]]:

@@ -92,7 +92,6 @@ class _Turns(Callback):
         self._trainer, self._device = trainer, pl_module.device
         self._with = list(trainer.callbacks)
         self._without = [callback for callback in trainer.callbacks if callback not in self._callbacks]
-        torch.autograd.set_detect_anomaly(self._contender.anomaly)
         next(self._course)
 
     def on_train_batch_end(self, *args: Any) -> None:
@@ -111,6 +110,7 @@ class _Turns(Callback):
 
     def _go(self) -> Iterator[bool]:
         # Goes on at the end of each step.
+        self._switch(True)
         yield from [True] * _FIRST
         first = random.Random(0)
         for _ in range(self._rounds):
