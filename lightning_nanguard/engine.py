@@ -17,7 +17,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, final
@@ -34,7 +34,7 @@ from lightning_nanguard.detectors import Detector
 from lightning_nanguard.diagnosis.clues import Look
 from lightning_nanguard.distributed import Alone, Ranks, first, surest
 from lightning_nanguard.errors import TrainingDivergedError
-from lightning_nanguard.events import Fault, Finding, Plan, Reading, Scale, Skip, Stop
+from lightning_nanguard.events import Fault, Finding, Plan, Reading, Restore, Scale, Skip, Stop
 from lightning_nanguard.exchange import Exchange, Sent, gradient_finite
 from lightning_nanguard.hands import Hands
 from lightning_nanguard.investigate import Investigator, Witness, norms_to_grow_from
@@ -121,8 +121,12 @@ class _Found:
 # A state that no detector objects to, though one is uneasy about it, is certified after this many readings.
 _CERTIFY_ANYWAY = 100
 
-# Rollbacks for updates that were made before they were judged, after which each is judged before it is made.
-_ENOUGH_UNDONE = 3
+# After an update that had to be undone so many are judged before they are made, twice as many each time it happens
+# again: faults come in company, and each that is undone costs what was learned since the snapshot.
+_CAREFUL = 1000
+
+# Updates from whose readings detectors know what is usual.
+_BEGINNING = 20
 
 # Healthy updates for which the state of the start is kept: ruin by a rate shows by then.
 _EARLY = 1000
@@ -204,7 +208,6 @@ class Guard:
             self._rehearsal,
             host.stage,
             self._blocker,
-            forget=self._forget,
             ranks=self._ranks,
         )
         self._saving = Saving(learner, ring, self._investigator, self.note, observe=settings.observe, ranks=self._ranks)
@@ -223,6 +226,7 @@ class Guard:
         self._readings: list[Reading] = []
         self._found: list[_Found] = []
         self._undone = 0
+        self._careful_until = 0
         # Parameters made by the first forward are missing from the start's snapshot until then.
         self._lazy = False
 
@@ -483,7 +487,9 @@ class Guard:
             self._rates.append((self._standing.step, rate))
 
     def _reads_late(self, stream: int) -> bool:
-        return self._settings.deferred and (self._settings.observe or not self._blocker.cannot_skip(stream))
+        if not self._settings.deferred or self._standing.step < self._careful_until:
+            return False
+        return self._settings.observe or not self._blocker.cannot_skip(stream)
 
     def _read_arrived(self, stream: int, *, wait: bool = False) -> None:
         due = self._standing.step + MAX_DELAY if wait else self._standing.step
@@ -556,7 +562,7 @@ class Guard:
             reading = reading._replace(scaler_skips=True)
         self.non_finite += not reading.finite and not reading.scaler_skips
         fault = self._streams.check(reading, trial=trial, wanders=reading.stream in self.learner.quasi_newton)
-        if fault is None or (fault.doubtful and (late or self._many or not self._host.stage.batch_strange())):
+        if fault is None or (fault.doubtful and not self._batch_is_strange(reading, late=late)):
             if not trial:
                 self._accept(reading)
             return
@@ -573,6 +579,13 @@ class Guard:
         self._found.append(found)
         if stepping is not None and not suspicion and not self._settings.observe and (not late or reached):
             self._blocker.block(stepping)
+
+    def _batch_is_strange(self, reading: Reading, *, late: bool) -> bool:
+        if self._many:
+            return False  # ranks would look at different times
+        stage = self._host.stage
+        with stage.showing(reading.step) if late else nullcontext(True) as shown:
+            return shown and stage.batch_strange() is True
 
     def _accept(self, reading: Reading) -> None:
         self._streams.accept(reading)
@@ -635,7 +648,11 @@ class Guard:
     def _act(self, found: _Found, evidence: Evidence, plan: Plan) -> None:
         before = self.rate.effective()
         stop = next((step for step in plan if isinstance(step, Stop)), None)
-        self._hands.begin(partial(self._undo, found))
+        # What a learner without blame read in its first updates, before the fault, holds when it makes them again: data
+        # that have gone bad for a while must not become what is usual.
+        blameless = found.fault.scope == "batch" and all(isinstance(step, Restore) for step in plan)
+        kept = min(found.reading.step - 1, _BEGINNING) if blameless else 0
+        self._hands.begin(partial(self._undo, found), partial(self._forget, kept))
         # Now, while weights and batch are still those of the fault.
         mine = self._host.diagnose(found.fault, evidence, self._look(found), found.reading.step)
         finding = surest(self._ranks, mine)
@@ -662,23 +679,28 @@ class Guard:
         self.account.tried(found.fault, words)
 
     def _judge_sooner(self, found: _Found) -> None:
-        if not self._settings.deferred:
-            return
-        self._undone += found.reached and not skips_on_device(self.learner.optimizers[found.reading.stream])
-        # Where no batch can be run again, bad ones that come soon after each other look like a bad learner.
-        enough = _ENOUGH_UNDONE if self._host.stage.comparable() else 1
-        # What a batch does to statistics shows only before its update; among ranks each would find that by itself.
-        watches = self._keeper.watches_statistics and not self._many
         # After a restore nothing is on its way any more.
-        if (self._undone >= enough or watches) and self._standing.restored is not None:
+        if not self._settings.deferred or self._standing.restored is None:
+            return
+        level = logging.DEBUG if self._ranks.rank else logging.WARNING
+        # What a batch does to statistics shows only before its update; among ranks each would find that by itself.
+        if self._keeper.watches_statistics and not self._many:
             self._settings = replace(self._settings, deferred=False)
             _logger.log(
-                logging.DEBUG if self._ranks.rank else logging.WARNING,
-                "NaNGuard: %s. From now on every update is read before it is made; set readback='step'%s.",
-                "a batch spoiled running statistics, and one like it can be kept out only before its update"
-                if watches
-                else f"updates that step readback would have held back had to be undone ({self._undone} so far)",
-                "" if watches else ", or use an optimizer with fused=True",
+                level,
+                "NaNGuard: a batch spoiled running statistics, and one like it can be kept out only before its update. "
+                "From now on every update is read before it is made; set readback='step'.",
+            )
+        elif found.reached and not skips_on_device(self.learner.optimizers[found.reading.stream]):
+            updates = _CAREFUL << self._undone
+            self._undone += 1
+            self._careful_until = self._standing.step + updates
+            _logger.log(
+                level,
+                "NaNGuard: an update that step readback would have held back had to be undone (%d so far). The next "
+                "%d are read before they are made; set readback='step', or use an optimizer with fused=True.",
+                self._undone,
+                updates,
             )
 
     def _leave_good(self) -> None:
@@ -699,12 +721,12 @@ class Guard:
             found.scope.undo(buffers=not found.late or found.reached)
             self._blocker.undo()
 
-    def _forget(self, snapshot: Snapshot) -> None:
-        # Everything that was read of states after this one.
+    def _forget(self, kept: int, snapshot: Snapshot) -> None:
+        # Everything that was read of states after this one, but for the first updates to be kept.
         self._keeper.count_from(self._standing.step)
         self._arrivals.clear()
         self._exchange.clear()
-        self._streams.rewind(snapshot.step)
+        self._streams.rewind(max(snapshot.step, kept))
 
     def clip_now(self, optimizer: Optimizer) -> None:
         """Clip gradients that are no longer scaled, if clipping is on."""

@@ -27,7 +27,6 @@ class Hands:
         rehearsal: Tries rates out.
         stage: The loop around.
         blocker: Keeps updates from the weights.
-        forget: Called with the snapshot gone back to: what was read of later states is of no use any more.
         ranks: All processes.
     """
 
@@ -40,8 +39,6 @@ class Hands:
         rehearsal: Rehearsal,
         stage: Stage,
         blocker: Blocker,
-        *,
-        forget: Callable[[Snapshot], None],
         ranks: Ranks,
     ) -> None:
         self._learner = learner
@@ -51,17 +48,18 @@ class Hands:
         self._rehearsal = rehearsal
         self._stage = stage
         self._blocker = blocker
-        self._forget = forget
         self._ranks = ranks
-        self._undo: Callable[[], None] = _nothing
+        self._undo: Callable[[], None]
+        self._forget: Callable[[Snapshot], None]
 
-    def begin(self, undo: Callable[[], None]) -> None:
+    def begin(self, undo: Callable[[], None], forget: Callable[[Snapshot], None]) -> None:
         """An intervention begins.
 
         Args:
             undo: Puts back what its batch touched.
+            forget: Called with a snapshot gone back to: what was read of later states is of no use any more.
         """
-        self._undo, self._standing.restored = undo, None
+        self._undo, self._forget, self._standing.restored = undo, forget, None
 
     def skip(self) -> None:
         """Undo what the batch touched."""
@@ -107,7 +105,3 @@ class Hands:
     def rehearsal_batches(self) -> int:
         """How many batches there are to rehearse on."""
         return self._stage.rehearsal_batches()
-
-
-def _nothing() -> None:
-    pass

@@ -169,7 +169,7 @@ class Investigator:
                 and batch_finite is not False  # under any weights it would say nothing
                 and not self._known_to_be_the_batch(fault, known, trend)
             ):
-                comparison = self._compare(fault, reading, target)
+                comparison = self._compare(fault, reading, target, undo=known.undo)
         effective = self._rate.effective()
         rate = effective[0] if effective else None
         since = target.step if target is not None else 0
@@ -193,6 +193,7 @@ class Investigator:
             lower_is_better=lower_is_better,
             excursion=trend.excursion(),
             climbing=trend.climbing(),
+            burst=trend.burst(),
             rate_rose=rate is not None and target is not None and target.rate is not None and rate > 1.5 * target.rate,
             snapshots=len(self._ring.certified),
             levels=tuple(snapshot.level for snapshot in self._ring.certified),
@@ -212,15 +213,16 @@ class Investigator:
         since = -math.inf if fault.since is None else fault.since
         return next((depth for depth, snapshot in enumerate(certified) if snapshot.step < since), None)
 
-    def _compare(self, fault: Fault, reading: Reading, target: Snapshot) -> Comparison | None:
+    def _compare(self, fault: Fault, reading: Reading, target: Snapshot, *, undo: bool) -> Comparison | None:
         if reading.loss is None:
             return None
         if fault.kind == "unsteady_loss":
             # A ruined model may be sure of single batches: several say more.
             losses = self._rehearsal.compare(target)
             return None if losses is None else Comparison(*losses)
-        # Measured anew, not taken from the reading: that may be of another micro-batch, or of older weights.
-        now = self._witness.probe()
+        # Measured anew, not taken from the reading: that may be of another micro-batch, or of older weights. Behind an
+        # update that was made, the older ones are those in question.
+        now = reading.loss if undo else self._witness.probe()
         if now is None:
             return None
         try:

@@ -79,6 +79,7 @@ class Evidence:
             where it was not tried.
         excursion: Whether the loss was far above the untrained model's since the start or the last restore.
         climbing: Whether losses or gradients were rising out of their usual range just before the fault.
+        burst: Whether, not long ago, a gradient came out of nothing, far larger than all of several before it.
         rate_rose: Whether the scheduled learning rate is clearly above that of the snapshot.
         snapshots: How many certified snapshots there are.
         levels: Loss level of every certified snapshot, newest first.
@@ -110,6 +111,7 @@ class Evidence:
     lower_is_better: bool | None = None
     excursion: bool = False
     climbing: bool = False
+    burst: bool = False
     rate_rose: bool = False
     snapshots: int = 0
     levels: tuple[float | None, ...] = ()
@@ -340,7 +342,7 @@ class Policy:
         corrected = False
         # A loss that explodes may do so by its rate or by rare large gradients: rehearsed under clipping, the rate is
         # cut no further than it must be.
-        both = attempt > 0 or evidence.healthy_steps < 20 or fault.kind == "exploding_loss"
+        both = attempt > 0 or evidence.healthy_steps < 20 or fault.scope == "learner"
         for remedy in self.remedies:
             proposal = remedy.propose(fault, evidence, attempt)
             if proposal is None:
@@ -366,6 +368,8 @@ class Policy:
                 steps.append(proposal)
         if any(isinstance(step, Stop) for step in steps):
             return tuple(steps), state
+        if evidence.undo and not any(isinstance(step, Restore) for step in steps):
+            steps.insert(0, Restore(0))  # an update that was made is taken back in no other way
         restoring = any(isinstance(step, Restore) for step in steps)
         comparison = evidence.comparison
         lost = evidence.corrupt is not None or (comparison is not None and not math.isfinite(comparison.now))

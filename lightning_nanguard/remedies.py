@@ -318,7 +318,9 @@ class ClipGradients(Remedy):
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
         """Clipping, where the fault is in the gradient and a value is known."""
         # Where the scheduled rate has just risen, the rate is the first to suspect.
-        if fault.kind not in self._kinds or not evidence.clippable or (evidence.rate_rose and attempt == 0):
+        if not (fault.kind in self._kinds or (evidence.burst and fault.scope == "learner")):
+            return None
+        if not evidence.clippable or (evidence.rate_rose and attempt == 0):
             return None
         if isinstance(self.clip_val, str):
             if evidence.usual_norm is not None and evidence.usual_norm > 0:

@@ -15,6 +15,10 @@ from lightning_nanguard.events import Reading
 # How many readings are looked back at.
 _LOSSES = 64
 _NORMS = 128
+# A burst is so many times the largest of at least so many norms before it, of which so many are looked at.
+_BURST = 20.0
+_CALM_BEFORE = 4
+_BEFORE = 8
 
 
 @final
@@ -97,6 +101,14 @@ class Trend:
         """Whether losses or norms had left their usual range just before now, upwards."""
         return _left(self.losses(32), 0.5 * self.scale()) or _left(
             [math.log(norm) for norm in self._norms(32)], math.log(5.0)
+        )
+
+    def burst(self) -> bool:
+        """Whether a norm came out of nothing: far above all of several before it, where a rate lets them climb."""
+        norms = self._norms()
+        return any(
+            norms[i] > max(self._first_norm, _BURST * max(norms[max(0, i - _BEFORE) : i]))
+            for i in range(_CALM_BEFORE, len(norms))
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -295,6 +295,24 @@ def test_a_climb_before_a_fault_is_seen() -> None:
     assert climbing.climbing()
 
 
+@pytest.mark.parametrize(
+    ("norms", "came_out_of_nothing"),
+    [
+        ([1.0, 0.5, 0.6, 0.5, 30.0, 2.0, 0.5], True),  # an outlier among the data
+        ([1.0, 0.5, 0.6, 30.0, 2.0, 0.5], False),  # of a beginning nothing is known yet
+        ([1.0, 0.5, 0.6, 0.5, 4.0, 20.0, 90.0, 400.0], False),  # a rate that is too high
+        ([1.0, 0.5, 0.6, 0.5, 9.0, 0.5], False),  # noise
+        ([1.0, *[1e-30] * 8, 0.9], False),  # saturated units that come back
+    ],
+)
+def test_a_gradient_that_came_out_of_nothing_is_seen(norms: list[float], came_out_of_nothing: bool) -> None:
+    """A single gradient far above all before it is a burst; norms that climb to it are not."""
+    trend = Trend()
+    for step, norm in enumerate(norms):
+        trend.accept(reading(step, 1.0, norm))
+    assert trend.burst() is came_out_of_nothing
+
+
 def until_found(streams: Streams, losses: Iterable[float], norms: Iterable[float], wanders: bool) -> list[str]:
     """Kinds of the faults that are acted on, when what is no fault is accepted."""
     found = []

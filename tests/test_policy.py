@@ -69,6 +69,10 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("a hard task", STUCK, {"growth": 1.5}, ()),
     ("a rise of a loss alone", OVERSHOOT, {"growth": 5.0}, ()),
     ("a rise that took the weights along", OVERSHOOT, {"growth": 20.0, "sound": 1}, (Restore(1), Scale(0.5))),
+    ("the same behind a gradient that came out of nothing", OVERSHOOT, {"growth": 20.0, "sound": 1, "burst": True},
+     (Restore(1), Clip(2.0), CUT)),
+    ("the same where the rate has just risen", OVERSHOOT,
+     {"growth": 20.0, "sound": 1, "burst": True, "rate_rose": True}, (Restore(1), Scale(0.5, limit=True))),
     ("the same of losses that work against each other", OVERSHOOT, {"growth": 20.0, "comparable": False}, ()),
     ("a ruined one goes back to the start", STUCK, {"growth": 50.0, "levels": (2.3, 2.3, 2.3), "sound": 2},
      (Restore(2), Scale(0.5))),
@@ -102,6 +106,10 @@ REMEDIES: list[tuple[str, tuple[Remedy, ...], Fault, dict[str, object], Plan]] =
     ("clip preferred", (Rollback(), ReduceLR(), ClipGradients(5.0)), GRADIENT, {"bad_in_a_row": 4},
      (Restore(0), Scale(0.5))),
     ("what may have come back by itself", (ClipGradients(),), OVERSHOOT, {"growth": 20.0}, ()),
+    ("an update that was made is taken back even so", (ReduceLR(),), BATCH,
+     {"undo": True, "comparison": THE_LEARNER, "healthy_since_restore": 2}, (Restore(0), Scale(0.5))),
+    ("the same with skips only", (), BATCH,
+     {"undo": True, "comparison": THE_LEARNER, "healthy_since_restore": 2}, (Restore(0),)),
     ("a rate at its floor", (Rollback(), ReduceLR(min_lr=0.1)), EXPLODING, {}, (Restore(0),)),
 ]  # fmt: skip
 
