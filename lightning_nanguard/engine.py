@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from lightning_nanguard.account import Account, Book
 from lightning_nanguard.arrivals import MAX_DELAY, Arrivals
 from lightning_nanguard.batch_scope import BatchScope
-from lightning_nanguard.blocking import Blocker, skips_on_device, unscales_itself
+from lightning_nanguard.blocking import Blocker, unscales_itself
 from lightning_nanguard.detectors import Detector
 from lightning_nanguard.diagnosis.clues import Look
 from lightning_nanguard.distributed import Alone, Ranks, first, surest
@@ -691,14 +691,14 @@ class Guard:
                 "NaNGuard: a batch spoiled running statistics, and one like it can be kept out only before its update. "
                 "From now on every update is read before it is made; set readback='step'.",
             )
-        elif found.reached and not skips_on_device(self.learner.optimizers[found.reading.stream]):
+        elif found.reached:
             updates = _CAREFUL << self._undone
             self._undone += 1
             self._careful_until = self._standing.step + updates
             _logger.log(
                 level,
                 "NaNGuard: an update that step readback would have held back had to be undone (%d so far). The next "
-                "%d are read before they are made; set readback='step', or use an optimizer with fused=True.",
+                "%d are read before they are made; set readback='step' to have all of them read so.",
                 self._undone,
                 updates,
             )

@@ -355,7 +355,8 @@ class Policy:
             if isinstance(proposal, Restore):
                 recent = sum(1 for step, _ in state.restores if step > evidence.step - self.calm)
                 depth = proposal.depth if scope == "learner" else proposal.depth + min(recent // 2, 8)
-                sound = evidence.sound
+                # A tensor gone bad was fine in every certified snapshot, whatever the look that found it was for.
+                sound = evidence.sound if scope == "learner" else None
                 steps.append(Restore(_by_level(max(depth, sound or 0), evidence, keeps=sound is None)))
             elif scope == "learner" and (not corrected or both):
                 corrected = True

@@ -301,6 +301,21 @@ def test_bad_batches_that_keep_coming_are_judged_before_their_update(
 
 
 @pytest.mark.usefixtures("late")
+def test_spikes_that_keep_coming_with_a_fused_optimizer(tmp_path: Path) -> None:
+    """The device holds back what is not finite only: after one finite spike that had to be undone the others are
+    skipped, and no budget of rollbacks is used up."""
+    bad = list(range(30, 400, 12))
+    guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
+    fault = FaultAt("input", 1e6, bad)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    run = fit(Task(net, fused), data_for("mlp", 400), guard, folder=tmp_path, callbacks=[fault])
+    assert words(guard) == [("restore",)] + [("skip",)] * (len(bad) - 1)
+    assert guard.lr_multiplier == 1.0
+    assert max(float(weight.abs().max()) for weight in state_of(run)["state_dict"].values()) < 10.0
+
+
+@pytest.mark.usefixtures("late")
 def test_after_a_while_updates_are_read_late_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,8 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("the same of losses that work against each other", OVERSHOOT, {"growth": 20.0, "comparable": False}, ()),
     ("a ruined one goes back to the start", STUCK, {"growth": 50.0, "levels": (2.3, 2.3, 2.3), "sound": 2},
      (Restore(2), Scale(0.5))),
+    ("a state gone bad that was found by looking at a stuck loss: the newest snapshot", STUCK,
+     {"corrupt": "optimizer state exp_avg_sq of w", "levels": (1.0, 1.1, 2.3), "sound": 2}, (Restore(0),)),
     ("never good: stop", BATCH, {"healthy_steps": 0, "bad_in_a_row": 8}, (Stop("…"),)),
     ("not good yet: wait", BATCH, {"healthy_steps": 0, "bad_in_a_row": 3, "snapshots": 0}, (Skip(),)),
     ("a bad update that reached the weights", BATCH, {"undo": True}, (Restore(0),)),
