@@ -298,6 +298,8 @@ class NaNGuard(GuardCallback):
         try:
             if guard.close_batch():
                 stage.remember(guard.updates)
+            else:
+                stage.distrust(guard.updates)
             run.inquiry.examine_if_due()
         finally:
             run.in_batch = False

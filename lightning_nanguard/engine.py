@@ -34,7 +34,7 @@ from lightning_nanguard.detectors import Detector
 from lightning_nanguard.diagnosis.clues import Look
 from lightning_nanguard.distributed import Alone, Ranks, first, surest
 from lightning_nanguard.errors import TrainingDivergedError
-from lightning_nanguard.events import Fault, Finding, Plan, Reading, Restore, Scale, Skip, Stop
+from lightning_nanguard.events import Fault, Finding, Plan, Reading, Scale, Skip, Stop
 from lightning_nanguard.exchange import Exchange, Sent, gradient_finite
 from lightning_nanguard.hands import Hands
 from lightning_nanguard.investigate import Investigator, Witness, norms_to_grow_from
@@ -124,6 +124,7 @@ _CERTIFY_ANYWAY = 100
 # After an update that had to be undone so many are judged before they are made, twice as many each time it happens
 # again: faults come in company, and each that is undone costs what was learned since the snapshot.
 _CAREFUL = 1000
+_MOST_CAREFUL = 10
 
 # Updates from whose readings detectors know what is usual.
 _BEGINNING = 20
@@ -650,9 +651,9 @@ class Guard:
         stop = next((step for step in plan if isinstance(step, Stop)), None)
         # What a learner without blame read in its first updates, before the fault, holds when it makes them again: data
         # that have gone bad for a while must not become what is usual.
-        blameless = found.fault.scope == "batch" and all(isinstance(step, Restore) for step in plan)
-        kept = min(found.reading.step - 1, _BEGINNING) if blameless else 0
-        self._hands.begin(partial(self._undo, found), partial(self._forget, kept))
+        blamed = not found.reached or self._standing.policy.learner_step == evidence.step
+        known = 0 if blamed else min(found.reading.step - 1, _BEGINNING)
+        self._hands.begin(partial(self._undo, found), partial(self._forget, known))
         # Now, while weights and batch are still those of the fault.
         mine = self._host.diagnose(found.fault, evidence, self._look(found), found.reading.step)
         finding = surest(self._ranks, mine)
@@ -691,14 +692,14 @@ class Guard:
                 "NaNGuard: a batch spoiled running statistics, and one like it can be kept out only before its update. "
                 "From now on every update is read before it is made; set readback='step'.",
             )
-        elif found.reached:
-            updates = _CAREFUL << self._undone
+        elif found.reached and found.reading.step > self._careful_until:
+            updates = _CAREFUL << min(self._undone, _MOST_CAREFUL)
             self._undone += 1
             self._careful_until = self._standing.step + updates
             _logger.log(
                 level,
-                "NaNGuard: an update that step readback would have held back had to be undone (%d so far). The next "
-                "%d are read before they are made; set readback='step' to have all of them read so.",
+                "NaNGuard: an update that was read too late to hold it back had to be undone (%d so far). The next %d "
+                "are read before they are made; set readback='step' to have all of them read so.",
                 self._undone,
                 updates,
             )
@@ -721,12 +722,12 @@ class Guard:
             found.scope.undo(buffers=not found.late or found.reached)
             self._blocker.undo()
 
-    def _forget(self, kept: int, snapshot: Snapshot) -> None:
-        # Everything that was read of states after this one, but for the first updates to be kept.
+    def _forget(self, known: int, snapshot: Snapshot) -> None:
+        # Everything that was read of states after this one, but for the first updates up to ``known``.
         self._keeper.count_from(self._standing.step)
         self._arrivals.clear()
         self._exchange.clear()
-        self._streams.rewind(max(snapshot.step, kept))
+        self._streams.rewind(max(snapshot.step, known))
 
     def clip_now(self, optimizer: Optimizer) -> None:
         """Clip gradients that are no longer scaled, if clipping is on."""
@@ -812,6 +813,8 @@ class Guard:
             "healthy_steps": self._standing.healthy_steps,
             "healthy_since_restore": self._standing.healthy_since_restore,
             "bad_in_a_row": self._standing.bad_in_a_row,
+            "undone": self._undone,
+            "careful_until": self._careful_until,
             **self._recovery.state_dict(),
             "initial_norms": dict(self._investigator.initial_norms),
             "policy": self._standing.policy.to_dict(),
@@ -826,6 +829,9 @@ class Guard:
         self._standing.healthy_steps = int(state["healthy_steps"])
         self._standing.healthy_since_restore = state["healthy_since_restore"]
         self._standing.bad_in_a_row = int(state["bad_in_a_row"])
+        # Not in the checkpoints of earlier versions.
+        self._undone = int(state.get("undone", 0))
+        self._careful_until = int(state.get("careful_until", 0))
         self._recovery.load_state_dict(state)
         self._investigator.initial_norms = dict(state["initial_norms"])
         self._standing.policy = PolicyState.from_dict(state["policy"])

@@ -220,11 +220,13 @@ class Investigator:
             # A ruined model may be sure of single batches: several say more.
             losses = self._rehearsal.compare(target)
             return None if losses is None else Comparison(*losses)
-        # Measured anew, not taken from the reading: that may be of another micro-batch, or of older weights. Behind an
-        # update that was made, the older ones are those in question.
-        now = reading.loss if undo else self._witness.probe()
+        # Measured anew, not taken from the reading: that may be of another micro-batch, or of older weights.
+        now = self._witness.probe()
         if now is None:
             return None
+        if undo:
+            # Weights that the bad update spoilt say nothing: those in question are older. So the better of both.
+            now = min(filter(math.isfinite, (now, reading.loss)), default=now)
         try:
             mine = capture(self._learner, step=0, global_step=0, leaves=[*self._learner.weights()])
         except torch.cuda.OutOfMemoryError:

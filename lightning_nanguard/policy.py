@@ -130,10 +130,12 @@ class Evidence:
         Args:
             calm: Updates accepted after a restore from which on the learner is trusted again.
         """
-        # Behind an update that was made, bad weights are no sign by themselves: only if they are back at once.
+        # Behind an update that was made, bad weights are no sign by themselves: only if they are back at once, or early
+        # on, where its loss says so.
         calm = _AT_ONCE if self.undo else calm
+        blind = self.undo and not (self.comparison is not None and math.isfinite(self.comparison.now))
         soon = self.healthy_since_restore is not None and self.healthy_since_restore < calm
-        return self.climbing or self.rate_rose or soon or (self.healthy_steps < 20 and not self.undo)
+        return self.climbing or self.rate_rose or soon or (self.healthy_steps < 20 and not blind)
 
     def rate_rises(self) -> bool:
         """Whether the rate has clearly risen, since the snapshot or before: it may go on and outgrow a multiplier."""
@@ -342,7 +344,8 @@ class Policy:
         corrected = False
         # A loss that explodes may do so by its rate or by rare large gradients: rehearsed under clipping, the rate is
         # cut no further than it must be.
-        both = attempt > 0 or evidence.healthy_steps < 20 or fault.scope == "learner"
+        burst = evidence.burst and fault.scope == "learner"
+        both = attempt > 0 or evidence.healthy_steps < 20 or fault.kind == "exploding_loss" or burst
         for remedy in self.remedies:
             proposal = remedy.propose(fault, evidence, attempt)
             if proposal is None:
@@ -356,7 +359,7 @@ class Policy:
                 recent = sum(1 for step, _ in state.restores if step > evidence.step - self.calm)
                 depth = proposal.depth if scope == "learner" else proposal.depth + min(recent // 2, 8)
                 # A tensor gone bad was fine in every certified snapshot, whatever the look that found it was for.
-                sound = evidence.sound if scope == "learner" else None
+                sound = evidence.sound if evidence.corrupt is None else None
                 steps.append(Restore(_by_level(max(depth, sound or 0), evidence, keeps=sound is None)))
             elif scope == "learner" and (not corrected or both):
                 corrected = True

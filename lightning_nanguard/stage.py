@@ -70,6 +70,7 @@ class TrainerStage:
         self._ranks = ranks
         self._clip = clip
         self._delay = delay
+        self._distrusted = -1
         self.batch: Any = None
         self.batch_idx = -1
         self.tape = Tape(module.device, updates=updates, small=small)
@@ -84,8 +85,12 @@ class TrainerStage:
         """The batch at hand is over, in which update ``update`` was the last; keep what turned out healthy."""
         if not self._delay:
             self.recent.add(self.batch, self.batch_idx)
-        elif (newest := self.tape.last(update - self._delay)) is not None:
+        elif (known := update - self._delay) > self._distrusted and (newest := self.tape.last(known)) is not None:
             self.recent.add(*newest)
+
+    def distrust(self, update: int) -> None:
+        """A fault was found with update ``update``: of no earlier one it will become known that it was healthy."""
+        self._distrusted = update
 
     @contextmanager
     def showing(self, update: int) -> Iterator[bool]:

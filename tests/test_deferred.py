@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import Callback
 from torch import Tensor, nn, optim
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,6 +46,12 @@ def fused(parameters: list[nn.Parameter]) -> optim.Optimizer:
 
 def plain(parameters: list[nn.Parameter]) -> optim.Optimizer:
     return optim.AdamW(parameters, lr=0.01)
+
+
+def rectified() -> nn.Module:
+    """A network that large inputs reach, as they do not where units saturate."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
 
 
 def sgd(parameters: list[nn.Parameter]) -> optim.Optimizer:
@@ -307,9 +314,7 @@ def test_spikes_that_keep_coming_with_a_fused_optimizer(tmp_path: Path) -> None:
     bad = list(range(30, 400, 12))
     guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
     fault = FaultAt("input", 1e6, bad)
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
-    run = fit(Task(net, fused), data_for("mlp", 400), guard, folder=tmp_path, callbacks=[fault])
+    run = fit(Task(rectified(), fused), data_for("mlp", 400), guard, folder=tmp_path, callbacks=[fault])
     assert words(guard) == [("restore",)] + [("skip",)] * (len(bad) - 1)
     assert guard.lr_multiplier == 1.0
     assert max(float(weight.abs().max()) for weight in state_of(run)["state_dict"].values()) < 10.0
@@ -330,14 +335,27 @@ def test_after_a_while_updates_are_read_late_again(
 
 
 @pytest.mark.usefixtures("late")
+def test_a_resumed_run_is_as_careful_as_the_one_it_goes_on_from(tmp_path: Path) -> None:
+    """What an update that had to be undone has taught is in the checkpoint."""
+    kept, bad = tmp_path / "kept.ckpt", FaultAt("input", math.nan, 10)
+    first = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
+    fit(task("norm", plain), data_for("norm", 20), first, folder=tmp_path, callbacks=[bad]).trainer.save_checkpoint(
+        kept
+    )
+    guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
+    trainer = trainer_for(tmp_path, guard, [FaultAt("input", math.nan, 10)], max_epochs=2, limit_val_batches=0)
+    loader = DataLoader(data_for("norm", 20), batch_size=None)
+    trainer.fit(task("norm", plain), loader, loader, ckpt_path=kept)
+    assert (words(first), words(guard)) == ([("restore",)], [("skip",)])
+
+
+@pytest.mark.usefixtures("late")
 def test_a_stretch_of_corrupt_batches_early_in_a_run(tmp_path: Path) -> None:
-    """Batches ten thousand times too large in the first updates are told from a beginning by what is in them, though
+    """Batches a thousand times too large in the first updates are told from a beginning by what is in them, though
     they are read late; behind the rollback they do not become what is usual."""
-    data = [(x * 1e4, y) if 8 <= index < 30 else (x, y) for index, (x, y) in enumerate(data_for("mlp", 60))]
+    data = [(x * 1e3, y) if 8 <= index < 30 else (x, y) for index, (x, y) in enumerate(data_for("mlp", 60))]
     guard = NaNGuard(readback="deferred")
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
-    run = fit(Task(net, sgd), data, guard, folder=tmp_path)
+    run = fit(Task(rectified(), sgd), data, guard, folder=tmp_path)
     assert words(guard) == [("restore",)] + [("skip",)] * (len(guard.interventions) - 1)
     assert guard.interventions[0].batch_idx == 8
     assert {found.batch_idx for found in guard.interventions[1:]} == set(range(11, 30))
@@ -346,12 +364,66 @@ def test_a_stretch_of_corrupt_batches_early_in_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("late")
-def test_a_bad_gradient_while_the_rate_rises(tmp_path: Path) -> None:
-    """The loss was sound before the update that had to be undone, so that the rate, which was rising, is not blamed."""
+def test_a_corrupt_batch_is_not_kept_as_a_healthy_one(tmp_path: Path) -> None:
+    """Batches that come soon after one that was skipped are compared with healthy ones, not with it."""
+    bad = [8, 12, 15]
+    data = [(x * 1e3, y) if index in bad else (x, y) for index, (x, y) in enumerate(data_for("mlp", 40))]
+    guard = NaNGuard(readback="deferred")
+    fit(Task(rectified(), sgd), data, guard, folder=tmp_path)
+    assert words(guard) == [("restore",), ("skip",), ("skip",)]
+    assert [found.batch_idx for found in guard.interventions] == bad
+
+
+class Kept(Callback):
+    """Notes the batches that a rehearsal would be made on."""
+
+    def __init__(self, guard: NaNGuard) -> None:
+        self.guard, self.seen = guard, set[int]()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        assert self.guard._run is not None
+        self.seen |= {index for _, index in self.guard._run.stage.recent}
+
+
+@pytest.mark.parametrize("make", [fused, plain], ids=["fused", "plain"])
+@pytest.mark.parametrize("arrives", ["late", "soon"])
+def test_nothing_is_rehearsed_on_a_bad_batch(
+    arrives: str, make: Callable[..., Any], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Only batches that are known to be healthy are kept, whenever a fault is heard of."""
+    if arrives == "late":
+        request.getfixturevalue("late")
+    bad = [8, 12, 15, 16]
+    guard = NaNGuard(readback="deferred")
+    kept = Kept(guard)
+    data = [with_nan(batch) if index in bad else batch for index, batch in enumerate(data_for("mlp", 40))]
+    fit(task("mlp", make), data, guard, folder=tmp_path, callbacks=[kept])
+    assert len(kept.seen) > 20
+    assert kept.seen.isdisjoint(bad)
+
+
+@pytest.mark.usefixtures("late")
+@pytest.mark.parametrize(
+    ("kind", "value", "make", "window"),
+    [
+        ("gradient", math.nan, plain, 1),
+        ("flash", 1e6, fused, 1),
+        ("target", 1e6, fused, 1),
+        ("input", 1e6, plain, 4),
+        ("input", 1e6, fused, 4),
+        ("input", 1e6, plain, 16),
+    ],
+)
+def test_a_bad_batch_while_the_rate_rises(
+    kind: str, value: float, make: Callable[..., Any], window: int, tmp_path: Path
+) -> None:
+    """The weights were sound before the update that had to be undone, so that the rate, which was rising, is not
+    blamed; also where the fault does not come again, or lies in another batch of the window."""
     guard = NaNGuard(snapshot_every_n_steps=20, readback="deferred")
     warm = functools.partial(optim.lr_scheduler.LinearLR, start_factor=0.01, total_iters=60)
-    fault = FaultAt("gradient", math.nan, 38)
-    fit(task("mlp", plain, warm), data_for("mlp", 80), guard, folder=tmp_path, callbacks=[fault])
+    fault = FaultAt(kind, value, 38 * window + window // 4)
+    data = data_for("mlp", 80 * window)
+    fit(Task(rectified(), make, warm), data, guard, folder=tmp_path, callbacks=[fault], accumulate_grad_batches=window)
     assert words(guard) == [("restore",)]
     assert guard.lr_multiplier == 1.0
 
