@@ -31,7 +31,7 @@ class Comparison:
     """One batch under the weights of now and under the last good ones, with the same random numbers.
 
     Attributes:
-        now: Loss under the weights of now.
+        now: Loss under the weights of now; behind an update that was made, the one it was made from if that is lower.
         then: Loss under the last good ones.
         then_finite: Whether the gradient is finite under the last good ones; ``None`` where that was not asked.
     """

@@ -316,7 +316,7 @@ class ClipGradients(Remedy):
         self.algorithm = algorithm
 
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
-        """Clipping, where the fault is in the gradient and a value is known."""
+        """Clipping, where gradients are at fault, or one that came out of nothing led to a fault of the learner."""
         # Where the scheduled rate has just risen, the rate is the first to suspect.
         if not (fault.kind in self._kinds or (evidence.burst and fault.scope == "learner")):
             return None
