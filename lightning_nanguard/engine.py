@@ -17,7 +17,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, final
@@ -121,10 +121,11 @@ class _Found:
 # A state that no detector objects to, though one is uneasy about it, is certified after this many readings.
 _CERTIFY_ANYWAY = 100
 
-# After an update that had to be undone so many are judged before they are made, twice as many each time it happens
-# again: faults come in company, and each that is undone costs what was learned since the snapshot.
+# After an update that had to be undone so many are judged before they are made: faults come in company, and each that
+# is undone costs what was learned since the snapshot. Each time it happens again twice as many, but doubled no more
+# often than this.
 _CAREFUL = 1000
-_MOST_CAREFUL = 10
+_MOST_DOUBLED = 10
 
 # Updates from whose readings detectors know what is usual.
 _BEGINNING = 20
@@ -563,7 +564,9 @@ class Guard:
             reading = reading._replace(scaler_skips=True)
         self.non_finite += not reading.finite and not reading.scaler_skips
         fault = self._streams.check(reading, trial=trial, wanders=reading.stream in self.learner.quasi_newton)
-        if fault is None or (fault.doubtful and not self._batch_is_strange(reading, late=late)):
+        if fault is not None and fault.doubtful:
+            fault = fault if self._batch_is_strange(_Found(fault, reading, scope, reached, late)) else None
+        if fault is None:
             if not trial:
                 self._accept(reading)
             return
@@ -581,12 +584,11 @@ class Guard:
         if stepping is not None and not suspicion and not self._settings.observe and (not late or reached):
             self._blocker.block(stepping)
 
-    def _batch_is_strange(self, reading: Reading, *, late: bool) -> bool:
+    def _batch_is_strange(self, found: _Found) -> bool:
         if self._many:
             return False  # ranks would look at different times
-        stage = self._host.stage
-        with stage.showing(reading.step) if late else nullcontext(True) as shown:
-            return shown and stage.batch_strange() is True
+        with self._batch_of(found) as at_hand:
+            return at_hand and self._host.stage.batch_strange() is True
 
     def _accept(self, reading: Reading) -> None:
         self._streams.accept(reading)
@@ -651,8 +653,8 @@ class Guard:
         stop = next((step for step in plan if isinstance(step, Stop)), None)
         # What a learner without blame read in its first updates, before the fault, holds when it makes them again: data
         # that have gone bad for a while must not become what is usual.
-        blamed = not found.reached or self._standing.policy.learner_step == evidence.step
-        known = 0 if blamed else min(found.reading.step - 1, _BEGINNING)
+        blameless = found.reached and self._standing.policy.learner_step != evidence.step
+        known = min(found.reading.step - 1, _BEGINNING) if blameless else 0
         self._hands.begin(partial(self._undo, found), partial(self._forget, known))
         # Now, while weights and batch are still those of the fault.
         mine = self._host.diagnose(found.fault, evidence, self._look(found), found.reading.step)
@@ -693,7 +695,7 @@ class Guard:
                 "From now on every update is read before it is made; set readback='step'.",
             )
         elif found.reached and found.reading.step > self._careful_until:
-            updates = _CAREFUL << min(self._undone, _MOST_CAREFUL)
+            updates = _CAREFUL << min(self._undone, _MOST_DOUBLED)
             self._undone += 1
             self._careful_until = self._standing.step + updates
             _logger.log(

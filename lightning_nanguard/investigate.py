@@ -193,7 +193,7 @@ class Investigator:
             lower_is_better=lower_is_better,
             excursion=trend.excursion(),
             climbing=trend.climbing(),
-            burst=trend.burst(),
+            burst=fault.scope == "learner" and trend.burst(),
             rate_rose=rate is not None and target is not None and target.rate is not None and rate > 1.5 * target.rate,
             snapshots=len(self._ring.certified),
             levels=tuple(snapshot.level for snapshot in self._ring.certified),

@@ -79,7 +79,7 @@ class Evidence:
             where it was not tried.
         excursion: Whether the loss was far above the untrained model's since the start or the last restore.
         climbing: Whether losses or gradients were rising out of their usual range just before the fault.
-        burst: Whether, not long ago, a gradient came out of nothing, far larger than all of several before it.
+        burst: Whether, not long before a fault of the learner, a gradient came out of nothing.
         rate_rose: Whether the scheduled learning rate is clearly above that of the snapshot.
         snapshots: How many certified snapshots there are.
         levels: Loss level of every certified snapshot, newest first.
@@ -344,8 +344,7 @@ class Policy:
         corrected = False
         # A loss that explodes may do so by its rate or by rare large gradients: rehearsed under clipping, the rate is
         # cut no further than it must be.
-        burst = evidence.burst and fault.scope == "learner"
-        both = attempt > 0 or evidence.healthy_steps < 20 or fault.kind == "exploding_loss" or burst
+        both = attempt > 0 or evidence.healthy_steps < 20 or fault.kind == "exploding_loss" or evidence.burst
         for remedy in self.remedies:
             proposal = remedy.propose(fault, evidence, attempt)
             if proposal is None:
@@ -372,9 +371,9 @@ class Policy:
                 steps.append(proposal)
         if any(isinstance(step, Stop) for step in steps):
             return tuple(steps), state
-        if evidence.undo and not any(isinstance(step, Restore) for step in steps):
-            steps.insert(0, Restore(0))  # an update that was made is taken back in no other way
         restoring = any(isinstance(step, Restore) for step in steps)
+        if evidence.undo and not restoring:
+            steps, restoring = [Restore(0), *steps], True  # an update that was made is taken back in no other way
         comparison = evidence.comparison
         lost = evidence.corrupt is not None or (comparison is not None and not math.isfinite(comparison.now))
         if not restoring and (lost or not steps):

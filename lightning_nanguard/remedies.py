@@ -318,9 +318,8 @@ class ClipGradients(Remedy):
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
         """Clipping, where gradients are at fault, or one that came out of nothing led to a fault of the learner."""
         # Where the scheduled rate has just risen, the rate is the first to suspect.
-        if not (fault.kind in self._kinds or (evidence.burst and fault.scope == "learner")):
-            return None
-        if not evidence.clippable or (evidence.rate_rose and attempt == 0):
+        concerned = fault.kind in self._kinds or evidence.burst
+        if not concerned or not evidence.clippable or (evidence.rate_rose and attempt == 0):
             return None
         if isinstance(self.clip_val, str):
             if evidence.usual_norm is not None and evidence.usual_norm > 0:

@@ -339,9 +339,8 @@ def test_a_resumed_run_is_as_careful_as_the_one_it_goes_on_from(tmp_path: Path) 
     """What an update that had to be undone has taught is in the checkpoint."""
     kept, bad = tmp_path / "kept.ckpt", FaultAt("input", math.nan, 10)
     first = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
-    fit(task("norm", plain), data_for("norm", 20), first, folder=tmp_path, callbacks=[bad]).trainer.save_checkpoint(
-        kept
-    )
+    run = fit(task("norm", plain), data_for("norm", 20), first, folder=tmp_path, callbacks=[bad])
+    run.trainer.save_checkpoint(kept)
     guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
     trainer = trainer_for(tmp_path, guard, [FaultAt("input", math.nan, 10)], max_epochs=2, limit_val_batches=0)
     loader = DataLoader(data_for("norm", 20), batch_size=None)
