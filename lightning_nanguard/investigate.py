@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from operator import itemgetter
 from typing import Any, Protocol, final
 
 import torch
@@ -51,6 +52,8 @@ _SURE = 4
 # Below this growth of its matrices a loss that does not fall is a hard task, and nothing is tried out.
 _GROWN = 2.5
 _GROWN_AND_LEARNED = 6.0
+# A loss that is higher by this share of another, or of its scale, is clearly higher.
+_CLEARLY = 0.3
 
 
 @final
@@ -111,6 +114,19 @@ class Investigator:
             self._batches[fault.kind, fault.place] += 1
         else:
             self._batches.clear()
+
+    def worse_than(self, snapshot: Snapshot) -> bool:
+        """Whether the newest batches fare clearly worse under the weights of now than under a snapshot's.
+
+        ``False`` where that cannot be told. Among ranks it is not asked: each would ask at a time of its own.
+        """
+        if not self._compare_allowed or self._ranks.world > 1:
+            return False
+        pairs = self._rehearsal.compare_each(snapshot)
+        # By the better half, and not by the loss's scale alone: some, and what the run began with, may be corrupt.
+        better = sorted(pairs, key=itemgetter(1))[: math.ceil(len(pairs) / 2)]
+        scale = self._rehearsal.scale()
+        return bool(better) and all(not now <= then + _CLEARLY * min(scale, abs(then)) for now, then in better)
 
     def _known_to_be_the_batch(self, fault: Fault, known: Evidence, trend: Trend) -> bool:
         # A corrupt sample comes back in every epoch. Alone among healthy updates it is what it was before; if not, the

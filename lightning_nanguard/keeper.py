@@ -246,7 +246,9 @@ class Keeper:
         pending.typical = self._glance.typical
         before = self._ring.certified[0].typical if self._ring.certified else {}
         self._still = {path for path, size in pending.typical.items() if before.get(path) == size}
-        self._wide |= (beyond := self._glance.beyond(before, _far(healthy_steps, _FAR_WEIGHT)))
+        beyond = self._glance.beyond(before, _far(healthy_steps, _FAR_WEIGHT))
+        beyond |= {path for path in self._glance.beyond(before, _FAR_WEIGHT) if path[0] == "parameter"}
+        self._wide |= beyond
         return self._objection(pending, healthy_steps) if beyond else None
 
     def objection(self, pending: Snapshot, healthy_steps: int) -> tuple[Fault | None, tuple[int, ...]]:
@@ -328,13 +330,19 @@ class Keeper:
         weights = {path for path in leaves if path[0] == "parameter"}
         statistics = set(self._learner.statistics(leaves))
         others = {*statistics, *(path for path in leaves if path[0] == "optimizer")}
-        then = self._ring.certified[0].leaves
-        for names, usual in ((weights, _FAR_WEIGHT), (others, _FAR)):
-            times = _far(healthy_steps, usual)
+        newest = self._ring.certified[0]
+        then = newest.leaves
+        sure = _far(healthy_steps, _FAR_WEIGHT)
+        for names, times in ((weights, _FAR_WEIGHT), (others, _far(healthy_steps))):
             far = jumped(leaves, then, names, times)
-            if far is None or far in self._jumps:
+            if far is None:
                 continue
-            self._jumps.add(far)  # once: what comes back after a restore is how it is
+            # What comes back after a restore is how it is, and some weights have far to go at first, where data are not
+            # scaled, say: then the loss decides, which tells of weights alone.
+            doubtful = far in self._jumps or (times < sure and jumped(leaves, then, names, sure) is None)
+            if doubtful and not (names is weights and self._investigator.worse_than(newest)):
+                continue
+            self._jumps.add(far)
             # Where it came of a batch, the next one that brings it can be skipped.
             buffers = {path for path in statistics if path[0] == "buffer"}
             self.watches_statistics |= jumped(leaves, then, buffers, _far(healthy_steps)) is not None

@@ -456,6 +456,16 @@ class Policy:
             state, given_back_at=evidence.healthy_steps, bad_rate=math.inf if across else state.bad_rate
         )
 
+    def too_high(self, rate: float, healthy_steps: int, state: PolicyState) -> PolicyState:
+        """A rate was found too high, though nothing diverged: it counts as one that failed, and nothing as proven."""
+        return replace(
+            state,
+            bad_rate=min(state.bad_rate, rate),
+            proven_rate=0.0,
+            proven_level=math.inf,
+            given_back_at=healthy_steps,
+        )
+
     def prove(self, rate: float | None, level: float | None, margin: float, state: PolicyState) -> PolicyState:
         """A snapshot was certified while the run was learning.
 

@@ -19,6 +19,10 @@ from lightning_nanguard.streams import Streams
 
 _HEALTHY = Fault("healthy_stretch", "learner", "", None, "a long healthy stretch")
 
+_STILL_HIGH = Fault(
+    "rate_still_high", "learner", "", None, "at this rate a few batches are learned at the expense of others"
+)
+
 
 @final
 class Recovery:
@@ -104,15 +108,21 @@ class Recovery:
         standing = self._standing
         if not (reduce.rehearse and self._reviews.due(standing.healthy_steps)):
             return
+        trend = self._streams.trend(0)
         before, ratio = self._rate.effective(), self._rate.ratio()
-        if ratio > 0.5 or 4 * before[0] >= standing.policy.bad_rate:
-            return
-        factor = self._rehearsal.review()
+        may_rise = ratio <= 0.5 and 4 * before[0] < standing.policy.bad_rate
+        # A loss that falls does so at this rate.
+        untrained = None if trend is None or trend.falling() else trend.first
+        factor = self._rehearsal.review(untrained, at_most=2.0 if may_rise else 1.0)
         if factor > 1:
             self._raise_rate(ratio * factor, Scale(factor), reduce.min_lr)
             self._reviews.begin(standing.healthy_steps)
             standing.policy = replace(standing.policy, given_back_at=standing.healthy_steps)
             self._account.record(_HEALTHY, "", ("give back",), before)
+        elif factor < 1 and before[0] > reduce.min_lr:
+            self.scale(factor, reduce.min_lr)
+            standing.policy = self._policy.too_high(before[0], standing.healthy_steps, standing.policy)
+            self._account.record(_STILL_HIGH, "", (reduce.word,), before)
 
     def _raise_rate(self, ratio: float, step: Scale, min_lr: float) -> None:
         multiplier, limit = self._rate.multiplier, self._rate.max_lr

@@ -37,6 +37,9 @@ class Stage(Protocol):
 _GONE = 2.0
 # Times the gain of the present rate that a larger one must bring to be taken.
 _CLEARLY_MORE = 2.0
+# Share of what was learned that a rate may cost batches while it learns others, and what it is multiplied by beyond it.
+_FORGOTTEN = 0.1
+_LOWER = 0.25
 
 
 @final
@@ -161,11 +164,15 @@ class Rehearsal:
         mean = fmean(loss for loss in losses if loss is not None) if None not in losses else None
         return mean if mean is None or math.isfinite(mean) else math.inf
 
-    def review(self) -> float:
-        """The factor at which the present rate would serve the present state better: 2 or 1.
+    def review(self, untrained: float | None, *, at_most: float = 2.0) -> float:
+        """The factor at which the present rate would serve the present state better: 2, 1 or a quarter.
 
-        Short trials favour small rates, so a larger one is taken where four times the present one brings clearly more
-        all the same.
+        Short trials favour small rates, so a lower one is taken only where learning some batches costs others a part of
+        all that was learned, and a larger one where four times the present one brings clearly more all the same.
+
+        Args:
+            untrained: The loss that the run began with; ``None`` where no lower rate is asked for.
+            at_most: The largest factor that is asked for.
         """
         with self._present() as present:
             if present is None:
@@ -174,12 +181,14 @@ class Rehearsal:
             def loss(factor: float, updates: int = self._updates) -> float | None:
                 return self.loss_after(present, factor, updates, unseen=True)
 
-            before, larger = loss(1.0, 0), loss(4.0)
-            # Most reviews end here, and the present rate need not be tried.
-            if before is None or larger is None or not larger < before:
+            before, same = loss(1.0, 0), loss(1.0)
+            if before is None or same is None:
                 return 1.0
-            same = loss(1.0)
-            return 2.0 if same is not None and before - larger > _CLEARLY_MORE * (before - same) else 1.0
+            if untrained is not None and 0 < _FORGOTTEN * (untrained - before) < same - before:
+                return _LOWER
+            larger = loss(4.0) if at_most > 1 else None
+            more = larger is not None and larger < before and before - larger > _CLEARLY_MORE * (before - same)
+            return at_most if more else 1.0
 
     def harmful(self, factor: float) -> bool:
         """Whether from the present state the rate times ``factor`` makes the loss clearly worse."""
@@ -214,6 +223,17 @@ class Rehearsal:
                 return None
             now, then = (self.loss_after(base, 1.0, 0) for base in (present, target))
         return None if now is None or then is None else (now, then)
+
+    def compare_each(self, target: Snapshot) -> list[tuple[float, float]]:
+        """Loss of each batch at hand under the state of now and under ``target``; empty without them."""
+        with self._present() as present:
+            if present is None:
+                return []
+            found = []
+            for base in (present, target):
+                self.loss_after(base, 1.0, 0)
+                found.append(self._began)
+        return [(now, then) for index, now in found[0].items() if (then := found[1].get(index)) is not None]
 
     def lower_rate_is_better(self, start: Snapshot, scale: float) -> bool | None:
         """Whether a lower rate learns from ``start``, and the present one from the present state does not.

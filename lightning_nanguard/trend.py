@@ -15,6 +15,8 @@ from lightning_nanguard.events import Reading
 # How many readings are looked back at.
 _LOSSES = 64
 _NORMS = 128
+# So many losses are compared with as many before them.
+_HALF = 16
 # A burst is so many times the largest of at least so many norms before it, of which so many are looked at.
 _BURST = 20.0
 _CALM_BEFORE = 4
@@ -74,6 +76,15 @@ class Trend:
         """Whether the loss is clearly below the untrained model's."""
         level = self.level()
         return level is not None and self.first is not None and level < self.first - 0.1 * self.scale()
+
+    def falling(self) -> bool:
+        """Whether the newest sixteen losses lie clearly below the sixteen before, or are too few to tell."""
+        values = self.losses(2 * _HALF)
+        if len(values) < 2 * _HALF:
+            return True
+        earlier, later = values[:_HALF], values[_HALF:]
+        noise = spread([loss - median(half) for half in (earlier, later) for loss in half])
+        return median(later) < median(earlier) - 2 * noise / math.sqrt(_HALF)
 
     def excursion(self) -> bool:
         """Whether the loss went far above the untrained model's since the start or the last rewind."""

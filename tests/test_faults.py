@@ -32,6 +32,7 @@ from tests.helpers import (
     FaultAt,
     Run,
     States,
+    Task,
     data_for,
     differences,
     fit,
@@ -245,6 +246,53 @@ def test_flipped_state_that_training_does_not_show(kind: str, every: int, last: 
     [optimizer] = run.trainer.optimizers
     tensors = [*run.module.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
     assert max(float(tensor.detach().abs().max()) for tensor in tensors) < 1e3
+
+
+class Enlarges(Callback):
+    """Makes every weight of the first layer many times as large, between two batches."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 40:
+            with torch.no_grad():
+                pl_module.net[0].weight.mul_(1e5)
+
+
+@pytest.mark.parametrize("readback", ["step", "deferred"])
+def test_saturated_weights_early_on(readback: str, tmp_path: Path) -> None:
+    """A matrix that became 100,000 times as large among the first hundred updates, behind units that saturate, does not
+    show in the loss; it goes back with the next snapshot, since the newest batches fare worse under it."""
+    guard = NaNGuard(snapshot_every_n_steps=5, readback=readback)
+    run = fit(task("mlp", adam), data_for("mlp", 80), guard, folder=tmp_path, callbacks=[Enlarges()])
+    [found] = guard.interventions
+    assert (found.fault, found.place, found.remedies) == ("implausible_state", "parameter net.0.weight", ("restore",))
+    assert 41 <= found.global_step <= 52
+    assert float(run.module.net[0].weight.detach().abs().max()) < 100
+
+
+def test_weights_that_have_far_to_go(tmp_path: Path) -> None:
+    """Targets of 100,000 take the weights thousands of times as far from the start as they were, and that is learning:
+    nothing is done, to the bit."""
+    data = [(x, 1e5 * (y + 1)) for x, y in data_for("mlp", 60)]
+    runs = []
+    for guard in (None, NaNGuard(snapshot_every_n_steps=5)):
+        torch.manual_seed(0)
+        module = Task(nn.Linear(6, 2), lambda p: optim.SGD(p, lr=0.05))
+        runs.append(fit(module, data, guard, folder=tmp_path))
+    assert guard is not None
+    assert guard.interventions == []
+    assert differences(state_of(runs[0]), state_of(runs[1])) == []
+    assert float(runs[1].module.net.bias.detach().abs().max()) > 1e4
+
+
+def test_a_start_that_was_corrupt_twice(tmp_path: Path) -> None:
+    """Where the first batches are corrupt, and those behind the rollback are too, such losses are not taken for the
+    run's own: it goes back again, though the same weight has gone far before and half of the newest batches are bad."""
+    guard = NaNGuard(snapshot_every_n_steps=8)
+    fault = FaultAt("target", 1e15, [0, 1, 10, 11, 16, 17])
+    module = task("mlp", lambda p: optim.SGD(p, lr=0.01))
+    run = fit(module, data_for("mlp", 60), guard, folder=tmp_path, callbacks=[fault])
+    assert [found.remedies for found in guard.interventions if found.fault == "implausible_state"] == [("restore",)] * 2
+    assert max(float(p.detach().abs().max()) for p in run.module.parameters()) < 10
 
 
 @pytest.mark.parametrize("kind", ["weight", "moment"])

@@ -181,6 +181,16 @@ def test_a_proven_rate_is_given_back_quickly_and_a_failed_one_slowly() -> None:
     assert (waits(0.1, 0.5), waits(1.0, 0.25), waits(1.0, 0.5)) == (50, 1000, 4000)
 
 
+def test_a_rate_found_too_high_does_not_come_back_as_proven() -> None:
+    """Nothing counts as proven then, the same rate is not proven by a snapshot from before, and a lower one may be."""
+    policy = Policy(default_remedies())
+    state = policy.too_high(0.1, 70, PolicyState(proven_rate=0.1, proven_level=0.5))
+    assert (state.bad_rate, state.proven_rate, state.given_back_at) == (0.1, 0.0, 70)
+    assert policy.prove(0.1, 0.5, 0.1, state).proven_rate == 0.0
+    assert policy.prove(0.025, 0.5, 0.1, state).proven_rate == 0.025
+    assert policy.too_high(0.4, 70, state).bad_rate == 0.1
+
+
 def test_a_rate_is_proven_only_while_the_loss_falls() -> None:
     """Under a schedule that goes on rising, rates at which the run stays where it is are not proven by its staying."""
     policy, state, proven = Policy(default_remedies()), PolicyState(), []

@@ -113,8 +113,65 @@ def test_a_review_raises_a_rate_that_hardly_moves_the_loss(lr: float, factor: fl
     loop.batch = torch.randn(8, 3, generator=torch.Generator().manual_seed(3))
     rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
     before = copied(state(loop))
-    assert rehearsal.review() == factor
+    assert rehearsal.review(1.0) == factor
+    assert rehearsal.review(1.0, at_most=1.0) == min(1.0, factor)
     assert same_bits(state(loop), before)
+
+
+class Noisy(Loop):
+    """Four small batches whose targets are half noise."""
+
+    def rehearsal_batches(self) -> int:
+        return 4
+
+    def loss_on(self, index: int) -> float | None:
+        self.show(index)
+        return self.probe()
+
+    def train_on(self, index: int) -> float | None:
+        self.show(index)
+        return super().train_on(index)
+
+    def show(self, index: int) -> None:
+        draw = torch.Generator().manual_seed(10 + index)
+        self.batch, self.noise = torch.randn(3, 3, generator=draw), torch.randn(3, 1, generator=draw)
+
+    def loss(self) -> torch.Tensor:
+        assert self.batch is not None
+        return (self.net(self.batch) - self.batch.sum(1, keepdim=True) - self.noise).square().mean()
+
+
+@pytest.mark.parametrize(("lr", "untrained", "factor"), [(0.2, 3.0, 0.25), (0.2, 60.0, 1.0), (0.002, 3.0, 1.0)])
+def test_a_review_lowers_a_rate_that_forgets_what_it_learned(lr: float, untrained: float, factor: float) -> None:
+    """Where updates on two batches take back a tenth of what was learned on two others the rate is quartered; at a rate
+    at which they do not, or where that is little beside what was learned, it stays."""
+    loop = Noisy(lr=lr)
+    loop.guard.rate.attach()
+    with torch.no_grad():
+        loop.net.weight.fill_(1.0)
+        loop.net.bias.zero_()
+    loop.show(0)
+    rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
+    before = copied(state(loop))
+    assert rehearsal.review(untrained, at_most=1.0) == factor
+    assert same_bits(state(loop), before)
+
+
+def test_each_batch_is_compared_under_both_states() -> None:
+    """The loss of every batch at hand under the weights of now and under a snapshot's, and none where there is none."""
+    loop = Noisy(lr=0.1)
+    loop.show(0)
+    rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
+    start = capture(loop.guard.learner, step=0, global_step=0)
+    then = [loop.loss_on(index) for index in range(4)]
+    for index in range(4):
+        loop.train_on(index)
+    before = copied(state(loop))
+    now = [loop.loss_on(index) for index in range(4)]
+    assert rehearsal.compare_each(start) == list(zip(now, then, strict=True))
+    assert same_bits(state(loop), before)
+    loop.rehearsal_batches = lambda: 0  # type: ignore[method-assign]
+    assert rehearsal.compare_each(start) == []
 
 
 def test_reviews_come_at_growing_intervals() -> None:

@@ -157,6 +157,23 @@ def test_no_rate_is_tried_below_those_that_may_be_taken() -> None:
     assert tried[1:] == [0.5, 0.125, 0.125 / 4, 0.125 / 16]
 
 
+@pytest.mark.parametrize(
+    ("ends", "cut"),
+    [
+        ({0.125: 0.6, 0.125 / 4: 2.6, 0.125 / 16: 0.3, 0.125 / 64: 0.4}, 0.125 / 64),
+        ({0.125: 0.6, 0.125 / 4: 2.6, 0.125 / 16: 0.3}, 0.125 / 32),
+        ({0.125: 0.6, 0.125 / 4: 2.6}, 0.125 / 2),
+        ({0.125: 0.6, 0.125 / 4: 1.05}, 0.125 / 2),
+    ],
+    ids=["a lower one helps", "it alone", "none does", "no harm, only slow"],
+)
+def test_a_rate_that_is_good_by_accident_is_not_taken(ends: dict[float, float], cut: float) -> None:
+    """Where a rate makes things worse, a larger one that made them better did so by killing units, say: the search goes
+    on below both, and only where nothing helps there is it better than none."""
+    ends = {0.5: math.inf, **ends}
+    assert rehearsed_cut(lambda factor, updates: ends.get(factor, 1.02) if updates else 1.0, 0.5) == cut
+
+
 @pytest.mark.parametrize(("slow", "cut"), [(0.04, 0.125 / 256), (0.5, 0.125 / 64)])
 def test_batches_learned_by_heart_do_not_choose_a_large_rate(slow: float, cut: float) -> None:
     """Where the best rate takes them to nothing, so does a far lower one within the same updates: that is taken."""

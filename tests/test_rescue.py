@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.rescue import __main__ as command
+from benchmarks.rescue.ablation import EVERYONE
 from benchmarks.rescue.cases import FAILING, HEALTHY, Case, form
 from benchmarks.rescue.contenders import CONTENDERS, Attempt
 from benchmarks.rescue.faults import BadLoss, BadWeight
@@ -160,6 +161,25 @@ def test_a_run_that_wanders_is_left_alone():
     guarded = CONTENDERS["nanguard"].attempt(case)
     assert guarded.run.digest == alone.digest
     assert not guarded.interventions
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("rate10000:mlp/sgd#511010", "gradient_spike"),
+        ("rate10000:regression/momentum#130010", "rate_still_high"),
+        ("weight_matrix:rnn/adam#511000", "implausible_state"),
+        ("target_1e15:linear/sgd#512000", "implausible_state"),
+    ],
+)
+@pytest.mark.parametrize("contender", ["nanguard", "deferred"])
+def test_what_was_lost_once_is_saved(name, fault, contender):
+    """Units that died in a rehearsal, a rate that few batches chose, a matrix that saturated, a start corrupt twice."""
+    form, _, seed = name.partition("#")
+    case = FORMS[form].draw(int(seed))
+    attempt = EVERYONE[contender].attempt(case)
+    assert judge(case, attempt, contender, train(case.twin)).regained > 0.9
+    assert fault in {act["fault"] for act in attempt.interventions}
 
 
 @pytest.mark.slow
