@@ -16,6 +16,7 @@ from lightning_nanguard.rehearsal import Rehearsal, Reviews
 from lightning_nanguard.remedies import ClipGradients, ReduceLR, Remedy
 from lightning_nanguard.standing import Standing
 from lightning_nanguard.streams import Streams
+from lightning_nanguard.trend import Trend
 
 _HEALTHY = Fault("healthy_stretch", "learner", "", None, "a long healthy stretch")
 
@@ -108,12 +109,13 @@ class Recovery:
         standing = self._standing
         if not (reduce.rehearse and self._reviews.due(standing.healthy_steps)):
             return
-        trend = self._streams.trend(0)
+        trend = self._streams.trend(0) or Trend()
         before, ratio = self._rate.effective(), self._rate.ratio()
-        may_rise = ratio <= 0.5 and 4 * before[0] < standing.policy.bad_rate
-        # A loss that falls does so at this rate.
-        untrained = None if trend is None or trend.falling() else trend.first
-        factor = self._rehearsal.review(untrained, at_most=2.0 if may_rise else 1.0)
+        # Where next to nothing is left to learn, larger rates gain most by learning single batches by heart.
+        may_rise = ratio <= 0.5 and 4 * before[0] < standing.policy.bad_rate and not trend.arrived()
+        # A loss that falls does so at this rate, and one that never fell says nothing of it.
+        rests = trend.learning() and not trend.falling()
+        factor = self._rehearsal.review(trend.first if rests else None, at_most=2.0 if may_rise else 1.0)
         if factor > 1:
             self._raise_rate(ratio * factor, Scale(factor), reduce.min_lr)
             self._reviews.begin(standing.healthy_steps)
