@@ -76,6 +76,8 @@ class Recovery:
         """Clip from now on; ``inf`` ends it."""
         self.clipper.set(value, algorithm)
         self._clipping_since = self._standing.healthy_steps
+        # Clipping alone may have been too little.
+        self._reviews.begin(self._standing.healthy_steps)
 
     def give_back(self) -> None:
         """After a healthy update: raise the rate, review it, end clipping, where it is time."""
@@ -101,6 +103,7 @@ class Recovery:
                     self._raise_rate(ratio * step.factor, step, reduce.min_lr)
                     self._account.record(_HEALTHY, "", ("give back",), before)
                     self._reviews.begin(standing.healthy_steps)
+        if isinstance(reduce, ReduceLR):
             self._review(reduce)
         self._end_clipping()
 
@@ -111,10 +114,11 @@ class Recovery:
             return
         trend = self._streams.trend(0) or Trend()
         before, ratio = self._rate.effective(), self._rate.ratio()
-        # Where next to nothing is left to learn, larger rates gain most by learning single batches by heart.
-        may_rise = ratio <= 0.5 and 4 * before[0] < standing.policy.bad_rate and not trend.arrived()
+        may_rise = ratio <= 0.5 and 4 * before[0] < standing.policy.bad_rate
         # A loss that falls does so at this rate, and one that never fell says nothing of it.
         rests = trend.learning() and not trend.falling()
+        if not (may_rise or rests):
+            return
         factor = self._rehearsal.review(trend.first if rests else None, at_most=2.0 if may_rise else 1.0)
         if factor > 1:
             self._raise_rate(ratio * factor, Scale(factor), reduce.min_lr)

@@ -77,11 +77,6 @@ class Trend:
         level = self.level()
         return level is not None and self.first is not None and level < self.first - 0.1 * self.scale()
 
-    def arrived(self) -> bool:
-        """Whether a tenth of the untrained model's loss is left at most."""
-        level = self.level()
-        return level is not None and self.first is not None and level < self.first - 0.9 * self.scale()
-
     def falling(self) -> bool:
         """Whether the newest sixteen losses lie clearly below the sixteen before, or are too few to tell."""
         values = self.losses(2 * _HALF)
