@@ -201,6 +201,7 @@ class Guard:
             self._streams,
             self._rehearsal,
             self.account,
+            may_lower=any(remedy.step is ReduceLR.step for remedy in remedies),
         )
         self._hands = Hands(
             learner,

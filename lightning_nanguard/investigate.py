@@ -52,8 +52,9 @@ _SURE = 4
 # Below this growth of its matrices a loss that does not fall is a hard task, and nothing is tried out.
 _GROWN = 2.5
 _GROWN_AND_LEARNED = 6.0
-# A loss that is higher by this share of another, or of its scale, is clearly higher.
+# A loss that is higher by this share of another, or of its scale, is clearly higher; less than this is nothing.
 _CLEARLY = 0.3
+_NOTHING = 0.01
 
 
 @final
@@ -115,18 +116,21 @@ class Investigator:
         else:
             self._batches.clear()
 
-    def worse_than(self, snapshot: Snapshot) -> bool:
-        """Whether the newest batches fare clearly worse under the weights of now than under a snapshot's.
+    def is_worse(self, state: Snapshot, than: Snapshot) -> bool:
+        """Whether the newest batches fare clearly worse under one state than under another.
 
         ``False`` where that cannot be told. Among ranks it is not asked: each would ask at a time of its own.
         """
         if not self._compare_allowed or self._ranks.world > 1:
             return False
-        pairs = self._rehearsal.compare_each(snapshot)
+        pairs = [pair for pair in self._rehearsal.compare_each(state, than) if math.isfinite(pair[1])]
         # By the better half, and not by the loss's scale alone: some, and what the run began with, may be corrupt.
         better = sorted(pairs, key=itemgetter(1))[: math.ceil(len(pairs) / 2)]
         scale = self._rehearsal.scale()
-        return bool(better) and all(not now <= then + _CLEARLY * min(scale, abs(then)) for now, then in better)
+        least = min(_NOTHING * scale, _NOTHING)
+        return bool(better) and all(
+            not now <= then + max(least, _CLEARLY * min(scale, abs(then))) for now, then in better
+        )
 
     def _known_to_be_the_batch(self, fault: Fault, known: Evidence, trend: Trend) -> bool:
         # A corrupt sample comes back in every epoch. Alone among healthy updates it is what it was before; if not, the

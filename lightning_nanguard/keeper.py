@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,8 @@ _SETTLED = 100
 _FAR = 1e4
 _FAR_WEIGHT = 1e3
 _FAR_EARLY = 1e12
+# So often the same weight may be found out of range.
+_AGAIN = 3
 
 
 @final
@@ -97,7 +100,8 @@ class Keeper:
         self._last = 0
         self._next = self._interval.until_next(0)
         self._wanted = False
-        self._jumps: set[str] = set()
+        # What was found far out of range, and how often.
+        self._jumps: Counter[str] = Counter()
         self.watches_statistics = False
 
     def count_from(self, step: int) -> None:
@@ -315,14 +319,17 @@ class Keeper:
         if bad is not None:
             message = f"{bad} is no longer finite, though every loss and gradient is"
             return Fault("corrupted_state", "state", bad, None, message)
-        return self.implausible(pending.leaves, healthy_steps)
+        return self.implausible(pending.leaves, healthy_steps, pending)
 
-    def implausible(self, leaves: Mapping[Path, Any], healthy_steps: int) -> Fault | None:
+    def implausible(
+        self, leaves: Mapping[Path, Any], healthy_steps: int, state: Snapshot | None = None
+    ) -> Fault | None:
         """What is far out of range beside the newest certified snapshot, ``None`` if nothing is.
 
         Args:
             leaves: A state of the learner.
             healthy_steps: Updates accepted so far.
+            state: The same as a snapshot, where there is one: what is doubtful is tried on the newest batches then.
         """
         if not self._ring.certified:
             return None
@@ -340,14 +347,17 @@ class Keeper:
             # What comes back after a restore is how it is, and some weights have far to go at first, where data are not
             # scaled, say: then the loss decides, which tells of weights alone.
             doubtful = far in self._jumps or (times < sure and jumped(leaves, then, names, sure) is None)
-            if doubtful and not (names is weights and self._investigator.worse_than(newest)):
+            if doubtful and not (names is weights and self._is_ruin(far, state, newest)):
                 continue
-            self._jumps.add(far)
+            self._jumps[far] += 1
             # Where it came of a batch, the next one that brings it can be skipped.
             buffers = {path for path in statistics if path[0] == "buffer"}
             self.watches_statistics |= jumped(leaves, then, buffers, _far(healthy_steps)) is not None
             return Fault("implausible_state", "state", far, None, f"{far} is over {times:g} times what it was")
         return None
+
+    def _is_ruin(self, far: str, state: Snapshot | None, newest: Snapshot) -> bool:
+        return state is not None and self._jumps[far] < _AGAIN and self._investigator.is_worse(state, newest)
 
     def strange_statistics(self, before: Mapping[str, Tensor], healthy_steps: int) -> Fault | None:
         """What the batch at hand has just done to running statistics, ``None`` if it may be.

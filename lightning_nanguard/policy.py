@@ -22,6 +22,8 @@ from lightning_nanguard.events import Clip, Fault, Finding, Plan, PlanStep, Rest
 CALM = 200
 # The same for a fault that was read late, where the weights cannot be compared with those before its update.
 _AT_ONCE = 20
+# A rate of at least this share of one that failed counts as that one.
+_ACROSS = 0.75
 # Matrices of good runs grew to at most 9 times their norm in first trials, ruined ones to 15 and far more.
 RUINED = 12.0
 
@@ -446,11 +448,11 @@ class Policy:
         else:
             larger = min(1.0, evidence.multiplier / factor)
             wait = after
-            if scheduled_lr * larger >= 0.75 * state.bad_rate:
+            if scheduled_lr * larger >= _ACROSS * state.bad_rate:
                 wait = after * 2 ** min(state.failed_returns + 2, 10)
         if evidence.healthy_steps - state.given_back_at < wait:
             return (), state
-        across = scheduled_lr * larger >= 0.75 * state.bad_rate
+        across = scheduled_lr * larger >= _ACROSS * state.bad_rate
         # Up to a proven rate as a limit: under a falling schedule a multiplier would have to follow it step by step.
         return (Scale(larger / evidence.multiplier, limit=proven > evidence.multiplier),), replace(
             state, given_back_at=evidence.healthy_steps, bad_rate=math.inf if across else state.bad_rate
@@ -480,7 +482,7 @@ class Policy:
         """
         if rate is None or level is None or level > state.proven_level - margin:
             return state
-        proven = max(rate, state.proven_rate) if rate < state.bad_rate else state.proven_rate
+        proven = max(rate, state.proven_rate) if rate < _ACROSS * state.bad_rate else state.proven_rate
         return replace(state, proven_rate=proven, proven_level=level)
 
 

@@ -38,7 +38,11 @@ class Recovery:
         streams: Know whether the run learns.
         rehearsal: Tries rates out.
         account: Records what was done.
+        may_lower: Whether the user lets the rate be cut at all.
     """
+
+    # So often in a row a review lowers the rate: each time there is less to say that it must.
+    _most_lowered = 3
 
     def __init__(
         self,
@@ -50,6 +54,8 @@ class Recovery:
         streams: Streams,
         rehearsal: Rehearsal,
         account: Account,
+        *,
+        may_lower: bool = True,
     ) -> None:
         self._rate = rate
         self._reduce = reduce
@@ -59,6 +65,8 @@ class Recovery:
         self._streams = streams
         self._rehearsal = rehearsal
         self._account = account
+        self._may_lower = may_lower
+        self._lowered = 0
         self._reviews = Reviews()
         self._clipping_since = 0
         self.clipper = Clipper()
@@ -117,6 +125,7 @@ class Recovery:
         may_rise = ratio <= 0.5 and 4 * before[0] < standing.policy.bad_rate
         # A loss that falls does so at this rate, and one that never fell says nothing of it.
         rests = trend.learning() and not trend.falling()
+        rests &= self._may_lower and self._lowered < self._most_lowered and before[0] > reduce.min_lr
         if not (may_rise or rests):
             return
         factor = self._rehearsal.review(trend.first if rests else None, at_most=2.0 if may_rise else 1.0)
@@ -125,12 +134,14 @@ class Recovery:
             self._reviews.begin(standing.healthy_steps)
             standing.policy = replace(standing.policy, given_back_at=standing.healthy_steps)
             self._account.record(_HEALTHY, "", ("give back",), before)
-        elif factor < 1 and before[0] > reduce.min_lr:
+        elif factor < 1:
             self.scale(factor, reduce.min_lr)
+            self._lowered += 1
             standing.policy = self._policy.too_high(before[0], standing.healthy_steps, standing.policy)
             self._account.record(_STILL_HIGH, "", (reduce.word,), before)
 
     def _raise_rate(self, ratio: float, step: Scale, min_lr: float) -> None:
+        self._lowered = 0
         multiplier, limit = self._rate.multiplier, self._rate.max_lr
         if step.limit:
             multiplier, limit = 1.0, self._rate.effective()[0] * step.factor
@@ -148,6 +159,7 @@ class Recovery:
         """Plain containers."""
         return {
             "clipping_since": self._clipping_since,
+            "lowered": self._lowered,
             "clipper": self.clipper.state_dict(),
             "rate": self._rate.state_dict(),
             "reviews": self._reviews.state_dict(),
@@ -156,6 +168,7 @@ class Recovery:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._clipping_since = int(state["clipping_since"])
+        self._lowered = int(state.get("lowered", 0))
         self.clipper.load_state_dict(state["clipper"])
         self._rate.load_state_dict(state["rate"])
         self._reviews.load_state_dict(state["reviews"])

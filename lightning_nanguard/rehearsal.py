@@ -130,8 +130,7 @@ class Rehearsal:
         restore(self._learner, base)
         rate.set_multiplier(rate.ratio() * factor)
         try:
-            with self._stage.rehearsing():
-                return self._play(trained, measured, self._horizon(updates))
+            return self._play(trained, measured, self._horizon(updates))
         finally:
             rate.set_multiplier(multiplier, min_lr=min_lr, max_lr=max_lr)
             restore(self._learner, base)
@@ -145,11 +144,24 @@ class Rehearsal:
         return math.ceil(updates * inertia / int(group.get("max_iter", 1)))
 
     def _play(self, trained: Sequence[int], measured: Sequence[int], updates: int) -> float | None:
+        with self._stage.rehearsing():
+            stays = self._train(trained, updates)
+        if not stays:
+            return None if stays is None else math.inf
+        # Anew, so that a loss with chance in it meets the same chance whatever was trained before.
+        with self._stage.rehearsing():
+            losses = [self._stage.loss_on(index) for index in measured]
+        if updates == 0:
+            self._began = {i: loss for i, loss in zip(measured, losses, strict=True) if loss is not None}
+        mean = fmean(loss for loss in losses if loss is not None) if None not in losses else None
+        return mean if mean is None or math.isfinite(mean) else math.inf
+
+    def _train(self, batches: Sequence[int], updates: int) -> bool | None:
         first: float | None = None
         scale = self.scale()
         gone = False
         for update in range(updates):
-            index = trained[update % len(trained)]
+            index = batches[update % len(batches)]
             loss = self._stage.train_on(index)
             if loss is None:
                 return None
@@ -157,12 +169,8 @@ class Rehearsal:
             began = self._began.get(index, first)
             was_gone, gone = gone, loss > began + _GONE * max(abs(began), scale)
             if not math.isfinite(loss) or (gone and was_gone):
-                return math.inf
-        losses = [self._stage.loss_on(index) for index in measured]
-        if updates == 0:
-            self._began = {i: loss for i, loss in zip(measured, losses, strict=True) if loss is not None}
-        mean = fmean(loss for loss in losses if loss is not None) if None not in losses else None
-        return mean if mean is None or math.isfinite(mean) else math.inf
+                return False
+        return True
 
     def review(self, untrained: float | None, *, at_most: float = 2.0) -> float:
         """The factor at which the present rate would serve the present state better: 2, 1 or a quarter.
@@ -202,6 +210,9 @@ class Rehearsal:
     @contextmanager
     def _present(self) -> Iterator[Snapshot | None]:
         gradients = [(p, p.grad) for p in self._learner.module.parameters()]
+        # To restore an older snapshot lowers the scale for good.
+        scaler = self._learner.scaler
+        loss_scale = None if scaler is None else scaler.state_dict()
         self._began = {}
         present: Snapshot | None = None
         with suppress(torch.cuda.OutOfMemoryError):
@@ -213,6 +224,8 @@ class Rehearsal:
             yield present
         finally:
             restore(self._learner, present)
+            if scaler is not None and loss_scale is not None:
+                scaler.load_state_dict(loss_scale)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
 
@@ -224,16 +237,18 @@ class Rehearsal:
             now, then = (self.loss_after(base, 1.0, 0) for base in (present, target))
         return None if now is None or then is None else (now, then)
 
-    def compare_each(self, target: Snapshot) -> list[tuple[float, float]]:
-        """Loss of each batch at hand under the state of now and under ``target``; empty without them."""
+    def compare_each(self, one: Snapshot, other: Snapshot) -> list[tuple[float, float]]:
+        """Loss of each batch at hand under two states; empty without batches."""
+        if not self._stage.rehearsal_batches():
+            return []
         with self._present() as present:
             if present is None:
                 return []
             found = []
-            for base in (present, target):
+            for base in (one, other):
                 self.loss_after(base, 1.0, 0)
                 found.append(self._began)
-        return [(now, then) for index, now in found[0].items() if (then := found[1].get(index)) is not None]
+        return [(mine, its) for index, mine in found[0].items() if (its := found[1].get(index)) is not None]
 
     def lower_rate_is_better(self, start: Snapshot, scale: float) -> bool | None:
         """Whether a lower rate learns from ``start``, and the present one from the present state does not.

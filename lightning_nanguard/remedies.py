@@ -199,7 +199,7 @@ _BY_HEART, _AS_GOOD = 3e-3, 0.05
 _MISSING_OF_MUCH = 0.3
 # On so few batches what is learned by heart takes the loss there, and it favours large rates.
 _FEW = 2
-# A loss higher by this than before, over its scale, is harm.
+# A loss higher by this than before, over its scale, is harm; one lower by less is no help behind such a rate.
 _WORSE = 0.1
 # The rate taken lies between these shares of the best.
 _LEAST_OF_BEST = 1 / 16
@@ -248,7 +248,7 @@ def rehearsed_cut(
             best, lowest, best_after, least = cut, cut, after, _LEAST_OF_BEST * cut
         elif best is not None and after > before + _WORSE:
             # A lower rate does harm: the larger one was good by accident (units died, say), and what helps is better.
-            best_after, least = before, 0.0
+            best_after, least = before - _WORSE, 0.0
         elif best is not None:
             missing = _MISSING_OF_MUCH if best_after < 0.5 * before and not few else _MISSING
             if after > best_after + missing * counted:

@@ -187,6 +187,7 @@ def test_a_rate_found_too_high_does_not_come_back_as_proven() -> None:
     state = policy.too_high(0.1, 70, PolicyState(proven_rate=0.1, proven_level=0.5))
     assert (state.bad_rate, state.proven_rate, state.given_back_at) == (0.1, 0.0, 70)
     assert policy.prove(0.1, 0.5, 0.1, state).proven_rate == 0.0
+    assert policy.prove(0.099, 0.5, 0.1, state).proven_rate == 0.0  # an update earlier in a warmup
     assert policy.prove(0.025, 0.5, 0.1, state).proven_rate == 0.025
     assert policy.too_high(0.4, 70, state).bad_rate == 0.1
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import fmean
 
 import pytest
@@ -158,20 +160,48 @@ def test_a_review_lowers_a_rate_that_forgets_what_it_learned(lr: float, untraine
 
 
 def test_each_batch_is_compared_under_both_states() -> None:
-    """The loss of every batch at hand under the weights of now and under a snapshot's, and none where there is none."""
+    """The loss of every batch at hand under two states, leaving no trace, not even in the loss scale, which going back
+    to an older state lowers; and none where there is no batch."""
     loop = Noisy(lr=0.1)
     loop.show(0)
-    rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
-    start = capture(loop.guard.learner, step=0, global_step=0)
+    learner = loop.guard.learner
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    rehearsal = Rehearsal(learner, loop.guard.rate, loop, lambda: 1.0)
+    start = capture(learner, step=0, global_step=0)
     then = [loop.loss_on(index) for index in range(4)]
     for index in range(4):
         loop.train_on(index)
-    before = copied(state(loop))
+    learner.scaler.load_state_dict({**learner.scaler.state_dict(), "scale": 4096.0})
+    later = capture(learner, step=4, global_step=4)
+    before, scale = copied(state(loop)), learner.scaler.state_dict()
     now = [loop.loss_on(index) for index in range(4)]
-    assert rehearsal.compare_each(start) == list(zip(now, then, strict=True))
+    assert rehearsal.compare_each(later, start) == list(zip(now, then, strict=True))
     assert same_bits(state(loop), before)
+    assert learner.scaler.state_dict() == scale
     loop.rehearsal_batches = lambda: 0  # type: ignore[method-assign]
-    assert rehearsal.compare_each(start) == []
+    assert rehearsal.compare_each(later, start) == []
+
+
+class ByChance(Noisy):
+    """A loss of which chance makes the most, as noise levels or dropout do."""
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        with torch.random.fork_rng():
+            yield
+
+    def loss(self) -> torch.Tensor:
+        return super().loss() * torch.rand(()) * 3
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_chance_in_the_loss_is_not_taken_for_forgetting(seed: int) -> None:
+    """At a rate that moves nothing a review changes nothing, however much the loss varies by itself."""
+    loop = ByChance(lr=1e-12)
+    loop.guard.rate.attach()
+    loop.show(0)
+    torch.manual_seed(seed)
+    assert Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0).review(30.0) == 1.0
 
 
 def test_reviews_come_at_growing_intervals() -> None:

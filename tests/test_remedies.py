@@ -163,9 +163,11 @@ def test_no_rate_is_tried_below_those_that_may_be_taken() -> None:
         ({0.125: 0.6, 0.125 / 4: 2.6, 0.125 / 16: 0.3, 0.125 / 64: 0.4}, 0.125 / 64),
         ({0.125: 0.6, 0.125 / 4: 2.6, 0.125 / 16: 0.3}, 0.125 / 32),
         ({0.125: 0.6, 0.125 / 4: 2.6}, 0.125 / 2),
+        ({0.125: 0.6, 0.125 / 4: 2.6, 0.125 / 16: 1.0, 0.125 / 64: 1.0}, 0.125 / 2),
+        ({0.125: 0.6, 0.125 / 4: 2.6, 0.125 / 16: 0.99}, 0.125 / 2),
         ({0.125: 0.6, 0.125 / 4: 1.05}, 0.125 / 2),
     ],
-    ids=["a lower one helps", "it alone", "none does", "no harm, only slow"],
+    ids=["a lower one helps", "it alone", "none does", "none moves it", "hardly any", "no harm, only slow"],
 )
 def test_a_rate_that_is_good_by_accident_is_not_taken(ends: dict[float, float], cut: float) -> None:
     """Where a rate makes things worse, a larger one that made them better did so by killing units, say: the search goes
