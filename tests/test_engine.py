@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.plain import PlainHost
-from lightning_nanguard import Budget, Detector, Fault, Reading, Remedy, TrainingDivergedError
+from lightning_nanguard import Budget, Detector, Fault, Reading, ReduceLR, Remedy, Rollback, TrainingDivergedError
 from lightning_nanguard.diagnosis.clues import Case, Look
 from lightning_nanguard.diagnosis.rules import diagnose
 from lightning_nanguard.engine import Settings
 from lightning_nanguard.events import Finding
 from lightning_nanguard.policy import Evidence
+from lightning_nanguard.rehearsal import Rehearsal
+from lightning_nanguard.trend import Trend
 
 
 class Loop(PlainHost):
@@ -246,3 +248,25 @@ def test_a_batch_without_an_update_leaves_nothing_waiting() -> None:
         loop.guard.close_batch()
     assert not loop.guard.in_window
     assert loop.guard._meter.losses == []
+
+
+@pytest.mark.parametrize(
+    ("remedies", "cuts"),
+    [(None, 3), ((ReduceLR(min_lr=0.01),), 1), ((ReduceLR(rehearse=False),), 0), ((Rollback(),), 0)],
+    ids=["as it comes", "down to min_lr", "without rehearsals", "without ReduceLR"],
+)
+def test_reviews_lower_a_rate_so_often(
+    remedies: tuple[Remedy, ...] | None, cuts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever reviews say, a rate goes down three times in a row at most, not below ``min_lr``, and not at all where
+    the user did not list that remedy; a resumed run counts on."""
+    monkeypatch.setattr(Trend, "falling", lambda self: False)
+    monkeypatch.setattr(Rehearsal, "review", lambda self, untrained, *, at_most: 1.0 if untrained is None else 0.25)
+    loop = Loop(remedies=remedies)
+    loop.run(2)
+    loop.guard._recovery.scale(0.25, 0.0)
+    loop.run(300)
+    assert [record.fault for record in loop.records] == ["rate_still_high"] * cuts
+    again = Loop(remedies=remedies)
+    again.guard._recovery.load_state_dict(loop.guard._recovery.state_dict())
+    assert again.guard._recovery.state_dict() == loop.guard._recovery.state_dict()
