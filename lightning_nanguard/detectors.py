@@ -550,7 +550,7 @@ class DivergingLoss(Detector):
         earlier, later = median(last[: self._lost // 2]), median(last[self._lost // 2 :])
         above = len(last) == self._lost and min(last) > self._first - 0.1 * learned
         gone = above and later - best > 0.7 * (earlier - best)
-        settled = len(recent) == self.patience and not _falling(recent, noise)
+        settled = len(recent) == self.patience and not falling(recent, noise)
         level = median(last if gone else recent)
         # A loss that fell by many times the untrained one's size (a policy gradient's, which begins at 0) is no measure
         # of progress until it is back there altogether.
@@ -612,7 +612,7 @@ class DivergingLoss(Detector):
         if self._since < self.patience or best < self._first - self._at_rest * scale:
             return False
         recent = [*self._losses.last(self.patience - 1), loss]
-        return not _falling(recent, spread(recent))
+        return not falling(recent, spread(recent))
 
     def accept(self, reading: Reading) -> None:
         """Take a healthy loss into the history."""
@@ -701,9 +701,10 @@ class DivergingLoss(Detector):
         self._rise, self._height, self._looks_at = state.get("rise", (None, 0.0, 0))
 
 
-def _falling(values: list[float], noise: float) -> bool:
+def falling(values: list[float], noise: float, *, times: float = 0.5) -> bool:
+    """Whether the newer half of some values lies below the older one, by ``times`` the error that noise leaves."""
     half = len(values) // 2
-    return median(values[half:]) < median(values[:half]) - 0.5 * noise / math.sqrt(half)
+    return median(values[half:]) < median(values[:half]) - times * noise / math.sqrt(half)
 
 
 def default_detectors() -> tuple[Detector, ...]:

@@ -250,8 +250,10 @@ class Keeper:
         pending.typical = self._glance.typical
         before = self._ring.certified[0].typical if self._ring.certified else {}
         self._still = {path for path, size in pending.typical.items() if before.get(path) == size}
-        beyond = self._glance.beyond(before, _far(healthy_steps, _FAR_WEIGHT))
-        beyond |= {path for path in self._glance.beyond(before, _FAR_WEIGHT) if path[0] == "parameter"}
+        beyond = self._glance.beyond(before, _FAR_WEIGHT)
+        if healthy_steps <= _SETTLED:
+            # Moments still come from their initial values then.
+            beyond = {path for path in beyond if path[0] == "parameter"} | self._glance.beyond(before, _FAR_EARLY)
         self._wide |= beyond
         return self._objection(pending, healthy_steps) if beyond else None
 

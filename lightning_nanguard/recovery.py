@@ -55,7 +55,7 @@ class Recovery:
         rehearsal: Rehearsal,
         account: Account,
         *,
-        may_lower: bool = True,
+        may_lower: bool,
     ) -> None:
         self._rate = rate
         self._reduce = reduce

@@ -210,9 +210,6 @@ class Rehearsal:
     @contextmanager
     def _present(self) -> Iterator[Snapshot | None]:
         gradients = [(p, p.grad) for p in self._learner.module.parameters()]
-        # To restore an older snapshot lowers the scale for good.
-        scaler = self._learner.scaler
-        loss_scale = None if scaler is None else scaler.state_dict()
         self._began = {}
         present: Snapshot | None = None
         with suppress(torch.cuda.OutOfMemoryError):
@@ -224,8 +221,9 @@ class Rehearsal:
             yield present
         finally:
             restore(self._learner, present)
-            if scaler is not None and loss_scale is not None:
-                scaler.load_state_dict(loss_scale)
+            if self._learner.scaler is not None and present.scaler:
+                # To restore an older snapshot has lowered the scale, and to restore this one does not raise it.
+                self._learner.scaler.load_state_dict(present.scaler)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
 

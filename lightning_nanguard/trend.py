@@ -9,7 +9,7 @@ from itertools import islice, takewhile
 from statistics import fmean, median
 from typing import Any, final
 
-from lightning_nanguard.detectors import spread
+from lightning_nanguard.detectors import falling, spread
 from lightning_nanguard.events import Reading
 
 # How many readings are looked back at.
@@ -84,7 +84,7 @@ class Trend:
             return True
         earlier, later = values[:_HALF], values[_HALF:]
         noise = spread([loss - median(half) for half in (earlier, later) for loss in half])
-        return median(later) < median(earlier) - 2 * noise / math.sqrt(_HALF)
+        return falling(values, noise, times=2.0)
 
     def excursion(self) -> bool:
         """Whether the loss went far above the untrained model's since the start or the last rewind."""
