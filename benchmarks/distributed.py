@@ -29,8 +29,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.overhead.report import about
 from benchmarks.plain import PlainHost
-from lightning_nanguard import distributed
-from lightning_nanguard.engine import Guard, Settings
+from lightning_nanguard.distributed import group as distributed
+from lightning_nanguard.guard.guard import Guard, Settings
 
 WORLD, STEPS, WARM, TRACED = 2, 12, 2, 20
 RESULTS = Path(__file__).parent / "results"

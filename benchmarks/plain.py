@@ -9,17 +9,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_nanguard import Budget, Detector, Fault, Intervention, Remedy
-from lightning_nanguard.batch_scope import BatchScope
-from lightning_nanguard.detectors import default_detectors
+from lightning_nanguard.act.defaults import default_remedies
+from lightning_nanguard.act.learning_rate import LearningRate
+from lightning_nanguard.decide.policy import Policy
+from lightning_nanguard.detect.defaults import default_detectors
 from lightning_nanguard.diagnosis.clues import Look
-from lightning_nanguard.distributed import Ranks
-from lightning_nanguard.engine import Guard, Settings
-from lightning_nanguard.events import Finding
-from lightning_nanguard.learner import Learner
-from lightning_nanguard.learning_rate import LearningRate
-from lightning_nanguard.policy import Evidence, Policy
-from lightning_nanguard.remedies import default_remedies
-from lightning_nanguard.ring import Ring
+from lightning_nanguard.distributed.ranks import Ranks
+from lightning_nanguard.guard.guard import Guard, Settings
+from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.learner import Learner
+from lightning_nanguard.state.ring import Ring
+from lightning_nanguard.types import Evidence, Finding
 
 
 class PlainHost:
@@ -45,7 +45,7 @@ class PlainHost:
         return Guard(
             learner=Learner(module, [optimizer]),
             rate=LearningRate([optimizer]),
-            make_scope=lambda: BatchScope(module),
+            make_scope=lambda: BatchUndo(module),
             host=self,
             detectors=default_detectors() if detectors is None else detectors,
             remedies=remedies,

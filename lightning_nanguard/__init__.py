@@ -11,45 +11,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_nanguard.act.base import Remedy
+    from lightning_nanguard.act.clip_gradients import ClipGradients
+    from lightning_nanguard.act.reduce_lr import ReduceLR
+    from lightning_nanguard.act.reset_moments import ResetMoments
+    from lightning_nanguard.act.rollback import Rollback
+    from lightning_nanguard.act.skip_step import SkipStep
+    from lightning_nanguard.act.stop_training import StopTraining
     from lightning_nanguard.callback import NaNGuard
-    from lightning_nanguard.detectors import Detector, DivergingLoss, GradientSpike, NonFinite
+    from lightning_nanguard.decide.budget import Budget
+    from lightning_nanguard.detect.base import Detector
+    from lightning_nanguard.detect.diverging_loss import DivergingLoss
+    from lightning_nanguard.detect.gradient_spike import GradientSpike
+    from lightning_nanguard.detect.non_finite import NonFinite
     from lightning_nanguard.errors import BadCheckpointError, TrainingDivergedError
-    from lightning_nanguard.events import Advice, Fault, Finding, Intervention, Reading
-    from lightning_nanguard.policy import Budget
-    from lightning_nanguard.remedies import (
-        ClipGradients,
-        ReduceLR,
-        Remedy,
-        ResetMoments,
-        Rollback,
-        SkipStep,
-        StopTraining,
-    )
+    from lightning_nanguard.types import Advice, Fault, Finding, Intervention, Reading
 
 __version__ = "0.1.0"
 
 # Resolved on first use, so that the parts that need no torch can be imported without it.
 _HOMES = {
     "NaNGuard": "callback",
-    "Detector": "detectors",
-    "DivergingLoss": "detectors",
-    "GradientSpike": "detectors",
-    "NonFinite": "detectors",
+    "Detector": "detect.base",
+    "DivergingLoss": "detect.diverging_loss",
+    "GradientSpike": "detect.gradient_spike",
+    "NonFinite": "detect.non_finite",
     "BadCheckpointError": "errors",
     "TrainingDivergedError": "errors",
-    "Advice": "events",
-    "Fault": "events",
-    "Finding": "events",
-    "Intervention": "events",
-    "Reading": "events",
-    "Budget": "policy",
-    "ClipGradients": "remedies",
-    "ReduceLR": "remedies",
-    "Remedy": "remedies",
-    "ResetMoments": "remedies",
-    "Rollback": "remedies",
-    "SkipStep": "remedies",
-    "StopTraining": "remedies",
+    "Advice": "types",
+    "Fault": "types",
+    "Finding": "types",
+    "Intervention": "types",
+    "Reading": "types",
+    "Budget": "decide.budget",
+    "ClipGradients": "act.clip_gradients",
+    "ReduceLR": "act.reduce_lr",
+    "Remedy": "act.base",
+    "ResetMoments": "act.reset_moments",
+    "Rollback": "act.rollback",
+    "SkipStep": "act.skip_step",
+    "StopTraining": "act.stop_training",
 }
 
 __all__ = [

@@ -12,23 +12,38 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nanguard._compat.callbacks import put_first, swaps_weights
-from lightning_nanguard._compat.packages import GuardCallback, LightningModule, Trainer, logged_at, rank_zero_info
-from lightning_nanguard._compat.precision import grad_scaler
-from lightning_nanguard._compat.resuming import before_resuming
-from lightning_nanguard._compat.strategies import check_strategy
-from lightning_nanguard.blocking import skips_on_device
-from lightning_nanguard.bundle import Bundles, safetensors
-from lightning_nanguard.detectors import Detector, default_detectors, require
-from lightning_nanguard.engine import Settings
-from lightning_nanguard.errors import TrainingDivergedError
-from lightning_nanguard.events import Advice, Fault, Intervention
-from lightning_nanguard.journal import Adviser, Console, Journal, JsonLines, Memory, Sink, summary
-from lightning_nanguard.policy import Budget, Policy
-from lightning_nanguard.remedies import Remedy, default_remedies, executors
-from lightning_nanguard.resuming import Gate
-from lightning_nanguard.ring import Ring
-from lightning_nanguard.run import Run
+from lightning_nanguard.act.base import Remedy
+from lightning_nanguard.act.defaults import default_remedies, executors
+from lightning_nanguard.act.skip import skips_on_device
+from lightning_nanguard.checkpoints.resume_gate import ResumeGate
+from lightning_nanguard.decide.budget import Budget
+from lightning_nanguard.decide.policy import Policy
+from lightning_nanguard.detect.base import Detector
+from lightning_nanguard.detect.defaults import default_detectors
+from lightning_nanguard.diagnosis.bundle import Bundles, safetensors
+from lightning_nanguard.errors import TrainingDivergedError, require
+from lightning_nanguard.guard.guard import Settings
+from lightning_nanguard.record.advice import AdviceLog
+from lightning_nanguard.record.base import Sink
+from lightning_nanguard.record.console import Console
+from lightning_nanguard.record.dispatch import SinkDispatcher
+from lightning_nanguard.record.jsonl import JsonLines
+from lightning_nanguard.record.memory import Memory
+from lightning_nanguard.record.summary import summary
+from lightning_nanguard.state.ring import Ring
+from lightning_nanguard.trainer.fit import Run
+from lightning_nanguard.trainer.private.callbacks import put_first, swaps_weights
+from lightning_nanguard.trainer.private.packages import (
+    GuardCallback,
+    LightningModule,
+    Trainer,
+    logged_at,
+    rank_zero_info,
+)
+from lightning_nanguard.trainer.private.precision import grad_scaler
+from lightning_nanguard.trainer.private.resuming import before_resuming
+from lightning_nanguard.trainer.private.strategies import check_strategy
+from lightning_nanguard.types import Advice, Fault, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -136,7 +151,7 @@ class NaNGuard(GuardCallback):
         require(resume in ("strict", "last-good"), self, "resume", resume, 'one of ("strict", "last-good")')
         self._last_good_every = last_good_every_n_steps
         self._resume = resume
-        self._gate: Gate | None = None
+        self._gate: ResumeGate | None = None
         self._undo_gate: Callable[[], None] = _nothing
         self._every = None if isinstance(every, str) else every
         self._snapshot_device = snapshot_device
@@ -218,7 +233,7 @@ class NaNGuard(GuardCallback):
             put_first(trainer, self)
             self._undo_gate()
             folders = [] if self._dirpath is None else [self._dirpath]
-            self._gate = Gate(pl_module, folders, take=self._resume == "last-good", observe=self._observe)
+            self._gate = ResumeGate(pl_module, folders, take=self._resume == "last-good", observe=self._observe)
             self._undo_gate = before_resuming(trainer, self._gate)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -242,7 +257,7 @@ class NaNGuard(GuardCallback):
                 deferred=_deferred(self._readback, trainer, pl_module),
                 observe=self._observe,
             ),
-            journal=Journal(self._sinks(trainer, pl_module)),
+            journal=SinkDispatcher(self._sinks(trainer, pl_module)),
             adviser=self._adviser(trainer),
             examine_after=self._examine_after,
             bundles=Bundles(self._bundle_dir) if self._bundle_dir is not None and trainer.is_global_zero else None,
@@ -419,16 +434,16 @@ class NaNGuard(GuardCallback):
             return sinks
         return [*sinks, JsonLines(path), Console(), _Loggers(trainer, self, module)]
 
-    def _adviser(self, trainer: Trainer) -> Adviser:
+    def _adviser(self, trainer: Trainer) -> AdviceLog:
         path = _records(trainer, self._dirpath).with_name("advice.jsonl")
-        adviser = Adviser(JsonLines(path) if trainer.is_global_zero else None)
+        adviser = AdviceLog(JsonLines(path) if trainer.is_global_zero else None)
         self._advice = adviser.given
         return adviser
 
 
 @final
 class _Call(Sink):
-    """Hands records to the user's function."""
+    """RemedyActions records to the user's function."""
 
     def __init__(self, function: Callable[[Intervention], Any]) -> None:
         self._function = function

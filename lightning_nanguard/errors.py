@@ -1,11 +1,17 @@
-"""What the guard raises."""
+"""Errors the guard raises, and the check of arguments that every constructor uses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_nanguard.events import Fault, Finding
+from lightning_nanguard.types import Fault, Finding
+
+
+def require(condition: bool, owner: object, argument: str, value: object, expected: str) -> None:
+    """Raise a ``ValueError`` that names the class, the argument, its value and what was expected."""
+    if not condition:
+        raise ValueError(f"{type(owner).__name__}({argument}={value!r}): expected {expected}.")
 
 
 class TrainingDivergedError(RuntimeError):

@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.blocking import skips_on_device
-from lightning_nanguard.measure import Parcel, PendingReading
+from lightning_nanguard.act.skip import skips_on_device
+from lightning_nanguard.measure.host_copy import HostCopy
+from lightning_nanguard.measure.readings import PendingReading
 from tests.helpers import (
     FaultAt,
     Task,
@@ -109,15 +110,15 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Watches the guard's hooks."""
     seen: list[str] = []
     landed: set[int] = set()
-    kept: list[Parcel] = []
-    send = Parcel.__init__
+    kept: list[HostCopy] = []
+    send = HostCopy.__init__
 
-    def sent(self: Parcel, numbers: Tensor) -> None:
+    def sent(self: HostCopy, numbers: Tensor) -> None:
         send(self, numbers)
         landed.add(id(self._host))
         kept.append(self)  # so that no other tensor takes its identity
 
-    monkeypatch.setattr(Parcel, "__init__", sent)
+    monkeypatch.setattr(HostCopy, "__init__", sent)
     for name in HOOKS:
         hook: Callable[..., Any] = getattr(NaNGuard, name)
 
@@ -325,7 +326,7 @@ def test_after_a_while_updates_are_read_late_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a further fault the run goes back to waiting for nothing; twice as long each time that proved wrong."""
-    monkeypatch.setattr("lightning_nanguard.engine._CAREFUL", 20)
+    monkeypatch.setattr("lightning_nanguard.guard.guard._CAREFUL", 20)
     guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
     fault = FaultAt("input", math.nan, [10, 25, 50, 85, 110])
     run = fit(task("norm", plain), data_for("norm", 130), guard, folder=tmp_path, callbacks=[fault])

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_nanguard import Detector, DivergingLoss, Fault, GradientSpike, NonFinite, Reading
-from lightning_nanguard.detectors import AT_ONCE, Window, check, default_detectors, spread
-from lightning_nanguard.streams import Streams
-from lightning_nanguard.trend import Trend
+from lightning_nanguard.detect.base import AT_ONCE, check
+from lightning_nanguard.detect.defaults import default_detectors
+from lightning_nanguard.detect.history import ReadingHistory
+from lightning_nanguard.detect.monitors import Monitors
+from lightning_nanguard.detect.window import Window, spread
 
 
 def reading(step: int, loss: float | None = 1.0, norm: float | None = 1.0, **more: object) -> Reading:
@@ -287,7 +289,7 @@ def test_spread_does_not_depend_on_where_the_values_lie(values: list[float], shi
 
 def test_a_climb_before_a_fault_is_seen() -> None:
     """A trend that leaves its range upwards counts as climbing; noise does not."""
-    calm, climbing = Trend(), Trend()
+    calm, climbing = ReadingHistory(), ReadingHistory()
     for step in range(30):
         calm.accept(reading(step, 2.0 + 0.1 * (step % 4), 1.0))
         climbing.accept(reading(step, 2.0 + 0.1 * (step % 4) + (0 if step < 27 else 5.0 * (step - 26)), 1.0))
@@ -307,7 +309,7 @@ def test_a_climb_before_a_fault_is_seen() -> None:
 )
 def test_a_loss_at_rest_is_told_from_one_that_falls(losses: list[float], falling: bool) -> None:
     """The newest losses are compared with as many before them, beside their noise."""
-    trend = Trend()
+    trend = ReadingHistory()
     for step, loss in enumerate(losses):
         trend.accept(reading(step, loss, 1.0))
     assert trend.falling() is falling
@@ -325,13 +327,13 @@ def test_a_loss_at_rest_is_told_from_one_that_falls(losses: list[float], falling
 )
 def test_a_gradient_that_came_out_of_nothing_is_seen(norms: list[float], came_out_of_nothing: bool) -> None:
     """A single gradient far above all before it is a burst; norms that climb to it are not."""
-    trend = Trend()
+    trend = ReadingHistory()
     for step, norm in enumerate(norms):
         trend.accept(reading(step, 1.0, norm))
     assert trend.burst() is came_out_of_nothing
 
 
-def until_found(streams: Streams, losses: Iterable[float], norms: Iterable[float], wanders: bool) -> list[str]:
+def until_found(streams: Monitors, losses: Iterable[float], norms: Iterable[float], wanders: bool) -> list[str]:
     """Kinds of the faults that are acted on, when what is no fault is accepted."""
     found = []
     for step, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
@@ -349,22 +351,22 @@ def test_one_that_wanders_may_come_back(steps: int) -> None:
     """A loss far off and back again is a fault, but not of an optimizer that wanders."""
     losses = [1.0, 0.8, 0.5, 0.3] + [0.2] * 36 + [1e4] * steps + [0.2] * 40
     norms = [1.0] * 40 + [1e5] * steps + [1.0] * 40
-    assert until_found(Streams(default_detectors()), losses, norms, wanders=False)
-    assert not until_found(Streams(default_detectors()), losses, norms, wanders=True)
+    assert until_found(Monitors(default_detectors()), losses, norms, wanders=False)
+    assert not until_found(Monitors(default_detectors()), losses, norms, wanders=True)
 
 
 def test_one_that_wanders_may_have_left() -> None:
     """A loss that stays far off is a fault of any optimizer; so is what is not finite, at once."""
     far = [1.0] * 40 + [1e4] * 80
-    assert "overshoot" not in until_found(Streams(default_detectors()), far, far, wanders=True)
-    assert "exploding_loss" in until_found(Streams(default_detectors()), far, far, wanders=True)
-    assert until_found(Streams(default_detectors()), [1.0, math.nan], [1.0, 1.0], wanders=True) == ["non_finite_loss"]
-    assert until_found(Streams(default_detectors()), [1.0, 1.0], [1.0, 1e20], wanders=True) == ["gradient_overflow"]
+    assert "overshoot" not in until_found(Monitors(default_detectors()), far, far, wanders=True)
+    assert "exploding_loss" in until_found(Monitors(default_detectors()), far, far, wanders=True)
+    assert until_found(Monitors(default_detectors()), [1.0, math.nan], [1.0, 1.0], wanders=True) == ["non_finite_loss"]
+    assert until_found(Monitors(default_detectors()), [1.0, 1.0], [1.0, 1e20], wanders=True) == ["gradient_overflow"]
 
 
 def test_one_that_wanders_is_still_asked_about_its_batch() -> None:
     """A finite gradient spike is then in doubt: it counts where the batch is strange."""
-    streams = Streams(default_detectors())
+    streams = Monitors(default_detectors())
     until_found(streams, [1.0] * 40, [1.0] * 40, wanders=True)
     fault = streams.check(reading(40, 1.0, 1e6), wanders=True)
     assert fault is not None
@@ -393,7 +395,7 @@ def test_the_first_batch_is_told_by_those_behind_it(norms: list[float], found: b
 
 def test_the_untrained_loss_is_read_again_from_the_start() -> None:
     """Where all was rewound, the next loss is the untrained model's."""
-    trend, detector = Trend(), DivergingLoss()
+    trend, detector = ReadingHistory(), DivergingLoss()
     for one in (trend, detector):
         one.accept(reading(1, 1e28))
         one.accept(reading(2, 5.0))
@@ -424,7 +426,7 @@ def one_by_one(detectors: Sequence[Detector], readings: Iterable[Reading]) -> li
 
 def some_at_a_time(detectors: Sequence[Detector], readings: Iterable[Reading]) -> list[tuple[int, str]]:
     """Faults when what lies below the detectors' limits is taken some at a time."""
-    streams, found = Streams(detectors), []
+    streams, found = Monitors(detectors), []
     for seen in readings:
         fault = streams.check(seen)
         if fault is None:
@@ -477,7 +479,7 @@ def test_a_detector_without_limits_sees_every_reading() -> None:
         def state_dict(self) -> dict[str, int]:
             return {"seen": self.seen}
 
-    streams = Streams([NonFinite(), Counting()])
+    streams = Monitors([NonFinite(), Counting()])
     for step in range(20):
         streams.check(reading(step))
         streams.accept(reading(step))
@@ -486,7 +488,7 @@ def test_a_detector_without_limits_sees_every_reading() -> None:
 
 def test_the_level_of_a_loss_is_no_median() -> None:
     """A ruined model that is right on most batches and far off on the others is at no low level."""
-    trend, usual = Trend(), Trend()
+    trend, usual = ReadingHistory(), ReadingHistory()
     for step, loss in enumerate([0.0, 0.0, 0.0, 15.0, 2.5, 0.0, 13.0, 0.0]):
         trend.accept(reading(step, loss, 1.0))
         usual.accept(reading(step, 2.0 + 0.01 * step, 1.0))
@@ -498,11 +500,11 @@ def test_the_level_of_a_loss_is_no_median() -> None:
 
 def test_norms_of_a_saturated_model_are_not_usual() -> None:
     """Where a rate has saturated all units, the gradient to clip at is that of a model that still learns."""
-    trend = Trend()
+    trend = ReadingHistory()
     for step in range(30):
         trend.accept(reading(step, 1.0, 3.0 if step == 0 else 1e-30))
     assert trend.usual_norm() == pytest.approx(0.03)
-    resumed = Trend()
+    resumed = ReadingHistory()
     resumed.load_state_dict(trend.state_dict())
     assert resumed.usual_norm() == trend.usual_norm()
 
@@ -510,7 +512,7 @@ def test_norms_of_a_saturated_model_are_not_usual() -> None:
 def test_limits_do_not_depend_on_when_somebody_asks() -> None:
     """Ranks that ask for a trend at different times judge every reading alike."""
     losses = [1.0] + [0.5] * 1010 + [5.0] * 40 + [0.1] * 5 + [0.6] * 20
-    one, other = Streams(default_detectors()), Streams(default_detectors())
+    one, other = Monitors(default_detectors()), Monitors(default_detectors())
     for step, loss in enumerate(losses):
         seen = reading(step, loss)
         assert one.check(seen) == other.check(seen), step

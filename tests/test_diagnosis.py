@@ -22,11 +22,12 @@ from lightning_nanguard import Fault, Finding, NaNGuard, TrainingDivergedError
 from lightning_nanguard.diagnosis.clues import BadField, Case, Change, Clues, Curvature, Origin, Range
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
 from lightning_nanguard.diagnosis.rules import RULES, diagnose
-from lightning_nanguard.diagnosis.tape import Micro, Tape
-from lightning_nanguard.journal import describe, read_records
-from lightning_nanguard.learner import Learner
-from lightning_nanguard.policy import Comparison, Evidence
-from lightning_nanguard.ring import Ring
+from lightning_nanguard.record.files import read_records
+from lightning_nanguard.record.messages import describe
+from lightning_nanguard.state.batch_history import BatchHistory, MicroBatch
+from lightning_nanguard.state.learner import Learner
+from lightning_nanguard.state.ring import Ring
+from lightning_nanguard.types import Comparison, Evidence
 from tests.helpers import (
     Batch,
     FaultAt,
@@ -469,11 +470,11 @@ def test_replays_become_rare() -> None:
     net = nn.Linear(2, 1)
     runs: list[int] = []
 
-    def step(micro: Micro, full_precision: bool) -> Tensor:
+    def step(micro: MicroBatch, full_precision: bool) -> Tensor:
         runs.append(micro.index)
         return net(micro.batch).log().sum() * NAN
 
-    tape = Tape(torch.device("cpu"))
+    tape = BatchHistory(torch.device("cpu"))
     tape.add(1, 0, torch.ones(3, 2))
     doctor = Diagnostician(Learner(net, []), Ring(), step, nullcontext)
     fault = Fault("non_finite_loss", "batch", "loss", NAN)
@@ -488,7 +489,7 @@ def test_replays_become_rare() -> None:
 
 def test_the_tape_knows_the_random_numbers_of_each_batch() -> None:
     """A batch is run again with the numbers it drew, also where nothing was drawn for long before."""
-    tape = Tape(torch.device("cpu"), updates=8)
+    tape = BatchHistory(torch.device("cpu"), updates=8)
     draws = [*range(20), *range(90, 120)]  # none in between, where the state is not copied each time
     for update in range(120):
         tape.add(update, update, None)

@@ -12,7 +12,7 @@ import yaml
 
 import lightning_nanguard
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.cli import main
+from lightning_nanguard.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -96,7 +96,7 @@ def test_every_public_name_is_there() -> None:
 def test_explain_prints_every_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`nanguard explain` tells the records of a run in words, and says where it found none."""
     from lightning_nanguard import Intervention
-    from lightning_nanguard.journal import JsonLines
+    from lightning_nanguard.record.jsonl import JsonLines
 
     sink = JsonLines(tmp_path / "version_0" / "nanguard" / "interventions.jsonl")
     sink.write(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from benchmarks.plain import PlainHost
 from lightning_nanguard import Budget, Detector, Fault, Reading, ReduceLR, Remedy, Rollback, TrainingDivergedError
+from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.diagnosis.clues import Case, Look
 from lightning_nanguard.diagnosis.rules import diagnose
-from lightning_nanguard.engine import Settings
-from lightning_nanguard.events import Finding
-from lightning_nanguard.policy import Evidence
-from lightning_nanguard.rehearsal import Rehearsal
-from lightning_nanguard.trend import Trend
+from lightning_nanguard.guard.guard import Settings
+from lightning_nanguard.guard.rehearsal import Rehearsal
+from lightning_nanguard.types import Evidence, Finding
 
 
 class Loop(PlainHost):
@@ -260,7 +259,7 @@ def test_reviews_lower_a_rate_so_often(
 ) -> None:
     """Whatever reviews say, a rate goes down three times in a row at most, not below ``min_lr``, and not at all where
     the user did not list that remedy; a resumed run counts on."""
-    monkeypatch.setattr(Trend, "falling", lambda self: False)
+    monkeypatch.setattr(ReadingHistory, "falling", lambda self: False)
     monkeypatch.setattr(Rehearsal, "review", lambda self, untrained, *, at_most: 1.0 if untrained is None else 0.25)
     loop = Loop(remedies=remedies)
     loop.run(2)

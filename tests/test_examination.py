@@ -16,12 +16,12 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from lightning_nanguard import NaNGuard
+from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.diagnosis.clues import Case, Course, Curvature, Layer, Model
 from lightning_nanguard.diagnosis.progress import Progress
 from lightning_nanguard.diagnosis.rules import RULES, findings
-from lightning_nanguard.events import Reading
-from lightning_nanguard.journal import read_advice
-from lightning_nanguard.trend import Trend
+from lightning_nanguard.record.files import read_advice
+from lightning_nanguard.types import Reading
 from tests.helpers import Batch, Task, batches, copied, data_for, differences, fit, state_of, task
 
 STEPS = 110
@@ -246,7 +246,7 @@ def test_every_rule_has_a_row() -> None:
 
 def read(losses: list[float], patience: int) -> list[int]:
     """Updates after which a run of these losses is examined."""
-    trend, progress, found = Trend(), Progress(patience), []
+    trend, progress, found = ReadingHistory(), Progress(patience), []
     for step, loss in enumerate(losses, 1):
         trend.accept(Reading(step, 0, loss, 1.0))
         if progress.due(step):

@@ -27,7 +27,7 @@ from lightning_nanguard import (
     StopTraining,
     TrainingDivergedError,
 )
-from lightning_nanguard.stage import TrainerStage
+from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from tests.helpers import (
     FaultAt,
     Run,
@@ -636,13 +636,13 @@ def test_a_batch_that_comes_back_is_not_compared_each_time(tmp_path: Path, monke
     """A loss that is bad for the same reason in every epoch is looked into at first, then more and more rarely; each
     is skipped and on record all the same."""
     looks: list[int] = []
-    probe = TrainerStage.probe
+    probe = TrainerBatchReplay.probe
 
-    def counted(self: TrainerStage) -> float | None:
+    def counted(self: TrainerBatchReplay) -> float | None:
         looks.append(1)
         return probe(self)
 
-    monkeypatch.setattr(TrainerStage, "probe", counted)
+    monkeypatch.setattr(TrainerBatchReplay, "probe", counted)
     bad = list(range(10, 400, 10))
     guard = NaNGuard(snapshot_every_n_steps=5)
     fault = FaultAt("loss", NAN, bad)

@@ -20,7 +20,7 @@ from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import DivergingLoss, Fault, NaNGuard, NonFinite
-from lightning_nanguard.detectors import Detector
+from lightning_nanguard.detect.base import Detector
 from tests.helpers import (
     Counting,
     Lookahead,

@@ -13,8 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightning_nanguard.events import Finding, Intervention
-from lightning_nanguard.journal import Console, Journal, JsonLines, Memory, Sink, describe, read_records, summary
+from lightning_nanguard.record.base import Sink
+from lightning_nanguard.record.console import Console
+from lightning_nanguard.record.dispatch import SinkDispatcher
+from lightning_nanguard.record.files import read_records
+from lightning_nanguard.record.jsonl import JsonLines
+from lightning_nanguard.record.memory import Memory
+from lightning_nanguard.record.messages import describe
+from lightning_nanguard.record.summary import summary
+from lightning_nanguard.types import Finding, Intervention
 
 SKIP = Intervention(412, 3, 12, "non_finite_gradient", "gradient of net.0.weight", ("skip",), 0.1, 0.1)
 ROLLBACK = Intervention(430, 3, 30, "exploding_loss", "loss", ("restore", "scale"), 0.1, 0.05, snapshot_step=400)
@@ -589,7 +596,7 @@ class TestJournal:
     def test_broken_sink_keeps_the_record_from_nobody(self, caplog: pytest.LogCaptureFixture) -> None:
         """Sinks before and after the broken one get every record; its fault is logged once, with its name."""
         before, after = Memory(), Memory()
-        journal = Journal([before, Broken(), after])
+        journal = SinkDispatcher([before, Broken(), after])
         for number in range(5):
             journal.write(step(number))
         assert before == after
@@ -608,7 +615,7 @@ class TestJournal:
             def close(self) -> None:
                 closed.append("yes")
 
-        journal = Journal([Broken(), Closes()])
+        journal = SinkDispatcher([Broken(), Closes()])
         for _ in range(3):
             journal.write(SKIP)
         caplog.clear()
@@ -619,28 +626,28 @@ class TestJournal:
 
     def test_each_broken_sink_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
         """Two sinks of one class are two sinks."""
-        Journal([Broken(), Broken()]).write(SKIP)
+        SinkDispatcher([Broken(), Broken()]).write(SKIP)
         assert len(caplog.records) == 2
 
     def test_interrupt_goes_through(self) -> None:
         """Ctrl-C and an exit are no fault of a sink."""
         with pytest.raises(KeyboardInterrupt, match=r"^$"):
-            Journal([Interrupted()]).write(SKIP)
+            SinkDispatcher([Interrupted()]).write(SKIP)
         with pytest.raises(SystemExit, match="3"):
-            Journal([Interrupted()]).close()
+            SinkDispatcher([Interrupted()]).close()
 
     def test_wrong_sinks_fail_at_once(self) -> None:
         """What is no sink is refused when the journal is made, not when the first record comes."""
         wrong: Any = [Memory(), print]
         with pytest.raises(TypeError, match="print"):
-            Journal(wrong)
+            SinkDispatcher(wrong)
         single: Any = Console()
         with pytest.raises(TypeError, match="got one"):
-            Journal(single)
+            SinkDispatcher(single)
 
     def test_without_sinks(self) -> None:
         """No sink is fine."""
-        journal = Journal([])
+        journal = SinkDispatcher([])
         journal.write(SKIP)
         journal.close()
 

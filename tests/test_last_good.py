@@ -17,8 +17,8 @@ from pytorch_lightning.plugins.io import AsyncCheckpointIO
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import BadCheckpointError, Budget, NaNGuard, TrainingDivergedError
-from lightning_nanguard.checkpoints import LAST_GOOD, damage, inspect
-from lightning_nanguard.cli import main
+from lightning_nanguard.checkpoints.inspection import LAST_GOOD, damage, inspect
+from lightning_nanguard.cli.main import main
 from tests.helpers import Positioned, batches, copied, differences, learner_of, non_finite, task, trainer_for, words
 from tests.modules import Diverge, NaNWeight, SaveAt
 from tests.test_saves import Net

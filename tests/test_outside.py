@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nanguard import Fault, NaNGuard
-from lightning_nanguard import bundle as bundles
-from lightning_nanguard.bundle import Bundle, Bundles, put_into, read
-from lightning_nanguard.cli import main
+from lightning_nanguard.cli.check import first_rows, look_over
+from lightning_nanguard.cli.main import main
+from lightning_nanguard.diagnosis import bundle as bundles
+from lightning_nanguard.diagnosis.bundle import Bundle, Bundles, put_into, read
 from lightning_nanguard.diagnosis.gradients import check_gradients
-from lightning_nanguard.diagnosis.tape import Micro
-from lightning_nanguard.outside import first_rows, look_over
-from lightning_nanguard.policy import Comparison, Evidence
-from lightning_nanguard.untouched import attributes_kept
+from lightning_nanguard.state.attributes import attributes_kept
+from lightning_nanguard.state.batch_history import MicroBatch
+from lightning_nanguard.types import Comparison, Evidence
 from tests.helpers import FaultAt, differences, seed_all, trainer_for
 
 HERE = Path(__file__)
@@ -269,7 +269,7 @@ def test_what_cannot_be_doubled_is_told(tmp_path: Path) -> None:
 
     said: list[Any] = []
     trainer = trainer_for(tmp_path, limit_val_batches=0)
-    from lightning_nanguard._compat.offline import at_first_batch
+    from lightning_nanguard.trainer.private.offline import at_first_batch
 
     at_first_batch(
         trainer,
@@ -306,7 +306,7 @@ def test_batches_come_back_as_they_were(batch: Any, tmp_path: Path) -> None:
         fault=Fault("non_finite_loss", "batch", "loss", NAN),
         evidence=evidence,
         finding=None,
-        batches=[Micro(3, 2, batch, (torch.get_rng_state(),))],
+        batches=[MicroBatch(3, 2, batch, (torch.get_rng_state(),))],
         state={"w": torch.randn(3)},
     )
     (tmp_path / "one").mkdir()
@@ -326,7 +326,7 @@ def test_what_cannot_be_kept_is_named(tmp_path: Path) -> None:
     """A part of the batch that JSON does not know is left out and named; the run goes on."""
     keeper = Bundles(tmp_path / "all", most=2, each=1)
     fault = Fault("non_finite_loss", "batch", "loss")
-    odd = Bundle("m:C", {}, fault, Evidence(1), None, [Micro(1, 0, (torch.zeros(2), object()), ())], {})
+    odd = Bundle("m:C", {}, fault, Evidence(1), None, [MicroBatch(1, 0, (torch.zeros(2), object()), ())], {})
     path = keeper.keep(odd, 7)
     assert path is not None
     assert read(path).missing == ["batch/0/1 (builtins.object)"]
@@ -398,7 +398,7 @@ def test_an_incident_is_reproduced_elsewhere(tmp_path: Path) -> None:
 
 def test_a_replay_draws_the_same_numbers(tmp_path: Path) -> None:
     """Dropout masks are those of the step: the loss is that of the run, to the last digit."""
-    from lightning_nanguard.outside import replay_bundle
+    from lightning_nanguard.cli.check import replay_bundle
 
     seen: list[float] = []
 

@@ -24,7 +24,8 @@ from benchmarks.overhead.models import CPU, CUDA, Workload
 from benchmarks.overhead.parts import profile
 from benchmarks.overhead.states import measure_states
 from benchmarks.overhead.turns import _FIRST, _Turns, take_turns
-from lightning_nanguard import keeper, ring
+from lightning_nanguard.guard import snapshot_manager as keeper
+from lightning_nanguard.state import interval as ring
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TINY = replace(CPU["mlp"], steps=3, rounds=2)

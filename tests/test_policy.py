@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_nanguard import Budget, ClipGradients, Fault, ReduceLR, Remedy, ResetMoments, Rollback, StopTraining
-from lightning_nanguard.events import Clip, DropMoments, Finding, Plan, Restore, Scale, Skip, Stop
-from lightning_nanguard.policy import Comparison, Evidence, Policy, PolicyState, within_curvature
-from lightning_nanguard.remedies import default_remedies
+from lightning_nanguard.act.defaults import default_remedies
+from lightning_nanguard.decide.policy import Policy
+from lightning_nanguard.decide.rate_limit import within_curvature
+from lightning_nanguard.decide.state import PolicyState
+from lightning_nanguard.types import Clip, Comparison, DropMoments, Evidence, Finding, Plan, Restore, Scale, Skip, Stop
 
 BATCH = Fault("non_finite_loss", "batch", "loss", math.nan, "the loss is nan")
 GRADIENT = Fault("non_finite_gradient", "batch", "gradient", math.nan, "a gradient is not finite")

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from benchmarks.rescue.models import TASKS
 from lightning_nanguard import NaNGuard, TrainingDivergedError
-from lightning_nanguard.journal import read_advice
-from lightning_nanguard.preflight import LOW, Preflight, rows_of
-from lightning_nanguard.untouched import attributes_kept
+from lightning_nanguard.diagnosis.preflight import LOW, Preflight, rows_of
+from lightning_nanguard.record.files import read_advice
+from lightning_nanguard.state.attributes import attributes_kept
 from tests.helpers import (
     Batch,
     Task,
@@ -293,7 +293,7 @@ def test_a_look_that_fails_costs_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         raise MemoryError("no more")
 
     for name in ("look_at", "examine", "rows_of"):
-        monkeypatch.setattr(f"lightning_nanguard.preflight.{name}", broken)
+        monkeypatch.setattr(f"lightning_nanguard.diagnosis.preflight.{name}", broken)
         guard = NaNGuard(preflight=True)
         fit(task("mlp"), batches(), guard, folder=tmp_path)
         assert (advice_of(guard), list(guard.interventions)) == ([], [])

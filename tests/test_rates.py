@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nanguard import NaNGuard, ReduceLR
-from lightning_nanguard.investigate import norms_to_grow_from
-from lightning_nanguard.measure import PendingReading
+from lightning_nanguard.guard.investigator import norms_to_grow_from
+from lightning_nanguard.measure.readings import PendingReading
 
 STEPS = 400
 

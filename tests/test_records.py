@@ -18,7 +18,7 @@ from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_nanguard import Budget, Intervention, NaNGuard, Rollback, StopTraining, TrainingDivergedError
-from lightning_nanguard.journal import read_records
+from lightning_nanguard.record.files import read_records
 from tests.helpers import (
     Batch,
     FaultAt,

@@ -10,8 +10,8 @@ from statistics import fmean
 import pytest
 import torch
 
-from lightning_nanguard.rehearsal import Rehearsal, Reviews
-from lightning_nanguard.snapshot import capture
+from lightning_nanguard.guard.rehearsal import Rehearsal, Reviews
+from lightning_nanguard.state.snapshot import capture
 from tests.helpers import copied, same_bits
 from tests.test_engine import Loop
 

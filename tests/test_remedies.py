@@ -24,10 +24,10 @@ from lightning_nanguard import (
     SkipStep,
     StopTraining,
 )
-from lightning_nanguard.clipping import Clipper
-from lightning_nanguard.events import Clip, DropMoments, PlanStep, Restore, Scale, Skip, Stop
-from lightning_nanguard.policy import Evidence
-from lightning_nanguard.remedies import executors, rehearsed_cut
+from lightning_nanguard.act.clipping import Clipper
+from lightning_nanguard.act.defaults import executors
+from lightning_nanguard.act.rate_search import rehearsed_cut
+from lightning_nanguard.types import Clip, DropMoments, Evidence, PlanStep, Restore, Scale, Skip, Stop
 
 GRADIENT = Fault("gradient_spike", "batch", "gradient", 1e6)
 LOSS = Fault("exploding_loss", "learner", "loss", 1e6)
@@ -36,7 +36,7 @@ EVIDENCE = Evidence(step=100, usual_norm=2.0, lr=0.1)
 
 
 @dataclass
-class Patient:
+class RunControl:
     """Writes down what is done to it."""
 
     done: list[tuple[object, ...]] = field(default_factory=list)
@@ -93,7 +93,7 @@ def test_a_remedy_proposes_and_carries_out(
     """What is proposed at which attempt, and what the step then does."""
     assert remedy.propose(fault, EVIDENCE, attempt) == step
     if done is not None and step is not None:
-        patient = Patient()
+        patient = RunControl()
         remedy.apply(step, patient)
         assert patient.done == [done]
 
@@ -112,7 +112,7 @@ def test_the_cut_goes_where_a_rehearsal_shows_the_loss_falls() -> None:
             return 2.3
         return math.inf if rate > 2 else 2.3 - min(2.0, rate)
 
-    patient = Patient(loss=loss)
+    patient = RunControl(loss=loss)
     ReduceLR().apply(Scale(0.5), patient)
     ((_, factor, _),) = patient.done
     assert isinstance(factor, float)
@@ -132,7 +132,7 @@ def test_the_cut_goes_where_a_rehearsal_shows_the_loss_falls() -> None:
 )
 def test_a_cut_and_what_the_curvature_allows(tried: bool, step: Scale, cut: float) -> None:
     """The curvature along one gradient bounds a cut that could not be rehearsed, that of the steepest direction any."""
-    patient = Patient(loss=lambda factor, updates: 2.3 - 2.0 * (updates > 0) if tried else None)
+    patient = RunControl(loss=lambda factor, updates: 2.3 - 2.0 * (updates > 0) if tried else None)
     ReduceLR().apply(step, patient)
     ((_, factor, _),) = patient.done
     assert factor == pytest.approx(cut, rel=0.01)
@@ -194,7 +194,7 @@ def test_how_much_of_the_best_gain_may_be_missing(batches: int, began: float, cu
     """Up to half; less where the loss came down by more than half, unless on two batches, soon known by heart."""
     best = 0.3
     ends = {0.5: math.inf, 0.125: best, 0.03125: best + 0.4 * (began - best)}
-    patient = Patient(loss=lambda factor, updates: ends.get(factor, began) if updates else began, batches=batches)
+    patient = RunControl(loss=lambda factor, updates: ends.get(factor, began) if updates else began, batches=batches)
     ReduceLR().apply(Scale(0.5), patient)
     [(_, factor, _)] = patient.done
     assert factor == cut
@@ -219,7 +219,7 @@ def test_clipping_may_do_without_a_cut(
     """Where the rate as it is learns under the new clipping, and about as fast as at half or less, it stays; else it is
     cut."""
     ends = {1.0: whole, 0.5: half}
-    patient = Patient(loss=lambda factor, updates: ends.get(factor, eighth) if updates else 2.3)
+    patient = RunControl(loss=lambda factor, updates: ends.get(factor, eighth) if updates else 2.3)
     ReduceLR().apply(Scale(0.5, clipped=clipped), patient)
     assert [done[1] for done in patient.done] == ([] if cut is None else [pytest.approx(cut, rel=1.0)])
 
@@ -245,7 +245,7 @@ def test_an_optimizer_that_estimates_curvature_is_not_clipped() -> None:
 
 def test_rehearsing_can_be_turned_off() -> None:
     """With rehearse=False no update is tried."""
-    patient = Patient(loss=lambda factor, updates: 0.1)
+    patient = RunControl(loss=lambda factor, updates: 0.1)
     ReduceLR(rehearse=False).apply(Scale(0.5), patient)
     assert patient.done == [("scale", 0.5, 0.0)]
 

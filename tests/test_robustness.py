@@ -76,7 +76,7 @@ def test_odd_buffers_do_not_keep_a_batch_from_being_skipped(net: Any, tmp_path: 
 
 def test_too_little_memory_for_snapshots_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a snapshot does not fit, they lie in host memory from then on, and the run goes on."""
-    from lightning_nanguard import keeper
+    from lightning_nanguard.guard import snapshot_manager as keeper
 
     real, calls = keeper.capture, []
 
@@ -96,7 +96,7 @@ def test_too_little_memory_for_snapshots_ends_no_run(tmp_path: Path, monkeypatch
 
 def test_what_ends_a_run_is_what_the_user_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guard that fails while a run is ending hides nothing."""
-    from lightning_nanguard.engine import Guard
+    from lightning_nanguard.guard.guard import Guard
 
     def broken(self: Guard) -> None:
         raise RuntimeError("the device is gone")

@@ -18,22 +18,18 @@ from torch.optim import Optimizer
 
 from benchmarks.plain import PlainHost
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.batch_scope import BatchScope
-from lightning_nanguard.engine import Settings
-from lightning_nanguard.learner import Learner, describe
-from lightning_nanguard.measure import (
-    all_finite,
-    batch_finite,
-    exact_norm,
-    gradients,
-    norms,
-    partial_norms,
-    pend,
-    suspects,
-    total_norm,
-)
-from lightning_nanguard.ring import Interval, Ring
-from lightning_nanguard.snapshot import Snapshot, allowances, capture, corrupt, restore
+from lightning_nanguard.guard.guard import Settings
+from lightning_nanguard.measure.finite import all_finite, batch_finite, suspects
+from lightning_nanguard.measure.norms import exact_norm, norms, partial_norms, total_norm
+from lightning_nanguard.measure.readings import pend
+from lightning_nanguard.measure.tensors import gradients
+from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.finite import allowances, corrupt
+from lightning_nanguard.state.interval import Interval
+from lightning_nanguard.state.learner import Learner, describe
+from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.ring import Ring
+from lightning_nanguard.state.snapshot import Snapshot, capture
 from tests.helpers import copied, data_for, fit, same_bits, task
 
 
@@ -267,7 +263,7 @@ def test_a_long_interval_grows_with_the_run(every: int, expected: list[int]) -> 
 @pytest.mark.parametrize(("capturing", "certifying"), [(0.001, 0.0), (0.001, 0.003), (0.0, 0.002)])
 def test_the_interval_keeps_the_share(capturing: float, certifying: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Taking snapshots and looking at them together take at most 1 % of the updates' time, slow moments or not."""
-    from lightning_nanguard import ring
+    from lightning_nanguard.state import interval as ring
 
     now = 100.0
     monkeypatch.setattr(ring.time, "perf_counter", lambda: now)
@@ -286,7 +282,7 @@ def test_the_interval_keeps_the_share(capturing: float, certifying: float, monke
 @given(cost=st.floats(0.01, 10.0), made=st.integers(100_000, 10_000_000))
 def test_in_a_long_run_the_interval_loses_least(cost: float, made: int) -> None:
     """Time lost to snapshots and to one fault at a random moment lies within a quarter of the least there is."""
-    from lightning_nanguard import ring
+    from lightning_nanguard.state import interval as ring
 
     now = 0.0
     with patch.object(ring.time, "perf_counter", lambda: now):
@@ -374,7 +370,7 @@ def test_a_batch_leaves_nothing_behind() -> None:
     """Batch-norm statistics, counters, and large buffers that turn out to change are put back bit by bit."""
     net = Net()
     net.register_buffer("large", torch.zeros(100_000))
-    scope = BatchScope(net)
+    scope = BatchUndo(net)
     scope.open()
     net.large[0] = 1.0  # seen to change: copied from the next batch on
     scope.open()
@@ -410,10 +406,10 @@ def test_a_copy_under_way_is_waited_for_before_it_is_used() -> None:
 
 def test_what_is_written_to_while_it_is_copied_is_no_snapshot() -> None:
     """Weights that somebody changes between the copy's start and the next update would be torn."""
-    from lightning_nanguard.place import Courier
+    from lightning_nanguard.state.device import SideStreamCopy
 
     weight = torch.zeros(3)
-    courier = Courier()
+    courier = SideStreamCopy()
     assert courier.settle()
     courier.send(lambda: None, [weight])
     assert courier.settle()
@@ -430,16 +426,16 @@ def test_what_is_written_to_while_it_is_copied_is_no_snapshot() -> None:
 def test_a_glance_at_a_wide_tensor_is_as_sharp() -> None:
     """The norm of a large embedding lies beyond what one element may be: once that was seen its largest element is sent
     too, and what is wrong with it shows as before."""
-    from lightning_nanguard.glance import Glance
+    from lightning_nanguard.state.norm_screen import NormScreen
 
     wide, narrow = ("parameter", "embedding"), ("parameter", "bias")
     state = {wide: torch.ones(2_000_000), narrow: torch.ones(10)}
-    first = Glance(state.items())
+    first = NormScreen(state.items())
     assert first.beyond({}, 1e3) == {wide}
     for value, bad in ((1.0, set()), (999.0, set()), (1001.0, {wide}), (math.nan, {wide}), (-math.inf, {wide})):
         state[wide][12_345] = value
-        assert Glance(state.items(), {wide}).beyond(first.typical, 1e3) == bad
-        assert Glance(state.items(), {wide}).typical[narrow] == pytest.approx(1.0)
+        assert NormScreen(state.items(), {wide}).beyond(first.typical, 1e3) == bad
+        assert NormScreen(state.items(), {wide}).typical[narrow] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["tensors", "lists of tensors"])
@@ -460,7 +456,7 @@ def test_what_was_moved_comes_back_to_its_device(several: bool) -> None:
 
 def test_where_nothing_can_be_pinned_a_copy_is_made_all_the_same() -> None:
     """A host without pinned memory left, or without a device as here, gives ordinary memory."""
-    from lightning_nanguard.snapshot import _pinned_like
+    from lightning_nanguard.state.snapshot import _pinned_like
 
     made = _pinned_like(torch.ones(3, 2).T)
     assert made.device.type == "cpu"
@@ -470,16 +466,16 @@ def test_where_nothing_can_be_pinned_a_copy_is_made_all_the_same() -> None:
 
 def test_a_wide_tensor_is_looked_into_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After that its largest element comes with the others, and no certification waits for the device."""
-    from lightning_nanguard.keeper import Keeper
+    from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 
     looks: list[int] = []
-    look = Keeper._objection
+    look = SnapshotManager._objection
 
-    def looked(self: Keeper, pending: Snapshot, healthy_steps: int) -> Any:
+    def looked(self: SnapshotManager, pending: Snapshot, healthy_steps: int) -> Any:
         looks.append(pending.step)
         return look(self, pending, healthy_steps)
 
-    monkeypatch.setattr(Keeper, "_objection", looked)
+    monkeypatch.setattr(SnapshotManager, "_objection", looked)
     module = task()
     module.net.register_buffer("table", torch.ones(2_000_000))
     guard = NaNGuard(snapshot_every_n_steps=10)
@@ -490,7 +486,7 @@ def test_a_wide_tensor_is_looked_into_once(tmp_path: Path, monkeypatch: pytest.M
 
 def test_device_time_counts_among_what_snapshots_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a copy takes of the device adds to what the host sees of it."""
-    from lightning_nanguard import ring
+    from lightning_nanguard.state import interval as ring
 
     now = 0.0
     monkeypatch.setattr(ring.time, "perf_counter", lambda: now)
@@ -549,29 +545,29 @@ def test_whoever_looks_at_the_state_waits_for_copies_first() -> None:
 )
 def test_room_is_what_the_peak_leaves(free: int, cached: int, peak: int, fits: bool) -> None:
     """What the allocator holds but never used at once is room as well; a twentieth is left free."""
-    from lightning_nanguard.place import Room
+    from lightning_nanguard.state.device import DeviceMemory
 
-    assert Room(total=100, free=free, cached=cached, peak=peak).fits(40) is fits
+    assert DeviceMemory(total=100, free=free, cached=cached, peak=peak).fits(40) is fits
 
 
 def test_memory_of_snapshots_is_used_again(tmp_path: Path) -> None:
     """Over a long run no more memory is taken than for the ring and the one that is pending."""
     from lightning_nanguard import NaNGuard
-    from lightning_nanguard.keeper import Keeper
+    from lightning_nanguard.guard.snapshot_manager import SnapshotManager
     from tests.helpers import data_for, fit, task
 
     places: set[int] = set()
     snapshots = []
-    take = Keeper.capture
+    take = SnapshotManager.capture
 
-    def taken(self: Keeper, *args: Any) -> Snapshot:
+    def taken(self: SnapshotManager, *args: Any) -> Snapshot:
         snapshot = take(self, *args)
         snapshots.append(snapshot.step)
         places.add(snapshot.leaves[("parameter", "net.0.weight")].data_ptr())
         return snapshot
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Keeper, "capture", taken)
+        patch.setattr(SnapshotManager, "capture", taken)
         fit(task("norm"), data_for("norm", 120), NaNGuard(snapshot_every_n_steps=1), folder=tmp_path)
     assert len(snapshots) > 30
     assert len(places) <= 5

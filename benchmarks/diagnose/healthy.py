@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from benchmarks.rescue.cases import HEALTHY
 from benchmarks.rescue.running import train
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.events import Finding
+from lightning_nanguard.types import Finding
 
 from .running import LOW
 

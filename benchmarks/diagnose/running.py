@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_nanguard import NaNGuard, TrainingDivergedError
-from lightning_nanguard.events import Finding
-from lightning_nanguard.outside import look_over
+from lightning_nanguard.cli.check import look_over
+from lightning_nanguard.types import Finding
 
 from .problems import Problem
 

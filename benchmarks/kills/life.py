@@ -21,9 +21,12 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_nanguard import NaNGuard, journal, keeper, last_good
-from lightning_nanguard.checkpoints import LAST_GOOD, inspect
-from lightning_nanguard.snapshot import allowances
+from lightning_nanguard import NaNGuard
+from lightning_nanguard.checkpoints import last_good
+from lightning_nanguard.checkpoints.inspection import LAST_GOOD, inspect
+from lightning_nanguard.guard import snapshot_manager
+from lightning_nanguard.record import jsonl
+from lightning_nanguard.state.finite import allowances
 
 PHASES = ("setup", "step", "snapshot", "save", "last good", "record", "end")
 PER_EPOCH = 40
@@ -142,13 +145,13 @@ def _mark_all(shared: Shared) -> None:
     def note_record(file: Any, line: bytes) -> None:
         shared.records += 1
 
-    _mark(shared, keeper, "capture", "snapshot")
+    _mark(shared, snapshot_manager, "capture", "snapshot")
     _mark(shared, TorchCheckpointIO, "save_checkpoint", "save")
-    from lightning_nanguard import run
+    from lightning_nanguard.trainer import fit
 
-    _mark(shared, run, "write_through", "last good", note_written)
+    _mark(shared, fit, "write_through", "last good", note_written)
     _mark(shared, last_good, "_replace", "last good", note_kept)
-    _mark(shared, journal, "_append", "record", note_record)
+    _mark(shared, jsonl, "_append", "record", note_record)
 
 
 def examine(folder: Path, shared: Shared, *, may_be_torn: bool) -> dict[str, Any]:
@@ -177,7 +180,7 @@ def examine(folder: Path, shared: Shared, *, may_be_torn: bool) -> dict[str, Any
     if shared.kept and not (folder / "nanguard" / LAST_GOOD).exists():
         wrong.append(f"{LAST_GOOD} is gone")
     path = folder / "nanguard" / "interventions.jsonl"
-    records = len(journal.read_records(path)) if path.exists() else 0
+    records = len(files.read_records(path)) if path.exists() else 0
     if records < shared.records:
         wrong.append(f"{records} records of {shared.records}")
     shared.records = records

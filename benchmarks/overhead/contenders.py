@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from benchmarks.plain import PlainHost
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.engine import Settings
+from lightning_nanguard.guard.guard import Settings
 
 
 @final

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lightning_nanguard import NaNGuard, keeper, meter
-from lightning_nanguard.batch_scope import BatchScope
-from lightning_nanguard.engine import Guard
-from lightning_nanguard.meter import Meter
+from lightning_nanguard import NaNGuard
+from lightning_nanguard.guard import meter, snapshot_manager
+from lightning_nanguard.guard.guard import Guard
+from lightning_nanguard.guard.meter import Meter
+from lightning_nanguard.state.batch_undo import BatchUndo
 
 from .contenders import in_mid_run
 from .models import Workload
@@ -26,7 +27,7 @@ from .turns import make_on, quiet_trainer
 # What is timed, under what name; parts of a part are indented and not added up.
 _PARTS: tuple[tuple[str, Any, str], ...] = (
     ("remember what the batch may touch", NaNGuard, "on_train_batch_start"),
-    ("  buffers, metrics, running means", BatchScope, "open"),
+    ("  buffers, metrics, running means", BatchUndo, "open"),
     ("take the loss", NaNGuard, "on_before_backward"),
     ("measure and judge", NaNGuard, "on_before_optimizer_step"),
     ("  numbers of the update, and in step readback the wait for them", Meter, "take"),
@@ -35,8 +36,8 @@ _PARTS: tuple[tuple[str, Any, str], ...] = (
     ("    their norms", meter, "partial_norms"),
     ("  detectors and history", Guard, "_detect"),
     ("end of the batch", NaNGuard, "on_train_batch_end"),
-    ("  take snapshots", keeper.Keeper, "capture"),
-    ("  look at them before they are certified", keeper.Keeper, "objection"),
+    ("  take snapshots", snapshot_manager.SnapshotManager, "capture"),
+    ("  look at them before they are certified", snapshot_manager.SnapshotManager, "objection"),
 )
 
 

@@ -13,7 +13,8 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.snapshot import capture, restore
+from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.snapshot import capture
 
 from .models import Workload
 from .turns import make_on, quiet_trainer

@@ -17,7 +17,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from lightning_nanguard import keeper, ring
+from lightning_nanguard.guard import snapshot_manager as keeper
+from lightning_nanguard.state import interval as ring
 
 from .contenders import Contender
 from .models import Workload

@@ -8,15 +8,7 @@ from contextlib import ExitStack
 from typing import Any, final
 from unittest.mock import patch
 
-from lightning_nanguard import (
-    ClipGradients,
-    DivergingLoss,
-    GradientSpike,
-    NaNGuard,
-    NonFinite,
-    ReduceLR,
-    Rollback,
-)
+from lightning_nanguard import ClipGradients, DivergingLoss, GradientSpike, NaNGuard, NonFinite, ReduceLR, Rollback
 
 from .cases import Case
 from .contenders import CONTENDERS, MODES, Attempt, Contender, attempt_with

@@ -244,7 +244,7 @@ class ReadLate(Contender):
 
     def attempt(self, case: Case) -> Attempt:
         from lightning_nanguard import NaNGuard
-        from lightning_nanguard.measure import PendingReading
+        from lightning_nanguard.measure.readings import PendingReading
 
         with patch.object(PendingReading, "arrived", lambda self: False):
             return attempt_with(NaNGuard(readback="deferred"), case)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_nanguard.diagnosis.clues import BadField, Clues, Range
-from lightning_nanguard.measure import all_finite
+from lightning_nanguard.measure.finite import all_finite
 
 _TARGETS = ("target", "targets", "label", "labels", "y")
 # A sample this many times larger than the usual one is an outlier.

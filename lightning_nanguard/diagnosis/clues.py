@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lightning_nanguard.events import Fault
-from lightning_nanguard.policy import Evidence
+from lightning_nanguard.types import Evidence, Fault
 
 Look = Literal["nothing", "batch", "replay"]
 """How much may be looked at: only the evidence, the batch at hand too, or the batch while it is run again."""

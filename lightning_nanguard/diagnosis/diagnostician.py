@@ -20,12 +20,11 @@ from lightning_nanguard.diagnosis.replay import eager, kept, measured, replay
 from lightning_nanguard.diagnosis.rules import diagnose
 from lightning_nanguard.diagnosis.rules.words import learner_diverged, worse
 from lightning_nanguard.diagnosis.state import out_of_place, standing_at
-from lightning_nanguard.diagnosis.tape import Micro
-from lightning_nanguard.events import Fault, Finding
-from lightning_nanguard.learner import Learner
-from lightning_nanguard.policy import Evidence
-from lightning_nanguard.ring import Ring
-from lightning_nanguard.snapshot import Snapshot
+from lightning_nanguard.state.batch_history import MicroBatch
+from lightning_nanguard.state.learner import Learner
+from lightning_nanguard.state.ring import Ring
+from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.types import Evidence, Fault, Finding
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -53,7 +52,7 @@ class Diagnostician:
         self,
         learner: Learner,
         ring: Ring,
-        step: Callable[[Micro, bool], Tensor | None],
+        step: Callable[[MicroBatch, bool], Tensor | None],
         untraced: Callable[[], AbstractContextManager[None]],
         *,
         loss_scale: Callable[[], float | None] = lambda: None,
@@ -71,7 +70,7 @@ class Diagnostician:
         self,
         fault: Fault,
         evidence: Evidence,
-        micros: Sequence[Micro],
+        micros: Sequence[MicroBatch],
         look: Look,
         good: Snapshot | None = None,
     ) -> Finding | None:
@@ -91,7 +90,7 @@ class Diagnostician:
             return diagnose(case)
         return None
 
-    def _gather(self, case: Case, micros: Sequence[Micro], look: Look, good: Snapshot | None) -> Case:
+    def _gather(self, case: Case, micros: Sequence[MicroBatch], look: Look, good: Snapshot | None) -> Case:
         fault, evidence = case.fault, case.evidence
         looked = [look_at(micro.batch, self._learner.module) for micro in micros]
         chosen = next((index for index, clues in enumerate(looked) if clues.bad_fields), len(micros) - 1)
@@ -131,7 +130,7 @@ class Diagnostician:
         with standing_at(self._learner, good):
             yield
 
-    def _replay(self, clues: Clues, micro: Micro) -> Clues:
+    def _replay(self, clues: Clues, micro: MicroBatch) -> Clues:
         module, step = self._learner.module, partial(self._step, micro)
         scale = self._loss_scale()
         clues = replay(clues, micro.batch, module, partial(step, False), untraced=self._untraced, loss_scale=scale)
@@ -143,7 +142,7 @@ class Diagnostician:
                 clues = replace(clues, finite_in_float32=None if seen is None else all(map(math.isfinite, seen)))
         return clues
 
-    def _against(self, clues: Clues, micro: Micro, good: Snapshot) -> Clues:
+    def _against(self, clues: Clues, micro: MicroBatch, good: Snapshot) -> Clues:
         change = out_of_place(self._learner, good)
         if change is None:
             return clues
@@ -159,7 +158,7 @@ class Diagnostician:
             return False
         return worse(case.evidence) or learner_diverged(case.fault, case.evidence)
 
-    def _around(self, case: Case, micro: Micro, good: Snapshot) -> Case:
+    def _around(self, case: Case, micro: MicroBatch, good: Snapshot) -> Case:
         if len(self._learner.optimizers) != 1:
             return case
         module = self._learner.module

@@ -13,6 +13,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.diagnosis.batch import fields_of, look_at, samples, target_fields
 from lightning_nanguard.diagnosis.clues import Case, Course, Curvature, Layer, Model, Objective
 from lightning_nanguard.diagnosis.curvature import Hessian, Vector, bend, direction, dot, extremes, filled, norm
@@ -20,11 +21,9 @@ from lightning_nanguard.diagnosis.layers import examine
 from lightning_nanguard.diagnosis.progress import Progress
 from lightning_nanguard.diagnosis.replay import eager, kept
 from lightning_nanguard.diagnosis.rules import findings
-from lightning_nanguard.diagnosis.tape import Micro
-from lightning_nanguard.events import Finding
-from lightning_nanguard.learner import Learner
-from lightning_nanguard.policy import Evidence
-from lightning_nanguard.trend import Trend
+from lightning_nanguard.state.batch_history import MicroBatch
+from lightning_nanguard.state.learner import Learner
+from lightning_nanguard.types import Evidence, Finding
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -48,7 +47,7 @@ class Examination:
     def __init__(
         self,
         learner: Learner,
-        step: Callable[[Micro, bool], Tensor | None],
+        step: Callable[[MicroBatch, bool], Tensor | None],
         untraced: Callable[[], AbstractContextManager[None]],
         patience: int | None = None,
     ) -> None:
@@ -58,7 +57,7 @@ class Examination:
         self._progress = None if patience is None else Progress(patience)
         self._said = False
 
-    def due(self, updates: int, trend: Trend, *, asked: bool = False) -> Course | None:
+    def due(self, updates: int, trend: ReadingHistory, *, asked: bool = False) -> Course | None:
         """How the run has gone where it is to be examined now, ``None`` where it is not.
 
         Args:
@@ -78,7 +77,7 @@ class Examination:
         return recent.course(updates, trend)
 
     def findings(
-        self, micros: Sequence[Micro], course: Course, evidence: Evidence, *, asked: bool = False
+        self, micros: Sequence[MicroBatch], course: Course, evidence: Evidence, *, asked: bool = False
     ) -> tuple[Finding, ...]:
         """What is wrong, the surest first; it never raises. A loss that has settled low is well, unless asked for."""
         try:
@@ -90,7 +89,7 @@ class Examination:
             _logger.debug("NaNGuard: the run could not be examined: %r", error)
             return ()
 
-    def case(self, micros: Sequence[Micro], course: Course, evidence: Evidence) -> Case:
+    def case(self, micros: Sequence[MicroBatch], course: Course, evidence: Evidence) -> Case:
         """The case of a run.
 
         Args:
@@ -129,7 +128,7 @@ class Examination:
                 curvature = self._ends(curvature, Hessian(step, list(named.values())))
         return replace(case, model=None if model is None else _with_updates(model, layers), curvature=curvature)
 
-    def _gradients(self, micros: Sequence[Micro], course: Course, parameters: list[Tensor]) -> Course:
+    def _gradients(self, micros: Sequence[MicroBatch], course: Course, parameters: list[Tensor]) -> Course:
         optimizer = self._learner.optimizers[0]
         most = max(_FEW, _ELEMENTS // max(1, sum(parameter.numel() for parameter in parameters)))
         found = [self._gradient(micro, parameters) for micro in micros[-most:]]
@@ -152,7 +151,7 @@ class Examination:
         sizes = norm(found[-1]) * norm(after)
         return replace(course, opposed=dot(found[-1], after) / sizes if sizes > 0 else None)
 
-    def _gradient(self, micro: Micro, parameters: Sequence[Tensor]) -> Vector:
+    def _gradient(self, micro: MicroBatch, parameters: Sequence[Tensor]) -> Vector:
         loss = self._step(micro, True)
         if loss is None or not loss.requires_grad:
             raise ValueError("a batch that was run again gave no loss")

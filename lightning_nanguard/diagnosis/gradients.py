@@ -16,7 +16,7 @@ from torch.autograd.function import BackwardCFunction, Function
 from lightning_nanguard.diagnosis.clues import GradientCheck
 from lightning_nanguard.diagnosis.replay import graph
 from lightning_nanguard.diagnosis.watch import Modules
-from lightning_nanguard.measure import mapped
+from lightning_nanguard.measure.batches import mapped
 
 # Parameters that are checked at most; each takes two forward passes.
 _MOST = 200

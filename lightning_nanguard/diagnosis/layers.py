@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_nanguard.diagnosis.batch import indices
 from lightning_nanguard.diagnosis.clues import Layer, Model, Objective
 from lightning_nanguard.diagnosis.watch import Modules, key, leaves, operation, user_line
-from lightning_nanguard.measure import dense_values
+from lightning_nanguard.measure.tensors import dense_values
 
 # Layers of one model that are told apart; what comes after is left out.
 _MOST = 2048

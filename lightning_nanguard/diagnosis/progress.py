@@ -6,8 +6,8 @@ from collections import deque
 from statistics import median
 from typing import final
 
+from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.diagnosis.clues import Course
-from lightning_nanguard.trend import Trend
 
 # Levels that one stretch of patience is divided into.
 _PARTS = 8
@@ -35,7 +35,7 @@ class Progress:
         self._pause = patience
 
     @classmethod
-    def of(cls, trend: Trend) -> Progress:
+    def of(cls, trend: ReadingHistory) -> Progress:
         """The stretch of the newest losses alone."""
         losses = trend.losses()
         size = max(1, len(losses) // (_PARTS + 1))
@@ -49,7 +49,7 @@ class Progress:
         """Whether it is time to look again."""
         return updates >= self._next
 
-    def see(self, updates: int, trend: Trend) -> None:
+    def see(self, updates: int, trend: ReadingHistory) -> None:
         """Take the level of now."""
         self._next = updates + self._every
         losses = trend.losses()[-_MANY:]
@@ -60,7 +60,7 @@ class Progress:
             self._first = level if self._first is None else self._first
             self._best = level if self._best is None else min(level, self._best)
 
-    def course(self, updates: int, trend: Trend) -> Course | None:
+    def course(self, updates: int, trend: ReadingHistory) -> Course | None:
         """How the run has gone so far; ``None`` before the first reading."""
         if not self._levels or self._first is None or self._best is None:
             return None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_nanguard.diagnosis.batch import fields_of, target_fields
 from lightning_nanguard.diagnosis.clues import Clues, Origin
 from lightning_nanguard.diagnosis.watch import LIBRARIES, Modules, Watch, extent, key, non_finite, rows
-from lightning_nanguard.measure import dense_values
+from lightning_nanguard.measure.tensors import dense_values
 
 
 def replay(

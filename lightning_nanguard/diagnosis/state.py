@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 
 from lightning_nanguard.diagnosis.clues import Change
-from lightning_nanguard.learner import Learner, Path, describe
-from lightning_nanguard.snapshot import Snapshot, capture, restore
+from lightning_nanguard.state.learner import Learner, StateKey, describe
+from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.snapshot import Snapshot, capture
 
 # An element is out of place when it moved this many times as far as its neighbours did, and lies this many times as
 # far out as any of its tensor did before.
@@ -33,7 +34,7 @@ def standing_at(learner: Learner, snapshot: Snapshot) -> Iterator[None]:
         restore(learner, mine, keep=_is_state)
 
 
-def _is_state(path: Path) -> bool:
+def _is_state(path: StateKey) -> bool:
     return path[0] in ("parameter", "buffer", "optimizer")
 
 

@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_nanguard.diagnosis.batch import indices
 from lightning_nanguard.diagnosis.clues import Origin
-from lightning_nanguard.measure import all_finite, dense_values
+from lightning_nanguard.measure.finite import all_finite
+from lightning_nanguard.measure.tensors import dense_values
 
 # Code that is not the user's.
 LIBRARIES = (

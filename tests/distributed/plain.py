@@ -16,10 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.plain import PlainHost
-from lightning_nanguard.distributed import Group, Ranks
-from lightning_nanguard.engine import Settings
-from lightning_nanguard.remedies import ClipGradients, Remedy
-from lightning_nanguard.snapshot import Snapshot
+from lightning_nanguard.act.base import Remedy
+from lightning_nanguard.act.clip_gradients import ClipGradients
+from lightning_nanguard.distributed.group import Group
+from lightning_nanguard.distributed.ranks import Ranks
+from lightning_nanguard.guard.guard import Settings
+from lightning_nanguard.state.snapshot import Snapshot
 
 
 def net() -> nn.Module:

@@ -11,7 +11,7 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.checkpoints import LAST_GOOD, inspect
+from lightning_nanguard.checkpoints.inspection import LAST_GOOD, inspect
 from tests.distributed.data import spoilt
 
 

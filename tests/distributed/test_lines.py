@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from lightning_nanguard import lines
-from lightning_nanguard.lines import Lines, connect
+from lightning_nanguard.distributed import sockets as lines
+from lightning_nanguard.distributed.sockets import SocketChannel, connect
 
 pytestmark = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="there are no such sockets here")
 
 
-def connected(world: int) -> list[Lines | None]:
+def connected(world: int) -> list[SocketChannel | None]:
     """What each of several threads gets."""
     values: list[list[Any]] = [[] for _ in range(world)]
     meeting = threading.Barrier(world)
@@ -39,7 +39,7 @@ def connected(world: int) -> list[Lines | None]:
 
 
 @pytest.fixture(params=[2, 3])
-def ends(request: pytest.FixtureRequest) -> Iterator[list[Lines]]:
+def ends(request: pytest.FixtureRequest) -> Iterator[list[SocketChannel]]:
     """Lines of each of several ranks."""
     ends = [end for end in connected(request.param) if end is not None]
     assert len(ends) == request.param
@@ -48,14 +48,14 @@ def ends(request: pytest.FixtureRequest) -> Iterator[list[Lines]]:
         end.close()
 
 
-def test_all_read_the_same(ends: list[Lines]) -> None:
+def test_all_read_the_same(ends: list[SocketChannel]) -> None:
     """Each reads what all posted, in the order of ranks."""
     letters = [end.post(bytes([rank, 7])) for rank, end in enumerate(ends)]
     read = [end.read(letter) for end, letter in zip(ends, letters, strict=True)]
     assert read == [[bytes([rank, 7]) for rank in range(len(ends))]] * len(ends)
 
 
-def test_a_letter_may_be_read_late_or_never(ends: list[Lines]) -> None:
+def test_a_letter_may_be_read_late_or_never(ends: list[SocketChannel]) -> None:
     """Letters do not depend on the order in which they are read, nor on those that nobody reads."""
     letters = [[end.post(bytes([number])) for number in range(4)] for end in ends]
     for end, own in zip(ends, letters, strict=True):
@@ -63,7 +63,7 @@ def test_a_letter_may_be_read_late_or_never(ends: list[Lines]) -> None:
         assert end.read(own[1]) == [bytes([1])] * len(ends)
 
 
-def test_what_nobody_reads_does_not_fill_a_line(ends: list[Lines]) -> None:
+def test_what_nobody_reads_does_not_fill_a_line(ends: list[SocketChannel]) -> None:
     """More is posted, in turn, than a socket holds."""
     data = bytes(100)
     for _ in range(2000):
@@ -71,7 +71,7 @@ def test_what_nobody_reads_does_not_fill_a_line(ends: list[Lines]) -> None:
     assert ends[0].read(letters[0]) == [data] * len(ends)
 
 
-def test_who_has_gone_is_missed_when_it_is_to_be_heard(ends: list[Lines]) -> None:
+def test_who_has_gone_is_missed_when_it_is_to_be_heard(ends: list[SocketChannel]) -> None:
     """What was posted before is read; then reading raises, and posting does not."""
     letters = [end.post(b"last") for end in ends]
     ends[-1].close()

@@ -17,9 +17,10 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard._compat.deepspeed import ZeroPartitions
-from lightning_nanguard.checksum import checksum
-from lightning_nanguard.distributed import Report, Silent, combined, conspicuous, minority
+from lightning_nanguard.distributed.checksum import checksum
+from lightning_nanguard.distributed.report import Report, combined, conspicuous, minority
+from lightning_nanguard.distributed.silent import Silent
+from lightning_nanguard.trainer.private.deepspeed import ZeroPartitions
 from tests.helpers import task
 
 ROOT = Path(__file__).parents[2]

@@ -27,9 +27,10 @@ from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_nanguard import NaNGuard, run
-from lightning_nanguard.distributed import Group
-from lightning_nanguard.measure import local
+from lightning_nanguard import NaNGuard
+from lightning_nanguard.distributed.group import Group
+from lightning_nanguard.measure.tensors import local
+from lightning_nanguard.trainer import fit
 from tests.distributed import plain
 from tests.distributed.data import AT, STEPS, far_off, spoilt, without
 from tests.distributed.further import NaNMetric, NaNValidation
@@ -304,7 +305,7 @@ def main(folder: str, world: str, strategy: str, suite: str) -> None:
     faulthandler.dump_traceback_later(float(os.environ.get("RANK_TIMEOUT", "400")), exit=True)
     quiet()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        run.Group = partial(Group, node=f"machine {int(os.environ['RANK']) // 2}")  # type: ignore[assignment, misc]
+        fit.Group = partial(Group, node=f"machine {int(os.environ['RANK']) // 2}")  # type: ignore[assignment, misc]
     worker = Worker(Path(folder), int(world), strategy)
     if worker.spawned:
         worker.fit("first", task("mlp", partial(torch.optim.AdamW, lr=0.01)), MoreFits(worker.folder, suite))

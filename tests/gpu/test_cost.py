@@ -19,8 +19,8 @@ from pytorch_lightning import Callback
 from torch import Tensor, nn
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.keeper import Keeper
-from lightning_nanguard.place import Room
+from lightning_nanguard.guard.snapshot_manager import SnapshotManager
+from lightning_nanguard.state.device import DeviceMemory
 from tests.gpu.test_cuda import Net, data, train
 from tests.helpers import same_bits
 
@@ -114,9 +114,9 @@ def test_snapshots_in_host_memory_are_pinned_and_whole(
         options = {"val_check_interval": 2, "limit_val_batches": 2, "num_sanity_val_steps": 0}
     expected: dict[int, Tensor] = {}
     places: set[int] = set()
-    take = Keeper.capture
+    take = SnapshotManager.capture
 
-    def taken(self: Keeper, *args: Any, **kwargs: Any) -> Any:
+    def taken(self: SnapshotManager, *args: Any, **kwargs: Any) -> Any:
         snapshot = take(self, *args, **kwargs)
         expected[snapshot.step] = dict(self._learner.weights())[("parameter", "net.0.weight")].detach().clone()
         return snapshot
@@ -131,7 +131,7 @@ def test_snapshots_in_host_memory_are_pinned_and_whole(
                 places.add(kept.data_ptr())
                 assert torch.equal(kept, expected[snapshot.step].cpu())
 
-    monkeypatch.setattr(Keeper, "capture", taken)
+    monkeypatch.setattr(SnapshotManager, "capture", taken)
     guard = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=2, snapshot_device="cpu")
     train(data(), True, guard, [Compare(), *others], **options)
     assert len(expected) > 8
@@ -152,7 +152,7 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
 
 def test_the_place_is_chosen_from_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the first updates leave no room, snapshots go to host memory by themselves."""
-    monkeypatch.setattr(Room, "fits", lambda self, nbytes: False)
+    monkeypatch.setattr(DeviceMemory, "fits", lambda self, nbytes: False)
     kept: list[str] = []
 
     class Look(Callback):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.learner import Learner
-from lightning_nanguard.snapshot import capture, restore
+from lightning_nanguard.state.learner import Learner
+from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.snapshot import capture
 from tests.helpers import same_bits
 
 DEVICE = "cuda"

@@ -41,7 +41,7 @@ from lightning_nanguard.diagnosis.rules.model import (
     vanishing_gradient,
     wrong_gradient,
 )
-from lightning_nanguard.events import Finding
+from lightning_nanguard.types import Finding
 
 Rule = Callable[[Case], Finding | None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_nanguard.diagnosis.clues import Case
 from lightning_nanguard.diagnosis.rules.words import at, least, origin_evidence
-from lightning_nanguard.events import Finding
+from lightning_nanguard.types import Finding
 
 
 def log_of_zero(case: Case) -> Finding | None:

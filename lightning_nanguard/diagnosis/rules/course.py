@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from lightning_nanguard.diagnosis.clues import Case, Course
-from lightning_nanguard.events import Finding
+from lightning_nanguard.types import Finding
 
 # Successive gradients of one batch with a cosine below this point back and forth.
 _OPPOSED = -0.3

@@ -17,7 +17,7 @@ from lightning_nanguard.diagnosis.rules.words import (
     span,
     sudden,
 )
-from lightning_nanguard.events import Finding
+from lightning_nanguard.types import Finding
 
 
 def non_finite_input(case: Case) -> Finding | None:

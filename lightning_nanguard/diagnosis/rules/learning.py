@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+from lightning_nanguard.decide.blame import learner_did_it
+from lightning_nanguard.decide.policy import RUINED
 from lightning_nanguard.diagnosis.clues import NO_FAULT, Case
 from lightning_nanguard.diagnosis.rules.model import exploding_at_the_start
 from lightning_nanguard.diagnosis.rules.words import PRODUCTS, learner_diverged, worse
-from lightning_nanguard.events import Finding
-from lightning_nanguard.policy import RUINED
+from lightning_nanguard.types import Finding
 
 # How many times as steep as usual the steepest direction is where the loss counts as ill-conditioned.
 _UNEVEN = 100.0
@@ -32,7 +33,7 @@ def corrupted_state(case: Case) -> Finding | None:
             f"went from {change.before:.4g} to {change.now:.4g}, where its elements moved by {change.usual:.2g} at most"
         )
         return _corrupted(0.95, change.name, moved, before=change.before, now=change.now, usual=change.usual)
-    if evidence.jump is None or fault.scope == "learner" or evidence.learner_did_it():
+    if evidence.jump is None or fault.scope == "learner" or learner_did_it(evidence):
         return None
     return _corrupted(0.9, evidence.jump, "grew ten thousandfold within a few updates")
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from lightning_nanguard.diagnosis.clues import Case, Layer, Model, Objective
 from lightning_nanguard.diagnosis.rules.words import listed
-from lightning_nanguard.events import Finding
+from lightning_nanguard.types import Finding
 
 UNNORMALISED = 10.0
 """Root mean square of an input from which on it counts as not normalised; pixels of 0…255 have about 150."""

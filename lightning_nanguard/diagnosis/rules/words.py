@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_nanguard.decide.blame import learner_did_it
 from lightning_nanguard.diagnosis.clues import Origin, Range
-from lightning_nanguard.events import Fault, Finding
-from lightning_nanguard.policy import Evidence
+from lightning_nanguard.types import Evidence, Fault, Finding
 
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mul", "convolution", "linear", "square", "pow", "prod"})
 """What multiplies gradients on their way back."""
@@ -21,7 +21,7 @@ def learner_diverged(fault: Fault, evidence: Evidence) -> bool:
         return True
     if evidence.corrupt is not None:
         return evidence.climbing or evidence.rate_rose
-    return worse(evidence) and (evidence.learner_did_it() or (evidence.growth > 4 and evidence.jump is None))
+    return worse(evidence) and (learner_did_it(evidence) or (evidence.growth > 4 and evidence.jump is None))
 
 
 def worse(evidence: Evidence) -> bool:

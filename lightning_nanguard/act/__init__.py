@@ -1,0 +1,1 @@
+"""Remedies, one a file, and what they use to change a run."""

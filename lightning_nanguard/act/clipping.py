@@ -1,0 +1,83 @@
+"""Gradient clipping that can be turned on in mid-run, beside whatever clips already."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from lightning_nanguard.measure.norms import partial_norms, total_norm
+from lightning_nanguard.measure.tensors import plain
+
+
+@final
+class Clipper:
+    """Clips gradients once a value is set."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+        self._algorithm: Literal["norm", "value"] = "norm"
+
+    def set(self, value: float, algorithm: Literal["norm", "value"]) -> None:
+        """Clip from now on, at the tighter of this and a value set before; ``inf`` ends it."""
+        if math.isinf(value):
+            self.value = None
+            return
+        same = self.value is not None and algorithm == self._algorithm
+        self.value = min(value, self.value) if same and self.value is not None else value
+        self._algorithm = algorithm
+
+    def clip(self, gradients: Sequence[Tensor], loss_scale: Tensor | None = None, norm: Tensor | None = None) -> None:
+        """Clip in place, without a read by the host.
+
+        Args:
+            gradients: Those of one optimizer, as they are.
+            loss_scale: Where the gradients are still scaled by it.
+            norm: Of the whole gradient, as it lies: where it is known, or only a part of the gradient is here.
+        """
+        if self.value is None or not gradients:
+            return
+        if self._algorithm == "value":
+            limit = self.value if loss_scale is None else self.value * float(loss_scale)
+            with torch.no_grad():
+                for gradient in gradients:
+                    _clamp(gradient, limit)
+            return
+        if norm is None:
+            norm = total_norm(partial_norms(plain(list(gradients))))
+        largest = self.value if loss_scale is None else self.value * loss_scale.to(norm.device)
+        factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
+        if not (factor.is_cpu and float(factor) == 1.0):
+            _multiply(gradients, factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        return {"value": self.value, "algorithm": self._algorithm}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.value = state["value"]
+        self._algorithm = state["algorithm"]
+
+
+def _multiply(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    # One call for all tensors of a dtype and device: a call for each costs more than the arithmetic on small ones.
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    with torch.no_grad():
+        for (dtype, device), group in groups.items():
+            torch._foreach_mul_(group, factor.to(device, dtype))
+
+
+def _clamp(gradient: Tensor, limit: float) -> None:
+    if not gradient.is_sparse:
+        gradient.clamp_(-limit, limit)
+        return
+    # Entries of one place count together.
+    whole = gradient.coalesce()
+    whole.values().clamp_(-limit, limit)
+    gradient.copy_(whole)

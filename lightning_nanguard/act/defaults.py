@@ -1,0 +1,37 @@
+"""The remedies used where the user lists none, and which remedy carries out which step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_nanguard.act.base import Remedy
+from lightning_nanguard.act.clip_gradients import ClipGradients
+from lightning_nanguard.act.reduce_lr import ReduceLR
+from lightning_nanguard.act.reset_moments import ResetMoments
+from lightning_nanguard.act.rollback import Rollback
+from lightning_nanguard.act.skip_step import SkipStep
+from lightning_nanguard.act.stop_training import StopTraining
+from lightning_nanguard.types import PlanStep
+
+
+def default_remedies() -> tuple[Remedy, ...]:
+    """What ``NaNGuard(remedies=None)`` uses."""
+    return (Rollback(), ClipGradients(), ReduceLR())
+
+
+def executors(remedies: Sequence[Remedy]) -> dict[type[PlanStep], Remedy]:
+    """Who carries out which step: the user's own instance where listed, a default one for what is always allowed.
+
+    Raises:
+        ValueError: When two remedies claim the same kind of step.
+    """
+    listed: dict[type[PlanStep], Remedy] = {}
+    for remedy in remedies:
+        if remedy.step in listed:
+            raise ValueError(
+                f"remedies: {type(remedy).__name__} and {type(listed[remedy.step]).__name__} both carry out "
+                f"{remedy.step.__name__}; list one of them."
+            )
+        listed[remedy.step] = remedy
+    always: tuple[Remedy, ...] = (SkipStep(), Rollback(), ReduceLR(), ClipGradients(), ResetMoments(), StopTraining())
+    return {remedy.step: remedy for remedy in always} | listed

@@ -1,0 +1,312 @@
+"""A multiplier on the learning rate that is exact under any scheduler.
+
+Schedulers read the rate they wrote last, so a rate that is scaled in place compounds under some of them and is
+overwritten by others. Here the groups hold the scheduled rate at every moment but one: inside ``optimizer.step``,
+while it computes. The step's pre hook scales, its post hook puts the scheduled rate back, and a closure, which is where
+Lightning runs forward and backward, sees the scheduled rate too. So schedulers, checkpoints and code that sets ``lr``
+itself never meet a scaled rate, and a step that a GradScaler leaves out leaves nothing to undo.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias, final, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["LearningRate"]
+
+
+_Rate: TypeAlias = float | Tensor
+
+
+_Group: TypeAlias = dict[str, Any]
+
+
+@final
+class LearningRate:
+    """Scales the learning rate of every group of some optimizers, whatever sets that rate.
+
+    Attach it once; from then on :meth:`set_multiplier` may be called at any time. With a multiplier of 1.0 and no limit
+    no group is ever written to.
+
+    Args:
+        optimizers: The optimizers whose groups are scaled. Groups without an ``lr`` (or with ``None``) are left out
+            everywhere.
+
+    Raises:
+        TypeError: If one of them is not a ``torch.optim.Optimizer``.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+        >>> rate = LearningRate([optimizer])
+        >>> rate.attach()
+        >>> rate.set_multiplier(0.5)
+        >>> rate.effective(), rate.scheduled(), optimizer.param_groups[0]["lr"]
+        ([0.25], [0.5], 0.5)
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        for optimizer in optimizers:
+            if not isinstance(optimizer, Optimizer):
+                raise TypeError(f"Expected argument `optimizers` to hold torch optimizers but got {optimizer!r}")
+        self._optimizers = tuple(optimizers)
+        self._multiplier = 1.0
+        self._min_lr = 0.0
+        self._max_lr = math.inf
+        self._scaled: dict[int, _Scaled] = {}
+        self._handles: list[RemovableHandle] = []
+        self._behind: Callable[[Optimizer], None] = _nothing
+
+    @property
+    def multiplier(self) -> float:
+        """What the scheduled rates are multiplied by; 1.0 leaves them untouched."""
+        return self._multiplier
+
+    @property
+    def min_lr(self) -> float:
+        """Floor of the effective rates; a group whose scheduled rate is lower keeps its scheduled rate."""
+        return self._min_lr
+
+    @property
+    def max_lr(self) -> float:
+        """Largest effective rate of the first group; where its rate would be larger, all are scaled down with it."""
+        return self._max_lr
+
+    def ratio(self) -> float:
+        """Effective over scheduled rate of the first group: what the scheduled rates are multiplied by just now."""
+        scheduled, effective = self.scheduled()[:1], self.effective()[:1]
+        return effective[0] / scheduled[0] if scheduled and scheduled[0] else self._multiplier
+
+    def set_multiplier(self, value: float, *, min_lr: float = 0.0, max_lr: float = math.inf) -> None:
+        """Changes the multiplier, from the update on that is being prepared.
+
+        Args:
+            value: Positive and finite.
+            min_lr: Floor of every group's effective rate; never raises one above its scheduled rate.
+            max_lr: Largest effective rate of the first group; all groups are scaled down in proportion.
+
+        Raises:
+            ValueError: If an argument is out of its range.
+        """
+        _check(value, min_lr, max_lr)
+        applied = [optimizer for optimizer in self._optimizers if self._is_applied(optimizer)]
+        self.withdraw()
+        self._multiplier, self._min_lr, self._max_lr = float(value), float(min_lr), float(max_lr)
+        for optimizer in applied:
+            self._apply(optimizer)
+
+    def effective(self) -> list[float]:
+        """What the next step will use, one rate per group over all optimizers; reads tensor rates to the host."""
+        factor = self._factor()
+        return [float(self._scale(rate, factor)) for rate in self._scheduled_rates()]
+
+    def first(self) -> float | None:
+        """Effective rate of the first group, ``None`` where reading it would wait for a device."""
+        if self._optimizers and not self.is_on():  # asked for in every step: the short way
+            rate = self._optimizers[0].param_groups[0].get("lr")
+            if isinstance(rate, float):
+                return rate
+        rate = next(self._scheduled_rates(), None)
+        if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu"):
+            return None
+        return float(self._scale(rate, self._factor()))
+
+    def scheduled(self) -> list[float]:
+        """What the user's scheduler or configuration says, in the same order as :meth:`effective`."""
+        return [float(rate) for rate in self._scheduled_rates()]
+
+    def attach(self, behind: Callable[[Optimizer], None] | None = None) -> None:
+        """Registers the hooks around every optimizer's ``step``; does nothing when they are there already.
+
+        Args:
+            behind: Called in each step when its gradients are there: behind the closure, or at the beginning of a step
+                without one.
+        """
+        if self._handles:
+            return
+        self._behind = behind or _nothing
+        for optimizer in self._optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def detach(self) -> None:
+        """Puts the scheduled rates back and removes the hooks; the multiplier is kept for the next :meth:`attach`."""
+        self.withdraw()
+        while self._handles:
+            self._handles.pop().remove()
+
+    def apply(self) -> None:
+        """Writes the scaled rates into the groups for somebody who reads them outside a step, such as a monitor.
+
+        Call :meth:`withdraw` right after: what a scheduler or the user computes from a scaled rate is not exact.
+        """
+        for optimizer in self._optimizers:
+            self._apply(optimizer)
+
+    def withdraw(self) -> None:
+        """Puts the scheduled rates back where :meth:`apply` or a step that raised has left scaled ones."""
+        for optimizer in self._optimizers:
+            self._withdraw(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The multiplier and its floor; the rates themselves are in the optimizers' own state, unscaled."""
+        return {"multiplier": self._multiplier, "min_lr": self._min_lr, "max_lr": self._max_lr}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If an entry is missing or out of its range.
+        """
+        missing = [key for key in ("multiplier", "min_lr") if key not in state_dict]
+        if missing:
+            raise ValueError(f"Expected argument `state_dict` to have {missing} but got {sorted(state_dict)}")
+        self.set_multiplier(
+            state_dict["multiplier"], min_lr=state_dict["min_lr"], max_lr=state_dict.get("max_lr", math.inf)
+        )
+
+    # The hooks
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # The closure is wrapped at a multiplier of 1.0 as well: the guard changes the multiplier inside it.
+        closure = kwargs.get("closure")
+        if closure is not None:
+            kwargs = {**kwargs, "closure": partial(self._run_closure, optimizer, closure)}
+        elif len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
+            args = (args[0], partial(self._run_closure, optimizer, args[1]), *args[2:])
+        else:
+            self._behind(optimizer)
+        # Some optimizers (LBFGS) read the rate before they call the closure, most of them after it: serve both.
+        self._apply(optimizer)
+        return args, kwargs
+
+    def _run_closure(self, optimizer: Optimizer, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._scaled:
+            self._withdraw(optimizer)
+        result = closure(*args, **kwargs)
+        self._behind(optimizer)
+        self._apply(optimizer)
+        return result
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._scaled:
+            self._withdraw(optimizer)
+
+    # The groups
+
+    def _apply(self, optimizer: Optimizer) -> None:
+        if not self.is_on():
+            return
+        factor = self._factor()
+        for group in optimizer.param_groups:
+            rate = group.get("lr")
+            if rate is None or self._find(group, rate) is not None:
+                continue
+            if isinstance(rate, Tensor):
+                # In place: the tensor is an input of compiled and captured steps.
+                with torch.no_grad():
+                    scheduled = rate.clone()
+                    rate.copy_(self._scale(scheduled, factor))
+                self._scaled[id(rate)] = _Scaled(optimizer, group, rate, scheduled, rate._version)
+            else:
+                written = group["lr"] = self._scale(rate, factor)
+                self._scaled[id(group)] = _Scaled(optimizer, group, written, rate)
+
+    def _withdraw(self, optimizer: Optimizer) -> None:
+        for key, scaled in list(self._scaled.items()):
+            if scaled.optimizer is optimizer:
+                del self._scaled[key]
+                scaled.restore()
+
+    def _is_applied(self, optimizer: Optimizer) -> bool:
+        return any(scaled.optimizer is optimizer for scaled in self._scaled.values())
+
+    def _find(self, group: _Group, rate: _Rate) -> _Scaled | None:
+        """The record of ``rate``, or ``None`` if it is a scheduled one."""
+        # Groups made from one tensor share it, and it must be scaled once: tensors are found by themselves.
+        scaled = self._scaled.get(id(rate) if isinstance(rate, Tensor) else id(group))
+        return scaled if scaled is not None and scaled.is_what_we_wrote(rate) else None
+
+    def _scheduled_rates(self) -> Iterator[_Rate]:
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                rate = group.get("lr")
+                if rate is not None:
+                    scaled = self._find(group, rate)
+                    yield rate if scaled is None else scaled.scheduled
+
+    def is_on(self) -> bool:
+        """Whether any rate may be scaled."""
+        return self._multiplier != 1.0 or self._max_lr != math.inf
+
+    def _factor(self) -> float:
+        """What every scheduled rate is multiplied by; reads the first group's rate to the host where a limit is set."""
+        if self._max_lr == math.inf:
+            return self._multiplier
+        first = float(next(self._scheduled_rates(), 0.0))
+        return min(self._multiplier, self._max_lr / first) if first > 0 else self._multiplier
+
+    @overload
+    def _scale(self, rate: Tensor, factor: float) -> Tensor: ...
+    @overload
+    def _scale(self, rate: float, factor: float) -> float: ...
+    def _scale(self, rate: _Rate, factor: float) -> _Rate:
+        if factor == 1.0:
+            return rate
+        if isinstance(rate, Tensor):
+            return torch.maximum(rate * factor, rate.clamp(max=self._min_lr))
+        return max(rate * factor, min(self._min_lr, rate))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Scaled:
+    """One rate that was scaled: what was written where, and what it took the place of."""
+
+    optimizer: Optimizer
+    group: _Group
+    written: _Rate
+    scheduled: _Rate
+    version: int = 0
+
+    def is_what_we_wrote(self, rate: _Rate) -> bool:
+        """Whether nobody has set the rate since; told by identity, as somebody may set an equal value."""
+        if isinstance(rate, Tensor):
+            # The counter of in-place writes costs no host read, unlike comparing values.
+            return rate is self.written and rate._version == self.version
+        return rate is self.written
+
+    def restore(self) -> None:
+        """Puts the scheduled rate back, unless somebody has set another one since."""
+        if isinstance(self.written, Tensor) and isinstance(self.scheduled, Tensor):
+            if self.is_what_we_wrote(self.written):
+                with torch.no_grad():
+                    self.written.copy_(self.scheduled)
+        elif self.is_what_we_wrote(self.group["lr"]):
+            self.group["lr"] = self.scheduled
+
+
+def _nothing(optimizer: Optimizer) -> None:
+    pass
+
+
+def _check(multiplier: float, min_lr: float, max_lr: float) -> None:
+    if not _is_number(multiplier) or not 0 < multiplier < math.inf:
+        raise ValueError(f"Expected argument `value` to be a positive, finite multiplier but got {multiplier!r}")
+    if not _is_number(min_lr) or not 0 <= min_lr < math.inf:
+        raise ValueError(f"Expected argument `min_lr` to be a finite number of at least 0 but got {min_lr!r}")
+    if not _is_number(max_lr) or not max_lr > 0:
+        raise ValueError(f"Expected argument `max_lr` to be a number above 0 but got {max_lr!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

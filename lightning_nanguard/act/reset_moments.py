@@ -1,0 +1,24 @@
+"""Empties the optimizer's state."""
+
+from __future__ import annotations
+
+from typing import final
+
+from lightning_nanguard.act.base import Remedy, RunControl
+from lightning_nanguard.types import DropMoments, Evidence, Fault, PlanStep
+
+
+@final
+class ResetMoments(Remedy):
+    """Forget the optimizer's moments, from the second attempt on."""
+
+    word = "reset moments"
+    step = DropMoments
+
+    def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
+        """A reset, once a first attempt did not help."""
+        return DropMoments() if attempt > 0 else None
+
+    def apply(self, step: PlanStep, patient: RunControl) -> None:
+        """Empty the optimizers' state."""
+        patient.drop_moments()

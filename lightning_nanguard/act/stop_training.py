@@ -1,0 +1,23 @@
+"""Ends the run with a clear error."""
+
+from __future__ import annotations
+
+from typing import final
+
+from lightning_nanguard.act.base import Remedy, RunControl
+from lightning_nanguard.types import Evidence, Fault, PlanStep, Stop
+
+
+@final
+class StopTraining(Remedy):
+    """End the run with a clear error, the last good weights in place."""
+
+    word = "stop"
+    step = Stop
+
+    def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
+        """A stop."""
+        return Stop("the remedies listed ask to stop when skipping is not enough")
+
+    def apply(self, step: PlanStep, patient: RunControl) -> None:
+        """Nothing: the engine ends the run itself."""

@@ -1,0 +1,1 @@
+"""From a fault and its evidence to a plan: pure functions over frozen data. Standard library only."""

@@ -1,0 +1,31 @@
+"""How deep a rollback goes among the certified snapshots."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_nanguard.types import Evidence
+
+
+def by_level(depth: int, evidence: Evidence, *, keeps: bool) -> int:
+    """At least ``depth``, and deeper while an older snapshot was at a clearly better loss.
+
+    Args:
+        depth: Where to begin.
+        evidence: Levels and scale of the loss.
+        keeps: Stop short of a snapshot that would lose half of what was learned.
+    """
+    depth = min(depth, max(0, evidence.snapshots - 1))
+    levels = evidence.levels
+    known = [level for level in levels if level is not None]
+    if not known:
+        return depth
+    best = min(known)
+    most = 0.5 * (best + evidence.first) if keeps and best < evidence.first else math.inf
+    while depth > 0 and (level := levels[depth]) is not None and level > most:
+        depth -= 1
+    for index in range(depth, len(levels)):
+        level = levels[index]
+        if level is None or level <= best + 0.1 * evidence.scale:
+            return index
+    return depth

@@ -1,0 +1,54 @@
+"""What the policy remembers from one decision to the next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyState:
+    """What the policy remembers: plain tuples and numbers.
+
+    Attributes:
+        attempt: Escalation for a diverged learner; 0 at first.
+        learner_step: Step of the last plan for a diverged learner, ``-1`` without one.
+        restores: ``(step, fault and place)`` of the restores within the budget's window.
+        skips: Steps of the skips within the budget's window.
+        bad_rate: Lowest effective learning rate at which the learner diverged, ``inf`` when it never did.
+        proven_rate: Highest effective learning rate at which a snapshot was certified while the loss was falling, kept
+            below ``bad_rate``.
+        failed_returns: How often the learner diverged again after a cut was given back.
+        given_back_at: Healthy-step count at the last change of the multiplier.
+        proven_level: Level of the loss when it was last seen to have fallen, ``inf`` before.
+    """
+
+    attempt: int = 0
+    learner_step: int = -1
+    restores: tuple[tuple[int, str], ...] = ()
+    skips: tuple[int, ...] = ()
+    bad_rate: float = math.inf
+    proven_rate: float = 0.0
+    failed_returns: int = 0
+    given_back_at: int = 0
+    proven_level: float = math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers for a checkpoint."""
+        return {**asdict(self), "restores": [list(item) for item in self.restores], "skips": list(self.skips)}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> PolicyState:
+        """The inverse of :meth:`to_dict`."""
+        restores = tuple((int(step), str(place)) for step, place in state["restores"])
+        return cls(**{**state, "restores": restores, "skips": tuple(int(step) for step in state["skips"])})
+
+
+def within_window(state: PolicyState, oldest: int) -> PolicyState:
+    restores = tuple(item for item in state.restores if item[0] > oldest)
+    skips = tuple(step for step in state.skips if step > oldest)
+    if len(restores) == len(state.restores) and len(skips) == len(state.skips):
+        return state
+    return replace(state, restores=restores, skips=skips)

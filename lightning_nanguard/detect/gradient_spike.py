@@ -1,0 +1,142 @@
+"""Detects a gradient norm far outside everything accepted so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from statistics import median
+from typing import Any, final
+
+from lightning_nanguard.detect.base import Detector, Limits
+from lightning_nanguard.detect.window import Window, spread
+from lightning_nanguard.errors import require
+from lightning_nanguard.types import Fault, Reading
+
+
+@final
+class GradientSpike(Detector):
+    """A gradient norm far outside everything accepted so far.
+
+    Judged on the logarithm of the norm by median and MAD, so that heavy tails and slow drifts are no fault: a spike
+    is more than ``threshold`` deviations above the median, ``ratio`` times the median, ten times the largest norm in
+    the window, and twice what the run took when it began: where a loss has come down to nothing and the data change,
+    the gradient is a hundred million times its median, and as it was for the untrained model.
+
+    Args:
+        threshold: Deviations (MAD, scaled) of the logarithm.
+        ratio: Least ratio to the median.
+        window: Accepted norms looked back at.
+        warmup: Accepted norms before the detector is sure of anything less than 100,000 times the largest of them.
+
+    Raises:
+        ValueError: When an argument is out of its range.
+    """
+
+    _above_largest = 10.0
+    _above_first = 2.0
+    # During warm-up only what no beginning explains: far above all norms so far, and huge by itself.
+    _outlandish = 1e5
+    _huge = 1e6
+    # Far above all norms so far, and of a batch that is strange too.
+    _doubt = 100.0
+
+    def __init__(self, threshold: float = 12.0, ratio: float = 200.0, window: int = 128, warmup: int = 20) -> None:
+        require(threshold > 0, self, "threshold", threshold, "a number above 0")
+        require(ratio > 1, self, "ratio", ratio, "a number above 1")
+        require(warmup >= 4, self, "warmup", warmup, "an integer of at least 4")
+        require(window >= warmup, self, "window", window, f"an integer of at least warmup={warmup}")
+        self.threshold = threshold
+        self.ratio = ratio
+        self.window = window
+        self.warmup = warmup
+        self._norms = Window(window)
+        self._first = Window(warmup)
+        self._newest = 0.0
+
+    def check(self, reading: Reading) -> Fault | None:
+        """The fault of this reading, or ``None``."""
+        norm = reading.grad_norm
+        if norm is None or not reading.finite:
+            return None
+        if len(self._norms) == 2:
+            return self._first_of_all(norm) or self._spike(norm)
+        return self._spike(norm)
+
+    def _first_of_all(self, norm: float) -> Fault | None:
+        # The first batch has none before it to be told by: the two behind it say that it was the bad one, when it has
+        # left its mark on weights and moments already.
+        first, second = self._norms.values()
+        others = max(second, norm)
+        if first <= self._huge or first <= self._outlandish * others:
+            return None
+        message = (
+            f"the gradient norm of the first batch was {first:.3g}, of those behind it at most {others:.3g}: what it "
+            "left in weights and optimizer state is undone"
+        )
+        return Fault("gradient_spike", "state", "gradient", first, message)
+
+    def _spike(self, norm: float) -> Fault | None:
+        # The cheap question first: no limit is below ten times a norm in the window.
+        if norm <= self._above_largest * self._newest:
+            return None
+        doubtful = not norm > self._find_limit()
+        # During warm-up a norm that stands out is told from a beginning's by its batch.
+        if doubtful and not (self._warming_up() and norm > self._doubt * max(self._norms.values())):
+            return None
+        usual = median(self._norms.values())
+        return Fault(
+            "gradient_spike",
+            "batch",
+            "gradient",
+            norm,
+            f"the gradient norm is {norm:.3g}, {norm / usual:.3g} times its median of {usual:.3g}"
+            if usual > 0
+            else f"the gradient norm is {norm:.3g} after having been 0",
+            doubtful,
+        )
+
+    def limits(self) -> Limits:
+        """Ten times the newest norm: a spike is ten times the largest of the window, in which that one stays."""
+        return Limits(math.inf, self._above_largest * self._newest if len(self._norms) > 2 else -math.inf)
+
+    def _warming_up(self) -> bool:
+        return 2 <= len(self._norms) < self.warmup
+
+    def accept(self, reading: Reading) -> None:
+        """Take a healthy norm into the window."""
+        norm = reading.grad_norm
+        if norm is None or not reading.finite:
+            return
+        self._norms.append(reading.step, norm)
+        if len(self._first) < self.warmup:
+            self._first.append(reading.step, norm)
+        self._newest = norm
+
+    def _find_limit(self) -> float:
+        norms = [norm for norm in self._norms.values() if norm > 0]
+        if len(norms) < self.warmup:
+            return max(self._outlandish * max(norms), self._huge) if norms else math.inf
+        logs = [math.log(norm) for norm in norms]
+        # A floor for the deviation: norms that hardly vary must not make every wiggle a spike.
+        by_deviation = median(logs) + self.threshold * max(spread(logs), 0.1)
+        by_ratio = math.log(self.ratio) + median(logs)
+        by_largest = math.log(self._above_largest) + max(logs)
+        limit = max(by_deviation, by_ratio, by_largest)
+        by_first = self._above_first * max(self._first.values(), default=0.0)
+        return max(math.exp(limit), by_first) if limit < 700 else math.inf
+
+    def rewind(self, step: int) -> None:
+        """Forget what was accepted after ``step``."""
+        self._norms.rewind(step)
+        self._first.rewind(step)
+        self._newest = next(iter(self._norms.last(1)), 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history in plain containers."""
+        return {"norms": self._norms.state(), "first": self._first.state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._norms.load(state["norms"])
+        self._first.load(state.get("first", ()))
+        self._newest = next(iter(self._norms.last(1)), 0.0)

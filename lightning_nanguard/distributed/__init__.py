@@ -1,0 +1,1 @@
+"""Agreement between the processes of one run, by ``torch.distributed`` only."""

@@ -1,0 +1,139 @@
+"""What is told of an intervention: the record of what was done, and the error that ends a run."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NoReturn, Protocol, final
+
+from lightning_nanguard.act.learning_rate import LearningRate
+from lightning_nanguard.errors import TrainingDivergedError
+from lightning_nanguard.guard.state import GuardState
+from lightning_nanguard.types import Fault, Finding, Intervention
+
+Clock = tuple[int, int, int]
+"""``global_step``, epoch and batch index."""
+
+
+_ADVICE = (
+    "Look at the records of what was done before; lower the learning rate, look at the data named there, or widen the "
+    "budget if the run should have gone on."
+)
+
+
+class Book(Protocol):
+    """Where records go, and what time it is."""
+
+    def clock(self) -> Clock:
+        """``global_step``, epoch and batch index of now."""
+
+    def record(self, intervention: Intervention) -> None:
+        """Keep what was done."""
+
+
+@final
+class InterventionRecorder:
+    """Tells what is done.
+
+    Args:
+        book: Where records go.
+        rate: The learning rate's multiplier.
+        standing: Where the run stands.
+        observe: Whether nothing of it is done.
+        memory: Of how many batches the clock is remembered.
+    """
+
+    def __init__(self, book: Book, rate: LearningRate, standing: GuardState, *, observe: bool, memory: int) -> None:
+        self._book = book
+        self._rate = rate
+        self._standing = standing
+        self._observe = observe
+        # The clock at the end of the newest batches, with the number of their last update.
+        self._clocks: deque[tuple[int, Clock]] = deque(maxlen=memory)
+        self._tried: deque[str] = deque(maxlen=5)
+        # Says where a good state lies on the disk, for whoever has to start again.
+        self.on_disk: Callable[[], str] = str
+
+    def mark(self) -> None:
+        """A batch ends: what is found late in it is on record under its clock."""
+        self._clocks.append((self._standing.step, self._book.clock()))
+
+    def clock_of(self, step: int) -> Clock:
+        """The clock of the batch of an update, that of now where it is not remembered."""
+        past = (clock for last, clock in self._clocks if last >= step)
+        return next(past, self._book.clock())
+
+    def record(
+        self,
+        fault: Fault,
+        place: str,
+        words: tuple[str, ...],
+        before: Sequence[float],
+        finding: Finding | None = None,
+        ranks: tuple[int, ...] = (),
+        clock: Clock | None = None,
+    ) -> None:
+        """Put on record what was done.
+
+        Args:
+            fault: Why.
+            place: Where the fault lies.
+            words: What was done.
+            before: Effective learning rates before it.
+            finding: Why the fault happened.
+            ranks: Ranks that saw it, where not all did.
+            clock: When; ``None`` for now.
+        """
+        global_step, epoch, batch_idx = self._book.clock() if clock is None else clock
+        after, restored = self._rate.effective(), self._standing.restored
+        self._book.record(
+            Intervention(
+                global_step=global_step,
+                epoch=epoch,
+                batch_idx=batch_idx,
+                fault=fault.kind,
+                place=place,
+                remedies=words,
+                lr_before=before[0] if before else None,
+                lr_after=after[0] if after else None,
+                snapshot_step=None if restored is None else restored.global_step,
+                cause=None if finding is None else finding.cause,
+                finding=finding,
+                message=fault.message,
+                value=fault.value,
+                applied=not self._observe,
+                ranks=ranks,
+                updates_lost=0 if restored is None else self._standing.step - restored.step,
+            )
+        )
+
+    def tried(self, fault: Fault, words: tuple[str, ...]) -> None:
+        """Remember what was done, for the error that may end the run."""
+        self._tried.append(f"{fault.kind}: {', '.join(words)}")
+
+    def stop(self, fault: Fault, place: str, reason: str, finding: Finding | None, clock: Clock) -> NoReturn:
+        """End the run.
+
+        Raises:
+            TrainingDivergedError: Always.
+        """
+        global_step, epoch, batch_idx = clock
+        to = None if self._standing.restored is None else self._standing.restored.global_step
+        good = "There is no good state to go back to." if to is None else f"The module holds the weights of step {to}."
+        raise TrainingDivergedError(
+            f"Training cannot go on: {reason}. Step {global_step} (epoch {epoch}, batch {batch_idx}): {fault.message} "
+            f"({fault.kind}, {place}). {_why(finding)}Tried before: {'; '.join(self._tried) or 'nothing'}. "
+            f"{good} {self.on_disk()}{_ADVICE}",
+            fault=fault,
+            reason=reason,
+            tried=tuple(self._tried),
+            snapshot_step=to,
+            finding=finding,
+        )
+
+
+def _why(finding: Finding | None) -> str:
+    if finding is None:
+        return ""
+    place = f" in {finding.place}" if finding.place else ""
+    return f"Most likely cause: {finding.cause}{place}: {finding.suggestion} "

@@ -1,0 +1,144 @@
+"""Loss and gradient norm of one update, on the device or on their way to the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lightning_nanguard.measure.host_copy import HostCopy
+from lightning_nanguard.measure.norms import total_norm
+from lightning_nanguard.measure.tensors import moved_to
+from lightning_nanguard.types import Reading
+
+
+@final
+@dataclass(slots=True)
+class PendingReading:
+    """One update's loss and gradient norm, on the device or on their way to the host.
+
+    Attributes:
+        step: The guard's clock.
+        stream: Index of the optimizer.
+        loss: Sum of the losses as they were given to ``backward``, 0-dim; ``None`` without one.
+        norms: Partial gradient norms, 0-dim, from :func:`partial_norms`; none without a gradient.
+        loss_scale: A GradScaler's scale; ``None`` without one.
+        loss_factor: What undoes the division of the loss by the number of micro-batches.
+        gradients_scaled: Whether the gradients are multiplied by the scale, as the loss is.
+        held_back: Whether the device itself keeps a bad update from the weights.
+    """
+
+    step: int
+    stream: int
+    loss: Tensor | None
+    norms: Sequence[Tensor]
+    loss_scale: Tensor | None = None
+    loss_factor: float = 1.0
+    gradients_scaled: bool = False
+    held_back: bool = False
+    _parcel: HostCopy | None = field(default=None, init=False)
+    _packed: Tensor | None = field(default=None, init=False)
+
+    def packed(self) -> Tensor:
+        """Norm, loss and loss scale, as far as there are any, as one tensor on the norm's device."""
+        if self._packed is None:
+            norm = [total_norm(self.norms)] if self.norms else []
+            parts = [*norm, *(part for part in (self.loss, self.loss_scale) if part is not None)]
+            device = parts[0].device
+            dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+            self._packed = torch.stack([moved_to(part, device, dtype) for part in parts])
+        return self._packed
+
+    def send(self) -> None:
+        """Start the copy to the host without waiting for the device."""
+        self._parcel = HostCopy(self.packed())
+
+    def is_bad(self, *, by_loss: bool = True) -> Tensor:
+        """1.0 where loss or norm is not finite, else 0.0; a 0-dim float32 tensor on the device.
+
+        Args:
+            by_loss: Whether the loss counts; where ranks have losses of their own it must not.
+        """
+        packed = self.packed() if by_loss else self.packed()[: bool(self.norms)]
+        # What is finite less itself is 0, what is not is NaN.
+        return (packed - packed).sum().ne(0).to(torch.float32)
+
+    def arrived(self) -> bool:
+        """Whether reading it would not wait for the device."""
+        return self._parcel is None or self._parcel.arrived()
+
+    def read(self, confirm: Callable[[], float | None] | None = None) -> Reading:
+        """Bring it to the host.
+
+        Args:
+            confirm: Called when the norm is not finite; gives the exact norm of a gradient that is finite after
+                all, ``None`` when it truly is not.
+        """
+        norm, loss, scale = self._numbers()
+        if loss is not None:
+            loss *= self.loss_factor
+        finite_gradient = norm is None or math.isfinite(norm)
+        if not finite_gradient and confirm is not None:
+            exact = confirm()
+            if exact is not None:
+                norm, finite_gradient = exact, True
+        if scale is not None:
+            loss = None if loss is None else loss / scale
+            norm = norm / scale if norm is not None and self.gradients_scaled else norm
+        loss_finite = loss is None or math.isfinite(loss)
+        return Reading(
+            step=self.step,
+            stream=self.stream,
+            loss=loss,
+            grad_norm=norm,
+            finite=finite_gradient and loss_finite,
+            loss_finite=loss_finite,
+            loss_scale=scale,
+        )
+
+    def _numbers(self) -> tuple[float | None, float | None, float | None]:
+        numbers = iter(self.packed().tolist() if self._parcel is None else self._parcel.read())
+        return (
+            next(numbers) if self.norms else None,
+            None if self.loss is None else next(numbers),
+            None if self.loss_scale is None else next(numbers),
+        )
+
+
+def pend(
+    *,
+    step: int,
+    stream: int,
+    losses: Sequence[Tensor],
+    loss_factor: float,
+    norms: Sequence[Tensor],
+    loss_scale: Tensor | None = None,
+    gradients_scaled: bool = False,
+) -> PendingReading | None:
+    """Put together what was measured of one update; ``None`` where nothing was.
+
+    Args:
+        step: The guard's clock.
+        stream: Index of the optimizer.
+        losses: The update's micro-batch losses, as they were given to ``backward``.
+        loss_factor: What undoes the division by the number of micro-batches.
+        norms: Of its gradients, from :func:`partial_norms`.
+        loss_scale: The GradScaler's scale; losses are multiplied by it, and gradients when ``gradients_scaled``.
+    """
+    if not losses and not norms:
+        return None
+    return PendingReading(step, stream, _sum(losses), norms, loss_scale, loss_factor, gradients_scaled)
+
+
+def _sum(losses: Sequence[Tensor]) -> Tensor | None:
+    if not losses:
+        return None
+    first = losses[0]
+    if len(losses) == 1 and first.dim() == 0:
+        return first
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    return torch.cat([moved_to(part.reshape(-1), first.device, dtype) for part in losses]).sum()

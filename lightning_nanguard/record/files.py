@@ -1,0 +1,75 @@
+"""Reads the files of records and advice that a run has written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from lightning_nanguard.record.messages import listed_numbers
+from lightning_nanguard.types import SCHEMA_VERSION, Advice, Intervention
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+_Record = TypeVar("_Record", Intervention, Advice)
+
+
+def read_records(path: str | os.PathLike[str]) -> list[Intervention]:
+    """The records of a file that :class:`JsonLines` wrote, oldest first.
+
+    Lines that are no records, such as one torn by a killed run, are left out with one logged warning. Records of later
+    versions are read as far as this version knows their fields.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: When there is no such file. A run in which nothing happened writes none.
+    """
+    return _read(path, Intervention.from_dict)
+
+
+def read_advice(path: str | os.PathLike[str]) -> list[Advice]:
+    """The advice of a file that :class:`AdviceLog` wrote, oldest first; see :func:`read_records`.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: When there is no such file. A run in which nothing was noticed writes none.
+    """
+    return _read(path, Advice.from_dict)
+
+
+def _read(path: str | os.PathLike[str], parse: Callable[[Mapping[str, Any]], _Record]) -> list[_Record]:
+    records: list[_Record] = []
+    unreadable: list[int] = []
+    later = False
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                data = json.loads(line)
+                later = later or (isinstance(data, dict) and _is_later(data.get("schema")))
+                records.append(parse(data))
+            # A torn or overwritten line can be anything: wrong bytes, another type, brackets without end.
+            except (ValueError, TypeError, AttributeError, RecursionError):
+                unreadable.append(number)
+    if unreadable:
+        _logger.warning(
+            "NaNGuard: %s: left out %s, no readable record there; %s.",
+            os.fspath(path),
+            listed_numbers("line", unreadable),
+            "the file holds records of a later version: update lightning-nanguard to read them"
+            if later
+            else "a run that was killed while writing leaves such a line, the other records are complete",
+        )
+    return records
+
+
+def _is_later(schema: object) -> bool:
+    return isinstance(schema, int) and schema > SCHEMA_VERSION

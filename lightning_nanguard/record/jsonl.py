@@ -1,0 +1,148 @@
+"""A sink that appends records to a file, one JSON object a line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import stat
+import time
+from collections import deque
+from io import FileIO
+from pathlib import Path
+from typing import Any, final
+
+from lightning_nanguard.errors import require
+from lightning_nanguard.record.base import Sink
+from lightning_nanguard.types import Advice, Intervention
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+# Seconds within which no two records wait for the disk.
+_SYNC_EVERY = 1.0
+
+
+@final
+class JsonLines(Sink):
+    """Appends one JSON object a line to a file.
+
+    A record outlives the death of the process as soon as :meth:`write` returns. It also waits for the disk, but in a
+    burst of records for no more than one a second; the rest follow with the next one and with :meth:`close`.
+
+    The folder is made with the first record, so a healthy run leaves nothing behind. While the file cannot be written,
+    the newest ``max_kept`` records wait in memory and are tried again with every next record and with :meth:`close`.
+
+    Args:
+        path: The file. What it already holds is kept.
+        max_kept: How many records wait in memory at most.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     sink = JsonLines(f"{folder}/logs/nanguard.jsonl")
+        ...     sink.write(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
+        ...     [record.global_step for record in read_records(sink.path)]
+        [7]
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, max_kept: int = 1000) -> None:
+        require(max_kept >= 1, self, "max_kept", max_kept, "at least 1")
+        self.path = Path(path)
+        self._waiting: deque[bytes] = deque(maxlen=max_kept)
+        self._dropped = 0
+        self._warned = False
+        self._synced = -math.inf
+        self._unsynced = False
+
+    def write(self, intervention: Intervention | Advice) -> None:
+        """Append the record, or keep it for the next try."""
+        line = json.dumps(intervention.to_dict(), allow_nan=False, default=_jsonable).encode()
+        self._dropped += len(self._waiting) == self._waiting.maxlen
+        self._waiting.append(line)
+        error = self._flush()
+        if error is not None and not self._warned:
+            self._warned = True
+            _logger.warning(
+                "NaNGuard: cannot write its records to %s: %s. Training goes on and up to %d records are kept in "
+                "memory; they are written once the file can be. Free space there or make the folder writable, or "
+                "choose another folder for the next run.",
+                self.path,
+                error,
+                self._waiting.maxlen,
+            )
+
+    def close(self) -> None:
+        """Try once more to write what waits, and say so if it is lost."""
+        error = self._flush(last=True)
+        if error is not None:
+            _logger.warning(
+                "NaNGuard: %d of its records could not be written to %s: %s.",
+                len(self._waiting) + self._dropped,
+                self.path,
+                error,
+            )
+
+    def _flush(self, *, last: bool = False) -> OSError | None:
+        if not self._waiting and not (last and self._unsynced):
+            return None
+        now = time.monotonic()
+        lasting = last or now >= self._synced + _SYNC_EVERY
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: a buffer left over from a full disk would be written again on closing the file.
+            with open(self.path, "a+b", buffering=0) as file:
+                while self._waiting:
+                    _append(file, self._waiting[0], lasting=lasting)
+                    self._waiting.popleft()
+                if last and self._unsynced:
+                    _sync(file)
+            self._unsynced = not lasting
+            self._synced = now if lasting else self._synced
+        except OSError as error:
+            return error
+        if self._dropped:
+            _logger.warning("NaNGuard: %s can be written again; %d older records were lost.", self.path, self._dropped)
+        self._dropped = 0
+        return None
+
+
+def _append(file: FileIO, line: bytes, *, lasting: bool) -> None:
+    """Add a line and, if ``lasting``, wait until it is on the disk; a failed try leaves the file as it was."""
+    status = os.fstat(file.fileno())
+    torn = False
+    if status.st_size:
+        file.seek(-1, os.SEEK_END)
+        torn = file.read(1) != b"\n"
+    # What a killed run left without an end would swallow the record that follows it.
+    rest = memoryview((b"\n" if torn else b"") + line + b"\n")
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+        if lasting:
+            _sync(file)
+    except BaseException:
+        # Half of a record, or one that may not last, would show twice after the next try.
+        with contextlib.suppress(OSError):
+            file.truncate(status.st_size)
+        raise
+
+
+def _sync(file: FileIO) -> None:
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        os.fsync(file.fileno())
+
+
+def _jsonable(value: object) -> Any:
+    """What stands for a value JSON does not know, such as a NumPy scalar among the evidence."""
+    item = getattr(value, "item", None)
+    if callable(item):
+        with contextlib.suppress(Exception):
+            number = item()
+            if isinstance(number, float) and not math.isfinite(number):
+                return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(number)]
+            if isinstance(number, (bool, int, float, str)):
+                return number
+    return str(value)

@@ -1,0 +1,81 @@
+"""A sink that keeps the newest interventions in memory."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from typing import final, overload
+
+from lightning_nanguard.errors import require
+from lightning_nanguard.record.base import Sink
+from lightning_nanguard.types import Intervention
+
+
+@final
+class Memory(Sink, Sequence[Intervention]):
+    """The newest interventions and the counts of all: what ``guard.interventions`` is.
+
+    It reads like a tuple, equals any sequence of the same interventions, and slices to tuples. Only the guard writes.
+
+    Args:
+        maxlen: How many interventions are kept; older ones stay in the counts.
+
+    Attributes:
+        total: Number of all interventions written.
+        faults: How often each fault was written.
+        remedies: How often each remedy was written.
+
+    Example:
+        >>> memory = Memory(maxlen=2)
+        >>> for step in range(5):
+        ...     memory.write(Intervention(step, 0, step, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
+        >>> len(memory), memory[-1].global_step, memory.total, memory.remedies["skip"]
+        (2, 4, 5, 5)
+    """
+
+    def __init__(self, maxlen: int = 1000) -> None:
+        require(maxlen >= 1, self, "maxlen", maxlen, "at least 1")
+        self._newest: deque[Intervention] = deque(maxlen=maxlen)
+        self.total = 0
+        self.faults: Counter[str] = Counter()
+        self.remedies: Counter[str] = Counter()
+
+    @property
+    def maxlen(self) -> int:
+        """How many interventions are kept."""
+        return self._newest.maxlen or 0
+
+    def write(self, intervention: Intervention) -> None:
+        """Keep the intervention in the place of the oldest."""
+        self._newest.append(intervention)
+        self.total += 1
+        self.faults[intervention.fault] += 1
+        self.remedies.update(intervention.remedies)
+
+    def close(self) -> None:
+        """Nothing: what is remembered outlives the fit."""
+
+    def __len__(self) -> int:
+        return len(self._newest)
+
+    @overload
+    def __getitem__(self, index: int) -> Intervention: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Intervention, ...]: ...
+    def __getitem__(self, index: int | slice) -> Intervention | tuple[Intervention, ...]:
+        return tuple(self._newest)[index] if isinstance(index, slice) else self._newest[index]
+
+    def __iter__(self) -> Iterator[Intervention]:
+        # Of a copy: the guard may write while somebody's loop looks on.
+        return iter(tuple(self._newest))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Sequence) and not isinstance(other, (str, bytes)):
+            return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+        return NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        older = self.total - len(self)
+        return f"Memory({list(self._newest)}{f', and {older} older' if older else ''})"

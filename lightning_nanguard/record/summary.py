@@ -1,0 +1,66 @@
+"""The one line at the end of a fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from lightning_nanguard.record.messages import counted
+
+_ACTIONS = {
+    "skip": ("batch skipped", "batches skipped"),
+    "restore": ("rollback", "rollbacks"),
+    "scale": ("change of the learning rate", "changes of the learning rate"),
+    "clip": ("change of gradient clipping", "changes of gradient clipping"),
+    "reset moments": ("reset of the optimizer's state", "resets of the optimizer's state"),
+    "undo": ("half batch undone", "half batches undone"),
+    "resume": ("other checkpoint gone on from", "other checkpoints gone on from"),
+    "rewrite": ("checkpoint written with the last good state", "checkpoints written with the last good state"),
+    "stop": ("stop", "stops"),
+}
+
+
+def summary(
+    updates: int,
+    faults: Mapping[str, int] | None = None,
+    remedies: Mapping[str, int] | None = None,
+    *,
+    lr_multiplier: float = 1.0,
+    path: str | os.PathLike[str] | None = None,
+    observe: bool = False,
+) -> str:
+    """The one line at the end of a fit.
+
+    Args:
+        updates: Number of updates watched.
+        faults: How often each fault was met, such as :attr:`Memory.faults`.
+        remedies: How often each remedy was used, such as :attr:`Memory.remedies`.
+        lr_multiplier: What the learning rate is multiplied with at the end.
+        path: Where the records lie.
+        observe: Whether the guard only looked on.
+
+    Example:
+        >>> summary(1200)
+        'NaNGuard: 1,200 updates watched, nothing to do'
+        >>> summary(1200, {"non_finite_loss": 1}, {"skip": 1}, path="guard.jsonl")
+        'NaNGuard: 1,200 updates watched, 1 intervention (non_finite_loss 1): 1 batch skipped; records in guard.jsonl'
+    """
+    rate = f"; the learning rate ends at {lr_multiplier:.4g} times its schedule" if lr_multiplier != 1.0 else ""
+    watched = f"NaNGuard: {counted(updates, 'update')} watched"
+    total = sum((faults or {}).values())
+    if not total:
+        return f"{watched}, nothing to do{rate}"
+    # Counters keep the order of arrival; the line must not depend on it.
+    met = ", ".join(f"{kind} {count:,}" for kind, count in sorted((faults or {}).items(), key=_most_first))
+    used = sorted((remedies or {}).items(), key=_most_first)
+    done = ", ".join(counted(count, *_ACTIONS.get(word, (f"× {word}", f"× {word}"))) for word, count in used)
+    verb = "would have been " if observe else ""
+    acted = f": {verb}{done}" if done else ""
+    where = f"; records in {os.fspath(path)}" if path is not None else ""
+    noun = "fault found, only observed" if observe else "intervention"
+    nouns = "faults found, only observed" if observe else "interventions"
+    return f"{watched}, {counted(total, noun, nouns)} ({met}){acted}{rate}{where}"
+
+
+def _most_first(item: tuple[str, int]) -> tuple[int, str]:
+    return -item[1], item[0]

@@ -1,0 +1,198 @@
+"""What one batch touched, so that a skipped one leaves nothing behind.
+
+Buffers (batch-norm statistics), torchmetrics objects on the module, and whatever else the caller hands in as
+``others`` (Lightning's running means) are put back as they were before the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from operator import is_
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+from torchmetrics import Metric
+
+from lightning_nanguard.state.snapshot import writable
+
+Undo = Callable[[], None]
+
+
+# Buffers up to this many bytes are copied before every batch; a larger one only once it was seen to change.
+_SMALL = 1 << 16
+
+
+# The modules are counted anew after so many batches: to walk through them before each costs more than to copy.
+_LOOK_AGAIN = 64
+
+
+@final
+class BatchUndo:
+    """Remembers, before a batch, what the batch may touch.
+
+    Args:
+        module: The module trained.
+        others: Called when a batch opens; each gives what undoes its own part.
+        thorough: Remember large buffers and frozen parameters too (the queue and the teacher of self-supervised
+            learning): for a second look at a batch, which is rare and must leave no trace.
+    """
+
+    def __init__(self, module: nn.Module, others: Sequence[Callable[[], Undo]] = (), *, thorough: bool = False) -> None:
+        self._thorough = thorough
+        self._module = module
+        self._others = tuple(others)
+        self._opened = 0
+        self._owners: list[tuple[str, bool, dict[str, Tensor | None]]] = []
+        # Those of all modules that have none so far.
+        self._empty: list[dict[str, Tensor | None]] = []
+        self._metrics: list[Metric] = []
+        # The buffers that the plan was made for, and the plan: copies by name; what is copied, by dtype and device,
+        # with its version when the plan was made.
+        self._planned: list[Tensor | None] | None = None
+        self._saved: dict[str, Tensor] = {}
+        self._copies: list[tuple[list[Tensor], list[Tensor], list[int]]] = []
+        # Large buffers that have not changed so far, with their versions, and those that have.
+        self._watched: list[tuple[str, Tensor, int]] = []
+        self._live: set[str] = set()
+        self._undo: list[Undo] = []
+
+    def open(self) -> None:
+        """Remember the state of now."""
+        if self._opened % _LOOK_AGAIN == 0 or any(self._empty):
+            self._look()
+        self._opened += 1
+        if self._owners or self._thorough or self._planned:
+            self._open_buffers()
+        self._undo = [other() for other in self._others]
+        self._undo += [_remember(metric) for metric in self._metrics]
+
+    def _open_buffers(self) -> None:
+        buffers = [buffer for _, _, owned in self._owners for buffer in owned.values()]
+        changed = [name for name, buffer, version in self._watched if buffer._version != version]
+        if changed or self._thorough or not self._is_planned(buffers):
+            self._live.update(changed)
+            self._plan(buffers)
+        if self._copies:
+            try:
+                self._copy()
+            except RuntimeError:  # one has another shape than it had
+                self._plan(buffers)
+                self._copy()
+
+    def _is_planned(self, buffers: list[Tensor | None]) -> bool:
+        planned = self._planned
+        return planned is not None and len(planned) == len(buffers) and all(map(is_, planned, buffers))
+
+    def _copy(self) -> None:
+        with torch.no_grad():
+            for targets, sources, _ in self._copies:
+                torch._foreach_copy_(targets, sources)
+
+    def _look(self) -> None:
+        named = list(self._module.named_modules())
+        # The guard's own metrics count what is skipped: they must not forget it.
+        self._metrics = [
+            module
+            for _, module in named
+            if isinstance(module, Metric) and not getattr(type(module), "keep_when_skipped", False)
+        ]
+        self._owners = [
+            (f"{prefix}." if prefix else "", isinstance(module, _NormBase), module._buffers)
+            for prefix, module in named
+            if module._buffers
+        ]
+        self._empty = [module._buffers for _, module in named if not module._buffers]
+
+    def _plan(self, buffers: list[Tensor | None]) -> None:
+        # One that forward has still to make keeps its identity then.
+        lazy = any(buffer is not None and is_lazy(buffer) for buffer in buffers)
+        self._planned = None if lazy else buffers
+        old, self._saved, self._watched = self._saved, {}, []
+        groups: dict[Any, tuple[list[Tensor], list[Tensor], list[int]]] = {}
+        for name, buffer, normalises in self._touchable():
+            if buffer.nbytes > _SMALL and not (normalises or name in self._live or self._thorough):
+                self._watched.append((name, buffer, buffer._version))
+                continue
+            memory = old.get(name)
+            if memory is None or memory.shape != buffer.shape or memory.dtype != buffer.dtype:
+                memory = torch.empty_like(buffer)
+            self._saved[name] = memory
+            targets, sources, versions = groups.setdefault((buffer.dtype, buffer.device), ([], [], []))
+            targets.append(memory)
+            sources.append(buffer)
+            # Batch norm writes its statistics behind the version's back.
+            versions.append(-1 if normalises else buffer._version)
+        self._copies = list(groups.values())
+
+    def _touchable(self) -> Iterator[tuple[str, Tensor, bool]]:
+        seen: set[int] = set()
+        for prefix, normalises, buffers in self._owners:
+            for key, buffer in buffers.items():
+                if buffer is None or is_lazy(buffer) or id(buffer) in seen or not writable(buffer):
+                    continue
+                seen.add(id(buffer))
+                yield prefix + key, buffer, normalises
+        if self._thorough:
+            for name, parameter in self._module.named_parameters():
+                if not parameter.requires_grad and writable(parameter):
+                    yield name, parameter.data, False
+
+    def before(self) -> dict[str, Tensor]:
+        """The buffers as they were before the batch, by name, as far as it may have touched them."""
+        return dict(self._saved)
+
+    def undo_where(self, bad: Tensor) -> None:
+        """Put buffers back where ``bad``, 0-dim, is not 0, and leave them as they are where it is; reads nothing."""
+        with torch.no_grad():
+            for memories, buffers, versions in self._copies:
+                changed = [i for i, buffer in enumerate(buffers) if buffer._version != versions[i]]
+                if not changed:
+                    continue  # a mask, never written
+                live = [buffers[i] for i in changed]
+                before = torch._C._nn.flatten_dense_tensors([memories[i] for i in changed])
+                now = torch._C._nn.flatten_dense_tensors(live)
+                # Towards the host it must be waited for, or something else would be read.
+                right = torch.where(bad.to(now.device, non_blocking=now.is_cuda) != 0, before, now)
+                # Behind the version's back: a backward that is still to come may need them, and they are as they were.
+                behind = [buffer.data for buffer in live]
+                torch._foreach_copy_(behind, torch._C._nn.unflatten_dense_tensors(right, live))
+
+    def undo(self, *, buffers: bool = True) -> None:
+        """Put back what the batch touched; may be called once for each :meth:`open`, or again.
+
+        Args:
+            buffers: Whether to put buffers back too, and not only what the caller and metrics remember.
+        """
+        if buffers:
+            self._undo_buffers()
+        for undo in self._undo:
+            undo()
+
+    def _undo_buffers(self) -> None:
+        buffers = {name: buffer for name, buffer, _ in self._touchable()}
+        with torch.no_grad():
+            for name, value in self._saved.items():
+                live = buffers.get(name)
+                if live is not None and live.shape == value.shape:
+                    live.copy_(value)
+
+
+def _remember(metric: Metric) -> Undo:
+    states = {name: _copy_state(getattr(metric, name)) for name in metric._defaults}
+    count = metric._update_count
+    computed = metric._computed
+
+    def undo() -> None:
+        for name, value in states.items():
+            setattr(metric, name, _copy_state(value))
+        metric._update_count = count
+        metric._computed = computed
+
+    return undo
+
+
+def _copy_state(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else list(value)

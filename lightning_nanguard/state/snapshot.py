@@ -1,0 +1,191 @@
+"""Copies of the learner."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from lightning_nanguard.measure.tensors import local, size
+from lightning_nanguard.state.learner import Learner, StateKey
+
+
+def clone(value: Any, device: torch.device | None) -> Any:
+    if isinstance(value, Tensor):
+        value = local(value).detach()
+        if device is None:
+            return value.clone()
+        if value.is_cuda and device.type == "cpu" and value.layout == torch.strided:
+            return _pinned_like(value).copy_(value, non_blocking=True)
+        return value.to(device, copy=True)
+    if isinstance(value, dict):
+        return {key: clone(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(clone(item, device) for item in value)
+    return copy.deepcopy(value)
+
+
+def _pinned_like(value: Tensor) -> Tensor:
+    # Only to pinned memory a copy goes on while the run does; a host may have a limit for it.
+    try:
+        return torch.empty_like(value, device="cpu", pin_memory=True)
+    except RuntimeError:
+        return torch.empty_like(value, device="cpu")
+
+
+def _home(value: Any) -> torch.device | None:
+    return next((tensor.device for tensor in _tensors(value)), None)
+
+
+def writable(tensor: Tensor) -> bool:
+    """Whether a tensor can be written in place: not an inference tensor, and no two elements in one place."""
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return not tensor.is_inference() and not expanded
+
+
+def fits(live: Any, saved: Any) -> bool:
+    if not isinstance(live, Tensor) or not isinstance(saved, Tensor):
+        return False
+    live = local(live)
+    return (
+        live.shape == saved.shape
+        and live.dtype == saved.dtype
+        and live.layout == saved.layout == torch.strided
+        and writable(live)
+    )
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    # One call for all tensors of a dtype and device pair: a loop of copy_ costs three times as much on small ones.
+    groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        left, right = groups.setdefault((target.dtype, target.device, source.device), ([], []))
+        left.append(local(target).detach())
+        right.append(local(source).detach())
+    with torch.no_grad():
+        for left, right in groups.values():
+            torch._foreach_copy_(left, right, non_blocking=left[0].is_pinned() and right[0].is_cuda)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One rank's part of a tensor that all ranks hold.
+
+    Attributes:
+        part: Its bytes, padded to the same number on each rank.
+        shape: The whole tensor's.
+        dtype: The whole tensor's.
+    """
+
+    part: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held here."""
+        return self.part.nbytes
+
+
+@final
+@dataclass(slots=True)
+class Snapshot:
+    """A copy of the learner; of sharded tensors this rank's own part.
+
+    Attributes:
+        step: The guard's clock when it was taken: the update with this number had been made.
+        global_step: The trainer's.
+        leaves: StateKey to copied value, or to a :class:`Share` of it.
+        scaler: The GradScaler's state.
+        rate: Scheduled learning rate of the first group.
+        level: Loss level of the first stream when it was taken.
+        healthy: Healthy readings seen since.
+        typical: Root mean square of each tensor, from its :class:`~lightning_nanguard.glance.NormScreen`.
+        done: Events that say when a copy to the host has arrived.
+        homes: Where the originals lie, if the copies lie elsewhere.
+    """
+
+    step: int
+    global_step: int
+    leaves: dict[StateKey, Any]
+    scaler: dict[str, Any] | None = None
+    rate: float | None = None
+    level: float | None = None
+    healthy: int = 0
+    typical: dict[StateKey, float] = field(default_factory=dict)
+    done: list[Any] = field(default_factory=list)
+    homes: dict[StateKey, torch.device] = field(default_factory=dict)
+
+    def wait(self) -> None:
+        """Let the host wait until it is there."""
+        while self.done:
+            self.done.pop().synchronize()
+
+    def shared(self) -> bool:
+        """Whether it must be put together from several ranks."""
+        return any(isinstance(leaf, Share) for leaf in self.leaves.values())
+
+    def nbytes(self) -> int:
+        """Bytes of tensor memory it holds."""
+        shares = sum(leaf.nbytes for leaf in self.leaves.values() if isinstance(leaf, Share))
+        return shares + tensor_bytes(self.leaves)
+
+
+def tensor_bytes(leaves: Mapping[StateKey, Any]) -> int:
+    """Bytes of the tensors among some leaves."""
+    return sum(size(leaf) for leaf in leaves.values() if isinstance(leaf, Tensor))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def capture(
+    learner: Learner,
+    *,
+    step: int,
+    global_step: int,
+    device: torch.device | None = None,
+    reuse: Snapshot | None = None,
+    leaves: Iterable[tuple[StateKey, Any]] | None = None,
+) -> Snapshot:
+    """Copy the learner.
+
+    Args:
+        learner: What to copy.
+        step: The guard's clock.
+        global_step: The trainer's.
+        device: Where the copy lies; ``None`` beside the original.
+        reuse: A snapshot no longer needed, whose memory is taken over.
+        leaves: Copy only these paths.
+    """
+    old = reuse.leaves if reuse is not None else {}
+    copied: dict[StateKey, Any] = {}
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    homes: dict[StateKey, torch.device] = {}
+    for path, live in learner.leaves() if leaves is None else leaves:
+        memory = old.get(path)
+        if device is not None and (home := _home(live)) is not None:
+            homes[path] = home
+        if isinstance(memory, Tensor) and fits(live, memory) and memory.device == (device or live.device):
+            targets.append(memory)
+            sources.append(live)
+            copied[path] = memory
+        else:
+            copied[path] = clone(live, device)
+    copy_all(targets, sources)
+    scaler = dict(learner.scaler.state_dict()) if learner.scaler is not None else None
+    return Snapshot(step, global_step, copied, scaler, homes=homes)

@@ -1,0 +1,1 @@
+"""One fit of a Lightning Trainer: hooks, batches run again, and Lightning's private parts."""

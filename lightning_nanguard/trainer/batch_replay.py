@@ -1,0 +1,235 @@
+"""The batches at hand, seen again and run again on the trainer's module, without a trace."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_nanguard.distributed.ranks import Ranks, mean
+from lightning_nanguard.distributed.silent import Silent
+from lightning_nanguard.measure.finite import batch_finite, suspects
+from lightning_nanguard.measure.tensors import gradients
+from lightning_nanguard.state.batch_history import BatchHistory, MicroBatch
+from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.learner import Learner
+from lightning_nanguard.state.recent_batches import RecentBatches
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.private.replay import (
+    alone,
+    clip_as_configured,
+    forward_backward,
+    loss_with_graph,
+    run_training_step,
+)
+from lightning_nanguard.trainer.private.results import remember_running_means
+from lightning_nanguard.trainer.private.untraced import untraced
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+class _RehearsalError(Exception):
+    """A rehearsed update could not be made."""
+
+
+@final
+class TrainerBatchReplay:
+    """Runs batches again for the investigation, for rehearsals and for the diagnosis.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        learner: What is trained.
+        ranks: All processes.
+        clip: Clips the gradients of an optimizer as the guard does now.
+        delay: After how many further updates it is known that one was healthy.
+        updates: Of how many updates the micro-batches are kept.
+        small: Of how many updates they are kept where they are small.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        learner: Learner,
+        ranks: Ranks,
+        clip: Callable[[Optimizer], None],
+        *,
+        delay: int,
+        updates: int,
+        small: int,
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._learner = learner
+        self._ranks = ranks
+        self._clip = clip
+        self._delay = delay
+        self._distrusted = -1
+        self.batch: Any = None
+        self.batch_idx = -1
+        self.tape = BatchHistory(module.device, updates=updates, small=small)
+        self.recent = RecentBatches()
+        self._shown: list[MicroBatch] = []
+
+    def make_scope(self) -> BatchUndo:
+        """An object that remembers what a batch may touch."""
+        return BatchUndo(self._module, [partial(remember_running_means, self._trainer)])
+
+    def remember(self, update: int) -> None:
+        """The batch at hand is over, in which update ``update`` was the last; keep what turned out healthy."""
+        if not self._delay:
+            self.recent.add(self.batch, self.batch_idx)
+        elif (known := update - self._delay) > self._distrusted and (newest := self.tape.last(known)) is not None:
+            self.recent.add(*newest)
+
+    def distrust(self, update: int) -> None:
+        """A fault was found with update ``update``: of no earlier one it will become known that it was healthy."""
+        self._distrusted = update
+
+    @contextmanager
+    def showing(self, update: int) -> Iterator[bool]:
+        """Inside, the batch at hand is that of an update which is over; whether it is still there."""
+        batch, batch_idx = self.batch, self.batch_idx
+        self._shown = self.tape.of(update)
+        if self._shown:
+            self.batch, self.batch_idx = self._shown[-1].batch, self._shown[-1].index
+        try:
+            yield bool(self._shown)
+        finally:
+            self.batch, self.batch_idx, self._shown = batch, batch_idx, []
+
+    def batch_finite(self) -> bool | None:
+        """Whether the micro-batches of the update at hand are finite."""
+        return batch_finite([micro.batch for micro in self._shown or self.tape.newest()])
+
+    def batch_strange(self) -> bool | None:
+        """Whether the batch at hand reaches far beyond those before it."""
+        return None if self.batch is None else self.recent.strange(self.batch)
+
+    def comparable(self) -> bool:
+        """Whether a batch can be run again at all: under automatic optimization."""
+        return bool(self._module.automatic_optimization)
+
+    def probe(self) -> float | None:
+        """Loss of the batch at hand under the weights of now, leaving no trace."""
+        if not self._repeatable():
+            return None
+        with self.rehearsing():
+            return self._loss(self.batch, self.batch_idx)
+
+    def gradient_finite(self) -> bool | None:
+        """Whether the batch at hand has a finite gradient under the weights of now; gradients are gone afterwards."""
+        if not self._repeatable():
+            return None
+        optimizer = self._learner.optimizers[0]
+        with self.rehearsing():
+            loss = self._gradients(optimizer, self.batch, self.batch_idx)
+        found = gradients(p for group in optimizer.param_groups for p in group["params"])
+        finite = None if loss is None else math.isfinite(loss) and not suspects(found)
+        optimizer.zero_grad(set_to_none=True)
+        answers = self._ranks.gather(finite)
+        return None if None in answers else all(answers)
+
+    def rehearsing(self) -> AbstractContextManager[None]:
+        """Inside, batches run outside the run's count; at its end all they touched but the learner is put back."""
+        return untraced(self._trainer, self._module)
+
+    def rehearsal_batches(self) -> int:
+        """How many batches are at hand to rehearse on; 0 where that cannot be done."""
+        if not self._repeatable() or (self._ranks.world > 1 and 0 in self._learner.quasi_newton):
+            return 0
+        counts: list[int] = self._ranks.gather(len(self._at_hand()))
+        return min(counts)
+
+    def train_on(self, index: int) -> float | None:
+        """One plain update on a batch; its loss before the update."""
+        optimizer = self._learner.optimizers[0]
+        seen: list[float] = []
+
+        def closure() -> float:
+            value = self._gradients(optimizer, *self._at_hand()[index])
+            if value is None:
+                raise _RehearsalError
+            self._clip(optimizer)
+            clip_as_configured(self._trainer, optimizer)
+            seen.append(value)
+            return value
+
+        try:
+            if 0 in self._learner.quasi_newton:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        except _RehearsalError:
+            return None
+        return seen[0]
+
+    def loss_on(self, index: int) -> float | None:
+        """Loss of a batch under the weights of now."""
+        with torch.no_grad():
+            return self._loss(*self._at_hand()[index])
+
+    def _repeatable(self) -> bool:
+        one = len(self._learner.optimizers) == 1
+        return self.comparable() and self.batch is not None and one and not self._ranks.sharded
+
+    def _at_hand(self) -> list[tuple[Any, int]]:
+        if len(self.recent) > 1:
+            return list(self.recent)
+        # Too few to leave out the one at hand, though it may have a part in the trouble.
+        return [*self.recent, (self.batch, self.batch_idx)]
+
+    def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
+        value = self._attempt(partial(forward_backward, self._trainer, optimizer, batch, batch_idx))
+        if value is not None:
+            self._average_gradients(optimizer)
+        return value
+
+    def _loss(self, batch: Any, batch_idx: int) -> float | None:
+        return self._attempt(partial(run_training_step, self._trainer, batch, batch_idx))
+
+    def _attempt(self, run: Callable[[], float | None]) -> float | None:
+        value = None
+        try:
+            with self._silently():
+                value = run()
+        except Exception as error:
+            # A second look must never cost the run that the first one would not have; and all ranks must learn of it,
+            # or those where it went well would wait.
+            _logger.debug("NaNGuard: a batch could not be run again: %r", error)
+        return mean(self._ranks, value)
+
+    def _average_gradients(self, optimizer: Optimizer) -> None:
+        if self._ranks.world == 1:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._ranks.average([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+    def rerun(self, micro: MicroBatch, full_precision: bool) -> Tensor | None:
+        """Loss of a micro-batch with its graph, with the random numbers it had."""
+        self.tape.rewind(micro)
+        return loss_with_graph(self._trainer, micro.batch, micro.index, full_precision=full_precision)
+
+    @contextmanager
+    def untraced(self) -> Iterator[None]:
+        """Inside, nothing that runs leaves a trace, and no rank waits for another."""
+        with untraced(self._trainer, self._module), self._silently():
+            yield
+
+    @contextmanager
+    def _silently(self) -> Iterator[None]:
+        # Each rank for itself: one on which this fails must not leave others waiting for it.
+        with alone(self._trainer, Silent()) if self._ranks.world > 1 else nullcontext():
+            yield

@@ -1,0 +1,153 @@
+"""Why something happened in a fit, or does not happen: the diagnosis with a trainer, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, final
+
+from lightning_nanguard.diagnosis.bundle import Bundle, Bundles, state_of
+from lightning_nanguard.diagnosis.clues import Look
+from lightning_nanguard.diagnosis.diagnostician import Diagnostician
+from lightning_nanguard.diagnosis.examination import Examination
+from lightning_nanguard.diagnosis.preflight import LOW, Preflight
+from lightning_nanguard.distributed.ranks import Ranks
+from lightning_nanguard.guard.guard import Guard
+from lightning_nanguard.record.advice import AdviceLog
+from lightning_nanguard.state.batch_history import MicroBatch
+from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.private.loaders import readable_loader
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.private.precision import autocasts_to_half, grad_scaler
+from lightning_nanguard.trainer.private.replay import loss_with_graph
+from lightning_nanguard.types import Advice, Evidence, Fault, Finding
+
+
+@final
+class Diagnostics:
+    """Diagnoses faults, looks at the first batch, examines a loss that does not move; it changes nothing.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        guard: The guard, whose snapshots and trends are looked at.
+        stage: Where batches are run again.
+        ranks: All processes.
+        adviser: Keeps advice.
+        examine_after: Updates after which a loss that has not moved is examined; ``None`` for never.
+        bundles: Keeps incidents; ``None`` keeps none.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        guard: Guard,
+        stage: TrainerBatchReplay,
+        ranks: Ranks,
+        *,
+        adviser: AdviceLog,
+        examine_after: int | None,
+        bundles: Bundles | None,
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._guard = guard
+        self._stage = stage
+        self._ranks = ranks
+        self._adviser = adviser
+        self._bundles = bundles
+        self._diagnostician = Diagnostician(
+            guard.learner,
+            guard.ring,
+            stage.rerun,
+            stage.untraced,
+            loss_scale=self._loss_scale,
+            low_precision=autocasts_to_half(trainer),
+        )
+        self._examination = Examination(guard.learner, stage.rerun, stage.untraced, examine_after)
+        self._examines = examine_after is not None
+        # Whether the first batch is still to be looked at, and whether an examination was asked for.
+        self.preflight_due = False
+        self.asked = False
+
+    def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
+        """Why the fault of an update happened; where folders of incidents are kept, what it can be replayed from."""
+        if look == "replay" and (not self._stage.comparable() or self._ranks.sharded):
+            look = "batch"
+        good = self._guard.ring.good(evidence.sound, evidence.scale) if look == "replay" else None
+        if good is not None:
+            good = self._ranks.whole(good)  # here, where all ranks come, and not where only some may
+        micros = self._stage.tape.of(update)
+        finding = self._diagnostician.diagnose(fault, evidence, micros, look, good)
+        wanted = self._bundles is not None and look != "nothing" and not self._ranks.sharded
+        if self._bundles is not None and wanted and micros and self._bundles.due(fault, finding):
+            self._bundles.keep(self._incident(fault, evidence, finding, micros, good), self._trainer.global_step)
+        return finding
+
+    def _incident(
+        self,
+        fault: Fault,
+        evidence: Evidence,
+        finding: Finding | None,
+        micros: Sequence[MicroBatch],
+        good: Snapshot | None,
+    ) -> Bundle:
+        state = state_of(self._module)
+        if good is None and self._guard.ring.certified:
+            good = self._guard.ring.certified[0]
+        if evidence.undo and good is not None and not good.shared():
+            # The update was made already: what it began from is in the last good snapshot, nearly.
+            state |= {path[-1]: leaf for path, leaf in good.leaves.items() if path[0] in ("parameter", "buffer")}
+        return Bundle(
+            module=f"{type(self._module).__module__}:{type(self._module).__qualname__}",
+            hparams=dict(self._module.hparams),
+            fault=fault,
+            evidence=evidence,
+            finding=finding,
+            batches=micros,
+            state=state,
+            precision=str(self._trainer.precision),
+            loss_scale=self._loss_scale(),
+        )
+
+    def preflight(self, batch: Any) -> None:
+        """Look at the first batch and the untrained model, and give advice."""
+        self.preflight_due = False
+        look = Preflight(
+            self._module, partial(loss_with_graph, self._trainer, batch_idx=self._stage.batch_idx), self._stage.untraced
+        )
+        run = self._stage.comparable() and self._is_whole() and batch is not None
+        for finding in look.look(batch, readable_loader(self._trainer, self._module), run=run):
+            if finding.confidence > LOW:
+                self._advise("preflight", finding)
+
+    def examine_if_due(self) -> None:
+        """Examine a loss that does not move, or the run at hand where that was asked for."""
+        if not (self._examines or self.asked):
+            return
+        trend, asked = self._guard.trend(), self.asked
+        course = None if trend is None else self._examination.due(self._guard.updates, trend, asked=asked)
+        if trend is None or course is None:
+            return
+        self.asked = False
+        if not self._stage.comparable() or not self._is_whole():
+            return
+        rates = self._guard.rate.effective()
+        evidence = Evidence(
+            step=self._guard.updates, first=course.first, scale=trend.scale(), lr=rates[0] if rates else None
+        )
+        for finding in self._examination.findings(self._stage.tape.newest(256), course, evidence, asked=asked):
+            if finding.confidence > LOW:
+                self._advise("asked" if asked else "loss does not move", finding)
+
+    def _advise(self, occasion: str, finding: Finding) -> None:
+        self._adviser.give(Advice(self._trainer.global_step, self._trainer.current_epoch, occasion, finding))
+
+    def _is_whole(self) -> bool:
+        return self._trainer.world_size == 1 and not self._ranks.sharded
+
+    def _loss_scale(self) -> float | None:
+        scaler = grad_scaler(self._trainer)
+        return None if scaler is None else float(scaler.get_scale())

@@ -1,0 +1,78 @@
+"""Which strategies the guard can work under."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_nanguard.trainer.private import deepspeed
+
+_ONE = ("SingleDeviceStrategy", "SingleDeviceXLAStrategy")
+_REPLICATED = ("DDPStrategy",)
+_DEEPSPEED = ("DeepSpeedStrategy",)
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", *_DEEPSPEED)
+
+
+def _is(trainer: Any, names: tuple[str, ...]) -> bool:
+    # By name: `lightning` and `pytorch_lightning` each have classes of their own.
+    return any(cls.__name__ in names for cls in type(trainer.strategy).__mro__)
+
+
+def is_sharded(trainer: Any) -> bool:
+    """Whether each rank holds a shard of the parameters."""
+    return _is(trainer, _SHARDED)
+
+
+def what_steps(trainer: Any, module: nn.Module) -> tuple[list[Optimizer], deepspeed.ZeroPartitions | None]:
+    """The optimizers of torch that step, and what they step where it is not the module's parameters."""
+    if not _is(trainer, _DEEPSPEED):
+        return list(trainer.optimizers), None
+    (zero,) = trainer.optimizers
+    partitions = deepspeed.ZeroPartitions(zero, module)
+    return [partitions.optimizer], partitions
+
+
+def collects(trainer: Any) -> bool:
+    """Whether saving through the strategy writes the state of now, whatever it is given."""
+    return _is(trainer, _DEEPSPEED)
+
+
+def accumulation(trainer: Any) -> Callable[[], bool]:
+    """A function that says whether an optimizer that is about to be asked to step will only accumulate."""
+    return deepspeed.accumulation(trainer.strategy.model) if _is(trainer, _DEEPSPEED) else _never
+
+
+def _never() -> bool:
+    return False
+
+
+def check_strategy(trainer: Any, module: Any) -> None:
+    """Look whether the guard supports the trainer's strategy, with this module.
+
+    Raises:
+        ValueError: When it does not.
+    """
+    name = type(trainer.strategy).__name__
+    if _is(trainer, _DEEPSPEED):
+        reason = deepspeed.unsupported(trainer.strategy.config or {}, str(trainer.precision))
+        if reason is not None:
+            raise ValueError(f"NaNGuard does not support {name} {reason}, or take the guard out of the callbacks.")
+    if getattr(trainer.strategy, "_model_averaging_period", None) is not None:
+        raise ValueError(
+            f"NaNGuard does not support {name}(model_averaging_period=…): the weights of the ranks part by design "
+            "between averages. Leave the averaging out, or take the guard out of the callbacks."
+        )
+    if _is(trainer, ("FSDPStrategy",)) and not module.automatic_optimization:
+        raise ValueError(
+            f"NaNGuard does not support {name} with manual optimization: the gradient of a skipped update stays in the "
+            "flat parameters that the strategy keeps. Use automatic optimization, ModelParallelStrategy or "
+            "strategy='ddp', or take the guard out of the callbacks."
+        )
+    if trainer.world_size > 1 and not _is(trainer, (*_REPLICATED, *_SHARDED)):
+        raise ValueError(
+            f"NaNGuard does not support {name} with {trainer.world_size} processes. Use strategy='ddp', FSDPStrategy "
+            "or ModelParallelStrategy, or take the guard out of the callbacks."
+        )

@@ -1,0 +1,391 @@
+"""What flows between the rooms: frozen data, standard library only.
+
+The order of a step is measure → detect → decide → act → record. A :class:`Reading` leaves *measure*, a
+:class:`Fault` leaves *detect*, a :data:`Plan` leaves *decide*, and an :class:`Intervention` is what *record* keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, NamedTuple
+
+SCHEMA_VERSION = 1
+"""Version of the JSON written by :meth:`Intervention.to_dict`; raised when a field changes its meaning."""
+
+
+Scope = Literal["batch", "learner", "state"]
+"""What is at fault: one batch, the learner (weights, rate, clipping), or state that went bad by itself."""
+
+
+class Reading(NamedTuple):
+    """What was measured about one update, on the host.
+
+    Made in every step, and so a named tuple, which is the cheapest record that cannot be changed.
+
+    Attributes:
+        step: The guard's own count of attempted updates; it never goes back.
+        stream: Index of the optimizer; every stream has its own history.
+        loss: Mean loss of the update's micro-batches, unscaled; ``None`` where the update had no loss.
+        grad_norm: 2-norm of the gradient before clipping, unscaled; ``None`` where there was no gradient.
+        finite: Whether every loss of the update and every element of its gradient is finite.
+        loss_finite: Whether every loss of the update is finite.
+        scaler_skips: Whether a GradScaler skips this update by itself (fp16 overflow).
+        loss_scale: The GradScaler's scale, ``None`` without one.
+    """
+
+    step: int
+    stream: int
+    loss: float | None
+    grad_norm: float | None
+    finite: bool = True
+    loss_finite: bool = True
+    scaler_skips: bool = False
+    loss_scale: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What a detector found.
+
+    Attributes:
+        kind: A short identifier, such as ``"non_finite_loss"``.
+        scope: What is at fault; it routes the fault to a remedy.
+        place: Where: ``"loss"``, ``"gradient of encoder.0.weight"``, ``"buffer bn.running_mean"``.
+        value: The number that gave it away, ``None`` where there is none.
+        message: One sentence for the user.
+        doubtful: Whether it is a fault only if the batch itself is out of the ordinary.
+        since: Step of the last reading before it showed, where that is an earlier one than the fault's: states of later
+            updates are under suspicion, and that of this one.
+    """
+
+    kind: str
+    scope: Scope
+    place: str
+    value: float | None = None
+    message: str = ""
+    doubtful: bool = False
+    since: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanStep:
+    """One entry of a plan. Subclass it to give a remedy of your own something to carry out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skip(PlanStep):
+    """Leave the update out and undo what its batch touched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restore(PlanStep):
+    """Go back to a certified snapshot; ``depth`` 0 is the newest."""
+
+    depth: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Scale(PlanStep):
+    """Multiply the learning rate by ``factor``; the product never falls below ``min_lr``.
+
+    A remedy that looks for a better factor does not go below ``least``, at which the rate was proven before. One that
+    cannot look goes down to ``most``, up to which the loss falls by its curvature; with ``firm`` one that can does,
+    too. With ``limit`` the rate that results becomes the largest allowed, and the schedule goes on below it: for a rate
+    that its schedule has just raised. With ``clipped`` the rate may stay: gradients are clipped from now on, and that
+    may be all it takes.
+    """
+
+    factor: float
+    min_lr: float = 0.0
+    least: float = 0.0
+    limit: bool = False
+    most: float = math.inf
+    firm: bool = False
+    clipped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Clip(PlanStep):
+    """Clip gradients from now on."""
+
+    value: float
+    algorithm: Literal["norm", "value"] = "norm"
+
+
+@dataclass(frozen=True, slots=True)
+class DropMoments(PlanStep):
+    """Forget the optimizer's state, as if it had been made anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop(PlanStep):
+    """End the run with a :class:`~lightning_nanguard.TrainingDivergedError`."""
+
+    reason: str
+
+
+Plan = tuple[PlanStep, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A cause, with its evidence.
+
+    Attributes:
+        cause: Identifier of the cause, such as ``"non_finite_input"``.
+        confidence: From 0 to 1.
+        evidence: The numbers it rests on.
+        place: Module, operation or tensor.
+        samples: Indices of the batch's samples concerned.
+        suggestion: What the user should do.
+    """
+
+    cause: str
+    confidence: float
+    evidence: Mapping[str, float | str] = field(default_factory=dict)
+    place: str = ""
+    samples: tuple[int, ...] = ()
+    suggestion: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Intervention:
+    """One thing the guard did, or with ``observe=True`` would have done.
+
+    Attributes:
+        global_step: The trainer's ``global_step`` when the fault was found.
+        epoch: The trainer's ``current_epoch``.
+        batch_idx: Index of the batch in its epoch, ``-1`` outside a batch.
+        fault: Kind of the fault.
+        place: Where it showed.
+        remedies: What was done, in order, as short words (``"skip"``, ``"restore"``, ``"scale"``, ``"clip"``, …).
+        lr_before: Effective learning rate of the first group before.
+        lr_after: Effective learning rate of the first group after.
+        snapshot_step: ``global_step`` of the state gone back to, ``None`` without a rollback.
+        cause: Identifier of the cause found, ``None`` where none was.
+        finding: The whole finding, ``None`` where there is none.
+        message: The fault in one sentence.
+        value: The number that gave the fault away; not finite values are kept as they are.
+        applied: ``False`` where ``observe=True`` kept the guard from acting.
+        ranks: Ranks that saw the fault, where not all of them did; empty with one process.
+        updates_lost: Updates that a rollback threw away, the faulty one among them.
+    """
+
+    global_step: int
+    epoch: int
+    batch_idx: int
+    fault: str
+    place: str
+    remedies: tuple[str, ...]
+    lr_before: float | None
+    lr_after: float | None
+    snapshot_step: int | None = None
+    cause: str | None = None
+    finding: Finding | None = None
+    message: str = ""
+    value: float | None = None
+    applied: bool = True
+    ranks: tuple[int, ...] = ()
+    updates_lost: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings.
+
+        Example:
+            >>> Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1).to_dict()["remedies"]
+            ['skip']
+        """
+        return {"schema": SCHEMA_VERSION, **_plain(asdict(self))}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Intervention:
+        """The inverse of :meth:`to_dict`; keys of later versions are ignored.
+
+        Raises:
+            ValueError: When ``data`` lacks a field that every version has.
+        """
+        values = {key: _number(key, value) for key, value in data.items() if key in _names(cls)}
+        try:
+            values["remedies"] = tuple(values["remedies"])
+            values["ranks"] = tuple(int(rank) for rank in values.get("ranks", ()))
+            if values.get("finding") is not None:
+                values["finding"] = _finding(values["finding"])
+            return cls(**values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a record of an intervention: {error}; its keys are {sorted(data)}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Something the guard noticed while nothing was done about it: no intervention, and not counted as one.
+
+    Attributes:
+        global_step: The trainer's ``global_step`` then.
+        epoch: The trainer's ``current_epoch``.
+        occasion: Why it looked: ``"preflight"``, …
+        finding: What it found.
+    """
+
+    global_step: int
+    epoch: int
+    occasion: str
+    finding: Finding
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings.
+
+        Example:
+            >>> Advice(0, 0, "preflight", Finding("dead_relu", 0.9)).to_dict()["finding"]["cause"]
+            'dead_relu'
+        """
+        return {"schema": SCHEMA_VERSION, **_plain(asdict(self))}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Advice:
+        """The inverse of :meth:`to_dict`; keys of later versions are ignored.
+
+        Raises:
+            ValueError: When ``data`` lacks a field.
+        """
+        try:
+            values = {key: data[key] for key in _names(cls)}
+            return cls(**{**values, "finding": _finding(values["finding"])})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a record of advice: {error}; its keys are {sorted(data)}") from error
+
+
+def _finding(data: Mapping[str, Any]) -> Finding:
+    found = {key: _number(key, data[key]) for key in _names(Finding) & set(data)}
+    found["samples"] = tuple(found.get("samples", ()))
+    found["evidence"] = {key: _spelled(value) for key, value in found.get("evidence", {}).items()}
+    return Finding(**found)
+
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+_NUMBERS = frozenset({"lr_before", "lr_after", "value", "confidence"})
+
+
+def _names(of: type[Intervention | Finding | Advice]) -> set[str]:
+    return {f.name for f in fields(of)}
+
+
+def _number(key: str, value: Any) -> Any:
+    # Only where a number belongs: a place or a message may well be the word "NaN".
+    return _spelled(value) if key in _NUMBERS else value
+
+
+def _spelled(value: Any) -> Any:
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One batch under the weights of now and under the last good ones, with the same random numbers.
+
+    Attributes:
+        now: Loss under the weights of now; behind an update that was made, the one it was made from if that is lower.
+        then: Loss under the last good ones.
+        then_finite: Whether the gradient is finite under the last good ones; ``None`` where that was not asked.
+    """
+
+    now: float
+    then: float
+    then_finite: bool | None = None
+
+    def worse(self, least: float, *, sane: float = math.inf) -> bool:
+        """Whether today's weights are clearly worse on this batch.
+
+        Args:
+            least: By how much at least.
+            sane: A batch whose loss is above this under good weights is itself at fault.
+        """
+        if not math.isfinite(self.then) or self.then > sane:
+            return False
+        return not math.isfinite(self.now) or self.now - self.then > max(least, 0.5 * abs(self.then))
+
+    def better(self, least: float) -> bool:
+        """Whether today's weights are better on this batch than the good ones, by ``least`` at least."""
+        return self.then - self.now > least
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is known when a fault is looked into.
+
+    Attributes:
+        step: The guard's clock.
+        healthy_steps: Updates accepted since the start of fit.
+        healthy_since_restore: Updates accepted since the last restore; ``None`` without one.
+        bad_in_a_row: Faulty updates in a row, this one included.
+        corrupt: Name of the first tensor of the learner that is not finite and was at the start; ``None`` if all are.
+        jump: Name of a weight that is finite but far larger than any was in the snapshot; ``None`` if none is.
+        batch_strange: Whether the batch reaches far beyond those before it; ``None`` where that cannot be told.
+        batch_finite: Whether every floating number in the batch is finite; ``None`` where it was not looked at.
+        comparable: Whether a batch could be run again at all (automatic optimization).
+        clippable: Whether clipping leaves the optimizer sound; it spoils the curvature that LBFGS estimates.
+        comparison: Loss of the batch under the weights of now and of the snapshot; ``None`` where it cannot be had.
+        first: The untrained model's loss.
+        scale: The loss's own scale.
+        growth: Largest ratio of a matrix's norm to its norm at the start, or in the snapshot from before the trouble.
+        lower_is_better: Whether a lower rate was tried and learned the batch where the present one does not; ``None``
+            where it was not tried.
+        excursion: Whether the loss was far above the untrained model's since the start or the last restore.
+        climbing: Whether losses or gradients were rising out of their usual range just before the fault.
+        burst: Whether, not long before a fault of the learner, a gradient came out of nothing.
+        rate_rose: Whether the scheduled learning rate is clearly above that of the snapshot.
+        snapshots: How many certified snapshots there are.
+        levels: Loss level of every certified snapshot, newest first.
+        sound: Depth of the newest snapshot from before the trouble, of the oldest where nothing was ever learned;
+            ``None`` where that cannot be told.
+        usual_norm: Median of the healthy gradient norms, ``None`` when too few were seen.
+        lr: Effective learning rate of the first group.
+        highest_lr: Highest since the snapshot to go back to; ``None`` where it is not known.
+        lowest_lr: Lowest so far; ``None`` where it is not known.
+        multiplier: The learning-rate multiplier in force.
+        undo: Whether the faulty update already reached the weights (deferred readback).
+        ranks: Ranks whose state or batch is not finite; empty where all are concerned, or there is one process.
+    """
+
+    step: int
+    healthy_steps: int = 0
+    healthy_since_restore: int | None = None
+    bad_in_a_row: int = 1
+    corrupt: str | None = None
+    jump: str | None = None
+    batch_strange: bool | None = None
+    batch_finite: bool | None = None
+    comparable: bool = True
+    clippable: bool = True
+    comparison: Comparison | None = None
+    first: float = 0.0
+    scale: float = 1.0
+    growth: float = 1.0
+    lower_is_better: bool | None = None
+    excursion: bool = False
+    climbing: bool = False
+    burst: bool = False
+    rate_rose: bool = False
+    snapshots: int = 0
+    levels: tuple[float | None, ...] = ()
+    sound: int | None = None
+    usual_norm: float | None = None
+    lr: float | None = None
+    highest_lr: float | None = None
+    lowest_lr: float | None = None
+    multiplier: float = 1.0
+    undo: bool = False
+    ranks: tuple[int, ...] = ()
