@@ -296,9 +296,9 @@ class NaNGuard(GuardCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, detect, and block a bad update."""
         run = self._run or self._running()
-        stream = run.stream(optimizer)
-        if stream is not None:
-            run.guard.before_step(stream)
+        optimizer_index = run.optimizer_index(optimizer)
+        if optimizer_index is not None:
+            run.guard.before_step(optimizer_index)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

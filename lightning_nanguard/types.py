@@ -26,7 +26,7 @@ class Reading(NamedTuple):
 
     Attributes:
         step: The guard's own count of attempted updates; it never goes back.
-        stream: Index of the optimizer; every stream has its own history.
+        optimizer_index: Index of the optimizer; each optimizer has its own history.
         loss: Mean loss of the update's micro-batches, unscaled; ``None`` where the update had no loss.
         grad_norm: 2-norm of the gradient before clipping, unscaled; ``None`` where there was no gradient.
         finite: Whether every loss of the update and every element of its gradient is finite.
@@ -36,7 +36,7 @@ class Reading(NamedTuple):
     """
 
     step: int
-    stream: int
+    optimizer_index: int
     loss: float | None
     grad_norm: float | None
     finite: bool = True
@@ -44,20 +44,46 @@ class Reading(NamedTuple):
     scaler_skips: bool = False
     loss_scale: float | None = None
 
+    @property
+    def stream(self) -> int:
+        """The former name of :attr:`optimizer_index`, for detectors written for version 0.1.0."""
+        return self.optimizer_index
+
+
+Proof = Literal["comparison", "batches", "growth", "trial", "none"]
+"""What confirms the suspicion that the learner diverged, before anything is changed.
+
+``"comparison"``: the fault's batch has a lower loss under the last good weights. ``"batches"``: so have the newest
+batches on average. ``"growth"``: the weights have grown far beyond those from before the trouble. ``"trial"``: a lower
+rate learns where the present one does not. ``"none"``: nothing needs to be confirmed.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
     """What a detector found.
 
+    The first six attributes say what and where. The others are the fault's traits: by them alone the guard decides how
+    to treat it, so a fault of your own is treated like a built-in one.
+
     Attributes:
-        kind: A short identifier, such as ``"non_finite_loss"``.
+        kind: A short identifier, such as ``"non_finite_loss"``. It is shown and recorded; no decision looks at it.
         scope: What is at fault; it routes the fault to a remedy.
         place: Where: ``"loss"``, ``"gradient of encoder.0.weight"``, ``"buffer bn.running_mean"``.
         value: The number that gave it away, ``None`` where there is none.
         message: One sentence for the user.
         doubtful: Whether it is a fault only if the batch itself is out of the ordinary.
         since: Step of the last reading before it showed, where that is an earlier one than the fault's: states of later
-            updates are under suspicion, and that of this one.
+            updates are under suspicion, and that of this one. Such a fault may have come back by itself.
+        certain: Whether it is not finite or beyond the number format. What is finite is only suspected.
+        proof: What confirms a suspicion of the learner.
+        recovers: Whether a loss may look like this for a good reason and come back by itself, as losses that work
+            against each other do.
+        clipping_helps: Whether gradient clipping helps against it.
+        excess: How far the loss is above the untrained model's, where it varies by as much; ``None`` elsewhere.
+        rate_may_cause: Whether a learning rate that has just risen explains bad state.
+        conclusive: Whether the detector has looked at the batch already, and its scope stands.
+        only_if_corrupt: Whether it is acted on only where a tensor of the learner is not finite.
     """
 
     kind: str
@@ -67,6 +93,14 @@ class Fault:
     message: str = ""
     doubtful: bool = False
     since: int | None = None
+    certain: bool = True
+    proof: Proof = "comparison"
+    recovers: bool = False
+    clipping_helps: bool = False
+    excess: float | None = None
+    rate_may_cause: bool = False
+    conclusive: bool = False
+    only_if_corrupt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,7 +373,7 @@ class Evidence:
         clippable: Whether clipping leaves the optimizer sound; it spoils the curvature that LBFGS estimates.
         comparison: Loss of the batch under the weights of now and of the snapshot; ``None`` where it cannot be had.
         first: The untrained model's loss.
-        scale: The loss's own scale.
+        loss_unit: Unit of the loss: the untrained model's, or its noise where that is larger.
         growth: Largest ratio of a matrix's norm to its norm at the start, or in the snapshot from before the trouble.
         lower_is_better: Whether a lower rate was tried and learned the batch where the present one does not; ``None``
             where it was not tried.
@@ -372,7 +406,7 @@ class Evidence:
     clippable: bool = True
     comparison: Comparison | None = None
     first: float = 0.0
-    scale: float = 1.0
+    loss_unit: float = 1.0
     growth: float = 1.0
     lower_is_better: bool | None = None
     excursion: bool = False

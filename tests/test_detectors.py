@@ -22,7 +22,7 @@ from lightning_nanguard.detect.window import Window, spread
 def reading(step: int, loss: float | None = 1.0, norm: float | None = 1.0, **more: object) -> Reading:
     loss_finite = loss is None or math.isfinite(loss)
     finite = loss_finite and (norm is None or math.isfinite(norm))
-    return Reading(**{"step": step, "stream": 0, "loss": loss, "grad_norm": norm, "finite": finite,
+    return Reading(**{"step": step, "optimizer_index": 0, "loss": loss, "grad_norm": norm, "finite": finite,
                       "loss_finite": loss_finite, **more})  # fmt: skip
 
 
@@ -519,4 +519,4 @@ def test_limits_do_not_depend_on_when_somebody_asks() -> None:
         one.accept(seen)
         other.accept(seen)
         if loss == 0.1:
-            one.trend(0)
+            one.history(0)

@@ -519,7 +519,7 @@ PIXELS = Range("0", "float32", 0.0, 255.0, 120.0, 80.0)
 FAR = Range("1", "float32", 0.0, 1e20, 1e18, 1e19, outliers=(4,), usual=2.0)
 LOG = Origin("log", lowest=0.0, smallest=0.0)
 EXP = Origin("exp", highest=100.0)
-GROWN = {"growth": 9.0, "first": 2.3, "scale": 2.3}
+GROWN = {"growth": 9.0, "first": 2.3, "loss_unit": 2.3}
 RISEN, FAR_WORSE = Comparison(0.37, 0.13, then_finite=True), Comparison(30.0, 0.13, then_finite=True)
 
 RULE_ROWS: list[tuple[str | None, Fault, dict[str, Any], Clues]] = [
@@ -587,7 +587,7 @@ RULE_ROWS: list[tuple[str | None, Fault, dict[str, Any], Clues]] = [
 @pytest.mark.parametrize(("cause", "fault", "known", "clues"), RULE_ROWS)
 def test_rules(cause: str | None, fault: Fault, known: dict[str, Any], clues: Clues) -> None:
     """The surest cause of what is known."""
-    finding = diagnose(Case(fault, Evidence(**{"step": 50, "healthy_steps": 50, "scale": 1.0, **known}), clues))
+    finding = diagnose(Case(fault, Evidence(**{"step": 50, "healthy_steps": 50, "loss_unit": 1.0, **known}), clues))
     assert (None if finding is None else finding.cause) == cause
 
 

@@ -81,7 +81,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_import_needs_no_torch() -> None:
     """Records can be read where torch and Lightning are not even installed."""
     code = (
-        "import sys; import lightning_nanguard.journal; "
+        "import sys; import lightning_nanguard.record.dispatch; "
         "heavy = {'torch', 'numpy', 'lightning', 'pytorch_lightning', 'torchmetrics'} & set(sys.modules); "
         "assert not heavy, heavy"
     )

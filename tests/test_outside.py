@@ -213,7 +213,7 @@ def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Without an optional package the error names the extra that brings it."""
     from importlib import import_module
 
-    from lightning_nanguard._compat import offline
+    from lightning_nanguard.trainer.private import offline
 
     def without(*names: str) -> Callable[[str], Any]:
         def load(name: str) -> Any:

@@ -25,8 +25,8 @@ UNSTEADY = Fault("unsteady_loss", "learner", "loss", 6.0, "it swings")
 COLLAPSED = Fault("collapsed", "learner", "loss", 2.7, "the loss is back at 2.7")
 CORRUPTED = Fault("corrupted_state", "state", "buffer bn.running_var", None, "it is not finite")
 
-GOOD = Evidence(step=500, healthy_steps=480, snapshots=3, levels=(0.5, 0.6, 0.7), first=2.3, scale=2.3, usual_norm=1.0,
-                lr=0.1)  # fmt: skip
+GOOD = Evidence(step=500, healthy_steps=480, snapshots=3, levels=(0.5, 0.6, 0.7), first=2.3, loss_unit=2.3,
+                usual_norm=1.0, lr=0.1)  # fmt: skip
 # Clipping that begins with a cut may do without it.
 CUT = Scale(0.5, clipped=True)
 THE_BATCH = Comparison(math.nan, math.nan)
@@ -52,8 +52,8 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("corrupted state", CORRUPTED, {}, (Restore(0),)),
     ("a divergence", EXPLODING, {"comparison": Comparison(1e6, 0.5)}, (Restore(0), Clip(2.0), CUT)),
     ("a divergence that falls again, and swings as far as it is off", EXPLODING,
-     {"comparison": Comparison(3e5, 0.5), "scale": 1e7}, (Restore(0), Clip(2.0), CUT)),
-    ("heavy tails: less worse than they swing", EXPLODING, {"comparison": Comparison(6e4, 0.5), "scale": 1e7}, ()),
+     {"comparison": Comparison(3e5, 0.5), "loss_unit": 1e7}, (Restore(0), Clip(2.0), CUT)),
+    ("heavy tails: less worse than they swing", EXPLODING, {"comparison": Comparison(6e4, 0.5), "loss_unit": 1e7}, ()),
     ("a suspicion that is none: the data changed", EXPLODING, {"comparison": Comparison(9.0, 9.1)}, ()),
     ("data that changed, which the good weights know even less", COLLAPSED,
      {"comparison": Comparison(2.5, 36.0), "growth": 4.6, "excursion": True, "first": 2.3}, ()),

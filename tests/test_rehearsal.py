@@ -33,7 +33,7 @@ def test_a_trial_leaves_no_trace() -> None:
     start = capture(loop.guard.learner, step=0, global_step=0)
     loop.run(5)
     before = copied(state(loop))
-    assert rehearsal.lower_rate_is_better(start, scale=1.0) is False
+    assert rehearsal.lower_rate_is_better(start, loss_unit=1.0) is False
     assert same_bits(state(loop), before)
 
 
@@ -47,7 +47,7 @@ def test_a_lower_rate_is_found_better() -> None:
         rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
         start = capture(loop.guard.learner, step=0, global_step=0)
         loop.train_on(0)
-        answers.append(rehearsal.lower_rate_is_better(start, scale=1.0))
+        answers.append(rehearsal.lower_rate_is_better(start, loss_unit=1.0))
     assert answers == [True, False]
 
 

@@ -324,7 +324,7 @@ def test_a_gradient_that_overflows_its_own_norm_is_confirmed() -> None:
     weight = nn.Parameter(torch.zeros(2))
     weight.grad = torch.full((2,), 3e38)
     pending = pend(
-        step=0, stream=0, losses=[torch.tensor(1.0)], loss_factor=1.0, norms=partial_norms(gradients([weight]))
+        step=0, optimizer_index=0, losses=[torch.tensor(1.0)], loss_factor=1.0, norms=partial_norms(gradients([weight]))
     )
     assert pending is not None
     assert not pending.read().finite
@@ -344,7 +344,7 @@ def test_one_row_of_a_sparse_gradient_is_seen() -> None:
 def test_losses_are_unscaled_and_averaged() -> None:
     """Micro-batch losses become their mean, without the GradScaler's factor."""
     losses = [torch.tensor(8.0), torch.tensor([16.0])]
-    pending = pend(step=4, stream=1, losses=losses, loss_factor=1.0, norms=[], loss_scale=torch.tensor(4.0))
+    pending = pend(step=4, optimizer_index=1, losses=losses, loss_factor=1.0, norms=[], loss_scale=torch.tensor(4.0))
     assert pending is not None
     reading = pending.read()
     assert (reading.loss, reading.grad_norm, reading.loss_scale, reading.stream) == (6.0, None, 4.0, 1)

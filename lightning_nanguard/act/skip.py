@@ -49,65 +49,65 @@ class StepBlocker:
         for index in self._learner.quasi_newton:
             self._keep(index)
 
-    def block(self, stream: int) -> None:
+    def block(self, optimizer_index: int) -> None:
         """Keep the update that this optimizer is about to make from the weights."""
-        optimizer = self._learner.optimizers[stream]
-        self.blocked.add(stream)
-        if stream not in self._before and not type(optimizer).__module__.startswith("torch.optim"):
-            self._keep(stream)
+        optimizer = self._learner.optimizers[optimizer_index]
+        self.blocked.add(optimizer_index)
+        if optimizer_index not in self._before and not type(optimizer).__module__.startswith("torch.optim"):
+            self._keep(optimizer_index)
         if self._scaler_skips(optimizer):
             # This scaler insists on gradients, and skips the step by itself when it finds one that is not finite.
-            gradient = next((p.grad for p in self._parameters(stream) if p.grad is not None), None)
+            gradient = next((p.grad for p in self._parameters(optimizer_index) if p.grad is not None), None)
             if gradient is not None:
                 gradient.fill_(math.inf)
 
-    def cannot_skip(self, stream: int) -> bool:
+    def cannot_skip(self, optimizer_index: int) -> bool:
         """Whether the next update of an optimizer that skips on the device must not be left to that.
 
         Fused SGD makes the momentum of a parameter in its first step, and leaves the memory as it found it where that
         is skipped; the next step takes it for momentum.
         """
-        optimizer = self._learner.optimizers[stream]
+        optimizer = self._learner.optimizers[optimizer_index]
         if not isinstance(optimizer, SGD) or self._learner.scaler is not None or not skips_on_device(optimizer):
             return False
         # What had momentum has it until the state is another one: to look at all in each step would cost too much.
-        known, key = self._without_momentum.get(stream), (id(optimizer.state), len(optimizer.state))
+        known, key = self._without_momentum.get(optimizer_index), (id(optimizer.state), len(optimizer.state))
         if known is None or known[0] != key:
             state: Any = optimizer.state
             moved = [p for group in optimizer.param_groups if group.get("momentum") for p in group["params"]]
             without = [p for p in moved if state.get(p, {}).get("momentum_buffer") is None]
-            known = self._without_momentum[stream] = (key, without)
+            known = self._without_momentum[optimizer_index] = (key, without)
         return any(p.grad is not None for p in known[1])
 
     def undo(self) -> None:
         """Put back what the blocked optimizers changed without gradients."""
-        for stream in self.blocked:
-            before = self._before.get(stream)
+        for optimizer_index in self.blocked:
+            before = self._before.get(optimizer_index)
             if before is None:
                 continue
-            restore(self._learner, before, keep=partial(_is_of, stream))
-            if stream not in self._learner.quasi_newton:
-                del self._before[stream]
+            restore(self._learner, before, keep=partial(_is_of, optimizer_index))
+            if optimizer_index not in self._learner.quasi_newton:
+                del self._before[optimizer_index]
 
     def hold_back(self, optimizer: Optimizer) -> None:
         """The gradients of an optimizer are there, and it steps next: take them away if its update is blocked."""
-        for stream in self.blocked:
-            if self._learner.optimizers[stream] is optimizer and not self._scaler_skips(optimizer):
-                for parameter in self._parameters(stream):
+        for optimizer_index in self.blocked:
+            if self._learner.optimizers[optimizer_index] is optimizer and not self._scaler_skips(optimizer):
+                for parameter in self._parameters(optimizer_index):
                     parameter.grad = None
 
     def _scaler_skips(self, optimizer: Optimizer) -> bool:
         return self._learner.scaler is not None and unscales_itself(optimizer)
 
-    def _parameters(self, stream: int) -> list[Any]:
-        return [p for group in self._learner.optimizers[stream].param_groups for p in group["params"]]
+    def _parameters(self, optimizer_index: int) -> list[Any]:
+        return [p for group in self._learner.optimizers[optimizer_index].param_groups for p in group["params"]]
 
-    def _keep(self, stream: int) -> None:
+    def _keep(self, optimizer_index: int) -> None:
         # Only its own weights: others may have made good steps since. Buffers are the batch scope's.
-        leaves = [*self._learner.weights_of(stream), *self._learner.optimizer_leaves(stream)]
-        reuse = self._before.get(stream)
-        self._before[stream] = capture(self._learner, step=0, global_step=0, leaves=leaves, reuse=reuse)
+        leaves = [*self._learner.weights_of(optimizer_index), *self._learner.optimizer_leaves(optimizer_index)]
+        reuse = self._before.get(optimizer_index)
+        self._before[optimizer_index] = capture(self._learner, step=0, global_step=0, leaves=leaves, reuse=reuse)
 
 
-def _is_of(stream: int, path: StateKey) -> bool:
-    return path[0] == "parameter" or (path[0] in ("optimizer", "group") and path[1] == stream)
+def _is_of(optimizer_index: int, path: StateKey) -> bool:
+    return path[0] == "parameter" or (path[0] in ("optimizer", "group") and path[1] == optimizer_index)

@@ -12,7 +12,7 @@ def by_level(depth: int, evidence: Evidence, *, keeps: bool) -> int:
 
     Args:
         depth: Where to begin.
-        evidence: Levels and scale of the loss.
+        evidence: Levels and unit of the loss.
         keeps: Stop short of a snapshot that would lose half of what was learned.
     """
     depth = min(depth, max(0, evidence.snapshots - 1))
@@ -26,6 +26,6 @@ def by_level(depth: int, evidence: Evidence, *, keeps: bool) -> int:
         depth -= 1
     for index in range(depth, len(levels)):
         level = levels[index]
-        if level is None or level <= best + 0.1 * evidence.scale:
+        if level is None or level <= best + 0.1 * evidence.loss_unit:
             return index
     return depth

@@ -89,7 +89,7 @@ class Policy:
         if evidence.batch_strange:
             return "batch"
         comparison = evidence.comparison
-        if comparison is not None and comparison.worse(0.5 * evidence.scale, sane=self._sane(evidence)):
+        if comparison is not None and comparison.worse(0.5 * evidence.loss_unit, sane=self._sane(evidence)):
             return "learner" if learner_did_it(evidence, self.calm) else "state"
         if evidence.undo and comparison is None and evidence.healthy_since_restore is not None:
             return "learner" if evidence.healthy_since_restore < AT_ONCE else "batch"
@@ -126,21 +126,21 @@ class Policy:
             return "learner"
         if comparison.worse(0.1 * self._scale(fault, evidence), sane=self._sane(evidence)):
             return "learner"
-        if comparison.better(0.1 * evidence.scale):
+        if comparison.better(0.1 * evidence.loss_unit):
             return None  # data that have changed, to which the model is on its way
         return "learner" if fault.kind == "collapsed" and self._ruined(fault, evidence) else None
 
     def _scale(self, fault: Fault, evidence: Evidence) -> float:
         if fault.kind == "exploding_loss" and fault.value is not None:
             # Where it is falling again it varies by as much as it is too high, and that is no noise.
-            return min(evidence.scale, abs(fault.value - evidence.first))
-        return evidence.scale
+            return min(evidence.loss_unit, abs(fault.value - evidence.first))
+        return evidence.loss_unit
 
     def _sane(self, evidence: Evidence) -> float:
-        return evidence.first + 10 * evidence.scale
+        return evidence.first + 10 * evidence.loss_unit
 
     def _ruined(self, fault: Fault, evidence: Evidence) -> bool:
-        no_better = fault.value is not None and fault.value > evidence.first - 0.1 * evidence.scale
+        no_better = fault.value is not None and fault.value > evidence.first - 0.1 * evidence.loss_unit
         return (
             bool(evidence.lower_is_better)
             or evidence.growth > RUINED

@@ -38,7 +38,7 @@ class Limits(NamedTuple):
 
 
 class Detector(ABC):
-    """Looks at one stream of readings (one optimizer) and says what is wrong with the newest, if anything is.
+    """Looks at the readings of one optimizer and says what is wrong with the newest, if anything is.
 
     The engine copies every configured detector for each optimizer, so an instance sees one history only.
     """

@@ -1,4 +1,4 @@
-"""Short history of one stream of readings that the evidence is drawn from."""
+"""The newest readings of one optimizer, and what they say about its loss and gradient norm."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class ReadingHistory:
         if self._first_step is not None and step < self._first_step:
             self._first_step = None  # the next one is the untrained model's again
 
-    def scale(self) -> float:
-        """The loss's own scale: the untrained model's loss, or its noise where that is larger."""
+    def loss_unit(self) -> float:
+        """The unit of the loss: the untrained model's loss, or its noise where that is larger."""
         values = self.losses(32)
         noise = spread(values) if len(values) >= 8 else 0.0
         return max(abs(self.first) if self.first is not None else 0.0, noise, 1e-12)
@@ -85,7 +85,7 @@ class ReadingHistory:
     def learning(self) -> bool:
         """Whether the loss is clearly below the untrained model's."""
         level = self.level()
-        return level is not None and self.first is not None and level < self.first - 0.1 * self.scale()
+        return level is not None and self.first is not None and level < self.first - 0.1 * self.loss_unit()
 
     def falling(self) -> bool:
         """Whether the newest sixteen losses lie clearly below the sixteen before, or are too few to tell."""
@@ -98,7 +98,7 @@ class ReadingHistory:
 
     def excursion(self) -> bool:
         """Whether the loss went far above the untrained model's since the start or the last rewind."""
-        return self.first is not None and self._highest > self.first + self.scale()
+        return self.first is not None and self._highest > self.first + self.loss_unit()
 
     def far_off(self) -> int:
         """For how many updates in a row, up to now, the loss has been far above the untrained model's."""
@@ -120,7 +120,7 @@ class ReadingHistory:
 
     def climbing(self) -> bool:
         """Whether losses or norms had left their usual range just before now, upwards."""
-        return _left(self.losses(32), 0.5 * self.scale()) or _left(
+        return _left(self.losses(32), 0.5 * self.loss_unit()) or _left(
             [math.log(norm) for norm in self._norms(32)], math.log(5.0)
         )
 

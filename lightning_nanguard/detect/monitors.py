@@ -1,4 +1,4 @@
-"""One history for each optimizer: its detectors, and the trend of its losses and norms."""
+"""One history for each optimizer: its detectors, and the history of its losses and norms."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Monitor:
             self._find_limits()
 
     def up_to_date(self) -> tuple[list[Detector], ReadingHistory]:
-        """Detectors and trend that have taken every reading."""
+        """Detectors and history that have taken every reading."""
         if self._waiting:
             for reading in self._waiting:
                 for detector in self._detectors:
@@ -64,8 +64,8 @@ class Monitor:
 
     def rewind(self, step: int) -> None:
         """Forget what came after update ``step``."""
-        detectors, trend = self.up_to_date()
-        trend.rewind(step)
+        detectors, history = self.up_to_date()
+        history.rewind(step)
         for detector in detectors:
             detector.rewind(step)
         self._taken = 0
@@ -73,9 +73,9 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""
-        detectors, trend = self.up_to_date()
+        detectors, history = self.up_to_date()
         histories = [[type(detector).__qualname__, detector.state_dict()] for detector in detectors]
-        return {"trend": trend.state_dict(), "detectors": histories}
+        return {"trend": history.state_dict(), "detectors": histories}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
@@ -94,19 +94,19 @@ class Monitors:
 
     def __init__(self, prototypes: Sequence[Detector]) -> None:
         self._prototypes = tuple(prototypes)
-        self._streams: dict[int, Monitor] = {}
+        self._monitors: dict[int, Monitor] = {}
 
-    def _made(self, stream: int) -> Monitor:
-        if stream not in self._streams:
-            self._streams[stream] = Monitor([copy.deepcopy(detector) for detector in self._prototypes])
-        return self._streams[stream]
+    def _made(self, optimizer_index: int) -> Monitor:
+        if optimizer_index not in self._monitors:
+            self._monitors[optimizer_index] = Monitor([copy.deepcopy(detector) for detector in self._prototypes])
+        return self._monitors[optimizer_index]
 
     def passes(self, reading: Reading) -> bool:
         """Take a reading that no detector needs to look at; whether it is one."""
-        stream = self._streams.get(reading.stream)
-        if stream is None or not stream.is_calm(reading):
+        monitor = self._monitors.get(reading.optimizer_index)
+        if monitor is None or not monitor.is_calm(reading):
             return False
-        stream.accept(reading)
+        monitor.accept(reading)
         return True
 
     def check(self, reading: Reading, *, trial: bool = False, wanders: bool = False) -> Fault | None:
@@ -118,10 +118,10 @@ class Monitors:
             wanders: Whether the optimizer goes far off and comes back by itself, as LBFGS does on mini-batches: a
                 finite spike is then the batch's only where that is strange too, and a loss far off is one that stays.
         """
-        stream = self._made(reading.stream)
-        if stream.is_calm(reading):
+        monitor = self._made(reading.optimizer_index)
+        if monitor.is_calm(reading):
             return None
-        detectors, trend = stream.up_to_date()
+        detectors, history = monitor.up_to_date()
         if trial:
             return check([detector for detector in detectors if isinstance(detector, NonFinite)], reading)
         fault = check(detectors, reading)
@@ -133,18 +133,18 @@ class Monitors:
             return fault
         if fault.kind == "gradient_spike":
             return replace(fault, doubtful=True)
-        far_off = trend.far_off()
+        far_off = history.far_off()
         returns = far_off > 0 or fault.kind == "unsteady_loss"
         return None if fault.scope == "learner" and returns and far_off < _COMES_BACK else fault
 
-    def trend(self, stream: int) -> ReadingHistory | None:
+    def history(self, optimizer_index: int) -> ReadingHistory | None:
         """History of an optimizer's losses and norms, ``None`` before its first reading."""
-        known = self._streams.get(stream)
+        known = self._monitors.get(optimizer_index)
         return None if known is None else known.up_to_date()[1]
 
     def accept(self, reading: Reading) -> None:
         """Take a reading into the history of its optimizer, which is known."""
-        self._streams[reading.stream].accept(reading)
+        self._monitors[reading.optimizer_index].accept(reading)
 
     def dismiss(self, reading: Reading) -> bool:
         """The fault seen in a reading was none.
@@ -152,39 +152,41 @@ class Monitors:
         Returns:
             Whether its optimizer is known.
         """
-        known = self._streams.get(reading.stream)
+        known = self._monitors.get(reading.optimizer_index)
         for detector in () if known is None else known.up_to_date()[0]:
             detector.dismiss(reading)
         return known is not None
 
     def rewind(self, step: int) -> None:
         """Forget what came after update ``step``."""
-        for stream in self._streams.values():
-            stream.rewind(step)
+        for monitor in self._monitors.values():
+            monitor.rewind(step)
 
     def uneasy(self, readings: Sequence[Reading]) -> bool:
         """Whether a detector is uneasy about one of some readings."""
-        return any(detector.uneasy(r) for r in readings for detector in self._streams[r.stream].up_to_date()[0])
+        return any(
+            detector.uneasy(r) for r in readings for detector in self._monitors[r.optimizer_index].up_to_date()[0]
+        )
 
     def undecided(self) -> bool:
         """Whether a detector has still to look into something."""
-        return any(detector.undecided() for stream in self._streams.values() for detector in stream.up_to_date()[0])
+        return any(detector.undecided() for monitor in self._monitors.values() for detector in monitor.up_to_date()[0])
 
     def learning(self) -> bool:
         """Whether all losses are falling, or have fallen and stayed there."""
-        return all(stream.up_to_date()[1].learning() for stream in self._streams.values())
+        return all(monitor.up_to_date()[1].learning() for monitor in self._monitors.values())
 
-    def scale(self) -> float:
-        """The largest scale of a loss."""
-        return max((stream.up_to_date()[1].scale() for stream in self._streams.values()), default=0.0)
+    def loss_unit(self) -> float:
+        """The largest loss unit of all optimizers."""
+        return max((monitor.up_to_date()[1].loss_unit() for monitor in self._monitors.values()), default=0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""
-        return {str(index): stream.state_dict() for index, stream in self._streams.items()}
+        return {str(index): monitor.state_dict() for index, monitor in self._monitors.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self._streams.clear()
+        self._monitors.clear()
         for index, saved in state.items():
             self._made(int(index)).load_state_dict(saved)
 

@@ -27,7 +27,7 @@ class NonFinite(Detector):
         ValueError: When an argument is not positive.
 
     Example:
-        >>> NonFinite().check(Reading(step=3, stream=0, loss=float("nan"), grad_norm=1.0, finite=False,
+        >>> NonFinite().check(Reading(step=3, optimizer_index=0, loss=float("nan"), grad_norm=1.0, finite=False,
         ...                           loss_finite=False)).kind
         'non_finite_loss'
     """

@@ -97,7 +97,7 @@ class Diagnostician:
         case = replace(case, clues=looked[chosen])
         if look == "batch" or not self._due(fault):
             return case
-        good = self._ring.good(evidence.sound, evidence.scale) if good is None else good
+        good = self._ring.good(evidence.sound, evidence.loss_unit) if good is None else good
         # Of weights that are bad themselves a replay would only say so.
         usable = evidence.corrupt is None and not evidence.undo
         if fault.scope == "batch" or fault.kind == "loss_scale_collapse":

@@ -57,24 +57,24 @@ class Examination:
         self._progress = None if patience is None else Progress(patience)
         self._said = False
 
-    def due(self, updates: int, trend: ReadingHistory, *, asked: bool = False) -> Course | None:
+    def due(self, updates: int, history: ReadingHistory, *, asked: bool = False) -> Course | None:
         """How the run has gone where it is to be examined now, ``None`` where it is not.
 
         Args:
             updates: Updates so far.
-            trend: History of the losses.
+            history: History of the losses.
             asked: Whether somebody asked for it.
         """
         progress = self._progress
         if progress is not None and progress.due(updates):
-            progress.see(updates, trend)
-            course = progress.course(updates, trend)
+            progress.see(updates, history)
+            course = progress.course(updates, history)
             if course is not None and progress.stuck(updates, course):
                 return course
         if not asked:
             return None
-        recent = Progress.of(trend) if progress is None else progress
-        return recent.course(updates, trend)
+        recent = Progress.of(history) if progress is None else progress
+        return recent.course(updates, history)
 
     def findings(
         self, micros: Sequence[MicroBatch], course: Course, evidence: Evidence, *, asked: bool = False

@@ -35,24 +35,24 @@ class Progress:
         self._pause = patience
 
     @classmethod
-    def of(cls, trend: ReadingHistory) -> Progress:
+    def of(cls, history: ReadingHistory) -> Progress:
         """The stretch of the newest losses alone."""
-        losses = trend.losses()
+        losses = history.losses()
         size = max(1, len(losses) // (_PARTS + 1))
         made = cls(len(losses) or 1)
         made._levels.extend(median(losses[start : start + size]) for start in range(0, len(losses), size))
         made._best = min(made._levels, default=None)
-        made._first = trend.first
+        made._first = history.first
         return made
 
     def due(self, updates: int) -> bool:
         """Whether it is time to look again."""
         return updates >= self._next
 
-    def see(self, updates: int, trend: ReadingHistory) -> None:
+    def see(self, updates: int, history: ReadingHistory) -> None:
         """Take the level of now."""
         self._next = updates + self._every
-        losses = trend.losses()[-_MANY:]
+        losses = history.losses()[-_MANY:]
         if losses:
             level = median(losses)
             self._levels.append(level)
@@ -60,7 +60,7 @@ class Progress:
             self._first = level if self._first is None else self._first
             self._best = level if self._best is None else min(level, self._best)
 
-    def course(self, updates: int, trend: ReadingHistory) -> Course | None:
+    def course(self, updates: int, history: ReadingHistory) -> Course | None:
         """How the run has gone so far; ``None`` before the first reading."""
         if not self._levels or self._first is None or self._best is None:
             return None
@@ -74,7 +74,7 @@ class Progress:
             now=median(levels[-third:]),
             spread=median(steps) if steps else 0.0,
             best=self._best,
-            norm=trend.usual_norm() or 0.0,
+            norm=history.usual_norm() or 0.0,
         )
 
     def stuck(self, updates: int, course: Course) -> bool:

@@ -63,17 +63,17 @@ class Report(NamedTuple):
 _FORMAT = struct.Struct("<3dq5?2q?2q?x")
 
 
-def combined(reports: Sequence[Report], *, stream: int, sharded: bool) -> Reading:
+def combined(reports: Sequence[Report], *, optimizer_index: int, sharded: bool) -> Reading:
     """The one reading that all ranks judge: mean loss, and the gradient's norm.
 
     Args:
         reports: One of each rank, in their order.
-        stream: Index of the optimizer.
+        optimizer_index: Index of the optimizer.
         sharded: Whether each rank's norm is that of a shard; else all hold the same gradient.
 
     Example:
         >>> healthy = Report(1.0, 3.0, 0.0, 7, True, True, True, False, False, 16, -1, False, 0, 0)
-        >>> reading = combined([healthy, healthy._replace(loss=2.0, norm=4.0)], stream=0, sharded=True)
+        >>> reading = combined([healthy, healthy._replace(loss=2.0, norm=4.0)], optimizer_index=0, sharded=True)
         >>> reading.loss, reading.grad_norm
         (1.5, 5.0)
     """
@@ -88,7 +88,7 @@ def combined(reports: Sequence[Report], *, stream: int, sharded: bool) -> Readin
             norm = told.norm[told.gradient_finite.index(False)]
     return Reading(
         step=reports[0].step,
-        stream=stream,
+        optimizer_index=optimizer_index,
         # Divided first: the sum of finite losses may overflow.
         loss=sum([loss / len(losses) for loss in losses]) if losses else None,
         grad_norm=norm,

@@ -36,7 +36,7 @@ class DeferredReadings:
 
     def defer(self, pending: PendingReading, scope: BatchUndo) -> None:
         """Send a reading on its way; where the optimizer can, the device itself holds a bad update back."""
-        optimizer = self._learner.optimizers[pending.stream]
+        optimizer = self._learner.optimizers[pending.optimizer_index]
         if self._learner.scaler is None and skips_on_device(optimizer) and not self._observe:
             # Fused optimizers leave their state alone where this flag is set: decided without the host.
             bad = pending.is_bad(by_loss=self._by_loss)

@@ -186,9 +186,9 @@ class Guard:
         self._settings = settings
         self._host = host
         self._standing = GuardState()
-        self._streams = Monitors(detectors)
+        self._monitors = Monitors(detectors)
         self._meter = Meter(learner, host.micro_batches, several=not host.stage.comparable())
-        self._rehearsal = Rehearsal(learner, rate, host.stage, self._streams.scale, self._ranks)
+        self._rehearsal = Rehearsal(learner, rate, host.stage, self._monitors.loss_unit, self._ranks)
         self._investigator = Investigator(
             learner, ring, rate, host.stage, self._rehearsal, compare=not settings.observe, ranks=self._ranks
         )
@@ -210,7 +210,7 @@ class Guard:
             self._executors[ClipGradients.step],
             self._standing,
             policy,
-            self._streams,
+            self._monitors,
             self._rehearsal,
             self.account,
             may_lower=any(remedy.step is ReduceLR.step for remedy in remedies),
@@ -227,7 +227,7 @@ class Guard:
         )
         self._saving = Saving(learner, ring, self._investigator, self.note, observe=settings.observe, ranks=self._ranks)
         self._arrivals = DeferredReadings(learner, by_loss=not self._many, observe=settings.observe)
-        self._exchange = RankReadings(self._ranks, learner, self._keeper, self._streams)
+        self._exchange = RankReadings(self._ranks, learner, self._keeper, self._monitors)
         # In deferred readback, and among ranks, a batch is judged up to two updates later, and must still be undone.
         self._scopes = deque(make_scope() for _ in range(MAX_DELAY + 2 if settings.deferred or self._many else 1))
         self.non_finite = 0
@@ -284,23 +284,23 @@ class Guard:
         """Take the loss of one backward, as it is given to it."""
         self._meter.see_loss(loss)
 
-    def before_step(self, stream: int) -> None:
+    def before_step(self, optimizer_index: int) -> None:
         """Measure and detect; block the update where it is bad.
 
         Args:
-            stream: Index of the optimizer about to step.
+            optimizer_index: Index of the optimizer about to step.
         """
         self._keeper.settle()
-        late = self._reads_late(stream)
+        late = self._reads_late(optimizer_index)
         if self._many:
-            self._hear(stream)
+            self._hear(optimizer_index)
         elif self._settings.deferred:
-            self._read_arrived(stream, wait=not late)  # first: what is read late must find its batch's scope
+            self._read_arrived(optimizer_index, wait=not late)  # first: what is read late must find its batch's scope
         if self._lazy and not self.learner.lazy():
             self._keep_start()
             self._keeper.settle()
         self._standing.step += 1
-        measured = (self._meter.measure if late else self._meter.take)(self._standing.step, stream)
+        measured = (self._meter.measure if late else self._meter.take)(self._standing.step, optimizer_index)
         self._meter.losses = []
         self._updated = True
         self._note_rate()
@@ -309,27 +309,27 @@ class Guard:
         norm: float | None = None
         if self._found and any(one.reached for one in self._found) and not self._settings.observe:
             # The weights are bad already: nothing that comes of them is measured, or reaches them.
-            self._blocker.block(stream)
+            self._blocker.block(optimizer_index)
             return
         if measured is None or self._many:
-            self._tell(measured, stream)
+            self._tell(measured, optimizer_index)
         elif isinstance(measured, PendingReading):
             self._arrivals.defer(measured, self._scopes[0])
-            self._read_arrived(stream)
+            self._read_arrived(optimizer_index)
         else:
             norm = measured.grad_norm
-            self._detect(measured, self._scopes[0], stream, reached=False, late=False)
+            self._detect(measured, self._scopes[0], optimizer_index, reached=False, late=False)
             if self._keeper.watches_statistics and not self._found:
                 self._look_at_statistics(measured)
         if self._recovery.clipper.value is not None:
-            self._clip(stream, norm)
+            self._clip(optimizer_index, norm)
 
     def _look_at_statistics(self, reading: Reading) -> None:
         scope = self._scopes[0]
         fault = self._keeper.strange_statistics(scope.before(), self._standing.healthy_steps)
         # What batch after batch brings is how the data are from now on.
         if fault is not None and self._standing.bad_in_a_row < self._policy.patience:
-            self._blocker.block(reading.stream)
+            self._blocker.block(reading.optimizer_index)
             self._found.append(_Found(fault, reading, scope, reached=False))
 
     def close_batch(self) -> bool:
@@ -484,32 +484,32 @@ class Guard:
 
     # ---------------------------------------------------------------------------------------- measure and detect
 
-    def _clip(self, stream: int, norm: float | None) -> None:
-        optimizer = self.learner.optimizers[stream]
+    def _clip(self, optimizer_index: int, norm: float | None) -> None:
+        optimizer = self.learner.optimizers[optimizer_index]
         scale = self._meter.loss_scale() if unscales_itself(optimizer) else None
         if self._ranks.sharded:
             # The only collective waited for in an update without a fault, and only while sharded gradients are clipped.
-            norm = math.hypot(*self._ranks.gather(self._meter.norm(stream)))
+            norm = math.hypot(*self._ranks.gather(self._meter.norm(optimizer_index)))
         elif scale is not None:
             norm = None  # what was read is that of unscaled gradients
-        if stream not in self._blocker.blocked and not self._settings.observe:
+        if optimizer_index not in self._blocker.blocked and not self._settings.observe:
             known = None if norm is None else torch.tensor(norm)
-            self._recovery.clipper.clip(self.learner.gradients(stream), scale, known)
+            self._recovery.clipper.clip(self.learner.gradients(optimizer_index), scale, known)
 
     def _note_rate(self) -> None:
         rate = self.rate.first()
         if rate is not None and (not self._rates or self._rates[-1][1] != rate):
             self._rates.append((self._standing.step, rate))
 
-    def _reads_late(self, stream: int) -> bool:
+    def _reads_late(self, optimizer_index: int) -> bool:
         if not self._settings.deferred or self._standing.step < self._careful_until:
             return False
-        return self._settings.observe or not self._blocker.cannot_skip(stream)
+        return self._settings.observe or not self._blocker.cannot_skip(optimizer_index)
 
-    def _read_arrived(self, stream: int, *, wait: bool = False) -> None:
+    def _read_arrived(self, optimizer_index: int, *, wait: bool = False) -> None:
         due = self._standing.step + MAX_DELAY if wait else self._standing.step
         while not self._found and (late := self._arrivals.arrived(due)) is not None:
-            self._detect_late(*late, stream)
+            self._detect_late(*late, optimizer_index)
 
     def _detect_late(self, pending: PendingReading, scope: BatchUndo, stepping: int | None) -> None:
         reading = pending.read()
@@ -518,21 +518,21 @@ class Guard:
 
     # Among several ranks; see lightning_nanguard.exchange.
 
-    def _tell(self, measured: PendingReading | Reading | None, stream: int) -> None:
-        trial = self._meter.tries(stream)
+    def _tell(self, measured: PendingReading | Reading | None, optimizer_index: int) -> None:
+        trial = self._meter.tries(optimizer_index)
         if isinstance(measured, PendingReading):
             self._arrivals.defer(measured, self._scopes[0])
             self._post_queued(1)
             return
         self._post_queued(0)
-        reading = Reading(self._standing.step, stream, None, None) if measured is None else measured
+        reading = Reading(self._standing.step, optimizer_index, None, None) if measured is None else measured
         suspects = self._exchange.suspects(reading)
         sent = self._exchange.tell(reading, self._scopes[0], suspects=suspects, trial=trial)
         if suspects and sent.suspected_by_all():
-            self._judge(sent, stream, late=False)
+            self._judge(sent, optimizer_index, late=False)
             return
         if suspects and not gradient_finite(reading) and not self._settings.observe:
-            self._blocker.block(stream)  # others do not: they hear of it in the next update, and all go back
+            self._blocker.block(optimizer_index)  # others do not: they hear of it in the next update, and all go back
         self._exchange.keep(sent)
 
     def _post_queued(self, left: int) -> None:
@@ -570,13 +570,13 @@ class Guard:
         # Further closures of one step (LBFGS) look at bad places on purpose, and are no history.
         if trial is None:
             trial = stepping is not None and self._meter.tries(stepping)
-        if not trial and self._streams.passes(reading):
+        if not trial and self._monitors.passes(reading):
             self._readings.append(reading)  # nearly always
             return
         if self.learner.scaler is not None and reading.loss_finite and not reading.finite:
             reading = reading._replace(scaler_skips=True)
         self.non_finite += not reading.finite and not reading.scaler_skips
-        fault = self._streams.check(reading, trial=trial, wanders=reading.stream in self.learner.quasi_newton)
+        fault = self._monitors.check(reading, trial=trial, wanders=reading.optimizer_index in self.learner.quasi_newton)
         if fault is not None and fault.doubtful:
             fault = fault if self._batch_is_strange(_Found(fault, reading, scope, reached, late)) else None
         if fault is None:
@@ -584,7 +584,7 @@ class Guard:
                 self._accept(reading)
             return
         if fault.place == "gradient" and not reading.finite and not late:
-            place, _ = first(self._ranks, self._meter.bad_gradient(reading.stream))
+            place, _ = first(self._ranks, self._meter.bad_gradient(reading.optimizer_index))
             fault = replace(fault, place=place or fault.place)
         found = _Found(fault, reading, scope, reached and fault.scope == "batch", late, ranks())
         # A suspicion is no reason to block: its update is finite, and a restore would rewind it with the rest.
@@ -604,7 +604,7 @@ class Guard:
             return at_hand and self._host.stage.batch_strange() is True
 
     def _accept(self, reading: Reading) -> None:
-        self._streams.accept(reading)
+        self._monitors.accept(reading)
         self._readings.append(reading)
 
     # ---------------------------------------------------------------------------------------- decide
@@ -625,10 +625,10 @@ class Guard:
             bad_in_a_row=max(1, self._standing.bad_in_a_row),
             undo=found.reached,
         )
-        trend = self._streams.trend(reading.stream) or ReadingHistory()
+        history = self._monitors.history(reading.optimizer_index) or ReadingHistory()
         with self._batch_of(found) as at_hand:
             evidence = self._investigator.look_into(
-                fault, reading, trend, known, at_hand=at_hand, before=before, rates=self._rates
+                fault, reading, history, known, at_hand=at_hand, before=before, rates=self._rates
             )
         if fault.kind == "non_finite_validation" and evidence.corrupt is None:
             self._standing.restored = None
@@ -642,12 +642,12 @@ class Guard:
             self._act(found, evidence, plan)
             lasts = self._standing.bad_in_a_row >= self._policy.patience and not evidence.batch_strange
             if fault.kind == "gradient_spike" and lasts:
-                self._streams.accept(reading)  # a rise that lasts is no spike
+                self._monitors.accept(reading)  # a rise that lasts is no spike
             stays = fault.scope == "learner" and self._standing.restored is None
             if not (stays and reading.finite and reading.loss_finite):
                 return
             # The learner is still where it was: it has been said and dealt with, and is again, ever more rarely.
-        if self._streams.dismiss(reading) and reading.loss is not None:
+        if self._monitors.dismiss(reading) and reading.loss is not None:
             self._accept(reading)
 
     @contextmanager
@@ -742,7 +742,7 @@ class Guard:
         self._keeper.count_from(self._standing.step)
         self._arrivals.clear()
         self._exchange.clear()
-        self._streams.rewind(max(snapshot.step, known))
+        self._monitors.rewind(max(snapshot.step, known))
 
     def clip_now(self, optimizer: Optimizer) -> None:
         """Clip gradients that are no longer scaled, if clipping is on."""
@@ -772,7 +772,7 @@ class Guard:
     def _certify(self, pending: Snapshot) -> None:
         if not self.ring.healthy(min(reading.step for reading in self._readings)):
             return
-        uneasy = self._streams.uneasy(self._readings)
+        uneasy = self._monitors.uneasy(self._readings)
         if uneasy and pending.healthy < _CERTIFY_ANYWAY:
             return
         if not self._keeper.judged(pending):
@@ -783,16 +783,16 @@ class Guard:
             self._handle(_Found(fault, self._readings[-1], None, reached=False, ranks=ranks))
             return
         # Among ranks states go on being certified: while one waits, no other is looked at.
-        if not self._many and self._streams.undecided():
+        if not self._many and self._monitors.undecided():
             return
-        trend = self._streams.trend(self._readings[0].stream)
-        assert trend is not None  # its reading was accepted
-        pending.level = trend.level()
+        history = self._monitors.history(self._readings[0].optimizer_index)
+        assert history is not None  # its reading was accepted
+        pending.level = history.level()
         early = self._standing.healthy_steps < _EARLY
-        scale = trend.scale()
-        self.ring.certify(0.1 * scale, self._keeper.kept(pending), keep_oldest=early)
-        if trend.learning():
-            self._standing.policy = self._policy.prove(pending.rate, pending.level, 0.2 * scale, self._standing.policy)
+        unit = history.loss_unit()
+        self.ring.certify(0.1 * unit, self._keeper.kept(pending), keep_oldest=early)
+        if history.learning():
+            self._standing.policy = self._policy.prove(pending.rate, pending.level, 0.2 * unit, self._standing.policy)
 
     # ---------------------------------------------------------------------------------------- state
 
@@ -811,14 +811,14 @@ class Guard:
         """Attempted updates so far."""
         return self._standing.step
 
-    def trend(self, stream: int = 0) -> ReadingHistory | None:
+    def history(self, optimizer_index: int = 0) -> ReadingHistory | None:
         """History of one optimizer's losses and norms, ``None`` before its first reading."""
-        return self._streams.trend(stream)
+        return self._monitors.history(optimizer_index)
 
     def usual_norm(self) -> float | None:
         """Lower quartile of the healthy gradient norms of the first optimizer."""
-        trend = self._streams.trend(0)
-        return trend.usual_norm() if trend is not None else None
+        history = self._monitors.history(0)
+        return history.usual_norm() if history is not None else None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on as if it had not stopped, in plain containers."""
@@ -833,7 +833,7 @@ class Guard:
             **self._recovery.state_dict(),
             "initial_norms": dict(self._investigator.initial_norms),
             "policy": self._standing.policy.to_dict(),
-            "streams": self._streams.state_dict(),
+            "streams": self._monitors.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -850,4 +850,4 @@ class Guard:
         self._recovery.load_state_dict(state)
         self._investigator.initial_norms = dict(state["initial_norms"])
         self._standing.policy = PolicyState.from_dict(state["policy"])
-        self._streams.load_state_dict(state["streams"])
+        self._monitors.load_state_dict(state["streams"])

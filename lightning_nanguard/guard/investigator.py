@@ -61,7 +61,7 @@ _GROWN = 2.5
 _GROWN_AND_LEARNED = 6.0
 
 
-# A loss that is higher by this share of another, or of its scale, is clearly higher; less than this is nothing.
+# A loss that is higher by this share of another, or of the loss unit, is clearly higher; less than this is nothing.
 _CLEARLY = 0.3
 
 
@@ -135,26 +135,26 @@ class Investigator:
         if not self._compare_allowed or self._ranks.world > 1:
             return False
         pairs = [pair for pair in self._rehearsal.compare_each(state, than) if math.isfinite(pair[1])]
-        # By the better half, and not by the loss's scale alone: some, and what the run began with, may be corrupt.
+        # By the better half, and not by the loss unit alone: some, and what the run began with, may be corrupt.
         better = sorted(pairs, key=itemgetter(1))[: math.ceil(len(pairs) / 2)]
-        scale = self._rehearsal.scale()
-        least = min(_NOTHING * scale, _NOTHING)
+        unit = self._rehearsal.loss_unit()
+        least = min(_NOTHING * unit, _NOTHING)
         return bool(better) and all(
-            not now <= then + max(least, _CLEARLY * min(scale, abs(then))) for now, then in better
+            not now <= then + max(least, _CLEARLY * min(unit, abs(then))) for now, then in better
         )
 
-    def _known_to_be_the_batch(self, fault: Fault, known: Evidence, trend: ReadingHistory) -> bool:
+    def _known_to_be_the_batch(self, fault: Fault, known: Evidence, history: ReadingHistory) -> bool:
         # A corrupt sample comes back in every epoch. Alone among healthy updates it is what it was before; if not, the
         # next update is faulty too, and then it is looked into.
         times = self._batches[fault.kind, fault.place]
         again = times > _SURE and times & (times - 1) != 0
-        return again and known.bad_in_a_row == 1 and not known.undo and not trend.climbing()
+        return again and known.bad_in_a_row == 1 and not known.undo and not history.climbing()
 
     def look_into(
         self,
         fault: Fault,
         reading: Reading,
-        trend: ReadingHistory,
+        history: ReadingHistory,
         known: Evidence,
         *,
         at_hand: bool,
@@ -166,14 +166,14 @@ class Investigator:
         Args:
             fault: What was found.
             reading: The reading it was found in.
-            trend: History of its stream.
+            history: History of its optimizer_index.
             known: The engine's own counts.
             at_hand: Whether the batch at hand is the faulty one.
             before: Buffers as they were before the faulty batch, where it has not been undone.
             rates: Effective learning rate of the first group after each step at which it changed.
         """
         sound = self._sound(fault)
-        target = self._ring.good(sound, trend.scale())
+        target = self._ring.good(sound, history.loss_unit())
         leaves = self._learner.leaves()
         untouched = ((path, before.get(path[1], leaf) if path[0] == "buffer" else leaf) for path, leaf in leaves)
         # Where the faulty update was made, what is bad now says nothing of what was before it.
@@ -192,13 +192,13 @@ class Investigator:
             if not known.undo:
                 jump, _ = first(self._ranks, self._jump(target))
             if self._compare_allowed and fault.kind == "stuck_loss":
-                if growth > self._least_growth(fault, trend):
-                    lower_is_better = self._rehearsal.lower_rate_is_better(target, trend.scale())
+                if growth > self._least_growth(fault, history):
+                    lower_is_better = self._rehearsal.lower_rate_is_better(target, history.loss_unit())
             elif (
                 self._compare_allowed
                 and fault.since is None  # this batch may be as good as any
                 and batch_finite is not False  # under any weights it would say nothing
-                and not self._known_to_be_the_batch(fault, known, trend)
+                and not self._known_to_be_the_batch(fault, known, history)
             ):
                 comparison = self._compare(fault, reading, target, undo=known.undo)
         effective = self._rate.effective()
@@ -216,20 +216,20 @@ class Investigator:
             batch_strange=strange,
             batch_finite=batch_finite,
             comparable=self._witness.comparable(),
-            clippable=reading.stream not in self._learner.quasi_newton,
+            clippable=reading.optimizer_index not in self._learner.quasi_newton,
             comparison=comparison,
-            first=trend.first if trend.first is not None else 0.0,
-            scale=trend.scale(),
+            first=history.first if history.first is not None else 0.0,
+            loss_unit=history.loss_unit(),
             growth=growth,
             lower_is_better=lower_is_better,
-            excursion=trend.excursion(),
-            climbing=trend.climbing(),
-            burst=fault.scope == "learner" and trend.burst(),
+            excursion=history.excursion(),
+            climbing=history.climbing(),
+            burst=fault.scope == "learner" and history.burst(),
             rate_rose=rate is not None and target is not None and target.rate is not None and rate > 1.5 * target.rate,
             snapshots=len(self._ring.certified),
             levels=tuple(snapshot.level for snapshot in self._ring.certified),
             sound=sound,
-            usual_norm=trend.usual_norm(),
+            usual_norm=history.usual_norm(),
             lr=rate,
             highest_lr=max((one for step, one in rates if step >= since), default=rate),
             lowest_lr=min((one for _, one in rates), default=rate),
@@ -273,10 +273,12 @@ class Investigator:
             restore(self._learner, mine, keep=_is_weight)
         return None if then is None else Comparison(now, then, then_finite)
 
-    def _least_growth(self, fault: Fault, trend: ReadingHistory) -> float:
+    def _least_growth(self, fault: Fault, history: ReadingHistory) -> float:
         # One that has learned something may be slow: it takes more to try it.
         learned = (
-            trend.first is not None and fault.value is not None and fault.value < trend.first - 0.3 * trend.scale()
+            history.first is not None
+            and fault.value is not None
+            and fault.value < history.first - 0.3 * history.loss_unit()
         )
         return _GROWN_AND_LEARNED if learned else _GROWN
 

@@ -43,50 +43,50 @@ class Meter:
         # A captured graph writes the next loss to the same place.
         self.losses.append(loss.clone() if self._several or self._among > 1 else loss)
 
-    def measure(self, step: int, stream: int) -> PendingReading | None:
+    def measure(self, step: int, optimizer_index: int) -> PendingReading | None:
         """Loss and gradient of update ``step``, on their way; ``None`` where there is neither."""
-        return self._pend(step, stream, self._launch(stream))
+        return self._pend(step, optimizer_index, self._launch(optimizer_index))
 
-    def take(self, step: int, stream: int) -> Reading | None:
+    def take(self, step: int, optimizer_index: int) -> Reading | None:
         """Loss and gradient of update ``step``, waited for; ``None`` where there is neither."""
-        norms, losses = self._launch(stream), self.losses
+        norms, losses = self._launch(optimizer_index), self.losses
         # The short way, where the numbers are at hand and fine: most updates on a CPU go by it.
         if losses and norms and self._learner.scaler is None and all(map(is_at_hand, (*losses, *norms))):
             norm, loss = math.hypot(*map(float, norms)), sum(map(float, losses)) * self._among / len(losses)
             if math.isfinite(norm) and math.isfinite(loss):
-                return Reading(step, stream, loss, norm)
-        pending = self._pend(step, stream, norms)
-        return None if pending is None else pending.read(partial(self._confirm, stream))
+                return Reading(step, optimizer_index, loss, norm)
+        pending = self._pend(step, optimizer_index, norms)
+        return None if pending is None else pending.read(partial(self._confirm, optimizer_index))
 
-    def _launch(self, stream: int) -> list[Tensor]:
-        if stream in self._learner.quasi_newton:
-            self._measured[stream] = self._measured.get(stream, 0) + 1
-        return partial_norms(self._gradients(stream))
+    def _launch(self, optimizer_index: int) -> list[Tensor]:
+        if optimizer_index in self._learner.quasi_newton:
+            self._measured[optimizer_index] = self._measured.get(optimizer_index, 0) + 1
+        return partial_norms(self._gradients(optimizer_index))
 
-    def _pend(self, step: int, stream: int, norms: list[Tensor]) -> PendingReading | None:
+    def _pend(self, step: int, optimizer_index: int, norms: list[Tensor]) -> PendingReading | None:
         scale = self.loss_scale()
         return pend(
             step=step,
-            stream=stream,
+            optimizer_index=optimizer_index,
             losses=self.losses,
             loss_factor=self._among / len(self.losses) if self.losses else 1.0,
             norms=norms,
             loss_scale=scale,
-            gradients_scaled=scale is not None and unscales_itself(self._learner.optimizers[stream]),
+            gradients_scaled=scale is not None and unscales_itself(self._learner.optimizers[optimizer_index]),
         )
 
-    def _confirm(self, stream: int) -> float | None:
-        values = self._gradients(stream)
+    def _confirm(self, optimizer_index: int) -> float | None:
+        values = self._gradients(optimizer_index)
         return None if suspects(values) else exact_norm(values)
 
-    def norm(self, stream: int) -> float:
+    def norm(self, optimizer_index: int) -> float:
         """Norm of the gradients at hand, in this process."""
-        values = self._gradients(stream)
+        values = self._gradients(optimizer_index)
         return float(total_norm(partial_norms(values))) if values else 0.0
 
-    def bad_gradient(self, stream: int) -> str | None:
+    def bad_gradient(self, optimizer_index: int) -> str | None:
         """The first gradient at hand that is not finite, in words."""
-        named = self._learner.named_gradients(stream)
+        named = self._learner.named_gradients(optimizer_index)
         bad = suspects(plain([gradient for _, gradient in named]))
         return f"gradient of {named[bad[0]][0]}" if bad else None
 
@@ -95,13 +95,13 @@ class Meter:
         # The tensor itself: get_scale() reads from the device.
         return None if self._learner.scaler is None else getattr(self._learner.scaler, "_scale", None)
 
-    def tries(self, stream: int) -> bool:
+    def tries(self, optimizer_index: int) -> bool:
         """Whether what was measured last is of a further closure of the same step, which only tries a place out."""
-        return self._measured.get(stream, 1) > 1
+        return self._measured.get(optimizer_index, 1) > 1
 
     def end_batch(self) -> None:
         """Closures are counted anew."""
         self._measured.clear()
 
-    def _gradients(self, stream: int) -> list[Tensor]:
-        return plain(self._learner.gradients(stream))
+    def _gradients(self, optimizer_index: int) -> list[Tensor]:
+        return plain(self._learner.gradients(optimizer_index))

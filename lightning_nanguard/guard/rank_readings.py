@@ -27,14 +27,14 @@ class Sent(NamedTuple):
 
     Attributes:
         posted: What all ranks say about it.
-        stream: Index of the optimizer.
+        optimizer_index: Index of the optimizer.
         scope: What its batch may have touched.
         held_back: Whether the device itself keeps a bad update from the weights.
         trial: Whether it was a further closure of one step.
     """
 
     posted: Posted
-    stream: int
+    optimizer_index: int
     scope: BatchUndo
     held_back: bool
     trial: bool
@@ -73,14 +73,14 @@ class RankReadings:
         ranks: All processes.
         learner: What is trained.
         keeper: Tells and hears of snapshots.
-        streams: Detectors, which say what looks bad.
+        monitors: Detectors, which say what looks bad.
     """
 
-    def __init__(self, ranks: Ranks, learner: Learner, keeper: SnapshotManager, streams: Monitors) -> None:
+    def __init__(self, ranks: Ranks, learner: Learner, keeper: SnapshotManager, monitors: Monitors) -> None:
         self._ranks = ranks
         self._learner = learner
         self._keeper = keeper
-        self._streams = streams
+        self._monitors = monitors
         self._sent: deque[Sent] = deque()
         # A fault that this rank found outside a step, of which the others are to hear with the next update.
         self.outside: Fault | None = None
@@ -91,14 +91,14 @@ class RankReadings:
         if self._learner.scaler is not None and not gradient_finite(reading):
             return True  # whether it is an overflow, or comes from a loss, shows in the losses of all
         gradient = reading._replace(loss=None, loss_finite=True, finite=gradient_finite(reading))
-        return self._streams.check(gradient) is not None
+        return self._monitors.check(gradient) is not None
 
     def tell(
         self, reading: Reading, scope: BatchUndo, *, suspects: bool = False, held_back: bool = False, trial: bool
     ) -> Sent:
         """Tell the other ranks of an update; see :class:`Sent`."""
         posted = self._ranks.post(self._report_on(reading, suspects=suspects))
-        return Sent(posted, reading.stream, scope, held_back, trial)
+        return Sent(posted, reading.optimizer_index, scope, held_back, trial)
 
     def _report_on(self, reading: Reading, *, suspects: bool) -> Report:
         interval, judged, objects, parameters, moments = self._keeper.tell()
@@ -133,7 +133,7 @@ class RankReadings:
         reports = sent.posted.reports()
         self._keeper.hear(reports)
         return Heard(
-            combined(reports, stream=sent.stream, sharded=self._ranks.sharded),
+            combined(reports, optimizer_index=sent.optimizer_index, sharded=self._ranks.sharded),
             reports,
             held_back=sent.held_back and not any(one.gradient_finite for one in reports),
             outside=any(one.outside for one in reports),

@@ -38,7 +38,7 @@ class Recovery:
         clip: How the user wants gradients to be clipped.
         standing: Where the run stands.
         policy: Decides when something is given back.
-        streams: Know whether the run learns.
+        monitors: Know whether the run learns.
         rehearsal: Tries rates out.
         account: Records what was done.
         may_lower: Whether the user lets the rate be cut at all.
@@ -54,7 +54,7 @@ class Recovery:
         clip: Remedy,
         standing: GuardState,
         policy: Policy,
-        streams: Monitors,
+        monitors: Monitors,
         rehearsal: Rehearsal,
         account: InterventionRecorder,
         *,
@@ -65,7 +65,7 @@ class Recovery:
         self._clip = clip
         self._standing = standing
         self._policy = policy
-        self._streams = streams
+        self._monitors = monitors
         self._rehearsal = rehearsal
         self._account = account
         self._may_lower = may_lower
@@ -105,7 +105,7 @@ class Recovery:
                 scheduled_lr=self._rate.scheduled()[0],
                 factor=reduce.factor,
                 after=reduce.recover_after,
-                learning=self._streams.learning(),
+                learning=self._monitors.learning(),
             )
             for step in plan:
                 if isinstance(step, Scale) and reduce.rehearse and self._rehearsal.harmful(step.factor):
@@ -123,15 +123,15 @@ class Recovery:
         standing = self._standing
         if not (reduce.rehearse and self._reviews.due(standing.healthy_steps)):
             return
-        trend = self._streams.trend(0) or ReadingHistory()
+        history = self._monitors.history(0) or ReadingHistory()
         before, ratio = self._rate.effective(), self._rate.ratio()
         may_rise = ratio <= 0.5 and 4 * before[0] < standing.policy.bad_rate
         # A loss that falls does so at this rate, and one that never fell says nothing of it.
-        rests = trend.learning() and not trend.falling()
+        rests = history.learning() and not history.falling()
         rests &= self._may_lower and self._lowered < self._most_lowered and before[0] > reduce.min_lr
         if not (may_rise or rests):
             return
-        factor = self._rehearsal.review(trend.first if rests else None, at_most=2.0 if may_rise else 1.0)
+        factor = self._rehearsal.review(history.first if rests else None, at_most=2.0 if may_rise else 1.0)
         if factor > 1:
             self._raise_rate(ratio * factor, Scale(factor), reduce.min_lr)
             self._reviews.begin(standing.healthy_steps)

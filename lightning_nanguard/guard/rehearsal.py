@@ -33,7 +33,7 @@ class Stage(Protocol):
         """Loss of a batch under the weights of now; ``None`` where it cannot be had."""
 
 
-# A rehearsal is over once the loss has risen by this many times the loss it began at, or the loss's own scale, in two
+# A rehearsal is over once the loss has risen by this many times the loss it began at, or the loss unit, in two
 # batches behind each other: under clipping one update may go too far and the next ones come back.
 _GONE = 2.0
 
@@ -89,7 +89,7 @@ class Rehearsal:
         learner: What is trained.
         rate: The learning rate's multiplier.
         stage: The loop around.
-        scale: Gives the loss's own scale.
+        loss_unit: Gives the loss unit.
         ranks: All processes; each rehearses on its own batches, and all go on from the mean.
     """
 
@@ -101,14 +101,14 @@ class Rehearsal:
         learner: Learner,
         rate: LearningRate,
         stage: Stage,
-        scale: Callable[[], float],
+        loss_unit: Callable[[], float],
         ranks: Ranks | None = None,
     ) -> None:
         self._ranks: Ranks = Alone() if ranks is None else ranks
         self._learner = learner
         self._rate = rate
         self._stage = stage
-        self.scale = scale
+        self.loss_unit = loss_unit
         # The loss of each batch under the state last rehearsed from, where it was looked at: batches may differ by far.
         self._base: tuple[int, int] = (0, 0)
         self._began: dict[int, float] = {}
@@ -165,7 +165,7 @@ class Rehearsal:
 
     def _train(self, batches: Sequence[int], updates: int) -> bool | None:
         first: float | None = None
-        scale = self.scale()
+        unit = self.loss_unit()
         gone = False
         for update in range(updates):
             index = batches[update % len(batches)]
@@ -174,7 +174,7 @@ class Rehearsal:
                 return None
             first = loss if first is None else first
             began = self._began.get(index, first)
-            was_gone, gone = gone, loss > began + _GONE * max(abs(began), scale)
+            was_gone, gone = gone, loss > began + _GONE * max(abs(began), unit)
             if not math.isfinite(loss) or (gone and was_gone):
                 return False
         return True
@@ -212,7 +212,7 @@ class Rehearsal:
                 return False
             before = self.loss_after(present, 1.0, 0)
             after = self.loss_after(present, factor, 2 * self._updates)
-        return before is not None and after is not None and after > before + 0.1 * self.scale()
+        return before is not None and after is not None and after > before + 0.1 * self.loss_unit()
 
     @contextmanager
     def _present(self) -> Iterator[Snapshot | None]:
@@ -255,12 +255,12 @@ class Rehearsal:
                 found.append(self._began)
         return [(mine, its) for index, mine in found[0].items() if (its := found[1].get(index)) is not None]
 
-    def lower_rate_is_better(self, start: Snapshot, scale: float) -> bool | None:
+    def lower_rate_is_better(self, start: Snapshot, loss_unit: float) -> bool | None:
         """Whether a lower rate learns from ``start``, and the present one from the present state does not.
 
         Args:
             start: A certified snapshot from before the trouble.
-            scale: The loss's own scale: a fifth of it is a clear difference.
+            loss_unit: The loss unit: a fifth of it is a clear difference.
         """
         with self._present() as present:
             if present is None:
@@ -269,13 +269,13 @@ class Rehearsal:
             end = self.loss_after(present, 1.0, self._updates)
             if begin is None or end is None:
                 return None
-            if begin - end > 0.2 * scale:
+            if begin - end > 0.2 * loss_unit:
                 return False
             for factor in self._lower:
                 lower = self.loss_after(start, factor, self._updates)
                 if lower is None:
                     return None
                 # It ends clearly lower, and where the present state stands the present rate brings next to nothing.
-                if lower < end - 0.2 * scale and begin - end < (begin - lower) / 3:
+                if lower < end - 0.2 * loss_unit and begin - end < (begin - lower) / 3:
                     return True
         return False

@@ -101,7 +101,7 @@ class RemedyActions:
             return None
         self._blocker.blocked.clear()  # the faulty update is over, and rehearsed ones must be made
         loss = self._rehearsal.loss_after(self._standing.restored, factor, updates)
-        return None if loss is None else loss / self._rehearsal.scale()
+        return None if loss is None else loss / self._rehearsal.loss_unit()
 
     def rehearsal_batches(self) -> int:
         """How many batches there are to rehearse on."""

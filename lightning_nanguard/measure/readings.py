@@ -23,7 +23,7 @@ class PendingReading:
 
     Attributes:
         step: The guard's clock.
-        stream: Index of the optimizer.
+        optimizer_index: Index of the optimizer.
         loss: Sum of the losses as they were given to ``backward``, 0-dim; ``None`` without one.
         norms: Partial gradient norms, 0-dim, from :func:`partial_norms`; none without a gradient.
         loss_scale: A GradScaler's scale; ``None`` without one.
@@ -33,7 +33,7 @@ class PendingReading:
     """
 
     step: int
-    stream: int
+    optimizer_index: int
     loss: Tensor | None
     norms: Sequence[Tensor]
     loss_scale: Tensor | None = None
@@ -92,7 +92,7 @@ class PendingReading:
         loss_finite = loss is None or math.isfinite(loss)
         return Reading(
             step=self.step,
-            stream=self.stream,
+            optimizer_index=self.optimizer_index,
             loss=loss,
             grad_norm=norm,
             finite=finite_gradient and loss_finite,
@@ -112,7 +112,7 @@ class PendingReading:
 def pend(
     *,
     step: int,
-    stream: int,
+    optimizer_index: int,
     losses: Sequence[Tensor],
     loss_factor: float,
     norms: Sequence[Tensor],
@@ -123,7 +123,7 @@ def pend(
 
     Args:
         step: The guard's clock.
-        stream: Index of the optimizer.
+        optimizer_index: Index of the optimizer.
         losses: The update's micro-batch losses, as they were given to ``backward``.
         loss_factor: What undoes the division by the number of micro-batches.
         norms: Of its gradients, from :func:`partial_norms`.
@@ -131,7 +131,7 @@ def pend(
     """
     if not losses and not norms:
         return None
-    return PendingReading(step, stream, _sum(losses), norms, loss_scale, loss_factor, gradients_scaled)
+    return PendingReading(step, optimizer_index, _sum(losses), norms, loss_scale, loss_factor, gradients_scaled)
 
 
 def _sum(losses: Sequence[Tensor]) -> Tensor | None:

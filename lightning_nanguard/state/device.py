@@ -61,7 +61,7 @@ class SideStreamCopy:
     """
 
     def __init__(self) -> None:
-        self._streams: dict[torch.device, Any] = {}
+        self._monitors: dict[torch.device, Any] = {}
         self._under_way: list[tuple[Any, torch.device]] = []
         self._sources: list[_Source] = []
         self._waits: list[tuple[Any, Any]] = []
@@ -80,9 +80,9 @@ class SideStreamCopy:
         return [event for event, _ in self._under_way]
 
     def _side(self, device: torch.device) -> Any:
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return self._streams[device]
+        if device not in self._monitors:
+            self._monitors[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self._monitors[device]
 
     def _mark(self, side: Any, device: torch.device) -> None:
         self._under_way.append((side.record_event(), device))

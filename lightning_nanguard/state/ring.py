@@ -81,12 +81,12 @@ class Ring:
         self.certified.clear()
         self._spare.clear()
 
-    def good(self, sound: int | None, scale: float) -> Snapshot | None:
+    def good(self, sound: int | None, loss_unit: float) -> Snapshot | None:
         """The certified snapshot to compare with; ``None`` without one.
 
         Args:
             sound: Depth of the one to take, where that is known; else it is the newest whose loss was about the best.
-            scale: The loss's own scale.
+            loss_unit: The unit of the loss.
         """
         certified = self.certified
         if not certified:
@@ -94,7 +94,7 @@ class Ring:
         if sound is not None and sound < len(certified):
             return certified[sound]
         known = [snapshot.level for snapshot in certified if snapshot.level is not None]
-        limit = min(known, default=0.0) + 0.1 * scale
+        limit = min(known, default=0.0) + 0.1 * loss_unit
         return next((one for one in certified if one.level is None or one.level <= limit), certified[0])
 
     def discard_newer(self, depth: int) -> Snapshot:

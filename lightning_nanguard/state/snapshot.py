@@ -103,7 +103,7 @@ class Snapshot:
         leaves: StateKey to copied value, or to a :class:`Share` of it.
         scaler: The GradScaler's state.
         rate: Scheduled learning rate of the first group.
-        level: Loss level of the first stream when it was taken.
+        level: Loss level of the first optimizer when it was taken.
         healthy: Healthy readings seen since.
         typical: Root mean square of each tensor, from its :class:`~lightning_nanguard.glance.NormScreen`.
         done: Events that say when a copy to the host has arrived.

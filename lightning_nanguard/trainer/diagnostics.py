@@ -76,7 +76,7 @@ class Diagnostics:
         """Why the fault of an update happened; where folders of incidents are kept, what it can be replayed from."""
         if look == "replay" and (not self._stage.comparable() or self._ranks.sharded):
             look = "batch"
-        good = self._guard.ring.good(evidence.sound, evidence.scale) if look == "replay" else None
+        good = self._guard.ring.good(evidence.sound, evidence.loss_unit) if look == "replay" else None
         if good is not None:
             good = self._ranks.whole(good)  # here, where all ranks come, and not where only some may
         micros = self._stage.tape.of(update)
@@ -127,16 +127,16 @@ class Diagnostics:
         """Examine a loss that does not move, or the run at hand where that was asked for."""
         if not (self._examines or self.asked):
             return
-        trend, asked = self._guard.trend(), self.asked
-        course = None if trend is None else self._examination.due(self._guard.updates, trend, asked=asked)
-        if trend is None or course is None:
+        history, asked = self._guard.history(), self.asked
+        course = None if history is None else self._examination.due(self._guard.updates, history, asked=asked)
+        if history is None or course is None:
             return
         self.asked = False
         if not self._stage.comparable() or not self._is_whole():
             return
         rates = self._guard.rate.effective()
         evidence = Evidence(
-            step=self._guard.updates, first=course.first, scale=trend.scale(), lr=rates[0] if rates else None
+            step=self._guard.updates, first=course.first, loss_unit=history.loss_unit(), lr=rates[0] if rates else None
         )
         for finding in self._examination.findings(self._stage.tape.newest(256), course, evidence, asked=asked):
             if finding.confidence > LOW:

@@ -202,7 +202,7 @@ class Run:
         self._journal.close()
         self._adviser.close()
 
-    def stream(self, optimizer: Optimizer) -> int | None:
+    def optimizer_index(self, optimizer: Optimizer) -> int | None:
         """Index of an optimizer that steps next; ``None`` where it does not, or was not there when the fit began."""
         if self._accumulates():
             return None

@@ -129,10 +129,10 @@ def test_a_report_travels_bit_by_bit(loss: float, norm: float, flag: bool, numbe
 def test_one_bad_rank_makes_a_bad_reading() -> None:
     """A loss or gradient that is not finite on one rank is so for all, and the rank is named."""
     by_loss = [report(), report(loss=math.nan)]
-    reading = combined(by_loss, stream=0, sharded=False)
+    reading = combined(by_loss, optimizer_index=0, sharded=False)
     assert (reading.finite, reading.loss_finite, conspicuous(by_loss)) == (False, False, (1,))
     by_gradient = [report(norm=math.inf, gradient_finite=False), report()]
-    reading = combined(by_gradient, stream=0, sharded=True)
+    reading = combined(by_gradient, optimizer_index=0, sharded=True)
     assert (reading.finite, reading.loss_finite, conspicuous(by_gradient)) == (False, True, (0,))
     assert conspicuous([report(), report()]) == ()
     assert conspicuous([report(loss=math.nan), report(loss=math.nan)]) == ()
@@ -140,8 +140,8 @@ def test_one_bad_rank_makes_a_bad_reading() -> None:
 
 def test_the_mean_of_large_losses_is_finite() -> None:
     """Losses whose sum overflows have a mean all the same."""
-    assert combined([report(loss=1.5e308), report(loss=1.7e308)], stream=0, sharded=False).loss_finite
-    assert math.isfinite(combined([report(loss=1.5e308)] * 2, stream=0, sharded=False).loss or math.nan)
+    assert combined([report(loss=1.5e308), report(loss=1.7e308)], optimizer_index=0, sharded=False).loss_finite
+    assert math.isfinite(combined([report(loss=1.5e308)] * 2, optimizer_index=0, sharded=False).loss or math.nan)
 
 
 @settings(deadline=None)

@@ -39,7 +39,7 @@ def corrupted_state(case: Case) -> Finding | None:
 
 
 def _bad_there_too(case: Case) -> bool:
-    loss, usual = case.clues.good_loss, case.evidence.scale
+    loss, usual = case.clues.good_loss, case.evidence.loss_unit
     return loss is not None and loss > case.evidence.first + 10 * usual
 
 
@@ -154,7 +154,7 @@ def _operation_explains_it(case: Case, rate: float | None, limit: float | None) 
     )
     now = evidence.comparison.now if evidence.comparison is not None else math.nan
     # One that is not finite is the operation's own, and says nothing of the model.
-    untrained = math.isfinite(now) and now > evidence.first + 0.1 * evidence.scale
+    untrained = math.isfinite(now) and now > evidence.first + 0.1 * evidence.loss_unit
     # Good runs stay about the largest rate; far above it nothing is learned.
     above = rate is not None and limit is not None and rate > _FAR_ABOVE * limit
     return operation and not (ruined or untrained or above)

@@ -28,7 +28,7 @@ def worse(evidence: Evidence) -> bool:
     comparison = evidence.comparison
     if comparison is None or comparison.then_finite is False:
         return False  # of a batch that cannot be differentiated under good weights either, the loss says nothing
-    return comparison.worse(0.1 * evidence.scale)
+    return comparison.worse(0.1 * evidence.loss_unit)
 
 
 def at(cause: str, confidence: float, origin: Origin, suggestion: str) -> Finding:
