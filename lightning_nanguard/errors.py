@@ -9,9 +9,18 @@ from lightning_nanguard.types import Fault, Finding
 
 
 def require(condition: bool, owner: object, argument: str, value: object, expected: str) -> None:
-    """Raise a ``ValueError`` that names the class, the argument, its value and what was expected."""
+    """Raise a ``ValueError`` that names the class, the argument, its value and what was expected.
+
+    Args:
+        condition: Whether the value is fine.
+        owner: Whose argument it is: an instance, or the name of its class.
+        argument: Name of the argument.
+        value: What it was given.
+        expected: What was expected, in words.
+    """
     if not condition:
-        raise ValueError(f"{type(owner).__name__}({argument}={value!r}): expected {expected}.")
+        name = owner if isinstance(owner, str) else type(owner).__name__
+        raise ValueError(f"{name}({argument}={value!r}): expected {expected}.")
 
 
 class TrainingDivergedError(RuntimeError):

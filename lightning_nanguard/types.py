@@ -103,6 +103,10 @@ class Fault:
     only_if_corrupt: bool = False
 
 
+Role = Literal["skip", "restore", "rate", "clip", "moments", "notify", "stop"]
+"""What a remedy is for. It is asked whenever the verdict on a fault calls for its role."""
+
+
 @dataclass(frozen=True, slots=True)
 class PlanStep:
     """One entry of a plan. Subclass it to give a remedy of your own something to carry out."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, Protocol
 
-from lightning_nanguard.types import Evidence, Fault, PlanStep
+from lightning_nanguard.types import Clip, DropMoments, Evidence, Fault, PlanStep, Restore, Role, Scale, Skip, Stop
 
 
 class RunControl(Protocol):
@@ -29,26 +29,66 @@ class RunControl(Protocol):
     def rehearse(self, factor: float, updates: int) -> float | None:
         """Mean loss of the newest batches after ``updates`` on them with the learning rate multiplied by ``factor``.
 
-        In units of the loss's own scale, the untrained model's loss or its noise. Infinite where the loss left on the
-        way; the learner is left as it was. ``None`` where that cannot be done.
+        In loss units. Infinite where the loss diverged on the way; the learner is left as it was. ``None`` where that
+        cannot be done.
         """
 
     def rehearsal_batches(self) -> int:
         """How many batches there are to rehearse on."""
 
 
+_ROLES: dict[type[PlanStep], Role] = {
+    Skip: "skip",
+    Restore: "restore",
+    Scale: "rate",
+    Clip: "clip",
+    DropMoments: "moments",
+    Stop: "stop",
+}
+
+
 class Remedy(ABC):
-    """One thing the guard may do."""
+    """One thing the guard may do to a run, or tell somebody, when a fault was found.
+
+    A remedy proposes one frozen plan step and later carries it out on a :class:`RunControl`. Nothing else changes a
+    run. A remedy of your own is one class::
+
+        from dataclasses import dataclass
+        from lightning_nanguard import PlanStep, Remedy
+
+        @dataclass(frozen=True)
+        class Page(PlanStep):
+            text: str
+
+        class PageSomebody(Remedy):
+            word, step = "page", Page
+
+            def propose(self, fault, evidence, attempt):
+                return Page(fault.message)
+
+            def apply(self, step, run):
+                send(step.text)
+
+    The guard asks every listed remedy whose role the verdict calls for; none makes another unheard. ``"notify"`` is
+    asked at every fault. ``"restore"`` is asked where the learner or its state is lost. ``"rate"``, ``"clip"`` and
+    ``"moments"`` are asked where the learner diverged: of these the first listed that proposes something is taken, with
+    the others of its role, and all of them where one role may be too little.
+    """
 
     word: ClassVar[str]
     """How the records call it."""
 
     step: ClassVar[type[PlanStep]]
-    """The kind of plan step it proposes and carries out."""
+    """The kind of plan step it proposes and carries out; each remedy has a kind of its own."""
+
+    @property
+    def role(self) -> Role:
+        """What it is for, by the kind of its step; ``"notify"`` for a kind of your own."""
+        return next((role for kind, role in _ROLES.items() if issubclass(self.step, kind)), "notify")
 
     @abstractmethod
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
-        """What to do about this fault, ``None`` when the remedy does not fit. Pure.
+        """What to do about this fault, ``None`` when the remedy does not fit. It changes nothing.
 
         Args:
             fault: What was found.
@@ -57,5 +97,5 @@ class Remedy(ABC):
         """
 
     @abstractmethod
-    def apply(self, step: PlanStep, patient: RunControl) -> None:
+    def apply(self, step: PlanStep, run: RunControl) -> None:
         """Carry out a step that this remedy proposed."""

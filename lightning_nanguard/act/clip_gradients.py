@@ -26,9 +26,6 @@ class ClipGradients(Remedy):
 
     word = "clip"
     step = Clip
-    _kinds = frozenset(
-        {"gradient_spike", "gradient_overflow", "non_finite_gradient", "non_finite_loss", "exploding_loss"}
-    )
 
     def __init__(
         self,
@@ -55,7 +52,7 @@ class ClipGradients(Remedy):
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
         """Clipping, where gradients are at fault, or one that came out of nothing led to a fault of the learner."""
         # Where the scheduled rate has just risen, the rate is the first to suspect.
-        concerned = fault.kind in self._kinds or evidence.burst
+        concerned = fault.clipping_helps or evidence.burst
         if not concerned or not evidence.clippable or (evidence.rate_rose and attempt == 0):
             return None
         if isinstance(self.clip_val, str):
@@ -65,7 +62,7 @@ class ClipGradients(Remedy):
             return Clip(1.0, self.algorithm)
         return Clip(float(self.clip_val), self.algorithm)
 
-    def apply(self, step: PlanStep, patient: RunControl) -> None:
+    def apply(self, step: PlanStep, run: RunControl) -> None:
         """Turn clipping on."""
         assert isinstance(step, Clip)
-        patient.clip(step.value, step.algorithm)
+        run.clip(step.value, step.algorithm)

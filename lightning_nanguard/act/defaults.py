@@ -11,12 +11,13 @@ from lightning_nanguard.act.reset_moments import ResetMoments
 from lightning_nanguard.act.rollback import Rollback
 from lightning_nanguard.act.skip_step import SkipStep
 from lightning_nanguard.act.stop_training import StopTraining
+from lightning_nanguard.thresholds.rate_search import CutThresholds
 from lightning_nanguard.types import PlanStep
 
 
-def default_remedies() -> tuple[Remedy, ...]:
+def default_remedies(thresholds: CutThresholds | None = None) -> tuple[Remedy, ...]:
     """What ``NaNGuard(remedies=None)`` uses."""
-    return (Rollback(), ClipGradients(), ReduceLR())
+    return (Rollback(), ClipGradients(), ReduceLR(thresholds=thresholds))
 
 
 def executors(remedies: Sequence[Remedy]) -> dict[type[PlanStep], Remedy]:

@@ -19,6 +19,6 @@ class ResetMoments(Remedy):
         """A reset, once a first attempt did not help."""
         return DropMoments() if attempt > 0 else None
 
-    def apply(self, step: PlanStep, patient: RunControl) -> None:
+    def apply(self, step: PlanStep, run: RunControl) -> None:
         """Empty the optimizers' state."""
-        patient.drop_moments()
+        run.drop_moments()

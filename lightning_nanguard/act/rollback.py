@@ -19,7 +19,7 @@ class Rollback(Remedy):
         """A restore, one snapshot deeper for each attempt after the first."""
         return Restore(max(0, attempt - 1))
 
-    def apply(self, step: PlanStep, patient: RunControl) -> None:
+    def apply(self, step: PlanStep, run: RunControl) -> None:
         """Restore the learner."""
         assert isinstance(step, Restore)
-        patient.restore(step.depth)
+        run.restore(step.depth)

@@ -22,6 +22,6 @@ class SkipStep(Remedy):
         """Nothing: what a skip can help was skipped before remedies are asked."""
         return None
 
-    def apply(self, step: PlanStep, patient: RunControl) -> None:
+    def apply(self, step: PlanStep, run: RunControl) -> None:
         """Undo what the batch touched."""
-        patient.skip()
+        run.skip()

@@ -19,5 +19,5 @@ class StopTraining(Remedy):
         """A stop."""
         return Stop("the remedies listed ask to stop when skipping is not enough")
 
-    def apply(self, step: PlanStep, patient: RunControl) -> None:
+    def apply(self, step: PlanStep, run: RunControl) -> None:
         """Nothing: the engine ends the run itself."""

@@ -1,33 +1,128 @@
-"""Signs that a fault is the learner's own doing."""
+"""Who is at fault: the batch, the learner, the state, or nobody. Pure functions of the fault and its evidence."""
 
 from __future__ import annotations
 
 import math
 
-from lightning_nanguard.types import Evidence
-
-# Healthy updates after a rollback before the learner is trusted again.
-CALM = 200
-# The same for a fault that was read late, where the weights cannot be compared with those before its update.
-AT_ONCE = 20
+from lightning_nanguard.thresholds.decision import BlameThresholds
+from lightning_nanguard.types import Comparison, Evidence, Fault, Scope
 
 
-def learner_did_it(evidence: Evidence, calm: int = CALM) -> bool:
-    """Whether a fault was the learner's own doing; what comes out of nothing in a calm run was not.
+def find_scope(fault: Fault, evidence: Evidence, limits: BlameThresholds) -> Scope | None:
+    """What the policy acts on: the batch, the learner or the state; ``None`` where the fault was none."""
+    if fault.scope == "state":
+        return "learner" if evidence.rate_rose and fault.rate_may_cause else "state"
+    if fault.conclusive:
+        return fault.scope
+    if evidence.corrupt is not None:
+        return "learner" if evidence.climbing or evidence.rate_rose else "state"
+    if evidence.jump is not None and fault.scope == "batch":
+        return "learner" if learner_did_it(evidence, limits) else "state"
+    if fault.scope == "learner":
+        return "learner" if suspicion_holds(fault, evidence, limits) else None
+    return _batch_or_learner(fault, evidence, limits)
+
+
+def _batch_or_learner(fault: Fault, evidence: Evidence, limits: BlameThresholds) -> Scope:
+    if evidence.batch_finite is False or evidence.batch_strange:
+        return "batch"
+    comparison = evidence.comparison
+    least, sane = limits.worse_for_batch * evidence.loss_unit, _sane_loss(evidence, limits)
+    if comparison is not None and worse(comparison, least, limits, sane=sane):
+        return "learner" if learner_did_it(evidence, limits) else "state"
+    if evidence.undo and comparison is None and evidence.healthy_since_restore is not None:
+        return "learner" if evidence.healthy_since_restore < limits.calm_when_late else "batch"
+    if comparison is not None and comparison.then_finite is False:
+        return "batch"  # a restore would bring it back: the loss cannot be differentiated at this batch
+    if evidence.healthy_steps == 0 or evidence.healthy_since_restore == 0:
+        return "batch"  # the state is as good as any that is known
+    if not fault.certain and evidence.comparable:
+        return "batch"  # finite, under good weights: if it lasts, it is how gradients are from now on
+    if evidence.bad_in_a_row >= limits.patience and evidence.bad_in_a_row % limits.patience == 0:
+        # Many bad batches in a row under good weights are the data's fault.
+        data = comparison is not None and not comparison.then <= sane
+        return "batch" if data else "learner"
+    return "batch"
+
+
+def suspicion_holds(fault: Fault, evidence: Evidence, limits: BlameThresholds) -> bool:
+    """Whether the evidence confirms the suspicion that the learner diverged."""
+    if fault.recovers and not evidence.comparable:
+        # Several losses that work against each other rise and fall by design.
+        far = fault.value is not None and fault.value > evidence.first + limits.far_above * abs(evidence.first)
+        return far and evidence.growth > limits.grown_unproven
+    comparison = evidence.comparison
+    match fault.proof:
+        case "none":
+            return True
+        case "growth":
+            # A heavy-tailed loss rises as far, but then the weights stay where they are.
+            return evidence.growth > (limits.grown if evidence.comparable else limits.grown_unproven)
+        case "trial":
+            # A hard task looks the same in the loss: only a lower rate, or the weights, tell a ruined learner from it.
+            return ruined(fault, evidence, limits)
+        case "batches":
+            # Data that swing do so under good weights too, which are then no better than untrained ones.
+            first = evidence.first
+            limit = first + limits.unsteady_share * abs(first)
+            return comparison is not None and comparison.then < limit and comparison.now > first
+    if comparison is None:
+        return True
+    least = limits.worse_for_suspicion * _unit(fault, evidence)
+    if worse(comparison, least, limits, sane=_sane_loss(evidence, limits)):
+        return True
+    if comparison.then - comparison.now > limits.better * evidence.loss_unit:
+        return False  # the data have changed, and the model is learning them
+    return fault.recovers and ruined(fault, evidence, limits)
+
+
+def ruined(fault: Fault, evidence: Evidence, limits: BlameThresholds) -> bool:
+    """Whether a lower rate learns where the present one does not, or the weights have grown beyond repair."""
+    no_better = fault.value is not None and fault.value > evidence.first - limits.no_better * evidence.loss_unit
+    return (
+        bool(evidence.lower_is_better)
+        or evidence.growth > limits.grown
+        or (evidence.growth > limits.grown_after_rise and evidence.excursion and no_better)
+    )
+
+
+def worse(comparison: Comparison, least: float, limits: BlameThresholds, *, sane: float = math.inf) -> bool:
+    """Whether the weights of now are clearly worse on the batch than the good ones.
 
     Args:
-        evidence: What is known about the fault.
-        calm: Updates accepted after a restore from which on the learner is trusted again.
+        comparison: Loss of one batch under both.
+        least: By how much at least.
+        limits: By which share of the loss at least.
+        sane: A batch whose loss is above this under good weights is itself at fault.
     """
-    # Behind an update that was made, bad weights are no sign by themselves: only if they are back at once, or early
-    # on, where its loss says so.
-    calm = AT_ONCE if evidence.undo else calm
+    if not math.isfinite(comparison.then) or comparison.then > sane:
+        return False
+    by = max(least, limits.worse_share * abs(comparison.then))
+    return not math.isfinite(comparison.now) or comparison.now - comparison.then > by
+
+
+def learner_did_it(evidence: Evidence, limits: BlameThresholds) -> bool:
+    """Whether a fault was the learner's own doing; what comes out of nothing in a calm run was not."""
+    # After an update that was made, bad weights are no sign by themselves: only if they are back at once, or early on,
+    # where its loss says so.
+    calm = limits.calm_when_late if evidence.undo else limits.calm
     blind = evidence.undo and not (evidence.comparison is not None and math.isfinite(evidence.comparison.now))
     soon = evidence.healthy_since_restore is not None and evidence.healthy_since_restore < calm
-    return evidence.climbing or evidence.rate_rose or soon or (evidence.healthy_steps < 20 and not blind)
+    return evidence.climbing or evidence.rate_rose or soon or (evidence.healthy_steps < limits.beginning and not blind)
 
 
-def rate_rises(evidence: Evidence) -> bool:
+def rate_rises(evidence: Evidence, limits: BlameThresholds) -> bool:
     """Whether the rate has clearly risen, since the snapshot or before: it may go on and outgrow a multiplier."""
+    if evidence.rate_rose:
+        return True
     lowest = evidence.lowest_lr
-    return evidence.rate_rose or (evidence.lr is not None and lowest is not None and evidence.lr > 1.5 * lowest)
+    return evidence.lr is not None and lowest is not None and evidence.lr > limits.rate_risen * lowest
+
+
+def _unit(fault: Fault, evidence: Evidence) -> float:
+    # A loss that is falling again varies by as much as it is too high, and that is no noise.
+    return evidence.loss_unit if fault.excess is None else min(evidence.loss_unit, fault.excess)
+
+
+def _sane_loss(evidence: Evidence, limits: BlameThresholds) -> float:
+    return evidence.first + limits.sane_loss * evidence.loss_unit

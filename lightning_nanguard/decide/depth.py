@@ -7,12 +7,13 @@ import math
 from lightning_nanguard.types import Evidence
 
 
-def by_level(depth: int, evidence: Evidence, *, keeps: bool) -> int:
-    """At least ``depth``, and deeper while an older snapshot was at a clearly better loss.
+def depth_by_level(depth: int, evidence: Evidence, *, same_level: float, keeps: bool) -> int:
+    """How many snapshots to go back: at least ``depth``, and more while an older one was at a clearly better loss.
 
     Args:
         depth: Where to begin.
         evidence: Levels and unit of the loss.
+        same_level: Loss units within which two snapshots have the same level.
         keeps: Stop short of a snapshot that would lose half of what was learned.
     """
     depth = min(depth, max(0, evidence.snapshots - 1))
@@ -26,6 +27,6 @@ def by_level(depth: int, evidence: Evidence, *, keeps: bool) -> int:
         depth -= 1
     for index in range(depth, len(levels)):
         level = levels[index]
-        if level is None or level <= best + 0.1 * evidence.loss_unit:
+        if level is None or level <= best + same_level * evidence.loss_unit:
             return index
     return depth

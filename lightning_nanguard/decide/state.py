@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, final
 
 
+@final
 @dataclass(frozen=True, slots=True)
 class PolicyState:
     """What the policy remembers: plain tuples and numbers.
@@ -47,6 +48,7 @@ class PolicyState:
 
 
 def within_window(state: PolicyState, oldest: int) -> PolicyState:
+    """The state without restores and skips of step ``oldest`` and before."""
     restores = tuple(item for item in state.restores if item[0] > oldest)
     skips = tuple(step for step in state.skips if step > oldest)
     if len(restores) == len(state.restores) and len(skips) == len(state.skips):

@@ -1,19 +1,15 @@
-"""What is told of an intervention: the record of what was done, and the error that ends a run."""
+"""Makes the record of each intervention, and the error that ends a run."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol, final
+from typing import NoReturn, final
 
-from lightning_nanguard.act.learning_rate import LearningRate
 from lightning_nanguard.errors import TrainingDivergedError
-from lightning_nanguard.guard.state import GuardState
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.loop import Clock, TrainingLoop
 from lightning_nanguard.types import Fault, Finding, Intervention
-
-Clock = tuple[int, int, int]
-"""``global_step``, epoch and batch index."""
-
 
 _ADVICE = (
     "Look at the records of what was done before; lower the learning rate, look at the data named there, or widen the "
@@ -21,33 +17,19 @@ _ADVICE = (
 )
 
 
-class Book(Protocol):
-    """Where records go, and what time it is."""
-
-    def clock(self) -> Clock:
-        """``global_step``, epoch and batch index of now."""
-
-    def record(self, intervention: Intervention) -> None:
-        """Keep what was done."""
-
-
 @final
 class InterventionRecorder:
-    """Tells what is done.
+    """Makes the record of each intervention, and the error that ends a run.
 
     Args:
-        book: Where records go.
-        rate: The learning rate's multiplier.
-        standing: Where the run stands.
-        observe: Whether nothing of it is done.
+        context: What the parts of the guard share.
+        loop: Keeps records, and knows the time.
         memory: Of how many batches the clock is remembered.
     """
 
-    def __init__(self, book: Book, rate: LearningRate, standing: GuardState, *, observe: bool, memory: int) -> None:
-        self._book = book
-        self._rate = rate
-        self._standing = standing
-        self._observe = observe
+    def __init__(self, context: GuardContext, loop: TrainingLoop, *, memory: int) -> None:
+        self._context = context
+        self._loop = loop
         # The clock at the end of the newest batches, with the number of their last update.
         self._clocks: deque[tuple[int, Clock]] = deque(maxlen=memory)
         self._tried: deque[str] = deque(maxlen=5)
@@ -56,12 +38,12 @@ class InterventionRecorder:
 
     def mark(self) -> None:
         """A batch ends: what is found late in it is on record under its clock."""
-        self._clocks.append((self._standing.step, self._book.clock()))
+        self._clocks.append((self._context.state.step, self._loop.clock()))
 
     def clock_of(self, step: int) -> Clock:
         """The clock of the batch of an update, that of now where it is not remembered."""
         past = (clock for last, clock in self._clocks if last >= step)
-        return next(past, self._book.clock())
+        return next(past, self._loop.clock())
 
     def record(
         self,
@@ -84,9 +66,9 @@ class InterventionRecorder:
             ranks: Ranks that saw it, where not all did.
             clock: When; ``None`` for now.
         """
-        global_step, epoch, batch_idx = self._book.clock() if clock is None else clock
-        after, restored = self._rate.effective(), self._standing.restored
-        self._book.record(
+        global_step, epoch, batch_idx = self._loop.clock() if clock is None else clock
+        after, restored = self._context.rate.effective(), self._context.state.restored
+        self._loop.record(
             Intervention(
                 global_step=global_step,
                 epoch=epoch,
@@ -101,11 +83,16 @@ class InterventionRecorder:
                 finding=finding,
                 message=fault.message,
                 value=fault.value,
-                applied=not self._observe,
+                applied=not self._context.settings.observe,
                 ranks=ranks,
-                updates_lost=0 if restored is None else self._standing.step - restored.step,
+                updates_lost=0 if restored is None else self._context.state.step - restored.step,
             )
         )
+
+    def note(self, fault: Fault, *words: str) -> None:
+        """Put on record what was done outside the order of a step."""
+        self._context.state.restored = None
+        self.record(fault, fault.place, words, self._context.rate.effective())
 
     def tried(self, fault: Fault, words: tuple[str, ...]) -> None:
         """Remember what was done, for the error that may end the run."""
@@ -118,7 +105,7 @@ class InterventionRecorder:
             TrainingDivergedError: Always.
         """
         global_step, epoch, batch_idx = clock
-        to = None if self._standing.restored is None else self._standing.restored.global_step
+        to = None if self._context.state.restored is None else self._context.state.restored.global_step
         good = "There is no good state to go back to." if to is None else f"The module holds the weights of step {to}."
         raise TrainingDivergedError(
             f"Training cannot go on: {reason}. Step {global_step} (epoch {epoch}, batch {batch_idx}): {fault.message} "

@@ -1,4 +1,4 @@
-"""What lasts of an intervention, a lower rate and clipping, and how it comes to an end."""
+"""Lower rates and clipping: how they begin, how a cut is reviewed, and when they are given back."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from typing import Any, Literal, final
 
 from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.act.clip_gradients import ClipGradients
-from lightning_nanguard.act.clipping import Clipper
-from lightning_nanguard.act.learning_rate import LearningRate
 from lightning_nanguard.act.reduce_lr import ReduceLR
-from lightning_nanguard.decide.policy import Policy
+from lightning_nanguard.decide.recovery import give_back, note_too_high
 from lightning_nanguard.detect.history import ReadingHistory
-from lightning_nanguard.detect.monitors import Monitors
+from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.rehearsal import Rehearsal, Reviews
-from lightning_nanguard.guard.state import GuardState
-from lightning_nanguard.types import Evidence, Fault, Scale
+from lightning_nanguard.types import Fault, Scale
 
 _HEALTHY = Fault("healthy_stretch", "learner", "", None, "a long healthy stretch")
 
@@ -33,46 +30,36 @@ class Recovery:
     """Cuts the rate and turns clipping on, reviews a cut, and gives back after a healthy stretch.
 
     Args:
-        rate: The learning rate's multiplier.
+        context: What the parts of the guard share.
+        rehearsal: Tries rates.
+        recorder: Records what was done.
         reduce: How the user wants the rate to be cut and given back.
         clip: How the user wants gradients to be clipped.
-        standing: Where the run stands.
-        policy: Decides when something is given back.
-        monitors: Know whether the run learns.
-        rehearsal: Tries rates out.
-        account: Records what was done.
         may_lower: Whether the user lets the rate be cut at all.
     """
 
-    # So often in a row a review lowers the rate: each time there is less to say that it must.
-    _most_lowered = 3
-
     def __init__(
         self,
-        rate: LearningRate,
+        context: GuardContext,
+        rehearsal: Rehearsal,
+        recorder: InterventionRecorder,
         reduce: Remedy,
         clip: Remedy,
-        standing: GuardState,
-        policy: Policy,
-        monitors: Monitors,
-        rehearsal: Rehearsal,
-        account: InterventionRecorder,
         *,
         may_lower: bool,
     ) -> None:
-        self._rate = rate
+        self._context = context
+        self._rate = context.rate
+        self._state = context.state
+        self._rehearsal = rehearsal
+        self._recorder = recorder
         self._reduce = reduce
         self._clip = clip
-        self._standing = standing
-        self._policy = policy
-        self._monitors = monitors
-        self._rehearsal = rehearsal
-        self._account = account
         self._may_lower = may_lower
+        self._limits = context.thresholds.rate_search.review
         self._lowered = 0
-        self._reviews = Reviews()
+        self._reviews = Reviews(self._limits)
         self._clipping_since = 0
-        self.clipper = Clipper()
 
     def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
         """Multiply the learning rate, or with ``limit`` allow no larger one than results."""
@@ -81,67 +68,69 @@ class Recovery:
             rate.set_multiplier(rate.multiplier, min_lr=min_lr, max_lr=rate.effective()[0] * factor)
         else:
             rate.set_multiplier(min(1.0, rate.multiplier * factor), min_lr=min_lr, max_lr=rate.max_lr)
-        self._reviews.begin(self._standing.healthy_steps)
+        self._reviews.begin(self._state.healthy_steps)
 
     def clip(self, value: float, algorithm: Literal["norm", "value"]) -> None:
         """Clip from now on; ``inf`` ends it."""
-        self.clipper.set(value, algorithm)
-        self._clipping_since = self._standing.healthy_steps
+        self._context.clipper.set(value, algorithm)
+        self._clipping_since = self._state.healthy_steps
         # Clipping alone may have been too little.
-        self._reviews.begin(self._standing.healthy_steps)
+        self._reviews.begin(self._state.healthy_steps)
 
     def give_back(self) -> None:
         """After a healthy update: raise the rate, review it, end clipping, where it is time."""
-        if not self._rate.is_on() and self.clipper.value is None:
+        if not self._rate.is_on() and self._context.clipper.value is None:
             return
-        standing, reduce = self._standing, self._reduce
-        standing.restored = None
+        state, reduce = self._state, self._reduce
+        state.restored = None
         before = self._rate.effective() if self._rate.is_on() else []
         ratio = self._rate.ratio() if before else 1.0
         if ratio < 1.0 and isinstance(reduce, ReduceLR):
-            plan, standing.policy = self._policy.give_back(
-                Evidence(standing.step, healthy_steps=standing.healthy_steps, multiplier=ratio),
-                standing.policy,
+            plan, state.policy = give_back(
+                state.policy,
+                multiplier=ratio,
+                healthy_steps=state.healthy_steps,
                 scheduled_lr=self._rate.scheduled()[0],
                 factor=reduce.factor,
                 after=reduce.recover_after,
-                learning=self._monitors.learning(),
+                learning=self._context.monitors.learning(),
+                limits=self._context.thresholds.decision.recovery,
             )
             for step in plan:
                 if isinstance(step, Scale) and reduce.rehearse and self._rehearsal.harmful(step.factor):
-                    standing.policy = replace(standing.policy, proven_rate=0.0)
+                    state.policy = replace(state.policy, proven_rate=0.0)
                 elif isinstance(step, Scale):
                     self._raise_rate(ratio * step.factor, step, reduce.min_lr)
-                    self._account.record(_HEALTHY, "", ("give back",), before)
-                    self._reviews.begin(standing.healthy_steps)
+                    self._recorder.record(_HEALTHY, "", ("give back",), before)
+                    self._reviews.begin(state.healthy_steps)
         if isinstance(reduce, ReduceLR):
             self._review(reduce)
         self._end_clipping()
 
     def _review(self, reduce: ReduceLR) -> None:
         # The cut was chosen on next to no evidence; now there is more.
-        standing = self._standing
-        if not (reduce.rehearse and self._reviews.due(standing.healthy_steps)):
+        state, limits = self._state, self._limits
+        if not (reduce.rehearse and self._reviews.due(state.healthy_steps)):
             return
-        history = self._monitors.history(0) or ReadingHistory()
+        history = self._context.monitors.history(0) or ReadingHistory()
         before, ratio = self._rate.effective(), self._rate.ratio()
-        may_rise = ratio <= 0.5 and 4 * before[0] < standing.policy.bad_rate
+        may_rise = ratio <= limits.raised_below and limits.larger * before[0] < state.policy.bad_rate
         # A loss that falls does so at this rate, and one that never fell says nothing of it.
         rests = history.learning() and not history.falling()
-        rests &= self._may_lower and self._lowered < self._most_lowered and before[0] > reduce.min_lr
+        rests &= self._may_lower and self._lowered < limits.most_lowered and before[0] > reduce.min_lr
         if not (may_rise or rests):
             return
-        factor = self._rehearsal.review(history.first if rests else None, at_most=2.0 if may_rise else 1.0)
+        factor = self._rehearsal.review(history.first if rests else None, at_most=limits.raised if may_rise else 1.0)
         if factor > 1:
             self._raise_rate(ratio * factor, Scale(factor), reduce.min_lr)
-            self._reviews.begin(standing.healthy_steps)
-            standing.policy = replace(standing.policy, given_back_at=standing.healthy_steps)
-            self._account.record(_HEALTHY, "", ("give back",), before)
+            self._reviews.begin(state.healthy_steps)
+            state.policy = replace(state.policy, given_back_at=state.healthy_steps)
+            self._recorder.record(_HEALTHY, "", ("give back",), before)
         elif factor < 1:
             self.scale(factor, reduce.min_lr)
             self._lowered += 1
-            standing.policy = self._policy.too_high(before[0], standing.healthy_steps, standing.policy)
-            self._account.record(_STILL_HIGH, "", (reduce.word,), before)
+            state.policy = note_too_high(before[0], state.healthy_steps, state.policy)
+            self._recorder.record(_STILL_HIGH, "", (reduce.word,), before)
 
     def _raise_rate(self, ratio: float, step: Scale, min_lr: float) -> None:
         self._lowered = 0
@@ -153,17 +142,21 @@ class Recovery:
         self._rate.set_multiplier(multiplier, min_lr=min_lr, max_lr=math.inf if ratio >= 1.0 else limit)
 
     def _end_clipping(self) -> None:
-        clip, healthy = self._clip, self._standing.healthy_steps - self._clipping_since
-        if self.clipper.value is not None and isinstance(clip, ClipGradients) and healthy >= clip.recover_after:
+        clip, healthy = self._clip, self._state.healthy_steps - self._clipping_since
+        if (
+            self._context.clipper.value is not None
+            and isinstance(clip, ClipGradients)
+            and healthy >= clip.recover_after
+        ):
             self.clip(math.inf, "norm")
-            self._account.record(_HEALTHY, "", ("end clipping",), self._rate.effective())
+            self._recorder.record(_HEALTHY, "", ("end clipping",), self._rate.effective())
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""
         return {
             "clipping_since": self._clipping_since,
             "lowered": self._lowered,
-            "clipper": self.clipper.state_dict(),
+            "clipper": self._context.clipper.state_dict(),
             "rate": self._rate.state_dict(),
             "reviews": self._reviews.state_dict(),
         }
@@ -172,6 +165,6 @@ class Recovery:
         """The inverse of :meth:`state_dict`."""
         self._clipping_since = int(state["clipping_since"])
         self._lowered = int(state.get("lowered", 0))
-        self.clipper.load_state_dict(state["clipper"])
+        self._context.clipper.load_state_dict(state["clipper"])
         self._rate.load_state_dict(state["rate"])
         self._reviews.load_state_dict(state["reviews"])

@@ -1,74 +1,40 @@
-"""Trying a learning rate out: a few updates on the newest batches, from some state, that are undone again."""
+"""Tries learning rates: a few updates on the newest batches, from some state, that are undone again."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from statistics import fmean
-from typing import Protocol, final
+from typing import final
 
 import torch
 
-from lightning_nanguard.act.learning_rate import LearningRate
-from lightning_nanguard.distributed.ranks import Alone, Ranks
-from lightning_nanguard.state.learner import Learner
+from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
-
-
-class Stage(Protocol):
-    """What a rehearsal asks of the loop around."""
-
-    def rehearsal_batches(self) -> int:
-        """How many batches are at hand to rehearse on; 0 where that cannot be done."""
-
-    def rehearsing(self) -> AbstractContextManager[None]:
-        """Inside, batches run outside the run's count; at its end all they touched but the learner is put back."""
-
-    def train_on(self, index: int) -> float | None:
-        """One plain update on a batch; its loss before the update. ``None`` where that fails."""
-
-    def loss_on(self, index: int) -> float | None:
-        """Loss of a batch under the weights of now; ``None`` where it cannot be had."""
-
-
-# A rehearsal is over once the loss has risen by this many times the loss it began at, or the loss unit, in two
-# batches behind each other: under clipping one update may go too far and the next ones come back.
-_GONE = 2.0
-
-
-# Times the gain of the present rate that a larger one must bring to be taken.
-_CLEARLY_MORE = 2.0
-
-
-# Share of what was learned that a rate may cost batches while it learns others, and what it is multiplied by beyond it.
-_FORGOTTEN = 0.1
-
-
-_LOWER = 0.25
+from lightning_nanguard.thresholds.rate_search import ReviewThresholds
 
 
 @final
 class Reviews:
     """When a rate that was cut is looked at again: soon after the cut, then ever more rarely."""
 
-    _first = 50
-
-    def __init__(self) -> None:
+    def __init__(self, limits: ReviewThresholds) -> None:
+        self._limits = limits
         self._next: int | None = None
-        self._wait = self._first
+        self._wait = limits.first_after
 
     def begin(self, healthy_steps: int) -> None:
         """The rate was changed after this many healthy updates."""
-        self._wait = self._first
+        self._wait = self._limits.first_after
         self._next = healthy_steps + self._wait
 
     def due(self, healthy_steps: int) -> bool:
         """Whether it is time; says so once, and waits four times as long for the next."""
         if self._next is None or healthy_steps < self._next:
             return False
-        self._wait *= 4
+        self._wait *= self._limits.wait_ratio
         self._next = healthy_steps + self._wait
         return True
 
@@ -78,37 +44,26 @@ class Reviews:
 
     def load_state_dict(self, state: Mapping[str, int | None]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self._next, self._wait = state["next"], state["wait"] or self._first
+        self._next, self._wait = state["next"], state["wait"] or self._limits.first_after
 
 
 @final
 class Rehearsal:
-    """Rehearses rates; learner, rates and gradients are afterwards as they were.
+    """Tries learning rates on the newest batches; learner, rates and gradients are afterwards as they were.
+
+    Among several processes each trains on its own batches, and all go on from the mean.
 
     Args:
-        learner: What is trained.
-        rate: The learning rate's multiplier.
-        stage: The loop around.
-        loss_unit: Gives the loss unit.
-        ranks: All processes; each rehearses on its own batches, and all go on from the mean.
+        context: What the parts of the guard share.
     """
 
-    _updates = 8
-    _lower = (1 / 16, 1 / 256)
-
-    def __init__(
-        self,
-        learner: Learner,
-        rate: LearningRate,
-        stage: Stage,
-        loss_unit: Callable[[], float],
-        ranks: Ranks | None = None,
-    ) -> None:
-        self._ranks: Ranks = Alone() if ranks is None else ranks
-        self._learner = learner
-        self._rate = rate
-        self._stage = stage
-        self.loss_unit = loss_unit
+    def __init__(self, context: GuardContext) -> None:
+        self._context = context
+        self._learner = context.learner
+        self._rate = context.rate
+        self._replay = context.replay
+        self._limits = context.thresholds.rate_search.rehearsal
+        self._reviews = context.thresholds.rate_search.review
         # The loss of each batch under the state last rehearsed from, where it was looked at: batches may differ by far.
         self._base: tuple[int, int] = (0, 0)
         self._began: dict[int, float] = {}
@@ -126,7 +81,7 @@ class Rehearsal:
             unseen: Train on every other batch, and take the loss of the others: what is learned by heart does not
                 count.
         """
-        batches = range(self._stage.rehearsal_batches())
+        batches = range(self._replay.rehearsal_batches())
         if not batches:
             return None
         trained, measured = (batches[::2], batches[1::2]) if unseen and len(batches) > 1 else (batches, batches)
@@ -147,17 +102,17 @@ class Rehearsal:
     def _horizon(self, updates: int) -> int:
         group = self._learner.optimizers[0].param_groups[0]
         # Momentum shows what it does to a rate only once it has built up; LBFGS makes several updates in one step.
-        inertia = 2.0 if group.get("momentum") else 1.5 if "betas" in group else 1.0
+        inertia = self._limits.momentum if group.get("momentum") else self._limits.adaptive if "betas" in group else 1.0
         return math.ceil(updates * inertia / int(group.get("max_iter", 1)))
 
     def _play(self, trained: Sequence[int], measured: Sequence[int], updates: int) -> float | None:
-        with self._stage.rehearsing():
+        with self._replay.rehearsing():
             stays = self._train(trained, updates)
         if not stays:
             return None if stays is None else math.inf
         # Anew, so that a loss with chance in it meets the same chance whatever was trained before.
-        with self._stage.rehearsing():
-            losses = [self._stage.loss_on(index) for index in measured]
+        with self._replay.rehearsing():
+            losses = [self._replay.loss_on(index) for index in measured]
         if updates == 0:
             self._began = {i: loss for i, loss in zip(measured, losses, strict=True) if loss is not None}
         mean = fmean(loss for loss in losses if loss is not None) if None not in losses else None
@@ -165,21 +120,21 @@ class Rehearsal:
 
     def _train(self, batches: Sequence[int], updates: int) -> bool | None:
         first: float | None = None
-        unit = self.loss_unit()
+        unit = self._context.monitors.loss_unit()
         gone = False
         for update in range(updates):
             index = batches[update % len(batches)]
-            loss = self._stage.train_on(index)
+            loss = self._replay.train_on(index)
             if loss is None:
                 return None
             first = loss if first is None else first
             began = self._began.get(index, first)
-            was_gone, gone = gone, loss > began + _GONE * max(abs(began), unit)
+            was_gone, gone = gone, loss > began + self._limits.diverged * max(abs(began), unit)
             if not math.isfinite(loss) or (gone and was_gone):
                 return False
         return True
 
-    def review(self, untrained: float | None, *, at_most: float = 2.0) -> float:
+    def review(self, untrained: float | None, *, at_most: float) -> float:
         """The factor at which the present rate would serve the present state better: 2, 1 or a quarter.
 
         Short trials favour small rates, so a lower one is taken only where learning some batches costs others a part of
@@ -189,20 +144,21 @@ class Rehearsal:
             untrained: The loss that the run began with; ``None`` where no lower rate is asked for.
             at_most: The largest factor that is asked for.
         """
+        reviews = self._reviews
         with self._present() as present:
             if present is None:
                 return 1.0
 
-            def loss(factor: float, updates: int = self._updates) -> float | None:
+            def loss(factor: float, updates: int = self._limits.updates) -> float | None:
                 return self.loss_after(present, factor, updates, unseen=True)
 
             before, same = loss(1.0, 0), loss(1.0)
             if before is None or same is None:
                 return 1.0
-            if untrained is not None and 0 < _FORGOTTEN * (untrained - before) < same - before:
-                return _LOWER
-            larger = loss(4.0) if at_most > 1 else None
-            more = larger is not None and larger < before and before - larger > _CLEARLY_MORE * (before - same)
+            if untrained is not None and 0 < reviews.forgotten * (untrained - before) < same - before:
+                return reviews.lowered
+            larger = loss(reviews.larger) if at_most > 1 else None
+            more = larger is not None and larger < before and before - larger > reviews.clearly_more * (before - same)
             return at_most if more else 1.0
 
     def harmful(self, factor: float) -> bool:
@@ -211,8 +167,12 @@ class Rehearsal:
             if present is None:
                 return False
             before = self.loss_after(present, 1.0, 0)
-            after = self.loss_after(present, factor, 2 * self._updates)
-        return before is not None and after is not None and after > before + 0.1 * self.loss_unit()
+            after = self.loss_after(present, factor, 2 * self._limits.updates)
+        return (
+            before is not None
+            and after is not None
+            and after > before + self._limits.harmful * self._context.monitors.loss_unit()
+        )
 
     @contextmanager
     def _present(self) -> Iterator[Snapshot | None]:
@@ -221,7 +181,7 @@ class Rehearsal:
         present: Snapshot | None = None
         with suppress(torch.cuda.OutOfMemoryError):
             present = capture(self._learner, step=0, global_step=0)
-        if not all(self._ranks.gather(present is not None)) or present is None:
+        if not all(self._context.ranks.gather(present is not None)) or present is None:
             yield None
             return
         try:
@@ -244,7 +204,7 @@ class Rehearsal:
 
     def compare_each(self, one: Snapshot, other: Snapshot) -> list[tuple[float, float]]:
         """Loss of each batch at hand under two states; empty without batches."""
-        if not self._stage.rehearsal_batches():
+        if not self._replay.rehearsal_batches():
             return []
         with self._present() as present:
             if present is None:
@@ -260,22 +220,25 @@ class Rehearsal:
 
         Args:
             start: A certified snapshot from before the trouble.
-            loss_unit: The loss unit: a fifth of it is a clear difference.
+            loss_unit: The loss unit: a share of it is a clear difference.
         """
         with self._present() as present:
             if present is None:
                 return None
             begin = self.loss_after(present, 1.0, 0)
-            end = self.loss_after(present, 1.0, self._updates)
+            end = self.loss_after(present, 1.0, self._limits.updates)
             if begin is None or end is None:
                 return None
-            if begin - end > 0.2 * loss_unit:
+            if begin - end > self._limits.clear * loss_unit:
                 return False
-            for factor in self._lower:
-                lower = self.loss_after(start, factor, self._updates)
+            for factor in self._limits.lower:
+                lower = self.loss_after(start, factor, self._limits.updates)
                 if lower is None:
                     return None
                 # It ends clearly lower, and where the present state stands the present rate brings next to nothing.
-                if lower < end - 0.2 * loss_unit and begin - end < (begin - lower) / 3:
+                if (
+                    lower < end - self._limits.clear * loss_unit
+                    and begin - end < (begin - lower) / self._limits.times_the_gain
+                ):
                     return True
         return False

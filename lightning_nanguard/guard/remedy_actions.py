@@ -1,86 +1,94 @@
-"""What remedies may do to a run: put the learner back, slow it, clip it, try rates out."""
+"""What remedies may do to a run: restore the learner, cut the rate, clip, try rates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, final
 
 from lightning_nanguard.act.skip import StepBlocker
-from lightning_nanguard.distributed.ranks import Ranks
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.found import FoundFault
+from lightning_nanguard.guard.readback import Readback
 from lightning_nanguard.guard.recovery import Recovery
-from lightning_nanguard.guard.rehearsal import Rehearsal, Stage
-from lightning_nanguard.guard.state import GuardState
-from lightning_nanguard.state.learner import Learner
+from lightning_nanguard.guard.rehearsal import Rehearsal
+from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.state.restore import restore
-from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.state.snapshot import Snapshot
 
 
 @final
 class RemedyActions:
-    """Does what remedies ask for; a :class:`~lightning_nanguard.remedies.RunControl`.
+    """Does what remedies ask for; a :class:`~lightning_nanguard.act.base.RunControl`.
 
     Args:
-        learner: What is trained.
-        ring: The snapshots.
-        standing: Where the run stands.
+        context: What the parts of the guard share.
         recovery: Cuts the rate and clips.
-        rehearsal: Tries rates out.
-        stage: The loop around.
+        rehearsal: Tries rates.
         blocker: Keeps updates from the weights.
-        ranks: All processes.
+        snapshots: Is told of a restore.
+        readback: Is told of a restore.
     """
 
     def __init__(
         self,
-        learner: Learner,
-        ring: Ring,
-        standing: GuardState,
+        context: GuardContext,
         recovery: Recovery,
         rehearsal: Rehearsal,
-        stage: Stage,
         blocker: StepBlocker,
-        ranks: Ranks,
+        snapshots: SnapshotManager,
+        readback: Readback,
     ) -> None:
-        self._learner = learner
-        self._ring = ring
-        self._standing = standing
+        self._context = context
         self._recovery = recovery
         self._rehearsal = rehearsal
-        self._stage = stage
         self._blocker = blocker
-        self._ranks = ranks
-        self._undo: Callable[[], None]
-        self._forget: Callable[[Snapshot], None]
+        self._snapshots = snapshots
+        self._readback = readback
+        self._found: FoundFault | None = None
+        self._known_until = 0
 
-    def begin(self, undo: Callable[[], None], forget: Callable[[Snapshot], None]) -> None:
+    def begin(self, found: FoundFault, known_until: int) -> None:
         """An intervention begins.
 
         Args:
-            undo: Puts back what its batch touched.
-            forget: Called with a snapshot gone back to: what was read of later states is of no use any more.
+            found: The fault.
+            known_until: Update up to which readings are kept even if a state from before it is restored.
         """
-        self._undo, self._forget, self._standing.restored = undo, forget, None
+        self._found, self._known_until, self._context.state.restored = found, known_until, None
+
+    def undo(self, found: FoundFault) -> None:
+        """Undo what the batch of a fault changed."""
+        if found.undo is not None:
+            # What the device held back it has undone already, and later batches have built on it.
+            found.undo.undo(buffers=not found.late or found.reached)
+            self._blocker.undo()
 
     def skip(self) -> None:
-        """Undo what the batch touched."""
-        self._undo()
+        """Undo what the batch of the present fault changed."""
+        if self._found is not None:
+            self.undo(self._found)
 
     def restore(self, depth: int) -> None:
         """Go back to a certified snapshot; to what the fit began with where nothing was certified yet."""
-        if self._ring.certified:
-            self._ring.drop_pending()
-            snapshot = self._ranks.whole(self._ring.discard_newer(depth))
-        elif self._ring.pending is not None:
-            snapshot = self._ring.pending
+        context, ring = self._context, self._context.ring
+        if ring.certified:
+            ring.drop_pending()
+            snapshot = context.ranks.whole(ring.discard_newer(depth))
+        elif ring.pending is not None:
+            snapshot = ring.pending
         else:
             return
-        self._standing.restored = snapshot
-        restore(self._learner, snapshot)
-        self._standing.healthy_since_restore = 0
+        context.state.restored = snapshot
+        restore(context.learner, snapshot)
+        context.state.healthy_since_restore = 0
         self._forget(snapshot)
-        for optimizer in self._learner.optimizers:
+        for optimizer in context.learner.optimizers:
             optimizer.zero_grad(set_to_none=True)
+
+    def _forget(self, snapshot: Snapshot) -> None:
+        # Everything that was read of states after this one.
+        self._snapshots.count_from(self._context.state.step)
+        self._readback.clear()
+        self._context.monitors.rewind(max(snapshot.step, self._known_until))
 
     def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
         """Multiply the learning rate, or with ``limit`` allow no larger one than results."""
@@ -92,17 +100,18 @@ class RemedyActions:
 
     def drop_moments(self) -> None:
         """Empty the optimizers' state."""
-        for optimizer in self._learner.optimizers:
+        for optimizer in self._context.learner.optimizers:
             optimizer.state.clear()
 
     def rehearse(self, factor: float, updates: int) -> float | None:
-        """Try a rate out from the state just gone back to."""
-        if self._standing.restored is None:
+        """Try a rate from the state just restored."""
+        restored = self._context.state.restored
+        if restored is None:
             return None
         self._blocker.blocked.clear()  # the faulty update is over, and rehearsed ones must be made
-        loss = self._rehearsal.loss_after(self._standing.restored, factor, updates)
-        return None if loss is None else loss / self._rehearsal.loss_unit()
+        loss = self._rehearsal.loss_after(restored, factor, updates)
+        return None if loss is None else loss / self._context.monitors.loss_unit()
 
     def rehearsal_batches(self) -> int:
-        """How many batches there are to rehearse on."""
-        return self._stage.rehearsal_batches()
+        """How many batches there are to try rates on."""
+        return self._context.replay.rehearsal_batches()

@@ -2,11 +2,143 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
+
+__all__ = ["BlameThresholds", "DecisionThresholds", "EvidenceThresholds", "LateReadingThresholds", "RecoveryThresholds"]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class BlameThresholds:
+    """When the learner is blamed for a fault, rather than its batch or bad state.
+
+    Attributes:
+        calm: Updates accepted after a restore from which on the learner is trusted again.
+        calm_when_late: The same for a fault that was read late: the weights cannot be compared with those before its
+            update.
+        beginning: Updates accepted since the start during which the learner explains what nothing else does.
+        patience: Faulty updates in a row before the learner is suspected.
+        start_patience: Faulty updates before the first healthy one after which the run is stopped.
+        rate_risen: Ratio of two learning rates from which on the larger one has clearly risen.
+        sane_loss: Loss units above the first loss up to which good weights explain a batch's loss.
+        worse_for_batch: Loss units by which the weights of now must be worse before a batch is not blamed.
+        worse_for_suspicion: The same for a suspicion of the learner.
+        worse_share: Share of the loss under good weights by which the weights of now must be worse.
+        better: Loss units by which the weights of now are clearly better: the data changed.
+        no_better: Loss units below the first loss down to which nothing was learned.
+        unsteady_share: Share of the first loss above it at which good weights are still no worse than untrained ones.
+        grown: Ratio of a matrix's norm to its norm at the start beyond which weights are ruined. Good runs reached 9,
+            ruined ones 15 and more.
+        grown_after_rise: The same where the loss went far up before and is no better than at the start.
+        grown_unproven: The same where no batch can be run again to prove it. Good runs reached 12.
+        far_above: First losses above the first loss that count as far where losses may work against each other.
+    """
+
+    calm: int = 200
+    calm_when_late: int = 20
+    beginning: int = 20
+    patience: int = 4
+    start_patience: int = 8
+    rate_risen: float = 1.5
+    sane_loss: float = 10.0
+    worse_for_batch: float = 0.5
+    worse_for_suspicion: float = 0.1
+    worse_share: float = 0.5
+    better: float = 0.1
+    no_better: float = 0.1
+    unsteady_share: float = 0.1
+    grown: float = 12.0
+    grown_after_rise: float = 4.0
+    grown_unproven: float = 25.0
+    far_above: float = 2.0
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RecoveryThresholds:
+    """When a learning rate that was cut is given back.
+
+    Attributes:
+        same_rate: Share of a rate that failed from which on another rate counts as that one.
+        proven_below: Share of a rate that failed up to which a proven rate stays proven.
+        progress: Loss units by which the loss must have fallen before a rate counts as proven.
+        proven_sooner: By how much sooner a rate is given back up to one that was proven.
+        wait_doubled: How often the wait is doubled before the rate goes across one that failed.
+        most_doubled: How often it is doubled at most.
+    """
+
+    same_rate: float = 0.75
+    proven_below: float = 0.25
+    progress: float = 0.2
+    proven_sooner: int = 20
+    wait_doubled: int = 2
+    most_doubled: int = 10
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class EvidenceThresholds:
+    """What is looked into, and what counts as clear.
+
+    Attributes:
+        jump: Times the largest weight of the snapshot that no update which is let through makes a weight.
+        known_batches: Consecutive verdicts against the batch after which most faults of that kind and place are not
+            looked into.
+        rate_risen: Ratio to the snapshot's learning rate from which on the rate has clearly risen.
+        grown: Growth of a matrix below which a loss that does not fall is a hard task, and no rate is tried.
+        grown_and_learned: The same where something was learned.
+        learned: Loss units below the first loss from which on something was learned.
+        clearly_worse: Share of a loss, or of the loss unit, by which a worse loss is clearly worse.
+        nothing: Loss units, and units of the loss, below which a difference is nothing.
+    """
+
+    jump: float = 1e4
+    known_batches: int = 4
+    rate_risen: float = 1.5
+    grown: float = 2.5
+    grown_and_learned: float = 6.0
+    learned: float = 0.3
+    clearly_worse: float = 0.3
+    nothing: float = 0.01
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LateReadingThresholds:
+    """When updates are read before they are made although readings are deferred.
+
+    Attributes:
+        careful: Updates that are read in time after one was undone: faults come in company, and each undone update
+            costs what was learned since the snapshot.
+        most_doubled: How often that number is doubled, once for each further update undone.
+        beginning: Updates from whose readings detectors know what is usual.
+    """
+
+    careful: int = 1000
+    most_doubled: int = 10
+    beginning: int = 20
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class DecisionThresholds:
-    """Who is blamed for a fault, and what follows."""
+    """Thresholds of the policy.
+
+    Attributes:
+        blame: Who is at fault.
+        recovery: When a cut is given back.
+        evidence: What is looked into.
+        late: When updates are read in time although readings are deferred.
+        same_level: Loss units within which two snapshots have the same level.
+        depth_by_state: Restores of bad state for each snapshot deeper.
+        deepest: Snapshots deeper at most.
+    """
+
+    blame: BlameThresholds = field(default_factory=BlameThresholds)
+    recovery: RecoveryThresholds = field(default_factory=RecoveryThresholds)
+    evidence: EvidenceThresholds = field(default_factory=EvidenceThresholds)
+    late: LateReadingThresholds = field(default_factory=LateReadingThresholds)
+    same_level: float = 0.1
+    depth_by_state: int = 2
+    deepest: int = 8

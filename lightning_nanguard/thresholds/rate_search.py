@@ -1,12 +1,129 @@
-"""How a learning rate is tried, cut and given back."""
+"""How a learning rate is tried, cut and reviewed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
+
+__all__ = ["CutThresholds", "RateSearchThresholds", "RehearsalThresholds", "ReviewThresholds"]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class CutThresholds:
+    """Which cut of the learning rate is taken.
+
+    Attributes:
+        largest_at_once: Largest cut that is planned at once.
+        most_escalated: How often the planned cut is squared at most.
+        largest_untried: Largest cut where no rate can be tried.
+        grown_unproven: Growth of a matrix from which on it alone says how far the rate must fall.
+        updates: Updates of each try.
+        tries: Rates tried at most.
+        ratio: Ratio of each rate tried to the one before.
+        missing: Share of the best gain that may be missing at a lower rate.
+        missing_of_much: The same where the best rate takes the loss below ``halved``.
+        halved: Share of the loss before, below which the best rate took it.
+        counted: Times the loss it ends at up to which a gain counts: where the loss began far off, every rate gains
+            nearly all.
+        by_heart: Loss units below which a few batches are learned by heart.
+        as_good: Loss units below which a loss is as good as that.
+        few: Batches up to which there are few: learned by heart, they favour large rates.
+        harm: Loss units by which a loss higher than before is harm.
+        least_of_best: Smallest share of the best rate that is taken. Rates at the edge of stability look best for a few
+            updates and fail later.
+        most_of_best: Largest share of the best rate that is taken.
+        trusted: Times the rate found up to which a rate proven before is preferred.
+        nearly: Share of a cut's gain that may be missing without it, where it is not made.
+    """
+
+    largest_at_once: float = 0.1
+    most_escalated: int = 10
+    largest_untried: float = 1 / 1024
+    grown_unproven: float = 25.0
+    updates: int = 8
+    tries: int = 10
+    ratio: float = 0.25
+    missing: float = 0.5
+    missing_of_much: float = 0.3
+    halved: float = 0.5
+    counted: float = 30.0
+    by_heart: float = 3e-3
+    as_good: float = 0.05
+    few: int = 2
+    harm: float = 0.1
+    least_of_best: float = 1 / 16
+    most_of_best: float = 1 / 2
+    trusted: float = 4.0
+    nearly: float = 0.02
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RehearsalThresholds:
+    """How a rate is tried on the newest batches.
+
+    Attributes:
+        updates: Updates of a try.
+        lower: Factors of the rate tried from the start's snapshot.
+        momentum: Times as many updates with momentum, which shows its effect only once it has built up.
+        adaptive: Times as many updates with an adaptive optimizer.
+        diverged: Times the loss it began at, or the loss unit, by which the loss has risen in two batches in a row when
+            the try is over: under clipping one update may go too far and the next ones come back.
+        clear: Loss units that make a clear difference between two rates.
+        times_the_gain: Times the present rate's gain that a lower rate must bring where the present state stands still.
+        harmful: Loss units by which a rate makes the loss clearly worse.
+    """
+
+    updates: int = 8
+    lower: tuple[float, ...] = (1 / 16, 1 / 256)
+    momentum: float = 2.0
+    adaptive: float = 1.5
+    diverged: float = 2.0
+    clear: float = 0.2
+    times_the_gain: float = 3.0
+    harmful: float = 0.1
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ReviewThresholds:
+    """When and how a rate that was cut is reviewed.
+
+    Attributes:
+        first_after: Healthy updates from the change of the rate to the first review.
+        wait_ratio: Times as many healthy updates to each further one.
+        larger: Factor of the larger rate tried.
+        clearly_more: Times the gain of the present rate that the larger one must bring.
+        raised: Factor by which the rate is raised then.
+        raised_below: Learning-rate multiplier up to which it may be raised.
+        forgotten: Share of all that was learned that learning some batches may cost others.
+        lowered: Factor by which the rate is lowered beyond that.
+        most_lowered: How often in a row it is lowered.
+    """
+
+    first_after: int = 50
+    wait_ratio: int = 4
+    larger: float = 4.0
+    clearly_more: float = 2.0
+    raised: float = 2.0
+    raised_below: float = 0.5
+    forgotten: float = 0.1
+    lowered: float = 0.25
+    most_lowered: int = 3
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class RateSearchThresholds:
-    """How a learning rate is tried, cut and given back."""
+    """Thresholds of cutting the learning rate.
+
+    Attributes:
+        cut: Which cut is taken.
+        rehearsal: How a rate is tried.
+        review: How a cut is reviewed.
+    """
+
+    cut: CutThresholds = field(default_factory=CutThresholds)
+    rehearsal: RehearsalThresholds = field(default_factory=RehearsalThresholds)
+    review: ReviewThresholds = field(default_factory=ReviewThresholds)

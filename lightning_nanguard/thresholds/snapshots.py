@@ -10,3 +10,7 @@ from typing import final
 @dataclass(frozen=True, slots=True)
 class SnapshotsThresholds:
     """When snapshots are taken, certified and distrusted."""
+
+    same_level: float = 0.1
+    certify_anyway: int = 100
+    keep_start: int = 1000

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_nanguard.act.clipping import Clipper
 from lightning_nanguard.distributed.ranks import Ranks, mean
 from lightning_nanguard.distributed.silent import Silent
 from lightning_nanguard.measure.finite import batch_finite, suspects
@@ -41,14 +42,14 @@ class _RehearsalError(Exception):
 
 @final
 class TrainerBatchReplay:
-    """Runs batches again for the investigation, for rehearsals and for the diagnosis.
+    """Runs batches again for the guard and for the diagnosis; a :class:`~lightning_nanguard.guard.loop.BatchReplay`.
 
     Args:
         trainer: The trainer.
         module: Its module.
         learner: What is trained.
         ranks: All processes.
-        clip: Clips the gradients of an optimizer as the guard does now.
+        clipper: Clips gradients as the guard does now.
         delay: After how many further updates it is known that one was healthy.
         updates: Of how many updates the micro-batches are kept.
         small: Of how many updates they are kept where they are small.
@@ -60,7 +61,7 @@ class TrainerBatchReplay:
         module: LightningModule,
         learner: Learner,
         ranks: Ranks,
-        clip: Callable[[Optimizer], None],
+        clipper: Clipper,
         *,
         delay: int,
         updates: int,
@@ -70,24 +71,26 @@ class TrainerBatchReplay:
         self._module = module
         self._learner = learner
         self._ranks = ranks
-        self._clip = clip
+        self._clipper = clipper
         self._delay = delay
         self._distrusted = -1
+        # Whether the hook at a batch's end is running, in which alone the module may log.
+        self.may_log = False
         self.batch: Any = None
         self.batch_idx = -1
-        self.tape = BatchHistory(module.device, updates=updates, small=small)
+        self.batches = BatchHistory(module.device, updates=updates, small=small)
         self.recent = RecentBatches()
         self._shown: list[MicroBatch] = []
 
-    def make_scope(self) -> BatchUndo:
-        """An object that remembers what a batch may touch."""
+    def make_undo(self) -> BatchUndo:
+        """An object that remembers what a batch may change, and undoes it."""
         return BatchUndo(self._module, [partial(remember_running_means, self._trainer)])
 
     def remember(self, update: int) -> None:
         """The batch at hand is over, in which update ``update`` was the last; keep what turned out healthy."""
         if not self._delay:
             self.recent.add(self.batch, self.batch_idx)
-        elif (known := update - self._delay) > self._distrusted and (newest := self.tape.last(known)) is not None:
+        elif (known := update - self._delay) > self._distrusted and (newest := self.batches.last(known)) is not None:
             self.recent.add(*newest)
 
     def distrust(self, update: int) -> None:
@@ -98,7 +101,7 @@ class TrainerBatchReplay:
     def showing(self, update: int) -> Iterator[bool]:
         """Inside, the batch at hand is that of an update which is over; whether it is still there."""
         batch, batch_idx = self.batch, self.batch_idx
-        self._shown = self.tape.of(update)
+        self._shown = self.batches.of(update)
         if self._shown:
             self.batch, self.batch_idx = self._shown[-1].batch, self._shown[-1].index
         try:
@@ -108,7 +111,7 @@ class TrainerBatchReplay:
 
     def batch_finite(self) -> bool | None:
         """Whether the micro-batches of the update at hand are finite."""
-        return batch_finite([micro.batch for micro in self._shown or self.tape.newest()])
+        return batch_finite([micro.batch for micro in self._shown or self.batches.newest()])
 
     def batch_strange(self) -> bool | None:
         """Whether the batch at hand reaches far beyond those before it."""
@@ -158,7 +161,7 @@ class TrainerBatchReplay:
             value = self._gradients(optimizer, *self._at_hand()[index])
             if value is None:
                 raise _RehearsalError
-            self._clip(optimizer)
+            self._clipper.clip(self._learner.gradients(0))
             clip_as_configured(self._trainer, optimizer)
             seen.append(value)
             return value
@@ -219,7 +222,7 @@ class TrainerBatchReplay:
 
     def rerun(self, micro: MicroBatch, full_precision: bool) -> Tensor | None:
         """Loss of a micro-batch with its graph, with the random numbers it had."""
-        self.tape.rewind(micro)
+        self.batches.rewind(micro)
         return loss_with_graph(self._trainer, micro.batch, micro.index, full_precision=full_precision)
 
     @contextmanager

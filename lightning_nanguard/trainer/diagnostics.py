@@ -1,4 +1,4 @@
-"""Why something happened in a fit, or does not happen: the diagnosis with a trainer, and what comes of it."""
+"""Diagnosis with a trainer: why a fault happened, what is wrong before the first step, why a loss does not move."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from lightning_nanguard.diagnosis.clues import Look
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
 from lightning_nanguard.diagnosis.examination import Examination
 from lightning_nanguard.diagnosis.preflight import LOW, Preflight
-from lightning_nanguard.distributed.ranks import Ranks
-from lightning_nanguard.guard.guard import Guard
+from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.record.advice import AdviceLog
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.snapshot import Snapshot
@@ -31,10 +30,9 @@ class Diagnostics:
     Args:
         trainer: The trainer.
         module: Its module.
-        guard: The guard, whose snapshots and trends are looked at.
-        stage: Where batches are run again.
-        ranks: All processes.
-        adviser: Keeps advice.
+        context: What the parts of the guard share.
+        replay: Runs batches again.
+        advice: Keeps advice.
         examine_after: Updates after which a loss that has not moved is examined; ``None`` for never.
         bundles: Keeps incidents; ``None`` keeps none.
     """
@@ -43,30 +41,29 @@ class Diagnostics:
         self,
         trainer: Trainer,
         module: LightningModule,
-        guard: Guard,
-        stage: TrainerBatchReplay,
-        ranks: Ranks,
+        context: GuardContext,
+        replay: TrainerBatchReplay,
         *,
-        adviser: AdviceLog,
+        advice: AdviceLog,
         examine_after: int | None,
         bundles: Bundles | None,
     ) -> None:
         self._trainer = trainer
         self._module = module
-        self._guard = guard
-        self._stage = stage
-        self._ranks = ranks
-        self._adviser = adviser
+        self._context = context
+        self._replay = replay
+        self._ranks = context.ranks
+        self._advice = advice
         self._bundles = bundles
         self._diagnostician = Diagnostician(
-            guard.learner,
-            guard.ring,
-            stage.rerun,
-            stage.untraced,
+            context.learner,
+            context.ring,
+            replay.rerun,
+            replay.untraced,
             loss_scale=self._loss_scale,
             low_precision=autocasts_to_half(trainer),
         )
-        self._examination = Examination(guard.learner, stage.rerun, stage.untraced, examine_after)
+        self._examination = Examination(context.learner, replay.rerun, replay.untraced, examine_after)
         self._examines = examine_after is not None
         # Whether the first batch is still to be looked at, and whether an examination was asked for.
         self.preflight_due = False
@@ -74,12 +71,12 @@ class Diagnostics:
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
         """Why the fault of an update happened; where folders of incidents are kept, what it can be replayed from."""
-        if look == "replay" and (not self._stage.comparable() or self._ranks.sharded):
+        if look == "replay" and (not self._replay.comparable() or self._ranks.sharded):
             look = "batch"
-        good = self._guard.ring.good(evidence.sound, evidence.loss_unit) if look == "replay" else None
+        good = self._context.ring.good(evidence.sound, evidence.loss_unit) if look == "replay" else None
         if good is not None:
             good = self._ranks.whole(good)  # here, where all ranks come, and not where only some may
-        micros = self._stage.tape.of(update)
+        micros = self._replay.batches.of(update)
         finding = self._diagnostician.diagnose(fault, evidence, micros, look, good)
         wanted = self._bundles is not None and look != "nothing" and not self._ranks.sharded
         if self._bundles is not None and wanted and micros and self._bundles.due(fault, finding):
@@ -95,8 +92,8 @@ class Diagnostics:
         good: Snapshot | None,
     ) -> Bundle:
         state = state_of(self._module)
-        if good is None and self._guard.ring.certified:
-            good = self._guard.ring.certified[0]
+        if good is None and self._context.ring.certified:
+            good = self._context.ring.certified[0]
         if evidence.undo and good is not None and not good.shared():
             # The update was made already: what it began from is in the last good snapshot, nearly.
             state |= {path[-1]: leaf for path, leaf in good.leaves.items() if path[0] in ("parameter", "buffer")}
@@ -116,9 +113,11 @@ class Diagnostics:
         """Look at the first batch and the untrained model, and give advice."""
         self.preflight_due = False
         look = Preflight(
-            self._module, partial(loss_with_graph, self._trainer, batch_idx=self._stage.batch_idx), self._stage.untraced
+            self._module,
+            partial(loss_with_graph, self._trainer, batch_idx=self._replay.batch_idx),
+            self._replay.untraced,
         )
-        run = self._stage.comparable() and self._is_whole() and batch is not None
+        run = self._replay.comparable() and self._is_whole() and batch is not None
         for finding in look.look(batch, readable_loader(self._trainer, self._module), run=run):
             if finding.confidence > LOW:
                 self._advise("preflight", finding)
@@ -127,23 +126,26 @@ class Diagnostics:
         """Examine a loss that does not move, or the run at hand where that was asked for."""
         if not (self._examines or self.asked):
             return
-        history, asked = self._guard.history(), self.asked
-        course = None if history is None else self._examination.due(self._guard.updates, history, asked=asked)
+        history, asked = self._context.monitors.history(0), self.asked
+        course = None if history is None else self._examination.due(self._context.state.step, history, asked=asked)
         if history is None or course is None:
             return
         self.asked = False
-        if not self._stage.comparable() or not self._is_whole():
+        if not self._replay.comparable() or not self._is_whole():
             return
-        rates = self._guard.rate.effective()
+        rates = self._context.rate.effective()
         evidence = Evidence(
-            step=self._guard.updates, first=course.first, loss_unit=history.loss_unit(), lr=rates[0] if rates else None
+            step=self._context.state.step,
+            first=course.first,
+            loss_unit=history.loss_unit(),
+            lr=rates[0] if rates else None,
         )
-        for finding in self._examination.findings(self._stage.tape.newest(256), course, evidence, asked=asked):
+        for finding in self._examination.findings(self._replay.batches.newest(256), course, evidence, asked=asked):
             if finding.confidence > LOW:
                 self._advise("asked" if asked else "loss does not move", finding)
 
     def _advise(self, occasion: str, finding: Finding) -> None:
-        self._adviser.give(Advice(self._trainer.global_step, self._trainer.current_epoch, occasion, finding))
+        self._advice.give(Advice(self._trainer.global_step, self._trainer.current_epoch, occasion, finding))
 
     def _is_whole(self) -> bool:
         return self._trainer.world_size == 1 and not self._ranks.sharded

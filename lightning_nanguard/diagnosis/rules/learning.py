@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 from lightning_nanguard.decide.blame import learner_did_it
-from lightning_nanguard.decide.policy import RUINED
 from lightning_nanguard.diagnosis.clues import NO_FAULT, Case
 from lightning_nanguard.diagnosis.rules.model import exploding_at_the_start
 from lightning_nanguard.diagnosis.rules.words import PRODUCTS, learner_diverged, worse
+from lightning_nanguard.thresholds.decision import BlameThresholds
 from lightning_nanguard.types import Finding
 
 # How many times as steep as usual the steepest direction is where the loss counts as ill-conditioned.
@@ -33,7 +33,7 @@ def corrupted_state(case: Case) -> Finding | None:
             f"went from {change.before:.4g} to {change.now:.4g}, where its elements moved by {change.usual:.2g} at most"
         )
         return _corrupted(0.95, change.name, moved, before=change.before, now=change.now, usual=change.usual)
-    if evidence.jump is None or fault.scope == "learner" or learner_did_it(evidence):
+    if evidence.jump is None or fault.scope == "learner" or learner_did_it(evidence, BlameThresholds()):
         return None
     return _corrupted(0.9, evidence.jump, "grew ten thousandfold within a few updates")
 
@@ -150,7 +150,11 @@ def _operation_explains_it(case: Case, rate: float | None, limit: float | None) 
     unseen = not clues.replayed and fault.kind == "non_finite_gradient"
     operation = unseen if clues.origin is None else clues.origin.operation not in PRODUCTS
     ruined = (
-        evidence.climbing or evidence.rate_rose or evidence.excursion or evidence.growth > RUINED or bool(evidence.jump)
+        evidence.climbing
+        or evidence.rate_rose
+        or evidence.excursion
+        or evidence.growth > BlameThresholds().grown
+        or bool(evidence.jump)
     )
     now = evidence.comparison.now if evidence.comparison is not None else math.nan
     # One that is not finite is the operation's own, and says nothing of the model.

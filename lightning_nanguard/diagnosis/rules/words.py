@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lightning_nanguard.decide.blame import learner_did_it
 from lightning_nanguard.diagnosis.clues import Origin, Range
+from lightning_nanguard.thresholds.decision import BlameThresholds
 from lightning_nanguard.types import Evidence, Fault, Finding
 
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mul", "convolution", "linear", "square", "pow", "prod"})
@@ -21,7 +22,9 @@ def learner_diverged(fault: Fault, evidence: Evidence) -> bool:
         return True
     if evidence.corrupt is not None:
         return evidence.climbing or evidence.rate_rose
-    return worse(evidence) and (learner_did_it(evidence) or (evidence.growth > 4 and evidence.jump is None))
+    return worse(evidence) and (
+        learner_did_it(evidence, BlameThresholds()) or (evidence.growth > 4 and evidence.jump is None)
+    )
 
 
 def worse(evidence: Evidence) -> bool:

@@ -1,0 +1,93 @@
+"""When a learning rate that was cut is given back, and which rates are proven. Pure functions of the policy's state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from lightning_nanguard.decide.state import PolicyState
+from lightning_nanguard.thresholds.decision import RecoveryThresholds
+from lightning_nanguard.types import Plan, Scale
+
+
+def give_back(
+    state: PolicyState,
+    *,
+    multiplier: float,
+    healthy_steps: int,
+    scheduled_lr: float | None,
+    factor: float,
+    after: int,
+    learning: bool,
+    limits: RecoveryThresholds,
+) -> tuple[Plan, PolicyState]:
+    """Give back a part of the learning rate's cut after a healthy stretch.
+
+    Up to a rate that was proven it is given back soon; else a ``factor`` at a time after ``after`` healthy updates
+    each, and across the lowest rate that failed only after several times as many, doubled for every time it failed
+    again. A run that is not learning gets nothing back early.
+
+    Args:
+        state: What the policy remembers.
+        multiplier: The learning-rate multiplier in force.
+        healthy_steps: Updates accepted since the start of fit.
+        scheduled_lr: Scheduled rate of the first group, ``None`` where it is not known.
+        factor: The cut that is given back at a time.
+        after: Healthy updates before the next part is given back.
+        learning: Whether the loss is falling, or has fallen and stayed there.
+        limits: The thresholds.
+    """
+    if multiplier >= 1.0 or scheduled_lr is None:
+        return (), state
+    failed_from = limits.same_rate * state.bad_rate
+    proven = min(1.0, state.proven_rate / scheduled_lr) if learning and scheduled_lr > 0 else 0.0
+    if proven > multiplier:
+        larger, wait = proven, max(1, after // limits.proven_sooner)
+    else:
+        larger = min(1.0, multiplier / factor)
+        wait = after
+        if scheduled_lr * larger >= failed_from:
+            wait = after * 2 ** min(state.failed_returns + limits.wait_doubled, limits.most_doubled)
+    if healthy_steps - state.given_back_at < wait:
+        return (), state
+    across = scheduled_lr * larger >= failed_from
+    # Up to a proven rate as a limit: under a falling schedule a multiplier would have to follow it step by step.
+    return (Scale(larger / multiplier, limit=proven > multiplier),), replace(
+        state, given_back_at=healthy_steps, bad_rate=math.inf if across else state.bad_rate
+    )
+
+
+def note_too_high(rate: float, healthy_steps: int, state: PolicyState) -> PolicyState:
+    """A rate was found too high, though nothing diverged: it counts as one that failed, and nothing as proven."""
+    bad_rate = min(state.bad_rate, rate)
+    return replace(state, bad_rate=bad_rate, proven_rate=0.0, proven_level=math.inf, given_back_at=healthy_steps)
+
+
+def note_failed(rate: float, healthy_steps: int, state: PolicyState, limits: RecoveryThresholds) -> PolicyState:
+    """The learner diverged at a rate: it failed, and a proven rate close to it is proven no more."""
+    bad = min(state.bad_rate, rate)
+    state = replace(state, bad_rate=bad, given_back_at=healthy_steps)
+    if state.proven_rate > bad * limits.proven_below:
+        state = replace(state, proven_rate=0.0, proven_level=math.inf)
+    return state
+
+
+def prove(
+    rate: float | None, level: float | None, loss_unit: float, state: PolicyState, limits: RecoveryThresholds
+) -> PolicyState:
+    """Note a rate as proven, when a snapshot was certified while the run was learning.
+
+    A rate is proven only where the loss has fallen since the last proof: under a schedule that goes on rising, a run
+    that has converged tolerates rates at which it would never have got there.
+
+    Args:
+        rate: Effective learning rate.
+        level: Level of the loss.
+        loss_unit: The unit of the loss.
+        state: What the policy remembers.
+        limits: The thresholds.
+    """
+    if rate is None or level is None or level > state.proven_level - limits.progress * loss_unit:
+        return state
+    proven = max(rate, state.proven_rate) if rate < limits.same_rate * state.bad_rate else state.proven_rate
+    return replace(state, proven_rate=proven, proven_level=level)

@@ -1,0 +1,151 @@
+"""How plans are carried out: by acting on the run, or by observing it only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol, final
+
+from torch import Tensor
+
+from lightning_nanguard.act.base import Remedy
+from lightning_nanguard.act.skip import StepBlocker
+from lightning_nanguard.diagnosis.clues import Look
+from lightning_nanguard.distributed.ranks import first
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.found import FoundFault
+from lightning_nanguard.guard.investigator import Investigator
+from lightning_nanguard.guard.readback import Readback
+from lightning_nanguard.guard.recovery import Recovery
+from lightning_nanguard.guard.remedy_actions import RemedyActions
+from lightning_nanguard.guard.snapshot_manager import SnapshotManager
+from lightning_nanguard.state.restore import restore
+from lightning_nanguard.types import Plan, PlanStep, Scale, Skip, Stop
+
+
+class Conduct(Protocol):
+    """How the guard carries out what it decides."""
+
+    look: Look
+    """How far a diagnosis may look at a faulty batch."""
+
+    at_once: bool
+    """Whether a bad batch is recorded before its update is made, rather than at the end of the batch."""
+
+    def block(self, optimizer_index: int) -> None:
+        """Keep the update that an optimizer is about to make from the weights."""
+
+    def undo(self, found: FoundFault) -> Mapping[str, Tensor]:
+        """Undo what a faulty batch changed; gives the buffers as they were before it where it was not undone."""
+
+    def apply(self, plan: Plan, found: FoundFault, known_until: int) -> Iterable[PlanStep]:
+        """Carry out a plan; gives the steps that were made, or would have been."""
+
+    def give_back(self) -> None:
+        """After a healthy update: give back a cut or end clipping, where it is time."""
+
+
+@final
+class Acting:
+    """Carries plans out; a :class:`Conduct`.
+
+    Args:
+        context: What the parts of the guard share.
+        actions: What remedies may do.
+        remedies: Who carries out which kind of step.
+        recovery: Gives back.
+        blocker: Keeps updates from the weights.
+        investigator: Knows what is not finite by design.
+        snapshots: Knows whether statistics were spoiled.
+        readback: Is told of undone updates.
+    """
+
+    look: Look = "replay"
+    at_once = False
+
+    def __init__(
+        self,
+        context: GuardContext,
+        actions: RemedyActions,
+        remedies: Mapping[type[PlanStep], Remedy],
+        recovery: Recovery,
+        blocker: StepBlocker,
+        investigator: Investigator,
+        snapshots: SnapshotManager,
+        readback: Readback,
+    ) -> None:
+        self._context = context
+        self._actions = actions
+        self._remedies = remedies
+        self._recovery = recovery
+        self._blocker = blocker
+        self._investigator = investigator
+        self._snapshots = snapshots
+        self._readback = readback
+
+    def block(self, optimizer_index: int) -> None:
+        """Keep the update that an optimizer is about to make from the weights."""
+        self._blocker.block(optimizer_index)
+
+    def undo(self, found: FoundFault) -> Mapping[str, Tensor]:
+        """Undo what a faulty batch changed."""
+        self._actions.undo(found)
+        return {}
+
+    def apply(self, plan: Plan, found: FoundFault, known_until: int) -> Iterable[PlanStep]:
+        """Carry out a plan; gives the steps that were made."""
+        before = self._context.rate.effective()
+        self._actions.begin(found, known_until)
+        if not any(isinstance(step, Skip) for step in plan):
+            self._actions.skip()  # a restore, too, leaves nothing of the batch behind
+        if any(isinstance(step, Stop) for step in plan):
+            self._leave_good()
+        for step in plan:
+            self._remedies[type(step)].apply(step, self._actions)
+        # After a restore no reading is on its way any more.
+        if self._context.state.restored is not None:
+            self._readback.update_undone(found, statistics=self._snapshots.watches_statistics)
+        kept = self._context.rate.effective() == before
+        # Where clipping alone is enough, a cut that was planned has not been made.
+        return [step for step in plan if not (kept and isinstance(step, Scale) and step.clipped)]
+
+    def _leave_good(self) -> None:
+        ring, learner = self._context.ring, self._context.learner
+        if ring.certified:
+            self._actions.restore(0)
+        elif ring.pending is not None and first(self._context.ranks, self._investigator.corrupt(learner.leaves()))[0]:
+            # Nothing was ever proven good, but what the fit began with is at least finite.
+            restore(learner, ring.pending)
+
+    def give_back(self) -> None:
+        """Give back a cut or end clipping, where it is time."""
+        self._recovery.give_back()
+
+
+@final
+class Observing:
+    """Changes nothing; a :class:`Conduct`.
+
+    Args:
+        context: What the parts of the guard share.
+    """
+
+    look: Look = "batch"
+    at_once = True
+
+    def __init__(self, context: GuardContext) -> None:
+        self._context = context
+
+    def block(self, optimizer_index: int) -> None:
+        """Let the update be made."""
+
+    def undo(self, found: FoundFault) -> Mapping[str, Tensor]:
+        """Nothing is undone; gives the buffers as they were before the batch."""
+        return {} if found.undo is None else found.undo.before()
+
+    def apply(self, plan: Plan, found: FoundFault, known_until: int) -> Iterable[PlanStep]:
+        """Nothing is done; gives the steps that would have been made."""
+        self._context.state.restored = None
+        return plan
+
+    def give_back(self) -> None:
+        """Nothing was cut."""

@@ -1,0 +1,75 @@
+"""When an update is read before it is made although readings are deferred."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, final
+
+from lightning_nanguard.act.skip import StepBlocker
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.found import FoundFault
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+@final
+class Caution:
+    """Decides for each update whether its reading may be late, for the ways to read that defer readings.
+
+    After an update that had to be undone, a number of updates are read in time, twice as many each time it happens
+    again. After a batch spoiled running statistics, all of them are.
+
+    Args:
+        context: What the parts of the guard share.
+        blocker: Knows which optimizers cannot skip on the device.
+    """
+
+    def __init__(self, context: GuardContext, blocker: StepBlocker) -> None:
+        self._context = context
+        self._limits = context.thresholds.decision.late
+        self._blocker = blocker
+        self._never_late = not context.settings.deferred
+        self._undone = 0
+        self._careful_until = 0
+
+    def may_be_late(self, optimizer_index: int) -> bool:
+        """Whether the next update of an optimizer may be read after it is made."""
+        if self._never_late or self._context.state.step < self._careful_until:
+            return False
+        return self._context.settings.observe or not self._blocker.cannot_skip(optimizer_index)
+
+    def update_undone(self, found: FoundFault, *, statistics: bool) -> None:
+        """A restore has undone an update; see :class:`~lightning_nanguard.guard.readback.Readback`."""
+        context = self._context
+        if self._never_late:
+            return
+        level = logging.DEBUG if context.ranks.rank else logging.WARNING
+        # What a batch does to statistics shows only before its update; among ranks each would find that by itself.
+        if statistics and not context.many:
+            self._never_late = True
+            _logger.log(
+                level,
+                "NaNGuard: a batch spoiled running statistics, and one like it can be kept out only before its update. "
+                "From now on every update is read before it is made; set readback='step'.",
+            )
+        elif found.reached and found.reading.step > self._careful_until:
+            updates = self._limits.careful << min(self._undone, self._limits.most_doubled)
+            self._undone += 1
+            self._careful_until = context.state.step + updates
+            _logger.log(
+                level,
+                "NaNGuard: an update that was read too late to hold it back had to be undone (%d so far). The next %d "
+                "are read before they are made; set readback='step' to have all of them read so.",
+                self._undone,
+                updates,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        return {"undone": self._undone, "careful_until": self._careful_until}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; the first checkpoints of version 0.1.0 have none of it."""
+        self._undone = int(state.get("undone", 0))
+        self._careful_until = int(state.get("careful_until", 0))

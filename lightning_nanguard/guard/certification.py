@@ -1,0 +1,103 @@
+"""When a state counts as good: the start's snapshot, the pending one, and its certification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+from lightning_nanguard.decide.recovery import prove
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.found import FoundFault
+from lightning_nanguard.guard.investigator import Investigator, norms_to_grow_from
+from lightning_nanguard.guard.loop import TrainingLoop
+from lightning_nanguard.guard.snapshot_manager import SnapshotManager
+from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.types import Reading
+
+
+@final
+class Certification:
+    """Takes snapshots when they are due, and certifies the pending one when the readings after it were healthy.
+
+    Args:
+        context: What the parts of the guard share.
+        loop: Knows the time.
+        investigator: Notes the size of the weights at the start.
+        snapshots: Takes snapshots and looks at them.
+    """
+
+    def __init__(
+        self, context: GuardContext, loop: TrainingLoop, investigator: Investigator, snapshots: SnapshotManager
+    ) -> None:
+        self._context = context
+        self._loop = loop
+        self._investigator = investigator
+        self._snapshots = snapshots
+        self._limits = context.thresholds.snapshots
+        # Parameters made by the first forward pass are missing from the start's snapshot until then.
+        self._lazy = False
+
+    def start(self) -> None:
+        """Take the snapshot of the start, which is good once its first loss is."""
+        context = self._context
+        self._lazy = context.learner.lazy()
+        if not self._investigator.initial_norms:
+            self._investigator.initial_norms = norms_to_grow_from(context.learner.weights())
+        context.ring.certified.clear()
+        self._capture().healthy = context.ring.certify_after - 1
+
+    def start_again_if_lazy(self) -> None:
+        """Take the snapshot of the start again where the first forward pass has made parameters."""
+        if self._lazy and not self._context.learner.lazy():
+            self.start()
+            self._snapshots.settle()
+
+    def judge(self, readings: Sequence[Reading]) -> FoundFault | None:
+        """Certify the pending snapshot, where the newest readings say that it is good.
+
+        Args:
+            readings: Healthy readings of the batch that has just ended.
+
+        Returns:
+            What speaks against the snapshot, ``None`` where nothing does.
+        """
+        context, state = self._context, self._context.state
+        pending = context.ring.pending
+        if pending is None or not context.ring.healthy(min(reading.step for reading in readings)):
+            return None
+        uneasy = context.monitors.uneasy(readings)
+        if (uneasy and pending.healthy < self._limits.certify_anyway) or not self._snapshots.judged(pending):
+            return None
+        fault, ranks = self._snapshots.objection(pending, state.healthy_steps)
+        if fault is not None:
+            context.ring.drop_pending()
+            return FoundFault(fault, readings[-1], ranks=ranks)
+        # Among ranks states go on being certified: while one waits, no other is looked at.
+        if context.many or not context.monitors.undecided():
+            self._certify(pending, readings[0].optimizer_index)
+        return None
+
+    def _certify(self, pending: Snapshot, optimizer_index: int) -> None:
+        context, state = self._context, self._context.state
+        history = context.monitors.history(optimizer_index)
+        assert history is not None  # its reading was accepted
+        pending.level = history.level()
+        unit = history.loss_unit()
+        context.ring.certify(
+            self._limits.same_level * unit,
+            self._snapshots.kept(pending),
+            keep_oldest=state.healthy_steps < self._limits.keep_start,
+        )
+        if history.learning():
+            recovery = context.thresholds.decision.recovery
+            state.policy = prove(pending.rate, pending.level, unit, state.policy, recovery)
+
+    def capture_if_due(self) -> None:
+        """Take a snapshot where none is pending and one is due."""
+        if self._context.ring.pending is None and self._snapshots.due(self._context.state.step):
+            self._capture()
+
+    def _capture(self) -> Snapshot:
+        global_step, _, _ = self._loop.clock()
+        state = self._context.state
+        return self._snapshots.capture(state.step, global_step, self._context.rate.first(), state.healthy_steps)

@@ -1,0 +1,73 @@
+"""What the parts of one guard share, given to each of them once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+
+from lightning_nanguard.act.clipping import Clipper
+from lightning_nanguard.act.learning_rate import LearningRate
+from lightning_nanguard.detect.monitors import Monitors
+from lightning_nanguard.distributed.ranks import Alone, Ranks
+from lightning_nanguard.guard.loop import BatchReplay
+from lightning_nanguard.guard.state import GuardState
+from lightning_nanguard.state.learner import Learner
+from lightning_nanguard.state.ring import Ring
+from lightning_nanguard.thresholds import Thresholds
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a guard works, apart from detectors and remedies.
+
+    Attributes:
+        snapshot_every: Updates between snapshots; ``None`` chooses so that they take at most 1 % of the time.
+        snapshot_device: Where snapshots lie; ``None`` beside the originals.
+        choose_place: Whether they go to host memory by themselves where the device has no room.
+        deferred: Read late, without waiting for the device.
+        observe: Record what would be done, change nothing.
+    """
+
+    snapshot_every: int | None = None
+    snapshot_device: torch.device | None = None
+    choose_place: bool = False
+    deferred: bool = False
+    observe: bool = False
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class GuardContext:
+    """What the parts of one guard share.
+
+    Attributes:
+        learner: What is trained.
+        replay: Runs batches again.
+        monitors: Detectors and histories, by optimizer.
+        rate: The learning rate's multiplier.
+        clipper: Clips gradients once that is turned on.
+        ring: The snapshots.
+        ranks: All processes of the run.
+        state: Counts.
+        settings: How the guard works.
+        thresholds: All thresholds.
+    """
+
+    learner: Learner
+    replay: BatchReplay
+    monitors: Monitors
+    rate: LearningRate
+    clipper: Clipper = field(default_factory=Clipper)
+    ring: Ring = field(default_factory=Ring)
+    ranks: Ranks = field(default_factory=Alone)
+    state: GuardState = field(default_factory=GuardState)
+    settings: Settings = field(default_factory=Settings)
+    thresholds: Thresholds = field(default_factory=Thresholds)
+
+    @property
+    def many(self) -> bool:
+        """Whether there are several processes."""
+        return self.ranks.world > 1

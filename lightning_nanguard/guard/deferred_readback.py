@@ -1,0 +1,158 @@
+"""Reads each update's loss and gradient norm up to two updates later, without waiting for the device."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import final
+
+from lightning_nanguard.act.skip import skips_on_device
+from lightning_nanguard.guard.caution import Caution
+from lightning_nanguard.guard.found import FoundFault
+from lightning_nanguard.guard.meter import Meter
+from lightning_nanguard.guard.readback import MAX_DELAY, Arrived
+from lightning_nanguard.guard.state import GuardState
+from lightning_nanguard.measure.readings import PendingReading
+from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.learner import Learner
+from lightning_nanguard.types import Fault, Reading
+
+
+@final
+class DeferredReadings:
+    """Readings on their way from the device, oldest first, each with what undoes its batch.
+
+    Args:
+        learner: What is trained.
+        by_loss: Whether the device may judge by the loss as well as by the gradient: among ranks losses differ.
+        observe: Whether nothing may be held back.
+    """
+
+    def __init__(self, learner: Learner, *, by_loss: bool, observe: bool) -> None:
+        self._learner = learner
+        self._by_loss = by_loss
+        self._observe = observe
+        self._flagged = False
+        self._queue: deque[tuple[PendingReading, BatchUndo]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def defer(self, pending: PendingReading, undo: BatchUndo) -> None:
+        """Send a reading on its way; where the optimizer can, the device itself holds a bad update back."""
+        optimizer = self._learner.optimizers[pending.optimizer_index]
+        if self._learner.scaler is None and skips_on_device(optimizer) and not self._observe:
+            # Fused optimizers leave their state alone where this flag is set: decided without the host.
+            bad = pending.is_bad(by_loss=self._by_loss)
+            optimizer.found_inf, optimizer.grad_scale = bad, None  # type: ignore[attr-defined]
+            self._flagged = True
+            undo.undo_where(bad)  # now: the next batch builds on the buffers of this one
+            pending.held_back = True
+        pending.send()
+        self._queue.append((pending, undo))
+
+    def drop_flags(self) -> None:
+        """Take from the optimizers what :meth:`defer` has set."""
+        if not self._flagged:
+            return
+        self._flagged = False
+        for optimizer in self._learner.optimizers:
+            for name in ("found_inf", "grad_scale"):
+                vars(optimizer).pop(name, None)
+
+    def arrived(self, step: int) -> tuple[PendingReading, BatchUndo] | None:
+        """The oldest one, if it has arrived or must be waited for in update ``step``."""
+        if not self._queue:
+            return None
+        pending, _ = self._queue[0]
+        if pending.step > step - MAX_DELAY and not pending.arrived():
+            return None
+        return self._queue.popleft()
+
+    def next(self) -> tuple[PendingReading, BatchUndo]:
+        """The oldest one."""
+        return self._queue.popleft()
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._queue.clear()
+
+
+@final
+class DeferredReadback:
+    """Readings that are read late, where the update may be; a :class:`~lightning_nanguard.guard.readback.Readback`.
+
+    Args:
+        meter: Measures.
+        state: The guard's counts.
+        readings: The readings on their way.
+        caution: Says which updates are read in time.
+    """
+
+    def __init__(self, meter: Meter, state: GuardState, readings: DeferredReadings, caution: Caution) -> None:
+        self._meter = meter
+        self._state = state
+        self._readings = readings
+        self._caution = caution
+        self._late = False
+        self.at_hand: Reading | None = None
+
+    def open_batches(self) -> int:
+        """A batch is judged up to two updates later."""
+        return MAX_DELAY + 2
+
+    def due(self, optimizer_index: int) -> Iterator[Arrived]:
+        """Readings that have arrived; all of them where the next update is to be read in time."""
+        self._late = self._caution.may_be_late(optimizer_index)
+        return self._arrived_by(optimizer_index, self._state.step + (0 if self._late else MAX_DELAY))
+
+    def submit(self, optimizer_index: int, undo: BatchUndo) -> Arrived | None:
+        """The reading of this update where it is read in time."""
+        step, self.at_hand = self._state.step, None
+        if self._late:
+            pending = self._meter.measure(step, optimizer_index)
+            self._meter.losses = []
+            if pending is not None:
+                self._readings.defer(pending, undo)
+            return None
+        self.at_hand = self._meter.take(step, optimizer_index)
+        self._meter.losses = []
+        if self.at_hand is None:
+            return None
+        return Arrived(self.at_hand, undo, line_search=self._meter.tries(optimizer_index))
+
+    def arrived(self, optimizer_index: int) -> Iterator[Arrived]:
+        """Readings that have arrived meanwhile."""
+        return self._arrived_by(optimizer_index, self._state.step)
+
+    def _arrived_by(self, optimizer_index: int, step: int) -> Iterator[Arrived]:
+        while (late := self._readings.arrived(step)) is not None:
+            yield self._read(*late, line_search=self._meter.tries(optimizer_index))
+
+    def _read(self, pending: PendingReading, undo: BatchUndo, *, line_search: bool = False) -> Arrived:
+        reading = pending.read()
+        # The device holds back what is not finite; a finite spike reached the weights.
+        reached = not (pending.held_back and not reading.finite)
+        return Arrived(reading, undo, reached=reached, late=True, line_search=line_search)
+
+    def flush(self) -> Iterator[Arrived]:
+        """All readings on their way."""
+        while self._readings:
+            yield self._read(*self._readings.next())
+
+    def hold(self, fault: Fault) -> bool:
+        """It can be judged now."""
+        return False
+
+    def update_undone(self, found: FoundFault, *, statistics: bool) -> None:
+        """The next updates are read in time."""
+        self._caution.update_undone(found, statistics=statistics)
+
+    def end_batch(self) -> bool:
+        """The device's flags are no longer needed; readings may still arrive."""
+        self._readings.drop_flags()
+        return True
+
+    def clear(self) -> None:
+        """Forget all readings on their way."""
+        self._readings.clear()

@@ -1,0 +1,31 @@
+"""A fault that waits for the end of its batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.types import Fault, Reading
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class FoundFault:
+    """A fault and where it was found.
+
+    Attributes:
+        fault: The fault.
+        reading: The reading it was found in.
+        undo: Undoes what its batch changed; ``None`` outside a batch.
+        reached: Whether the bad update reached the weights.
+        late: Whether the batch at hand is another one.
+        ranks: Ranks that saw it, where not all did.
+    """
+
+    fault: Fault
+    reading: Reading
+    undo: BatchUndo | None = None
+    reached: bool = False
+    late: bool = False
+    ranks: tuple[int, ...] = ()

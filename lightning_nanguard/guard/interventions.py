@@ -1,0 +1,135 @@
+"""One intervention: look into a fault, decide, find its cause, carry the plan out, and record it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import final
+
+from lightning_nanguard.act.base import Remedy
+from lightning_nanguard.decide.policy import Policy
+from lightning_nanguard.decide.rate_limit import within_curvature
+from lightning_nanguard.distributed.ranks import surest
+from lightning_nanguard.guard.acting import Conduct
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.found import FoundFault
+from lightning_nanguard.guard.investigator import Investigator
+from lightning_nanguard.guard.loop import TrainingLoop
+from lightning_nanguard.guard.recorder import InterventionRecorder
+from lightning_nanguard.types import Evidence, Plan, PlanStep, Skip, Stop
+
+
+@final
+class Interventions:
+    """Handles the faults that were found.
+
+    Args:
+        context: What the parts of the guard share.
+        loop: Diagnoses, and knows the time.
+        policy: Decides.
+        investigator: Gathers evidence.
+        recorder: Records.
+        conduct: Carries plans out.
+        remedies: Who carries out which kind of step; they name what was done.
+    """
+
+    def __init__(
+        self,
+        context: GuardContext,
+        loop: TrainingLoop,
+        policy: Policy,
+        investigator: Investigator,
+        recorder: InterventionRecorder,
+        conduct: Conduct,
+        remedies: Mapping[type[PlanStep], Remedy],
+    ) -> None:
+        self._context = context
+        self._loop = loop
+        self._policy = policy
+        self._investigator = investigator
+        self._recorder = recorder
+        self._conduct = conduct
+        self._remedies = remedies
+
+    @property
+    def patience(self) -> int:
+        """Bad batches in a row from which on what they show is how the data are."""
+        return self._policy.thresholds.blame.patience
+
+    def handle(self, found: FoundFault) -> bool:
+        """Handle a fault.
+
+        Returns:
+            Whether its reading belongs to the history of healthy ones after all.
+
+        Raises:
+            TrainingDivergedError: When the run cannot be helped.
+        """
+        context, state = self._context, self._context.state
+        fault, reading = found.fault, found.reading
+        # What the batch did to batch norm's statistics is undone with it, and is no state gone bad.
+        undo = fault.scope == "batch" and not found.reached
+        before = self._conduct.undo(found) if undo and found.undo is not None else {}
+        known = Evidence(
+            step=state.step,
+            healthy_steps=state.healthy_steps,
+            healthy_since_restore=state.healthy_since_restore,
+            bad_in_a_row=max(1, state.bad_in_a_row),
+            undo=found.reached,
+        )
+        with self.batch_of(found) as at_hand:
+            evidence = self._investigator.look_into(fault, reading, known, at_hand=at_hand, before=before)
+        if fault.only_if_corrupt and evidence.corrupt is None:
+            state.restored = None
+            # The validation data are at fault, most likely.
+            self._recorder.record(fault, fault.place, (), context.rate.effective(), ranks=found.ranks)
+            return False
+        plan, policy = self._policy.decide(fault, evidence, state.policy)
+        if not plan:
+            return self._dismiss(found)
+        state.policy = policy
+        skipped = any(isinstance(step, Skip) for step in plan)
+        self._investigator.conclude(fault, batch=skipped)
+        self._act(found, evidence, plan)
+        lasts = state.bad_in_a_row >= self.patience and not evidence.batch_strange
+        if fault.scope == "batch" and not fault.certain and lasts:
+            context.monitors.accept(reading)  # a rise that lasts is no spike
+        stays = fault.scope == "learner" and state.restored is None
+        # Where the learner stays where it is, the fault was recorded, and is again, ever more rarely.
+        return stays and reading.finite and reading.loss_finite and self._dismiss(found)
+
+    def _dismiss(self, found: FoundFault) -> bool:
+        return self._context.monitors.dismiss(found.reading) and found.reading.loss is not None
+
+    @contextmanager
+    def batch_of(self, found: FoundFault) -> Iterator[bool]:
+        """Inside, the batch at hand is that of a fault; gives whether it is."""
+        if found.late and found.undo is not None:
+            with self._context.replay.showing(found.reading.step) as shown:
+                if all(self._context.ranks.gather(shown)):
+                    yield True
+                    return
+        yield not found.late
+
+    def _act(self, found: FoundFault, evidence: Evidence, plan: Plan) -> None:
+        context, state = self._context, self._context.state
+        before = context.rate.effective()
+        stop = next((step for step in plan if isinstance(step, Stop)), None)
+        # What a learner without blame read in its first updates, before the fault, stays known when it makes them
+        # again: data that have gone bad for a while must not become what is usual.
+        blameless = found.reached and state.policy.learner_step != evidence.step
+        known_until = min(found.reading.step - 1, context.thresholds.decision.late.beginning) if blameless else 0
+        # Now, while weights and batch are still those of the fault.
+        look = "nothing" if found.undo is None else self._conduct.look
+        mine = self._loop.diagnose(found.fault, evidence, look, found.reading.step)
+        finding = surest(context.ranks, mine)
+        plan = within_curvature(plan, finding, before[0] if before else None)
+        done = self._conduct.apply(plan, found, known_until)
+        words = tuple(self._remedies[type(step)].word for step in done)
+        place = evidence.corrupt if evidence.corrupt is not None else found.fault.place
+        # What is read late is on record under the batch it was found in.
+        clock = self._recorder.clock_of(found.reading.step) if found.late else self._loop.clock()
+        self._recorder.record(found.fault, place, words, before, finding, evidence.ranks or found.ranks, clock)
+        if stop is not None and not context.settings.observe:
+            self._recorder.stop(found.fault, place, stop.reason, finding, clock)
+        self._recorder.tried(found.fault, words)

@@ -1,0 +1,125 @@
+"""What a training loop tells the guard, and what the guard may ask of the loop.
+
+A loop calls the guard in this order::
+
+    guard.start()
+    for batch in data:
+        guard.open_batch()          # before the batch changes anything
+        guard.see_loss(loss)        # for every backward pass
+        guard.before_step(0)        # gradients are there, unscaled and unclipped; optimizer 0 steps next
+        guard.close_batch()         # after the optimizer and the schedulers
+    guard.finish()
+    guard.close()
+
+Under gradient accumulation ``open_batch`` and ``see_loss`` are called for each micro-batch, ``before_step`` once a
+window. The guard asks the loop for the four things in :class:`TrainingLoop`. Where batches can be run again, it also
+uses the loop's :class:`BatchReplay`; a loop that cannot gives :class:`NoReplay`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol, final
+
+from lightning_nanguard.diagnosis.clues import Look
+from lightning_nanguard.types import Evidence, Fault, Finding, Intervention
+
+Clock = tuple[int, int, int]
+"""``global_step``, epoch and batch index."""
+
+
+class BatchReplay(Protocol):
+    """Looks at batches again and runs them again, without a trace. ``None`` says that it cannot be done."""
+
+    def comparable(self) -> bool:
+        """Whether a batch can be run again at all."""
+
+    def showing(self, update: int) -> AbstractContextManager[bool]:
+        """Inside, the batch at hand is that of an earlier update; gives whether it is still there."""
+
+    def batch_finite(self) -> bool | None:
+        """Whether the batch at hand is finite; ``None`` where it holds no floating numbers or is not at hand."""
+
+    def batch_strange(self) -> bool | None:
+        """Whether the batch at hand reaches far beyond those before it; ``None`` where that cannot be told."""
+
+    def probe(self) -> float | None:
+        """Loss of the batch at hand under the weights of now."""
+
+    def gradient_finite(self) -> bool | None:
+        """Whether the batch at hand has a finite gradient under the weights of now; gradients are gone afterwards."""
+
+    def rehearsal_batches(self) -> int:
+        """How many recent batches there are to try learning rates on."""
+
+    def rehearsing(self) -> AbstractContextManager[None]:
+        """Inside, batches run outside the run's count; at its end all they touched but the learner is put back."""
+
+    def train_on(self, index: int) -> float | None:
+        """Make one plain update on a recent batch; gives its loss before the update."""
+
+    def loss_on(self, index: int) -> float | None:
+        """Loss of a recent batch under the weights of now."""
+
+
+class TrainingLoop(Protocol):
+    """What the guard asks of the loop around it."""
+
+    def clock(self) -> Clock:
+        """``global_step``, epoch and batch index of now."""
+
+    def micro_batches(self) -> int:
+        """By how many micro-batches the loss given to ``backward`` is divided."""
+
+    def record(self, intervention: Intervention) -> None:
+        """Keep what was done."""
+
+    def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
+        """Why the fault of an update happened, ``None`` where that was not found; it changes nothing."""
+
+
+@final
+class NoReplay:
+    """The replay of a loop that cannot run batches again."""
+
+    def comparable(self) -> bool:
+        """Never."""
+        return False
+
+    @contextmanager
+    def showing(self, update: int) -> Iterator[bool]:
+        """Shows nothing."""
+        yield False
+
+    def batch_finite(self) -> bool | None:
+        """Not known."""
+        return None
+
+    def batch_strange(self) -> bool | None:
+        """Not known."""
+        return None
+
+    def probe(self) -> float | None:
+        """Not known."""
+        return None
+
+    def gradient_finite(self) -> bool | None:
+        """Not known."""
+        return None
+
+    def rehearsal_batches(self) -> int:
+        """None."""
+        return 0
+
+    def rehearsing(self) -> AbstractContextManager[None]:
+        """Nothing is run."""
+        return nullcontext()
+
+    def train_on(self, index: int) -> float | None:
+        """Not possible."""
+        return None
+
+    def loss_on(self, index: int) -> float | None:
+        """Not known."""
+        return None

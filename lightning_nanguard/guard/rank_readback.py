@@ -1,0 +1,217 @@
+"""Readings of several processes: every rank tells the others of each update, and all judge the same reading.
+
+Whether and when a rank waits must not depend on what it alone knows: every rank tells of every update and hears of it
+at the same point of a later one. A rank may hear early of an update that looks bad to it, since all have told or are
+about to. Only if it looks bad to all of them have all heard early, and they act together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, NamedTuple, final
+
+from lightning_nanguard.act.skip import StepBlocker
+from lightning_nanguard.distributed.ranks import Posted
+from lightning_nanguard.distributed.report import Report, combined, conspicuous
+from lightning_nanguard.guard.caution import Caution
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.deferred_readback import DeferredReadings
+from lightning_nanguard.guard.found import FoundFault
+from lightning_nanguard.guard.meter import Meter
+from lightning_nanguard.guard.readback import MAX_DELAY, Arrived
+from lightning_nanguard.guard.snapshot_manager import SnapshotManager
+from lightning_nanguard.measure.readings import PendingReading
+from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.types import Fault, Reading
+
+
+@final
+class Sent(NamedTuple):
+    """One update that the other ranks were told about.
+
+    Attributes:
+        posted: What all ranks say about it.
+        optimizer_index: Index of the optimizer.
+        undo: Undoes what its batch changed.
+        held_back: Whether the device itself keeps a bad update from the weights.
+        line_search: Whether it was a further evaluation of one step.
+    """
+
+    posted: Posted
+    optimizer_index: int
+    undo: BatchUndo
+    held_back: bool
+    line_search: bool
+
+    def suspected_by_all(self) -> bool:
+        """Whether it looks bad to every rank."""
+        return all(one.suspects for one in self.posted.reports())
+
+
+@final
+class RankReadback:
+    """Readings that all ranks have told; a :class:`~lightning_nanguard.guard.readback.Readback`.
+
+    Args:
+        context: What the parts of the guard share.
+        meter: Measures.
+        readings: Readings of this rank that are on their way from the device.
+        caution: Says which updates are read before they are made.
+        blocker: Keeps an update that looks bad from the weights of this rank.
+        snapshots: Tells and hears of snapshots.
+    """
+
+    def __init__(
+        self,
+        context: GuardContext,
+        meter: Meter,
+        readings: DeferredReadings,
+        caution: Caution,
+        blocker: StepBlocker,
+        snapshots: SnapshotManager,
+    ) -> None:
+        self._context = context
+        self._meter = meter
+        self._readings = readings
+        self._caution = caution
+        self._blocker = blocker
+        self._snapshots = snapshots
+        self._sent: deque[Sent] = deque()
+        self._late = False
+        # A fault that this rank found outside a step, of which the others hear with the next update.
+        self._outside: Fault | None = None
+        self.at_hand: Reading | None = None
+
+    def open_batches(self) -> int:
+        """A batch is judged up to two updates later."""
+        return MAX_DELAY + 2
+
+    def due(self, optimizer_index: int) -> Iterator[Arrived]:
+        """What all ranks have told of earlier updates."""
+        self._late = self._caution.may_be_late(optimizer_index)
+        return self._heard()
+
+    def submit(self, optimizer_index: int, undo: BatchUndo) -> Arrived | None:
+        """Tell of this update; gives its reading only where it looks bad to all ranks."""
+        context, step = self._context, self._context.state.step
+        measured = (self._meter.measure if self._late else self._meter.take)(step, optimizer_index)
+        self._meter.losses = []
+        if isinstance(measured, PendingReading):
+            self._readings.defer(measured, undo)
+            self._tell_queued(1)
+            return None
+        line_search = self._meter.tries(optimizer_index)
+        self._tell_queued(0)
+        reading = Reading(step, optimizer_index, None, None) if measured is None else measured
+        suspects = self._suspects(reading)
+        sent = self._tell(reading, undo, suspects=suspects, line_search=line_search)
+        if suspects and sent.suspected_by_all():
+            return self._hear(sent, late=False)
+        if suspects and not _gradient_finite(reading) and not context.settings.observe:
+            self._blocker.block(optimizer_index)  # others do not: they hear of it later, and all go back
+        self._sent.append(sent)
+        return None
+
+    def arrived(self, optimizer_index: int) -> Iterator[Arrived]:
+        """None: what was told now is heard with the next update."""
+        return iter(())
+
+    def _heard(self) -> Iterator[Arrived]:
+        while self._sent:
+            yield self._hear(self._sent.popleft(), late=True)
+
+    def _hear(self, sent: Sent, *, late: bool) -> Arrived:
+        reports = sent.posted.reports()
+        self._snapshots.hear(reports)
+        reading = combined(reports, optimizer_index=sent.optimizer_index, sharded=self._context.ranks.sharded)
+        held_back = sent.held_back and not any(one.gradient_finite for one in reports)
+        return Arrived(
+            reading,
+            sent.undo,
+            reached=late and not held_back,
+            late=late,
+            line_search=sent.line_search,
+            ranks=lambda: conspicuous(reports),
+            outside=self._ask_outside() if any(one.outside for one in reports) else None,
+        )
+
+    def _ask_outside(self) -> tuple[Fault, tuple[int, ...]] | None:
+        # All ranks call it at the same time.
+        mine, self._outside = self._outside, None
+        told: list[dict[str, Any] | None] = self._context.ranks.gather(None if mine is None else asdict(mine))
+        ranks = tuple(rank for rank, one in enumerate(told) if one is not None)
+        first = told[ranks[0]] if ranks else None
+        return None if first is None else (Fault(**first), ranks if len(ranks) < len(told) else ())
+
+    def _suspects(self, reading: Reading) -> bool:
+        # By the gradient alone, which is the same on all ranks: losses are not.
+        if self._context.learner.scaler is not None and not _gradient_finite(reading):
+            return True  # whether it is an overflow, or comes from a loss, shows in the losses of all
+        gradient = reading._replace(loss=None, loss_finite=True, finite=_gradient_finite(reading))
+        return self._context.monitors.check(gradient) is not None
+
+    def _tell_queued(self, left: int) -> None:
+        while len(self._readings) > left:
+            pending, undo = self._readings.next()
+            self._sent.append(self._tell(pending.read(), undo, held_back=pending.held_back))
+
+    def _tell(
+        self,
+        reading: Reading,
+        undo: BatchUndo,
+        *,
+        suspects: bool = False,
+        held_back: bool = False,
+        line_search: bool = False,
+    ) -> Sent:
+        interval, judged, objects, parameters, moments = self._snapshots.tell()
+        report = Report(
+            loss=reading.loss or 0.0,
+            norm=reading.grad_norm or 0.0,
+            scale=reading.loss_scale or 0.0,
+            step=reading.step,
+            has_loss=reading.loss is not None,
+            has_gradient=reading.grad_norm is not None,
+            gradient_finite=_gradient_finite(reading),
+            has_scale=reading.loss_scale is not None,
+            suspects=suspects,
+            interval=interval,
+            judged=judged,
+            objects=objects,
+            parameters=parameters,
+            moments=moments,
+            outside=self._outside is not None,
+        )
+        posted = self._context.ranks.post(report)
+        return Sent(posted, reading.optimizer_index, undo, held_back, line_search)
+
+    def flush(self) -> Iterator[Arrived]:
+        """What all ranks have told, and what this rank has still to tell."""
+        self._tell_queued(0)
+        return self._heard()
+
+    def hold(self, fault: Fault) -> bool:
+        """The other ranks hear of it with the next update."""
+        self._outside = fault
+        return True
+
+    def update_undone(self, found: FoundFault, *, statistics: bool) -> None:
+        """The next updates are read before they are made."""
+        self._caution.update_undone(found, statistics=statistics)
+
+    def end_batch(self) -> bool:
+        """The device's flags are no longer needed; readings may still arrive."""
+        self._readings.drop_flags()
+        return True
+
+    def clear(self) -> None:
+        """Forget all that was told or is on its way."""
+        self._sent.clear()
+        self._readings.clear()
+
+
+def _gradient_finite(reading: Reading) -> bool:
+    return reading.grad_norm is None or math.isfinite(reading.grad_norm)

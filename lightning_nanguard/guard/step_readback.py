@@ -1,0 +1,66 @@
+"""Reads each update's loss and gradient norm before its step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import final
+
+from lightning_nanguard.guard.found import FoundFault
+from lightning_nanguard.guard.meter import Meter
+from lightning_nanguard.guard.readback import Arrived
+from lightning_nanguard.guard.state import GuardState
+from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.types import Fault, Reading
+
+
+@final
+class StepReadback:
+    """Readings that are read at once; a :class:`~lightning_nanguard.guard.readback.Readback`.
+
+    Args:
+        meter: Measures.
+        state: The guard's counts.
+    """
+
+    def __init__(self, meter: Meter, state: GuardState) -> None:
+        self._meter = meter
+        self._state = state
+        self.at_hand: Reading | None = None
+
+    def open_batches(self) -> int:
+        """The one at hand."""
+        return 1
+
+    def due(self, optimizer_index: int) -> Iterator[Arrived]:
+        """None: all have been judged."""
+        return iter(())
+
+    def submit(self, optimizer_index: int, undo: BatchUndo) -> Arrived | None:
+        """The reading of this update."""
+        self.at_hand = self._meter.take(self._state.step, optimizer_index)
+        self._meter.losses = []
+        if self.at_hand is None:
+            return None
+        return Arrived(self.at_hand, undo, line_search=self._meter.tries(optimizer_index))
+
+    def arrived(self, optimizer_index: int) -> Iterator[Arrived]:
+        """None: all have been judged."""
+        return iter(())
+
+    def flush(self) -> Iterator[Arrived]:
+        """None is on its way."""
+        return iter(())
+
+    def hold(self, fault: Fault) -> bool:
+        """It can be judged now."""
+        return False
+
+    def update_undone(self, found: FoundFault, *, statistics: bool) -> None:
+        """Nothing can be read earlier."""
+
+    def end_batch(self) -> bool:
+        """Nothing arrives any more."""
+        return False
+
+    def clear(self) -> None:
+        """None is on its way."""

@@ -1,0 +1,96 @@
+"""The arguments of NaNGuard, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+from lightning_nanguard.act.base import Remedy
+from lightning_nanguard.act.defaults import executors
+from lightning_nanguard.decide.budget import Budget
+from lightning_nanguard.detect.base import Detector
+from lightning_nanguard.diagnosis.bundle import safetensors
+from lightning_nanguard.errors import require
+from lightning_nanguard.record.base import Sink
+from lightning_nanguard.thresholds import Thresholds
+
+_NAME = "NaNGuard"
+_CHOICES = {
+    "snapshot_device": ("auto", "same", "cpu"),
+    "readback": ("auto", "step", "deferred"),
+    "resume": ("strict", "last-good"),
+}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What :class:`~lightning_nanguard.NaNGuard` was given; see there.
+
+    Raises:
+        ValueError: When an argument is out of its range or contradicts another.
+        TypeError: When a detector, remedy or budget is none.
+        ModuleNotFoundError: When ``bundle_dir`` is given and safetensors is not installed.
+    """
+
+    detectors: Sequence[Detector]
+    remedies: Sequence[Remedy]
+    snapshot_every_n_steps: int | str
+    snapshot_device: str
+    max_snapshots: int
+    max_snapshot_memory: float | None
+    budget: Budget
+    dirpath: Path | None
+    readback: str
+    observe: bool
+    preflight: bool
+    examine_after: int | None
+    bundle_dir: Path | None
+    last_good_every_n_steps: int | None
+    resume: str
+    sinks: Sequence[Sink] = ()
+    thresholds: Thresholds = field(default_factory=Thresholds)
+
+    def __post_init__(self) -> None:
+        _check_instances("detectors", self.detectors, Detector)
+        _check_instances("remedies", self.remedies, Remedy)
+        executors(self.remedies)
+        for name, kind in (("budget", Budget), ("thresholds", Thresholds)):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                got = type(value).__name__
+                raise TypeError(f"{_NAME}({name}={value!r}): expected a {kind.__name__}, but got {got}.")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            require(value in choices, _NAME, name, value, f"one of {choices}")
+        self._check_numbers()
+        if self.bundle_dir is not None:
+            safetensors()
+
+    def _check_numbers(self) -> None:
+        every, limit, after = self.snapshot_every_n_steps, self.max_snapshot_memory, self.examine_after
+        valid = every == "auto" or _is_count(every)
+        require(valid, _NAME, "snapshot_every_n_steps", every, '"auto" or an integer of at least 1')
+        require(_is_count(self.max_snapshots), _NAME, "max_snapshots", self.max_snapshots, "an integer of at least 1")
+        is_size = isinstance(limit, (int, float)) and not isinstance(limit, bool) and limit > 0
+        require(limit is None or is_size, _NAME, "max_snapshot_memory", limit, "a number of GiB above 0, or None")
+        steps = self.last_good_every_n_steps
+        valid = steps is None or _is_count(steps)
+        require(valid, _NAME, "last_good_every_n_steps", steps, "an integer of at least 1, or None")
+        valid = after is None or (_is_count(after) and after >= 16)
+        require(valid, _NAME, "examine_after", after, "None or an integer of at least 16")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_instances(name: str, given: Any, kind: type[Any]) -> None:
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+        raise TypeError(f"{_NAME}({name}={given!r}): expected a list of {kind.__name__} instances.")
+    for item in given:
+        if not isinstance(item, kind):
+            hint = f"; write {item.__name__}()" if isinstance(item, type) else ""
+            raise TypeError(f"{_NAME}({name}=…): {item!r} is not an instance of {kind.__name__}{hint}.")

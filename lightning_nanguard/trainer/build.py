@@ -1,0 +1,119 @@
+"""Puts a guarded fit together."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_nanguard.act.clipping import Clipper
+from lightning_nanguard.act.learning_rate import LearningRate
+from lightning_nanguard.act.skip import skips_on_device
+from lightning_nanguard.decide.policy import Policy
+from lightning_nanguard.detect.monitors import Monitors
+from lightning_nanguard.diagnosis.bundle import Bundles
+from lightning_nanguard.distributed.group import Group
+from lightning_nanguard.distributed.ranks import Alone, Ranks
+from lightning_nanguard.guard.build import build_guard
+from lightning_nanguard.guard.context import GuardContext, Settings
+from lightning_nanguard.guard.readback import MAX_DELAY
+from lightning_nanguard.record.memory import Memory
+from lightning_nanguard.state.learner import Learner
+from lightning_nanguard.state.ring import Ring
+from lightning_nanguard.trainer.arguments import Arguments
+from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.diagnostics import Diagnostics
+from lightning_nanguard.trainer.fit import Fit
+from lightning_nanguard.trainer.loop import TrainerLoop
+from lightning_nanguard.trainer.private.callbacks import averaged_copies
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.private.precision import grad_scaler
+from lightning_nanguard.trainer.private.strategies import is_sharded, what_steps
+from lightning_nanguard.trainer.sinks import fit_advice, fit_sinks, run_info
+
+
+def build_fit(trainer: Trainer, module: LightningModule, arguments: Arguments, memory: Memory) -> Fit:
+    """Make one fit and its guard.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        arguments: What the user asks for.
+        memory: Keeps interventions from one fit to the next.
+    """
+    info = run_info(trainer, arguments.dirpath)
+    context, replay = _context(trainer, module, arguments)
+    sinks = fit_sinks(trainer, module, info, memory, arguments.sinks, context, replay)
+    advice = fit_advice(info, arguments.thresholds.records)
+    keeps = arguments.bundle_dir is not None and trainer.is_global_zero
+    diagnostics = Diagnostics(
+        trainer,
+        module,
+        context,
+        replay,
+        advice=advice,
+        examine_after=arguments.examine_after,
+        bundles=Bundles(arguments.bundle_dir) if keeps and arguments.bundle_dir is not None else None,
+    )
+    guard = build_guard(
+        context,
+        TrainerLoop(trainer, module, replay, diagnostics, sinks),
+        policy=Policy(arguments.remedies, arguments.budget, arguments.thresholds.decision),
+        remedies=arguments.remedies,
+        make_undo=replay.make_undo,
+    )
+    return Fit(trainer, guard, replay, diagnostics, sinks, advice, info)
+
+
+def _context(
+    trainer: Trainer, module: LightningModule, arguments: Arguments
+) -> tuple[GuardContext, TrainerBatchReplay]:
+    sharded = is_sharded(trainer)
+    ranks: Ranks = Group(sharded=sharded) if trainer.world_size > 1 else Alone(sharded=sharded)
+    optimizers, partitions = what_steps(trainer, module)
+    learner = Learner(
+        module,
+        optimizers,
+        scaler=grad_scaler(trainer),
+        averages=lambda: averaged_copies(trainer, module),
+        partitions=partitions,
+    )
+    clipper = Clipper()
+    deferred = _deferred(arguments.readback, trainer, module)
+    # Read late, a fault is that of an earlier batch.
+    late = deferred or ranks.world > 1
+    examined = arguments.examine_after is not None
+    replay = TrainerBatchReplay(
+        trainer,
+        module,
+        learner,
+        ranks,
+        clipper,
+        delay=MAX_DELAY if late else 0,
+        updates=8 if examined else 4 if late else 1,
+        small=256 if examined else 0,
+    )
+    every = arguments.snapshot_every_n_steps
+    context = GuardContext(
+        learner=learner,
+        replay=replay,
+        monitors=Monitors(arguments.detectors),
+        rate=LearningRate(optimizers),
+        clipper=clipper,
+        ring=Ring(arguments.max_snapshots),
+        ranks=ranks,
+        settings=Settings(
+            snapshot_every=None if isinstance(every, str) else every,
+            snapshot_device=torch.device("cpu") if arguments.snapshot_device == "cpu" else None,
+            choose_place=arguments.snapshot_device == "auto",
+            deferred=deferred,
+            observe=arguments.observe,
+        ),
+        thresholds=arguments.thresholds,
+    )
+    return context, replay
+
+
+def _deferred(readback: str, trainer: Trainer, module: LightningModule) -> bool:
+    if readback != "auto":
+        return readback == "deferred"
+    fused = all(map(skips_on_device, trainer.optimizers))
+    return module.device.type == "cuda" and fused and grad_scaler(trainer) is None

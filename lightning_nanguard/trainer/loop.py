@@ -1,0 +1,56 @@
+"""A Trainer's loop, as the guard sees it."""
+
+from __future__ import annotations
+
+from typing import final
+
+from lightning_nanguard.diagnosis.clues import Look
+from lightning_nanguard.guard.loop import Clock
+from lightning_nanguard.record.dispatch import SinkDispatcher
+from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.diagnostics import Diagnostics
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.types import Evidence, Fault, Finding, Intervention
+
+
+@final
+class TrainerLoop:
+    """Answers what the guard asks of the loop; a :class:`~lightning_nanguard.guard.loop.TrainingLoop`.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        replay: Knows the batch at hand.
+        diagnostics: Finds causes.
+        sinks: Where records go.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        replay: TrainerBatchReplay,
+        diagnostics: Diagnostics,
+        sinks: SinkDispatcher,
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._replay = replay
+        self._diagnostics = diagnostics
+        self._sinks = sinks
+
+    def clock(self) -> Clock:
+        """``global_step``, epoch and batch index of now."""
+        return self._trainer.global_step, self._trainer.current_epoch, self._replay.batch_idx
+
+    def micro_batches(self) -> int:
+        """By how many micro-batches the loss is divided."""
+        return self._trainer.accumulate_grad_batches if self._module.automatic_optimization else 1
+
+    def record(self, intervention: Intervention) -> None:
+        """Give the record to every sink."""
+        self._sinks.write(intervention)
+
+    def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
+        """Why the fault of an update happened, ``None`` where that was not found."""
+        return self._diagnostics.diagnose(fault, evidence, look, update)

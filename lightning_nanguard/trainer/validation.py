@@ -1,0 +1,58 @@
+"""Watches the validation loss of a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from lightning_nanguard.guard.guard import Guard
+from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.private.packages import Trainer
+from lightning_nanguard.types import Fault
+
+
+@final
+class ValidationWatch:
+    """Notes on the device whether a validation loss is finite, and reports one that is not.
+
+    Args:
+        trainer: The trainer.
+        guard: Told of a loss that is not finite.
+        replay: Knows the batch at hand.
+    """
+
+    def __init__(self, trainer: Trainer, guard: Guard, replay: TrainerBatchReplay) -> None:
+        self._trainer = trainer
+        self._guard = guard
+        self._replay = replay
+        self._bad: Tensor | None = None
+
+    def see(self, outputs: Any) -> None:
+        """Take what ``validation_step`` gave; waits for no device."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor) or not loss.is_floating_point():
+            return
+        bad = ~torch.isfinite(loss.detach()).all()
+        self._bad = bad if self._bad is None else self._bad | bad
+
+    def judge(self) -> None:
+        """At the end of validation: report a loss that was not finite."""
+        bad, self._bad = self._bad, None
+        seen = "validation loss" if bad is not None and bool(bad) else None
+        name = next(self._bad_metrics(), None) if bad is None else seen
+        if name is None:
+            return
+        message = f"the {name} is not finite while the training loss is"
+        batch_idx, self._replay.batch_idx = self._replay.batch_idx, -1
+        self._guard.report(Fault("non_finite_validation", "state", name, None, message, only_if_corrupt=True))
+        self._replay.batch_idx = batch_idx
+
+    def _bad_metrics(self) -> Any:
+        return (
+            key
+            for key, value in self._trainer.callback_metrics.items()
+            if "loss" in key and key.startswith("val") and not bool(torch.isfinite(value).all())
+        )
