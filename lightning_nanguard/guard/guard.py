@@ -576,7 +576,9 @@ class Guard:
         if self.learner.scaler is not None and reading.loss_finite and not reading.finite:
             reading = reading._replace(scaler_skips=True)
         self.non_finite += not reading.finite and not reading.scaler_skips
-        fault = self._monitors.check(reading, trial=trial, wanders=reading.optimizer_index in self.learner.quasi_newton)
+        fault = self._monitors.check(
+            reading, line_search=trial, quasi_newton=reading.optimizer_index in self.learner.quasi_newton
+        )
         if fault is not None and fault.doubtful:
             fault = fault if self._batch_is_strange(_Found(fault, reading, scope, reached, late)) else None
         if fault is None:
