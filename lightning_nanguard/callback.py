@@ -120,8 +120,8 @@ class NaNGuard(GuardCallback):
         own = [] if on_intervention is None else [CallableSink(on_intervention, every_rank=True)]
         limits = Thresholds() if thresholds is None else thresholds
         self._arguments = Arguments(
-            detectors=default_detectors() if detectors is None else detectors,
-            remedies=default_remedies() if remedies is None else remedies,
+            detectors=default_detectors(limits.detection) if detectors is None else detectors,
+            remedies=default_remedies(limits.rate_search.cut) if remedies is None else remedies,
             snapshot_every_n_steps=snapshot_every_n_steps,
             snapshot_device=snapshot_device,
             max_snapshots=max_snapshots,

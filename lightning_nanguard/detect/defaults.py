@@ -6,8 +6,19 @@ from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.detect.diverging_loss import DivergingLoss
 from lightning_nanguard.detect.gradient_spike import GradientSpike
 from lightning_nanguard.detect.non_finite import NonFinite
+from lightning_nanguard.thresholds.detection import DetectionThresholds
+
+_DEFAULT = DetectionThresholds()
 
 
-def default_detectors() -> tuple[Detector, ...]:
-    """What ``NaNGuard(detectors=None)`` uses, in the order they are asked."""
-    return (NonFinite(), GradientSpike(), DivergingLoss())
+def default_detectors(thresholds: DetectionThresholds = _DEFAULT) -> tuple[Detector, ...]:
+    """What ``NaNGuard(detectors=None)`` uses, in the order they are asked.
+
+    Args:
+        thresholds: When a reading counts as a fault.
+    """
+    return (
+        NonFinite(thresholds=thresholds.non_finite),
+        GradientSpike(thresholds=thresholds.gradient_spike),
+        DivergingLoss(thresholds=thresholds.diverging_loss),
+    )

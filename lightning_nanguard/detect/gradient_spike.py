@@ -8,8 +8,10 @@ from statistics import median
 from typing import Any, final
 
 from lightning_nanguard.detect.base import Detector, Limits
-from lightning_nanguard.detect.window import Window, spread
+from lightning_nanguard.detect.robust_statistics import spread
+from lightning_nanguard.detect.window import Window
 from lightning_nanguard.errors import require
+from lightning_nanguard.thresholds.detection import SpikeThresholds
 from lightning_nanguard.types import Fault, Reading
 
 
@@ -17,30 +19,32 @@ from lightning_nanguard.types import Fault, Reading
 class GradientSpike(Detector):
     """A gradient norm far outside everything accepted so far.
 
-    Judged on the logarithm of the norm by median and MAD, so that heavy tails and slow drifts are no fault: a spike
-    is more than ``threshold`` deviations above the median, ``ratio`` times the median, ten times the largest norm in
-    the window, and twice what the run took when it began: where a loss has come down to nothing and the data change,
-    the gradient is a hundred million times its median, and as it was for the untrained model.
+    It is judged on the logarithm of the norm by median and MAD, so that heavy tails and slow drifts are no fault. A
+    spike is more than ``threshold`` deviations above the median, ``ratio`` times the median, ten times the largest norm
+    in the window, and twice the largest norm of the first ``warmup`` readings. The last condition is for a loss that
+    has come down to nothing: when the data change, the norm is far above its median, and as it was for the untrained
+    model.
 
     Args:
         threshold: Deviations (MAD, scaled) of the logarithm.
         ratio: Least ratio to the median.
         window: Accepted norms looked back at.
         warmup: Accepted norms before the detector is sure of anything less than 100,000 times the largest of them.
+        thresholds: Further thresholds, ``None`` for the defaults.
 
     Raises:
         ValueError: When an argument is out of its range.
     """
 
-    _above_largest = 10.0
-    _above_first = 2.0
-    # During warm-up only what no beginning explains: far above all norms so far, and huge by itself.
-    _outlandish = 1e5
-    _huge = 1e6
-    # Far above all norms so far, and of a batch that is strange too.
-    _doubt = 100.0
-
-    def __init__(self, threshold: float = 12.0, ratio: float = 200.0, window: int = 128, warmup: int = 20) -> None:
+    def __init__(
+        self,
+        threshold: float = 12.0,
+        ratio: float = 200.0,
+        window: int = 128,
+        warmup: int = 20,
+        *,
+        thresholds: SpikeThresholds | None = None,
+    ) -> None:
         require(threshold > 0, self, "threshold", threshold, "a number above 0")
         require(ratio > 1, self, "ratio", ratio, "a number above 1")
         require(warmup >= 4, self, "warmup", warmup, "an integer of at least 4")
@@ -49,6 +53,7 @@ class GradientSpike(Detector):
         self.ratio = ratio
         self.window = window
         self.warmup = warmup
+        self._thresholds = thresholds or SpikeThresholds()
         self._norms = Window(window)
         self._first = Window(warmup)
         self._newest = 0.0
@@ -63,44 +68,43 @@ class GradientSpike(Detector):
         return self._spike(norm)
 
     def _first_of_all(self, norm: float) -> Fault | None:
-        # The first batch has none before it to be told by: the two behind it say that it was the bad one, when it has
-        # left its mark on weights and moments already.
+        # The first batch has no batch before it to be compared with. The two after it show that it was a bad one; by
+        # then it has changed weights and optimizer state.
         first, second = self._norms.values()
         others = max(second, norm)
-        if first <= self._huge or first <= self._outlandish * others:
+        own = self._thresholds
+        if first <= own.warmup_min_norm or first <= own.warmup_above_largest * others:
             return None
         message = (
             f"the gradient norm of the first batch was {first:.3g}, of those behind it at most {others:.3g}: what it "
             "left in weights and optimizer state is undone"
         )
-        return Fault("gradient_spike", "state", "gradient", first, message)
+        return Fault("gradient_spike", "state", "gradient", first, message, certain=False, clipping_helps=True)
 
     def _spike(self, norm: float) -> Fault | None:
-        # The cheap question first: no limit is below ten times a norm in the window.
-        if norm <= self._above_largest * self._newest:
+        # The cheap question first: no limit is below that many times a norm in the window.
+        if norm <= self._thresholds.above_largest * self._newest:
             return None
         doubtful = not norm > self._find_limit()
-        # During warm-up a norm that stands out is told from a beginning's by its batch.
-        if doubtful and not (self._warming_up() and norm > self._doubt * max(self._norms.values())):
+        # During warm-up a norm may stand out because the run begins; its batch tells.
+        stands_out = self._warming_up() and norm > self._thresholds.warmup_doubtful * max(self._norms.values())
+        if doubtful and not stands_out:
             return None
         usual = median(self._norms.values())
-        return Fault(
-            "gradient_spike",
-            "batch",
-            "gradient",
-            norm,
+        message = (
             f"the gradient norm is {norm:.3g}, {norm / usual:.3g} times its median of {usual:.3g}"
             if usual > 0
-            else f"the gradient norm is {norm:.3g} after having been 0",
-            doubtful,
+            else f"the gradient norm is {norm:.3g} after having been 0"
         )
+        return Fault("gradient_spike", "batch", "gradient", norm, message, doubtful, certain=False, clipping_helps=True)
 
     def limits(self) -> Limits:
-        """Ten times the newest norm: a spike is ten times the largest of the window, in which that one stays."""
-        return Limits(math.inf, self._above_largest * self._newest if len(self._norms) > 2 else -math.inf)
+        """Any loss, and ten times the newest norm: it stays in the window, whose largest a spike exceeds ten times."""
+        judged_first = len(self._norms) > 2
+        return Limits(math.inf, self._thresholds.above_largest * self._newest if judged_first else -math.inf)
 
     def _warming_up(self) -> bool:
-        return 2 <= len(self._norms) < self.warmup
+        return self._thresholds.warmup_min_norms <= len(self._norms) < self.warmup
 
     def accept(self, reading: Reading) -> None:
         """Take a healthy norm into the window."""
@@ -113,16 +117,17 @@ class GradientSpike(Detector):
         self._newest = norm
 
     def _find_limit(self) -> float:
+        own = self._thresholds
         norms = [norm for norm in self._norms.values() if norm > 0]
         if len(norms) < self.warmup:
-            return max(self._outlandish * max(norms), self._huge) if norms else math.inf
+            return max(own.warmup_above_largest * max(norms), own.warmup_min_norm) if norms else math.inf
         logs = [math.log(norm) for norm in norms]
-        # A floor for the deviation: norms that hardly vary must not make every wiggle a spike.
-        by_deviation = median(logs) + self.threshold * max(spread(logs), 0.1)
+        by_deviation = median(logs) + self.threshold * max(spread(logs), own.min_deviation)
         by_ratio = math.log(self.ratio) + median(logs)
-        by_largest = math.log(self._above_largest) + max(logs)
+        by_largest = math.log(own.above_largest) + max(logs)
         limit = max(by_deviation, by_ratio, by_largest)
-        by_first = self._above_first * max(self._first.values(), default=0.0)
+        by_first = own.above_first * max(self._first.values(), default=0.0)
+        # The largest float64 is about e^709.
         return max(math.exp(limit), by_first) if limit < 700 else math.inf
 
     def rewind(self, step: int) -> None:

@@ -1,37 +1,34 @@
-"""One history for each optimizer: its detectors, and the history of its losses and norms."""
+"""Detectors and reading history of each optimizer."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
-from lightning_nanguard.detect.base import AT_ONCE, Detector, Limits, check
+from lightning_nanguard.detect.base import AT_ONCE, Detector
+from lightning_nanguard.detect.detector_group import LOOK_AT_EACH, DetectorGroup
 from lightning_nanguard.detect.history import ReadingHistory
-from lightning_nanguard.detect.non_finite import NonFinite
+from lightning_nanguard.thresholds.detection import DetectionThresholds, QuasiNewtonThresholds
 from lightning_nanguard.types import Fault, Reading
-
-# Steps in a row far off after which one that wanders has left: of 240 healthy LBFGS runs one came back after 46.
-_COMES_BACK = 60
-
-
-# A reading that lies below these is below nothing.
-_ALL = Limits(-math.inf, -math.inf)
 
 
 @final
 class Monitor:
-    """What is known of one optimizer. Readings below all limits wait until there are some, or somebody asks."""
+    """Watches one optimizer. Readings below all limits wait until there are some, or somebody asks.
 
-    def __init__(self, detectors: list[Detector]) -> None:
+    Args:
+        detectors: The detectors of this optimizer.
+        history: The history of its readings.
+    """
+
+    def __init__(self, detectors: DetectorGroup, history: ReadingHistory) -> None:
         self._detectors = detectors
-        self._trend = ReadingHistory()
+        self._history = history
         self._waiting: list[Reading] = []
         self._taken = 0
-        self._loss, self._norm = _ALL
+        self._loss, self._norm = LOOK_AT_EACH
 
     def is_calm(self, reading: Reading) -> bool:
         """Whether no detector needs to look at a reading."""
@@ -45,60 +42,57 @@ class Monitor:
         # Counted, so that all ranks have the same limits, whenever each of them was asked.
         if self._taken % AT_ONCE == 0:
             self.up_to_date()
-            self._find_limits()
+            self._loss, self._norm = self._detectors.limits()
 
-    def up_to_date(self) -> tuple[list[Detector], ReadingHistory]:
+    def up_to_date(self) -> tuple[DetectorGroup, ReadingHistory]:
         """Detectors and history that have taken every reading."""
         if self._waiting:
+            self._detectors.accept(self._waiting)
             for reading in self._waiting:
-                for detector in self._detectors:
-                    detector.accept(reading)
-                self._trend.accept(reading)
+                self._history.accept(reading)
             self._waiting.clear()
-        return self._detectors, self._trend
-
-    def _find_limits(self) -> None:
-        limits = [detector.limits() or _ALL for detector in self._detectors]
-        self._loss = min([one.loss for one in limits], default=math.inf)
-        self._norm = min([one.norm for one in limits], default=math.inf)
+        return self._detectors, self._history
 
     def rewind(self, step: int) -> None:
         """Forget what came after update ``step``."""
         detectors, history = self.up_to_date()
         history.rewind(step)
-        for detector in detectors:
-            detector.rewind(step)
+        detectors.rewind(step)
         self._taken = 0
-        self._find_limits()
+        self._loss, self._norm = detectors.limits()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""
         detectors, history = self.up_to_date()
-        histories = [[type(detector).__qualname__, detector.state_dict()] for detector in detectors]
-        return {"trend": history.state_dict(), "detectors": histories}
+        return {"trend": history.state_dict(), "detectors": detectors.state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self._trend.load_state_dict(state["trend"])
-        _take_histories_up(self._detectors, state["detectors"])
-        self._find_limits()
+        self._history.load_state_dict(state["trend"])
+        self._detectors.load(state["detectors"])
+        self._loss, self._norm = self._detectors.limits()
 
 
 @final
 class Monitors:
-    """Detectors and trends by the index of the optimizer.
+    """Watches every optimizer of a run, each with detectors and a history of its own.
 
     Args:
         prototypes: Detectors, of which each optimizer gets copies of its own with its first reading.
+        thresholds: What the histories and the faults of quasi-Newton optimizers are judged by; the detectors have
+            their own. ``None`` for the defaults.
     """
 
-    def __init__(self, prototypes: Sequence[Detector]) -> None:
+    def __init__(self, prototypes: Sequence[Detector], thresholds: DetectionThresholds | None = None) -> None:
         self._prototypes = tuple(prototypes)
+        self._thresholds = thresholds or DetectionThresholds()
         self._monitors: dict[int, Monitor] = {}
+        self._logged: set[str] = set()
 
     def _made(self, optimizer_index: int) -> Monitor:
         if optimizer_index not in self._monitors:
-            self._monitors[optimizer_index] = Monitor([copy.deepcopy(detector) for detector in self._prototypes])
+            detectors = DetectorGroup([copy.deepcopy(detector) for detector in self._prototypes], self._logged)
+            self._monitors[optimizer_index] = Monitor(detectors, ReadingHistory(self._thresholds.history))
         return self._monitors[optimizer_index]
 
     def passes(self, reading: Reading) -> bool:
@@ -109,33 +103,30 @@ class Monitors:
         monitor.accept(reading)
         return True
 
-    def check(self, reading: Reading, *, trial: bool = False, wanders: bool = False) -> Fault | None:
+    def check(self, reading: Reading, *, line_search: bool = False, quasi_newton: bool = False) -> Fault | None:
         """What the detectors of its optimizer find in a reading; from now on that optimizer is known.
 
         Args:
             reading: What was measured.
-            trial: Whether it is of a place that the optimizer only tries.
-            wanders: Whether the optimizer goes far off and comes back by itself, as LBFGS does on mini-batches: a
-                finite spike is then the batch's only where that is strange too, and a loss far off is one that stays.
+            line_search: Whether it comes from a further evaluation of one step, as in the line search of LBFGS, which
+                evaluates losses at bad places on purpose.
+            quasi_newton: Whether the optimizer goes far off and comes back by itself, as LBFGS does on mini-batches.
+
+        Raises:
+            TypeError: When a detector returns something that is no fault.
         """
         monitor = self._made(reading.optimizer_index)
         if monitor.is_calm(reading):
             return None
         detectors, history = monitor.up_to_date()
-        if trial:
-            return check([detector for detector in detectors if isinstance(detector, NonFinite)], reading)
-        fault = check(detectors, reading)
-        if wanders and fault is not None and fault.since is not None:
-            # It comes back from far off, and its weights with it.
-            next(detector for detector in detectors if detector.check(reading) is not None).dismiss(reading)
-            fault = check(detectors, reading)
-        if fault is None or not wanders:
-            return fault
-        if fault.kind == "gradient_spike":
-            return replace(fault, doubtful=True)
-        far_off = history.far_off()
-        returns = far_off > 0 or fault.kind == "unsteady_loss"
-        return None if fault.scope == "learner" and returns and far_off < _COMES_BACK else fault
+        found = detectors.find(reading, line_search=line_search)
+        if line_search or not quasi_newton:
+            return None if found is None else found.fault
+        if found is not None and found.fault.since is not None:
+            # A fault that may have come back by itself has: the optimizer does so, and its weights with it.
+            detectors.dismiss(reading, found.detector)
+            found = detectors.find(reading)
+        return None if found is None else _of_quasi_newton(found.fault, history, self._thresholds.quasi_newton)
 
     def history(self, optimizer_index: int) -> ReadingHistory | None:
         """History of an optimizer's losses and norms, ``None`` before its first reading."""
@@ -153,8 +144,8 @@ class Monitors:
             Whether its optimizer is known.
         """
         known = self._monitors.get(reading.optimizer_index)
-        for detector in () if known is None else known.up_to_date()[0]:
-            detector.dismiss(reading)
+        if known is not None:
+            known.up_to_date()[0].dismiss(reading)
         return known is not None
 
     def rewind(self, step: int) -> None:
@@ -164,13 +155,11 @@ class Monitors:
 
     def uneasy(self, readings: Sequence[Reading]) -> bool:
         """Whether a detector is uneasy about one of some readings."""
-        return any(
-            detector.uneasy(r) for r in readings for detector in self._monitors[r.optimizer_index].up_to_date()[0]
-        )
+        return any(self._monitors[reading.optimizer_index].up_to_date()[0].uneasy(reading) for reading in readings)
 
     def undecided(self) -> bool:
         """Whether a detector has still to look into something."""
-        return any(detector.undecided() for monitor in self._monitors.values() for detector in monitor.up_to_date()[0])
+        return any(monitor.up_to_date()[0].undecided() for monitor in self._monitors.values())
 
     def learning(self) -> bool:
         """Whether all losses are falling, or have fallen and stayed there."""
@@ -191,12 +180,10 @@ class Monitors:
             self._made(int(index)).load_state_dict(saved)
 
 
-def _take_histories_up(detectors: Sequence[Detector], saved: Sequence[Sequence[Any]]) -> None:
-    """The n-th detector of a class takes up the history of the n-th of that class: the list around may have changed."""
-    histories: dict[str, deque[Any]] = {}
-    for name, history in saved:
-        histories.setdefault(name, deque()).append(history)
-    for detector in detectors:
-        own = histories.get(type(detector).__qualname__)
-        if own:
-            detector.load_state_dict(own.popleft())
+def _of_quasi_newton(fault: Fault, history: ReadingHistory, thresholds: QuasiNewtonThresholds) -> Fault | None:
+    # A finite spike is a fault only where the batch is strange, too; a loss far off only where it stays there.
+    if fault.scope != "learner" and not fault.certain:
+        return replace(fault, doubtful=True)
+    far_off = history.far_off()
+    may_return = far_off > 0 or fault.proof == "batches"
+    return None if fault.scope == "learner" and may_return and far_off < thresholds.comes_back else fault

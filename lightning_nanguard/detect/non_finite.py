@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 from lightning_nanguard.detect.base import Detector, Limits
 from lightning_nanguard.errors import require
+from lightning_nanguard.thresholds.detection import NonFiniteThresholds
 from lightning_nanguard.types import Fault, Reading
 
 
@@ -22,6 +23,7 @@ class NonFinite(Detector):
     Args:
         overflow_patience: Overflows in a row that are still the scaler's business.
         min_loss_scale: Loss scale below which an overflow is a fault.
+        thresholds: Further thresholds, ``None`` for the defaults.
 
     Raises:
         ValueError: When an argument is not positive.
@@ -32,46 +34,44 @@ class NonFinite(Detector):
         'non_finite_loss'
     """
 
-    # Adam squares the gradient in float32: beyond this norm a second moment becomes Inf and stays so.
-    _square_overflows = 1e18
+    judges_line_search: ClassVar[bool] = True
 
-    def __init__(self, overflow_patience: int = 20, min_loss_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        overflow_patience: int = 20,
+        min_loss_scale: float = 1.0,
+        *,
+        thresholds: NonFiniteThresholds | None = None,
+    ) -> None:
         require(overflow_patience >= 1, self, "overflow_patience", overflow_patience, "an integer of at least 1")
         require(min_loss_scale > 0, self, "min_loss_scale", min_loss_scale, "a number above 0")
         self.overflow_patience = overflow_patience
         self.min_loss_scale = min_loss_scale
+        self._thresholds = thresholds or NonFiniteThresholds()
         self._overflows: deque[int] = deque(maxlen=overflow_patience)
 
     def check(self, reading: Reading) -> Fault | None:
         """The fault of this reading, or ``None``."""
+        norm = reading.grad_norm
         if not reading.loss_finite:
-            return Fault("non_finite_loss", "batch", "loss", reading.loss, f"the loss is {reading.loss}")
+            message = f"the loss is {reading.loss}"
+            return Fault("non_finite_loss", "batch", "loss", reading.loss, message, clipping_helps=True)
         if not reading.finite:
-            return self._gradient(reading)
-        if reading.grad_norm is not None and reading.grad_norm > self._square_overflows:
-            return Fault(
-                "gradient_overflow",
-                "batch",
-                "gradient",
-                reading.grad_norm,
-                f"the gradient norm is {reading.grad_norm:.3g}; its square overflows float32",
-            )
+            return self._overflow(reading) if reading.scaler_skips else _non_finite_gradient(norm)
+        if norm is not None and norm > self._thresholds.max_norm:
+            message = f"the gradient norm is {norm:.3g}; its square overflows float32"
+            return Fault("gradient_overflow", "batch", "gradient", norm, message, clipping_helps=True)
         return None
 
-    def _gradient(self, reading: Reading) -> Fault | None:
-        if not reading.scaler_skips:
-            return Fault("non_finite_gradient", "batch", "gradient", reading.grad_norm, "a gradient is not finite")
+    def _overflow(self, reading: Reading) -> Fault | None:
         scale = reading.loss_scale
         in_a_row = len(self._overflows) + 1
         if in_a_row < self.overflow_patience and (scale is None or scale >= self.min_loss_scale):
             return None
-        return Fault(
-            "loss_scale_collapse",
-            "learner",
-            "gradient",
-            scale,
-            f"{in_a_row} fp16 overflows in a row took the loss scale down to {scale}, and still the gradient overflows",
+        message = (
+            f"{in_a_row} fp16 overflows in a row took the loss scale down to {scale}, and still the gradient overflows"
         )
+        return Fault("loss_scale_collapse", "learner", "gradient", scale, message, proof="none")
 
     def accept(self, reading: Reading) -> None:
         """Count overflows in a row."""
@@ -81,8 +81,8 @@ class NonFinite(Detector):
             self._overflows.clear()
 
     def limits(self) -> Limits:
-        """Anything finite whose square is."""
-        return Limits(math.inf, self._square_overflows)
+        """Any finite loss, and any gradient norm whose square is finite."""
+        return Limits(math.inf, self._thresholds.max_norm)
 
     def rewind(self, step: int) -> None:
         """Start counting overflows anew."""
@@ -96,3 +96,7 @@ class NonFinite(Detector):
         """The inverse of :meth:`state_dict`."""
         self._overflows.clear()
         self._overflows.extend(int(step) for step in state["overflows"])
+
+
+def _non_finite_gradient(norm: float | None) -> Fault:
+    return Fault("non_finite_gradient", "batch", "gradient", norm, "a gradient is not finite", clipping_helps=True)

@@ -1,29 +1,29 @@
-"""Windows of the newest values, and the robust statistics computed over them."""
+"""A window of the newest values that can be rewound."""
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable
-from statistics import median
 from typing import final
-
-
-def spread(values: Iterable[float]) -> float:
-    """Median absolute deviation, scaled to the standard deviation of a normal distribution.
-
-    Example:
-        >>> round(spread([1.0, 2.0, 3.0, 4.0, 100.0]), 3)
-        1.483
-    """
-    values = list(values)
-    centre = median(values)
-    return 1.4826 * median(abs(value - centre) for value in values)
 
 
 @final
 class Window:
-    """The newest accepted values, each with the step it was read at; what is rewound leaves it again."""
+    """Holds the newest accepted values, each with the step it was read at, for a detector that looks back at them.
+
+    Args:
+        size: How many values are held; the oldest leaves a full window.
+
+    Example:
+        >>> window = Window(2)
+        >>> for step in range(3):
+        ...     window.append(step, step / 10)
+        >>> window.values()
+        [0.1, 0.2]
+        >>> window.rewind(1)
+        >>> window.values()
+        [0.1]
+    """
 
     __slots__ = ("_items",)
 
@@ -63,9 +63,3 @@ class Window:
         """The inverse of :meth:`state`."""
         self._items.clear()
         self._items.extend((int(step), float(value)) for step, value in state)
-
-
-def falling(values: list[float], noise: float, *, times: float = 0.5) -> bool:
-    """Whether the newer half of some values lies below the older one, by ``times`` the error that noise leaves."""
-    half = len(values) // 2
-    return median(values[half:]) < median(values[:half]) - times * noise / math.sqrt(half)

@@ -328,8 +328,8 @@ class Guard:
         if learner.scaler is not None and reading.loss_finite and not reading.finite:
             reading = reading._replace(scaler_skips=True)
         self.non_finite += not reading.finite and not reading.scaler_skips
-        wanders = reading.optimizer_index in learner.quasi_newton
-        fault = self._monitors.check(reading, trial=arrived.line_search, wanders=wanders)
+        quasi_newton = reading.optimizer_index in learner.quasi_newton
+        fault = self._monitors.check(reading, line_search=arrived.line_search, quasi_newton=quasi_newton)
         if fault is not None and fault.doubtful and not self._batch_is_strange(fault, arrived):
             fault = None
         if fault is None:

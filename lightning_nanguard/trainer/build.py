@@ -95,7 +95,7 @@ def _context(
     context = GuardContext(
         learner=learner,
         replay=replay,
-        monitors=Monitors(arguments.detectors),
+        monitors=Monitors(arguments.detectors, arguments.thresholds.detection),
         rate=LearningRate(optimizers),
         clipper=clipper,
         ring=Ring(arguments.max_snapshots),

@@ -1,0 +1,161 @@
+"""The detectors of one optimizer, asked so that an exception in one of them does not end the run."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar, final
+
+from lightning_nanguard.detect.base import Detector, Limits
+from lightning_nanguard.types import Fault, Reading
+
+_logger = logging.getLogger("lightning_nanguard")
+
+_T = TypeVar("_T")
+
+# No reading is below these.
+LOOK_AT_EACH = Limits(-math.inf, -math.inf)
+
+
+class Found(NamedTuple):
+    """A fault, and the detector that found it."""
+
+    fault: Fault
+    detector: Detector
+
+
+@final
+class DetectorGroup:
+    """Asks the detectors of one optimizer, in their order.
+
+    A detector that raises an exception is left out of that one call; the exception is logged the first time.
+
+    Args:
+        detectors: The detectors; they belong to this group alone.
+        logged: Names of the detectors whose exception has been logged; shared among the groups of one run.
+    """
+
+    def __init__(self, detectors: Sequence[Detector], logged: set[str]) -> None:
+        self._detectors = tuple(detectors)
+        self._line_search = tuple(detector for detector in detectors if detector.judges_line_search)
+        self._logged = logged
+
+    def find(self, reading: Reading, *, line_search: bool = False) -> Found | None:
+        """The first fault that a detector finds in a reading, ``None`` where none does.
+
+        Args:
+            reading: What was measured.
+            line_search: Whether it comes from a further evaluation of one step; only detectors that judge such ones
+                are asked.
+
+        Raises:
+            TypeError: When a detector returns something else than a fault or ``None``.
+        """
+        for detector in self._line_search if line_search else self._detectors:
+            try:
+                fault = detector.check(reading)
+            except Exception as error:
+                self._log(detector, "check", error)
+                continue
+            if fault is not None:
+                if not isinstance(fault, Fault):
+                    raise _wrong_type(detector, "check", fault, "a Fault, or None where the reading has none")
+                return Found(fault, detector)
+        return None
+
+    def accept(self, readings: Iterable[Reading]) -> None:
+        """Take healthy readings into the histories."""
+        for reading in readings:
+            for detector in self._detectors:
+                try:
+                    detector.accept(reading)
+                except Exception as error:
+                    self._log(detector, "accept", error)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was accepted after ``step``."""
+        for detector in self._detectors:
+            self._ask(detector, "rewind", detector.rewind, None, step)
+
+    def dismiss(self, reading: Reading, detector: Detector | None = None) -> None:
+        """The fault found in a reading was none. ``detector`` found it; ``None`` tells all of them."""
+        for one in self._detectors if detector is None else (detector,):
+            self._ask(one, "dismiss", one.dismiss, None, reading)
+
+    def uneasy(self, reading: Reading) -> bool:
+        """Whether a detector is uneasy about a reading."""
+        return any(self._ask(detector, "uneasy", detector.uneasy, False, reading) for detector in self._detectors)
+
+    def undecided(self) -> bool:
+        """Whether a detector waits for further readings."""
+        return any(self._ask(detector, "undecided", detector.undecided, False) for detector in self._detectors)
+
+    def limits(self) -> Limits:
+        """Below what the next readings are no fault to any detector.
+
+        Raises:
+            TypeError: When a detector returns something else than limits or ``None``.
+        """
+        limits = [self._limits(detector) for detector in self._detectors]
+        return Limits(
+            min([one.loss for one in limits], default=math.inf), min([one.norm for one in limits], default=math.inf)
+        )
+
+    def _limits(self, detector: Detector) -> Limits:
+        limits = self._ask(detector, "limits", detector.limits, None)
+        if limits is not None and not isinstance(limits, Limits):
+            raise _wrong_type(detector, "limits", limits, "Limits, or None to be asked about each reading")
+        return LOOK_AT_EACH if limits is None else limits
+
+    def state(self) -> list[list[Any]]:
+        """Class name and history of each detector, in plain containers."""
+        nothing: dict[str, Any] = {}
+        return [[_name(one), self._ask(one, "state_dict", one.state_dict, nothing)] for one in self._detectors]
+
+    def load(self, saved: Sequence[Sequence[Any]]) -> None:
+        """Take saved histories up.
+
+        The n-th detector of a class takes the history of the n-th one of that class: the list may have changed.
+        """
+        histories: dict[str, deque[Any]] = {}
+        for name, history in saved:
+            histories.setdefault(name, deque()).append(history)
+        for detector in self._detectors:
+            own = histories.get(_name(detector))
+            if own:
+                self._ask(detector, "load_state_dict", detector.load_state_dict, None, own.popleft())
+
+    def _ask(self, detector: Detector, method: str, call: Callable[..., _T], otherwise: _T, *args: Any) -> _T:
+        try:
+            return call(*args)
+        except Exception as error:
+            self._log(detector, method, error)
+            return otherwise
+
+    def _log(self, detector: Detector, method: str, error: Exception) -> None:
+        name = f"{type(detector).__module__}.{_name(detector)}"
+        if name in self._logged:
+            return
+        self._logged.add(name)
+        _logger.warning(
+            "NaNGuard: %s() of the detector %s raised %s: %s. Training goes on; the detector is left out of this call "
+            "and asked again at the next one. Further exceptions of it are not shown.",
+            method,
+            name,
+            type(error).__name__,
+            error,
+            exc_info=error,
+        )
+
+
+def _name(detector: Detector) -> str:
+    return type(detector).__qualname__
+
+
+def _wrong_type(detector: Detector, method: str, returned: object, expected: str) -> TypeError:
+    return TypeError(
+        f"{method}() of the detector {type(detector).__module__}.{_name(detector)} returned {returned!r}, "
+        f"a {type(returned).__name__}. Return {expected}."
+    )

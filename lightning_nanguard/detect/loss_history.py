@@ -1,0 +1,95 @@
+"""The losses that a diverging one is told by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+from typing import Any, final
+
+from lightning_nanguard.detect.window import Window
+
+
+@final
+class LossHistory:
+    """Keeps the newest accepted losses, the untrained model's, and the best and highest so far.
+
+    Args:
+        size: How many losses are kept.
+        level_readings: Newest losses whose median is the loss level.
+    """
+
+    def __init__(self, size: int, level_readings: int) -> None:
+        self._losses = Window(size)
+        self._level_readings = level_readings
+        self._first_step: int | None = None
+        self._best: float | None = None
+        self.first: float | None = None
+        """The untrained model's loss, ``None`` before the first one."""
+        self.highest: float | None = None
+        """The highest loss since the start or the last rollback."""
+        self.since = 0
+        """Losses accepted since the start or the last rollback."""
+
+    def __len__(self) -> int:
+        return len(self._losses)
+
+    @property
+    def best(self) -> float | None:
+        """The lowest loss level so far; the untrained model's loss before the first one."""
+        return self.first if self._best is None else self._best
+
+    def values(self) -> list[float]:
+        """The accepted losses, oldest first."""
+        return self._losses.values()
+
+    def newest(self, count: int) -> list[float]:
+        """The newest ``count`` losses, oldest first."""
+        return self._losses.last(count)
+
+    def step_before(self, step: int) -> int:
+        """Step of the newest loss that was read before ``step``; one less where none is known."""
+        return self._losses.step_before(step)
+
+    def accept(self, step: int, loss: float) -> None:
+        """Take a healthy, finite loss."""
+        if self._first_step is None:
+            self.first, self._first_step = loss, step
+        self._losses.append(step, loss)
+        self.since += 1
+        # The median of the newest hardly falls below the best one while no loss does.
+        if (self._best is None or loss < self._best) and len(self._losses) >= self._level_readings:
+            level = median(self._losses.last(self._level_readings))
+            if self._best is None or level < self._best:
+                self._best = level
+        if self.highest is None or loss > self.highest:
+            self.highest = loss
+
+    def rewind(self, step: int) -> None:
+        """Forget what was accepted after ``step``."""
+        self._losses.rewind(step)
+        self.highest = None
+        self.since = 0
+        if not len(self._losses):
+            self._best = None
+        if self._first_step is not None and step < self._first_step:
+            self._first_step = None  # the next one is the untrained model's again
+
+    def state(self) -> dict[str, Any]:
+        """Plain containers for a checkpoint."""
+        return {
+            "losses": self._losses.state(),
+            "first": self.first,
+            "first_step": self._first_step,
+            "best": self._best,
+            "highest": self.highest,
+            "since": self.since,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state`; further keys are ignored."""
+        self._losses.load(state["losses"])
+        self.first = state["first"]
+        self._first_step = state["first_step"]
+        self._best = state["best"]
+        self.highest = state["highest"]
+        self.since = int(state["since"])

@@ -1,0 +1,75 @@
+"""What the newest losses and gradient norms of an optimizer say: pure functions of lists, the oldest value first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from statistics import fmean, median
+
+from lightning_nanguard.detect.robust_statistics import falling, spread
+from lightning_nanguard.thresholds.detection import (
+    BurstThresholds,
+    ClimbThresholds,
+    HistoryThresholds,
+    UsualNormThresholds,
+)
+
+
+def loss_unit(losses: Sequence[float], first: float | None, thresholds: HistoryThresholds) -> float:
+    """The unit of the loss: the size of the untrained model's loss, or the noise where that is larger."""
+    noise = spread(losses) if len(losses) >= thresholds.min_noise_losses else 0.0
+    return max(abs(first) if first is not None else 0.0, noise, 1e-12)
+
+
+def loss_level(losses: Sequence[float]) -> float | None:
+    """Mean of some losses but the highest: a ruined model may be right on more than half of its batches."""
+    values = sorted(losses)
+    return fmean(values[:-1] or values) if values else None
+
+
+def loss_falls(losses: Sequence[float], errors: float) -> bool:
+    """Whether the newer half of some losses lies clearly below the older one, beside the noise within each half."""
+    half = len(losses) // 2
+    older, newer = losses[:half], losses[half:]
+    noise = spread([loss - median(part) for part in (older, newer) for loss in part])
+    return falling(losses, noise, errors)
+
+
+def updates_far_off(losses: Sequence[float], first: float, times: float) -> int:
+    """How many of the newest losses in a row lie above the untrained model's by ``times`` its size."""
+    limit = first + times * abs(first)
+    return sum(1 for _ in takewhile(lambda loss: loss > limit, reversed(losses)))
+
+
+def usual_norm(norms: Sequence[float], first: float, thresholds: UsualNormThresholds) -> float | None:
+    """A lower quantile of the gradient norms, of a few the least; ``None`` when there are fewer.
+
+    Args:
+        norms: Healthy gradient norms above 0.
+        first: The first norm of the run, 0 where it is not known.
+        thresholds: Which norm is usual.
+    """
+    norms = sorted(norms)
+    if len(norms) < thresholds.min_norms:
+        return None
+    few = len(norms) < thresholds.quantile_norms
+    usual = norms[0] if few else norms[len(norms) // thresholds.quantile_part]
+    return max(usual, thresholds.min_share_of_first * first)
+
+
+def climbs(values: Sequence[float], least: float, thresholds: ClimbThresholds) -> bool:
+    """Whether the newest of some values lie above the range of the others, by ``least`` at least."""
+    newest = thresholds.newest
+    if len(values) <= newest:
+        return False
+    gap = 1 if len(values) >= thresholds.gap_readings else 0
+    before = values[: -newest - gap]
+    return min(values[-newest:]) > median(before) + max(thresholds.noise * spread(before), least)
+
+
+def has_burst(norms: Sequence[float], first: float, thresholds: BurstThresholds) -> bool:
+    """Whether one of some norms is above the first of the run and far above all of several before it."""
+    return any(
+        norms[i] > max(first, thresholds.times * max(norms[max(0, i - thresholds.before) : i]))
+        for i in range(thresholds.min_before, len(norms))
+    )
