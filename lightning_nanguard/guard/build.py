@@ -6,22 +6,31 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import nn
+from torch.optim import Optimizer
+
 from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.act.clip_gradients import ClipGradients
-from lightning_nanguard.act.defaults import executors
+from lightning_nanguard.act.defaults import default_remedies, executors
+from lightning_nanguard.act.learning_rate import LearningRate
 from lightning_nanguard.act.reduce_lr import ReduceLR
 from lightning_nanguard.act.skip import StepBlocker
 from lightning_nanguard.checkpoints.saving import Saving
+from lightning_nanguard.decide.budget import Budget
 from lightning_nanguard.decide.policy import Policy
+from lightning_nanguard.detect.base import Detector
+from lightning_nanguard.detect.defaults import default_detectors
+from lightning_nanguard.detect.monitors import Monitors
+from lightning_nanguard.distributed.ranks import Alone, Ranks
 from lightning_nanguard.guard.acting import Acting, Conduct, Observing
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.certification import Certification
-from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.context import GuardContext, Settings
 from lightning_nanguard.guard.deferred_readback import DeferredReadback, DeferredReadings
 from lightning_nanguard.guard.guard import Guard, GuardParts
 from lightning_nanguard.guard.interventions import Interventions
 from lightning_nanguard.guard.investigator import Investigator
-from lightning_nanguard.guard.loop import TrainingLoop
+from lightning_nanguard.guard.loop import BatchReplay, NoReplay, TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.rank_readback import RankReadback
 from lightning_nanguard.guard.readback import MAX_DELAY, Readback
@@ -32,6 +41,8 @@ from lightning_nanguard.guard.remedy_actions import RemedyActions
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.guard.step_readback import StepReadback
 from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.learner import Learner
+from lightning_nanguard.thresholds import Thresholds
 
 
 def build_guard(
@@ -107,6 +118,49 @@ def build_guard(
             **parts,
         )
     )
+
+
+def guard_for(
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    loop: TrainingLoop,
+    *,
+    replay: BatchReplay | None = None,
+    detectors: Sequence[Detector] | None = None,
+    remedies: Sequence[Remedy] | None = None,
+    budget: Budget | None = None,
+    settings: Settings | None = None,
+    ranks: Ranks | None = None,
+    thresholds: Thresholds | None = None,
+) -> Guard:
+    """Make a guard for a loop of your own; ``None`` stands for what ``NaNGuard()`` takes.
+
+    Args:
+        module: The module trained.
+        optimizers: Its optimizers, by the index that :meth:`Guard.before_step` is given.
+        loop: The loop.
+        replay: Runs batches again; by default none can be.
+        detectors: What counts as a fault.
+        remedies: What may follow when skipping is not enough, in order of preference.
+        budget: Bounds on interventions.
+        settings: How the guard works.
+        ranks: All processes; one by default.
+        thresholds: All thresholds.
+    """
+    limits = thresholds or Thresholds()
+    remedies = default_remedies(limits.rate_search.cut) if remedies is None else remedies
+    detectors = default_detectors(limits.detection) if detectors is None else detectors
+    context = GuardContext(
+        learner=Learner(module, optimizers),
+        replay=replay or NoReplay(),
+        monitors=Monitors(detectors, limits.detection),
+        rate=LearningRate(optimizers),
+        ranks=ranks or Alone(),
+        settings=settings or Settings(),
+        thresholds=limits,
+    )
+    policy = Policy(remedies, budget or Budget(), limits.decision)
+    return build_guard(context, loop, policy=policy, remedies=remedies, make_undo=lambda: BatchUndo(module))
 
 
 def _readback(

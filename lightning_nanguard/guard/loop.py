@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol, final
+from typing import Protocol
 
 from lightning_nanguard.diagnosis.clues import Look
 from lightning_nanguard.types import Evidence, Fault, Finding, Intervention
@@ -79,9 +79,8 @@ class TrainingLoop(Protocol):
         """Why the fault of an update happened, ``None`` where that was not found; it changes nothing."""
 
 
-@final
 class NoReplay:
-    """The replay of a loop that cannot run batches again."""
+    """The replay of a loop that cannot run batches again. Subclass it for a loop that can do some of it."""
 
     def comparable(self) -> bool:
         """Never."""

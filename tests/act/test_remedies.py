@@ -27,11 +27,13 @@ from lightning_nanguard import (
 from lightning_nanguard.act.clipping import Clipper
 from lightning_nanguard.act.defaults import executors
 from lightning_nanguard.act.rate_search import rehearsed_cut
+from lightning_nanguard.thresholds.rate_search import CutThresholds
 from lightning_nanguard.types import Clip, DropMoments, Evidence, PlanStep, Restore, Scale, Skip, Stop
 
-GRADIENT = Fault("gradient_spike", "batch", "gradient", 1e6)
-LOSS = Fault("exploding_loss", "learner", "loss", 1e6)
-COLLAPSED = Fault("collapsed", "learner", "loss", 2.3)
+GRADIENT = Fault("gradient_spike", "batch", "gradient", 1e6, certain=False, clipping_helps=True)
+LOSS = Fault("exploding_loss", "learner", "loss", 1e6, certain=False, clipping_helps=True)
+COLLAPSED = Fault("collapsed", "learner", "loss", 2.3, certain=False, recovers=True)
+CUT = CutThresholds()
 EVIDENCE = Evidence(step=100, usual_norm=2.0, lr=0.1)
 
 
@@ -93,9 +95,9 @@ def test_a_remedy_proposes_and_carries_out(
     """What is proposed at which attempt, and what the step then does."""
     assert remedy.propose(fault, EVIDENCE, attempt) == step
     if done is not None and step is not None:
-        patient = RunControl()
-        remedy.apply(step, patient)
-        assert patient.done == [done]
+        run = RunControl()
+        remedy.apply(step, run)
+        assert run.done == [done]
 
 
 def test_auto_clipping_has_a_value_before_any_norm_was_usual() -> None:
@@ -112,9 +114,9 @@ def test_the_cut_goes_where_a_rehearsal_shows_the_loss_falls() -> None:
             return 2.3
         return math.inf if rate > 2 else 2.3 - min(2.0, rate)
 
-    patient = RunControl(loss=loss)
-    ReduceLR().apply(Scale(0.5), patient)
-    ((_, factor, _),) = patient.done
+    run = RunControl(loss=loss)
+    ReduceLR().apply(Scale(0.5), run)
+    ((_, factor, _),) = run.done
     assert isinstance(factor, float)
     assert 0.4 <= 1000 * factor <= 1
 
@@ -132,16 +134,16 @@ def test_the_cut_goes_where_a_rehearsal_shows_the_loss_falls() -> None:
 )
 def test_a_cut_and_what_the_curvature_allows(tried: bool, step: Scale, cut: float) -> None:
     """The curvature along one gradient bounds a cut that could not be rehearsed, that of the steepest direction any."""
-    patient = RunControl(loss=lambda factor, updates: 2.3 - 2.0 * (updates > 0) if tried else None)
-    ReduceLR().apply(step, patient)
-    ((_, factor, _),) = patient.done
+    run = RunControl(loss=lambda factor, updates: 2.3 - 2.0 * (updates > 0) if tried else None)
+    ReduceLR().apply(step, run)
+    ((_, factor, _),) = run.done
     assert factor == pytest.approx(cut, rel=0.01)
 
 
 def test_where_the_loss_began_far_off_a_rate_must_come_as_near_as_the_best() -> None:
     """A rate that takes the loss from 1,000 to 20 is not enough where another takes it to 0.5."""
     ends = {0.5: math.inf, 0.125: 0.5, 0.03125: 0.6, 0.0078125: 20.0}
-    cut = rehearsed_cut(lambda factor, updates: 1000.0 if updates == 0 else ends.get(factor, 500.0), 0.5)
+    cut = rehearsed_cut(lambda factor, updates: 1000.0 if updates == 0 else ends.get(factor, 500.0), 0.5, CUT)
     assert cut == 0.03125
 
 
@@ -153,7 +155,7 @@ def test_no_rate_is_tried_below_those_that_may_be_taken() -> None:
         tried.append(factor)
         return 2.3 if updates == 0 else math.inf if factor > 0.2 else 0.3
 
-    assert rehearsed_cut(rehearse, 0.5) == 0.125 / 16
+    assert rehearsed_cut(rehearse, 0.5, CUT) == 0.125 / 16
     assert tried[1:] == [0.5, 0.125, 0.125 / 4, 0.125 / 16]
 
 
@@ -173,20 +175,20 @@ def test_a_rate_that_is_good_by_accident_is_not_taken(ends: dict[float, float], 
     """Where a rate makes things worse, a larger one that made them better did so by killing units, say: the search goes
     on below both, and only where nothing helps there is it better than none."""
     ends = {0.5: math.inf, **ends}
-    assert rehearsed_cut(lambda factor, updates: ends.get(factor, 1.02) if updates else 1.0, 0.5) == cut
+    assert rehearsed_cut(lambda factor, updates: ends.get(factor, 1.02) if updates else 1.0, 0.5, CUT) == cut
 
 
 @pytest.mark.parametrize(("slow", "cut"), [(0.04, 0.125 / 256), (0.5, 0.125 / 64)])
 def test_batches_learned_by_heart_do_not_choose_a_large_rate(slow: float, cut: float) -> None:
     """Where the best rate takes them to nothing, so does a far lower one within the same updates: that is taken."""
     ends = {0.5: math.inf, 0.125: 0.0, 0.125 / 4: 1e-6, 0.125 / 16: 1e-3, 0.125 / 64: 0.01, 0.125 / 256: slow}
-    assert rehearsed_cut(lambda factor, updates: ends.get(factor, 0.95) if updates else 1.0, 0.5) == cut
+    assert rehearsed_cut(lambda factor, updates: ends.get(factor, 0.95) if updates else 1.0, 0.5, CUT) == cut
 
 
 def test_a_model_that_has_learned_is_not_said_to_learn_by_heart() -> None:
     """Where the loss is next to nothing before any update, rates that bring nothing are as bad as ever."""
     ends = {0.5: math.inf, 0.125: 0.001, 0.125 / 4: 0.0018}
-    assert rehearsed_cut(lambda factor, updates: ends.get(factor, 0.002) if updates else 0.002, 0.5) == 0.0625
+    assert rehearsed_cut(lambda factor, updates: ends.get(factor, 0.002) if updates else 0.002, 0.5, CUT) == 0.0625
 
 
 @pytest.mark.parametrize(("batches", "began", "cut"), [(4, 2.3, 0.0625), (2, 2.3, 0.03125), (4, 0.5, 0.03125)])
@@ -194,9 +196,9 @@ def test_how_much_of_the_best_gain_may_be_missing(batches: int, began: float, cu
     """Up to half; less where the loss came down by more than half, unless on two batches, soon known by heart."""
     best = 0.3
     ends = {0.5: math.inf, 0.125: best, 0.03125: best + 0.4 * (began - best)}
-    patient = RunControl(loss=lambda factor, updates: ends.get(factor, began) if updates else began, batches=batches)
-    ReduceLR().apply(Scale(0.5), patient)
-    [(_, factor, _)] = patient.done
+    run = RunControl(loss=lambda factor, updates: ends.get(factor, began) if updates else began, batches=batches)
+    ReduceLR().apply(Scale(0.5), run)
+    [(_, factor, _)] = run.done
     assert factor == cut
 
 
@@ -219,16 +221,16 @@ def test_clipping_may_do_without_a_cut(
     """Where the rate as it is learns under the new clipping, and about as fast as at half or less, it stays; else it is
     cut."""
     ends = {1.0: whole, 0.5: half}
-    patient = RunControl(loss=lambda factor, updates: ends.get(factor, eighth) if updates else 2.3)
-    ReduceLR().apply(Scale(0.5, clipped=clipped), patient)
-    assert [done[1] for done in patient.done] == ([] if cut is None else [pytest.approx(cut, rel=1.0)])
+    run = RunControl(loss=lambda factor, updates: ends.get(factor, eighth) if updates else 2.3)
+    ReduceLR().apply(Scale(0.5, clipped=clipped), run)
+    assert [done[1] for done in run.done] == ([] if cut is None else [pytest.approx(cut, rel=1.0)])
 
 
 @pytest.mark.parametrize("after", [None, 2.4, math.inf, 2.3])
 def test_a_rehearsal_that_says_nothing_changes_nothing(after: float | None) -> None:
     """Where no rate helps, or none can be tried, the proposed cut stays."""
-    assert rehearsed_cut(lambda factor, updates: after if updates else 2.3, 0.5) is None
-    assert rehearsed_cut(lambda factor, updates: None, 0.5) is None
+    assert rehearsed_cut(lambda factor, updates: after if updates else 2.3, 0.5, CUT) is None
+    assert rehearsed_cut(lambda factor, updates: None, 0.5, CUT) is None
 
 
 def test_without_rehearsals_the_cut_follows_the_growth_of_the_weights() -> None:
@@ -245,9 +247,9 @@ def test_an_optimizer_that_estimates_curvature_is_not_clipped() -> None:
 
 def test_rehearsing_can_be_turned_off() -> None:
     """With rehearse=False no update is tried."""
-    patient = RunControl(loss=lambda factor, updates: 0.1)
-    ReduceLR(rehearse=False).apply(Scale(0.5), patient)
-    assert patient.done == [("scale", 0.5, 0.0)]
+    run = RunControl(loss=lambda factor, updates: 0.1)
+    ReduceLR(rehearse=False).apply(Scale(0.5), run)
+    assert run.done == [("scale", 0.5, 0.0)]
 
 
 def test_every_step_has_an_executor_and_the_users_comes_first() -> None:

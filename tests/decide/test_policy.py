@@ -10,19 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_nanguard import Budget, ClipGradients, Fault, ReduceLR, Remedy, ResetMoments, Rollback, StopTraining
+from lightning_nanguard.act.base import RunControl
 from lightning_nanguard.act.defaults import default_remedies
 from lightning_nanguard.decide.policy import Policy
-from lightning_nanguard.decide.rate_limit import within_curvature
+from lightning_nanguard.decide.recovery import prove
 from lightning_nanguard.decide.state import PolicyState
-from lightning_nanguard.types import Clip, Comparison, DropMoments, Evidence, Finding, Plan, Restore, Scale, Skip, Stop
+from lightning_nanguard.thresholds.decision import RecoveryThresholds
+from lightning_nanguard.types import Clip, Comparison, DropMoments, Evidence, Plan, PlanStep, Restore, Scale, Skip, Stop
 
-BATCH = Fault("non_finite_loss", "batch", "loss", math.nan, "the loss is nan")
-GRADIENT = Fault("non_finite_gradient", "batch", "gradient", math.nan, "a gradient is not finite")
-EXPLODING = Fault("exploding_loss", "learner", "loss", 1e6, "the loss is 1e6")
-STUCK = Fault("stuck_loss", "learner", "loss", 2.3, "the loss is 2.3")
-OVERSHOOT = Fault("overshoot", "learner", "loss", 0.3, "the loss rose to 20", since=480)
-UNSTEADY = Fault("unsteady_loss", "learner", "loss", 6.0, "it swings")
-COLLAPSED = Fault("collapsed", "learner", "loss", 2.7, "the loss is back at 2.7")
+BATCH = Fault("non_finite_loss", "batch", "loss", math.nan, "the loss is nan", clipping_helps=True)
+GRADIENT = Fault("non_finite_gradient", "batch", "gradient", math.nan, "a gradient is not finite", clipping_helps=True)
+EXPLODING = Fault("exploding_loss", "learner", "loss", 1e6, "the loss is 1e6", certain=False, clipping_helps=True,
+                  excess=1e6 - 2.3)  # fmt: skip
+STUCK = Fault("stuck_loss", "learner", "loss", 2.3, "the loss is 2.3", certain=False, recovers=True, proof="trial")
+OVERSHOOT = Fault("overshoot", "learner", "loss", 0.3, "the loss rose to 20", since=480, certain=False, proof="growth")
+UNSTEADY = Fault("unsteady_loss", "learner", "loss", 6.0, "it swings", certain=False, proof="batches")
+COLLAPSED = Fault("collapsed", "learner", "loss", 2.7, "the loss is back at 2.7", certain=False, recovers=True)
 CORRUPTED = Fault("corrupted_state", "state", "buffer bn.running_var", None, "it is not finite")
 
 GOOD = Evidence(step=500, healthy_steps=480, snapshots=3, levels=(0.5, 0.6, 0.7), first=2.3, loss_unit=2.3,
@@ -133,26 +136,6 @@ def test_the_remedies_allowed(
     assert tuple(Stop("…") if isinstance(step, Stop) else step for step in found) == plan
 
 
-@pytest.mark.parametrize(
-    ("evidence", "lr", "most"),
-    [
-        ({"largest_rate": 0.02}, 0.5, 0.04),
-        ({"largest_rate": 0.9}, 0.5, math.inf),
-        ({"largest_rate": 0.02}, None, math.inf),
-        ({}, 0.5, math.inf),
-    ],
-)
-def test_a_finding_bounds_the_cut(evidence: dict[str, float | str], lr: float | None, most: float) -> None:
-    """Where the finding knows the largest rate the loss allows, the plan's cut ends there at most; the rest stays."""
-    plan = (Restore(0), Clip(2.0), Scale(0.5))
-    finding = Finding("learning_rate_too_high", 0.9, evidence)
-    assert within_curvature(plan, finding, lr) == (Restore(0), Clip(2.0), Scale(0.5, most=most))
-    steepest = Finding("ill_conditioned", 0.9, evidence)
-    firm = most < math.inf
-    assert within_curvature(plan, steepest, lr) == (Restore(0), Clip(2.0), Scale(0.5, most=most, firm=firm))
-    assert within_curvature(plan, None, lr) == plan
-
-
 def test_trouble_that_comes_back_soon_is_treated_harder() -> None:
     """Each time deeper and with a larger cut; after a calm stretch the escalation starts over."""
     policy = Policy((Rollback(), ReduceLR(), ResetMoments()))
@@ -167,43 +150,15 @@ def test_trouble_that_comes_back_soon_is_treated_harder() -> None:
     assert plans[4] == (Restore(0), Scale(0.5))
 
 
-def test_a_proven_rate_is_given_back_quickly_and_a_failed_one_slowly() -> None:
-    """The way back is short up to a rate that held, and long across one that failed."""
-    policy = Policy(default_remedies())
-    state = PolicyState(bad_rate=1.0, proven_rate=0.1)
-
-    def waits(scheduled: float, multiplier: float) -> int:
-        for healthy in range(1, 100_000):
-            evidence = Evidence(step=healthy, healthy_steps=healthy, multiplier=multiplier)
-            plan, _ = policy.give_back(evidence, state, scheduled_lr=scheduled, factor=0.5, after=1000, learning=True)
-            if plan:
-                return healthy
-        return -1
-
-    assert (waits(0.1, 0.5), waits(1.0, 0.25), waits(1.0, 0.5)) == (50, 1000, 4000)
-
-
-def test_a_rate_found_too_high_does_not_come_back_as_proven() -> None:
-    """Nothing counts as proven then, the same rate is not proven by a snapshot from before, and a lower one may be."""
-    policy = Policy(default_remedies())
-    state = policy.too_high(0.1, 70, PolicyState(proven_rate=0.1, proven_level=0.5))
-    assert (state.bad_rate, state.proven_rate, state.given_back_at) == (0.1, 0.0, 70)
-    assert policy.prove(0.1, 0.5, 0.1, state).proven_rate == 0.0
-    assert policy.prove(0.099, 0.5, 0.1, state).proven_rate == 0.0  # an update earlier in a warmup
-    assert policy.prove(0.025, 0.5, 0.1, state).proven_rate == 0.025
-    assert policy.too_high(0.4, 70, state).bad_rate == 0.1
-
-
-def test_a_rate_is_proven_only_while_the_loss_falls() -> None:
-    """Under a schedule that goes on rising, rates at which the run stays where it is are not proven by its staying."""
-    policy, state, proven = Policy(default_remedies()), PolicyState(), []
-    for rate, level in ((0.01, 2.0), (0.02, 1.5), (0.04, 1.45), (0.08, 1.5), (0.16, 1.41)):
-        state = policy.prove(rate, level, 0.1, state)
-        proven.append(state.proven_rate)
-    assert proven == [0.01, 0.02, 0.02, 0.02, 0.02]
-    assert policy.prove(0.01, 1.0, 0.1, state).proven_rate == 0.02  # a lower one takes nothing back
-    state = dataclasses.replace(state, bad_rate=0.1)
-    assert policy.prove(0.32, 1.0, 0.1, state).proven_rate == 0.02
+@pytest.mark.parametrize(
+    ("lowest", "rose", "limit"), [(0.2, False, True), (0.9, False, False), (0.9, True, True), (None, False, False)]
+)
+def test_a_rate_that_has_risen_is_limited(lowest: float | None, rose: bool, limit: bool) -> None:
+    """A multiplier would be outgrown by a schedule that goes on rising, however little it has since the snapshot."""
+    evidence = dataclasses.replace(GOOD, lr=1.0, lowest_lr=lowest, rate_rose=rose)
+    plan, _ = Policy(default_remedies()).decide(EXPLODING, evidence, PolicyState())
+    [cut] = [step for step in plan if isinstance(step, Scale)]
+    assert cut.limit is limit
 
 
 def test_a_rate_that_fails_takes_the_proof_of_lower_ones_along() -> None:
@@ -214,18 +169,7 @@ def test_a_rate_that_fails_takes_the_proof_of_lower_ones_along() -> None:
     _, kept = policy.decide(EXPLODING, dataclasses.replace(GOOD, lr=1.0), state)
     _, lost = policy.decide(EXPLODING, dataclasses.replace(GOOD, lr=0.2), state)
     assert (kept.proven_rate, kept.proven_level) == (0.1, 0.5)
-    assert policy.prove(0.05, 0.9, 0.1, lost).proven_rate == 0.05
-
-
-@pytest.mark.parametrize(
-    ("lowest", "rose", "limit"), [(0.2, False, True), (0.9, False, False), (0.9, True, True), (None, False, False)]
-)
-def test_a_rate_that_has_risen_is_limited(lowest: float | None, rose: bool, limit: bool) -> None:
-    """A multiplier would be outgrown by a schedule that goes on rising, however little it has since the snapshot."""
-    evidence = dataclasses.replace(GOOD, lr=1.0, lowest_lr=lowest, rate_rose=rose)
-    plan, _ = Policy(default_remedies()).decide(EXPLODING, evidence, PolicyState())
-    [cut] = [step for step in plan if isinstance(step, Scale)]
-    assert cut.limit is limit
+    assert prove(0.05, 0.9, 0.5, lost, RecoveryThresholds()).proven_rate == 0.05
 
 
 faults = st.sampled_from([BATCH, GRADIENT, EXPLODING, STUCK, CORRUPTED])
@@ -265,22 +209,61 @@ def test_rare_faults_do_not_use_up_a_budget() -> None:
         assert not any(isinstance(one, Stop) for one in plan)
 
 
-@given(st.integers(0, 5), st.lists(st.integers(0, 99), max_size=4), st.floats(0, 1))
-def test_the_state_survives_a_checkpoint(attempt: int, skips: list[int], rate: float) -> None:
-    """What was written and read again is the same, and plain."""
-    state = PolicyState(attempt, 3, ((5, "exploding_loss at loss"),), tuple(skips), rate, rate / 2, 1, 7)
-    assert PolicyState.from_dict(state.to_dict()) == state
+@dataclasses.dataclass(frozen=True)
+class Page(PlanStep):
+    """Tell somebody."""
 
 
+class PageSomebody(Remedy):
+    word, step = "page", Page
+
+    def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
+        return Page()
+
+    def apply(self, step: PlanStep, run: RunControl) -> None:
+        pass
+
+
+class Halve(Remedy):
+    """A remedy of a user's own that changes the rate in its own way."""
+
+    word, step, role = "halve", Page, "rate"  # type: ignore[assignment]
+
+    def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
+        return Page()
+
+    def apply(self, step: PlanStep, run: RunControl) -> None:
+        pass
+
+
+@pytest.mark.parametrize("place", range(4))
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"max_rollbacks": 0}, r"Budget\(max_rollbacks=0\)"),
-        ({"window": 1.5}, r"Budget\(window=1.5\)"),
-        ({"max_skip_share": 0.0}, r"Budget\(max_skip_share=0.0\)"),
-    ],
+    ("fault", "evidence"),
+    [(BATCH, {}), (EXPLODING, {}), (CORRUPTED, {}), (EXPLODING, {"corrupt": "parameter w", "snapshots": 0})],
+    ids=["skipped", "learner", "state", "stopped"],
 )
-def test_a_budget_checks_its_arguments(arguments: dict[str, float], message: str) -> None:
-    """An argument out of range is named with its value."""
-    with pytest.raises(ValueError, match=message):
-        Budget(**arguments)  # type: ignore[arg-type]
+def test_who_notifies_is_asked_at_every_fault(place: int, fault: Fault, evidence: dict[str, object]) -> None:
+    """Wherever it is listed, it is asked at every fault, takes no other's place and makes no other unheard."""
+    remedies = [*default_remedies()]
+    without = decide(fault, tuple(remedies), **evidence)
+    remedies.insert(place, PageSomebody())
+    assert decide(fault, tuple(remedies), **evidence) == (*without, Page())
+
+
+def test_nobody_is_told_of_a_suspicion_that_was_none() -> None:
+    """Where a suspicion is dismissed there is no plan, and nobody is notified."""
+    assert decide(EXPLODING, (*default_remedies(), PageSomebody()), comparison=Comparison(9.0, 9.1)) == ()
+
+
+def test_a_remedy_of_ones_own_takes_the_role_it_names() -> None:
+    """A remedy whose role is the rate is asked like ReduceLR, beside it, and not for a bad batch."""
+    both = (Rollback(), Halve(), ReduceLR())
+    assert decide(STUCK, both, lower_is_better=True) == (Restore(0), Page(), Scale(0.5))
+    assert decide(BATCH, both) == (Skip(),)
+    assert decide(CORRUPTED, both) == (Restore(0),)
+
+
+def test_stopping_makes_no_later_remedy_unheard() -> None:
+    """StopTraining listed after what helps is passed over, and what is listed behind it is still asked."""
+    remedies = (Rollback(), StopTraining(), ReduceLR())
+    assert decide(EXPLODING, remedies) == (Restore(0), Scale(0.5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,22 @@ from statistics import fmean
 import pytest
 import torch
 
+from lightning_nanguard import Reading
+from lightning_nanguard.detect.monitors import Monitors
 from lightning_nanguard.guard.rehearsal import Rehearsal, Reviews
 from lightning_nanguard.state.snapshot import capture
+from lightning_nanguard.thresholds.rate_search import ReviewThresholds
+from tests.guard.plain_loop import Loop
 from tests.helpers import copied, same_bits
-from tests.test_engine import Loop
+
+
+def rehearsal_of(loop: Loop) -> Rehearsal:
+    """Tries rates in a loop whose loss unit is 1."""
+    monitors = Monitors([])
+    seen = Reading(1, 0, 1.0, 1.0)
+    monitors.check(seen)
+    monitors.accept(seen)
+    return Rehearsal(dataclasses.replace(loop.guard.context, monitors=monitors))
 
 
 def state(loop: Loop) -> dict[str, object]:
@@ -29,8 +42,8 @@ def test_a_trial_leaves_no_trace() -> None:
     """Weights, moments, rates, gradients and random numbers are bit by bit as before, whatever it found."""
     loop = Loop(lr=1e-3)
     loop.run(10)
-    rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
-    start = capture(loop.guard.learner, step=0, global_step=0)
+    rehearsal = rehearsal_of(loop)
+    start = capture(loop.guard.context.learner, step=0, global_step=0)
     loop.run(5)
     before = copied(state(loop))
     assert rehearsal.lower_rate_is_better(start, loss_unit=1.0) is False
@@ -42,10 +55,10 @@ def test_a_lower_rate_is_found_better() -> None:
     answers = []
     for lr in (30.0, 0.1):
         loop = Loop(lr=lr)
-        loop.guard.rate.attach()
+        loop.guard.context.rate.attach()
         loop.batch = torch.randn(8, 3)
-        rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
-        start = capture(loop.guard.learner, step=0, global_step=0)
+        rehearsal = rehearsal_of(loop)
+        start = capture(loop.guard.context.learner, step=0, global_step=0)
         loop.train_on(0)
         answers.append(rehearsal.lower_rate_is_better(start, loss_unit=1.0))
     assert answers == [True, False]
@@ -54,10 +67,10 @@ def test_a_lower_rate_is_found_better() -> None:
 def test_the_loss_is_that_of_training_at_the_rate() -> None:
     """What is rehearsed is what training at that rate brings, and the learner is left where it began."""
     loop = Loop(lr=0.1)
-    loop.guard.rate.attach()
+    loop.guard.context.rate.attach()
     loop.batch = torch.randn(8, 3)
-    rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
-    base = capture(loop.guard.learner, step=0, global_step=0)
+    rehearsal = rehearsal_of(loop)
+    base = capture(loop.guard.context.learner, step=0, global_step=0)
     before = copied(state(loop))
     rehearsed = rehearsal.loss_after(base, 0.5, 5)
     assert same_bits(state(loop), before)
@@ -100,8 +113,8 @@ class Played(Loop):
 def test_a_batch_is_compared_with_itself(rounds: list[tuple[float, ...]], gone: bool, left: int) -> None:
     """A batch whose loss is many times another's ends no trial; two in a row whose own losses rise from the base do."""
     loop = Played(*rounds)
-    rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
-    base = capture(loop.guard.learner, step=0, global_step=0)
+    rehearsal = rehearsal_of(loop)
+    base = capture(loop.guard.context.learner, step=0, global_step=0)
     assert rehearsal.loss_after(base, 0.5, 0) == fmean(loop.at_base)
     assert rehearsal.loss_after(base, 0.5, 4) == (math.inf if gone else fmean(loop.at_base))  # under momentum 8 updates
     assert len(loop.left) == left
@@ -111,11 +124,11 @@ def test_a_batch_is_compared_with_itself(rounds: list[tuple[float, ...]], gone: 
 def test_a_review_raises_a_rate_that_hardly_moves_the_loss(lr: float, factor: float) -> None:
     """A rate at which four times as much brings far more is doubled, another is not, and no trial leaves a trace."""
     loop = Loop(lr=lr)
-    loop.guard.rate.attach()
+    loop.guard.context.rate.attach()
     loop.batch = torch.randn(8, 3, generator=torch.Generator().manual_seed(3))
-    rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
+    rehearsal = rehearsal_of(loop)
     before = copied(state(loop))
-    assert rehearsal.review(1.0) == factor
+    assert rehearsal.review(1.0, at_most=2.0) == factor
     assert rehearsal.review(1.0, at_most=1.0) == min(1.0, factor)
     assert same_bits(state(loop), before)
 
@@ -148,12 +161,12 @@ def test_a_review_lowers_a_rate_that_forgets_what_it_learned(lr: float, untraine
     """Where updates on two batches take back a tenth of what was learned on two others the rate is quartered; at a rate
     at which they do not, or where that is little beside what was learned, it stays."""
     loop = Noisy(lr=lr)
-    loop.guard.rate.attach()
+    loop.guard.context.rate.attach()
     with torch.no_grad():
         loop.net.weight.fill_(1.0)
         loop.net.bias.zero_()
     loop.show(0)
-    rehearsal = Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0)
+    rehearsal = rehearsal_of(loop)
     before = copied(state(loop))
     assert rehearsal.review(untrained, at_most=1.0) == factor
     assert same_bits(state(loop), before)
@@ -164,9 +177,9 @@ def test_each_batch_is_compared_under_both_states() -> None:
     to an older state lowers; and none where there is no batch."""
     loop = Noisy(lr=0.1)
     loop.show(0)
-    learner = loop.guard.learner
+    learner = loop.guard.context.learner
     learner.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    rehearsal = Rehearsal(learner, loop.guard.rate, loop, lambda: 1.0)
+    rehearsal = rehearsal_of(loop)
     start = capture(learner, step=0, global_step=0)
     then = [loop.loss_on(index) for index in range(4)]
     for index in range(4):
@@ -198,17 +211,17 @@ class ByChance(Noisy):
 def test_chance_in_the_loss_is_not_taken_for_forgetting(seed: int) -> None:
     """At a rate that moves nothing a review changes nothing, however much the loss varies by itself."""
     loop = ByChance(lr=1e-12)
-    loop.guard.rate.attach()
+    loop.guard.context.rate.attach()
     loop.show(0)
     torch.manual_seed(seed)
-    assert Rehearsal(loop.guard.learner, loop.guard.rate, loop, lambda: 1.0).review(30.0) == 1.0
+    assert rehearsal_of(loop).review(30.0, at_most=2.0) == 1.0
 
 
 def test_reviews_come_at_growing_intervals() -> None:
     """50 healthy updates after a cut, then after 200, 800 and so on; a resumed run keeps the dates."""
-    reviews = Reviews()
+    reviews = Reviews(ReviewThresholds())
     assert not reviews.due(1000)
     reviews.begin(1000)
-    resumed = Reviews()
+    resumed = Reviews(ReviewThresholds())
     resumed.load_state_dict(reviews.state_dict())
     assert [step for step in range(1000, 2100) if resumed.due(step)] == [1050, 1250, 2050]

@@ -3,110 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.plain import PlainHost
 from lightning_nanguard import Budget, Detector, Fault, Reading, ReduceLR, Remedy, Rollback, TrainingDivergedError
 from lightning_nanguard.detect.history import ReadingHistory
-from lightning_nanguard.diagnosis.clues import Case, Look
-from lightning_nanguard.diagnosis.rules import diagnose
-from lightning_nanguard.guard.guard import Settings
+from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.guard.rehearsal import Rehearsal
-from lightning_nanguard.types import Evidence, Finding
-
-
-class Loop(PlainHost):
-    """The smallest loop there is: one linear layer, one optimizer."""
-
-    def __init__(
-        self,
-        *,
-        lr: float = 0.1,
-        detectors: tuple[Detector, ...] | None = None,
-        remedies: tuple[Remedy, ...] | None = None,
-        budget: Budget | None = None,
-        settings: Settings | None = None,
-        fused: bool = False,
-    ) -> None:
-        super().__init__()
-        self.net = nn.Linear(3, 1)
-        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=lr, momentum=0.5, fused=fused)
-        self.batch: Tensor | None = None
-        self.guard = self.make_guard(
-            self.net,
-            self.optimizer,
-            settings or Settings(snapshot_every=4),
-            detectors=detectors,
-            remedies=remedies,
-            budget=budget,
-        )
-
-    def loss(self) -> Tensor:
-        assert self.batch is not None
-        return (self.net(self.batch) - self.batch.sum(1, keepdim=True)).square().mean()
-
-    def run(
-        self,
-        batches: int,
-        spoil: Callable[[int, Tensor], None] = lambda step, batch: None,
-        without: int | None = None,
-    ) -> None:
-        draw = torch.Generator().manual_seed(1)
-        if self.step == 0:
-            self.guard.start()
-        for number in range(batches):
-            self.batch = torch.randn(8, 3, generator=draw)
-            if number == without:
-                continue
-            spoil(self.step, self.batch)
-            self.guard.open_batch()
-            self.optimizer.zero_grad()
-            loss = self.loss()
-            self.guard.see_loss(loss)
-            loss.backward()
-            self.guard.before_step(0)
-            self.optimizer.step()
-            self.step += 1
-            self.guard.close_batch()
-        self.guard.flush()
-
-    def batch_finite(self) -> bool | None:
-        return None if self.batch is None else bool(torch.isfinite(self.batch).all())
-
-    def probe(self) -> float | None:
-        with torch.no_grad():
-            return float(self.loss())
-
-    def rehearsal_batches(self) -> int:
-        return 1
-
-    def loss_on(self, index: int) -> float | None:
-        return self.probe()
-
-    def train_on(self, index: int) -> float | None:
-        self.optimizer.zero_grad()
-        loss = self.loss()
-        loss.backward()
-        self.optimizer.step()
-        return float(loss.detach())
-
-    def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
-        return diagnose(Case(fault, evidence))
-
-    def finite(self) -> bool:
-        return all(bool(torch.isfinite(p).all()) for p in self.net.parameters())
-
-
-def nan_at(*steps: int) -> Callable[[int, Tensor], None]:
-    def spoil(step: int, batch: Tensor) -> None:
-        if step in steps:
-            batch[0, 0] = math.nan
-
-    return spoil
+from tests.guard.plain_loop import Loop, nan_at
 
 
 @pytest.mark.parametrize("deferred", [False, True], ids=["step", "deferred"])
@@ -118,7 +24,7 @@ def test_a_bad_batch_leaves_finite_weights(deferred: bool) -> None:
     (record,) = loop.records
     assert record.remedies == (("restore",) if deferred else ("skip",))
     assert record.global_step <= 13 + 2 * deferred
-    assert loop.guard.rate.multiplier == 1.0
+    assert loop.guard.context.rate.multiplier == 1.0
     assert loop.probe() is not None
 
 
@@ -172,14 +78,14 @@ def test_a_weight_that_goes_bad_by_itself_is_put_back() -> None:
     assert [record.remedies for record in loop.records] == [("restore",)]
     assert loop.records[0].place == "parameter weight"
     assert loop.records[0].cause == "corrupted_state"
-    assert loop.guard.rate.multiplier == 1.0
+    assert loop.guard.context.rate.multiplier == 1.0
 
 
 def test_a_rate_far_too_high_is_cut_until_the_run_learns() -> None:
     """A linear layer that diverges at its rate ends learning at a lower one."""
     loop = Loop(lr=100.0)
     loop.run(200)
-    assert loop.guard.rate.multiplier < 0.1
+    assert loop.guard.context.rate.multiplier < 0.1
     last = loop.probe()
     assert last is not None
     assert last < 0.01
@@ -204,7 +110,7 @@ def test_observing_changes_nothing() -> None:
         torch.manual_seed(0)
         loop = Loop(settings=settings)
         if settings is None:
-            loop.guard.before_step = lambda stream: None  # type: ignore[method-assign]
+            loop.guard.before_step = lambda index: None  # type: ignore[method-assign]
         loop.run(20, nan_at(15))
         seen += [parameter.detach().clone() for parameter in loop.net.parameters()]
         if settings is not None:
@@ -246,7 +152,7 @@ def test_a_batch_without_an_update_leaves_nothing_waiting() -> None:
         loop.guard.see_loss(torch.tensor(1.0))
         loop.guard.close_batch()
     assert not loop.guard.in_window
-    assert loop.guard._meter.losses == []
+    assert loop.guard._parts.meter.losses == []
 
 
 @pytest.mark.parametrize(
@@ -263,9 +169,9 @@ def test_reviews_lower_a_rate_so_often(
     monkeypatch.setattr(Rehearsal, "review", lambda self, untrained, *, at_most: 1.0 if untrained is None else 0.25)
     loop = Loop(remedies=remedies)
     loop.run(2)
-    loop.guard._recovery.scale(0.25, 0.0)
+    loop.guard._parts.recovery.scale(0.25, 0.0)
     loop.run(300)
     assert [record.fault for record in loop.records] == ["rate_still_high"] * cuts
     again = Loop(remedies=remedies)
-    again.guard._recovery.load_state_dict(loop.guard._recovery.state_dict())
-    assert again.guard._recovery.state_dict() == loop.guard._recovery.state_dict()
+    again.guard._parts.recovery.load_state_dict(loop.guard._parts.recovery.state_dict())
+    assert again.guard._parts.recovery.state_dict() == loop.guard._parts.recovery.state_dict()

@@ -1,0 +1,77 @@
+"""Who is blamed for a fault: by its traits and the evidence, whatever its kind is called."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from lightning_nanguard import Fault
+from lightning_nanguard.decide.blame import find_scope, learner_did_it, rate_rises, worse
+from lightning_nanguard.thresholds.decision import BlameThresholds
+from lightning_nanguard.types import Comparison, Evidence, Scope
+
+LIMITS = BlameThresholds()
+CALM = Evidence(step=500, healthy_steps=480, first=2.3, loss_unit=2.3, lr=0.1)
+OWN = Fault("something_of_my_own", "learner", "loss", 5.0, certain=False)
+
+
+@pytest.mark.parametrize(
+    ("traits", "evidence", "scope"),
+    [
+        ({"proof": "none"}, {}, "learner"),
+        ({"proof": "growth"}, {"growth": 20.0}, "learner"),
+        ({"proof": "growth"}, {"growth": 5.0}, None),
+        ({"proof": "growth"}, {"growth": 20.0, "comparable": False}, None),
+        ({"proof": "trial"}, {"lower_is_better": True}, "learner"),
+        ({"proof": "trial"}, {"lower_is_better": False}, None),
+        ({"proof": "batches"}, {"comparison": Comparison(6.0, 2.0)}, "learner"),
+        ({"proof": "batches"}, {"comparison": Comparison(6.0, 3.0)}, None),
+        ({}, {"comparison": Comparison(6.0, 1.0)}, "learner"),
+        ({}, {"comparison": Comparison(1.0, 1.0)}, None),
+        ({}, {}, "learner"),
+        ({"recovers": True}, {"comparison": Comparison(1.0, 1.0), "growth": 20.0}, "learner"),
+        ({"recovers": True}, {"comparable": False}, None),
+        ({"scope": "batch"}, {"comparison": Comparison(1.0, 1.0)}, "batch"),
+        ({"scope": "batch", "certain": True}, {"bad_in_a_row": 4, "comparison": Comparison(1.0, 1.0)}, "learner"),
+        ({"scope": "batch"}, {"bad_in_a_row": 4, "comparison": Comparison(1.0, 1.0)}, "batch"),
+        ({"scope": "batch", "conclusive": True}, {"corrupt": "parameter w"}, "batch"),
+        ({"scope": "state"}, {"rate_rose": True}, "state"),
+        ({"scope": "state", "rate_may_cause": True}, {"rate_rose": True}, "learner"),
+    ],
+)
+def test_traits_route_a_fault_of_ones_own(
+    traits: dict[str, object], evidence: dict[str, object], scope: Scope | None
+) -> None:
+    """A fault of a user's own is treated like a built-in one with the same traits."""
+    fault = dataclasses.replace(OWN, **traits)  # type: ignore[arg-type]
+    assert find_scope(fault, dataclasses.replace(CALM, **evidence), LIMITS) == scope  # type: ignore[arg-type]
+
+
+def test_a_threshold_is_set_without_patching() -> None:
+    """Another threshold, another verdict."""
+    fault, evidence = dataclasses.replace(OWN, proof="growth"), dataclasses.replace(CALM, growth=5.0)
+    assert find_scope(fault, evidence, dataclasses.replace(LIMITS, grown=4.0)) == "learner"
+
+
+def test_worse_is_by_a_share_of_the_loss() -> None:
+    """Half as much again is worse, a little is not; a batch that good weights fail on too says nothing."""
+    assert worse(Comparison(1.6, 1.0), 0.1, LIMITS)
+    assert not worse(Comparison(1.4, 1.0), 0.1, LIMITS)
+    assert worse(Comparison(math.nan, 1.0), 0.1, LIMITS)
+    assert not worse(Comparison(math.nan, 50.0), 0.1, LIMITS, sane=25.0)
+
+
+def test_what_comes_out_of_nothing_is_not_the_learners() -> None:
+    """In a calm run the learner is not blamed; soon after a restore, in a climb or at the beginning it is."""
+    assert not learner_did_it(CALM, LIMITS)
+    for sign in ({"climbing": True}, {"rate_rose": True}, {"healthy_since_restore": 20}, {"healthy_steps": 3}):
+        assert learner_did_it(dataclasses.replace(CALM, **sign), LIMITS)  # type: ignore[arg-type]
+    assert not learner_did_it(dataclasses.replace(CALM, healthy_since_restore=30, undo=True), LIMITS)
+
+
+def test_a_rate_rises_since_the_snapshot_or_before() -> None:
+    """Half as much again as the lowest rate so far is a rise."""
+    assert rate_rises(dataclasses.replace(CALM, lowest_lr=0.05), LIMITS)
+    assert not rate_rises(dataclasses.replace(CALM, lowest_lr=0.08), LIMITS)
