@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from lightning_nanguard.act.stop_training import StopTraining
     from lightning_nanguard.callback import NaNGuard
     from lightning_nanguard.decide.budget import Budget
-    from lightning_nanguard.detect.base import Detector
+    from lightning_nanguard.detect.base import Detector, Limits
     from lightning_nanguard.detect.diverging_loss import DivergingLoss
     from lightning_nanguard.detect.gradient_spike import GradientSpike
     from lightning_nanguard.detect.non_finite import NonFinite
+    from lightning_nanguard.detect.window import Window
     from lightning_nanguard.errors import BadCheckpointError, TrainingDivergedError
     from lightning_nanguard.types import Advice, Fault, Finding, Intervention, Reading
 
@@ -35,7 +36,9 @@ _HOMES = {
     "Detector": "detect.base",
     "DivergingLoss": "detect.diverging_loss",
     "GradientSpike": "detect.gradient_spike",
+    "Limits": "detect.base",
     "NonFinite": "detect.non_finite",
+    "Window": "detect.window",
     "BadCheckpointError": "errors",
     "TrainingDivergedError": "errors",
     "Advice": "types",
@@ -64,6 +67,7 @@ __all__ = [
     "Finding",
     "GradientSpike",
     "Intervention",
+    "Limits",
     "NaNGuard",
     "NonFinite",
     "Reading",
@@ -74,6 +78,7 @@ __all__ = [
     "SkipStep",
     "StopTraining",
     "TrainingDivergedError",
+    "Window",
     "__version__",
 ]
 

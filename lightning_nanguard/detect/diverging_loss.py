@@ -73,7 +73,7 @@ class DivergingLoss(Detector):
     def check(self, reading: Reading) -> Fault | None:
         """The fault of this reading, or ``None``."""
         loss, first = reading.loss, self._history.first
-        if loss is None or first is None or len(self._history) < self.warmup:
+        if loss is None or first is None or len(self._history.accepted) < self.warmup:
             return None
         if self._rise is not None:
             fault = overshoot(self._view(loss, first), self._rise)
@@ -94,15 +94,23 @@ class DivergingLoss(Detector):
     def limits(self) -> Limits:
         """A loss below those that have a shape, now or up to :data:`AT_ONCE` readings later, and any gradient norm."""
         first, since = self._history.first, self._history.since
-        if first is None or len(self._history) < self.warmup or self._rise is not None:
+        if first is None or len(self._history.accepted) < self.warmup or self._rise is not None:
             return Limits(-math.inf, math.inf)
         return Limits(min(self._harmless_below(first, since), self._harmless_below(first, since + AT_ONCE)), math.inf)
 
     def _view(self, loss: float, first: float) -> LossView:
         history = self._history
-        best = first if history.best is None else history.best
-        losses = (*history.values(), loss)
-        return LossView(losses, first, best, history.highest, history.since, self.factor, self.patience)
+        return LossView(
+            loss=loss,
+            accepted=history.accepted,
+            first=first,
+            unit=loss_unit(first),
+            best=first if history.best is None else history.best,
+            highest=history.highest,
+            since=history.since,
+            factor=self.factor,
+            patience=self.patience,
+        )
 
     def _harmless_below(self, first: float, since: int) -> float:
         best = first if self._history.best is None else self._history.best
@@ -110,7 +118,7 @@ class DivergingLoss(Detector):
 
     def _lately(self, loss: float) -> float:
         # A single outlier is no level.
-        return min([*self._history.newest(self._thresholds.recent_readings - 1), loss])
+        return min([*self._history.accepted.last(self._thresholds.recent_readings - 1), loss])
 
     def accept(self, reading: Reading) -> None:
         """Take a healthy loss into the history."""
@@ -122,8 +130,13 @@ class DivergingLoss(Detector):
         if self._rise is not None:
             if loss > self._rise.height:
                 self._rise = replace(self._rise, height=loss)
-        elif first is not None and rises(loss, first, own) and not self._dismissed.silences(_OVERSHOOT, step, loss):
-            self._rise = Rise(self._history.step_before(step), loss, self._history.since - 1 + own.after)
+        elif (
+            first is not None
+            and loss > first
+            and rises(loss, first, own)
+            and not self._dismissed.silences(_OVERSHOOT, step, loss)
+        ):
+            self._rise = Rise(self._history.accepted.step_before(step), loss, self._history.since - 1 + own.after)
 
     def uneasy(self, reading: Reading) -> bool:
         """A loss clearly above the untrained model's, or on its way back there: the learner may be leaving."""
