@@ -60,7 +60,7 @@ class DivergingLoss(Detector):
         self.factor = factor
         self.patience = patience
         self.warmup = warmup
-        self._thresholds = own = thresholds or DivergingLossThresholds()
+        self.thresholds = own = thresholds or DivergingLossThresholds()
         self._history = LossHistory(max(own.window, 2 * patience), own.level_readings)
         self._dismissed = Dismissals(own.dismissal)
         self._rise: Rise | None = None
@@ -86,7 +86,7 @@ class DivergingLoss(Detector):
         lately = self._lately(loss)
         for kind, shape in LOSS_SHAPES.items():
             if not self._dismissed.silences(kind, reading.step, lately):
-                fault = shape(view, self._thresholds)
+                fault = shape(view, self.thresholds)
                 if fault is not None:
                     return fault
         return None
@@ -114,11 +114,11 @@ class DivergingLoss(Detector):
 
     def _harmless_below(self, first: float, since: int) -> float:
         best = first if self._history.best is None else self._history.best
-        return harmless_below(first, best, since, self.patience, self._thresholds)
+        return harmless_below(first, best, since, self.patience, self.thresholds)
 
     def _lately(self, loss: float) -> float:
         # A single outlier is no level.
-        return min([*self._history.accepted.last(self._thresholds.recent_readings - 1), loss])
+        return min([*self._history.accepted.last(self.thresholds.recent_readings - 1), loss])
 
     def accept(self, reading: Reading) -> None:
         """Take a healthy loss into the history."""
@@ -126,7 +126,7 @@ class DivergingLoss(Detector):
         if loss is None or not math.isfinite(loss):
             return
         self._history.accept(step, loss)
-        first, own = self._history.first, self._thresholds.overshoot
+        first, own = self._history.first, self.thresholds.overshoot
         if self._rise is not None:
             if loss > self._rise.height:
                 self._rise = replace(self._rise, height=loss)
@@ -143,7 +143,7 @@ class DivergingLoss(Detector):
         loss, first, best = reading.loss, self._history.first, self._history.best
         if loss is None or first is None or best is None:
             return False
-        own, unit, learned = self._thresholds, loss_unit(first), first - best
+        own, unit, learned = self.thresholds, loss_unit(first), first - best
         way_back = learned > own.learned * unit and loss > first - own.uneasy_lost * learned
         return way_back or loss > first + own.uneasy_above * unit
 
@@ -159,7 +159,7 @@ class DivergingLoss(Detector):
         if fault.since is None or self._rise is None:
             self._dismissed.add(fault.kind, reading.step, self._lately(loss))
         else:
-            self._dismissed.add(fault.kind, reading.step, self._rise.height, self._thresholds.overshoot.longest_pause)
+            self._dismissed.add(fault.kind, reading.step, self._rise.height, self.thresholds.overshoot.longest_pause)
             self._rise = None
 
     def rewind(self, step: int) -> None:
@@ -169,7 +169,7 @@ class DivergingLoss(Detector):
         if self._rise is not None:
             # A state from after the rise may be as ruined.
             after = self._rise.step < step
-            self._rise = replace(self._rise, due=self._thresholds.overshoot.after) if after else None
+            self._rise = replace(self._rise, due=self.thresholds.overshoot.after) if after else None
 
     def state_dict(self) -> dict[str, Any]:
         """The history in plain containers."""

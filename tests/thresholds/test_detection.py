@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from lightning_nanguard.thresholds.detection import DetectionThresholds
+from lightning_nanguard import DivergingLoss
+from lightning_nanguard.thresholds.detection import DetectionThresholds, DivergingLossThresholds, StuckThresholds
 
 
 def parts(whole: Any) -> Iterator[Any]:
@@ -29,3 +30,15 @@ def test_each_number_is_explained(part: Any) -> None:
     for one in fields(part):
         with pytest.raises(FrozenInstanceError, match=one.name):
             setattr(part, one.name, 0)
+
+
+def test_one_number_can_be_set_from_yaml() -> None:
+    """The others keep their defaults, however deep the number lies."""
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(DivergingLoss, "detector")
+    config = parser.parse_string("detector: {factor: 5.0, thresholds: {stuck: {every: 2}}}")
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    detector = instantiate(config).detector
+    assert detector.factor == 5.0
+    assert detector.thresholds == DivergingLossThresholds(stuck=StuckThresholds(every=2))
