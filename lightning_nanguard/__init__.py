@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from lightning_nanguard.act.stop_training import StopTraining
     from lightning_nanguard.callback import NaNGuard
     from lightning_nanguard.decide.budget import Budget
-    from lightning_nanguard.detect.base import Detector
+    from lightning_nanguard.detect.base import Detector, Limits
     from lightning_nanguard.detect.diverging_loss import DivergingLoss
     from lightning_nanguard.detect.gradient_spike import GradientSpike
     from lightning_nanguard.detect.non_finite import NonFinite
+    from lightning_nanguard.detect.window import Window
     from lightning_nanguard.errors import BadCheckpointError, TrainingDivergedError
     from lightning_nanguard.record.base import RunInfo, Sink
     from lightning_nanguard.types import Advice, Fault, Finding, Intervention, Reading
@@ -36,7 +37,9 @@ _HOMES = {
     "Detector": "detect.base",
     "DivergingLoss": "detect.diverging_loss",
     "GradientSpike": "detect.gradient_spike",
+    "Limits": "detect.base",
     "NonFinite": "detect.non_finite",
+    "Window": "detect.window",
     "BadCheckpointError": "errors",
     "TrainingDivergedError": "errors",
     "Advice": "types",
@@ -67,6 +70,7 @@ __all__ = [
     "Finding",
     "GradientSpike",
     "Intervention",
+    "Limits",
     "NaNGuard",
     "NonFinite",
     "Reading",
@@ -79,6 +83,7 @@ __all__ = [
     "SkipStep",
     "StopTraining",
     "TrainingDivergedError",
+    "Window",
     "__version__",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, final
 
 from lightning_nanguard.detect.base import Detector, Limits
@@ -65,10 +65,10 @@ class DetectorGroup:
                 return Found(fault, detector)
         return None
 
-    def accept(self, readings: Iterable[Reading]) -> None:
+    def accept(self, readings: Sequence[Reading]) -> None:
         """Take healthy readings into the histories."""
-        for reading in readings:
-            for detector in self._detectors:
+        for detector in self._detectors:
+            for reading in readings:
                 try:
                     detector.accept(reading)
                 except Exception as error:

@@ -60,7 +60,7 @@ class DivergingLoss(Detector):
         self.factor = factor
         self.patience = patience
         self.warmup = warmup
-        self._thresholds = own = thresholds or DivergingLossThresholds()
+        self.thresholds = own = thresholds or DivergingLossThresholds()
         self._history = LossHistory(max(own.window, 2 * patience), own.level_readings)
         self._dismissed = Dismissals(own.dismissal)
         self._rise: Rise | None = None
@@ -73,7 +73,7 @@ class DivergingLoss(Detector):
     def check(self, reading: Reading) -> Fault | None:
         """The fault of this reading, or ``None``."""
         loss, first = reading.loss, self._history.first
-        if loss is None or first is None or len(self._history) < self.warmup:
+        if loss is None or first is None or len(self._history.accepted) < self.warmup:
             return None
         if self._rise is not None:
             fault = overshoot(self._view(loss, first), self._rise)
@@ -86,7 +86,7 @@ class DivergingLoss(Detector):
         lately = self._lately(loss)
         for kind, shape in LOSS_SHAPES.items():
             if not self._dismissed.silences(kind, reading.step, lately):
-                fault = shape(view, self._thresholds)
+                fault = shape(view, self.thresholds)
                 if fault is not None:
                     return fault
         return None
@@ -94,23 +94,31 @@ class DivergingLoss(Detector):
     def limits(self) -> Limits:
         """A loss below those that have a shape, now or up to :data:`AT_ONCE` readings later, and any gradient norm."""
         first, since = self._history.first, self._history.since
-        if first is None or len(self._history) < self.warmup or self._rise is not None:
+        if first is None or len(self._history.accepted) < self.warmup or self._rise is not None:
             return Limits(-math.inf, math.inf)
         return Limits(min(self._harmless_below(first, since), self._harmless_below(first, since + AT_ONCE)), math.inf)
 
     def _view(self, loss: float, first: float) -> LossView:
         history = self._history
-        best = first if history.best is None else history.best
-        losses = (*history.values(), loss)
-        return LossView(losses, first, best, history.highest, history.since, self.factor, self.patience)
+        return LossView(
+            loss=loss,
+            accepted=history.accepted,
+            first=first,
+            unit=loss_unit(first),
+            best=first if history.best is None else history.best,
+            highest=history.highest,
+            since=history.since,
+            factor=self.factor,
+            patience=self.patience,
+        )
 
     def _harmless_below(self, first: float, since: int) -> float:
         best = first if self._history.best is None else self._history.best
-        return harmless_below(first, best, since, self.patience, self._thresholds)
+        return harmless_below(first, best, since, self.patience, self.thresholds)
 
     def _lately(self, loss: float) -> float:
         # A single outlier is no level.
-        return min([*self._history.newest(self._thresholds.recent_readings - 1), loss])
+        return min([*self._history.accepted.last(self.thresholds.recent_readings - 1), loss])
 
     def accept(self, reading: Reading) -> None:
         """Take a healthy loss into the history."""
@@ -118,19 +126,24 @@ class DivergingLoss(Detector):
         if loss is None or not math.isfinite(loss):
             return
         self._history.accept(step, loss)
-        first, own = self._history.first, self._thresholds.overshoot
+        first, own = self._history.first, self.thresholds.overshoot
         if self._rise is not None:
             if loss > self._rise.height:
                 self._rise = replace(self._rise, height=loss)
-        elif first is not None and rises(loss, first, own) and not self._dismissed.silences(_OVERSHOOT, step, loss):
-            self._rise = Rise(self._history.step_before(step), loss, self._history.since - 1 + own.after)
+        elif (
+            first is not None
+            and loss > first
+            and rises(loss, first, own)
+            and not self._dismissed.silences(_OVERSHOOT, step, loss)
+        ):
+            self._rise = Rise(self._history.accepted.step_before(step), loss, self._history.since - 1 + own.after)
 
     def uneasy(self, reading: Reading) -> bool:
         """A loss clearly above the untrained model's, or on its way back there: the learner may be leaving."""
         loss, first, best = reading.loss, self._history.first, self._history.best
         if loss is None or first is None or best is None:
             return False
-        own, unit, learned = self._thresholds, loss_unit(first), first - best
+        own, unit, learned = self.thresholds, loss_unit(first), first - best
         way_back = learned > own.learned * unit and loss > first - own.uneasy_lost * learned
         return way_back or loss > first + own.uneasy_above * unit
 
@@ -146,7 +159,7 @@ class DivergingLoss(Detector):
         if fault.since is None or self._rise is None:
             self._dismissed.add(fault.kind, reading.step, self._lately(loss))
         else:
-            self._dismissed.add(fault.kind, reading.step, self._rise.height, self._thresholds.overshoot.longest_pause)
+            self._dismissed.add(fault.kind, reading.step, self._rise.height, self.thresholds.overshoot.longest_pause)
             self._rise = None
 
     def rewind(self, step: int) -> None:
@@ -156,7 +169,7 @@ class DivergingLoss(Detector):
         if self._rise is not None:
             # A state from after the rise may be as ruined.
             after = self._rise.step < step
-            self._rise = replace(self._rise, due=self._thresholds.overshoot.after) if after else None
+            self._rise = replace(self._rise, due=self.thresholds.overshoot.after) if after else None
 
     def state_dict(self) -> dict[str, Any]:
         """The history in plain containers."""

@@ -53,7 +53,7 @@ class GradientSpike(Detector):
         self.ratio = ratio
         self.window = window
         self.warmup = warmup
-        self._thresholds = thresholds or SpikeThresholds()
+        self.thresholds = thresholds or SpikeThresholds()
         self._norms = Window(window)
         self._first = Window(warmup)
         self._newest = 0.0
@@ -72,7 +72,7 @@ class GradientSpike(Detector):
         # then it has changed weights and optimizer state.
         first, second = self._norms.values()
         others = max(second, norm)
-        own = self._thresholds
+        own = self.thresholds
         if first <= own.warmup_min_norm or first <= own.warmup_above_largest * others:
             return None
         message = (
@@ -83,11 +83,11 @@ class GradientSpike(Detector):
 
     def _spike(self, norm: float) -> Fault | None:
         # The cheap question first: no limit is below that many times a norm in the window.
-        if norm <= self._thresholds.above_largest * self._newest:
+        if norm <= self.thresholds.above_largest * self._newest:
             return None
         doubtful = not norm > self._find_limit()
         # During warm-up a norm may stand out because the run begins; its batch tells.
-        stands_out = self._warming_up() and norm > self._thresholds.warmup_doubtful * max(self._norms.values())
+        stands_out = self._warming_up() and norm > self.thresholds.warmup_doubtful * max(self._norms.values())
         if doubtful and not stands_out:
             return None
         usual = median(self._norms.values())
@@ -101,10 +101,10 @@ class GradientSpike(Detector):
     def limits(self) -> Limits:
         """Any loss, and ten times the newest norm: it stays in the window, whose largest a spike exceeds ten times."""
         judged_first = len(self._norms) > 2
-        return Limits(math.inf, self._thresholds.above_largest * self._newest if judged_first else -math.inf)
+        return Limits(math.inf, self.thresholds.above_largest * self._newest if judged_first else -math.inf)
 
     def _warming_up(self) -> bool:
-        return self._thresholds.warmup_min_norms <= len(self._norms) < self.warmup
+        return self.thresholds.warmup_min_norms <= len(self._norms) < self.warmup
 
     def accept(self, reading: Reading) -> None:
         """Take a healthy norm into the window."""
@@ -117,7 +117,7 @@ class GradientSpike(Detector):
         self._newest = norm
 
     def _find_limit(self) -> float:
-        own = self._thresholds
+        own = self.thresholds
         norms = [norm for norm in self._norms.values() if norm > 0]
         if len(norms) < self.warmup:
             return max(own.warmup_above_largest * max(norms), own.warmup_min_norm) if norms else math.inf

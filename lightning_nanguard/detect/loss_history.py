@@ -19,7 +19,8 @@ class LossHistory:
     """
 
     def __init__(self, size: int, level_readings: int) -> None:
-        self._losses = Window(size)
+        self.accepted = Window(size)
+        """The newest accepted losses."""
         self._level_readings = level_readings
         self._first_step: int | None = None
         self._best: float | None = None
@@ -30,35 +31,20 @@ class LossHistory:
         self.since = 0
         """Losses accepted since the start or the last rollback."""
 
-    def __len__(self) -> int:
-        return len(self._losses)
-
     @property
     def best(self) -> float | None:
         """The lowest loss level so far; the untrained model's loss before the first one."""
         return self.first if self._best is None else self._best
 
-    def values(self) -> list[float]:
-        """The accepted losses, oldest first."""
-        return self._losses.values()
-
-    def newest(self, count: int) -> list[float]:
-        """The newest ``count`` losses, oldest first."""
-        return self._losses.last(count)
-
-    def step_before(self, step: int) -> int:
-        """Step of the newest loss that was read before ``step``; one less where none is known."""
-        return self._losses.step_before(step)
-
     def accept(self, step: int, loss: float) -> None:
         """Take a healthy, finite loss."""
         if self._first_step is None:
             self.first, self._first_step = loss, step
-        self._losses.append(step, loss)
+        self.accepted.append(step, loss)
         self.since += 1
         # The median of the newest hardly falls below the best one while no loss does.
-        if (self._best is None or loss < self._best) and len(self._losses) >= self._level_readings:
-            level = median(self._losses.last(self._level_readings))
+        if (self._best is None or loss < self._best) and len(self.accepted) >= self._level_readings:
+            level = median(self.accepted.last(self._level_readings))
             if self._best is None or level < self._best:
                 self._best = level
         if self.highest is None or loss > self.highest:
@@ -66,10 +52,10 @@ class LossHistory:
 
     def rewind(self, step: int) -> None:
         """Forget what was accepted after ``step``."""
-        self._losses.rewind(step)
+        self.accepted.rewind(step)
         self.highest = None
         self.since = 0
-        if not len(self._losses):
+        if not len(self.accepted):
             self._best = None
         if self._first_step is not None and step < self._first_step:
             self._first_step = None  # the next one is the untrained model's again
@@ -77,7 +63,7 @@ class LossHistory:
     def state(self) -> dict[str, Any]:
         """Plain containers for a checkpoint."""
         return {
-            "losses": self._losses.state(),
+            "losses": self.accepted.state(),
             "first": self.first,
             "first_step": self._first_step,
             "best": self._best,
@@ -87,7 +73,7 @@ class LossHistory:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state`; further keys are ignored."""
-        self._losses.load(state["losses"])
+        self.accepted.load(state["losses"])
         self.first = state["first"]
         self._first_step = state["first_step"]
         self._best = state["best"]

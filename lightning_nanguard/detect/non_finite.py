@@ -47,7 +47,7 @@ class NonFinite(Detector):
         require(min_loss_scale > 0, self, "min_loss_scale", min_loss_scale, "a number above 0")
         self.overflow_patience = overflow_patience
         self.min_loss_scale = min_loss_scale
-        self._thresholds = thresholds or NonFiniteThresholds()
+        self.thresholds = thresholds or NonFiniteThresholds()
         self._overflows: deque[int] = deque(maxlen=overflow_patience)
 
     def check(self, reading: Reading) -> Fault | None:
@@ -58,7 +58,7 @@ class NonFinite(Detector):
             return Fault("non_finite_loss", "batch", "loss", reading.loss, message, clipping_helps=True)
         if not reading.finite:
             return self._overflow(reading) if reading.scaler_skips else _non_finite_gradient(norm)
-        if norm is not None and norm > self._thresholds.max_norm:
+        if norm is not None and norm > self.thresholds.max_norm:
             message = f"the gradient norm is {norm:.3g}; its square overflows float32"
             return Fault("gradient_overflow", "batch", "gradient", norm, message, clipping_helps=True)
         return None
@@ -82,7 +82,7 @@ class NonFinite(Detector):
 
     def limits(self) -> Limits:
         """Any finite loss, and any gradient norm whose square is finite."""
-        return Limits(math.inf, self._thresholds.max_norm)
+        return Limits(math.inf, self.thresholds.max_norm)
 
     def rewind(self, step: int) -> None:
         """Start counting overflows anew."""

@@ -1,13 +1,14 @@
-"""When a reading counts as a fault."""
+"""When a reading counts as a fault.
+
+The dataclasses are neither final nor slotted: jsonargparse cannot take nested ones from YAML otherwise.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import final
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class NonFiniteThresholds:
     """When a finite gradient counts as an overflow.
 
@@ -19,8 +20,7 @@ class NonFiniteThresholds:
     max_norm: float = 1e18
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SpikeThresholds:
     """When a finite gradient norm counts as a spike, beside the arguments of ``GradientSpike``.
 
@@ -46,8 +46,7 @@ class SpikeThresholds:
     warmup_min_norms: int = 2
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ExplodingThresholds:
     """When a loss far above the untrained model's counts as exploding. What counts as far is ``DivergingLoss(factor)``.
 
@@ -66,8 +65,7 @@ class ExplodingThresholds:
     abrupt_keeps: float = 0.5
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CollapsedThresholds:
     """When a loss that had fallen counts as being back at the untrained level.
 
@@ -91,8 +89,7 @@ class CollapsedThresholds:
     max_learned: float = 3.0
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class UnsteadyThresholds:
     """When a loss that had fallen counts as swinging.
 
@@ -106,8 +103,7 @@ class UnsteadyThresholds:
     trimmed_part: int = 10
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StuckThresholds:
     """When a loss counts as one that never got below the untrained model's.
 
@@ -132,8 +128,7 @@ class StuckThresholds:
     at_rest: float = 0.7
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class OvershootThresholds:
     """When a rise of the loss makes the guard look at the weights.
 
@@ -149,8 +144,7 @@ class OvershootThresholds:
     longest_pause: int = 400
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DismissalThresholds:
     """For how long a suspicion that was none silences its like.
 
@@ -167,8 +161,7 @@ class DismissalThresholds:
     far_higher: float = 10.0
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DivergingLossThresholds:
     """When a finite loss counts as diverging, beside the arguments of ``DivergingLoss``.
 
@@ -205,8 +198,7 @@ class DivergingLossThresholds:
     dismissal: DismissalThresholds = field(default_factory=DismissalThresholds)
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class UsualNormThresholds:
     """Which gradient norm is usual.
 
@@ -225,8 +217,7 @@ class UsualNormThresholds:
     min_share_of_first: float = 0.01
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ClimbThresholds:
     """When the newest losses or norms have left their usual range upwards.
 
@@ -248,8 +239,7 @@ class ClimbThresholds:
     norm: float = 5.0
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BurstThresholds:
     """When a gradient norm came out of nothing.
 
@@ -265,8 +255,7 @@ class BurstThresholds:
     min_before: int = 4
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class HistoryThresholds:
     """What the newest readings of an optimizer say.
 
@@ -301,8 +290,7 @@ class HistoryThresholds:
     burst: BurstThresholds = field(default_factory=BurstThresholds)
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class QuasiNewtonThresholds:
     """When an optimizer that goes far off and comes back by itself has left for good.
 
@@ -313,8 +301,7 @@ class QuasiNewtonThresholds:
     comes_back: int = 60
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DetectionThresholds:
     """When a reading counts as a fault.
 

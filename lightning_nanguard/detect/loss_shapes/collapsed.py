@@ -13,7 +13,7 @@ from lightning_nanguard.types import Fault
 def collapsed(view: LossView, thresholds: DivergingLossThresholds) -> Fault | None:
     """The fault ``collapsed``, ``None`` where the loss has another shape."""
     own = thresholds.collapsed
-    if view.learned <= thresholds.learned * view.unit or len(view.losses) <= own.readings:
+    if view.learned <= thresholds.learned * view.unit or len(view.accepted) < own.readings:
         return None
     recent = view.newest(view.patience)
     last = recent[-own.readings :]
@@ -25,7 +25,7 @@ def collapsed(view: LossView, thresholds: DivergingLossThresholds) -> Fault | No
     return Fault("collapsed", "learner", "loss", level, message, certain=False, recovers=True)
 
 
-def _gone(view: LossView, last: tuple[float, ...], thresholds: DivergingLossThresholds) -> bool:
+def _gone(view: LossView, last: list[float], thresholds: DivergingLossThresholds) -> bool:
     # At the untrained level or above it at every one of the newest readings, and not about to return.
     own = thresholds.collapsed
     half = own.readings // 2
@@ -33,7 +33,7 @@ def _gone(view: LossView, last: tuple[float, ...], thresholds: DivergingLossThre
     return above and median(last[half:]) - view.best > own.keeps * (median(last[:half]) - view.best)
 
 
-def _settled_back(view: LossView, recent: tuple[float, ...], level: float, thresholds: DivergingLossThresholds) -> bool:
+def _settled_back(view: LossView, recent: list[float], level: float, thresholds: DivergingLossThresholds) -> bool:
     # At rest near the untrained level.
     own = thresholds.collapsed
     noise = spread(recent) if len(recent) >= own.noise_readings else 0.0

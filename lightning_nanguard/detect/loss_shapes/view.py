@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import final
+from typing import NamedTuple
+
+from lightning_nanguard.detect.window import Window
 
 
 def loss_unit(first: float) -> float:
@@ -11,14 +12,16 @@ def loss_unit(first: float) -> float:
     return max(abs(first), 1e-12)
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class LossView:
+class LossView(NamedTuple):
     """The loss history of one optimizer at one reading, for the pure functions that judge it.
 
+    Made for every reading that is not clearly healthy, and so a named tuple that copies no losses.
+
     Attributes:
-        losses: The accepted losses and, last, that of the reading to judge.
+        loss: The loss to judge.
+        accepted: The losses accepted before it; to be read only.
         first: The untrained model's loss.
+        unit: The unit that differences of losses are measured in: the size of ``first``.
         best: The lowest loss level so far; ``first`` where there is none yet.
         highest: The highest accepted loss since the start or the last rollback, ``None`` before one was accepted.
         since: Losses accepted since the start or the last rollback.
@@ -26,8 +29,10 @@ class LossView:
         patience: Readings over which a settled loss is judged.
     """
 
-    losses: tuple[float, ...]
+    loss: float
+    accepted: Window
     first: float
+    unit: float
     best: float
     highest: float | None
     since: int
@@ -35,20 +40,10 @@ class LossView:
     patience: int
 
     @property
-    def loss(self) -> float:
-        """The loss to judge."""
-        return self.losses[-1]
-
-    @property
-    def unit(self) -> float:
-        """The unit that differences of losses are measured in."""
-        return loss_unit(self.first)
-
-    @property
     def learned(self) -> float:
         """How far the best level lies below the untrained model's loss."""
         return self.first - self.best
 
-    def newest(self, count: int) -> tuple[float, ...]:
+    def newest(self, count: int) -> list[float]:
         """The newest ``count`` losses, the one to judge last."""
-        return self.losses[-count:]
+        return [*self.accepted.last(count - 1), self.loss]

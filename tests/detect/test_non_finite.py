@@ -1,0 +1,90 @@
+"""NonFinite finds what is not finite or overflows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lightning_nanguard import Fault, NonFinite, Reading
+from lightning_nanguard.thresholds.detection import NonFiniteThresholds
+from tests.detect.readings import reading
+
+
+@pytest.mark.parametrize(
+    ("given_reading", "kind"),
+    [
+        (reading(0, math.nan), "non_finite_loss"),
+        (reading(0, math.inf), "non_finite_loss"),
+        (reading(0, 1.0, math.nan), "non_finite_gradient"),
+        (reading(0, None, math.inf), "non_finite_gradient"),
+        (reading(0, 1.0, 1e25), "gradient_overflow"),
+        (reading(0, -3.0, 0.0), None),
+        (reading(0, 1e30, 1e17), None),
+        (reading(0, 1.0, math.nan, scaler_skips=True, loss_scale=1024.0), None),
+        (reading(0, 1.0, math.nan, scaler_skips=True, loss_scale=0.5), "loss_scale_collapse"),
+    ],
+)
+def test_non_finite(given_reading: Reading, kind: str | None) -> None:
+    """What is not finite, or overflows when squared, is a fault; an ordinary fp16 overflow is the scaler's."""
+    fault = NonFinite().check(given_reading)
+    assert (fault.kind if fault else None) == kind
+
+
+def test_a_streak_of_overflows_is_a_fault() -> None:
+    """Overflows in a row are left to the scaler until there are too many of them."""
+    detector = NonFinite(overflow_patience=3)
+    overflow = [reading(step, 1.0, math.inf, scaler_skips=True, loss_scale=64.0) for step in range(3)]
+    for one in overflow[:2]:
+        assert detector.check(one) is None
+        detector.accept(one)
+    fault = detector.check(overflow[2])
+    assert fault is not None
+    assert (fault.kind, fault.scope) == ("loss_scale_collapse", "learner")
+
+
+def test_traits() -> None:
+    """All of them are certain; clipping helps against each but a loss scale that no scale helps."""
+    detector = NonFinite(min_loss_scale=2.0)
+    faults = [
+        detector.check(one)
+        for one in (
+            reading(0, math.inf),
+            reading(0, 1.0, math.inf),
+            reading(0, 1.0, 1e19),
+            reading(0, 1.0, math.inf, scaler_skips=True, loss_scale=1.0),
+        )
+    ]
+    gradient = ("batch", "gradient")
+    assert faults == [
+        Fault("non_finite_loss", "batch", "loss", math.inf, "the loss is inf", clipping_helps=True),
+        Fault("non_finite_gradient", *gradient, math.inf, "a gradient is not finite", clipping_helps=True),
+        Fault(
+            "gradient_overflow",
+            *gradient,
+            1e19,
+            "the gradient norm is 1e+19; its square overflows float32",
+            clipping_helps=True,
+        ),
+        Fault(
+            "loss_scale_collapse",
+            "learner",
+            "gradient",
+            1.0,
+            "1 fp16 overflows in a row took the loss scale down to 1.0, and still the gradient overflows",
+            proof="none",
+        ),
+    ]
+
+
+def test_the_largest_norm_is_a_threshold() -> None:
+    """It decides in the check and in the limits alike."""
+    detector = NonFinite(thresholds=NonFiniteThresholds(max_norm=100.0))
+    assert detector.check(reading(0, 1.0, 100.0)) is None
+    assert detector.check(reading(0, 1.0, 101.0)) is not None
+    assert detector.limits().norm == 100.0
+
+
+def test_it_judges_line_searches() -> None:
+    """A loss that is not finite must not be there even in a further evaluation of one step."""
+    assert NonFinite.judges_line_search

@@ -1,0 +1,84 @@
+"""What the newest losses and norms say: pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lightning_nanguard.detect.trends import (
+    climbs,
+    has_burst,
+    loss_falls,
+    loss_level,
+    loss_unit,
+    updates_far_off,
+    usual_norm,
+)
+from lightning_nanguard.thresholds.detection import (
+    BurstThresholds,
+    ClimbThresholds,
+    HistoryThresholds,
+    UsualNormThresholds,
+)
+
+
+@pytest.mark.parametrize(
+    ("losses", "first", "unit"),
+    [([], None, 1e-12), ([], -3.0, 3.0), ([0.0, 9.0] * 3, 2.0, 2.0), ([0.0, 9.0] * 4, 2.0, 1.4826 * 4.5)],
+    ids=["nothing known", "untrained model", "too few for noise", "noise"],
+)
+def test_loss_unit(losses: list[float], first: float | None, unit: float) -> None:
+    """The size of the untrained model's loss, or the noise of enough losses where that is larger."""
+    assert loss_unit(losses, first, HistoryThresholds()) == unit
+
+
+def test_loss_level() -> None:
+    """A mean that leaves out the highest loss, where there is more than one."""
+    assert [loss_level(losses) for losses in ([], [3.0], [9.0, 1.0, 2.0])] == [None, 3.0, 1.5]
+
+
+def test_loss_falls() -> None:
+    """The noise is that within the halves, so a clear fall is not taken for noise."""
+    assert loss_falls([2.0, 2.1, 2.0, 2.1, 1.0, 1.1, 1.0, 1.1], errors=2.0)
+    assert not loss_falls([2.0, 3.1, 1.0, 2.1, 1.9, 3.0, 0.9, 2.0], errors=2.0)
+
+
+def test_updates_far_off() -> None:
+    """Those in a row up to the newest."""
+    assert updates_far_off([9.0, 9.0, 1.0, 4.1, 9.0], 2.0, 1.0) == 2
+    assert updates_far_off([9.0, 3.9], 2.0, 1.0) == 0
+    assert updates_far_off([0.1], -2.0, 1.0) == 1
+
+
+@pytest.mark.parametrize(
+    ("norms", "first", "usual"),
+    [([1.0] * 3, 0.0, None), ([4.0, 2.0, 3.0, 5.0], 0.0, 2.0), ([*map(float, range(1, 21))], 0.0, 6.0),
+     ([1e-9] * 20, 3.0, 0.03)],
+    ids=["too few", "the least of a few", "lower quartile", "saturated"],
+)  # fmt: skip
+def test_usual_norm(norms: list[float], first: float, usual: float | None) -> None:
+    """A lower quartile, of a few the least, and a hundredth of the first norm at least."""
+    assert usual_norm(norms, first, UsualNormThresholds()) == usual
+
+
+def test_climbs() -> None:
+    """All of the newest have to lie above the range of the others, and one before them may be part of the climb."""
+    thresholds = ClimbThresholds(noise=4.0)
+    assert not climbs([1.0, 9.0], 0.5, thresholds)
+    assert climbs([1.0, 9.0, 9.0], 0.5, thresholds)
+    assert not climbs([1.0, 9.0, 9.0], 8.0, thresholds)
+    assert not climbs([1.0, 1.0, 9.0, 1.0], 0.5, thresholds)
+    few, many = [0.0, 0.0, 0.0, 1.2, 9.0, 9.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.2, 9.0, 9.0]
+    assert climbs(few, 0.5, thresholds)
+    assert climbs(many, 0.5, thresholds)
+    assert not climbs([1.0, 9.0, 9.0], 0.5, replace(thresholds, newest=3))
+
+
+def test_has_burst() -> None:
+    """A norm far above those before it, and above the first of the run."""
+    thresholds = BurstThresholds(times=20.0, before=2, min_before=3)
+    assert has_burst([1.0, 1.0, 1.0, 21.0], 1.0, thresholds)
+    assert not has_burst([1.0, 1.0, 1.0, 21.0], 30.0, thresholds)
+    assert not has_burst([1.0, 1.0, 21.0, 1.0], 1.0, thresholds)
+    assert has_burst([9.0, 1.0, 1.0, 21.0], 9.0, thresholds)
