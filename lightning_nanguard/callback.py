@@ -30,6 +30,7 @@ from lightning_nanguard.trainer.private.callbacks import put_first, swaps_weight
 from lightning_nanguard.trainer.private.packages import GuardCallback, LightningModule, Trainer, rank_zero_info
 from lightning_nanguard.trainer.private.resuming import before_resuming
 from lightning_nanguard.trainer.private.strategies import check_strategy
+from lightning_nanguard.trainer.unused import expect_hooks, hooks_called
 from lightning_nanguard.types import Advice, Fault, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -138,6 +139,7 @@ class NaNGuard(GuardCallback):
             sinks=(*own, *as_sinks(self, sinks)),
             thresholds=limits,
         )
+        expect_hooks(self)
         self._memory = Memory()
         self._advice: Sequence[Advice] = ()
         self._resumed: Mapping[str, Any] | None = None
@@ -194,6 +196,7 @@ class NaNGuard(GuardCallback):
         Raises:
             ValueError: When the strategy is not supported.
         """
+        hooks_called(self)
         if stage == "fit":
             check_strategy(trainer, pl_module)
             put_first(trainer, self)
@@ -321,6 +324,7 @@ class NaNGuard(GuardCallback):
         """Read what is still on its way, leave a good state, and count over all ranks."""
         if self._fit is not None:
             self._fit.guard.finish()
+            self._fit.say_if_unseen()
             self._non_finite_rate = self._fit.non_finite_rate()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -148,6 +148,14 @@ class Fit:
             )
         return None
 
+    def say_if_unseen(self) -> None:
+        """At the end of training: say so if batches were trained on and the guard saw no optimizer step."""
+        if self.replay.batch_idx >= 0 and self.guard.updates == 0:
+            _logger.warning(
+                "NaNGuard: batches were trained on, but no optimizer step was seen, so nothing was guarded. Under "
+                "manual optimization step the optimizers that self.optimizers() gives."
+            )
+
     def close(self) -> None:
         """Take everything off the trainer again."""
         if self.last_good is not None:

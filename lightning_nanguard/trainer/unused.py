@@ -1,0 +1,30 @@
+"""Says of a guard that nothing has ever called its hooks, so that nobody believes a run to be guarded that is not."""
+
+from __future__ import annotations
+
+import logging
+from weakref import WeakKeyDictionary, finalize
+
+_logger = logging.getLogger("lightning_nanguard")
+
+_waiting: WeakKeyDictionary[object, finalize] = WeakKeyDictionary()
+
+
+def expect_hooks(guard: object) -> None:
+    """From now on, say so if the guard is gone, or the process ends, before :func:`hooks_called`."""
+    _waiting[guard] = finalize(guard, _say)
+
+
+def hooks_called(guard: object) -> None:
+    """The guard is in use: a Trainer has called one of its hooks."""
+    waiting = _waiting.pop(guard, None)
+    if waiting is not None:
+        waiting.detach()
+
+
+def _say() -> None:
+    _logger.warning(
+        "NaNGuard: a guard was made and no Trainer has ever called it, so it has guarded nothing. Give it to "
+        "Trainer(callbacks=[NaNGuard()]) before fit; a loop that does not call the hooks of Lightning callbacks, such "
+        "as a plain Fabric loop, is not guarded."
+    )
