@@ -1,0 +1,24 @@
+"""A detector: a loss above a limit is its batch's fault."""
+
+from __future__ import annotations
+
+from lightning_nanguard import Detector, Fault, Reading
+
+
+class LossAbove(Detector):
+    """Detects a finite loss above a limit that you know your healthy batches never reach.
+
+    Args:
+        limit: The limit, in units of the loss.
+    """
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def check(self, reading: Reading) -> Fault | None:
+        """The fault of this reading, or ``None``."""
+        if reading.loss is None or reading.loss <= self.limit:
+            return None
+        message = f"the loss is {reading.loss:.4g}, above the limit of {self.limit:g}"
+        return Fault("loss_above", "batch", "loss", reading.loss, message, certain=False, conclusive=True)
