@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_nanguard.detect.gradient_spike import GradientSpike
     from lightning_nanguard.detect.non_finite import NonFinite
     from lightning_nanguard.errors import BadCheckpointError, TrainingDivergedError
+    from lightning_nanguard.record.base import RunInfo, Sink
     from lightning_nanguard.types import Advice, Fault, Finding, Intervention, Reading
 
 __version__ = "0.1.0"
@@ -51,6 +52,8 @@ _HOMES = {
     "Rollback": "act.rollback",
     "SkipStep": "act.skip_step",
     "StopTraining": "act.stop_training",
+    "RunInfo": "record.base",
+    "Sink": "record.base",
 }
 
 __all__ = [
@@ -71,6 +74,8 @@ __all__ = [
     "Remedy",
     "ResetMoments",
     "Rollback",
+    "RunInfo",
+    "Sink",
     "SkipStep",
     "StopTraining",
     "TrainingDivergedError",

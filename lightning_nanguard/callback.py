@@ -23,11 +23,8 @@ from lightning_nanguard.detect.defaults import default_detectors
 from lightning_nanguard.diagnosis.bundle import Bundles, safetensors
 from lightning_nanguard.errors import TrainingDivergedError, require
 from lightning_nanguard.guard.guard import Settings
-from lightning_nanguard.record.advice import AdviceLog
 from lightning_nanguard.record.base import Sink
-from lightning_nanguard.record.console import Console
-from lightning_nanguard.record.dispatch import SinkDispatcher
-from lightning_nanguard.record.jsonl import JsonLines
+from lightning_nanguard.record.callable_sink import CallableSink, as_sinks
 from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.record.summary import summary
 from lightning_nanguard.state.ring import Ring
@@ -37,12 +34,12 @@ from lightning_nanguard.trainer.private.packages import (
     GuardCallback,
     LightningModule,
     Trainer,
-    logged_at,
     rank_zero_info,
 )
 from lightning_nanguard.trainer.private.precision import grad_scaler
 from lightning_nanguard.trainer.private.resuming import before_resuming
 from lightning_nanguard.trainer.private.strategies import check_strategy
+from lightning_nanguard.trainer.sinks import fit_advice, fit_sinks, run_info
 from lightning_nanguard.types import Advice, Fault, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -85,11 +82,13 @@ class NaNGuard(GuardCallback):
             there (vanishing gradients, dead units, oscillation, a saddle point, …): advice, and no trace.
         bundle_dir: Folder where the batch and the state of up to ten incidents are kept, to be replayed elsewhere with
             ``nanguard replay``; they hold data of the run. ``None`` keeps none. Needs the extra ``bundle``.
-        on_intervention: Called with each :class:`Intervention`.
+        on_intervention: Called with each :class:`Intervention`, on every rank.
         last_good_every_n_steps: Updates between writes of ``nanguard-last-good.ckpt``, a whole checkpoint that takes
             the place of the older one only when its state was certified; ``None`` writes none.
         resume: What to do with a ``ckpt_path`` that is poisoned or torn: ``"strict"`` raises
             :class:`BadCheckpointError`, ``"last-good"`` goes on from the newest good checkpoint near it.
+        sinks: Where records go beside the guard's own files, loggers and console: instances of :class:`Sink`, or
+            functions that are called with each :class:`Intervention` on rank 0.
 
     Raises:
         ValueError: When an argument is out of its range or contradicts another.
@@ -120,6 +119,7 @@ class NaNGuard(GuardCallback):
         on_intervention: Callable[[Intervention], Any] | None = None,
         last_good_every_n_steps: int | None = None,
         resume: Literal["strict", "last-good"] = "strict",
+        sinks: list[Sink | Callable[[Intervention], Any]] | None = None,
     ) -> None:
         super().__init__()
         self._detectors = _instances("detectors", detectors, Detector, default_detectors)
@@ -174,7 +174,8 @@ class NaNGuard(GuardCallback):
         if bundle_dir is not None:
             safetensors()
         self._advice: list[Advice] = []
-        self._on_intervention = on_intervention
+        own = [] if on_intervention is None else [CallableSink(on_intervention, every_rank=True)]
+        self._sinks = (*own, *as_sinks(self, sinks))
         self._memory = Memory()
         self._resumed: Mapping[str, Any] | None = None
         self._run: Run | None = None
@@ -243,6 +244,9 @@ class NaNGuard(GuardCallback):
                 f"NaNGuard has nothing to guard: {type(pl_module).__name__} has no trainable parameter. "
                 "Set requires_grad on the parameters to train, or take the guard out of the callbacks."
             )
+        info = run_info(trainer, self._dirpath)
+        adviser = fit_advice(info)
+        self._advice = adviser.given
         self._run = Run(
             trainer,
             pl_module,
@@ -257,8 +261,8 @@ class NaNGuard(GuardCallback):
                 deferred=_deferred(self._readback, trainer, pl_module),
                 observe=self._observe,
             ),
-            journal=SinkDispatcher(self._sinks(trainer, pl_module)),
-            adviser=self._adviser(trainer),
+            journal=fit_sinks(trainer, pl_module, info, self._memory, self._sinks, self._running),
+            adviser=adviser,
             examine_after=self._examine_after,
             bundles=Bundles(self._bundle_dir) if self._bundle_dir is not None and trainer.is_global_zero else None,
         )
@@ -269,7 +273,7 @@ class NaNGuard(GuardCallback):
             self._resumed = None
         self._run.start(self._max_snapshot_memory)
         if self._last_good_every is not None:
-            self._run.keep_last_good(_records(trainer, self._dirpath).parent, self._last_good_every)
+            self._run.keep_last_good(info.dirpath, self._last_good_every)
         self._tell_resumed()
 
     def _tell_resumed(self) -> None:
@@ -425,66 +429,6 @@ class NaNGuard(GuardCallback):
             raise RuntimeError("NaNGuard was asked to watch a step before on_train_start; add it before fit begins.")
         return self._run
 
-    def _sinks(self, trainer: Trainer, module: LightningModule) -> list[Sink]:
-        sinks: list[Sink] = [self._memory]
-        if self._on_intervention is not None:
-            sinks.append(_Call(self._on_intervention))
-        path = _records(trainer, self._dirpath)  # on all ranks: the trainer's log_dir is a broadcast
-        if not trainer.is_global_zero:
-            return sinks
-        return [*sinks, JsonLines(path), Console(), _Loggers(trainer, self, module)]
-
-    def _adviser(self, trainer: Trainer) -> AdviceLog:
-        path = _records(trainer, self._dirpath).with_name("advice.jsonl")
-        adviser = AdviceLog(JsonLines(path) if trainer.is_global_zero else None)
-        self._advice = adviser.given
-        return adviser
-
-
-@final
-class _Call(Sink):
-    """RemedyActions records to the user's function."""
-
-    def __init__(self, function: Callable[[Intervention], Any]) -> None:
-        self._function = function
-
-    def write(self, intervention: Intervention) -> None:
-        self._function(intervention)
-
-    def close(self) -> None:
-        pass
-
-
-@final
-class _Loggers(Sink):
-    """Numbers to every logger of the trainer, and to the progress bar."""
-
-    def __init__(self, trainer: Trainer, callback: NaNGuard, module: LightningModule) -> None:
-        self._trainer = trainer
-        self._callback = callback
-        self._module = module
-
-    def write(self, intervention: Intervention) -> None:
-        run = self._callback._run
-        assert run is not None
-        count = float(self._callback._memory.total)
-        values: dict[str, float] = {
-            "nanguard/interventions": count,
-            "nanguard/lr_multiplier": run.guard.rate.ratio(),
-        }
-        norm, clip = run.guard.usual_norm(), run.guard.clip_val
-        if norm is not None:
-            values["nanguard/grad_norm"] = norm
-        if clip is not None:
-            values["nanguard/clip_val"] = clip
-        for logger in self._trainer.loggers:
-            logger.log_metrics(values, step=logged_at(self._trainer))
-        if run.in_batch and self._trainer.progress_bar_callback is not None:
-            self._module.log("nanguard", count, prog_bar=True, logger=False, rank_zero_only=True)
-
-    def close(self) -> None:
-        pass
-
 
 def _nothing() -> None:
     pass
@@ -511,8 +455,3 @@ def _deferred(readback: str, trainer: Trainer, module: LightningModule) -> bool:
         return readback == "deferred"
     fused = all(map(skips_on_device, trainer.optimizers))
     return module.device.type == "cuda" and fused and grad_scaler(trainer) is None
-
-
-def _records(trainer: Trainer, dirpath: Path | None) -> Path:
-    folder = dirpath if dirpath is not None else Path(trainer.log_dir or trainer.default_root_dir) / "nanguard"
-    return folder / "interventions.jsonl"

@@ -9,6 +9,7 @@ from typing import final
 from lightning_nanguard.errors import require
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.messages import describe_advice
+from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Advice
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -16,32 +17,36 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class AdviceLog:
-    """Keeps advice: in memory, on the console, and in a file of its own beside the records.
+    """Keeps the advice of one fit in memory, on the console, and in a file of its own beside the records.
 
-    What was said once is not said again, and no more than ``max_kept`` pieces are.
+    The same advice is taken once, and the number of pieces is bounded.
 
     Args:
-        sink: The file, ``None`` to keep it in memory only, without a word on the console.
-        max_kept: How much advice is taken at most.
+        sink: The file; ``None`` keeps advice in memory only and shows none on the console.
+        thresholds: How much advice is taken at most.
+
+    Attributes:
+        given: The advice so far, oldest first.
 
     Example:
-        >>> adviser = AdviceLog()
-        >>> adviser.give(Advice(0, 0, "preflight", Finding("dead_relu", 0.9)))
-        >>> len(adviser.given)
+        >>> from lightning_nanguard.types import Finding
+        >>> advice = AdviceLog()
+        >>> advice.give(Advice(0, 0, "preflight", Finding("dead_relu", 0.9)))
+        >>> len(advice.given)
         1
     """
 
-    def __init__(self, sink: JsonLines | None = None, *, max_kept: int = 100) -> None:
-        require(max_kept >= 1, self, "max_kept", max_kept, "at least 1")
+    def __init__(self, sink: JsonLines | None = None, thresholds: RecordsThresholds = RECORDS) -> None:
         self._sink = sink
-        self._max_kept = max_kept
+        self._most = thresholds.advice_per_fit
+        require(self._most >= 1, thresholds, "advice_per_fit", self._most, "at least 1")
         self._said: set[tuple[str, str, str]] = set()
         self.given: list[Advice] = []
 
     def give(self, advice: Advice) -> None:
-        """Take one piece of advice; whatever goes wrong while it is written ends no run."""
+        """Take one piece of advice; an error while it is written does not end the run."""
         said = (advice.occasion, advice.finding.cause, advice.finding.place)
-        if said in self._said or len(self.given) >= self._max_kept:
+        if said in self._said or len(self.given) >= self._most:
             return
         self._said.add(said)
         self.given.append(advice)

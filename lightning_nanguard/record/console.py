@@ -8,6 +8,7 @@ from typing import NamedTuple, final
 from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.record.messages import counted, describe
+from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -17,29 +18,24 @@ _logger = logging.getLogger("lightning_nanguard")
 class Console(Sink):
     """Logs one readable line per intervention at level WARNING, ever fewer when the same thing keeps happening.
 
-    Interventions of one fault with the same remedies are one kind. The first ``show_first`` of a kind are shown, then
-    its 2 · ``show_first``-th, 4 · ``show_first``-th, 8 · ``show_first``-th … with the number left out in between; one
-    that stops the run is always shown. What is shown depends on counts only, never on time. :meth:`close` says how
-    many were not shown and starts counting anew.
+    Interventions of one fault with the same remedies are one kind. The first ten of a kind are shown, then the 20th,
+    40th, 80th … with the number left out in between; one that stops the run is always shown. What is shown depends on
+    counts only, never on time. :meth:`close` says how many were not shown and starts counting anew.
 
     Args:
-        rank_zero: Whether this process is the one that speaks; with ``False`` nothing is shown.
-        show_first: How many of a kind are shown before they are thinned out.
+        thresholds: How many of a kind are shown before they are thinned out.
 
     Example:
-        >>> Console(show_first=5).write(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
+        >>> Console().write(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
     """
 
-    def __init__(self, *, rank_zero: bool = True, show_first: int = 10) -> None:
-        require(show_first >= 1, self, "show_first", show_first, "at least 1")
-        self.rank_zero = rank_zero
-        self.show_first = show_first
+    def __init__(self, thresholds: RecordsThresholds = RECORDS) -> None:
+        self._show_first = thresholds.shown_per_kind
+        require(self._show_first >= 1, thresholds, "shown_per_kind", self._show_first, "at least 1")
         self._kinds: dict[tuple[str, tuple[str, ...]], _Kind] = {}
 
     def write(self, intervention: Intervention) -> None:
         """Show the intervention, or count it."""
-        if not self.rank_zero:
-            return
         key = (intervention.fault, intervention.remedies)
         kind = self._kinds.get(key, _Kind(seen=0, shown=0, next_shown=1))
         seen = kind.seen + 1
@@ -48,12 +44,12 @@ class Console(Sink):
             return
         left_out = seen - 1 - kind.last_shown
         note = f" (and {left_out:,} more like it since the last one shown)" if left_out else ""
-        if seen == self.show_first:
+        if seen == self._show_first:
             note += " (more like it will be shown ever more rarely)"
         _logger.warning("NaNGuard: %s%s", describe(intervention), note)
         next_shown = kind.next_shown
         if seen >= next_shown:
-            next_shown = seen + 1 if seen < self.show_first else 2 * seen
+            next_shown = seen + 1 if seen < self._show_first else 2 * seen
         self._kinds[key] = _Kind(seen, kind.shown + 1, next_shown, last_shown=seen)
 
     def close(self) -> None:

@@ -13,15 +13,17 @@ from lightning_nanguard.types import SCHEMA_VERSION, Advice, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
 
+RECORDS_FILE, ADVICE_FILE = "interventions.jsonl", "advice.jsonl"
+"""Names of the files in a run's folder of records."""
 
 _Record = TypeVar("_Record", Intervention, Advice)
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Intervention]:
-    """The records of a file that :class:`JsonLines` wrote, oldest first.
+    """Read the records of a file that :class:`JsonLines` wrote, oldest first.
 
-    Lines that are no records, such as one torn by a killed run, are left out with one logged warning. Records of later
-    versions are read as far as this version knows their fields.
+    Lines that are no records, such as one torn by a killed run, are left out with one logged warning. Of records of
+    later versions the fields that this version knows are read.
 
     Args:
         path: The file.
@@ -33,7 +35,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Intervention]:
 
 
 def read_advice(path: str | os.PathLike[str]) -> list[Advice]:
-    """The advice of a file that :class:`AdviceLog` wrote, oldest first; see :func:`read_records`.
+    """Read the advice of a file that :class:`AdviceLog` wrote, oldest first; see :func:`read_records`.
 
     Args:
         path: The file.
@@ -56,7 +58,7 @@ def _read(path: str | os.PathLike[str], parse: Callable[[Mapping[str, Any]], _Re
                 data = json.loads(line)
                 later = later or (isinstance(data, dict) and _is_later(data.get("schema")))
                 records.append(parse(data))
-            # A torn or overwritten line can be anything: wrong bytes, another type, brackets without end.
+            # A torn or overwritten line may hold wrong bytes, another type, or more brackets than can be parsed.
             except (ValueError, TypeError, AttributeError, RecursionError):
                 unreadable.append(number)
     if unreadable:

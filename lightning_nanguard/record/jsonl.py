@@ -16,31 +16,29 @@ from typing import Any, final
 
 from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import Sink
+from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Advice, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
-
-
-# Seconds within which no two records wait for the disk.
-_SYNC_EVERY = 1.0
 
 
 @final
 class JsonLines(Sink):
     """Appends one JSON object a line to a file.
 
-    A record outlives the death of the process as soon as :meth:`write` returns. It also waits for the disk, but in a
-    burst of records for no more than one a second; the rest follow with the next one and with :meth:`close`.
+    Once :meth:`write` has returned, the record survives the death of the process. To survive a crash of the machine it
+    has to be synchronised with the disk: at most once a second, and with :meth:`close`.
 
     The folder is made with the first record, so a healthy run leaves nothing behind. While the file cannot be written,
-    the newest ``max_kept`` records wait in memory and are tried again with every next record and with :meth:`close`.
+    the newest records wait in memory and are tried again with every next record and with :meth:`close`.
 
     Args:
         path: The file. What it already holds is kept.
-        max_kept: How many records wait in memory at most.
+        thresholds: How many records wait in memory at most, and how often a record waits for the disk.
 
     Example:
         >>> from tempfile import TemporaryDirectory
+        >>> from lightning_nanguard.record.files import read_records
         >>> with TemporaryDirectory() as folder:
         ...     sink = JsonLines(f"{folder}/logs/nanguard.jsonl")
         ...     sink.write(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
@@ -48,10 +46,12 @@ class JsonLines(Sink):
         [7]
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, max_kept: int = 1000) -> None:
-        require(max_kept >= 1, self, "max_kept", max_kept, "at least 1")
+    def __init__(self, path: str | os.PathLike[str], thresholds: RecordsThresholds = RECORDS) -> None:
+        most = thresholds.records_waiting_for_file
+        require(most >= 1, thresholds, "records_waiting_for_file", most, "at least 1")
         self.path = Path(path)
-        self._waiting: deque[bytes] = deque(maxlen=max_kept)
+        self._seconds_between_syncs = thresholds.seconds_between_syncs
+        self._waiting: deque[bytes] = deque(maxlen=most)
         self._dropped = 0
         self._warned = False
         self._synced = -math.inf
@@ -89,10 +89,10 @@ class JsonLines(Sink):
         if not self._waiting and not (last and self._unsynced):
             return None
         now = time.monotonic()
-        lasting = last or now >= self._synced + _SYNC_EVERY
+        lasting = last or now >= self._synced + self._seconds_between_syncs
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: a buffer left over from a full disk would be written again on closing the file.
+            # Unbuffered, since a buffer left over from a full disk would be written again when the file is closed.
             with open(self.path, "a+b", buffering=0) as file:
                 while self._waiting:
                     _append(file, self._waiting[0], lasting=lasting)
@@ -110,13 +110,13 @@ class JsonLines(Sink):
 
 
 def _append(file: FileIO, line: bytes, *, lasting: bool) -> None:
-    """Add a line and, if ``lasting``, wait until it is on the disk; a failed try leaves the file as it was."""
+    """Add a line and, if ``lasting``, wait until it is on the disk; if that fails the file stays as it was."""
     status = os.fstat(file.fileno())
     torn = False
     if status.st_size:
         file.seek(-1, os.SEEK_END)
         torn = file.read(1) != b"\n"
-    # What a killed run left without an end would swallow the record that follows it.
+    # A line that a killed run left without its end would make this record unreadable, too.
     rest = memoryview((b"\n" if torn else b"") + line + b"\n")
     try:
         while rest:
@@ -124,7 +124,7 @@ def _append(file: FileIO, line: bytes, *, lasting: bool) -> None:
         if lasting:
             _sync(file)
     except BaseException:
-        # Half of a record, or one that may not last, would show twice after the next try.
+        # Half of a record, or one that may not last, would be there twice after the next try.
         with contextlib.suppress(OSError):
             file.truncate(status.st_size)
         raise
@@ -136,7 +136,7 @@ def _sync(file: FileIO) -> None:
 
 
 def _jsonable(value: object) -> Any:
-    """What stands for a value JSON does not know, such as a NumPy scalar among the evidence."""
+    """The JSON value for an object JSON does not know, such as a NumPy scalar among the evidence."""
     item = getattr(value, "item", None)
     if callable(item):
         with contextlib.suppress(Exception):

@@ -8,17 +8,19 @@ from typing import final, overload
 
 from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import Sink
+from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Intervention
 
 
 @final
 class Memory(Sink, Sequence[Intervention]):
-    """The newest interventions and the counts of all: what ``guard.interventions`` is.
+    """Holds the newest interventions and the counts of all of them; it is what ``NaNGuard.interventions`` gives.
 
-    It reads like a tuple, equals any sequence of the same interventions, and slices to tuples. Only the guard writes.
+    It reads like a tuple, equals any sequence of the same interventions, and slices to tuples. Only the guard writes to
+    it, and it lasts from one fit to the next.
 
     Args:
-        maxlen: How many interventions are kept; older ones stay in the counts.
+        thresholds: How many interventions are kept; older ones stay in the counts.
 
     Attributes:
         total: Number of all interventions written.
@@ -26,16 +28,19 @@ class Memory(Sink, Sequence[Intervention]):
         remedies: How often each remedy was written.
 
     Example:
-        >>> memory = Memory(maxlen=2)
+        >>> memory = Memory(RecordsThresholds(interventions_in_memory=2))
         >>> for step in range(5):
         ...     memory.write(Intervention(step, 0, step, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
         >>> len(memory), memory[-1].global_step, memory.total, memory.remedies["skip"]
         (2, 4, 5, 5)
     """
 
-    def __init__(self, maxlen: int = 1000) -> None:
-        require(maxlen >= 1, self, "maxlen", maxlen, "at least 1")
-        self._newest: deque[Intervention] = deque(maxlen=maxlen)
+    every_rank = True
+
+    def __init__(self, thresholds: RecordsThresholds = RECORDS) -> None:
+        kept = thresholds.interventions_in_memory
+        require(kept >= 1, thresholds, "interventions_in_memory", kept, "at least 1")
+        self._newest: deque[Intervention] = deque(maxlen=kept)
         self.total = 0
         self.faults: Counter[str] = Counter()
         self.remedies: Counter[str] = Counter()
@@ -52,9 +57,6 @@ class Memory(Sink, Sequence[Intervention]):
         self.faults[intervention.fault] += 1
         self.remedies.update(intervention.remedies)
 
-    def close(self) -> None:
-        """Nothing: what is remembered outlives the fit."""
-
     def __len__(self) -> int:
         return len(self._newest)
 
@@ -66,7 +68,7 @@ class Memory(Sink, Sequence[Intervention]):
         return tuple(self._newest)[index] if isinstance(index, slice) else self._newest[index]
 
     def __iter__(self) -> Iterator[Intervention]:
-        # Of a copy: the guard may write while somebody's loop looks on.
+        # Of a copy, since the guard may write while a user's loop reads.
         return iter(tuple(self._newest))
 
     def __eq__(self, other: object) -> bool:

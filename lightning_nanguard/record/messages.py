@@ -1,15 +1,20 @@
-"""Records in words, one line for a person each."""
+"""Puts interventions, findings and advice into words, one line each.
+
+Only this module and ``summary`` look at the words of remedies. A word they do not know, such as that of a remedy of the
+user's own, is shown as it is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
 
+from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Advice, Finding, Intervention
 
 
 def describe(intervention: Intervention) -> str:
-    """One line for a person.
+    """Say in one line when and where a fault was found, what was done, and why it happened.
 
     Args:
         intervention: What happened.
@@ -30,7 +35,7 @@ def describe(intervention: Intervention) -> str:
         f"step {intervention.global_step} (epoch {intervention.epoch}{batch}): {intervention.fault}{place}{why}; "
         f"{_done(intervention)}{_cause(intervention)}"
     )
-    # Names and messages come from outside, and one intervention is one line.
+    # Names and messages of the user's may hold line breaks.
     return " ".join(text.split())
 
 
@@ -56,7 +61,7 @@ def _done(intervention: Intervention) -> str:
     rate = f"{before:.4g} → {after:.4g}" if known else "changed" if applied else ""
     words = list(intervention.remedies)
     if known and "scale" not in words:
-        # A remedy of the user's own may change the rate under a word of its own.
+        # A remedy of the user's own may change the rate under another word.
         words.append("scale")
     parts = [_PHRASES[word][not applied].format(to=to, lr=rate).strip() if word in _PHRASES else word for word in words]
     text = ", ".join(parts) or ("did nothing" if applied else "done nothing")
@@ -70,8 +75,12 @@ def _cause(intervention: Intervention) -> str:
     return f"; cause: {describe_finding(finding)}"
 
 
-def describe_finding(finding: Finding) -> str:
-    """A finding in one line.
+def describe_finding(finding: Finding, *, confidence: bool = False) -> str:
+    """Say in one line what causes a fault, where, and what to do about it.
+
+    Args:
+        finding: The cause.
+        confidence: Whether to add how sure it is.
 
     Example:
         >>> describe_finding(Finding("dead_relu", 0.9, place="net.1 (ReLU)", suggestion="Lower the learning rate."))
@@ -80,11 +89,12 @@ def describe_finding(finding: Finding) -> str:
     place = f" in {finding.place}" if finding.place else ""
     samples = f" ({listed_numbers('sample', finding.samples)})" if finding.samples else ""
     suggestion = f": {finding.suggestion}" if finding.suggestion else ""
-    return " ".join(f"{finding.cause}{place}{samples}{suggestion}".split())
+    text = " ".join(f"{finding.cause}{place}{samples}{suggestion}".split())
+    return f"{text} (confidence {finding.confidence:.2g})" if confidence else text
 
 
 def describe_advice(advice: Advice) -> str:
-    """One line for a person.
+    """Say in one line what was noticed, and when.
 
     Args:
         advice: What was noticed.
@@ -98,10 +108,13 @@ def describe_advice(advice: Advice) -> str:
 
 
 def counted(number: int, noun: str, nouns: str | None = None) -> str:
+    """A number with its noun, such as ``"1 record"`` or ``"1,200 records"``."""
     return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
 
 
-def listed_numbers(noun: str, numbers: Sequence[int], at_most: int = 8) -> str:
-    more = len(numbers) - at_most
-    shown = ", ".join(str(number) for number in islice(numbers, at_most))
+def listed_numbers(noun: str, numbers: Sequence[int], thresholds: RecordsThresholds = RECORDS) -> str:
+    """Numbers with their noun, such as ``"lines 2, 5, 7"``; what is too many is counted."""
+    most = thresholds.numbers_per_message
+    more = len(numbers) - most
+    shown = ", ".join(str(number) for number in islice(numbers, most))
     return f"{noun}{'s' if len(numbers) > 1 else ''} {shown}{f' and {more:,} more' if more > 0 else ''}"

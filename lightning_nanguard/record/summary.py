@@ -29,15 +29,15 @@ def summary(
     path: str | os.PathLike[str] | None = None,
     observe: bool = False,
 ) -> str:
-    """The one line at the end of a fit.
+    """Say in one line what happened in a fit.
 
     Args:
         updates: Number of updates watched.
-        faults: How often each fault was met, such as :attr:`Memory.faults`.
+        faults: How often each fault was found, such as :attr:`Memory.faults`.
         remedies: How often each remedy was used, such as :attr:`Memory.remedies`.
-        lr_multiplier: What the learning rate is multiplied with at the end.
-        path: Where the records lie.
-        observe: Whether the guard only looked on.
+        lr_multiplier: What the learning rate is multiplied by at the end.
+        path: The file of records.
+        observe: Whether the guard only observed.
 
     Example:
         >>> summary(1200)
@@ -50,7 +50,7 @@ def summary(
     total = sum((faults or {}).values())
     if not total:
         return f"{watched}, nothing to do{rate}"
-    # Counters keep the order of arrival; the line must not depend on it.
+    # Sorted, since the order in which faults came must not change the line.
     met = ", ".join(f"{kind} {count:,}" for kind, count in sorted((faults or {}).items(), key=_most_first))
     used = sorted((remedies or {}).items(), key=_most_first)
     done = ", ".join(counted(count, *_ACTIONS.get(word, (f"× {word}", f"× {word}"))) for word, count in used)

@@ -137,6 +137,7 @@ class Run:
 
     def start(self, max_memory: float | None) -> None:
         """Look at the state before the first update, and take the places in the trainer that are needed."""
+        self._journal.open()
         self.guard.start()
         self._limit_memory(max_memory)
         rate = self.guard.rate

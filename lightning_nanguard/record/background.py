@@ -1,0 +1,135 @@
+"""A wrapper that writes to a slow sink from a thread of its own, so that training does not wait for it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from typing import final
+
+from lightning_nanguard.errors import require
+from lightning_nanguard.record.base import RunInfo, Sink
+from lightning_nanguard.record.isolated import IsolatedSink
+from lightning_nanguard.record.messages import counted
+from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
+from lightning_nanguard.types import Intervention
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+@final
+class BackgroundSink(Sink):
+    """Opens a sink, writes to it and closes it from one daemon thread, which lives from :meth:`open` to :meth:`close`.
+
+    Records wait in a bounded queue; when it is full the oldest is dropped and counted. What the sink raises is treated
+    as by :class:`IsolatedSink`.
+
+    Args:
+        sink: The slow sink.
+        seconds: How long :meth:`close` waits at most.
+        thresholds: How many records wait.
+    """
+
+    def __init__(self, sink: Sink, seconds: float, thresholds: RecordsThresholds = RECORDS) -> None:
+        # In a thread nobody else would hear of an exit either.
+        self._sink = IsolatedSink(sink, catches=BaseException)
+        self._seconds = seconds
+        self._queue = RecordQueue(thresholds)
+        self._thread: threading.Thread | None = None
+
+    def open(self, run: RunInfo) -> None:
+        """Start the thread, which opens the sink."""
+        self._thread = threading.Thread(
+            target=_serve, args=(self._sink, self._queue, run), name=f"nanguard {self._sink.name}", daemon=True
+        )
+        self._thread.start()
+
+    def write(self, intervention: Intervention) -> None:
+        """Leave the record to the thread."""
+        self._queue.put(intervention)
+
+    def close(self) -> None:
+        """Wait until the thread has written what waits, or until the time is over; say what was not written."""
+        thread, self._thread = self._thread, None
+        self._queue.end()
+        if thread is not None:
+            thread.join(self._seconds)
+        dropped, left = self._queue.abandon()
+        reasons = [f"{dropped:,} dropped because too many were waiting"] if dropped else []
+        if left:
+            reasons.append(f"{left:,} still to be written after its timeout of {self._seconds:g} s")
+        if reasons:
+            _logger.warning(
+                "NaNGuard: the sink %s did not write %s: %s.",
+                self._sink.name,
+                counted(dropped + left, "record"),
+                ", ".join(reasons),
+            )
+        elif thread is not None and thread.is_alive():
+            _logger.warning(
+                "NaNGuard: the sink %s was not closed within its timeout of %g s.", self._sink.name, self._seconds
+            )
+
+
+@final
+class RecordQueue:
+    """Records on their way from the thread that trains to the thread of a slow sink.
+
+    Args:
+        thresholds: How many records wait.
+    """
+
+    def __init__(self, thresholds: RecordsThresholds = RECORDS) -> None:
+        most = thresholds.records_waiting_in_background
+        require(most >= 1, thresholds, "records_waiting_in_background", most, "at least 1")
+        self._waiting: deque[Intervention] = deque(maxlen=most)
+        self._changed = threading.Condition()
+        self._dropped = 0
+        self._taken = 0
+        self._ended = self._abandoned = False
+
+    def put(self, record: Intervention) -> None:
+        """Add a record, in place of the oldest where the queue is full."""
+        with self._changed:
+            self._dropped += len(self._waiting) == self._waiting.maxlen
+            self._waiting.append(record)
+            self._changed.notify()
+
+    def take(self) -> Intervention | None:
+        """Wait for the oldest record and take it, ``None`` when no more will come; the one taken before is written."""
+        with self._changed:
+            self._taken = 0
+            self._changed.wait_for(lambda: self._waiting or self._ended)
+            if not self._waiting:
+                return None
+            self._taken = 1
+            return self._waiting.popleft()
+
+    def end(self) -> None:
+        """No more records will come."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+
+    def abandon(self) -> tuple[int, int]:
+        """Leave what is not written; how many records were dropped, and how many are left."""
+        with self._changed:
+            counts = self._dropped, len(self._waiting) + self._taken
+            self._waiting.clear()
+            self._dropped = self._taken = 0
+            self._abandoned = True
+            return counts
+
+    def abandoned(self) -> bool:
+        """Whether nobody waits any more."""
+        with self._changed:
+            return self._abandoned
+
+
+def _serve(sink: Sink, queue: RecordQueue, run: RunInfo) -> None:
+    sink.open(run)
+    while (record := queue.take()) is not None:
+        sink.write(record)
+    # A sink that came too late may have been opened by the next fit already.
+    if not queue.abandoned():
+        sink.close()

@@ -1,0 +1,82 @@
+"""A sink that calls a function, and the check of what a user lists as sinks."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+from lightning_nanguard.record.base import Sink
+from lightning_nanguard.types import Intervention
+
+
+@final
+class CallableSink(Sink):
+    """Calls a function with each intervention.
+
+    Args:
+        function: Called with the intervention; what it returns is not used.
+        every_rank: Whether it is called on every rank instead of on rank 0 only.
+
+    Example:
+        >>> CallableSink(lambda intervention: print(intervention.fault)).write(
+        ...     Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1)
+        ... )
+        non_finite_loss
+    """
+
+    def __init__(self, function: Callable[[Intervention], Any], *, every_rank: bool = False) -> None:
+        self.function = function
+        self.every_rank = every_rank
+
+    def write(self, intervention: Intervention) -> None:
+        """Call the function."""
+        self.function(intervention)
+
+
+def as_sinks(owner: object, given: object) -> tuple[Sink, ...]:
+    """The sinks that a user listed, functions among them wrapped; ``None`` for none.
+
+    Args:
+        owner: Whose argument ``sinks`` it is.
+        given: What the user listed.
+
+    Raises:
+        TypeError: When it is no list, or holds something that is neither a sink nor a function of one argument.
+        ValueError: When a sink's timeout is out of its range.
+    """
+    if given is None:
+        return ()
+    name = f"{type(owner).__name__}(sinks="
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+        raise TypeError(f"{name}{given!r}): expected a list of Sink instances or functions; write sinks=[…] around it.")
+    return tuple(_as_sink(f"{name}…): ", item) for item in given)
+
+
+def _as_sink(where: str, item: object) -> Sink:
+    if isinstance(item, type):
+        raise TypeError(f"{where}{item!r} is not an instance of Sink; write {item.__name__}().")
+    if isinstance(item, Sink):
+        timeout = item.timeout
+        number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+        if timeout is not None and not (number and 0 < timeout <= threading.TIMEOUT_MAX):
+            raise ValueError(
+                f"{where}{type(item).__name__} has timeout={timeout!r}: expected a number of seconds above 0, or None."
+            )
+        return item
+    if not callable(item):
+        raise TypeError(f"{where}{item!r} is neither an instance of Sink nor a function.")
+    if not _takes_one_argument(item):
+        raise TypeError(f"{where}{item!r} cannot be called with one argument, the Intervention.")
+    return CallableSink(item)
+
+
+def _takes_one_argument(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # some functions written in C tell no signature
+        return True
+    return True

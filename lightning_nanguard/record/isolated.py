@@ -1,0 +1,82 @@
+"""A wrapper that keeps what a sink raises away from the run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import final
+
+from lightning_nanguard.record.base import RunInfo, Sink
+from lightning_nanguard.record.callable_sink import CallableSink
+from lightning_nanguard.record.messages import counted
+from lightning_nanguard.types import Intervention
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+@final
+class IsolatedSink(Sink):
+    """Passes everything on to a sink; what that raises is logged the first time, with its name, and goes no further.
+
+    The sink is asked again with the next record. Closing says how many records it missed.
+
+    Args:
+        sink: The sink.
+        catches: What is caught. In the thread that trains, Ctrl-C and an exit have to pass.
+
+    Attributes:
+        name: How messages call the sink.
+    """
+
+    def __init__(self, sink: Sink, *, catches: type[BaseException] = Exception) -> None:
+        self.name = name_of(sink)
+        self._sink = sink
+        self._catches = catches
+        self._told = False
+        self._missed = 0
+
+    def open(self, run: RunInfo) -> None:
+        """Open the sink."""
+        with self._isolated("could not be opened"):
+            self._sink.open(run)
+
+    def write(self, intervention: Intervention) -> None:
+        """Give the sink a record, and count the record if it does not take it."""
+        self._missed += 1
+        with self._isolated("could not take a record"):
+            self._sink.write(intervention)
+            self._missed -= 1
+
+    def close(self) -> None:
+        """Say how many records the sink missed, and close it."""
+        if self._missed:
+            _logger.warning("NaNGuard: the sink %s missed %s.", self.name, counted(self._missed, "record"))
+        self._missed, self._told = 0, False
+        with self._isolated("could not be closed"):
+            self._sink.close()
+
+    @contextlib.contextmanager
+    def _isolated(self, failed: str) -> Iterator[None]:
+        try:
+            yield
+        except self._catches as error:
+            if self._told:
+                return
+            self._told = True
+            _logger.warning(
+                "NaNGuard: the sink %s %s: %s: %s. Training goes on and the other sinks get every record.",
+                self.name,
+                failed,
+                type(error).__name__,
+                error,
+                exc_info=error,
+            )
+
+
+def name_of(sink: Sink) -> str:
+    """How messages call a sink: the path of its class, or of the function it calls."""
+    target: object = sink.function if isinstance(sink, CallableSink) else sink
+    named = target if hasattr(target, "__qualname__") else type(target)
+    home = getattr(named, "__module__", None) or "builtins"
+    return f"{home}.{getattr(named, '__qualname__', named)}"

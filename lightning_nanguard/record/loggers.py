@@ -1,0 +1,49 @@
+"""A sink that gives experiment loggers the numbers of the run after each intervention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, final
+
+from lightning_nanguard.record.base import Sink
+from lightning_nanguard.types import Intervention
+
+
+class RunNumbers(NamedTuple):
+    """What loggers show of a guarded run, each under ``nanguard/`` and its name; ``None`` is not logged.
+
+    Attributes:
+        interventions: Number of all interventions so far.
+        lr_multiplier: What the scheduled learning rates are multiplied by.
+        grad_norm: Median of the healthy gradient norms.
+        clip_val: The clipping value the guard has turned on.
+    """
+
+    interventions: int
+    lr_multiplier: float
+    grad_norm: float | None = None
+    clip_val: float | None = None
+
+
+@final
+class Loggers(Sink):
+    """Logs the numbers of the run after each intervention.
+
+    Args:
+        numbers: Gives the numbers of now.
+        log: Logs some values by name.
+
+    Example:
+        >>> sink = Loggers(lambda: RunNumbers(1, 0.5), print)
+        >>> sink.write(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
+        {'nanguard/interventions': 1.0, 'nanguard/lr_multiplier': 0.5}
+    """
+
+    def __init__(self, numbers: Callable[[], RunNumbers], log: Callable[[Mapping[str, float]], None]) -> None:
+        self._numbers = numbers
+        self._log = log
+
+    def write(self, intervention: Intervention) -> None:
+        """Log the numbers of now."""
+        numbers = self._numbers()._asdict()
+        self._log({f"nanguard/{name}": float(value) for name, value in numbers.items() if value is not None})
