@@ -382,6 +382,7 @@ class NaNGuard(GuardCallback):
 
     def _end(self) -> None:
         self._undo_gate()
+        self._undo_gate = _nothing  # a guard can be pickled between fits
         run, self._run = self._run, None
         if run is None:
             return
