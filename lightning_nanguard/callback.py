@@ -425,6 +425,10 @@ class NaNGuard(GuardCallback):
         self._resumed = state_dict.get("guard")
         self._memory.total = int(state_dict.get("interventions", 0))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning leaves the module's own log functions on a callback, and with them the whole module.
+        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
+
     def _running(self) -> Run:
         if self._run is None:
             raise RuntimeError("NaNGuard was asked to watch a step before on_train_start; add it before fit begins.")
