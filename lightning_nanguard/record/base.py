@@ -8,8 +8,8 @@ A sink of your own is one class with a :meth:`Sink.write`, or any function that 
 
     NaNGuard(sinks=[Beep(), print])
 
-In the YAML file of a LightningCLI give a sink by its class path, with or without arguments, and so an object that can be
-called; give a function by its path::
+In the YAML file of a LightningCLI give a sink, or an object that can be called, by its class path, with or without
+arguments; give a function by its path::
 
     sinks:
       - class_path: my.Beep
