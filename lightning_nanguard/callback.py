@@ -140,7 +140,7 @@ class NaNGuard(GuardCallback):
             thresholds=limits,
         )
         expect_hooks(self)
-        self._memory = Memory()
+        self._memory = Memory(limits.records)
         self._advice: Sequence[Advice] = ()
         self._resumed: Mapping[str, Any] | None = None
         self._gate: ResumeGate | None = None
@@ -331,8 +331,13 @@ class NaNGuard(GuardCallback):
         """Say in one line what happened, and let go of the fit."""
         self._end()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the guard keeps; Lightning leaves the module's ``log`` on every callback."""
+        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
+
     def _end(self) -> None:
         self._undo_gate()
+        self._undo_gate = _nothing
         fit, self._fit = self._fit, None
         if fit is None:
             return

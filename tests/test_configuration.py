@@ -189,6 +189,8 @@ def test_public_names() -> None:
         "ClipGradients",
         "ResetMoments",
         "StopTraining",
+        "Sink",
+        "RunInfo",
     }
     assert wanted <= set(lightning_nanguard.__all__)
 
@@ -258,8 +260,20 @@ from {package}.cli import LightningCLI
 from {package} import LightningModule
 from torch.utils.data import DataLoader
 
+from lightning_nanguard import Sink
+
 def note(intervention):
     print("NOTED", intervention.fault)
+
+class Beep(Sink):
+    def __init__(self, word: str = "BEEP"):
+        self.word = word
+    def write(self, intervention):
+        print(self.word, intervention.fault)
+
+class Called:
+    def __call__(self, intervention):
+        print("CALLED", intervention.fault)
 
 class Model(LightningModule):
     def __init__(self, lr: float = 0.1):
@@ -319,6 +333,12 @@ trainer:
         readback: step
         dirpath: records
         on_intervention: train.note
+        sinks:
+          - class_path: train.Beep
+            init_args: {word: BOOP}
+          - train.Beep
+          - train.note
+          - class_path: train.Called
 """
 BUDGETS = {
     "by class path": "{class_path: lightning_nanguard.Budget, init_args: {window: 77}}",
@@ -348,7 +368,9 @@ def command(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_command_line(package: str, budget: str, tmp_path: Path) -> None:
-    """A YAML file with nested detectors, remedies and a budget makes the guard it describes, under both packages."""
+    """A YAML file with nested detectors, remedies and a budget makes the guard it describes, under both packages; sinks
+    are given as classes, functions, and objects that can be called.
+    """
     pytest.importorskip("jsonargparse")
     pytest.importorskip(package.split(".")[0])
     (tmp_path / "train.py").write_text(SCRIPT.format(package=package))
@@ -365,7 +387,8 @@ def test_command_line(package: str, budget: str, tmp_path: Path) -> None:
         "window": 77,
         "ratio": 300.0,
     }
-    assert "NOTED non_finite_loss" in done.stdout
+    told = [line for line in done.stdout.splitlines() if line.endswith(" non_finite_loss")]
+    assert told == [f"{word} non_finite_loss" for word in ("NOTED", "BOOP", "BEEP", "NOTED", "CALLED")]
     assert len((tmp_path / "records" / "interventions.jsonl").read_text().splitlines()) == 1
 
 

@@ -12,7 +12,6 @@ import yaml
 
 import lightning_nanguard
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -91,23 +90,6 @@ def test_every_public_name_is_there() -> None:
         assert getattr(lightning_nanguard, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'NoSuchThing'"):
         lightning_nanguard.NoSuchThing  # noqa: B018
-
-
-def test_explain_prints_every_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`nanguard explain` tells the records of a run in words, and says where it found none."""
-    from lightning_nanguard import Intervention
-    from lightning_nanguard.record.jsonl import JsonLines
-
-    sink = JsonLines(tmp_path / "version_0" / "nanguard" / "interventions.jsonl")
-    sink.write(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
-    sink.write(Intervention(9, 0, 9, "exploding_loss", "loss", ("restore", "scale"), 0.1, 0.05, 4))
-    assert main(["explain", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert "step 7" in shown
-    assert "went back to step 4" in shown
-    (tmp_path / "empty").mkdir()
-    assert main(["explain", str(tmp_path / "empty")]) == 2
-    assert "no interventions.jsonl" in capsys.readouterr().err
 
 
 def test_the_command_is_installed() -> None:

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 
 from lightning_nanguard import BadCheckpointError, Budget, NaNGuard, TrainingDivergedError
 from lightning_nanguard.checkpoints.inspection import LAST_GOOD, damage, inspect
-from lightning_nanguard.cli.main import main
 from tests.helpers import Positioned, batches, copied, differences, learner_of, non_finite, task, trainer_for, words
 from tests.modules import Diverge, NaNWeight, SaveAt
 from tests.test_saves import Net
@@ -391,42 +390,6 @@ def test_the_guards_hooks_are_gone_after_a_refusal(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpointError, match="cut short"):
         trainer.fit(cosine_task(), data, val, ckpt_path=bad)
     assert "resume_start" not in vars(trainer._checkpoint_connector)
-
-
-# -------------------------------------------------------------------------------------------------------- the command
-
-
-def test_the_command_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`nanguard last-good` prints the newest good file's path and nothing else, for `ckpt_path`."""
-    for name in ("one", "two"):
-        train(keeping(tmp_path / "runs" / name / "nanguard"))
-    newest = tmp_path / "runs" / "two" / "nanguard" / LAST_GOOD
-    capsys.readouterr()
-    assert main(["last-good", str(tmp_path / "runs")]) == 0
-    shown = capsys.readouterr()
-    assert shown.out == f"{newest}\n"
-    assert "whole and finite" in shown.err
-    cut(newest)
-    assert main(["last-good", str(tmp_path / "runs")]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'runs' / 'one' / 'nanguard' / LAST_GOOD}\n"
-
-
-def test_a_folder_of_shards_is_not_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The index of one is a pickle: the command says so and goes on to other files."""
-    (tmp_path / "run" / LAST_GOOD).mkdir(parents=True)
-    assert main(["last-good", str(tmp_path)]) == 2
-    assert "folder of shards, whose index is a pickle" in capsys.readouterr().err
-
-
-def test_the_command_finds_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without one it says how to have one, and names the newest good checkpoint there is."""
-    good = made(tmp_path / "run")
-    capsys.readouterr()
-    assert main(["last-good", str(tmp_path)]) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert "last_good_every_n_steps" in shown.err
-    assert str(good) in shown.err
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments

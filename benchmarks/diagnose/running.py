@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_nanguard import NaNGuard, TrainingDivergedError
-from lightning_nanguard.cli.check import look_over
+from lightning_nanguard.trainer.offline_check import check_batch
 from lightning_nanguard.types import Finding
 
 from .problems import Problem
@@ -89,7 +89,7 @@ class Check(pl.Callback):
         self.findings: Sequence[Finding] = ()
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        self.findings = look_over(trainer, module, batch, gradients=True).findings
+        self.findings = check_batch(trainer, module, batch, gradients=True).findings
 
 
 def checked(problem: Problem) -> Sequence[Finding]:

@@ -7,6 +7,16 @@ A sink of your own is one class with a :meth:`Sink.write`, or any function that 
             print("beep", intervention.fault)
 
     NaNGuard(sinks=[Beep(), print])
+
+In the YAML file of a LightningCLI give a sink, or an object that can be called, by its class path, with or without
+arguments; give a function by its path::
+
+    sinks:
+      - class_path: my.Beep
+        init_args: {times: 2}
+      - my.function
+
+A guard can be copied and pickled between fits as far as its sinks can.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary, finalize
 
 _logger = logging.getLogger("lightning_nanguard")
 
-_waiting: WeakKeyDictionary[object, finalize] = WeakKeyDictionary()
+_waiting: WeakKeyDictionary[object, finalize[[], object]] = WeakKeyDictionary()
 
 
 def expect_hooks(guard: object) -> None:

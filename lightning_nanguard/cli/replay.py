@@ -1,0 +1,71 @@
+"""``nanguard replay``: the batch of an incident, run again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_nanguard.cli.importing import load
+from lightning_nanguard.record.messages import describe_finding
+
+if TYPE_CHECKING:
+    from lightning_nanguard.diagnosis.clues import Layer
+    from lightning_nanguard.trainer.offline_replay import ReplayReport
+
+NAME = "replay"
+HELP = "run the batch of an incident again and say what happened"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bundle", type=Path, help="folder of the incident")
+    parser.add_argument("--module", help="class of the module, or a function that makes it: package.file:Class")
+    parser.add_argument("--args", type=json.loads, metavar="JSON", help="its arguments; else those it saved itself")
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Print the incident, then what came of its replay; 1 where neither a bad number nor its cause came back."""
+    from lightning_nanguard.diagnosis.bundle import describe, read, versions
+    from lightning_nanguard.trainer.offline_replay import replay_bundle
+    from lightning_nanguard.trainer.private.offline import silent
+
+    bundle = read(chosen.bundle)
+    print(describe(bundle))
+    other = {name: was for name, was in bundle.versions.items() if versions().get(name) != was}
+    if other:
+        print(f"versions then: {', '.join(f'{name} {was}' for name, was in other.items())}")
+    build = load(chosen.module or bundle.module)
+    with silent():
+        replayed = replay_bundle(bundle, build(**(bundle.hparams if chosen.args is None else chosen.args)))
+    _show(replayed)
+    found = replayed.finding
+    same = found is not None and (bundle.finding is None or bundle.finding.cause == found.cause)
+    return 0 if replayed.bad or same else 1
+
+
+def _show(replayed: ReplayReport) -> None:
+    losses = ", ".join(f"{loss:.6g}" for loss in replayed.losses) or "none"
+    finite = replayed.gradient_finite
+    gradient = "" if finite is None else f", gradient {'' if finite else 'not '}finite"
+    print(f"replayed: loss {losses}{gradient}")
+    found = replayed.finding
+    print("no cause found now" if found is None else f"cause: {describe_finding(found, confidence=True)}")
+    for line in layer_table(replayed.layers):
+        print(line)
+
+
+def layer_table(layers: Sequence[Layer]) -> list[str]:
+    """One line for each layer: root mean squares in and out, the range it gave, norms of weight and gradient."""
+
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3g}"
+
+    rows = [["layer", "kind", "in", "out", "from", "to", "weight", "gradient", "saturated", "dead"]] if layers else []
+    for one in layers:
+        numbers = (one.inputs, one.outputs, one.lowest, one.highest, one.weight, one.gradient, one.saturated, one.dead)
+        rows.append([one.path, one.kind, *map(number, numbers)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,54 @@
+"""`nanguard check` says what is wrong before a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_nanguard.cli.main import main
+from tests import classifier
+from tests.classifier import config
+
+CHECKS: list[tuple[str, str, str, tuple[str, ...], int, str]] = [
+    ("healthy", "", "", (), 0, "nothing found that is wrong"),
+    ("healthy, all", "", "", ("--gradients", "--overfit"), 0, "learned by heart"),
+    ("pixels", "", "scale: 150", (), 1, "unnormalised_input in field 0 of the batch: first loss "),
+    ("bad sample", "", "bad: 37", (), 1, "sample 37 of the data set holds NaN or Inf in field 0, column 2"),
+    ("softmax", "middle: softmax", "", (), 1, "double_softmax in training_step (softmax, classifier.py:"),
+    ("gradient", "middle: wrong", "", ("--gradients",), 1,
+     "wrong_gradient in net.1 (backward of Wrong, classifier.py:"),
+    ("rate", "lr: 1.e-9", "", ("--overfit",), 0, "the model can learn them, with another optimizer or rate"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options", "status", "said"), [c[1:] for c in CHECKS], ids=[c[0] for c in CHECKS]
+)
+def test_check(
+    model: str,
+    data: str,
+    options: tuple[str, ...],
+    status: int,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`nanguard check` says what is wrong before a run, by its exit status too, and writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    path = config(tmp_path, model=model, data=data)
+    assert main(["check", "--config", str(path), *options]) == status
+    assert said in capsys.readouterr().out
+    assert [found.name for found in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_check_takes_the_classes_of_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A configuration that names no classes is completed on the command line, by module or by file."""
+    path = tmp_path / "config.yaml"
+    path.write_text("fit:\n  model: {middle: softmax}\n  data: {count: 32}\n  ckpt_path: null\n")
+    named = ["--model", "tests.classifier:Model", "--data", f"{classifier.__file__}:Numbers"]
+    assert main(["check", "--config", str(path), *named]) == 1
+    assert "double_softmax" in capsys.readouterr().out
+    assert main(["check", "--config", str(path)]) == 2
+    assert "names no class for the model" in capsys.readouterr().err

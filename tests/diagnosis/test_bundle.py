@@ -1,0 +1,80 @@
+"""Incidents kept in folders."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_nanguard import Fault, NaNGuard
+from lightning_nanguard.diagnosis import bundle as bundles
+from lightning_nanguard.diagnosis.bundle import Bundle, Bundles, read
+from lightning_nanguard.state.batch_history import MicroBatch
+from lightning_nanguard.types import Comparison, Evidence
+from tests.classifier import Model, Numbers
+from tests.helpers import FaultAt, differences, trainer_for
+
+NAN = math.nan
+
+BATCHES: list[Any] = [
+    (torch.randn(3, 2), torch.arange(3)),
+    {"image": torch.randn(2, 2).t(), 7: [torch.tensor(1.5), None, True, "word", 3], "far": math.inf},
+    [torch.zeros(2, dtype=torch.bool), torch.ones(2, dtype=torch.bfloat16), (), {}, torch.zeros(0, 3)],
+    torch.randn(4)[::2],
+]
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=["tuple", "dict", "list", "tensor"])
+def test_batches_come_back_as_they_were(batch: Any, tmp_path: Path) -> None:
+    """Nested batches survive the folder bit for bit, and nothing in it is a pickle."""
+    evidence = Evidence(3, comparison=Comparison(NAN, 1.0), levels=(1.0, None), usual_norm=math.inf)
+    written = Bundle(
+        module="m:C",
+        hparams={"a": 1, "b": nn.ReLU()},
+        fault=Fault("non_finite_loss", "batch", "loss", NAN),
+        evidence=evidence,
+        finding=None,
+        batches=[MicroBatch(3, 2, batch, (torch.get_rng_state(),))],
+        state={"w": torch.randn(3)},
+    )
+    (tmp_path / "one").mkdir()
+    bundles.write(written, tmp_path / "one")
+    again = read(tmp_path / "one")
+    assert differences(batch, again.batches[0].batch) == []
+    assert differences(written.batches[0].random, again.batches[0].random) == []
+    assert differences(dict(written.state), dict(again.state)) == []
+    assert repr(again.evidence) == repr(evidence)
+    assert repr(again.fault) == repr(written.fault)
+    assert again.hparams == {"a": 1}
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["bundle.json", "tensors.safetensors"]
+    json.loads((tmp_path / "one" / "bundle.json").read_text())
+
+
+def test_what_cannot_be_kept_is_named(tmp_path: Path) -> None:
+    """A part of the batch that JSON does not know is left out and named; the run goes on."""
+    keeper = Bundles(tmp_path / "all", most=2, each=1)
+    fault = Fault("non_finite_loss", "batch", "loss")
+    odd = Bundle("m:C", {}, fault, Evidence(1), None, [MicroBatch(1, 0, (torch.zeros(2), object()), ())], {})
+    path = keeper.keep(odd, 7)
+    assert path is not None
+    assert read(path).missing == ["batch/0/1 (builtins.object)"]
+    assert not keeper.due(fault, None)
+    assert keeper.due(Fault("gradient_spike", "batch", "gradient"), None)
+
+
+def test_incidents_are_bounded_and_harmless(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Three incidents of a kind are kept, and a folder that cannot be written to costs the run nothing."""
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    for folder, kept in ((tmp_path / "all", 3), (blocked, 0)):
+        guard = NaNGuard(bundle_dir=folder)
+        trainer = trainer_for(tmp_path, guard, [FaultAt("input", NAN, range(3, 9))], max_epochs=3)
+        trainer.fit(Model(), Numbers())
+        assert len(guard.interventions) == 6
+        assert len([*folder.glob("step_*")]) == kept
+    assert "could not be kept" in caplog.text

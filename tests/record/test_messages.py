@@ -1,0 +1,87 @@
+"""An intervention in words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+
+from lightning_nanguard.record.messages import describe
+from lightning_nanguard.types import Finding, Intervention
+from tests.record.data import ROLLBACK, SKIP, interventions
+
+FINDING = Finding("non_finite_input", 1.0, {}, "input", (3, 17), "clean the data set")
+
+
+@pytest.mark.parametrize(
+    ("intervention", "text"),
+    [
+        (
+            SKIP,
+            "step 412 (epoch 3, batch 12): non_finite_gradient in gradient of net.0.weight; skipped the batch",
+        ),
+        (
+            ROLLBACK,
+            "step 430 (epoch 3, batch 30): exploding_loss in loss; went back to step 400, learning rate 0.1 → 0.05",
+        ),
+        (
+            replace(ROLLBACK, applied=False),
+            (
+                "step 430 (epoch 3, batch 30): exploding_loss in loss; would have gone back to step 400, changed "
+                "the learning rate 0.1 → 0.05"
+            ),
+        ),
+        (
+            replace(ROLLBACK, applied=False, lr_after=0.1, batch_idx=-1, value=12345.678),
+            (
+                "step 430 (epoch 3): exploding_loss in loss (1.235e+04); would have gone back to step 400, changed "
+                "the learning rate"
+            ),
+        ),
+        (
+            replace(ROLLBACK, lr_before=None, lr_after=None, snapshot_step=None),
+            (
+                "step 430 (epoch 3, batch 30): exploding_loss in loss; went back to an earlier state, learning "
+                "rate changed"
+            ),
+        ),
+        (
+            replace(ROLLBACK, remedies=("restore", "clip", "reset moments", "stop"), lr_after=0.1),
+            (
+                "step 430 (epoch 3, batch 30): exploding_loss in loss; went back to step 400, turned gradient "
+                "clipping on, emptied the optimizer's state, stopped the run"
+            ),
+        ),
+        (
+            replace(ROLLBACK, remedies=("reduce {momentum}",)),
+            "step 430 (epoch 3, batch 30): exploding_loss in loss; reduce {momentum}, learning rate 0.1 → 0.05",
+        ),
+        (
+            replace(SKIP, place="", remedies=(), value=1.0, message="the norm is\n40 times the median. "),
+            "step 412 (epoch 3, batch 12): non_finite_gradient (the norm is 40 times the median); did nothing",
+        ),
+        (
+            replace(SKIP, remedies=(), applied=False, place="", cause="bad_label"),
+            "step 412 (epoch 3, batch 12): non_finite_gradient; would have done nothing; cause: bad_label",
+        ),
+        (
+            replace(SKIP, cause="non_finite_input", finding=FINDING),
+            (
+                "step 412 (epoch 3, batch 12): non_finite_gradient in gradient of net.0.weight; skipped the batch; "
+                "cause: non_finite_input in input (samples 3, 17): clean the data set"
+            ),
+        ),
+    ],
+)
+def test_text(intervention: Intervention, text: str) -> None:
+    """Step, place, what was done and why, in one sentence."""
+    assert describe(intervention) == text
+
+
+@given(interventions)
+def test_is_one_line_for_anything(intervention: Intervention) -> None:
+    """Whatever the names hold, there is one line that starts with the step."""
+    text = describe(intervention)
+    assert len(text.splitlines()) == 1
+    assert text.startswith(f"step {intervention.global_step} (epoch {intervention.epoch}")

@@ -1,0 +1,336 @@
+"""What the guard did is on record before the next step, everywhere a user may look."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import logging
+import os
+import pickle
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import ProgressBar
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+from lightning_nanguard import Advice, Budget, Finding, Intervention, NaNGuard, RunInfo, Sink
+from lightning_nanguard.record.files import read_advice, read_records
+from lightning_nanguard.trainer.sinks import fit_advice, run_info
+from tests.helpers import MemoryLogger, batches, fit, task, trainer_for, with_bad, words
+from tests.modules import Diverge, NaNWeight
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+FIELDS = {
+    "schema",
+    "global_step",
+    "epoch",
+    "batch_idx",
+    "fault",
+    "place",
+    "remedies",
+    "lr_before",
+    "lr_after",
+    "snapshot_step",
+    "cause",
+    "finding",
+}
+
+
+class Keeps(Sink):
+    """A user's sink that notes what it is asked, and how far the file of records was then."""
+
+    ended: ClassVar[list[tuple[int, int, int]]] = []
+    """How often each was opened, told and closed, when it was closed."""
+
+    def __init__(self, timeout: float | None = None) -> None:
+        self.timeout = timeout
+        self.opened: list[RunInfo] = []
+        self.got: list[Intervention] = []
+        self.on_disk: list[int] = []
+        self.closed = 0
+
+    def open(self, run: RunInfo) -> None:
+        self.opened.append(run)
+
+    def write(self, intervention: Intervention) -> None:
+        self.got.append(intervention)
+        self.on_disk.append(len(lines(self.opened[-1].dirpath / "interventions.jsonl")))
+
+    def close(self) -> None:
+        self.closed += 1
+        self.ended.append((len(self.opened), len(self.got), self.closed))
+
+
+def note(intervention: Intervention) -> None:
+    """A user's function that can be pickled."""
+
+
+def broken(intervention: Intervention) -> None:
+    """A user's function that fails."""
+    raise RuntimeError("no mail today")
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Every line of a file of records, parsed as strict JSON."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+@dataclass
+class Looked:
+    """A run with two bad batches and a bad weight, and what was there whenever a batch began."""
+
+    guard: NaNGuard
+    folder: Path
+    loggers: list[Any]
+    log: list[logging.LogRecord]
+    sink: Keeps
+    slow: Keeps
+    got: list[Intervention] = field(default_factory=list)
+    on_disk: list[int] = field(default_factory=list)
+    told: list[int] = field(default_factory=list)
+    shown: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Look(ProgressBar):
+    """Looks whenever a batch begins."""
+
+    def __init__(self, looked: Looked) -> None:
+        super().__init__()
+        self.looked = looked
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        looked = self.looked
+        path = looked.folder / "interventions.jsonl"
+        looked.on_disk.append(len(lines(path)) if path.exists() else 0)
+        looked.told.append(len(looked.got))
+        looked.shown.append({name: x for name, x in trainer.progress_bar_metrics.items() if "nanguard" in name})
+
+    def disable(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def looked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Looked]:
+    """One run that most tests of this file look at."""
+    root = tmp_path_factory.mktemp("looked")
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("lightning_nanguard")
+    logger.addHandler(handler)
+    sink, slow, got = Keeps(), Keeps(timeout=60.0), list[Intervention]()
+    guard = NaNGuard(snapshot_every_n_steps=2, on_intervention=got.append, sinks=[broken, sink, slow])
+    loggers = [CSVLogger(root, "runs", "seven"), CSVLogger(root, "two", "0"), MemoryLogger()]
+    found = Looked(guard, root / "runs" / "seven" / "nanguard", loggers, records, sink, slow, got)
+    options: dict[str, Any] = {"logger": loggers, "enable_progress_bar": True}
+    fit(task(), with_bad(4, 9), guard, folder=root, callbacks=[Look(found), NaNWeight(15)], **options)
+    yield found
+    logger.removeHandler(handler)
+
+
+# ---------------------------------------------------------------------------------------------------- on disk
+
+
+def test_on_disk_before_the_next_step(looked: Looked) -> None:
+    """Each record is whole on disk when the next batch starts, in the first logger's own folder of this run."""
+    assert looked.on_disk == [0] * 5 + [1] * 5 + [2] * 6 + [3] * 8
+
+
+def test_schema(looked: Looked) -> None:
+    """A line is one JSON object with every field of the record and a schema version, and reads back as the record."""
+    path = looked.folder / "interventions.jsonl"
+    skip, _, restore = lines(path)
+    assert set(skip) >= FIELDS
+    assert skip["schema"] == 1
+    assert (skip["global_step"], skip["epoch"], skip["batch_idx"]) == (5, 0, 4)
+    assert skip["fault"] == "non_finite_loss"
+    assert skip["remedies"] == ["skip"]
+    assert skip["cause"] == "non_finite_input"
+    assert skip["lr_before"] == skip["lr_after"] == 0.01
+    assert restore["remedies"] == ["restore"]
+    assert restore["place"] == "parameter net.0.weight"
+    assert restore["snapshot_step"] is not None
+    assert restore["snapshot_step"] <= 15
+    # The value that gave a fault away may be NaN, which equals nothing: compare what is written.
+    assert [r.to_dict() for r in read_records(path)] == [i.to_dict() for i in looked.guard.interventions]
+
+
+def test_dirpath(tmp_path: Path) -> None:
+    """A dirpath is where the records go, made with the first of them; a text is taken for a path."""
+    folder = tmp_path / "some" / "where"
+    guard = NaNGuard(dirpath=str(folder))
+    fit(task(), with_bad(4), guard, folder=tmp_path / "root")
+    assert len(lines(folder / "interventions.jsonl")) == 1
+    assert not (tmp_path / "root").exists() or not list((tmp_path / "root").rglob("*.jsonl"))
+
+
+def test_no_logger_and_a_healthy_run(tmp_path: Path) -> None:
+    """A Trainer without a logger has its records below its root folder; a run without a fault writes none. Without a
+    progress bar no metric is logged.
+    """
+    guard = NaNGuard()
+    run = fit(task(), with_bad(4), guard, folder=tmp_path / "one", logger=False)
+    assert words(guard) == [("skip",)]
+    assert len(lines(tmp_path / "one" / "nanguard" / "interventions.jsonl")) == 1
+    assert "nanguard" not in run.trainer.callback_metrics
+    fit(task(), batches(), guard, folder=tmp_path / "two")
+    assert list(tmp_path.rglob("*nanguard*")) == [tmp_path / "one" / "nanguard"]
+
+
+def test_unwritable_folder_does_not_end_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A folder that cannot be written is told once; the run goes on and the record is kept in memory."""
+    # A file where a folder should be: nobody can write there, not even root.
+    (tmp_path / "taken").write_text("")
+    guard = NaNGuard(dirpath=tmp_path / "taken" / "nanguard")
+    run = fit(task(), with_bad(4, 9), guard)
+    assert run.trainer.global_step == 24
+    assert words(guard) == [("skip",), ("skip",)]
+    assert sum("cannot write its records" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_folder_does_not_end_training(tmp_path: Path) -> None:
+    """A read-only folder is no reason to lose a run."""
+    tmp_path.chmod(0o500)
+    guard = NaNGuard(dirpath=tmp_path / "nanguard")
+    assert fit(task(), with_bad(4), guard).trainer.global_step == 24
+
+
+@pytest.mark.slow
+def test_whole_on_disk_bounded_in_memory(tmp_path: Path) -> None:
+    """More interventions than memory keeps are all on disk."""
+    guard = NaNGuard(budget=Budget(window=10, max_skip_share=1.0), dirpath=tmp_path)
+    fit(task(), with_bad(*range(1, 24, 2)), guard, max_epochs=84)
+    assert len(lines(tmp_path / "interventions.jsonl")) == 1008
+    assert len(guard.interventions) == 1000
+    assert guard.interventions[-1].epoch == 83
+
+
+def test_observed_only(tmp_path: Path) -> None:
+    """What would have been done is on record as such."""
+    guard = NaNGuard(observe=True, dirpath=tmp_path)
+    fit(task(), with_bad(4, count=6), guard)
+    (first, *_) = lines(tmp_path / "interventions.jsonl")
+    assert first["applied"] is False
+    assert first["remedies"] == ["skip"]
+
+
+# ---------------------------------------------------------------------------------------------------- to loggers
+
+
+def test_numbers_in_the_loggers(tmp_path: Path) -> None:
+    """CSVLogger and TensorBoardLogger get the count, the multiplier, the usual gradient norm and the clipping value."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = [CSVLogger(tmp_path, "csv", "0"), TensorBoardLogger(str(tmp_path), "tb", "0")]
+    guard = NaNGuard(snapshot_every_n_steps=2)
+    # A batch is skipped and, before that, the learner slowed and clipped.
+    fit(task(), with_bad(20), guard, logger=loggers, callbacks=[Diverge(7, 10)])
+    assert guard.lr_multiplier < 1.0
+    counts = [float(number + 1) for number in range(len(guard.interventions))]
+    with open(tmp_path / "csv" / "0" / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("nanguard/interventions")]
+    assert [float(row["nanguard/interventions"]) for row in rows] == counts
+    assert float(rows[-1]["nanguard/lr_multiplier"]) == pytest.approx(guard.lr_multiplier)
+    assert float(rows[-1]["nanguard/grad_norm"]) > 0
+    assert float(rows[-1]["nanguard/clip_val"]) > 0
+    events = EventAccumulator(str(tmp_path / "tb" / "0"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("nanguard/interventions")] == counts
+    assert events.Scalars("nanguard/lr_multiplier")[-1].value == pytest.approx(guard.lr_multiplier)
+    assert events.Scalars("nanguard/grad_norm")[-1].value > 0
+
+
+def test_every_logger(looked: Looked) -> None:
+    """With several loggers each gets the numbers, at the step at which the rest of that batch is logged."""
+    for logger in looked.loggers[:2]:
+        with open(Path(logger.log_dir) / "metrics.csv") as file:
+            assert any(row.get("nanguard/interventions") for row in csv.DictReader(file))
+    rows = looked.loggers[2].rows
+    steps = [step for step, row in rows if "nanguard/interventions" in row]
+    losses = [step for step, row in rows if "loss_step" in row]
+    assert steps[:2] == [losses[4], losses[9]]
+
+
+def test_progress_bar_only_after_an_intervention(looked: Looked) -> None:
+    """The progress bar shows the count once there is one to show, and not before."""
+    assert looked.shown[:5] == [{}] * 5
+    assert list(looked.shown[5].values()) == [1.0]
+    assert list(looked.shown[-1].values()) == [3.0]
+
+
+# ---------------------------------------------------------------------------------------------------- to people
+
+
+def test_on_intervention(looked: Looked) -> None:
+    """The user's function gets every record, at once."""
+    assert looked.got == list(looked.guard.interventions)
+    assert looked.told == looked.on_disk
+
+
+def test_a_sink_of_the_users(looked: Looked) -> None:
+    """It is opened once with the run, given each record when that is on disk, and closed once; a slow one, too."""
+    for sink in (looked.sink, looked.slow):
+        assert sink.opened == [RunInfo(0, 1, looked.folder)]
+        assert sink.got == looked.got
+        assert sink.closed == 1
+    assert looked.sink.on_disk == [1, 2, 3]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("nanguard")]
+
+
+def test_a_function_that_raises(looked: Looked) -> None:
+    """A fault in the user's function is told once, and neither ends training nor loses a record."""
+    assert len(looked.on_disk) == 24
+    told = [record.getMessage() for record in looked.log if "broken" in record.getMessage()]
+    assert f"{__name__}.broken could not take a record: RuntimeError: no mail today" in told[0]
+    assert f"{__name__}.broken missed 3 records" in told[1]
+    assert len(told) == 2
+
+
+def test_console(looked: Looked) -> None:
+    """An intervention is one readable warning: where, what, why, and what was done."""
+    first, *_ = [record.getMessage() for record in looked.log if "; skipped" in record.getMessage()]
+    for part in ("step 5", "epoch 0", "batch 4", "non_finite_loss", "skipped the batch", "non_finite_input"):
+        assert part in first
+
+
+# ---------------------------------------------------------------------------------------------------- from fit to fit
+
+
+def test_copies_and_pickles(tmp_path: Path) -> None:
+    """A guard with sinks is copied and pickled before and after a fit, and trains afterwards; each fit opens and closes
+    its sinks.
+    """
+    Keeps.ended.clear()
+    guard = NaNGuard(dirpath=tmp_path, on_intervention=note, sinks=[note, Keeps(), Keeps(timeout=60.0)])
+    for fits in range(2):
+        for twin in (copy.deepcopy(guard), pickle.loads(pickle.dumps(guard))):
+            assert len(twin.interventions) == fits
+        guard = twin
+        fit(task(), with_bad(4), guard)
+    assert Keeps.ended == [(1, 1, 1), (1, 1, 1), (2, 2, 2), (2, 2, 2)]
+
+
+def test_other_ranks_neither_write_nor_show_advice(tmp_path: Path) -> None:
+    """The folder is the same on all ranks, and only rank 0 has a file of advice there."""
+    info = run_info(trainer_for(tmp_path), None)
+    assert info == RunInfo(0, 1, tmp_path / "nanguard")
+    assert run_info(trainer_for(tmp_path), tmp_path) == RunInfo(0, 1, tmp_path)
+    advice = Advice(0, 0, "preflight", Finding("dead_relu", 0.9))
+    for rank, written in ((1, []), (0, [advice])):
+        log = fit_advice(RunInfo(rank, 2, info.dirpath))
+        log.give(advice)
+        assert log.given == [advice]
+        assert [one for path in tmp_path.rglob("advice.jsonl") for one in read_advice(path)] == written
