@@ -13,7 +13,7 @@ from lightning_nanguard.act.defaults import default_remedies
 from lightning_nanguard.act.learning_rate import LearningRate
 from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.detect.defaults import default_detectors
-from lightning_nanguard.diagnosis.clues import Look
+from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.distributed.ranks import Ranks
 from lightning_nanguard.guard.guard import Guard, Settings
 from lightning_nanguard.state.batch_undo import BatchUndo

@@ -24,8 +24,23 @@ if TYPE_CHECKING:
     from lightning_nanguard.detect.diverging_loss import DivergingLoss
     from lightning_nanguard.detect.gradient_spike import GradientSpike
     from lightning_nanguard.detect.non_finite import NonFinite
+    from lightning_nanguard.diagnosis.case import (
+        NO_FAULT,
+        BadField,
+        Case,
+        Change,
+        Clues,
+        Course,
+        Curvature,
+        GradientCheck,
+        Layer,
+        Model,
+        Objective,
+        Origin,
+        Range,
+    )
     from lightning_nanguard.errors import BadCheckpointError, TrainingDivergedError
-    from lightning_nanguard.types import Advice, Fault, Finding, Intervention, Reading
+    from lightning_nanguard.types import Advice, Comparison, Evidence, Fault, Finding, Intervention, Reading
 
 __version__ = "0.1.0"
 
@@ -39,6 +54,21 @@ _HOMES = {
     "BadCheckpointError": "errors",
     "TrainingDivergedError": "errors",
     "Advice": "types",
+    "Comparison": "types",
+    "Evidence": "types",
+    "BadField": "diagnosis.case",
+    "Case": "diagnosis.case",
+    "Change": "diagnosis.case",
+    "Clues": "diagnosis.case",
+    "Course": "diagnosis.case",
+    "Curvature": "diagnosis.case",
+    "GradientCheck": "diagnosis.case",
+    "Layer": "diagnosis.case",
+    "Model": "diagnosis.case",
+    "NO_FAULT": "diagnosis.case",
+    "Objective": "diagnosis.case",
+    "Origin": "diagnosis.case",
+    "Range": "diagnosis.case",
     "Fault": "types",
     "Finding": "types",
     "Intervention": "types",
@@ -54,18 +84,33 @@ _HOMES = {
 }
 
 __all__ = [
+    "NO_FAULT",
     "Advice",
     "BadCheckpointError",
+    "BadField",
     "Budget",
+    "Case",
+    "Change",
     "ClipGradients",
+    "Clues",
+    "Comparison",
+    "Course",
+    "Curvature",
     "Detector",
     "DivergingLoss",
+    "Evidence",
     "Fault",
     "Finding",
+    "GradientCheck",
     "GradientSpike",
     "Intervention",
+    "Layer",
+    "Model",
     "NaNGuard",
     "NonFinite",
+    "Objective",
+    "Origin",
+    "Range",
     "Reading",
     "ReduceLR",
     "Remedy",

@@ -21,6 +21,7 @@ from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.detect.defaults import default_detectors
 from lightning_nanguard.diagnosis.bundle import Bundles, safetensors
+from lightning_nanguard.diagnosis.rule_set import Rule, check_rules
 from lightning_nanguard.errors import TrainingDivergedError, require
 from lightning_nanguard.guard.guard import Settings
 from lightning_nanguard.record.advice import AdviceLog
@@ -90,10 +91,12 @@ class NaNGuard(GuardCallback):
             the place of the older one only when its state was certified; ``None`` writes none.
         resume: What to do with a ``ckpt_path`` that is poisoned or torn: ``"strict"`` raises
             :class:`BadCheckpointError`, ``"last-good"`` goes on from the newest good checkpoint near it.
+        rules: Diagnosis rules of your own, asked beside the built-in ones: functions that take a :class:`Case` and
+            return a :class:`Finding` or ``None``.
 
     Raises:
         ValueError: When an argument is out of its range or contradicts another.
-        TypeError: When a detector, remedy or budget is none.
+        TypeError: When a detector, remedy, budget or rule is none.
         ModuleNotFoundError: When ``bundle_dir`` is given and safetensors is not installed.
 
     Example:
@@ -120,8 +123,10 @@ class NaNGuard(GuardCallback):
         on_intervention: Callable[[Intervention], Any] | None = None,
         last_good_every_n_steps: int | None = None,
         resume: Literal["strict", "last-good"] = "strict",
+        rules: list[Rule] | None = None,
     ) -> None:
         super().__init__()
+        self._rules = check_rules(rules)
         self._detectors = _instances("detectors", detectors, Detector, default_detectors)
         self._remedies = _instances("remedies", remedies, Remedy, default_remedies)
         executors(self._remedies)
@@ -260,6 +265,7 @@ class NaNGuard(GuardCallback):
             journal=SinkDispatcher(self._sinks(trainer, pl_module)),
             adviser=self._adviser(trainer),
             examine_after=self._examine_after,
+            rules=self._rules,
             bundles=Bundles(self._bundle_dir) if self._bundle_dir is not None and trainer.is_global_zero else None,
         )
         self._run.inquiry.preflight_due = self._preflight and trainer.global_step == 0

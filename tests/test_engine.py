@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.plain import PlainHost
 from lightning_nanguard import Budget, Detector, Fault, Reading, ReduceLR, Remedy, Rollback, TrainingDivergedError
 from lightning_nanguard.detect.history import ReadingHistory
-from lightning_nanguard.diagnosis.clues import Case, Look
+from lightning_nanguard.diagnosis.case import Case, Look
 from lightning_nanguard.diagnosis.rules import diagnose
 from lightning_nanguard.guard.guard import Settings
 from lightning_nanguard.guard.rehearsal import Rehearsal

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from lightning_nanguard.diagnosis.batch import look_at, samples
+from lightning_nanguard.diagnosis.batch import batch_clues, samples
 from lightning_nanguard.diagnosis.bundle import Bundle, put_into, state_of
-from lightning_nanguard.diagnosis.clues import Case, Clues, Layer, Model
+from lightning_nanguard.diagnosis.case import Case, Clues, Layer, Model
 from lightning_nanguard.diagnosis.gradients import check_gradients
-from lightning_nanguard.diagnosis.preflight import Preflight, look_through
+from lightning_nanguard.diagnosis.layers import measure_layers_untraced
+from lightning_nanguard.diagnosis.preflight import Preflight
 from lightning_nanguard.diagnosis.replay import replay
 from lightning_nanguard.diagnosis.rules import diagnose, findings
 from lightning_nanguard.measure.batches import mapped
@@ -102,7 +103,7 @@ def look_over(trainer: Any, module: Any, batch: Any, *, gradients: bool = False,
     step = partial(loss_with_graph, trainer, batch_idx=0)
     around = partial(untraced, trainer, module)
     preflight = Preflight(module, step, around)
-    found = preflight.look(batch, readable_loader(trainer, module), run=automatic)
+    found = preflight.findings(batch, readable_loader(trainer, module), run=automatic)
     notes: list[str] = []
     if not automatic:
         notes.append("manual optimization: only the data was looked at")
@@ -205,12 +206,12 @@ def replay_bundle(bundle: Bundle, module: Any) -> Replayed:
         quietly = partial(untraced, trainer, module)
         for micro in bundle.batches:
             step = partial(_step, trainer, micro)
-            clues = look_at(micro.batch, module)
+            clues = batch_clues(micro.batch, module)
             clues = replay(clues, micro.batch, module, step, untraced=quietly, loss_scale=bundle.loss_scale)
             seen.losses += [] if clues.loss is None else [clues.loss]
             if seen.clues is None or clues.origin is not None or clues.gradient_finite is False:
                 seen.clues = clues
-                model = look_through(module, micro.batch, step, quietly)
+                model = measure_layers_untraced(module, micro.batch, step, quietly)
                 seen.layers = () if model is None else model.layers
 
     one_batch(module, bundle.batches[-1].batch, look, precision=bundle.precision)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_nanguard.diagnosis.clues import Layer
+from lightning_nanguard.diagnosis.case import Layer
 from lightning_nanguard.record.files import read_advice, read_records
 from lightning_nanguard.record.messages import describe, describe_advice, describe_finding
 from lightning_nanguard.types import Finding

@@ -39,7 +39,7 @@ from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.detect.monitors import Monitors
-from lightning_nanguard.diagnosis.clues import Look
+from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.distributed.ranks import Alone, Ranks, first, surest
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.guard.deferred import MAX_DELAY, DeferredReadings

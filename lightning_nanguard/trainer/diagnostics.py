@@ -7,15 +7,17 @@ from functools import partial
 from typing import Any, final
 
 from lightning_nanguard.diagnosis.bundle import Bundle, Bundles, state_of
-from lightning_nanguard.diagnosis.clues import Look
+from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
 from lightning_nanguard.diagnosis.examination import Examination
-from lightning_nanguard.diagnosis.preflight import LOW, Preflight
+from lightning_nanguard.diagnosis.preflight import Preflight
+from lightning_nanguard.diagnosis.rule_set import Rule, RuleSet
 from lightning_nanguard.distributed.ranks import Ranks
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.record.advice import AdviceLog
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.loaders import readable_loader
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
@@ -37,6 +39,8 @@ class Diagnostics:
         adviser: Keeps advice.
         examine_after: Updates after which a loss that has not moved is examined; ``None`` for never.
         bundles: Keeps incidents; ``None`` keeps none.
+        rules: The user's own diagnosis rules.
+        thresholds: When a number is evidence for a cause, and how much a diagnosis may cost.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class Diagnostics:
         adviser: AdviceLog,
         examine_after: int | None,
         bundles: Bundles | None,
+        rules: Sequence[Rule] = (),
+        thresholds: DiagnosisThresholds = DEFAULT,
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -58,6 +64,8 @@ class Diagnostics:
         self._ranks = ranks
         self._adviser = adviser
         self._bundles = bundles
+        self._thresholds = thresholds
+        self._rules = RuleSet(rules, thresholds)
         self._diagnostician = Diagnostician(
             guard.learner,
             guard.ring,
@@ -65,8 +73,12 @@ class Diagnostics:
             stage.untraced,
             loss_scale=self._loss_scale,
             low_precision=autocasts_to_half(trainer),
+            rules=self._rules,
+            thresholds=thresholds,
         )
-        self._examination = Examination(guard.learner, stage.rerun, stage.untraced, examine_after)
+        self._examination = Examination(
+            guard.learner, stage.rerun, stage.untraced, examine_after, rules=self._rules, thresholds=thresholds
+        )
         self._examines = examine_after is not None
         # Whether the first batch is still to be looked at, and whether an examination was asked for.
         self.preflight_due = False
@@ -115,12 +127,16 @@ class Diagnostics:
     def preflight(self, batch: Any) -> None:
         """Look at the first batch and the untrained model, and give advice."""
         self.preflight_due = False
-        look = Preflight(
-            self._module, partial(loss_with_graph, self._trainer, batch_idx=self._stage.batch_idx), self._stage.untraced
+        preflight = Preflight(
+            self._module,
+            partial(loss_with_graph, self._trainer, batch_idx=self._stage.batch_idx),
+            self._stage.untraced,
+            rules=self._rules,
+            thresholds=self._thresholds,
         )
         run = self._stage.comparable() and self._is_whole() and batch is not None
-        for finding in look.look(batch, readable_loader(self._trainer, self._module), run=run):
-            if finding.confidence > LOW:
+        for finding in preflight.findings(batch, readable_loader(self._trainer, self._module), run=run):
+            if finding.confidence > self._thresholds.confidence.told:
                 self._advise("preflight", finding)
 
     def examine_if_due(self) -> None:
@@ -138,8 +154,9 @@ class Diagnostics:
         evidence = Evidence(
             step=self._guard.updates, first=course.first, loss_unit=history.loss_unit(), lr=rates[0] if rates else None
         )
-        for finding in self._examination.findings(self._stage.tape.newest(256), course, evidence, asked=asked):
-            if finding.confidence > LOW:
+        micros = self._stage.tape.newest(self._thresholds.examination.max_updates)
+        for finding in self._examination.findings(micros, course, evidence, asked=asked):
+            if finding.confidence > self._thresholds.confidence.told:
                 self._advise("asked" if asked else "loss does not move", finding)
 
     def _advise(self, occasion: str, finding: Finding) -> None:

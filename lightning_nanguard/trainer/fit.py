@@ -18,7 +18,8 @@ from lightning_nanguard.checkpoints.last_good import LastGood
 from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.diagnosis.bundle import Bundles
-from lightning_nanguard.diagnosis.clues import Look
+from lightning_nanguard.diagnosis.case import Look
+from lightning_nanguard.diagnosis.rule_set import Rule
 from lightning_nanguard.distributed.group import Group
 from lightning_nanguard.distributed.ranks import Alone, Ranks
 from lightning_nanguard.guard.deferred import MAX_DELAY
@@ -59,6 +60,7 @@ class Run:
         journal: Where records go.
         adviser: Where advice goes.
         examine_after: Updates after which a loss that has not moved is examined; ``None`` for never.
+        rules: The user's own diagnosis rules.
         bundles: Keeps incidents; ``None`` keeps none.
     """
 
@@ -75,6 +77,7 @@ class Run:
         journal: SinkDispatcher,
         adviser: AdviceLog,
         examine_after: int | None,
+        rules: Sequence[Rule],
         bundles: Bundles | None,
     ) -> None:
         self._trainer = trainer
@@ -130,6 +133,7 @@ class Run:
             self._ranks,
             adviser=adviser,
             examine_after=examine_after,
+            rules=rules,
             bundles=bundles,
         )
         self.last_good: LastGood | None = None
