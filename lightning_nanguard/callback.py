@@ -20,7 +20,8 @@ from lightning_nanguard.decide.budget import Budget
 from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.detect.defaults import default_detectors
-from lightning_nanguard.diagnosis.bundle import Bundles, safetensors
+from lightning_nanguard.diagnosis.bundle import safetensors
+from lightning_nanguard.diagnosis.bundle_store import BundleStore
 from lightning_nanguard.diagnosis.rule_set import Rule, check_rules
 from lightning_nanguard.errors import TrainingDivergedError, require
 from lightning_nanguard.guard.guard import Settings
@@ -266,7 +267,7 @@ class NaNGuard(GuardCallback):
             adviser=self._adviser(trainer),
             examine_after=self._examine_after,
             rules=self._rules,
-            bundles=Bundles(self._bundle_dir) if self._bundle_dir is not None and trainer.is_global_zero else None,
+            bundles=BundleStore(self._bundle_dir) if self._bundle_dir is not None and trainer.is_global_zero else None,
         )
         self._run.inquiry.preflight_due = self._preflight and trainer.global_step == 0
         self._before = (Counter(self._memory.faults), Counter(self._memory.remedies))

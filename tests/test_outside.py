@@ -21,10 +21,13 @@ from lightning_nanguard import Fault, NaNGuard
 from lightning_nanguard.cli.check import first_rows, look_over
 from lightning_nanguard.cli.main import main
 from lightning_nanguard.diagnosis import bundle as bundles
-from lightning_nanguard.diagnosis.bundle import Bundle, Bundles, put_into, read
+from lightning_nanguard.diagnosis.bundle import Bundle, read
+from lightning_nanguard.diagnosis.bundle_store import BundleStore
 from lightning_nanguard.diagnosis.gradients import check_gradients
+from lightning_nanguard.diagnosis.module_state import put_into
 from lightning_nanguard.state.attributes import attributes_kept
 from lightning_nanguard.state.batch_history import MicroBatch
+from lightning_nanguard.thresholds.diagnosis import BundleThresholds
 from lightning_nanguard.types import Comparison, Evidence
 from tests.helpers import FaultAt, differences, seed_all, trainer_for
 
@@ -324,7 +327,7 @@ def test_batches_come_back_as_they_were(batch: Any, tmp_path: Path) -> None:
 
 def test_what_cannot_be_kept_is_named(tmp_path: Path) -> None:
     """A part of the batch that JSON does not know is left out and named; the run goes on."""
-    keeper = Bundles(tmp_path / "all", most=2, each=1)
+    keeper = BundleStore(tmp_path / "all", BundleThresholds(max_bundles=2, max_per_kind=1))
     fault = Fault("non_finite_loss", "batch", "loss")
     odd = Bundle("m:C", {}, fault, Evidence(1), None, [MicroBatch(1, 0, (torch.zeros(2), object()), ())], {})
     path = keeper.keep(odd, 7)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from lightning_nanguard.diagnosis.batch import batch_clues, samples
-from lightning_nanguard.diagnosis.bundle import Bundle, put_into, state_of
+from lightning_nanguard.diagnosis.bundle import Bundle
 from lightning_nanguard.diagnosis.case import Case, Clues, Layer, Model
 from lightning_nanguard.diagnosis.gradients import check_gradients
 from lightning_nanguard.diagnosis.layers import measure_layers_untraced
+from lightning_nanguard.diagnosis.module_state import put_into, state_of
 from lightning_nanguard.diagnosis.preflight import Preflight
 from lightning_nanguard.diagnosis.replay import replay
 from lightning_nanguard.diagnosis.rules import diagnose, findings

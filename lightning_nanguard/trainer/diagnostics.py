@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, final
 
-from lightning_nanguard.diagnosis.bundle import Bundle, Bundles, state_of
+from lightning_nanguard.diagnosis.bundle import Bundle
+from lightning_nanguard.diagnosis.bundle_store import BundleStore
 from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
 from lightning_nanguard.diagnosis.examination import Examination
+from lightning_nanguard.diagnosis.module_state import state_of
 from lightning_nanguard.diagnosis.preflight import Preflight
 from lightning_nanguard.diagnosis.rule_set import Rule, RuleSet
 from lightning_nanguard.distributed.ranks import Ranks
@@ -53,7 +55,7 @@ class Diagnostics:
         *,
         adviser: AdviceLog,
         examine_after: int | None,
-        bundles: Bundles | None,
+        bundles: BundleStore | None,
         rules: Sequence[Rule] = (),
         thresholds: DiagnosisThresholds = DEFAULT,
     ) -> None:

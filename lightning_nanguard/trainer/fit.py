@@ -17,7 +17,7 @@ from lightning_nanguard.act.learning_rate import LearningRate
 from lightning_nanguard.checkpoints.last_good import LastGood
 from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.detect.base import Detector
-from lightning_nanguard.diagnosis.bundle import Bundles
+from lightning_nanguard.diagnosis.bundle_store import BundleStore
 from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.diagnosis.rule_set import Rule
 from lightning_nanguard.distributed.group import Group
@@ -78,7 +78,7 @@ class Run:
         adviser: AdviceLog,
         examine_after: int | None,
         rules: Sequence[Rule],
-        bundles: Bundles | None,
+        bundles: BundleStore | None,
     ) -> None:
         self._trainer = trainer
         self._module = module
