@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_nanguard import Budget, Detector, Fault, Intervention, Remedy
-from lightning_nanguard.diagnosis.clues import Look
+from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.distributed.ranks import Ranks
 from lightning_nanguard.guard.build import guard_for
 from lightning_nanguard.guard.context import Settings

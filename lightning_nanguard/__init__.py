@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_nanguard.act.base import Remedy
+    from lightning_nanguard.act.base import Remedy, RunControl
     from lightning_nanguard.act.clip_gradients import ClipGradients
     from lightning_nanguard.act.reduce_lr import ReduceLR
     from lightning_nanguard.act.reset_moments import ResetMoments
@@ -25,63 +25,115 @@ if TYPE_CHECKING:
     from lightning_nanguard.detect.gradient_spike import GradientSpike
     from lightning_nanguard.detect.non_finite import NonFinite
     from lightning_nanguard.detect.window import Window
+    from lightning_nanguard.diagnosis.case import (
+        NO_FAULT,
+        BadField,
+        Case,
+        Change,
+        Clues,
+        Course,
+        Curvature,
+        GradientCheck,
+        Layer,
+        Model,
+        Objective,
+        Origin,
+        Range,
+    )
     from lightning_nanguard.errors import BadCheckpointError, TrainingDivergedError
     from lightning_nanguard.record.base import RunInfo, Sink
-    from lightning_nanguard.types import Advice, Fault, Finding, Intervention, Reading
+    from lightning_nanguard.thresholds import Thresholds
+    from lightning_nanguard.types import Advice, Comparison, Evidence, Fault, Finding, Intervention, PlanStep, Reading
 
 __version__ = "0.1.0"
 
 # Resolved on first use, so that the parts that need no torch can be imported without it.
 _HOMES = {
-    "NaNGuard": "callback",
+    "Advice": "types",
+    "BadCheckpointError": "errors",
+    "BadField": "diagnosis.case",
+    "Budget": "decide.budget",
+    "Case": "diagnosis.case",
+    "Change": "diagnosis.case",
+    "ClipGradients": "act.clip_gradients",
+    "Clues": "diagnosis.case",
+    "Comparison": "types",
+    "Course": "diagnosis.case",
+    "Curvature": "diagnosis.case",
     "Detector": "detect.base",
     "DivergingLoss": "detect.diverging_loss",
-    "GradientSpike": "detect.gradient_spike",
-    "Limits": "detect.base",
-    "NonFinite": "detect.non_finite",
-    "Window": "detect.window",
-    "BadCheckpointError": "errors",
-    "TrainingDivergedError": "errors",
-    "Advice": "types",
+    "Evidence": "types",
     "Fault": "types",
     "Finding": "types",
+    "GradientCheck": "diagnosis.case",
+    "GradientSpike": "detect.gradient_spike",
     "Intervention": "types",
+    "Layer": "diagnosis.case",
+    "Limits": "detect.base",
+    "Model": "diagnosis.case",
+    "NO_FAULT": "diagnosis.case",
+    "NaNGuard": "callback",
+    "NonFinite": "detect.non_finite",
+    "Objective": "diagnosis.case",
+    "Origin": "diagnosis.case",
+    "PlanStep": "types",
+    "Range": "diagnosis.case",
     "Reading": "types",
-    "Budget": "decide.budget",
-    "ClipGradients": "act.clip_gradients",
     "ReduceLR": "act.reduce_lr",
     "Remedy": "act.base",
     "ResetMoments": "act.reset_moments",
     "Rollback": "act.rollback",
-    "SkipStep": "act.skip_step",
-    "StopTraining": "act.stop_training",
+    "RunControl": "act.base",
     "RunInfo": "record.base",
     "Sink": "record.base",
+    "SkipStep": "act.skip_step",
+    "StopTraining": "act.stop_training",
+    "Thresholds": "thresholds",
+    "TrainingDivergedError": "errors",
+    "Window": "detect.window",
 }
 
 __all__ = [
+    "NO_FAULT",
     "Advice",
     "BadCheckpointError",
+    "BadField",
     "Budget",
+    "Case",
+    "Change",
     "ClipGradients",
+    "Clues",
+    "Comparison",
+    "Course",
+    "Curvature",
     "Detector",
     "DivergingLoss",
+    "Evidence",
     "Fault",
     "Finding",
+    "GradientCheck",
     "GradientSpike",
     "Intervention",
+    "Layer",
     "Limits",
+    "Model",
     "NaNGuard",
     "NonFinite",
+    "Objective",
+    "Origin",
+    "PlanStep",
+    "Range",
     "Reading",
     "ReduceLR",
     "Remedy",
     "ResetMoments",
     "Rollback",
+    "RunControl",
     "RunInfo",
     "Sink",
     "SkipStep",
     "StopTraining",
+    "Thresholds",
     "TrainingDivergedError",
     "Window",
     "__version__",

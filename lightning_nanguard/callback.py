@@ -17,6 +17,7 @@ from lightning_nanguard.checkpoints.resume_gate import ResumeGate
 from lightning_nanguard.decide.budget import Budget
 from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.detect.defaults import default_detectors
+from lightning_nanguard.diagnosis.rule_set import Rule, check_rules
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.record.callable_sink import CallableSink, as_sinks
@@ -80,12 +81,14 @@ class NaNGuard(GuardCallback):
             :class:`BadCheckpointError`, ``"last-good"`` goes on from the newest good checkpoint near it.
         sinks: Where records go beside the guard's own files, loggers and console: instances of :class:`Sink`, or
             functions that are called with each :class:`Intervention` on rank 0.
+        rules: Diagnosis rules of your own, asked beside the built-in ones: functions that take a :class:`Case` and
+            return a :class:`Finding` or ``None``.
         thresholds: Every number that decides something; ``None`` for :class:`~lightning_nanguard.thresholds.Thresholds`
             with its defaults.
 
     Raises:
         ValueError: When an argument is out of its range or contradicts another.
-        TypeError: When a detector, remedy, sink or budget is none.
+        TypeError: When a detector, remedy, sink, rule or budget is none.
         ModuleNotFoundError: When ``bundle_dir`` is given and safetensors is not installed.
 
     Example:
@@ -113,6 +116,7 @@ class NaNGuard(GuardCallback):
         last_good_every_n_steps: int | None = None,
         resume: Literal["strict", "last-good"] = "strict",
         sinks: list[Sink | Callable[[Intervention], Any]] | None = None,
+        rules: list[Rule] | None = None,
         thresholds: Thresholds | None = None,
     ) -> None:
         super().__init__()
@@ -137,6 +141,7 @@ class NaNGuard(GuardCallback):
             last_good_every_n_steps=last_good_every_n_steps,
             resume=resume,
             sinks=(*own, *as_sinks(self, sinks)),
+            rules=check_rules(rules),
             thresholds=limits,
         )
         expect_hooks(self)

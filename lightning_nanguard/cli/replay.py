@@ -12,7 +12,7 @@ from lightning_nanguard.cli.importing import load
 from lightning_nanguard.record.messages import describe_finding
 
 if TYPE_CHECKING:
-    from lightning_nanguard.diagnosis.clues import Layer
+    from lightning_nanguard.diagnosis.case import Layer
     from lightning_nanguard.trainer.offline_replay import ReplayReport
 
 NAME = "replay"

@@ -1,4 +1,4 @@
-"""What a batch shows by itself."""
+"""What a batch shows by itself: non-finite values, ranges and outliers. Nothing is run."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_nanguard.diagnosis.clues import BadField, Clues, Range
+from lightning_nanguard.diagnosis.case import BadField, Clues, Range
 from lightning_nanguard.measure.finite import all_finite
+from lightning_nanguard.thresholds.diagnosis import DataThresholds
 
 _TARGETS = ("target", "targets", "label", "labels", "y")
-# A sample this many times larger than the usual one is an outlier.
-_OUTLIER = 1e3
+_DATA = DataThresholds()
 
 
-def look_at(batch: Any, module: nn.Module) -> Clues:
-    """What the batch itself shows; nothing is run."""
-    fields = dict(fields_of(batch))
+def batch_clues(batch: Any, module: nn.Module, thresholds: DataThresholds = _DATA) -> Clues:
+    """What a batch shows by itself."""
+    fields = dict(tensor_fields(batch))
     targets = target_fields(batch, fields)
-    inputs = [_range(name, t) for name, t in fields.items() if t.is_floating_point() and name not in targets]
+    inputs = [
+        _range(name, t, thresholds) for name, t in fields.items() if t.is_floating_point() and name not in targets
+    ]
     known = [one for one in inputs if one is not None]
-    target = next((found for name in targets if (found := _range(name, fields[name])) is not None), None)
+    target = next((found for name in targets if (found := _range(name, fields[name], thresholds)) is not None), None)
     return Clues(
         bad_fields=tuple(bad for name, t in fields.items() if (bad := _bad_field(name, t)) is not None),
         inputs=max(known, key=lambda one: max(abs(one.lowest), abs(one.highest)), default=None),
@@ -32,7 +34,7 @@ def look_at(batch: Any, module: nn.Module) -> Clues:
     )
 
 
-def fields_of(batch: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+def tensor_fields(batch: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every dense tensor in nested mappings and sequences, by its path."""
     if isinstance(batch, Tensor):
         if batch.layout == torch.strided:
@@ -40,12 +42,12 @@ def fields_of(batch: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(batch, (Mapping, list, tuple)):
         items = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
         for name, item in items:
-            yield from fields_of(item, f"{path}.{name}" if path else str(name))
+            yield from tensor_fields(item, f"{path}.{name}" if path else str(name))
 
 
 def samples(batch: Any) -> int | None:
     """Samples in a batch; ``None`` where that cannot be told."""
-    return next((len(tensor) for _, tensor in fields_of(batch) if tensor.dim()), None)
+    return next((len(tensor) for _, tensor in tensor_fields(batch) if tensor.dim()), None)
 
 
 def target_fields(batch: Any, fields: Mapping[str, Tensor]) -> list[str]:
@@ -65,16 +67,16 @@ def _bad_field(name: str, tensor: Tensor) -> BadField | None:
     columns: tuple[int, ...] = ()
     if tensor.dim() > 1:
         hit = bad.transpose(0, 1).flatten(1).any(1)
-        columns = () if bool(hit.all()) else indices(hit)
-    return BadField(name, indices(bad.reshape(len(bad), -1).any(1)), columns)
+        columns = () if bool(hit.all()) else true_indices(hit)
+    return BadField(name, true_indices(bad.reshape(len(bad), -1).any(1)), columns)
 
 
-def indices(mask: Tensor) -> tuple[int, ...]:
+def true_indices(mask: Tensor) -> tuple[int, ...]:
     """Where a mask of one dimension is set."""
     return tuple(mask.nonzero().flatten().tolist())
 
 
-def _range(name: str, tensor: Tensor) -> Range | None:
+def _range(name: str, tensor: Tensor, thresholds: DataThresholds) -> Range | None:
     if tensor.dtype == torch.bool or tensor.is_complex():
         return None
     values = tensor.detach().cpu().double()
@@ -83,10 +85,10 @@ def _range(name: str, tensor: Tensor) -> Range | None:
         return None
     outliers: tuple[int, ...] = ()
     usual = 0.0
-    if values.dim() and len(values) > 2:
+    if values.dim() and len(values) >= thresholds.outlier_min_samples:
         largest = values.abs().reshape(len(values), -1).nan_to_num(0.0, 0.0, 0.0).amax(1)
         usual = float(largest.median())
-        outliers = indices(largest > _OUTLIER * usual) if usual > 0 else ()
+        outliers = true_indices(largest > thresholds.outlier_factor * usual) if usual > 0 else ()
     return Range(
         field=name,
         dtype=str(tensor.dtype).removeprefix("torch."),

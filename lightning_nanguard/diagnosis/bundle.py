@@ -8,40 +8,47 @@ it is asked for.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import platform
-import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any, final
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_nanguard.record.messages import describe_finding
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.types import Comparison, Evidence, Fault, Finding, Intervention
 
-_logger = logging.getLogger("lightning_nanguard")
-
-
-_SCHEMA = 1
-
-
+_SCHEMA = 2
 _TENSORS, _REST = "tensors.safetensors", "bundle.json"
-
-
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+# Bundles of schema 1 lack the traits of their fault: those of the built-in kinds, by which the rules judge it.
+_TRAITS_BEFORE: dict[str, dict[str, Any]] = {
+    "non_finite_loss": {"clipping_helps": True},
+    "non_finite_gradient": {"clipping_helps": True},
+    "gradient_overflow": {"clipping_helps": True},
+    "gradient_spike": {"certain": False, "clipping_helps": True},
+    "loss_scale_collapse": {"proof": "none"},
+    "exploding_loss": {"certain": False, "clipping_helps": True},
+    "collapsed": {"certain": False, "recovers": True},
+    "unsteady_loss": {"certain": False, "proof": "batches"},
+    "stuck_loss": {"certain": False, "recovers": True, "proof": "trial"},
+    "overshoot": {"certain": False, "proof": "growth"},
+    "implausible_state": {"rate_may_cause": True},
+}
+# Fields that had another name in schema 1.
+_RENAMED = {"scale": "loss_unit"}
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An incident as it was read from its folder.
+    """An incident: a faulty update with all that running it again takes.
 
     Attributes:
         module: Class of the module, ``"package.file:Class"``.
@@ -84,70 +91,13 @@ def safetensors() -> ModuleType:
         ) from None
 
 
-@final
-class Bundles:
-    """Writes incidents into folders of their own, a bounded number of them. Whatever goes wrong ends no run.
-
-    Args:
-        folder: Where the folders go.
-        most: How many are kept of one run.
-        each: How many of one fault and cause.
-
-    Raises:
-        ModuleNotFoundError: When safetensors is not installed.
-    """
-
-    def __init__(self, folder: Path, *, most: int = 10, each: int = 3) -> None:
-        safetensors()
-        self.folder = folder
-        self._most = most
-        self._each = each
-        self._kept: Counter[tuple[str, str]] = Counter()
-
-    def due(self, fault: Fault, finding: Finding | None) -> bool:
-        """Whether another incident of this kind is kept."""
-        kind = fault.kind, "" if finding is None else finding.cause
-        return self._kept[kind] < self._each and self._kept.total() < self._most
-
-    def keep(self, bundle: Bundle, global_step: int) -> Path | None:
-        """Write an incident; its folder, ``None`` where it could not be written."""
-        self._kept[bundle.fault.kind, "" if bundle.finding is None else bundle.finding.cause] += 1
-        path = _free(self.folder / f"step_{global_step:07d}_{bundle.fault.kind}")
-        half = path.with_name(f".{path.name}")
-        try:
-            half.mkdir(parents=True)
-            write(bundle, half)
-            half.rename(path)
-        except Exception as error:
-            shutil.rmtree(half, ignore_errors=True)
-            _logger.warning(
-                "NaNGuard: the incident of step %d could not be kept in %s: %s: %s. Training goes on.",
-                global_step,
-                self.folder,
-                type(error).__name__,
-                error,
-            )
-            return None
-        _logger.warning("NaNGuard: the batch and the state before the step are in %s: nanguard replay %s", path, path)
-        return path
-
-
-def _free(path: Path) -> Path:
-    number = 2
-    free = path
-    while free.exists():
-        free = path.with_name(f"{path.name}_{number}")
-        number += 1
-    return free
-
-
 def write(bundle: Bundle, folder: Path) -> None:
     """Write an incident into a folder that exists."""
     tensors: dict[str, Tensor] = {f"state/{name}": value for name, value in bundle.state.items()}
     missing: list[str] = []
     micros = []
     for number, micro in enumerate(bundle.batches):
-        structure = _taken_apart(micro.batch, f"batch/{number}", tensors, missing)
+        structure = _take_apart(micro.batch, f"batch/{number}", tensors, missing)
         for index, state in enumerate(micro.random):
             tensors[f"random/{number}/{index}"] = state
         micros.append({"index": micro.index, "update": micro.update, "structure": structure})
@@ -175,7 +125,7 @@ def write(bundle: Bundle, folder: Path) -> None:
 
 
 def read(folder: Path) -> Bundle:
-    """Read an incident.
+    """Read an incident, also one that an earlier version wrote.
 
     Raises:
         FileNotFoundError: When the folder holds none.
@@ -187,10 +137,6 @@ def read(folder: Path) -> Bundle:
     if rest["schema"] > _SCHEMA:
         raise ValueError(f"{folder} was written by a later version: update lightning-nanguard to read it.")
     tensors: dict[str, Tensor] = safetensors().load_file(folder / _TENSORS)
-    comparison = rest["evidence"].pop("comparison", None)
-    evidence = {key: _number(value) for key, value in rest["evidence"].items() if key in _names(Evidence)}
-    if comparison is not None:
-        evidence["comparison"] = Comparison(**{key: _number(value) for key, value in comparison.items()})
     micros = []
     for number, micro in enumerate(rest["batches"]):
         random = tuple(tensors[name] for name in sorted(tensors) if name.startswith(f"random/{number}/"))
@@ -198,8 +144,8 @@ def read(folder: Path) -> Bundle:
     return Bundle(
         module=rest["module"],
         hparams=rest["hparams"],
-        fault=Fault(**{key: _number(value) for key, value in rest["fault"].items() if key in _names(Fault)}),
-        evidence=Evidence(**evidence),
+        fault=_fault(rest["fault"], rest["schema"]),
+        evidence=_evidence(rest["evidence"]),
         finding=Intervention.from_dict(rest["record"]).finding,
         batches=micros,
         state={name.removeprefix("state/"): value for name, value in tensors.items() if name.startswith("state/")},
@@ -210,33 +156,22 @@ def read(folder: Path) -> Bundle:
     )
 
 
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Every dense parameter and buffer of a module, also those that are not persistent."""
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    ready = {
-        name: t for name, t in named.items() if not isinstance(t, (nn.UninitializedParameter, nn.UninitializedBuffer))
-    }
-    return {name: tensor.detach() for name, tensor in ready.items() if tensor.layout == torch.strided}
+def _fault(data: Mapping[str, Any], schema: int) -> Fault:
+    before = _TRAITS_BEFORE.get(data["kind"], {}) if schema < 2 else {}
+    return Fault(**before | _fields(Fault, data))
 
 
-def put_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put a state into a module that was built with the same arguments.
+def _evidence(data: Mapping[str, Any]) -> Evidence:
+    named = {_RENAMED.get(key, key): value for key, value in data.items()}
+    comparison = named.pop("comparison", None)
+    known = _fields(Evidence, named)
+    return Evidence(**known, comparison=None if comparison is None else Comparison(**_fields(Comparison, comparison)))
 
-    Raises:
-        ValueError: When the module is another one.
-    """
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    wrong = [name for name, value in state.items() if name not in own or own[name].shape != value.shape]
-    if wrong:
-        first = wrong[0]
-        shape = tuple(own[first].shape) if first in own else "missing"
-        raise ValueError(
-            f"The state does not fit {type(module).__name__}: {first} is {tuple(state[first].shape)} there and {shape} "
-            f"here ({len(wrong)} such). Give the module the arguments it was built with."
-        )
-    with torch.no_grad():
-        for name, value in state.items():
-            own[name].copy_(value)
+
+def _fields(of: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a class that were written down; what other versions write beside them is left out."""
+    names = {one.name for one in fields(of)}
+    return {key: _number(value) for key, value in data.items() if key in names}
 
 
 def versions() -> dict[str, str]:
@@ -256,7 +191,7 @@ def describe(bundle: Bundle) -> str:
     return f"{bundle.fault.kind} in {bundle.fault.place or bundle.module}: {bundle.fault.message or '-'}; {known}"
 
 
-def _taken_apart(value: Any, name: str, tensors: dict[str, Tensor], missing: list[str]) -> Any:
+def _take_apart(value: Any, name: str, tensors: dict[str, Tensor], missing: list[str]) -> Any:
     if isinstance(value, Tensor):
         if value.layout == torch.strided:
             tensors[name] = value
@@ -266,10 +201,10 @@ def _taken_apart(value: Any, name: str, tensors: dict[str, Tensor], missing: lis
     elif isinstance(value, float):
         return {"value": value} if math.isfinite(value) else {"number": str(value)}
     elif isinstance(value, Mapping) and all(isinstance(key, (str, int)) for key in value):
-        items = [[key, _taken_apart(item, f"{name}/{key}", tensors, missing)] for key, item in value.items()]
+        items = [[key, _take_apart(item, f"{name}/{key}", tensors, missing)] for key, item in value.items()]
         return {"dict": items}
     elif isinstance(value, (list, tuple)):
-        items = [_taken_apart(item, f"{name}/{index}", tensors, missing) for index, item in enumerate(value)]
+        items = [_take_apart(item, f"{name}/{index}", tensors, missing) for index, item in enumerate(value)]
         return {"tuple" if isinstance(value, tuple) else "list": items}
     missing.append(f"{name} ({type(value).__module__}.{type(value).__qualname__})")
     return {"value": None}
@@ -313,7 +248,3 @@ def _number(value: Any) -> Any:
     if isinstance(value, Mapping):
         return _NON_FINITE[value["number"]]
     return tuple(_number(item) for item in value) if isinstance(value, list) else value
-
-
-def _names(of: type[Any]) -> set[str]:
-    return {one.name for one in fields(of)}

@@ -1,4 +1,4 @@
-"""How the loss of a batch bends: products with its Hessian H, the rate they allow, and the ends of its spectrum.
+"""How the loss of a batch curves: products with its Hessian H, the rate they allow, and the ends of its spectrum.
 
 Along a direction d the loss changes by −ε·gᵀd + ½ε²·dᵀHd, so it stops falling at ε = 2·gᵀd / dᵀHd and falls most at
 half of that (Goodfellow, Bengio and Courville, "Deep Learning", 2016, section 4.3.1).
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nanguard.diagnosis.clues import Curvature, Layer
-from lightning_nanguard.diagnosis.replay import graph
+from lightning_nanguard.diagnosis.case import Curvature, Layer
+from lightning_nanguard.diagnosis.gradient_trace import autograd_nodes
+from lightning_nanguard.thresholds.diagnosis import CurvatureThresholds
 
 Vector = list[Tensor]
 """One tensor for each parameter, of its shape."""
 
-# Relative size of a finite difference: what balances rounding (float32) against curvature of higher order.
-_STEP = 5e-3
+_CURVATURE = CurvatureThresholds()
 
 
 @final
@@ -32,6 +32,7 @@ class Hessian:
     Args:
         step: Gives the loss with its graph; every call must give the same loss for the same weights.
         parameters: What the loss is differentiated by; finite differences move them, and put them back bit for bit.
+        difference: Relative size of a finite difference.
 
     Raises:
         ValueError: When the loss does not depend on the parameters.
@@ -43,13 +44,22 @@ class Hessian:
         [1.0, 100.0]
     """
 
-    def __init__(self, step: Callable[[], Tensor | None], parameters: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        step: Callable[[], Tensor | None],
+        parameters: Sequence[Tensor],
+        difference: float = _CURVATURE.difference,
+    ) -> None:
         self._step = step
+        self._difference = difference
         self._all = [parameter for parameter in parameters if parameter.requires_grad]
         self.products = 0
         try:
             self._graph: Vector | None = self._gradient(create_graph=True)
-            if any(node.name() == "torch::autograd::Error" for node in graph(*(one.grad_fn for one in self._graph))):
+            if any(
+                node.name() == "torch::autograd::Error"
+                for node in autograd_nodes(*(one.grad_fn for one in self._graph))
+            ):
                 # A function that can be differentiated once: differentiated again it would be left out in silence.
                 raise NotImplementedError
             self.gradient = [one.detach() for one in self._graph]
@@ -81,7 +91,7 @@ class Hessian:
         if loss is None or not loss.requires_grad:
             raise ValueError("Hessian: the step gave no loss that depends on the parameters.")
         found = torch.autograd.grad(loss.sum(), self._all, create_graph=create_graph, allow_unused=True)
-        return filled(found, self._all)
+        return zero_filled(found, self._all)
 
     def _twice(self, gradient: Vector, vector: Vector) -> Vector:
         # A gradient that does not depend on the weights (a loss that is linear in them) has no graph: H is zero there.
@@ -90,13 +100,13 @@ class Hessian:
             return [torch.zeros_like(parameter) for parameter in self._all]
         outputs, given = [one for one, _ in pairs], [v.to(one.dtype) for one, v in pairs]
         found = torch.autograd.grad(outputs, self._all, given, retain_graph=True, allow_unused=True)
-        return filled(found, self._all)
+        return zero_filled(found, self._all)
 
     def _differences(self, vector: Vector) -> Vector:
         size = norm(vector)
         if size == 0 or not math.isfinite(size):
             return [torch.zeros_like(one) for one in vector]
-        width = _STEP * (1 + norm(self._all)) / size
+        width = self._difference * (1 + norm(self._all)) / size
         before = [parameter.detach().clone() for parameter in self._all]
         ends: list[Vector] = []
         try:
@@ -130,14 +140,13 @@ def largest_stable_rate(
     return Hessian(step, parameters).along(direction).largest_rate
 
 
-# A rate that nobody would call high, for plain gradient descent.
-_CONSERVATIVE = 0.01
-
-
-def bend(
-    step: Callable[[], Tensor | None], optimizer: Optimizer, named: Mapping[str, Tensor]
+def curvature_along_update(
+    step: Callable[[], Tensor | None],
+    optimizer: Optimizer,
+    named: Mapping[str, Tensor],
+    thresholds: CurvatureThresholds = _CURVATURE,
 ) -> tuple[Curvature, tuple[Layer, ...]] | None:
-    """What the loss allows an optimizer, and what an update would make of each weight matrix.
+    """The curvature along an optimizer's next update, and what that would make of each weight matrix.
 
     ``None`` for an optimizer whose updates are not known.
 
@@ -145,10 +154,11 @@ def bend(
         step: Gives the loss with its graph, the same for the same weights.
         optimizer: Its state is read, and left as it is.
         named: What is trained, by name.
+        thresholds: How curvature is computed.
     """
     parameters = list(named.values())
-    hessian = Hessian(step, parameters)
-    moved = direction(optimizer, hessian.gradient, parameters)
+    hessian = Hessian(step, parameters, thresholds.difference)
+    moved = update_direction(optimizer, hessian.gradient, parameters)
     if moved is None:
         return None
     rate, name = float(optimizer.param_groups[0]["lr"]), type(optimizer).__name__
@@ -161,16 +171,16 @@ def bend(
         return replace(hessian.along(moved), along=f"the updates of {name}"), layers
     found = hessian.along(moved if len(optimizer.param_groups) > 1 else None)
     # What the further products answer is only asked of a rate that looks low.
-    if rate <= _CONSERVATIVE:
-        steep, top = steepest(hessian, products=2)
+    if rate <= thresholds.low_rate:
+        steep, top = steepest(hessian, thresholds.power_iterations)
         found = replace(found, steepest=steep)
         # Whether the other directions bend as much is only of interest where the steepest does not allow the rate.
         if rate * steep >= 2:
-            found = replace(found, typical=typical(hessian, top))
+            found = replace(found, typical=typical(hessian, top, thresholds.probes))
     return found, layers
 
 
-def direction(optimizer: Optimizer, gradient: Sequence[Tensor], parameters: Sequence[Tensor]) -> Vector | None:
+def update_direction(optimizer: Optimizer, gradient: Sequence[Tensor], parameters: Sequence[Tensor]) -> Vector | None:
     """What an optimizer would move the weights against, for the rate of its first group and leaving momentum out.
 
     ``None`` for one whose update is not known: it is for SGD, and for what divides by a mean of squares (Adam, AdamW,
@@ -184,23 +194,23 @@ def direction(optimizer: Optimizer, gradient: Sequence[Tensor], parameters: Sequ
         if group is None:
             found.append(torch.zeros_like(g))
             continue
-        scaled = _scaled(type(optimizer).__name__, group, optimizer.state.get(parameter, {}), g)
+        scaled = _scaled_gradient(type(optimizer).__name__, group, optimizer.state.get(parameter, {}), g)
         if scaled is None:
             return None
         found.append(scaled * (float(group["lr"]) / first if first > 0 else 1.0))
     return found
 
 
-def _scaled(name: str, group: dict[str, Any], state: dict[str, Any], g: Tensor) -> Tensor | None:
+def _scaled_gradient(name: str, group: dict[str, Any], state: dict[str, Any], g: Tensor) -> Tensor | None:
     if name == "SGD":
         return g
     # As the update would: with this gradient in the mean, which without it may be zero yet.
     square = g.square()
     if name in ("Adam", "AdamW", "NAdam", "RAdam"):
         beta = group["betas"][1]
-        mean = _moved(state.get("exp_avg_sq"), square, beta) / (1 - beta ** (float(state.get("step", 0)) + 1))
+        mean = _moving_mean(state.get("exp_avg_sq"), square, beta) / (1 - beta ** (float(state.get("step", 0)) + 1))
     elif name == "RMSprop":
-        mean = _moved(state.get("square_avg"), square, group["alpha"])
+        mean = _moving_mean(state.get("square_avg"), square, group["alpha"])
     elif name == "Adagrad":
         mean = square if (total := state.get("sum")) is None else total + square
     else:
@@ -209,7 +219,7 @@ def _scaled(name: str, group: dict[str, Any], state: dict[str, Any], g: Tensor) 
     return scaled
 
 
-def _moved(mean: Tensor | None, value: Tensor, keep: float) -> Tensor:
+def _moving_mean(mean: Tensor | None, value: Tensor, keep: float) -> Tensor:
     return (1 - keep) * value if mean is None else keep * mean + (1 - keep) * value
 
 
@@ -240,13 +250,12 @@ def typical(hessian: Hessian, top: Vector, probes: int = 1) -> float:
     return sum(values) / len(values)
 
 
-def extremes(hessian: Hessian, *, tolerance: float = 1e-2, restarts: int = 5) -> tuple[float, float]:
+def extreme_eigenvalues(hessian: Hessian, thresholds: CurvatureThresholds = _CURVATURE) -> tuple[float, float]:
     """Smallest and largest eigenvalue, by SciPy's Lanczos method (``eigsh``).
 
     Args:
         hessian: Of which.
-        tolerance: Relative accuracy.
-        restarts: Bounds the time: each takes some twenty products.
+        thresholds: The accuracy, and what bounds the time.
 
     Raises:
         ModuleNotFoundError: Without SciPy, which comes with the extra ``curvature``.
@@ -254,7 +263,7 @@ def extremes(hessian: Hessian, *, tolerance: float = 1e-2, restarts: int = 5) ->
     Example:
         >>> w = torch.ones(20, requires_grad=True)
         >>> scales = torch.arange(-1.0, 19.0)
-        >>> low, high = extremes(Hessian(lambda: 0.5 * (scales * w.square()).sum(), [w]))
+        >>> low, high = extreme_eigenvalues(Hessian(lambda: 0.5 * (scales * w.square()).sum(), [w]))
         >>> round(low, 2), round(high, 2)
         (-1.0, 18.0)
     """
@@ -277,7 +286,7 @@ def extremes(hessian: Hessian, *, tolerance: float = 1e-2, restarts: int = 5) ->
         ]
         return torch.cat([one.detach().reshape(-1).double().cpu() for one in hessian.times(vector)]).numpy()
 
-    if size <= 24:  # too few for Lanczos
+    if size <= thresholds.dense_size:
         dense = np.stack([matvec(row) for row in np.eye(size)])
         values = np.linalg.eigvalsh((dense + dense.T) / 2)
         return float(values[0]), float(values[-1])
@@ -288,7 +297,13 @@ def extremes(hessian: Hessian, *, tolerance: float = 1e-2, restarts: int = 5) ->
     for which in ("SA", "LA"):
         try:
             found = eigsh(
-                operator, k=1, which=which, v0=start, tol=tolerance, maxiter=restarts, return_eigenvectors=False
+                operator,
+                k=1,
+                which=which,
+                v0=start,
+                tol=thresholds.tolerance,
+                maxiter=thresholds.restarts,
+                return_eigenvectors=False,
             )
         except ArpackNoConvergence as error:
             found = error.eigenvalues
@@ -313,6 +328,6 @@ def unit(vector: Sequence[Tensor]) -> Vector:
     return [one / size if size > 0 else one for one in vector]
 
 
-def filled(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Vector:
+def zero_filled(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Vector:
     """Gradients with zeros where a parameter had none."""
     return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]

@@ -1,4 +1,4 @@
-"""Gathers what can be known as far as that is allowed, and asks the rules."""
+"""Finds the cause of a fault: gathers what may be known of it, and asks the rules."""
 
 from __future__ import annotations
 
@@ -6,32 +6,29 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import final
 
 from torch import Tensor
 
-from lightning_nanguard.diagnosis.batch import look_at
-from lightning_nanguard.diagnosis.clues import Case, Clues, Look, Model
-from lightning_nanguard.diagnosis.curvature import bend
-from lightning_nanguard.diagnosis.replay import eager, kept, measured, replay
-from lightning_nanguard.diagnosis.rules import diagnose
-from lightning_nanguard.diagnosis.rules.words import learner_diverged, worse
-from lightning_nanguard.diagnosis.state import out_of_place, standing_at
+from lightning_nanguard.diagnosis.batch import batch_clues
+from lightning_nanguard.diagnosis.case import Case, Clues, Look, Model
+from lightning_nanguard.diagnosis.curvature import curvature_along_update
+from lightning_nanguard.diagnosis.isolation import Untraced, uncompiled, untrained_kept
+from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm, replay
+from lightning_nanguard.diagnosis.rule_set import RuleSet
+from lightning_nanguard.diagnosis.rules.signs import learner_diverged, number_format_exhausted, worse_than_before
+from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot, unexplained_change
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.types import Evidence, Fault, Finding
 
 _logger = logging.getLogger("lightning_nanguard")
-
-# Micro-batches of one update that are run again at most.
-_MOST = 8
-# How often a fault is looked into whatever it costs; then when it was seen 4, 8, 16 … times.
-_ALWAYS = 3
 
 
 @final
@@ -46,6 +43,8 @@ class Diagnostician:
         untraced: What is run within is undone.
         loss_scale: The GradScaler's scale, ``None`` without one.
         low_precision: Whether the run computes in 16 bits.
+        rules: The rules that are asked; ``None`` for the built-in ones.
+        thresholds: When a number is evidence for a cause, and how much is run again.
     """
 
     def __init__(
@@ -53,10 +52,12 @@ class Diagnostician:
         learner: Learner,
         ring: Ring,
         step: Callable[[MicroBatch, bool], Tensor | None],
-        untraced: Callable[[], AbstractContextManager[None]],
+        untraced: Untraced,
         *,
         loss_scale: Callable[[], float | None] = lambda: None,
         low_precision: bool = False,
+        rules: RuleSet | None = None,
+        thresholds: DiagnosisThresholds = DEFAULT,
     ) -> None:
         self._learner = learner
         self._ring = ring
@@ -64,7 +65,9 @@ class Diagnostician:
         self._untraced = untraced
         self._loss_scale = loss_scale
         self._low_precision = low_precision
-        self._seen: Counter[tuple[str, str]] = Counter()
+        self._rules = RuleSet(thresholds=thresholds) if rules is None else rules
+        self._thresholds = thresholds
+        self._times_seen: Counter[tuple[str, str]] = Counter()
 
     def diagnose(
         self,
@@ -81,53 +84,54 @@ class Diagnostician:
             evidence: What is known.
             micros: The micro-batches of the faulty update, the newest last.
             look: How much may be looked at.
-            good: The state to look at it from; chosen from the ring by default.
+            good: The state to run the batch again from; chosen from the ring by default.
         """
         case = Case(fault, evidence)
-        with _harmless(fault.kind):
+        with _errors_logged(fault):
             if look != "nothing" and micros:
                 case = self._gather(case, micros, look, good)
-            return diagnose(case)
+            return self._rules.diagnose(case)
         return None
 
     def _gather(self, case: Case, micros: Sequence[MicroBatch], look: Look, good: Snapshot | None) -> Case:
         fault, evidence = case.fault, case.evidence
-        looked = [look_at(micro.batch, self._learner.module) for micro in micros]
-        chosen = next((index for index, clues in enumerate(looked) if clues.bad_fields), len(micros) - 1)
-        case = replace(case, clues=looked[chosen])
-        if look == "batch" or not self._due(fault):
+        module, data = self._learner.module, self._thresholds.data
+        clues = [batch_clues(micro.batch, module, data) for micro in micros]
+        chosen = next((index for index, one in enumerate(clues) if one.bad_fields), len(micros) - 1)
+        case = replace(case, clues=clues[chosen])
+        if look == "batch" or not self._replay_due(fault):
             return case
         good = self._ring.good(evidence.sound, evidence.loss_unit) if good is None else good
         # Of weights that are bad themselves a replay would only say so.
         usable = evidence.corrupt is None and not evidence.undo
-        if fault.scope == "batch" or fault.kind == "loss_scale_collapse":
-            known = bool(looked[chosen].bad_fields)
-            for index in [chosen] if known else range(len(micros))[-_MOST:]:
-                with _harmless(fault.kind), nullcontext() if usable else self._at(good):
-                    clues = self._replay(looked[index], micros[index])
-                    if index == chosen or _bad(clues):
-                        case = replace(case, clues=clues)
-                    if _bad(clues):
+        if fault.scope == "batch" or number_format_exhausted(fault):
+            known = bool(clues[chosen].bad_fields)
+            for index in [chosen] if known else range(len(micros))[-self._thresholds.replay.max_micro_batches :]:
+                with _errors_logged(fault), nullcontext() if usable else self._at_snapshot(good):
+                    replayed = self._replay(clues[index], micros[index])
+                    if index == chosen or _not_finite(replayed):
+                        case = replace(case, clues=replayed)
+                    if _not_finite(replayed):
                         chosen = index
                         break
         if good is not None and usable and not case.clues.bad_fields:
-            with _harmless(fault.kind):
-                case = replace(case, clues=self._against(case.clues, micros[chosen], good))
+            with _errors_logged(fault):
+                case = replace(case, clues=self._compare_with_snapshot(case.clues, micros[chosen], good))
         if good is not None and self._learner_suspected(case):
-            with _harmless(fault.kind):
-                case = self._around(case, micros[-1], good)
+            with _errors_logged(fault):
+                case = self._add_curvature(case, micros[-1], good)
         return case
 
-    def _due(self, fault: Fault) -> bool:
-        self._seen[fault.kind, fault.place] += 1
-        count = self._seen[fault.kind, fault.place]
-        return count <= _ALWAYS or count & (count - 1) == 0
+    def _replay_due(self, fault: Fault) -> bool:
+        self._times_seen[fault.kind, fault.place] += 1
+        times = self._times_seen[fault.kind, fault.place]
+        return times <= self._thresholds.replay.always or times & (times - 1) == 0
 
     @contextmanager
-    def _at(self, good: Snapshot | None) -> Iterator[None]:
+    def _at_snapshot(self, good: Snapshot | None) -> Iterator[None]:
         if good is None:
             raise LookupError("there is no good state to run the batch again from")
-        with standing_at(self._learner, good):
+        with state_of_snapshot(self._learner, good):
             yield
 
     def _replay(self, clues: Clues, micro: MicroBatch) -> Clues:
@@ -136,50 +140,52 @@ class Diagnostician:
         clues = replay(clues, micro.batch, module, partial(step, False), untraced=self._untraced, loss_scale=scale)
         if self._low_precision:
             clues = replace(clues, low_precision=True)
-            if _bad(clues) and not clues.bad_fields:
+            if _not_finite(clues) and not clues.bad_fields:
                 with self._untraced():
-                    seen = measured(module, partial(step, True))
-                clues = replace(clues, finite_in_float32=None if seen is None else all(map(math.isfinite, seen)))
+                    found = loss_and_gradient_norm(module, partial(step, True))
+                clues = replace(clues, finite_in_float32=None if found is None else all(map(math.isfinite, found)))
         return clues
 
-    def _against(self, clues: Clues, micro: MicroBatch, good: Snapshot) -> Clues:
-        change = out_of_place(self._learner, good)
+    def _compare_with_snapshot(self, clues: Clues, micro: MicroBatch, good: Snapshot) -> Clues:
+        change = unexplained_change(self._learner, good, self._thresholds.state)
         if change is None:
             return clues
         clues = replace(clues, change=change)
-        with self._untraced(), self._at(good):
-            seen = measured(self._learner.module, partial(self._step, micro, False))
-        if seen is None:
+        with self._untraced(), self._at_snapshot(good):
+            found = loss_and_gradient_norm(self._learner.module, partial(self._step, micro, False))
+        if found is None:
             return clues
-        return replace(clues, good_loss=seen[0], good_norm=seen[1], good_finite=all(map(math.isfinite, seen)))
+        return replace(clues, good_loss=found[0], good_norm=found[1], good_finite=all(map(math.isfinite, found)))
 
     def _learner_suspected(self, case: Case) -> bool:
         if case.clues.bad_fields or case.clues.change is not None:
             return False
-        return worse(case.evidence) or learner_diverged(case.fault, case.evidence)
+        limits = self._thresholds.learner
+        return worse_than_before(case.evidence, limits) or learner_diverged(case.fault, case.evidence, limits)
 
-    def _around(self, case: Case, micro: MicroBatch, good: Snapshot) -> Case:
+    def _add_curvature(self, case: Case, micro: MicroBatch, good: Snapshot) -> Case:
         if len(self._learner.optimizers) != 1:
             return case
-        module = self._learner.module
+        module, (optimizer,) = self._learner.module, self._learner.optimizers
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        with self._untraced(), self._at(good), kept(module), eager():
+        with self._untraced(), self._at_snapshot(good), untrained_kept(module), uncompiled():
             # In full precision: second derivatives do not survive 16 bits.
-            found = bend(partial(self._step, micro, True), self._learner.optimizers[0], named)
+            step = partial(self._step, micro, True)
+            found = curvature_along_update(step, optimizer, named, self._thresholds.curvature)
         if found is None:
             return case
         curvature, layers = found
         return replace(case, curvature=curvature, model=Model(layers, updates=max(1, case.evidence.step)))
 
 
-def _bad(clues: Clues) -> bool:
+def _not_finite(clues: Clues) -> bool:
     return clues.origin is not None or clues.gradient_finite is False
 
 
 @contextmanager
-def _harmless(kind: str) -> Iterator[None]:
+def _errors_logged(fault: Fault) -> Iterator[None]:
     # Not to know why must never cost the run that the guard has just saved.
     try:
         yield
     except Exception as error:
-        _logger.debug("NaNGuard: the cause of %s could not be looked for: %r", kind, error)
+        _logger.debug("NaNGuard: the cause of %s could not be looked for: %r", fault.kind, error)

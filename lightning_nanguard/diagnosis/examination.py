@@ -1,11 +1,10 @@
-"""Examining a run that is finite and does not learn: its layers, its gradients, and the loss around its weights."""
+"""Examines a run that is finite and does not learn: its layers, its gradients, and the loss around its weights."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import final
@@ -14,27 +13,33 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.detect.history import ReadingHistory
-from lightning_nanguard.diagnosis.batch import fields_of, look_at, samples, target_fields
-from lightning_nanguard.diagnosis.clues import Case, Course, Curvature, Layer, Model, Objective
-from lightning_nanguard.diagnosis.curvature import Hessian, Vector, bend, direction, dot, extremes, filled, norm
-from lightning_nanguard.diagnosis.layers import examine
-from lightning_nanguard.diagnosis.progress import Progress
-from lightning_nanguard.diagnosis.replay import eager, kept
-from lightning_nanguard.diagnosis.rules import findings
+from lightning_nanguard.diagnosis.batch import batch_clues, samples
+from lightning_nanguard.diagnosis.case import Case, Course, Curvature, Layer, Model, Objective
+from lightning_nanguard.diagnosis.curvature import (
+    Hessian,
+    Vector,
+    curvature_along_update,
+    dot,
+    extreme_eigenvalues,
+    norm,
+    update_direction,
+    zero_filled,
+)
+from lightning_nanguard.diagnosis.isolation import Untraced, isolated
+from lightning_nanguard.diagnosis.layers import measure_layers_untraced
+from lightning_nanguard.diagnosis.loss_progress import LossProgress
+from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.learner import Learner
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.types import Evidence, Finding
 
 _logger = logging.getLogger("lightning_nanguard")
 
-# Batches whose gradients are compared whatever they take, and the numbers that those of more may hold.
-_FEW = 8
-_ELEMENTS = 2**23
-
 
 @final
 class Examination:
-    """Gathers what the rules need to say why a loss does not move. It leaves no trace.
+    """Finds out why a loss does not move. What it runs leaves no trace.
 
     Args:
         learner: What is trained.
@@ -42,20 +47,29 @@ class Examination:
             with its graph, ``None`` where there is none.
         untraced: What is run within is undone.
         patience: Updates over which a loss has to move; ``None`` waits to be asked.
+        rules: The rules that are asked; ``None`` for the built-in ones.
+        thresholds: When a number is evidence for a cause, and over how many batches.
     """
 
     def __init__(
         self,
         learner: Learner,
         step: Callable[[MicroBatch, bool], Tensor | None],
-        untraced: Callable[[], AbstractContextManager[None]],
+        untraced: Untraced,
         patience: int | None = None,
+        *,
+        rules: RuleSet | None = None,
+        thresholds: DiagnosisThresholds = DEFAULT,
     ) -> None:
         self._learner = learner
         self._step = step
         self._untraced = untraced
-        self._progress = None if patience is None else Progress(patience)
-        self._said = False
+        self._rules = RuleSet(thresholds=thresholds) if rules is None else rules
+        self._thresholds = thresholds
+        self._progress = (
+            None if patience is None else LossProgress(patience, thresholds.examination, thresholds.plateau)
+        )
+        self._scipy_missed = False
 
     def due(self, updates: int, history: ReadingHistory, *, asked: bool = False) -> Course | None:
         """How the run has gone where it is to be examined now, ``None`` where it is not.
@@ -67,13 +81,13 @@ class Examination:
         """
         progress = self._progress
         if progress is not None and progress.due(updates):
-            progress.see(updates, history)
+            progress.take_level(updates, history)
             course = progress.course(updates, history)
             if course is not None and progress.stuck(updates, course):
                 return course
         if not asked:
             return None
-        recent = Progress.of(history) if progress is None else progress
+        recent = LossProgress.of(history, self._thresholds.examination) if progress is None else progress
         return recent.course(updates, history)
 
     def findings(
@@ -82,8 +96,9 @@ class Examination:
         """What is wrong, the surest first; it never raises. A loss that has settled low is well, unless asked for."""
         try:
             case = self.case(micros, course, evidence)
-            high = case.course is not None and case.course.high
-            return tuple(one for one in findings(case) if high or asked or one.cause == "oscillation")
+            high = case.course is not None and case.course.high(self._thresholds.plateau)
+            # An oscillation is worth a word at any level: a lower rate takes the loss further down.
+            return tuple(one for one in self._rules.findings(case) if high or asked or one.cause == "oscillation")
         except Exception as error:
             # Advice must never cost the run it is meant for.
             _logger.debug("NaNGuard: the run could not be examined: %r", error)
@@ -102,39 +117,39 @@ class Examination:
         """
         if not micros:
             raise ValueError("Examination.case(micros=()): at least one batch is needed.")
-        module, newest = self._learner.module, micros[-1]
+        limits, module, newest = self._thresholds, self._learner.module, micros[-1]
         step = partial(self._step, newest, True)
-        fields = dict(fields_of(newest.batch))
-        targets = target_fields(newest.batch, fields)
-        case = Case(evidence=evidence, clues=look_at(newest.batch, module), course=course)
-        with self._untraced(), kept(module), eager():
-            model = examine(module, step, [fields[name] for name in targets])
+        case = Case(evidence=evidence, clues=batch_clues(newest.batch, module, limits.data), course=course)
+        model = measure_layers_untraced(module, newest.batch, step, self._untraced, limits.layers)
         model = None if model is None else replace(model, updates=evidence.step)
-        course = replace(course, chance=None if model is None else _chance(model.objective))
+        course = replace(course, chance=None if model is None else _chance_level(model.objective))
         if len(self._learner.optimizers) != 1:
             return replace(case, model=model, course=course)
         course = replace(course, lr=evidence.lr, batch_size=samples(newest.batch))
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        with self._untraced(), kept(module), eager():
-            course = self._gradients(micros, course, list(named.values()))
-        with self._untraced(), kept(module), eager():
-            found = bend(step, self._learner.optimizers[0], named)
+        with isolated(module, self._untraced):
+            course = self._compare_gradients(micros, course, list(named.values()))
+        with isolated(module, self._untraced):
+            found = curvature_along_update(step, self._learner.optimizers[0], named, limits.curvature)
         case = replace(case, model=model, course=course)
         if found is None:
             return case
         curvature, layers = found
-        if not course.moves and course.high:
-            with self._untraced(), kept(module), eager():
-                curvature = self._ends(curvature, Hessian(step, list(named.values())))
+        if not course.moves(limits.plateau) and course.high(limits.plateau):
+            with isolated(module, self._untraced):
+                hessian = Hessian(step, list(named.values()), limits.curvature.difference)
+                curvature = self._add_eigenvalues(curvature, hessian)
         return replace(case, model=None if model is None else _with_updates(model, layers), curvature=curvature)
 
-    def _gradients(self, micros: Sequence[MicroBatch], course: Course, parameters: list[Tensor]) -> Course:
-        optimizer = self._learner.optimizers[0]
-        most = max(_FEW, _ELEMENTS // max(1, sum(parameter.numel() for parameter in parameters)))
+    def _compare_gradients(self, micros: Sequence[MicroBatch], course: Course, parameters: list[Tensor]) -> Course:
+        """Noise from batch to batch, and whether one update turns the gradient of its batch around."""
+        optimizer, limits = self._learner.optimizers[0], self._thresholds.examination
+        elements = sum(parameter.numel() for parameter in parameters)
+        most = max(limits.min_batches, limits.max_elements // max(1, elements))
         found = [self._gradient(micro, parameters) for micro in micros[-most:]]
         size, noise = _noise(found)
-        course = replace(course, norm=size, noise=noise, batches=len(found), clear=_clear(found))
-        moved = direction(optimizer, found[-1], parameters)
+        course = replace(course, norm=size, noise=noise, batches=len(found), clear=_standard_errors(found))
+        moved = update_direction(optimizer, found[-1], parameters)
         rate = float(optimizer.param_groups[0]["lr"])
         if moved is None:
             return course
@@ -155,14 +170,14 @@ class Examination:
         loss = self._step(micro, True)
         if loss is None or not loss.requires_grad:
             raise ValueError("a batch that was run again gave no loss")
-        return filled(torch.autograd.grad(loss.sum(), parameters, allow_unused=True), parameters)
+        return zero_filled(torch.autograd.grad(loss.sum(), parameters, allow_unused=True), parameters)
 
-    def _ends(self, curvature: Curvature, hessian: Hessian) -> Curvature:
+    def _add_eigenvalues(self, curvature: Curvature, hessian: Hessian) -> Curvature:
         try:
-            smallest, largest = extremes(hessian)
+            smallest, largest = extreme_eigenvalues(hessian, self._thresholds.curvature)
         except ModuleNotFoundError as error:
-            if not self._said:
-                self._said = True
+            if not self._scipy_missed:
+                self._scipy_missed = True
                 _logger.warning("NaNGuard: saddle points and minima are not told apart. %s", error)
             return curvature
         return replace(curvature, smallest=smallest, largest=largest)
@@ -181,7 +196,7 @@ def _noise(found: Sequence[Vector]) -> tuple[float, float | None]:
     return size, math.sqrt(apart) / true if true > 0 else math.inf if apart > 0 else 0.0
 
 
-def _clear(found: Sequence[Vector]) -> float:
+def _standard_errors(found: Sequence[Vector]) -> float:
     """How many standard errors the mean gradient stands out by: over all pairs, the sum of gᵢᵀgⱼ over its own noise.
 
     Were the gradients noise alone, of either sign alike, this would have mean 0 and variance 1.
@@ -197,7 +212,7 @@ def _with_updates(model: Model, layers: Sequence[Layer]) -> Model:
     return replace(model, layers=tuple(replace(one, update=known.get(one.path)) for one in model.layers))
 
 
-def _chance(objective: Objective | None) -> float | None:
+def _chance_level(objective: Objective | None) -> float | None:
     if objective is None or objective.chance is None:
         return None
     one_hot = objective.function == "mse_loss" and objective.classes is not None

@@ -1,34 +1,36 @@
-"""The gradient of a model against finite differences, in double precision, along random directions."""
+"""Compares the gradients of a model with finite differences, in double precision, along random directions."""
 
 from __future__ import annotations
 
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction, Function
 
-from lightning_nanguard.diagnosis.clues import GradientCheck
-from lightning_nanguard.diagnosis.replay import graph
-from lightning_nanguard.diagnosis.watch import Modules
+from lightning_nanguard.diagnosis.case import GradientCheck
+from lightning_nanguard.diagnosis.gradient_trace import autograd_nodes
+from lightning_nanguard.diagnosis.isolation import Untraced
+from lightning_nanguard.diagnosis.operation_trace import RunningModules
 from lightning_nanguard.measure.batches import mapped
+from lightning_nanguard.thresholds.diagnosis import GradientCheckThresholds
 
-# Parameters that are checked at most; each takes two forward passes.
-_MOST = 200
-_STEP = 1e-5
-# A difference below this is checked no further; a kink between the two points makes one that another step size lacks.
-_CLOSE = 0.01
+_GRADIENTS = GradientCheckThresholds()
 
 Step = Callable[[Any], Tensor | None]
 
 
 def check_gradients(
-    module: nn.Module, batch: Any, step: Step, untraced: Callable[[], AbstractContextManager[None]]
+    module: nn.Module,
+    batch: Any,
+    step: Step,
+    untraced: Untraced,
+    thresholds: GradientCheckThresholds = _GRADIENTS,
 ) -> tuple[GradientCheck, ...]:
     """Compare every parameter's gradient, and that of every custom function, with finite differences.
 
@@ -40,17 +42,19 @@ def check_gradients(
         batch: A batch; a small one will do.
         step: Runs a batch forward and gives the loss with its graph.
         untraced: What is run within is undone.
+        thresholds: How gradients are compared.
 
     Raises:
         Exception: Where the model cannot run in float64, whatever it raises then.
     """
-    with _doubled(module):
-        batch = mapped(batch, _double)
-        return (*_functions(module, batch, step, untraced), *_parameters(module, batch, step, untraced))
+    with _in_float64(module):
+        batch = mapped(batch, _to_float64)
+        custom = _check_functions(module, batch, step, untraced, thresholds)
+        return (*custom, *_check_parameters(module, batch, step, untraced, thresholds))
 
 
-def _parameters(
-    module: nn.Module, batch: Any, step: Step, untraced: Callable[[], AbstractContextManager[None]]
+def _check_parameters(
+    module: nn.Module, batch: Any, step: Step, untraced: Untraced, thresholds: GradientCheckThresholds
 ) -> Iterator[GradientCheck]:
     named = {name: p for name, p in module.named_parameters() if p.requires_grad and p.dtype == torch.float64}
     with untraced():
@@ -65,51 +69,53 @@ def _parameters(
             again = step(batch)
         return float("nan") if again is None else float(again.detach())
 
-    dice = torch.Generator().manual_seed(0)
-    for (name, p), gradient in list(zip(named.items(), made, strict=True))[:_MOST]:
+    compare = _DifferenceCheck(value, thresholds, scale)
+    for (name, p), gradient in list(zip(named.items(), made, strict=True))[: thresholds.max_parameters]:
         known = torch.zeros_like(p) if gradient is None else gradient.to_dense().detach()
-        checks = (_along(name, p.data, known, value, dice, _STEP / 10**turn, scale) for turn in range(3))
-        yield _best(checks)
+        yield compare(name, p.data, known)
 
 
-def _along(
-    name: str,
-    values: Tensor,
-    gradient: Tensor,
-    loss: Callable[[], float],
-    dice: torch.Generator,
-    size: float,
-    scale: float,
-) -> GradientCheck:
-    """One direction, half of it along the gradient so that there is something to see."""
-    random = torch.randn(values.shape, generator=dice, dtype=torch.float64).to(values.device)
-    direction = _unit(_unit(random) + _unit(gradient))
-    kept = values.clone()
-    ends = []
-    for sign in (1, -1):
-        values.copy_(kept + sign * size * direction)
-        ends.append(loss())
-    values.copy_(kept)
-    numeric = (ends[0] - ends[1]) / (2 * size)
-    analytic = float((gradient * direction).sum())
-    # What rounding alone may do to a difference of two losses.
-    noise = 1e-13 * scale / size
-    return GradientCheck(name, _error(analytic, numeric, noise), analytic, numeric)
+@final
+class _DifferenceCheck:
+    """Compares gradients with finite differences of a loss, along random directions from a generator of its own."""
 
+    def __init__(self, loss: Callable[[], float], thresholds: GradientCheckThresholds, loss_size: float) -> None:
+        self._loss = loss
+        self._thresholds = thresholds
+        self._loss_size = loss_size
+        self._generator = torch.Generator().manual_seed(0)
 
-def _error(analytic: float, numeric: float, noise: float) -> float:
-    apart = abs(analytic - numeric)
-    largest = max(abs(analytic), abs(numeric))
-    return 0.0 if apart <= noise or largest == 0.0 else apart / largest
+    def __call__(self, name: str, values: Tensor, gradient: Tensor) -> GradientCheck:
+        """The comparison that agrees best, of several sizes of the difference."""
+        sizes = (self._thresholds.difference / 10**turn for turn in range(self._thresholds.differences))
+        checks = (self._along(name, values, gradient, size) for size in sizes)
+        best = next(checks)
+        for check in checks:
+            if best.error < self._thresholds.close:
+                break
+            best = min(best, check, key=lambda one: one.error)
+        return best
 
+    def _along(self, name: str, values: Tensor, gradient: Tensor, size: float) -> GradientCheck:
+        # Half of the direction lies along the gradient, so that there is something to see.
+        random = torch.randn(values.shape, generator=self._generator, dtype=torch.float64).to(values.device)
+        direction = _unit(_unit(random) + _unit(gradient))
+        kept = values.clone()
+        ends = []
+        for sign in (1, -1):
+            values.copy_(kept + sign * size * direction)
+            ends.append(self._loss())
+        values.copy_(kept)
+        numeric = (ends[0] - ends[1]) / (2 * size)
+        analytic = float((gradient * direction).sum())
+        return GradientCheck(name, self._error(analytic, numeric, size), analytic, numeric)
 
-def _best(checks: Iterator[GradientCheck]) -> GradientCheck:
-    best = next(checks)
-    for check in checks:
-        if best.error < _CLOSE:
-            break
-        best = min(best, check, key=lambda one: one.error)
-    return best
+    def _error(self, analytic: float, numeric: float, size: float) -> float:
+        apart = abs(analytic - numeric)
+        largest = max(abs(analytic), abs(numeric))
+        # What rounding alone may do to a difference of two losses.
+        rounding = self._thresholds.rounding * self._loss_size / size
+        return 0.0 if apart <= rounding or largest == 0.0 else apart / largest
 
 
 def _unit(tensor: Tensor) -> Tensor:
@@ -120,25 +126,26 @@ def _unit(tensor: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ custom functions
 
 
-def _functions(
-    module: nn.Module, batch: Any, step: Step, untraced: Callable[[], AbstractContextManager[None]]
+def _check_functions(
+    module: nn.Module, batch: Any, step: Step, untraced: Untraced, thresholds: GradientCheckThresholds
 ) -> Iterator[GradientCheck]:
-    with untraced(), Modules(module) as modules:
+    with untraced(), RunningModules(module) as modules:
         loss = step(batch)
-        nodes = [] if loss is None or loss.grad_fn is None else graph(loss.grad_fn)
+        nodes = [] if loss is None or loss.grad_fn is None else autograd_nodes(loss.grad_fn)
         places: dict[type[Function], str] = {}
         for node in nodes:
             if isinstance(node, BackwardCFunction):
-                places.setdefault(type(node)._forward_cls, modules.of(node))  # type: ignore[attr-defined]
+                places.setdefault(type(node)._forward_cls, modules.of_node(node))  # type: ignore[attr-defined]
     for function, path in places.items():
-        with _recorded(function) as calls, untraced():
+        with _recording_calls(function) as calls, untraced():
             step(batch)
         if calls:
-            yield _function(function, f"{path or 'training_step'} ({_defined(function)})", calls[0])
+            place = f"{path or 'training_step'} ({_backward_line(function)})"
+            yield _check_function(function, place, calls[0], thresholds)
 
 
 @contextmanager
-def _recorded(function: type[Function]) -> Iterator[list[tuple[Any, ...]]]:
+def _recording_calls(function: type[Function]) -> Iterator[list[tuple[Any, ...]]]:
     # At ``forward``: ``apply`` is often kept under another name.
     original = inspect.getattr_static(function, "forward")
     forward = function.forward
@@ -160,7 +167,9 @@ def _recorded(function: type[Function]) -> Iterator[list[tuple[Any, ...]]]:
             del function.forward
 
 
-def _function(function: type[Function], place: str, args: tuple[Any, ...]) -> GradientCheck:
+def _check_function(
+    function: type[Function], place: str, args: tuple[Any, ...], thresholds: GradientCheckThresholds
+) -> GradientCheck:
     which = [index for index, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
     inputs = [args[index].double().requires_grad_() for index in which]
 
@@ -171,37 +180,40 @@ def _function(function: type[Function], place: str, args: tuple[Any, ...]) -> Gr
         return function.apply(*given)  # type: ignore[no-untyped-call]
 
     right = torch.autograd.gradcheck(
-        call, inputs, fast_mode=True, raise_exception=False, check_undefined_grad=False, nondet_tol=1e-9, atol=1e-4
+        call,
+        inputs,
+        fast_mode=True,
+        raise_exception=False,
+        check_undefined_grad=False,
+        nondet_tol=thresholds.gradcheck_nondeterminism,
+        atol=thresholds.gradcheck_tolerance,
     )
     # Either sees what the other may not: gradcheck in its fast mode lets errors pass that are small beside the number
     # of elements, and a direction may miss an error in a few of them.
-    worst = _worst(call, inputs, place)
-    return worst if right else replace(worst, error=max(worst.error, 0.1))
+    worst = _worst_input(call, inputs, place, thresholds)
+    return worst if right else replace(worst, error=max(worst.error, thresholds.gradcheck_error))
 
 
-def _worst(call: Callable[..., Any], inputs: list[Tensor], place: str) -> GradientCheck:
-    dice = torch.Generator().manual_seed(0)
-
-    def weighed() -> Tensor:
+def _worst_input(
+    call: Callable[..., Any], inputs: list[Tensor], place: str, thresholds: GradientCheckThresholds
+) -> GradientCheck:
+    def weighted_sum() -> Tensor:
         made = call(*inputs)
         outputs = [one for one in (made if isinstance(made, tuple) else (made,)) if isinstance(one, Tensor)]
         weights = torch.Generator().manual_seed(1)
         terms = [(o * torch.randn(o.shape, generator=weights, dtype=o.dtype)).sum() for o in outputs if o.requires_grad]
         return torch.stack(terms).sum()
 
-    made: Sequence[Tensor | None] = torch.autograd.grad(weighed(), inputs, allow_unused=True)
+    made: Sequence[Tensor | None] = torch.autograd.grad(weighted_sum(), inputs, allow_unused=True)
+    compare = _DifferenceCheck(lambda: float(weighted_sum().detach()), thresholds, 1.0)
     found = []
     for one, gradient in zip(inputs, made, strict=True):
         known = torch.zeros_like(one) if gradient is None else gradient
-        tries = (
-            _along(place, one.data, known, lambda: float(weighed().detach()), dice, _STEP / 10**turn, 1.0)
-            for turn in range(3)
-        )
-        found.append(_best(tries))
+        found.append(compare(place, one.data, known))
     return replace(max(found, key=lambda check: check.error), custom=True)
 
 
-def _defined(function: type[Function]) -> str:
+def _backward_line(function: type[Function]) -> str:
     try:
         code = inspect.unwrap(function.backward).__code__
     except AttributeError:
@@ -213,7 +225,7 @@ def _defined(function: type[Function]) -> str:
 
 
 @contextmanager
-def _doubled(module: nn.Module) -> Iterator[None]:
+def _in_float64(module: nn.Module) -> Iterator[None]:
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     before = [tensor.data for tensor in tensors]
     default = torch.get_default_dtype()
@@ -228,5 +240,5 @@ def _doubled(module: nn.Module) -> Iterator[None]:
             tensor.data = data
 
 
-def _double(tensor: Tensor) -> Tensor:
+def _to_float64(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor

@@ -1,4 +1,4 @@
-"""What one forward and one backward pass show of a model, layer by layer, in plain numbers.
+"""Measures a model layer by layer in one forward and one backward pass, and says what its loss is computed from.
 
 Only sums, counts and one bit for each unit are kept on the way, so that the memory taken does not grow with the batch.
 """
@@ -14,15 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_nanguard.diagnosis.batch import indices
-from lightning_nanguard.diagnosis.clues import Layer, Model, Objective
-from lightning_nanguard.diagnosis.watch import Modules, key, leaves, operation, user_line
+from lightning_nanguard.diagnosis.batch import target_fields, tensor_fields, true_indices
+from lightning_nanguard.diagnosis.case import Layer, Model, Objective
+from lightning_nanguard.diagnosis.isolation import Untraced, isolated
+from lightning_nanguard.diagnosis.operation_trace import (
+    RunningModules,
+    leaves,
+    operation_name,
+    storage_key,
+    user_line,
+)
 from lightning_nanguard.measure.tensors import dense_values
+from lightning_nanguard.thresholds.diagnosis import LayerThresholds
 
-# Layers of one model that are told apart; what comes after is left out.
-_MOST = 2048
-# Samples from which on it can be told that a unit is never positive.
-_ENOUGH = 8
+_LAYERS = LayerThresholds()
 # What multiplies with a weight.
 _PRODUCTS = frozenset(
     ["mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "convolution", "embedding", "embedding_bag"]
@@ -38,8 +43,27 @@ _FROM_CLASSES = frozenset({"nll_loss_forward", "nll_loss2d_forward", "nll_loss",
 _BINARY = frozenset({"binary_cross_entropy", "binary_cross_entropy_with_logits"})
 
 
-def examine(module: nn.Module, step: Callable[[], Tensor | None], targets: Sequence[Tensor] = ()) -> Model | None:
-    """Look at every layer while a batch runs forward and backward.
+def measure_layers_untraced(
+    module: nn.Module,
+    batch: Any,
+    step: Callable[[], Tensor | None],
+    untraced: Untraced,
+    thresholds: LayerThresholds = _LAYERS,
+) -> Model | None:
+    """What :func:`measure_layers` finds of a batch, without a trace."""
+    fields = dict(tensor_fields(batch))
+    targets = [fields[name] for name in target_fields(batch, fields)]
+    with isolated(module, untraced):
+        return measure_layers(module, step, targets, thresholds)
+
+
+def measure_layers(
+    module: nn.Module,
+    step: Callable[[], Tensor | None],
+    targets: Sequence[Tensor] = (),
+    thresholds: LayerThresholds = _LAYERS,
+) -> Model | None:
+    """Measure every layer while a batch runs forward and backward.
 
     ``.grad`` is left alone. What the pass itself touches (random streams, buffers, metrics) is for the caller to put
     back.
@@ -48,6 +72,7 @@ def examine(module: nn.Module, step: Callable[[], Tensor | None], targets: Seque
         module: What is trained.
         step: Runs a batch forward and gives the loss with its graph.
         targets: The tensors of the batch that hold targets.
+        thresholds: What is measured of each layer.
 
     Returns:
         What was seen; ``None`` where there was no loss.
@@ -57,31 +82,31 @@ def examine(module: nn.Module, step: Callable[[], Tensor | None], targets: Seque
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Sigmoid())
-        >>> seen = examine(net, lambda: net(torch.ones(8, 2)).mean())
+        >>> seen = measure_layers(net, lambda: net(torch.ones(8, 2)).mean())
         >>> [(layer.path, layer.kind) for layer in seen.layers]
         [('0', 'Linear'), ('1', 'Sigmoid')]
     """
     named = {name: p for name, p in module.named_parameters() if not isinstance(p, nn.UninitializedParameter)}
-    with Modules(module) as modules:
-        follower = _Follower(module, modules, named, targets)
+    with RunningModules(module) as modules:
+        trace = _LayerTrace(module, modules, named, targets, thresholds)
         try:
-            with follower:
+            with trace:
                 loss = step()
         except (IndexError, RuntimeError):
-            if not any(one.outside for one in follower.objectives):
+            if not any(one.outside for one in trace.objectives):
                 raise
-            return Model(objective=next(one for one in follower.objectives if one.outside))
+            return Model(objective=next(one for one in trace.objectives if one.outside))
     if loss is None:
         return None
-    gradients = _gradients(loss, {name: p for name, p in named.items() if p.requires_grad})
+    gradients = _gradient_norms(loss, {name: p for name, p in named.items() if p.requires_grad})
     return Model(
-        layers=tuple(one.told(named, gradients) for one in follower.layers.values()),
-        objective=_telling(follower.objectives),
+        layers=tuple(one.layer(named, gradients) for one in trace.layers.values()),
+        objective=_most_suspect(trace.objectives),
         loss=float(loss.detach().double().mean()),
     )
 
 
-def _gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, float]:
+def _gradient_norms(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, float]:
     if loss.grad_fn is None or loss.numel() != 1 or not parameters:
         return {}
     try:
@@ -91,14 +116,14 @@ def _gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, floa
     return {name: _norm(one) for name, one in zip(parameters, made, strict=True) if one is not None}
 
 
-def _telling(objectives: Sequence[Objective]) -> Objective | None:
+def _most_suspect(objectives: Sequence[Objective]) -> Objective | None:
     """Of several parts of a loss the one most likely at fault."""
 
-    def faults(one: Objective) -> tuple[bool, bool, float]:
-        known = one.value is not None and one.chance is not None and one.chance > 0
-        return one.probabilities, one.classes is not None, one.value / one.chance if known else 0.0  # type: ignore[operator]
+    def suspicion(one: Objective) -> tuple[bool, bool, float]:
+        above = one.value / one.chance if one.value is not None and one.chance is not None and one.chance > 0 else 0.0
+        return one.probabilities, one.classes is not None, above
 
-    return max(objectives, key=faults, default=None)
+    return max(objectives, key=suspicion, default=None)
 
 
 def _norm(tensor: Tensor) -> float:
@@ -107,11 +132,12 @@ def _norm(tensor: Tensor) -> float:
 
 
 @dataclass(slots=True)
-class _Seen:
-    """What was seen of one layer so far."""
+class _Measured:
+    """What was measured of one layer so far."""
 
     path: str
     kind: str
+    thresholds: LayerThresholds
     weights: dict[str, None] = field(default_factory=dict)
     given: list[float] = field(default_factory=lambda: [0.0, 0.0])
     made: list[float] = field(default_factory=lambda: [0.0, 0.0])
@@ -134,7 +160,7 @@ class _Seen:
         self.given[1] += tensor.numel()
 
     def add_bounded(self, output: Tensor, lowest: float, highest: float) -> None:
-        near = 0.01 * (highest - lowest)
+        near = self.thresholds.end_share * (highest - lowest)
         self.at_ends = (self.at_ends or 0) + int(((output < lowest + near) | (output > highest - near)).sum())
 
     def add_rectified(self, output: Tensor) -> None:
@@ -146,7 +172,7 @@ class _Seen:
         same = [one.shape for one in self.alive] == [one.shape for one in alive]
         self.alive = tuple(a | b for a, b in zip(self.alive, alive, strict=True)) if same else alive
 
-    def told(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, float]) -> Layer:
+    def layer(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, float]) -> Layer:
         dead = [1.0 - float(one.float().mean()) for one in self.alive]
         norms = [gradients[name] for name in self.weights if name in gradients]
         return Layer(
@@ -157,7 +183,7 @@ class _Seen:
             lowest=self.lowest if self.lowest <= self.highest else None,
             highest=self.highest if self.lowest <= self.highest else None,
             saturated=None if self.at_ends is None or not self.made[1] else self.at_ends / self.made[1],
-            dead=min(dead) if dead and self.samples >= _ENOUGH else None,
+            dead=min(dead) if dead and self.samples >= self.thresholds.min_samples else None,
             gradient=math.hypot(*norms) if norms else None,
             weight=math.hypot(*(_norm(parameters[name]) for name in self.weights)) if self.weights else None,
         )
@@ -177,30 +203,36 @@ class _Value:
 
 
 @final
-class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every operation of a forward pass, and by storage what its operands are."""
 
     def __init__(
-        self, module: nn.Module, modules: Modules, parameters: Mapping[str, Tensor], targets: Sequence[Tensor]
+        self,
+        module: nn.Module,
+        modules: RunningModules,
+        parameters: Mapping[str, Tensor],
+        targets: Sequence[Tensor],
+        thresholds: LayerThresholds,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._thresholds = thresholds
         self._owners = {path.replace("_orig_mod.", ""): one for path, one in module.named_modules()}
         self._modules = modules
-        self._weights = {key(p): name for name, p in parameters.items()}
+        self._weights = {storage_key(p): name for name, p in parameters.items()}
         self._learned = set(self._weights)  # what depends on a weight
-        self._values = {key(one): _Value("target") for one in targets}
-        self._last = ""
-        self.layers: dict[tuple[str, str, str], _Seen] = {}
+        self._values = {storage_key(one): _Value("target") for one in targets}
+        self._last_weight = ""
+        self.layers: dict[tuple[str, str, str], _Measured] = {}
         self.objectives: list[Objective] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = operation(func)
+        name = operation_name(func)
         inputs = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        places = [key(one) for one in inputs]
+        places = [storage_key(one) for one in inputs]
         given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         if name in _FROM_CLASSES:
-            self._look_at_classes(inputs)
+            self._check_classes(inputs)
         squared = self._squared(name, inputs, given)
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
@@ -210,7 +242,7 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._squared_error(name, squared, inputs, given, outputs[0])
         self._label(name, inputs, places, outputs)
         if outputs and outputs[0].is_floating_point() and outputs[0].layout == torch.strided:
-            self._look(name, inputs, places, outputs[0].detach(), given)
+            self._measure(name, inputs, places, outputs[0].detach(), given)
         return result
 
     # ------------------------------------------------------------------------------------------ what values are
@@ -218,18 +250,18 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _label(self, name: str, inputs: list[Tensor], places: list[int], outputs: list[Tensor]) -> None:
         learned = any(place in self._learned for place in places)
         same = name in _SAME_VALUES and bool(places)
-        value = self._values.get(places[0]) if same else self._made(name, inputs, places, learned)
+        value = self._values.get(places[0]) if same else self._new_value(name, inputs, places, learned)
         weight = self._weights.get(places[0]) if same else None
-        for place in map(key, outputs):
+        for place in map(storage_key, outputs):
             (self._learned.add if learned else self._learned.discard)(place)
             if place in places and value is None and not same:
                 continue  # written in place: what it depends on is known, what it is stays
             # What was there before is gone, the memory is used again.
-            _put(self._values, place, value)
+            _set_or_drop(self._values, place, value)
             if place not in places:
-                _put(self._weights, place, weight)
+                _set_or_drop(self._weights, place, weight)
 
-    def _made(self, name: str, inputs: list[Tensor], places: list[int], learned: bool) -> _Value | None:
+    def _new_value(self, name: str, inputs: list[Tensor], places: list[int], learned: bool) -> _Value | None:
         if name in ("softmax", "sigmoid"):
             return _Value("probabilities", self._place(name))
         if name == "log_softmax":
@@ -248,62 +280,62 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _place(self, name: str) -> str:
         line = user_line()
-        return f"{self._modules.now() or 'training_step'} ({name}{', ' if line else ''}{line})"
+        return f"{self._modules.current() or 'training_step'} ({name}{', ' if line else ''}{line})"
 
     # ------------------------------------------------------------------------------------------ layers
 
-    def _look(
+    def _measure(
         self, name: str, inputs: list[Tensor], places: list[int], output: Tensor, given: Mapping[str, Any]
     ) -> None:
         if name in _PRODUCTS:
             weight = next((self._weights[p] for t, p in zip(inputs, places, strict=True) if self._is_matrix(t, p)), "")
-            seen = self._seen_weight(weight) if weight else None
-            if seen is None:
+            layer = self._measured_weight(weight) if weight else None
+            if layer is None:
                 return
-            seen.weights[weight] = None
-            seen.add_output(output)
+            layer.weights[weight] = None
+            layer.add_output(output)
             for one, place in zip(inputs, places, strict=True):
                 if place not in self._weights and one.is_floating_point():
-                    seen.add_input(one)
-            self._last = weight
+                    layer.add_input(one)
+            self._last_weight = weight
             return
         rectifies = name == "relu" or (name == "hardtanh" and (given.get("min_val"), given.get("max_val")) == (0, 6))
         if not rectifies and name not in _BOUNDED:
             return
-        seen = self._seen(self._modules.now(), name, self._last)
-        if seen is None:
+        layer = self._measured_activation(self._modules.current(), name, self._last_weight)
+        if layer is None:
             return
-        seen.add_output(output)
+        layer.add_output(output)
         if rectifies:
-            seen.add_rectified(output)
+            layer.add_rectified(output)
         else:
-            seen.add_bounded(output, *_BOUNDED[name])
+            layer.add_bounded(output, *_BOUNDED[name])
 
     def _is_matrix(self, tensor: Tensor, place: int) -> bool:
         return place in self._weights and tensor.dim() > 1
 
-    def _seen_weight(self, weight: str) -> _Seen | None:
+    def _measured_weight(self, weight: str) -> _Measured | None:
         owner = weight.rpartition(".")[0].replace("_orig_mod.", "")
         module = self._owners.get(owner)
         ready_made = type(module).__module__.startswith("torch.nn")
         path = owner if ready_made else weight
         return self._entry((path, "", ""), path, type(module).__name__ if ready_made else "weight")
 
-    def _seen(self, running: str, name: str, after: str) -> _Seen | None:
+    def _measured_activation(self, running: str, name: str, after: str) -> _Measured | None:
         module = self._owners.get(running)
         if type(module).__module__.startswith("torch.nn.modules.activation"):
             return self._entry((running, name, after), running, type(module).__name__)
         line = user_line()
         return self._entry((running, name, after), running or "training_step", f"{name}{', ' if line else ''}{line}")
 
-    def _entry(self, found: tuple[str, str, str], path: str, kind: str) -> _Seen | None:
-        if found not in self.layers and len(self.layers) >= _MOST:
+    def _entry(self, found: tuple[str, str, str], path: str, kind: str) -> _Measured | None:
+        if found not in self.layers and len(self.layers) >= self._thresholds.max_layers:
             return None
-        return self.layers.setdefault(found, _Seen(path, kind))
+        return self.layers.setdefault(found, _Measured(path, kind, self._thresholds))
 
     # ------------------------------------------------------------------------------------------ losses
 
-    def _look_at_classes(self, inputs: list[Tensor]) -> None:
+    def _check_classes(self, inputs: list[Tensor]) -> None:
         scores, target = inputs[:2]
         classes = scores.shape[min(1, scores.dim() - 1)]
         counted = target[target >= 0] if target.dim() else target  # ignore_index is below
@@ -317,14 +349,14 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 classes=classes,
                 lowest=int(counted.min()),
                 highest=int(counted.max()),
-                outside=indices(outside),
+                outside=true_indices(outside),
             )
         )
 
     def _cross_entropy(self, name: str, inputs: list[Tensor], given: Mapping[str, Any], value: Tensor) -> None:
         scores, binary = inputs[0], name in _BINARY
         classes = 2 if binary else scores.shape[min(1, scores.dim() - 1)]
-        known = self._values.get(key(scores))
+        known = self._values.get(storage_key(scores))
         if known is None or name == "binary_cross_entropy":
             place = ""  # probabilities are what it asks for
         elif binary:
@@ -347,20 +379,21 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _squared(self, name: str, inputs: list[Tensor], given: Mapping[str, Any]) -> _Value | None:
         if name == "mse_loss":
-            target = next((t for t in inputs[:2] if self._is_target(key(t))), None)
+            target = next((t for t in inputs[:2] if self._is_target(storage_key(t))), None)
             return _Value("difference", classes=None if target is None else _classes(target))
         squares = name == "square" or (name == "pow" and given.get("exponent") == 2)
         if name == "mul":
-            squares = len(inputs) == 2 and key(inputs[0]) == key(inputs[1])
-        known = self._values.get(key(inputs[0])) if squares and inputs else None
+            squares = len(inputs) == 2 and storage_key(inputs[0]) == storage_key(inputs[1])
+        known = self._values.get(storage_key(inputs[0])) if squares and inputs else None
         return known if known is not None and known.what == "difference" else None
 
     def _squared_error(
         self, name: str, difference: _Value, inputs: list[Tensor], given: Mapping[str, Any], value: Tensor
     ) -> None:
-        target = next((t for t in inputs[:2] if self._is_target(key(t))), None) if name == "mse_loss" else None
+        target = next((t for t in inputs[:2] if self._is_target(storage_key(t))), None) if name == "mse_loss" else None
         plain = target is not None and value.dim() == 0 and given.get("reduction", 1) == 1
-        known = target is not None and plain and target.numel() >= _ENOUGH  # a few may all be near 0
+        # A few may all be near 0.
+        known = target is not None and plain and target.numel() >= self._thresholds.min_samples
         self.objectives.append(
             Objective(
                 function="mse_loss" if name == "mse_loss" else "squared error",
@@ -372,7 +405,7 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
 
-def _put(table: dict[int, Any], place: int, value: Any) -> None:
+def _set_or_drop(table: dict[int, Any], place: int, value: Any) -> None:
     if value is None:
         table.pop(place, None)
     else:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.act.skip import StepBlocker
-from lightning_nanguard.diagnosis.clues import Look
+from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.distributed.ranks import first
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
-from lightning_nanguard.diagnosis.clues import Look
+from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.types import Evidence, Fault, Finding, Intervention
 
 Clock = tuple[int, int, int]

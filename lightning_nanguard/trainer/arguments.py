@@ -12,6 +12,7 @@ from lightning_nanguard.act.defaults import executors
 from lightning_nanguard.decide.budget import Budget
 from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.diagnosis.bundle import safetensors
+from lightning_nanguard.diagnosis.rule_set import Rule
 from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.thresholds import Thresholds
@@ -51,6 +52,7 @@ class Arguments:
     last_good_every_n_steps: int | None
     resume: str
     sinks: Sequence[Sink] = ()
+    rules: Sequence[Rule] = ()
     thresholds: Thresholds = field(default_factory=Thresholds)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from lightning_nanguard.act.learning_rate import LearningRate
 from lightning_nanguard.act.skip import skips_on_device
 from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.detect.monitors import Monitors
-from lightning_nanguard.diagnosis.bundle import Bundles
+from lightning_nanguard.diagnosis.bundle_store import BundleStore
 from lightning_nanguard.distributed.group import Group
 from lightning_nanguard.distributed.ranks import Alone, Ranks
 from lightning_nanguard.guard.build import build_guard
@@ -51,7 +51,9 @@ def build_fit(trainer: Trainer, module: LightningModule, arguments: Arguments, m
         replay,
         advice=advice,
         examine_after=arguments.examine_after,
-        bundles=Bundles(arguments.bundle_dir) if keeps and arguments.bundle_dir is not None else None,
+        bundles=BundleStore(arguments.bundle_dir) if keeps and arguments.bundle_dir is not None else None,
+        rules=arguments.rules,
+        thresholds=arguments.thresholds.diagnosis,
     )
     guard = build_guard(
         context,

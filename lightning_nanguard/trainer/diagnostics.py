@@ -1,4 +1,4 @@
-"""Diagnosis with a trainer: why a fault happened, what is wrong before the first step, why a loss does not move."""
+"""Why something happened in a fit, or does not happen: the diagnosis with a trainer, and what comes of it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, final
 
-from lightning_nanguard.diagnosis.bundle import Bundle, Bundles, state_of
-from lightning_nanguard.diagnosis.clues import Look
+from lightning_nanguard.diagnosis.bundle import Bundle
+from lightning_nanguard.diagnosis.bundle_store import BundleStore
+from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
 from lightning_nanguard.diagnosis.examination import Examination
-from lightning_nanguard.diagnosis.preflight import LOW, Preflight
+from lightning_nanguard.diagnosis.module_state import state_of
+from lightning_nanguard.diagnosis.preflight import Preflight
+from lightning_nanguard.diagnosis.rule_set import Rule, RuleSet
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.record.advice import AdviceLog
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.loaders import readable_loader
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
@@ -35,6 +39,8 @@ class Diagnostics:
         advice: Keeps advice.
         examine_after: Updates after which a loss that has not moved is examined; ``None`` for never.
         bundles: Keeps incidents; ``None`` keeps none.
+        rules: The user's own diagnosis rules.
+        thresholds: When a number is evidence for a cause, and how much a diagnosis may cost.
     """
 
     def __init__(
@@ -46,7 +52,9 @@ class Diagnostics:
         *,
         advice: AdviceLog,
         examine_after: int | None,
-        bundles: Bundles | None,
+        bundles: BundleStore | None,
+        rules: Sequence[Rule] = (),
+        thresholds: DiagnosisThresholds = DEFAULT,
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -55,6 +63,8 @@ class Diagnostics:
         self._ranks = context.ranks
         self._advice = advice
         self._bundles = bundles
+        self._thresholds = thresholds
+        self._rules = RuleSet(rules, thresholds)
         self._diagnostician = Diagnostician(
             context.learner,
             context.ring,
@@ -62,8 +72,12 @@ class Diagnostics:
             replay.untraced,
             loss_scale=self._loss_scale,
             low_precision=autocasts_to_half(trainer),
+            rules=self._rules,
+            thresholds=thresholds,
         )
-        self._examination = Examination(context.learner, replay.rerun, replay.untraced, examine_after)
+        self._examination = Examination(
+            context.learner, replay.rerun, replay.untraced, examine_after, rules=self._rules, thresholds=thresholds
+        )
         self._examines = examine_after is not None
         # Whether the first batch is still to be looked at, and whether an examination was asked for.
         self.preflight_due = False
@@ -112,14 +126,16 @@ class Diagnostics:
     def preflight(self, batch: Any) -> None:
         """Look at the first batch and the untrained model, and give advice."""
         self.preflight_due = False
-        look = Preflight(
+        preflight = Preflight(
             self._module,
             partial(loss_with_graph, self._trainer, batch_idx=self._replay.batch_idx),
             self._replay.untraced,
+            rules=self._rules,
+            thresholds=self._thresholds,
         )
         run = self._replay.comparable() and self._is_whole() and batch is not None
-        for finding in look.look(batch, readable_loader(self._trainer, self._module), run=run):
-            if finding.confidence > LOW:
+        for finding in preflight.findings(batch, readable_loader(self._trainer, self._module), run=run):
+            if finding.confidence > self._thresholds.confidence.told:
                 self._advise("preflight", finding)
 
     def examine_if_due(self) -> None:
@@ -140,8 +156,9 @@ class Diagnostics:
             loss_unit=history.loss_unit(),
             lr=rates[0] if rates else None,
         )
-        for finding in self._examination.findings(self._replay.batches.newest(256), course, evidence, asked=asked):
-            if finding.confidence > LOW:
+        micros = self._replay.batches.newest(self._thresholds.examination.max_updates)
+        for finding in self._examination.findings(micros, course, evidence, asked=asked):
+            if finding.confidence > self._thresholds.confidence.told:
                 self._advise("asked" if asked else "loss does not move", finding)
 
     def _advise(self, occasion: str, finding: Finding) -> None:

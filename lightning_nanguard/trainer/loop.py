@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
-from lightning_nanguard.diagnosis.clues import Look
+from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.guard.loop import Clock
 from lightning_nanguard.record.dispatch import SinkDispatcher
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay

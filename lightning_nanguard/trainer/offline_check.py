@@ -11,12 +11,13 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from lightning_nanguard.diagnosis.batch import samples
-from lightning_nanguard.diagnosis.clues import Case, Model
+from lightning_nanguard.diagnosis.case import Case, Model
 from lightning_nanguard.diagnosis.gradients import check_gradients
-from lightning_nanguard.diagnosis.preflight import LOW, Preflight
+from lightning_nanguard.diagnosis.preflight import Preflight
 from lightning_nanguard.diagnosis.rules import findings
 from lightning_nanguard.measure.batches import mapped
 from lightning_nanguard.thresholds.check import CHECK, CheckThresholds
+from lightning_nanguard.thresholds.diagnosis import DEFAULT
 from lightning_nanguard.trainer.overfit import overfit as overfitted
 from lightning_nanguard.trainer.private.loaders import readable_loader
 from lightning_nanguard.trainer.private.offline import at_first_batch, from_config
@@ -41,7 +42,7 @@ class CheckReport:
     @property
     def sure(self) -> bool:
         """Whether a finding is more likely than not."""
-        return any(finding.confidence > LOW for finding in self.findings)
+        return any(finding.confidence > DEFAULT.confidence.told for finding in self.findings)
 
 
 def check_config(
@@ -88,7 +89,7 @@ def check_batch(
     automatic = bool(module.automatic_optimization)
     step = partial(loss_with_graph, trainer, batch_idx=0)
     around = partial(untraced, trainer, module)
-    found = Preflight(module, step, around).look(batch, readable_loader(trainer, module), run=automatic)
+    found = Preflight(module, step, around).findings(batch, readable_loader(trainer, module), run=automatic)
     notes: list[str] = []
     if not automatic:
         notes.append("manual optimization: only the data was looked at")

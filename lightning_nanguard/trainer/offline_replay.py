@@ -11,10 +11,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lightning_nanguard.diagnosis.batch import look_at
-from lightning_nanguard.diagnosis.bundle import Bundle, put_into
-from lightning_nanguard.diagnosis.clues import Case, Clues, Layer
-from lightning_nanguard.diagnosis.preflight import look_through
+from lightning_nanguard.diagnosis.batch import batch_clues
+from lightning_nanguard.diagnosis.bundle import Bundle
+from lightning_nanguard.diagnosis.case import Case, Clues, Layer
+from lightning_nanguard.diagnosis.layers import measure_layers_untraced
+from lightning_nanguard.diagnosis.module_state import put_into
 from lightning_nanguard.diagnosis.replay import replay
 from lightning_nanguard.diagnosis.rules import diagnose
 from lightning_nanguard.state.batch_history import MicroBatch
@@ -80,12 +81,12 @@ def _look(bundle: Bundle, seen: _Seen, trainer: Any, module: Any, batch: Any, ba
     around = partial(untraced, trainer, module)
     for micro in bundle.batches:
         step = partial(_step, trainer, micro)
-        clues = look_at(micro.batch, module)
+        clues = batch_clues(micro.batch, module)
         clues = replay(clues, micro.batch, module, step, untraced=around, loss_scale=bundle.loss_scale)
         seen.losses += [] if clues.loss is None else [clues.loss]
         if seen.clues is None or clues.origin is not None or clues.gradient_finite is False:
             seen.clues = clues
-            model = look_through(module, micro.batch, step, around)
+            model = measure_layers_untraced(module, micro.batch, step, around)
             seen.layers = () if model is None else model.layers
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Adam, Optimizer
 
 from lightning_nanguard.diagnosis.batch import samples
-from lightning_nanguard.diagnosis.bundle import put_into, state_of
+from lightning_nanguard.diagnosis.module_state import put_into, state_of
 from lightning_nanguard.thresholds.check import CHECK, CheckThresholds
 from lightning_nanguard.trainer.private.replay import clip_as_configured, forward_backward
 

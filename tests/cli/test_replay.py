@@ -13,8 +13,9 @@ from torch import nn
 
 from lightning_nanguard.cli.main import main
 from lightning_nanguard.cli.replay import layer_table
-from lightning_nanguard.diagnosis.bundle import put_into, read
-from lightning_nanguard.diagnosis.clues import Layer
+from lightning_nanguard.diagnosis.bundle import read
+from lightning_nanguard.diagnosis.case import Layer
+from lightning_nanguard.diagnosis.module_state import put_into
 from tests.classifier import incident
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,10 @@ from torch import nn
 
 from lightning_nanguard import Fault, NaNGuard
 from lightning_nanguard.diagnosis import bundle as bundles
-from lightning_nanguard.diagnosis.bundle import Bundle, Bundles, read
+from lightning_nanguard.diagnosis.bundle import Bundle, read
+from lightning_nanguard.diagnosis.bundle_store import BundleStore
 from lightning_nanguard.state.batch_history import MicroBatch
+from lightning_nanguard.thresholds.diagnosis import BundleThresholds
 from lightning_nanguard.types import Comparison, Evidence
 from tests.classifier import Model, Numbers
 from tests.helpers import FaultAt, differences, trainer_for
@@ -57,7 +59,7 @@ def test_batches_come_back_as_they_were(batch: Any, tmp_path: Path) -> None:
 
 def test_what_cannot_be_kept_is_named(tmp_path: Path) -> None:
     """A part of the batch that JSON does not know is left out and named; the run goes on."""
-    keeper = Bundles(tmp_path / "all", most=2, each=1)
+    keeper = BundleStore(tmp_path / "all", BundleThresholds(max_bundles=2, max_per_kind=1))
     fault = Fault("non_finite_loss", "batch", "loss")
     odd = Bundle("m:C", {}, fault, Evidence(1), None, [MicroBatch(1, 0, (torch.zeros(2), object()), ())], {})
     path = keeper.keep(odd, 7)

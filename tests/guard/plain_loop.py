@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.plain import PlainHost
 from lightning_nanguard import Budget, Detector, Fault, Remedy
-from lightning_nanguard.diagnosis.clues import Case, Look
+from lightning_nanguard.diagnosis.case import Case, Look
 from lightning_nanguard.diagnosis.rules import diagnose
 from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.types import Evidence, Finding

@@ -1,15 +1,31 @@
-"""From evidence to findings: one pure function for each cause, no torch.
+"""From evidence to findings: one pure function for each cause, without torch.
 
-A rule is given a :class:`~lightning_nanguard.diagnosis.clues.Case` and says ``Finding`` or nothing; it says nothing
-where its part of the evidence is missing. To add a cause, write its function and enter it in :data:`RULES`. The
-identifiers of the causes are part of the records.
+A rule is given a :class:`~lightning_nanguard.Case` and returns a :class:`~lightning_nanguard.Finding`, or ``None``
+where it has nothing to say or its part of the case is missing. A rule of your own is any callable that does the same.
+It is given to ``NaNGuard(rules=[…])`` and asked beside the built-in ones: at every fault, before the first step
+(``preflight=True``) and in an examination of the run. The surest finding of a case is the one on record.
+
+Example:
+    >>> from lightning_nanguard import Case, Evidence, Fault, Finding
+    >>> from lightning_nanguard.diagnosis.rule_set import RuleSet
+    >>> def zero_rate(case: Case) -> Finding | None:
+    ...     if case.evidence.lr is None or case.evidence.lr > 0.0:
+    ...         return None
+    ...     return Finding("zero_rate", 0.6, {"lr": case.evidence.lr}, suggestion="Look at the learning rate schedule.")
+    >>> case = Case(Fault("stuck_loss", "learner", "loss", certain=False, proof="trial"), Evidence(step=9, lr=0.0))
+    >>> [finding.cause for finding in RuleSet([zero_rate]).findings(case)]
+    ['learning_rate_too_high', 'zero_rate']
+
+A built-in rule is entered in :data:`RULES` and has a row in the tests of its file. It takes
+:class:`~lightning_nanguard.thresholds.DiagnosisThresholds` as a second argument. The identifiers of the causes are part
+of the records.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning_nanguard.diagnosis.clues import Case
+from lightning_nanguard.diagnosis.case import Case
 from lightning_nanguard.diagnosis.rules.arithmetic import (
     division_by_zero,
     exp_overflow,
@@ -17,35 +33,32 @@ from lightning_nanguard.diagnosis.rules.arithmetic import (
     low_precision_overflow,
     sqrt_at_zero,
 )
-from lightning_nanguard.diagnosis.rules.course import (
-    batch_size,
-    layer_update_abnormal,
-    local_minimum,
-    oscillation,
-    saddle_point,
-)
 from lightning_nanguard.diagnosis.rules.data import non_finite_input, target_out_of_domain, unnormalised_input
-from lightning_nanguard.diagnosis.rules.learning import (
+from lightning_nanguard.diagnosis.rules.layers import (
+    dead_relu,
+    saturated_activation,
+    unbalanced_initialisation,
+    vanishing_gradient,
+)
+from lightning_nanguard.diagnosis.rules.learner import (
     collapsed,
     corrupted_state,
     exploding_gradient,
     ill_conditioned,
     learning_rate_too_high,
 )
-from lightning_nanguard.diagnosis.rules.model import (
-    dead_relu,
-    double_softmax,
-    mse_for_classification,
-    saturated_activation,
-    unbalanced_initialisation,
-    vanishing_gradient,
-    wrong_gradient,
+from lightning_nanguard.diagnosis.rules.loss_function import double_softmax, mse_for_classification, wrong_gradient
+from lightning_nanguard.diagnosis.rules.plateau import (
+    batch_size,
+    layer_update_abnormal,
+    local_minimum,
+    oscillation,
+    saddle_point,
 )
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.types import Finding
 
-Rule = Callable[[Case], Finding | None]
-
-RULES: tuple[Rule, ...] = (
+RULES: tuple[Callable[[Case, DiagnosisThresholds], Finding | None], ...] = (
     non_finite_input,
     target_out_of_domain,
     unnormalised_input,
@@ -72,22 +85,21 @@ RULES: tuple[Rule, ...] = (
     local_minimum,
     batch_size,
 )
-"""Every rule, in the order that settles a tie."""
+"""Every built-in rule, in the order that settles a tie."""
 
 
-def findings(case: Case) -> tuple[Finding, ...]:
-    """Every finding, the surest first; of equally sure ones that of the earlier rule."""
-    found = [finding for rule in RULES if (finding := rule(case)) is not None]
+def findings(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> tuple[Finding, ...]:
+    """Every finding of the built-in rules, the surest first; of equally sure ones that of the earlier rule."""
+    found = [finding for rule in RULES if (finding := rule(case, thresholds)) is not None]
     return tuple(sorted(found, key=lambda finding: -finding.confidence))
 
 
-def diagnose(case: Case) -> Finding | None:
-    """The surest finding, ``None`` where no rule has one.
+def diagnose(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
+    """The surest finding of the built-in rules, ``None`` where no rule has one.
 
     Example:
-        >>> from lightning_nanguard.events import Fault
-        >>> from lightning_nanguard.policy import Evidence
+        >>> from lightning_nanguard.types import Evidence, Fault
         >>> diagnose(Case(Fault("non_finite_loss", "batch", "loss"), Evidence(step=3, batch_finite=False))).cause
         'non_finite_input'
     """
-    return next(iter(findings(case)), None)
+    return next(iter(findings(case, thresholds)), None)

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import math
 
-from lightning_nanguard.diagnosis.clues import Case, Origin
-from lightning_nanguard.diagnosis.rules.model import early_harm, large_inputs, outside_the_classes
-from lightning_nanguard.diagnosis.rules.words import (
-    PRODUCTS,
-    at,
-    learner_diverged,
+from lightning_nanguard.diagnosis.case import Case, Origin
+from lightning_nanguard.diagnosis.rules.layers import harm_of_large_inputs
+from lightning_nanguard.diagnosis.rules.loss_function import class_out_of_range
+from lightning_nanguard.diagnosis.rules.phrases import (
+    finding_at,
     listed,
-    numbers_of,
-    of,
-    outliers,
-    span,
-    sudden,
+    of_samples,
+    outlier_finding,
+    range_evidence,
+    target_span,
 )
+from lightning_nanguard.diagnosis.rules.signs import PRODUCTS, inputs_are_large, learner_diverged
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.types import Finding
 
 
-def non_finite_input(case: Case) -> Finding | None:
+def non_finite_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """NaN or Inf in the batch."""
-    evidence, clues = case.evidence, case.clues
-    if not clues.bad_fields and evidence.batch_finite is not False:
+    clues = case.clues
+    if not clues.bad_fields and case.evidence.batch_finite is not False:
         return None
     # Some models take NaN for what is missing: then something else made the loss bad.
-    harmless = clues.origin is not None or (clues.loss is not None and math.isfinite(clues.loss))
+    tolerated = clues.origin is not None or (clues.loss is not None and math.isfinite(clues.loss))
     # A bounded activation makes a finite loss of it, and its product with a gradient of 0 is NaN.
     if clues.origin is not None and clues.origin.backward and clues.origin.operation in PRODUCTS:
-        harmless = False
-    confidence = 0.4 if harmless else 0.98
+        tolerated = False
+    known = thresholds.confidence
+    confidence = known.non_finite_input_tolerated if tolerated else known.non_finite_input
     if not clues.bad_fields:
         return Finding("non_finite_input", confidence, suggestion="The batch holds NaN or Inf: clean the data.")
     first = clues.bad_fields[0]
@@ -48,7 +49,7 @@ def non_finite_input(case: Case) -> Finding | None:
     )
 
 
-# Below which numbers an operation is not defined.
+# Which numbers each operation is defined for.
 _DOMAINS = {
     "log": "above 0",
     "log2": "above 0",
@@ -66,21 +67,21 @@ _DOMAINS = {
 }
 
 
-def target_out_of_domain(case: Case) -> Finding | None:
+def target_out_of_domain(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """A target that the loss is not defined for, or far outside the others."""
-    fault, clues = case.fault, case.clues
-    origin, target = clues.origin, clues.target
+    origin, target = case.clues.origin, case.clues.target
     if origin is not None and origin.from_target and not origin.from_weights and _leaves_domain(origin):
-        return at(
+        return finding_at(
             "target_out_of_domain",
-            0.95,
+            thresholds.confidence.target_operation,
             origin,
-            f"{span(target, origin)}, {origin.operation} needs numbers {_DOMAINS[origin.operation]}. Fix the targets"
-            f"{of(origin.samples)}.",
+            f"{target_span(target, origin)}, {origin.operation} needs numbers {_DOMAINS[origin.operation]}. Fix the "
+            f"targets{of_samples(origin.samples)}.",
         )
-    if target is None or not target.outliers or not sudden(fault):
-        return outside_the_classes(case)
-    return outliers("target_out_of_domain", target, "Fix the targets, or clip them.")
+    if target is None or not target.outliers or case.fault.scope != "batch":
+        return class_out_of_range(case, thresholds)
+    confidence = thresholds.confidence.outliers
+    return outlier_finding("target_out_of_domain", confidence, target, "Fix the targets, or clip them.")
 
 
 def _leaves_domain(origin: Origin) -> bool:
@@ -90,27 +91,26 @@ def _leaves_domain(origin: Origin) -> bool:
     return origin.operation in _DOMAINS
 
 
-def unnormalised_input(case: Case) -> Finding | None:
+def unnormalised_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """Inputs far from zero mean and unit variance."""
-    fault, evidence, clues = case.fault, case.evidence, case.clues
-    inputs = clues.inputs
+    fault, evidence, inputs, known = case.fault, case.evidence, case.clues.inputs, thresholds.confidence
     if inputs is None:
         return None
-    if inputs.outliers and sudden(fault):
-        return outliers("unnormalised_input", inputs, "Clean the data, or clip the inputs.")
-    if not large_inputs(case):
+    if inputs.outliers and fault.scope == "batch":
+        return outlier_finding("unnormalised_input", known.outliers, inputs, "Clean the data, or clip the inputs.")
+    if not inputs_are_large(case, thresholds.data):
         return None
-    early = early_harm(case.model)
-    diverged = bool(early) or learner_diverged(fault, evidence)
-    if not diverged and evidence.healthy_steps >= 20 and "gradient" not in fault.place:
+    harm = harm_of_large_inputs(case.model, thresholds.model)
+    diverged = bool(harm) or learner_diverged(fault, evidence, thresholds.learner)
+    if not diverged and evidence.healthy_steps >= thresholds.data.trusted_steps and "gradient" not in fault.place:
         return None  # it went well with such inputs
     return Finding(
         "unnormalised_input",
-        0.94 if diverged else 0.5,
-        evidence=numbers_of(inputs),
+        known.unnormalised_harm if diverged else known.unnormalised,
+        evidence=range_evidence(inputs),
         place=f"field {inputs.field} of the batch",
         suggestion=(
-            f"{early}the input runs from {inputs.lowest:.4g} to {inputs.highest:.4g} with mean {inputs.mean:.4g} and "
+            f"{harm}the input runs from {inputs.lowest:.4g} to {inputs.highest:.4g} with mean {inputs.mean:.4g} and "
             f"standard deviation {inputs.std:.4g}. Subtract the mean and divide by the standard deviation, or begin "
             "with a normalisation layer."
         ),

@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from benchmarks.rescue.models import TASKS
 from lightning_nanguard import NaNGuard, TrainingDivergedError
-from lightning_nanguard.diagnosis.preflight import LOW, Preflight, rows_of
+from lightning_nanguard.diagnosis.preflight import Preflight, sample_rows
 from lightning_nanguard.record.files import read_advice
 from lightning_nanguard.state.attributes import attributes_kept
+from lightning_nanguard.thresholds.diagnosis import DEFAULT
+from tests.diagnosis.test_diagnostician import Counted, Restless
 from tests.helpers import (
     Batch,
     Task,
@@ -36,7 +38,6 @@ from tests.helpers import (
     trainer_for,
 )
 from tests.modules import FromIterator, Gan, Stream, lazy, make
-from tests.test_diagnosis import Counted, Restless
 from tests.test_identity import CASES, DrawsEverywhere
 from tests.test_identity import Case as Healthy
 from tests.test_identity import run as run_case
@@ -139,7 +140,7 @@ def test_the_preflight_says_what_is_wrong(
     first = guard.advice[0]
     assert (first.occasion, first.global_step, first.finding.cause) == ("preflight", 0, cause)
     assert place in first.finding.place
-    assert first.finding.confidence > LOW
+    assert first.finding.confidence > DEFAULT.confidence.told
     assert f"advice (preflight): {cause}" in caplog.text
     (path,) = tmp_path.rglob("advice.jsonl")
     assert read_advice(path) == list(guard.advice)
@@ -155,7 +156,7 @@ def test_the_preflight_is_silent_on_healthy_models(name: str, tmp_path: Path) ->
         batch = tuple(tensor[: chosen.batch] for tensor in split.train)
         look = Preflight(net, lambda given, net=net: chosen.loss(net, given, 0), lambda: attributes_kept(net))  # noqa: B023
         loader = DataLoader(TensorDataset(*split.train), chosen.batch)
-        assert [one for one in look.look(batch, loader) if one.confidence > LOW] == []
+        assert [one for one in look.findings(batch, loader) if one.confidence > DEFAULT.confidence.told] == []
 
 
 def test_the_whole_data_set_is_looked_at(tmp_path: Path) -> None:
@@ -292,7 +293,7 @@ def test_a_look_that_fails_costs_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     def broken(*args: Any, **options: Any) -> None:
         raise MemoryError("no more")
 
-    for name in ("look_at", "examine", "rows_of"):
+    for name in ("batch_clues", "measure_layers_untraced", "sample_rows"):
         monkeypatch.setattr(f"lightning_nanguard.diagnosis.preflight.{name}", broken)
         guard = NaNGuard(preflight=True)
         fit(task("mlp"), batches(), guard, folder=tmp_path)
@@ -313,14 +314,14 @@ def test_a_resumed_run_is_not_looked_at(tmp_path: Path) -> None:
 def test_what_data_can_be_read_again() -> None:
     """Data sets with numbered samples are; streams and orders of the user's own are not."""
     data = samples(batches(count=40))
-    rows = rows_of(DataLoader(data, batch_size=4))
+    rows = sample_rows(DataLoader(data, batch_size=4))
     assert rows is not None
     assert len(rows[1]) == len(rows[0][0]) == 128
-    assert rows_of(DataLoader(TensorDataset(torch.zeros(9, 2)), shuffle=True))[1] == range(9)  # type: ignore[index]
-    assert rows_of(DataLoader(Once(batches()), batch_size=None)) is None
-    assert rows_of(DataLoader(data, sampler=[1, 2])) is None
-    assert rows_of(batches()) is None
-    assert rows_of(None) is None
+    assert sample_rows(DataLoader(TensorDataset(torch.zeros(9, 2)), shuffle=True))[1] == range(9)  # type: ignore[index]
+    assert sample_rows(DataLoader(Once(batches()), batch_size=None)) is None
+    assert sample_rows(DataLoader(data, sampler=[1, 2])) is None
+    assert sample_rows(batches()) is None
+    assert sample_rows(None) is None
 
 
 def test_attributes_kept_reaches_what_it_promises() -> None:

@@ -1,4 +1,4 @@
-"""Whether a loss moves, from its level now and then: a comparison of two integers at every other update."""
+"""Whether a loss moves, from its level now and then; at any other update it compares two integers."""
 
 from __future__ import annotations
 
@@ -7,52 +7,59 @@ from statistics import median
 from typing import final
 
 from lightning_nanguard.detect.history import ReadingHistory
-from lightning_nanguard.diagnosis.clues import Course
+from lightning_nanguard.diagnosis.case import Course
+from lightning_nanguard.thresholds.diagnosis import ExaminationThresholds, PlateauThresholds
 
-# Levels that one stretch of patience is divided into.
-_PARTS = 8
-# Losses of which a level is the median: at the start, and later.
-_FEW = 8
-_MANY = 32
+_EXAMINATION = ExaminationThresholds()
+_PLATEAU = PlateauThresholds()
 
 
 @final
-class Progress:
-    """Looks at the level of the loss eight times in each stretch of ``patience`` updates.
+class LossProgress:
+    """Takes the level of the loss several times in each stretch of ``patience`` updates.
 
     Args:
         patience: Updates over which a loss has to move.
+        thresholds: How many levels there are, and of how many losses each is the median.
+        plateau: When a loss counts as not moving.
     """
 
-    def __init__(self, patience: int) -> None:
+    def __init__(
+        self,
+        patience: int,
+        thresholds: ExaminationThresholds = _EXAMINATION,
+        plateau: PlateauThresholds = _PLATEAU,
+    ) -> None:
         self._patience = patience
-        self._every = -(-patience // _PARTS)
-        self._levels: deque[float] = deque(maxlen=_PARTS + 1)
+        self._thresholds = thresholds
+        self._plateau = plateau
+        self._every = -(-patience // thresholds.levels)
+        self._levels: deque[float] = deque(maxlen=thresholds.levels + 1)
         self._best: float | None = None
         self._first: float | None = None
-        self._next = _FEW
+        self._next = thresholds.first_losses
         self._quiet_until = 0
         self._pause = patience
 
     @classmethod
-    def of(cls, history: ReadingHistory) -> Progress:
-        """The stretch of the newest losses alone."""
+    def of(cls, history: ReadingHistory, thresholds: ExaminationThresholds = _EXAMINATION) -> LossProgress:
+        """The stretch of the newest losses alone, where nobody took levels on the way."""
         losses = history.losses()
-        size = max(1, len(losses) // (_PARTS + 1))
-        made = cls(len(losses) or 1)
+        size = max(1, len(losses) // (thresholds.levels + 1))
+        made = cls(len(losses) or 1, thresholds)
         made._levels.extend(median(losses[start : start + size]) for start in range(0, len(losses), size))
         made._best = min(made._levels, default=None)
         made._first = history.first
         return made
 
     def due(self, updates: int) -> bool:
-        """Whether it is time to look again."""
+        """Whether it is time to take the next level."""
         return updates >= self._next
 
-    def see(self, updates: int, history: ReadingHistory) -> None:
+    def take_level(self, updates: int, history: ReadingHistory) -> None:
         """Take the level of now."""
         self._next = updates + self._every
-        losses = history.losses()[-_MANY:]
+        losses = history.losses()[-self._thresholds.level_losses :]
         if losses:
             level = median(losses)
             self._levels.append(level)
@@ -78,8 +85,9 @@ class Progress:
         )
 
     def stuck(self, updates: int, course: Course) -> bool:
-        """Whether the loss has not moved for as long as the patience lasts; said ever more rarely."""
-        if len(self._levels) <= _PARTS or updates < self._quiet_until or course.moves:
+        """Whether the loss has not moved for as long as the patience lasts; true ever more rarely."""
+        early = len(self._levels) <= self._thresholds.levels
+        if early or updates < self._quiet_until or course.moves(self._plateau):
             return False
         self._quiet_until = updates + self._pause
         self._pause *= 2

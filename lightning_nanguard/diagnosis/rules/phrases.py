@@ -1,44 +1,20 @@
-"""What several rules share: who is to blame, and how numbers and places are put into words."""
+"""How findings put numbers, samples and places into words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_nanguard.decide.blame import learner_did_it
-from lightning_nanguard.diagnosis.clues import Origin, Range
-from lightning_nanguard.thresholds.decision import BlameThresholds
-from lightning_nanguard.types import Evidence, Fault, Finding
-
-PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mul", "convolution", "linear", "square", "pow", "prod"})
-"""What multiplies gradients on their way back."""
+from lightning_nanguard.diagnosis.case import Origin, Range
+from lightning_nanguard.types import Finding
 
 
-def sudden(fault: Fault) -> bool:
-    return fault.scope == "batch"
-
-
-def learner_diverged(fault: Fault, evidence: Evidence) -> bool:
-    if fault.scope == "learner" and fault.kind != "loss_scale_collapse":
-        return True
-    if evidence.corrupt is not None:
-        return evidence.climbing or evidence.rate_rose
-    return worse(evidence) and (
-        learner_did_it(evidence, BlameThresholds()) or (evidence.growth > 4 and evidence.jump is None)
-    )
-
-
-def worse(evidence: Evidence) -> bool:
-    comparison = evidence.comparison
-    if comparison is None or comparison.then_finite is False:
-        return False  # of a batch that cannot be differentiated under good weights either, the loss says nothing
-    return comparison.worse(0.1 * evidence.loss_unit)
-
-
-def at(cause: str, confidence: float, origin: Origin, suggestion: str) -> Finding:
+def finding_at(cause: str, confidence: float, origin: Origin, suggestion: str) -> Finding:
+    """A finding about the operation that made the first non-finite value."""
     return Finding(cause, confidence, origin_evidence(origin), origin.place, origin.samples, suggestion)
 
 
 def origin_evidence(origin: Origin) -> dict[str, float | str]:
+    """The numbers of an operation."""
     numbers = {"lowest": origin.lowest, "highest": origin.highest}
     words: dict[str, float | str] = {
         "operation": origin.operation,
@@ -50,42 +26,53 @@ def origin_evidence(origin: Origin) -> dict[str, float | str]:
     return words | {name: value for name, value in numbers.items() if value is not None}
 
 
-def numbers_of(found: Range) -> dict[str, float | str]:
+def range_evidence(found: Range) -> dict[str, float | str]:
+    """The numbers of a tensor of the batch."""
     return {"lowest": found.lowest, "highest": found.highest, "mean": found.mean, "std": found.std}
 
 
-def outliers(cause: str, found: Range, cure: str) -> Finding:
+def outlier_finding(cause: str, confidence: float, found: Range, remedy: str) -> Finding:
+    """A finding about samples that are far larger than the others."""
     largest = max(abs(found.lowest), abs(found.highest))
     return Finding(
         cause,
-        0.8,
-        evidence=numbers_of(found),
+        confidence,
+        evidence=range_evidence(found),
         place=f"field {found.field} of the batch",
         samples=found.outliers,
         suggestion=(
             f"field {found.field} reaches {largest:.4g} in {listed('sample', found.outliers)} of this batch, where "
-            f"a sample usually stays within {found.usual:.4g}. {cure}"
+            f"a sample usually stays within {found.usual:.4g}. {remedy}"
         ),
     )
 
 
-def span(target: Range | None, origin: Origin) -> str:
+def target_span(target: Range | None, origin: Origin) -> str:
+    """From where to where the targets run."""
     if target is not None:
         return f"targets run from {target.lowest:.4g} to {target.highest:.4g}"
     return f"what the target gives runs from {origin.lowest} to {origin.highest}"
 
 
-def least(origin: Origin) -> str:
+def smallest_operand(origin: Origin) -> str:
+    """The smallest number that an operation was given."""
     if origin.lowest is not None and origin.lowest < 0:
         return f"{origin.lowest:.4g}"
     return "zero" if not origin.smallest else f"{origin.smallest:.4g}"
 
 
-def of(samples: Sequence[int]) -> str:
+def of_samples(samples: Sequence[int]) -> str:
+    """`` of samples 3 and 17``; empty without samples."""
     return f" of {listed('sample', samples)}" if samples else ""
 
 
 def listed(noun: str, numbers: Sequence[int], at_most: int = 8) -> str:
+    """``samples 3, 17 and 20``; empty without numbers.
+
+    Example:
+        >>> listed("sample", (3, 17))
+        'samples 3 and 17'
+    """
     if not numbers:
         return ""
     if len(numbers) == 1:

@@ -4,43 +4,47 @@ from __future__ import annotations
 
 import math
 
-from lightning_nanguard.decide.blame import learner_did_it
-from lightning_nanguard.diagnosis.clues import NO_FAULT, Case
-from lightning_nanguard.diagnosis.rules.model import exploding_at_the_start
-from lightning_nanguard.diagnosis.rules.words import PRODUCTS, learner_diverged, worse
-from lightning_nanguard.thresholds.decision import BlameThresholds
+from lightning_nanguard.diagnosis.case import NO_FAULT, Case
+from lightning_nanguard.diagnosis.rules.layers import exploding_initial_gradient
+from lightning_nanguard.diagnosis.rules.signs import (
+    PRODUCTS,
+    fell_back,
+    gradient_not_finite,
+    in_gradient,
+    learner_diverged,
+    learner_explains_it,
+    worse_than_before,
+)
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds, LearnerThresholds
 from lightning_nanguard.types import Finding
 
-# How many times as steep as usual the steepest direction is where the loss counts as ill-conditioned.
-_UNEVEN = 100.0
 
-# A rate this many times as high as the loss allows is to blame for whatever comes after.
-_FAR_ABOVE = 4.0
-
-
-def corrupted_state(case: Case) -> Finding | None:
+def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """Weights, buffers or moments went bad though no batch was: the fault is gone on good state."""
-    fault, evidence, change = case.fault, case.evidence, case.clues.change
+    fault, evidence, change, known = case.fault, case.evidence, case.clues.change, thresholds.confidence
     if evidence.undo or evidence.climbing or evidence.rate_rose:
         return None
-    if fault.kind == "implausible_state":
+    if fault.rate_may_cause:
         # Running statistics also jump where a batch far out of range passes a normalisation.
-        return _corrupted(0.7, fault.place, "became far larger than it was")
+        return _corrupted(known.state_implausible, fault.place, "became far larger than it was")
     if evidence.corrupt is not None:
-        return None if fault.scope == "learner" else _corrupted(0.97, evidence.corrupt, "is no longer finite")
-    if change is not None and case.clues.good_finite is not False and not _bad_there_too(case):
+        if fault.scope == "learner":
+            return None
+        return _corrupted(known.state_non_finite, evidence.corrupt, "is no longer finite")
+    if change is not None and case.clues.good_finite is not False and not _bad_there_too(case, thresholds.learner):
         moved = (
             f"went from {change.before:.4g} to {change.now:.4g}, where its elements moved by {change.usual:.2g} at most"
         )
-        return _corrupted(0.95, change.name, moved, before=change.before, now=change.now, usual=change.usual)
-    if evidence.jump is None or fault.scope == "learner" or learner_did_it(evidence, BlameThresholds()):
+        numbers = {"before": change.before, "now": change.now, "usual": change.usual}
+        return _corrupted(known.state_element, change.name, moved, **numbers)
+    if evidence.jump is None or fault.scope == "learner" or learner_explains_it(evidence):
         return None
-    return _corrupted(0.9, evidence.jump, "grew ten thousandfold within a few updates")
+    return _corrupted(known.state_jump, evidence.jump, "grew ten thousandfold within a few updates")
 
 
-def _bad_there_too(case: Case) -> bool:
-    loss, usual = case.clues.good_loss, case.evidence.loss_unit
-    return loss is not None and loss > case.evidence.first + 10 * usual
+def _bad_there_too(case: Case, limits: LearnerThresholds) -> bool:
+    loss, unit = case.clues.good_loss, case.evidence.loss_unit
+    return loss is not None and loss > case.evidence.first + limits.bad_loss_units * unit
 
 
 def _corrupted(confidence: float, name: str, what: str, **numbers: float) -> Finding:
@@ -56,33 +60,32 @@ def _corrupted(confidence: float, name: str, what: str, **numbers: float) -> Fin
     )
 
 
-def exploding_gradient(case: Case) -> Finding | None:
+def exploding_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """A finite loss whose gradient is far too large, or overflows in a product."""
-    fault, evidence, clues = case.fault, case.evidence, case.clues
+    fault, usual, clues, limits = case.fault, case.evidence.usual_norm, case.clues, thresholds.learner
     if fault is NO_FAULT:
-        return exploding_at_the_start(case)
-    if fault.kind not in ("gradient_spike", "gradient_overflow", "non_finite_gradient"):
+        return exploding_initial_gradient(case, thresholds)
+    if not in_gradient(fault):
         return None
     finite = [(name, norm) for name, norm in clues.norms if math.isfinite(norm)]
     origin = clues.origin
-    if fault.kind == "non_finite_gradient":
+    if gradient_not_finite(fault):
         if origin is None or not origin.backward or origin.operation not in PRODUCTS:
             return None
-        confidence, place = 0.75, origin.place
+        confidence, place = thresholds.confidence.gradient_product, origin.place
     else:
         # A gradient that is small when the batch is run again was none of the batch's.
-        usual = evidence.usual_norm
-        if clues.norm is not None and usual is not None and clues.norm < 10 * usual:
+        if clues.norm is not None and usual is not None and clues.norm < limits.spike_factor * usual:
             return None
-        confidence = 0.7
+        confidence = thresholds.confidence.gradient_large
         place = max(finite, key=lambda item: item[1], default=(fault.place, 0.0))[0]
     numbers = {"gradient_norm": fault.value if fault.value is not None else math.inf}
-    history = "" if evidence.usual_norm is None else f", usually {evidence.usual_norm:.4g}"
+    history = "" if usual is None else f", usually {usual:.4g}"
     layers = ""
     if len(finite) > 1 and finite[-1][1] > 0:
         ratio = numbers["first_over_last_layer"] = finite[0][1] / finite[-1][1]
         layers = f"; that of {finite[0][0]} is {ratio:.3g} times that of {finite[-1][0]}"
-    clip = 1.0 if evidence.usual_norm is None else 2 * evidence.usual_norm
+    clip = 1.0 if usual is None else limits.clip_factor * usual
     return Finding(
         "exploding_gradient",
         confidence,
@@ -95,42 +98,17 @@ def exploding_gradient(case: Case) -> Finding | None:
     )
 
 
-def learning_rate_too_high(case: Case) -> Finding | None:
+def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """The updates themselves made the loss worse."""
-    fault, evidence, curvature = case.fault, case.evidence, case.curvature
-    rate, limit = _rate(case), None if curvature is None else curvature.largest_rate
-    above = rate is not None and limit is not None and rate > limit
-    if fault.kind == "exploding_loss":
-        confidence = 0.9 if worse(evidence) else 0.7 if evidence.growth > 4 or evidence.climbing else 0.0
-    elif fault.kind == "collapsed":
-        confidence = 0.7 if worse(evidence) or evidence.growth > 4 or evidence.climbing else 0.0
-    elif fault.kind in ("stuck_loss", "overshoot"):
-        confidence = 0.8
-    elif learner_diverged(fault, evidence):
-        confidence = 0.9
-    else:
-        blameless = evidence.corrupt is None and evidence.jump is None and case.clues.change is None
-        confidence = 0.6 if worse(evidence) and blameless else 0.0
-    if confidence == 0.0 or _operation_explains_it(case, rate, limit):
+    fault, limits = case.fault, thresholds.learner
+    rate, limit = _rate(case), None if case.curvature is None else case.curvature.largest_rate
+    confidence = _rate_confidence(case, thresholds)
+    if confidence == 0.0 or _operation_explains_it(case, rate, limit, limits):
         return None
-    if above and confidence >= 0.7 and fault.kind != "collapsed":
-        confidence = max(confidence, 0.91)  # a single steep batch is above it, too
-    numbers: dict[str, float | str] = {"weights_grew": evidence.growth}
-    parts = []
-    if rate is not None:
-        numbers["lr"] = rate
-        parts.append(f"learning rate {rate:.4g}")
-    if curvature is not None and limit is not None:
-        numbers |= {"slope": curvature.slope, "bend": curvature.bend, "largest_rate": limit}
-        parts.append(f"along {curvature.along} the loss of this batch stops falling above {limit:.2g}")
-    comparison = evidence.comparison
-    if comparison is not None and worse(evidence):
-        numbers |= {"loss_now": comparison.now, "loss_before": comparison.then}
-        parts.append(
-            f"the loss of this batch is {comparison.now:.4g}, under the last good weights {comparison.then:.4g}"
-        )
-    if evidence.growth > 2:
-        parts.append(f"a weight matrix grew to {evidence.growth:.3g} times its norm")
+    above = rate is not None and limit is not None and rate > limit
+    if above and confidence >= limits.rate_likely and not fell_back(fault):
+        confidence = max(confidence, thresholds.confidence.rate_above_limit)
+    numbers, parts = _rate_evidence(case, limits)
     return Finding(
         "learning_rate_too_high",
         confidence,
@@ -140,43 +118,79 @@ def learning_rate_too_high(case: Case) -> Finding | None:
     )
 
 
-def _operation_explains_it(case: Case, rate: float | None, limit: float | None) -> bool:
+def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
+    """How sure it is that the rate is to blame, by what confirms a suspicion of this kind; 0 where it is not."""
+    fault, evidence, limits, known = case.fault, case.evidence, thresholds.learner, thresholds.confidence
+    worse = worse_than_before(evidence, limits)
+    signs = evidence.growth > limits.grown or evidence.climbing
+    if fell_back(fault):
+        return known.rate_fell_back if worse or signs else 0.0
+    if fault.scope == "learner" and not fault.certain:
+        if fault.proof == "comparison":
+            return known.rate_exploded if worse else known.rate_exploded_signs if signs else 0.0
+        if fault.proof in ("trial", "growth"):
+            return known.rate_trial
+    if learner_diverged(fault, evidence, limits):
+        return known.rate_diverged
+    blameless = evidence.corrupt is None and evidence.jump is None and case.clues.change is None
+    return known.rate_worse if worse and blameless else 0.0
+
+
+def _rate_evidence(case: Case, limits: LearnerThresholds) -> tuple[dict[str, float | str], list[str]]:
+    """What speaks against the rate, in numbers and in words."""
+    evidence, curvature, rate = case.evidence, case.curvature, _rate(case)
+    limit = None if curvature is None else curvature.largest_rate
+    numbers: dict[str, float | str] = {"weights_grew": evidence.growth}
+    parts = []
+    if rate is not None:
+        numbers["lr"] = rate
+        parts.append(f"learning rate {rate:.4g}")
+    if curvature is not None and limit is not None:
+        numbers |= {"slope": curvature.slope, "bend": curvature.bend, "largest_rate": limit}
+        parts.append(f"along {curvature.along} the loss of this batch stops falling above {limit:.2g}")
+    comparison = evidence.comparison
+    if comparison is not None and worse_than_before(evidence, limits):
+        numbers |= {"loss_now": comparison.now, "loss_before": comparison.then}
+        parts.append(
+            f"the loss of this batch is {comparison.now:.4g}, under the last good weights {comparison.then:.4g}"
+        )
+    if evidence.growth > limits.grown_told:
+        parts.append(f"a weight matrix grew to {evidence.growth:.3g} times its norm")
+    return numbers, parts
+
+
+def _operation_explains_it(case: Case, rate: float | None, limit: float | None, limits: LearnerThresholds) -> bool:
     """Whether a good model was given to an operation that does not hold it, and not a ruined one.
 
-    A rate that is far too high lays waste to any model, and in the end its exponential overflows, too.
+    A rate that is far too high ruins any model, and in the end its exponential overflows, too.
     """
     fault, evidence, clues = case.fault, case.evidence, case.clues
     # A finite loss that cannot be differentiated is an operation's doing, also where it was not looked for again.
-    unseen = not clues.replayed and fault.kind == "non_finite_gradient"
+    unseen = not clues.replayed and gradient_not_finite(fault)
     operation = unseen if clues.origin is None else clues.origin.operation not in PRODUCTS
-    ruined = (
-        evidence.climbing
-        or evidence.rate_rose
-        or evidence.excursion
-        or evidence.growth > BlameThresholds().grown
-        or bool(evidence.jump)
-    )
+    signs = evidence.climbing or evidence.rate_rose or evidence.excursion
+    ruined = signs or evidence.growth > limits.ruined or bool(evidence.jump)
     now = evidence.comparison.now if evidence.comparison is not None else math.nan
     # One that is not finite is the operation's own, and says nothing of the model.
-    untrained = math.isfinite(now) and now > evidence.first + 0.1 * evidence.loss_unit
+    untrained = math.isfinite(now) and now > evidence.first + limits.untrained_units * evidence.loss_unit
     # Good runs stay about the largest rate; far above it nothing is learned.
-    above = rate is not None and limit is not None and rate > _FAR_ABOVE * limit
+    above = rate is not None and limit is not None and rate > limits.rate_far_above * limit
     return operation and not (ruined or untrained or above)
 
 
-def ill_conditioned(case: Case) -> Finding | None:
+def ill_conditioned(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """Diverging though the rate looks low: one direction is far steeper than the others, which hardly move."""
-    rate, curvature = _rate(case), case.curvature
+    limits, rate, curvature = thresholds.learner, _rate(case), case.curvature
     if curvature is None or rate is None or curvature.steepest is None or curvature.typical is None:
         return None
-    diverged = worse(case.evidence) or learner_diverged(case.fault, case.evidence)
-    if not diverged or _operation_explains_it(case, rate, curvature.largest_rate):
+    diverged = worse_than_before(case.evidence, limits) or learner_diverged(case.fault, case.evidence, limits)
+    if not diverged or _operation_explains_it(case, rate, curvature.largest_rate, limits):
         return None
-    if rate * curvature.steepest < 2 or curvature.steepest < _UNEVEN * curvature.typical:
+    if rate * curvature.steepest < 2 or curvature.steepest < limits.uneven_curvature * curvature.typical:
         return None
     return Finding(
         "ill_conditioned",
-        0.915,
+        thresholds.confidence.ill_conditioned,
         evidence={
             "lr": rate,
             "steepest": curvature.steepest,
@@ -193,9 +207,10 @@ def ill_conditioned(case: Case) -> Finding | None:
     )
 
 
-def collapsed(case: Case) -> Finding | None:
+def collapsed(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """Having learned, the loss is back at the untrained model's."""
     fault, evidence = case.fault, case.evidence
+    # The words below are true of this kind alone.
     if fault.kind != "collapsed":
         return None
     best = min((level for level in evidence.levels if level is not None), default=None)
@@ -206,7 +221,7 @@ def collapsed(case: Case) -> Finding | None:
         was = f", where it had come down to {best:.4g}"
     return Finding(
         "collapsed",
-        0.8,
+        thresholds.confidence.collapsed,
         evidence=numbers,
         place=fault.place,
         suggestion=(

@@ -13,13 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_nanguard.diagnosis.curvature import (
     Hessian,
-    bend,
-    direction,
+    curvature_along_update,
     dot,
-    extremes,
+    extreme_eigenvalues,
     largest_stable_rate,
     steepest,
     typical,
+    update_direction,
 )
 
 
@@ -138,7 +138,7 @@ def test_the_direction_is_that_of_the_next_update(make: Callable[[list[nn.Parame
         step().backward()
         optimizer.step()
     gradient = list(torch.autograd.grad(step(), parameters))
-    moved = direction(optimizer, gradient, parameters)
+    moved = update_direction(optimizer, gradient, parameters)
     assert moved is not None
     before = [parameter.detach().clone() for parameter in parameters]
     optimizer.zero_grad()
@@ -152,7 +152,7 @@ def test_the_direction_is_that_of_the_next_update(make: Callable[[list[nn.Parame
 def test_an_unknown_optimizer_has_no_direction() -> None:
     """Nothing is said about a rate whose updates are not known."""
     net = mlp()
-    assert bend(problem(net), optim.LBFGS(net.parameters()), dict(net.named_parameters())) is None
+    assert curvature_along_update(problem(net), optim.LBFGS(net.parameters()), dict(net.named_parameters())) is None
 
 
 def test_the_ends_of_the_spectrum_are_those_of_the_whole_hessian() -> None:
@@ -161,7 +161,7 @@ def test_the_ends_of_the_spectrum_are_those_of_the_whole_hessian() -> None:
     step, parameters = problem(net), list(net.parameters())
     values = torch.linalg.eigvalsh(exact(step, parameters))
     hessian = Hessian(step, parameters)
-    smallest, largest = extremes(hessian)
+    smallest, largest = extreme_eigenvalues(hessian)
     assert largest == pytest.approx(float(values[-1]), rel=0.05)
     assert smallest == pytest.approx(float(values[0]), rel=0.1)
     steep, top = steepest(hessian, 10)
@@ -175,7 +175,7 @@ def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     net = mlp()
     step, parameters = problem(net), list(net.parameters())
     with pytest.raises(ModuleNotFoundError, match=r"lightning-nanguard\[curvature\]"):
-        extremes(Hessian(step, parameters))
+        extreme_eigenvalues(Hessian(step, parameters))
     assert largest_stable_rate(step, parameters) is not None
 
 
@@ -192,5 +192,5 @@ def test_no_random_number_is_drawn() -> None:
     before = torch.get_rng_state()
     _, top = steepest(hessian)
     typical(hessian, top)
-    extremes(hessian)
+    extreme_eigenvalues(hessian)
     assert torch.equal(before, torch.get_rng_state())

@@ -1,4 +1,4 @@
-"""Following a forward pass operation by operation."""
+"""Follows a forward pass operation by operation, to find where the first non-finite value was made."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_nanguard.diagnosis.batch import indices
-from lightning_nanguard.diagnosis.clues import Origin
+from lightning_nanguard.diagnosis.batch import true_indices
+from lightning_nanguard.diagnosis.case import Origin
 from lightning_nanguard.measure.finite import all_finite
 from lightning_nanguard.measure.tensors import dense_values
 
-# Code that is not the user's.
 LIBRARIES = (
     "torch",
     "pytorch_lightning",
@@ -30,15 +29,18 @@ LIBRARIES = (
     "torchmetrics",
     "lightning_nanguard",
 )
-# What holds whatever was in memory before.
+"""Packages whose code is not the user's."""
+
+# What these make holds whatever was in memory before.
 _UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 _NONE: frozenset[str] = frozenset()
+# Index of the argument that an operation divides by.
 _DENOMINATOR = {"div": 1, "true_divide": 1, "divide": 1, "remainder": 1, "fmod": 1, "addcdiv": 2}
 
 
 @final
-class Modules:
-    """Which module is running; and later, which one a node of the graph comes from."""
+class RunningModules:
+    """Knows which module is running, and later, which one a node of the autograd graph comes from."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -46,7 +48,7 @@ class Modules:
         self._running: list[tuple[str, int]] = []
         self._spans: list[tuple[int, int, str]] = []
 
-    def __enter__(self) -> Modules:
+    def __enter__(self) -> RunningModules:
         for path, one in self._module.named_modules():
             if not isinstance(one, torch.jit.ScriptModule):
                 name = path.replace("_orig_mod.", "")  # torch.compile puts a level of its own between
@@ -66,10 +68,12 @@ class Modules:
             name, since = self._running.pop()
             self._spans.append((since, _sequence(), name))
 
-    def now(self) -> str:
+    def current(self) -> str:
+        """Path of the module that is running; empty for the one that is trained itself."""
         return self._running[-1][0] if self._running else ""
 
-    def of(self, node: Any) -> str:
+    def of_node(self, node: Any) -> str:
+        """Path of the module that made a node of the graph."""
         number = node._sequence_nr()
         # The inner ones leave first.
         return next((name for since, until, name in self._spans if since <= number < until), "")
@@ -80,14 +84,19 @@ def _sequence() -> int:
 
 
 @final
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows every operation: what it depends on, and where non-finite values come from.
+class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows every operation: what its result depends on, and where non-finite values come from.
 
     Both are kept by storage, so that views share them. Non-finite values that are put in on purpose (a mask of −inf)
     have no origin, and one that does not reach the loss is of no interest.
+
+    Args:
+        modules: Knows which module is running.
+        labels: What is known of tensors from the start, by :func:`storage_key`: ``"weights"``, ``"target"``.
+        size: Samples in the batch.
     """
 
-    def __init__(self, modules: Modules, labels: dict[int, frozenset[str]], size: int) -> None:
+    def __init__(self, modules: RunningModules, labels: dict[int, frozenset[str]], size: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._modules = modules
         self._labels = labels
@@ -95,7 +104,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._origins: dict[int, Origin] = {}
 
     def origin_of(self, tensor: Tensor) -> Origin | None:
-        return self._origins.get(key(tensor)) if not all_finite(tensor.detach()) else None
+        """Where a tensor's non-finite values were first made; ``None`` where it has none, or they have no origin."""
+        return self._origins.get(storage_key(tensor)) if not all_finite(tensor.detach()) else None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -103,27 +113,31 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         mutated = _mutates(func)
         before = non_finite(inputs) if mutated else None
         result = func(*args, **kwargs)
-        sources = {key(one) for one in inputs}
+        sources = {storage_key(one) for one in inputs}
         # What shares memory with what went in, and wrote nothing there, is a view, and known already.
-        made = [one for one in _tensors(result) if mutated or key(one) not in sources]
+        made = [one for one in _tensors(result) if mutated or storage_key(one) not in sources]
         known = [found for source in sources if (found := self._labels.get(source))]
         labels = known[0].union(*known[1:]) if known else _NONE
         for one in made:
-            self._labels[key(one)] = labels
-            if key(one) not in sources:
-                self._origins.pop(key(one), None)  # memory used before
+            self._labels[storage_key(one)] = labels
+            if storage_key(one) not in sources:
+                self._origins.pop(storage_key(one), None)  # memory used before
         bad = non_finite(made)
         if bad:
             bad_inputs = non_finite(inputs) if before is None else before
-            origin = next((self._origins[key(one)] for one in bad_inputs if key(one) in self._origins), None)
-            if origin is None and self._makes(func, args, kwargs, bad, bad_inputs, mutated):
-                origin = self._made_by(func, args, bad[0], labels)
+            origin = next(
+                (self._origins[storage_key(one)] for one in bad_inputs if storage_key(one) in self._origins), None
+            )
+            if origin is None and self._is_origin(func, args, kwargs, bad, bad_inputs, mutated):
+                origin = self._describe(func, args, bad[0], labels)
             if origin is not None:
-                self._origins.update((key(one), origin) for one in bad)
+                self._origins.update((storage_key(one), origin) for one in bad)
         return result
 
-    def _makes(self, func: Any, args: Any, kwargs: Any, bad: list[Tensor], before: list[Tensor], mutated: bool) -> bool:
-        if operation(func) in _UNINITIALISED:
+    def _is_origin(
+        self, func: Any, args: Any, kwargs: Any, bad: list[Tensor], before: list[Tensor], mutated: bool
+    ) -> bool:
+        if operation_name(func) in _UNINITIALISED:
             return False
         if any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in leaves((args, kwargs))):
             return False  # put in on purpose
@@ -132,21 +146,21 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Of −inf that was put in on purpose NaN can still be made, such as by the softmax of a row that is all masked.
         return not mutated and any(map(_has_nan, bad)) and not any(map(_has_nan, before))
 
-    def _made_by(self, func: Any, args: Any, bad: Tensor, labels: frozenset[str]) -> Origin:
-        name = operation(func)
+    def _describe(self, func: Any, args: Any, bad: Tensor, labels: frozenset[str]) -> Origin:
+        name = operation_name(func)
         index = _DENOMINATOR.get(name, 0)
         operand = args[index] if len(args) > index else None
-        lowest, highest, smallest, empty = extent(operand)
+        lowest, highest, smallest, empty = operand_range(operand)
         return Origin(
             operation=name,
-            module=self._modules.now(),
+            module=self._modules.current(),
             line=user_line(),
             dtype=str(bad.dtype).removeprefix("torch."),
-            samples=rows(bad, self._size),
+            samples=bad_samples(bad, self._size),
             lowest=lowest,
             highest=highest,
             smallest=smallest,
-            exponent=extent(args[1])[0] if name == "pow" and len(args) > 1 else None,
+            exponent=operand_range(args[1])[0] if name == "pow" and len(args) > 1 else None,
             from_weights="weights" in labels,
             from_target="target" in labels,
             empty=empty,
@@ -185,23 +199,25 @@ def leaves(value: Any) -> Iterator[Any]:
         yield from leaves(item)
 
 
-def key(tensor: Tensor) -> int:
+def storage_key(tensor: Tensor) -> int:
+    """A number that tensors share whose memory is the same."""
     if tensor.layout != torch.strided or is_lazy(tensor):
         return -id(tensor)
     return tensor.untyped_storage().data_ptr() or -id(tensor)
 
 
-def operation(func: Any) -> str:
+def operation_name(func: Any) -> str:
     """Name of an operation, without underscores at its ends."""
     return str(func._schema.name).split("::")[-1].strip("_")
 
 
 def non_finite(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors that hold NaN or Inf."""
     floating = (one for one in tensors if one.is_floating_point() or one.is_complex())
-    return [one for one in floating if not _sums(one) and not all_finite(one)]
+    return [one for one in floating if not _has_finite_sum(one) and not all_finite(one)]
 
 
-def _sums(tensor: Tensor) -> bool:
+def _has_finite_sum(tensor: Tensor) -> bool:
     """Whether the sum is finite, which proves every element finite; a cheap first look at a tensor of plain layout."""
     return tensor.layout == torch.strided and not tensor.is_complex() and math.isfinite(float(tensor.detach().sum()))
 
@@ -210,14 +226,16 @@ def _has_nan(tensor: Tensor) -> bool:
     return bool(torch.isnan(dense_values(tensor)).any())
 
 
-def rows(tensor: Tensor, size: int) -> tuple[int, ...]:
+def bad_samples(tensor: Tensor, size: int) -> tuple[int, ...]:
+    """Samples with a value that is not finite; empty where all have one, or they cannot be told."""
     if tensor.layout != torch.strided or tensor.dim() == 0 or len(tensor) != size:
         return ()
     bad = ~torch.isfinite(tensor.detach()).reshape(size, -1).all(1)
-    return () if bool(bad.all()) else indices(bad)
+    return () if bool(bad.all()) else true_indices(bad)
 
 
-def extent(operand: Any) -> tuple[float | None, float | None, float | None, bool]:
+def operand_range(operand: Any) -> tuple[float | None, float | None, float | None, bool]:
+    """Smallest and largest finite number, smallest magnitude, and whether there is nothing at all."""
     if isinstance(operand, (list, tuple)):
         operand = next((item for item in operand if isinstance(item, Tensor)), None)
     if isinstance(operand, (int, float)):

@@ -1,11 +1,14 @@
-"""What a replay saw, in plain numbers and words: standard library only."""
+"""What a rule is given: a :class:`Case`, in plain numbers and words, standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lightning_nanguard.thresholds.diagnosis import PlateauThresholds
 from lightning_nanguard.types import Evidence, Fault
+
+_PLATEAU = PlateauThresholds()
 
 Look = Literal["nothing", "batch", "replay"]
 """How much may be looked at: only the evidence, the batch at hand too, or the batch while it is run again."""
@@ -116,7 +119,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Clues:
-    """What looking at the batch and running it again showed.
+    """What the batch shows by itself, and what running it again showed.
 
     Attributes:
         bad_fields: What of the batch is not finite.
@@ -325,30 +328,29 @@ class Course:
     batch_size: int | None = None
     chance: float | None = None
 
-    @property
-    def moves(self) -> bool:
-        """Whether the loss has fallen by more than it moves from one part of the stretch to the next."""
-        return self.before - self.now > max(0.05 * max(abs(self.first), 1e-12), 2 * self.spread)
+    def moves(self, thresholds: PlateauThresholds = _PLATEAU) -> bool:
+        """Whether the loss has fallen, by more than it moves from one part of the stretch to the next."""
+        least = thresholds.moved * max(abs(self.first), 1e-12)
+        return self.before - self.now > max(least, thresholds.spreads * self.spread)
 
-    @property
-    def falls(self) -> bool:
-        """Whether the loss falls by a fiftieth of its own level, and clearly, be that little of the first loss."""
-        return self.before - self.now > max(0.02 * abs(self.before), 2 * self.spread)
+    def falls(self, thresholds: PlateauThresholds = _PLATEAU) -> bool:
+        """Whether the loss falls by a share of its own level, and clearly, be that little of the first loss."""
+        least = thresholds.fallen * abs(self.before)
+        return self.before - self.now > max(least, thresholds.spreads * self.spread)
 
-    @property
-    def rises(self) -> bool:
-        """Whether the loss has left its level upwards, by a quarter of the first loss: it is another, or diverges."""
-        return self.now - self.before > max(0.25 * abs(self.first), 2 * self.spread)
+    def rises(self, thresholds: PlateauThresholds = _PLATEAU) -> bool:
+        """Whether the loss has left its level upwards: it is another loss now, or it diverges."""
+        least = thresholds.risen * abs(self.first)
+        return self.now - self.before > max(least, thresholds.spreads * self.spread)
 
-    @property
-    def high(self) -> bool:
-        """Whether most of the untrained model's loss is still there, or the loss is at chance."""
-        untrained = self.now > self.first - 0.4 * max(abs(self.first), 1e-12)
-        return untrained or (self.chance is not None and self.now > 0.95 * self.chance)
+    def high(self, thresholds: PlateauThresholds = _PLATEAU) -> bool:
+        """Whether most of the untrained model's loss is still there, or the loss is at chance level."""
+        untrained = self.now > self.first - thresholds.learned * max(abs(self.first), 1e-12)
+        return untrained or (self.chance is not None and self.now > thresholds.near_chance * self.chance)
 
 
 NO_FAULT = Fault("no_fault", "state", "")
-"""Where nothing happened and the run, or the model, is looked at all the same."""
+"""The fault of a case in which nothing happened: the data, the model or the run is looked at all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,7 +358,7 @@ class Case:
     """All that a rule may look at; each part is empty or ``None`` where nobody looked.
 
     Attributes:
-        fault: What a detector found.
+        fault: What a detector found; :data:`NO_FAULT` before the first step and in an examination of the run.
         evidence: What the guard knows.
         clues: What the batch shows, and running it again.
         model: The model and its loss on one batch.

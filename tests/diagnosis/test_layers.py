@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_nanguard import Finding
-from lightning_nanguard.diagnosis.batch import look_at
-from lightning_nanguard.diagnosis.clues import Case, GradientCheck, Layer, Model, Objective
-from lightning_nanguard.diagnosis.layers import examine
+from lightning_nanguard.diagnosis.batch import batch_clues
+from lightning_nanguard.diagnosis.case import Case
+from lightning_nanguard.diagnosis.layers import measure_layers
 from lightning_nanguard.diagnosis.rules import findings
 from tests.helpers import differences, mlp
 
@@ -202,8 +202,8 @@ def times_itself(difference: Tensor) -> Tensor:
 def found(model: nn.Module, loss: Loss, scale: float = 1.0, seed: int = 0) -> tuple[Finding, ...]:
     x, y = torch.randn(40, 20), torch.randint(0, CLASSES, (40,))
     x = x if scale == 1 else x.abs() * scale
-    seen = examine(model, lambda: loss(model, x, y), [y])
-    return findings(Case(model=seen, clues=look_at((x, y), model)))
+    seen = measure_layers(model, lambda: loss(model, x, y), [y])
+    return findings(Case(model=seen, clues=batch_clues((x, y), model)))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -235,7 +235,7 @@ def test_layers_are_told_in_the_order_they_run() -> None:
     """Weights and activations in order, with their scales and gradients."""
     model = mlp(norm=True)
     x = torch.randn(16, 6)
-    seen = examine(model, lambda: model(x).square().mean())
+    seen = measure_layers(model, lambda: model(x).square().mean())
     assert seen is not None
     assert [(one.path, one.kind) for one in seen.layers] == [("0", "Linear"), ("2", "Tanh"), ("3", "Linear")]
     first = seen.layers[0]
@@ -259,7 +259,7 @@ def test_looking_changes_nothing_of_the_model() -> None:
 def test_a_layer_that_runs_often_stands_there_once() -> None:
     """The steps of a recurrent net are told together, however many there are."""
     model = nn.GRU(4, 8, batch_first=True)
-    seen = examine(model, lambda: model(torch.randn(8, 50, 4))[0].mean())
+    seen = measure_layers(model, lambda: model(torch.randn(8, 50, 4))[0].mean())
     assert seen is not None
     assert len(seen.layers) < 8
 
@@ -268,38 +268,5 @@ def test_other_errors_are_the_callers() -> None:
     """Only a target that is none of the classes is told instead of raised."""
     model = net(30)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        examine(model, lambda: model(torch.randn(3, 7)).mean())
-    assert examine(model, lambda: None) is None
-
-
-def layer(path: str, gradient: float, **more: float) -> Layer:
-    return Layer(path, "Linear", inputs=1.0, outputs=1.0, gradient=gradient, weight=1.0, **more)
-
-
-ROWS: list[tuple[str | None, Model]] = [
-    (None, Model()),
-    (None, Model(layers=(layer("a", 1.0), layer("b", 1.0), layer("c", 1.0)))),
-    ("exploding_gradient", Model(layers=(layer("a", 1e6), layer("b", 1e3), layer("c", 1.0)))),
-    (None, Model(layers=(layer("a", 1e6), layer("b", 1e3), layer("c", 1.0)), updates=5)),
-    (None, Model(layers=(layer("a", 1e6), layer("b", 1.0)))),
-    ("vanishing_gradient", Model(layers=(layer("a", 1e-9), layer("b", 1e-4), layer("c", 1.0)), updates=500)),
-    (None, Model(layers=(layer("a", 0.0), layer("b", 0.0), layer("c", 0.0)))),
-    ("wrong_gradient", Model(checks=(GradientCheck("Mine", 0.5, 1.0, 2.0, custom=True),))),
-    (None, Model(checks=(GradientCheck("Mine", 1e-6, 1.0, 1.0, custom=True),))),
-    (None, Model(objective=Objective("cross_entropy", classes=10, value=6.0, chance=2.3))),
-    ("unbalanced_initialisation", Model(objective=Objective("cross_entropy", classes=10, value=41.2, chance=2.3))),
-    (None, Model(objective=Objective("cross_entropy", classes=10, value=41.2, chance=2.3), updates=9)),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("cause", "model"), ROWS)
-def test_rules_over_numbers(cause: str | None, model: Model) -> None:
-    """The surest cause of what is known."""
-    assert next((finding.cause for finding in findings(Case(model=model))), None) == cause
-
-
-def test_suggestions_have_numbers() -> None:
-    """The first loss and the chance level are told."""
-    objective = Objective("cross_entropy", classes=10, value=41.2, chance=2.3026)
-    (finding,) = findings(Case(model=Model(objective=objective)))
-    assert "first loss 41.2, chance level for 10 classes is 2.3" in finding.suggestion
+        measure_layers(model, lambda: model(torch.randn(3, 7)).mean())
+    assert measure_layers(model, lambda: None) is None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,7 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.detect.history import ReadingHistory
-from lightning_nanguard.diagnosis.clues import Case, Course, Curvature, Layer, Model
-from lightning_nanguard.diagnosis.progress import Progress
-from lightning_nanguard.diagnosis.rules import RULES, findings
 from lightning_nanguard.record.files import read_advice
-from lightning_nanguard.types import Reading
 from tests.helpers import Batch, Task, batches, copied, data_for, differences, fit, state_of, task
 
 STEPS = 110
@@ -183,91 +176,3 @@ def test_without_scipy_it_is_said_once(tmp_path: Path, monkeypatch: Any, caplog:
     fit(deep(), batches(count=STEPS), guard, folder=tmp_path)
     assert guard.advice[0].finding.cause == "vanishing_gradient"
     assert caplog.text.count("lightning-nanguard[curvature]") == 1
-
-
-# ---------------------------------------------------------------------------------------------------- rules
-
-FLAT = Course(updates=100, first=2.3, before=2.3, now=2.29, spread=0.02, best=2.2, norm=1.0, lr=0.5, batch_size=32)
-FALLING = replace(FLAT, before=2.0, now=1.5)
-NOISY = replace(FLAT, updates=256, noise=8.0, batches=64, clear=9.0)
-LOW = replace(FLAT, before=0.5, now=0.5)
-NOTHING = Curvature(slope=1e-8, bend=1e-8, smallest=0.1, largest=1.0)
-LAYERS = tuple(Layer(f"net.{i}", "Linear", weight=1.0, update=1e-3) for i in range(4))
-
-RULE_ROWS: list[tuple[str | None, Case]] = [
-    (None, Case(course=FLAT)),
-    (None, Case(course=FLAT, curvature=replace(NOTHING, slope=1.0))),
-    (None, Case(course=FLAT, curvature=Curvature(slope=1e-8, bend=1e-8))),
-    ("oscillation", Case(course=replace(FLAT, opposed=-0.8))),
-    (None, Case(course=replace(FALLING, opposed=-0.8))),
-    (None, Case(course=replace(FLAT, before=1.0, now=3.2, opposed=-0.8))),
-    # What has learned most swings about its valley, and where batches disagree each of them points back.
-    (None, Case(course=replace(LOW, spread=0.005, opposed=-0.8, noise=0.5))),
-    (None, Case(course=replace(FLAT, opposed=-0.8, noise=2.5))),
-    ("oscillation", Case(course=replace(FLAT, opposed=-0.8, noise=0.5))),
-    (None, Case(course=replace(FLAT, opposed=0.5))),
-    ("saddle_point", Case(course=FLAT, curvature=replace(NOTHING, smallest=-0.5))),
-    (None, Case(course=FALLING, curvature=replace(NOTHING, smallest=-0.5))),
-    (None, Case(course=LOW, curvature=replace(NOTHING, smallest=-0.5))),
-    ("local_minimum", Case(course=FLAT, curvature=NOTHING)),
-    ("local_minimum", Case(course=FLAT, curvature=replace(NOTHING, smallest=-1e-4))),
-    (None, Case(course=FLAT, curvature=replace(NOTHING, smallest=-0.03))),
-    (None, Case(course=LOW, curvature=NOTHING)),
-    ("local_minimum", Case(course=replace(LOW, chance=0.5), curvature=NOTHING)),
-    (None, Case(course=FLAT, curvature=replace(NOTHING, smallest=0.0, largest=0.0))),
-    (
-        "layer_update_abnormal",
-        Case(course=FLAT, model=Model((*LAYERS, replace(LAYERS[0], path="net.9", update=0.5)), updates=100)),
-    ),
-    (None, Case(course=FLAT, model=Model(LAYERS, updates=100))),
-    ("batch_size", Case(course=replace(NOISY, batch_size=2))),
-    (None, Case(course=replace(NOISY, batch_size=2, batches=8))),
-    (None, Case(course=replace(NOISY, batch_size=2, clear=1.0))),
-    (None, Case(course=replace(NOISY, batch_size=2, updates=64))),
-    (None, Case(course=replace(FLAT, batch_size=1), curvature=replace(NOTHING, smallest=-0.5))),
-    (None, Case(course=replace(NOISY, batch_size=64))),
-    (None, Case(course=replace(NOISY, batch_size=2, noise=1.0))),
-    (None, Case(course=replace(NOISY, batch_size=2, before=2.0, now=1.5))),
-]
-
-
-@pytest.mark.parametrize(("cause", "case"), RULE_ROWS)
-def test_rules(cause: str | None, case: Case) -> None:
-    """The surest cause above low confidence."""
-    said = [finding.cause for finding in findings(case) if finding.confidence > 0.5]
-    assert said[:1] == ([] if cause is None else [cause])
-
-
-def test_every_rule_has_a_row() -> None:
-    """A rule is called as the cause it finds."""
-    names = {rule.__name__ for rule in RULES if rule.__module__.endswith(".course")}
-    assert {cause for cause, _ in RULE_ROWS} - {None} == names
-
-
-def read(losses: list[float], patience: int) -> list[int]:
-    """Updates after which a run of these losses is examined."""
-    trend, progress, found = ReadingHistory(), Progress(patience), []
-    for step, loss in enumerate(losses, 1):
-        trend.accept(Reading(step, 0, loss, 1.0))
-        if progress.due(step):
-            progress.see(step, trend)
-            course = progress.course(step, trend)
-            if course is not None and progress.stuck(step, course):
-                found.append(step)
-    return found
-
-
-def test_patience_grows() -> None:
-    """A loss that stands still is examined once the patience is over, and then ever more rarely."""
-    found = read([1.0] * 1000, 100)
-    assert 100 <= found[0] <= 120
-    assert len(found) == 4
-    gaps = [later - earlier for earlier, later in pairwise(found)]
-    assert gaps == sorted(gaps)
-
-
-def test_a_falling_loss_is_not_examined() -> None:
-    """However slowly, as long as it falls by more than it moves otherwise."""
-    generator = torch.Generator().manual_seed(0)
-    noise = (0.02 * torch.randn(1000, generator=generator)).tolist()
-    assert read([3.0 - 0.002 * i + noise[i] for i in range(1000)], 200) == []

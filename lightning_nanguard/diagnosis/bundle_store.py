@@ -1,0 +1,76 @@
+"""Keeps a bounded number of incidents of a run, each in a folder of its own."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import final
+
+from lightning_nanguard.diagnosis.bundle import Bundle, safetensors, write
+from lightning_nanguard.thresholds.diagnosis import BundleThresholds
+from lightning_nanguard.types import Fault, Finding
+
+_logger = logging.getLogger("lightning_nanguard")
+
+_BUNDLES = BundleThresholds()
+
+
+@final
+class BundleStore:
+    """Writes incidents into folders of their own, a bounded number of them. An error while writing ends no run.
+
+    Args:
+        folder: Where the folders go.
+        thresholds: How many are kept.
+
+    Raises:
+        ModuleNotFoundError: When safetensors is not installed.
+    """
+
+    def __init__(self, folder: Path, thresholds: BundleThresholds = _BUNDLES) -> None:
+        safetensors()
+        self.folder = folder
+        self._thresholds = thresholds
+        self._kept: Counter[tuple[str, str]] = Counter()
+
+    def due(self, fault: Fault, finding: Finding | None) -> bool:
+        """Whether another incident of this kind is kept."""
+        limits, same = self._thresholds, self._kept[_kind(fault, finding)]
+        return same < limits.max_per_kind and self._kept.total() < limits.max_bundles
+
+    def keep(self, bundle: Bundle, global_step: int) -> Path | None:
+        """Write an incident; its folder, ``None`` where it could not be written."""
+        self._kept[_kind(bundle.fault, bundle.finding)] += 1
+        path = _unused(self.folder / f"step_{global_step:07d}_{bundle.fault.kind}")
+        partial = path.with_name(f".{path.name}")  # until it is whole
+        try:
+            partial.mkdir(parents=True)
+            write(bundle, partial)
+            partial.rename(path)
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            _logger.warning(
+                "NaNGuard: the incident of step %d could not be kept in %s: %s: %s. Training goes on.",
+                global_step,
+                self.folder,
+                type(error).__name__,
+                error,
+            )
+            return None
+        _logger.warning("NaNGuard: the batch and the state before the step are in %s: nanguard replay %s", path, path)
+        return path
+
+
+def _kind(fault: Fault, finding: Finding | None) -> tuple[str, str]:
+    return fault.kind, "" if finding is None else finding.cause
+
+
+def _unused(path: Path) -> Path:
+    number = 2
+    unused = path
+    while unused.exists():
+        unused = path.with_name(f"{path.name}_{number}")
+        number += 1
+    return unused

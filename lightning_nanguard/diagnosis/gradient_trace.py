@@ -1,0 +1,118 @@
+"""Follows a backward pass node by node, to find where the first non-finite gradient was made."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nanguard.diagnosis.case import Origin
+from lightning_nanguard.diagnosis.operation_trace import (
+    LIBRARIES,
+    RunningModules,
+    bad_samples,
+    non_finite,
+    operand_range,
+)
+
+
+def gradients_by_name(loss: Tensor, module: nn.Module) -> dict[str, Tensor]:
+    """Every gradient there is, by the name of its parameter; ``.grad`` is left alone."""
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    found: Sequence[Tensor | None] = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: one for name, one in zip(named, found, strict=True) if one is not None}
+
+
+def origin_of_bad_gradient(loss: Tensor, module: nn.Module, modules: RunningModules, size: int) -> Origin | None:
+    """The first node that made a non-finite gradient out of finite ones.
+
+    Args:
+        loss: The loss, made inside :func:`tracebacks` where lines are to be known.
+        module: What is trained.
+        modules: Which module made which node.
+        size: Samples in the batch.
+    """
+    first: list[Origin] = []
+
+    def look(node: Any, made: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> None:
+        if first:
+            return
+        bad = non_finite([one for one in made if one is not None])
+        if bad and not non_finite([one for one in given if one is not None]):
+            first.append(_node_origin(node, bad[0], modules.of_node(node), size))
+
+    for node in autograd_nodes(loss.grad_fn):
+        node.register_hook(partial(look, node))
+    gradients_by_name(loss, module)
+    return first[0] if first else None
+
+
+def autograd_nodes(*roots: Any) -> list[Any]:
+    """Every node that a backward pass from ``roots`` goes through, but the leaves."""
+    waiting = [root for root in roots if root is not None]
+    seen = set(waiting)
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node is not None and node not in seen and node.name() != "torch::autograd::AccumulateGrad":
+                seen.add(node)
+                waiting.append(node)
+    return list(seen)
+
+
+@contextmanager
+def tracebacks() -> Iterator[None]:
+    """Inside, every node of the graph knows the line that it comes from."""
+    # Anomaly detection without its check of NaN, and so without its warnings.
+    enabled, checks = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+    torch.autograd.set_detect_anomaly(True, check_nan=False)
+    try:
+        yield
+    finally:
+        torch.autograd.set_detect_anomaly(enabled, check_nan=checks)
+
+
+def _node_origin(node: Any, bad: Tensor, module: str, size: int) -> Origin:
+    name = re.sub(r"Backward\d*$", "", node.name().split("::")[-1])
+    lowest, highest, smallest, _ = operand_range(_saved_operand(node))
+    return Origin(
+        operation=re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower(),
+        module=module,
+        line=_user_line(node.metadata.get("traceback_", ())),
+        backward=True,
+        dtype=str(bad.dtype).removeprefix("torch."),
+        samples=bad_samples(bad, size),
+        lowest=lowest,
+        highest=highest,
+        smallest=smallest,
+        exponent=operand_range(getattr(node, "_saved_exponent", None))[0],
+    )
+
+
+def _saved_operand(node: Any) -> Any:
+    # What the derivative divides by or takes a power of, under the name autograd keeps it.
+    for name in ("_saved_other", "_saved_result", "_saved_self"):
+        try:
+            value = getattr(node, name, None)
+        except RuntimeError:  # freed already
+            continue
+        if isinstance(value, (Tensor, float, int)):
+            return value
+    return None
+
+
+def _user_line(traceback: Any) -> str:
+    libraries = [
+        os.path.dirname(path) + os.sep for name in LIBRARIES if (path := getattr(sys.modules.get(name), "__file__", ""))
+    ]
+    for text in reversed(traceback):
+        found = re.match(r'\s*File "(.+)", line (\d+)', text)
+        if found and not found[1].startswith(tuple(libraries)):
+            return f"{os.path.basename(found[1])}:{found[2]}"
+    return ""

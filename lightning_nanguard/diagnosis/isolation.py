@@ -1,0 +1,49 @@
+"""Running a batch again so that the module is afterwards as before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+Untraced = Callable[[], AbstractContextManager[None]]
+"""A context in which nothing that runs leaves a trace: random streams, metrics, logged values, attributes."""
+
+
+@contextmanager
+def isolated(module: nn.Module, untraced: Untraced) -> Iterator[None]:
+    """Run what is inside without a trace, on compiled modules as they are written, and put untrained state back.
+
+    Args:
+        module: What is trained.
+        untraced: What is run within is undone by the caller.
+    """
+    with untraced(), untrained_kept(module), uncompiled():
+        yield
+
+
+@contextmanager
+def untrained_kept(module: nn.Module) -> Iterator[None]:
+    """Put back what a ``training_step`` may move by itself: buffers, and parameters that are not trained."""
+    # Averages and target networks, that a training_step may move by itself. What is trained it does not touch.
+    live = [*module.buffers(), *(p for p in module.parameters() if not p.requires_grad)]
+    before = [(tensor, tensor.detach().clone()) for tensor in live]
+    named = [(owner, dict(owner._buffers)) for owner in module.modules() if owner._buffers]
+    try:
+        yield
+    finally:
+        for owner, buffers in named:
+            owner._buffers.update(buffers)
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Run compiled modules as they are written."""
+    # A compiled module shows no operations; torch before 2.6 cannot be told to leave its compiled code out.
+    stance = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if stance is None else stance("force_eager")

@@ -1,0 +1,37 @@
+"""The parameters and buffers of a module, taken out and put back by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Every dense parameter and buffer of a module, also those that are not persistent."""
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    ready = {
+        name: t for name, t in named.items() if not isinstance(t, (nn.UninitializedParameter, nn.UninitializedBuffer))
+    }
+    return {name: tensor.detach() for name, tensor in ready.items() if tensor.layout == torch.strided}
+
+
+def put_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put a state into a module that was built with the same arguments.
+
+    Raises:
+        ValueError: When the module is another one.
+    """
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    wrong = [name for name, value in state.items() if name not in own or own[name].shape != value.shape]
+    if wrong:
+        first = wrong[0]
+        shape = tuple(own[first].shape) if first in own else "missing"
+        raise ValueError(
+            f"The state does not fit {type(module).__name__}: {first} is {tuple(state[first].shape)} there and {shape} "
+            f"here ({len(wrong)} such). Give the module the arguments it was built with."
+        )
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)

@@ -1,0 +1,120 @@
+"""The rules of one guard: a user's own beside the built-in ones."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+from lightning_nanguard.diagnosis.case import Case
+from lightning_nanguard.diagnosis.rules import findings
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
+from lightning_nanguard.types import Finding
+
+_logger = logging.getLogger("lightning_nanguard")
+
+Rule = Callable[[Case], Finding | None]
+"""A rule of a user's own: a pure function of a case."""
+
+
+@final
+class RuleSet:
+    """Asks the built-in rules and a user's own for the causes of a case.
+
+    A rule of a user's own that raises, or that returns something else than a finding or ``None``, is logged once by
+    name and asked again in the next case.
+
+    Args:
+        own: The user's rules, see :func:`check_rules`. Of equally sure findings theirs come first.
+        thresholds: When a number is evidence for a cause; for the built-in rules.
+    """
+
+    def __init__(self, own: Sequence[Rule] = (), thresholds: DiagnosisThresholds = DEFAULT) -> None:
+        self._own = tuple(own)
+        self._thresholds = thresholds
+        self._logged: set[int] = set()
+
+    def findings(self, case: Case) -> tuple[Finding, ...]:
+        """Every finding, the surest first."""
+        own = [finding for index in range(len(self._own)) if (finding := self._ask(index, case)) is not None]
+        found = (*own, *findings(case, self._thresholds))
+        return tuple(sorted(found, key=lambda finding: -finding.confidence)) if own else found
+
+    def diagnose(self, case: Case) -> Finding | None:
+        """The surest finding, ``None`` where no rule has one."""
+        return next(iter(self.findings(case)), None)
+
+    def _ask(self, index: int, case: Case) -> Finding | None:
+        rule = self._own[index]
+        try:
+            found = rule(case)
+            wrong = None if found is None else _what_is_wrong(found)
+        except Exception as error:
+            wrong = f"raised {type(error).__name__}: {error}"
+            found = None
+        if wrong is None:
+            return found
+        if index not in self._logged:
+            self._logged.add(index)
+            _logger.error(
+                "NaNGuard: the diagnosis rule %s %s. A rule takes a Case and returns a Finding or None; its finding is "
+                "left out, the other rules are asked as before, and this is said once.",
+                rule_name(rule),
+                wrong,
+            )
+        return None
+
+
+def _what_is_wrong(found: object) -> str | None:
+    """What keeps a finding from being compared with others and recorded, ``None`` where nothing does."""
+    if not isinstance(found, Finding):
+        return f"returned {type(found).__name__} {found!r}"
+    confidence: Any = found.confidence
+    if not isinstance(confidence, (int, float)) or not 0 <= confidence <= 1:
+        return f"returned a finding with confidence={confidence!r}, expected a number from 0 to 1"
+    for name in ("cause", "place", "suggestion"):
+        if not isinstance(getattr(found, name), str):
+            return f"returned a finding with {name}={getattr(found, name)!r}, expected a string"
+    evidence: Mapping[Any, Any] = found.evidence
+    for key, value in evidence.items():
+        if not isinstance(key, str) or not isinstance(value, (int, float, str)):
+            return f"returned a finding with evidence[{key!r}] of {type(value).__name__}, expected a number or a string"
+    if not all(isinstance(sample, int) for sample in found.samples):
+        return f"returned a finding with samples={found.samples!r}, expected indices"
+    return None
+
+
+def rule_name(rule: Callable[..., Any]) -> str:
+    """What a rule is called in messages: the name of the function, or of the class of a callable object."""
+    named = rule if hasattr(rule, "__qualname__") else getattr(rule, "func", type(rule))
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def check_rules(rules: Sequence[Rule] | None) -> tuple[Rule, ...]:
+    """The rules as they were given to ``NaNGuard``.
+
+    Raises:
+        TypeError: When one is no rule, by name.
+    """
+    listed: Any = () if rules is None else rules
+    if isinstance(listed, (str, bytes)) or not isinstance(listed, Sequence):
+        raise TypeError(f"NaNGuard(rules={rules!r}): expected a list of functions that take a Case.")
+    for given in listed:
+        if isinstance(given, type):
+            raise TypeError(f"NaNGuard(rules=…): {given!r} is a class; write {given.__name__}().")
+        if not callable(given):
+            raise TypeError(f"NaNGuard(rules=…): {given!r} is not callable; a rule takes a Case and returns a Finding.")
+        if not _takes_a_case(given):
+            raise TypeError(f"NaNGuard(rules=…): {rule_name(given)} cannot be called with one argument, the Case.")
+    return tuple(listed)
+
+
+def _takes_a_case(rule: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(rule).bind(Case())
+    except TypeError:
+        return False
+    except ValueError:
+        return True  # written in C, without a signature that can be read
+    return True

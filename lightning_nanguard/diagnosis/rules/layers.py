@@ -1,0 +1,229 @@
+"""Causes that lie in the layers of a model, seen in one forward and backward pass."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+from lightning_nanguard.diagnosis.case import Case, Layer, Model
+from lightning_nanguard.diagnosis.rules.loss_function import above_chance, chance_level, first_loss
+from lightning_nanguard.diagnosis.rules.signs import inputs_are_large
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds, ModelThresholds
+from lightning_nanguard.types import Finding
+
+
+def saturated_activation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
+    """Bounded activations that sit at their ends, where they pass no gradient on."""
+    limits, known = thresholds.model, thresholds.confidence
+    worst = max(_layers_with(case, "saturated"), key=lambda layer: layer.saturated or 0.0, default=None)
+    if worst is None or worst.saturated is None or worst.saturated < limits.saturated_some:
+        return None
+    if worst.saturated > limits.saturated_most:
+        confidence = known.saturated_most
+    else:
+        confidence = known.saturated_half if worst.saturated > limits.saturated_half else known.saturated_some
+    given = _outputs_before(case.model, worst)
+    scale = f" It is given numbers of about ±{given:.3g}." if given is not None and given > 1 else ""
+    return Finding(
+        "saturated_activation",
+        confidence,
+        evidence={"share_at_the_ends": worst.saturated, "scale_before": given if given is not None else math.nan},
+        place=_named(worst),
+        suggestion=(
+            f"{worst.saturated:.0%} of the outputs of {_named(worst)} lie within 1 % of the ends, where the gradient "
+            f"is almost zero.{scale} Normalise the inputs, initialise smaller weights (xavier_uniform_), or use an "
+            "activation without an upper end, such as ReLU."
+        ),
+    )
+
+
+def dead_relu(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
+    """Rectified units that are zero for every sample, and get no gradient."""
+    limits, known = thresholds.model, thresholds.confidence
+    worst = max(_layers_with(case, "dead"), key=lambda layer: layer.dead or 0.0, default=None)
+    if worst is None or worst.dead is None or worst.dead < limits.dead_some:
+        return None
+    if worst.dead > limits.dead_all:
+        confidence = known.dead_all
+    else:
+        confidence = known.dead_most if worst.dead > limits.dead_most else known.dead_some
+    return Finding(
+        "dead_relu",
+        confidence,
+        evidence={"share_never_positive": worst.dead},
+        place=_named(worst),
+        suggestion=(
+            f"{worst.dead:.0%} of the units of {_named(worst)} are zero for every sample of this batch and learn "
+            "nothing. Lower the learning rate, start with biases of zero, normalise the inputs, or use LeakyReLU."
+        ),
+    )
+
+
+def vanishing_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
+    """The gradient falls layer by layer on its way back, so that the first layers stand still."""
+    limits, known = thresholds.model, thresholds.confidence
+    layers = _layers_with_gradient(case.model)
+    if len(layers) < limits.min_layers or _starts_at_zero(case.model):
+        return None
+    early, late = _end_gradients(layers)
+    if not 0.0 < late < math.inf or not _falls(layers, limits):
+        return None
+    ratio, still = early / late, _stand_still(layers, limits)
+    if ratio > (limits.vanished_while_still if still else limits.vanished):
+        return None
+    first, last = layers[0], layers[-1]
+    smallest = min(layer.outputs or 0.0 for layer in layers)
+    scale = f" Activations are as small as {smallest:.1e}." if smallest < limits.small_activation else ""
+    # Where units sit at their ends or are dead, that is why, and they have a finding of their own.
+    blocked = any((one.saturated or one.dead or 0.0) > limits.saturated_half for one in _layers_with(case, "kind"))
+    proven = ratio < limits.vanished_surely or still
+    return Finding(
+        "vanishing_gradient",
+        known.vanishing_blocked if blocked else known.vanishing_proven if proven else known.vanishing,
+        evidence={"first_layer": _gradient(first), "last_layer": _gradient(last), "first_over_last": ratio},
+        place=first.path,
+        suggestion=(
+            f"the gradient norm is {_gradient(last):.2g} in {last.path} and {_gradient(first):.2g} in {first.path}, "
+            f"{len(layers) - 1} layers before: the first layers learn nothing.{scale} Use ReLU or another activation "
+            "that does not saturate, Xavier or He initialisation, normalisation layers, or residual connections."
+        ),
+    )
+
+
+def exploding_initial_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
+    """The gradient of an untrained model grows layer by layer toward the input."""
+    limits = thresholds.model
+    layers = _layers_with_gradient(case.model)
+    if case.model is None or case.model.updates or len(layers) < limits.min_layers:
+        return None
+    early, late = _end_gradients(layers)
+    if not math.isfinite(early) or late == 0.0 or early / late < limits.exploded or not _falls(layers[::-1], limits):
+        return None
+    first, last = layers[0], layers[-1]
+    return Finding(
+        "exploding_gradient",
+        thresholds.confidence.gradient_initial,
+        evidence={"first_layer": _gradient(first), "last_layer": _gradient(last), "first_over_last": early / late},
+        place=first.path,
+        suggestion=(
+            f"the gradient norm grows from {_gradient(last):.2g} in {last.path} to {_gradient(first):.2g} in "
+            f"{first.path}. Initialise smaller weights, add normalisation layers, and clip gradients: "
+            "Trainer(gradient_clip_val=1.0)."
+        ),
+    )
+
+
+def unbalanced_initialisation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
+    """An untrained model whose layers differ wildly in scale, or whose first loss is far above that of chance."""
+    model, limits, known = case.model, thresholds.model, thresholds.confidence
+    if model is None or model.updates:
+        return None
+    layers = [layer for layer in model.layers if layer.weight and layer.outputs]
+    steep = max(layers, key=_gain, default=None)
+    largest = max(layers, key=lambda layer: layer.outputs or 0.0, default=None)
+    smallest = min(layers, key=lambda layer: layer.outputs or math.inf, default=None)
+    above = above_chance(model, limits)
+    too_steep = steep is not None and _gain(steep) > limits.max_gain
+    ratio = _ratio(largest, smallest)
+    apart = ratio >= limits.scales_apart
+    bad = model.loss is not None and not math.isfinite(model.loss)
+    huge = largest is not None and largest.outputs is not None and largest.outputs > limits.huge_activation
+    if too_steep and (above or bad):
+        confidence = known.unbalanced_proven
+    elif too_steep and (huge or apart):
+        confidence = known.unbalanced
+    elif above or apart:
+        guess = inputs_are_large(case, thresholds.data) or not above
+        confidence = known.unbalanced_guess if guess else known.unbalanced
+    else:
+        return None
+    place = steep if too_steep else largest if apart else None
+    parts = [first_loss(model)] if above else []
+    if steep is not None and too_steep:
+        parts.append(f"{steep.path} makes numbers of about ±{steep.outputs:.3g} out of ±{steep.inputs:.3g}")
+    elif apart and largest is not None and smallest is not None:
+        parts.append(f"{largest.path} gives ±{largest.outputs:.3g}, {smallest.path} ±{smallest.outputs:.3g}")
+    return Finding(
+        "unbalanced_initialisation",
+        confidence,
+        evidence={
+            "first_loss": model.loss if model.loss is not None else math.nan,
+            "chance": chance_level(model),
+            "largest_gain": _gain(steep) if steep is not None else math.nan,
+            "largest_over_smallest": ratio,
+        },
+        place="" if place is None else place.path,
+        suggestion=(
+            f"{'; '.join(parts) or 'the first loss is not finite'}. Initialise so that each layer keeps the scale of "
+            "what it is given: kaiming_normal_ before ReLU, xavier_normal_ before tanh and sigmoid."
+        ),
+    )
+
+
+def harm_of_large_inputs(model: Model | None, thresholds: ModelThresholds) -> str:
+    """What inputs that are too large do to an untrained model, in words; empty where they do no harm."""
+    if model is None or model.updates:
+        return ""
+    if above_chance(model, thresholds):
+        return f"{first_loss(model)}; "
+    first = next((layer for layer in model.layers if layer.saturated is not None), None)
+    if first is None or first.saturated is None or first.saturated < thresholds.saturated_half:
+        return ""
+    return f"{first.saturated:.0%} of the outputs of {_named(first)} lie at its ends; "
+
+
+def _layers_with(case: Case, field: str) -> list[Layer]:
+    return [] if case.model is None else [one for one in case.model.layers if getattr(one, field) is not None]
+
+
+def _layers_with_gradient(model: Model | None) -> list[Layer]:
+    return [] if model is None else [one for one in model.layers if one.gradient is not None and one.weight]
+
+
+def _outputs_before(model: Model | None, layer: Layer) -> float | None:
+    """Root mean square that the last weight before a layer gave."""
+    layers = () if model is None else model.layers
+    known = [one.outputs for one in layers[: layers.index(layer)] if one.weight]
+    return known[-1] if known else None
+
+
+def _starts_at_zero(model: Model | None) -> bool:
+    # The last layer of a head or of a residual branch, on purpose: the gradient before it is zero for one update.
+    return model is not None and any(one.weight == 0.0 for one in model.layers)
+
+
+def _end_gradients(layers: list[Layer]) -> tuple[float, float]:
+    """The largest gradient of the first third, and of the last."""
+    third = max(1, len(layers) // 3)
+    return max(map(_gradient, layers[:third])), max(map(_gradient, layers[-third:]))
+
+
+def _stand_still(layers: list[Layer], thresholds: ModelThresholds) -> bool:
+    """Whether the updates of the first third are known, and next to nothing."""
+    first = layers[: max(1, len(layers) // 3)]
+    return all(one.update is not None and one.update < thresholds.still_update for one in first)
+
+
+def _falls(layers: list[Layer], thresholds: ModelThresholds) -> bool:
+    """Whether the gradient is mostly smaller in the earlier of two neighbours."""
+    # Where nearly nothing arrives it may be as little in one as in the next.
+    steps = [_gradient(a) <= thresholds.neighbour_factor * _gradient(b) for a, b in pairwise(layers)]
+    return sum(steps) >= thresholds.falling_share * len(steps)
+
+
+def _gradient(layer: Layer) -> float:
+    return layer.gradient if layer.gradient is not None else 0.0
+
+
+def _gain(layer: Layer) -> float:
+    return layer.outputs / layer.inputs if layer.outputs and layer.inputs else 0.0
+
+
+def _ratio(largest: Layer | None, smallest: Layer | None) -> float:
+    if largest is None or smallest is None or not largest.outputs or not smallest.outputs:
+        return 1.0
+    return largest.outputs / smallest.outputs
+
+
+def _named(layer: Layer) -> str:
+    return f"{layer.path} ({layer.kind})"

@@ -1,0 +1,65 @@
+"""What several rules ask of a case: what kind of fault it is, and whether the learner diverged."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_nanguard.decide.blame import learner_did_it
+from lightning_nanguard.diagnosis.case import Case
+from lightning_nanguard.thresholds.decision import BlameThresholds
+from lightning_nanguard.thresholds.diagnosis import DataThresholds, LearnerThresholds
+from lightning_nanguard.types import Evidence, Fault
+
+_BLAME = BlameThresholds()
+
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mul", "convolution", "linear", "square", "pow", "prod"})
+"""Operations that multiply gradients in the backward pass."""
+
+
+def in_gradient(fault: Fault) -> bool:
+    """Whether the gradient is too large or not finite, and clipping helps against it."""
+    return fault.clipping_helps and fault.place.startswith("gradient")
+
+
+def gradient_not_finite(fault: Fault) -> bool:
+    """Whether the loss is finite and its gradient is not."""
+    return in_gradient(fault) and fault.certain and not (fault.value is not None and math.isfinite(fault.value))
+
+
+def number_format_exhausted(fault: Fault) -> bool:
+    """Whether the gradient overflows at any loss scale: the number format is at fault, not the course of the run."""
+    return fault.scope == "learner" and fault.certain and fault.proof == "none"
+
+
+def fell_back(fault: Fault) -> bool:
+    """Whether the loss is back where it once was, for which there may be a good reason."""
+    return fault.scope == "learner" and fault.recovers and fault.proof == "comparison"
+
+
+def learner_explains_it(evidence: Evidence) -> bool:
+    """Whether a fault is the learner's own doing; what comes out of nothing in a calm run is not."""
+    return learner_did_it(evidence, _BLAME)
+
+
+def learner_diverged(fault: Fault, evidence: Evidence, thresholds: LearnerThresholds) -> bool:
+    """Whether the updates made the weights bad, by the fault itself or by the signs around it."""
+    if fault.scope == "learner" and not number_format_exhausted(fault):
+        return True
+    if evidence.corrupt is not None:
+        return evidence.climbing or evidence.rate_rose
+    grew = evidence.growth > thresholds.grown and evidence.jump is None
+    return worse_than_before(evidence, thresholds) and (learner_explains_it(evidence) or grew)
+
+
+def worse_than_before(evidence: Evidence, thresholds: LearnerThresholds) -> bool:
+    """Whether the weights of now are clearly worse on the batch than the last good ones."""
+    comparison = evidence.comparison
+    if comparison is None or comparison.then_finite is False:
+        return False  # of a batch that cannot be differentiated under good weights either, the loss says nothing
+    return comparison.worse(thresholds.worse_units * evidence.loss_unit)
+
+
+def inputs_are_large(case: Case, thresholds: DataThresholds) -> bool:
+    """Whether the inputs are far from normalised, and nothing in the model normalises them first."""
+    inputs = case.clues.inputs
+    return inputs is not None and inputs.magnitude >= thresholds.unnormalised_rms and not case.clues.normalises

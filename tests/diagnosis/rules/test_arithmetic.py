@@ -1,0 +1,55 @@
+"""Causes that lie in an operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_nanguard import Clues, Comparison, Fault, Origin
+from tests.diagnosis.rules.faults import EXP, GRADIENT, LOG, LOSS, SAME, SCALER, Row, rules_of, surest_cause
+
+ROWS: list[Row] = [
+    (None, LOSS, {}, Clues()),
+    (None, LOSS, {}, Clues(replayed=True, loss=1.0, gradient_finite=True)),
+    ("log_of_zero", LOSS, {}, Clues(origin=Origin("log", lowest=-0.5))),
+    ("log_of_zero", LOSS, {}, Clues(origin=Origin("log", from_weights=True, from_target=True))),
+    ("log_of_zero", GRADIENT, {}, Clues(origin=Origin("log", backward=True), gradient_finite=False)),
+    (
+        "log_of_zero",
+        GRADIENT,
+        {"comparison": Comparison(9.0, 1.0, then_finite=False), "climbing": True},
+        Clues(origin=Origin("log", backward=True), gradient_finite=False),
+    ),
+    # A good model that an operation does not hold.
+    (
+        "log_of_zero",
+        GRADIENT,
+        {"growth": 9.0, "first": 2.3, "loss_unit": 2.3, "comparison": Comparison(0.37, 0.13, then_finite=True)},
+        Clues(replayed=True, origin=LOG),
+    ),
+    ("exp_overflow", LOSS, {}, Clues(origin=EXP)),
+    ("exp_overflow", LOSS, {"comparison": SAME}, Clues(origin=EXP)),
+    ("exp_overflow", LOSS, {}, Clues(origin=Origin("exp", dtype="float16"), finite_in_float32=False)),
+    ("division_by_zero", LOSS, {}, Clues(origin=Origin("div", smallest=0.0))),
+    (None, LOSS, {}, Clues(origin=Origin("div", smallest=0.5))),
+    ("division_by_zero", LOSS, {}, Clues(origin=Origin("pow", smallest=0.0, exponent=-1.0))),
+    (None, LOSS, {}, Clues(origin=Origin("pow", smallest=0.0, exponent=2.0))),
+    (None, LOSS, {}, Clues(origin=Origin("pow", lowest=-1e30, exponent=2.0, from_weights=False, from_target=True))),
+    ("division_by_zero", LOSS, {}, Clues(origin=Origin("mean", empty=True))),
+    ("division_by_zero", LOSS, {}, Clues(origin=Origin("std"))),
+    ("sqrt_at_zero", GRADIENT, {}, Clues(origin=Origin("sqrt", backward=True), gradient_finite=False)),
+    ("low_precision_overflow", LOSS, {}, Clues(origin=Origin("exp", dtype="float16"), finite_in_float32=True)),
+    ("low_precision_overflow", SCALER, {}, Clues()),
+]
+
+
+@pytest.mark.parametrize(("cause", "fault", "known", "clues"), ROWS)
+def test_the_surest_cause(cause: str | None, fault: Fault, known: dict[str, Any], clues: Clues) -> None:
+    """Of all rules the one that fits is the surest, and none says anything where nothing is wrong."""
+    assert surest_cause(fault, known, clues) == cause
+
+
+def test_every_rule_has_a_row() -> None:
+    """A rule is called as the cause it finds, and each has a row."""
+    assert {row[0] for row in ROWS} - {None} == rules_of("arithmetic")

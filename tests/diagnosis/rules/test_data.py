@@ -1,0 +1,52 @@
+"""Causes that lie in the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_nanguard import BadField, Case, Clues, Evidence, Fault, Origin
+from lightning_nanguard.diagnosis.rules import diagnose
+from tests.diagnosis.rules.faults import (
+    EXPLODING,
+    FAR,
+    LOG,
+    LOSS,
+    NORMAL,
+    PIXELS,
+    SPIKE,
+    WORSE,
+    Row,
+    rules_of,
+    surest_cause,
+)
+
+ROWS: list[Row] = [
+    (None, LOSS, {}, Clues(inputs=NORMAL)),
+    ("non_finite_input", LOSS, {"batch_finite": False}, Clues()),
+    ("non_finite_input", LOSS, {}, Clues(bad_fields=(BadField("0", (3, 17), (3, 4)),))),
+    ("log_of_zero", LOSS, {"batch_finite": False}, Clues(bad_fields=(BadField("0", (3,)),), origin=LOG)),
+    ("target_out_of_domain", LOSS, {}, Clues(origin=Origin("log1p", from_weights=False, from_target=True))),
+    ("target_out_of_domain", SPIKE, {}, Clues(target=FAR)),
+    ("unnormalised_input", EXPLODING, {"comparison": WORSE}, Clues(inputs=PIXELS)),
+    ("learning_rate_too_high", EXPLODING, {"comparison": WORSE}, Clues(inputs=PIXELS, normalises=True)),
+]
+
+
+@pytest.mark.parametrize(("cause", "fault", "known", "clues"), ROWS)
+def test_the_surest_cause(cause: str | None, fault: Fault, known: dict[str, Any], clues: Clues) -> None:
+    """Of all rules the one that fits is the surest, and none says anything where nothing is wrong."""
+    assert surest_cause(fault, known, clues) == cause
+
+
+def test_every_rule_has_a_row() -> None:
+    """A rule is called as the cause it finds, and each has a row."""
+    assert rules_of("data") <= {row[0] for row in ROWS}
+
+
+def test_samples_and_columns_are_named() -> None:
+    """What holds NaN is named by sample, field and column."""
+    finding = diagnose(Case(LOSS, Evidence(step=9), Clues(bad_fields=(BadField("0", (3, 17), (3, 4)),))))
+    assert finding is not None
+    assert "samples 3 and 17 of this batch hold NaN or Inf in field 0, columns 3 and 4" in finding.suggestion

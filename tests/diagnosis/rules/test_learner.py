@@ -1,0 +1,129 @@
+"""Causes that lie in the learner: its state, its gradients, its updates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_nanguard import Case, Clues, Comparison, Curvature, Evidence, Fault, Origin
+from lightning_nanguard.diagnosis.rules import diagnose
+from tests.diagnosis.rules.faults import (
+    BACK,
+    CORRUPTED,
+    EXP,
+    EXPLODING,
+    FAR_OUT,
+    GRADIENT,
+    LOG,
+    LOSS,
+    MOVED,
+    OVERFLOW,
+    OVERSHOOT,
+    SPIKE,
+    STUCK,
+    UNSTEADY,
+    WORSE,
+    Row,
+    rules_of,
+    surest_cause,
+)
+
+GROWN = {"growth": 9.0, "first": 2.3, "loss_unit": 2.3}
+RISEN, FAR_WORSE = Comparison(0.37, 0.13, then_finite=True), Comparison(30.0, 0.13, then_finite=True)
+
+
+ROWS: list[Row] = [
+    ("corrupted_state", CORRUPTED, {"corrupt": "buffer b"}, Clues()),
+    ("corrupted_state", LOSS, {"jump": "parameter w", "comparison": WORSE}, Clues(origin=Origin("exp", highest=1e30))),
+    ("corrupted_state", LOSS, {}, Clues(change=MOVED, good_finite=True, origin=Origin("exp", highest=1e5))),
+    ("corrupted_state", FAR_OUT, {}, Clues()),
+    (None, LOSS, {"corrupt": "parameter w", "undo": True}, Clues()),
+    ("exp_overflow", LOSS, {}, Clues(change=MOVED, good_finite=False, origin=Origin("exp", highest=1e5))),
+    (None, SPIKE, {"usual_norm": 1.0}, Clues(norm=1.5)),
+    ("exploding_gradient", SPIKE, {"usual_norm": 1.0}, Clues(norm=1e9, norms=(("a", 1e9), ("b", 1.0)))),
+    ("exploding_gradient", OVERFLOW, {}, Clues()),
+    ("exploding_gradient", GRADIENT, {}, Clues(origin=Origin("mm", backward=True), gradient_finite=False)),
+    ("learning_rate_too_high", LOSS, {"corrupt": "parameter w", "climbing": True}, Clues()),
+    ("learning_rate_too_high", LOSS, {"comparison": WORSE, "climbing": True}, Clues(origin=EXP)),
+    ("learning_rate_too_high", EXPLODING, {"comparison": WORSE}, Clues()),
+    ("learning_rate_too_high", EXPLODING, {"growth": 5.0}, Clues()),
+    (None, EXPLODING, {}, Clues()),
+    ("learning_rate_too_high", STUCK, {"growth": 20.0, "lr": 0.5}, Clues()),
+    ("learning_rate_too_high", OVERSHOOT, {}, Clues()),
+    ("learning_rate_too_high", UNSTEADY, {}, Clues()),
+    # A fault of a user's own kind is judged by its traits.
+    ("learning_rate_too_high", Fault("mine", "learner", "loss", certain=False, proof="growth"), {}, Clues()),
+    (None, Fault("mine", "learner", "loss", certain=False), {}, Clues()),
+    ("exploding_gradient", Fault("mine", "batch", "gradient", 1e9, clipping_helps=True), {}, Clues()),
+    ("collapsed", BACK, {"first": 2.3, "levels": (0.4, 0.9), "lr": 0.5}, Clues()),
+    # A ruined model of which an exponential overflows in the end, and a good one.
+    ("exp_overflow", LOSS, {**GROWN, "comparison": WORSE}, Clues(replayed=True, origin=EXP)),
+    ("learning_rate_too_high", LOSS, {**GROWN, "comparison": WORSE, "climbing": True}, Clues(origin=EXP)),
+    ("learning_rate_too_high", LOSS, {**GROWN, "comparison": WORSE, "growth": 1e6}, Clues(origin=EXP)),
+    ("learning_rate_too_high", GRADIENT, {**GROWN, "comparison": FAR_WORSE}, Clues(replayed=True, origin=LOG)),
+    # One that was not looked for again, having been seen so often, is no matter of the rate either.
+    (None, GRADIENT, {**GROWN, "comparison": RISEN}, Clues()),
+]
+
+
+@pytest.mark.parametrize(("cause", "fault", "known", "clues"), ROWS)
+def test_the_surest_cause(cause: str | None, fault: Fault, known: dict[str, Any], clues: Clues) -> None:
+    """Of all rules the one that fits is the surest, and none says anything where nothing is wrong."""
+    assert surest_cause(fault, known, clues) == cause
+
+
+def test_every_rule_has_a_row() -> None:
+    """A rule is called as the cause it finds, and each has a row, or a test below."""
+    assert rules_of("learner") - {"ill_conditioned"} <= {row[0] for row in ROWS}
+
+
+def test_the_curvature_says_which_rate_is_allowed() -> None:
+    """With gᵀg and gᵀHg the suggestion names the rate above which the loss stops falling, and half of it as best."""
+    curvature = Curvature(slope=3.1, bend=200.0)
+    finding = diagnose(Case(EXPLODING, Evidence(step=9, comparison=WORSE, lr=0.5), curvature=curvature))
+    assert finding is not None
+    assert finding.cause == "learning_rate_too_high"
+    assert "along the gradient the loss of this batch stops falling above 0.031" in finding.suggestion
+    assert "below 0.031; 0.015 lowers this batch's loss most" in finding.suggestion
+    assert finding.evidence["largest_rate"] == pytest.approx(0.031)
+
+
+@pytest.mark.parametrize(
+    ("steepest", "typical", "cause"),
+    [
+        (3000.0, 0.1, "ill_conditioned"),
+        (3000.0, 100.0, "learning_rate_too_high"),
+        (1000.0, 0.1, "learning_rate_too_high"),
+    ],
+)
+def test_a_low_rate_that_diverges_is_ill_conditioned(steepest: float, typical: float, cause: str) -> None:
+    """Where λ·ε > 2 in one direction and the others hardly bend, it is the conditioning more than the rate."""
+    curvature = Curvature(1.0, steepest, steepest=steepest, typical=typical)
+    finding = diagnose(Case(EXPLODING, Evidence(step=9, comparison=WORSE, lr=0.001), curvature=curvature))
+    assert finding is not None
+    assert finding.cause == cause
+
+
+@pytest.mark.parametrize(
+    ("fault", "known", "clues", "said"),
+    [
+        (
+            EXPLODING,
+            {"comparison": WORSE, "lr": 0.5},
+            Clues(),
+            "learning rate 0.5; the loss of this batch is inf, under the last good weights 1",
+        ),
+        (
+            SPIKE,
+            {"usual_norm": 1.5},
+            Clues(norm=1e9, norms=(("a", 1e9), ("b", 1e6))),
+            "the gradient norm is 1e+09, usually 1.5; that of a is 1e+03 times that of b",
+        ),
+    ],
+)
+def test_suggestions_have_numbers(fault: Fault, known: dict[str, Any], clues: Clues, said: str) -> None:
+    """What to do comes with the numbers it rests on."""
+    finding = diagnose(Case(fault, Evidence(step=9, **known), clues))
+    assert finding is not None
+    assert said in finding.suggestion
