@@ -286,7 +286,7 @@ class NaNGuard(GuardCallback):
         stage.batch, stage.batch_idx = batch, batch_idx
         if run.inquiry.preflight_due:
             run.inquiry.preflight(batch)
-        stage.tape.add(guard.updates + 1, batch_idx, batch)
+        stage.history.add(guard.updates + 1, batch_idx, batch)
         guard.open_batch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -320,7 +320,7 @@ class NaNGuard(GuardCallback):
             run.in_batch = False
             stage.batch = None
             if not guard.in_window:
-                stage.tape.clear()
+                stage.history.clear()
 
     def on_validation_batch_end(
         self,

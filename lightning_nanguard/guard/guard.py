@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -54,8 +55,9 @@ from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.guard.state import GuardState
 from lightning_nanguard.measure.readings import PendingReading
 from lightning_nanguard.state.batch_undo import BatchUndo
-from lightning_nanguard.state.finite import corrupt
+from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.learner import Learner
+from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.restore import mend_averages, restore
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.state.snapshot import Snapshot
@@ -95,6 +97,7 @@ class Settings:
         choose_place: Whether they go to host memory by themselves where the device has no room.
         deferred: Read late, without waiting for the device.
         observe: Record what would be done, change nothing.
+        clock: Gives the time in seconds, by which snapshots are timed.
     """
 
     snapshot_every: int | None = None
@@ -102,6 +105,7 @@ class Settings:
     choose_place: bool = False
     deferred: bool = False
     observe: bool = False
+    clock: Callable[[], float] = time.perf_counter
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,18 +193,29 @@ class Guard:
         self._monitors = Monitors(detectors)
         self._meter = Meter(learner, host.micro_batches, several=not host.stage.comparable())
         self._rehearsal = Rehearsal(learner, rate, host.stage, self._monitors.loss_unit, self._ranks)
+        self._finite = FiniteCheck()
         self._investigator = Investigator(
-            learner, ring, rate, host.stage, self._rehearsal, compare=not settings.observe, ranks=self._ranks
+            learner,
+            ring,
+            rate,
+            host.stage,
+            self._rehearsal,
+            self._finite,
+            compare=not settings.observe,
+            ranks=self._ranks,
         )
+        self._plausibility = PlausibilityCheck(learner, ring, self._investigator.is_worse)
         self._blocker = StepBlocker(learner)
         self._keeper = SnapshotManager(
             learner,
             ring,
-            self._investigator,
+            self._finite,
+            self._plausibility,
             every=settings.snapshot_every,
             device=settings.snapshot_device,
             choose=settings.choose_place,
             ranks=self._ranks,
+            clock=settings.clock,
         )
         self._executors = executors(remedies)
         self.account = InterventionRecorder(host, rate, self._standing, observe=settings.observe, memory=MAX_DELAY + 2)
@@ -225,7 +240,7 @@ class Guard:
             self._blocker,
             ranks=self._ranks,
         )
-        self._saving = Saving(learner, ring, self._investigator, self.note, observe=settings.observe, ranks=self._ranks)
+        self._saving = Saving(learner, ring, self._finite, self.note, observe=settings.observe, ranks=self._ranks)
         self._arrivals = DeferredReadings(learner, by_loss=not self._many, observe=settings.observe)
         self._exchange = RankReadings(self._ranks, learner, self._keeper, self._monitors)
         # In deferred readback, and among ranks, a batch is judged up to two updates later, and must still be undone.
@@ -254,13 +269,13 @@ class Guard:
             TrainingDivergedError: When a parameter is not finite.
         """
         parameters = [(path, leaf) for path, leaf in self.learner.weights() if path[0] == "parameter"]
-        bad, _ = first(self._ranks, corrupt(parameters, {}))
+        bad, _ = first(self._ranks, self._finite.corrupt(parameters))
         if bad is not None:
             raise TrainingDivergedError(
                 f"{bad} holds NaN or Inf before the first update, so there is no good state to guard. Look at how it "
                 "was initialised, or at the checkpoint it came from, and start again."
             )
-        self._investigator.begin()
+        self._finite.begin(self.learner)
         self.rate.attach(self._blocker.hold_back)
         self._keep_start()
 
@@ -319,14 +334,14 @@ class Guard:
         else:
             norm = measured.grad_norm
             self._detect(measured, self._scopes[0], optimizer_index, reached=False, late=False)
-            if self._keeper.watches_statistics and not self._found:
+            if self._plausibility.watches_statistics and not self._found:
                 self._look_at_statistics(measured)
         if self._recovery.clipper.value is not None:
             self._clip(optimizer_index, norm)
 
     def _look_at_statistics(self, reading: Reading) -> None:
         scope = self._scopes[0]
-        fault = self._keeper.strange_statistics(scope.before(), self._standing.healthy_steps)
+        fault = self._plausibility.strange_statistics(scope.before(), self._standing.healthy_steps)
         # What batch after batch brings is how the data are from now on.
         if fault is not None and self._standing.bad_in_a_row < self._policy.patience:
             self._blocker.block(reading.optimizer_index)
@@ -407,20 +422,20 @@ class Guard:
         """Look at the state of now, and go back to the last good one if it is bad."""
         self._keeper.settle()  # whoever asks may write to it next
         self.flush()
-        bad, ranks = first(self._ranks, self._investigator.corrupt(self.learner.leaves()))
+        bad, ranks = first(self._ranks, self._finite.corrupt(self.learner.leaves()))
         if bad is None:
             return
         fault = Fault("corrupted_state", "state", bad, None, f"{bad} is no longer finite")
         if self._open and not self._settings.observe:
             # A batch that was broken off may have done no more than spoil batch norm's statistics.
             self._scopes[0].undo()
-            if self._investigator.corrupt(self.learner.leaves()) is None:
+            if self._finite.corrupt(self.learner.leaves()) is None:
                 self.note(fault, "undo")
                 return
         self._readings = []
         self._report(fault, ranks)
         if not self._settings.observe:
-            mend_averages(self.learner, self._investigator.corrupt)
+            mend_averages(self.learner, self._finite.corrupt)
 
     def mend(self, checkpoint: dict[str, Any], path: str, *, checked: bool = False) -> dict[str, Any]:
         """What to write in the place of a checkpoint: the same, or one with the last good state where it is poisoned.
@@ -462,7 +477,7 @@ class Guard:
             return
         self.check()
         # No snapshot may have fallen due since a weight or an average went out of range.
-        fault = self._keeper.implausible(dict(self.learner.leaves()), self._standing.healthy_steps)
+        fault = self._plausibility.implausible(dict(self.learner.leaves()), self._standing.healthy_steps)
         if fault is not None:
             self._report(fault, ())
 
@@ -700,7 +715,7 @@ class Guard:
             return
         level = logging.DEBUG if self._ranks.rank else logging.WARNING
         # What a batch does to statistics shows only before its update; among ranks each would find that by itself.
-        if self._keeper.watches_statistics and not self._many:
+        if self._plausibility.watches_statistics and not self._many:
             self._settings = replace(self._settings, deferred=False)
             _logger.log(
                 level,
@@ -722,7 +737,7 @@ class Guard:
     def _leave_good(self) -> None:
         if self.ring.certified:
             self._hands.restore(0)
-        elif self.ring.pending is not None and first(self._ranks, self._investigator.corrupt(self.learner.leaves()))[0]:
+        elif self.ring.pending is not None and first(self._ranks, self._finite.corrupt(self.learner.leaves()))[0]:
             # Nothing was ever proven good, but what the fit began with is at least finite.
             restore(self.learner, self.ring.pending)
 
@@ -790,7 +805,7 @@ class Guard:
         pending.level = history.level()
         early = self._standing.healthy_steps < _EARLY
         unit = history.loss_unit()
-        self.ring.certify(0.1 * unit, self._keeper.kept(pending), keep_oldest=early)
+        self.ring.certify(self._keeper.kept(pending), loss_unit=unit, keep_oldest=early)
         if history.learning():
             self._standing.policy = self._policy.prove(pending.rate, pending.level, 0.2 * unit, self._standing.policy)
 

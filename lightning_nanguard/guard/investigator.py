@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from operator import itemgetter
 from typing import Any, Protocol, final
 
@@ -16,7 +16,7 @@ from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.distributed.ranks import Alone, Ranks, first
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.measure.norms import norms
-from lightning_nanguard.state.finite import allowances, corrupt, to_be_finite
+from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.learner import Learner, StateKey, describe
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.ring import Ring
@@ -78,6 +78,7 @@ class Investigator:
         rate: The learning rate's multiplier.
         witness: The loop around.
         rehearsal: Tries rates out.
+        finite: Finds tensors that are not finite.
         compare: Whether a batch may be run again under older weights.
         ranks: All processes; what is found out here is the same on all of them.
     """
@@ -89,36 +90,22 @@ class Investigator:
         rate: LearningRate,
         witness: Witness,
         rehearsal: Rehearsal,
+        finite: FiniteCheck,
         *,
         compare: bool,
         ranks: Ranks | None = None,
     ) -> None:
         self._ranks: Ranks = Alone() if ranks is None else ranks
         self._rehearsal = rehearsal
+        self._finite = finite
         self._learner = learner
         self._ring = ring
         self._rate = rate
         self._witness = witness
         self._compare_allowed = compare
-        self.allowed: dict[StateKey, Tensor] = {}
-        self._shapes: dict[StateKey, torch.Size] = {}
         self.initial_norms: dict[str, float] = {}
         # How often in a row each kind of fault at each place was its batch's.
         self._batches: Counter[tuple[str, str]] = Counter()
-
-    def begin(self) -> None:
-        """Note what is not finite by design."""
-        weights = [*self._learner.weights()]
-        self.allowed = allowances(weights)
-        self._shapes = {path: leaf.shape for path, leaf in weights if path[0] == "buffer"}
-
-    def to_be_finite(self, leaves: Iterable[tuple[StateKey, Any]]) -> Iterator[tuple[StateKey, Tensor]]:
-        """What :meth:`corrupt` looks at, in tensors that are finite if nothing is wrong."""
-        return to_be_finite(leaves, self.allowed, self._shapes)
-
-    def corrupt(self, leaves: Iterable[tuple[StateKey, Any]]) -> str | None:
-        """Name of the first tensor that is not finite and was at the start of fit."""
-        return corrupt(leaves, self.allowed, self._shapes)
 
     def conclude(self, fault: Fault, *, batch: bool) -> None:
         """A fault was found to be its batch's, or not."""
@@ -177,7 +164,7 @@ class Investigator:
         leaves = self._learner.leaves()
         untouched = ((path, before.get(path[1], leaf) if path[0] == "buffer" else leaf) for path, leaf in leaves)
         # Where the faulty update was made, what is bad now says nothing of what was before it.
-        bad, corrupted = (None, ()) if known.undo else first(self._ranks, self.corrupt(untouched))
+        bad, corrupted = (None, ()) if known.undo else first(self._ranks, self._finite.corrupt(untouched))
         batch_finite, spoilt = self._batch_finite() if at_hand else (None, ())
         strange = self._batch_strange() if at_hand and batch_finite is not False else None
         # Nothing about the weights is asked for a batch that is plainly at fault.

@@ -20,7 +20,6 @@ from lightning_nanguard.measure.tensors import gradients
 from lightning_nanguard.state.batch_history import BatchHistory, MicroBatch
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import Learner
-from lightning_nanguard.state.recent_batches import RecentBatches
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.replay import (
     alone,
@@ -51,7 +50,7 @@ class TrainerBatchReplay:
         clip: Clips the gradients of an optimizer as the guard does now.
         delay: After how many further updates it is known that one was healthy.
         updates: Of how many updates the micro-batches are kept.
-        small: Of how many updates they are kept where they are small.
+        updates_small: Of how many updates they are kept where they are small.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class TrainerBatchReplay:
         *,
         delay: int,
         updates: int,
-        small: int,
+        updates_small: int,
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -75,8 +74,7 @@ class TrainerBatchReplay:
         self._distrusted = -1
         self.batch: Any = None
         self.batch_idx = -1
-        self.tape = BatchHistory(module.device, updates=updates, small=small)
-        self.recent = RecentBatches()
+        self.history = BatchHistory(module.device, updates, updates_small)
         self._shown: list[MicroBatch] = []
 
     def make_scope(self) -> BatchUndo:
@@ -86,9 +84,9 @@ class TrainerBatchReplay:
     def remember(self, update: int) -> None:
         """The batch at hand is over, in which update ``update`` was the last; keep what turned out healthy."""
         if not self._delay:
-            self.recent.add(self.batch, self.batch_idx)
-        elif (known := update - self._delay) > self._distrusted and (newest := self.tape.last(known)) is not None:
-            self.recent.add(*newest)
+            self.history.accept(self.batch, self.batch_idx)
+        elif (known := update - self._delay) > self._distrusted:
+            self.history.accept_update(known)
 
     def distrust(self, update: int) -> None:
         """A fault was found with update ``update``: of no earlier one it will become known that it was healthy."""
@@ -98,7 +96,7 @@ class TrainerBatchReplay:
     def showing(self, update: int) -> Iterator[bool]:
         """Inside, the batch at hand is that of an update which is over; whether it is still there."""
         batch, batch_idx = self.batch, self.batch_idx
-        self._shown = self.tape.of(update)
+        self._shown = self.history.of(update)
         if self._shown:
             self.batch, self.batch_idx = self._shown[-1].batch, self._shown[-1].index
         try:
@@ -108,11 +106,11 @@ class TrainerBatchReplay:
 
     def batch_finite(self) -> bool | None:
         """Whether the micro-batches of the update at hand are finite."""
-        return batch_finite([micro.batch for micro in self._shown or self.tape.newest()])
+        return batch_finite([micro.batch for micro in self._shown or self.history.newest()])
 
     def batch_strange(self) -> bool | None:
         """Whether the batch at hand reaches far beyond those before it."""
-        return None if self.batch is None else self.recent.strange(self.batch)
+        return None if self.batch is None else self.history.strange(self.batch)
 
     def comparable(self) -> bool:
         """Whether a batch can be run again at all: under automatic optimization."""
@@ -183,10 +181,11 @@ class TrainerBatchReplay:
         return self.comparable() and self.batch is not None and one and not self._ranks.sharded
 
     def _at_hand(self) -> list[tuple[Any, int]]:
-        if len(self.recent) > 1:
-            return list(self.recent)
+        healthy = self.history.healthy
+        if len(healthy) > 1:
+            return healthy
         # Too few to leave out the one at hand, though it may have a part in the trouble.
-        return [*self.recent, (self.batch, self.batch_idx)]
+        return [*healthy, (self.batch, self.batch_idx)]
 
     def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
         value = self._attempt(partial(forward_backward, self._trainer, optimizer, batch, batch_idx))
@@ -219,7 +218,7 @@ class TrainerBatchReplay:
 
     def rerun(self, micro: MicroBatch, full_precision: bool) -> Tensor | None:
         """Loss of a micro-batch with its graph, with the random numbers it had."""
-        self.tape.rewind(micro)
+        self.history.rewind(micro)
         return loss_with_graph(self._trainer, micro.batch, micro.index, full_precision=full_precision)
 
     @contextmanager

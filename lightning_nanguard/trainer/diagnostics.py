@@ -79,7 +79,7 @@ class Diagnostics:
         good = self._guard.ring.good(evidence.sound, evidence.loss_unit) if look == "replay" else None
         if good is not None:
             good = self._ranks.whole(good)  # here, where all ranks come, and not where only some may
-        micros = self._stage.tape.of(update)
+        micros = self._stage.history.of(update)
         finding = self._diagnostician.diagnose(fault, evidence, micros, look, good)
         wanted = self._bundles is not None and look != "nothing" and not self._ranks.sharded
         if self._bundles is not None and wanted and micros and self._bundles.due(fault, finding):
@@ -138,7 +138,7 @@ class Diagnostics:
         evidence = Evidence(
             step=self._guard.updates, first=course.first, loss_unit=history.loss_unit(), lr=rates[0] if rates else None
         )
-        for finding in self._examination.findings(self._stage.tape.newest(256), course, evidence, asked=asked):
+        for finding in self._examination.findings(self._stage.history.newest(256), course, evidence, asked=asked):
             if finding.confidence > LOW:
                 self._advise("asked" if asked else "loss does not move", finding)
 

@@ -29,6 +29,7 @@ from lightning_nanguard.record.dispatch import SinkDispatcher
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
+from lightning_nanguard.thresholds.batches import MicroBatchesThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
@@ -100,6 +101,7 @@ class Run:
         # Read late, a fault is that of an earlier batch.
         late = settings.deferred or trainer.world_size > 1
         examined = examine_after is not None
+        kept = MicroBatchesThresholds()
         self.stage = TrainerBatchReplay(
             trainer,
             module,
@@ -107,8 +109,8 @@ class Run:
             self._ranks,
             lambda optimizer: self.guard.clip_now(optimizer),
             delay=MAX_DELAY if late else 0,
-            updates=8 if examined else 4 if late else 1,
-            small=256 if examined else 0,
+            updates=kept.updates_examined if examined else kept.updates_late if late else kept.updates,
+            updates_small=kept.updates_small if examined else 0,
         )
         self.guard = Guard(
             learner=learner,
