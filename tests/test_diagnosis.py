@@ -487,19 +487,6 @@ def test_replays_become_rare() -> None:
     assert doctor.diagnose(fault, Evidence(step=9), tape.of(2), "replay") is not None
 
 
-def test_the_tape_knows_the_random_numbers_of_each_batch() -> None:
-    """A batch is run again with the numbers it drew, also where nothing was drawn for long before."""
-    tape = BatchHistory(torch.device("cpu"), updates=8)
-    draws = [*range(20), *range(90, 120)]  # none in between, where the state is not copied each time
-    for update in range(120):
-        tape.add(update, update, None)
-        drawn = torch.rand(3) if update in draws else None
-        if drawn is not None and (update < 20 or update >= 96):
-            (micro,) = tape.of(update)
-            tape.rewind(micro)
-            assert torch.equal(torch.rand(3), drawn), update
-
-
 # ---------------------------------------------------------------------------------------------------- rules
 
 LOSS = Fault("non_finite_loss", "batch", "loss", NAN)

@@ -28,7 +28,6 @@ from tests.helpers import (
     data_for,
     differences,
     fit,
-    mlp,
     samples,
     seed_all,
     state_of,
@@ -321,19 +320,3 @@ def test_what_data_can_be_read_again() -> None:
     assert rows_of(DataLoader(data, sampler=[1, 2])) is None
     assert rows_of(batches()) is None
     assert rows_of(None) is None
-
-
-def test_attributes_kept_reaches_what_it_promises() -> None:
-    """Names, containers and generators come back; new names go; tensors are left to others."""
-    net = mlp()
-    net.many, net.named, net.dice = [1], {"a": 1}, random.Random(3)  # type: ignore[assignment]
-    net.old, net.numbers = np.random.RandomState(2), torch.Generator().manual_seed(1)  # type: ignore[assignment]
-    drawn = []
-    for _ in range(2):
-        with attributes_kept(net):
-            net.many.append(2)  # type: ignore[operator]
-            net.named = {}  # type: ignore[assignment]
-            net.more = 5  # type: ignore[assignment]
-            drawn.append([net.dice.random(), net.old.rand(), float(torch.rand((), generator=net.numbers))])  # type: ignore[arg-type, operator]
-    assert (net.many, net.named, hasattr(net, "more")) == ([1], {"a": 1}, False)
-    assert drawn[0] == drawn[1]
