@@ -382,7 +382,7 @@ class Kept(Callback):
 
     def on_train_batch_end(self, *_: Any) -> None:
         assert self.guard._run is not None
-        self.seen |= {index for _, index in self.guard._run.stage.recent}
+        self.seen |= {index for _, index in self.guard._run.stage.history.healthy}
 
 
 @pytest.mark.parametrize("make", [fused, plain], ids=["fused", "plain"])

@@ -20,8 +20,8 @@ from lightning_nanguard import BadCheckpointError, Budget, NaNGuard, TrainingDiv
 from lightning_nanguard.checkpoints.inspection import LAST_GOOD, damage, inspect
 from tests.helpers import Positioned, batches, copied, differences, learner_of, non_finite, task, trainer_for, words
 from tests.modules import Diverge, NaNWeight, SaveAt
+from tests.scenarios.test_resuming import EPOCHS, PER_EPOCH, cosine_task, guard_with, train
 from tests.test_saves import Net
-from tests.test_state import EPOCHS, PER_EPOCH, cosine_task, guard_with, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),

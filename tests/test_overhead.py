@@ -24,8 +24,6 @@ from benchmarks.overhead.models import CPU, CUDA, Workload
 from benchmarks.overhead.parts import profile
 from benchmarks.overhead.states import measure_states
 from benchmarks.overhead.turns import _FIRST, _Turns, take_turns
-from lightning_nanguard.guard import snapshot_manager as keeper
-from lightning_nanguard.state import interval as ring
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TINY = replace(CPU["mlp"], steps=3, rounds=2)
@@ -35,12 +33,10 @@ MIXED = replace(TINY, make=CUDA["mlp"].make, precision="bf16-mixed")
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """The benchmark's own clock and silence do not outlive a test."""
-    clocks = ring.time, keeper.time
+    """The benchmark's silence does not outlive a test."""
     logging.disable(logging.WARNING)
     yield
     logging.disable(logging.NOTSET)
-    ring.time, keeper.time = clocks
 
 
 @pytest.mark.parametrize("workload", [TINY, MIXED], ids=["32", "bf16, fused"])

@@ -76,9 +76,9 @@ def test_odd_buffers_do_not_keep_a_batch_from_being_skipped(net: Any, tmp_path: 
 
 def test_too_little_memory_for_snapshots_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a snapshot does not fit, they lie in host memory from then on, and the run goes on."""
-    from lightning_nanguard.guard import snapshot_manager as keeper
+    from lightning_nanguard.state import snapshot_placement
 
-    real, calls = keeper.capture, []
+    real, calls = snapshot_placement.capture, []
 
     def capture(*args: Any, **kwargs: Any) -> Any:
         calls.append(kwargs.get("device"))
@@ -86,7 +86,7 @@ def test_too_little_memory_for_snapshots_ends_no_run(tmp_path: Path, monkeypatch
             raise torch.cuda.OutOfMemoryError("no room")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(keeper, "capture", capture)
+    monkeypatch.setattr(snapshot_placement, "capture", capture)
     guard = NaNGuard(snapshot_every_n_steps=4)
     trained(mlp, batches(count=30), guard, tmp_path)
     assert len(guard.interventions) == 0

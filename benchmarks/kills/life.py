@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.checkpoints import last_good
 from lightning_nanguard.checkpoints.inspection import LAST_GOOD, inspect
-from lightning_nanguard.guard import snapshot_manager
 from lightning_nanguard.record import jsonl
+from lightning_nanguard.state import snapshot_placement
 from lightning_nanguard.state.finite import allowances
 
 PHASES = ("setup", "step", "snapshot", "save", "last good", "record", "end")
@@ -145,7 +145,7 @@ def _mark_all(shared: Shared) -> None:
     def note_record(file: Any, line: bytes) -> None:
         shared.records += 1
 
-    _mark(shared, snapshot_manager, "capture", "snapshot")
+    _mark(shared, snapshot_placement, "capture", "snapshot")
     _mark(shared, TorchCheckpointIO, "save_checkpoint", "save")
     from lightning_nanguard.trainer import fit
 

@@ -10,15 +10,17 @@ import gc
 import random
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, final
+from unittest.mock import patch
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from lightning_nanguard.guard import snapshot_manager as keeper
-from lightning_nanguard.state import interval as ring
+from lightning_nanguard import callback
+from lightning_nanguard.guard.guard import Settings
 
 from .contenders import Contender
 from .models import Workload
@@ -73,7 +75,7 @@ class _OwnTime:
     def __init__(self) -> None:
         self.paused = 0.0
 
-    def perf_counter(self) -> float:
+    def __call__(self) -> float:
         return time.perf_counter() - self.paused
 
 
@@ -85,11 +87,10 @@ class _Turns(Callback):
         self.times: Times = []
         self._contender, self._callbacks = contender, callbacks
         self._steps, self._rounds = steps, rounds
-        self._clock = _OwnTime()
+        self.clock = _OwnTime()
         self._course = self._go()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        ring.time = keeper.time = self._clock  # type: ignore[attr-defined, assignment]
         self._trainer, self._device = trainer, pl_module.device
         self._with = list(trainer.callbacks)
         self._without = [callback for callback in trainer.callbacks if callback not in self._callbacks]
@@ -107,7 +108,6 @@ class _Turns(Callback):
 
     def _end(self) -> None:
         torch.autograd.set_detect_anomaly(False)
-        ring.time = keeper.time = time  # type: ignore[attr-defined]
 
     def _go(self) -> Iterator[bool]:
         # Goes on at the end of each step.
@@ -125,7 +125,7 @@ class _Turns(Callback):
                 yield from [True] * self._steps
                 end = self._now()
                 measured[on] = (end[0] - start[0]) / self._steps, (end[1] - start[1]) / self._steps
-                self._clock.paused += 0.0 if on else time.perf_counter() - since
+                self.clock.paused += 0.0 if on else time.perf_counter() - since
             self.times.append((measured[False], measured[True]))
         self._switch(True)
 
@@ -168,7 +168,8 @@ def take_turns(
     turns = _Turns(contender, callbacks, workload.steps, max(1, workload.rounds_of(contender.matters) // passes))
     options = {"precision": workload.precision, **contender.options}
     try:
-        quiet_trainer(folder, [*callbacks, *others, turns], device, **options).fit(module, workload.loader(100))
+        with patch.object(callback, "Settings", partial(Settings, clock=turns.clock)):
+            quiet_trainer(folder, [*callbacks, *others, turns], device, **options).fit(module, workload.loader(100))
     except Exception as error:
         raise RuntimeError(f"{contender.title} failed on {workload.title}: {error!r}") from error
     return turns.times

@@ -10,8 +10,8 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from lightning_nanguard.checkpoints.inspection import mended, poisoned
 from lightning_nanguard.distributed.ranks import Ranks, first
-from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.measure.tensors import local
+from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.learner import Learner, StateKey
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.ring import Ring
@@ -26,7 +26,7 @@ class Saving:
     Args:
         learner: What is trained.
         ring: The snapshots.
-        investigator: Knows what is not finite by design.
+        finite: Finds tensors that are not finite.
         note: Records what was done.
         observe: Whether what is written is left as it is.
         ranks: All processes.
@@ -36,7 +36,7 @@ class Saving:
         self,
         learner: Learner,
         ring: Ring,
-        investigator: Investigator,
+        finite: FiniteCheck,
         note: Callable[..., None],
         *,
         observe: bool,
@@ -44,7 +44,7 @@ class Saving:
     ) -> None:
         self._learner = learner
         self._ring = ring
-        self._investigator = investigator
+        self._finite = finite
         self._note = note
         self._observe = observe
         self._ranks = ranks
@@ -64,7 +64,7 @@ class Saving:
         good = self._ring.certified[0] if self._ring.certified else self._ring.pending
         if good is None or (self._ranks.world == 1 and not self._ranks.sharded):
             return
-        bad, _ = first(self._ranks, self._investigator.corrupt(self._learner.leaves()))
+        bad, _ = first(self._ranks, self._finite.corrupt(self._learner.leaves()))
         if bad is None:
             return
         if not self._ranks.sharded:
@@ -100,7 +100,7 @@ class Saving:
         if self._ranks.rank > 0 and not self._ranks.sharded:
             return checkpoint  # rank 0 writes
         weights = {path[1]: leaf for path, leaf in self._learner.weights()}
-        bad = poisoned(checkpoint, weights, self._investigator.allowed)
+        bad = poisoned(checkpoint, weights, self._finite.allowed)
         if self._ranks.sharded:
             # Each rank has looked at its own shards, and what one of them would put in fits no other's.
             name, _ = first(self._ranks, bad[0] if bad else None)
@@ -118,7 +118,7 @@ class Saving:
 
     def _good(self) -> dict[StateKey, Any] | None:
         live = dict(self._learner.leaves())
-        if self._investigator.corrupt(live.items()) is None:
+        if self._finite.corrupt(live.items()) is None:
             return live
         kept = [*self._ring.certified[:1], *([] if self._ring.pending is None else [self._ring.pending])]
         if self._put_together is not None:
@@ -126,7 +126,7 @@ class Saving:
         kept = [one for one in kept if not one.shared()]
         for one in kept:
             one.wait()
-        return next((one.leaves for one in kept if self._investigator.corrupt(one.leaves.items()) is None), None)
+        return next((one.leaves for one in kept if self._finite.corrupt(one.leaves.items()) is None), None)
 
 
 def _state(path: StateKey) -> bool:

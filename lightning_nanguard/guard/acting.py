@@ -13,11 +13,10 @@ from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.distributed.ranks import first
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
-from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.readback import Readback
 from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.remedy_actions import RemedyActions
-from lightning_nanguard.guard.snapshot_manager import SnapshotManager
+from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.types import Plan, PlanStep, Scale, Skip, Stop
 
@@ -54,8 +53,7 @@ class Acting:
         remedies: Who carries out which kind of step.
         recovery: Gives back.
         blocker: Keeps updates from the weights.
-        investigator: Knows what is not finite by design.
-        snapshots: Knows whether statistics were spoiled.
+        plausibility: Knows whether statistics were spoiled.
         readback: Is told of undone updates.
     """
 
@@ -69,8 +67,7 @@ class Acting:
         remedies: Mapping[type[PlanStep], Remedy],
         recovery: Recovery,
         blocker: StepBlocker,
-        investigator: Investigator,
-        snapshots: SnapshotManager,
+        plausibility: PlausibilityCheck,
         readback: Readback,
     ) -> None:
         self._context = context
@@ -78,8 +75,7 @@ class Acting:
         self._remedies = remedies
         self._recovery = recovery
         self._blocker = blocker
-        self._investigator = investigator
-        self._snapshots = snapshots
+        self._plausibility = plausibility
         self._readback = readback
 
     def block(self, optimizer_index: int) -> None:
@@ -103,7 +99,7 @@ class Acting:
             self._remedies[type(step)].apply(step, self._actions)
         # After a restore no reading is on its way any more.
         if self._context.state.restored is not None:
-            self._readback.update_undone(found, statistics=self._snapshots.watches_statistics)
+            self._readback.update_undone(found, statistics=self._plausibility.watches_statistics)
         kept = self._context.rate.effective() == before
         # Where clipping alone is enough, a cut that was planned has not been made.
         return [step for step in plan if not (kept and isinstance(step, Scale) and step.clipped)]
@@ -112,7 +108,7 @@ class Acting:
         ring, learner = self._context.ring, self._context.learner
         if ring.certified:
             self._actions.restore(0)
-        elif ring.pending is not None and first(self._context.ranks, self._investigator.corrupt(learner.leaves()))[0]:
+        elif ring.pending is not None and first(self._context.ranks, self._context.finite.corrupt(learner.leaves()))[0]:
             # Nothing was ever proven good, but what the fit began with is at least finite.
             restore(learner, ring.pending)
 

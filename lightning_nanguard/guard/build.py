@@ -42,6 +42,7 @@ from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.guard.step_readback import StepReadback
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import Learner
+from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.thresholds import Thresholds
 
 
@@ -75,14 +76,19 @@ def build_guard(
         may_lower=any(remedy.role == "rate" for remedy in remedies),
     )
     settings = context.settings
+    limits = context.thresholds.snapshots
+    plausibility = PlausibilityCheck(context.learner, context.ring, investigator.is_worse, limits.plausibility)
     snapshots = SnapshotManager(
         context.learner,
         context.ring,
-        investigator,
+        context.finite,
+        plausibility,
         every=settings.snapshot_every,
         device=settings.snapshot_device,
         choose=settings.choose_place,
         ranks=context.ranks,
+        thresholds=limits,
+        clock=settings.clock,
     )
     meter = Meter(context.learner, loop.micro_batches, several=not context.replay.comparable())
     blocker = StepBlocker(context.learner)
@@ -91,14 +97,12 @@ def build_guard(
     conduct: Conduct = Observing(context)
     if not settings.observe:
         actions = RemedyActions(context, recovery, rehearsal, blocker, snapshots, readback)
-        conduct = Acting(
-            context, actions, carried_out_by, recovery, blocker, investigator, snapshots, readback
-        )  # fmt: skip
+        conduct = Acting(context, actions, carried_out_by, recovery, blocker, plausibility, readback)
     parts: dict[str, Any] = {
         "interventions": Interventions(context, loop, policy, investigator, recorder, conduct, carried_out_by),
         "certification": Certification(context, loop, investigator, snapshots),
         "saving": Saving(
-            context.learner, context.ring, investigator, recorder.note, observe=settings.observe, ranks=context.ranks
+            context.learner, context.ring, context.finite, recorder.note, observe=settings.observe, ranks=context.ranks
         ),
         "undos": deque(make_undo() for _ in range(readback.open_batches())),
     }
@@ -111,6 +115,7 @@ def build_guard(
             caution=caution,
             blocker=blocker,
             snapshots=snapshots,
+            plausibility=plausibility,
             investigator=investigator,
             conduct=conduct,
             recovery=recovery,

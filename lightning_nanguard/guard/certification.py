@@ -33,7 +33,7 @@ class Certification:
         self._loop = loop
         self._investigator = investigator
         self._snapshots = snapshots
-        self._limits = context.thresholds.snapshots
+        self._limits = context.thresholds.snapshots.ring
         # Parameters made by the first forward pass are missing from the start's snapshot until then.
         self._lazy = False
 
@@ -83,11 +83,8 @@ class Certification:
         assert history is not None  # its reading was accepted
         pending.level = history.level()
         unit = history.loss_unit()
-        context.ring.certify(
-            self._limits.same_level * unit,
-            self._snapshots.kept(pending),
-            keep_oldest=state.healthy_steps < self._limits.keep_start,
-        )
+        keep_oldest = state.healthy_steps < self._limits.keep_start
+        context.ring.certify(self._snapshots.kept(pending), loss_unit=unit, keep_oldest=keep_oldest)
         if history.learning():
             recovery = context.thresholds.decision.recovery
             state.policy = prove(pending.rate, pending.level, unit, state.policy, recovery)

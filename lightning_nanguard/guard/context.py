@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import final
 
@@ -13,6 +15,7 @@ from lightning_nanguard.detect.monitors import Monitors
 from lightning_nanguard.distributed.ranks import Alone, Ranks
 from lightning_nanguard.guard.loop import BatchReplay
 from lightning_nanguard.guard.state import GuardState
+from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.thresholds import Thresholds
@@ -29,6 +32,7 @@ class Settings:
         choose_place: Whether they go to host memory by themselves where the device has no room.
         deferred: Read late, without waiting for the device.
         observe: Record what would be done, change nothing.
+        clock: Seconds, by which the interval between snapshots is measured.
     """
 
     snapshot_every: int | None = None
@@ -36,6 +40,7 @@ class Settings:
     choose_place: bool = False
     deferred: bool = False
     observe: bool = False
+    clock: Callable[[], float] = time.perf_counter
 
 
 @final
@@ -51,6 +56,7 @@ class GuardContext:
         clipper: Clips gradients once that is turned on.
         ring: The snapshots.
         ranks: All processes of the run.
+        finite: Finds tensors of the learner that are not finite.
         state: Counts.
         settings: How the guard works.
         thresholds: All thresholds.
@@ -63,6 +69,7 @@ class GuardContext:
     clipper: Clipper = field(default_factory=Clipper)
     ring: Ring = field(default_factory=Ring)
     ranks: Ranks = field(default_factory=Alone)
+    finite: FiniteCheck = field(default_factory=FiniteCheck)
     state: GuardState = field(default_factory=GuardState)
     settings: Settings = field(default_factory=Settings)
     thresholds: Thresholds = field(default_factory=Thresholds)

@@ -34,7 +34,7 @@ from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.state.batch_undo import BatchUndo
-from lightning_nanguard.state.finite import corrupt
+from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.restore import mend_averages
 from lightning_nanguard.types import Fault, Reading
 
@@ -52,6 +52,7 @@ class GuardParts:
         caution: When an update is read before it is made although readings are deferred.
         blocker: Keeps updates from the weights.
         snapshots: Takes snapshots and looks at them.
+        plausibility: Finds what is finite and far out of range.
         certification: When a state counts as good.
         investigator: Gathers evidence.
         interventions: Handles faults.
@@ -69,6 +70,7 @@ class GuardParts:
     caution: Caution
     blocker: StepBlocker
     snapshots: SnapshotManager
+    plausibility: PlausibilityCheck
     certification: Certification
     investigator: Investigator
     interventions: Interventions
@@ -115,13 +117,13 @@ class Guard:
         """
         context = self._context
         parameters = [(key, leaf) for key, leaf in context.learner.weights() if key[0] == "parameter"]
-        bad, _ = first(context.ranks, corrupt(parameters, {}))
+        bad, _ = first(context.ranks, context.finite.corrupt(parameters))
         if bad is not None:
             raise TrainingDivergedError(
                 f"{bad} holds NaN or Inf before the first update, so there is no good state to guard. Look at how it "
                 "was initialised, or at the checkpoint it came from, and start again."
             )
-        self._parts.investigator.begin()
+        context.finite.begin(context.learner)
         context.rate.attach(self._parts.blocker.hold_back)
         self._parts.certification.start()
 
@@ -159,7 +161,7 @@ class Guard:
             self._judge(arrived, optimizer_index)
         self._judge_late(self._readback.arrived(optimizer_index), optimizer_index)
         reading = self._readback.at_hand
-        if reading is not None and self._snapshots.watches_statistics and not self._found:
+        if reading is not None and self._parts.plausibility.watches_statistics and not self._found:
             self._look_at_statistics(reading)
         if self._context.clipper.value is not None:
             self._clip(optimizer_index, None if reading is None else reading.grad_norm)
@@ -227,7 +229,8 @@ class Guard:
             return
         self.check()
         # No snapshot may have fallen due since a weight or an average went out of range.
-        fault = self._snapshots.implausible(dict(self._context.learner.leaves()), self._state.healthy_steps)
+        leaves = dict(self._context.learner.leaves())
+        fault = self._parts.plausibility.implausible(leaves, self._state.healthy_steps)
         if fault is not None:
             self._report(fault, ())
 
@@ -287,21 +290,21 @@ class Guard:
         """Look at the state of now, and go back to the last good one if it is bad."""
         self._snapshots.settle()  # whoever asks may write to it next
         self.flush()
-        context, investigator = self._context, self._parts.investigator
-        bad, ranks = first(context.ranks, investigator.corrupt(context.learner.leaves()))
+        context = self._context
+        bad, ranks = first(context.ranks, context.finite.corrupt(context.learner.leaves()))
         if bad is None:
             return
         fault = Fault("corrupted_state", "state", bad, None, f"{bad} is no longer finite")
         if self._open and not context.settings.observe:
             # A batch that was broken off may have done no more than spoil batch norm's statistics.
             self._undos[0].undo()
-            if investigator.corrupt(context.learner.leaves()) is None:
+            if context.finite.corrupt(context.learner.leaves()) is None:
                 self.note(fault, "undo")
                 return
         self._readings = []
         self._report(fault, ranks)
         if not context.settings.observe:
-            mend_averages(context.learner, investigator.corrupt)
+            mend_averages(context.learner, context.finite.corrupt)
 
     # ---------------------------------------------------------------------------------------- detect
 
@@ -360,7 +363,7 @@ class Guard:
 
     def _look_at_statistics(self, reading: Reading) -> None:
         undo = self._undos[0]
-        fault = self._snapshots.strange_statistics(undo.before(), self._state.healthy_steps)
+        fault = self._parts.plausibility.strange_statistics(undo.before(), self._state.healthy_steps)
         # What batch after batch brings is how the data are from now on.
         if fault is not None and self._state.bad_in_a_row < self._parts.interventions.patience:
             self._parts.blocker.block(reading.optimizer_index)

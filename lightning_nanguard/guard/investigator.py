@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any, final
@@ -17,7 +17,6 @@ from lightning_nanguard.distributed.ranks import first
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.measure.norms import norms
-from lightning_nanguard.state.finite import allowances, corrupt, to_be_finite
 from lightning_nanguard.state.learner import StateKey, describe
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
@@ -44,25 +43,9 @@ class Investigator:
         self._rehearsal = rehearsal
         self._limits = context.thresholds.decision.evidence
         self._compare_allowed = not context.settings.observe
-        self.allowed: dict[StateKey, Tensor] = {}
-        self._shapes: dict[StateKey, torch.Size] = {}
         self.initial_norms: dict[str, float] = {}
         # How often in a row each kind of fault at each place was its batch's.
         self._batches: Counter[tuple[str, str]] = Counter()
-
-    def begin(self) -> None:
-        """Note what is not finite by design."""
-        weights = [*self._learner.weights()]
-        self.allowed = allowances(weights)
-        self._shapes = {path: leaf.shape for path, leaf in weights if path[0] == "buffer"}
-
-    def to_be_finite(self, leaves: Iterable[tuple[StateKey, Any]]) -> Iterator[tuple[StateKey, Tensor]]:
-        """What :meth:`corrupt` looks at, in tensors that are finite if nothing is wrong."""
-        return to_be_finite(leaves, self.allowed, self._shapes)
-
-    def corrupt(self, leaves: Iterable[tuple[StateKey, Any]]) -> str | None:
-        """Name of the first tensor that is not finite and was at the start of fit."""
-        return corrupt(leaves, self.allowed, self._shapes)
 
     def conclude(self, fault: Fault, *, batch: bool) -> None:
         """A fault was found to be its batch's, or not."""
@@ -118,7 +101,7 @@ class Investigator:
         leaves = self._learner.leaves()
         unchanged = ((key, before.get(key[1], leaf) if key[0] == "buffer" else leaf) for key, leaf in leaves)
         # Where the faulty update was made, what is bad now says nothing of what was before it.
-        bad, corrupted = (None, ()) if known.undo else first(self._ranks, self.corrupt(unchanged))
+        bad, corrupted = (None, ()) if known.undo else first(self._ranks, self._context.finite.corrupt(unchanged))
         batch_finite, spoilt = self._batch_finite() if at_hand else (None, ())
         known = replace(
             known,

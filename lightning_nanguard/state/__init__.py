@@ -1,1 +1,1 @@
-"""The state of a run that may be rewound: the learner, its snapshots, and what one batch changes."""
+"""The state of a run: the learner, its snapshots, and what one batch changes."""

@@ -1,7 +1,7 @@
-"""What one batch touched, so that a skipped one leaves nothing behind.
+"""Undoing what one batch changed, so that a skipped batch leaves nothing behind.
 
-Buffers (batch-norm statistics), torchmetrics objects on the module, and whatever else the caller hands in as
-``others`` (Lightning's running means) are put back as they were before the batch.
+Buffers (batch-norm statistics), torchmetrics objects on the module, and what the caller gives as ``others``
+(Lightning's running means) are put back as they were before the batch.
 """
 
 from __future__ import annotations
@@ -17,52 +17,56 @@ from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from lightning_nanguard.state.snapshot import writable
+from lightning_nanguard.thresholds.batches import BatchUndoThresholds
 
 Undo = Callable[[], None]
 
-
-# Buffers up to this many bytes are copied before every batch; a larger one only once it was seen to change.
-_SMALL = 1 << 16
-
-
-# The modules are counted anew after so many batches: to walk through them before each costs more than to copy.
-_LOOK_AGAIN = 64
+_DEFAULTS = BatchUndoThresholds()
 
 
 @final
 class BatchUndo:
-    """Remembers, before a batch, what the batch may touch.
+    """Remembers, before a batch, what the batch may change, and undoes the change.
 
     Args:
         module: The module trained.
         others: Called when a batch opens; each gives what undoes its own part.
         thorough: Remember large buffers and frozen parameters too (the queue and the teacher of self-supervised
-            learning): for a second look at a batch, which is rare and must leave no trace.
+            learning): for a batch that is run again, which is rare and must leave no trace.
+        thresholds: What is copied.
     """
 
-    def __init__(self, module: nn.Module, others: Sequence[Callable[[], Undo]] = (), *, thorough: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        others: Sequence[Callable[[], Undo]] = (),
+        *,
+        thorough: bool = False,
+        thresholds: BatchUndoThresholds = _DEFAULTS,
+    ) -> None:
+        self._limits = thresholds
         self._thorough = thorough
         self._module = module
         self._others = tuple(others)
         self._opened = 0
         self._owners: list[tuple[str, bool, dict[str, Tensor | None]]] = []
-        # Those of all modules that have none so far.
+        # Buffers of the modules that have none so far.
         self._empty: list[dict[str, Tensor | None]] = []
         self._metrics: list[Metric] = []
-        # The buffers that the plan was made for, and the plan: copies by name; what is copied, by dtype and device,
-        # with its version when the plan was made.
+        # The plan: the buffers it was made for, the copies by name, and targets, sources and versions of what is
+        # copied, by dtype and device.
         self._planned: list[Tensor | None] | None = None
         self._saved: dict[str, Tensor] = {}
         self._copies: list[tuple[list[Tensor], list[Tensor], list[int]]] = []
-        # Large buffers that have not changed so far, with their versions, and those that have.
+        # Large buffers that have not changed so far, with their versions, and names of those that have.
         self._watched: list[tuple[str, Tensor, int]] = []
         self._live: set[str] = set()
         self._undo: list[Undo] = []
 
     def open(self) -> None:
-        """Remember the state of now."""
-        if self._opened % _LOOK_AGAIN == 0 or any(self._empty):
-            self._look()
+        """Remember the state before a batch."""
+        if self._opened % self._limits.modules_counted_every == 0 or any(self._empty):
+            self._list_modules()
         self._opened += 1
         if self._owners or self._thorough or self._planned:
             self._open_buffers()
@@ -91,9 +95,9 @@ class BatchUndo:
             for targets, sources, _ in self._copies:
                 torch._foreach_copy_(targets, sources)
 
-    def _look(self) -> None:
+    def _list_modules(self) -> None:
         named = list(self._module.named_modules())
-        # The guard's own metrics count what is skipped: they must not forget it.
+        # The guard's own metrics count skipped batches and are not undone.
         self._metrics = [
             module
             for _, module in named
@@ -107,13 +111,13 @@ class BatchUndo:
         self._empty = [module._buffers for _, module in named if not module._buffers]
 
     def _plan(self, buffers: list[Tensor | None]) -> None:
-        # One that forward has still to make keeps its identity then.
+        # A lazy buffer keeps its identity when forward makes it, so the plan does not last.
         lazy = any(buffer is not None and is_lazy(buffer) for buffer in buffers)
         self._planned = None if lazy else buffers
         old, self._saved, self._watched = self._saved, {}, []
         groups: dict[Any, tuple[list[Tensor], list[Tensor], list[int]]] = {}
         for name, buffer, normalises in self._touchable():
-            if buffer.nbytes > _SMALL and not (normalises or name in self._live or self._thorough):
+            if buffer.nbytes > self._limits.copied_bytes and not (normalises or name in self._live or self._thorough):
                 self._watched.append((name, buffer, buffer._version))
                 continue
             memory = old.get(name)
@@ -123,7 +127,7 @@ class BatchUndo:
             targets, sources, versions = groups.setdefault((buffer.dtype, buffer.device), ([], [], []))
             targets.append(memory)
             sources.append(buffer)
-            # Batch norm writes its statistics behind the version's back.
+            # Batch norm writes its statistics without changing their version.
             versions.append(-1 if normalises else buffer._version)
         self._copies = list(groups.values())
 
@@ -141,11 +145,11 @@ class BatchUndo:
                     yield name, parameter.data, False
 
     def before(self) -> dict[str, Tensor]:
-        """The buffers as they were before the batch, by name, as far as it may have touched them."""
+        """The buffers as they were before the batch, by name, as far as it may have changed them."""
         return dict(self._saved)
 
     def undo_where(self, bad: Tensor) -> None:
-        """Put buffers back where ``bad``, 0-dim, is not 0, and leave them as they are where it is; reads nothing."""
+        """Put buffers back if ``bad``, 0-dim, is not 0; decided on the device, which nothing waits for."""
         with torch.no_grad():
             for memories, buffers, versions in self._copies:
                 changed = [i for i, buffer in enumerate(buffers) if buffer._version != versions[i]]
@@ -154,14 +158,14 @@ class BatchUndo:
                 live = [buffers[i] for i in changed]
                 before = torch._C._nn.flatten_dense_tensors([memories[i] for i in changed])
                 now = torch._C._nn.flatten_dense_tensors(live)
-                # Towards the host it must be waited for, or something else would be read.
+                # A copy to the host must be waited for, or something else would be read.
                 right = torch.where(bad.to(now.device, non_blocking=now.is_cuda) != 0, before, now)
-                # Behind the version's back: a backward that is still to come may need them, and they are as they were.
+                # Without changing the version: a backward still to come may need them, and finds them as they were.
                 behind = [buffer.data for buffer in live]
                 torch._foreach_copy_(behind, torch._C._nn.unflatten_dense_tensors(right, live))
 
     def undo(self, *, buffers: bool = True) -> None:
-        """Put back what the batch touched; may be called once for each :meth:`open`, or again.
+        """Put back what the batch changed; may be called again.
 
         Args:
             buffers: Whether to put buffers back too, and not only what the caller and metrics remember.

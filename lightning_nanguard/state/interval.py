@@ -4,50 +4,63 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import final
+
+from lightning_nanguard.thresholds.snapshots import IntervalThresholds
+
+_DEFAULTS = IntervalThresholds()
 
 
 @final
 class Interval:
-    """Updates between snapshots, so that they take at most a share of the run's time, and less as the run goes on.
+    """Chooses the updates between snapshots, so that snapshots take at most a share of the run's time.
 
-    Of a run that has come through ``made`` updates, snapshots that cost as much as ``cost`` updates lose least, taken
-    and missed together, at every ``sqrt(2 * cost * made)`` updates (Young 1974, doi:10.1145/361147.361115).
+    Where snapshots cost as much as ``cost`` updates and the run has made ``made`` updates, the time lost to snapshots
+    and to a restore together is least at every ``sqrt(2 * cost * made)`` updates (Young 1974,
+    doi:10.1145/361147.361115). So the share falls as the run goes on.
 
     Args:
         every: A fixed interval; ``None`` measures.
-        share: The share.
+        thresholds: Bounds of what is measured.
+        clock: Gives the time in seconds.
     """
 
-    _first = 16
-    _longest = 1 << 14
-
-    def __init__(self, every: int | None, share: float = 0.01) -> None:
+    def __init__(
+        self,
+        every: int | None,
+        thresholds: IntervalThresholds = _DEFAULTS,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._fixed = every is not None
-        self._share = share
+        self._limits = thresholds
+        self._clock = clock
         self._update = 0.0
         self._capturing = 0.0
         self._certifying = 0.0
         self._on_device = 0.0
-        self._mark = time.perf_counter()
-        self.updates = every if every is not None else self._first
+        self._mark = clock()
+        self.updates = every if every is not None else thresholds.first
 
     def until_next(self, last: int, every: int | None = None) -> int:
-        """Updates after which a snapshot is due.
-
-        Early in a run a long interval would lose most of what was learned, so it grows with the run: the few snapshots
-        more take a twentieth of the first interval's time at most.
+        """Updates after which a snapshot is due; fewer early in a run, where a long interval would lose most.
 
         Args:
             last: Updates made before the last one was taken.
             every: The interval, if another than the one measured here.
         """
         every = self.updates if every is None else every
-        return every if self._fixed else min(every, max(self._first, every // 8, last))
+        return every if self._fixed else min(every, max(self._limits.first, every // self._limits.early_factor, last))
 
     def measure(self, started: float, since: int, made: int) -> None:
-        """A capture that began at ``started``, after ``made`` updates and ``since`` the last, has just ended."""
-        ended = time.perf_counter()
+        """Take note that a capture has just ended.
+
+        Args:
+            started: When it began.
+            since: Updates since the one before.
+            made: Updates made so far.
+        """
+        ended = self._clock()
         update = (started - self._mark) / max(1, since)
         self._mark = ended
         if self._fixed or update <= 0:
@@ -55,20 +68,20 @@ class Interval:
         self._update = _least(update, self._update)
         self._capturing = _least(ended - started, self._capturing)
         cost = (self._capturing + self._certifying + self._on_device) / self._update
-        wanted = max(cost / self._share, math.sqrt(2 * cost * made))
-        # In powers of two: small differences must not move it.
+        wanted = max(cost / self._limits.time_share, math.sqrt(2 * cost * made))
+        # In powers of two, so that small differences do not move it.
         power = 1 << max(0, math.ceil(math.log2(max(wanted, 1.0))))
-        self.updates = min(max(self._first, power), self._longest)
+        self.updates = min(max(self._limits.first, power), self._limits.longest)
 
     def certified(self, seconds: float) -> None:
-        """A pending snapshot was looked at for so long."""
+        """Take note of the time in which a pending snapshot was checked."""
         self._certifying = _least(seconds, self._certifying)
 
     def took_device(self, seconds: float) -> None:
-        """A capture has taken the device, which the host's clock does not see, for so long."""
+        """Take note of the time for which a capture occupied the device, which the host's clock does not see."""
         self._on_device = _least(seconds, self._on_device)
 
 
 def _least(seconds: float, before: float) -> float:
-    # Of the times seen the smallest: one slow moment must not set the pace.
+    # The smallest of all times seen: one slow moment must not decide.
     return min(seconds, before) if before else seconds

@@ -1,7 +1,7 @@
-"""The learner: everything of a run that learns, and so may be rewound, as paths to tensors and plain values.
+"""The learner: the part of a run's state that a rollback restores, as state keys and leaves.
 
 Parameters, buffers, optimizer state (and what optimizers keep in their groups), the GradScaler's growth tracker and
-averaged copies are the learner. Learning rates, schedulers and progress are the clock, which no rollback touches.
+averaged copies are the learner. Learning rates, schedulers and progress are the clock, which no rollback changes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import LBFGS, Optimizer
 
 StateKey = tuple[Any, ...]
+"""Names one leaf of the learner: ``("parameter", name)``, ``("buffer", name)``, ``("average", owner, name)``,
+``("optimizer", index, parameter name, key)`` or ``("group", index, group number, key)``."""
 
 
-# Schedulers write these: they belong to the clock, and a rollback leaves them as they are.
+# Schedulers write these keys of parameter groups, so they belong to the clock.
 CLOCK_KEYS = frozenset(
     {
         "params", "lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "weight_decay",
@@ -26,32 +28,32 @@ CLOCK_KEYS = frozenset(
 
 
 class Scaler(Protocol):
-    """What is used of a ``torch.amp.GradScaler``."""
+    """What the learner uses of a ``torch.amp.GradScaler``."""
 
     def state_dict(self) -> dict[str, Any]:
         """Its scale and growth tracker."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put them back."""
+        """Set scale and growth tracker."""
 
 
 class Partitions(Protocol):
-    """What a strategy trains in the place of the module's parameters: partitions, of which each process steps its own.
+    """Partitions that a strategy trains in the place of the module's parameters; each process steps its own.
 
-    The parameters are made from them anew after each step, and have no ``grad`` when it comes.
+    The strategy makes the parameters from them anew after each step, and the parameters have no ``grad`` before it.
     """
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """By name: of each parameter what this process keeps of it, and what it steps."""
+        """By name: the part of each parameter that this process keeps, and the tensors it steps."""
 
     def stepped(self) -> Mapping[str, Tensor]:
-        """What the optimizer steps, by name."""
+        """The tensors that the optimizer steps, by name."""
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """What the next step will use of each parameter's gradient, by the parameter's name."""
+        """The part of each parameter's gradient that the next step will use, by the parameter's name."""
 
     def restored(self) -> None:
-        """What :meth:`weights` gives was put back: what was made from other values goes."""
+        """The tensors of :meth:`weights` were restored: drop what was made from their earlier values."""
 
 
 def _ready(tensor: Tensor) -> bool:
@@ -60,7 +62,7 @@ def _ready(tensor: Tensor) -> bool:
 
 @final
 class Learner:
-    """The live state of a run that may be rewound, as paths to tensors and plain values.
+    """Gives the live state of a run that may be restored, as state keys and leaves (tensors and plain values).
 
     Args:
         module: The module trained.
@@ -68,7 +70,7 @@ class Learner:
         scaler: The GradScaler, if there is one.
         averages: Gives averaged copies of the module kept elsewhere (EMA, SWA), by name; asked anew each time, since
             such copies come and go.
-        partitions: What is stepped in the parameters' place, where a strategy keeps it so.
+        partitions: What is stepped in the place of the parameters, if a strategy keeps partitions of them.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class Learner:
     ) -> None:
         self.module = module
         self.optimizers = list(optimizers)
-        # Indices of those that run their closure several times in a step, and leave and come back by themselves.
+        # Indices of optimizers that evaluate their closure several times in one step, as a line search does.
         self.quasi_newton = frozenset(i for i, one in enumerate(self.optimizers) if isinstance(one, LBFGS))
         self.scaler = scaler
         self._averages = averages
@@ -97,40 +99,40 @@ class Learner:
             if _ready(buffer):
                 yield ("buffer", name), buffer
 
-    def statistics(self, paths: Collection[StateKey]) -> list[StateKey]:
-        """Among ``paths`` running statistics of normalisation layers, and averaged copies of weights."""
+    def statistics(self, keys: Collection[StateKey]) -> list[StateKey]:
+        """Among ``keys`` running statistics of normalisation layers, and averaged copies of weights."""
         prefixes = {name for name, layer in self.module.named_modules() if isinstance(layer, _NormBase)}
         return [
-            path
-            for path in paths
-            if (path[0] == "buffer" and path[1].rpartition(".")[0] in prefixes and "num_batches" not in path[1])
-            or (path[0] == "average" and ("parameter", path[2].removeprefix("module.")) in paths)
+            key
+            for key in keys
+            if (key[0] == "buffer" and key[1].rpartition(".")[0] in prefixes and "num_batches" not in key[1])
+            or (key[0] == "average" and ("parameter", key[2].removeprefix("module.")) in keys)
         ]
 
     def lazy(self) -> bool:
-        """Whether a parameter waits for the first forward to be made."""
+        """Whether a parameter is uninitialised until the first forward."""
         return any(not _ready(parameter) for parameter in self.module.parameters())
 
     def parameter_names(self) -> dict[int, str]:
-        """Identity of every parameter to its name; tied ones keep the first."""
+        """Identity of every parameter to its name; tied parameters have their first name."""
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         if self._partitions is not None:
             names |= {id(tensor): name for name, tensor in self._partitions.stepped().items()}
         return names
 
     def stepped(self, index: int) -> list[Tensor]:
-        """What an optimizer steps."""
+        """The tensors that an optimizer steps."""
         if self._partitions is not None:
             return list(self._partitions.stepped().values())
         return [parameter for group in self.optimizers[index].param_groups for parameter in group["params"]]
 
     def weights_of(self, index: int) -> list[tuple[StateKey, Tensor]]:
         """Parameters that the steps of an optimizer change."""
-        parameters = [(path, leaf) for path, leaf in self.weights() if path[0] == "parameter"]
+        parameters = [(key, leaf) for key, leaf in self.weights() if key[0] == "parameter"]
         if self._partitions is not None:
             return parameters
         own = {id(parameter) for parameter in self.stepped(index)}
-        return [(path, leaf) for path, leaf in parameters if id(leaf) in own]
+        return [(key, leaf) for key, leaf in parameters if id(leaf) in own]
 
     def gradients(self, index: int) -> list[Tensor]:
         """The gradients an optimizer steps by, as they are: sparse or sharded ones too."""
@@ -140,7 +142,7 @@ class Learner:
         return [grad for group in groups for p in group["params"] if (grad := p.grad) is not None]
 
     def named_gradients(self, index: int) -> list[tuple[str, Tensor]]:
-        """The same, by the parameters' names."""
+        """The gradients an optimizer steps by, with the parameters' names."""
         if self._partitions is not None:
             return list(self._partitions.gradients())
         names = self.parameter_names()
@@ -148,7 +150,7 @@ class Learner:
         return [(name, grad) for name, grad in found if grad is not None]
 
     def restored(self) -> None:
-        """Weights were put back."""
+        """Weights were restored: a strategy that made other tensors from them makes those anew."""
         if self._partitions is not None:
             self._partitions.restored()
 
@@ -165,7 +167,7 @@ class Learner:
                     yield ("group", index, number, key), value
 
     def leaves(self) -> Iterator[tuple[StateKey, Any]]:
-        """Everything that is rewound, except the scaler."""
+        """Everything that a rollback restores, except the scaler."""
         yield from self.weights()
         for index in range(len(self.optimizers)):
             yield from self.optimizer_leaves(index)
@@ -178,24 +180,24 @@ class Learner:
                 yield ("average", owner, name), tensor
 
 
-def describe(path: StateKey) -> str:
-    """A path in words: ``"parameter net.0.weight"``, ``"optimizer state exp_avg of net.0.weight"``."""
-    match path:
+def describe(key: StateKey) -> str:
+    """A state key in words: ``"parameter net.0.weight"``, ``"optimizer state exp_avg of net.0.weight"``."""
+    match key:
         case ("optimizer", int(), str(name), *keys):
             return f"optimizer state {'.'.join(map(str, keys))} of {name}"
-        case ("group", int(index), int(number), str(key)):
-            return f"{key} in group {number} of optimizer {index}"
+        case ("group", int(index), int(number), str(name)):
+            return f"{name} in group {number} of optimizer {index}"
         case ("average", str(owner), str(name)):
             return f"{name} in the averaged copy of {owner}"
         case (str(kind), str(name)):
             return f"{kind} {name}"
-    return " ".join(map(str, path))
+    return " ".join(map(str, key))
 
 
-def _leaves(path: StateKey, value: Any) -> Iterator[tuple[StateKey, Any]]:
-    # Lists and dictionaries of tensors (LBFGS's history) are taken whole, since their length changes.
+def _leaves(prefix: StateKey, value: Any) -> Iterator[tuple[StateKey, Any]]:
+    # A list or dictionary of tensors inside (LBFGS's history) is one leaf, since its length changes.
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield (*path, key), item
+            yield (*prefix, key), item
     else:
-        yield path, value
+        yield prefix, value

@@ -1,4 +1,4 @@
-"""A first look at a state that waits for no device: it is plainly fine, or has to be looked into."""
+"""A first cheap look at a state, which waits for no device."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from lightning_nanguard.state.learner import StateKey
 
 @final
 class NormScreen:
-    """One norm of each tensor of a state, on their way to the host.
+    """Sends one norm of each tensor of a state to the host: they show whether the tensors must be looked at.
 
     Args:
-        tensors: What must be finite, and may not have grown beyond measure since an older glance.
-        wide: Paths of tensors with so many elements that their norm does not tell whether one has grown: the largest
-            element is sent too.
+        tensors: What must be finite, and may not have grown too far since an older screen.
+        wide: State keys of tensors with so many elements that their norm does not tell whether one has grown: their
+            largest element is sent too.
     """
 
     def __init__(self, tensors: Iterable[tuple[StateKey, Tensor]], wide: Collection[StateKey] = ()) -> None:
         groups: dict[tuple[torch.device, torch.dtype], list[tuple[StateKey, Tensor]]] = {}
-        for path, tensor in tensors:
+        for key, tensor in tensors:
             if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel():
                 values = dense_values(tensor)
-                groups.setdefault((values.device, values.dtype), []).append((path, values))
-        self._norms = [
+                groups.setdefault((values.device, values.dtype), []).append((key, values))
+        self._sent = [
             (
-                [(path, values.numel(), path in wide) for path, values in group],
+                [(key, values.numel(), key in wide) for key, values in group],
                 HostCopy(
                     torch.stack(
                         each_norm([values for _, values in group])
-                        + each_norm([values for path, values in group if path in wide], math.inf)
+                        + each_norm([values for key, values in group if key in wide], math.inf)
                     )
                 ),
             )
@@ -47,37 +47,39 @@ class NormScreen:
 
     def arrived(self) -> bool:
         """Whether reading it would not wait for a device."""
-        return all(parcel.arrived() for _, parcel in self._norms)
+        return all(numbers.arrived() for _, numbers in self._sent)
 
-    def beyond(self, before: Mapping[StateKey, float], factor: float) -> set[StateKey]:
-        """Paths of tensors of which it is not sure that they are finite, and that no element has grown too far.
+    def beyond(self, before: Mapping[StateKey, float], factor: float, least: float = 1.0) -> set[StateKey]:
+        """State keys of tensors that may not be finite, or of which an element may have grown too far.
 
         Args:
-            before: The older glance's :attr:`typical`.
-            factor: Growth of a tensor's largest element, above 1, that would be too much.
+            before: The older screen's :attr:`typical`.
+            factor: Growth of a tensor's largest element that would be too much.
+            least: Magnitude from which growth is counted.
         """
-        # A largest element m lies between the root mean square and the norm: no jump of m goes unseen.
+        # The largest element lies between the root mean square and the norm, so no jump of it goes unseen.
         return {
-            path
-            for path, _, norm, largest in self._numbers
-            if not (norm < math.inf and largest <= factor * max(before.get(path, self.typical[path]), 1.0))
+            key
+            for key, _, norm, largest in self._numbers
+            if not (norm < math.inf and largest <= factor * max(before.get(key, self.typical[key]), least))
         }
 
     @cached_property
     def typical(self) -> dict[StateKey, float]:
-        """Root mean square of each tensor; of the smallest one where a path holds several."""
+        """Root mean square of each tensor; of the smallest one where a state key holds several."""
         found: dict[StateKey, float] = {}
-        for path, elements, norm, _ in self._numbers:
+        for key, elements, norm, _ in self._numbers:
             size = norm / math.sqrt(elements)
-            found[path] = min(size, found.get(path, size))
+            found[key] = min(size, found.get(key, size))
         return found
 
     @cached_property
     def _numbers(self) -> list[tuple[StateKey, int, float, float]]:
+        # Key, elements, norm and largest element, which is no larger than the norm where it was not sent.
         found = []
-        for about, parcel in self._norms:
-            numbers = parcel.read()
+        for about, copy in self._sent:
+            numbers = copy.read()
             largest = iter(numbers[len(about) :])
-            for (path, elements, wide), norm in zip(about, numbers, strict=False):
-                found.append((path, elements, norm, next(largest) if wide else norm))
+            for (key, elements, wide), norm in zip(about, numbers, strict=False):
+                found.append((key, elements, norm, next(largest) if wide else norm))
         return found

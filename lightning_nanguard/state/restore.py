@@ -1,4 +1,4 @@
-"""Puts the learner back to a snapshot: bitwise, in place, as often as wanted."""
+"""Restoring: bitwise, in place, repeatable."""
 
 from __future__ import annotations
 
@@ -13,65 +13,71 @@ from lightning_nanguard.measure.tensors import local
 from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey
 from lightning_nanguard.state.snapshot import Snapshot, clone, copy_all, fits
 
+_Pair = tuple[Tensor, Tensor]
+"""A live tensor and what is copied into it."""
+
 
 def restore(learner: Learner, snapshot: Snapshot, *, keep: Callable[[StateKey], bool] | None = None) -> None:
-    """Put the learner back, in place; what either side lacks is left alone, optimizer state the snapshot lacks goes.
+    """Put the learner back to a snapshot, in place.
+
+    What only one of them has is left alone, but optimizer state that the snapshot lacks is removed.
 
     Args:
         learner: What to put back.
         snapshot: To what; it is not changed and may be used again.
-        keep: Says which paths to put back; all by default.
+        keep: Says which state keys to put back; all by default.
     """
     snapshot.wait()
-    saved = snapshot.leaves if keep is None else {path: leaf for path, leaf in snapshot.leaves.items() if keep(path)}
-    pairs = [(live, saved[path]) for path, live in learner.weights() if fits(live, saved.get(path))]
+    saved = snapshot.leaves if keep is None else {key: leaf for key, leaf in snapshot.leaves.items() if keep(key)}
+    pairs = [(live, saved[key]) for key, live in learner.weights() if fits(live, saved.get(key))]
     names = learner.parameter_names()
     for index, optimizer in enumerate(learner.optimizers):
         if keep is None or keep(("optimizer", index)):
-            _restore_optimizer(optimizer, index, learner.stepped(index), names, saved, snapshot.homes, pairs)
+            pairs += _restore_state(optimizer, index, learner.stepped(index), names, saved, snapshot.homes)
+            pairs += _restore_groups(optimizer, index, saved, snapshot.homes)
     if keep is None:
-        averages = ((path, live) for path, live in learner.averages() if fits(live, saved.get(path)))
-        pairs += [(live, saved[path]) for path, live in averages]
+        averages = ((key, live) for key, live in learner.averages() if fits(live, saved.get(key)))
+        pairs += [(live, saved[key]) for key, live in averages]
     copy_all([live for live, _ in pairs], [value for _, value in pairs])
     learner.restored()
     if learner.scaler is not None and snapshot.scaler and keep is None:
         _restore_scaler(learner.scaler, snapshot.scaler)
 
 
-def mend_averages(learner: Learner, bad: Callable[[Iterable[tuple[StateKey, Any]]], str | None]) -> None:
-    """Set averaged copies that no snapshot holds, since they began later, to the weights where they went bad.
+def mend_averages(learner: Learner, corrupt: Callable[[Iterable[tuple[StateKey, Any]]], str | None]) -> None:
+    """Set corrupt averaged copies to the weights; no snapshot holds one that began after it was taken.
 
     Args:
         learner: Whose copies.
-        bad: Names a tensor that went bad, ``None`` where none did.
+        corrupt: Names a tensor that is not finite, ``None`` where all are.
     """
-    weights = {path[1]: leaf for path, leaf in learner.weights()}
+    weights = {key[1]: leaf for key, leaf in learner.weights()}
     copies: dict[Any, list[tuple[StateKey, Tensor]]] = {}
-    for path, tensor in learner.averages():
-        copies.setdefault(path[1], []).append((path, tensor))
+    for key, tensor in learner.averages():
+        copies.setdefault(key[1], []).append((key, tensor))
     for tensors in copies.values():
-        if bad(tensors) is None:
+        if corrupt(tensors) is None:
             continue
-        for path, tensor in tensors:
-            source = weights.get(path[2].removeprefix("module."))
+        for key, tensor in tensors:
+            source = weights.get(key[2].removeprefix("module."))
             if source is not None and fits(tensor, source):
                 with torch.no_grad():
                     tensor.copy_(source)
 
 
-def _restore_optimizer(
+def _restore_state(
     optimizer: Optimizer,
     index: int,
     stepped: Iterable[Tensor],
     names: Mapping[int, str],
     saved: Mapping[StateKey, Any],
     homes: Mapping[StateKey, torch.device],
-    pairs: list[tuple[Tensor, Tensor]],
-) -> None:
+) -> list[_Pair]:
     wanted: dict[str, dict[Any, tuple[Any, torch.device | None]]] = {}
-    for path, value in saved.items():
-        if path[:2] == ("optimizer", index):
-            wanted.setdefault(path[2], {})[path[3]] = value, homes.get(path)
+    for state_key, value in saved.items():
+        if state_key[:2] == ("optimizer", index):
+            wanted.setdefault(state_key[2], {})[state_key[3]] = value, homes.get(state_key)
+    pairs: list[_Pair] = []
     for parameter in stepped:
         entries = wanted.get(names.get(id(parameter), f"#{id(parameter)}"))
         if not entries:
@@ -81,29 +87,33 @@ def _restore_optimizer(
         for key in [key for key in state if key not in entries]:
             del state[key]
         for key, (value, home) in entries.items():
-            _put(state, key, value, home, pairs, like=parameter)
+            pairs += _put(state, key, value, home, like=parameter)
+    return pairs
+
+
+def _restore_groups(
+    optimizer: Optimizer, index: int, saved: Mapping[StateKey, Any], homes: Mapping[StateKey, torch.device]
+) -> list[_Pair]:
+    pairs: list[_Pair] = []
     for number, group in enumerate(optimizer.param_groups):
-        known = {path[3]: value for path, value in saved.items() if path[:3] == ("group", index, number)}
+        known = {state_key[3]: value for state_key, value in saved.items() if state_key[:3] == ("group", index, number)}
         for key in [key for key in group if known and key not in known and key not in CLOCK_KEYS]:
             del group[key]
         for key, value in known.items():
-            _put(group, key, value, homes.get(("group", index, number, key)), pairs)
+            pairs += _put(group, key, value, homes.get(("group", index, number, key)))
+    return pairs
 
 
 def _put(
-    owner: dict[Any, Any],
-    key: Any,
-    value: Any,
-    home: torch.device | None,
-    pairs: list[tuple[Tensor, Tensor]],
-    like: Tensor | None = None,
-) -> None:
+    owner: dict[Any, Any], key: Any, value: Any, home: torch.device | None, like: Tensor | None = None
+) -> list[_Pair]:
+    # What can be copied in place is given back, so that all of it is copied in one call.
     live = owner.get(key)
     if isinstance(live, Tensor) and fits(live, value):
-        pairs.append((live, value))
-    else:
-        made = clone(value, live.device if isinstance(live, Tensor) else home)
-        owner[key] = made if like is None else _sharded_like(made, like)
+        return [(live, value)]
+    made = clone(value, live.device if isinstance(live, Tensor) else home)
+    owner[key] = made if like is None else _sharded_like(made, like)
+    return []
 
 
 def _sharded_like(value: Any, parameter: Tensor) -> Any:

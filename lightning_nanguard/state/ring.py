@@ -6,45 +6,53 @@ import math
 from typing import final
 
 from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.thresholds.snapshots import RingThresholds
+
+_DEFAULTS = RingThresholds()
 
 
 @final
 class Ring:
-    """Certified snapshots, newest first, and the one still pending.
+    """Keeps certified snapshots, newest first, and the one still pending.
 
-    When it is full, the oldest goes, but not the newest of about the best loss level, nor the start while nothing was
-    learned: a fault found late needs a state from before it began.
+    When it is full, the oldest goes. Kept all the same are the newest of about the best loss level, and the start while
+    nothing was learned: a fault found late needs a state from before it began.
 
     Args:
         capacity: Certified snapshots kept.
-        certify_after: Healthy readings a pending snapshot waits for.
+        thresholds: Which snapshots are kept.
     """
 
-    def __init__(self, capacity: int = 3, certify_after: int = 2) -> None:
+    def __init__(self, capacity: int = 3, thresholds: RingThresholds = _DEFAULTS) -> None:
         self.capacity = capacity
-        self.certify_after = certify_after
+        self._limits = thresholds
         self.certified: list[Snapshot] = []
         self.pending: Snapshot | None = None
-        self._spare: list[Snapshot] = []
+        self._spare: Snapshot | None = None
+
+    @property
+    def certify_after(self) -> int:
+        """Healthy readings that a pending snapshot waits for."""
+        return self._limits.certify_after
 
     def spare(self) -> Snapshot | None:
-        """Memory to use again, if there is some."""
-        return self._spare.pop() if self._spare else None
+        """A snapshot no longer needed, whose memory may be used again; ``None`` without one."""
+        spare, self._spare = self._spare, None
+        return spare
 
     def add(self, snapshot: Snapshot) -> None:
-        """Take a new snapshot, pending; the older pending one goes."""
+        """Take a new snapshot, which is then pending; an older pending one goes."""
         self.drop_pending()
         self.pending = snapshot
 
     def shed(self) -> None:
-        """Let go of what can be spared: there is too little memory."""
-        self.pending = None
-        self._spare.clear()
+        """Let go of all but the newest certified snapshot: there is too little memory."""
+        self.pending = self._spare = None
         del self.certified[1:]
         self.capacity = 1
 
     def drop_pending(self) -> None:
-        """The state it holds is under suspicion."""
+        """Let go of the pending snapshot: its state is under suspicion."""
         if self.pending is not None:
             self._recycle(self.pending)
             self.pending = None
@@ -57,14 +65,14 @@ class Ring:
         if self.pending is None or step <= self.pending.step:
             return False
         self.pending.healthy += 1
-        return self.pending.healthy >= self.certify_after
+        return self.pending.healthy >= self._limits.certify_after
 
-    def certify(self, margin: float = 0.0, kept: Snapshot | None = None, *, keep_oldest: bool = False) -> None:
-        """The pending snapshot is good.
+    def certify(self, kept: Snapshot | None = None, *, loss_unit: float = 0.0, keep_oldest: bool = False) -> None:
+        """Certify the pending snapshot.
 
         Args:
             kept: The form in which it is kept, if another.
-            margin: How much lower a newer snapshot's loss level must be before the oldest is worth less.
+            loss_unit: The unit of the loss: a newer snapshot must be clearly better before the oldest goes.
             keep_oldest: Keep the oldest all the same: what came since may be ruined without a sign in the loss.
         """
         assert self.pending is not None
@@ -73,13 +81,13 @@ class Ring:
             self._recycle(self.pending)
         self.pending = None
         if len(self.certified) > self.capacity:
+            margin = self._limits.about_best * loss_unit
             self._recycle(self.certified.pop(self._least_worth(margin, keep_oldest)))
 
     def clear(self) -> None:
         """Let go of all memory."""
-        self.pending = None
+        self.pending = self._spare = None
         self.certified.clear()
-        self._spare.clear()
 
     def good(self, sound: int | None, loss_unit: float) -> Snapshot | None:
         """The certified snapshot to compare with; ``None`` without one.
@@ -94,7 +102,7 @@ class Ring:
         if sound is not None and sound < len(certified):
             return certified[sound]
         known = [snapshot.level for snapshot in certified if snapshot.level is not None]
-        limit = min(known, default=0.0) + 0.1 * loss_unit
+        limit = min(known, default=0.0) + self._limits.about_best * loss_unit
         return next((one for one in certified if one.level is None or one.level <= limit), certified[0])
 
     def discard_newer(self, depth: int) -> Snapshot:
@@ -115,6 +123,6 @@ class Ring:
         return next((index for index in range(last, 0, -1) if index not in kept), last)
 
     def _recycle(self, snapshot: Snapshot) -> None:
-        # Only memory for the whole state is of use again.
-        if len(self._spare) < 1 and not snapshot.shared():
-            self._spare.append(snapshot)
+        # Memory of one whole state is enough; a shared snapshot holds only a part.
+        if self._spare is None and not snapshot.shared():
+            self._spare = snapshot

@@ -1,20 +1,22 @@
-"""Copies of the learner."""
+"""Snapshots: copies of the learner."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from lightning_nanguard.measure.batches import nested_tensors
 from lightning_nanguard.measure.tensors import local, size
 from lightning_nanguard.state.learner import Learner, StateKey
 
 
 def clone(value: Any, device: torch.device | None) -> Any:
+    """A copy of a leaf of the learner on a device, ``None`` for where it lies; to the host without waiting for it."""
     if isinstance(value, Tensor):
         value = local(value).detach()
         if device is None:
@@ -30,24 +32,21 @@ def clone(value: Any, device: torch.device | None) -> Any:
 
 
 def _pinned_like(value: Tensor) -> Tensor:
-    # Only to pinned memory a copy goes on while the run does; a host may have a limit for it.
+    # A copy goes on beside the run only into pinned memory, which a host may have too little of.
     try:
         return torch.empty_like(value, device="cpu", pin_memory=True)
     except RuntimeError:
         return torch.empty_like(value, device="cpu")
 
 
-def _home(value: Any) -> torch.device | None:
-    return next((tensor.device for tensor in _tensors(value)), None)
-
-
 def writable(tensor: Tensor) -> bool:
     """Whether a tensor can be written in place: not an inference tensor, and no two elements in one place."""
-    expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    expanded = any(stride == 0 and length > 1 for stride, length in zip(tensor.stride(), tensor.shape, strict=True))
     return not tensor.is_inference() and not expanded
 
 
 def fits(live: Any, saved: Any) -> bool:
+    """Whether ``saved`` can be copied into ``live`` in place."""
     if not isinstance(live, Tensor) or not isinstance(saved, Tensor):
         return False
     live = local(live)
@@ -60,6 +59,7 @@ def fits(live: Any, saved: Any) -> bool:
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy each source into its target; towards the host without waiting where the target is pinned."""
     # One call for all tensors of a dtype and device pair: a loop of copy_ costs three times as much on small ones.
     groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
@@ -100,14 +100,14 @@ class Snapshot:
     Attributes:
         step: The guard's clock when it was taken: the update with this number had been made.
         global_step: The trainer's.
-        leaves: StateKey to copied value, or to a :class:`Share` of it.
+        leaves: State key to copied value, or to a :class:`Share` of it.
         scaler: The GradScaler's state.
         rate: Scheduled learning rate of the first group.
-        level: Loss level of the first optimizer when it was taken.
+        level: Loss level of the first optimizer when it was taken, in the loss's own numbers.
         healthy: Healthy readings seen since.
-        typical: Root mean square of each tensor, from its :class:`~lightning_nanguard.glance.NormScreen`.
+        typical: Root mean square of each tensor, from its :class:`~lightning_nanguard.state.norm_screen.NormScreen`.
         done: Events that say when a copy to the host has arrived.
-        homes: Where the originals lie, if the copies lie elsewhere.
+        homes: Device of each original, if the copies lie elsewhere.
     """
 
     step: int
@@ -122,12 +122,12 @@ class Snapshot:
     homes: dict[StateKey, torch.device] = field(default_factory=dict)
 
     def wait(self) -> None:
-        """Let the host wait until it is there."""
+        """Let the host wait until the copy has arrived."""
         while self.done:
             self.done.pop().synchronize()
 
     def shared(self) -> bool:
-        """Whether it must be put together from several ranks."""
+        """Whether several ranks keep it together, a part each."""
         return any(isinstance(leaf, Share) for leaf in self.leaves.values())
 
     def nbytes(self) -> int:
@@ -139,17 +139,6 @@ class Snapshot:
 def tensor_bytes(leaves: Mapping[StateKey, Any]) -> int:
     """Bytes of the tensors among some leaves."""
     return sum(size(leaf) for leaf in leaves.values() if isinstance(leaf, Tensor))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
 
 
 def capture(
@@ -168,24 +157,24 @@ def capture(
         step: The guard's clock.
         global_step: The trainer's.
         device: Where the copy lies; ``None`` beside the original.
-        reuse: A snapshot no longer needed, whose memory is taken over.
-        leaves: Copy only these paths.
+        reuse: A snapshot no longer needed, whose memory is used again.
+        leaves: Copy only these leaves.
     """
     old = reuse.leaves if reuse is not None else {}
     copied: dict[StateKey, Any] = {}
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     homes: dict[StateKey, torch.device] = {}
-    for path, live in learner.leaves() if leaves is None else leaves:
-        memory = old.get(path)
-        if device is not None and (home := _home(live)) is not None:
-            homes[path] = home
+    for key, live in learner.leaves() if leaves is None else leaves:
+        memory = old.get(key)
+        if device is not None and (home := next((one.device for one in nested_tensors(live)), None)) is not None:
+            homes[key] = home
         if isinstance(memory, Tensor) and fits(live, memory) and memory.device == (device or live.device):
             targets.append(memory)
             sources.append(live)
-            copied[path] = memory
+            copied[key] = memory
         else:
-            copied[path] = clone(live, device)
+            copied[key] = clone(live, device)
     copy_all(targets, sources)
     scaler = dict(learner.scaler.state_dict()) if learner.scaler is not None else None
     return Snapshot(step, global_step, copied, scaler, homes=homes)

@@ -2,15 +2,108 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
+
+__all__ = [
+    "IntervalThresholds",
+    "PlacementThresholds",
+    "PlausibilityThresholds",
+    "RingThresholds",
+    "SnapshotsThresholds",
+]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class IntervalThresholds:
+    """How many updates lie between snapshots, where the user sets no number.
+
+    Attributes:
+        first: Updates before the first measured snapshot, and the shortest interval: a shorter one could not be timed.
+        longest: Updates of the longest interval: a restore must not lose more.
+        time_share: Share of the run's time that snapshots may take.
+        early_factor: How many times as often as measured snapshots come early in a run, where a long interval would
+            lose most of what was learned. The additional ones take a twentieth of the first interval's time at most.
+        announced_after: Measured snapshots after which the interval is logged: the second measurement stands.
+    """
+
+    first: int = 16
+    longest: int = 1 << 14
+    time_share: float = 0.01
+    early_factor: int = 8
+    announced_after: int = 2
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PlacementThresholds:
+    """Where snapshots lie.
+
+    Attributes:
+        memory_reserve: Share of a device's memory that is left free: batches differ in size, and the allocator's blocks
+            do not fit exactly.
+        negligible_share: Share of a device's memory below which a snapshot is put there without knowing the peak.
+    """
+
+    memory_reserve: float = 0.05
+    negligible_share: float = 0.05
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RingThresholds:
+    """Which snapshots are kept.
+
+    Attributes:
+        certify_after: Healthy readings that a pending snapshot waits for: damage may show one update late.
+        about_best: Share of the loss unit within which two loss levels count as equal.
+        certify_anyway: Healthy readings after which a snapshot is certified although a detector is uneasy about it.
+        keep_start: Healthy updates for which the snapshot of the start is kept: ruin by a rate shows by then.
+    """
+
+    certify_after: int = 2
+    about_best: float = 0.1
+    certify_anyway: int = 100
+    keep_start: int = 1000
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PlausibilityThresholds:
+    """When a finite tensor is far out of range, compared with the newest certified snapshot.
+
+    Attributes:
+        settled_after: Healthy updates after which statistics and moments no longer come from their initial values.
+        weight_growth: Factor by which a parameter's largest element grew. An optimizer moves a weight by its rate, so
+            weights grow by less than second moments, which go with the square of a gradient.
+        state_growth: The same factor for statistics and moments.
+        early_growth: The same factor for all of them before ``settled_after``.
+        least_magnitude: Magnitude up to which growth does not count: below it any number may be a usual one.
+        trials: How often one tensor that is found again and again is still tried on the newest batches.
+    """
+
+    settled_after: int = 100
+    weight_growth: float = 1e3
+    state_growth: float = 1e4
+    early_growth: float = 1e12
+    least_magnitude: float = 1.0
+    trials: int = 3
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class SnapshotsThresholds:
-    """When snapshots are taken, certified and distrusted."""
+    """When snapshots are taken, certified and distrusted.
 
-    same_level: float = 0.1
-    certify_anyway: int = 100
-    keep_start: int = 1000
+    Attributes:
+        interval: How many updates lie between snapshots.
+        placement: Where snapshots lie.
+        ring: Which snapshots are kept.
+        plausibility: When a finite tensor is far out of range.
+    """
+
+    interval: IntervalThresholds = field(default_factory=IntervalThresholds)
+    placement: PlacementThresholds = field(default_factory=PlacementThresholds)
+    ring: RingThresholds = field(default_factory=RingThresholds)
+    plausibility: PlausibilityThresholds = field(default_factory=PlausibilityThresholds)

@@ -21,7 +21,7 @@ from lightning_nanguard.measure.tensors import gradients
 from lightning_nanguard.state.batch_history import BatchHistory, MicroBatch
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import Learner
-from lightning_nanguard.state.recent_batches import RecentBatches
+from lightning_nanguard.thresholds.batches import BatchesThresholds
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.replay import (
     alone,
@@ -51,8 +51,8 @@ class TrainerBatchReplay:
         ranks: All processes.
         clipper: Clips gradients as the guard does now.
         delay: After how many further updates it is known that one was healthy.
-        updates: Of how many updates the micro-batches are kept.
-        small: Of how many updates they are kept where they are small.
+        examined: Whether a loss that does not move is examined, on many batches.
+        thresholds: How many batches are kept.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class TrainerBatchReplay:
         clipper: Clipper,
         *,
         delay: int,
-        updates: int,
-        small: int,
+        examined: bool,
+        thresholds: BatchesThresholds,
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -78,8 +78,9 @@ class TrainerBatchReplay:
         self.may_log = False
         self.batch: Any = None
         self.batch_idx = -1
-        self.batches = BatchHistory(module.device, updates=updates, small=small)
-        self.recent = RecentBatches()
+        kept = thresholds.micro_batches
+        updates = kept.updates_examined if examined else kept.updates_late if delay else kept.updates
+        self.batches = BatchHistory(module.device, updates, kept.updates_small if examined else 0, thresholds)
         self._shown: list[MicroBatch] = []
 
     def make_undo(self) -> BatchUndo:
@@ -89,9 +90,9 @@ class TrainerBatchReplay:
     def remember(self, update: int) -> None:
         """The batch at hand is over, in which update ``update`` was the last; keep what turned out healthy."""
         if not self._delay:
-            self.recent.add(self.batch, self.batch_idx)
-        elif (known := update - self._delay) > self._distrusted and (newest := self.batches.last(known)) is not None:
-            self.recent.add(*newest)
+            self.batches.accept(self.batch, self.batch_idx)
+        elif (known := update - self._delay) > self._distrusted:
+            self.batches.accept_update(known)
 
     def distrust(self, update: int) -> None:
         """A fault was found with update ``update``: of no earlier one it will become known that it was healthy."""
@@ -115,7 +116,7 @@ class TrainerBatchReplay:
 
     def batch_strange(self) -> bool | None:
         """Whether the batch at hand reaches far beyond those before it."""
-        return None if self.batch is None else self.recent.strange(self.batch)
+        return None if self.batch is None else self.batches.strange(self.batch)
 
     def comparable(self) -> bool:
         """Whether a batch can be run again at all: under automatic optimization."""
@@ -186,10 +187,11 @@ class TrainerBatchReplay:
         return self.comparable() and self.batch is not None and one and not self._ranks.sharded
 
     def _at_hand(self) -> list[tuple[Any, int]]:
-        if len(self.recent) > 1:
-            return list(self.recent)
+        healthy = self.batches.healthy
+        if len(healthy) > 1:
+            return healthy
         # Too few to leave out the one at hand, though it may have a part in the trouble.
-        return [*self.recent, (self.batch, self.batch_idx)]
+        return [*healthy, (self.batch, self.batch_idx)]
 
     def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
         value = self._attempt(partial(forward_backward, self._trainer, optimizer, batch, batch_idx))

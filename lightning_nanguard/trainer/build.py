@@ -82,7 +82,6 @@ def _context(
     deferred = _deferred(arguments.readback, trainer, module)
     # Read late, a fault is that of an earlier batch.
     late = deferred or ranks.world > 1
-    examined = arguments.examine_after is not None
     replay = TrainerBatchReplay(
         trainer,
         module,
@@ -90,8 +89,8 @@ def _context(
         ranks,
         clipper,
         delay=MAX_DELAY if late else 0,
-        updates=8 if examined else 4 if late else 1,
-        small=256 if examined else 0,
+        examined=arguments.examine_after is not None,
+        thresholds=arguments.thresholds.batches,
     )
     every = arguments.snapshot_every_n_steps
     context = GuardContext(
@@ -100,7 +99,7 @@ def _context(
         monitors=Monitors(arguments.detectors, arguments.thresholds.detection),
         rate=LearningRate(optimizers),
         clipper=clipper,
-        ring=Ring(arguments.max_snapshots),
+        ring=Ring(arguments.max_snapshots, arguments.thresholds.snapshots.ring),
         ranks=ranks,
         settings=Settings(
             snapshot_every=None if isinstance(every, str) else every,

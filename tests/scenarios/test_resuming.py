@@ -87,6 +87,17 @@ def train(
     return trainer, module, rates.used, trainer.logger
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[NaNGuard, Path]:
+    """A guard that has cut the rate and turned clipping on, and the checkpoint its run was stopped with."""
+    folder = tmp_path_factory.mktemp("stopped")
+    guard, path = guard_with(), folder / "mid.ckpt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(guard, Diverge(7, 10), SaveAt(16, path, stop=True))
+    return guard, path
+
+
 def guard_state(path: Path) -> dict[str, Any]:
     content = torch.load(path, weights_only=True)
     (state,) = (value for key, value in content["callbacks"].items() if "NaNGuard" in key)
@@ -96,37 +107,29 @@ def guard_state(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("stop_at", [16, PER_EPOCH, 2 * PER_EPOCH, 29], ids=["16", "epoch end", "two epochs", "29"])
-def test_resumed_run_equals_one_not_stopped(stop_at: int, tmp_path: Path) -> None:
-    """After a cut and clipping, a run that is stopped and resumed ends with the bits of one that is not stopped."""
-    faults = (7, 10)
+def test_resumed_run_equals_one_not_stopped(tmp_path: Path) -> None:
+    """After a cut and clipping, a run that is stopped and resumed ends with the bits of one that is not stopped: the
+    learner and the rates used and shown, wherever in an epoch it stopped, and the guard's windows, counts and clipping.
+    """
+    stops = [16, PER_EPOCH, 2 * PER_EPOCH, 29]
+    faults, last = (7, 10), PER_EPOCH * EPOCHS
     whole = guard_with()
-    path = tmp_path / "mid.ckpt"
-    trainer, module, rates, logger = train(whole, Diverge(*faults), SaveAt(stop_at, path))
+    saves = [SaveAt(step, tmp_path / f"{step}.ckpt") for step in (*stops, last)]
+    trainer, module, rates, logger = train(whole, Diverge(*faults), *saves)
     assert whole.lr_multiplier < 1.0, list(whole.interventions)
-    again = guard_with()
-    trainer2, module2, rates2, logger2 = train(again, Diverge(*faults), resume=path)
-    assert again.lr_multiplier == whole.lr_multiplier
-    assert rates2 == rates[-len(rates2) :]
     shown = [row["lr-AdamW"] for _, row in logger.rows if "lr-AdamW" in row]
-    shown2 = [row["lr-AdamW"] for _, row in logger2.rows if "lr-AdamW" in row]
-    assert shown2 == shown[-len(shown2) :]
-    assert trainer2.global_step == trainer.global_step == PER_EPOCH * EPOCHS
-    assert differences(learner_of(trainer, module), learner_of(trainer2, module2)) == []
-
-
-@pytest.mark.parametrize("stop_at", [16, 2 * PER_EPOCH])
-def test_state_goes_on(stop_at: int, tmp_path: Path) -> None:
-    """Windows, counts, clipping and what the policy remembers are at the end what they are without the stop."""
-    ends = []
-    for resume in (None, tmp_path / "mid.ckpt"):
-        saves = [SaveAt(PER_EPOCH * EPOCHS, tmp_path / f"end{resume is None}.ckpt")]
-        if resume is None:
-            saves.append(SaveAt(stop_at, tmp_path / "mid.ckpt"))
-        guard = guard_with()
-        train(guard, Diverge(7, 10), *saves, resume=resume)
-        ends.append(guard_state(saves[0].path))
-    assert differences(ends[0]["guard"], ends[1]["guard"]) == []
+    for stop_at in stops:
+        again, end = guard_with(), tmp_path / f"end of {stop_at}.ckpt"
+        resume = tmp_path / f"{stop_at}.ckpt"
+        trainer2, module2, rates2, logger2 = train(again, Diverge(*faults), SaveAt(last, end), resume=resume)
+        assert again.lr_multiplier == whole.lr_multiplier
+        assert rates2 == rates[-len(rates2) :]
+        shown2 = [row["lr-AdamW"] for _, row in logger2.rows if "lr-AdamW" in row]
+        assert shown2 == shown[-len(shown2) :]
+        assert trainer2.global_step == trainer.global_step == last
+        assert differences(learner_of(trainer, module), learner_of(trainer2, module2)) == []
+        if stop_at in (16, 2 * PER_EPOCH):  # else snapshots, and the rates they prove, fall on other updates
+            assert differences(guard_state(tmp_path / f"{last}.ckpt")["guard"], guard_state(end)["guard"]) == []
 
 
 def test_later_skip_after_resuming(tmp_path: Path) -> None:
@@ -194,19 +197,15 @@ def test_clipping_goes_on(tmp_path: Path) -> None:
     [[NonFinite()], [GradientSpike(window=30), NonFinite()], [DivergingLoss(patience=10)], []],
     ids=["fewer", "another window and order", "another patience", "none"],
 )
-def test_changed_detectors(detectors: list[Any], tmp_path: Path) -> None:
+def test_changed_detectors(detectors: list[Any], stopped: tuple[NaNGuard, Path]) -> None:
     """A run may be resumed with other detectors."""
-    path = tmp_path / "mid.ckpt"
-    train(guard_with(), Diverge(7), SaveAt(16, path, stop=True))
-    trainer, *_ = train(guard_with(detectors=detectors), resume=path)
+    trainer, *_ = train(guard_with(detectors=detectors), resume=stopped[1])
     assert trainer.global_step == PER_EPOCH * EPOCHS
 
 
-def test_changed_remedies(tmp_path: Path) -> None:
+def test_changed_remedies(stopped: tuple[NaNGuard, Path]) -> None:
     """A run may be resumed with other remedies; what was cut stays cut."""
-    path = tmp_path / "mid.ckpt"
-    before = guard_with()
-    train(before, Diverge(7, 10), SaveAt(16, path, stop=True))
+    before, path = stopped
     after = guard_with(remedies=[Rollback(), ReduceLR(factor=0.1), ClipGradients(1.0)])
     train(after, resume=path)
     assert after.lr_multiplier == before.lr_multiplier < 1.0
@@ -223,11 +222,9 @@ def test_checkpoint_without_a_guard(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
-def test_guards_checkpoint_without_the_guard(tmp_path: Path) -> None:
+def test_guards_checkpoint_without_the_guard(stopped: tuple[NaNGuard, Path]) -> None:
     """A checkpoint written beside the guard resumes without it, at the schedule's own rate."""
-    path = tmp_path / "mid.ckpt"
-    guard = guard_with()
-    train(guard, Diverge(7, 10), SaveAt(16, path, stop=True))
+    guard, path = stopped
     assert guard.lr_multiplier < 1.0
     trainer, _, rates, _ = train(None, resume=path)
     assert trainer.global_step == PER_EPOCH * EPOCHS

@@ -1,0 +1,114 @@
+"""What ranks tell each other of their snapshots, so that all of them certify the same ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, final
+
+from lightning_nanguard.distributed.checksum import checksums
+from lightning_nanguard.distributed.ranks import Ranks
+from lightning_nanguard.distributed.report import Report, minority
+from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.types import Fault
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SnapshotVerdict:
+    """What one rank found out about the pending snapshot.
+
+    Attributes:
+        step: The snapshot's.
+        objection: Why it cannot be certified, ``None`` where it can.
+        checksums: Of its parameters and of its moments.
+    """
+
+    step: int = -1
+    objection: Fault | None = None
+    checksums: tuple[int, int] = (0, 0)
+
+
+@final
+class SnapshotAgreement:
+    """Brings the ranks' verdicts on the pending snapshot together, for the snapshot manager of each rank.
+
+    Args:
+        ranks: All processes.
+        interval: Updates between snapshots, until the ranks have told theirs.
+    """
+
+    def __init__(self, ranks: Ranks, interval: int) -> None:
+        self._ranks = ranks
+        self.interval = interval
+        """The longest interval that a rank has chosen, which holds for all."""
+        self._verdict = SnapshotVerdict()
+        self._heard: Sequence[Report] = ()
+        self._equal = False
+        self._were_equal: set[str] = set()
+        self._parted_before: set[str] = set()
+
+    def judge(self, pending: Snapshot, objection: Fault | None) -> None:
+        """Note what this rank found out about the pending snapshot; the next report tells the others."""
+        sums = (0, 0) if self._ranks.sharded else checksums(pending.leaves)
+        self._verdict = SnapshotVerdict(pending.step, objection, sums)
+
+    def tell(self) -> tuple[int, bool, int, int]:
+        """For a :class:`Report`: step of the snapshot judged, whether this rank objects, and the two checksums."""
+        verdict = self._verdict
+        return verdict.step, verdict.objection is not None, *verdict.checksums
+
+    def hear(self, reports: Sequence[Report]) -> bool:
+        """Take the reports of all ranks; whether another interval holds from now on."""
+        self._heard = reports
+        before, self.interval = self.interval, max([one.interval for one in reports])
+        return self.interval != before
+
+    def judged(self, pending: Snapshot) -> bool:
+        """Whether all ranks have told what they think of ``pending``."""
+        return all(one.judged == pending.step for one in self._heard)
+
+    def objection(self, pending: Snapshot) -> tuple[Fault | None, tuple[int, ...]]:
+        """Why ``pending`` cannot be certified, ``None`` where it can, and the ranks concerned; all must call it."""
+        objecting = tuple(rank for rank, one in enumerate(self._heard) if one.objects)
+        if objecting:
+            mine = self._verdict.objection
+            told: list[dict[str, Any]] = self._ranks.gather(None if mine is None else asdict(mine))
+            return Fault(**told[objecting[0]]), objecting
+        return (None, ()) if self._ranks.sharded else self._parted(pending)
+
+    def share(self, pending: Snapshot) -> bool:
+        """Whether the ranks keep ``pending`` together, a part each: where it was found equal on all of them."""
+        return self._ranks.sharers > 1 and self._equal
+
+    def _parted(self, pending: Snapshot) -> tuple[Fault | None, tuple[int, ...]]:
+        self._equal = True
+        for name, sums in (
+            ("parameters", [one.parameters for one in self._heard]),
+            ("optimizer state", [one.moments for one in self._heard]),
+        ):
+            if len(set(sums)) == 1:
+                if sums[0]:
+                    self._were_equal.add(name)
+                continue
+            self._equal = False
+            if name not in self._were_equal:
+                continue  # an optimizer that is itself shared among ranks, or parameters that were never synchronised
+            self._were_equal.remove(name)
+            if name not in self._parted_before:
+                self._parted_before.add(name)
+                message = f"the {name} of the ranks, which were equal, differ at step {pending.global_step}"
+                return Fault("parted_ranks", "state", name, None, message), minority(sums)
+            # What parts again after a restore does so by itself.
+            if self._ranks.rank == 0:
+                _logger.warning(
+                    "NaNGuard: the %s of the ranks differ again at step %d; from now on each rank keeps its own "
+                    "snapshots whole and goes back to them. Look for updates that are not synchronised, or for devices "
+                    "of different kinds in one run.",
+                    name,
+                    pending.global_step,
+                )
+        return None, ()

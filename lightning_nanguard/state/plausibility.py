@@ -1,0 +1,155 @@
+"""Which finite tensors of a learner are far out of range."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, final
+
+from torch import Tensor
+
+from lightning_nanguard.measure.norms import norms
+from lightning_nanguard.state.learner import Learner, StateKey, describe
+from lightning_nanguard.state.norm_screen import NormScreen
+from lightning_nanguard.state.ring import Ring
+from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.thresholds.snapshots import PlausibilityThresholds
+from lightning_nanguard.types import Fault
+
+_DEFAULTS = PlausibilityThresholds()
+
+
+def first_jump(
+    now: Mapping[StateKey, Any], then: Mapping[StateKey, Any], keys: Collection[StateKey], factor: float, least: float
+) -> str | None:
+    """Name of the first tensor among ``keys`` whose largest element has grown ``factor`` times, from ``least`` up."""
+    pairs = [(key, now[key], then[key]) for key in now if key in keys and key in then]
+    pairs = [(key, one, other) for key, one, other in pairs if _comparable(one, other)]
+    if not pairs:
+        return None
+    largest, was = (
+        norms(tensors, math.inf) for tensors in ([one for _, one, _ in pairs], [two for _, _, two in pairs])
+    )
+    far = (key for (key, _, _), one, other in zip(pairs, largest, was, strict=True) if one > factor * max(other, least))
+    found = next(far, None)
+    return None if found is None else describe(found)
+
+
+def _comparable(one: Any, other: Any) -> bool:
+    tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return tensors and one.is_floating_point() and 0 < one.numel() == other.numel()
+
+
+@final
+class PlausibilityCheck:
+    """Finds weights, statistics and moments that have grown beyond what training does, though they are finite.
+
+    Layers that normalise hide such tensors from the loss. The newest certified snapshot is what they are compared with.
+
+    Args:
+        learner: What is trained.
+        ring: The snapshots.
+        is_worse: Says whether the newest batches do clearly worse under one state than under another; ``False`` where
+            that cannot be told.
+        thresholds: What is too much.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        ring: Ring,
+        is_worse: Callable[[Snapshot, Snapshot], bool],
+        thresholds: PlausibilityThresholds = _DEFAULTS,
+    ) -> None:
+        self._learner = learner
+        self._ring = ring
+        self._is_worse = is_worse
+        self._limits = thresholds
+        self._jumps: Counter[str] = Counter()
+        self.watches_statistics = False
+        """Whether a batch may have spoiled running statistics, so that each batch's are worth a look."""
+
+    def screen(self, screen: NormScreen, before: Mapping[StateKey, float], healthy_steps: int) -> set[StateKey]:
+        """State keys that the norms alone do not clear, so that :meth:`implausible` must look at the tensors.
+
+        Args:
+            screen: The norms.
+            before: Usual size of each tensor in the newest certified snapshot.
+            healthy_steps: Updates accepted so far.
+        """
+        limits = self._limits
+        beyond = screen.beyond(before, limits.weight_growth, limits.least_magnitude)
+        if healthy_steps <= limits.settled_after:
+            # Statistics and moments still come from their initial values then.
+            parameters = {key for key in beyond if key[0] == "parameter"}
+            return parameters | screen.beyond(before, limits.early_growth, limits.least_magnitude)
+        return beyond
+
+    def implausible(
+        self, leaves: Mapping[StateKey, Any], healthy_steps: int, state: Snapshot | None = None
+    ) -> Fault | None:
+        """What is far out of range, ``None`` if nothing is or nothing is certified yet.
+
+        Args:
+            leaves: A state of the learner.
+            healthy_steps: Updates accepted so far.
+            state: The same state as a snapshot, if there is one: a doubtful case is then tried on the newest batches.
+        """
+        if not self._ring.certified:
+            return None
+        limits, newest = self._limits, self._ring.certified[0]
+        weights = {key for key in leaves if key[0] == "parameter"}
+        statistics = set(self._learner.statistics(leaves))
+        others = {*statistics, *(key for key in leaves if key[0] == "optimizer")}
+        sure = self._growth(healthy_steps, limits.weight_growth)
+        usual = self._growth(healthy_steps, limits.state_growth)
+        for keys, factor in ((weights, limits.weight_growth), (others, usual)):
+            far = self._first_jump(leaves, newest.leaves, keys, factor)
+            if far is None:
+                continue
+            # A tensor that is out of range again after a restore belongs there, and some weights have far to go at
+            # first, where data are not scaled. Then the loss decides, which tells of weights alone.
+            doubtful = far in self._jumps or (
+                factor < sure and self._first_jump(leaves, newest.leaves, keys, sure) is None
+            )
+            if doubtful and not (keys is weights and self._is_ruin(far, state, newest)):
+                continue
+            self._jumps[far] += 1
+            # Where it came from a batch, the next such batch can be skipped.
+            buffers = {key for key in statistics if key[0] == "buffer"}
+            self.watches_statistics |= self._first_jump(leaves, newest.leaves, buffers, usual) is not None
+            message = f"{far} is over {factor:g} times what it was"
+            return Fault("implausible_state", "state", far, None, message, rate_may_cause=True)
+        return None
+
+    def strange_statistics(self, before: Mapping[str, Tensor], healthy_steps: int) -> Fault | None:
+        """What the batch at hand has just done to running statistics, ``None`` if it is within range.
+
+        Args:
+            before: Buffers as they were before the batch, by name.
+            healthy_steps: Updates accepted so far.
+        """
+        then = {("buffer", name): tensor for name, tensor in before.items()}
+        now = dict(self._learner.weights())
+        usual = self._limits.state_growth
+        far = self._first_jump(now, then, self._learner.statistics(now), self._growth(healthy_steps, usual))
+        if far is None:
+            return None
+        message = f"this batch made {far} over {usual:g} times as large"
+        return Fault("implausible_statistics", "batch", far, None, message, conclusive=True)
+
+    def _first_jump(
+        self,
+        now: Mapping[StateKey, Any],
+        then: Mapping[StateKey, Any],
+        keys: Collection[StateKey],
+        factor: float,
+    ) -> str | None:
+        return first_jump(now, then, keys, factor, self._limits.least_magnitude)
+
+    def _growth(self, healthy_steps: int, usual: float) -> float:
+        return usual if healthy_steps > self._limits.settled_after else self._limits.early_growth
+
+    def _is_ruin(self, far: str, state: Snapshot | None, newest: Snapshot) -> bool:
+        return state is not None and self._jumps[far] < self._limits.trials and self._is_worse(state, newest)

@@ -1,0 +1,165 @@
+"""When snapshots are taken, and how they are checked before they are certified."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback
+
+from benchmarks.plain import PlainHost
+from lightning_nanguard import NaNGuard
+from lightning_nanguard.guard.guard import Settings
+from lightning_nanguard.guard.snapshot_manager import SnapshotManager
+from lightning_nanguard.state.finite import FiniteCheck
+from lightning_nanguard.state.plausibility import PlausibilityCheck
+from lightning_nanguard.state.ring import Ring
+from tests.helpers import data_for, fit, task
+from tests.state.nets import made, train
+
+SETTLED = 1000
+
+
+class Managed:
+    """A network whose snapshots are managed, under a clock that the test sets."""
+
+    def __init__(self, every: int | None = None) -> None:
+        self.now = 0.0
+        self.net, self.optimizer, self.learner = made("adam")
+        self.ring, finite = Ring(), FiniteCheck()
+        finite.begin(self.learner)
+        plausibility = PlausibilityCheck(self.learner, self.ring, lambda state, than: False)
+        self.manager = SnapshotManager(
+            self.learner, self.ring, finite, plausibility, every=every, clock=lambda: self.now
+        )
+
+    def certify(self, step: int) -> str | None:
+        """Take a snapshot, and certify it where nothing speaks against it."""
+        pending = self.manager.capture(step, step, 0.1, SETTLED)
+        fault, ranks = self.manager.objection(pending, SETTLED)
+        assert ranks == ()
+        if fault is None:
+            assert self.manager.kept(pending) is pending
+            self.ring.certify()
+        return None if fault is None else f"{fault.kind}: {fault.place}"
+
+
+def test_snapshots_fall_due_by_the_interval() -> None:
+    """One is due an interval after the last, after what is restored, or at once where it is wanted."""
+    managed = Managed(every=5)
+    manager = managed.manager
+    assert [manager.due(step) for step in (4, 5)] == [False, True]
+    managed.manager.capture(5, 5, 0.1)
+    assert [manager.due(step) for step in (9, 10)] == [False, True]
+    manager.count_from(8)
+    assert [manager.due(step) for step in (12, 13)] == [False, True]
+    manager.want()
+    assert manager.due(9)
+    manager.capture(9, 9, 0.1)
+    assert not manager.due(9)
+
+
+@pytest.mark.parametrize(("cost", "interval"), [(1e-6, 16), (0.002, 256), (0.02, 2048)])
+def test_the_interval_is_measured_by_the_clock_given(
+    cost: float, interval: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Captures that take long come rarely; the user is told once, when it has been measured twice."""
+    caplog.set_level("INFO", "lightning_nanguard")
+    managed = Managed()
+    learner = managed.manager._learner
+    leaves: Callable[[], Any] = learner.leaves
+
+    def slow() -> Any:
+        managed.now += cost
+        return leaves()
+
+    learner.leaves = slow  # type: ignore[method-assign]
+    for step in (16, 32, 48):
+        managed.now += 16 * 0.001
+        managed.manager.capture(step, step, 0.1)
+    assert managed.manager.tell()[0] == interval
+    assert caplog.text.count(f"every {interval} updates, beside the weights; up to 4 of them") == 1
+
+
+def test_a_snapshot_is_looked_at_before_it_is_certified() -> None:
+    """One with a tensor that is not finite, or far beyond the last certified one, is objected to."""
+    managed = Managed()
+    train(managed.net, managed.optimizer, 1, seed=1)
+    assert managed.certify(1) is None
+    managed.optimizer.state[managed.net.first.weight]["exp_avg"][0, 0] = math.nan
+    assert managed.certify(2) == "corrupted_state: optimizer state exp_avg of first.weight"
+    managed.optimizer.state[managed.net.first.weight]["exp_avg"][0, 0] = 0.0
+    managed.net.last.weight.data[0, 0] = 1e6
+    assert managed.certify(3) == "implausible_state: parameter last.weight"
+    assert [snapshot.step for snapshot in managed.ring.certified] == [1]
+
+
+def test_a_pending_snapshot_is_judged_when_its_norms_have_arrived() -> None:
+    """On the CPU they have at once; among one process there is nobody to agree with."""
+    managed = Managed()
+    pending = managed.manager.capture(3, 30, 0.25)
+    assert managed.ring.pending is pending
+    assert (pending.step, pending.global_step, pending.rate) == (3, 30, 0.25)
+    assert managed.manager.judged(pending)
+
+
+def test_whoever_looks_at_the_state_waits_for_copies_first() -> None:
+    """A check comes before averages take the weights' place: what is on its way must be there by then."""
+    net, optimizer, _ = made("adam")
+    guard = PlainHost().make_guard(net, optimizer, Settings())
+    guard.start()
+    copies = guard._keeper._placement._side_copy
+    copies.send(lambda: None, list(net.parameters()))
+    guard.check()
+    with torch.no_grad():
+        net.last.weight.add_(1.0)
+    assert copies.settle()
+    # Who writes in between has the copies made on the run's own stream from then on.
+    copies.send(lambda: None, list(net.parameters()))
+    with torch.no_grad():
+        net.last.weight.add_(1.0)
+    guard._keeper.settle()
+    assert guard.ring.pending is None
+    assert not guard._keeper._placement._overlap
+
+
+def test_a_long_run_takes_bounded_memory_and_rare_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more memory is taken than for the ring and the one that is pending, and it is let go of at the end of the fit.
+    A tensor too wide for its norm to tell is looked into once: after that its largest element comes with the norms."""
+    looks: list[int] = []
+    look = FiniteCheck.corrupt
+
+    def looked(self: FiniteCheck, leaves: Any) -> str | None:
+        looks.append(guard._run.guard.updates if guard._run is not None else -1)
+        return look(self, leaves)
+
+    places, steps, rings = set[int](), set[int](), []
+
+    class Look(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            assert guard._run is not None
+            ring = guard._run.guard.ring
+            for snapshot in (*ring.certified, *([] if ring.pending is None else [ring.pending])):
+                steps.add(snapshot.step)
+                places.add(snapshot.leaves["parameter", "net.0.weight"].data_ptr())
+
+        def on_train_end(self, *args: Any) -> None:
+            assert guard._run is not None
+            rings.append(guard._run.guard.ring)
+            assert rings[0].certified
+
+    monkeypatch.setattr(FiniteCheck, "corrupt", looked)
+    module = task("norm")
+    module.net.register_buffer("table", torch.ones(2_000_000))
+    guard = NaNGuard(snapshot_every_n_steps=1)
+    fit(module, data_for("norm", 130), guard, folder=tmp_path, callbacks=[Look()])
+    assert len(guard.interventions) == 0
+    assert len(steps) > 30
+    assert len(places) <= 5
+    (ring,) = rings
+    assert (ring.certified, ring.pending, ring.spare()) == ([], None, None)
+    assert len([step for step in looks if 0 < step < 130]) == 1

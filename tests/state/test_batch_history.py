@@ -1,0 +1,112 @@
+"""The newest batches, to be run again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightning_nanguard.state.batch_history import BatchHistory
+from lightning_nanguard.thresholds.batches import BatchesThresholds, HealthyBatchesThresholds
+
+CPU = torch.device("cpu")
+
+
+def kept(history: BatchHistory) -> list[int]:
+    return [index for _, index in history.healthy]
+
+
+def test_the_history_knows_the_random_numbers_of_each_batch() -> None:
+    """A batch is run again with the numbers it drew, also where nothing was drawn for long before."""
+    history = BatchHistory(CPU, updates=8)
+    draws = [*range(20), *range(90, 120)]  # none in between, where the state is not copied each time
+    for update in range(120):
+        history.add(update, update, None)
+        drawn = torch.rand(3) if update in draws else None
+        if drawn is not None and (update < 20 or update >= 96):
+            (micro,) = history.of(update)
+            history.rewind(micro)
+            assert torch.equal(torch.rand(3), drawn), update
+
+
+@pytest.mark.parametrize(("updates", "left"), [(1, [3]), (2, [2, 3])])
+def test_the_last_updates_are_kept(updates: int, left: list[int]) -> None:
+    """Micro-batches belong to their update; the newest are given in order."""
+    history = BatchHistory(CPU, updates=updates)
+    for update in (1, 2, 3):
+        for micro in range(2):
+            history.add(update, 10 * update + micro, torch.zeros(9, 1))
+    assert sorted({one.update for one in history.newest(99)}) == left
+    assert [one.index for one in history.of(3)] == [30, 31]
+    assert [one.index for one in history.newest()] == [30, 31]
+    assert history.of(0) == []
+    history.clear()
+    assert bool(history.newest()) is (updates > 1)
+
+
+def test_an_update_of_many_micro_batches_keeps_the_newest() -> None:
+    """More than eight would hold memory for nothing."""
+    history = BatchHistory(CPU)
+    for index in range(20):
+        history.add(1, index, None)
+    assert [one.index for one in history.of(1)] == list(range(12, 20))
+
+
+def test_of_small_batches_more_are_kept() -> None:
+    """Where a batch holds up to four samples, few batches would say little; else none more are kept."""
+    for samples, updates in ((4, 20), (5, 8)):
+        history = BatchHistory(CPU, updates=8, updates_small=256)
+        for update in range(20):
+            history.add(update, update, {"x": torch.zeros(samples, 2), "weight": torch.tensor(1.0)})
+        assert len(history.newest(256)) == updates
+
+
+def test_four_healthy_batches_are_kept() -> None:
+    """A batch is kept once, the newest four stay, and a look at an update that is gone keeps nothing."""
+    history = BatchHistory(CPU, updates=2)
+    for index in range(6):
+        batch = torch.full((2,), float(index))
+        history.add(index, index, batch)
+        history.accept(batch, index)
+        history.accept(batch, index)
+    assert kept(history) == [2, 3, 4, 5]
+    history = BatchHistory(CPU, updates=2)
+    for index in range(1, 4):
+        history.add(index, index, torch.full((2,), float(index)))
+    history.accept_update(1)
+    assert kept(history) == []
+    history.accept_update(2)
+    history.accept_update(3)
+    assert kept(history) == [2, 3]
+
+
+def test_healthy_batches_take_bounded_memory() -> None:
+    """Large batches are fewer; their size is measured anew after some of them."""
+    limits = replace(BatchesThresholds(), healthy=HealthyBatchesThresholds(most_bytes=1000, measured_every=2))
+    history = BatchHistory(CPU, thresholds=limits)
+    for index, elements in enumerate((100, 100, 200, 1, 1, 1, 1, 1)):
+        history.accept([torch.zeros(elements)], index)
+    assert kept(history) == [4, 5, 6, 7]
+    history.accept([torch.zeros(100)], 8)
+    history.accept([torch.zeros(100)], 9)
+    assert kept(history) == [8, 9]
+    history.accept([torch.zeros(1000)], 10)
+    assert kept(history) == []
+
+
+def test_a_batch_far_beyond_all_others_is_strange() -> None:
+    """It is compared with healthy ones of its structure, of which two are needed, and NaN is strange."""
+    history = BatchHistory(CPU)
+    usual = [torch.ones(3), torch.ones(2, dtype=torch.int64), torch.zeros(2)]
+    assert history.strange(usual) is None
+    history.accept(usual, 0)
+    assert history.strange(usual) is None
+    history.accept([usual[0] * 2, *usual[1:]], 1)
+    assert history.strange([usual[0] * 200, *usual[1:]]) is False
+    assert history.strange([usual[0] * 201, *usual[1:]]) is True
+    assert history.strange([usual[0] * math.nan, *usual[1:]]) is True
+    assert history.strange([usual[0], usual[1], torch.full((2,), 1e9)]) is False, "where all are zero nothing is far"
+    assert history.strange([usual[0]]) is None, "another structure"
+    assert history.strange("nothing to measure") is None

@@ -1,0 +1,104 @@
+"""Undoing what one batch changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torchmetrics import MeanMetric
+
+from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.thresholds.batches import BatchUndoThresholds
+from tests.helpers import copied, same_bits
+from tests.state.nets import Net
+
+
+def test_a_batch_leaves_nothing_behind() -> None:
+    """Batch-norm statistics, counters, and large buffers that turn out to change are put back bit by bit."""
+    net = Net()
+    net.register_buffer("large", torch.zeros(100_000))
+    undo = BatchUndo(net)
+    undo.open()
+    net.large[0] = 1.0  # seen to change: copied from the next batch on
+    undo.open()
+    before = copied(dict(net.named_buffers()))
+    net(torch.randn(6, 4))
+    net.large[1] = math.nan
+    assert same_bits(undo.before(), before)
+    undo.undo()
+    assert same_bits(dict(net.named_buffers()), before)
+
+
+@pytest.mark.parametrize("thorough", [False, True])
+def test_what_is_rarely_written_is_remembered_on_request(thorough: bool) -> None:
+    """Frozen parameters and large buffers that never changed are copied only for a second look."""
+    net = Net()
+    net.register_buffer("large", torch.zeros(100_000))
+    undo = BatchUndo(net, thorough=thorough)
+    undo.open()
+    assert {"frozen", "large"} <= undo.before().keys() or not thorough
+    assert {"frozen", "large"}.isdisjoint(undo.before()) or thorough
+
+
+@pytest.mark.parametrize("bad", [0.0, 1.0])
+def test_the_device_decides(bad: float) -> None:
+    """Buffers are put back where the flag is set, and left as they are where it is not; versions do not change."""
+    net = Net()
+    undo = BatchUndo(net)
+    undo.open()
+    before = copied(dict(net.named_buffers()))
+    net(torch.randn(6, 4))
+    after, version = copied(dict(net.named_buffers())), net.count._version
+    undo.undo_where(torch.tensor(bad))
+    assert same_bits(dict(net.named_buffers()), before if bad else after)
+    assert net.count._version == version
+
+
+def test_metrics_and_what_others_remember_go_back() -> None:
+    """A torchmetrics object of the module forgets the batch, and so does what the caller remembers."""
+    net = nn.Module()
+    net.metric = MeanMetric()
+    net.metric.update(3.0)
+    seen: list[int] = []
+
+    def other() -> Callable[[], None]:
+        count = len(seen)
+        return lambda: seen.__delitem__(slice(count, None))
+
+    undo = BatchUndo(net, [other])
+    undo.open()
+    net.metric.update(9.0)
+    seen.append(1)
+    undo.undo(buffers=False)
+    assert float(net.metric.compute()) == 3.0
+    assert seen == []
+
+
+def test_a_buffer_of_another_shape_is_left_alone() -> None:
+    """One that was resized during the batch keeps its new shape, and is remembered with it before the next."""
+    net = Net()
+    undo = BatchUndo(net)
+    undo.open()
+    net.mask = torch.zeros(7)
+    undo.undo()
+    assert net.mask.shape == (7,)
+    undo.open()
+    net.mask[0] = 1.0
+    undo.undo()
+    assert not net.mask.any()
+
+
+def test_modules_added_later_are_found() -> None:
+    """The modules are listed anew after so many batches."""
+    net = nn.Sequential(nn.BatchNorm1d(2))
+    undo = BatchUndo(net, thresholds=replace(BatchUndoThresholds(), modules_counted_every=2))
+    undo.open()
+    net.append(nn.BatchNorm1d(2))
+    undo.open()
+    assert not any(name.startswith("1.") for name in undo.before())
+    undo.open()
+    assert any(name.startswith("1.") for name in undo.before())

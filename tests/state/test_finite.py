@@ -1,0 +1,70 @@
+"""Which tensors of a learner are not finite."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from lightning_nanguard.state.finite import FiniteCheck, allowances
+from lightning_nanguard.state.learner import Learner
+from tests.state.nets import Net, made, train
+
+
+def test_a_mask_is_no_poison() -> None:
+    """What was not finite at the start is allowed, and only there."""
+    net, _, learner = made("sgd")
+    check = FiniteCheck()
+    check.begin(learner)
+    assert check.corrupt(learner.leaves()) is None
+    net.mask[1] = 0.0
+    assert check.corrupt(learner.leaves()) is None
+    net.norm.running_var[2] = math.nan
+    assert check.corrupt(learner.leaves()) == "buffer norm.running_var"
+    assert set(check.allowed) == set(allowances(learner.weights())) - {("buffer", "norm.running_var")}
+
+
+def test_optimizer_state_is_named() -> None:
+    """A moment that is not finite is found, and so is a tensor in a list."""
+    for name, key in (("adam", "exp_avg_sq"), ("lbfgs", "old_dirs")):
+        net, optimizer, learner = made(name)
+        check = FiniteCheck()
+        check.begin(learner)
+        train(net, optimizer, 2, seed=1)
+        value = optimizer.state[net.first.weight][key]
+        (value[0] if isinstance(value, list) else value).view(-1)[0] = math.inf
+        assert check.corrupt(learner.leaves()) == f"optimizer state {key} of first.weight"
+
+
+def test_a_buffer_made_since_is_left_alone() -> None:
+    """Nothing says what a buffer should hold that was made or resized after the start."""
+    net, _, learner = made("sgd")
+    check = FiniteCheck()
+    check.begin(learner)
+    net.register_buffer("late", torch.full((2,), -math.inf))
+    net.mask = torch.full((6,), math.nan)
+    assert check.corrupt(learner.leaves()) is None
+
+
+def test_an_averaged_copy_may_hold_the_masks() -> None:
+    """What is allowed in a buffer is allowed in its averaged copy, which may appear in mid-run."""
+    net = Net()
+    copies: dict[str, dict[str, torch.Tensor]] = {}
+    learner = Learner(net, [], averages=lambda: copies)
+    check = FiniteCheck()
+    check.begin(learner)
+    copies["EMA"] = {"module.mask": net.mask.clone()}
+    assert check.corrupt(learner.leaves()) is None
+    copies["EMA"]["module.last.bias"] = torch.tensor([math.nan])
+    assert check.corrupt(learner.leaves()) == "module.last.bias in the averaged copy of EMA"
+
+
+def test_what_must_be_finite_is_zero_where_it_need_not_be() -> None:
+    """The tensors given for a norm are the live ones, but for masks, whose allowed elements are zero."""
+    net, _, learner = made("sgd")
+    check = FiniteCheck()
+    check.begin(learner)
+    given = dict(check.to_be_finite(learner.leaves()))
+    assert given["parameter", "first.weight"] is net.first.weight
+    assert not given["buffer", "mask"].any()
+    assert math.isinf(net.mask[0])

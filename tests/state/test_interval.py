@@ -1,0 +1,84 @@
+"""The interval between snapshots."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from lightning_nanguard.state.interval import Interval
+
+
+class Clock:
+    """A clock that the test sets."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_fixed_interval_stays() -> None:
+    """An interval that was set is never measured away."""
+    interval = Interval(7)
+    interval.measure(started=-1e9, since=7, made=10**6)
+    assert interval.updates == 7
+    assert [interval.until_next(last) for last in (0, 7, 1000)] == [7, 7, 7]
+
+
+@pytest.mark.parametrize(("every", "expected"), [(64, [16, 32, 64, 128, 192, 256]), (1024, [128, 256])])
+def test_a_long_interval_grows_with_the_run(every: int, expected: list[int]) -> None:
+    """Early on snapshots come more often than the interval says, but never more than eight times as often."""
+    interval, last, taken = Interval(None), 0, []
+    while (last := last + interval.until_next(last, every)) <= 256:
+        taken.append(last)
+    assert taken == expected
+
+
+@pytest.mark.parametrize(("capturing", "certifying"), [(0.001, 0.0), (0.001, 0.003), (0.0, 0.002)])
+def test_the_interval_keeps_the_share(capturing: float, certifying: float) -> None:
+    """Taking snapshots and looking at them together take at most 1 % of the updates' time, slow moments or not."""
+    clock = Clock(100.0)
+    interval = Interval(None, clock=clock)
+    for slow in (1.0, 1.0, 40.0, 1.0, 1.0):
+        since = interval.updates
+        clock.now += since * 0.001  # an update takes a millisecond
+        interval.certified(slow * certifying)
+        started = clock.now
+        clock.now += slow * capturing
+        interval.measure(started, since, made=100)
+    assert (capturing + certifying) / (interval.updates * 0.001) <= 0.01
+    assert interval.updates <= 2 * 100 * (1000 * (capturing + certifying))
+
+
+@given(cost=st.floats(0.01, 10.0), made=st.integers(100_000, 10_000_000))
+def test_in_a_long_run_the_interval_loses_least(cost: float, made: int) -> None:
+    """Time lost to snapshots and to one fault at a random moment lies within a quarter of the least there is."""
+    clock = Clock()
+    interval = Interval(None, clock=clock)
+    clock.now = 16.0 + cost
+    interval.measure(16.0, since=16, made=made)
+
+    def lost(every: float) -> float:
+        return cost * made / every + every / 2
+
+    assume(16 < interval.updates < 1 << 14)
+    best = min(lost(max(every, cost / 0.01)) for every in range(16, 1 << 14, 4))
+    assert lost(interval.updates) <= 1.26 * best
+
+
+def test_device_time_counts_among_what_snapshots_cost() -> None:
+    """What a copy takes of the device adds to what the host sees of it."""
+    intervals = []
+    for on_device in (0.0, 0.7):
+        clock = Clock()
+        interval = Interval(None, clock=clock)
+        for count in range(1, 4):
+            clock.now += 16 * 0.1
+            started = clock.now
+            clock.now += 0.1
+            interval.measure(started, 16, 16 * count)
+            interval.took_device(on_device)
+        intervals.append(interval.updates)
+    assert intervals == [128, 1024]

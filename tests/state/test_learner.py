@@ -1,0 +1,77 @@
+"""The learner: what of a run is restored, by state keys."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nanguard.state.learner import Learner, describe
+from tests.state.nets import Net, made, train
+
+
+def test_names_are_the_users() -> None:
+    """State keys are told in words a user knows from the module."""
+    net, optimizer, learner = made("adam")
+    train(net, optimizer, 1, seed=1)
+    described = {describe(key) for key, _ in learner.leaves()}
+    assert {"parameter first.weight", "buffer norm.running_var", "optimizer state exp_avg_sq of first.weight"} <= (
+        described
+    )
+    assert describe(("group", 0, 1, "k")) == "k in group 1 of optimizer 0"
+    assert describe(("average", "EMA", "w")) == "w in the averaged copy of EMA"
+    assert describe(("something", 3, "else")) == "something 3 else"
+
+
+def test_the_clock_is_not_the_learner() -> None:
+    """What schedulers write into groups is left out, what an optimizer keeps there is not."""
+    _, optimizer, learner = made("sgd")
+    optimizer.param_groups[0]["counted"] = 3
+    keys = {key[3] for key, _ in learner.optimizer_leaves(0) if key[0] == "group"}
+    assert "counted" in keys
+    assert keys.isdisjoint({"params", "lr", "momentum", "weight_decay"})
+
+
+def test_a_tied_parameter_has_one_name() -> None:
+    """Of two names for one parameter the first counts, in its weights as in its optimizer state."""
+    net, optimizer, learner = made("adam")
+    train(net, optimizer, 1, seed=1)
+    assert learner.parameter_names()[id(net.tied.weight)] == "first.weight"
+    named = [key for key, _ in learner.leaves() if any("tied" in str(part) for part in key)]
+    assert named == []
+
+
+def test_statistics_are_those_of_normalisation_and_averages() -> None:
+    """Running statistics and averaged copies of parameters count as statistics, other buffers do not."""
+    net = Net()
+    average: dict[str, Tensor] = {"module.last.weight": net.last.weight.detach().clone(), "n": torch.zeros(())}
+    learner = Learner(net, [], averages=lambda: {"EMA": average})
+    assert learner.statistics(dict(learner.leaves())) == [
+        ("buffer", "norm.running_mean"),
+        ("buffer", "norm.running_var"),
+        ("average", "EMA", "module.last.weight"),
+    ]
+
+
+def test_what_an_optimizer_steps() -> None:
+    """Each optimizer has its own parameters and gradients; one that evaluates several times a step is known."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizers = [torch.optim.SGD(net[0].parameters(), 0.1), torch.optim.LBFGS(net[1].parameters())]
+    learner = Learner(net, optimizers)
+    net[0](torch.ones(1, 2)).sum().backward()
+    assert [key for key, _ in learner.weights_of(1)] == [("parameter", "1.weight"), ("parameter", "1.bias")]
+    assert [name for name, _ in learner.named_gradients(0)] == ["0.weight", "0.bias"]
+    assert learner.gradients(1) == []
+    assert learner.quasi_newton == {1}
+
+
+def test_lazy_parameters_join_when_they_are_made() -> None:
+    """A parameter that the first forward makes is no leaf before it."""
+    net = nn.LazyLinear(2)
+    learner = Learner(net, [])
+    assert learner.lazy()
+    assert list(learner.weights()) == []
+    net(torch.full((1, 3), math.pi))
+    assert not learner.lazy()
+    assert [key for key, _ in learner.weights()] == [("parameter", "weight"), ("parameter", "bias")]

@@ -1,0 +1,102 @@
+"""The ring: which snapshots are kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_nanguard.state.ring import Ring
+from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.thresholds.snapshots import RingThresholds
+
+
+def snapshot_at(step: int, level: float | None) -> Snapshot:
+    return Snapshot(step, step, {}, level=level)
+
+
+def ring_of(levels: list[float], capacity: int = 3, *, keep_oldest: bool = False) -> Ring:
+    ring = Ring(capacity)
+    for step, level in enumerate(levels):
+        ring.add(snapshot_at(step, level))
+        assert not ring.healthy(step)  # measured before this state was
+        assert not ring.healthy(step + 1)
+        assert ring.healthy(step + 2)
+        ring.certify(loss_unit=1.0, keep_oldest=keep_oldest)
+    return ring
+
+
+def steps_of(ring: Ring) -> list[int]:
+    return [snapshot.step for snapshot in ring.certified]
+
+
+def test_the_newest_are_kept_while_the_loss_falls() -> None:
+    """A ring of three keeps the three newest, newest first, unless it is told to keep the start."""
+    falling = [5.0, 4.0, 3.0, 2.0, 1.0]
+    assert steps_of(ring_of(falling)) == [4, 3, 2]
+    assert steps_of(ring_of(falling, keep_oldest=True)) == [4, 3, 0]
+
+
+def test_the_best_is_kept_while_the_loss_rises() -> None:
+    """A fault found late needs the state from before it began: the oldest stays while nothing newer is better."""
+    assert steps_of(ring_of([1.0, 2.0, 3.0, 4.0, 5.0])) == [4, 3, 0]
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.integers(1, 5))
+@settings(deadline=None)
+def test_a_ring_is_bounded_and_ordered(levels: list[float], capacity: int) -> None:
+    """Never more than its capacity, the newest always there, newest first."""
+    steps = steps_of(ring_of(levels, capacity))
+    assert len(steps) <= capacity
+    assert steps == sorted(steps, reverse=True)
+    assert steps[0] == len(levels) - 1
+
+
+def test_a_pending_snapshot_under_suspicion_goes() -> None:
+    """What is dropped is neither pending nor certified, and its memory is used again, once."""
+    ring = Ring()
+    one = snapshot_at(0, 1.0)
+    ring.add(one)
+    ring.drop_pending()
+    assert ring.pending is None
+    assert ring.spare() is one
+    assert ring.spare() is None
+
+
+def test_the_snapshot_to_compare_with() -> None:
+    """It is the sound one where that is known, else the newest whose loss was about the best."""
+    ring = ring_of([1.0, 1.05, 3.0])
+    assert ring.good(sound=2, loss_unit=1.0) is ring.certified[2]
+    assert ring.good(sound=None, loss_unit=1.0) is ring.certified[1]
+    assert ring.good(sound=7, loss_unit=0.1) is ring.certified[2]
+    assert Ring().good(sound=None, loss_unit=1.0) is None
+
+
+def test_going_back_drops_what_is_newer() -> None:
+    """The depth is bounded by what there is; the snapshot gone back to is then the newest."""
+    ring = ring_of([3.0, 2.0, 1.0])
+    assert ring.discard_newer(1).step == 1
+    assert ring.discard_newer(9).step == 0
+    assert steps_of(ring) == [0]
+
+
+def test_memory_is_let_go_of() -> None:
+    """Without room only the newest certified snapshot stays, and one is kept from then on; at the end none is."""
+    ring = ring_of([3.0, 2.0, 1.0])
+    ring.add(snapshot_at(9, 1.0))
+    ring.shed()
+    assert (steps_of(ring), ring.pending, ring.spare(), ring.capacity) == ([2], None, None, 1)
+    ring.clear()
+    assert ring.certified == []
+
+
+def test_thresholds_are_given() -> None:
+    """How long a snapshot waits, and what counts as about the best, can be set."""
+    ring = Ring(thresholds=replace(RingThresholds(), certify_after=1, about_best=2.0))
+    for step, level in enumerate([1.0, 3.0]):
+        ring.add(snapshot_at(step, level))
+        assert ring.healthy(step + 1)
+        ring.certify(loss_unit=1.0)
+    assert ring.certify_after == 1
+    assert ring.good(sound=None, loss_unit=1.0) is ring.certified[0]

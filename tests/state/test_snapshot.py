@@ -1,0 +1,63 @@
+"""Snapshots: copies of the learner, whose memory is used again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_nanguard.state.snapshot import Share, Snapshot, _pinned_like, capture, copy_all, fits
+from tests.helpers import copied, same_bits
+from tests.state.nets import made, train
+
+
+def test_memory_is_taken_over() -> None:
+    """A capture into a snapshot no longer needed allocates nothing new and does not touch another snapshot."""
+    net, optimizer, learner = made("adam")
+    train(net, optimizer, 1, seed=1)
+    old, kept = (capture(learner, step=1, global_step=1) for _ in range(2))
+    places = {key: leaf.data_ptr() for key, leaf in old.leaves.items() if isinstance(leaf, Tensor)}
+    saved = copied(kept.leaves)
+    train(net, optimizer, 1, seed=2)
+    new = capture(learner, step=2, global_step=2, reuse=old)
+    assert {key: leaf.data_ptr() for key, leaf in new.leaves.items() if isinstance(leaf, Tensor)} == places
+    assert same_bits(kept.leaves, saved)
+
+
+def test_where_nothing_can_be_pinned_a_copy_is_made_all_the_same() -> None:
+    """A host without pinned memory left, or without a device as here, gives ordinary memory."""
+    copy = _pinned_like(torch.ones(3, 2).T)
+    assert copy.device.type == "cpu"
+    assert copy.shape == (2, 3)
+    assert not copy.is_pinned()
+
+
+def test_only_what_fits_is_copied_in_place() -> None:
+    """Shape, dtype and layout must agree, and the live tensor must be writable."""
+    saved = torch.zeros(2, 3)
+    assert fits(torch.ones(2, 3), saved)
+    for live in (
+        torch.ones(3, 2),
+        torch.ones(2, 3).double(),
+        torch.ones(2, 3).to_sparse(),
+        torch.ones(1, 3).expand(2, 3),
+        1.0,
+    ):
+        assert not fits(live, saved)  # fmt: skip
+    with torch.inference_mode():
+        assert not fits(torch.ones(2, 3), saved)
+
+
+def test_tensors_of_several_dtypes_are_copied_at_once() -> None:
+    """Each target has its source's values afterwards, whatever the dtypes."""
+    sources = [torch.arange(3.0), torch.arange(3), torch.ones(2, dtype=torch.float16)]
+    targets = [torch.empty_like(source) for source in sources]
+    copy_all(targets, sources)
+    assert same_bits(targets, sources)
+
+
+def test_a_shared_snapshot_counts_its_own_part() -> None:
+    """Bytes are those held by this rank."""
+    share = Share(torch.zeros(16, dtype=torch.uint8), torch.Size([8]), torch.float32)
+    taken = Snapshot(1, 1, {("parameter", "w"): share, ("buffer", "b"): torch.zeros(2)})
+    assert taken.shared()
+    assert taken.nbytes() == 16 + 8
