@@ -223,7 +223,7 @@ def _moving_mean(mean: Tensor | None, value: Tensor, keep: float) -> Tensor:
     return (1 - keep) * value if mean is None else keep * mean + (1 - keep) * value
 
 
-def steepest(hessian: Hessian, products: int = 3) -> tuple[float, Vector]:
+def steepest(hessian: Hessian, products: int = _CURVATURE.power_iterations) -> tuple[float, Vector]:
     """A lower bound of the largest eigenvalue in magnitude, by power iteration from the gradient, and its direction."""
     size = norm(hessian.gradient)
     vector = unit(hessian.gradient)
@@ -238,7 +238,7 @@ def steepest(hessian: Hessian, products: int = 3) -> tuple[float, Vector]:
     return value, vector
 
 
-def typical(hessian: Hessian, top: Vector, probes: int = 1) -> float:
+def typical(hessian: Hessian, top: Vector, probes: int = _CURVATURE.probes) -> float:
     """Mean curvature, in magnitude, along random directions at right angles to ``top``."""
     values = []
     for seed in range(probes):

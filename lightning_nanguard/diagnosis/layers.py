@@ -271,7 +271,7 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return _Value("target") if any(self._is_target(place) for place in places) else None
         if name == "sub" and len(inputs) == 2:
             target = next((t for t, place in zip(inputs, places, strict=True) if self._is_target(place)), None)
-            return None if target is None else _Value("difference", classes=_classes(target))
+            return None if target is None else _Value("difference", classes=_classes(target, self._thresholds))
         return None
 
     def _is_target(self, place: int) -> bool:
@@ -380,7 +380,7 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _squared(self, name: str, inputs: list[Tensor], given: Mapping[str, Any]) -> _Value | None:
         if name == "mse_loss":
             target = next((t for t in inputs[:2] if self._is_target(storage_key(t))), None)
-            return _Value("difference", classes=None if target is None else _classes(target))
+            return _Value("difference", classes=None if target is None else _classes(target, self._thresholds))
         squares = name == "square" or (name == "pow" and given.get("exponent") == 2)
         if name == "mul":
             squares = len(inputs) == 2 and storage_key(inputs[0]) == storage_key(inputs[1])
@@ -412,10 +412,11 @@ def _set_or_drop(table: dict[int, Any], place: int, value: Any) -> None:
         table[place] = value
 
 
-def _classes(target: Tensor) -> int | None:
+def _classes(target: Tensor, thresholds: LayerThresholds) -> int | None:
     """How many classes a target of zeros and ones tells apart, ``None`` where it is anything else."""
     if target.dim() == 0 or target.is_complex() or bool(((target != 0) & (target != 1)).any()):
         return None
     if target.dim() > 1 and target.shape[1] > 1:
         return target.shape[1] if bool((target.sum(1) == 1).all()) else None
-    return 2 if len(target) == target.numel() > 3 and bool(target.min() != target.max()) else None
+    binary = len(target) == target.numel() >= thresholds.min_binary_targets
+    return 2 if binary and bool(target.min() != target.max()) else None

@@ -39,11 +39,13 @@ class LayerThresholds:
         min_samples: Samples from which on a unit that is never positive counts as dead, and target numbers from which
             on their mean square is known: fewer may all be zero by chance.
         end_share: Share of the range of a bounded activation that counts as one of its ends.
+        min_binary_targets: Zeros and ones in a target from which on they are two classes, and no chance.
     """
 
     max_layers: int = 2048
     min_samples: int = 8
     end_share: float = 0.01
+    min_binary_targets: int = 4
 
 
 @final
@@ -116,6 +118,7 @@ class LearnerThresholds:
         untrained_units: Loss units above the untrained model's loss, from which on the model is ruined.
         spike_factor: Times the usual gradient norm that the batch has to give again, to be the cause of a spike.
         clip_factor: Times the usual gradient norm that is suggested to clip at.
+        suggested_cut: What a learning rate is divided by in a suggestion, where the curvature is not known.
         rate_far_above: Times the rate that the curvature allows, above which the rate is to blame for whatever
             follows; good runs stay about that rate.
         uneven_curvature: Times the usual curvature that the steepest direction has where a loss is ill-conditioned.
@@ -131,6 +134,7 @@ class LearnerThresholds:
     untrained_units: float = 0.1
     spike_factor: float = 10.0
     clip_factor: float = 2.0
+    suggested_cut: float = 10.0
     rate_far_above: float = 4.0
     uneven_curvature: float = 100.0
     rate_likely: float = 0.7

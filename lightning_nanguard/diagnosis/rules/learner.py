@@ -109,12 +109,13 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     if above and confidence >= limits.rate_likely and not fell_back(fault):
         confidence = max(confidence, thresholds.confidence.rate_above_limit)
     numbers, parts = _rate_evidence(case, limits)
+    found = "; ".join(parts) or "the loss diverged"
     return Finding(
         "learning_rate_too_high",
         confidence,
         evidence=numbers,
         place=fault.place,
-        suggestion=f"{'; '.join(parts) or 'the loss diverged'}. Lower the learning rate{_to(case)}, or warm it up.",
+        suggestion=f"{found}. Lower the learning rate{_to(case, limits)}, or warm it up.",
     )
 
 
@@ -209,7 +210,7 @@ def ill_conditioned(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
 
 def collapsed(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """Having learned, the loss is back at the untrained model's."""
-    fault, evidence = case.fault, case.evidence
+    fault, evidence, limits = case.fault, case.evidence, thresholds.learner
     # The words below are true of this kind alone.
     if fault.kind != "collapsed":
         return None
@@ -226,7 +227,8 @@ def collapsed(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding 
         place=fault.place,
         suggestion=(
             f"the loss is back at {fault.value if fault.value is not None else evidence.first:.4g}, about the "
-            f"untrained model's {evidence.first:.4g}{was}. Go back to before it and lower the learning rate{_to(case)}."
+            f"untrained model's {evidence.first:.4g}{was}. Go back to before it and lower the learning rate"
+            f"{_to(case, limits)}."
         ),
     )
 
@@ -235,8 +237,8 @@ def _rate(case: Case) -> float | None:
     return case.evidence.highest_lr if case.evidence.highest_lr is not None else case.evidence.lr
 
 
-def _to(case: Case) -> str:
+def _to(case: Case, limits: LearnerThresholds) -> str:
     rate, limit = _rate(case), None if case.curvature is None else case.curvature.largest_rate
     if rate is not None and limit is not None and limit < rate:
         return f" below {limit:.2g}; {limit / 2:.2g} lowers this batch's loss most"
-    return "" if rate is None else f", to {rate / 10:.2g} for a start"
+    return "" if rate is None else f", to {rate / limits.suggested_cut:.2g} for a start"
