@@ -169,7 +169,7 @@ def test_rules_are_written_in_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"trainer": {"callbacks": [callback], "logger": False, "accelerator": "cpu"}}
     cli = LightningCLI(BoringModel, run=False, save_config_callback=None, seed_everything_default=1, args=options)
     (guard,) = (one for one in cli.trainer.callbacks if isinstance(one, NaNGuard))
-    first, second = guard._rules
+    first, second = guard._arguments.rules
     assert first is sensor
     assert isinstance(second, Guess)
     assert second.confidence == 0.4
