@@ -40,7 +40,7 @@ from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.detect.monitors import Monitors
 from lightning_nanguard.diagnosis.clues import Look
-from lightning_nanguard.distributed.ranks import Alone, Ranks, first, surest
+from lightning_nanguard.distributed.ranks import Ranks, SingleProcess, first_over_ranks, most_confident_over_ranks
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.guard.deferred import MAX_DELAY, DeferredReadings
 from lightning_nanguard.guard.investigator import Investigator, Witness, norms_to_grow_from
@@ -177,7 +177,7 @@ class Guard:
         settings: Settings,
         ranks: Ranks | None = None,
     ) -> None:
-        self._ranks: Ranks = Alone() if ranks is None else ranks
+        self._ranks: Ranks = SingleProcess() if ranks is None else ranks
         self._many = self._ranks.world > 1
         self.learner = learner
         self.rate = rate
@@ -254,7 +254,7 @@ class Guard:
             TrainingDivergedError: When a parameter is not finite.
         """
         parameters = [(path, leaf) for path, leaf in self.learner.weights() if path[0] == "parameter"]
-        bad, _ = first(self._ranks, corrupt(parameters, {}))
+        bad, _ = first_over_ranks(self._ranks, corrupt(parameters, {}))
         if bad is not None:
             raise TrainingDivergedError(
                 f"{bad} holds NaN or Inf before the first update, so there is no good state to guard. Look at how it "
@@ -407,7 +407,7 @@ class Guard:
         """Look at the state of now, and go back to the last good one if it is bad."""
         self._keeper.settle()  # whoever asks may write to it next
         self.flush()
-        bad, ranks = first(self._ranks, self._investigator.corrupt(self.learner.leaves()))
+        bad, ranks = first_over_ranks(self._ranks, self._investigator.corrupt(self.learner.leaves()))
         if bad is None:
             return
         fault = Fault("corrupted_state", "state", bad, None, f"{bad} is no longer finite")
@@ -480,7 +480,7 @@ class Guard:
         if self._many:
             self._exchange.clear()
             self._arrivals.clear()
-            self._ranks.part()
+            self._ranks.leave()
 
     # ---------------------------------------------------------------------------------------- measure and detect
 
@@ -584,7 +584,7 @@ class Guard:
                 self._accept(reading)
             return
         if fault.place == "gradient" and not reading.finite and not late:
-            place, _ = first(self._ranks, self._meter.bad_gradient(reading.optimizer_index))
+            place, _ = first_over_ranks(self._ranks, self._meter.bad_gradient(reading.optimizer_index))
             fault = replace(fault, place=place or fault.place)
         found = _Found(fault, reading, scope, reached and fault.scope == "batch", late, ranks())
         # A suspicion is no reason to block: its update is finite, and a restore would rewind it with the rest.
@@ -671,7 +671,7 @@ class Guard:
         self._hands.begin(partial(self._undo, found), partial(self._forget, known))
         # Now, while weights and batch are still those of the fault.
         mine = self._host.diagnose(found.fault, evidence, self._look(found), found.reading.step)
-        finding = surest(self._ranks, mine)
+        finding = most_confident_over_ranks(self._ranks, mine)
         plan = within_curvature(plan, finding, before[0] if before else None)
         if not self._settings.observe:
             if not any(isinstance(step, Skip) for step in plan):
@@ -722,7 +722,10 @@ class Guard:
     def _leave_good(self) -> None:
         if self.ring.certified:
             self._hands.restore(0)
-        elif self.ring.pending is not None and first(self._ranks, self._investigator.corrupt(self.learner.leaves()))[0]:
+        elif (
+            self.ring.pending is not None
+            and first_over_ranks(self._ranks, self._investigator.corrupt(self.learner.leaves()))[0]
+        ):
             # Nothing was ever proven good, but what the fit began with is at least finite.
             restore(self.learner, self.ring.pending)
 

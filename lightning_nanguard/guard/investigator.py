@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_nanguard.act.learning_rate import LearningRate
 from lightning_nanguard.detect.history import ReadingHistory
-from lightning_nanguard.distributed.ranks import Alone, Ranks, first
+from lightning_nanguard.distributed.ranks import Ranks, SingleProcess, first_over_ranks
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.measure.norms import norms
 from lightning_nanguard.state.finite import allowances, corrupt, to_be_finite
@@ -93,7 +93,7 @@ class Investigator:
         compare: bool,
         ranks: Ranks | None = None,
     ) -> None:
-        self._ranks: Ranks = Alone() if ranks is None else ranks
+        self._ranks: Ranks = SingleProcess() if ranks is None else ranks
         self._rehearsal = rehearsal
         self._learner = learner
         self._ring = ring
@@ -177,7 +177,7 @@ class Investigator:
         leaves = self._learner.leaves()
         untouched = ((path, before.get(path[1], leaf) if path[0] == "buffer" else leaf) for path, leaf in leaves)
         # Where the faulty update was made, what is bad now says nothing of what was before it.
-        bad, corrupted = (None, ()) if known.undo else first(self._ranks, self.corrupt(untouched))
+        bad, corrupted = (None, ()) if known.undo else first_over_ranks(self._ranks, self.corrupt(untouched))
         batch_finite, spoilt = self._batch_finite() if at_hand else (None, ())
         strange = self._batch_strange() if at_hand and batch_finite is not False else None
         # Nothing about the weights is asked for a batch that is plainly at fault.
@@ -186,11 +186,11 @@ class Investigator:
         comparison = jump = lower_is_better = None
         # Weights that are not finite are compared with nothing: the answer is plain already.
         if target is not None and bad is None and not blameless:
-            target = self._ranks.whole(target)
+            target = self._ranks.join_snapshot(target)
             if fault.since is not None and sound is not None:
                 growth = max(self._ranks.gather(self._growth(target)))
             if not known.undo:
-                jump, _ = first(self._ranks, self._jump(target))
+                jump, _ = first_over_ranks(self._ranks, self._jump(target))
             if self._compare_allowed and fault.kind == "stuck_loss":
                 if growth > self._least_growth(fault, history):
                     lower_is_better = self._rehearsal.lower_rate_is_better(target, history.loss_unit())

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import NamedTuple, final
 
 from lightning_nanguard.detect.monitors import Monitors
-from lightning_nanguard.distributed.ranks import Posted, Ranks
-from lightning_nanguard.distributed.report import Report, combined, conspicuous
+from lightning_nanguard.distributed.ranks import PendingReports, Ranks
+from lightning_nanguard.distributed.report import Report, combined_reading, outlier_ranks
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import Learner
@@ -33,7 +33,7 @@ class Sent(NamedTuple):
         trial: Whether it was a further closure of one step.
     """
 
-    posted: Posted
+    posted: PendingReports
     optimizer_index: int
     scope: BatchUndo
     held_back: bool
@@ -62,7 +62,7 @@ class Heard(NamedTuple):
 
     def ranks(self) -> tuple[int, ...]:
         """Those that stand out, where not all do."""
-        return conspicuous(self.reports)
+        return outlier_ranks(self.reports)
 
 
 @final
@@ -112,12 +112,12 @@ class RankReadings:
             gradient_finite=gradient_finite(reading),
             has_scale=reading.loss_scale is not None,
             suspects=suspects,
-            interval=interval,
-            judged=judged,
-            objects=objects,
-            parameters=parameters,
-            moments=moments,
-            outside=self.outside is not None,
+            snapshot_interval=interval,
+            pending_step=judged,
+            rejects_pending=objects,
+            parameter_checksum=parameters,
+            optimizer_checksum=moments,
+            outside_fault=self.outside is not None,
         )
 
     def keep(self, sent: Sent) -> None:
@@ -133,10 +133,10 @@ class RankReadings:
         reports = sent.posted.reports()
         self._keeper.hear(reports)
         return Heard(
-            combined(reports, optimizer_index=sent.optimizer_index, sharded=self._ranks.sharded),
+            combined_reading(reports, optimizer_index=sent.optimizer_index, sharded=self._ranks.sharded),
             reports,
             held_back=sent.held_back and not any(one.gradient_finite for one in reports),
-            outside=any(one.outside for one in reports),
+            outside=any(one.outside_fault for one in reports),
         )
 
     def ask_outside(self) -> tuple[Fault, tuple[int, ...]] | None:

@@ -11,7 +11,7 @@ from typing import Protocol, final
 import torch
 
 from lightning_nanguard.act.learning_rate import LearningRate
-from lightning_nanguard.distributed.ranks import Alone, Ranks
+from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
@@ -104,7 +104,7 @@ class Rehearsal:
         loss_unit: Callable[[], float],
         ranks: Ranks | None = None,
     ) -> None:
-        self._ranks: Ranks = Alone() if ranks is None else ranks
+        self._ranks: Ranks = SingleProcess() if ranks is None else ranks
         self._learner = learner
         self._rate = rate
         self._stage = stage

@@ -70,7 +70,7 @@ class RemedyActions:
         """Go back to a certified snapshot; to what the fit began with where nothing was certified yet."""
         if self._ring.certified:
             self._ring.drop_pending()
-            snapshot = self._ranks.whole(self._ring.discard_newer(depth))
+            snapshot = self._ranks.join_snapshot(self._ring.discard_newer(depth))
         elif self._ring.pending is not None:
             snapshot = self._ring.pending
         else:

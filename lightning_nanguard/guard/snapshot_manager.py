@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.distributed.checksum import checksums
-from lightning_nanguard.distributed.ranks import Alone, Ranks
-from lightning_nanguard.distributed.report import Report, minority
+from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
+from lightning_nanguard.distributed.report import Report, minority_ranks
 from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.state.device import DeviceMemory, SideStreamCopy
 from lightning_nanguard.state.finite import jumped
@@ -89,7 +89,7 @@ class SnapshotManager:
         choose: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
-        self._ranks: Ranks = Alone() if ranks is None else ranks
+        self._ranks: Ranks = SingleProcess() if ranks is None else ranks
         self._judgement = SnapshotVerdict()
         self._glance = NormScreen(())
         self._wide: set[StateKey] = set()
@@ -219,7 +219,7 @@ class SnapshotManager:
     def hear(self, reports: Sequence[Report]) -> None:
         """Take what all ranks say: the longest interval holds."""
         self._heard = reports
-        every = max([one.interval for one in reports])
+        every = max([one.snapshot_interval for one in reports])
         if every != self._every:
             self._every = every
             self.count_from(self._last)
@@ -228,7 +228,7 @@ class SnapshotManager:
         """Whether it is known, on all ranks, what to think of ``pending``."""
         if self._ranks.world == 1:
             return self._glance.arrived()
-        return all(one.judged == pending.step for one in self._heard)
+        return all(one.pending_step == pending.step for one in self._heard)
 
     def _copy(
         self, step: int, global_step: int, leaves: Mapping[StateKey, Any], device: torch.device | None
@@ -281,7 +281,7 @@ class SnapshotManager:
             fault = self._look(pending, healthy_steps)
             self._interval.certified(time.perf_counter() - started)
             return fault, ()
-        objecting = tuple(rank for rank, one in enumerate(self._heard) if one.objects)
+        objecting = tuple(rank for rank, one in enumerate(self._heard) if one.rejects_pending)
         if objecting:
             mine = self._judgement.objection
             told = self._ranks.gather(None if mine is None else [mine.kind, mine.place, mine.message])
@@ -294,8 +294,8 @@ class SnapshotManager:
             return None, ()
         self._equal = True
         for name, sums in (
-            ("parameters", [one.parameters for one in self._heard]),
-            ("optimizer state", [one.moments for one in self._heard]),
+            ("parameters", [one.parameter_checksum for one in self._heard]),
+            ("optimizer state", [one.optimizer_checksum for one in self._heard]),
         ):
             if len(set(sums)) == 1:
                 if sums[0]:
@@ -308,7 +308,7 @@ class SnapshotManager:
             if name not in self._parted_before:
                 self._parted_before.add(name)
                 message = f"the {name} of the ranks, which were equal, differ at step {pending.global_step}"
-                return Fault("parted_ranks", "state", name, None, message), minority(sums)
+                return Fault("parted_ranks", "state", name, None, message), minority_ranks(sums)
             # What parts again after a restore does so by itself.
             if self._ranks.rank == 0:
                 _logger.warning(
@@ -322,10 +322,10 @@ class SnapshotManager:
 
     def kept(self, pending: Snapshot) -> Snapshot:
         """How a certified snapshot is kept: shared among ranks where it was found equal on all of them."""
-        if self._ranks.sharers == 1 or not self._equal:
+        if self._ranks.snapshot_parts == 1 or not self._equal:
             return pending
         started = time.perf_counter()
-        shared = self._ranks.share(pending)
+        shared = self._ranks.split_snapshot(pending)
         self._interval.certified(time.perf_counter() - started)
         return shared
 

@@ -20,7 +20,7 @@ from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.diagnosis.bundle import Bundles
 from lightning_nanguard.diagnosis.clues import Look
 from lightning_nanguard.distributed.group import Group
-from lightning_nanguard.distributed.ranks import Alone, Ranks
+from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
 from lightning_nanguard.guard.deferred import MAX_DELAY
 from lightning_nanguard.guard.guard import Guard, Settings
 from lightning_nanguard.metrics import NonFiniteRate
@@ -87,7 +87,7 @@ class Run:
         self.in_batch = False
         self._validation_bad: Tensor | None = None
         sharded = is_sharded(trainer)
-        self._ranks: Ranks = Group(sharded=sharded) if trainer.world_size > 1 else Alone(sharded=sharded)
+        self._ranks: Ranks = Group(sharded=sharded) if trainer.world_size > 1 else SingleProcess(sharded=sharded)
         optimizers, partitions = what_steps(trainer, module)
         self._accumulates = accumulation(trainer)
         learner = Learner(
@@ -173,7 +173,7 @@ class Run:
         parameters = sum(one.nbytes for one in stepped if one.requires_grad)
         each = (self.guard.ring.pending.nbytes() + 2 * parameters) / 2**30
         # The pending one is whole, certified ones are shared among the ranks of a node.
-        fitting = int((max_memory / each - 1) * self._ranks.sharers) if each else self.guard.ring.capacity
+        fitting = int((max_memory / each - 1) * self._ranks.snapshot_parts) if each else self.guard.ring.capacity
         fitting = min(self._ranks.gather(fitting))
         if fitting < 1:
             raise ValueError(

@@ -26,13 +26,13 @@ FAULTS = {**SHARDED, "partition": ("non_finite_loss", ["restore"], 1)}
 @pytest.fixture
 def seen(launched: Launch) -> Results:
     """What two ranks saw in all stages."""
-    return launched("script", 2, "zero")
+    return launched("fork", 2, "zero")
 
 
 @pytest.fixture
 def alone(launched: Launch) -> dict[str, Any]:
     """What one process saw in all stages."""
-    (result,) = launched("script", 1, "zero_alone")
+    (result,) = launched("fork", 1, "zero_alone")
     return result
 
 
