@@ -27,6 +27,7 @@ from lightning_nanguard.distributed.group import Group
 from lightning_nanguard.distributed.ranks import Ranks
 from lightning_nanguard.guard.guard import Settings
 from lightning_nanguard.state.snapshot import Snapshot
+from tests.distributed.further import collectives_in
 from tests.distributed.test_report import report
 
 
@@ -210,7 +211,7 @@ def traced(run: Callable[[], None]) -> int:
     """Number of collectives that are made."""
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         run()
-    return sum(event.count for event in trace.key_averages() if event.key.startswith("c10d::"))
+    return collectives_in(trace)
 
 
 def fully_sharded() -> nn.Module:
