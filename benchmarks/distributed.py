@@ -74,7 +74,7 @@ def settled() -> int:
     for _ in range(100):
         loop.one()
     assert loop.guard is not None
-    every = loop.guard._keeper._interval.updates
+    every = loop.guard._parts.snapshots._interval.updates
     loop.guard.close()
     return every
 

@@ -9,7 +9,7 @@ from typing import Any, final
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from lightning_nanguard.checkpoints.inspection import mended, poisoned
-from lightning_nanguard.distributed.ranks import Ranks, first
+from lightning_nanguard.distributed.ranks import Ranks, first_over_ranks
 from lightning_nanguard.measure.tensors import local
 from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.learner import Learner, StateKey
@@ -64,11 +64,11 @@ class Saving:
         good = self._ring.certified[0] if self._ring.certified else self._ring.pending
         if good is None or (self._ranks.world == 1 and not self._ranks.sharded):
             return
-        bad, _ = first(self._ranks, self._finite.corrupt(self._learner.leaves()))
+        bad, _ = first_over_ranks(self._ranks, self._finite.corrupt(self._learner.leaves()))
         if bad is None:
             return
         if not self._ranks.sharded:
-            self._put_together = self._ranks.whole(good)
+            self._put_together = self._ranks.join_snapshot(good)
             return
         if not self._observe:
             message = f"{bad} is not finite while a checkpoint is about to be written"
@@ -103,7 +103,7 @@ class Saving:
         bad = poisoned(checkpoint, weights, self._finite.allowed)
         if self._ranks.sharded:
             # Each rank has looked at its own shards, and what one of them would put in fits no other's.
-            name, _ = first(self._ranks, bad[0] if bad else None)
+            name, _ = first_over_ranks(self._ranks, bad[0] if bad else None)
             if name is not None and not told:
                 message = f"{name} of a checkpoint about to be written to {path} is not finite"
                 self._note(Fault("poisoned_checkpoint", "state", name, None, message))

@@ -1,4 +1,4 @@
-"""Checksums of the learner's state, by which ranks find out that they hold the same."""
+"""Checksums of the learner's state, by which ranks find out whether they hold the same."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.measure.tensors import local
+from lightning_nanguard.state.learner import StateKey
+
+_PRIME = (1 << 63) - 25
+_ROW = 4096  # words in a row; the weights of one row fit into a processor's cache
+_WEIGHT_STEP, _TAIL_WEIGHT = 0x9E3779B97F4A7C1, 0x5851F42D4C957F2D
 
 
-def replicated(path: tuple[Any, ...], leaf: Any) -> bool:
-    """Whether every rank should hold the same: parameters and moments, but no buffers or averaged copies."""
-    return path[0] in ("parameter", "optimizer") and isinstance(leaf, Tensor) and leaf.layout == torch.strided
+def is_replicated(key: StateKey, leaf: Any) -> bool:
+    """Whether every rank should hold the same value: parameters and moments do, buffers and averaged copies may not."""
+    return key[0] in ("parameter", "optimizer") and isinstance(leaf, Tensor) and leaf.layout == torch.strided
 
 
-def checksums(leaves: Mapping[tuple[Any, ...], Any]) -> tuple[int, int]:
-    """Checksums of the bits of all parameters, and of all optimizer state. Reads from each device once for each."""
-    own = [(path, leaf) for path, leaf in leaves.items() if replicated(path, leaf)]
+def checksums(leaves: Mapping[StateKey, Any]) -> tuple[int, int]:
+    """Checksums of all parameters, and of all optimizer state. Each of them reads once from each device."""
+    replicated = [(key, leaf) for key, leaf in leaves.items() if is_replicated(key, leaf)]
     return (
-        checksum(leaf for path, leaf in own if path[0] == "parameter"),
-        checksum(leaf for path, leaf in own if path[0] == "optimizer"),
+        checksum(leaf for key, leaf in replicated if key[0] == "parameter"),
+        checksum(leaf for key, leaf in replicated if key[0] == "optimizer"),
     )
 
 
-_PRIME = (1 << 63) - 25
-
-
-_ROW = 4096  # words, whose weights stay in a processor's cache
-
-
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """A number of 63 bits that depends on every bit of some tensors and on its place.
+    """A number of 63 bits that depends on every bit of some tensors and on the bit's place.
 
     Example:
         >>> one, other = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])
@@ -44,10 +43,11 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     for tensor in tensors:
         data = _bytes(tensor)
         if data.device not in weights:
-            weights[data.device] = (torch.arange(_ROW, device=data.device) * 0x9E3779B97F4A7C1) | 1
-        whole = len(data) // 8 * 8
-        parts = [data[:whole].view(torch.int64), data[whole:]] if whole < len(data) else [data.view(torch.int64)]
-        sums.setdefault(data.device, []).extend(_weighed(part, weights[data.device]) for part in parts)
+            weights[data.device] = (torch.arange(_ROW, device=data.device) * _WEIGHT_STEP) | 1
+        aligned = len(data) // 8 * 8
+        words = data[:aligned].view(torch.int64)
+        parts = [words, data[aligned:]] if aligned < len(data) else [words]
+        sums.setdefault(data.device, []).extend(_weighted_sum(part, weights[data.device]) for part in parts)
     total = 0
     for numbers in sums.values():
         for number in torch.stack(numbers).tolist():
@@ -57,16 +57,16 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 def _bytes(tensor: Tensor) -> Tensor:
     data = local(tensor).detach().contiguous().view(-1)
-    # Words of eight bytes begin at a multiple of eight.
+    # A view as words of eight bytes must begin at a multiple of eight.
     return (data.clone() if data.storage_offset() * data.itemsize % 8 else data).view(torch.uint8)
 
 
-def _weighed(words: Tensor, weights: Tensor) -> Tensor:
-    # Every word counts an odd number of times, so that no change of one word is lost where sums wrap around.
+def _weighted_sum(words: Tensor, weights: Tensor) -> Tensor:
+    # All weights are odd, so that no change of one word is lost when a sum overflows.
     if len(words) <= _ROW:
         return (words * weights[: len(words)]).sum()
     whole = len(words) // _ROW * _ROW
     rows = words[:whole].view(-1, _ROW)
-    # Sums by column and by row say together where a word stands, at the speed of memory.
-    place = _weighed(rows.sum(0), weights) + 2 * _weighed(rows.sum(1), weights)
-    return place + 0x5851F42D4C957F2D * _weighed(words[whole:], weights)
+    # Sums by column and by row together depend on a word's place, and run at the speed of memory.
+    placed = _weighted_sum(rows.sum(0), weights) + 2 * _weighted_sum(rows.sum(1), weights)
+    return placed + _TAIL_WEIGHT * _weighted_sum(words[whole:], weights)

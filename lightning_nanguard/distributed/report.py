@@ -1,4 +1,4 @@
-"""What one rank tells the others about one update."""
+"""What one rank tells the others about one update, and what follows from the reports of all ranks."""
 
 from __future__ import annotations
 
@@ -8,29 +8,33 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple, final
 
+from lightning_nanguard.thresholds import DistributedThresholds
 from lightning_nanguard.types import Reading
+
+# 72 bytes: whole words of eight bytes, so that a collective can sum them as integers.
+_FORMAT = struct.Struct("<3dq5?2q?2q?x")
 
 
 @final
 class Report(NamedTuple):
-    """What one rank says about one update: numbers only, which travel bit by bit.
+    """What one rank says about one update. All fields are numbers, and arrive bit by bit.
 
     Attributes:
         loss: Its loss.
-        norm: Norm of its gradient, or of its shard of it.
+        norm: Norm of its gradient, or of its shard of the gradient.
         scale: The GradScaler's scale.
         step: The guard's clock.
         has_loss: Whether there was a loss.
         has_gradient: Whether there was a gradient.
         gradient_finite: Whether the gradient is finite.
         has_scale: Whether there is a GradScaler.
-        suspects: Whether the gradient alone looks bad to it.
-        interval: Updates between snapshots that it would choose.
-        judged: Step of the pending snapshot, ``-1`` without one.
-        objects: Whether something speaks against that snapshot.
-        parameters: Checksum of that snapshot's parameters.
-        moments: Checksum of its optimizer state.
-        outside: Whether it has seen a fault outside of any update since it last told, such as in validation.
+        suspects: Whether this rank suspects a fault from the gradient alone.
+        snapshot_interval: Updates between snapshots that this rank would choose.
+        pending_step: Step of the pending snapshot, ``-1`` without one.
+        rejects_pending: Whether this rank found a fault in the pending snapshot.
+        parameter_checksum: Checksum of the pending snapshot's parameters.
+        optimizer_checksum: Checksum of the pending snapshot's optimizer state.
+        outside_fault: Whether this rank found a fault outside an update, such as in validation, since its last report.
     """
 
     loss: float
@@ -42,15 +46,15 @@ class Report(NamedTuple):
     gradient_finite: bool
     has_scale: bool
     suspects: bool
-    interval: int
-    judged: int
-    objects: bool
-    parameters: int
-    moments: int
-    outside: bool = False
+    snapshot_interval: int
+    pending_step: int
+    rejects_pending: bool
+    parameter_checksum: int
+    optimizer_checksum: int
+    outside_fault: bool = False
 
     def pack(self) -> bytes:
-        """All of it in 72 bytes."""
+        """The report as 72 bytes."""
         return _FORMAT.pack(*self)
 
     @classmethod
@@ -59,33 +63,30 @@ class Report(NamedTuple):
         return cls(*_FORMAT.unpack(data))
 
 
-# Filled up to whole words of eight bytes, which a collective can add.
-_FORMAT = struct.Struct("<3dq5?2q?2q?x")
-
-
-def combined(reports: Sequence[Report], *, optimizer_index: int, sharded: bool) -> Reading:
-    """The one reading that all ranks judge: mean loss, and the gradient's norm.
+def combined_reading(reports: Sequence[Report], *, optimizer_index: int, sharded: bool) -> Reading:
+    """The one reading that all ranks judge: the mean loss, and the norm of the whole gradient.
 
     Args:
-        reports: One of each rank, in their order.
+        reports: One of each rank, in the order of ranks.
         optimizer_index: Index of the optimizer.
-        sharded: Whether each rank's norm is that of a shard; else all hold the same gradient.
+        sharded: Whether each rank's norm is that of a shard; else all ranks hold the same gradient.
 
     Example:
         >>> healthy = Report(1.0, 3.0, 0.0, 7, True, True, True, False, False, 16, -1, False, 0, 0)
-        >>> reading = combined([healthy, healthy._replace(loss=2.0, norm=4.0)], optimizer_index=0, sharded=True)
+        >>> both = [healthy, healthy._replace(loss=2.0, norm=4.0)]
+        >>> reading = combined_reading(both, optimizer_index=0, sharded=True)
         >>> reading.loss, reading.grad_norm
         (1.5, 5.0)
     """
-    told: Any = Report._make(zip(*reports, strict=True))  # a column of each number
-    losses = told.loss if all(told.has_loss) else [one.loss for one in reports if one.has_loss]
-    gradient_finite = all(told.gradient_finite)
+    columns: Any = Report._make(zip(*reports, strict=True))
+    losses = columns.loss if all(columns.has_loss) else [one.loss for one in reports if one.has_loss]
+    gradient_finite = all(columns.gradient_finite)
     loss_finite = all(map(math.isfinite, losses))
     norm = None
-    if any(told.has_gradient):
-        norm = math.hypot(*told.norm) if sharded else max(told.norm)
+    if any(columns.has_gradient):
+        norm = math.hypot(*columns.norm) if sharded else max(columns.norm)
         if not gradient_finite:
-            norm = told.norm[told.gradient_finite.index(False)]
+            norm = columns.norm[columns.gradient_finite.index(False)]
     return Reading(
         step=reports[0].step,
         optimizer_index=optimizer_index,
@@ -98,24 +99,31 @@ def combined(reports: Sequence[Report], *, optimizer_index: int, sharded: bool) 
     )
 
 
-def conspicuous(reports: Sequence[Report]) -> tuple[int, ...]:
-    """Ranks whose own numbers stand out; none where all look alike.
+_DEFAULTS = DistributedThresholds()
 
-    A loss that is not finite, else a gradient that is not, else a loss more than ten times that of any other rank.
+
+def outlier_ranks(reports: Sequence[Report], thresholds: DistributedThresholds = _DEFAULTS) -> tuple[int, ...]:
+    """Ranks whose own loss or gradient stands out; none where all ranks look alike.
+
+    Those with a loss that is not finite; else those with a gradient that is not finite; else the one whose loss is far
+    larger than that of any other rank.
     """
-    by_loss = tuple(r for r, one in enumerate(reports) if one.has_loss and not math.isfinite(one.loss))
+    by_loss = tuple(rank for rank, one in enumerate(reports) if one.has_loss and not math.isfinite(one.loss))
     if by_loss:
         return by_loss if len(by_loss) < len(reports) else ()
-    by_gradient = tuple(r for r, one in enumerate(reports) if not one.gradient_finite)
+    by_gradient = tuple(rank for rank, one in enumerate(reports) if not one.gradient_finite)
     if by_gradient:
         return by_gradient if len(by_gradient) < len(reports) else ()
-    sizes = sorted(((abs(one.loss), r) for r, one in enumerate(reports) if one.has_loss), reverse=True)
-    return (sizes[0][1],) if len(sizes) > 1 and sizes[0][0] > 10 * max(sizes[1][0], 1e-12) else ()
+    sizes = sorted(((abs(one.loss), rank) for rank, one in enumerate(reports) if one.has_loss), reverse=True)
+    if len(sizes) < 2:
+        return ()
+    (largest, rank), (second, _) = sizes[:2]
+    return (rank,) if largest > thresholds.outlier_loss_ratio * max(second, 1e-12) else ()
 
 
-def minority(sums: Sequence[int]) -> tuple[int, ...]:
-    """Ranks whose checksum is not the commonest; none where no value is the commonest."""
-    (value, count), *others = Counter(sums).most_common()
+def minority_ranks(checksums: Sequence[int]) -> tuple[int, ...]:
+    """Ranks whose checksum is not the most common one; none where no value is more common than all others."""
+    (value, count), *others = Counter(checksums).most_common()
     if others and others[0][1] == count:
         return ()
-    return tuple(rank for rank, one in enumerate(sums) if one != value)
+    return tuple(rank for rank, one in enumerate(checksums) if one != value)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.act.skip import StepBlocker
 from lightning_nanguard.diagnosis.case import Look
-from lightning_nanguard.distributed.ranks import first
+from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.readback import Readback
@@ -108,9 +108,16 @@ class Acting:
         ring, learner = self._context.ring, self._context.learner
         if ring.certified:
             self._actions.restore(0)
-        elif ring.pending is not None and first(self._context.ranks, self._context.finite.corrupt(learner.leaves()))[0]:
+        elif (
+            ring.pending is not None
+            and first_over_ranks(self._context.ranks, self._context.finite.corrupt(learner.leaves()))[0]
+        ):
             # Nothing was ever proven good, but what the fit began with is at least finite.
             restore(learner, ring.pending)
+
+    def _is_corrupt(self) -> bool:
+        context = self._context
+        return first_over_ranks(context.ranks, context.finite.corrupt(context.learner.leaves()))[0] is not None
 
     def give_back(self) -> None:
         """Give back a cut or end clipping, where it is time."""

@@ -21,7 +21,7 @@ from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.detect.defaults import default_detectors
 from lightning_nanguard.detect.monitors import Monitors
-from lightning_nanguard.distributed.ranks import Alone, Ranks
+from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
 from lightning_nanguard.guard.acting import Acting, Conduct, Observing
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.certification import Certification
@@ -160,7 +160,7 @@ def guard_for(
         replay=replay or NoReplay(),
         monitors=Monitors(detectors, limits.detection),
         rate=LearningRate(optimizers),
-        ranks=ranks or Alone(),
+        ranks=ranks or SingleProcess(),
         settings=settings or Settings(),
         thresholds=limits,
     )

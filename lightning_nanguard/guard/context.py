@@ -12,7 +12,7 @@ import torch
 from lightning_nanguard.act.clipping import Clipper
 from lightning_nanguard.act.learning_rate import LearningRate
 from lightning_nanguard.detect.monitors import Monitors
-from lightning_nanguard.distributed.ranks import Alone, Ranks
+from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
 from lightning_nanguard.guard.loop import BatchReplay
 from lightning_nanguard.guard.state import GuardState
 from lightning_nanguard.state.finite import FiniteCheck
@@ -68,7 +68,7 @@ class GuardContext:
     rate: LearningRate
     clipper: Clipper = field(default_factory=Clipper)
     ring: Ring = field(default_factory=Ring)
-    ranks: Ranks = field(default_factory=Alone)
+    ranks: Ranks = field(default_factory=SingleProcess)
     finite: FiniteCheck = field(default_factory=FiniteCheck)
     state: GuardState = field(default_factory=GuardState)
     settings: Settings = field(default_factory=Settings)

@@ -18,7 +18,7 @@ from lightning_nanguard.act.skip import StepBlocker, unscales_itself
 from lightning_nanguard.checkpoints.saving import Saving
 from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.detect.history import ReadingHistory
-from lightning_nanguard.distributed.ranks import first
+from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.guard.acting import Conduct
 from lightning_nanguard.guard.caution import Caution
@@ -117,7 +117,7 @@ class Guard:
         """
         context = self._context
         parameters = [(key, leaf) for key, leaf in context.learner.weights() if key[0] == "parameter"]
-        bad, _ = first(context.ranks, context.finite.corrupt(parameters))
+        bad, _ = first_over_ranks(context.ranks, context.finite.corrupt(parameters))
         if bad is not None:
             raise TrainingDivergedError(
                 f"{bad} holds NaN or Inf before the first update, so there is no good state to guard. Look at how it "
@@ -246,7 +246,7 @@ class Guard:
         """This process has raised: among several it is alone from now on, and waits for none of the others."""
         if self._context.many:
             self._readback.clear()
-            self._context.ranks.part()
+            self._context.ranks.leave()
 
     # ---------------------------------------------------------------------------------------- saving
 
@@ -291,7 +291,7 @@ class Guard:
         self._snapshots.settle()  # whoever asks may write to it next
         self.flush()
         context = self._context
-        bad, ranks = first(context.ranks, context.finite.corrupt(context.learner.leaves()))
+        bad, ranks = first_over_ranks(context.ranks, context.finite.corrupt(context.learner.leaves()))
         if bad is None:
             return
         fault = Fault("corrupted_state", "state", bad, None, f"{bad} is no longer finite")
@@ -340,7 +340,7 @@ class Guard:
                 self._accept(reading)
             return
         if fault.place == "gradient" and not reading.finite and not arrived.late:
-            place, _ = first(self._context.ranks, self._parts.meter.bad_gradient(reading.optimizer_index))
+            place, _ = first_over_ranks(self._context.ranks, self._parts.meter.bad_gradient(reading.optimizer_index))
             fault = replace(fault, place=place or fault.place)
         reached = arrived.reached and fault.scope == "batch"
         found = FoundFault(fault, reading, arrived.undo, reached, arrived.late, arrived.ranks())

@@ -9,7 +9,7 @@ from typing import final
 from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.decide.rate_limit import within_curvature
-from lightning_nanguard.distributed.ranks import surest
+from lightning_nanguard.distributed.ranks import most_confident_over_ranks
 from lightning_nanguard.guard.acting import Conduct
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
@@ -122,7 +122,7 @@ class Interventions:
         # Now, while weights and batch are still those of the fault.
         look = "nothing" if found.undo is None else self._conduct.look
         mine = self._loop.diagnose(found.fault, evidence, look, found.reading.step)
-        finding = surest(context.ranks, mine)
+        finding = most_confident_over_ranks(context.ranks, mine)
         plan = within_curvature(plan, finding, before[0] if before else None)
         done = self._conduct.apply(plan, found, known_until)
         words = tuple(self._remedies[type(step)].word for step in done)

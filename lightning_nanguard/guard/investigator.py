@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.detect.history import ReadingHistory
-from lightning_nanguard.distributed.ranks import first
+from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.measure.norms import norms
@@ -101,7 +101,9 @@ class Investigator:
         leaves = self._learner.leaves()
         unchanged = ((key, before.get(key[1], leaf) if key[0] == "buffer" else leaf) for key, leaf in leaves)
         # Where the faulty update was made, what is bad now says nothing of what was before it.
-        bad, corrupted = (None, ()) if known.undo else first(self._ranks, self._context.finite.corrupt(unchanged))
+        bad, corrupted = (
+            (None, ()) if known.undo else first_over_ranks(self._ranks, self._context.finite.corrupt(unchanged))
+        )
         batch_finite, spoilt = self._batch_finite() if at_hand else (None, ())
         known = replace(
             known,
@@ -128,10 +130,10 @@ class Investigator:
         # Weights that are not finite are compared with nothing: the answer is plain already.
         if target is None or known.corrupt is not None:
             return replace(known, growth=growth)
-        target = self._ranks.whole(target)
+        target = self._ranks.join_snapshot(target)
         if fault.since is not None and known.sound is not None:
             growth = max(self._ranks.gather(self._growth(target)))
-        jump = None if known.undo else first(self._ranks, self._jump(target))[0]
+        jump = None if known.undo else first_over_ranks(self._ranks, self._jump(target))[0]
         comparison = lower_is_better = None
         if self._compare_allowed and fault.proof == "trial":
             if growth > self._least_growth(fault, history):

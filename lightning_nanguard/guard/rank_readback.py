@@ -14,8 +14,8 @@ from dataclasses import asdict
 from typing import Any, NamedTuple, final
 
 from lightning_nanguard.act.skip import StepBlocker
-from lightning_nanguard.distributed.ranks import Posted
-from lightning_nanguard.distributed.report import Report, combined, conspicuous
+from lightning_nanguard.distributed.ranks import PendingReports
+from lightning_nanguard.distributed.report import Report, combined_reading, outlier_ranks
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.deferred_readback import DeferredReadings
@@ -40,7 +40,7 @@ class Sent(NamedTuple):
         line_search: Whether it was a further evaluation of one step.
     """
 
-    posted: Posted
+    posted: PendingReports
     optimizer_index: int
     undo: BatchUndo
     held_back: bool
@@ -126,7 +126,7 @@ class RankReadback:
     def _hear(self, sent: Sent, *, late: bool) -> Arrived:
         reports = sent.posted.reports()
         self._snapshots.hear(reports)
-        reading = combined(reports, optimizer_index=sent.optimizer_index, sharded=self._context.ranks.sharded)
+        reading = combined_reading(reports, optimizer_index=sent.optimizer_index, sharded=self._context.ranks.sharded)
         held_back = sent.held_back and not any(one.gradient_finite for one in reports)
         return Arrived(
             reading,
@@ -134,8 +134,8 @@ class RankReadback:
             reached=late and not held_back,
             late=late,
             line_search=sent.line_search,
-            ranks=lambda: conspicuous(reports),
-            outside=self._ask_outside() if any(one.outside for one in reports) else None,
+            ranks=lambda: outlier_ranks(reports),
+            outside=self._ask_outside() if any(one.outside_fault for one in reports) else None,
         )
 
     def _ask_outside(self) -> tuple[Fault, tuple[int, ...]] | None:
@@ -178,12 +178,12 @@ class RankReadback:
             gradient_finite=_gradient_finite(reading),
             has_scale=reading.loss_scale is not None,
             suspects=suspects,
-            interval=interval,
-            judged=judged,
-            objects=objects,
-            parameters=parameters,
-            moments=moments,
-            outside=self._outside is not None,
+            snapshot_interval=interval,
+            pending_step=judged,
+            rejects_pending=objects,
+            parameter_checksum=parameters,
+            optimizer_checksum=moments,
+            outside_fault=self._outside is not None,
         )
         posted = self._context.ranks.post(report)
         return Sent(posted, reading.optimizer_index, undo, held_back, line_search)

@@ -72,7 +72,7 @@ class RemedyActions:
         context, ring = self._context, self._context.ring
         if ring.certified:
             ring.drop_pending()
-            snapshot = context.ranks.whole(ring.discard_newer(depth))
+            snapshot = context.ranks.join_snapshot(ring.discard_newer(depth))
         elif ring.pending is not None:
             snapshot = ring.pending
         else:

@@ -9,7 +9,7 @@ from typing import Any, final
 
 from lightning_nanguard.distributed.checksum import checksums
 from lightning_nanguard.distributed.ranks import Ranks
-from lightning_nanguard.distributed.report import Report, minority
+from lightning_nanguard.distributed.report import Report, minority_ranks
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Fault
 
@@ -64,16 +64,16 @@ class SnapshotAgreement:
     def hear(self, reports: Sequence[Report]) -> bool:
         """Take the reports of all ranks; whether another interval holds from now on."""
         self._heard = reports
-        before, self.interval = self.interval, max([one.interval for one in reports])
+        before, self.interval = self.interval, max([one.snapshot_interval for one in reports])
         return self.interval != before
 
     def judged(self, pending: Snapshot) -> bool:
         """Whether all ranks have told what they think of ``pending``."""
-        return all(one.judged == pending.step for one in self._heard)
+        return all(one.pending_step == pending.step for one in self._heard)
 
     def objection(self, pending: Snapshot) -> tuple[Fault | None, tuple[int, ...]]:
         """Why ``pending`` cannot be certified, ``None`` where it can, and the ranks concerned; all must call it."""
-        objecting = tuple(rank for rank, one in enumerate(self._heard) if one.objects)
+        objecting = tuple(rank for rank, one in enumerate(self._heard) if one.rejects_pending)
         if objecting:
             mine = self._verdict.objection
             told: list[dict[str, Any]] = self._ranks.gather(None if mine is None else asdict(mine))
@@ -82,13 +82,13 @@ class SnapshotAgreement:
 
     def share(self, pending: Snapshot) -> bool:
         """Whether the ranks keep ``pending`` together, a part each: where it was found equal on all of them."""
-        return self._ranks.sharers > 1 and self._equal
+        return self._ranks.snapshot_parts > 1 and self._equal
 
     def _parted(self, pending: Snapshot) -> tuple[Fault | None, tuple[int, ...]]:
         self._equal = True
         for name, sums in (
-            ("parameters", [one.parameters for one in self._heard]),
-            ("optimizer state", [one.moments for one in self._heard]),
+            ("parameters", [one.parameter_checksum for one in self._heard]),
+            ("optimizer state", [one.optimizer_checksum for one in self._heard]),
         ):
             if len(set(sums)) == 1:
                 if sums[0]:
@@ -101,7 +101,7 @@ class SnapshotAgreement:
             if name not in self._parted_before:
                 self._parted_before.add(name)
                 message = f"the {name} of the ranks, which were equal, differ at step {pending.global_step}"
-                return Fault("parted_ranks", "state", name, None, message), minority(sums)
+                return Fault("parted_ranks", "state", name, None, message), minority_ranks(sums)
             # What parts again after a restore does so by itself.
             if self._ranks.rank == 0:
                 _logger.warning(

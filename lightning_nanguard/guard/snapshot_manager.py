@@ -9,7 +9,7 @@ from typing import final
 
 import torch
 
-from lightning_nanguard.distributed.ranks import Alone, Ranks
+from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
 from lightning_nanguard.distributed.report import Report
 from lightning_nanguard.guard.snapshot_agreement import SnapshotAgreement
 from lightning_nanguard.state.device import DeviceTimer, cuda_device
@@ -59,7 +59,7 @@ class SnapshotManager:
         thresholds: SnapshotsThresholds = _DEFAULTS,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._ranks: Ranks = Alone() if ranks is None else ranks
+        self._ranks: Ranks = SingleProcess() if ranks is None else ranks
         self._many = self._ranks.world > 1
         self._learner = learner
         self._ring = ring
@@ -159,7 +159,7 @@ class SnapshotManager:
         if not self._agreement.share(pending):
             return pending
         started = self._clock()
-        shared = self._ranks.share(pending)
+        shared = self._ranks.split_snapshot(pending)
         self._interval.certified(self._clock() - started)
         return shared
 

@@ -9,4 +9,18 @@ from typing import final
 @final
 @dataclass(frozen=True, slots=True)
 class DistributedThresholds:
-    """How long ranks wait, and what they share."""
+    """How long ranks wait, and what they share.
+
+    Attributes:
+        patience: Seconds that a rank waits for a message of another rank; gloo's collectives wait as long.
+        unread_messages: Messages of another rank that may wait in its socket before they are read ahead of time; a
+            socket holds several times as many, so that sending never blocks.
+        min_split_bytes: Tensors with fewer bytes are kept whole in a shared snapshot, since a collective to join them
+            would cost more than their memory.
+        outlier_loss_ratio: A rank's finite loss stands out if it is more than this many times that of any other rank.
+    """
+
+    patience: float = 1800.0
+    unread_messages: int = 16
+    min_split_bytes: int = 1024
+    outlier_loss_ratio: float = 10.0

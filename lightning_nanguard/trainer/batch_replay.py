@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nanguard.act.clipping import Clipper
-from lightning_nanguard.distributed.ranks import Ranks, mean
-from lightning_nanguard.distributed.silent import Silent
+from lightning_nanguard.distributed.forbid_collectives import ForbidCollectives
+from lightning_nanguard.distributed.ranks import Ranks, mean_over_ranks
 from lightning_nanguard.measure.finite import batch_finite, suspects
 from lightning_nanguard.measure.tensors import gradients
 from lightning_nanguard.state.batch_history import BatchHistory, MicroBatch
@@ -211,7 +211,7 @@ class TrainerBatchReplay:
             # A second look must never cost the run that the first one would not have; and all ranks must learn of it,
             # or those where it went well would wait.
             _logger.debug("NaNGuard: a batch could not be run again: %r", error)
-        return mean(self._ranks, value)
+        return mean_over_ranks(self._ranks, value)
 
     def _average_gradients(self, optimizer: Optimizer) -> None:
         if self._ranks.world == 1:
@@ -236,5 +236,5 @@ class TrainerBatchReplay:
     @contextmanager
     def _silently(self) -> Iterator[None]:
         # Each rank for itself: one on which this fails must not leave others waiting for it.
-        with alone(self._trainer, Silent()) if self._ranks.world > 1 else nullcontext():
+        with alone(self._trainer, ForbidCollectives()) if self._ranks.world > 1 else nullcontext():
             yield

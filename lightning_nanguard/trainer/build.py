@@ -11,7 +11,7 @@ from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.detect.monitors import Monitors
 from lightning_nanguard.diagnosis.bundle_store import BundleStore
 from lightning_nanguard.distributed.group import Group
-from lightning_nanguard.distributed.ranks import Alone, Ranks
+from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
 from lightning_nanguard.guard.build import build_guard
 from lightning_nanguard.guard.context import GuardContext, Settings
 from lightning_nanguard.guard.readback import MAX_DELAY
@@ -69,7 +69,7 @@ def _context(
     trainer: Trainer, module: LightningModule, arguments: Arguments
 ) -> tuple[GuardContext, TrainerBatchReplay]:
     sharded = is_sharded(trainer)
-    ranks: Ranks = Group(sharded=sharded) if trainer.world_size > 1 else Alone(sharded=sharded)
+    ranks: Ranks = Group(sharded=sharded) if trainer.world_size > 1 else SingleProcess(sharded=sharded)
     optimizers, partitions = what_steps(trainer, module)
     learner = Learner(
         module,

@@ -89,7 +89,7 @@ class Diagnostics:
             look = "batch"
         good = self._context.ring.good(evidence.sound, evidence.loss_unit) if look == "replay" else None
         if good is not None:
-            good = self._ranks.whole(good)  # here, where all ranks come, and not where only some may
+            good = self._ranks.join_snapshot(good)  # here, where all ranks come, and not where only some may
         micros = self._replay.batches.of(update)
         finding = self._diagnostician.diagnose(fault, evidence, micros, look, good)
         wanted = self._bundles is not None and look != "nothing" and not self._ranks.sharded

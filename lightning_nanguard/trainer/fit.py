@@ -113,7 +113,7 @@ class Fit:
         parameters = sum(one.nbytes for one in stepped if one.requires_grad)
         each = (ring.pending.nbytes() + 2 * parameters) / 2**30
         # The pending one is whole, certified ones are shared among the ranks of a node.
-        fitting = int((max_memory / each - 1) * ranks.sharers) if each else ring.capacity
+        fitting = int((max_memory / each - 1) * ranks.snapshot_parts) if each else ring.capacity
         fitting = min(ranks.gather(fitting))
         if fitting < 1:
             raise ValueError(

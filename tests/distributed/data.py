@@ -1,4 +1,4 @@
-"""Batches of the ranks, each of which has its own."""
+"""The batches of each rank, with faults in those of one rank."""
 
 from __future__ import annotations
 

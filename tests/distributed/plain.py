@@ -1,8 +1,13 @@
-"""The Guard among ranks in a plain loop: its own proofs, and parameters sharded by ``fully_shard`` on the CPU."""
+"""What each rank runs of the tests that need no Trainer: the group of ranks, and the guard in a loop of plain PyTorch.
+
+``test_group.py`` and ``test_sharded.py`` assert on the results.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +27,8 @@ from lightning_nanguard.distributed.group import Group
 from lightning_nanguard.distributed.ranks import Ranks
 from lightning_nanguard.guard.guard import Settings
 from lightning_nanguard.state.snapshot import Snapshot
+from tests.distributed.further import collectives_in
+from tests.distributed.test_report import report
 
 
 def net() -> nn.Module:
@@ -107,6 +114,45 @@ def averaged(module: nn.Module) -> Callable[[], None]:
     return average
 
 
+def plain(worker: Any) -> None:
+    """All of this file, for one set of processes."""
+    dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=worker.world)
+    worker.results = {
+        "group": group(),
+        "waits": waits_for_nobody(worker.folder),
+        "collectives": collectives(),
+        "memory": memory(),
+        "sharded": sharded(1),
+    }
+
+
+def group() -> dict[str, Any]:
+    """What a group brings from rank to rank, by sockets on one machine and by all-reduce among machines."""
+    rank = dist.get_rank()
+    found: dict[str, Any] = {}
+    for name, node in (("one node", "a"), ("nodes", f"node {rank}")):
+        ranks = Group(node=node)
+        posted = [ranks.post(report(loss=(math.nan, -0.0)[rank], step=step)) for step in range(40)]
+        weights = torch.full((5,), float(rank))
+        ranks.average([weights])
+        found[name] = {
+            "gathered": ranks.gather([rank, None, "é" * rank]),
+            "last": [one.pack().hex() for one in posted[-1].reports()],
+            "first": [one.step for one in posted[0].reports()],
+            "mine": report(loss=(math.nan, -0.0)[rank], step=39).pack().hex(),
+            "average": weights.tolist(),
+        }
+        split = ranks.split_snapshot(Snapshot(1, 1, {("parameter", "w"): torch.arange(1000.0)}))
+        ranks.leave()
+        found[name]["alone"] = ranks.gather(rank)
+        try:
+            ranks.join_snapshot(split)
+        except RuntimeError as error:
+            found[name]["refused"] = str(error)
+        ranks.close()
+    return found
+
+
 def waits_for_nobody(folder: Path) -> dict[str, Any]:
     """Rank 0 ends an update, decisions and all, before the others have begun to tell of theirs."""
     module = net()
@@ -165,7 +211,7 @@ def traced(run: Callable[[], None]) -> int:
     """Number of collectives that are made."""
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         run()
-    return sum(event.count for event in trace.key_averages() if event.key.startswith("c10d::"))
+    return collectives_in(trace)
 
 
 def fully_sharded() -> nn.Module:
@@ -187,7 +233,7 @@ def memory() -> dict[str, Any]:
         loop.train(9)
         whole = sum(tensor.nbytes for tensor in loop.own())
         kept = loop.guard.ring.certified
-        restored = [loop.ranks.whole(snapshot) for snapshot in kept]
+        restored = [loop.ranks.join_snapshot(snapshot) for snapshot in kept]
         found[name] = {
             "whole": whole,
             "kept": [snapshot.nbytes() for snapshot in kept],
@@ -259,7 +305,7 @@ def sharded(rank: int) -> dict[str, Any]:
     end("start", loop)
 
     loop = run("clipped", remedies=(ClipGradients(clip_val=1e-3),))
-    loop.guard._hands.clip(1e-3, "norm")
+    loop.guard._parts.recovery.clip(1e-3, "norm")
     loop.train(1)
     norms = [float(p.grad.to_local().square().sum()) for p in loop.net.parameters() if p.grad is not None]  # type: ignore[union-attr]
     found["clipped"] = sum(norms)

@@ -1,4 +1,4 @@
-"""What each rank runs of the tests of saves."""
+"""What each rank runs for ``test_saves.py``: Trainer fits under DDP that write checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each rank runs of the tests of sharded strategies: whole Trainer runs over gloo on the CPU."""
+"""What each rank runs for ``test_sharded.py``: Trainer fits under FSDP and ``fully_shard``, over gloo on the CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_nanguard import NaNGuard
 from lightning_nanguard.checkpoints.inspection import LAST_GOOD
 from lightning_nanguard.measure.tensors import local
 from tests.distributed.data import AT, spoilt, without
-from tests.distributed.further import further
+from tests.distributed.further import further, healthy
 from tests.helpers import Task, TwoOptimizers
 
 KINDS = ("fsdp2", "fsdp1")
@@ -114,8 +114,7 @@ def one_kind(worker: Any, kind: str) -> None:
         module = options.pop("module", None) or made(options.pop("optimizer", None))
         return worker.fit(f"{kind} {name}", module, *callbacks, **options)
 
-    fit("healthy")
-    fit("bare", guarded=False)
+    healthy(worker, f"{kind} ", fit)
     fit("without", guarded=False, data=without(AT))
     fit("without window", guarded=False, data=without(AT - 1, AT), accumulate_grad_batches=2)
     for rank in range(worker.world):
@@ -131,7 +130,7 @@ def one_kind(worker: Any, kind: str) -> None:
         fit(f"deferred {place}", InShard(1, place), guard=late)
     fit("diverged", optimizer=lambda parameters: torch.optim.SGD(parameters, lr=50.0), max_epochs=3)
     fit("observed", InShard(1, "loss"), guard=NaNGuard(observe=True))
-    further(worker, f"{kind} ", fit, made, Sharded)
+    further(fit, made, Sharded)
     if kind == "fsdp2":
         torch.manual_seed(3)
         fit("manual", InShard(1, "loss"), module=TwoSharded())

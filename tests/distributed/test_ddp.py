@@ -27,8 +27,8 @@ def agreed(results: Results, name: str) -> Mapping[str, Any]:
     return one
 
 
-# Ranks of one machine, and three that torchrun is told are of two.
-LAUNCHES = [("script", 2), ("spawn", 2), ("spawn", 3), ("torchrun", 3)]
+# Two ranks of one machine, three of one machine, and three told that they are of two (`main` in worker.py).
+LAUNCHES = [("script", 2), ("spawn", 3), ("torchrun", 3)]
 RANKS = [(how, world, rank) for how, world in LAUNCHES for rank in range(world)]
 NEVER = 99
 FAULTS = {
@@ -110,7 +110,7 @@ def test_a_rollback_is_bitwise(launched: Launch, how: str, world: int, rank: int
 @pytest.fixture
 def seen(launched: Launch) -> Results:
     """What two ranks saw of everything but single faults."""
-    return launched("script", 2, "behaviour")
+    return launched("fork", 2, "behaviour")
 
 
 def test_a_shared_snapshot_is_put_together_bitwise(seen: Results) -> None:
@@ -140,15 +140,12 @@ def test_ranks_rehearse_a_rate_together(seen: Results) -> None:
     assert one["finite"]
 
 
-def test_a_nan_metric_does_not_hang(seen: Results) -> None:
-    """A rank that logs a NaN metric, reduced over ranks, is nobody's fault."""
-    one = agreed(seen, "metric")
-    assert (one["error"], one["records"]) == (None, [])
-
-
 def test_one_ranks_validation_loss(seen: Results) -> None:
-    """A validation loss that is not finite on one rank is on record with the next update, and nothing is changed."""
-    (record,) = agreed(seen, "validation")["records"]
+    """A validation loss that is not finite on one rank is on record with the next update, and nothing is changed. A NaN
+    metric, logged in each epoch, neither hangs nor counts as a fault."""
+    one = agreed(seen, "validation")
+    assert one["error"] is None
+    (record,) = one["records"]
     assert (record["fault"], record["remedies"], record["ranks"]) == ("non_finite_validation", [], [1])
 
 
@@ -208,65 +205,10 @@ def test_a_save_with_one_ranks_weight_gone_bad(seen: Results, rank: int) -> None
     assert seen[0][f"saved {rank}"]["end"] == seen[1][f"saved {rank}"]["end"]
 
 
-def test_a_rank_waits_for_nobody(seen: Results) -> None:
-    """In a healthy update a rank ends, decisions and all, before the others have told of theirs; also with shards."""
-    one, other = (result["plain"]["waits"] for result in seen)
-    assert one == other
-    assert (one["steps"], one["records"], one["shards"]) == (6, 0, [6, 0])
-
-
-def test_no_collective_in_a_healthy_update(seen: Results) -> None:
-    """On one machine, or with shards, a trace holds the collectives of the loop alone; among machines one more for each
-    update."""
-    for result in seen:
-        collectives = result["plain"]["collectives"]
-        assert collectives["one node"] == collectives["of the loop"]
-        assert collectives["nodes"] == collectives["of the loop"] + collectives["updates"]
-        assert collectives["shards"] == collectives["of the sharded loop"] > 0
-
-
-def test_ranks_of_a_node_share_snapshots(seen: Results) -> None:
-    """Each of two ranks keeps half of a snapshot, a rank alone on its node all of it; both come back bit by bit."""
-    for result in seen:
-        memory = result["plain"]["memory"]
-        shared, alone = memory["one node"], memory["nodes"]
-        assert all(shared["restored"])
-        assert all(alone["restored"])
-        assert alone["kept"][0] == alone["whole"]
-        assert shared["kept"][0] == pytest.approx(shared["whole"] / 2, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("fault", "kind", "remedies", "ranks"),
-    [
-        ("loss", "non_finite_loss", ["skip"], [1]),
-        ("gradient", "non_finite_gradient", ["restore"], [1]),
-        ("weight", "non_finite_loss", ["restore"], [1]),
-        ("moment", "corrupted_state", ["restore"], [1]),
-        ("start", "non_finite_loss", ["restore"], []),
-    ],
-)
-def test_sharded_parameters(seen: Results, fault: str, kind: str, remedies: list[str], ranks: list[int]) -> None:
-    """``fully_shard``: local shards go back in place, and moments that are made anew are sharded like their weights."""
-    one, other = (result["plain"]["sharded"][fault] for result in seen)
-    assert one["records"] == other["records"]
-    (record,) = one["records"]
-    assert (record["fault"], record["remedies"], record["ranks"]) == (kind, remedies, ranks)
-    for result in (one, other):
-        assert result["finite"]
-        assert result["sharded_moments"]
-
-
-def test_sharded_gradients_are_clipped_by_the_norm_of_all_shards(seen: Results) -> None:
-    """Clipping turned on by the guard limits the norm over all ranks."""
-    squares = sum(result["plain"]["sharded"]["clipped"] for result in seen)
-    assert math.sqrt(squares) == pytest.approx(1e-3, rel=1e-3)
-
-
 @pytest.mark.parametrize("suite", ["raising", "uneven"])
 def test_a_rank_that_is_left_alone_ends(launched: Launch, suite: str) -> None:
     """Where a rank raises or runs out of data the others fail as they do without the guard, and nobody waits."""
-    errors = [result[suite]["error"] for result in launched("script", 2, suite)]
+    errors = [result[suite]["error"] for result in launched("fork", 2, suite)]
     alone = {"raising": "RuntimeError: one rank is out of luck", "uneven": None}[suite]
     assert errors[1] == alone
     assert "Connection closed by peer" in errors[0] or "Connection reset by peer" in errors[0]

@@ -17,7 +17,7 @@ pytestmark = [
 @pytest.mark.parametrize("rank", [0, 1])
 def test_no_rank_writes_poison(launched: Launch, rank: int) -> None:
     """A weight lost on one rank right before a save: every file is there and good, and all ranks went back together."""
-    results = launched("script", 2, "saves")
+    results = launched("fork", 2, "saves")
     seen = [result[f"lost {rank}"] for result in results]
     assert [one["error"] for one in seen] == [None, None]
     assert [one["bad"] for one in seen] == [[], []]
@@ -29,7 +29,7 @@ def test_no_rank_writes_poison(launched: Launch, rank: int) -> None:
 
 def test_a_late_fault_is_read_before_a_save(launched: Launch) -> None:
     """A corrupt sample of one rank, not yet read when a save is asked for: all look at it together, and then save."""
-    one, other = (result["late"] for result in launched("script", 2, "saves"))
+    one, other = (result["late"] for result in launched("fork", 2, "saves"))
     assert (one["error"], other["error"]) == (None, None)
     assert (one["records"], one["end"], one["bad"]) == (other["records"], other["end"], [])
     (record,) = one["records"]
@@ -39,7 +39,7 @@ def test_a_late_fault_is_read_before_a_save(launched: Launch) -> None:
 
 def test_ranks_go_on(launched: Launch) -> None:
     """From a checkpoint at the end of an epoch all ranks go on as if they had not stopped."""
-    for result in launched("script", 2, "saves"):
+    for result in launched("fork", 2, "saves"):
         resumed, whole = result["resumed"], result["two epochs"]
         assert (resumed["error"], resumed["records"]) == (None, [])
         assert (resumed["steps"], resumed["end"]) == (2 * STEPS, whole["end"])
@@ -48,7 +48,7 @@ def test_ranks_go_on(launched: Launch) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_last_good_file_under_ddp(launched: Launch, rank: int) -> None:
     """The file is of a late update, and a folder that rank 0 cannot make neither stops nor parts the ranks."""
-    results = launched("script", 2, "saves")
+    results = launched("fork", 2, "saves")
     assert results[0][f"lost {rank}"]["kept"] >= STEPS - 5
     blocked = [result["blocked"] for result in results]
     assert [one["error"] for one in blocked] == [None, None]

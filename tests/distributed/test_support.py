@@ -1,9 +1,8 @@
-"""What needs no processes: which strategies are taken, what a report holds, and that the table names real tests."""
+"""Which strategies the guard refuses, and that the table in docs/distributed.md names real tests."""
 
 from __future__ import annotations
 
 import ast
-import math
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,39 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pytorch_lightning import Trainer
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.distributed.checksum import checksum
-from lightning_nanguard.distributed.report import Report, combined, conspicuous, minority
-from lightning_nanguard.distributed.silent import Silent
 from lightning_nanguard.trainer.private.deepspeed import ZeroPartitions
 from tests.helpers import task
 
 ROOT = Path(__file__).parents[2]
-HEALTHY: dict[str, Any] = {
-    "loss": 1.0,
-    "norm": 2.0,
-    "scale": 0.0,
-    "step": 7,
-    "has_loss": True,
-    "has_gradient": True,
-    "gradient_finite": True,
-    "has_scale": False,
-    "suspects": False,
-    "interval": 16,
-    "judged": 5,
-    "objects": False,
-    "parameters": 3,
-    "moments": 4,
-}
-
-
-def report(**changed: Any) -> Report:
-    return Report(**{**HEALTHY, **changed})
 
 
 class DeepSpeedStrategy(SingleDeviceStrategy):
@@ -116,58 +90,6 @@ def test_an_unknown_optimizer_of_deepspeed_is_refused() -> None:
         ZeroPartitions(ZenFlowZeroOptimizer(), torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="without params_in_partition, single_partition_of_fp32_groups"):
         ZeroPartitions(DeepSpeedZeroOptimizer(), torch.nn.Linear(1, 1))
-
-
-@settings(deadline=None)
-@given(st.floats(), st.floats(), st.booleans(), st.integers(-(2**62), 2**62))
-def test_a_report_travels_bit_by_bit(loss: float, norm: float, flag: bool, number: int) -> None:
-    """What is packed comes back, NaN and infinities included."""
-    one = report(loss=loss, norm=norm, suspects=flag, parameters=number)
-    assert repr(Report.unpack(one.pack())) == repr(one)
-
-
-def test_one_bad_rank_makes_a_bad_reading() -> None:
-    """A loss or gradient that is not finite on one rank is so for all, and the rank is named."""
-    by_loss = [report(), report(loss=math.nan)]
-    reading = combined(by_loss, optimizer_index=0, sharded=False)
-    assert (reading.finite, reading.loss_finite, conspicuous(by_loss)) == (False, False, (1,))
-    by_gradient = [report(norm=math.inf, gradient_finite=False), report()]
-    reading = combined(by_gradient, optimizer_index=0, sharded=True)
-    assert (reading.finite, reading.loss_finite, conspicuous(by_gradient)) == (False, True, (0,))
-    assert conspicuous([report(), report()]) == ()
-    assert conspicuous([report(loss=math.nan), report(loss=math.nan)]) == ()
-
-
-def test_the_mean_of_large_losses_is_finite() -> None:
-    """Losses whose sum overflows have a mean all the same."""
-    assert combined([report(loss=1.5e308), report(loss=1.7e308)], optimizer_index=0, sharded=False).loss_finite
-    assert math.isfinite(combined([report(loss=1.5e308)] * 2, optimizer_index=0, sharded=False).loss or math.nan)
-
-
-@settings(deadline=None)
-@given(st.integers(0, 63), st.integers(0, 6))
-def test_a_checksum_sees_every_bit(bit: int, index: int) -> None:
-    """One flipped bit changes it."""
-    tensor = torch.arange(7, dtype=torch.float64)
-    before = checksum([tensor])
-    tensor.view(torch.int64)[index] ^= (1 << bit) if bit < 63 else -(1 << 63)
-    assert checksum([tensor]) != before
-
-
-def test_the_minority_is_named() -> None:
-    """Of three ranks the odd one out; of two nobody can say."""
-    assert minority([5, 9, 5]) == (1,)
-    assert minority([5, 9]) == ()
-
-
-def test_no_collective_leaves_a_second_look(tmp_path: Path) -> None:
-    """A collective raises before it is made, so that one rank that looks again leaves no other waiting."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    try:
-        with pytest.raises(RuntimeError, match="while a batch is looked at again"), Silent():
-            torch.distributed.all_reduce(torch.ones(1))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_the_table_names_real_tests() -> None:

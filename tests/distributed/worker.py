@@ -1,12 +1,15 @@
-"""What each rank runs: many fits in a row, since making a process group takes seconds and a fit does not.
+"""What each rank of a multi-process test runs: a suite, which is many Trainer fits in a row.
 
-Started as a script, by spawn (``python -m tests.distributed.worker OUT WORLD HOW SUITE``) or under torchrun; every rank
-writes what it saw to ``OUT/rank<r>.json``.
+A suite is one function that takes a :class:`Worker`. Ranks are forked (:func:`forked`), or started as a script or by
+spawn (``python -m tests.distributed.worker OUT WORLD STRATEGY SUITE``) or by torchrun. Each rank writes what it saw of
+each fit to ``OUT/rank<r>.json``, and the tests in ``test_ddp.py``, ``test_sharded.py``, ``test_deepspeed.py`` and
+``test_saves.py`` assert on that. Suites start processes once, since that takes seconds and a fit does not.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import hashlib
 import json
 import logging
@@ -31,9 +34,9 @@ from lightning_nanguard import NaNGuard
 from lightning_nanguard.distributed.group import Group
 from lightning_nanguard.measure.tensors import local
 from lightning_nanguard.trainer import fit
-from tests.distributed import plain
 from tests.distributed.data import AT, STEPS, far_off, spoilt, without
-from tests.distributed.further import NaNMetric, NaNValidation
+from tests.distributed.further import NaNValidation
+from tests.distributed.plain import plain
 from tests.distributed.saving import saves
 from tests.distributed.sharding import sharded
 from tests.distributed.zero import tensors, zero, zero_alone
@@ -214,7 +217,6 @@ def behaviour(worker: Worker) -> None:
     torch.manual_seed(4)
     worker.fit("shared", wide, OnRank(1, "weight", nan, AT))
     worker.fit("diverged", task("mlp", lambda p: torch.optim.SGD(p, lr=50.0)), max_epochs=6)
-    worker.fit("metric", NaNMetric(mlp()))
     worker.fit("validation", NaNValidation(mlp()), max_epochs=3)
     worker.fit("observed", None, OnRank(1, "loss", nan, AT), guard=NaNGuard(observe=True))
     toggled = "ddp_find_unused_parameters_true"
@@ -241,12 +243,6 @@ def behaviour(worker: Worker) -> None:
     each = ModelCheckpoint(worker.folder / "lost", every_n_epochs=1)
     worker.fit("lost", None, OnRank(0, "weight", nan, AT), each, guarded=False, enable_checkpointing=True)
     worker.fit("refused", ckpt_path=Path(each.best_model_path), max_epochs=2)
-    worker.results["plain"] = {
-        "waits": plain.waits_for_nobody(worker.folder),
-        "collectives": plain.collectives(),
-        "memory": plain.memory(),
-        "sharded": plain.sharded(1),
-    }
 
 
 class SaveAt(Callback):
@@ -284,14 +280,7 @@ def uneven(worker: Worker) -> None:
     worker.fit("uneven", data=lambda rank: batches(count=STEPS - 3 * rank, seed=rank))
 
 
-def uneven_bare(worker: Worker) -> None:
-    """The same without the guard."""
-    worker.fit("uneven", data=lambda rank: batches(count=STEPS - 3 * rank, seed=rank), guarded=False)
-
-
-SUITES = {
-    one.__name__: one for one in (faults, behaviour, saves, sharded, raising, uneven, uneven_bare, zero, zero_alone)
-}
+SUITES = {one.__name__: one for one in (faults, behaviour, plain, saves, sharded, raising, uneven, zero, zero_alone)}
 
 
 def quiet() -> None:
@@ -300,10 +289,32 @@ def quiet() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
 
-def main(folder: str, world: str, strategy: str, suite: str) -> None:
+def prepare() -> None:
+    """What every rank sets before its first fit."""
+    faulthandler.enable()
     # No rank outlives its test.
     faulthandler.dump_traceback_later(float(os.environ.get("RANK_TIMEOUT", "400")), exit=True)
     quiet()
+    gc.freeze()  # DeepSpeed collects garbage whenever it begins, and needs not look at what was imported
+
+
+def forked(rank: int, world: int, port: int, folder: Path, suite: str) -> None:
+    """One rank of a suite, in a process that was forked for it; its output goes to ``rank<r>.txt``."""
+    with open(folder / f"rank{rank}.txt", "wb", buffering=0) as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    os.environ.update(
+        LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    prepare()
+    worker = Worker(folder, world, "ddp")
+    SUITES[suite](worker)
+    worker.write()
+
+
+def main(folder: str, world: str, strategy: str, suite: str) -> None:
+    """One rank of a suite, in a process that a launcher has started."""
+    prepare()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         fit.Group = partial(Group, node=f"machine {int(os.environ['RANK']) // 2}")  # type: ignore[assignment, misc]
     worker = Worker(Path(folder), int(world), strategy)

@@ -1,8 +1,7 @@
-"""What each rank runs of the tests of DeepSpeed: whole Trainer runs over gloo on the CPU."""
+"""What each rank runs for ``test_deepspeed.py``: Trainer fits under DeepSpeed's ZeRO, over gloo on the CPU."""
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.checkpoints.inspection import LAST_GOOD
 from tests.distributed.data import AT, spoilt, without
-from tests.distributed.further import further
+from tests.distributed.further import further, healthy
 from tests.distributed.sharding import SaveWithin, saved
 from tests.helpers import Lookahead, Task
 
@@ -134,14 +133,12 @@ def made(optimizer: Any = None, kind: type[Task] = Task, norm: type[nn.Module] =
 
 def zero(worker: Any) -> None:
     """Each fault on each rank, saves, and going on from them, in every stage."""
-    gc.freeze()  # DeepSpeed collects garbage whenever it begins
     for kind in AMONG:
         one_kind(worker, kind)
 
 
 def zero_alone(worker: Any) -> None:
     """One process, whose partitions are whole."""
-    gc.freeze()
     for kind in KINDS:
         fit = partial(fit_of, worker, kind)
         fit("healthy")
@@ -172,8 +169,7 @@ def fit_of(worker: Any, kind: str, name: str, *callbacks: Callback, **options: A
 
 def one_kind(worker: Any, kind: str) -> None:
     fit = partial(fit_of, worker, kind)
-    fit("healthy")
-    fit("bare", guarded=False)
+    healthy(worker, f"{kind}: ", fit)
     fit("without", guarded=False, data=without(AT))
     fit("without window", guarded=False, data=without(AT - 1, AT), accumulate_grad_batches=2)
     for rank in range(worker.world):
@@ -192,7 +188,7 @@ def one_kind(worker: Any, kind: str) -> None:
         fit("observed", InPartition(1, "loss"), guard=NaNGuard(observe=True))
         clipped(worker, f"{kind}: clipped", fit)
         saved_within(worker, kind, fit)
-        further(worker, f"{kind}: ", fit, made, Task)
+        further(fit, made, Task)
     never_seen(worker, kind, fit)
 
 
@@ -215,7 +211,7 @@ class Slow(Callback):
         self.guard = guard
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.guard._run.guard.rate.set_multiplier(0.5)
+        self.guard._fit.context.rate.set_multiplier(0.5)
 
 
 def slowed(fit: Any) -> None:
@@ -241,7 +237,7 @@ class ClipAlways(Callback):
         self.norms: list[float] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.guard._run.guard._hands.clip(self.value, "norm")
+        self.guard._fit.guard._parts.recovery.clip(self.value, "norm")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         self.norms.append(float(trainer.strategy.deepspeed_engine.get_global_grad_norm()))

@@ -1,0 +1,42 @@
+"""Checksums of the learner's state."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_nanguard.distributed.checksum import checksum, checksums, is_replicated
+
+
+@settings(deadline=None)
+@given(st.integers(0, 63), st.integers(0, 6))
+def test_a_checksum_sees_every_bit(bit: int, index: int) -> None:
+    """One flipped bit changes it."""
+    tensor = torch.arange(7, dtype=torch.float64)
+    before = checksum([tensor])
+    tensor.view(torch.int64)[index] ^= (1 << bit) if bit < 63 else -(1 << 63)
+    assert checksum([tensor]) != before
+
+
+@settings(deadline=None)
+@given(st.integers(0, 9999), st.integers(0, 9999))
+def test_a_checksum_sees_the_place(one: int, other: int) -> None:
+    """Two values that change places change it, also in tensors of several rows and of odd sizes."""
+    tensor = torch.arange(10_001, dtype=torch.float32)[1:]  # begins within a word of eight bytes
+    before = checksum([tensor])
+    swapped = tensor.clone()
+    swapped[[one, other]] = swapped[[other, one]]
+    assert (checksum([swapped]) != before) == (one != other)
+
+
+def test_only_what_all_ranks_hold_counts() -> None:
+    """Parameters and optimizer state have a sum each; buffers, averaged copies and plain numbers count in none."""
+    leaves = {
+        ("parameter", "w"): torch.ones(3),
+        ("optimizer", 0, "exp_avg"): torch.zeros(3),
+        ("optimizer", 0, "step"): 3,
+        ("buffer", "mean"): torch.full((3,), 2.0),
+    }
+    assert [key for key, leaf in leaves.items() if is_replicated(key, leaf)] == list(leaves)[:2]
+    assert checksums(leaves) == (checksum([torch.ones(3)]), checksum([torch.zeros(3)]))

@@ -1,0 +1,68 @@
+"""The group of ranks: what travels between two processes, in a loop of plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed.conftest import Launch, Results
+
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build has no gloo"),
+    pytest.mark.timeout(450),  # the first test waits for all ranks
+]
+
+
+@pytest.fixture
+def seen(launched: Launch) -> Results:
+    """What two ranks saw."""
+    return launched("fork", 2, "plain")
+
+
+@pytest.mark.parametrize("place", ["one node", "nodes"])
+def test_a_group_brings_values_from_rank_to_rank(seen: Results, place: str) -> None:
+    """Reports arrive bit by bit, NaN and signed zeros included, also those that are read late; values that are gathered
+    and tensors that are averaged are the same on all ranks."""
+    for result in seen:
+        found = result["group"][place]
+        assert found["gathered"] == [[0, None, ""], [1, None, "é"]]
+        assert found["last"] == [one["group"][place]["mine"] for one in seen]
+        assert found["first"] == [0, 0]
+        assert found["average"] == [0.5] * 5
+
+
+@pytest.mark.parametrize("place", ["one node", "nodes"])
+def test_a_rank_that_has_left_is_on_its_own(seen: Results, place: str) -> None:
+    """It waits for nobody: it gathers its own value only, and refuses to join a snapshot that was split."""
+    for rank, result in enumerate(seen):
+        found = result["group"][place]
+        assert found["alone"] == [rank]
+        assert found["refused"] == "the last good state is split among ranks, and this rank has left the others"
+
+
+def test_a_rank_waits_for_nobody(seen: Results) -> None:
+    """In a healthy update a rank ends, decisions and all, before the others have told of theirs; also with shards."""
+    one, other = (result["waits"] for result in seen)
+    assert one == other
+    assert (one["steps"], one["records"], one["shards"]) == (6, 0, [6, 0])
+
+
+def test_no_collective_in_a_healthy_update(seen: Results) -> None:
+    """On one machine, or with shards, a trace holds the collectives of the loop alone; among machines one more for each
+    update."""
+    for result in seen:
+        collectives = result["collectives"]
+        assert collectives["one node"] == collectives["of the loop"]
+        assert collectives["nodes"] == collectives["of the loop"] + collectives["updates"]
+        assert collectives["shards"] == collectives["of the sharded loop"] > 0
+
+
+def test_ranks_of_a_node_share_snapshots(seen: Results) -> None:
+    """Each of two ranks keeps half of a snapshot, a rank alone on its node all of it; both come back bit by bit."""
+    for result in seen:
+        memory = result["memory"]
+        shared, alone = memory["one node"], memory["nodes"]
+        assert all(shared["restored"])
+        assert all(alone["restored"])
+        assert alone["kept"][0] == alone["whole"]
+        assert shared["kept"][0] == pytest.approx(shared["whole"] / 2, rel=0.01)
