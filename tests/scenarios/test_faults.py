@@ -44,7 +44,7 @@ from tests.helpers import (
     with_nan,
     words,
 )
-from tests.test_skip import left_behind
+from tests.scenarios.test_skips import left_behind
 
 NAN, INF = math.nan, math.inf
 STEPS = 40

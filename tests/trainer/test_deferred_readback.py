@@ -38,7 +38,7 @@ from tests.helpers import (
     with_nan,
     words,
 )
-from tests.test_skip import left_behind, without
+from tests.scenarios.test_skips import left_behind, without
 
 
 def fused(parameters: list[nn.Parameter]) -> optim.Optimizer:

@@ -14,7 +14,7 @@ import lightning_nanguard
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.cli.main import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 
 

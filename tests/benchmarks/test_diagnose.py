@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.diagnose import __main__ as command
 from benchmarks.diagnose.healthy import said_of
