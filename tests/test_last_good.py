@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import pytorch_lightning.callbacks as stock
 import torch
+from lightning_nanguard.checkpoints.inspection import LAST_GOOD, damage, inspect
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import AsyncCheckpointIO
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import BadCheckpointError, Budget, NaNGuard, TrainingDivergedError
-from lightning_nanguard.checkpoints.inspection import LAST_GOOD, damage, inspect
 from lightning_nanguard.cli.main import main
 from tests.helpers import Positioned, batches, copied, differences, learner_of, non_finite, task, trainer_for, words
 from tests.modules import Diverge, NaNWeight, SaveAt

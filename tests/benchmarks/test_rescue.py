@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
 
 from benchmarks.rescue import __main__ as command
 from benchmarks.rescue.ablation import EVERYONE
