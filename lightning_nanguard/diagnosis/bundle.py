@@ -188,6 +188,7 @@ def read(folder: Path) -> Bundle:
         raise ValueError(f"{folder} was written by a later version: update lightning-nanguard to read it.")
     tensors: dict[str, Tensor] = safetensors().load_file(folder / _TENSORS)
     comparison = rest["evidence"].pop("comparison", None)
+    rest["evidence"].setdefault("loss_unit", rest["evidence"].get("scale", 1.0))  # its name in version 0.1.0
     evidence = {key: _number(value) for key, value in rest["evidence"].items() if key in _names(Evidence)}
     if comparison is not None:
         evidence["comparison"] = Comparison(**{key: _number(value) for key, value in comparison.items()})
