@@ -84,13 +84,6 @@ def test_nothing_is_poisoned(name: str, first: bool, tmp_path: Path) -> None:
     assert_clean(run, others, tmp_path)
 
 
-def test_no_file_right_after_a_weight_was_lost(tmp_path: Path) -> None:
-    """A checkpoint written between the loss of a weight and the next batch holds the last good state instead."""
-    others = companions(tmp_path)["every step"]()
-    run = train(others, NaNGuard(snapshot_every_n_steps=2), faults=[NaNWeight(BAD_WEIGHT)])
-    assert_clean(run, others, tmp_path)
-
-
 class Tunable(Task):
     """A task whose batch size and rate a tuner may set."""
 
