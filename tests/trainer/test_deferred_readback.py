@@ -1,25 +1,20 @@
-"""Deferred readback: the host waits for nothing in a healthy step, and what it learns late is undone to the bit."""
+"""Deferred readback: what the host learns late is undone to the bit."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import Callback
 from torch import Tensor, nn, optim
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.act.skip import skips_on_device
-from lightning_nanguard.measure.host_copy import HostCopy
 from lightning_nanguard.measure.readings import PendingReading
 from tests.helpers import (
     FaultAt,
@@ -38,7 +33,7 @@ from tests.helpers import (
     with_nan,
     words,
 )
-from tests.test_skip import left_behind, without
+from tests.scenarios.test_skips import left_behind, without
 
 
 def fused(parameters: list[nn.Parameter]) -> optim.Optimizer:
@@ -57,106 +52,6 @@ def rectified() -> nn.Module:
 
 def sgd(parameters: list[nn.Parameter]) -> optim.Optimizer:
     return optim.SGD(parameters, lr=0.01)
-
-
-# ---------------------------------------------------------------------------------------------------- no read
-
-
-class Reads(TorchFunctionMode):
-    """Notes every call that brings a value to the host, but for those on memory that a parcel was sent to.
-
-    On the CPU nothing says where a value lies; on a device each of these would wait for it. Bytes are left out: what
-    the guard looks at of them are states of random generators, which torch gives out in host memory on any device.
-    """
-
-    names = frozenset(
-        {
-            "__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__", "item", "tolist", "numpy",
-            "cpu", "is_nonzero", "nonzero", "equal", "allclose", "unique", "masked_select", "argwhere",
-        }
-    )  # fmt: skip
-
-    def __init__(self, landed: set[int], seen: list[str]) -> None:
-        super().__init__()
-        self.landed, self.seen = landed, seen
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        to_host = name == "to" and "cpu" in [argument for argument in args[1:] if isinstance(argument, str)]
-        on_host = args and (id(args[0]) in self.landed or getattr(args[0], "dtype", None) is torch.uint8)
-        if (name in self.names or to_host) and not on_host:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-class Scalars(TorchDispatchMode):
-    """Counts ``aten::_local_scalar_dense``."""
-
-    def __init__(self, seen: list[str]) -> None:
-        super().__init__()
-        self.seen = seen
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.seen.append("_local_scalar_dense")
-        return func(*args, **(kwargs or {}))
-
-
-HOOKS = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
-
-
-@contextmanager
-def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Watches the guard's hooks."""
-    seen: list[str] = []
-    landed: set[int] = set()
-    kept: list[HostCopy] = []
-    send = HostCopy.__init__
-
-    def sent(self: HostCopy, numbers: Tensor) -> None:
-        send(self, numbers)
-        landed.add(id(self._host))
-        kept.append(self)  # so that no other tensor takes its identity
-
-    monkeypatch.setattr(HostCopy, "__init__", sent)
-    for name in HOOKS:
-        hook: Callable[..., Any] = getattr(NaNGuard, name)
-
-        def under(*args: Any, hook: Callable[..., Any] = hook, **kwargs: Any) -> Any:
-            with ExitStack() as stack:
-                stack.enter_context(Scalars(seen))
-                stack.enter_context(Reads(landed, seen))
-                return hook(*args, **kwargs)
-
-        monkeypatch.setattr(NaNGuard, name, functools.wraps(hook)(under))
-    yield seen
-
-
-@pytest.mark.parametrize("make", [fused, plain], ids=["fused", "plain"])
-@pytest.mark.parametrize("model", ["norm", "transformer", "sparse"])
-def test_a_healthy_step_reads_nothing(
-    model: str, make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Measuring, judging, taking snapshots and certifying them: none brings a value to the host but by parcel."""
-    if model == "sparse":
-        make = functools.partial(optim.SGD, lr=0.01)
-    guard = NaNGuard(readback="deferred", snapshot_every_n_steps=4, dirpath=tmp_path)
-    with watched(monkeypatch) as seen:
-        fit(task(model, make), data_for(model, 40), guard, folder=tmp_path)
-    assert seen == []
-    assert len(guard.interventions) == 0
-
-
-def test_the_watch_sees_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In step readback the same watch sees the reads there are."""
-    guard = NaNGuard(readback="step", snapshot_every_n_steps=4, dirpath=tmp_path)
-    with watched(monkeypatch) as seen:
-        fit(task("norm", fused), data_for("norm", 12), guard, folder=tmp_path)
-    assert seen.count("__float__") >= 12
-    assert "_local_scalar_dense" in seen
-
-
-# ---------------------------------------------------------------------------------------------------- read late
 
 
 @pytest.fixture
@@ -372,34 +267,6 @@ def test_a_corrupt_batch_is_not_kept_as_a_healthy_one(tmp_path: Path) -> None:
     fit(Task(rectified(), sgd), data, guard, folder=tmp_path)
     assert words(guard) == [("restore",), ("skip",), ("skip",)]
     assert [found.batch_idx for found in guard.interventions] == bad
-
-
-class Kept(Callback):
-    """Notes the batches that a rehearsal would be made on."""
-
-    def __init__(self, guard: NaNGuard) -> None:
-        self.guard, self.seen = guard, set[int]()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        assert self.guard._run is not None
-        self.seen |= {index for _, index in self.guard._run.stage.history.healthy}
-
-
-@pytest.mark.parametrize("make", [fused, plain], ids=["fused", "plain"])
-@pytest.mark.parametrize("arrives", ["late", "soon"])
-def test_nothing_is_rehearsed_on_a_bad_batch(
-    arrives: str, make: Callable[..., Any], tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    """Only batches that are known to be healthy are kept, whenever a fault is heard of."""
-    if arrives == "late":
-        request.getfixturevalue("late")
-    bad = [8, 12, 15, 16]
-    guard = NaNGuard(readback="deferred")
-    kept = Kept(guard)
-    data = [with_nan(batch) if index in bad else batch for index, batch in enumerate(data_for("mlp", 40))]
-    fit(task("mlp", make), data, guard, folder=tmp_path, callbacks=[kept])
-    assert len(kept.seen) > 20
-    assert kept.seen.isdisjoint(bad)
 
 
 @pytest.mark.usefixtures("late")

@@ -13,7 +13,7 @@ import yaml
 import lightning_nanguard
 from lightning_nanguard import NaNGuard
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.rescue import __main__ as command
 from benchmarks.rescue.ablation import EVERYONE
@@ -151,16 +147,6 @@ def test_the_command_writes_its_results(tmp_path, capsys):
     assert written["contenders"]["skip"]["healthy_identical"] == 1
     assert output.with_suffix(".png").stat().st_size > 1000
     assert "Failing runs" in capsys.readouterr().out
-
-
-def test_a_run_that_wanders_is_left_alone():
-    """LBFGS whose loss goes 400,000 times too high for 19 steps and comes back runs as without the guard."""
-    case = FORMS["vanishing_gradient:linear/lbfgs/steps150"].draw(5024)
-    alone = train(case)
-    assert max(alone.losses) > 1e5 * alone.losses[0] > 1e5 * alone.losses[-1]
-    guarded = CONTENDERS["nanguard"].attempt(case)
-    assert guarded.run.digest == alone.digest
-    assert not guarded.interventions
 
 
 @pytest.mark.parametrize(

@@ -12,20 +12,22 @@ from typing import Any
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CHANCE = 0.2
 """Ten classes: an accuracy below this is no more than guessing."""
-
-both_packages = pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
 
 
 def run_example(name: str, *args: str, package: str, cwd: Path) -> str:
     """Output of an example run in an empty directory; the error's end is shown when it fails."""
+    return _run([str(EXAMPLES / name), *args], package, cwd)
+
+
+def _run(arguments: list[str], package: str, cwd: Path) -> str:
     if package == "lightning.pytorch":
         pytest.importorskip("lightning")
-    path = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(EXAMPLES.parent), str(EXAMPLES), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *args],
+        [sys.executable, *arguments],
         cwd=cwd,
         env={**os.environ, "LIGHTNING_PACKAGE": package, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -33,7 +35,7 @@ def run_example(name: str, *args: str, package: str, cwd: Path) -> str:
         timeout=280,
         check=False,
     )
-    assert done.returncode == 0, f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, f"{arguments[-1]} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
 
@@ -42,11 +44,10 @@ def records_of(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@both_packages
-def test_demo(package: str, tmp_path: Path) -> None:
+def test_demo(tmp_path: Path) -> None:
     """Bare runs end at chance, guarded ones near the healthy run, each cured by the remedy that fits its fault."""
     pytest.importorskip("rich")
-    out = run_example("demo.py", "--fast", "--json", "results.json", package=package, cwd=tmp_path)
+    out = run_example("demo.py", "--fast", "--json", "results.json", package="pytorch_lightning", cwd=tmp_path)
     results = {(r["run"], r["guarded"]): r for r in json.loads((tmp_path / "results.json").read_text())}
 
     healthy = results.pop(("healthy", False))
@@ -73,77 +74,83 @@ def test_demo(package: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@both_packages
+@pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
 def test_train_from_yaml(package: str, tmp_path: Path) -> None:
     """The guard, its detectors and its remedies come from a YAML file by class path, under LightningCLI."""
-    pytest.importorskip("jsonargparse")
-    args = ("fit", "--config", str(EXAMPLES / "config.yaml"), "--trainer.enable_progress_bar=false")
-    guarded = run_example("train.py", *args, package=package, cwd=tmp_path)
+    guarded = run_example("train.py", *_yaml(8), package=package, cwd=tmp_path)
     assert held_out_accuracy(guarded) > 0.9
     (journal,) = tmp_path.glob("example_logs/**/nanguard/interventions.jsonl")
     assert records_of(journal)
 
-    bare = run_example("train.py", *args, "--trainer.callbacks=null", package=package, cwd=tmp_path)
+
+@pytest.mark.slow
+def test_train_from_yaml_without_the_guard(tmp_path: Path) -> None:
+    """The same run is lost in its first epoch without the guard."""
+    bare = run_example("train.py", *_yaml(1), "--trainer.callbacks=null", package="pytorch_lightning", cwd=tmp_path)
     assert held_out_accuracy(bare) < CHANCE
 
 
-# Example, package, what it prints in this order.
-THREADS = [
-    (
-        "linear_rate.py",
-        "pytorch_lightning",
-        [
+def _yaml(epochs: int) -> tuple[str, ...]:
+    pytest.importorskip("jsonargparse")
+    quick = (f"--trainer.max_epochs={epochs}", "--trainer.enable_progress_bar=false")
+    return "fit", "--config", str(EXAMPLES / "config.yaml"), *quick
+
+
+# Package, and what examples print with it, in this order.
+THREADS = {
+    "pytorch_lightning": {
+        "linear_rate.py": [
             r"learning rate 0\.0001: .*\n  ends at \d\.",
             r"learning rate 0\.001: .*inf.*\n  ends at nan",
             r"with NaNGuard\(\): .*\n  ends at \d\.",
             r"cause: (ill_conditioned|learning_rate_too_high) in ",
             r"learning rate 0\.001 .*allows 0\.000\d+ at most",
         ],
-    ),
-    (
-        "sigmoid_digits.py",
-        "lightning.pytorch",
-        [
-            r"sigmoids and a squared loss: .*accuracy [01]?\d\.",
-            r"cause: mse_for_classification in training_step \(squared error, sigmoid_digits\.py:\d+\)",
-            r"cause: vanishing_gradient in net\.0\n.* is 0\.\d+ in net\.14 and \d\.?\d*e-0\d in net\.0",
-            r"ReLU and cross-entropy: .*accuracy 9\d\..*\n  the preflight found nothing",
-        ],
-    ),
-    (
-        "nan_classifier.py",
-        "pytorch_lightning",
-        [
+        "nan_classifier.py": [
             r"loss by hand: not finite from batch \d+ on; held-out accuracy 10\.0%",
             r"with NaNGuard\(\): .*accuracy 9\d\.",
             r"cause: log_of_zero in training_step \((backward of )?log, nan_classifier\.py:\d+\)",
             r"torch's own: finite to the end; held-out accuracy 9\d\.",
         ],
-    ),
-    (
-        "flat_loss.py",
-        "lightning.pytorch",
-        [
+    },
+    "lightning.pytorch": {
+        "sigmoid_digits.py": [
+            r"sigmoids and a squared loss: .*accuracy [01]?\d\.",
+            r"cause: mse_for_classification in training_step \(squared error, sigmoid_digits\.py:\d+\)",
+            r"cause: vanishing_gradient in net\.0\n.* is 0\.\d+ in net\.14 and \d\.?\d*e-0\d in net\.0",
+            r"ReLU and cross-entropy: .*accuracy 9\d\..*\n  the preflight found nothing",
+        ],
+        "flat_loss.py": [
             r"begin at zero: .*\n  cause: saddle_point in loss\n.*smallest Hessian eigenvalue is -",
             r"through a parabola: .*\n  cause: local_minimum in loss",
             r"too long: .*\n  cause: oscillation in loss\n.*cosine -1\.00",
             r"through a line: .*\n  nothing to say",
         ],
-    ),
-]
+    },
+}
+
+# Importing takes longer than running: one process for all of a package, told apart by a line before each.
+TOGETHER = """
+import runpy, sys
+for path in sys.argv[1:]:
+    print("EXAMPLE", path, flush=True)
+    runpy.run_path(path, run_name="__main__")
+"""
 
 
-@pytest.mark.parametrize(("name", "package", "printed"), THREADS, ids=[row[0] for row in THREADS])
-def test_the_cause_is_named(name: str, package: str, printed: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("package", THREADS)
+def test_the_cause_is_named(package: str, tmp_path: Path) -> None:
     """Each failure that practitioners ask about has its cause named, and where it can be saved it is."""
-    if name == "flat_loss.py":
-        pytest.importorskip("scipy")
-    out = run_example(name, package=package, cwd=tmp_path)
-    rest = out
-    for pattern in printed:
-        found = re.search(pattern, rest)
-        assert found, f"{pattern} is not in\n{rest}\nof\n{out}"
-        rest = rest[found.end() :]
+    pytest.importorskip("scipy")
+    expected = THREADS[package]
+    out = _run(["-c", TOGETHER, *(str(EXAMPLES / name) for name in expected)], package, tmp_path)
+    for printed, (name, patterns) in zip(out.split("EXAMPLE ")[1:], expected.items(), strict=True):
+        assert printed.split("\n", 1)[0].endswith(name)
+        rest = printed
+        for pattern in patterns:
+            found = re.search(pattern, rest)
+            assert found, f"{pattern} is not in\n{rest}\nof\n{printed}"
+            rest = rest[found.end() :]
     assert not list(tmp_path.iterdir())
 
 

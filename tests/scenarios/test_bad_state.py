@@ -1,0 +1,204 @@
+"""State that went bad by itself is named and restored, and nothing else is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback
+from torch import nn, optim
+from torch.optim import Optimizer
+
+from lightning_nanguard import (
+    NaNGuard,
+)
+from tests.helpers import (
+    FaultAt,
+    States,
+    Task,
+    data_for,
+    differences,
+    fit,
+    learner_of,
+    non_finite,
+    state_of,
+    task,
+    words,
+)
+from tests.scenarios.struck import INF, NAN, STEPS, WAYS, adam, assert_sound, batch_of, struck
+
+PLACES = {
+    "weight": ["parameter net.0.weight"],
+    "buffer": ["buffer net.1.running_var"],
+    # A NaN moment reaches its weight before anything shows.
+    "moment": ["optimizer state exp_avg_sq of net.0.weight", "parameter net.0.weight"],
+}
+
+
+# The module trained by hand has no buffer.
+WHERE = [(way, kind) for way in WAYS for kind in PLACES if (way, kind) != ("manual", "buffer")]
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize(("way", "kind"), WHERE)
+def test_state_that_went_bad(way: str, kind: str, value: float, tmp_path: Path) -> None:
+    """A weight, buffer or moment that turns non-finite by itself is named, the last good state comes back, and
+    neither rate nor clipping is touched."""
+    guard = NaNGuard(snapshot_every_n_steps=5)
+    run = struck(way, FaultAt(kind, value, [batch_of(way, step) for step in (12, 30)]), guard, tmp_path)
+    assert_sound(run, guard)
+    assert words(guard) == [("restore",)] * 2
+    optimizers = 2 if way == "manual" else 1
+    for found, step in zip(guard.interventions, (12, 30), strict=True):
+        assert found.place in PLACES[kind]
+        assert found.snapshot_step is not None
+        assert found.snapshot_step <= optimizers * step
+        # Found at the next reading, or when the next snapshot is certified at the latest.
+        assert optimizers * step <= found.global_step <= optimizers * (step + 10)
+
+
+@pytest.mark.parametrize(("way", "kind"), WHERE)
+def test_state_that_is_huge_but_finite(way: str, kind: str, tmp_path: Path) -> None:
+    """1e30 in a weight is seen in the loss and rolled back; in a buffer or moment it hides from training and may stay,
+    but nothing turns non-finite and the rate is never cut."""
+    guard = NaNGuard(snapshot_every_n_steps=5)
+    fault = FaultAt(kind, 1e30, batch_of(way, 30), "net.2.weight" if way == "manual" else "net.3.weight")
+    if kind == "buffer":
+        fault.name = None
+    run = struck(way, fault, guard, tmp_path)
+    assert non_finite(learner_of(run.trainer, run.module)) == []
+    assert guard.lr_multiplier == 1.0
+    if kind == "weight":
+        assert set(words(guard)) == {("restore",)}
+        largest = max(float(p.detach().abs().max()) for p in run.module.parameters())
+        assert largest < 100
+
+
+@pytest.mark.parametrize(("every", "last"), [(5, 140), (100, 160)], ids=["snapshot", "end"])
+@pytest.mark.parametrize("kind", ["weight", "moment"])
+def test_flipped_state_that_training_does_not_show(kind: str, every: int, last: int, tmp_path: Path) -> None:
+    """A weight in front of a normalisation, or a moment, that a flipped bit made 1e8 is found when the next snapshot is
+    looked at, or where none falls due at the end, by name, and the last good state comes back; its squares are still
+    finite."""
+    guard = NaNGuard(snapshot_every_n_steps=every)
+    fault = FaultAt(kind, 1e8, 130, "net.0.weight")
+    data = data_for("norm", 160)
+    run = fit(task("norm", adam), data, guard, folder=tmp_path, callbacks=[fault])
+    assert fault.hits == 1
+    assert words(guard) == [("restore",)]
+    found = guard.interventions[0]
+    assert (found.fault, found.cause, found.place) == ("implausible_state", "corrupted_state", PLACES[kind][0])
+    assert 130 <= found.global_step <= last
+    [optimizer] = run.trainer.optimizers
+    tensors = [*run.module.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
+    assert max(float(tensor.detach().abs().max()) for tensor in tensors) < 1e3
+
+
+class Enlarges(Callback):
+    """Makes every weight of the first layer many times as large, between two batches."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 40:
+            with torch.no_grad():
+                pl_module.net[0].weight.mul_(1e5)
+
+
+@pytest.mark.parametrize("readback", ["step", "deferred"])
+def test_saturated_weights_early_on(readback: str, tmp_path: Path) -> None:
+    """A matrix that became 100,000 times as large among the first hundred updates, behind units that saturate, does not
+    show in the loss; it goes back with the next snapshot, since the newest batches fare worse under it."""
+    guard = NaNGuard(snapshot_every_n_steps=5, readback=readback)
+    run = fit(task("mlp", adam), data_for("mlp", 80), guard, folder=tmp_path, callbacks=[Enlarges()])
+    [found] = guard.interventions
+    assert (found.fault, found.place, found.remedies) == ("implausible_state", "parameter net.0.weight", ("restore",))
+    assert 41 <= found.global_step <= 52
+    assert float(run.module.net[0].weight.detach().abs().max()) < 100
+
+
+def test_weights_that_have_far_to_go(tmp_path: Path) -> None:
+    """Targets of 100,000 take the weights thousands of times as far from the start as they were, and that is learning:
+    nothing is done, to the bit."""
+    data = [(x, 1e5 * (y + 1)) for x, y in data_for("mlp", 60)]
+    runs = []
+    for guard in (None, NaNGuard(snapshot_every_n_steps=5)):
+        torch.manual_seed(0)
+        module = Task(nn.Linear(6, 2), lambda p: optim.SGD(p, lr=0.05))
+        runs.append(fit(module, data, guard, folder=tmp_path))
+    assert guard is not None
+    assert guard.interventions == []
+    assert differences(state_of(runs[0]), state_of(runs[1])) == []
+    assert float(runs[1].module.net.bias.detach().abs().max()) > 1e4
+
+
+def test_a_start_that_was_corrupt_twice(tmp_path: Path) -> None:
+    """Where the first batches are corrupt, and those behind the rollback are too, such losses are not taken for the
+    run's own: it goes back again, though the same weight has gone far before and half of the newest batches are bad."""
+    guard = NaNGuard(snapshot_every_n_steps=8)
+    fault = FaultAt("target", 1e15, [0, 1, 10, 11, 16, 17])
+    module = task("mlp", lambda p: optim.SGD(p, lr=0.01))
+    run = fit(module, data_for("mlp", 60), guard, folder=tmp_path, callbacks=[fault])
+    assert [found.remedies for found in guard.interventions if found.fault == "implausible_state"] == [("restore",)] * 2
+    assert max(float(p.detach().abs().max()) for p in run.module.parameters()) < 10
+
+
+@pytest.mark.parametrize("kind", ["weight", "moment"])
+def test_state_that_was_bad_in_the_first_step(kind: str, tmp_path: Path) -> None:
+    """A fault right after the first update goes back to the start of fit, which its first loss certified."""
+    guard = NaNGuard(snapshot_every_n_steps=5)
+    run = struck("automatic", FaultAt(kind, NAN, 1), guard, tmp_path)
+    assert_sound(run, guard)
+    assert words(guard) == [("restore",)]
+    assert guard.interventions[0].snapshot_step == 0
+
+
+@pytest.mark.parametrize("optimizer", [adam, lambda p: optim.SGD(p, lr=0.01, momentum=0.9)], ids=["adam", "momentum"])
+@pytest.mark.parametrize("way", ["automatic", "accumulation"])
+def test_restored_state_is_that_of_the_snapshot(
+    way: str, optimizer: Callable[[list[nn.Parameter]], Optimizer], tmp_path: Path
+) -> None:
+    """After a rollback weights, buffers and moments are bit by bit those of the step it went back to."""
+    window = WAYS[way].get("accumulate_grad_batches", 1)
+    states, guard = States(), NaNGuard(snapshot_every_n_steps=5)
+    fault = FaultAt("weight", NAN, 30 * window)
+    data = data_for("norm", STEPS * window)
+    fit(task("norm", optimizer), data, guard, folder=tmp_path, callbacks=[states, fault], **WAYS[way])
+    found = guard.interventions[0]
+    assert words(guard) == [("restore",)]
+    assert found.snapshot_step is not None
+    assert found.snapshot_step >= 20
+    assert differences(states.after[found.global_step], states.after[found.snapshot_step]) == []
+
+
+def test_restore_is_repeatable_from_one_snapshot(tmp_path: Path) -> None:
+    """Going back twice to the same snapshot gives the same bits each time: training on did not change it."""
+    states, guard = States(), NaNGuard(snapshot_every_n_steps=15)
+    fault = FaultAt("weight", NAN, [24, 27])
+    fit(task("norm", adam), data_for("norm", STEPS), guard, folder=tmp_path, callbacks=[states, fault])
+    assert words(guard) == [("restore",)] * 2
+    (went_to,) = {found.snapshot_step for found in guard.interventions}
+    assert went_to is not None
+    assert went_to > 0
+    for found in guard.interventions:
+        assert differences(states.after[found.global_step], states.after[went_to]) == []
+
+
+def test_rollback_rewinds_the_learner_and_not_the_clock(tmp_path: Path) -> None:
+    """``global_step``, the schedule and the random streams go on over a rollback, and new data follows."""
+    seen: list[int] = []
+
+    class Watches(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            seen.append(batch_idx)
+
+    rates = []
+    for guard in (None, NaNGuard(snapshot_every_n_steps=5)):
+        faults = [FaultAt("weight", NAN, 20), Watches()] if guard is not None else []
+        module = task("mlp", adam, lambda o: optim.lr_scheduler.OneCycleLR(o, 0.02, total_steps=50))
+        run = fit(module, data_for("mlp", STEPS), guard, folder=tmp_path, callbacks=faults)
+        assert run.trainer.global_step == STEPS
+        rates.append([run.trainer.optimizers[0].param_groups[0]["lr"], run.random["torch"].sum().item()])
+    assert rates[0] == rates[1]
+    assert seen == list(range(STEPS))

@@ -1,0 +1,71 @@
+"""What flows between the rooms keeps its values on the way to a file and back."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from lightning_nanguard.types import Advice, Comparison, Fault, Finding, Intervention, Reading
+
+FINDING = Finding("dead_relu", 0.9, {"share": 0.98}, "net.0", (1, 3), "lower the rate")
+
+
+def test_a_reading_knows_its_former_name() -> None:
+    """A detector written for version 0.1.0 reads the optimizer's index as ``stream``."""
+    assert Reading(4, 1, 0.5, None).stream == 1
+
+
+@pytest.mark.parametrize("value", [1.5, math.inf, -math.inf, None])
+def test_an_intervention_goes_to_json_and_back(value: float | None) -> None:
+    """Numbers that are not finite included; a word that looks like one stays a word."""
+    told = Intervention(
+        7, 1, 3, "odd", "NaN", ("skip",), 0.1, 0.05, 4, "dead_relu", FINDING, "said", value, False, (1,), 2
+    )
+    line = json.dumps(told.to_dict(), allow_nan=False)
+    assert Intervention.from_dict({**json.loads(line), "of a later version": 1}) == told
+
+
+def test_advice_goes_to_json_and_back() -> None:
+    """What was noticed is read as it was written."""
+    advice = Advice(5, 0, "preflight", Finding("dead_relu", 0.5, {"share": math.inf}))
+    line = json.dumps(advice.to_dict(), allow_nan=False)
+    assert Advice.from_dict({**json.loads(line), "of a later version": 1}) == advice
+
+
+@pytest.mark.parametrize("kind", [Intervention, Advice])
+def test_what_is_no_record_is_refused(kind: type[Intervention | Advice]) -> None:
+    """A line that lacks what every version has says which keys it holds."""
+    with pytest.raises(ValueError, match=r"not a record of .*its keys are \['a'\]"):
+        kind.from_dict({"a": 1})
+
+
+def test_a_fault_cannot_be_changed() -> None:
+    """Once found, what was found stands."""
+    fault = Fault("odd", "batch", "loss")
+    with pytest.raises(FrozenInstanceError, match="cannot assign to field 'kind'"):
+        fault.kind = "even"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("now", "then", "least", "sane", "worse"),
+    [
+        (2.0, 1.0, 0.1, math.inf, True),
+        (1.2, 1.0, 0.1, math.inf, False),  # within half of the good loss
+        (2.0, 1.0, 1.5, math.inf, False),
+        (math.nan, 1.0, 0.1, math.inf, True),
+        (2.0, math.nan, 0.1, math.inf, False),  # the batch itself is at fault
+        (9.0, 5.0, 0.1, 4.0, False),
+    ],
+)
+def test_whether_weights_are_worse_on_a_batch(now: float, then: float, least: float, sane: float, worse: bool) -> None:
+    """Clearly worse, on a batch that good weights can be judged by."""
+    assert Comparison(now, then).worse(least, sane=sane) is worse
+
+
+def test_whether_weights_are_better_on_a_batch() -> None:
+    """Better by more than the least that counts."""
+    assert Comparison(1.0, 2.0).better(0.5)
+    assert not Comparison(1.0, 1.2).better(0.5)

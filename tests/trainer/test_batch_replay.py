@@ -1,0 +1,130 @@
+"""Batches are seen and run again without a trace in the run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback
+from torch import nn, optim
+
+from lightning_nanguard import DivergingLoss, Fault, NaNGuard, NonFinite
+from lightning_nanguard.detect.base import Detector
+from lightning_nanguard.measure.readings import PendingReading
+from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from tests.helpers import (
+    FaultAt,
+    Task,
+    data_for,
+    differences,
+    fit,
+    state_of,
+    task,
+    with_nan,
+    words,
+)
+from tests.scenarios.struck import NAN, adam
+from tests.trainer.test_identity import DrawsEverywhere
+
+
+def test_a_batch_that_comes_back_is_not_compared_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that is bad for the same reason in every epoch is looked into at first, then more and more rarely; each
+    is skipped and on record all the same."""
+    looks: list[int] = []
+    probe = TrainerBatchReplay.probe
+
+    def counted(self: TrainerBatchReplay) -> float | None:
+        looks.append(1)
+        return probe(self)
+
+    monkeypatch.setattr(TrainerBatchReplay, "probe", counted)
+    bad = list(range(10, 400, 10))
+    guard = NaNGuard(snapshot_every_n_steps=5)
+    fault = FaultAt("loss", NAN, bad)
+    fit(task("norm", adam), data_for("norm", 400), guard, folder=tmp_path, callbacks=[fault])
+    assert words(guard) == [("skip",)] * len(bad)
+    assert len({(one.fault, one.cause) for one in guard.interventions}) == 1
+    assert len(looks) == 2 * len([n for n in range(len(bad)) if n <= 4 or n & (n - 1) == 0])
+
+
+def fused(parameters: list[nn.Parameter]) -> optim.Optimizer:
+    return optim.AdamW(parameters, lr=0.01, fused=True)
+
+
+def plain(parameters: list[nn.Parameter]) -> optim.Optimizer:
+    return optim.AdamW(parameters, lr=0.01)
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readings arrive as late as they may, as from a device that is far behind."""
+    monkeypatch.setattr(PendingReading, "arrived", lambda self: False)
+
+
+class Kept(Callback):
+    """Notes the batches that a rehearsal would be made on."""
+
+    def __init__(self, guard: NaNGuard) -> None:
+        self.guard, self.seen = guard, set[int]()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        assert self.guard._run is not None
+        self.seen |= {index for _, index in self.guard._run.stage.recent}
+
+
+@pytest.mark.parametrize("make", [fused, plain], ids=["fused", "plain"])
+@pytest.mark.parametrize("arrives", ["late", "soon"])
+def test_nothing_is_rehearsed_on_a_bad_batch(
+    arrives: str, make: Callable[..., Any], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Only batches that are known to be healthy are kept, whenever a fault is heard of."""
+    if arrives == "late":
+        request.getfixturevalue("late")
+    bad = [8, 12, 15, 16]
+    guard = NaNGuard(readback="deferred")
+    kept = Kept(guard)
+    data = [with_nan(batch) if index in bad else batch for index, batch in enumerate(data_for("mlp", 40))]
+    fit(task("mlp", make), data, guard, folder=tmp_path, callbacks=[kept])
+    assert len(kept.seen) > 20
+    assert kept.seen.isdisjoint(bad)
+
+
+class Wary(Detector):
+    """Suspects the learner at every step, always wrongly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def check(self, reading: Any) -> Fault | None:
+        # Before something is certified there is nothing to compare with, and a suspicion would count as confirmed.
+        return Fault("wary", "learner", "loss", reading.loss, "no reason at all") if reading.step > 4 else None
+
+
+@pytest.mark.parametrize("make", [DrawsEverywhere, lambda: task("cnn", metric=True)], ids=["draws", "cnn"])
+def test_a_suspicion_that_proves_wrong_leaves_no_trace(make: Callable[[], Task], tmp_path: Path) -> None:
+    """The guard looks at a batch a second time to judge a suspicion; when it finds nothing the run is the same."""
+    ended = []
+    for guard in (None, NaNGuard([NonFinite(), Wary()], snapshot_every_n_steps=3)):
+        torch.manual_seed(3)
+        module = make()
+        data = data_for("norm" if isinstance(module, DrawsEverywhere) else "cnn")
+        ended.append(state_of(fit(module, data, guard, folder=tmp_path, max_epochs=2)))
+        if guard is not None:
+            assert list(guard.interventions) == []
+    assert differences(*ended) == []
+
+
+def test_noisy_loss_that_alarms_a_touchy_detector_is_left_alone(tmp_path: Path) -> None:
+    """A loss that jumps by orders of magnitude from the data's side is looked into and the run stays the same."""
+    data = [(x, y * (300.0 if i % 7 > 4 else 1.0)) for i, (x, y) in enumerate(data_for("mlp", 60))]
+    guard = NaNGuard([NonFinite(), DivergingLoss(factor=1.5, warmup=1)], snapshot_every_n_steps=3)
+    adam = functools.partial(optim.Adam, lr=0.01)
+    bare = fit(task("mlp", adam), data, folder=tmp_path)
+    guarded = fit(task("mlp", adam), data, guard, folder=tmp_path)
+    assert list(guard.interventions) == []
+    assert differences(state_of(bare), state_of(guarded)) == []

@@ -1,0 +1,54 @@
+"""The diagnosis of one fit: causes of faults, advice, incidents; what is found lies in ``tests/diagnosis``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytorch_lightning import Callback
+
+from lightning_nanguard import NaNGuard
+from lightning_nanguard.diagnosis import bundle
+from tests.helpers import batches, differences, fit, state_of, task, with_bad
+
+
+class Asks(Callback):
+    """Asks for an examination in mid-run."""
+
+    def __init__(self, guard: NaNGuard) -> None:
+        self.guard = guard
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 20:
+            self.guard.examine()
+
+
+def test_a_fault_has_its_cause_and_an_incident(tmp_path: Path) -> None:
+    """A bad batch is looked at where it was met; what it can be replayed from is kept once."""
+    pytest.importorskip("safetensors")
+    guard = NaNGuard(snapshot_every_n_steps=4, dirpath=tmp_path, bundle_dir=tmp_path / "kept")
+    run = fit(task(), with_bad(9), guard, folder=tmp_path)
+    (found,) = guard.interventions
+    assert found.cause == "non_finite_input"
+    (folder,) = (tmp_path / "kept").iterdir()
+    kept = bundle.read(folder)
+    assert (kept.module, kept.fault.kind, kept.batches[0].index) == ("tests.helpers:Task", "non_finite_loss", 9)
+    assert set(kept.state) == set(run.module.state_dict())
+
+
+def test_preflight_and_examination_give_advice_and_leave_no_trace(tmp_path: Path) -> None:
+    """The untrained model is looked at before the first step, and the run where that is asked for: as advice, with the
+    occasion, and the run has the bits of one without."""
+    guard = NaNGuard(snapshot_every_n_steps=4, dirpath=tmp_path, preflight=True, examine_after=16)
+    data = [(x * 1e4, y) for x, y in batches(count=30)]
+    watched = fit(task(), data, guard, folder=tmp_path, callbacks=[Asks(guard)])
+    assert {advice.occasion for advice in guard.advice} >= {"preflight"}
+    assert list(guard.interventions) == []
+    assert differences(state_of(watched), state_of(fit(task(), data, folder=tmp_path))) == []
+
+
+def test_examining_outside_of_a_fit() -> None:
+    """There is nothing to examine then."""
+    with pytest.raises(RuntimeError, match="fit"):
+        NaNGuard().examine()
