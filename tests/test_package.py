@@ -42,15 +42,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guard": BASE
     | {"measure", "detect", "decide", "record", "act", "state", "distributed", "checkpoints", "diagnosis"},
 }
-# Rooms that are still being rebuilt, by what does not hold in them yet.
-_REBUILT = {"act", "checkpoints", "cli", "decide", "detect", "diagnosis", "distributed", "guard", "measure", "record"}
-NOT_YET: dict[str, set[str]] = {
-    "tested": _REBUILT | {"state"},
-    "small": {"callback", "decide", "guard", "trainer"},
-    "below": {"act", "checkpoints", "diagnosis", "state"},
-    "by trait": {"decide", "detect", "guard"},
-    "numbers": _REBUILT | {"state"},
-}
 ABOVE = {"trainer", "callback", "cli", "__init__", "__main__"}
 """Rooms that may import whatever is below them."""
 NO_THRESHOLDS = {
@@ -91,7 +82,7 @@ def test_every_module_has_a_test_file_of_its_name() -> None:
     missing = {
         name
         for name in MODULES
-        if room(name) not in {"thresholds", *NOT_YET["tested"]}
+        if room(name) not in {"thresholds"}
         and not (TESTS / name).with_name(f"test_{Path(name).name}").exists()
     }
     assert missing == set()
@@ -122,8 +113,6 @@ def body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 def too_large() -> Iterator[str]:
     for name in FILES:
-        if room(name) in NOT_YET["small"]:
-            continue
         if len((ROOT / name).read_text(encoding="utf-8").splitlines()) > 450:
             yield name
         for node in ast.walk(tree(name)):
@@ -148,7 +137,7 @@ def test_imports_go_one_way() -> None:
     wrong = {
         (name, used)
         for name in FILES
-        if room(name) not in ABOVE | NOT_YET["below"]
+        if room(name) not in ABOVE
         for dotted in imports(name)
         if dotted.startswith("lightning_nanguard.")
         and (used := dotted.split(".")[1]) not in MAY_IMPORT[room(name)] | {room(name)}
@@ -197,7 +186,7 @@ def test_no_decision_looks_at_the_kind_of_a_fault() -> None:
     """``kind`` is compared with a word only where words are chosen, so a user's own kind is as good as a built-in."""
     compared = set()
     for name in FILES:
-        if name == "record/messages.py" or name.startswith("diagnosis/rules/") or room(name) in NOT_YET["by trait"]:
+        if name == "record/messages.py" or name.startswith("diagnosis/rules/"):
             continue
         for node in ast.walk(tree(name)):
             if not isinstance(node, ast.Compare):
@@ -224,7 +213,7 @@ def is_number(node: ast.expr | None) -> bool:
 def numeric_constants() -> Iterator[str]:
     """Names of numbers at the level of a module or a class, outside of ``thresholds``."""
     for name in FILES:
-        if room(name) in {"thresholds", *NOT_YET["numbers"]}:
+        if room(name) in {"thresholds"}:
             continue
         scopes = [tree(name), *(node for node in tree(name).body if isinstance(node, ast.ClassDef))]
         for scope in scopes:

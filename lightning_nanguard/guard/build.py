@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -34,6 +33,7 @@ from lightning_nanguard.guard.loop import BatchReplay, NoReplay, TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.rank_readback import RankReadback
 from lightning_nanguard.guard.readback import MAX_DELAY, Readback
+from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.rehearsal import Rehearsal
@@ -67,45 +67,21 @@ def build_guard(
     rehearsal = Rehearsal(context)
     investigator = Investigator(context, rehearsal)
     recorder = InterventionRecorder(context, loop, memory=MAX_DELAY + 2)
-    recovery = Recovery(
-        context,
-        rehearsal,
-        recorder,
-        carried_out_by[ReduceLR.step],
-        carried_out_by[ClipGradients.step],
-        may_lower=any(remedy.role == "rate" for remedy in remedies),
-    )
-    settings = context.settings
-    limits = context.thresholds.snapshots
-    plausibility = PlausibilityCheck(context.learner, context.ring, investigator.is_worse, limits.plausibility)
-    snapshots = SnapshotManager(
-        context.learner,
-        context.ring,
-        context.finite,
-        plausibility,
-        every=settings.snapshot_every,
-        device=settings.snapshot_device,
-        choose=settings.choose_place,
-        ranks=context.ranks,
-        thresholds=limits,
-        clock=settings.clock,
-    )
+    reduce, clip = carried_out_by[ReduceLR.step], carried_out_by[ClipGradients.step]
+    may_lower = any(remedy.role == "rate" for remedy in remedies)
+    recovery = Recovery(context, rehearsal, recorder, reduce, clip, may_lower=may_lower)
+    limits = context.thresholds.snapshots.plausibility
+    plausibility = PlausibilityCheck(context.learner, context.ring, investigator.is_worse, limits)
+    snapshots = _snapshots(context, plausibility)
     meter = Meter(context.learner, loop.micro_batches, several=not context.replay.comparable())
     blocker = StepBlocker(context.learner)
     caution = Caution(context, blocker)
     readback = _readback(context, meter, caution, blocker, snapshots)
     conduct: Conduct = Observing(context)
-    if not settings.observe:
+    if not context.settings.observe:
         actions = RemedyActions(context, recovery, rehearsal, blocker, snapshots, readback)
         conduct = Acting(context, actions, carried_out_by, recovery, blocker, plausibility, readback)
-    parts: dict[str, Any] = {
-        "interventions": Interventions(context, loop, policy, investigator, recorder, conduct, carried_out_by),
-        "certification": Certification(context, loop, investigator, snapshots),
-        "saving": Saving(
-            context.learner, context.ring, context.finite, recorder.note, observe=settings.observe, ranks=context.ranks
-        ),
-        "undos": deque(make_undo() for _ in range(readback.open_batches())),
-    }
+    interventions = Interventions(context, loop, policy, investigator, recorder, conduct, carried_out_by)
     return Guard(
         GuardParts(
             context=context,
@@ -116,12 +92,38 @@ def build_guard(
             blocker=blocker,
             snapshots=snapshots,
             plausibility=plausibility,
+            certification=Certification(context, loop, investigator, snapshots),
             investigator=investigator,
+            judge=ReadingJudge(context, meter, conduct, interventions, plausibility),
             conduct=conduct,
             recovery=recovery,
             recorder=recorder,
-            **parts,
+            saving=_saving(context, recorder),
+            undos=deque(make_undo() for _ in range(readback.open_batches())),
         )
+    )
+
+
+def _saving(context: GuardContext, recorder: InterventionRecorder) -> Saving:
+    observe = context.settings.observe
+    return Saving(
+        context.learner, context.ring, context.finite, recorder.note, observe=observe, ranks=context.ranks
+    )  # fmt: skip
+
+
+def _snapshots(context: GuardContext, plausibility: PlausibilityCheck) -> SnapshotManager:
+    settings = context.settings
+    return SnapshotManager(
+        context.learner,
+        context.ring,
+        context.finite,
+        plausibility,
+        every=settings.snapshot_every,
+        device=settings.snapshot_device,
+        choose=settings.choose_place,
+        ranks=context.ranks,
+        thresholds=context.thresholds.snapshots,
+        clock=settings.clock,
     )
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -25,11 +25,11 @@ from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.certification import Certification
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
-from lightning_nanguard.guard.interventions import Interventions
 from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.meter import Meter
-from lightning_nanguard.guard.readback import Arrived, Readback
+from lightning_nanguard.guard.readback import Readback
+from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
@@ -55,7 +55,7 @@ class GuardParts:
         plausibility: Finds what is finite and far out of range.
         certification: When a state counts as good.
         investigator: Gathers evidence.
-        interventions: Handles faults.
+        judge: Tells healthy readings from faults.
         conduct: Carries plans out.
         recovery: Lower rates and clipping.
         recorder: Makes records.
@@ -73,7 +73,7 @@ class GuardParts:
     plausibility: PlausibilityCheck
     certification: Certification
     investigator: Investigator
-    interventions: Interventions
+    judge: ReadingJudge
     conduct: Conduct
     recovery: Recovery
     recorder: InterventionRecorder
@@ -98,14 +98,12 @@ class Guard:
         self._conduct = parts.conduct
         self._snapshots = parts.snapshots
         self._undos = parts.undos
-        self.non_finite = 0
+        self._judge = parts.judge
         # Whether weights and averages have changed places, as WeightAveraging has them do in validation.
         self.swapped = False
         # What belongs to the batch at hand.
         self._open = False
         self._updated = False
-        self._readings: list[Reading] = []
-        self._found: list[FoundFault] = []
 
     # ---------------------------------------------------------------------------------------- the order of a step
 
@@ -146,23 +144,23 @@ class Guard:
             optimizer_index: Index of the optimizer about to step.
         """
         self._snapshots.settle()
-        self._judge_late(self._readback.due(optimizer_index), optimizer_index)
+        self._judge.judge_late(self._readback.due(optimizer_index), optimizer_index)
         self._parts.certification.start_again_if_lazy()
         self._state.step += 1
         self._state.note_rate(self._context.rate.first())
         self._updated = True
-        if any(one.reached for one in self._found) and not self._context.settings.observe:
+        if self._judge.weights_are_bad():
             # The weights are bad already: nothing that comes of them is measured, or reaches them.
             self._parts.meter.losses = []
             self._parts.blocker.block(optimizer_index)
             return
         arrived = self._readback.submit(optimizer_index, self._undos[0])
         if arrived is not None:
-            self._judge(arrived, optimizer_index)
-        self._judge_late(self._readback.arrived(optimizer_index), optimizer_index)
+            self._judge.judge(arrived, optimizer_index)
+        self._judge.judge_late(self._readback.arrived(optimizer_index), optimizer_index)
         reading = self._readback.at_hand
-        if reading is not None and self._parts.plausibility.watches_statistics and not self._found:
-            self._look_at_statistics(reading)
+        if reading is not None:
+            self._judge.look_at_statistics(reading, self._undos[0])
         if self._context.clipper.value is not None:
             self._clip(optimizer_index, None if reading is None else reading.grad_norm)
 
@@ -181,18 +179,18 @@ class Guard:
             return True
         if self._readback.end_batch():
             self._parts.recorder.mark()
-        found = self._take_found()
+        found = self._judge.take_found()
         self._state.restored = None
         try:
             for one in found:
-                self._handle(one)
+                self._judge.handle(one)
                 if self._state.restored is not None:
                     break  # what else was found belonged to the state just left
-            if self._readings and not found:
+            if self._judge.readings and not found:
                 self._healthy()
         finally:
             self._open = self._updated = False
-            self._readings = []
+            self._judge.readings = []
             self._parts.meter.end_batch()
             self._parts.blocker.blocked.clear()
         return not found
@@ -207,15 +205,15 @@ class Guard:
             self._report(fault, ())
 
     def _report(self, fault: Fault, ranks: tuple[int, ...]) -> None:
-        self._handle(FoundFault(fault, Reading(self._state.step, 0, None, None), ranks=ranks))
+        self._judge.handle(FoundFault(fault, Reading(self._state.step, 0, None, None), ranks=ranks))
 
     def flush(self) -> None:
         """Read what is still on its way, and act on it."""
         while True:
-            self._judge_late(self._readback.flush(), None)
-            found = self._take_found()
+            self._judge.judge_late(self._readback.flush(), None)
+            found = self._judge.take_found()
             for one in found:
-                self._handle(one)
+                self._judge.handle(one)
             if not found:
                 return
 
@@ -301,73 +299,12 @@ class Guard:
             if context.finite.corrupt(context.learner.leaves()) is None:
                 self.note(fault, "undo")
                 return
-        self._readings = []
+        self._judge.readings = []
         self._report(fault, ranks)
         if not context.settings.observe:
             mend_averages(context.learner, context.finite.corrupt)
 
-    # ---------------------------------------------------------------------------------------- detect
-
-    def _judge_late(self, arrived: Iterable[Arrived], stepping: int | None) -> None:
-        if self._found:
-            return
-        for one in arrived:
-            self._judge(one, stepping)
-            if self._found:
-                return
-
-    def _judge(self, arrived: Arrived, stepping: int | None) -> None:
-        # Further evaluations of one step (LBFGS) look at bad places on purpose, and are no history.
-        if not arrived.line_search and self._monitors.passes(arrived.reading):
-            self._readings.append(arrived.reading)  # nearly always
-        else:
-            self._look_closer(arrived, stepping)
-        if arrived.outside is not None:
-            fault, ranks = arrived.outside
-            self._found.append(FoundFault(fault, arrived.reading, late=True, ranks=ranks))
-
-    def _look_closer(self, arrived: Arrived, stepping: int | None) -> None:
-        reading, learner = arrived.reading, self._context.learner
-        if learner.scaler is not None and reading.loss_finite and not reading.finite:
-            reading = reading._replace(scaler_skips=True)
-        self.non_finite += not reading.finite and not reading.scaler_skips
-        quasi_newton = reading.optimizer_index in learner.quasi_newton
-        fault = self._monitors.check(reading, line_search=arrived.line_search, quasi_newton=quasi_newton)
-        if fault is not None and fault.doubtful and not self._batch_is_strange(fault, arrived):
-            fault = None
-        if fault is None:
-            if not arrived.line_search:
-                self._accept(reading)
-            return
-        if fault.place == "gradient" and not reading.finite and not arrived.late:
-            place, _ = first_over_ranks(self._context.ranks, self._parts.meter.bad_gradient(reading.optimizer_index))
-            fault = replace(fault, place=place or fault.place)
-        reached = arrived.reached and fault.scope == "batch"
-        found = FoundFault(fault, reading, arrived.undo, reached, arrived.late, arrived.ranks())
-        # A suspicion is no reason to block: its update is finite, and a restore would rewind it with the rest.
-        suspicion = fault.scope == "learner" and not reading.scaler_skips
-        if self._conduct.at_once and not suspicion and not arrived.late:
-            self._state.bad_in_a_row += 1
-            self._handle(found)  # now, while the update that an acting guard would block has not been made
-            return
-        self._found.append(found)
-        if stepping is not None and not suspicion and (not arrived.late or arrived.reached):
-            self._conduct.block(stepping)
-
-    def _batch_is_strange(self, fault: Fault, arrived: Arrived) -> bool:
-        if self._context.many:
-            return False  # ranks would look at different times
-        found = FoundFault(fault, arrived.reading, arrived.undo, late=arrived.late)
-        with self._parts.interventions.batch_of(found) as at_hand:
-            return at_hand and self._context.replay.batch_strange() is True
-
-    def _look_at_statistics(self, reading: Reading) -> None:
-        undo = self._undos[0]
-        fault = self._parts.plausibility.strange_statistics(undo.before(), self._state.healthy_steps)
-        # What batch after batch brings is how the data are from now on.
-        if fault is not None and self._state.bad_in_a_row < self._parts.interventions.patience:
-            self._parts.blocker.block(reading.optimizer_index)
-            self._found.append(FoundFault(fault, reading, undo))
+    # ---------------------------------------------------------------------------------------- clip and certify
 
     def _clip(self, optimizer_index: int, norm: float | None) -> None:
         context, meter = self._context, self._parts.meter
@@ -382,34 +319,17 @@ class Guard:
             known = None if norm is None else torch.tensor(norm)
             context.clipper.clip(context.learner.gradients(optimizer_index), scale, known)
 
-    # ---------------------------------------------------------------------------------------- decide and act
-
-    def _take_found(self) -> list[FoundFault]:
-        if not self._found:
-            return []
-        found, self._found = self._found, []
-        self._state.bad_in_a_row += any(one.fault.scope == "batch" for one in found)
-        return found
-
-    def _handle(self, found: FoundFault) -> None:
-        if self._parts.interventions.handle(found):
-            self._accept(found.reading)
-
-    def _accept(self, reading: Reading) -> None:
-        self._monitors.accept(reading)
-        self._readings.append(reading)
-
     def _healthy(self) -> None:
         state = self._state
         state.bad_in_a_row = 0
-        if self._readings[-1].scaler_skips and all(reading.scaler_skips for reading in self._readings):
+        if all(reading.scaler_skips for reading in self._judge.readings):
             return  # the scaler skipped it: nothing was learned about the state
         state.healthy_steps += 1
         if state.healthy_since_restore is not None:
             state.healthy_since_restore += 1
-        objection = self._parts.certification.judge(self._readings)
+        objection = self._parts.certification.judge(self._judge.readings)
         if objection is not None:
-            self._handle(objection)
+            self._judge.handle(objection)
         self._parts.certification.capture_if_due()
         self._conduct.give_back()
 
@@ -419,6 +339,11 @@ class Guard:
     def context(self) -> GuardContext:
         """What the parts of the guard share."""
         return self._context
+
+    @property
+    def non_finite(self) -> int:
+        """Updates so far whose loss or gradient was not finite, but for overflows that a GradScaler skips."""
+        return self._judge.non_finite
 
     @property
     def in_window(self) -> bool:
@@ -448,7 +373,7 @@ class Guard:
         state = self._state
         return {
             "step": state.step,
-            "non_finite": self.non_finite,
+            "non_finite": self._judge.non_finite,
             "healthy_steps": state.healthy_steps,
             "healthy_since_restore": state.healthy_since_restore,
             "bad_in_a_row": state.bad_in_a_row,
@@ -464,7 +389,7 @@ class Guard:
         state = self._state
         state.step = int(saved["step"])
         self._snapshots.count_from(state.step)
-        self.non_finite = int(saved["non_finite"])
+        self._judge.non_finite = int(saved["non_finite"])
         state.healthy_steps = int(saved["healthy_steps"])
         state.healthy_since_restore = saved["healthy_since_restore"]
         state.bad_in_a_row = int(saved["bad_in_a_row"])

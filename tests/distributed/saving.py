@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_nanguard.checkpoints.inspection import LAST_GOOD, inspect
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_nanguard import NaNGuard
+from lightning_nanguard.checkpoints.inspection import LAST_GOOD, inspect
 from tests.distributed.data import spoilt
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning_nanguard.checkpoints.inspection import LAST_GOOD
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_nanguard import NaNGuard
+from lightning_nanguard.checkpoints.inspection import LAST_GOOD
 from lightning_nanguard.measure.tensors import local
 from tests.distributed.data import AT, spoilt, without
 from tests.distributed.further import further, healthy

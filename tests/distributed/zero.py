@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_nanguard.checkpoints.inspection import LAST_GOOD
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DeepSpeedStrategy
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_nanguard import NaNGuard
+from lightning_nanguard.checkpoints.inspection import LAST_GOOD
 from tests.distributed.data import AT, spoilt, without
 from tests.distributed.further import further, healthy
 from tests.distributed.sharding import SaveWithin, saved

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.act.skip import skips_on_device
 from lightning_nanguard.measure.readings import PendingReading
+from lightning_nanguard.thresholds import Thresholds
+from lightning_nanguard.thresholds.decision import DecisionThresholds, LateReadingThresholds
 from tests.helpers import (
     FaultAt,
     Task,
@@ -217,12 +219,11 @@ def test_spikes_that_keep_coming_with_a_fused_optimizer(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("late")
-def test_after_a_while_updates_are_read_late_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_a_while_updates_are_read_late_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Without a further fault the run goes back to waiting for nothing; twice as long each time that proved wrong."""
-    monkeypatch.setattr("lightning_nanguard.guard.guard._CAREFUL", 20)
-    guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
+    late = LateReadingThresholds(careful=20)
+    thresholds = Thresholds(decision=DecisionThresholds(late=late))
+    guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred", thresholds=thresholds)
     fault = FaultAt("input", math.nan, [10, 25, 50, 85, 110])
     run = fit(task("norm", plain), data_for("norm", 130), guard, folder=tmp_path, callbacks=[fault])
     assert words(guard) == [("restore",), ("skip",), ("restore",), ("skip",), ("restore",)]

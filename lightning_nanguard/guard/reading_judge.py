@@ -1,0 +1,149 @@
+"""Tells healthy readings from faults, and keeps both until the end of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import final
+
+from lightning_nanguard.distributed.ranks import first_over_ranks
+from lightning_nanguard.guard.acting import Conduct
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.found import FoundFault
+from lightning_nanguard.guard.interventions import Interventions
+from lightning_nanguard.guard.meter import Meter
+from lightning_nanguard.guard.readback import Arrived
+from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.plausibility import PlausibilityCheck
+from lightning_nanguard.types import Fault, Reading
+
+
+@final
+class ReadingJudge:
+    """Has the detectors look at each reading that arrives, and blocks the update of a bad one.
+
+    Args:
+        context: What the parts of the guard share.
+        meter: Names the gradient that is not finite.
+        conduct: Blocks updates.
+        interventions: Handle faults.
+        plausibility: Looks at running statistics.
+
+    Attributes:
+        readings: Healthy readings since the last batch ended.
+        non_finite: Updates so far whose loss or gradient was not finite, but for overflows that a GradScaler skips.
+    """
+
+    def __init__(
+        self,
+        context: GuardContext,
+        meter: Meter,
+        conduct: Conduct,
+        interventions: Interventions,
+        plausibility: PlausibilityCheck,
+    ) -> None:
+        self._context = context
+        self._monitors = context.monitors
+        self._meter = meter
+        self._conduct = conduct
+        self._interventions = interventions
+        self._plausibility = plausibility
+        self._found: list[FoundFault] = []
+        self.readings: list[Reading] = []
+        self.non_finite = 0
+
+    def weights_are_bad(self) -> bool:
+        """Whether a bad update that was found since the last batch ended has reached the weights."""
+        return any(one.reached for one in self._found) and not self._context.settings.observe
+
+    def judge_late(self, arrived: Iterable[Arrived], stepping: int | None) -> None:
+        """Judge readings of earlier updates, up to the first fault.
+
+        Args:
+            arrived: The readings; no more of them are taken than are judged.
+            stepping: Index of the optimizer about to step, ``None`` where none is.
+        """
+        if self._found:
+            return
+        for one in arrived:
+            self.judge(one, stepping)
+            if self._found:
+                return
+
+    def judge(self, arrived: Arrived, stepping: int | None) -> None:
+        """Judge one reading."""
+        # Further evaluations of one step (LBFGS) look at bad places on purpose, and are no history.
+        if not arrived.line_search and self._monitors.passes(arrived.reading):
+            self.readings.append(arrived.reading)  # nearly always
+        else:
+            self._look_closer(arrived, stepping)
+        if arrived.outside is not None:
+            fault, ranks = arrived.outside
+            self._found.append(FoundFault(fault, arrived.reading, late=True, ranks=ranks))
+
+    def _look_closer(self, arrived: Arrived, stepping: int | None) -> None:
+        reading, learner = arrived.reading, self._context.learner
+        if learner.scaler is not None and reading.loss_finite and not reading.finite:
+            reading = reading._replace(scaler_skips=True)
+        self.non_finite += not reading.finite and not reading.scaler_skips
+        quasi_newton = reading.optimizer_index in learner.quasi_newton
+        fault = self._monitors.check(reading, line_search=arrived.line_search, quasi_newton=quasi_newton)
+        if fault is not None and fault.doubtful and not self._batch_is_strange(fault, arrived):
+            fault = None
+        if fault is None:
+            if not arrived.line_search:
+                self._accept(reading)
+            return
+        if fault.place == "gradient" and not reading.finite and not arrived.late:
+            named = self._meter.bad_gradient(reading.optimizer_index)
+            fault = replace(fault, place=first_over_ranks(self._context.ranks, named)[0] or fault.place)
+        reached = arrived.reached and fault.scope == "batch"
+        found = FoundFault(fault, reading, arrived.undo, reached, arrived.late, arrived.ranks())
+        # A suspicion is no reason to block: its update is finite, and a restore would rewind it with the rest.
+        suspicion = fault.scope == "learner" and not reading.scaler_skips
+        if self._conduct.at_once and not suspicion and not arrived.late:
+            self._context.state.bad_in_a_row += 1
+            self.handle(found)  # now, while the update that an acting guard would block has not been made
+            return
+        self._found.append(found)
+        if stepping is not None and not suspicion and (not arrived.late or arrived.reached):
+            self._conduct.block(stepping)
+
+    def _batch_is_strange(self, fault: Fault, arrived: Arrived) -> bool:
+        if self._context.many:
+            return False  # ranks would look at different times
+        found = FoundFault(fault, arrived.reading, arrived.undo, late=arrived.late)
+        with self._interventions.batch_of(found) as at_hand:
+            return at_hand and self._context.replay.batch_strange() is True
+
+    def look_at_statistics(self, reading: Reading, undo: BatchUndo) -> None:
+        """Where a batch has spoiled running statistics before: look at what this one did to them, before its update.
+
+        Args:
+            reading: The reading of the update at hand.
+            undo: Knows the buffers as they were before the batch.
+        """
+        if not self._plausibility.watches_statistics or self._found:
+            return
+        fault = self._plausibility.strange_statistics(undo.before(), self._context.state.healthy_steps)
+        # What batch after batch brings is how the data are from now on.
+        if fault is not None and self._context.state.bad_in_a_row < self._interventions.patience:
+            self._conduct.block(reading.optimizer_index)
+            self._found.append(FoundFault(fault, reading, undo))
+
+    def take_found(self) -> list[FoundFault]:
+        """The faults that were found, oldest first; none of them is given again."""
+        if not self._found:
+            return []
+        found, self._found = self._found, []
+        self._context.state.bad_in_a_row += any(one.fault.scope == "batch" for one in found)
+        return found
+
+    def handle(self, found: FoundFault) -> None:
+        """Handle a fault; if it turns out to be none, its reading is a healthy one."""
+        if self._interventions.handle(found):
+            self._accept(found.reading)
+
+    def _accept(self, reading: Reading) -> None:
+        self._monitors.accept(reading)
+        self.readings.append(reading)
