@@ -1,0 +1,1 @@
+"""Checkpoint files: no poisoned one is written, and none is resumed from unnoticed."""

@@ -1,0 +1,87 @@
+"""Whether a run may go on from a checkpoint, and from which one else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, final
+
+from torch import nn
+
+from lightning_nanguard.checkpoints.inspection import Inspection, damage, newest_good, poisoned
+from lightning_nanguard.errors import BadCheckpointError
+from lightning_nanguard.state.finite import allowances
+from lightning_nanguard.state.learner import Learner
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+_SHOWN = 5
+
+
+@final
+class ResumeGate:
+    """Refuses a checkpoint that is poisoned or torn, and offers or takes the newest good one nearby.
+
+    Args:
+        module: The module as it was built: where its buffers are non-finite, a mask is, and a checkpoint's may be.
+        folders: Where else good checkpoints may lie.
+        take: Take the newest good one instead of refusing.
+        observe: Only say what is wrong.
+
+    Attributes:
+        refused: What was not gone on from, ``None`` where nothing was wrong.
+        taken: What was taken in its place, ``None`` where nothing was.
+    """
+
+    def __init__(self, module: nn.Module, folders: Iterable[Path], *, take: bool, observe: bool) -> None:
+        self._module = module
+        self._folders = tuple(folders)
+        self._take = take
+        self._observe = observe
+        self.refused: str | None = None
+        self.taken: Inspection | None = None
+
+    def __call__(self, path: Path, content: Mapping[str, Any] | None, error: Exception | None) -> Path | None:
+        """What to go on from in the place of ``path``, ``None`` for ``path`` itself.
+
+        Raises:
+            BadCheckpointError: When it is poisoned or torn, and nothing is to be taken in its place.
+        """
+        weights = [*Learner(self._module, []).weights()]
+        allowed, named = allowances(weights), {name: tensor for (_, name), tensor in weights}
+        missing = content is None and not path.exists()
+        wrong = "there is no such file" if missing else damage(path)
+        tensors = poisoned(content, named, allowed) if content is not None else []
+        if not wrong and not tensors:
+            return None  # it is good, or its error is no damage to the file and the user's to see
+        reason = wrong or f"{_listed(tensors)} {'is' if len(tensors) == 1 else 'are'} not finite"
+        if self._observe:
+            _logger.warning("NaNGuard: %s is bad: %s. With observe=True nothing is done about it.", path, reason)
+            return None
+        if missing and not self._take:
+            return None  # Lightning's own error says it
+        nearby = [path.parent, path.parent / "nanguard", path.parent.parent / "nanguard", *self._folders]
+        other = newest_good(nearby, other_than=path, weights=named, allowed=allowed)
+        if self._take and other is not None:
+            self.refused, self.taken = f"{path} is bad: {reason}", other
+            return other.path
+        if missing:
+            return None
+        raise BadCheckpointError(_refusal(path, reason, other), path, tensors, other and other.path) from error
+
+
+def _refusal(path: Path, reason: str, other: Inspection | None) -> str:
+    text = f"NaNGuard does not go on from {path}: {reason}. "
+    if other is None:
+        return text + "No other checkpoint near it is good: start from an older one, or anew."
+    return text + (
+        f"The newest good checkpoint near it is {other.path} of step {other.global_step}: pass it as ckpt_path, or let "
+        'NaNGuard(resume="last-good") take it.'
+    )
+
+
+def _listed(tensors: list[str]) -> str:
+    more = len(tensors) - _SHOWN
+    return ", ".join(tensors[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
