@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lightning_nanguard.measure.finite import suspects
+from lightning_nanguard.measure.finite import non_finite_indices
 from lightning_nanguard.measure.tensors import local
 from lightning_nanguard.state import learner as learners
 from lightning_nanguard.state.learner import Learner
@@ -67,7 +67,7 @@ def poisoned(
     """
     found = [*_found(checkpoint, weights, ())]
     bad = []
-    for index in suspects([local(tensor) for _, _, tensor in found]):
+    for index in non_finite_indices([local(tensor) for _, _, tensor in found]):
         where, name, tensor = found[index]
         mask = allowed.get(("buffer", name.removeprefix(_PREFIX)))
         if mask is not None and mask.shape == tensor.shape:

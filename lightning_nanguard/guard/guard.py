@@ -187,7 +187,7 @@ class Guard:
         self._host = host
         self._standing = GuardState()
         self._monitors = Monitors(detectors)
-        self._meter = Meter(learner, host.micro_batches, several=not host.stage.comparable())
+        self._meter = Meter(learner, host.micro_batches, many_losses=not host.stage.comparable())
         self._rehearsal = Rehearsal(learner, rate, host.stage, self._monitors.loss_unit, self._ranks)
         self._investigator = Investigator(
             learner, ring, rate, host.stage, self._rehearsal, compare=not settings.observe, ranks=self._ranks
@@ -300,7 +300,8 @@ class Guard:
             self._keep_start()
             self._keeper.settle()
         self._standing.step += 1
-        measured = (self._meter.measure if late else self._meter.take)(self._standing.step, optimizer_index)
+        measure = self._meter.measure_later if late else self._meter.measure_now
+        measured = measure(self._standing.step, optimizer_index)
         self._meter.losses = []
         self._updated = True
         self._note_rate()
@@ -489,7 +490,7 @@ class Guard:
         scale = self._meter.loss_scale() if unscales_itself(optimizer) else None
         if self._ranks.sharded:
             # The only collective waited for in an update without a fault, and only while sharded gradients are clipped.
-            norm = math.hypot(*self._ranks.gather(self._meter.norm(optimizer_index)))
+            norm = math.hypot(*self._ranks.gather(self._meter.gradient_norm(optimizer_index)))
         elif scale is not None:
             norm = None  # what was read is that of unscaled gradients
         if optimizer_index not in self._blocker.blocked and not self._settings.observe:
@@ -519,7 +520,7 @@ class Guard:
     # Among several ranks; see lightning_nanguard.exchange.
 
     def _tell(self, measured: PendingReading | Reading | None, optimizer_index: int) -> None:
-        trial = self._meter.tries(optimizer_index)
+        trial = self._meter.is_line_search(optimizer_index)
         if isinstance(measured, PendingReading):
             self._arrivals.defer(measured, self._scopes[0])
             self._post_queued(1)
@@ -569,7 +570,7 @@ class Guard:
     ) -> None:
         # Further closures of one step (LBFGS) look at bad places on purpose, and are no history.
         if trial is None:
-            trial = stepping is not None and self._meter.tries(stepping)
+            trial = stepping is not None and self._meter.is_line_search(stepping)
         if not trial and self._monitors.passes(reading):
             self._readings.append(reading)  # nearly always
             return
@@ -584,7 +585,7 @@ class Guard:
                 self._accept(reading)
             return
         if fault.place == "gradient" and not reading.finite and not late:
-            place, _ = first(self._ranks, self._meter.bad_gradient(reading.optimizer_index))
+            place, _ = first(self._ranks, self._meter.first_bad_gradient(reading.optimizer_index))
             fault = replace(fault, place=place or fault.place)
         found = _Found(fault, reading, scope, reached and fault.scope == "batch", late, ranks())
         # A suspicion is no reason to block: its update is finite, and a restore would rewind it with the rest.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nanguard.measure.finite import suspects
+from lightning_nanguard.measure.finite import non_finite_indices
 from lightning_nanguard.measure.norms import norms
 from lightning_nanguard.state.learner import StateKey, describe
 from lightning_nanguard.state.snapshot import _tensors
@@ -20,7 +20,7 @@ def allowances(leaves: Iterable[tuple[StateKey, Any]]) -> dict[StateKey, Tensor]
     buffers = [(path, leaf) for path, leaf in leaves if path[0] == "buffer"]
     return {
         buffers[index][0]: ~torch.isfinite(buffers[index][1].detach())
-        for index in suspects([buffer for _, buffer in buffers])
+        for index in non_finite_indices([buffer for _, buffer in buffers])
     }
 
 
@@ -59,7 +59,7 @@ def corrupt(
             left alone, since nothing says what it should hold.
     """
     flat = [(path, tensor) for path, leaf in leaves for tensor in _tensors(leaf)]
-    for index in suspects([tensor for _, tensor in flat]):
+    for index in non_finite_indices([tensor for _, tensor in flat]):
         path, tensor = flat[index]
         if path[0] == "buffer" and shapes is not None and shapes.get(path) != tensor.shape:
             continue

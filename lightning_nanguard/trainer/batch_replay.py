@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.distributed.ranks import Ranks, mean
 from lightning_nanguard.distributed.silent import Silent
-from lightning_nanguard.measure.finite import batch_finite, suspects
+from lightning_nanguard.measure.finite import batch_finite, non_finite_indices
 from lightning_nanguard.measure.tensors import gradients
 from lightning_nanguard.state.batch_history import BatchHistory, MicroBatch
 from lightning_nanguard.state.batch_undo import BatchUndo
@@ -133,7 +133,7 @@ class TrainerBatchReplay:
         with self.rehearsing():
             loss = self._gradients(optimizer, self.batch, self.batch_idx)
         found = gradients(p for group in optimizer.param_groups for p in group["params"])
-        finite = None if loss is None else math.isfinite(loss) and not suspects(found)
+        finite = None if loss is None else math.isfinite(loss) and not non_finite_indices(found)
         optimizer.zero_grad(set_to_none=True)
         answers = self._ranks.gather(finite)
         return None if None in answers else all(answers)
