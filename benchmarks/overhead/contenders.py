@@ -111,7 +111,7 @@ def _guard_hooks(trainer: pl.Trainer, callbacks: list[Callback], on: bool) -> No
         assert run is not None
         run.guard.rate.detach()
         if on:
-            run.guard.rate.attach(run.guard._blocker.hold_back)
+            run.guard.rate.attach(run.guard._blocker.remove_gradients)
 
 
 def _module_hooks(trainer: pl.Trainer, callbacks: list[Callback], on: bool) -> None:

@@ -31,7 +31,7 @@ from lightning_nanguard.act.clip_gradients import ClipGradients
 from lightning_nanguard.act.defaults import executors
 from lightning_nanguard.act.learning_rate import LearningRate
 from lightning_nanguard.act.reduce_lr import ReduceLR
-from lightning_nanguard.act.skip import StepBlocker, unscales_itself
+from lightning_nanguard.act.skip import StepSkipper, unscales_itself
 from lightning_nanguard.checkpoints.saving import Saving
 from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.decide.rate_limit import within_curvature
@@ -192,7 +192,7 @@ class Guard:
         self._investigator = Investigator(
             learner, ring, rate, host.stage, self._rehearsal, compare=not settings.observe, ranks=self._ranks
         )
-        self._blocker = StepBlocker(learner)
+        self._blocker = StepSkipper(learner)
         self._keeper = SnapshotManager(
             learner,
             ring,
@@ -261,7 +261,7 @@ class Guard:
                 "was initialised, or at the checkpoint it came from, and start again."
             )
         self._investigator.begin()
-        self.rate.attach(self._blocker.hold_back)
+        self.rate.attach(self._blocker.remove_gradients)
         self._keep_start()
 
     def _keep_start(self) -> None:
@@ -310,7 +310,7 @@ class Guard:
         norm: float | None = None
         if self._found and any(one.reached for one in self._found) and not self._settings.observe:
             # The weights are bad already: nothing that comes of them is measured, or reaches them.
-            self._blocker.block(optimizer_index)
+            self._blocker.skip(optimizer_index)
             return
         if measured is None or self._many:
             self._tell(measured, optimizer_index)
@@ -330,7 +330,7 @@ class Guard:
         fault = self._keeper.strange_statistics(scope.before(), self._standing.healthy_steps)
         # What batch after batch brings is how the data are from now on.
         if fault is not None and self._standing.bad_in_a_row < self._policy.patience:
-            self._blocker.block(reading.optimizer_index)
+            self._blocker.skip(reading.optimizer_index)
             self._found.append(_Found(fault, reading, scope, reached=False))
 
     def close_batch(self) -> bool:
@@ -362,7 +362,7 @@ class Guard:
             self._open = self._updated = False
             self._readings = []
             self._meter.end_batch()
-            self._blocker.blocked.clear()
+            self._blocker.skipped.clear()
         return not found
 
     def report(self, fault: Fault) -> None:
@@ -493,7 +493,7 @@ class Guard:
             norm = math.hypot(*self._ranks.gather(self._meter.gradient_norm(optimizer_index)))
         elif scale is not None:
             norm = None  # what was read is that of unscaled gradients
-        if optimizer_index not in self._blocker.blocked and not self._settings.observe:
+        if optimizer_index not in self._blocker.skipped and not self._settings.observe:
             known = None if norm is None else torch.tensor(norm)
             self._recovery.clipper.clip(self.learner.gradients(optimizer_index), scale, known)
 
@@ -505,7 +505,7 @@ class Guard:
     def _reads_late(self, optimizer_index: int) -> bool:
         if not self._settings.deferred or self._standing.step < self._careful_until:
             return False
-        return self._settings.observe or not self._blocker.cannot_skip(optimizer_index)
+        return self._settings.observe or not self._blocker.device_cannot_skip(optimizer_index)
 
     def _read_arrived(self, optimizer_index: int, *, wait: bool = False) -> None:
         due = self._standing.step + MAX_DELAY if wait else self._standing.step
@@ -533,7 +533,7 @@ class Guard:
             self._judge(sent, optimizer_index, late=False)
             return
         if suspects and not gradient_finite(reading) and not self._settings.observe:
-            self._blocker.block(optimizer_index)  # others do not: they hear of it in the next update, and all go back
+            self._blocker.skip(optimizer_index)  # others do not: they hear of it in the next update, and all go back
         self._exchange.keep(sent)
 
     def _post_queued(self, left: int) -> None:
@@ -596,7 +596,7 @@ class Guard:
             return
         self._found.append(found)
         if stepping is not None and not suspicion and not self._settings.observe and (not late or reached):
-            self._blocker.block(stepping)
+            self._blocker.skip(stepping)
 
     def _batch_is_strange(self, found: _Found) -> bool:
         if self._many:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, final
 
-from lightning_nanguard.act.skip import StepBlocker
+from lightning_nanguard.act.skip import StepSkipper
 from lightning_nanguard.distributed.ranks import Ranks
 from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.rehearsal import Rehearsal, Stage
@@ -39,7 +39,7 @@ class RemedyActions:
         recovery: Recovery,
         rehearsal: Rehearsal,
         stage: Stage,
-        blocker: StepBlocker,
+        blocker: StepSkipper,
         ranks: Ranks,
     ) -> None:
         self._learner = learner
@@ -99,7 +99,7 @@ class RemedyActions:
         """Try a rate out from the state just gone back to."""
         if self._standing.restored is None:
             return None
-        self._blocker.blocked.clear()  # the faulty update is over, and rehearsed ones must be made
+        self._blocker.skipped.clear()  # the faulty update is over, and rehearsed ones must be made
         loss = self._rehearsal.loss_after(self._standing.restored, factor, updates)
         return None if loss is None else loss / self._rehearsal.loss_unit()
 
