@@ -32,7 +32,8 @@ from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.record.summary import summary
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.trainer.fit import Run
-from lightning_nanguard.trainer.private.callbacks import put_first, swaps_weights
+from lightning_nanguard.trainer.private.averages import swaps_weights
+from lightning_nanguard.trainer.private.callbacks import put_first
 from lightning_nanguard.trainer.private.packages import (
     GuardCallback,
     LightningModule,

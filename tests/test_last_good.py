@@ -66,7 +66,7 @@ def test_a_certified_state_is_kept(tmp_path: Path) -> None:
     assert differences(dict(content["state_dict"]), {**kept["parameters"], **kept["buffers"]}) == []
     assert differences(content["optimizer_states"], kept["optimizers"]) == []
     assert [file.name for file in tmp_path.iterdir()] == [LAST_GOOD]
-    assert type(trainer.callbacks[-1]).__name__ != "_Afterwards"
+    assert type(trainer.callbacks[-1]).__name__ != "_LastCallback"
 
 
 def test_a_run_goes_on_from_it(tmp_path: Path) -> None:

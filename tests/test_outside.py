@@ -213,7 +213,7 @@ def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Without an optional package the error names the extra that brings it."""
     from importlib import import_module
 
-    from lightning_nanguard.trainer.private import offline
+    from lightning_nanguard.trainer.private import lightning_cli
 
     def without(*names: str) -> Callable[[str], Any]:
         def load(name: str) -> Any:
@@ -224,11 +224,11 @@ def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return load
 
     monkeypatch.setattr(bundles, "import_module", without("safetensors.torch"))
-    monkeypatch.setattr(offline, "import_module", without("jsonargparse"))
+    monkeypatch.setattr(lightning_cli, "import_module", without("jsonargparse"))
     with pytest.raises(ModuleNotFoundError, match=r"lightning-nanguard\[bundle\]"):
         NaNGuard(bundle_dir=tmp_path)
     with pytest.raises(ModuleNotFoundError, match=r"lightning-nanguard\[cli\]"):
-        offline.from_config(config(tmp_path))
+        lightning_cli.from_config(config(tmp_path))
 
 
 @pytest.mark.parametrize("middle", list(MIDDLE))
@@ -269,7 +269,7 @@ def test_what_cannot_be_doubled_is_told(tmp_path: Path) -> None:
 
     said: list[Any] = []
     trainer = trainer_for(tmp_path, limit_val_batches=0)
-    from lightning_nanguard.trainer.private.offline import at_first_batch
+    from lightning_nanguard.trainer.private.first_batch import at_first_batch
 
     at_first_batch(
         trainer,

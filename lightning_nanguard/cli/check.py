@@ -22,9 +22,10 @@ from lightning_nanguard.diagnosis.replay import replay
 from lightning_nanguard.diagnosis.rules import diagnose, findings
 from lightning_nanguard.measure.batches import mapped
 from lightning_nanguard.state.batch_history import MicroBatch
+from lightning_nanguard.trainer.private.first_batch import at_first_batch, one_batch
+from lightning_nanguard.trainer.private.lightning_cli import from_config
 from lightning_nanguard.trainer.private.loaders import readable_loader
-from lightning_nanguard.trainer.private.offline import at_first_batch, from_config, one_batch
-from lightning_nanguard.trainer.private.replay import clip_as_configured, forward_backward, loss_with_graph
+from lightning_nanguard.trainer.private.training_step import clip_as_configured, forward_backward, loss_with_graph
 from lightning_nanguard.trainer.private.untraced import untraced
 from lightning_nanguard.types import Finding
 

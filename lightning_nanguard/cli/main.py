@@ -119,11 +119,11 @@ def _last_good(run: Path) -> int:
 
 def _check(chosen: argparse.Namespace) -> int:
     from lightning_nanguard.cli.check import check
-    from lightning_nanguard.trainer.private.offline import silent
+    from lightning_nanguard.trainer.private.messages import without_messages
 
     # Where the file is wins over where the command is run: its classes mostly lie beside it.
     model, data = (None if name is None else _load(name) for name in (chosen.model, chosen.data))
-    with silent():
+    with without_messages():
         report = check(chosen.config, model, data, gradients=chosen.gradients, overfit=chosen.overfit)
     for finding in report.findings:
         print(_told(finding))
@@ -143,7 +143,7 @@ def _replay(chosen: argparse.Namespace) -> int:
     from lightning_nanguard.cli.check import replay_bundle
     from lightning_nanguard.diagnosis.bundle import describe as describe_bundle
     from lightning_nanguard.diagnosis.bundle import read, versions
-    from lightning_nanguard.trainer.private.offline import silent
+    from lightning_nanguard.trainer.private.messages import without_messages
 
     bundle = read(chosen.bundle)
     print(describe_bundle(bundle))
@@ -151,7 +151,7 @@ def _replay(chosen: argparse.Namespace) -> int:
     if other:
         print(f"versions then: {', '.join(f'{name} {was}' for name, was in other.items())}")
     build = _load(chosen.module or bundle.module)
-    with silent():
+    with without_messages():
         replayed = replay_bundle(bundle, build(**(bundle.hparams if chosen.args is None else chosen.args)))
     losses = ", ".join(f"{loss:.6g}" for loss in replayed.losses) or "none"
     gradient = (

@@ -22,14 +22,14 @@ from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.recent_batches import RecentBatches
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.private.replay import (
+from lightning_nanguard.trainer.private.running_means import remember_running_means
+from lightning_nanguard.trainer.private.training_step import (
     alone,
     clip_as_configured,
     forward_backward,
     loss_with_graph,
     run_training_step,
 )
-from lightning_nanguard.trainer.private.results import remember_running_means
 from lightning_nanguard.trainer.private.untraced import untraced
 
 _logger = logging.getLogger("lightning_nanguard")

@@ -31,13 +31,14 @@ from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
+from lightning_nanguard.trainer.private.averages import averaged_copies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
-from lightning_nanguard.trainer.private.callbacks import averaged_copies
+from lightning_nanguard.trainer.private.callbacks import after_every_batch
+from lightning_nanguard.trainer.private.checkpoint_files import catch_write_errors, write_checkpoint
+from lightning_nanguard.trainer.private.learning_rate_monitor import around_learning_rate_monitors
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.precision import grad_scaler
 from lightning_nanguard.trainer.private.saving import guard_saves
-from lightning_nanguard.trainer.private.saving_files import after_every_batch, forgive, write_through
-from lightning_nanguard.trainer.private.schedulers import around_learning_rate_monitors
 from lightning_nanguard.trainer.private.strategies import accumulation, collects, is_sharded, what_steps
 from lightning_nanguard.types import Evidence, Fault, Finding, Intervention
 
@@ -155,11 +156,11 @@ class Run:
     def keep_last_good(self, folder: Path, every: int) -> None:
         """Write the last good checkpoint from now on."""
         trainer, guard = self._trainer, self.guard
-        kept = LastGood(folder, every, guard.ring, lambda path: write_through(trainer, path), leads=self.rank_zero)
+        kept = LastGood(folder, every, guard.ring, lambda path: write_checkpoint(trainer, path), leads=self.rank_zero)
         kept.begin(guard.updates)
         self._undos += [
             after_every_batch(trainer, lambda: kept.close_batch(guard.updates)),
-            forgive(trainer.strategy, kept.pending, kept.failed),
+            catch_write_errors(trainer.strategy, kept.pending, kept.failed),
         ]
         guard.account.on_disk = kept.told
         self.last_good = kept
