@@ -149,7 +149,7 @@ def _mark_all(shared: Shared) -> None:
     _mark(shared, TorchCheckpointIO, "save_checkpoint", "save")
     from lightning_nanguard.trainer import fit
 
-    _mark(shared, fit, "write_through", "last good", note_written)
+    _mark(shared, fit, "write_checkpoint", "last good", note_written)
     _mark(shared, last_good, "_replace", "last good", note_kept)
     _mark(shared, jsonl, "_append", "record", note_record)
 

@@ -32,7 +32,7 @@ from lightning_nanguard.act.defaults import executors
 from lightning_nanguard.act.learning_rate import LearningRate
 from lightning_nanguard.act.reduce_lr import ReduceLR
 from lightning_nanguard.act.skip import StepSkipper, unscales_itself
-from lightning_nanguard.checkpoints.saving import Saving
+from lightning_nanguard.checkpoints.saving import SaveGuard
 from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.decide.rate_limit import within_curvature
 from lightning_nanguard.decide.state import PolicyState
@@ -225,7 +225,9 @@ class Guard:
             self._blocker,
             ranks=self._ranks,
         )
-        self._saving = Saving(learner, ring, self._investigator, self.note, observe=settings.observe, ranks=self._ranks)
+        self._saving = SaveGuard(
+            learner, ring, self._investigator, self.note, observe=settings.observe, ranks=self._ranks
+        )
         self._arrivals = DeferredReadings(learner, by_loss=not self._many, observe=settings.observe)
         self._exchange = RankReadings(self._ranks, learner, self._keeper, self._monitors)
         # In deferred readback, and among ranks, a batch is judged up to two updates later, and must still be undone.
@@ -389,7 +391,7 @@ class Guard:
         if not self._open and not self.swapped:
             self.check()
         else:
-            self._saving.put_together()
+            self._saving.prepare()
 
     def after_save(self) -> None:
         """It has been written."""
@@ -433,7 +435,7 @@ class Guard:
             path: Where to, for the record.
             checked: Whether :meth:`before_save` has just been called.
         """
-        return self._saving.mend(checkpoint, path, told=checked and not self._open and not self.swapped)
+        return self._saving.mend(checkpoint, path, recorded=checked and not self._open and not self.swapped)
 
     def flush(self) -> None:
         """Read what is still on its way, and act on it."""

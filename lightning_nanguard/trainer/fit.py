@@ -162,7 +162,7 @@ class Run:
             after_every_batch(trainer, lambda: kept.close_batch(guard.updates)),
             catch_write_errors(trainer.strategy, kept.pending, kept.failed),
         ]
-        guard.account.on_disk = kept.told
+        guard.account.on_disk = kept.message
         self.last_good = kept
 
     def _limit_memory(self, max_memory: float | None) -> None:

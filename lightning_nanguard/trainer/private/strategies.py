@@ -26,7 +26,7 @@ def is_sharded(trainer: Any) -> bool:
 
 
 def what_steps(trainer: Any, module: nn.Module) -> tuple[list[Optimizer], deepspeed.ZeroPartitions | None]:
-    """The torch optimizers that step, and what they step where a strategy keeps that apart from the module's parameters."""
+    """The torch optimizers that step, and what they step where that is not the module's parameters themselves."""
     if not _is(trainer, _DEEPSPEED):
         return list(trainer.optimizers), None
     (zero,) = trainer.optimizers
