@@ -9,7 +9,8 @@ from typing import Any, final
 
 from torch import nn
 
-from lightning_nanguard.checkpoints.inspection import Inspection, damage, newest_good, poisoned
+from lightning_nanguard.checkpoints.inspection import Inspection, damage, newest_good
+from lightning_nanguard.checkpoints.poison import poisoned
 from lightning_nanguard.errors import BadCheckpointError
 from lightning_nanguard.state.finite import allowances
 from lightning_nanguard.state.learner import Learner

@@ -14,9 +14,9 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard, ReduceLR, Rollback
+from tests.act.rates import BATCHES, EPOCHS, SCHEDULERS
 from tests.helpers import Positioned, batches, differences, learner_of, task, trainer_for
 from tests.modules import Diverge, SaveAt
-from tests.test_learning_rate import BATCHES, EPOCHS, SCHEDULERS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
