@@ -26,8 +26,6 @@ from tests.act.rates import (
     taken,
 )
 
-# Without a Trainer
-
 
 def one_group(lr: Any, **options: Any) -> tuple[Optimizer, LearningRate]:
     parameter = nn.Parameter(torch.ones(2))
@@ -257,9 +255,8 @@ def test_bad_optimizer() -> None:
 
 def test_imports_no_lightning() -> None:
     """learning_rate needs torch alone."""
-    code = (
-        "import sys, lightning_nanguard.act.learning_rate; print([m for m in sys.modules if 'pytorch_lightning' in m])"
-    )
+    home = "lightning_nanguard.act.learning_rate"
+    code = f"import sys, {home}; print([m for m in sys.modules if 'pytorch_lightning' in m])"
     root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -34,6 +34,7 @@ from tests.act.rates import (
     scaled,
     taken,
     train,
+    without_guard,
 )
 
 # Exactness
@@ -45,8 +46,9 @@ from tests.act.rates import (
 )
 def test_scheduler(name: str, interval: str, used: list[float]) -> None:
     """Every update uses multiplier times the unguarded run's rate, and neither scheduler nor groups notice."""
-    bare = train(Tiny(SCHEDULERS[name], interval))
-    expected = scaled(taken(used), MULTIPLIERS)
+    rates, bare = without_guard(name, interval)
+    expected = scaled(rates, MULTIPLIERS)
+    taken(used)
 
     module, guard = Tiny(SCHEDULERS[name], interval), RateGuard(PLAN)
     guarded = train(module, guard)
@@ -61,8 +63,9 @@ def test_scheduler(name: str, interval: str, used: list[float]) -> None:
 @pytest.mark.parametrize("name", ["exponential", "onecycle", "plateau"])
 def test_change_between_steps(name: str, used: list[float]) -> None:
     """A multiplier set between two updates holds from the next one on."""
-    bare = train(Tiny(SCHEDULERS[name]))
-    expected = scaled(taken(used), MULTIPLIERS)
+    rates, bare = without_guard(name)
+    expected = scaled(rates, MULTIPLIERS)
+    taken(used)
     guarded = train(Tiny(SCHEDULERS[name]), RateGuard(PLAN, "on_train_batch_start"))
     assert used == expected
     assert_same_clock(guarded, bare)
@@ -378,9 +381,8 @@ def test_checkpoint_holds_scheduled_rates(used: list[float]) -> None:
 @pytest.mark.parametrize("name", ["none", "exponential", "onecycle", "sequential", "plateau"])
 def test_resume(name: str, tmp_path: Path, used: list[float]) -> None:
     """A run resumed from a checkpoint goes on with multiplier times the scheduled rate."""
-    bare = train(Tiny(SCHEDULERS[name]))
-    rates = taken(used)
-
+    rates, bare = without_guard(name)
+    taken(used)
     first = train(Tiny(SCHEDULERS[name]), RateGuard({2: 0.5}), max_epochs=1)
     first.save_checkpoint(tmp_path / "last.ckpt")
     assert used == rates[:4] + [rate * 0.5 for rate in rates[4 : 2 * BATCHES]]

@@ -21,11 +21,12 @@ from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.plugins.io import AsyncCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard, TrainingDivergedError
-from tests.helpers import OUTPUTS, Task, batches, copied, differences, learner_of, non_finite, trainer_for
+from tests.checkpoints.training import Net
+from tests.helpers import Task, batches, copied, differences, learner_of, non_finite, trainer_for
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -35,21 +36,6 @@ pytestmark = [
 PER_EPOCH = 6
 EPOCHS = 2
 LOST_AFTER = 8
-
-
-class Net(nn.Module):
-    """Batch norm and a causal mask of −inf, which is no poison and must stay in every file."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Linear(6, 8)
-        self.norm = nn.BatchNorm1d(8)
-        self.two = nn.Linear(8, OUTPUTS)
-        self.register_buffer("mask", torch.full((8, 8), -math.inf).triu(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh(self.norm(self.one(x)))
-        return self.two(hidden + 0 * torch.relu(self.mask).sum())
 
 
 class Saving(Task):
@@ -521,65 +507,3 @@ def test_nothing_good_at_all(tmp_path: Path) -> None:
         trainer.fit(module, DataLoader(data, batch_size=None), DataLoader(data[:1], batch_size=None), ckpt_path=None)
     content = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
     assert_none_poisoned({"on_exception.ckpt": content})
-
-
-# -------------------------------------------------------------------------------------------------------- the best
-
-
-class Scores(Callback):
-    """Gives each epoch's metric the next of some values."""
-
-    def __init__(self, values: list[float]) -> None:
-        self.values = values
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.log("score", self.values[trainer.current_epoch])
-
-
-@pytest.mark.parametrize("top_k", [1, 2, -1])
-@pytest.mark.parametrize(
-    ("mode", "values", "best"),
-    [
-        ("min", [math.nan, 3.0, 2.0, math.nan], 2.0),
-        ("min", [math.inf, math.nan, 3.0], 3.0),
-        ("min", [3.0, -math.inf, 2.0], 2.0),
-        ("min", [-math.inf, 5.0, -math.inf, 4.0], 4.0),
-        ("max", [math.nan, 1.0, math.inf, 2.0], 2.0),
-        ("max", [-math.inf, math.inf, 0.5], 0.5),
-        ("min", [math.nan, math.inf, -math.inf], None),
-        ("max", [math.nan], None),
-    ],
-)
-def test_best_is_finite(mode: str, values: list[float], best: float | None, top_k: int, tmp_path: Path) -> None:
-    """The best model is the one with the best finite metric, in the callback and in every file; none without one."""
-    top = ModelCheckpoint(tmp_path / "top", monitor="score", mode=mode, save_top_k=top_k, filename="{epoch}")
-    trainer = trainer_for(
-        tmp_path, NaNGuard(), [Scores(values), top], max_epochs=len(values), enable_checkpointing=True
-    )
-    data = DataLoader(batches(count=2), batch_size=None)
-    trainer.fit(Saving(), data, data)
-    if best is None:
-        assert (top.best_model_score, top.best_model_path) == (None, "")
-    else:
-        assert float(top.best_model_score) == best
-        assert Path(top.best_model_path).name == f"epoch={values.index(best)}.ckpt"
-        assert Path(top.best_model_path).is_file()
-    files = list((tmp_path / "top").glob("*.ckpt"))
-    assert len(files) == (len(values) if top_k == -1 else min(top_k, len(values)))
-    for file in files:
-        (state,) = (v for k, v in torch.load(file, weights_only=True)["callbacks"].items() if "ModelCheckpoint" in k)
-        score = state["best_model_score"]
-        assert score is None or math.isfinite(float(score))
-
-
-def test_best_of_an_older_run_is_forgotten(tmp_path: Path) -> None:
-    """A best of −inf that a run without the guard has left is not taken over."""
-    data = DataLoader(batches(count=2), batch_size=None)
-    last = {}
-    for guard, values in ((None, [-math.inf]), (NaNGuard(), [-math.inf, 3.0])):
-        top = ModelCheckpoint(tmp_path, monitor="score", save_top_k=1, filename="{epoch}", save_last=True)
-        callbacks = [Scores(values), top]
-        trainer = trainer_for(tmp_path, guard, callbacks, max_epochs=len(values), enable_checkpointing=True)
-        trainer.fit(Saving(), data, data, ckpt_path=last.get("path"))
-        last["path"] = tmp_path / "last.ckpt"
-    assert float(top.best_model_score) == 3.0

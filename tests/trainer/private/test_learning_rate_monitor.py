@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
 
@@ -22,7 +22,7 @@ from tests.act.rates import (
 
 
 class MemoryLogger(CSVLogger):
-    """Keeps what LearningRateMonitor logs."""
+    """Keeps the rates that LearningRateMonitors log."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -32,30 +32,37 @@ class MemoryLogger(CSVLogger):
         self.seen += [float(value) for key, value in metrics.items() if key.startswith("lr-")]
 
 
-@pytest.mark.parametrize("order", ["guard first", "monitor first"])
+INTERVALS = ("step", "epoch", None)
+
+
+def monitored(name: str, interval: str, root: Path, *guards: Callback) -> tuple[Trainer, list[LearningRateMonitor]]:
+    """Train with a monitor of every logging interval before the guard and behind it."""
+    monitors = [LearningRateMonitor(logging_interval) for logging_interval in INTERVALS * 2]
+    logger = MemoryLogger(root)
+    callbacks = [*monitors[:3], *guards, *monitors[3:]]
+    trainer = train(Tiny(SCHEDULERS[name], interval), *callbacks, logger=logger)
+    # A monitor keeps what it logs in `lrs`, by group.
+    assert sorted(logger.seen) == sorted(rate for one in monitors for rates in one.lrs.values() for rate in rates)
+    return trainer, monitors
+
+
 @pytest.mark.parametrize("name", ["none", "exponential", "cosine"])
 @pytest.mark.parametrize("interval", ["step", "epoch"])
-@pytest.mark.parametrize("logging_interval", ["step", "epoch", None])
-def test_learning_rate_monitor(name: str, interval: str, logging_interval: Any, order: str, tmp_path: Path) -> None:
-    """LearningRateMonitor logs the effective rate, and its looking changes nothing."""
-    bare_logger, logger = MemoryLogger(tmp_path), MemoryLogger(tmp_path)
-    bare = train(Tiny(SCHEDULERS[name], interval), LearningRateMonitor(logging_interval), logger=bare_logger)
-
-    guard, monitor = RateGuard({0: 0.5}), LearningRateMonitor(logging_interval)
-    callbacks = [guard, monitor] if order == "guard first" else [monitor, guard]
-    guarded = train(Tiny(SCHEDULERS[name], interval), *callbacks, logger=logger)
-
-    # The guard acts inside the first step, after what is logged at the start of its epoch and of its batch.
-    # Without an interval of its own, the monitor logs at the scheduler's, and at both where there is no scheduler.
-    intervals = {logging_interval} if logging_interval else {interval} if name != "none" else {"step", "epoch"}
-    before = len(GROUP_RATES) * len(intervals)
-    assert logger.seen == bare_logger.seen[:before] + [rate * 0.5 for rate in bare_logger.seen[before:]]
-    assert len(logger.seen) > before
+def test_learning_rate_monitor(name: str, interval: str, tmp_path: Path) -> None:
+    """LearningRateMonitor logs the effective rate whenever it logs, and its looking changes nothing."""
+    bare, bare_monitors = monitored(name, interval, tmp_path)
+    guarded, monitors = monitored(name, interval, tmp_path, RateGuard({0: 0.5}))
+    for logging_interval, seen, before in zip(INTERVALS * 2, monitors, bare_monitors, strict=True):
+        # The guard acts inside the first step, after what is logged at the start of its epoch and of its batch.
+        # Without an interval of its own, the monitor logs at the scheduler's, and at both where there is no scheduler.
+        intervals = {logging_interval} if logging_interval else {interval} if name != "none" else {"step", "epoch"}
+        assert len(seen.lrs) == len(GROUP_RATES)
+        for group, rates in seen.lrs.items():
+            first, later = before.lrs[group][: len(intervals)], before.lrs[group][len(intervals) :]
+            assert rates == first + [rate * 0.5 for rate in later]
+            assert later
+        assert not {"on_train_batch_start", "on_train_epoch_start"} & set(vars(seen))
     assert_same_clock(guarded, bare)
-    assert not {"on_train_batch_start", "on_train_epoch_start"} & set(vars(monitor))
-
-
-# The monitors
 
 
 class Holder:
