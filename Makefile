@@ -32,7 +32,7 @@ test: .venv/.stamp
 oldest: .venv/.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/oldest $(OLDEST)
 	PYTHONPATH=.venv/oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS) \
-		tests/trainer tests/scenarios/test_skips.py tests/test_records.py tests/test_saves.py tests/test_state.py
+		tests/trainer tests/checkpoints tests/scenarios/test_skips.py tests/scenarios/test_resuming.py
 
 # Which failing runs are saved, and which healthy ones are left alone; FAST=1 takes a sixth of the forms.
 rescue: .venv/.stamp

@@ -27,7 +27,8 @@ from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.build import build_fit
 from lightning_nanguard.trainer.fit import Fit
-from lightning_nanguard.trainer.private.callbacks import put_first, swaps_weights
+from lightning_nanguard.trainer.private.averages import swaps_weights
+from lightning_nanguard.trainer.private.callbacks import put_first
 from lightning_nanguard.trainer.private.packages import GuardCallback, LightningModule, Trainer, rank_zero_info
 from lightning_nanguard.trainer.private.resuming import before_resuming
 from lightning_nanguard.trainer.private.strategies import check_strategy

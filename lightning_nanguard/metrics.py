@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_nanguard.measure.norms import clamped, safe_norm, safe_total_norm, widest_dtype
+from lightning_nanguard.measure.tensors import stored_values
+
 Values = Tensor | float | Iterable[Tensor | None]
 """What a check is given: one tensor or number, or several tensors of which some may be ``None``."""
 
@@ -197,15 +200,15 @@ class GradientNorm(Metric):
         if isinstance(value, Tensor) and value.numel() == 1:
             # With sharded parameters clip_grad_norm_ returns a DTensor.
             given = value.full_tensor() if hasattr(value, "full_tensor") else value
-            given = given.detach().reshape(()).to(device, _widest(device))
-            return _limited(given, given.isfinite())
+            given = given.detach().reshape(()).to(device, widest_dtype(device))
+            return clamped(given, given.isfinite())
         if isinstance(value, Tensor):
             raise ValueError(
                 f"Expected argument `value` of GradientNorm to be a norm or the parameters, but got one tensor of "
                 f"shape {tuple(value.shape)}. For a single parameter pass [parameter]."
             )
-        norms = [_norm(part) for grad in _gradients(value) for part in _parts(grad)]
-        return _total(norms, device) if norms else None
+        norms = [safe_norm(values) for grad in _gradients(value) for values in _values(grad)]
+        return safe_total_norm(norms, device) if norms else None
 
 
 def _gradients(parameters: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -225,7 +228,8 @@ def _all_finite(value: Values, device: torch.device) -> Tensor:
         return torch.full((), math.isfinite(value), device=device)
     items = (value,) if isinstance(value, Tensor) else value
     tensors = _tensors(items, "a non-finite metric", "a tensor, or a list of tensors")
-    checks = [_is_finite(part).to(device) for tensor in tensors for part in _parts(tensor)]
+    # A norm is one pass without a mask in between, several times faster than isfinite().all().
+    checks = [safe_norm(values).isfinite().to(device) for tensor in tensors for values in _values(tensor)]
     return torch.stack(checks).all() if checks else torch.ones((), dtype=torch.bool, device=device)
 
 
@@ -248,50 +252,11 @@ def _tensors(items: object, owner: str, expected: str) -> Iterator[Tensor]:
             )
 
 
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
+def _values(tensor: Tensor) -> Iterator[Tensor]:
     """The elements that are stored, as a dense tensor of a real floating type; nothing where none can be non-finite."""
-    stored = tensor.detach()
-    if stored.layout == torch.sparse_coo:
-        # Duplicates stand for their sum.
-        stored = stored.coalesce()
-    if stored.layout != torch.strided:
-        stored = stored.values()
-    if stored.is_complex():
-        stored = torch.view_as_real(stored.resolve_conj())
-    if stored.numel() and stored.is_floating_point():
-        yield stored
-
-
-def _is_finite(tensor: Tensor) -> Tensor:
-    # A norm is one pass without a mask in between, several times faster than isfinite().all().
-    return _norm(tensor).isfinite()
-
-
-def _norm(tensor: Tensor) -> Tensor:
-    """The 2-norm of a dense tensor, finite exactly when its elements are."""
-    if tensor.dtype != torch.float64 and tensor.device.type != "mps":
-        # The squares of every narrower type fit into float64.
-        norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float64)
-        return norm
-    wide = tensor if tensor.dtype == torch.float64 else tensor.float()
-    largest = torch.linalg.vector_norm(wide, torch.inf)
-    norm = largest * torch.linalg.vector_norm(wide / torch.where(largest > 0, largest, 1.0))
-    return _limited(norm, largest.isfinite(), wide.dtype)
-
-
-def _total(norms: list[Tensor], device: torch.device) -> Tensor:
-    parts = torch.stack([norm.to(device, _widest(device)) for norm in norms])
-    return _limited(_norm(parts), parts.isfinite().all())
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _limited(norm: Tensor, finite: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``norm`` in ``dtype``; where it is too large for that though ``finite``, the largest number of ``dtype``."""
-    largest = torch.finfo(dtype).max
-    return torch.where(finite, norm.clamp(max=largest), norm).to(dtype)
+    values = stored_values(tensor)
+    if values.numel() and values.is_floating_point():
+        yield values
 
 
 def _merged(rows: Tensor) -> Tensor:

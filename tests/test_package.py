@@ -82,8 +82,7 @@ def test_every_module_has_a_test_file_of_its_name() -> None:
     missing = {
         name
         for name in MODULES
-        if room(name) not in {"thresholds"}
-        and not (TESTS / name).with_name(f"test_{Path(name).name}").exists()
+        if room(name) not in {"thresholds"} and not (TESTS / name).with_name(f"test_{Path(name).name}").exists()
     }
     assert missing == set()
 

@@ -149,7 +149,7 @@ def _mark_all(shared: Shared) -> None:
     _mark(shared, TorchCheckpointIO, "save_checkpoint", "save")
     from lightning_nanguard.trainer import fit
 
-    _mark(shared, fit, "write_through", "last good", note_written)
+    _mark(shared, fit, "write_checkpoint", "last good", note_written)
     _mark(shared, last_good, "_replace", "last good", note_kept)
     _mark(shared, jsonl, "_append", "record", note_record)
 
@@ -180,7 +180,7 @@ def examine(folder: Path, shared: Shared, *, may_be_torn: bool) -> dict[str, Any
     if shared.kept and not (folder / "nanguard" / LAST_GOOD).exists():
         wrong.append(f"{LAST_GOOD} is gone")
     path = folder / "nanguard" / "interventions.jsonl"
-    records = len(files.read_records(path)) if path.exists() else 0
+    records = len(read_records(path)) if path.exists() else 0
     if records < shared.records:
         wrong.append(f"{records} records of {shared.records}")
     shared.records = records

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from benchmarks.plain import PlainHost
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.guard.guard import Settings
+from lightning_nanguard.guard.context import Settings
 
 
 @final
@@ -107,11 +107,11 @@ def _nothing_else(trainer: pl.Trainer, callbacks: list[Callback], on: bool) -> N
 def _guard_hooks(trainer: pl.Trainer, callbacks: list[Callback], on: bool) -> None:
     for callback in callbacks:
         assert isinstance(callback, NaNGuard)
-        run = callback._run
-        assert run is not None
-        run.guard.rate.detach()
+        fit = callback._fit
+        assert fit is not None
+        fit.context.rate.detach()
         if on:
-            run.guard.rate.attach(run.guard._blocker.hold_back)
+            fit.context.rate.attach(fit.guard._parts.skipper.remove_gradients)
 
 
 def _module_hooks(trainer: pl.Trainer, callbacks: list[Callback], on: bool) -> None:

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.guard import meter, snapshot_manager
-from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.guard.meter import Meter
+from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.state.batch_undo import BatchUndo
 
 from .contenders import in_mid_run
@@ -30,11 +30,11 @@ _PARTS: tuple[tuple[str, Any, str], ...] = (
     ("  buffers, metrics, running means", BatchUndo, "open"),
     ("take the loss", NaNGuard, "on_before_backward"),
     ("measure and judge", NaNGuard, "on_before_optimizer_step"),
-    ("  numbers of the update, and in step readback the wait for them", Meter, "take"),
-    ("  numbers of the update, and in step readback the wait for them", Meter, "measure"),
+    ("  numbers of the update, and in step readback the wait for them", Meter, "measure_now"),
+    ("  numbers of the update, and in step readback the wait for them", Meter, "measure_later"),
     ("    list the gradients", Meter, "_gradients"),
     ("    their norms", meter, "partial_norms"),
-    ("  detectors and history", Guard, "_detect"),
+    ("  detectors and history", ReadingJudge, "judge"),
     ("end of the batch", NaNGuard, "on_train_batch_end"),
     ("  take snapshots", snapshot_manager.SnapshotManager, "capture"),
     ("  look at them before they are certified", snapshot_manager.SnapshotManager, "objection"),

@@ -38,9 +38,9 @@ class _Faults(Callback):
             self.found["delay_steps"] = trainer.global_step - _FAULT_AT - 1
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        run = self.guard._run
-        assert run is not None
-        learner, device = run.guard.learner, pl_module.device
+        fit = self.guard._fit
+        assert fit is not None
+        learner, device = fit.context.learner, pl_module.device
         taken = capture(learner, step=0, global_step=0)
         self.found["snapshot_bytes"] = taken.nbytes()
         self.found["capture_ms"] = _best(lambda: capture(learner, step=0, global_step=0, reuse=taken), device)

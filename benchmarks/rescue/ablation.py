@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, final
 from unittest.mock import patch
 
 from lightning_nanguard import ClipGradients, DivergingLoss, GradientSpike, NaNGuard, NonFinite, ReduceLR, Rollback
+from lightning_nanguard.thresholds import Thresholds
 
 from .cases import Case
 from .contenders import CONTENDERS, MODES, Attempt, Contender, attempt_with
 
-Replaced = Sequence[tuple[str, Any]]
+Change = dict[str, Any]
+"""New values of thresholds, by their path: ``{"snapshots.ring.keep_start": 0}``."""
+
+
+def changed(thresholds: Any, changes: Change) -> Any:
+    """Thresholds with other values."""
+    for path, value in changes.items():
+        name, _, rest = path.partition(".")
+        part = changed(getattr(thresholds, name), {rest: value}) if rest else value
+        thresholds = replace(thresholds, **{name: part})
+    return thresholds
 
 
 @final
@@ -23,18 +35,27 @@ class Without(Contender):
     Args:
         name: What is left out.
         make: Makes the guard.
-        replaced: What stands in for a part of it while it runs: dotted names and values.
+        change: Thresholds under which the rule never applies.
+        replaced: Functions that stand in for a part of the guard while it runs, by dotted name: for what has no
+            threshold.
     """
 
-    def __init__(self, name: str, make: Callable[[], NaNGuard] = NaNGuard, replaced: Replaced = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[], NaNGuard] | None = None,
+        change: Change | None = None,
+        replaced: dict[str, Callable[..., Any]] | None = None,
+    ) -> None:
         self.name = self.title = f"no {name}"  # type: ignore[misc]
-        self._make = make
-        self._replaced = replaced
+        thresholds = changed(Thresholds(), change or {})
+        self._make = make or (lambda: NaNGuard(thresholds=thresholds))
+        self._replaced = replaced or {}
 
     def attempt(self, case: Case) -> Attempt:
         with ExitStack() as stack:
-            for place, value in self._replaced:
-                stack.enter_context(patch(f"lightning_nanguard.{place}", value))
+            for place, function in self._replaced.items():
+                stack.enter_context(patch(f"lightning_nanguard.{place}", function))
             return attempt_with(self._make(), case)
 
 
@@ -46,22 +67,19 @@ ABLATIONS: dict[str, Contender] = {
     c.name: c
     for c in (
         Without("rehearsal", lambda: NaNGuard(remedies=[Rollback(), ClipGradients(), ReduceLR(rehearse=False)])),
-        Without("review", replaced=[("rehearsal.Rehearsal.review", lambda self: 1.0)]),
+        Without("review", replaced={"guard.rehearsal.Rehearsal.review": lambda self, untrained, *, at_most: 1.0}),
         Without("clipping", lambda: NaNGuard(remedies=[Rollback(), ReduceLR()])),
         Without("cut", lambda: NaNGuard(remedies=[Rollback(), ClipGradients()])),
         Without("spikes", lambda: NaNGuard(detectors=[NonFinite(), DivergingLoss()])),
         Without("divergence", lambda: NaNGuard(detectors=[NonFinite(), GradientSpike()])),
-        Without("comparison", replaced=[("investigate.Investigator._compare", _nothing)]),
-        Without("strange batches", replaced=[("state.batch_history.BatchHistory.strange", _nothing)]),
-        Without("plausibility", replaced=[("state.plausibility.first_jump", _nothing)]),
-        Without("start kept", replaced=[("engine._EARLY", 0)]),
-        Without("growth", replaced=[("investigate.Investigator._growth", lambda self, since=None: 1.0)]),
-        Without("overshoot", replaced=[("detectors.DivergingLoss._behind", math.inf)]),
-        Without("by heart", replaced=[("remedies._BY_HEART", -1.0)]),
-        Without(
-            "depth by level",
-            replaced=[("policy._by_level", lambda depth, evidence, keeps: min(depth, max(0, evidence.snapshots - 1)))],
-        ),
+        Without("comparison", replaced={"guard.investigator.Investigator._compare": _nothing}),
+        Without("strange batches", change={"batches.healthy.strange_factor": math.inf}),
+        Without("plausibility", replaced={"state.plausibility.first_jump": _nothing}),
+        Without("start kept", change={"snapshots.ring.keep_start": 0}),
+        Without("growth", replaced={"guard.investigator.Investigator._growth": lambda self, since=None: 1.0}),
+        Without("overshoot", change={"detection.diverging_loss.overshoot.after": math.inf}),
+        Without("by heart", change={"rate_search.cut.by_heart": -1.0}),
+        Without("depth by level", change={"decision.same_level": math.inf}),
     )
 }
 """By name: the guard as it is, but for one rule."""

@@ -1,4 +1,4 @@
-"""Gradient clipping that can be turned on in mid-run, beside whatever clips already."""
+"""Gradient clipping that can be turned on in mid-run, in addition to the user's own clipping."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.measure.norms import partial_norms, total_norm
-from lightning_nanguard.measure.tensors import plain
+from lightning_nanguard.measure.tensors import dense_gradients
 
 
 @final
 class Clipper:
-    """Clips gradients once a value is set."""
+    """Clips gradients in place once a value is set; without one it does nothing."""
 
     def __init__(self) -> None:
         self.value: float | None = None
         self._algorithm: Literal["norm", "value"] = "norm"
 
     def set(self, value: float, algorithm: Literal["norm", "value"]) -> None:
-        """Clip from now on, at the tighter of this and a value set before; ``inf`` ends it."""
+        """Clip from now on, at the smaller of this and a value set before by the same algorithm; ``inf`` ends it."""
         if math.isinf(value):
             self.value = None
             return
@@ -31,12 +31,13 @@ class Clipper:
         self._algorithm = algorithm
 
     def clip(self, gradients: Sequence[Tensor], loss_scale: Tensor | None = None, norm: Tensor | None = None) -> None:
-        """Clip in place, without a read by the host.
+        """Clip in place, on a device without waiting for it.
 
         Args:
-            gradients: Those of one optimizer, as they are.
-            loss_scale: Where the gradients are still scaled by it.
-            norm: Of the whole gradient, as it lies: where it is known, or only a part of the gradient is here.
+            gradients: Those of one optimizer, dense or sparse.
+            loss_scale: The GradScaler's scale, where the gradients are still multiplied by it.
+            norm: Norm of the whole gradient, scaled as the gradients are, where it is known; it must be given where
+                this process holds only a part of the gradient.
         """
         if self.value is None or not gradients:
             return
@@ -47,7 +48,7 @@ class Clipper:
                     _clamp(gradient, limit)
             return
         if norm is None:
-            norm = total_norm(partial_norms(plain(list(gradients))))
+            norm = total_norm(partial_norms(dense_gradients(list(gradients))))
         largest = self.value if loss_scale is None else self.value * loss_scale.to(norm.device)
         factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
         if not (factor.is_cpu and float(factor) == 1.0):
@@ -77,7 +78,7 @@ def _clamp(gradient: Tensor, limit: float) -> None:
     if not gradient.is_sparse:
         gradient.clamp_(-limit, limit)
         return
-    # Entries of one place count together.
+    # Duplicate entries of one element are added up first.
     whole = gradient.coalesce()
     whole.values().clamp_(-limit, limit)
     gradient.copy_(whole)

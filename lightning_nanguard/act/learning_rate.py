@@ -1,10 +1,10 @@
 """A multiplier on the learning rate that is exact under any scheduler.
 
 Schedulers read the rate they wrote last, so a rate that is scaled in place compounds under some of them and is
-overwritten by others. Here the groups hold the scheduled rate at every moment but one: inside ``optimizer.step``,
-while it computes. The step's pre hook scales, its post hook puts the scheduled rate back, and a closure, which is where
+overwritten by others. Here the groups hold the scheduled rate at all times except inside ``optimizer.step``, while it
+computes. The step's pre hook scales the rate, its post hook puts the scheduled rate back, and a closure, in which
 Lightning runs forward and backward, sees the scheduled rate too. So schedulers, checkpoints and code that sets ``lr``
-itself never meet a scaled rate, and a step that a GradScaler leaves out leaves nothing to undo.
+itself never read a scaled rate, and a step that a GradScaler skips leaves nothing to undo.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ __all__ = ["LearningRate"]
 
 
 _Rate: TypeAlias = float | Tensor
-
-
 _Group: TypeAlias = dict[str, Any]
 
 
@@ -62,7 +60,7 @@ class LearningRate:
         self._max_lr = math.inf
         self._scaled: dict[int, _Scaled] = {}
         self._handles: list[RemovableHandle] = []
-        self._behind: Callable[[Optimizer], None] = _nothing
+        self._before_update: Callable[[Optimizer], None] = _nothing
 
     @property
     def multiplier(self) -> float:
@@ -80,12 +78,12 @@ class LearningRate:
         return self._max_lr
 
     def ratio(self) -> float:
-        """Effective over scheduled rate of the first group: what the scheduled rates are multiplied by just now."""
+        """Effective rate over scheduled rate of the first group: the multiplier in effect, limits included."""
         scheduled, effective = self.scheduled()[:1], self.effective()[:1]
         return effective[0] / scheduled[0] if scheduled and scheduled[0] else self._multiplier
 
     def set_multiplier(self, value: float, *, min_lr: float = 0.0, max_lr: float = math.inf) -> None:
-        """Changes the multiplier, from the update on that is being prepared.
+        """Changes the multiplier, starting with the update that is being prepared.
 
         Args:
             value: Positive and finite.
@@ -109,7 +107,7 @@ class LearningRate:
 
     def first(self) -> float | None:
         """Effective rate of the first group, ``None`` where reading it would wait for a device."""
-        if self._optimizers and not self.is_on():  # asked for in every step: the short way
+        if self._optimizers and not self.is_on():  # the short way, as this is called in every step
             rate = self._optimizers[0].param_groups[0].get("lr")
             if isinstance(rate, float):
                 return rate
@@ -122,16 +120,16 @@ class LearningRate:
         """What the user's scheduler or configuration says, in the same order as :meth:`effective`."""
         return [float(rate) for rate in self._scheduled_rates()]
 
-    def attach(self, behind: Callable[[Optimizer], None] | None = None) -> None:
+    def attach(self, before_update: Callable[[Optimizer], None] | None = None) -> None:
         """Registers the hooks around every optimizer's ``step``; does nothing when they are there already.
 
         Args:
-            behind: Called in each step when its gradients are there: behind the closure, or at the beginning of a step
-                without one.
+            before_update: Called in each step once its gradients are there: after the closure, or at the beginning of
+                a step without one.
         """
         if self._handles:
             return
-        self._behind = behind or _nothing
+        self._before_update = before_update or _nothing
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
@@ -143,15 +141,15 @@ class LearningRate:
             self._handles.pop().remove()
 
     def apply(self) -> None:
-        """Writes the scaled rates into the groups for somebody who reads them outside a step, such as a monitor.
+        """Writes the scaled rates into the groups for a reader outside a step, such as a LearningRateMonitor.
 
-        Call :meth:`withdraw` right after: what a scheduler or the user computes from a scaled rate is not exact.
+        Call :meth:`withdraw` right after: a scheduler that computes from a scaled rate is not exact.
         """
         for optimizer in self._optimizers:
             self._apply(optimizer)
 
     def withdraw(self) -> None:
-        """Puts the scheduled rates back where :meth:`apply` or a step that raised has left scaled ones."""
+        """Puts the scheduled rates back after :meth:`apply`, or after a step that raised."""
         for optimizer in self._optimizers:
             self._withdraw(optimizer)
 
@@ -160,7 +158,7 @@ class LearningRate:
         return {"multiplier": self._multiplier, "min_lr": self._min_lr, "max_lr": self._max_lr}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` returned.
+        """Restores what :meth:`state_dict` returned.
 
         Raises:
             ValueError: If an entry is missing or out of its range.
@@ -172,20 +170,20 @@ class LearningRate:
             state_dict["multiplier"], min_lr=state_dict["min_lr"], max_lr=state_dict.get("max_lr", math.inf)
         )
 
-    # The hooks
+    # ---- hooks around the step
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # The closure is wrapped at a multiplier of 1.0 as well: the guard changes the multiplier inside it.
+        # The closure is wrapped even at a multiplier of 1.0: the guard may change the multiplier inside it.
         closure = kwargs.get("closure")
         if closure is not None:
             kwargs = {**kwargs, "closure": partial(self._run_closure, optimizer, closure)}
         elif len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
             args = (args[0], partial(self._run_closure, optimizer, args[1]), *args[2:])
         else:
-            self._behind(optimizer)
-        # Some optimizers (LBFGS) read the rate before they call the closure, most of them after it: serve both.
+            self._before_update(optimizer)
+        # Most optimizers read the rate after the closure, some (LBFGS) before it: scale it in both places.
         self._apply(optimizer)
         return args, kwargs
 
@@ -193,7 +191,7 @@ class LearningRate:
         if self._scaled:
             self._withdraw(optimizer)
         result = closure(*args, **kwargs)
-        self._behind(optimizer)
+        self._before_update(optimizer)
         self._apply(optimizer)
         return result
 
@@ -201,7 +199,7 @@ class LearningRate:
         if self._scaled:
             self._withdraw(optimizer)
 
-    # The groups
+    # ---- groups
 
     def _apply(self, optimizer: Optimizer) -> None:
         if not self.is_on():
@@ -231,8 +229,8 @@ class LearningRate:
         return any(scaled.optimizer is optimizer for scaled in self._scaled.values())
 
     def _find(self, group: _Group, rate: _Rate) -> _Scaled | None:
-        """The record of ``rate``, or ``None`` if it is a scheduled one."""
-        # Groups made from one tensor share it, and it must be scaled once: tensors are found by themselves.
+        """The record of a scaled rate, ``None`` if ``rate`` is a scheduled one."""
+        # Groups may share one tensor, which must be scaled once: tensors are found by their own identity.
         scaled = self._scaled.get(id(rate) if isinstance(rate, Tensor) else id(group))
         return scaled if scaled is not None and scaled.is_what_we_wrote(rate) else None
 
@@ -249,7 +247,7 @@ class LearningRate:
         return self._multiplier != 1.0 or self._max_lr != math.inf
 
     def _factor(self) -> float:
-        """What every scheduled rate is multiplied by; reads the first group's rate to the host where a limit is set."""
+        """What every scheduled rate is multiplied by; where a limit is set, it reads the first group's rate."""
         if self._max_lr == math.inf:
             return self._multiplier
         first = float(next(self._scheduled_rates(), 0.0))
@@ -270,7 +268,7 @@ class LearningRate:
 @final
 @dataclass(frozen=True, slots=True)
 class _Scaled:
-    """One rate that was scaled: what was written where, and what it took the place of."""
+    """One scaled rate: what was written, where, and the scheduled rate it replaces."""
 
     optimizer: Optimizer
     group: _Group
@@ -279,7 +277,7 @@ class _Scaled:
     version: int = 0
 
     def is_what_we_wrote(self, rate: _Rate) -> bool:
-        """Whether nobody has set the rate since; told by identity, as somebody may set an equal value."""
+        """Whether nobody has set the rate since; compared by identity, as somebody may set an equal value."""
         if isinstance(rate, Tensor):
             # The counter of in-place writes costs no host read, unlike comparing values.
             return rate is self.written and rate._version == self.version

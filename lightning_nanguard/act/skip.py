@@ -1,4 +1,4 @@
-"""Keeping one update from the weights, whatever optimizer makes it."""
+"""Skipping one optimizer's step: the update does not reach the weights, whatever optimizer makes it."""
 
 from __future__ import annotations
 
@@ -19,58 +19,61 @@ def unscales_itself(optimizer: Optimizer) -> bool:
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:
-    """Whether the optimizer leaves a step out where a ``found_inf`` flag on the device says so (the fused ones)."""
+    """Whether the optimizer skips a step when a ``found_inf`` flag on the device says so, as torch's fused ones do."""
     # The state of a run without fused steps, loaded into an optimizer with them, turns them off in the groups alone.
     return unscales_itself(optimizer) and all(group.get("fused", True) for group in optimizer.param_groups)
 
 
 @final
-class StepBlocker:
-    """Blocks updates and puts back what an optimizer changes all the same.
+class StepSkipper:
+    """Skips updates, and puts back what an optimizer changes in a skipped step all the same.
 
-    Gradients are taken away at the last moment (:meth:`hold_back`), behind clipping and the user's hooks, some of which
-    fail without them. Torch's own optimizers then do nothing, but for LBFGS, which has by then changed its state and
-    the weights between the closures of the same step. Others may count steps in their groups, or move weights all the
-    same. For those a copy is kept.
+    The gradients are removed at the last moment (:meth:`remove_gradients`), after clipping and the user's hooks, some
+    of which fail without gradients. Torch's own optimizers then change nothing, except LBFGS: by that moment it has
+    changed its state and the weights between the closures of the step. Optimizers that are not torch's may count steps
+    in their groups, or move the weights without a gradient. For LBFGS and for these a copy of the state is kept.
 
     Args:
-        learner: Whose updates.
+        learner: What is trained.
+
+    Attributes:
+        skipped: Indices of the optimizers whose update in this batch is skipped.
     """
 
     def __init__(self, learner: Learner) -> None:
         self._learner = learner
-        self._before: dict[int, Snapshot] = {}
+        self._copies: dict[int, Snapshot] = {}
         self._without_momentum: dict[int, tuple[tuple[int, int], list[Any]]] = {}
-        self.blocked: set[int] = set()
+        self.skipped: set[int] = set()
 
     def open(self) -> None:
-        """A batch begins: copy what could not be put back later."""
-        self.blocked.clear()
+        """A batch begins: nothing is skipped yet; copy what could not be put back later."""
+        self.skipped.clear()
         for index in self._learner.quasi_newton:
-            self._keep(index)
+            self._copy(index)
 
-    def block(self, optimizer_index: int) -> None:
-        """Keep the update that this optimizer is about to make from the weights."""
+    def skip(self, optimizer_index: int) -> None:
+        """Skip the update that this optimizer is about to make."""
         optimizer = self._learner.optimizers[optimizer_index]
-        self.blocked.add(optimizer_index)
-        if optimizer_index not in self._before and not type(optimizer).__module__.startswith("torch.optim"):
-            self._keep(optimizer_index)
+        self.skipped.add(optimizer_index)
+        if optimizer_index not in self._copies and not type(optimizer).__module__.startswith("torch.optim"):
+            self._copy(optimizer_index)
         if self._scaler_skips(optimizer):
-            # This scaler insists on gradients, and skips the step by itself when it finds one that is not finite.
+            # This scaler needs gradients to be there, and skips the step by itself when one is not finite.
             gradient = next((p.grad for p in self._parameters(optimizer_index) if p.grad is not None), None)
             if gradient is not None:
                 gradient.fill_(math.inf)
 
-    def cannot_skip(self, optimizer_index: int) -> bool:
-        """Whether the next update of an optimizer that skips on the device must not be left to that.
+    def device_cannot_skip(self, optimizer_index: int) -> bool:
+        """Whether the next update must not be left to the device to skip, though the optimizer can skip there.
 
-        Fused SGD makes the momentum of a parameter in its first step, and leaves the memory as it found it where that
-        is skipped; the next step takes it for momentum.
+        Fused SGD makes the momentum of a parameter in its first step. Where that step is skipped on the device, the
+        momentum's memory stays uninitialised, and the next step takes it for momentum.
         """
         optimizer = self._learner.optimizers[optimizer_index]
         if not isinstance(optimizer, SGD) or self._learner.scaler is not None or not skips_on_device(optimizer):
             return False
-        # What had momentum has it until the state is another one: to look at all in each step would cost too much.
+        # A parameter keeps its momentum until the state is replaced; looking at all of them in each step is slow.
         known, key = self._without_momentum.get(optimizer_index), (id(optimizer.state), len(optimizer.state))
         if known is None or known[0] != key:
             state: Any = optimizer.state
@@ -80,18 +83,18 @@ class StepBlocker:
         return any(p.grad is not None for p in known[1])
 
     def undo(self) -> None:
-        """Put back what the blocked optimizers changed without gradients."""
-        for optimizer_index in self.blocked:
-            before = self._before.get(optimizer_index)
+        """Put back what the optimizers changed in their skipped steps."""
+        for optimizer_index in self.skipped:
+            before = self._copies.get(optimizer_index)
             if before is None:
                 continue
-            restore(self._learner, before, keep=partial(_is_of, optimizer_index))
+            restore(self._learner, before, keep=partial(_belongs_to, optimizer_index))
             if optimizer_index not in self._learner.quasi_newton:
-                del self._before[optimizer_index]
+                del self._copies[optimizer_index]
 
-    def hold_back(self, optimizer: Optimizer) -> None:
-        """The gradients of an optimizer are there, and it steps next: take them away if its update is blocked."""
-        for optimizer_index in self.blocked:
+    def remove_gradients(self, optimizer: Optimizer) -> None:
+        """Remove the gradients of an optimizer that steps next, if its update is skipped."""
+        for optimizer_index in self.skipped:
             if self._learner.optimizers[optimizer_index] is optimizer and not self._scaler_skips(optimizer):
                 for parameter in self._parameters(optimizer_index):
                     parameter.grad = None
@@ -102,12 +105,12 @@ class StepBlocker:
     def _parameters(self, optimizer_index: int) -> list[Any]:
         return [p for group in self._learner.optimizers[optimizer_index].param_groups for p in group["params"]]
 
-    def _keep(self, optimizer_index: int) -> None:
-        # Only its own weights: others may have made good steps since. Buffers are the batch scope's.
+    def _copy(self, optimizer_index: int) -> None:
+        # Only the weights of this optimizer: others may have made good steps since. The batch's undo restores buffers.
         leaves = [*self._learner.weights_of(optimizer_index), *self._learner.optimizer_leaves(optimizer_index)]
-        reuse = self._before.get(optimizer_index)
-        self._before[optimizer_index] = capture(self._learner, step=0, global_step=0, leaves=leaves, reuse=reuse)
+        reuse = self._copies.get(optimizer_index)
+        self._copies[optimizer_index] = capture(self._learner, step=0, global_step=0, leaves=leaves, reuse=reuse)
 
 
-def _is_of(optimizer_index: int, path: StateKey) -> bool:
-    return path[0] == "parameter" or (path[0] in ("optimizer", "group") and path[1] == optimizer_index)
+def _belongs_to(optimizer_index: int, key: StateKey) -> bool:
+    return key[0] == "parameter" or (key[0] in ("optimizer", "group") and key[1] == optimizer_index)

@@ -1,4 +1,4 @@
-"""The last good checkpoint on disk: written with a snapshot, in its place once that snapshot is certified."""
+"""The last good checkpoint on disk: written together with a snapshot, final once that snapshot is certified."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class LastGood:
-    """Keeps one certified checkpoint file, and the older one until a newer is certified.
+    """Keeps one checkpoint file of a certified state on disk.
 
-    A file is written at the end of a batch in which a snapshot was taken, so that both hold the same state, clock
-    included, under another name than the final one. When the snapshot is certified the file takes the place of the
-    older; when the snapshot is dropped, so is the file. What cannot be written is said once and tried again later.
+    A file is written at the end of a batch in which a snapshot was taken, so that both hold the state of the same
+    update, under a name of its own. When the snapshot is certified, the file replaces the older one; when the snapshot
+    is dropped, so is the file. An error in writing is logged once, and writing is tried again later.
 
     Args:
         folder: Where the file lies.
         every: Updates between files.
         ring: The snapshots.
-        write: Writes a whole checkpoint of now to a path, on every rank; it may go on after it returns.
+        write: Writes a whole checkpoint of now to a path, on every rank; it may return before the file is whole.
         leads: Whether this process moves and removes files.
+
+    Attributes:
+        path: The certified file.
+        pending: The file whose snapshot is not certified yet.
     """
 
     def __init__(
@@ -42,41 +46,41 @@ class LastGood:
         self._ring = ring
         self._write = write
         self._leads = leads
-        # The same on every rank: the update of the snapshot whose file waits for a verdict.
-        self._twin: int | None = None
-        # On the one that leads: whether a certified file waits to be whole, and whether the newest could be written.
-        self._waiting = self._lost = False
+        # The update of the snapshot that the pending file was written with; the same on every rank.
+        self._pending_step: int | None = None
+        # On the process that leads: whether a certified file is not whole yet, and whether writing it has failed.
+        self._waiting = self._failed = False
         self._seen = self._last = 0
-        self._complained = False
+        self._warned = False
 
     def begin(self, step: int) -> None:
-        """A fit begins at update ``step``: what a killed run left half written goes."""
+        """A fit begins at update ``step``: remove what a killed run has left half written."""
         self._seen = self._last = step
         self._remove(self.pending)
 
     def due(self, step: int) -> bool:
         """Whether a snapshot should be taken after update ``step``, for a file to be written with it."""
-        return self._twin is None and step - self._last >= self._every
+        return self._pending_step is None and step - self._last >= self._every
 
     def close_batch(self, step: int) -> None:
-        """A batch is over for every callback, ``step`` updates having been made."""
+        """A batch is over for every callback, after ``step`` updates: write a file where one is due."""
         updated, self._seen = step > self._seen, step
         self._settle()
         taken = self._ring.pending is not None and self._ring.pending.step == step
         if not (updated and taken and self.due(step)):
             return
-        self._twin = self._last = step
-        self._waiting = self._lost = False
+        self._pending_step = self._last = step
+        self._waiting = self._failed = False
         try:
-            # Nothing that could fail on one rank alone comes before: the others would wait for it in there.
+            # Nothing before this may fail on one rank alone: the others would wait for it in here.
             self._write(self.pending)
-        except Exception as error:  # whatever keeps it from being written is no reason to lose a run
+        except Exception as error:  # no error in writing may end a run
             self.failed(error)
 
     def failed(self, error: Exception) -> None:
-        """A file could not be written; the older one stays."""
-        if not self._complained and self._leads:
-            self._complained = True
+        """The pending file could not be written: remove it, keep the older one, and warn the first time."""
+        if not self._warned and self._leads:
+            self._warned = True
             _logger.warning(
                 "NaNGuard: cannot write %s: %s: %s. Training goes on, an older file stays as it is, and it is tried "
                 "again every %d updates. Free space there or make the folder writable.",
@@ -85,26 +89,26 @@ class LastGood:
                 error,
                 self._every,
             )
-        self._lost, self._waiting = True, False
+        self._failed, self._waiting = True, False
         self._remove(self.pending)
 
-    def told(self) -> str:
-        """Where the file is, in a sentence; ``""`` where there is none."""
+    def message(self) -> str:
+        """A sentence that says where the certified file lies; ``""`` where there is none."""
         return f"A certified checkpoint lies in {self.path}. " if self.path.exists() else ""
 
     def end(self) -> None:
-        """The fit is over: a certified file takes its place, another is dropped."""
+        """The fit is over: a certified file replaces the older one, a file that is not certified is dropped."""
         self._settle()
-        self._twin = None
+        self._pending_step = None
         self._remove(self.pending)
 
     def _settle(self) -> None:
-        if self._twin is not None:
+        if self._pending_step is not None:
             pending = self._ring.pending
-            if any(snapshot.step == self._twin for snapshot in self._ring.certified):
-                self._twin, self._waiting = None, self._leads and not self._lost
-            elif pending is None or pending.step != self._twin:
-                self._twin = None
+            if any(snapshot.step == self._pending_step for snapshot in self._ring.certified):
+                self._pending_step, self._waiting = None, self._leads and not self._failed
+            elif pending is None or pending.step != self._pending_step:
+                self._pending_step = None
                 self._remove(self.pending)
         if self._waiting and _whole(self.pending):
             self._waiting = False
@@ -120,12 +124,12 @@ class LastGood:
 
 
 def _whole(path: Path) -> bool:
-    # A plugin may still be writing it in the background; the zip's directory, at its end, comes last.
+    # A plugin may still be writing it in the background; the zip directory at its end comes last.
     return path.is_dir() or zipfile.is_zipfile(path)
 
 
 def _replace(new: Path, old: Path) -> None:
-    """Put ``new`` in the place of ``old``, so that a power failure leaves one of the two."""
+    """Replace ``old`` by ``new`` so that a power failure leaves one of the two whole."""
     if new.is_dir():
         aside = old.with_name(f"{old.name}.older")
         if old.exists():

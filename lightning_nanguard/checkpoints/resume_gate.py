@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint, and from which one else."""
+"""Refusing to resume from a bad checkpoint, or resuming from the newest good one in its place."""
 
 from __future__ import annotations
 
@@ -9,42 +9,57 @@ from typing import Any, final
 
 from torch import nn
 
-from lightning_nanguard.checkpoints.inspection import Inspection, damage, newest_good, poisoned
+from lightning_nanguard.checkpoints.inspection import Inspection, damage, newest_good
+from lightning_nanguard.checkpoints.poison import poisoned
 from lightning_nanguard.errors import BadCheckpointError
 from lightning_nanguard.state.finite import allowances
 from lightning_nanguard.state.learner import Learner
+from lightning_nanguard.thresholds.checkpoints import CheckpointsThresholds
 
 _logger = logging.getLogger("lightning_nanguard")
 
 
-_SHOWN = 5
-
-
 @final
 class ResumeGate:
-    """Refuses a checkpoint that is poisoned or torn, and offers or takes the newest good one nearby.
+    """Keeps a run from being resumed from a checkpoint that is poisoned (holds NaN or Inf) or torn (not whole).
 
     Args:
-        module: The module as it was built: where its buffers are non-finite, a mask is, and a checkpoint's may be.
-        folders: Where else good checkpoints may lie.
-        take: Take the newest good one instead of refusing.
-        observe: Only say what is wrong.
+        module: The module as it was built: where its buffers are not finite, such as in a mask, those of a checkpoint
+            may be so too.
+        folders: Folders beside the checkpoint's own in which good checkpoints may lie.
+        take: Resume from the newest good checkpoint instead of raising an error that names it.
+        observe: Only warn.
+        thresholds: How much the error names.
 
     Attributes:
-        refused: What was not gone on from, ``None`` where nothing was wrong.
-        taken: What was taken in its place, ``None`` where nothing was.
+        refused: Which checkpoint was bad and why, in words; ``None`` where nothing was wrong or nothing was taken.
+        taken: The checkpoint that was taken in its place, ``None`` where none was.
     """
 
-    def __init__(self, module: nn.Module, folders: Iterable[Path], *, take: bool, observe: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        folders: Iterable[Path],
+        *,
+        take: bool,
+        observe: bool,
+        thresholds: CheckpointsThresholds | None = None,
+    ) -> None:
         self._module = module
         self._folders = tuple(folders)
         self._take = take
         self._observe = observe
+        self._named = (CheckpointsThresholds() if thresholds is None else thresholds).tensors_named
         self.refused: str | None = None
         self.taken: Inspection | None = None
 
     def __call__(self, path: Path, content: Mapping[str, Any] | None, error: Exception | None) -> Path | None:
-        """What to go on from in the place of ``path``, ``None`` for ``path`` itself.
+        """The file to resume from in the place of ``path``, ``None`` for ``path`` itself.
+
+        Args:
+            path: The checkpoint asked for.
+            content: What was loaded from it, ``None`` where that failed.
+            error: Why it failed.
 
         Raises:
             BadCheckpointError: When it is poisoned or torn, and nothing is to be taken in its place.
@@ -55,8 +70,8 @@ class ResumeGate:
         wrong = "there is no such file" if missing else damage(path)
         tensors = poisoned(content, named, allowed) if content is not None else []
         if not wrong and not tensors:
-            return None  # it is good, or its error is no damage to the file and the user's to see
-        reason = wrong or f"{_listed(tensors)} {'is' if len(tensors) == 1 else 'are'} not finite"
+            return None  # it is good, or its error has another cause and is the user's to see
+        reason = wrong or f"{_listed(tensors, self._named)} {'is' if len(tensors) == 1 else 'are'} not finite"
         if self._observe:
             _logger.warning("NaNGuard: %s is bad: %s. With observe=True nothing is done about it.", path, reason)
             return None
@@ -82,6 +97,6 @@ def _refusal(path: Path, reason: str, other: Inspection | None) -> str:
     )
 
 
-def _listed(tensors: list[str]) -> str:
-    more = len(tensors) - _SHOWN
-    return ", ".join(tensors[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+def _listed(tensors: list[str], named: int) -> str:
+    more = len(tensors) - named
+    return ", ".join(tensors[:named]) + (f" and {more} more" if more > 0 else "")

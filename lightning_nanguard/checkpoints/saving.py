@@ -1,14 +1,15 @@
-"""No poisoned file: what is written in the place of a checkpoint that holds a value gone bad."""
+"""No poisoned checkpoint is written: the last good state takes the place of one that holds NaN or Inf."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, final
 
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from lightning_nanguard.checkpoints.inspection import mended, poisoned
+from lightning_nanguard.checkpoints.mending import mended
+from lightning_nanguard.checkpoints.poison import poisoned
 from lightning_nanguard.distributed.ranks import Ranks, first_over_ranks
 from lightning_nanguard.measure.tensors import local
 from lightning_nanguard.state.finite import FiniteCheck
@@ -20,15 +21,15 @@ from lightning_nanguard.types import Fault
 
 
 @final
-class Saving:
-    """Looks at checkpoints before they are written, and puts the last good state in their place where it must.
+class SaveGuard:
+    """Looks at every checkpoint before it is written, and mends one that is poisoned.
 
     Args:
         learner: What is trained.
         ring: The snapshots.
         finite: Finds tensors that are not finite.
-        note: Records what was done.
-        observe: Whether what is written is left as it is.
+        note: Records a fault and what was done about it.
+        observe: Whether checkpoints are only looked at.
         ranks: All processes.
     """
 
@@ -48,18 +49,20 @@ class Saving:
         self._note = note
         self._observe = observe
         self._ranks = ranks
-        self._put_together: Snapshot | None = None
-        self._aside: Snapshot | None = None
+        # The last good state, put together from all ranks while a checkpoint is written.
+        self._whole: Snapshot | None = None
+        # The state of now, while the last good one is in its place.
+        self._set_aside: Snapshot | None = None
 
     def begin(self) -> None:
         """A checkpoint is about to be written."""
-        self._put_together = None
+        self._whole = None
 
-    def put_together(self) -> None:
-        """Have the last good state at hand where the one of now is bad.
+    def prepare(self) -> None:
+        """Have the last good state ready among several ranks where the state of now is bad.
 
-        Whole, since one rank alone will write it. Sharded parameters and moments are collected by all ranks: there it
-        takes the place of the state of now until :meth:`end`.
+        Where one rank alone writes, all put the snapshot together for it. Sharded parameters and moments are collected
+        by all ranks: there the good state takes the place of the state of now until :meth:`end`.
         """
         good = self._ring.certified[0] if self._ring.certified else self._ring.pending
         if good is None or (self._ranks.world == 1 and not self._ranks.sharded):
@@ -68,67 +71,67 @@ class Saving:
         if bad is None:
             return
         if not self._ranks.sharded:
-            self._put_together = self._ranks.join_snapshot(good)
+            self._whole = self._ranks.join_snapshot(good)
             return
         if not self._observe:
             message = f"{bad} is not finite while a checkpoint is about to be written"
             self._note(Fault("poisoned_checkpoint", "state", bad, None, message), "rewrite")
-            self._aside = capture(self._learner, step=0, global_step=0)
+            self._set_aside = capture(self._learner, step=0, global_step=0)
             self._put(good)
 
     def end(self) -> None:
-        """It has been written."""
-        aside, self._aside = self._aside, None
+        """The checkpoint has been written: put the state of now back where :meth:`prepare` has replaced it."""
+        aside, self._set_aside = self._set_aside, None
         if aside is not None:
             self._put(aside)
 
-    def _put(self, snapshot: Snapshot) -> None:
-        # A graph under way finds its tensors as they were by the time it is used, and their versions must say so.
-        with ExitStack() as unnoticed:
-            for _, leaf in self._learner.weights():
-                unnoticed.enter_context(_unsafe_preserve_version_counter(local(leaf)))
-            restore(self._learner, snapshot, keep=_state)
-
-    def mend(self, checkpoint: dict[str, Any], path: str, *, told: bool) -> dict[str, Any]:
-        """What to write in the place of a checkpoint.
+    def mend(self, checkpoint: dict[str, Any], path: str, *, recorded: bool) -> dict[str, Any]:
+        """The checkpoint to write: the same, or one with the last good state where it is poisoned.
 
         Args:
             checkpoint: What is about to be written.
             path: Where to, for the record.
-            told: Whether what is wrong with the state has just been recorded.
+            recorded: Whether a fault of the state it was collected from has just been recorded.
         """
         if self._ranks.rank > 0 and not self._ranks.sharded:
             return checkpoint  # rank 0 writes
-        weights = {path[1]: leaf for path, leaf in self._learner.weights()}
+        weights = {key[1]: leaf for key, leaf in self._learner.weights()}
         bad = poisoned(checkpoint, weights, self._finite.allowed)
         if self._ranks.sharded:
-            # Each rank has looked at its own shards, and what one of them would put in fits no other's.
+            # Each rank has looked at its own shards only; a checkpoint mended by one would not fit the others.
             name, _ = first_over_ranks(self._ranks, bad[0] if bad else None)
-            if name is not None and not told:
+            if name is not None and not recorded:
                 message = f"{name} of a checkpoint about to be written to {path} is not finite"
                 self._note(Fault("poisoned_checkpoint", "state", name, None, message))
             return checkpoint
-        if not bad or (self._observe and told):
+        if not bad or (self._observe and recorded):
             return checkpoint
-        good = self._good()
+        good = self._good_leaves()
         listed = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else bad[0]
         message = f"{listed} of a checkpoint about to be written to {path} is not finite"
         self._note(Fault("poisoned_checkpoint", "state", bad[0], None, message), *(("rewrite",) if good else ()))
         return checkpoint if self._observe or good is None else mended(checkpoint, self._learner, good)
 
-    def _good(self) -> dict[StateKey, Any] | None:
+    def _put(self, snapshot: Snapshot) -> None:
+        # When a graph under way is used, its tensors are as they were: their versions must not tell of this.
+        with ExitStack() as versions:
+            for _, leaf in self._learner.weights():
+                versions.enter_context(_unsafe_preserve_version_counter(local(leaf)))
+            restore(self._learner, snapshot, keep=_has_key)
+
+    def _good_leaves(self) -> Mapping[StateKey, Any] | None:
         live = dict(self._learner.leaves())
         if self._finite.corrupt(live.items()) is None:
             return live
         kept = [*self._ring.certified[:1], *([] if self._ring.pending is None else [self._ring.pending])]
-        if self._put_together is not None:
-            kept.insert(0, self._put_together)
+        if self._whole is not None:
+            kept.insert(0, self._whole)
         kept = [one for one in kept if not one.shared()]
         for one in kept:
             one.wait()
         return next((one.leaves for one in kept if self._finite.corrupt(one.leaves.items()) is None), None)
 
 
-def _state(path: StateKey) -> bool:
-    # All that has a path; the GradScaler has none, and its scale is not to fall on account of a save.
+def _has_key(key: StateKey) -> bool:
+    # Everything but the GradScaler, which has no key: its scale must not fall because of a save.
     return True

@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace) -> int:
     """Print what is found; 1 where a finding is more likely than not."""
     from lightning_nanguard.trainer.offline_check import check_config
-    from lightning_nanguard.trainer.private.offline import silent
+    from lightning_nanguard.trainer.private.messages import without_messages
 
     model, data = (None if name is None else load(name) for name in (chosen.model, chosen.data))
-    with silent():
+    with without_messages():
         report = check_config(chosen.config, model, data, gradients=chosen.gradients, overfit=chosen.overfit)
     for finding in report.findings:
         print(describe_finding(finding, confidence=True))

@@ -30,7 +30,7 @@ def run(chosen: argparse.Namespace) -> int:
     """Print the incident, then what came of its replay; 1 where neither a bad number nor its cause came back."""
     from lightning_nanguard.diagnosis.bundle import describe, read, versions
     from lightning_nanguard.trainer.offline_replay import replay_bundle
-    from lightning_nanguard.trainer.private.offline import silent
+    from lightning_nanguard.trainer.private.messages import without_messages
 
     bundle = read(chosen.bundle)
     print(describe(bundle))
@@ -38,7 +38,7 @@ def run(chosen: argparse.Namespace) -> int:
     if other:
         print(f"versions then: {', '.join(f'{name} {was}' for name, was in other.items())}")
     build = load(chosen.module or bundle.module)
-    with silent():
+    with without_messages():
         replayed = replay_bundle(bundle, build(**(bundle.hparams if chosen.args is None else chosen.args)))
     _show(replayed)
     found = replayed.finding

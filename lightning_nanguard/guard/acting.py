@@ -8,7 +8,7 @@ from typing import Protocol, final
 from torch import Tensor
 
 from lightning_nanguard.act.base import Remedy
-from lightning_nanguard.act.skip import StepBlocker
+from lightning_nanguard.act.skip import StepSkipper
 from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.guard.context import GuardContext
@@ -52,7 +52,7 @@ class Acting:
         actions: What remedies may do.
         remedies: Who carries out which kind of step.
         recovery: Gives back.
-        blocker: Keeps updates from the weights.
+        skipper: Keeps updates from the weights.
         plausibility: Knows whether statistics were spoiled.
         readback: Is told of undone updates.
     """
@@ -66,7 +66,7 @@ class Acting:
         actions: RemedyActions,
         remedies: Mapping[type[PlanStep], Remedy],
         recovery: Recovery,
-        blocker: StepBlocker,
+        skipper: StepSkipper,
         plausibility: PlausibilityCheck,
         readback: Readback,
     ) -> None:
@@ -74,13 +74,13 @@ class Acting:
         self._actions = actions
         self._remedies = remedies
         self._recovery = recovery
-        self._blocker = blocker
+        self._skipper = skipper
         self._plausibility = plausibility
         self._readback = readback
 
     def block(self, optimizer_index: int) -> None:
         """Keep the update that an optimizer is about to make from the weights."""
-        self._blocker.block(optimizer_index)
+        self._skipper.skip(optimizer_index)
 
     def undo(self, found: FoundFault) -> Mapping[str, Tensor]:
         """Undo what a faulty batch changed."""

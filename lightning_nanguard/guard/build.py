@@ -13,8 +13,8 @@ from lightning_nanguard.act.clip_gradients import ClipGradients
 from lightning_nanguard.act.defaults import default_remedies, executors
 from lightning_nanguard.act.learning_rate import LearningRate
 from lightning_nanguard.act.reduce_lr import ReduceLR
-from lightning_nanguard.act.skip import StepBlocker
-from lightning_nanguard.checkpoints.saving import Saving
+from lightning_nanguard.act.skip import StepSkipper
+from lightning_nanguard.checkpoints.saving import SaveGuard
 from lightning_nanguard.decide.budget import Budget
 from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.detect.base import Detector
@@ -73,14 +73,14 @@ def build_guard(
     limits = context.thresholds.snapshots.plausibility
     plausibility = PlausibilityCheck(context.learner, context.ring, investigator.is_worse, limits)
     snapshots = _snapshots(context, plausibility)
-    meter = Meter(context.learner, loop.micro_batches, several=not context.replay.comparable())
-    blocker = StepBlocker(context.learner)
-    caution = Caution(context, blocker)
-    readback = _readback(context, meter, caution, blocker, snapshots)
+    meter = Meter(context.learner, loop.micro_batches, many_losses=not context.replay.comparable())
+    skipper = StepSkipper(context.learner)
+    caution = Caution(context, skipper)
+    readback = _readback(context, meter, caution, skipper, snapshots)
     conduct: Conduct = Observing(context)
     if not context.settings.observe:
-        actions = RemedyActions(context, recovery, rehearsal, blocker, snapshots, readback)
-        conduct = Acting(context, actions, carried_out_by, recovery, blocker, plausibility, readback)
+        actions = RemedyActions(context, recovery, rehearsal, skipper, snapshots, readback)
+        conduct = Acting(context, actions, carried_out_by, recovery, skipper, plausibility, readback)
     interventions = Interventions(context, loop, policy, investigator, recorder, conduct, carried_out_by)
     return Guard(
         GuardParts(
@@ -89,7 +89,7 @@ def build_guard(
             meter=meter,
             readback=readback,
             caution=caution,
-            blocker=blocker,
+            skipper=skipper,
             snapshots=snapshots,
             plausibility=plausibility,
             certification=Certification(context, loop, investigator, snapshots),
@@ -104,9 +104,9 @@ def build_guard(
     )
 
 
-def _saving(context: GuardContext, recorder: InterventionRecorder) -> Saving:
+def _saving(context: GuardContext, recorder: InterventionRecorder) -> SaveGuard:
     observe = context.settings.observe
-    return Saving(
+    return SaveGuard(
         context.learner, context.ring, context.finite, recorder.note, observe=observe, ranks=context.ranks
     )  # fmt: skip
 
@@ -171,12 +171,12 @@ def guard_for(
 
 
 def _readback(
-    context: GuardContext, meter: Meter, caution: Caution, blocker: StepBlocker, snapshots: SnapshotManager
+    context: GuardContext, meter: Meter, caution: Caution, skipper: StepSkipper, snapshots: SnapshotManager
 ) -> Readback:
     # By the loss only where there is one process: among ranks losses differ.
     readings = DeferredReadings(context.learner, by_loss=not context.many, observe=context.settings.observe)
     if context.many:
-        return RankReadback(context, meter, readings, caution, blocker, snapshots)
+        return RankReadback(context, meter, readings, caution, skipper, snapshots)
     if context.settings.deferred:
         return DeferredReadback(meter, context.state, readings, caution)
     return StepReadback(meter, context.state)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, final
 
-from lightning_nanguard.act.skip import StepBlocker
+from lightning_nanguard.act.skip import StepSkipper
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 
@@ -22,13 +22,13 @@ class Caution:
 
     Args:
         context: What the parts of the guard share.
-        blocker: Knows which optimizers cannot skip on the device.
+        skipper: Knows which optimizers cannot skip on the device.
     """
 
-    def __init__(self, context: GuardContext, blocker: StepBlocker) -> None:
+    def __init__(self, context: GuardContext, skipper: StepSkipper) -> None:
         self._context = context
         self._limits = context.thresholds.decision.late
-        self._blocker = blocker
+        self._skipper = skipper
         self._never_late = not context.settings.deferred
         self._undone = 0
         self._careful_until = 0
@@ -37,7 +37,7 @@ class Caution:
         """Whether the next update of an optimizer may be read after it is made."""
         if self._never_late or self._context.state.step < self._careful_until:
             return False
-        return self._context.settings.observe or not self._blocker.cannot_skip(optimizer_index)
+        return self._context.settings.observe or not self._skipper.device_cannot_skip(optimizer_index)
 
     def update_undone(self, found: FoundFault, *, statistics: bool) -> None:
         """A restore has undone an update; see :class:`~lightning_nanguard.guard.readback.Readback`."""

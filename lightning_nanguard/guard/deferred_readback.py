@@ -110,16 +110,16 @@ class DeferredReadback:
         """The reading of this update where it is read in time."""
         step, self.at_hand = self._state.step, None
         if self._late:
-            pending = self._meter.measure(step, optimizer_index)
+            pending = self._meter.measure_later(step, optimizer_index)
             self._meter.losses = []
             if pending is not None:
                 self._readings.defer(pending, undo)
             return None
-        self.at_hand = self._meter.take(step, optimizer_index)
+        self.at_hand = self._meter.measure_now(step, optimizer_index)
         self._meter.losses = []
         if self.at_hand is None:
             return None
-        return Arrived(self.at_hand, undo, line_search=self._meter.tries(optimizer_index))
+        return Arrived(self.at_hand, undo, line_search=self._meter.is_line_search(optimizer_index))
 
     def arrived(self, optimizer_index: int) -> Iterator[Arrived]:
         """Readings that have arrived meanwhile."""
@@ -127,7 +127,7 @@ class DeferredReadback:
 
     def _arrived_by(self, optimizer_index: int, step: int) -> Iterator[Arrived]:
         while (late := self._readings.arrived(step)) is not None:
-            yield self._read(*late, line_search=self._meter.tries(optimizer_index))
+            yield self._read(*late, line_search=self._meter.is_line_search(optimizer_index))
 
     def _read(self, pending: PendingReading, undo: BatchUndo, *, line_search: bool = False) -> Arrived:
         reading = pending.read()

@@ -14,8 +14,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lightning_nanguard.act.skip import StepBlocker, unscales_itself
-from lightning_nanguard.checkpoints.saving import Saving
+from lightning_nanguard.act.skip import StepSkipper, unscales_itself
+from lightning_nanguard.checkpoints.saving import SaveGuard
 from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.distributed.ranks import first_over_ranks
@@ -50,7 +50,7 @@ class GuardParts:
         meter: Measures loss and gradient norm.
         readback: How readings arrive.
         caution: When an update is read before it is made although readings are deferred.
-        blocker: Keeps updates from the weights.
+        skipper: Keeps updates from the weights.
         snapshots: Takes snapshots and looks at them.
         plausibility: Finds what is finite and far out of range.
         certification: When a state counts as good.
@@ -68,7 +68,7 @@ class GuardParts:
     meter: Meter
     readback: Readback
     caution: Caution
-    blocker: StepBlocker
+    skipper: StepSkipper
     snapshots: SnapshotManager
     plausibility: PlausibilityCheck
     certification: Certification
@@ -77,7 +77,7 @@ class GuardParts:
     conduct: Conduct
     recovery: Recovery
     recorder: InterventionRecorder
-    saving: Saving
+    saving: SaveGuard
     undos: deque[BatchUndo]
 
 
@@ -122,7 +122,7 @@ class Guard:
                 "was initialised, or at the checkpoint it came from, and start again."
             )
         context.finite.begin(context.learner)
-        context.rate.attach(self._parts.blocker.hold_back)
+        context.rate.attach(self._parts.skipper.remove_gradients)
         self._parts.certification.start()
 
     def open_batch(self) -> None:
@@ -131,7 +131,7 @@ class Guard:
             self._open = True
             self._undos.rotate(1)
             self._undos[0].open()
-            self._parts.blocker.open()
+            self._parts.skipper.open()
 
     def see_loss(self, loss: Tensor) -> None:
         """Take the loss of one backward pass, as it is given to it."""
@@ -152,7 +152,7 @@ class Guard:
         if self._judge.weights_are_bad():
             # The weights are bad already: nothing that comes of them is measured, or reaches them.
             self._parts.meter.losses = []
-            self._parts.blocker.block(optimizer_index)
+            self._parts.skipper.skip(optimizer_index)
             return
         arrived = self._readback.submit(optimizer_index, self._undos[0])
         if arrived is not None:
@@ -192,7 +192,7 @@ class Guard:
             self._open = self._updated = False
             self._judge.readings = []
             self._parts.meter.end_batch()
-            self._parts.blocker.blocked.clear()
+            self._parts.skipper.skipped.clear()
         return not found
 
     def report(self, fault: Fault) -> None:
@@ -258,7 +258,7 @@ class Guard:
         if not self._open and not self.swapped:
             self.check()
         else:
-            self._parts.saving.put_together()
+            self._parts.saving.prepare()
 
     def after_save(self) -> None:
         """It has been written."""
@@ -274,7 +274,7 @@ class Guard:
             path: Where to, for the record.
             checked: Whether :meth:`before_save` has just been called.
         """
-        return self._parts.saving.mend(checkpoint, path, told=checked and not self._open and not self.swapped)
+        return self._parts.saving.mend(checkpoint, path, recorded=checked and not self._open and not self.swapped)
 
     def want_snapshot(self) -> None:
         """Take a snapshot at the end of this batch, or of the next one that is healthy."""
@@ -312,10 +312,10 @@ class Guard:
         scale = meter.loss_scale() if unscales_itself(optimizer) else None
         if context.ranks.sharded:
             # The only collective waited for in an update without a fault, and only while sharded gradients are clipped.
-            norm = math.hypot(*context.ranks.gather(meter.norm(optimizer_index)))
+            norm = math.hypot(*context.ranks.gather(meter.gradient_norm(optimizer_index)))
         elif scale is not None:
             norm = None  # what was read is that of unscaled gradients
-        if optimizer_index not in self._parts.blocker.blocked and not context.settings.observe:
+        if optimizer_index not in self._parts.skipper.skipped and not context.settings.observe:
             known = None if norm is None else torch.tensor(norm)
             context.clipper.clip(context.learner.gradients(optimizer_index), scale, known)
 

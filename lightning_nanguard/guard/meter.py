@@ -1,4 +1,4 @@
-"""Readings of the updates at hand: losses and gradients of the learner, measured without waiting for the device."""
+"""The losses and gradients of the update at hand, measured without waiting for the device."""
 
 from __future__ import annotations
 
@@ -10,84 +10,75 @@ from typing import final
 from torch import Tensor
 
 from lightning_nanguard.act.skip import unscales_itself
-from lightning_nanguard.measure.finite import suspects
+from lightning_nanguard.measure.finite import non_finite_indices
 from lightning_nanguard.measure.norms import exact_norm, partial_norms, total_norm
-from lightning_nanguard.measure.readings import PendingReading, pend
-from lightning_nanguard.measure.tensors import is_at_hand, plain
+from lightning_nanguard.measure.readings import PendingReading, pending_reading
+from lightning_nanguard.measure.tensors import dense_gradients, is_on_host
 from lightning_nanguard.state.learner import Learner
+from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 from lightning_nanguard.types import Reading
 
 
 @final
 class Meter:
-    """Measures what is about to step.
+    """Measures loss and gradient of the update that is about to be made.
 
     Args:
         learner: What is trained.
-        micro_batches: By how many micro-batches the loss is divided.
-        several: Whether an update may have several losses even so, as under manual optimization.
+        micro_batches: Gives the number of micro-batches by which a loss is divided.
+        many_losses: Whether an update may have several losses even where that number is 1, as under manual
+            optimization.
+        thresholds: How gradient norms are measured.
     """
 
-    def __init__(self, learner: Learner, micro_batches: Callable[[], int], *, several: bool = False) -> None:
+    def __init__(
+        self,
+        learner: Learner,
+        micro_batches: Callable[[], int],
+        *,
+        many_losses: bool = False,
+        thresholds: MeasurementThresholds | None = None,
+    ) -> None:
         self._learner = learner
         self._micro_batches = micro_batches
-        self._several = several
-        self._measured: dict[int, int] = {}
-        self._among = 1
+        self._many_losses = many_losses
+        self._thresholds = MeasurementThresholds() if thresholds is None else thresholds
+        # How often each optimizer that runs its closure several times in a step was measured in this batch.
+        self._closures: dict[int, int] = {}
+        self._divided_by = 1
         self.losses: list[Tensor] = []
 
     def see_loss(self, loss: Tensor) -> None:
         """Take the loss of one backward, as it is given to it."""
-        self._among = self._micro_batches()
+        self._divided_by = self._micro_batches()
         loss = loss.detach()
         # A captured graph writes the next loss to the same place.
-        self.losses.append(loss.clone() if self._several or self._among > 1 else loss)
+        self.losses.append(loss.clone() if self._many_losses or self._divided_by > 1 else loss)
 
-    def measure(self, step: int, optimizer_index: int) -> PendingReading | None:
-        """Loss and gradient of update ``step``, on their way; ``None`` where there is neither."""
-        return self._pend(step, optimizer_index, self._launch(optimizer_index))
+    def measure_later(self, step: int, optimizer_index: int) -> PendingReading | None:
+        """Loss and gradient of update ``step``, still on the device; ``None`` where there is neither."""
+        return self._pending(step, optimizer_index, self._partial_norms(optimizer_index))
 
-    def take(self, step: int, optimizer_index: int) -> Reading | None:
-        """Loss and gradient of update ``step``, waited for; ``None`` where there is neither."""
-        norms, losses = self._launch(optimizer_index), self.losses
-        # The short way, where the numbers are at hand and fine: most updates on a CPU go by it.
-        if losses and norms and self._learner.scaler is None and all(map(is_at_hand, (*losses, *norms))):
-            norm, loss = math.hypot(*map(float, norms)), sum(map(float, losses)) * self._among / len(losses)
+    def measure_now(self, step: int, optimizer_index: int) -> Reading | None:
+        """Loss and gradient of update ``step``; waits for the device. ``None`` where there is neither."""
+        norms, losses = self._partial_norms(optimizer_index), self.losses
+        # The short way for finite numbers on the host: most updates on a CPU take it.
+        if losses and norms and self._learner.scaler is None and all(map(is_on_host, (*losses, *norms))):
+            norm, loss = math.hypot(*map(float, norms)), sum(map(float, losses)) * self._divided_by / len(losses)
             if math.isfinite(norm) and math.isfinite(loss):
                 return Reading(step, optimizer_index, loss, norm)
-        pending = self._pend(step, optimizer_index, norms)
-        return None if pending is None else pending.read(partial(self._confirm, optimizer_index))
+        pending = self._pending(step, optimizer_index, norms)
+        return None if pending is None else pending.read(partial(self._exact_norm, optimizer_index))
 
-    def _launch(self, optimizer_index: int) -> list[Tensor]:
-        if optimizer_index in self._learner.quasi_newton:
-            self._measured[optimizer_index] = self._measured.get(optimizer_index, 0) + 1
-        return partial_norms(self._gradients(optimizer_index))
-
-    def _pend(self, step: int, optimizer_index: int, norms: list[Tensor]) -> PendingReading | None:
-        scale = self.loss_scale()
-        return pend(
-            step=step,
-            optimizer_index=optimizer_index,
-            losses=self.losses,
-            loss_factor=self._among / len(self.losses) if self.losses else 1.0,
-            norms=norms,
-            loss_scale=scale,
-            gradients_scaled=scale is not None and unscales_itself(self._learner.optimizers[optimizer_index]),
-        )
-
-    def _confirm(self, optimizer_index: int) -> float | None:
-        values = self._gradients(optimizer_index)
-        return None if suspects(values) else exact_norm(values)
-
-    def norm(self, optimizer_index: int) -> float:
+    def gradient_norm(self, optimizer_index: int) -> float:
         """Norm of the gradients at hand, in this process."""
         values = self._gradients(optimizer_index)
-        return float(total_norm(partial_norms(values))) if values else 0.0
+        return float(total_norm(partial_norms(values, self._thresholds))) if values else 0.0
 
-    def bad_gradient(self, optimizer_index: int) -> str | None:
+    def first_bad_gradient(self, optimizer_index: int) -> str | None:
         """The first gradient at hand that is not finite, in words."""
         named = self._learner.named_gradients(optimizer_index)
-        bad = suspects(plain([gradient for _, gradient in named]))
+        bad = non_finite_indices(dense_gradients([gradient for _, gradient in named]))
         return f"gradient of {named[bad[0]][0]}" if bad else None
 
     def loss_scale(self) -> Tensor | None:
@@ -95,13 +86,34 @@ class Meter:
         # The tensor itself: get_scale() reads from the device.
         return None if self._learner.scaler is None else getattr(self._learner.scaler, "_scale", None)
 
-    def tries(self, optimizer_index: int) -> bool:
-        """Whether what was measured last is of a further closure of the same step, which only tries a place out."""
-        return self._measured.get(optimizer_index, 1) > 1
+    def is_line_search(self, optimizer_index: int) -> bool:
+        """Whether what was measured last is of a further closure of one step (LBFGS), which only searches its line."""
+        return self._closures.get(optimizer_index, 1) > 1
 
     def end_batch(self) -> None:
-        """Closures are counted anew."""
-        self._measured.clear()
+        """Count closures anew: the batch is over."""
+        self._closures.clear()
+
+    def _partial_norms(self, optimizer_index: int) -> list[Tensor]:
+        if optimizer_index in self._learner.quasi_newton:
+            self._closures[optimizer_index] = self._closures.get(optimizer_index, 0) + 1
+        return partial_norms(self._gradients(optimizer_index), self._thresholds)
+
+    def _pending(self, step: int, optimizer_index: int, norms: list[Tensor]) -> PendingReading | None:
+        scale = self.loss_scale()
+        return pending_reading(
+            step=step,
+            optimizer_index=optimizer_index,
+            losses=self.losses,
+            loss_factor=self._divided_by / len(self.losses) if self.losses else 1.0,
+            norms=norms,
+            loss_scale=scale,
+            gradients_scaled=scale is not None and unscales_itself(self._learner.optimizers[optimizer_index]),
+        )
+
+    def _exact_norm(self, optimizer_index: int) -> float | None:
+        values = self._gradients(optimizer_index)
+        return None if non_finite_indices(values) else exact_norm(values)
 
     def _gradients(self, optimizer_index: int) -> list[Tensor]:
-        return plain(self._learner.gradients(optimizer_index))
+        return dense_gradients(self._learner.gradients(optimizer_index))

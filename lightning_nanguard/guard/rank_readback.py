@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, NamedTuple, final
 
-from lightning_nanguard.act.skip import StepBlocker
+from lightning_nanguard.act.skip import StepSkipper
 from lightning_nanguard.distributed.ranks import PendingReports
 from lightning_nanguard.distributed.report import Report, combined_reading, outlier_ranks
 from lightning_nanguard.guard.caution import Caution
@@ -60,7 +60,7 @@ class RankReadback:
         meter: Measures.
         readings: Readings of this rank that are on their way from the device.
         caution: Says which updates are read before they are made.
-        blocker: Keeps an update that looks bad from the weights of this rank.
+        skipper: Keeps an update that looks bad from the weights of this rank.
         snapshots: Tells and hears of snapshots.
     """
 
@@ -70,14 +70,14 @@ class RankReadback:
         meter: Meter,
         readings: DeferredReadings,
         caution: Caution,
-        blocker: StepBlocker,
+        skipper: StepSkipper,
         snapshots: SnapshotManager,
     ) -> None:
         self._context = context
         self._meter = meter
         self._readings = readings
         self._caution = caution
-        self._blocker = blocker
+        self._skipper = skipper
         self._snapshots = snapshots
         self._sent: deque[Sent] = deque()
         self._late = False
@@ -97,13 +97,13 @@ class RankReadback:
     def submit(self, optimizer_index: int, undo: BatchUndo) -> Arrived | None:
         """Tell of this update; gives its reading only where it looks bad to all ranks."""
         context, step = self._context, self._context.state.step
-        measured = (self._meter.measure if self._late else self._meter.take)(step, optimizer_index)
+        measured = (self._meter.measure_later if self._late else self._meter.measure_now)(step, optimizer_index)
         self._meter.losses = []
         if isinstance(measured, PendingReading):
             self._readings.defer(measured, undo)
             self._tell_queued(1)
             return None
-        line_search = self._meter.tries(optimizer_index)
+        line_search = self._meter.is_line_search(optimizer_index)
         self._tell_queued(0)
         reading = Reading(step, optimizer_index, None, None) if measured is None else measured
         suspects = self._suspects(reading)
@@ -111,7 +111,7 @@ class RankReadback:
         if suspects and sent.suspected_by_all():
             return self._hear(sent, late=False)
         if suspects and not _gradient_finite(reading) and not context.settings.observe:
-            self._blocker.block(optimizer_index)  # others do not: they hear of it later, and all go back
+            self._skipper.skip(optimizer_index)  # others do not: they hear of it later, and all go back
         self._sent.append(sent)
         return None
 

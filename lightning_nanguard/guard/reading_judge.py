@@ -95,7 +95,7 @@ class ReadingJudge:
                 self._accept(reading)
             return
         if fault.place == "gradient" and not reading.finite and not arrived.late:
-            named = self._meter.bad_gradient(reading.optimizer_index)
+            named = self._meter.first_bad_gradient(reading.optimizer_index)
             fault = replace(fault, place=first_over_ranks(self._context.ranks, named)[0] or fault.place)
         reached = arrived.reached and fault.scope == "batch"
         found = FoundFault(fault, reading, arrived.undo, reached, arrived.late, arrived.ranks())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, final
 
-from lightning_nanguard.act.skip import StepBlocker
+from lightning_nanguard.act.skip import StepSkipper
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.readback import Readback
@@ -23,7 +23,7 @@ class RemedyActions:
         context: What the parts of the guard share.
         recovery: Cuts the rate and clips.
         rehearsal: Tries rates.
-        blocker: Keeps updates from the weights.
+        skipper: Keeps updates from the weights.
         snapshots: Is told of a restore.
         readback: Is told of a restore.
     """
@@ -33,14 +33,14 @@ class RemedyActions:
         context: GuardContext,
         recovery: Recovery,
         rehearsal: Rehearsal,
-        blocker: StepBlocker,
+        skipper: StepSkipper,
         snapshots: SnapshotManager,
         readback: Readback,
     ) -> None:
         self._context = context
         self._recovery = recovery
         self._rehearsal = rehearsal
-        self._blocker = blocker
+        self._skipper = skipper
         self._snapshots = snapshots
         self._readback = readback
         self._found: FoundFault | None = None
@@ -60,7 +60,7 @@ class RemedyActions:
         if found.undo is not None:
             # What the device held back it has undone already, and later batches have built on it.
             found.undo.undo(buffers=not found.late or found.reached)
-            self._blocker.undo()
+            self._skipper.undo()
 
     def skip(self) -> None:
         """Undo what the batch of the present fault changed."""
@@ -108,7 +108,7 @@ class RemedyActions:
         restored = self._context.state.restored
         if restored is None:
             return None
-        self._blocker.blocked.clear()  # the faulty update is over, and rehearsed ones must be made
+        self._skipper.skipped.clear()  # the faulty update is over, and rehearsed ones must be made
         loss = self._rehearsal.loss_after(restored, factor, updates)
         return None if loss is None else loss / self._context.monitors.loss_unit()
 

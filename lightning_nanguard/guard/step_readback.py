@@ -37,11 +37,11 @@ class StepReadback:
 
     def submit(self, optimizer_index: int, undo: BatchUndo) -> Arrived | None:
         """The reading of this update."""
-        self.at_hand = self._meter.take(self._state.step, optimizer_index)
+        self.at_hand = self._meter.measure_now(self._state.step, optimizer_index)
         self._meter.losses = []
         if self.at_hand is None:
             return None
-        return Arrived(self.at_hand, undo, line_search=self._meter.tries(optimizer_index))
+        return Arrived(self.at_hand, undo, line_search=self._meter.is_line_search(optimizer_index))
 
     def arrived(self, optimizer_index: int) -> Iterator[Arrived]:
         """None: all have been judged."""

@@ -1,1 +1,1 @@
-"""From gradients and losses to one small reading, without waiting for the device."""
+"""From losses, gradients and batches to a few numbers: norms, readings, and what is not finite."""

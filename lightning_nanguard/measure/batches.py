@@ -1,4 +1,4 @@
-"""Tensors in nested batches."""
+"""The tensors in a batch of nested mappings and sequences."""
 
 from __future__ import annotations
 

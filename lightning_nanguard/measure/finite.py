@@ -1,4 +1,4 @@
-"""Which tensors hold a non-finite element."""
+"""Whether tensors and batches are finite."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from lightning_nanguard.measure.tensors import WIDER, dense_values
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether every element is finite. Reads from the device."""
-    return not suspects([tensor])
+    return not non_finite_indices([tensor])
 
 
-def suspects(tensors: Sequence[Tensor]) -> list[int]:
-    """Indices of the tensors that hold a non-finite element; one read for each device, one more for each suspect."""
+def non_finite_indices(tensors: Sequence[Tensor]) -> list[int]:
+    """Indices of the tensors that hold a non-finite element; one read for each device, some more where there are any.
+
+    Tensors of integers, and empty ones, hold none.
+    """
     groups: dict[torch.device, list[int]] = {}
     for index, tensor in enumerate(tensors):
         if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() > 0:
@@ -30,13 +33,13 @@ def suspects(tensors: Sequence[Tensor]) -> list[int]:
         values = [dense_values(tensors[index]) for index in indices]
         # A finite norm proves every element finite in one cheap pass.
         if not math.isfinite(float(total_norm(partial_norms(values)))):
-            bad += _among(indices, values)
+            bad += _non_finite_among(indices, values)
     return sorted(bad)
 
 
-def _among(indices: Sequence[int], values: Sequence[Tensor]) -> list[int]:
+def _non_finite_among(indices: Sequence[int], values: Sequence[Tensor]) -> list[int]:
     sums = torch.stack([value.sum(dtype=WIDER.get(value.dtype)).to(torch.float32) for value in values]).tolist()
-    # An infinite one may be an overflow of the sum alone: look at every element.
+    # The sum alone may have overflowed: look at every element then.
     return [
         index
         for index, value, total in zip(indices, values, sums, strict=True)

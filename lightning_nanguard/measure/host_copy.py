@@ -1,4 +1,4 @@
-"""A few numbers on their way from the device to the host."""
+"""Copies from the device to the host that nobody waits for until they are read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @final
 class HostCopy:
-    """A few numbers on their way to the host, sent without waiting for the device.
+    """Brings a few numbers to the host without waiting for the device until they are read.
 
     Args:
         numbers: One-dimensional, on any device.
@@ -26,7 +26,7 @@ class HostCopy:
             self._done.record(torch.cuda.current_stream(numbers.device))
 
     def arrived(self) -> bool:
-        """Whether reading it would not wait for the device."""
+        """Whether :meth:`read` would not wait for the device."""
         return self._done is None or bool(self._done.query())
 
     def read(self) -> list[float]:

@@ -1,4 +1,4 @@
-"""Norms of many tensors in one pass."""
+"""Norms of tensors: fast ones for every update, exact ones for gradients that overflow, safe ones for metrics."""
 
 from __future__ import annotations
 
@@ -9,46 +9,41 @@ from operator import attrgetter, methodcaller
 import torch
 from torch import Tensor
 
-from lightning_nanguard.measure.tensors import WIDER, dense_values, is_at_hand, local, moved_to
-
-_NUMEL = methodcaller("numel")
-
-
-_DTYPE = attrgetter("dtype")
-
+from lightning_nanguard.measure.tensors import WIDER, dense_values, is_on_host, local, moved_to
+from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 
 _UP_TO_FLOAT = {torch.float16, torch.bfloat16, torch.float32}
 
+_DEFAULTS = MeasurementThresholds()
 
-# On the CPU, from so many tensors on, one of up to so many elements is cheaper to copy behind the others than to be
-# read by itself; so many are copied at once.
-_MANY = 100
-
-
-_SMALL = 4096
+# Applied with `map`: a loop in Python costs more than the norms on a model of many small parameters.
+_numel = methodcaller("numel")
+_dtype = attrgetter("dtype")
 
 
-_AT_ONCE = 1024
-
-
-def partial_norms(values: list[Tensor]) -> list[Tensor]:
+def partial_norms(values: list[Tensor], thresholds: MeasurementThresholds = _DEFAULTS) -> list[Tensor]:
     """2-norms, 0-dim, whose own 2-norm is that over all tensors; fewer than there are tensors where these are small.
 
     Finite results prove every element finite; the inverse does not hold, since squares overflow.
+
+    Args:
+        values: Dense tensors.
+        thresholds: Which tensors are joined before their norm is taken.
     """
     norms: list[Tensor] = []
-    if len(values) >= _MANY and all(map(is_at_hand, values)):
-        sizes = list(map(_NUMEL, values))
-        small = [value for value, size in zip(values, sizes, strict=True) if size <= _SMALL]
-        values = [value for value, size in zip(values, sizes, strict=True) if size > _SMALL]
+    if len(values) >= thresholds.fewest_tensors_joined and all(map(is_on_host, values)):
+        sizes, largest = list(map(_numel, values)), thresholds.largest_tensor_joined
+        small = [value for value, size in zip(values, sizes, strict=True) if size <= largest]
+        values = [value for value, size in zip(values, sizes, strict=True) if size > largest]
+        step = thresholds.tensors_per_join
         norms = [
-            _norm(torch._C._nn.flatten_dense_tensors(small[start : start + _AT_ONCE]))
-            for start in range(0, len(small), _AT_ONCE)
+            _norm(torch._C._nn.flatten_dense_tensors(small[start : start + step]))
+            for start in range(0, len(small), step)
         ]
     if len(values) == 1:
         norms.append(_norm(values[0]))
     elif values:
-        dtypes = set(map(_DTYPE, values))
+        dtypes = set(map(_dtype, values))
         if len(dtypes) == 1 and dtypes.isdisjoint(WIDER):
             norms += torch._foreach_norm(values)
         elif dtypes <= _UP_TO_FLOAT:
@@ -57,11 +52,6 @@ def partial_norms(values: list[Tensor]) -> list[Tensor]:
         else:
             norms += map(_norm, values)
     return norms
-
-
-def each_norm(values: list[Tensor], order: float = 2.0) -> list[Tensor]:
-    """A norm of each of several dense tensors of one kind, none of them empty; 0-dim."""
-    return list(torch._foreach_norm(values, order, WIDER.get(values[0].dtype))) if values else []
 
 
 def total_norm(norms: Sequence[Tensor]) -> Tensor:
@@ -75,28 +65,68 @@ def total_norm(norms: Sequence[Tensor]) -> Tensor:
     return first.detach()  # gradients that keep their graph have a norm that does
 
 
-def _norm(values: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=WIDER.get(values.dtype))
-    return norm
+def each_norm(values: list[Tensor], order: float = 2.0) -> list[Tensor]:
+    """A norm of each of several dense tensors of one device and dtype, none of them empty; 0-dim."""
+    return list(torch._foreach_norm(values, order, WIDER.get(values[0].dtype))) if values else []
 
 
 def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[float]:
-    """A norm of each tensor, 0.0 of an empty one; one read for each device and kind of number."""
+    """A norm of each tensor, 0.0 of an empty one; one read for each device and dtype."""
     found = [0.0] * len(tensors)
+    # Complex numbers stay whole here: the largest element is that of the largest magnitude.
     dense = [dense_values(tensor) if tensor.is_sparse else local(tensor).detach() for tensor in tensors]
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, tensor in enumerate(dense):
-        if tensor.numel():
-            groups.setdefault((tensor.device, tensor.dtype), []).append(index)
-    for (_, dtype), indices in groups.items():
-        values = [dense[index] for index in indices]
-        numbers = torch.stack(torch._foreach_norm(values, order, WIDER.get(dtype))).tolist()
+    for index, values in enumerate(dense):
+        if values.numel():
+            groups.setdefault((values.device, values.dtype), []).append(index)
+    for indices in groups.values():
+        numbers = torch.stack(each_norm([dense[index] for index in indices], order)).tolist()
         for index, number in zip(indices, numbers, strict=True):
             found[index] = number
     return found
 
 
-def exact_norm(values: Sequence[Tensor]) -> float:
+def float64_norm(tensor: Tensor) -> float:
+    """2-norm of one tensor, summed up in float64. Reads from the device."""
+    return float(_norm(dense_values(tensor), torch.float64))
+
+
+def exact_norm(tensors: Sequence[Tensor]) -> float:
     """2-norm in float64, for the rare gradient whose squares overflow its own precision. Reads from the device."""
-    dense = map(dense_values, values)
-    return math.sqrt(sum(float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2 for value in dense))
+    return math.sqrt(sum(float64_norm(tensor) ** 2 for tensor in tensors))
+
+
+def safe_norm(values: Tensor) -> Tensor:
+    """2-norm of a dense tensor that is finite exactly when its elements are; 0-dim, waits for no device.
+
+    A norm past the largest number of the result's dtype counts as that number.
+    """
+    if values.dtype != torch.float64 and values.device.type != "mps":
+        # The squares of every narrower type fit into float64.
+        return _norm(values, torch.float64)
+    wide = values if values.dtype == torch.float64 else values.float()
+    largest = torch.linalg.vector_norm(wide, torch.inf)
+    norm = largest * torch.linalg.vector_norm(wide / torch.where(largest > 0, largest, 1.0))
+    return clamped(norm, largest.isfinite(), wide.dtype)
+
+
+def safe_total_norm(norms: Sequence[Tensor], device: torch.device) -> Tensor:
+    """2-norm of norms from :func:`safe_norm`, in float32 on ``device``; finite exactly when all of them are."""
+    parts = torch.stack([norm.to(device, widest_dtype(device)) for norm in norms])
+    return clamped(safe_norm(parts), parts.isfinite().all())
+
+
+def clamped(norm: Tensor, finite: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``norm`` in ``dtype``; where it is too large for that though ``finite``, the largest number of ``dtype``."""
+    largest = torch.finfo(dtype).max
+    return torch.where(finite, norm.clamp(max=largest), norm).to(dtype)
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating type that a device can compute with."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _norm(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=dtype or WIDER.get(values.dtype))
+    return norm

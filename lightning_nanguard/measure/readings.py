@@ -1,4 +1,4 @@
-"""Loss and gradient norm of one update, on the device or on their way to the host."""
+"""Loss and gradient norm of one update as one small device tensor, read at once or up to two updates later."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lightning_nanguard.types import Reading
 @final
 @dataclass(slots=True)
 class PendingReading:
-    """One update's loss and gradient norm, on the device or on their way to the host.
+    """One update's loss and gradient norm, not yet read; :meth:`read` makes a reading of them.
 
     Attributes:
-        step: The guard's clock.
+        step: Number of the update.
         optimizer_index: Index of the optimizer.
         loss: Sum of the losses as they were given to ``backward``, 0-dim; ``None`` without one.
         norms: Partial gradient norms, 0-dim, from :func:`partial_norms`; none without a gradient.
         loss_scale: A GradScaler's scale; ``None`` without one.
         loss_factor: What undoes the division of the loss by the number of micro-batches.
         gradients_scaled: Whether the gradients are multiplied by the scale, as the loss is.
-        held_back: Whether the device itself keeps a bad update from the weights.
+        held_back: Whether the optimizer skips the update on the device where it is bad.
     """
 
     step: int
@@ -40,7 +40,7 @@ class PendingReading:
     loss_factor: float = 1.0
     gradients_scaled: bool = False
     held_back: bool = False
-    _parcel: HostCopy | None = field(default=None, init=False)
+    _copy: HostCopy | None = field(default=None, init=False)
     _packed: Tensor | None = field(default=None, init=False)
 
     def packed(self) -> Tensor:
@@ -55,7 +55,7 @@ class PendingReading:
 
     def send(self) -> None:
         """Start the copy to the host without waiting for the device."""
-        self._parcel = HostCopy(self.packed())
+        self._copy = HostCopy(self.packed())
 
     def is_bad(self, *, by_loss: bool = True) -> Tensor:
         """1.0 where loss or norm is not finite, else 0.0; a 0-dim float32 tensor on the device.
@@ -69,14 +69,14 @@ class PendingReading:
 
     def arrived(self) -> bool:
         """Whether reading it would not wait for the device."""
-        return self._parcel is None or self._parcel.arrived()
+        return self._copy is None or self._copy.arrived()
 
     def read(self, confirm: Callable[[], float | None] | None = None) -> Reading:
-        """Bring it to the host.
+        """The reading; waits until it is on the host.
 
         Args:
-            confirm: Called when the norm is not finite; gives the exact norm of a gradient that is finite after
-                all, ``None`` when it truly is not.
+            confirm: Called when the norm is not finite: gives the exact norm where the gradient is finite and only its
+                norm has overflowed, ``None`` where the gradient is not finite.
         """
         norm, loss, scale = self._numbers()
         if loss is not None:
@@ -101,7 +101,7 @@ class PendingReading:
         )
 
     def _numbers(self) -> tuple[float | None, float | None, float | None]:
-        numbers = iter(self.packed().tolist() if self._parcel is None else self._parcel.read())
+        numbers = iter(self.packed().tolist() if self._copy is None else self._copy.read())
         return (
             next(numbers) if self.norms else None,
             None if self.loss is None else next(numbers),
@@ -109,7 +109,7 @@ class PendingReading:
         )
 
 
-def pend(
+def pending_reading(
     *,
     step: int,
     optimizer_index: int,
@@ -119,10 +119,10 @@ def pend(
     loss_scale: Tensor | None = None,
     gradients_scaled: bool = False,
 ) -> PendingReading | None:
-    """Put together what was measured of one update; ``None`` where nothing was.
+    """What was measured of one update, not yet read; ``None`` where nothing was measured.
 
     Args:
-        step: The guard's clock.
+        step: Number of the update.
         optimizer_index: Index of the optimizer.
         losses: The update's micro-batch losses, as they were given to ``backward``.
         loss_factor: What undoes the division by the number of micro-batches.

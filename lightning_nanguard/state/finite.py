@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.measure.batches import nested_tensors
-from lightning_nanguard.measure.finite import suspects
+from lightning_nanguard.measure.finite import non_finite_indices
 from lightning_nanguard.state.learner import Learner, StateKey, describe
 
 
@@ -18,7 +18,7 @@ def allowances(leaves: Iterable[tuple[StateKey, Any]]) -> dict[StateKey, Tensor]
     buffers = [(key, leaf) for key, leaf in leaves if key[0] == "buffer"]
     return {
         buffers[index][0]: ~torch.isfinite(buffers[index][1].detach())
-        for index in suspects([buffer for _, buffer in buffers])
+        for index in non_finite_indices([buffer for _, buffer in buffers])
     }
 
 
@@ -48,7 +48,7 @@ class FiniteCheck:
     def corrupt(self, leaves: Iterable[tuple[StateKey, Any]]) -> str | None:
         """Name of the first tensor with a non-finite element that is not allowed, ``None`` if there is none."""
         flat = list(self._checked(leaves))
-        for index in suspects([tensor for _, tensor in flat]):
+        for index in non_finite_indices([tensor for _, tensor in flat]):
             key, tensor = flat[index]
             mask = self._mask(key, tensor)
             if mask is not None:

@@ -8,9 +8,9 @@ A part is given the thresholds it uses, so a test or an experiment sets one with
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import final
 
 from lightning_nanguard.thresholds.batches import BatchesThresholds
+from lightning_nanguard.thresholds.checkpoints import CheckpointsThresholds
 from lightning_nanguard.thresholds.decision import DecisionThresholds
 from lightning_nanguard.thresholds.detection import DetectionThresholds
 from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
@@ -22,6 +22,7 @@ from lightning_nanguard.thresholds.snapshots import SnapshotsThresholds
 
 __all__ = [
     "BatchesThresholds",
+    "CheckpointsThresholds",
     "DecisionThresholds",
     "DetectionThresholds",
     "DiagnosisThresholds",
@@ -34,8 +35,7 @@ __all__ = [
 ]
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Thresholds:
     """All thresholds of one guard.
 
@@ -45,6 +45,7 @@ class Thresholds:
         rate_search: How a learning rate is tried, cut and given back.
         snapshots: When snapshots are taken, certified and distrusted.
         batches: How many batches are kept, and when one is strange.
+        checkpoints: What of a run is saved and rewound, and how a bad checkpoint is described.
         measurement: Where one way to measure is cheaper than another.
         records: How much is recorded, shown and kept.
         distributed: How long ranks wait, and what they share.
@@ -56,6 +57,7 @@ class Thresholds:
     rate_search: RateSearchThresholds = field(default_factory=RateSearchThresholds)
     snapshots: SnapshotsThresholds = field(default_factory=SnapshotsThresholds)
     batches: BatchesThresholds = field(default_factory=BatchesThresholds)
+    checkpoints: CheckpointsThresholds = field(default_factory=CheckpointsThresholds)
     measurement: MeasurementThresholds = field(default_factory=MeasurementThresholds)
     records: RecordsThresholds = field(default_factory=RecordsThresholds)
     distributed: DistributedThresholds = field(default_factory=DistributedThresholds)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import final
 
 __all__ = ["BatchUndoThresholds", "BatchesThresholds", "HealthyBatchesThresholds", "MicroBatchesThresholds"]
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MicroBatchesThresholds:
     """How many micro-batches are kept with their random state, to be run again as they were.
 
@@ -33,8 +31,7 @@ class MicroBatchesThresholds:
     random_checked_every: int = 16
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class HealthyBatchesThresholds:
     """How many healthy batches are kept, and when another one is strange beside them.
 
@@ -55,8 +52,7 @@ class HealthyBatchesThresholds:
     least_compared: int = 2
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BatchUndoThresholds:
     """What is copied before a batch, so that the batch can be undone.
 
@@ -71,8 +67,7 @@ class BatchUndoThresholds:
     modules_counted_every: int = 64
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BatchesThresholds:
     """How many batches are kept, and when one is strange.
 

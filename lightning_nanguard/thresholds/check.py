@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CheckThresholds:
     """How ``nanguard check`` tries whether a model can learn a few samples by heart; no guard of a run uses it.
 

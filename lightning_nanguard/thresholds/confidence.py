@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Confidences:
     """How sure each rule is of its finding, from 0 to 1; the surest finding of a case wins.
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import final
 
 __all__ = ["BlameThresholds", "DecisionThresholds", "EvidenceThresholds", "LateReadingThresholds", "RecoveryThresholds"]
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BlameThresholds:
     """When the learner is blamed for a fault, rather than its batch or bad state.
 
@@ -54,8 +52,7 @@ class BlameThresholds:
     far_above: float = 2.0
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RecoveryThresholds:
     """When a learning rate that was cut is given back.
 
@@ -76,8 +73,7 @@ class RecoveryThresholds:
     most_doubled: int = 10
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class EvidenceThresholds:
     """What is looked into, and what counts as clear.
 
@@ -103,8 +99,7 @@ class EvidenceThresholds:
     nothing: float = 0.01
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LateReadingThresholds:
     """When updates are read before they are made although readings are deferred.
 
@@ -120,8 +115,7 @@ class LateReadingThresholds:
     beginning: int = 20
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DecisionThresholds:
     """Thresholds of the policy.
 

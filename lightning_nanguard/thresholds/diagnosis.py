@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import final
 
 from lightning_nanguard.thresholds.confidence import Confidences
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DataThresholds:
     """When the numbers of a batch are out of the ordinary.
 
@@ -29,8 +27,7 @@ class DataThresholds:
     near_zero: float = 1e-3
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LayerThresholds:
     """What is measured of each layer.
 
@@ -48,8 +45,7 @@ class LayerThresholds:
     min_binary_targets: int = 4
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelThresholds:
     """When a model or its loss is at fault as it stands.
 
@@ -102,8 +98,7 @@ class ModelThresholds:
     gradient_error: float = 0.02
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LearnerThresholds:
     """When the learner is to blame for a fault.
 
@@ -140,8 +135,7 @@ class LearnerThresholds:
     rate_likely: float = 0.7
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PlateauThresholds:
     """When a loss counts as not moving, and what keeps it there.
 
@@ -192,8 +186,7 @@ class PlateauThresholds:
     max_batch_size: int = 1024
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StateChangeThresholds:
     """When an element of a weight moved in a way that no update explains.
 
@@ -209,8 +202,7 @@ class StateChangeThresholds:
     usual_quantile: float = 0.99
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ReplayThresholds:
     """How often and how much of a faulty update is run again.
 
@@ -223,8 +215,7 @@ class ReplayThresholds:
     always: int = 3
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PreflightThresholds:
     """How much of the data is looked at before the first step.
 
@@ -240,8 +231,7 @@ class PreflightThresholds:
     outlier_factor: float = 1e6
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ExaminationThresholds:
     """When a run is examined, and over how many batches.
 
@@ -262,8 +252,7 @@ class ExaminationThresholds:
     max_updates: int = 256
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CurvatureThresholds:
     """How curvature is computed.
 
@@ -288,8 +277,7 @@ class CurvatureThresholds:
     dense_size: int = 24
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GradientCheckThresholds:
     """How gradients are compared with finite differences.
 
@@ -315,8 +303,7 @@ class GradientCheckThresholds:
     gradcheck_error: float = 0.1
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BundleThresholds:
     """How many incidents of one run are kept.
 
@@ -329,8 +316,7 @@ class BundleThresholds:
     max_per_kind: int = 3
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DiagnosisThresholds:
     """When a number is evidence for a cause.
 

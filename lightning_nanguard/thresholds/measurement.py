@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MeasurementThresholds:
-    """Where one way to measure is cheaper than another."""
+    """Where one way to measure is cheaper than another.
+
+    On the CPU a call costs more than the arithmetic on a small tensor, so small tensors are copied into one before
+    their norm is taken.
+
+    Attributes:
+        fewest_tensors_joined: Number of tensors from which on small ones are joined: with fewer, the calls cost less
+            than the copies.
+        largest_tensor_joined: Elements of the largest tensor that is joined: a larger one is dearer to copy than to
+            measure by itself.
+        tensors_per_join: Number of tensors that are joined at once, which bounds the memory of the copy.
+    """
+
+    fewest_tensors_joined: int = 100
+    largest_tensor_joined: int = 4096
+    tensors_per_join: int = 1024

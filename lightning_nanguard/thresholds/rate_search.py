@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import final
 
 __all__ = ["CutThresholds", "RateSearchThresholds", "RehearsalThresholds", "ReviewThresholds"]
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CutThresholds:
     """Which cut of the learning rate is taken.
 
@@ -58,8 +56,7 @@ class CutThresholds:
     nearly: float = 0.02
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RehearsalThresholds:
     """How a rate is tried on the newest batches.
 
@@ -85,8 +82,7 @@ class RehearsalThresholds:
     harmful: float = 0.1
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ReviewThresholds:
     """When and how a rate that was cut is reviewed.
 
@@ -113,8 +109,7 @@ class ReviewThresholds:
     most_lowered: int = 3
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RateSearchThresholds:
     """Thresholds of cutting the learning rate.
 

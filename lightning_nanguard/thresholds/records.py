@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RecordsThresholds:
     """How much is recorded, shown and kept.
 

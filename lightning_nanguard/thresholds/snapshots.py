@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import final
 
 __all__ = [
     "IntervalThresholds",
@@ -14,8 +13,7 @@ __all__ = [
 ]
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class IntervalThresholds:
     """How many updates lie between snapshots, where the user sets no number.
 
@@ -35,8 +33,7 @@ class IntervalThresholds:
     announced_after: int = 2
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PlacementThresholds:
     """Where snapshots lie.
 
@@ -50,8 +47,7 @@ class PlacementThresholds:
     negligible_share: float = 0.05
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RingThresholds:
     """Which snapshots are kept.
 
@@ -68,8 +64,7 @@ class RingThresholds:
     keep_start: int = 1000
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PlausibilityThresholds:
     """When a finite tensor is far out of range, compared with the newest certified snapshot.
 
@@ -91,8 +86,7 @@ class PlausibilityThresholds:
     trials: int = 3
 
 
-@final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SnapshotsThresholds:
     """When snapshots are taken, certified and distrusted.
 

@@ -16,21 +16,21 @@ from torch.optim import Optimizer
 from lightning_nanguard.act.clipping import Clipper
 from lightning_nanguard.distributed.forbid_collectives import ForbidCollectives
 from lightning_nanguard.distributed.ranks import Ranks, mean_over_ranks
-from lightning_nanguard.measure.finite import batch_finite, suspects
+from lightning_nanguard.measure.finite import batch_finite, non_finite_indices
 from lightning_nanguard.measure.tensors import gradients
 from lightning_nanguard.state.batch_history import BatchHistory, MicroBatch
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.thresholds.batches import BatchesThresholds
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.private.replay import (
+from lightning_nanguard.trainer.private.running_means import remember_running_means
+from lightning_nanguard.trainer.private.training_step import (
     alone,
     clip_as_configured,
     forward_backward,
     loss_with_graph,
     run_training_step,
 )
-from lightning_nanguard.trainer.private.results import remember_running_means
 from lightning_nanguard.trainer.private.untraced import untraced
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -137,7 +137,7 @@ class TrainerBatchReplay:
         with self.rehearsing():
             loss = self._gradients(optimizer, self.batch, self.batch_idx)
         found = gradients(p for group in optimizer.param_groups for p in group["params"])
-        finite = None if loss is None else math.isfinite(loss) and not suspects(found)
+        finite = None if loss is None else math.isfinite(loss) and not non_finite_indices(found)
         optimizer.zero_grad(set_to_none=True)
         answers = self._ranks.gather(finite)
         return None if None in answers else all(answers)

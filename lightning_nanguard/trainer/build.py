@@ -23,7 +23,7 @@ from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.loop import TrainerLoop
-from lightning_nanguard.trainer.private.callbacks import averaged_copies
+from lightning_nanguard.trainer.private.averages import averaged_copies
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.precision import grad_scaler
 from lightning_nanguard.trainer.private.strategies import is_sharded, what_steps
@@ -75,7 +75,7 @@ def _context(
         module,
         optimizers,
         scaler=grad_scaler(trainer),
-        averages=lambda: averaged_copies(trainer, module),
+        averages=lambda: averaged_copies(trainer, module, arguments.thresholds.checkpoints),
         partitions=partitions,
     )
     clipper = Clipper()

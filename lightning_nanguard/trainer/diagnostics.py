@@ -23,7 +23,7 @@ from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.loaders import readable_loader
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.precision import autocasts_to_half, grad_scaler
-from lightning_nanguard.trainer.private.replay import loss_with_graph
+from lightning_nanguard.trainer.private.training_step import loss_with_graph
 from lightning_nanguard.types import Advice, Evidence, Fault, Finding
 
 

@@ -20,10 +20,11 @@ from lightning_nanguard.record.files import RECORDS_FILE
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
+from lightning_nanguard.trainer.private.callbacks import after_every_batch
+from lightning_nanguard.trainer.private.checkpoint_files import catch_write_errors, write_checkpoint
+from lightning_nanguard.trainer.private.learning_rate_monitor import around_learning_rate_monitors
 from lightning_nanguard.trainer.private.packages import Trainer
 from lightning_nanguard.trainer.private.saving import guard_saves
-from lightning_nanguard.trainer.private.saving_files import after_every_batch, forgive, write_through
-from lightning_nanguard.trainer.private.schedulers import around_learning_rate_monitors
 from lightning_nanguard.trainer.private.strategies import accumulation, collects
 from lightning_nanguard.trainer.validation import ValidationWatch
 
@@ -95,13 +96,13 @@ class Fit:
         """Write the last good checkpoint from now on, ``every`` updates."""
         trainer, guard = self._trainer, self.guard
         folder, ring = self.records.parent, self.context.ring
-        kept = LastGood(folder, every, ring, lambda path: write_through(trainer, path), leads=self.rank_zero)
+        kept = LastGood(folder, every, ring, lambda path: write_checkpoint(trainer, path), leads=self.rank_zero)
         kept.begin(guard.updates)
         self._undos += [
             after_every_batch(trainer, lambda: kept.close_batch(guard.updates)),
-            forgive(trainer.strategy, kept.pending, kept.failed),
+            catch_write_errors(trainer.strategy, kept.pending, kept.failed),
         ]
-        guard.say_where(kept.told)
+        guard.say_where(kept.message)
         self.last_good = kept
 
     def _limit_memory(self, max_memory: float | None) -> None:

@@ -19,9 +19,10 @@ from lightning_nanguard.measure.batches import mapped
 from lightning_nanguard.thresholds.check import CHECK, CheckThresholds
 from lightning_nanguard.thresholds.diagnosis import DEFAULT
 from lightning_nanguard.trainer.overfit import overfit as overfitted
+from lightning_nanguard.trainer.private.first_batch import at_first_batch
+from lightning_nanguard.trainer.private.lightning_cli import from_config
 from lightning_nanguard.trainer.private.loaders import readable_loader
-from lightning_nanguard.trainer.private.offline import at_first_batch, from_config
-from lightning_nanguard.trainer.private.replay import loss_with_graph
+from lightning_nanguard.trainer.private.training_step import loss_with_graph
 from lightning_nanguard.trainer.private.untraced import untraced
 from lightning_nanguard.types import Finding
 

@@ -19,8 +19,8 @@ from lightning_nanguard.diagnosis.module_state import put_into
 from lightning_nanguard.diagnosis.replay import replay
 from lightning_nanguard.diagnosis.rules import diagnose
 from lightning_nanguard.state.batch_history import MicroBatch
-from lightning_nanguard.trainer.private.offline import one_batch
-from lightning_nanguard.trainer.private.replay import loss_with_graph
+from lightning_nanguard.trainer.private.first_batch import one_batch
+from lightning_nanguard.trainer.private.training_step import loss_with_graph
 from lightning_nanguard.trainer.private.untraced import untraced
 from lightning_nanguard.types import Finding
 

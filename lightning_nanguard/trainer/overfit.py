@@ -11,7 +11,7 @@ from torch.optim import Adam, Optimizer
 from lightning_nanguard.diagnosis.batch import samples
 from lightning_nanguard.diagnosis.module_state import put_into, state_of
 from lightning_nanguard.thresholds.check import CHECK, CheckThresholds
-from lightning_nanguard.trainer.private.replay import clip_as_configured, forward_backward
+from lightning_nanguard.trainer.private.training_step import clip_as_configured, forward_backward
 
 
 def overfit(trainer: Any, module: nn.Module, batch: Any, thresholds: CheckThresholds = CHECK) -> str:

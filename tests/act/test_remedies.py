@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pytest
-import torch
 
 from lightning_nanguard import (
     ClipGradients,
@@ -24,7 +23,6 @@ from lightning_nanguard import (
     SkipStep,
     StopTraining,
 )
-from lightning_nanguard.act.clipping import Clipper
 from lightning_nanguard.act.defaults import executors
 from lightning_nanguard.act.rate_search import rehearsed_cut
 from lightning_nanguard.thresholds.rate_search import CutThresholds
@@ -287,36 +285,3 @@ def test_arguments_are_checked(make: Callable[[], Remedy | Detector], message: s
     """An argument out of range is named with its value when the object is made."""
     with pytest.raises(ValueError, match=message):
         make()
-
-
-@pytest.mark.parametrize("size", [0.5, 1.0, 1.5, 3.0, 1e6])
-def test_a_norm_that_is_known_clips_as_one_that_is_measured(size: float) -> None:
-    """Handing the norm in saves a pass over the gradients, and changes none of them by more than rounding."""
-    clipper, clipped = Clipper(), []
-    clipper.set(1.0, "norm")
-    for known in (None, torch.tensor(size)):
-        weight = torch.nn.Parameter(torch.zeros(8))
-        weight.grad = torch.full((8,), size / math.sqrt(8))
-        clipper.clip([weight.grad], norm=known)
-        clipped.append(weight.grad)
-    assert torch.allclose(*clipped, rtol=1e-6)
-    assert float(clipped[0].norm()) == pytest.approx(min(size, 1.0), rel=1e-5)
-
-
-@pytest.mark.parametrize("algorithm", ["norm", "value"])
-def test_sparse_gradients_are_clipped(algorithm: Literal["norm", "value"]) -> None:
-    """What an embedding looked up twice counts once, and a step can be made with what is left."""
-    table = torch.nn.Embedding(10, 3, sparse=True)
-    optimizer = torch.optim.SGD(table.parameters(), 1.0)
-    before = table.weight.detach().clone()
-    (5 * table(torch.tensor([1, 1, 2])).sum()).backward()
-    clipper = Clipper()
-    clipper.set(1.0, algorithm)
-    assert table.weight.grad is not None
-    clipper.clip([table.weight.grad])
-    optimizer.step()
-    moved = before - table.weight.detach()
-    size = moved.norm() if algorithm == "norm" else moved.abs().max()
-    assert float(size) == pytest.approx(1.0, rel=1e-5)
-    assert bool((moved[1] > 0).all())
-    assert not moved[3].any()

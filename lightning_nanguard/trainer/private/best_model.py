@@ -1,92 +1,72 @@
-"""The best model of a ModelCheckpoint is never one whose metric is not finite."""
+"""ModelCheckpoint never takes a model for the best one whose metric is not finite."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import wraps
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_METHODS = ("check_monitor_top_k", "_update_best_and_save", "_save_checkpoint")
+from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
 
 
 def keep_best_finite(trainer: Any) -> Callable[[], None]:
     """Have every ModelCheckpoint take a metric that is not finite for the worst there is, and for no best.
 
-    Lightning stores NaN as the worst value and calls it best while slots are free; −inf stays the best of a minimum for
-    good, and drives finite ones out. What was to be saved is still saved: only the ranking is another, and while no
-    metric was finite there is no best model.
+    Lightning stores NaN as the worst value, and calls it best while slots are free; −inf stays the best of a minimum
+    for good, and drives finite ones out. The same files are saved as without this: only the ranking differs, and while
+    no metric was finite there is no best model.
 
     Args:
         trainer: The trainer of either Lightning package.
 
     Returns:
-        A function that undoes this.
+        A function that undoes this; calling it again does nothing.
     """
-    undos = [undo for callback in trainer.callbacks if _ranks(callback) for undo in _wrap(callback)]
-
-    def undo() -> None:
-        while undos:
-            undos.pop()()
-
-    return undo
-
-
-def _ranks(callback: object) -> bool:
-    named = any(cls.__name__ == "ModelCheckpoint" for cls in type(callback).__mro__)
-    return named and all(callable(getattr(callback, name, None)) for name in _METHODS)
+    undos = []
+    for callback in trainer.callbacks:
+        if all(callable(getattr(callback, name, None)) for name in _WRAPPERS) and _is_model_checkpoint(callback):
+            _forget_best(callback)  # a checkpoint of a run without the guard may have brought it along
+            undos += [wrap_method(callback, name, partial(wrapper, callback)) for name, wrapper in _WRAPPERS.items()]
+    return undo_all(undos)
 
 
-def _wrap(callback: Any) -> list[Callable[[], None]]:
-    check, update, save = (getattr(callback, name) for name in _METHODS)
-
-    @wraps(check)
-    def check_monitor_top_k(trainer: Any, current: Any = None) -> Any:
-        return check(trainer, _ranked(callback, current))
-
-    @wraps(update)
-    def update_best_and_save(current: Any, *args: Any, **kwargs: Any) -> Any:
-        return update(_ranked(callback, current), *args, **kwargs)
-
-    @wraps(save)
-    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        _forget(callback)  # now, as it goes into the file
-        return save(*args, **kwargs)
-
-    _forget(callback)  # what a checkpoint of a run without the guard has brought along
-    wrappers: tuple[Callable[..., Any], ...] = (check_monitor_top_k, update_best_and_save, save_checkpoint)
-    return [_shadow(callback, name, ours) for name, ours in zip(_METHODS, wrappers, strict=True)]
+def _check_monitor_top_k(callback: Any, check: Callable[..., Any], trainer: Any, current: Any = None) -> Any:
+    return check(trainer, _ranked(callback, current))
 
 
-def _shadow(owner: Any, name: str, ours: Callable[..., Any]) -> Callable[[], None]:
-    before = vars(owner).get(name)
-    setattr(owner, name, ours)
-
-    def undo() -> None:
-        if vars(owner).get(name) is not ours:
-            return  # somebody has wrapped it again since
-        if before is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
-
-    return undo
+def _update_best_and_save(callback: Any, update: Callable[..., Any], current: Any, *args: Any, **kwargs: Any) -> Any:
+    return update(_ranked(callback, current), *args, **kwargs)
 
 
-def _worst(callback: Any) -> float:
-    return math.inf if callback.mode == "min" else -math.inf
+def _save_checkpoint(callback: Any, save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    _forget_best(callback)  # before it goes into the file
+    return save(*args, **kwargs)
+
+
+_WRAPPERS: dict[str, Callable[..., Any]] = {
+    "check_monitor_top_k": _check_monitor_top_k,
+    "_update_best_and_save": _update_best_and_save,
+    "_save_checkpoint": _save_checkpoint,
+}
+
+
+def _is_model_checkpoint(callback: object) -> bool:
+    return any(cls.__name__ == "ModelCheckpoint" for cls in type(callback).__mro__)
 
 
 def _ranked(callback: Any, current: Any) -> Any:
+    """The metric, or the worst there is in its place where it is not finite."""
     if isinstance(current, Tensor) and not bool(torch.isfinite(current).all()):
-        return torch.full_like(current, _worst(callback))
+        return torch.full_like(current, math.inf if callback.mode == "min" else -math.inf)
     return current
 
 
-def _forget(callback: Any) -> None:
+def _forget_best(callback: Any) -> None:
+    """Choose the best model anew where the metric of the one chosen is not finite."""
     best = callback.best_model_score
     if not isinstance(best, Tensor) or bool(torch.isfinite(best).all()):
         return

@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO trains in the place of a module's parameters: tried with DeepSpeed 0.19.
+"""What DeepSpeed's ZeRO trains in the place of a module's parameters; tested with DeepSpeed 0.19.
 
 Each rank steps a partition of its own in full precision (``fp32_partition``), from which the module's parameters are
 made anew after every step: gathered whole (stages 1 and 2), or as this rank's part of each (stage 3), which is gathered
@@ -21,7 +21,8 @@ _USED = {
     ),
 }  # fmt: skip
 
-# Parts of `zero_optimization` under which weights lie elsewhere, or in further copies; these with what leaves them out.
+# Options of `zero_optimization` that put weights elsewhere, or make further copies of them, with the values that turn
+# the second kind off.
 _ELSEWHERE = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_params")
 _OTHERWISE = {
     "mics_shard_size": -1,
@@ -34,11 +35,14 @@ _OTHERWISE = {
 
 
 def unsupported(config: Mapping[str, Any], precision: str) -> str | None:
-    """What of a DeepSpeed configuration the guard cannot work under, and what to use instead; ``None`` where it can.
+    """The option of a DeepSpeed configuration that the guard does not support, in words, and what to use instead.
 
     Args:
         config: The configuration.
         precision: The trainer's.
+
+    Returns:
+        ``None`` where the guard supports it.
     """
     zero = config.get("zero_optimization") or {}
     if not zero.get("stage"):
@@ -70,7 +74,7 @@ def accumulation(engine: Any) -> Callable[[], bool]:
 
 @final
 class ZeroPartitions:
-    """The partitions of a ZeRO optimizer, :class:`~lightning_nanguard.learner.Partitions`.
+    """The partitions of a ZeRO optimizer, :class:`~lightning_nanguard.state.learner.Partitions`.
 
     Args:
         zero: DeepSpeed's optimizer.
@@ -123,7 +127,7 @@ class ZeroPartitions:
                 yield self._names.get(id(parameter), "a parameter"), gradient
 
     def restored(self) -> None:
-        """Parameters that are gathered were made from other values, and moments may be made anew."""
+        """Drop what was made from other values: gathered parameters, and links to moments that may be new."""
         if self._parted:
             self._zero._partition_all_parameters()
         else:

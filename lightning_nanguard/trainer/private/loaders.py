@@ -1,4 +1,4 @@
-"""Where a run's training data comes from."""
+"""The training data, where nothing changes a batch between the loader and the module."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ _TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_b
 
 
 def readable_loader(trainer: Any, module: Any) -> Any:
-    """The training data as the module is given it; ``None`` where something else changes it on its way."""
+    """The training dataloader; ``None`` where hooks of the user change its batches before the module sees them."""
     owners = [module, getattr(trainer, "datamodule", None)]
-    if any(_of_the_users(owner, name) for owner in owners if owner is not None for name in _TRANSFER):
+    if any(_is_the_users(owner, name) for owner in owners if owner is not None for name in _TRANSFER):
         return None
     return trainer.train_dataloader
 
 
-def _of_the_users(owner: Any, name: str) -> bool:
+def _is_the_users(owner: Any, name: str) -> bool:
     # Lightning's own way to ask does not know the classes of its other package.
     home = getattr(getattr(type(owner), name, None), "__module__", "lightning")
     return not str(home).startswith(("pytorch_lightning", "lightning."))

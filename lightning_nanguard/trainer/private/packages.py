@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -28,7 +30,7 @@ else:
 
     GuardCallback = _base()
 
-__all__ = ["Callback", "GuardCallback", "LightningModule", "Trainer", "logged_at", "rank_zero_info"]
+__all__ = ["Callback", "GuardCallback", "LightningModule", "Trainer", "logged_at", "package_of", "rank_zero_info"]
 
 
 def logged_at(trainer: Any) -> int:
@@ -36,3 +38,9 @@ def logged_at(trainer: Any) -> int:
     loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
     step = getattr(loop, "_batches_that_stepped", None)
     return int(step) if step is not None else int(trainer.global_step)
+
+
+def package_of(module_class: Any) -> ModuleType:
+    """The one of the two packages that a class belongs to."""
+    names = {cls.__module__.split(".")[0] for cls in getattr(module_class, "__mro__", ())}
+    return import_module("lightning.pytorch" if "lightning" in names else "pytorch_lightning")

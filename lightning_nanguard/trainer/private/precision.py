@@ -1,4 +1,4 @@
-"""What the trainer's precision plugin keeps."""
+"""The GradScaler and the autocast of the trainer's precision plugin."""
 
 from __future__ import annotations
 

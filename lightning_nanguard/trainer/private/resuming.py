@@ -1,18 +1,19 @@
-"""A look at the checkpoint a fit is about to go on from."""
+"""Looking at the checkpoint that a fit is about to be resumed from, before anything of it is used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import wraps
 from pathlib import Path
 from typing import Any, Protocol
 
+from lightning_nanguard.trainer.private.patches import wrap_method
+
 
 class Judge(Protocol):
-    """Says what to go on from."""
+    """Decides which checkpoint a fit is resumed from."""
 
     def __call__(self, path: Path, content: Mapping[str, Any] | None, error: Exception | None) -> Path | None:
-        """``None`` to leave things as they are, or a file to go on from in its place; it may raise.
+        """``None`` to resume from ``path``, or a file to resume from in its place; it may raise.
 
         Args:
             path: The file asked for.
@@ -22,7 +23,7 @@ class Judge(Protocol):
 
 
 def before_resuming(trainer: Any, judge: Judge) -> Callable[[], None]:
-    """Ask ``judge`` when a checkpoint was loaded and nothing of it has been taken up yet.
+    """Ask ``judge`` when a checkpoint was loaded and nothing of it has been used yet.
 
     No hook of a callback comes between the two, and none at all where the file cannot be read. Sharded strategies have
     filled the module by then; they fill it again from what the judge chooses.
@@ -31,16 +32,14 @@ def before_resuming(trainer: Any, judge: Judge) -> Callable[[], None]:
         A function that undoes this.
     """
     connector = trainer._checkpoint_connector
-    original = connector.resume_start
 
-    @wraps(original)
-    def resume_start(checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> None:
+    def resume_start(load: Callable[..., None], checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> None:
         if not checkpoint_path:
-            original(checkpoint_path, *args, **kwargs)
+            load(checkpoint_path, *args, **kwargs)
             return
         path = Path(checkpoint_path)
         try:
-            original(checkpoint_path, *args, **kwargs)
+            load(checkpoint_path, *args, **kwargs)
         except Exception as error:
             chosen = judge(path, None, error)
             if chosen is None:
@@ -48,12 +47,6 @@ def before_resuming(trainer: Any, judge: Judge) -> Callable[[], None]:
         else:
             chosen = judge(path, connector._loaded_checkpoint, None)
         if chosen is not None:
-            original(str(chosen), *args, **kwargs)
+            load(str(chosen), *args, **kwargs)
 
-    connector.resume_start = resume_start
-
-    def undo() -> None:
-        if vars(connector).get("resume_start") is resume_start:
-            del connector.resume_start
-
-    return undo
+    return wrap_method(connector, "resume_start", resume_start)

@@ -1,82 +1,84 @@
-"""A look at the state before every checkpoint, and at every checkpoint before it is written."""
+"""Every checkpoint that is saved, by whatever path, is looked at before it is written."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import wraps
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from lightning_nanguard.measure.batches import mapped
+from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
 
 
 class Mend(Protocol):
     """Gives what to write in the place of a checkpoint."""
 
     def __call__(self, checkpoint: dict[str, Any], path: str, *, checked: bool = False) -> dict[str, Any]:
-        """The checkpoint, or one that is not poisoned."""
+        """The checkpoint, or one that is not poisoned.
+
+        Args:
+            checkpoint: What is about to be written.
+            path: Where to.
+            checked: Whether the state it was collected from has just been looked at.
+        """
 
 
 def guard_saves(
-    trainer: Any, look: Callable[[], None], mend: Mend, done: Callable[[], None], *, collects: bool = False
+    trainer: Any, before: Callable[[], None], mend: Mend, after: Callable[[], None], *, collects: bool = False
 ) -> Callable[[], None]:
-    """Call ``look`` before ``trainer.save_checkpoint`` collects anything, write what ``mend`` gives, call ``done``.
+    """Call ``before`` when a checkpoint is about to be collected, write what ``mend`` gives, then call ``after``.
 
-    Checkpoint callbacks and users go through the trainer; no hook is called for weights-only saves, and the hook there
-    is comes when the state has been collected. ``strategy.save_checkpoint`` sees every save, also one that a user made
-    a dictionary for: the last line, where nothing of the run is changed, since the state may have been collected at
-    any time and by one rank alone.
+    Checkpoint callbacks and users call ``trainer.save_checkpoint``. No hook is called for weights-only saves, and the
+    hook there is comes when the state has been collected. ``strategy.save_checkpoint`` sees every save, also one that
+    a user made a dictionary for. There nothing of the run is changed, since the state may have been collected at any
+    time and by one rank alone.
 
     Args:
         trainer: The trainer.
-        look: Sees to it that the state is good.
-        mend: Sees to it that a dictionary is.
-        done: Called when a checkpoint was written.
+        before: Makes the state of the run good.
+        mend: Makes a dictionary good.
+        after: Called when a checkpoint was written.
         collects: Whether ``strategy.save_checkpoint`` writes the state of now whatever dictionary it is given, by all
-            ranks: then ``look`` and ``done`` are called around it too.
+            ranks: then ``before`` and ``after`` are called around it too.
 
     Returns:
         A function that undoes this.
     """
     strategy = trainer.strategy
     writes_later = _writes_what_is_there_later(strategy)
-    collect, write = trainer.save_checkpoint, strategy.save_checkpoint
     looked = False
 
-    @wraps(collect)
-    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+    def save_checkpoint(collect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal looked
-        look()
-        before, looked = looked, True
+        before()
+        outer, looked = looked, True
         try:
             return collect(*args, **kwargs)
         finally:
-            looked = before
-            done()
+            looked = outer
+            after()
 
-    @wraps(write)
-    def write_checkpoint(checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
-        ours = collects and not looked
-        if ours:
-            look()
+    def write_checkpoint(
+        write: Callable[..., Any], checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        looks = collects and not looked
+        if looks:
+            before()
         try:
-            good = mend(checkpoint, str(filepath), checked=looked or ours)
+            good = mend(checkpoint, str(filepath), checked=looked or looks)
             return write(mapped(good, _copy) if writes_later else good, filepath, *args, **kwargs)
         finally:
-            if ours:
-                done()
+            if looks:
+                after()
 
-    trainer.save_checkpoint = save_checkpoint
-    strategy.save_checkpoint = write_checkpoint
-
-    def undo() -> None:
-        for owner, ours in ((trainer, save_checkpoint), (strategy, write_checkpoint)):
-            if vars(owner).get("save_checkpoint") is ours:
-                del owner.save_checkpoint
-
-    return undo
+    return undo_all(
+        [
+            wrap_method(trainer, "save_checkpoint", save_checkpoint),
+            wrap_method(strategy, "save_checkpoint", write_checkpoint),
+        ]
+    )
 
 
 def _writes_what_is_there_later(strategy: Any) -> bool:

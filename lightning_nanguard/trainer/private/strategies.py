@@ -1,4 +1,4 @@
-"""Which strategies the guard can work under."""
+"""Which strategies the guard supports, and what each of them steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.trainer.private import deepspeed
 
-_ONE = ("SingleDeviceStrategy", "SingleDeviceXLAStrategy")
 _REPLICATED = ("DDPStrategy",)
 _DEEPSPEED = ("DeepSpeedStrategy",)
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", *_DEEPSPEED)
@@ -27,7 +26,7 @@ def is_sharded(trainer: Any) -> bool:
 
 
 def what_steps(trainer: Any, module: nn.Module) -> tuple[list[Optimizer], deepspeed.ZeroPartitions | None]:
-    """The optimizers of torch that step, and what they step where it is not the module's parameters."""
+    """The torch optimizers that step, and what they step where that is not the module's parameters themselves."""
     if not _is(trainer, _DEEPSPEED):
         return list(trainer.optimizers), None
     (zero,) = trainer.optimizers
@@ -36,12 +35,12 @@ def what_steps(trainer: Any, module: nn.Module) -> tuple[list[Optimizer], deepsp
 
 
 def collects(trainer: Any) -> bool:
-    """Whether saving through the strategy writes the state of now, whatever it is given."""
+    """Whether saving through the strategy writes the state of now, whatever dictionary it is given."""
     return _is(trainer, _DEEPSPEED)
 
 
 def accumulation(trainer: Any) -> Callable[[], bool]:
-    """A function that says whether an optimizer that is about to be asked to step will only accumulate."""
+    """A function that says whether the optimizer about to be asked to step will only accumulate gradients."""
     return deepspeed.accumulation(trainer.strategy.model) if _is(trainer, _DEEPSPEED) else _never
 
 
@@ -50,7 +49,7 @@ def _never() -> bool:
 
 
 def check_strategy(trainer: Any, module: Any) -> None:
-    """Look whether the guard supports the trainer's strategy, with this module.
+    """Check that the guard supports the trainer's strategy with this module.
 
     Raises:
         ValueError: When it does not.

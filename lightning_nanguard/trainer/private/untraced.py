@@ -1,23 +1,30 @@
-"""Running code of the user's once more and undoing what it touched."""
+"""Running the user's code outside the run, and undoing everything it touched."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 
 from lightning_nanguard.state.attributes import attributes_kept
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.private.replay import quiet, same_randomness
-from lightning_nanguard.trainer.private.results import remember_running_means
+from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
+from lightning_nanguard.trainer.private.running_means import remember_running_means
+
+_METRICS = ("_logged_metrics", "_callback_metrics", "_progress_bar_metrics")
 
 
 @contextmanager
 def untraced(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Undo at the end what a step touches: random streams, buffers, metrics, logged values, attributes.
+
+    Inside, gradients are enabled and nothing is saved: weights that are only tried out belong in no file.
 
     Args:
         trainer: The trainer.
@@ -26,7 +33,58 @@ def untraced(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     trace = BatchUndo(module, [partial(remember_running_means, trainer)], thorough=True)
     trace.open()
     try:
-        with same_randomness(module.device), quiet(trainer), attributes_kept(module), torch.enable_grad():
+        with (
+            _same_randomness(module.device),
+            _without_saves(trainer),
+            _without_logs(trainer),
+            attributes_kept(module),
+            torch.enable_grad(),
+        ):
             yield
     finally:
         trace.undo()
+
+
+@contextmanager
+def _same_randomness(device: torch.device) -> Iterator[None]:
+    """Put every random stream back at the end: torch's on CPU and on the device, NumPy's and Python's."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    devices = [device.index or 0] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+
+
+@contextmanager
+def _without_saves(trainer: Any) -> Iterator[None]:
+    """Write no checkpoint inside, whoever asks for one."""
+    owners = (trainer, trainer.strategy)
+    undo = undo_all([wrap_method(owner, "save_checkpoint", _save_nothing) for owner in owners])
+    try:
+        yield
+    finally:
+        undo()
+
+
+def _save_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+@contextmanager
+def _without_logs(trainer: Any) -> Iterator[None]:
+    """Keep what ``self.log`` gives inside out of the metrics that loggers, callbacks and the progress bar see."""
+    connector = getattr(trainer, "_logger_connector", None)
+    if connector is None:
+        yield
+        return
+    kept = {name: dict(value) for name in _METRICS if isinstance(value := getattr(connector, name, None), dict)}
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            live = getattr(connector, name)
+            live.clear()
+            live.update(value)

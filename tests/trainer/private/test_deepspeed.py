@@ -1,49 +1,74 @@
-"""What of DeepSpeed the guard can work under; the runs are in ``tests/distributed/test_deepspeed.py``."""
+"""What of DeepSpeed is supported, without DeepSpeed; runs with it are in tests/distributed."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from lightning_nanguard.trainer.private.deepspeed import ZeroPartitions, accumulation, unsupported
 
 
 @pytest.mark.parametrize(
-    ("config", "precision", "reason"),
+    ("zero", "precision", "said"),
     [
         ({}, "32-true", "without ZeRO"),
-        (
-            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
-            "32-true",
-            "with offload_optimizer",
-        ),
-        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "32-true", "with mics_shard_size"),
-        ({"zero_optimization": {"stage": 1}}, "16-mixed", "with precision '16-mixed'"),
+        ({"stage": 1}, "32-true", None),
+        ({"stage": 2, "offload_optimizer": {"device": "none"}, "mics_shard_size": -1}, "bf16-mixed", None),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "32-true", "with offload_optimizer"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, "32-true", "with offload_param"),
+        ({"stage": 2, "cpu_offload": True}, "32-true", "with cpu_offload"),
+        ({"stage": 3, "zero_hpz_partition_size": 8}, "32-true", "with zero_hpz_partition_size"),
+        ({"stage": 1}, "16-mixed", "with precision '16-mixed'"),
     ],
 )
-def test_what_is_not_supported_is_said(config: Any, precision: str, reason: str) -> None:
-    """Each configuration that was not tried has a reason, and what to use instead."""
-    said = unsupported(config, precision)
-    assert said is not None
-    assert said.startswith(reason)
+def test_unsupported_options(zero: dict[str, Any], precision: str, said: str | None) -> None:
+    """The first option that is not supported is named, with what to use instead."""
+    found = unsupported({"zero_optimization": zero}, precision)
+    assert found is None if said is None else str(found).startswith(said)
+    if said is None:
+        assert unsupported({"zero_optimization": zero, "fp16": {"enabled": True}}, precision) is not None
 
 
-def test_what_is_supported() -> None:
-    """ZeRO in bfloat16 without offloading is."""
-    zero = {"stage": 3, "offload_param": {"device": "none"}, "mics_shard_size": -1}
-    assert unsupported({"zero_optimization": zero}, "bf16-mixed") is None
+class DeepSpeedZeroOptimizer:
+    """Stands for DeepSpeed's optimizer of stages 1 and 2."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        self.params_in_partition = {0: [module.weight, module.bias], 1: []}
+        self.single_partition_of_fp32_groups = [torch.zeros(3)]
+        padding = torch.zeros(1)
+        padding._zero_padding = True  # type: ignore[attr-defined]
+        self.averaged_gradients: dict[int, Any] = {0: [torch.ones(1, 2), padding, torch.ones(1)], 1: None}
+        self._hp_optimizer_states_linked = True
 
 
-def test_another_optimizer_of_deepspeed_is_refused() -> None:
-    """One whose partitions are not known cannot be put back."""
-    with pytest.raises(ValueError, match=r"does not support DeepSpeed's SimpleNamespace\. Use ZeRO stage 1, 2 or 3"):
-        ZeroPartitions(SimpleNamespace(), nn.Linear(1, 1))
+def test_what_a_rank_steps() -> None:
+    """Weights are the parameters and this rank's partition; gradients come by name, without padding."""
+    module = nn.Linear(2, 1)
+    zero = DeepSpeedZeroOptimizer(module)
+    partitions = ZeroPartitions(zero, module)
+    assert partitions.optimizer is zero.optimizer
+    assert [name for name, _ in partitions.weights()] == ["weight", "bias", "fp32_partition.0"]
+    assert list(partitions.stepped()) == ["fp32_partition.0"]
+    assert [(name, len(gradient)) for name, gradient in partitions.gradients()] == [("weight", 1), ("bias", 1)]
+    partitions.restored()
+    assert zero._hp_optimizer_states_linked is False
 
 
-@pytest.mark.parametrize("boundary", [True, False])
-def test_steps_that_only_accumulate(boundary: bool) -> None:
-    """DeepSpeed is asked to step after each micro-batch and knows when it will."""
-    assert accumulation(SimpleNamespace(is_gradient_accumulation_boundary=lambda: boundary))() is not boundary
+def test_when_an_update_is_made() -> None:
+    """DeepSpeed is asked to step after each micro-batch, and says itself whether it only accumulates."""
+
+    class Engine:
+        boundary = False
+
+        def is_gradient_accumulation_boundary(self) -> bool:
+            return self.boundary
+
+    engine = Engine()
+    only_accumulates = accumulation(engine)
+    assert only_accumulates()
+    engine.boundary = True
+    assert not only_accumulates()

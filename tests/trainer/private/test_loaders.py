@@ -1,26 +1,33 @@
-"""Where a run's training data comes from."""
+"""The training data as the module is given it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from torch.utils.data import DataLoader
+from pytorch_lightning import LightningDataModule, LightningModule
 
 from lightning_nanguard.trainer.private.loaders import readable_loader
-from tests.helpers import Task, batches, fit, mlp
+
+HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
-class Moves(Task):
-    """Changes each batch on its way."""
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch
+class Holder:
+    train_dataloader = "loader"
+    datamodule: Any = None
 
 
-@pytest.mark.parametrize(("kind", "readable"), [(Task, True), (Moves, False)])
-def test_data_is_readable_unless_something_changes_it(kind: type[Task], readable: bool) -> None:
-    """The loader is given out only where the module is given its batches as they are."""
-    loader = DataLoader(batches(count=2), batch_size=None)
-    run = fit(kind(mlp()), loader)
-    assert readable_loader(run.trainer, run.module) is (loader if readable else None)
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("kind", [LightningModule, LightningDataModule])
+def test_hooks_that_change_a_batch(hook: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader is told where nothing of the user's changes its batches, in module and data module."""
+    changed: Any = type("Changed", (kind,), {hook: lambda self, batch, *args: batch})()
+    holder, module = Holder(), LightningModule()
+    assert readable_loader(holder, module) == "loader"
+    if kind is LightningDataModule:
+        holder.datamodule = LightningDataModule()
+        assert readable_loader(holder, module) == "loader"
+        holder.datamodule = changed
+    else:
+        module = changed
+    assert readable_loader(holder, module) is None

@@ -1,24 +1,41 @@
-"""Both names of Lightning."""
+"""Both packages of Lightning."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import pytorch_lightning
+from pytorch_lightning import Callback, LightningModule, Trainer
 
-from lightning_nanguard.trainer.private.packages import GuardCallback, logged_at
-from tests.helpers import trainer_for
+from lightning_nanguard.trainer.private.packages import GuardCallback, logged_at, package_of
+from tests.helpers import batches, fit, task
 
 
-@pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
-def test_the_guard_is_a_callback_of_either_package(package: str) -> None:
-    """LightningCLI of a package takes callbacks of its own package only."""
-    assert issubclass(GuardCallback, pytest.importorskip(package).Callback)
+def test_a_callback_of_both_packages() -> None:
+    """LightningCLI of either package takes the guard, and each class is told to its package."""
+    assert issubclass(GuardCallback, Callback)
+    assert package_of(LightningModule) is pytorch_lightning
+    assert package_of(None) is pytorch_lightning
+    lightning = pytest.importorskip("lightning.pytorch")
+    assert issubclass(GuardCallback, lightning.Callback)
+    assert package_of(lightning.LightningModule) is lightning
 
 
 def test_the_step_loggers_are_told() -> None:
-    """It is the count of batches that stepped; where that is gone, ``global_step``."""
-    trainer = trainer_for()
-    trainer.fit_loop.epoch_loop._batches_that_stepped = 5
-    assert logged_at(trainer) == 5
-    assert logged_at(SimpleNamespace(global_step=7)) == 7
+    """It is the number of batches that stepped, as Lightning logs it; ``global_step`` where that is gone."""
+    seen: list[int] = []
+
+    class Notes(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            seen.append(logged_at(trainer))
+
+    run = fit(task(), batches(count=4), callbacks=[Notes()], accumulate_grad_batches=2)
+    logged = [step for step, row in run.logger.rows if "loss_step" in row]
+    assert seen == [0, 0, 1, 1]
+    assert logged == [0, 1]
+
+    class Bare:
+        global_step = 7
+
+    assert logged_at(Bare()) == 7

@@ -1,31 +1,43 @@
-"""A look at the state before every checkpoint."""
+"""Every save is looked at before it is written."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from lightning_nanguard.trainer.private.saving import guard_saves
 from tests.helpers import batches, fit, task
 
 
-def test_a_save_is_looked_at_mended_and_told(tmp_path: Path) -> None:
-    """The state is looked at before it is collected, the dictionary before it is written; undone, nothing is."""
-    run = fit(task(), batches(count=1))
-    order: list[str] = []
+@pytest.mark.parametrize("collects", [False, True])
+def test_what_is_called_around_a_save(collects: bool, tmp_path: Path) -> None:
+    """Through the trainer the state is made good first; a dictionary given to the strategy is mended, and only where
+    the strategy collects by itself is the state looked at there too. The undo leaves nothing behind."""
+    trainer = fit(task(), batches(count=2), folder=tmp_path).trainer
+    said: list[str] = []
 
     def mend(checkpoint: dict[str, Any], path: str, *, checked: bool = False) -> dict[str, Any]:
-        order.append(f"mend {Path(path).name} {checked}")
+        said.append(f"mend {Path(path).name} {checked}")
         return {**checkpoint, "mended": True}
 
-    undo = guard_saves(run.trainer, lambda: order.append("look"), mend, lambda: order.append("done"))
-    run.trainer.save_checkpoint(tmp_path / "a.ckpt")
-    run.trainer.strategy.save_checkpoint({"own": 1}, tmp_path / "b.ckpt")
-    assert order == ["look", "mend a.ckpt True", "done", "mend b.ckpt False"]
-    assert torch.load(tmp_path / "b.ckpt", weights_only=True) == {"own": 1, "mended": True}
+    undo = guard_saves(trainer, lambda: said.append("before"), mend, lambda: said.append("after"), collects=collects)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    assert said == ["before", "mend one.ckpt True", "after"]
+    assert torch.load(tmp_path / "one.ckpt", weights_only=True)["mended"]
+    said.clear()
+    content = trainer._checkpoint_connector.dump_checkpoint()
+    trainer.strategy.save_checkpoint(content, tmp_path / "two.ckpt")
+    assert said == (["before", "mend two.ckpt True", "after"] if collects else ["mend two.ckpt False"])
+    assert torch.load(tmp_path / "two.ckpt", weights_only=True)["mended"]
+    said.clear()
+    with pytest.raises(OSError, match="File exists"):
+        trainer.save_checkpoint(tmp_path / "one.ckpt" / "below")
+    assert said == ["before", "mend below True", "after"]
     undo()
-    run.trainer.save_checkpoint(tmp_path / "c.ckpt")
-    assert len(order) == 4
-    assert "mended" not in torch.load(tmp_path / "c.ckpt", weights_only=True)
+    said.clear()
+    trainer.save_checkpoint(tmp_path / "three.ckpt")
+    assert said == []
+    assert "save_checkpoint" not in {*vars(trainer), *vars(trainer.strategy)}

@@ -1,28 +1,87 @@
-"""Code of the user's that is run once more leaves nothing behind."""
+"""Code of the user's that is run outside the run leaves no trace: one real fit, looked at from inside a hook."""
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from pytorch_lightning import Callback, Trainer
 
+from lightning_nanguard.trainer.private.training_step import (
+    clip_as_configured,
+    forward_backward,
+    loss_with_graph,
+    run_training_step,
+)
 from lightning_nanguard.trainer.private.untraced import untraced
-from tests.helpers import batches, copied, differences, learner_of, random_state
-from tests.trainer.private.during import during_fit
+from tests.helpers import Batch, Task, batches, copied, differences, fit, random_state, state_of, task
 
 
-def test_what_a_step_touches_is_put_back() -> None:
-    """Buffers, metrics, logged values, random streams and plain attributes are as before."""
+class Looks(Callback):
+    """Runs a batch again in mid-epoch, in every way there is."""
 
-    def look(trainer: Any, module: Any) -> None:
-        module.note = ["as it was"]
-        before = copied(learner_of(trainer, module)), dict(trainer.callback_metrics), random_state()
-        with untraced(trainer, module):
-            torch.rand(1)
-            module.note = "changed"
-            module.training_step(batches(count=3)[2], 0)
-        after = learner_of(trainer, module), dict(trainer.callback_metrics), random_state()
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "inside.ckpt"
+        self.losses: list[float | None] = []
+        self.norms: list[float] = []
+        self.dtypes: list[torch.dtype] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if batch_idx != 5:
+            return
+        before = copied([dict(pl_module.named_buffers()), random_state(), dict(trainer.callback_metrics)])
+        optimizer = trainer.optimizers[0]
+        with untraced(trainer, pl_module):
+            self.losses.append(run_training_step(trainer, batch, batch_idx))
+            for full_precision in (False, True):
+                loss = loss_with_graph(trainer, batch, batch_idx, full_precision=full_precision)
+                assert loss is not None
+                assert loss.requires_grad
+                self.losses.append(float(loss.detach()))
+                self.dtypes.append(pl_module.seen)
+            self.losses.append(forward_backward(trainer, optimizer, batch, batch_idx))
+            self.norms.append(self.norm(pl_module))
+            clip_as_configured(trainer, optimizer)
+            self.norms.append(self.norm(pl_module))
+            torch.rand(1), np.random.rand(), random.random()
+            pl_module.kept = "changed"
+            trainer.save_checkpoint(self.file)
+        optimizer.zero_grad(set_to_none=True)
+        after = [dict(pl_module.named_buffers()), random_state(), dict(trainer.callback_metrics)]
         assert differences(before, after) == []
-        assert module.note == ["as it was"]
+        assert pl_module.kept == "as it was"
+        assert not self.file.exists()
+        assert "forward_context" not in vars(trainer.precision_plugin)
+        assert "save_checkpoint" not in {*vars(trainer), *vars(trainer.strategy)}
 
-    during_fit(look, "norm")
+    def norm(self, module: Task) -> float:
+        return float(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).norm())
+
+
+def seeing(seed: int = 0) -> Task:
+    """A task with batch norm, a metric, an attribute, and a note of the dtype its layers compute in."""
+    module: Any = task("norm", metric=True, seed=seed)
+    module.kept, module.seen = "as it was", None
+    module.net[-1].register_forward_hook(lambda layer, inputs, output: setattr(module, "seen", output.dtype))
+    return module
+
+
+def test_a_batch_run_again_leaves_no_trace(tmp_path: Path) -> None:
+    """Random streams, buffers, metrics, running means, attributes and files are as if it had not been run, the run
+    that goes on is the same, and each way of running it gives the loss of the weights of now."""
+    data, options = batches(count=8), {"precision": "bf16-mixed", "gradient_clip_val": 0.01, "folder": tmp_path}
+    looks = Looks(tmp_path)
+    looked = fit(seeing(), data, callbacks=[looks], **options)
+    bare = fit(seeing(), data, **options)
+    assert differences(state_of(looked), state_of(bare)) == []
+    assert looks.dtypes == [torch.bfloat16, torch.float32]
+    first, again, exact, backward = looks.losses
+    assert first is not None
+    assert first == again == backward
+    assert exact is not None
+    assert 0 < abs(exact - first) < 0.05
+    assert looks.norms[0] > 0.1
+    assert 0 < looks.norms[1] < 0.011

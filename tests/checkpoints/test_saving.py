@@ -6,10 +6,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,170 +18,32 @@ from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.plugins.io import AsyncCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard, TrainingDivergedError
-from tests.helpers import OUTPUTS, Task, batches, copied, differences, learner_of, non_finite, trainer_for
+from tests.checkpoints.saving_paths import (
+    LOST_AFTER,
+    ONE_BY_ONE,
+    PER_EPOCH,
+    Die,
+    Saving,
+    Way,
+    assert_none_poisoned,
+    by_strategy,
+    checkpoint,
+    crash,
+    hook,
+    model,
+    own_layout,
+    train,
+)
+from tests.helpers import batches, copied, differences, learner_of, non_finite, trainer_for
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.usefixtures("own_folder"),
 ]
-
-PER_EPOCH = 6
-EPOCHS = 2
-LOST_AFTER = 8
-
-
-class Net(nn.Module):
-    """Batch norm and a causal mask of −inf, which is no poison and must stay in every file."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Linear(6, 8)
-        self.norm = nn.BatchNorm1d(8)
-        self.two = nn.Linear(8, OUTPUTS)
-        self.register_buffer("mask", torch.full((8, 8), -math.inf).triu(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh(self.norm(self.one(x)))
-        return self.two(hidden + 0 * torch.relu(self.mask).sum())
-
-
-class Saving(Task):
-    """Calls ``save`` at chosen places of its own."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        super().__init__(Net())
-        self.save: dict[str, Callable[[], None]] = {}
-
-    def at(self, place: str) -> None:
-        if self.training and self.trainer.global_step >= LOST_AFTER - 1:
-            self.save.get(place, lambda: None)()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.at("training_step before")
-        loss = super().training_step(batch, batch_idx)
-        self.at("training_step after")
-        return loss
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        self.at("optimizer_step")
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.at("module's on_train_batch_end")
-
-
-class Lose(Callback):
-    """After batch ``LOST_AFTER`` one element of a weight, a buffer, a moment or an average is lost, or with ``state``
-    one of each of the first three; ``gradient`` makes the gradient of that batch NaN instead.
-    """
-
-    def __init__(self, kind: str, averages: Callable[[], dict[str, Tensor]] = dict) -> None:
-        self.kind = kind
-        self.averages = averages
-        self.batches = 0
-
-    def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
-        if self.kind == "gradient" and self.batches == LOST_AFTER - 1:
-            pl_module.net.one.weight.grad.view(-1)[0] = math.nan
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        self.batches += 1
-        if self.batches != LOST_AFTER:
-            return
-        net = pl_module.net
-        with torch.no_grad():
-            if self.kind in ("weight", "state"):
-                net.one.weight[0, 0] = math.nan
-            if self.kind in ("buffer", "state"):
-                net.norm.running_var[0] = math.inf
-            if self.kind in ("moment", "state"):
-                trainer.optimizers[0].state[net.two.weight]["exp_avg_sq"][0, 0] = math.inf
-            if self.kind == "average":
-                next(v for v in self.averages().values() if v.is_floating_point()).view(-1)[0] = math.nan
-
-
-class Hook(Callback):
-    """A user's callback that saves at one hook, from the batch on whose end something is lost."""
-
-    def __init__(self, name: str, save: Callable[[Trainer], None]) -> None:
-        self.save = save
-        setattr(self, name, self.run)
-
-    def run(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if trainer.global_step >= LOST_AFTER - 1:
-            self.save(trainer)
-
-
-class Die(Callback):
-    """Raises, or sends this process a signal, at the batch after the one on whose end something is lost."""
-
-    def __init__(self, how: Callable[[], None]) -> None:
-        self.how = how
-        self.batches = 0
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.batches += 1
-        if self.batches == LOST_AFTER:
-            self.how()
-
-
-def crash() -> None:
-    raise ZeroDivisionError("the user's own")
-
-
-@dataclass
-class Way:
-    """How one path saves.
-
-    Attributes:
-        callbacks: Makes the callbacks, given the folder.
-        options: Of the Trainer.
-        places: Places of the module's own at which it saves.
-        ends: What ends the fit.
-    """
-
-    callbacks: Callable[[Path], list[Callback]] = lambda folder: []
-    options: Callable[[], dict[str, Any]] = dict
-    places: tuple[str, ...] = ()
-    ends: type[BaseException] | None = None
-
-
-def checkpoint(folder: Path, **options: Any) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, **{"save_top_k": -1, **options})
-
-
-def numbered(folder: Path, trainer: Trainer, save: Callable[[Path], None]) -> None:
-    save(folder / f"{len(list(folder.glob('*.ckpt')))}.ckpt")
-
-
-def by_trainer(folder: Path, trainer: Trainer, **options: Any) -> None:
-    numbered(folder, trainer, lambda path: trainer.save_checkpoint(path, **options))
-
-
-def by_strategy(folder: Path, trainer: Trainer, copy: bool = False) -> None:
-    content = trainer._checkpoint_connector.dump_checkpoint()
-    content = copied(content) if copy else content
-    numbered(folder, trainer, lambda path: trainer.strategy.save_checkpoint(content, path))
-
-
-def own_layout(folder: Path, trainer: Trainer) -> None:
-    module = trainer.lightning_module
-    content = {"model": copied(module.state_dict()), "opt": [copied(o.state_dict()) for o in trainer.optimizers]}
-    content["state_dict"] = {}
-    numbered(folder, trainer, lambda path: trainer.strategy.save_checkpoint(content, path))
-
-
-def hook(name: str, save: Callable[..., None] = by_trainer, **options: Any) -> Callable[[Path], list[Callback]]:
-    return lambda folder: [Hook(name, partial(save, folder, **options))]
-
-
-def model(**options: Any) -> Way:
-    return Way(lambda folder: [checkpoint(folder, **options)])
 
 
 SAVES: dict[str, Way] = {
@@ -239,61 +98,17 @@ if hasattr(ModelCheckpoint(), "save_on_exception"):
     )
 
 
-def train(
-    path: Way,
-    folder: Path,
-    fault: str,
-    guard: NaNGuard | None,
-    companions: Callable[[], list[Callback]] = list,
-    averages: Callable[[list[Callback]], dict[str, Tensor]] | None = None,
-) -> tuple[Trainer, Saving, dict[str, dict[str, Any]]]:
-    """Train with one fault; gives every file written, by name."""
-    folder.mkdir()
-    module = Saving()
-    others = companions()
-    lose = Lose(fault, (lambda: averages(others)) if averages is not None else dict)
-    # The fault comes before, and the guard after, what saves; averages follow the weights in between.
-    callbacks = [*others, lose, *path.callbacks(folder)]
-    trainer = trainer_for(folder, guard, callbacks, max_epochs=EPOCHS, enable_checkpointing=True, **path.options())
-    if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
-        # Without one Lightning adds its own.
-        trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, ModelCheckpoint)]
-    module.save = {place: lambda: by_trainer(folder, trainer) for place in path.places}
-    loaders = [DataLoader(batches(count=count), batch_size=None) for count in (PER_EPOCH, 2)]
-    with pytest.raises(path.ends) if path.ends is not None else nullcontext():
-        trainer.fit(module, *loaders)
-    files = sorted(folder.rglob("*.ckpt"))
-    return trainer, module, {str(file.relative_to(folder)): torch.load(file, weights_only=True) for file in files}
-
-
-def assert_none_poisoned(files: dict[str, dict[str, Any]]) -> None:
-    assert files
-    for name, content in files.items():
-        parts = {k: v for k, v in content.items() if k not in ("callbacks", "loops")}
-        assert non_finite(parts) == [], name
-        weights = content["state_dict"] or content["model"]
-        assert bool(torch.isneginf(weights["net.mask"]).any()), f"{name} has lost its mask"
-
-
 @pytest.mark.filterwarnings("ignore:.*fit\\(ckpt_path=")
-@pytest.mark.parametrize(
-    ("name", "faults"),
-    [
-        *((name, ("state", "gradient")) for name in SAVES),
-        *(
-            (name, ("weight", "buffer", "moment"))
-            for name in ("every epoch", "user in training_step, after", "strategy")
-        ),
-    ],
-)
-def test_no_poisoned_file(name: str, faults: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", SAVES)
+def test_no_poisoned_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever saves, and whatever is lost right before: as many files as in a healthy run, at the same clock, all
     finite, the mask in place, and the intervention on record.
     """
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     _, _, files = train(SAVES[name], tmp_path / "healthy", "nothing", None)
     healthy = {file: content.get("global_step") for file, content in files.items()}
-    for fault in faults:
+    one_by_one = ("weight", "buffer", "moment") if name in ONE_BY_ONE else ()
+    for fault in ("state", "gradient", *one_by_one):
         guard = NaNGuard(snapshot_every_n_steps=2)
         _, module, files = train(SAVES[name], tmp_path / fault, fault, guard)
         assert_none_poisoned(files)
@@ -521,65 +336,3 @@ def test_nothing_good_at_all(tmp_path: Path) -> None:
         trainer.fit(module, DataLoader(data, batch_size=None), DataLoader(data[:1], batch_size=None), ckpt_path=None)
     content = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
     assert_none_poisoned({"on_exception.ckpt": content})
-
-
-# -------------------------------------------------------------------------------------------------------- the best
-
-
-class Scores(Callback):
-    """Gives each epoch's metric the next of some values."""
-
-    def __init__(self, values: list[float]) -> None:
-        self.values = values
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.log("score", self.values[trainer.current_epoch])
-
-
-@pytest.mark.parametrize("top_k", [1, 2, -1])
-@pytest.mark.parametrize(
-    ("mode", "values", "best"),
-    [
-        ("min", [math.nan, 3.0, 2.0, math.nan], 2.0),
-        ("min", [math.inf, math.nan, 3.0], 3.0),
-        ("min", [3.0, -math.inf, 2.0], 2.0),
-        ("min", [-math.inf, 5.0, -math.inf, 4.0], 4.0),
-        ("max", [math.nan, 1.0, math.inf, 2.0], 2.0),
-        ("max", [-math.inf, math.inf, 0.5], 0.5),
-        ("min", [math.nan, math.inf, -math.inf], None),
-        ("max", [math.nan], None),
-    ],
-)
-def test_best_is_finite(mode: str, values: list[float], best: float | None, top_k: int, tmp_path: Path) -> None:
-    """The best model is the one with the best finite metric, in the callback and in every file; none without one."""
-    top = ModelCheckpoint(tmp_path / "top", monitor="score", mode=mode, save_top_k=top_k, filename="{epoch}")
-    trainer = trainer_for(
-        tmp_path, NaNGuard(), [Scores(values), top], max_epochs=len(values), enable_checkpointing=True
-    )
-    data = DataLoader(batches(count=2), batch_size=None)
-    trainer.fit(Saving(), data, data)
-    if best is None:
-        assert (top.best_model_score, top.best_model_path) == (None, "")
-    else:
-        assert float(top.best_model_score) == best
-        assert Path(top.best_model_path).name == f"epoch={values.index(best)}.ckpt"
-        assert Path(top.best_model_path).is_file()
-    files = list((tmp_path / "top").glob("*.ckpt"))
-    assert len(files) == (len(values) if top_k == -1 else min(top_k, len(values)))
-    for file in files:
-        (state,) = (v for k, v in torch.load(file, weights_only=True)["callbacks"].items() if "ModelCheckpoint" in k)
-        score = state["best_model_score"]
-        assert score is None or math.isfinite(float(score))
-
-
-def test_best_of_an_older_run_is_forgotten(tmp_path: Path) -> None:
-    """A best of −inf that a run without the guard has left is not taken over."""
-    data = DataLoader(batches(count=2), batch_size=None)
-    last = {}
-    for guard, values in ((None, [-math.inf]), (NaNGuard(), [-math.inf, 3.0])):
-        top = ModelCheckpoint(tmp_path, monitor="score", save_top_k=1, filename="{epoch}", save_last=True)
-        callbacks = [Scores(values), top]
-        trainer = trainer_for(tmp_path, guard, callbacks, max_epochs=len(values), enable_checkpointing=True)
-        trainer.fit(Saving(), data, data, ckpt_path=last.get("path"))
-        last["path"] = tmp_path / "last.ckpt"
-    assert float(top.best_model_score) == 3.0

@@ -1,17 +1,16 @@
-"""Running ``training_step`` once more without leaving a trace."""
+"""Running ``training_step`` outside the loops: forward and backward of one batch, without hooks and counters."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_nanguard.trainer.private.patches import wrap_method
 from lightning_nanguard.trainer.private.precision import grad_scaler
 
 
@@ -44,18 +43,22 @@ def loss_with_graph(trainer: Any, batch: Any, batch_idx: int, *, full_precision:
 
 @contextmanager
 def _without_autocast(trainer: Any) -> Iterator[None]:
-    plugin = trainer.precision_plugin
-    # On the instance: the plugin enters its own forward_context around training_step.
-    plugin.forward_context = nullcontext
+    # The plugin enters its own forward_context around training_step.
+    undo = wrap_method(trainer.precision_plugin, "forward_context", lambda original: nullcontext())
     try:
         yield
     finally:
-        del plugin.forward_context
+        undo()
 
 
 @contextmanager
 def alone(trainer: Any, silence: Any) -> Iterator[None]:
-    """Run the module itself, not what wraps it among ranks, and within ``silence``, which no collective leaves."""
+    """Run the module itself inside, not what wraps it among ranks, so that no rank waits for another.
+
+    Args:
+        trainer: The trainer.
+        silence: A context in which a collective raises.
+    """
     strategy = trainer.strategy
     wrapper = strategy.model
     strategy.model = strategy.lightning_module
@@ -67,9 +70,9 @@ def alone(trainer: Any, silence: Any) -> Iterator[None]:
 
 
 def forward_backward(trainer: Any, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
-    """Gradients of a batch without the loops' hooks and counters; its loss, ``None`` where there is none.
+    """Compute the gradients of a batch; gives its loss, ``None`` where there is none.
 
-    A GradScaler's scale is used but not updated.
+    Gradients there were are gone. A GradScaler's scale is used but not updated.
     """
     loss = _loss(trainer, batch, batch_idx)
     if loss is None:
@@ -85,71 +88,10 @@ def forward_backward(trainer: Any, optimizer: Optimizer, batch: Any, batch_idx: 
 
 
 def clip_as_configured(trainer: Any, optimizer: Optimizer) -> None:
-    """The trainer's own clipping, applied to the gradients there are."""
+    """Clip the gradients there are as the trainer is configured to."""
     if not trainer.gradient_clip_val:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     clip_by_value = str(trainer.gradient_clip_algorithm or "norm") in ("value", "GradClipAlgorithmType.VALUE")
     own = torch.nn.utils.clip_grad_value_ if clip_by_value else torch.nn.utils.clip_grad_norm_
     own(parameters, trainer.gradient_clip_val)
-
-
-@contextmanager
-def same_randomness(device: torch.device) -> Iterator[None]:
-    """Put every random stream back at the end: torch's on CPU and on the device, NumPy's and Python's."""
-    python, numpy_state = random.getstate(), np.random.get_state()
-    devices = [device.index or 0] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy_state)
-
-
-@contextmanager
-def quiet(trainer: Any) -> Iterator[None]:
-    """Keep ``self.log`` of the code inside out of the loggers' and the progress bar's sight, and saves off the disk:
-    weights that are only tried out belong in no file."""
-    with _without_saves(trainer), _without_logs(trainer):
-        yield
-
-
-@contextmanager
-def _without_saves(trainer: Any) -> Iterator[None]:
-    owners = (trainer, trainer.strategy)
-    before = [vars(owner).get("save_checkpoint") for owner in owners]
-    for owner in owners:
-        owner.save_checkpoint = _save_nothing
-    try:
-        yield
-    finally:
-        for owner, own in zip(owners, before, strict=True):
-            if own is None:
-                del owner.save_checkpoint
-            else:
-                owner.save_checkpoint = own
-
-
-def _save_nothing(*args: Any, **kwargs: Any) -> None:
-    pass
-
-
-@contextmanager
-def _without_logs(trainer: Any) -> Iterator[None]:
-    connector = getattr(trainer, "_logger_connector", None)
-    if connector is None:
-        yield
-        return
-    kept = {
-        name: dict(value)
-        for name in ("_logged_metrics", "_callback_metrics", "_progress_bar_metrics")
-        if isinstance(value := getattr(connector, name, None), dict)
-    }
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            live = getattr(connector, name)
-            live.clear()
-            live.update(value)

@@ -1,4 +1,4 @@
-"""The running means behind ``self.log(on_epoch=True)``, remembered before a batch and put back after a bad one."""
+"""The running means behind ``self.log(on_epoch=True)``: remembered before a batch, put back after a bad one."""
 
 from __future__ import annotations
 

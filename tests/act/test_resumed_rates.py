@@ -14,9 +14,9 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard, ReduceLR, Rollback
+from tests.act.rates import BATCHES, EPOCHS, SCHEDULERS
 from tests.helpers import Positioned, batches, differences, learner_of, task, trainer_for
 from tests.modules import Diverge, SaveAt
-from tests.test_learning_rate import BATCHES, EPOCHS, SCHEDULERS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
@@ -68,26 +68,21 @@ def train(
     return used, learner_of(trainer, module), guard
 
 
-@pytest.mark.parametrize("where", ["mid-epoch", "epoch end"])
 @pytest.mark.parametrize("name", FOURTEEN)
-def test_rates_go_on(name: str, where: str, tmp_path: Path) -> None:
-    """After a cut the rates, the multiplier and the weights are those of the run that was not stopped."""
-    if where == "mid-epoch":
-        saves: Callback = SaveAt(BATCHES + 2, tmp_path / "mid.ckpt")
-        path = tmp_path / "mid.ckpt"
-    else:
-        # On a validation's end: what steps at the end of an epoch, plateau included, is then still to come.
-        saves = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-        path = tmp_path / "epoch=0.ckpt"
-    whole, learner, guard = train(SCHEDULERS[name], saves)
-    step = torch.load(path, weights_only=True)["global_step"]
-    assert step == (BATCHES + 2 if where == "mid-epoch" else BATCHES)
-    again, learner2, guard2 = train(SCHEDULERS[name], resume=path)
+def test_rates_go_on(name: str, tmp_path: Path) -> None:
+    """After a cut the rates, the multiplier and the weights are those of the run that was not stopped, whether it is
+    resumed in mid-epoch or at an epoch's end."""
+    # On a validation's end: what steps at the end of an epoch, plateau included, is then still to come.
+    saves = SaveAt(BATCHES + 2, tmp_path / "mid.ckpt"), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    whole, learner, guard = train(SCHEDULERS[name], *saves)
     assert min(whole.multipliers.values()) < 1.0, list(guard.interventions)
-    assert again.rates == {at: rates for at, rates in whole.rates.items() if at >= step}
-    assert guard2.lr_multiplier == guard.lr_multiplier
-    assert differences(learner, learner2) == []
-    assert sorted(again.rates) == list(range(step, STEPS))
+    for path, step in ((tmp_path / "mid.ckpt", BATCHES + 2), (tmp_path / "epoch=0.ckpt", BATCHES)):
+        assert torch.load(path, weights_only=True)["global_step"] == step
+        again, learner2, guard2 = train(SCHEDULERS[name], resume=path)
+        assert again.rates == {at: rates for at, rates in whole.rates.items() if at >= step}
+        assert guard2.lr_multiplier == guard.lr_multiplier
+        assert differences(learner, learner2) == []
+        assert sorted(again.rates) == list(range(step, STEPS))
 
 
 def test_fourteen_schedulers() -> None:

@@ -1,4 +1,4 @@
-"""The last good checkpoint on disk, and what a run may go on from."""
+"""The last good checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ import pytest
 import pytorch_lightning.callbacks as stock
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import AsyncCheckpointIO
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import BadCheckpointError, Budget, NaNGuard, TrainingDivergedError
-from lightning_nanguard.checkpoints.inspection import LAST_GOOD, damage, inspect
-from tests.helpers import Positioned, batches, copied, differences, learner_of, non_finite, task, trainer_for, words
-from tests.modules import Diverge, NaNWeight, SaveAt
-from tests.scenarios.test_resuming import EPOCHS, PER_EPOCH, cosine_task, guard_with, train
-from tests.test_saves import Net
+from lightning_nanguard.checkpoints.inspection import LAST_GOOD, inspect
+from lightning_nanguard.cli.main import main
+from tests.checkpoints.training import EPOCHS, PER_EPOCH, Net, cut, guard_with, train
+from tests.helpers import batches, copied, differences, learner_of, non_finite, words
+from tests.modules import Diverge, NaNWeight
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
@@ -65,7 +64,7 @@ def test_a_certified_state_is_kept(tmp_path: Path) -> None:
     assert differences(dict(content["state_dict"]), {**kept["parameters"], **kept["buffers"]}) == []
     assert differences(content["optimizer_states"], kept["optimizers"]) == []
     assert [file.name for file in tmp_path.iterdir()] == [LAST_GOOD]
-    assert type(trainer.callbacks[-1]).__name__ != "_Afterwards"
+    assert type(trainer.callbacks[-1]).__name__ != "_LastCallback"
 
 
 def test_a_run_goes_on_from_it(tmp_path: Path) -> None:
@@ -223,176 +222,39 @@ def test_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCapture
     assert caplog.text.count(f"cannot write {tmp_path / 'taken' / 'deeper' / LAST_GOOD}") == 1
 
 
-# ---------------------------------------------------------------------------------------------------- bad checkpoints
+# -------------------------------------------------------------------------------------------------------- the command
 
 
-def made(folder: Path, name: str = "checkpoints/step=16.ckpt", step: int = 16) -> Path:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    train(guard_with(), SaveAt(step, path, stop=True))
-    return path
+def test_the_command_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`nanguard last-good` prints the newest good file's path and nothing else, for `ckpt_path`."""
+    for name in ("one", "two"):
+        train(keeping(tmp_path / "runs" / name / "nanguard"))
+    newest = tmp_path / "runs" / "two" / "nanguard" / LAST_GOOD
+    capsys.readouterr()
+    assert main(["last-good", str(tmp_path / "runs")]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{newest}\n"
+    assert "whole and finite" in shown.err
+    cut(newest)
+    assert main(["last-good", str(tmp_path / "runs")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'runs' / 'one' / 'nanguard' / LAST_GOOD}\n"
 
 
-def poison(path: Path, part: str = "weight") -> None:
-    content = torch.load(path, weights_only=True)
-    if part == "weight":
-        content["state_dict"]["net.0.weight"][0, 0] = math.nan
-    else:
-        content["optimizer_states"][0]["state"][2]["exp_avg_sq"][0, 0] = math.inf
-    torch.save(content, path)
+def test_a_folder_of_shards_is_not_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The index of one is a pickle: the command says so and goes on to other files."""
+    (tmp_path / "run" / LAST_GOOD).mkdir(parents=True)
+    assert main(["last-good", str(tmp_path)]) == 2
+    assert "folder of shards, whose index is a pickle" in capsys.readouterr().err
 
 
-def cut(path: Path) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) * 2 // 3])
-
-
-def hole(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    middle = data.index(b"data/0") + 200
-    data[middle : middle + 16] = b"\0" * 16
-    path.write_bytes(data)
-
-
-BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "weight": (poison, r"state_dict: net\.0\.weight is not finite"),
-    "moment": (lambda path: poison(path, "moment"), r"exp_avg_sq of parameter 2 is not finite"),
-    "cut short": (cut, "it is cut short, or no checkpoint"),
-    "empty": (lambda path: path.write_bytes(b""), "it is cut short, or no checkpoint"),
-    "hole": (hole, "does not match its checksum"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_checkpoint_is_refused(kind: str, tmp_path: Path) -> None:
-    """A poisoned or torn checkpoint is refused with what is wrong, and the newest good one beside it is offered."""
-    spoil, message = BAD[kind]
-    old, good, bad = (made(tmp_path, f"checkpoints/{n}.ckpt", n) for n in (5, 9, 16))
-    spoil(bad)
-    guard = guard_with()
-    with pytest.raises(BadCheckpointError, match=message) as refused:
-        train(guard, resume=bad)
-    assert refused.value.path == bad
-    assert refused.value.offered == good
-    assert str(good) in str(refused.value)
-    assert "of step 9" in str(refused.value)
-    assert old.exists()
-    # What is offered can be taken with the same guard.
-    trainer, *_ = train(guard, resume=refused.value.offered)
-    assert trainer.global_step == PER_EPOCH * EPOCHS
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_resume_last_good(kind: str, tmp_path: Path) -> None:
-    """With resume="last-good" the run goes on from the newest good one instead, and that is on record."""
-    spoil, _ = BAD[kind]
-    good, bad = (made(tmp_path, f"checkpoints/{n}.ckpt", n) for n in (9, 16))
-    spoil(bad)
-    guard = guard_with(resume="last-good", dirpath=tmp_path)
-    trainer, module, rates, _ = train(guard, resume=bad)
-    whole_trainer, whole, whole_rates, _ = train(guard_with())
-    assert trainer.ckpt_path == str(good)
-    assert rates == whole_rates[9:]
-    assert differences(learner_of(trainer, module), learner_of(whole_trainer, whole)) == []
-    (record,) = guard.interventions
-    assert (record.fault, record.remedies) == ("bad_checkpoint", ("resume",))
-    assert str(bad) in record.message
-    assert str(good) in record.message
-
-
-def test_the_guards_own_file_is_found(tmp_path: Path) -> None:
-    """The last good checkpoint in the folder of records beside the checkpoints is offered as well."""
-    bad = made(tmp_path, "checkpoints/step=16.ckpt")
-    cut(bad)
-    train(keeping(tmp_path / "nanguard"))
-    with pytest.raises(BadCheckpointError, match="cut short") as refused:
-        train(guard_with(), resume=bad)
-    assert refused.value.offered == tmp_path / "nanguard" / LAST_GOOD
-
-
-def test_nothing_good_to_offer(tmp_path: Path) -> None:
-    """Where every file is bad, or holds weights alone, that is said, with resume="last-good" too."""
-    bad = made(tmp_path)
-    content = torch.load(bad, weights_only=True)
-    torch.save({"state_dict": content["state_dict"], "global_step": 3}, bad.with_name("weights.ckpt"))
-    cut(bad)
-    for resume in ("strict", "last-good"):
-        with pytest.raises(BadCheckpointError, match="No other checkpoint near it is good"):
-            train(guard_with(resume=resume), resume=bad)
-
-
-def test_a_file_that_is_missing(tmp_path: Path) -> None:
-    """A missing file is Lightning's error, unless resume="last-good" finds a good one where it was looked for."""
-    good = made(tmp_path, "checkpoints/9.ckpt", 9)
-    missing = good.with_name("last.ckpt")
-    with pytest.raises(FileNotFoundError, match="not found"):
-        train(guard_with(), resume=missing)
-    guard = guard_with(resume="last-good", dirpath=tmp_path)
-    trainer, *_ = train(guard, resume=missing)
-    assert trainer.ckpt_path == str(good)
-    with pytest.raises(FileNotFoundError, match="not found"):
-        train(guard_with(resume="last-good"), resume=tmp_path / "elsewhere" / "last.ckpt")
-
-
-def test_masks_are_no_poison(tmp_path: Path) -> None:
-    """A causal mask of −inf, infinite scores of callbacks and NaN metrics are no reason to refuse a checkpoint."""
-    top = ModelCheckpoint(tmp_path, monitor="val_loss", save_last=True)
-    data = DataLoader(batches(count=3), batch_size=None)
-    for ckpt_path in (None, tmp_path / "last.ckpt"):
-        module = task()
-        module.net = Net()
-        epochs = 1 if ckpt_path is None else 2
-        trainer = trainer_for(tmp_path, NaNGuard(), [top], max_epochs=epochs, enable_checkpointing=True)
-        trainer.fit(module, data, data, ckpt_path=ckpt_path)
-    assert trainer.current_epoch == 2
-
-
-def test_observing_refuses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With observe=True a checkpoint of bad moments is gone on from as without the guard, with a warning."""
-    bad = made(tmp_path)
-    poison(bad, "moment")
-    train(guard_with(observe=True), resume=bad, epochs=2)
-    assert "exp_avg_sq of parameter 2 is not finite" in caplog.text
-
-
-def test_an_error_of_the_users_stays_theirs(tmp_path: Path) -> None:
-    """A whole file that cannot be loaded for another reason gives the error it gives without the guard."""
-    path = made(tmp_path)
-    content = torch.load(path, weights_only=True)
-    torch.save({**content, "state_dict": {"other": torch.zeros(1)}}, path)
-    with pytest.raises(RuntimeError, match="Missing key"):
-        train(guard_with(), resume=path)
-    torch.save({**content, "extra": BadCheckpointError}, path)
-    with pytest.raises(Exception, match="Weights only load failed"):
-        train(guard_with(), resume=path)
-
-
-def test_unknown_version_of_the_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The guard's state of a version this one cannot read is left out with a warning, and the run goes on."""
-    path = made(tmp_path)
-    content = torch.load(path, weights_only=True)
-    (key,) = (key for key in content["callbacks"] if "NaNGuard" in key)
-    assert content["callbacks"][key]["schema"] == 1
-    content["callbacks"][key] = {"schema": 99, "guard": {"something": "new"}}
-    torch.save(content, path)
-    trainer, *_ = train(guard_with(), resume=path)
-    assert trainer.global_step == PER_EPOCH * EPOCHS
-    assert "version 99" in caplog.text
-    assert "start anew" in caplog.text
-
-
-def test_the_guards_hooks_are_gone_after_a_refusal(tmp_path: Path) -> None:
-    """A trainer whose checkpoint was refused has nothing of the guard's left on it."""
-    bad = made(tmp_path)
-    cut(bad)
-    trainer = trainer_for(None, guard_with())
-    data, val = Positioned(batches(count=PER_EPOCH)), DataLoader(batches(count=1), batch_size=None)
-    with pytest.raises(BadCheckpointError, match="cut short"):
-        trainer.fit(cosine_task(), data, val, ckpt_path=bad)
-    assert "resume_start" not in vars(trainer._checkpoint_connector)
-
-
-# ----------------------------------------------------------------------------------------------------------- arguments
+def test_the_command_finds_none(saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without one it says how to have one, and names the newest good checkpoint there is."""
+    good = saved(16, folder=tmp_path / "run" / "checkpoints")
+    assert main(["last-good", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "last_good_every_n_steps" in shown.err
+    assert str(good) in shown.err
 
 
 @pytest.mark.parametrize(
@@ -403,8 +265,3 @@ def test_arguments_are_checked(argument: str, value: Any) -> None:
     """A value out of range is refused by name."""
     with pytest.raises(ValueError, match=rf"{argument}={value!r}"):
         NaNGuard(**{argument: value})
-
-
-def test_a_folder_is_not_called_damaged(tmp_path: Path) -> None:
-    """A sharded checkpoint is a folder, of which nothing can be told here; it is not called damaged."""
-    assert damage(tmp_path) == ""

@@ -1,0 +1,90 @@
+"""Which tensors of a checkpoint are poisoned: they hold NaN or Inf where they should not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_nanguard.measure.finite import non_finite_indices
+from lightning_nanguard.measure.tensors import local
+from lightning_nanguard.state.learner import StateKey
+
+PREFIX = "module."
+"""AveragedModel and DDP keep the module under this name."""
+
+
+def poisoned(
+    checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], allowed: Mapping[StateKey, Tensor]
+) -> list[str]:
+    """Names of the weights, buffers, moments and averaged copies in a checkpoint that hold NaN or Inf.
+
+    Anything else in it (scores of callbacks, metrics) may well be infinite and is not looked at.
+
+    Args:
+        checkpoint: Lightning's or any other nesting of dictionaries and lists.
+        weights: The module's parameters and buffers; what has the name and the shape of one counts as a weight.
+        allowed: Where buffers are non-finite by design, from :func:`lightning_nanguard.state.finite.allowances`.
+
+    Example:
+        >>> weights = {"w": torch.ones(2)}
+        >>> bad = {"w": torch.tensor([1.0, float("nan")])}
+        >>> poisoned({"state_dict": bad, "callbacks": {"best": torch.tensor(1e999)}}, weights, {})
+        ['state_dict: w']
+    """
+    found = [*_looked_at(checkpoint, weights, ())]
+    bad = []
+    for index in non_finite_indices([local(tensor) for _, _, tensor in found]):
+        where, name, tensor = found[index]
+        mask = allowed.get(("buffer", name.removeprefix(PREFIX)))
+        if mask is not None and mask.shape == tensor.shape:
+            wrong = ~torch.isfinite(tensor.detach()) & ~mask.to(tensor.device)
+            if not bool(wrong.any()):
+                continue
+        bad.append(f"{'/'.join(where)}: {name}")
+    return bad
+
+
+def _looked_at(
+    value: Any, weights: Mapping[str, Tensor], where: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], str, Tensor]]:
+    if isinstance(value, Mapping):
+        if is_optimizer_state(value):
+            for parameter, entries in value["state"].items():
+                for path, tensor in _tensors(entries, ()):
+                    yield where, f"{'.'.join(path)} of parameter {parameter}", tensor
+            return
+        for key, item in value.items():
+            if isinstance(item, Tensor):
+                if is_weight(key, item, weights):
+                    yield where, key, item
+            else:
+                yield from _looked_at(item, weights, (*where, str(key)))
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            if not isinstance(item, Tensor):
+                yield from _looked_at(item, weights, (*where, str(number)))
+
+
+def _tensors(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, (*path, str(key)))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item, path)
+
+
+def is_optimizer_state(value: Mapping[Any, Any]) -> bool:
+    """Whether a part of a checkpoint is an optimizer's ``state_dict()``."""
+    return isinstance(value.get("state"), Mapping) and isinstance(value.get("param_groups"), list)
+
+
+def is_weight(key: Any, item: Tensor, weights: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor of a checkpoint has the name and the shape of one of the module's."""
+    live = weights.get(key.removeprefix(PREFIX)) if isinstance(key, str) else None
+    return live is not None and live.shape == item.shape

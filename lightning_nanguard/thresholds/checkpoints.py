@@ -1,0 +1,20 @@
+"""What of a run is saved and rewound, and how a bad checkpoint is described."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CheckpointsThresholds:
+    """What of a run is saved and rewound, and how a bad checkpoint is described.
+
+    Attributes:
+        averaged_copy_share: Share (0 to 1) of the trained elements that tensors of a callback must cover to count as an
+            averaged copy of the module, which is rewound with it. An average of a part that is fine-tuned covers most
+            of them; a user's own tensors of some layer's shapes do not.
+        tensors_named: Number of bad tensors that an error names before it says how many more there are.
+    """
+
+    averaged_copy_share: float = 0.5
+    tensors_named: int = 5

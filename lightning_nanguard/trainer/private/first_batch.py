@@ -1,0 +1,99 @@
+"""Running a fit as far as its first batch, for commands that look at a run from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lightning_nanguard.trainer.private.packages import GuardCallback, package_of
+from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
+
+QUIET = {
+    "callbacks": None,
+    "devices": 1,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+    "limit_val_batches": 0,
+    "logger": False,
+    "num_sanity_val_steps": 0,
+}
+"""Options of a Trainer that writes, shows and validates nothing."""
+
+Look = Callable[[Any, Any, Any, int], None]
+
+
+class _FirstBatchSeen(Exception):  # noqa: N818
+    """Ends a fit from inside."""
+
+
+class _AtFirstBatch(GuardCallback):
+    """Calls a function at the first batch, and ends the fit before its first step."""
+
+    def __init__(self, look: Look) -> None:
+        super().__init__()
+        self._look = look
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._look(trainer, pl_module, batch, batch_idx)
+        raise _FirstBatchSeen
+
+
+def at_first_batch(trainer: Any, module: Any, look: Look, **data: Any) -> None:
+    """Fit as far as the first batch, call ``look`` there, and end before the first step.
+
+    Args:
+        trainer: A trainer that writes nothing.
+        module: The module.
+        look: Called with trainer, module, batch and its index, before the first step.
+        data: What ``trainer.fit`` takes: ``datamodule`` or ``train_dataloaders``.
+    """
+    callback = _AtFirstBatch(look)
+    trainer.callbacks = [*trainer.callbacks, callback]
+    try:
+        trainer.fit(module, **data)
+    except _FirstBatchSeen:
+        return
+    finally:
+        trainer.callbacks = [one for one in trainer.callbacks if one is not callback]
+
+
+class _OneBatch:
+    """A source of one batch; a list would be taken for a list of sources."""
+
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self._batch
+
+    def __len__(self) -> int:
+        return 1
+
+
+def one_batch(module: Any, batch: Any, look: Look, *, precision: str = "32-true") -> None:
+    """Give a module one batch as it is, without the hooks that would change it on its way, and call ``look`` there.
+
+    Args:
+        module: The module.
+        batch: The batch, as ``training_step`` gets it.
+        look: See :func:`at_first_batch`.
+        precision: The trainer's.
+    """
+    trainer = package_of(type(module)).Trainer(
+        **{**QUIET, "accelerator": "cpu", "max_epochs": 1, "precision": precision}
+    )
+    undo = undo_all(
+        [
+            wrap_method(module, "_on_before_batch_transfer", _given_batch),
+            wrap_method(trainer.strategy, "batch_to_device", _given_batch),
+        ]
+    )
+    try:
+        at_first_batch(trainer, module, look, train_dataloaders=_OneBatch(batch))
+    finally:
+        undo()
+
+
+def _given_batch(original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+    return batch

@@ -1,0 +1,95 @@
+"""Wrapping a method of one object, and taking the wrapper away again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from itertools import permutations
+from typing import Any
+
+import pytest
+
+from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
+
+
+class Owner:
+    def say(self, word: str) -> str:
+        return word
+
+
+def adding(mark: str) -> Callable[..., str]:
+    return lambda original, word: f"{mark}{original(word)}"
+
+
+def test_a_wrapper_is_called_in_the_methods_place() -> None:
+    """One object is changed, no other of its class, and undoing it leaves nothing behind, however often."""
+    owner = Owner()
+    undo = wrap_method(owner, "say", adding("a"))
+    assert owner.say("x") == "ax"
+    assert owner.say.__name__ == "say"
+    assert Owner().say("x") == "x"
+    undo()
+    undo()
+    assert owner.say("x") == "x"
+    assert not vars(owner)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_wrappers_are_undone_in_any_order(order: tuple[int, ...]) -> None:
+    """Whichever is undone first stops acting at once, and at the end what the user had put there is there again."""
+    owner: Any = Owner()
+    users = owner.say = lambda word: f"u{word}"
+    undos = [wrap_method(owner, "say", adding(mark)) for mark in "abc"]
+    left = {0: "a", 1: "b", 2: "c"}
+    assert owner.say("x") == "cbaux"
+    for index in order:
+        undos[index]()
+        del left[index]
+        assert owner.say("x") == "".join(reversed(left.values())) + "ux"
+    assert owner.say is users
+
+
+@pytest.mark.parametrize("by_wraps", [False, True])
+def test_what_somebody_else_has_wrapped_since_stays(by_wraps: bool) -> None:
+    """Their wrapper stays on the object, and calls through to the method without ours."""
+    owner: Any = Owner()
+    undo = wrap_method(owner, "say", adding("a"))
+    inner = owner.say
+
+    def theirs(word: str) -> str:
+        return f"t{inner(word)}"
+
+    if by_wraps:
+        theirs = wraps(inner)(theirs)
+    owner.say = theirs
+    undo()
+    assert owner.say is theirs
+    assert owner.say("x") == "tx"
+
+
+def test_a_wrapper_that_is_gone_already() -> None:
+    """Where somebody has put something else there, or taken it away, that stays."""
+    owner: Any = Owner()
+    undo = wrap_method(owner, "say", adding("a"))
+    del owner.say
+    undo()
+    assert not vars(owner)
+    undo = wrap_method(owner, "say", adding("a"))
+    owner.say = str.upper
+    undo()
+    assert owner.say is str.upper
+
+
+def test_undo_all_goes_backwards_once() -> None:
+    """The newest is undone first, each once, also when another undo raises in between."""
+    done: list[int] = []
+
+    def fails() -> None:
+        raise OSError("first time")
+
+    undo = undo_all([lambda: done.append(0), fails, lambda: done.append(2)])
+    with pytest.raises(OSError, match="first time"):
+        undo()
+    undo()
+    undo()
+    assert done == [2, 0]

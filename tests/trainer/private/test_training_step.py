@@ -1,0 +1,82 @@
+"""Forward and backward of one batch outside the loops; that they leave no trace is in test_untraced.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning_nanguard.distributed.silent import Silent
+from pytorch_lightning import Callback, Trainer
+from torch import nn
+
+from lightning_nanguard.trainer.private.training_step import (
+    alone,
+    clip_as_configured,
+    forward_backward,
+    run_training_step,
+)
+from tests.helpers import Batch, Task, batches, fit, mlp, task
+
+
+class Runs(Callback):
+    """Runs the first batch once more at its end, and notes the largest gradient before and after clipping."""
+
+    def __init__(self) -> None:
+        self.loss: float | None = None
+        self.largest: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if batch_idx:
+            return
+        optimizer = trainer.optimizers[0]
+        strategy = trainer.strategy
+        wrapper = strategy.model = nn.Identity()  # stands for what wraps the module among ranks
+        with alone(trainer, Silent()):
+            assert strategy.model is pl_module
+            self.loss = forward_backward(trainer, optimizer, batch, batch_idx)
+        assert strategy.model is wrapper
+        strategy.model = pl_module
+        self.largest.append(self.largest_of(pl_module))
+        clip_as_configured(trainer, optimizer)
+        self.largest.append(self.largest_of(pl_module))
+        optimizer.zero_grad(set_to_none=True)
+
+    def largest_of(self, module: Task) -> float:
+        return max(float(p.grad.abs().max()) for p in module.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("algorithm", ["value", None])
+def test_gradients_are_unscaled_and_clipped_as_configured(algorithm: str | None, tmp_path: Path) -> None:
+    """With a GradScaler the gradients are those without its scale, which stays; clipping is the trainer's own."""
+    runs, plain = Runs(), Runs()
+    clip = {} if algorithm is None else {"gradient_clip_val": 0.01, "gradient_clip_algorithm": algorithm}
+    scaled = fit(task(), batches(count=1), callbacks=[runs], folder=tmp_path, precision="16-mixed", **clip)
+    fit(task(), batches(count=1), callbacks=[plain], folder=tmp_path, **clip)
+    assert scaled.trainer.precision_plugin.scaler.get_scale() == 1024.0
+    assert runs.loss == pytest.approx(plain.loss, rel=0.01)
+    assert runs.largest[0] == pytest.approx(plain.largest[0], rel=0.05)
+    assert runs.largest[1] == (pytest.approx(0.01) if algorithm else runs.largest[0])
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_step_without_a_loss(tmp_path: Path) -> None:
+    """Where ``training_step`` gives a dictionary its loss counts; where it gives nothing there is none."""
+    seen: list[float | None] = []
+
+    class Gives(Task):
+        gives: Any = None
+
+        def training_step(self, batch: Batch, batch_idx: int) -> Any:
+            return {"loss": torch.tensor(2.0, requires_grad=True), "x": 1} if batch_idx == 0 else None
+
+    class Reruns(Callback):
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+        ) -> None:
+            seen.append(run_training_step(trainer, batch, batch_idx))
+            seen.append(forward_backward(trainer, trainer.optimizers[0], batch, batch_idx))
+
+    fit(Gives(mlp()), batches(count=2), callbacks=[Reruns()], folder=tmp_path)
+    assert seen == [2.0, 2.0, None, None]
