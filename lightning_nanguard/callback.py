@@ -315,7 +315,7 @@ class NaNGuard(GuardCallback):
             return
         try:
             fit.context.rate.withdraw()
-            fit.guard.part()
+            fit.guard.leave()
             if not isinstance(exception, TrainingDivergedError):
                 fit.guard.check()  # what is saved on its account comes after this hook
         except Exception as error:

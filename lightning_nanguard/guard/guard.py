@@ -240,7 +240,7 @@ class Guard:
         self._state.restored = None
         self._context.ranks.close()
 
-    def part(self) -> None:
+    def leave(self) -> None:
         """This process has raised: among several it is alone from now on, and waits for none of the others."""
         if self._context.many:
             self._readback.clear()

@@ -232,7 +232,7 @@ def memory() -> dict[str, Any]:
         loop = PlainLoop(module, Group(node=node), averaged(module))
         loop.train(9)
         whole = sum(tensor.nbytes for tensor in loop.own())
-        kept = loop.guard.ring.certified
+        kept = loop.guard.context.ring.certified
         restored = [loop.ranks.join_snapshot(snapshot) for snapshot in kept]
         found[name] = {
             "whole": whole,

@@ -16,11 +16,11 @@ from lightning_nanguard.detect.monitors import Monitors
 from lightning_nanguard.guard.rehearsal import Rehearsal, Reviews
 from lightning_nanguard.state.snapshot import capture
 from lightning_nanguard.thresholds.rate_search import ReviewThresholds
-from tests.guard.plain_loop import Loop
+from tests.guard.plain_loop import PlainLoop, state
 from tests.helpers import copied, same_bits
 
 
-def rehearsal_of(loop: Loop) -> Rehearsal:
+def rehearsal_of(loop: PlainLoop) -> Rehearsal:
     """Tries rates in a loop whose loss unit is 1."""
     monitors = Monitors([])
     seen = Reading(1, 0, 1.0, 1.0)
@@ -29,18 +29,9 @@ def rehearsal_of(loop: Loop) -> Rehearsal:
     return Rehearsal(dataclasses.replace(loop.guard.context, monitors=monitors))
 
 
-def state(loop: Loop) -> dict[str, object]:
-    return {
-        "weights": dict(loop.net.named_parameters()),
-        "moments": loop.optimizer.state_dict(),
-        "gradients": {name: parameter.grad for name, parameter in loop.net.named_parameters()},
-        "random": torch.get_rng_state(),
-    }
-
-
 def test_a_trial_leaves_no_trace() -> None:
     """Weights, moments, rates, gradients and random numbers are bit by bit as before, whatever it found."""
-    loop = Loop(lr=1e-3)
+    loop = PlainLoop(lr=1e-3)
     loop.run(10)
     rehearsal = rehearsal_of(loop)
     start = capture(loop.guard.context.learner, step=0, global_step=0)
@@ -54,7 +45,7 @@ def test_a_lower_rate_is_found_better() -> None:
     """At a rate that ruins, a lower one from the start learns the batch; at a good rate none does better."""
     answers = []
     for lr in (30.0, 0.1):
-        loop = Loop(lr=lr)
+        loop = PlainLoop(lr=lr)
         loop.guard.context.rate.attach()
         loop.batch = torch.randn(8, 3)
         rehearsal = rehearsal_of(loop)
@@ -66,7 +57,7 @@ def test_a_lower_rate_is_found_better() -> None:
 
 def test_the_loss_is_that_of_training_at_the_rate() -> None:
     """What is rehearsed is what training at that rate brings, and the learner is left where it began."""
-    loop = Loop(lr=0.1)
+    loop = PlainLoop(lr=0.1)
     loop.guard.context.rate.attach()
     loop.batch = torch.randn(8, 3)
     rehearsal = rehearsal_of(loop)
@@ -80,7 +71,7 @@ def test_the_loss_is_that_of_training_at_the_rate() -> None:
     assert rehearsed == loop.probe()
 
 
-class Played(Loop):
+class Played(PlainLoop):
     """Four batches, whose losses before each update are given."""
 
     at_base = (1.0, 40.0, 0.5, 2.0)
@@ -123,7 +114,7 @@ def test_a_batch_is_compared_with_itself(rounds: list[tuple[float, ...]], gone: 
 @pytest.mark.parametrize(("lr", "factor"), [(0.001, 2.0), (0.1, 1.0), (1.5, 1.0)])
 def test_a_review_raises_a_rate_that_hardly_moves_the_loss(lr: float, factor: float) -> None:
     """A rate at which four times as much brings far more is doubled, another is not, and no trial leaves a trace."""
-    loop = Loop(lr=lr)
+    loop = PlainLoop(lr=lr)
     loop.guard.context.rate.attach()
     loop.batch = torch.randn(8, 3, generator=torch.Generator().manual_seed(3))
     rehearsal = rehearsal_of(loop)
@@ -133,7 +124,7 @@ def test_a_review_raises_a_rate_that_hardly_moves_the_loss(lr: float, factor: fl
     assert same_bits(state(loop), before)
 
 
-class Noisy(Loop):
+class Noisy(PlainLoop):
     """Four small batches whose targets are half noise."""
 
     def rehearsal_batches(self) -> int:

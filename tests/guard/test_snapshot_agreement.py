@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_nanguard.distributed.ranks import Posted
+from lightning_nanguard.distributed.ranks import PendingReports
 from lightning_nanguard.distributed.report import Report
 from lightning_nanguard.guard.snapshot_agreement import SnapshotAgreement
 from lightning_nanguard.state.snapshot import Snapshot
@@ -21,7 +21,7 @@ OBJECTION = Fault("implausible_state", "state", "parameter w", None, "w is far o
 class ThreeRanks:
     """Three ranks as seen from the first; what the two others say when values are gathered is given."""
 
-    rank, world, sharers = 0, 3, 3
+    rank, world, snapshot_parts = 0, 3, 3
 
     def __init__(self, *others: Any, sharded: bool = False) -> None:
         self.others = others
@@ -30,19 +30,19 @@ class ThreeRanks:
     def gather(self, value: Any) -> list[Any]:
         return [value, *self.others]
 
-    def post(self, report: Report) -> Posted:
+    def post(self, report: Report) -> PendingReports:
         raise NotImplementedError
 
-    def share(self, snapshot: Snapshot) -> Snapshot:
+    def split_snapshot(self, snapshot: Snapshot) -> Snapshot:
         return snapshot
 
-    def whole(self, snapshot: Snapshot) -> Snapshot:
+    def join_snapshot(self, snapshot: Snapshot) -> Snapshot:
         return snapshot
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         raise NotImplementedError
 
-    def part(self) -> None: ...
+    def leave(self) -> None: ...
 
     def close(self) -> None: ...
 

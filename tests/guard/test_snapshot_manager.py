@@ -13,7 +13,7 @@ from pytorch_lightning import Callback
 
 from benchmarks.plain import PlainHost
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.guard.guard import Settings
+from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.plausibility import PlausibilityCheck
@@ -112,7 +112,7 @@ def test_whoever_looks_at_the_state_waits_for_copies_first() -> None:
     net, optimizer, _ = made("adam")
     guard = PlainHost().make_guard(net, optimizer, Settings())
     guard.start()
-    copies = guard._keeper._placement._side_copy
+    copies = guard._parts.snapshots._placement._side_copy
     copies.send(lambda: None, list(net.parameters()))
     guard.check()
     with torch.no_grad():
@@ -122,9 +122,9 @@ def test_whoever_looks_at_the_state_waits_for_copies_first() -> None:
     copies.send(lambda: None, list(net.parameters()))
     with torch.no_grad():
         net.last.weight.add_(1.0)
-    guard._keeper.settle()
-    assert guard.ring.pending is None
-    assert not guard._keeper._placement._overlap
+    guard._parts.snapshots.settle()
+    assert guard.context.ring.pending is None
+    assert not guard._parts.snapshots._placement._overlap
 
 
 def test_a_long_run_takes_bounded_memory_and_rare_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,22 +134,22 @@ def test_a_long_run_takes_bounded_memory_and_rare_looks(tmp_path: Path, monkeypa
     look = FiniteCheck.corrupt
 
     def looked(self: FiniteCheck, leaves: Any) -> str | None:
-        looks.append(guard._run.guard.updates if guard._run is not None else -1)
+        looks.append(guard._fit.guard.updates if guard._fit is not None else -1)
         return look(self, leaves)
 
     places, steps, rings = set[int](), set[int](), []
 
     class Look(Callback):
         def on_train_batch_end(self, *args: Any) -> None:
-            assert guard._run is not None
-            ring = guard._run.guard.ring
+            assert guard._fit is not None
+            ring = guard._fit.context.ring
             for snapshot in (*ring.certified, *([] if ring.pending is None else [ring.pending])):
                 steps.add(snapshot.step)
                 places.add(snapshot.leaves["parameter", "net.0.weight"].data_ptr())
 
         def on_train_end(self, *args: Any) -> None:
-            assert guard._run is not None
-            rings.append(guard._run.guard.ring)
+            assert guard._fit is not None
+            rings.append(guard._fit.context.ring)
             assert rings[0].certified
 
     monkeypatch.setattr(FiniteCheck, "corrupt", looked)

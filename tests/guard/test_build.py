@@ -1,0 +1,86 @@
+"""A guard is put together from what a loop gives."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from torch import Tensor
+
+from lightning_nanguard import Detector, Fault, Reading, ReduceLR, Rollback, TrainingDivergedError
+from lightning_nanguard.guard.context import Settings
+from lightning_nanguard.guard.deferred_readback import DeferredReadback
+from lightning_nanguard.guard.rank_readback import RankReadback
+from lightning_nanguard.guard.readback import MAX_DELAY
+from lightning_nanguard.guard.step_readback import StepReadback
+from lightning_nanguard.thresholds import Thresholds
+from lightning_nanguard.thresholds.detection import DetectionThresholds, NonFiniteThresholds
+from tests.guard.memory_ranks import memory_ranks
+from tests.guard.plain_loop import PlainLoop
+
+DEFAULTS = Thresholds()
+
+
+class BadLoss(PlainLoop):
+    """Every loss is NaN, whatever the batch."""
+
+    def loss(self) -> Tensor:
+        return super().loss() * math.nan
+
+
+def test_a_threshold_is_set_without_patching() -> None:
+    """A run whose first updates are all bad ends after as many as the threshold says, instead of after 8."""
+    blame = replace(DEFAULTS.decision.blame, start_patience=3)
+    thresholds = replace(DEFAULTS, decision=replace(DEFAULTS.decision, blame=blame))
+    loop = BadLoss(thresholds=thresholds)
+    with pytest.raises(TrainingDivergedError, match="the first 3 were all bad"):
+        loop.run(20)
+    assert loop.step == 3
+
+
+def test_thresholds_reach_the_default_detectors() -> None:
+    """Where a user lists no detectors, the default ones go by the thresholds given."""
+    detection = DetectionThresholds(non_finite=NonFiniteThresholds(max_norm=1e-6))
+    loop = PlainLoop(thresholds=replace(DEFAULTS, detection=detection))
+    with pytest.raises(TrainingDivergedError, match="no update was ever good"):
+        loop.run(20)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "kind", "batches"),
+    [
+        (Settings(), 1, StepReadback, 1),
+        (Settings(deferred=True), 1, DeferredReadback, MAX_DELAY + 2),
+        (Settings(observe=True), 1, StepReadback, 1),
+        (Settings(), 2, RankReadback, MAX_DELAY + 2),
+        (Settings(deferred=True), 2, RankReadback, MAX_DELAY + 2),
+    ],
+    ids=["step", "deferred", "observe", "ranks", "deferred ranks"],
+)
+def test_the_readback_fits_settings_and_ranks(settings: Settings, ranks: int, kind: type, batches: int) -> None:
+    """Readings arrive at once, late, or from all ranks; as many batches can be undone as may still be judged."""
+    parts = PlainLoop(settings=settings, ranks=memory_ranks(ranks)[0]).guard._parts
+    assert type(parts.readback) is kind
+    assert len(parts.undos) == batches
+
+
+class Never(Detector):
+    """Finds nothing."""
+
+    def check(self, reading: Reading) -> Fault | None:
+        return None
+
+
+def test_no_detectors_and_no_remedies_are_a_choice() -> None:
+    """An empty list is not replaced by the defaults: without detectors nothing is found in a reading."""
+    for detectors in ([], [Never()]):
+        loop = PlainLoop(detectors=detectors)
+        loop.run(3, lambda step, batch: batch.mul_(1e30) if step == 2 else None)
+        assert loop.records == []
+
+
+def test_two_remedies_for_one_step_are_refused() -> None:
+    """The guard says so when it is made."""
+    with pytest.raises(ValueError, match="ReduceLR and ReduceLR both carry out Scale"):
+        PlainLoop(remedies=[Rollback(), ReduceLR(0.5), ReduceLR(0.1)])

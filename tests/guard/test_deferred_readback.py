@@ -1,0 +1,118 @@
+"""Readings up to two updates late."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_nanguard.guard.context import Settings
+from lightning_nanguard.guard.deferred_readback import DeferredReadings
+from lightning_nanguard.guard.readback import Arrived
+from lightning_nanguard.measure.readings import PendingReading
+from lightning_nanguard.state.batch_undo import BatchUndo
+from tests.guard.plain_loop import PlainLoop, remedies
+
+
+def pending(step: int, loss: float = 1.0, norm: float = 1.0) -> PendingReading:
+    return PendingReading(step, 0, torch.tensor(loss), [torch.tensor(norm)])
+
+
+def readings_of(loop: PlainLoop, *, by_loss: bool = True, observe: bool = False) -> DeferredReadings:
+    return DeferredReadings(loop.guard.context.learner, by_loss=by_loss, observe=observe)
+
+
+@pytest.mark.usefixtures("late")
+def test_only_readings_two_updates_old_are_waited_for() -> None:
+    """The others stay on their way, the oldest in front."""
+    loop = PlainLoop()
+    readings = readings_of(loop)
+    for step in (1, 2, 3, 4):
+        readings.defer(pending(step), BatchUndo(loop.net))
+    assert readings.arrived(2) is None
+    taken = [one for _ in range(3) if (one := readings.arrived(4)) is not None]
+    assert [reading.step for reading, _ in taken] == [1, 2]
+    assert len(readings) == 2
+    assert readings.next()[0].step == 3
+
+
+def test_readings_that_have_arrived_are_read_at_once() -> None:
+    """However new they are."""
+    loop = PlainLoop()
+    readings = readings_of(loop)
+    for step in (1, 2):
+        readings.defer(pending(step), BatchUndo(loop.net))
+    taken = [one for _ in range(3) if (one := readings.arrived(2)) is not None]
+    assert [reading.step for reading, _ in taken] == [1, 2]
+
+
+FLAGS = {"found_inf", "grad_scale"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "by_loss", "flag"),
+    [
+        (1.0, 1.0, True, 0.0),
+        (1.0, math.inf, True, 1.0),
+        (math.nan, 1.0, True, 1.0),
+        (math.nan, 1.0, False, 0.0),
+        (1.0, math.nan, False, 1.0),
+        (1e30, 1e30, True, 0.0),
+    ],
+)
+def test_a_fused_optimizer_is_told_on_the_device(loss: float, norm: float, by_loss: bool, flag: float) -> None:
+    """By the gradient, and by the loss where there is one process; what is finite is let through. The flag is gone
+    after the batch."""
+    loop = PlainLoop(fused=True)
+    readings = readings_of(loop, by_loss=by_loss)
+    sent = pending(1, loss, norm)
+    readings.defer(sent, BatchUndo(loop.net))
+    assert float(loop.optimizer.found_inf) == flag
+    assert sent.held_back
+    readings.drop_flags()
+    assert FLAGS.isdisjoint(vars(loop.optimizer))
+
+
+@pytest.mark.parametrize(("fused", "observe"), [(False, False), (True, True)], ids=["not fused", "observing"])
+def test_other_optimizers_are_told_nothing(fused: bool, observe: bool) -> None:
+    """One that is not fused would not listen, and an observed one must not."""
+    loop = PlainLoop(fused=fused)
+    sent = pending(1, math.nan)
+    readings_of(loop, observe=observe).defer(sent, BatchUndo(loop.net))
+    assert FLAGS.isdisjoint(vars(loop.optimizer))
+    assert not sent.held_back
+
+
+def test_buffers_of_a_bad_batch_are_put_back_before_the_next() -> None:
+    """Where the device holds the update back, later batches build on the buffers of before; those of a good batch
+    stay."""
+    for norm, kept in ((math.nan, 0.0), (1.0, 5.0)):
+        loop = PlainLoop(fused=True, net=lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)))
+        undo = BatchUndo(loop.net)
+        undo.open()
+        loop.net[0].running_mean.fill_(5.0)
+        readings_of(loop).defer(pending(1, 1.0, norm), undo)
+        assert loop.net[0].running_mean.tolist() == [kept] * 3
+
+
+@pytest.mark.parametrize(
+    ("fused", "norm", "reached"), [(True, math.nan, False), (True, 1e6, True), (False, math.nan, True)]
+)
+def test_whether_a_bad_update_reached_the_weights(fused: bool, norm: float, reached: bool) -> None:
+    """The device holds back what is not finite; a finite spike is made, and any update of another optimizer."""
+    loop = PlainLoop(fused=fused, settings=Settings(deferred=True))
+    loop.guard._parts.readback._readings.defer(pending(1, 1.0, norm), BatchUndo(loop.net))
+    (arrived,) = loop.guard._parts.readback.flush()
+    assert isinstance(arrived, Arrived)
+    assert arrived.reached is reached
+
+
+@pytest.mark.usefixtures("late")
+def test_a_late_fault_is_on_record_under_its_own_batch() -> None:
+    """Step and batch are those of the bad batch, though it was found two updates later."""
+    loop = PlainLoop(fused=True, settings=Settings(snapshot_every=4, deferred=True))
+    loop.run(30, lambda step, batch: batch[0].fill_(math.nan) if step == 12 else None)
+    assert remedies(loop) == [("skip",)]
+    assert (loop.records[0].global_step, loop.records[0].batch_idx) == (13, 12)

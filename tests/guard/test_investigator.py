@@ -1,0 +1,186 @@
+"""The evidence that the policy decides on."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_nanguard import Fault, Reading
+from lightning_nanguard.guard.context import Settings
+from lightning_nanguard.guard.investigator import norms_to_grow_from
+from lightning_nanguard.state.snapshot import capture
+from lightning_nanguard.thresholds import Thresholds
+from lightning_nanguard.types import Evidence
+from tests.guard.memory_ranks import memory_ranks
+from tests.guard.plain_loop import PlainLoop, remedies, state
+from tests.helpers import copied, differences
+
+BATCH = Fault("non_finite_loss", "batch", "loss", math.nan)
+LEARNER = Fault("mine", "learner", "loss", 9.0, certain=False)
+
+
+def look(loop: PlainLoop, fault: Fault = LEARNER, *, loss: float = 9.0, **known: Any) -> Evidence:
+    """The evidence on a fault of the newest update."""
+    step = loop.guard.updates
+    reading = Reading(step, 0, loss, 1.0, math.isfinite(loss), math.isfinite(loss))
+    before = known.pop("before", {})
+    at_hand = known.pop("at_hand", True)
+    return loop.guard._parts.investigator.look_into(
+        fault, reading, Evidence(step, **known), at_hand=at_hand, before=before
+    )
+
+
+def trained(**options: Any) -> PlainLoop:
+    loop = PlainLoop(**options)
+    loop.run(40)
+    return loop
+
+
+def grow(loop: PlainLoop, factor: float) -> None:
+    with torch.no_grad():
+        loop.net.weight *= factor
+
+
+def test_looking_leaves_no_trace() -> None:
+    """Weights, moments, gradients and random numbers are bit by bit as before, though older weights were tried."""
+    loop = trained()
+    grow(loop, 5.0)
+    before = copied(state(loop))
+    assert look(loop).comparison is not None
+    assert differences(copied(state(loop)), before) == []
+
+
+def test_the_batch_is_compared_under_both_weights() -> None:
+    """Its loss under the weights of now and under the last good ones."""
+    loop = trained()
+    good = loop.guard.context.ring.certified[0]
+    grow(loop, 5.0)
+    ruined, comparison = loop.probe(), look(loop).comparison
+    assert comparison is not None
+    assert comparison.now == ruined
+    with torch.no_grad():
+        loop.net.weight.copy_(good.leaves["parameter", "weight"])
+        loop.net.bias.copy_(good.leaves["parameter", "bias"])
+    assert comparison.then == loop.probe()
+    assert comparison.then < 1e-3 < comparison.now
+
+
+@pytest.mark.parametrize(
+    ("observe", "bad", "at_hand", "finite", "compared"),
+    [
+        (False, True, True, False, False),
+        (False, True, False, None, True),
+        (False, False, True, True, True),
+        (True, False, True, True, False),
+    ],
+    ids=["a bad batch", "another batch at hand", "a good batch", "observing"],
+)
+def test_when_weights_are_compared(
+    observe: bool, bad: bool, at_hand: bool, finite: bool | None, compared: bool
+) -> None:
+    """A batch that holds NaN is known to be at fault, so older weights are not tried; one that is not at hand is not
+    looked at, and an observing guard tries nothing."""
+    loop = trained(settings=Settings(snapshot_every=4, observe=observe))
+    if bad:
+        loop.batch = torch.full((8, 3), math.nan)
+    evidence = look(loop, BATCH, loss=math.nan, at_hand=at_hand)
+    assert evidence.batch_finite is finite
+    assert (evidence.comparison is not None) is compared
+
+
+def test_what_is_not_finite_by_design_is_no_corruption() -> None:
+    """A mask of −inf that was there at the start is allowed to be so, wherever it is; a NaN in its place is not."""
+
+    class Masked(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 1)
+            self.register_buffer("mask", torch.full((2, 2), -math.inf).triu(1))
+
+    loop = PlainLoop(net=Masked)
+    loop.run(12)
+    assert loop.records == []
+    assert look(loop).corrupt is None
+    loop.net.mask[0, 0] = math.nan
+    assert look(loop).corrupt == "buffer mask"
+    assert look(loop, before={"mask": torch.zeros(2, 2)}).corrupt is None  # the batch did it
+    assert look(loop, undo=True).corrupt is None  # or the update that is to be undone
+
+
+def test_growth_is_measured_from_an_ordinary_beginning() -> None:
+    """A matrix that begins small counts as if it had begun at the norm of a linear layer; one that begins at nothing
+    may grow without limit."""
+    small, nothing, large = torch.full((3, 4), 1e-6), torch.zeros(3, 4), torch.full((3, 4), 10.0)
+    leaves = [(("parameter", name), leaf) for name, leaf in (("small", small), ("nothing", nothing), ("large", large))]
+    norms = norms_to_grow_from([*leaves, (("parameter", "bias"), torch.ones(3))])
+    assert norms == pytest.approx({"small": 1.0, "nothing": 0.0, "large": 10 * math.sqrt(12)})
+
+
+def test_a_weight_far_larger_than_any_was_is_named() -> None:
+    """No update that is let through makes such a weight."""
+    loop = trained()
+    loop.net.weight.data[0, 1] = 9e3
+    assert look(loop).jump is None
+    loop.net.weight.data[0, 1] = 2e4
+    assert look(loop).jump == "parameter weight"
+    assert look(loop).growth > 1e3
+
+
+def test_a_fault_that_began_earlier_needs_an_older_snapshot() -> None:
+    """``sound`` is the depth of the newest one from before the trouble."""
+    loop = trained()
+    steps = [snapshot.step for snapshot in loop.guard.context.ring.certified]
+    assert steps[:2] == [36, 32]
+    assert look(loop, replace(LEARNER, since=37)).sound == 0
+    assert look(loop, replace(LEARNER, since=36)).sound == 1
+    assert look(loop).sound is None
+    assert look(loop, replace(LEARNER, since=0)).sound is None
+    assert look(loop, replace(LEARNER, proof="trial")).sound == len(steps) - 1
+
+
+@pytest.mark.parametrize("known", [2, 4])
+def test_a_batch_that_comes_back_is_not_looked_into_each_time(known: int) -> None:
+    """After so many verdicts against batches only every further power of two is: the loss under older weights was
+    taken in vain. Each is skipped all the same."""
+    looks = Counter[int]()
+
+    class Looks(PlainLoop):
+        def probe(self) -> float | None:
+            looks[len(self.records)] += 1
+            return super().probe()
+
+        def loss(self) -> torch.Tensor:
+            return super().loss() * (math.nan if self.step in bad else 1.0)
+
+    bad = set(range(20, 160, 10))
+    limits = replace(Thresholds().decision.evidence, known_batches=known)
+    loop = Looks(thresholds=replace(Thresholds(), decision=replace(Thresholds().decision, evidence=limits)))
+    loop.run(160)
+    assert remedies(loop) == [("skip",)] * len(bad)
+    assert looks == {n: 2 for n in range(len(bad)) if n <= known or n & (n - 1) == 0}
+
+
+def test_a_state_is_worse_where_the_newest_batches_fare_worse() -> None:
+    """By a clear difference; nobody asks among ranks, or where nothing may be tried."""
+    for options, answers in (
+        ({}, [True, False, False]),
+        ({"settings": Settings(observe=True)}, [False] * 3),
+        ({"ranks": memory_ranks(2)[0]}, [False] * 3),
+    ):
+        loop = PlainLoop(**options)
+        monitors, seen = loop.guard.context.monitors, Reading(1, 0, 1.0, 1.0)
+        monitors.check(seen)
+        monitors.accept(seen)
+        loop.batch = torch.randn(8, 3)
+        states = {}
+        for name, weight in (("good", 0.999), ("as good", 1.0), ("bad", 5.0)):
+            loop.net.weight.data.fill_(weight)
+            states[name] = capture(loop.guard.context.learner, step=0, global_step=0)
+        is_worse = loop.guard._parts.investigator.is_worse
+        pairs = [("bad", "good"), ("good", "bad"), ("good", "as good")]
+        assert [is_worse(states[one], states[other]) for one, other in pairs] == answers

@@ -1,0 +1,87 @@
+"""Records, and the error that ends a run."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_nanguard import Fault, Finding, TrainingDivergedError
+from lightning_nanguard.guard.recorder import InterventionRecorder
+from tests.guard.plain_loop import PlainLoop, nan_at
+
+FAULT = Fault("mine", "learner", "loss", 7.0, "the loss is 7")
+FINDING = Finding("dead_relu", 0.9, place="layer 3", suggestion="Lower the rate.")
+
+
+def recorder_of(loop: PlainLoop, memory: int = 4) -> InterventionRecorder:
+    return InterventionRecorder(loop.guard.context, loop, memory=memory)
+
+
+def test_the_clock_of_an_update_is_that_of_its_batch() -> None:
+    """A batch may have several updates; what is no longer remembered, or not yet over, is under the clock of now."""
+    loop = PlainLoop()
+    recorder = recorder_of(loop, memory=2)
+    for loop.step, loop.guard.context.state.step in ((1, 2), (2, 4), (3, 6)):
+        recorder.mark()
+    loop.step = 4
+    clocks = [recorder.clock_of(step)[0] for step in range(3, 8)]
+    assert clocks == [2, 2, 3, 3, 4]
+
+
+def test_a_record_says_what_was_done_and_why() -> None:
+    """Fault, place, words, finding, and the rates before and after."""
+    loop = PlainLoop()
+    loop.run(5)
+    loop.guard.context.rate.set_multiplier(0.5)
+    recorder_of(loop).record(FAULT, "elsewhere", ("scale",), [0.1], FINDING, ranks=(1,), clock=(3, 1, 2))
+    (record,) = loop.records
+    assert (record.global_step, record.epoch, record.batch_idx) == (3, 1, 2)
+    assert (record.fault, record.place, record.message, record.value) == ("mine", "elsewhere", "the loss is 7", 7.0)
+    assert (record.remedies, record.lr_before, record.lr_after) == (("scale",), 0.1, 0.05)
+    assert (record.cause, record.finding, record.ranks, record.applied) == ("dead_relu", FINDING, (1,), True)
+    assert (record.snapshot_step, record.updates_lost) == (None, 0)
+
+
+def test_a_record_says_what_a_restore_cost() -> None:
+    """The step of the state gone back to, and the updates made since, the faulty one among them."""
+    loop = PlainLoop()
+    loop.run(20)
+    loop.guard.context.state.restored = loop.guard.context.ring.certified[0]
+    recorder_of(loop).record(FAULT, "loss", ("restore",), [])
+    assert (loop.records[0].snapshot_step, loop.records[0].updates_lost) == (16, 4)
+
+
+def test_what_is_done_outside_a_step_restores_nothing() -> None:
+    """A note after a restore does not claim it."""
+    loop = PlainLoop()
+    loop.run(20)
+    loop.guard.context.state.restored = loop.guard.context.ring.certified[0]
+    recorder_of(loop).note(FAULT, "undo")
+    assert (loop.records[0].remedies, loop.records[0].snapshot_step) == (("undo",), None)
+
+
+def test_the_error_that_ends_a_run_has_the_whole_context() -> None:
+    """Why, where, the cause, what was tried before, which weights are there, and where more lie on the disk."""
+    loop = PlainLoop()
+    recorder = recorder_of(loop)
+    recorder.on_disk = lambda: "A good checkpoint is good.ckpt. "
+    for kind in "abcdefg":
+        recorder.tried(Fault(kind, "batch", "loss"), ("restore", "scale"))
+    with pytest.raises(TrainingDivergedError) as error:
+        recorder.stop(FAULT, "loss", "the budget is used up", FINDING, (30, 2, 9))
+    message = str(error.value)
+    for part in (
+        "Training cannot go on: the budget is used up. Step 30 (epoch 2, batch 9): the loss is 7 (mine, loss).",
+        "Most likely cause: dead_relu in layer 3: Lower the rate.",
+        "Tried before: c: restore, scale; d: restore, scale;",
+        "There is no good state to go back to.",
+        "A good checkpoint is good.ckpt.",
+    ):
+        assert part in message
+    assert (error.value.fault, error.value.finding, len(error.value.tried)) == (FAULT, FINDING, 5)
+
+
+def test_the_error_tells_what_was_done_before() -> None:
+    """In a run: the skips before the stop, and the step of the weights left."""
+    loop = PlainLoop()
+    with pytest.raises(TrainingDivergedError, match=r"Tried before: non_finite_loss: skip; .* weights of step 8"):
+        loop.run(60, nan_at(*range(12, 60)))
