@@ -48,7 +48,7 @@ NOT_YET: dict[str, set[str]] = {
     "tested": _REBUILT | {"state"},
     "small": {"callback", "decide", "guard", "trainer"},
     "below": {"act", "checkpoints", "diagnosis", "state"},
-    "by trait": {"decide", "detect", "guard"},
+    "by trait": {"decide", "detect", "diagnosis", "guard"},
     "numbers": _REBUILT | {"state"},
 }
 ABOVE = {"trainer", "callback", "cli", "__init__", "__main__"}

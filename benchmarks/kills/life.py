@@ -26,6 +26,7 @@ from lightning_nanguard.checkpoints import last_good
 from lightning_nanguard.checkpoints.inspection import LAST_GOOD, inspect
 from lightning_nanguard.guard import snapshot_manager
 from lightning_nanguard.record import jsonl
+from lightning_nanguard.record.files import read_records
 from lightning_nanguard.state.finite import allowances
 
 PHASES = ("setup", "step", "snapshot", "save", "last good", "record", "end")
@@ -180,7 +181,7 @@ def examine(folder: Path, shared: Shared, *, may_be_torn: bool) -> dict[str, Any
     if shared.kept and not (folder / "nanguard" / LAST_GOOD).exists():
         wrong.append(f"{LAST_GOOD} is gone")
     path = folder / "nanguard" / "interventions.jsonl"
-    records = len(files.read_records(path)) if path.exists() else 0
+    records = len(read_records(path)) if path.exists() else 0
     if records < shared.records:
         wrong.append(f"{records} records of {shared.records}")
     shared.records = records
