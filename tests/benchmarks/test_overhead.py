@@ -39,39 +39,39 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
+class Spy(Callback):
+    """Notes at each step what of a contender is there."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[bool, ...]] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        callbacks = [one for one in trainer.callbacks if type(one) not in (Spy, _Turns)]  # type: ignore[attr-defined]
+        self.seen.append((
+            bool(callbacks), trainer.gradient_clip_val is not None, torch.is_anomaly_enabled(),
+            bool(optimizer._optimizer_step_pre_hooks), any(bool(m._forward_hooks) for m in pl_module.modules()),
+        ))  # fmt: skip
+
+
 @pytest.mark.parametrize("workload", [TINY, MIXED], ids=["32", "bf16, fused"])
 def test_contenders_are_on_and_off_by_turns(workload: Workload, tmp_path: Path) -> None:
-    """Every contender has its rounds, and the tables, the plot and the JSON can be made of them."""
-    compared = {name: report.compare(take_turns(one, workload, tmp_path, "cpu")) for name, one in CONTENDERS.items()}
+    """Every contender has its rounds; in half of the measured steps the trainer is a bare one, in the other half it has
+    what is measured; and the tables, the plot and the JSON can be made of them."""
+    compared = {}
+    for name, contender in CONTENDERS.items():
+        # The spy is there in both halves: it is a callback of the Trainer, not of the contender.
+        spy = Spy()
+        compared[name] = report.compare(take_turns(contender, workload, tmp_path, "cpu", [spy]))
+        halves = Counter(spy.seen[_FIRST:])
+        assert len(halves) == 2, name
+        assert len(set(halves.values())) == 1, name
+        assert min(halves, key=sum) == (False, "gradient_clip_val" in contender.options, False, False, False), name
     assert {one["rounds"] for one in compared.values()} == {2}
     with (tmp_path / "table").open("w") as file:
         report.show_race(Console(file=file), "tiny", compared)
     report.plot({"races": {"tiny": compared}}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert json.loads(json.dumps(_rounded(compared)))["guard"]["rounds"] == 2
-
-
-@pytest.mark.parametrize("name", CONTENDERS)
-def test_what_is_off_is_not_there(name: str, tmp_path: Path) -> None:
-    """In half of the measured steps the trainer is a bare one, in the other half it has what is measured."""
-    seen: list[tuple[bool, ...]] = []
-
-    class Spy(Callback):
-        def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-            callbacks = [one for one in trainer.callbacks if type(one) not in (Spy, _Turns)]  # type: ignore[attr-defined]
-            seen.append((
-                bool(callbacks), trainer.gradient_clip_val is not None, torch.is_anomaly_enabled(),
-                bool(optimizer._optimizer_step_pre_hooks), any(bool(m._forward_hooks) for m in pl_module.modules()),
-            ))  # fmt: skip
-
-    contender = CONTENDERS[name]
-    # The spy is there in both halves: it is a callback of the Trainer, not of the contender.
-    take_turns(contender, TINY, tmp_path, "cpu", [Spy()])
-    halves = Counter(seen[_FIRST:])
-    assert len(halves) == 2
-    assert len(set(halves.values())) == 1
-    off = min(halves, key=sum)
-    assert off == (False, "gradient_clip_val" in contender.options, False, False, False)
 
 
 def test_a_contender_that_fails_is_named(tmp_path: Path) -> None:
