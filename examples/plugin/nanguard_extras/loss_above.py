@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lightning_nanguard import Detector, Fault, Reading
 
 
@@ -18,7 +20,8 @@ class LossAbove(Detector):
 
     def check(self, reading: Reading) -> Fault | None:
         """The fault of this reading, or ``None``."""
-        if reading.loss is None or reading.loss <= self.limit:
+        # A loss that is not finite is left to NonFinite.
+        if reading.loss is None or not self.limit < reading.loss < math.inf:
             return None
         message = f"the loss is {reading.loss:.4g}, above the limit of {self.limit:g}"
         return Fault("loss_above", "batch", "loss", reading.loss, message, certain=False, conclusive=True)

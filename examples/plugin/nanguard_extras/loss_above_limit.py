@@ -11,7 +11,7 @@ def loss_above_limit(case: Case) -> Finding | None:
         return None
     return Finding(
         "loss_above_limit",
-        confidence=0.9,
+        confidence=0.99,
         evidence={"loss": case.fault.value},
         place="loss",
         suggestion="Look at this batch, or raise the limit of LossAbove.",
