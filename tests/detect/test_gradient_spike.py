@@ -108,3 +108,10 @@ def test_thresholds(changed: dict[str, float], least: float) -> None:
         detector.accept(reading(step, norm=1.0))
     assert detector.check(reading(40, norm=0.99 * least)) is None
     assert detector.check(reading(40, norm=1.01 * least)) is not None
+
+
+@pytest.mark.parametrize(("argument", "value"), [("threshold", 0.0), ("ratio", 1.0), ("window", 5)])
+def test_arguments_are_checked(argument: str, value: float) -> None:
+    """An argument out of its range is an error that names it."""
+    with pytest.raises(ValueError, match=rf"GradientSpike\({argument}={value}\): expected"):
+        GradientSpike(**{argument: value})

@@ -88,3 +88,10 @@ def test_the_largest_norm_is_a_threshold() -> None:
 def test_it_judges_line_searches() -> None:
     """A loss that is not finite must not be there even in a further evaluation of one step."""
     assert NonFinite.judges_line_search
+
+
+@pytest.mark.parametrize(("argument", "value"), [("overflow_patience", 0), ("min_loss_scale", 0.0)])
+def test_arguments_are_checked(argument: str, value: float) -> None:
+    """An argument out of its range is an error that names it."""
+    with pytest.raises(ValueError, match=rf"NonFinite\({argument}={value}\): expected"):
+        NonFinite(**{argument: value})

@@ -1,76 +1,118 @@
-"""What the trainer tells the guard in one fit, and what the guard asks of the trainer."""
+"""One guarded fit: what is put on the trainer for it, and taken off again."""
 
 from __future__ import annotations
 
-import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from pytorch_lightning import Callback
+import pytest
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from torch.optim import SGD
+from torch.utils.data import DataLoader
 
-from lightning_nanguard import (
-    NaNGuard,
+from lightning_nanguard import NaNGuard
+from lightning_nanguard.trainer.fit import Fit
+from tests.helpers import batches, mlp, task, trainer_for, with_bad
+from tests.trainer.fits import captured
+
+
+def put_on(trainer: Trainer) -> dict[str, Any]:
+    """Whatever hides a method of the trainer, its strategy or its callbacks, and whatever is attached to them."""
+    owners = [trainer, trainer.strategy, trainer.strategy.checkpoint_io, trainer._checkpoint_connector]
+    owners += [one for one in trainer.callbacks if not isinstance(one, NaNGuard)]
+    hidden = {
+        f"{type(owner).__name__}.{name}": value
+        for owner in owners
+        for name, value in vars(owner).items()
+        if callable(getattr(type(owner), name, None))
+    }
+    hooks = [one._optimizer_step_pre_hooks or one._optimizer_step_post_hooks for one in trainer.optimizers]
+    return {**hidden, "hooks": any(hooks), "callbacks": {type(one).__name__ for one in trainer.callbacks}}
+
+
+class Amid(Callback):
+    """Notes what is put on the trainer in the middle of a fit, and ends it with an error on request."""
+
+    def __init__(self, fails: bool) -> None:
+        self.fails = fails
+        self.seen: dict[str, Any] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.seen = put_on(trainer)
+        if self.fails:
+            raise KeyError("of the user's own")
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["ends", "fails"])
+def test_everything_is_taken_off_again(fails: bool, tmp_path: Path) -> None:
+    """However a fit ends, trainer, strategy, callbacks and optimizers are as before, and what the user had put on the
+    trainer is there again."""
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        return Trainer.save_checkpoint(trainer, *args, **kwargs)
+
+    amid, guard = Amid(fails), NaNGuard(last_good_every_n_steps=1)
+    parts = [LearningRateMonitor(), ModelCheckpoint(tmp_path, monitor="loss"), amid]
+    trainer = trainer_for(tmp_path, guard, parts, enable_checkpointing=True, limit_val_batches=0)
+    trainer.save_checkpoint = own
+    before, loader = put_on(trainer), DataLoader(batches(count=2), batch_size=None)
+    with pytest.raises(KeyError, match="of the user's own") if fails else nullcontext():
+        trainer.fit(task(), loader, loader)
+    assert amid.seen["Trainer.save_checkpoint"] is not own
+    assert amid.seen["hooks"]
+    assert "ModelCheckpoint.check_monitor_top_k" in amid.seen
+    assert amid.seen["callbacks"] > before["callbacks"]
+    assert put_on(trainer) == before
+    assert trainer.save_checkpoint is own
+    assert guard._fit is None
+
+
+# Bytes of the parameters; with Adam's two moments a snapshot takes three times as many.
+SIZE = 4 * sum(parameter.numel() for parameter in mlp().parameters())
+
+
+@pytest.mark.parametrize(
+    ("snapshots", "most", "kept"), [(2.1, 3, 1), (3.1, 3, 2), (4.1, 3, 3), (100.0, 3, 3), (3.1, 1, 1)]
 )
-from tests.helpers import (
-    data_for,
-    fit,
-    task,
-    with_nan,
-    words,
-)
-from tests.scenarios.struck import NAN, adam, assert_sound
+def test_as_many_snapshots_are_kept_as_fit(snapshots: float, most: int, kept: int, tmp_path: Path) -> None:
+    """One place is for the pending one; never more than the user asks for."""
+    guard = NaNGuard(max_snapshots=most, max_snapshot_memory=snapshots * 3 * SIZE / 2**30)
+    seen, _ = captured(guard, folder=tmp_path)
+    assert seen.fit.context.ring.capacity == kept
 
 
-class SpoilsBeforeValidation(Callback):
-    """Poisons batch norm's statistics in the last batch before a validation: training does not look at them."""
-
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == 1:
-            with torch.no_grad():
-                pl_module.net[1].running_var[0] = NAN
+def test_too_little_memory_says_how_much_is_needed(tmp_path: Path) -> None:
+    """Where not even one certified and one pending snapshot fit, at the start of the fit."""
+    needed = f"{2 * 3 * SIZE / 2**30:.3g} GiB"
+    with pytest.raises(ValueError, match=rf"one snapshot takes about .* GiB and two are needed.*Allow {needed}"):
+        captured(NaNGuard(max_snapshot_memory=1.9 * 3 * SIZE / 2**30), folder=tmp_path)
 
 
-def test_bad_validation_loss_under_healthy_training(tmp_path: Path) -> None:
-    """A validation loss that is not finite while training is leads to the poisoned buffer, which is put back."""
-    guard = NaNGuard(snapshot_every_n_steps=5)
-    run = fit(
-        task("norm", adam),
-        data_for("norm", 20),
-        guard,
-        folder=tmp_path,
-        val=data_for("norm", 2, seed=5),
-        max_epochs=3,
-        callbacks=[SpoilsBeforeValidation()],
-    )
-    assert_sound(run, guard)
-    (found,) = guard.interventions
-    assert (found.fault, found.place) == ("non_finite_validation", "buffer net.1.running_var")
-    assert found.remedies == ("restore",)
-    assert (found.epoch, found.batch_idx) == (1, -1)
-    assert math.isfinite(float(run.trainer.callback_metrics["val_loss"]))
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Fit:
+    """The parts of a fit of four updates, one of them bad."""
+    return captured(NaNGuard(), data=with_bad(2, count=4), folder=tmp_path_factory.mktemp("fit"))[0].fit
 
 
-def test_restore_in_validation_keeps_the_epochs_means(tmp_path: Path) -> None:
-    """The training batches before a bad validation were healthy: the epoch's mean still counts them all."""
-    means = []
-    for guard in (None, NaNGuard(snapshot_every_n_steps=5)):
-        callbacks = [SpoilsBeforeValidation()] if guard is not None else []
-        options = {"val": data_for("norm", 2, seed=5), "max_epochs": 2, "folder": tmp_path, "callbacks": callbacks}
-        run = fit(task("norm", adam), data_for("norm", 20), guard, **options)
-        means.append(float(run.trainer.callback_metrics["loss_epoch"]))
-        if guard is not None:
-            assert words(guard) == [("restore",)]
-    assert means[0] == means[1]
+class Wrapper:
+    """As Lightning and DeepSpeed wrap an optimizer."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
 
 
-def test_validation_data_that_is_bad_is_no_fault_of_the_state(tmp_path: Path) -> None:
-    """A corrupt validation sample gives a non-finite validation loss at every epoch; the run is not rolled back for it
-    until the budget is gone, nor is its rate cut."""
-    guard = NaNGuard(snapshot_every_n_steps=5)
-    val = [with_nan(batch) for batch in data_for("norm", 2, seed=5)]
-    run = fit(task("norm", adam), data_for("norm", 5), guard, folder=tmp_path, val=val, max_epochs=30)
-    assert run.trainer.global_step == 150
-    assert guard.lr_multiplier == 1.0
-    losses = [row["loss_epoch"] for _, row in run.logger.rows if "loss_epoch" in row]
-    assert losses[-1] < 0.5 * losses[0], "the rollbacks kept it from learning"
+def test_an_optimizer_is_known_by_its_index(ended: Fit, caplog: pytest.LogCaptureFixture) -> None:
+    """Itself or wrapped; one that was not there when the fit began is not guarded, which is said once."""
+    (known,) = ended.context.learner.optimizers
+    assert ended.optimizer_index(known) == ended.optimizer_index(Wrapper(known)) == 0
+    assert caplog.text == ""
+    late = SGD(mlp().parameters(), lr=0.1)
+    assert [ended.optimizer_index(late) for _ in range(3)] == [None] * 3
+    assert caplog.text.count("the optimizer SGD that is about to step was not there when the fit began") == 1
+
+
+def test_the_share_of_bad_updates_is_counted(ended: Fit) -> None:
+    """Of all updates of the fit."""
+    assert ended.non_finite_rate() == 0.25

@@ -1,0 +1,115 @@
+"""The arguments of NaNGuard are checked where they are given, by name and value."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_nanguard import Budget, NonFinite, ReduceLR, Rollback
+from lightning_nanguard.thresholds import Thresholds
+from lightning_nanguard.trainer.arguments import Arguments
+
+VALID: dict[str, Any] = {
+    "detectors": [NonFinite()],
+    "remedies": (Rollback(), ReduceLR()),
+    "snapshot_every_n_steps": "auto",
+    "snapshot_device": "auto",
+    "max_snapshots": 3,
+    "max_snapshot_memory": None,
+    "budget": Budget(),
+    "dirpath": None,
+    "readback": "auto",
+    "observe": False,
+    "preflight": False,
+    "examine_after": None,
+    "bundle_dir": None,
+    "last_good_every_n_steps": None,
+    "resume": "strict",
+}
+
+WRONG_VALUES: list[tuple[str, list[Any], str]] = [
+    ("snapshot_every_n_steps", [0, -3, 1.5, True, "often", None], '"auto" or an integer of at least 1'),
+    ("snapshot_device", ["cuda:9", "disk", "", None], "one of .*'same'"),
+    ("max_snapshots", [0, -1, 2.5, True, "three", None], "an integer of at least 1"),
+    ("max_snapshot_memory", [0, -0.5, "1GiB", True], "a number of GiB above 0, or None"),
+    ("readback", ["never", "Step", ""], "one of .*'deferred'"),
+    ("examine_after", [0, 15, 16.0, True, "soon"], "None or an integer of at least 16"),
+    ("last_good_every_n_steps", [0, -1, 2.5, True], "an integer of at least 1, or None"),
+    ("resume", ["never", "last_good", None], "one of .*'last-good'"),
+]
+
+RIGHT_VALUES: list[tuple[str, list[Any]]] = [
+    ("snapshot_every_n_steps", [1, 1000]),
+    ("snapshot_device", ["same", "cpu"]),
+    ("max_snapshots", [1]),
+    ("max_snapshot_memory", [1, 0.001]),
+    ("readback", ["step", "deferred"]),
+    ("examine_after", [16]),
+    ("last_good_every_n_steps", [1]),
+    ("resume", ["last-good"]),
+    ("detectors", [[], ()]),
+    ("remedies", [[], ()]),
+]
+
+WRONG_TYPES: list[tuple[str, Any, str]] = [
+    ("detectors", "NonFinite", r"detectors='NonFinite'\): expected a list of Detector instances"),
+    ("detectors", NonFinite(), "detectors=.*expected a list of Detector instances"),
+    ("detectors", [NonFinite], r"is not an instance of Detector; write NonFinite\(\)"),
+    ("detectors", [Rollback()], "detectors=.*is not an instance of Detector"),
+    ("remedies", None, r"remedies=None\): expected a list of Remedy instances"),
+    ("remedies", [Rollback], r"is not an instance of Remedy; write Rollback\(\)"),
+    ("remedies", [Rollback(), 0.5], r"0\.5 is not an instance of Remedy"),
+    ("budget", 20, r"budget=20\): expected a Budget, but got int"),
+    ("budget", None, r"budget=None\): expected a Budget, but got NoneType"),
+    ("thresholds", {"decision": 1}, r"thresholds=.*expected a Thresholds, but got dict"),
+]
+
+
+def cases(rows: list[Any]) -> list[Any]:
+    return [pytest.param(row[0], one, *row[2:], id=f"{row[0]}-{one!r}") for row in rows for one in row[1]]
+
+
+@pytest.mark.parametrize(("argument", "value", "expected"), cases(WRONG_VALUES))
+def test_a_value_out_of_its_range_is_refused(argument: str, value: Any, expected: str) -> None:
+    """The message names the argument as the user gave it, its value, and what was expected."""
+    with pytest.raises(ValueError, match=rf"NaNGuard\({argument}=.*\): expected {expected}") as error:
+        Arguments(**{**VALID, argument: value})
+    assert f"{argument}={value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(("argument", "value"), cases(RIGHT_VALUES))
+def test_a_value_at_the_edge_of_its_range_is_taken(argument: str, value: Any) -> None:
+    """As it was given."""
+    assert getattr(Arguments(**{**VALID, argument: value}), argument) == value
+
+
+@pytest.mark.parametrize(("argument", "value", "message"), WRONG_TYPES)
+def test_a_value_of_the_wrong_kind_is_refused(argument: str, value: Any, message: str) -> None:
+    """With what to write instead where a class was given for an instance."""
+    with pytest.raises(TypeError, match=rf"NaNGuard\(.*{message}"):
+        Arguments(**{**VALID, argument: value})
+
+
+def test_two_remedies_for_one_step_are_refused() -> None:
+    """By the names of both."""
+    with pytest.raises(ValueError, match="ReduceLR and ReduceLR both carry out Scale"):
+        Arguments(**{**VALID, "remedies": [ReduceLR(0.5), ReduceLR(0.1)]})
+
+
+def test_bundles_without_safetensors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, by the name of the extra, and not at the first incident."""
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ModuleNotFoundError, match=r"lightning-nanguard\[bundle\]"):
+        Arguments(**{**VALID, "bundle_dir": Path("bundles")})
+
+
+def test_arguments_cannot_be_changed_later() -> None:
+    """What was checked is what is used; thresholds and sinks may be left out."""
+    given = Arguments(**VALID)
+    assert (given.thresholds, given.sinks) == (Thresholds(), ())
+    with pytest.raises(FrozenInstanceError, match="observe"):
+        given.observe = True  # type: ignore[misc]
