@@ -5,7 +5,7 @@ Two ranks run one DDP loop over gloo. Its steps go on in turns with the guard, w
 what a difference must be held against. Each rank's step takes about ten milliseconds.
 Two clocks are read: the one on the wall, of whose steps in a turn the median counts, and the processor time of the
 whole process with all its threads, snapshots included, which knows no other process. A trace of guarded steps and of
-bare ones then lists every collective.
+bare ones then lists every collective, but for the guard's own among machines, which it keeps out of profiles.
 """
 
 from __future__ import annotations

@@ -92,7 +92,12 @@ class Group:
         # Each rank fills a row of its own, so the sum is exact for any bits.
         rows = torch.zeros(self.world, len(data) // 8, dtype=torch.int64)
         rows[self.rank] = torch.frombuffer(bytearray(data), dtype=torch.int64)
-        work: Any = dist.all_reduce(rows, group=self._group, async_op=True)
+        # A user's profile that ends while the all-reduce is in flight must not hold it: torch 2.13 then crashes.
+        torch._C._autograd._enable_record_function(False)
+        try:
+            work: Any = dist.all_reduce(rows, group=self._group, async_op=True)
+        finally:
+            torch._C._autograd._enable_record_function(True)
 
         def read() -> list[bytes]:
             work.wait()

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.plain import PlainHost
 from lightning_nanguard.act.base import Remedy
@@ -178,22 +179,35 @@ def waits(mark: Path, loop: PlainLoop) -> dict[str, Any]:
     return {"steps": loop.step, "end": loop.print(), "records": len(loop.records)}
 
 
+class CountCollectives(TorchDispatchMode):
+    """Counts the collectives that start within it, also those that the guard keeps out of profiles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
 def collectives() -> dict[str, int]:
-    """How many a trace of healthy updates holds, snapshots and their proof among them."""
+    """How many collectives healthy updates start, with snapshots and their certification among them."""
     updates = 9
     found = {"updates": updates}
     for name, node in (("one node", "a"), ("nodes", f"node {dist.get_rank()}")):
-        module = net()
-        loop = PlainLoop(module, Group(node=node), averaged(module))
-        loop.train(3)
-        found[name] = traced(partial(loop.train, updates))
-        loop.guard.flush()
-        found["of the loop"] = updates * len([*module.parameters()])
-        loop.guard.close()
+        for how, count in (("started", started), ("profiled", profiled)):
+            module = net()
+            loop = PlainLoop(module, Group(node=node), averaged(module))
+            loop.train(3)
+            found[f"{name}, {how}"] = count(partial(loop.train, updates))
+            loop.guard.flush()
+            loop.guard.close()
+    found["of the loop"] = updates * len([*net().parameters()])
     module = fully_sharded()
     loop = PlainLoop(module, Group(sharded=True))
     loop.train(3)
-    found["shards"] = traced(partial(loop.train, updates))
+    found["shards"] = profiled(partial(loop.train, updates))
     loop.guard.flush()
     loop.guard.close()
 
@@ -203,12 +217,19 @@ def collectives() -> dict[str, int]:
             module(torch.randn(8, 6)).square().mean().backward()
             loop.optimizer.step()
 
-    found["of the sharded loop"] = traced(bare)
+    found["of the sharded loop"] = profiled(bare)
     return found
 
 
-def traced(run: Callable[[], None]) -> int:
-    """Number of collectives that are made."""
+def started(run: Callable[[], None]) -> int:
+    """Number of collectives that a dispatch mode sees."""
+    with CountCollectives() as mode:
+        run()
+    return mode.count
+
+
+def profiled(run: Callable[[], None]) -> int:
+    """Number of collectives in a profile."""
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         run()
     return collectives_in(trace)
