@@ -186,7 +186,7 @@ def test_the_guard_saves_what_it_saved(tmp_path, monkeypatch):
     assert guard["healthy_touched"] == 0
 
 
-@pytest.mark.parametrize("place", sorted({place for one in ABLATIONS.values() for place, _ in one._replaced}))
+@pytest.mark.parametrize("place", sorted({place for one in ABLATIONS.values() for place in one._replaced}))
 def test_an_ablation_takes_something_away(place):
     """What an ablation puts something else in the place of is there under that name."""
     names = f"lightning_nanguard.{place}".split(".")

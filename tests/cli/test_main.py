@@ -37,7 +37,7 @@ def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Without an optional package the error names the extra that brings it."""
     from importlib import import_module
 
-    from lightning_nanguard.trainer.private import offline
+    from lightning_nanguard.trainer.private import lightning_cli
 
     def without(*names: str) -> Callable[[str], Any]:
         def load(name: str) -> Any:
@@ -48,11 +48,11 @@ def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return load
 
     monkeypatch.setattr(bundles, "import_module", without("safetensors.torch"))
-    monkeypatch.setattr(offline, "import_module", without("jsonargparse"))
+    monkeypatch.setattr(lightning_cli, "import_module", without("jsonargparse"))
     with pytest.raises(ModuleNotFoundError, match=r"lightning-nanguard\[bundle\]"):
         NaNGuard(bundle_dir=tmp_path)
     with pytest.raises(ModuleNotFoundError, match=r"lightning-nanguard\[cli\]"):
-        offline.from_config(config(tmp_path))
+        lightning_cli.from_config(config(tmp_path))
 
 
 @pytest.mark.parametrize("module", ["lightning_nanguard", "lightning_nanguard.cli"])

@@ -38,9 +38,9 @@ from tests.helpers import (
     trainer_for,
 )
 from tests.modules import FromIterator, Gan, Stream, lazy, make
-from tests.test_identity import CASES, DrawsEverywhere
-from tests.test_identity import Case as Healthy
-from tests.test_identity import run as run_case
+from tests.trainer.test_identity import CASES, DrawsEverywhere
+from tests.trainer.test_identity import Case as Healthy
+from tests.trainer.test_identity import run as run_case
 
 NAN = math.nan
 

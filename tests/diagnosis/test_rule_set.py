@@ -157,7 +157,7 @@ def test_rules_are_asked_at_faults_before_the_first_step_and_in_examinations(tmp
 
 def test_a_guard_with_rules_can_be_pickled() -> None:
     """A function that can be imported goes where the guard goes, as to the processes of a strategy."""
-    assert pickle.loads(pickle.dumps(NaNGuard(rules=[sensor])))._rules == (sensor,)
+    assert pickle.loads(pickle.dumps(NaNGuard(rules=[sensor])))._arguments.rules == (sensor,)
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning calls what jsonargparse deprecates

@@ -26,7 +26,7 @@ from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.act.clip_gradients import ClipGradients
 from lightning_nanguard.distributed.group import Group
 from lightning_nanguard.distributed.ranks import Ranks
-from lightning_nanguard.guard.guard import Settings
+from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.state.snapshot import Snapshot
 from tests.distributed.further import collectives_in
 from tests.distributed.test_report import report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "code"), blocks("python"))
 def test_python_snippets_run(page: str, code: str) -> None:
     """Every Python snippet runs as it stands."""
-    exec(compile(code, page, "exec"), {})
+    exec(compile(textwrap.dedent(code), page, "exec"), {})
 
 
 @pytest.mark.parametrize(("page", "code"), blocks("yaml"))

@@ -123,9 +123,9 @@ def test_snapshots_in_host_memory_are_pinned_and_whole(
 
     class Compare(Callback):
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            run = guard._run
+            run = guard._fit
             assert run is not None
-            for snapshot in run.guard.ring.certified:
+            for snapshot in run.context.ring.certified:
                 kept = snapshot.leaves[("parameter", "net.0.weight")]
                 assert kept.is_pinned()
                 places.add(kept.data_ptr())
@@ -157,9 +157,9 @@ def test_the_place_is_chosen_from_the_room(tmp_path: Path, monkeypatch: pytest.M
 
     class Look(Callback):
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            run = guard._run
+            run = guard._fit
             assert run is not None
-            kept.extend(run.guard.ring.certified[0].leaves[("parameter", "net.0.weight")].device.type)
+            kept.extend(run.context.ring.certified[0].leaves[("parameter", "net.0.weight")].device.type)
 
     guard = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=4)
     train(data(), True, guard, [Look()])

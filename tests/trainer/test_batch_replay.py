@@ -72,8 +72,8 @@ class Kept(Callback):
         self.guard, self.seen = guard, set[int]()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        assert self.guard._run is not None
-        self.seen |= {index for _, index in self.guard._run.stage.recent}
+        assert self.guard._fit is not None
+        self.seen |= {index for _, index in self.guard._fit.replay.batches.healthy}
 
 
 @pytest.mark.parametrize("make", [fused, plain], ids=["fused", "plain"])

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_nanguard.distributed.silent import Silent
 from pytorch_lightning import Callback, Trainer
 from torch import nn
 
+from lightning_nanguard.distributed.forbid_collectives import ForbidCollectives
 from lightning_nanguard.trainer.private.training_step import (
     alone,
     clip_as_configured,
@@ -33,7 +33,7 @@ class Runs(Callback):
         optimizer = trainer.optimizers[0]
         strategy = trainer.strategy
         wrapper = strategy.model = nn.Identity()  # stands for what wraps the module among ranks
-        with alone(trainer, Silent()):
+        with alone(trainer, ForbidCollectives()):
             assert strategy.model is pl_module
             self.loss = forward_backward(trainer, optimizer, batch, batch_idx)
         assert strategy.model is wrapper
