@@ -47,6 +47,26 @@ def test_thresholds_reach_the_default_detectors() -> None:
         loop.run(20)
 
 
+class Once(Detector):
+    """Is sure at one step that the learner has diverged."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def check(self, reading: Reading) -> Fault | None:
+        fault = Fault("mine", "learner", "loss", reading.loss, certain=False, proof="none")
+        return fault if reading.step == self.step else None
+
+
+@pytest.mark.parametrize(("tries", "cut"), [(0, 0.5), (10, 0.25)])
+def test_thresholds_reach_the_default_remedies(tries: int, cut: float) -> None:
+    """Where a user lists no remedies, the cut is the planned one if no rate may be tried, and else the one found."""
+    limits = replace(DEFAULTS.rate_search, cut=replace(DEFAULTS.rate_search.cut, tries=tries))
+    loop = PlainLoop(detectors=[Once(13)], thresholds=replace(DEFAULTS, rate_search=limits))
+    loop.run(14)
+    assert loop.guard.context.rate.multiplier == cut
+
+
 @pytest.mark.parametrize(
     ("settings", "ranks", "kind", "batches"),
     [

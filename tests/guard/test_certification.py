@@ -99,6 +99,16 @@ def test_a_pending_snapshot_that_is_corrupt_is_a_fault() -> None:
     assert all(torch.isfinite(one.leaves["buffer", "spare"]).all() for one in loop.guard.context.ring.certified)
 
 
+def test_an_observed_snapshot_that_is_corrupt_is_named_once() -> None:
+    """It is no longer pending then; what is bad still is found again in the next one, an interval later."""
+    loop = PlainLoop(net=Spare, settings=Settings(snapshot_every=4, observe=True))
+    loop.run(9)
+    loop.net.spare[1] = math.nan
+    loop.run(10)
+    assert [record.global_step for record in loop.records] == [14, 18]
+    assert {record.remedies for record in loop.records} == {("restore",)}
+
+
 def test_parameters_made_by_the_first_batch_are_in_the_first_snapshot() -> None:
     """The start's snapshot is taken again once a lazy layer knows its size, before the first update."""
     loop = PlainLoop(net=lambda: nn.LazyLinear(1), settings=Settings(snapshot_every=100))

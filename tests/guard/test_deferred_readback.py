@@ -48,6 +48,19 @@ def test_readings_that_have_arrived_are_read_at_once() -> None:
     assert [reading.step for reading, _ in taken] == [1, 2]
 
 
+@pytest.mark.usefixtures("late")
+def test_before_an_update_that_is_read_in_time_all_others_are_read() -> None:
+    """Else it would be judged before them."""
+    loop = PlainLoop(settings=Settings(deferred=True))
+    readback, caution = loop.guard._parts.readback, loop.guard._parts.caution
+    for step in (1, 2):
+        readback._readings.defer(pending(step), BatchUndo(loop.net))
+    loop.guard.context.state.step = 2
+    assert list(readback.due(0)) == []
+    caution.load_state_dict({"undone": 1, "careful_until": 10})
+    assert [one.reading.step for one in readback.due(0)] == [1, 2]
+
+
 FLAGS = {"found_inf", "grad_scale"}
 
 
@@ -72,6 +85,16 @@ def test_a_fused_optimizer_is_told_on_the_device(loss: float, norm: float, by_lo
     assert float(loop.optimizer.found_inf) == flag
     assert sent.held_back
     readings.drop_flags()
+    assert FLAGS.isdisjoint(vars(loop.optimizer))
+
+
+def test_no_flag_outlasts_its_batch() -> None:
+    """A fused optimizer is the user's again after each batch."""
+    loop = PlainLoop(fused=True, settings=Settings(deferred=True))
+    told = []
+    loop.optimizer.register_step_pre_hook(lambda *_: told.append(vars(loop.optimizer).keys() >= FLAGS))
+    loop.run(3)
+    assert any(told)
     assert FLAGS.isdisjoint(vars(loop.optimizer))
 
 

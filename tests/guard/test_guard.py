@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_nanguard import Budget, TrainingDivergedError
+from lightning_nanguard import Budget, Detector, Fault, Reading, TrainingDivergedError
 from lightning_nanguard.guard.build import guard_for
 from lightning_nanguard.guard.context import Settings
 from tests.guard.plain_loop import PlainLoop, is_finite, nan_at, remedies, state
@@ -219,3 +219,121 @@ def test_close_lets_go_of_everything() -> None:
     assert len(loop.optimizer._optimizer_step_pre_hooks) == hooks
     assert loop.guard.context.ring.certified == []
     assert loop.guard.context.ring.pending is None
+
+
+class FindsAt(Detector):
+    """Finds a fault at one step."""
+
+    def __init__(self, step: int, fault: Fault) -> None:
+        self.step = step
+        self.fault = fault
+
+    def check(self, reading: Reading) -> Fault | None:
+        return self.fault if reading.step == self.step else None
+
+
+def trained(detectors: list[Detector], without: int | None = None) -> dict[str, object]:
+    """What a run of 20 batches leaves."""
+    torch.manual_seed(0)
+    loop = PlainLoop(detectors=detectors)
+    loop.run(20, without=without)
+    return copied({key: value for key, value in state(loop).items() if key != "gradients"})
+
+
+def test_the_update_of_a_suspicion_is_made() -> None:
+    """It is finite, and most suspicions are none: the run is bit by bit as without the detector. That of a bad batch
+    is not made."""
+    suspicion = Fault("mine", "learner", "loss", 1.0, certain=False)
+    assert differences(trained([FindsAt(13, suspicion)]), trained([])) == []
+    assert differences(trained([FindsAt(13, Fault("mine", "batch", "loss"))]), trained([], without=12)) == []
+
+
+class Strange(PlainLoop):
+    """Says of every batch whether it is out of the ordinary."""
+
+    answer: bool | None = None
+
+    def batch_strange(self) -> bool | None:
+        return self.answer
+
+
+@pytest.mark.parametrize(("strange", "done"), [(True, [("skip",)]), (False, []), (None, [])])
+def test_a_doubtful_fault_needs_a_strange_batch(strange: bool | None, done: list[tuple[str, ...]]) -> None:
+    """Where the batch is like others, or that cannot be told, the reading is a healthy one."""
+    loop = Strange(detectors=[FindsAt(13, Fault("mine", "batch", "gradient", 1.0, doubtful=True, certain=False))])
+    loop.answer = strange
+    loop.run(20)
+    assert remedies(loop) == done
+    assert loop.guard.context.state.healthy_steps == 20 - len(done)
+
+
+@pytest.mark.parametrize(("deferred", "place"), [(False, "gradient of bias"), (True, "gradient")])
+def test_a_bad_gradient_is_named_while_it_is_there(deferred: bool, place: str) -> None:
+    """By its parameter; a reading that came late is of gradients that are gone."""
+    loop = PlainLoop(settings=Settings(snapshot_every=4, deferred=deferred))
+    loop.net.bias.register_hook(lambda gradient: gradient * (math.nan if loop.step == 12 else 1.0))
+    loop.run(20)
+    assert [record.place for record in loop.records] == [place]
+    assert loop.guard.non_finite == 1
+
+
+class Scaled(PlainLoop):
+    """Trains with a GradScaler; the gradient of one step overflows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        self.guard.context.learner.scaler = self.scaler
+
+    def train(self, batch: Tensor) -> None:
+        self.batch = batch
+        self.guard.open_batch()
+        self.optimizer.zero_grad()
+        loss = self.scaler.scale(self.loss())
+        self.guard.see_loss(loss)
+        loss.backward()
+        if self.step == 12:
+            self.net.weight.grad.fill_(math.inf)
+        self.scaler.unscale_(self.optimizer)
+        self.guard.before_step(0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        self.guard.close_batch()
+
+
+def test_an_overflow_is_left_to_the_scaler() -> None:
+    """It skips the step by itself: no fault, no healthy update either, and it does not count as one that was not
+    finite."""
+    loop = Scaled()
+    loop.run(20)
+    assert loop.records == []
+    assert loop.guard.non_finite == 0
+    assert loop.guard.context.state.healthy_steps == 19
+    assert loop.scaler.get_scale() == 512.0
+
+
+class Normalised(PlainLoop):
+    """Behind batch norm a batch however large is one like any other in the loss."""
+
+    def __init__(self) -> None:
+        net = lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))  # noqa: E731
+        super().__init__(net=net, lr=0.01, settings=Settings(snapshot_every=4, observe=True))
+
+    def loss(self) -> Tensor:
+        return self.net(self.batch).square().mean()
+
+
+def test_an_observed_batch_that_spoils_statistics_is_not_blocked() -> None:
+    """It is on record, and the run is bit by bit as without a guard."""
+    ends = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        loop = Normalised()
+        if not watched:
+            loop.guard.before_step = lambda index: None
+        loop.run(150, lambda step, batch: batch.mul_({120: 1e5, 140: 1e9}.get(step, 1.0)))
+        ends.append(copied(state(loop)))
+    assert differences(*ends) == []
+    assert not any(record.applied for record in loop.records)
+    assert {"implausible_state", "implausible_statistics"} <= {record.fault for record in loop.records}

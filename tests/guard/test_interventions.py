@@ -105,6 +105,14 @@ def test_a_lasting_rise_of_the_gradient_is_accepted() -> None:
     assert not any("restore" in record.remedies for record in loop.records[1:])
 
 
+def test_a_rise_that_lasts_becomes_what_is_usual() -> None:
+    """After four bad batches in a row, none of them strange, norms like theirs are no spikes any more."""
+    loop = PlainLoop(lr=1e-7)
+    loop.run(60)
+    loop.run(60, lambda step, batch: batch.mul_(1000.0))
+    assert remedies(loop) == [("skip",)] * 4
+
+
 @dataclass(frozen=True)
 class Page(PlanStep):
     """Says something to somebody."""

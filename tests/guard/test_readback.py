@@ -17,8 +17,16 @@ KINDS: dict[str, Callable[[], PlainLoop]] = {
     "step": lambda: PlainLoop(settings=Settings()),
     "deferred": lambda: PlainLoop(settings=Settings(deferred=True)),
     "deferred, read in time": lambda: in_time(PlainLoop(settings=Settings(deferred=True))),
-    "ranks": lambda: PlainLoop(settings=Settings(), ranks=memory_ranks(1)[0]),
+    "ranks": lambda: among_ranks(Settings()),
+    "deferred ranks": lambda: among_ranks(Settings(deferred=True)),
 }
+
+
+def among_ranks(settings: Settings) -> PlainLoop:
+    """One of two ranks, of which each hears only itself."""
+    (ranks,) = memory_ranks(1)
+    ranks.world = 2
+    return PlainLoop(settings=settings, ranks=ranks)
 
 
 def in_time(loop: PlainLoop) -> PlainLoop:
