@@ -134,7 +134,7 @@ class RankReadback:
             reached=late and not held_back,
             late=late,
             line_search=sent.line_search,
-            ranks=lambda: outlier_ranks(reports),
+            ranks=lambda: outlier_ranks(reports, self._context.thresholds.distributed),
             outside=self._ask_outside() if any(one.outside_fault for one in reports) else None,
         )
 

@@ -69,7 +69,11 @@ def _context(
     trainer: Trainer, module: LightningModule, arguments: Arguments
 ) -> tuple[GuardContext, TrainerBatchReplay]:
     sharded = is_sharded(trainer)
-    ranks: Ranks = Group(sharded=sharded) if trainer.world_size > 1 else SingleProcess(sharded=sharded)
+    ranks: Ranks = (
+        Group(sharded=sharded, thresholds=arguments.thresholds.distributed)
+        if trainer.world_size > 1
+        else SingleProcess(sharded=sharded)
+    )
     optimizers, partitions = what_steps(trainer, module)
     learner = Learner(
         module,

@@ -180,7 +180,7 @@ comparisons = st.sampled_from([None, THE_BATCH, THE_LEARNER, Comparison(9.0, 1.0
     st.lists(st.tuples(faults, comparisons, st.booleans(), st.integers(0, 30)), min_size=200, max_size=200),
     st.sampled_from([default_remedies(), (), (StopTraining(),), (Rollback(),)]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_loop_of_interventions_ends(
     story: list[tuple[Fault, Comparison | None, bool, int]], remedies: tuple[Remedy, ...]
 ) -> None:

@@ -45,7 +45,7 @@ def test_shapes_of_a_loss(losses: Callable[[int], float], kind: str | None) -> N
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_noisy_heavy_tailed_loss_that_learns_is_no_fault(seed: int) -> None:
     """Student-like noise around a falling loss is no divergence; at most it is looked into."""
     draw = random.Random(seed)

@@ -90,7 +90,7 @@ def some_at_a_time(detectors: Sequence[Detector], readings: Iterable[Reading]) -
 
 
 @given(st.lists(st.floats(-14, 30), min_size=1, max_size=120), st.integers(0, 2**16))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_limits_hide_no_spike(exponents: list[float], seed: int) -> None:
     """However norms jump about, limits change nothing about which of them are faults."""
     draw = random.Random(seed)
@@ -102,7 +102,7 @@ def test_limits_hide_no_spike(exponents: list[float], seed: int) -> None:
 
 
 @given(st.integers(5, 90), st.floats(0.02, 0.9), st.floats(1.0, 1e4), st.integers(0, 2**16))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_limits_hide_no_divergence(left_at: int, learned: float, level: float, seed: int) -> None:
     """A loss that leaves is found at the same reading, or some later where it lay about the limit."""
     draw = random.Random(seed)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_nanguard.distributed.checksum import checksum, checksums, is_replicated
 
 
-@settings(deadline=None)
 @given(st.integers(0, 63), st.integers(0, 6))
 def test_a_checksum_sees_every_bit(bit: int, index: int) -> None:
     """One flipped bit changes it."""
@@ -19,7 +18,6 @@ def test_a_checksum_sees_every_bit(bit: int, index: int) -> None:
     assert checksum([tensor]) != before
 
 
-@settings(deadline=None)
 @given(st.integers(0, 9999), st.integers(0, 9999))
 def test_a_checksum_sees_the_place(one: int, other: int) -> None:
     """Two values that change places change it, also in tensors of several rows and of odd sizes."""

@@ -57,6 +57,11 @@ def test_a_healthy_run_is_the_same(launched: Launch, how: str, world: int) -> No
     assert healthy["records"] == []
 
 
+def test_ranks_of_one_machine_share_snapshots(launched: Launch) -> None:
+    """Each of two ranks of a machine keeps half of a snapshot; the rank of the other machine keeps all of it."""
+    assert [one["snapshot_parts"] for one in launched("torchrun", 3, "faults")] == [2, 2, 1]
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(("how", "world", "rank"), RANKS)
 def test_one_ranks_fault_leads_all_to_the_same(launched: Launch, how: str, world: int, rank: int, fault: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_nanguard.distributed.report import Report, combined_reading, minority_ranks, outlier_ranks
@@ -35,7 +35,6 @@ def report(**changed: Any) -> Report:
     return HEALTHY._replace(**changed)
 
 
-@settings(deadline=None)
 @given(st.floats(), st.floats(), st.booleans(), st.integers(-(2**62), 2**62))
 def test_a_report_travels_bit_by_bit(loss: float, norm: float, flag: bool, number: int) -> None:
     """What is packed comes back, NaN and infinities included, in whole words of eight bytes."""

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.distributed.group import Group
 from lightning_nanguard.measure.tensors import local
-from lightning_nanguard.trainer import fit
+from lightning_nanguard.trainer import build
 from tests.distributed.data import AT, STEPS, far_off, spoilt, without
 from tests.distributed.further import NaNValidation
 from tests.distributed.plain import plain
@@ -315,9 +315,15 @@ def forked(rank: int, world: int, port: int, folder: Path, suite: str) -> None:
 def main(folder: str, world: str, strategy: str, suite: str) -> None:
     """One rank of a suite, in a process that a launcher has started."""
     prepare()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        fit.Group = partial(Group, node=f"machine {int(os.environ['RANK']) // 2}")  # type: ignore[assignment, misc]
     worker = Worker(Path(folder), int(world), strategy)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+
+        def on_machines(**options: Any) -> Group:
+            group = Group(node=f"machine {int(os.environ['RANK']) // 2}", **options)
+            worker.results["snapshot_parts"] = group.snapshot_parts
+            return group
+
+        build.Group = on_machines  # type: ignore[assignment, misc]
     if worker.spawned:
         worker.fit("first", task("mlp", partial(torch.optim.AdamW, lr=0.01)), MoreFits(worker.folder, suite))
         return

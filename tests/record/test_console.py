@@ -37,7 +37,7 @@ def test_thins_out_by_doubling(caplog: pytest.LogCaptureFixture) -> None:
     assert lines(caplog) == ["NaNGuard: 87 of 100 interventions were not shown here."]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     show_first=st.integers(1, 12),
     kinds=st.lists(st.sampled_from(["a", "b", "stop"]), max_size=120),

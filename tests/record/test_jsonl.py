@@ -21,7 +21,7 @@ from tests.record.data import ROLLBACK, SKIP, interventions, lines, same, step, 
 FULL = Path("/dev/full")
 
 # Files are made anew inside each example, so a folder shared by the examples does no harm.
-shared_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+shared_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @shared_folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_nanguard.state.ring import Ring
@@ -44,7 +44,6 @@ def test_the_best_is_kept_while_the_loss_rises() -> None:
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.integers(1, 5))
-@settings(deadline=None)
 def test_a_ring_is_bounded_and_ordered(levels: list[float], capacity: int) -> None:
     """Never more than its capacity, the newest always there, newest first."""
     steps = steps_of(ring_of(levels, capacity))
