@@ -125,6 +125,11 @@ class NaNGuard(GuardCallback):
             raise TypeError(f"NaNGuard(on_intervention={on_intervention!r}): expected a callable.")
         own = [] if on_intervention is None else [CallableSink(on_intervention, every_rank=True)]
         limits = Thresholds() if thresholds is None else thresholds
+        if not isinstance(limits, Thresholds):
+            raise TypeError(
+                f"NaNGuard(thresholds={limits!r}): expected Thresholds, whose groups are its fields, as in "
+                "Thresholds(detection=…)."
+            )
         self._arguments = Arguments(
             detectors=default_detectors(limits.detection) if detectors is None else detectors,
             remedies=default_remedies(limits.rate_search.cut) if remedies is None else remedies,
@@ -209,7 +214,13 @@ class NaNGuard(GuardCallback):
             self._undo_gate()
             given = self._arguments
             folders = [] if given.dirpath is None else [given.dirpath]
-            self._gate = ResumeGate(pl_module, folders, take=given.resume == "last-good", observe=given.observe)
+            self._gate = ResumeGate(
+                pl_module,
+                folders,
+                take=given.resume == "last-good",
+                observe=given.observe,
+                thresholds=given.thresholds.checkpoints,
+            )
             self._undo_gate = before_resuming(trainer, self._gate)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -316,15 +327,15 @@ class NaNGuard(GuardCallback):
         try:
             fit.context.rate.withdraw()
             fit.guard.leave()
-            if not isinstance(exception, TrainingDivergedError):
+            if not isinstance(exception, TrainingDivergedError) and not fit.guard.swapped:
                 fit.guard.check()  # what is saved on its account comes after this hook
         except Exception as error:
             # Whatever ended the run must be what the user sees.
-            _logger.error("NaNGuard: while the run was ending: %s", error)
+            _logger.error("NaNGuard failed while the run was ending: %s", error, exc_info=error)
         try:
             self._end()  # Lightning calls no teardown after an exception
         except Exception as error:
-            _logger.error("NaNGuard: while the run was ending: %s", error)
+            _logger.error("NaNGuard failed while the run was ending: %s", error, exc_info=error)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read what is still on its way, leave a good state, and count over all ranks."""
@@ -347,20 +358,22 @@ class NaNGuard(GuardCallback):
         fit, self._fit = self._fit, None
         if fit is None:
             return
-        self._multiplier = fit.context.rate.ratio()
-        self._last_state = fit.guard.state_dict()
-        if fit.rank_zero:
-            rank_zero_info(
-                summary(
-                    fit.guard.updates,
-                    self._memory.faults - self._before[0],
-                    self._memory.remedies - self._before[1],
-                    lr_multiplier=self._multiplier,
-                    path=fit.records,
-                    observe=self._arguments.observe,
+        try:
+            self._multiplier = fit.context.rate.ratio()
+            self._last_state = fit.guard.state_dict()
+            if fit.rank_zero:
+                rank_zero_info(
+                    summary(
+                        fit.guard.updates,
+                        self._memory.faults - self._before[0],
+                        self._memory.remedies - self._before[1],
+                        lr_multiplier=self._multiplier,
+                        path=fit.records,
+                        observe=self._arguments.observe,
+                    )
                 )
-            )
-        fit.close()
+        finally:
+            fit.close()
 
     # ------------------------------------------------------------------------------------------------ state
 

@@ -344,21 +344,6 @@ class Comparison:
     then: float
     then_finite: bool | None = None
 
-    def worse(self, least: float, *, sane: float = math.inf) -> bool:
-        """Whether today's weights are clearly worse on this batch.
-
-        Args:
-            least: By how much at least.
-            sane: A batch whose loss is above this under good weights is itself at fault.
-        """
-        if not math.isfinite(self.then) or self.then > sane:
-            return False
-        return not math.isfinite(self.now) or self.now - self.then > max(least, 0.5 * abs(self.then))
-
-    def better(self, least: float) -> bool:
-        """Whether today's weights are better on this batch than the good ones, by ``least`` at least."""
-        return self.then - self.now > least
-
 
 @dataclass(frozen=True, slots=True)
 class Evidence:

@@ -8,7 +8,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from lightning_nanguard.types import Advice, Comparison, Fault, Finding, Intervention, Reading
+from lightning_nanguard.types import Advice, Fault, Finding, Intervention, Reading
 
 FINDING = Finding("dead_relu", 0.9, {"share": 0.98}, "net.0", (1, 3), "lower the rate")
 
@@ -47,25 +47,3 @@ def test_a_fault_cannot_be_changed() -> None:
     fault = Fault("odd", "batch", "loss")
     with pytest.raises(FrozenInstanceError, match="cannot assign to field 'kind'"):
         fault.kind = "even"  # type: ignore[misc]
-
-
-@pytest.mark.parametrize(
-    ("now", "then", "least", "sane", "worse"),
-    [
-        (2.0, 1.0, 0.1, math.inf, True),
-        (1.2, 1.0, 0.1, math.inf, False),  # within half of the good loss
-        (2.0, 1.0, 1.5, math.inf, False),
-        (math.nan, 1.0, 0.1, math.inf, True),
-        (2.0, math.nan, 0.1, math.inf, False),  # the batch itself is at fault
-        (9.0, 5.0, 0.1, 4.0, False),
-    ],
-)
-def test_whether_weights_are_worse_on_a_batch(now: float, then: float, least: float, sane: float, worse: bool) -> None:
-    """Clearly worse, on a batch that good weights can be judged by."""
-    assert Comparison(now, then).worse(least, sane=sane) is worse
-
-
-def test_whether_weights_are_better_on_a_batch() -> None:
-    """Better by more than the least that counts."""
-    assert Comparison(1.0, 2.0).better(0.5)
-    assert not Comparison(1.0, 1.2).better(0.5)

@@ -11,13 +11,21 @@ from torch import Tensor
 
 from lightning_nanguard.measure.norms import partial_norms, total_norm
 from lightning_nanguard.measure.tensors import dense_gradients
+from lightning_nanguard.thresholds.measurement import MeasurementThresholds
+
+_DEFAULTS = MeasurementThresholds()
 
 
 @final
 class Clipper:
-    """Clips gradients in place once a value is set; without one it does nothing."""
+    """Clips gradients in place once a value is set; without one it does nothing.
 
-    def __init__(self) -> None:
+    Args:
+        thresholds: How norms are measured.
+    """
+
+    def __init__(self, thresholds: MeasurementThresholds = _DEFAULTS) -> None:
+        self._thresholds = thresholds
         self.value: float | None = None
         self._algorithm: Literal["norm", "value"] = "norm"
 
@@ -48,7 +56,7 @@ class Clipper:
                     _clamp(gradient, limit)
             return
         if norm is None:
-            norm = total_norm(partial_norms(dense_gradients(list(gradients))))
+            norm = total_norm(partial_norms(dense_gradients(list(gradients)), self._thresholds))
         largest = self.value if loss_scale is None else self.value * loss_scale.to(norm.device)
         factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
         if not (factor.is_cpu and float(factor) == 1.0):

@@ -108,10 +108,7 @@ class Acting:
         ring, learner = self._context.ring, self._context.learner
         if ring.certified:
             self._actions.restore(0)
-        elif (
-            ring.pending is not None
-            and first_over_ranks(self._context.ranks, self._context.finite.corrupt(learner.leaves()))[0]
-        ):
+        elif ring.pending is not None and self._is_corrupt():
             # Nothing was ever proven good, but what the fit began with is at least finite.
             restore(learner, ring.pending)
 

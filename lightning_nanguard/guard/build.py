@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.act.clip_gradients import ClipGradients
+from lightning_nanguard.act.clipping import Clipper
 from lightning_nanguard.act.defaults import default_remedies, executors
 from lightning_nanguard.act.learning_rate import LearningRate
 from lightning_nanguard.act.reduce_lr import ReduceLR
@@ -43,6 +44,7 @@ from lightning_nanguard.guard.step_readback import StepReadback
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.plausibility import PlausibilityCheck
+from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.thresholds import Thresholds
 
 
@@ -73,7 +75,12 @@ def build_guard(
     limits = context.thresholds.snapshots.plausibility
     plausibility = PlausibilityCheck(context.learner, context.ring, investigator.is_worse, limits)
     snapshots = _snapshots(context, plausibility)
-    meter = Meter(context.learner, loop.micro_batches, many_losses=not context.replay.comparable())
+    meter = Meter(
+        context.learner,
+        loop.micro_batches,
+        many_losses=not context.replay.comparable(),
+        thresholds=context.thresholds.measurement,
+    )
     skipper = StepSkipper(context.learner)
     caution = Caution(context, skipper)
     readback = _readback(context, meter, caution, skipper, snapshots)
@@ -162,12 +169,20 @@ def guard_for(
         replay=replay or NoReplay(),
         monitors=Monitors(detectors, limits.detection),
         rate=LearningRate(optimizers),
+        clipper=Clipper(limits.measurement),
+        ring=Ring(thresholds=limits.snapshots.ring),
         ranks=ranks or SingleProcess(),
         settings=settings or Settings(),
         thresholds=limits,
     )
     policy = Policy(remedies, budget or Budget(), limits.decision)
-    return build_guard(context, loop, policy=policy, remedies=remedies, make_undo=lambda: BatchUndo(module))
+    return build_guard(
+        context,
+        loop,
+        policy=policy,
+        remedies=remedies,
+        make_undo=lambda: BatchUndo(module, thresholds=limits.batches.undo),
+    )
 
 
 def _readback(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -37,6 +38,8 @@ from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.restore import mend_averages
 from lightning_nanguard.types import Fault, Reading
+
+_logger = logging.getLogger("lightning_nanguard")
 
 
 @final
@@ -111,18 +114,23 @@ class Guard:
         """Look at the state before the first update, and keep it.
 
         Raises:
-            TrainingDivergedError: When a parameter is not finite.
+            TrainingDivergedError: When a parameter is not finite, unless the guard only observes.
         """
         context = self._context
         parameters = [(key, leaf) for key, leaf in context.learner.weights() if key[0] == "parameter"]
         bad, _ = first_over_ranks(context.ranks, context.finite.corrupt(parameters))
         if bad is not None:
-            raise TrainingDivergedError(
+            message = (
                 f"{bad} holds NaN or Inf before the first update, so there is no good state to guard. Look at how it "
                 "was initialised, or at the checkpoint it came from, and start again."
             )
+            if not context.settings.observe:
+                raise TrainingDivergedError(message)
+            _logger.warning("NaNGuard only observes: %s", message)
         context.finite.begin(context.learner)
-        context.rate.attach(self._parts.skipper.remove_gradients)
+        if not context.settings.observe:
+            # The same hook scales the rate and takes the gradients of blocked steps away.
+            context.rate.attach(self._parts.skipper.remove_gradients)
         self._parts.certification.start()
 
     def open_batch(self) -> None:
@@ -296,7 +304,7 @@ class Guard:
         if self._open and not context.settings.observe:
             # A batch that was broken off may have done no more than spoil batch norm's statistics.
             self._undos[0].undo()
-            if context.finite.corrupt(context.learner.leaves()) is None:
+            if first_over_ranks(context.ranks, context.finite.corrupt(context.learner.leaves()))[0] is None:
                 self.note(fault, "undo")
                 return
         self._judge.readings = []

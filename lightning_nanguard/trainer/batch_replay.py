@@ -73,6 +73,7 @@ class TrainerBatchReplay:
         self._ranks = ranks
         self._clipper = clipper
         self._delay = delay
+        self._limits = thresholds
         self._distrusted = -1
         # Whether the hook at a batch's end is running, in which alone the module may log.
         self.may_log = False
@@ -85,7 +86,7 @@ class TrainerBatchReplay:
 
     def make_undo(self) -> BatchUndo:
         """An object that remembers what a batch may change, and undoes it."""
-        return BatchUndo(self._module, [partial(remember_running_means, self._trainer)])
+        return BatchUndo(self._module, [partial(remember_running_means, self._trainer)], thresholds=self._limits.undo)
 
     def remember(self, update: int) -> None:
         """The batch at hand is over, in which update ``update`` was the last; keep what turned out healthy."""
@@ -144,7 +145,7 @@ class TrainerBatchReplay:
 
     def rehearsing(self) -> AbstractContextManager[None]:
         """Inside, batches run outside the run's count; at its end all they touched but the learner is put back."""
-        return untraced(self._trainer, self._module)
+        return untraced(self._trainer, self._module, self._limits.undo)
 
     def rehearsal_batches(self) -> int:
         """How many batches are at hand to rehearse on; 0 where that cannot be done."""
@@ -230,7 +231,7 @@ class TrainerBatchReplay:
     @contextmanager
     def untraced(self) -> Iterator[None]:
         """Inside, nothing that runs leaves a trace, and no rank waits for another."""
-        with untraced(self._trainer, self._module), self._silently():
+        with untraced(self._trainer, self._module, self._limits.undo), self._silently():
             yield
 
     @contextmanager

@@ -51,7 +51,9 @@ def build_fit(trainer: Trainer, module: LightningModule, arguments: Arguments, m
         replay,
         advice=advice,
         examine_after=arguments.examine_after,
-        bundles=BundleStore(arguments.bundle_dir) if keeps and arguments.bundle_dir is not None else None,
+        bundles=BundleStore(arguments.bundle_dir, arguments.thresholds.diagnosis.bundles)
+        if keeps and arguments.bundle_dir is not None
+        else None,
         rules=arguments.rules,
         thresholds=arguments.thresholds.diagnosis,
     )
@@ -82,7 +84,7 @@ def _context(
         averages=lambda: averaged_copies(trainer, module, arguments.thresholds.checkpoints),
         partitions=partitions,
     )
-    clipper = Clipper()
+    clipper = Clipper(arguments.thresholds.measurement)
     deferred = _deferred(arguments.readback, trainer, module)
     # Read late, a fault is that of an earlier batch.
     late = deferred or ranks.world > 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from contextlib import ExitStack
 from typing import final
 
 import torch
@@ -68,7 +68,7 @@ class Fit:
         self.last_good: LastGood | None = None
         self._accumulates = accumulation(trainer)
         self._unknown: set[int] = set()
-        self._undos: list[Callable[[], None]] = []
+        self._patches = ExitStack()
 
     def start(self, max_memory: float | None) -> None:
         """Look at the state before the first update, and put on the trainer what the guard needs.
@@ -79,18 +79,19 @@ class Fit:
         self._sinks.open()
         self.guard.start()
         self._limit_memory(max_memory)
-        rate = self.context.rate
-        self._undos = [
-            around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw),
+        rate, later = self.context.rate, self._patches.callback
+        later(
             guard_saves(
                 self._trainer,
                 self.guard.before_save,
                 self.guard.mend,
                 self.guard.after_save,
                 collects=collects(self._trainer),
-            ),
-            keep_best_finite(self._trainer),
-        ]
+            )
+        )
+        if not self.context.settings.observe:
+            later(around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw))
+            later(keep_best_finite(self._trainer))
 
     def keep_last_good(self, every: int) -> None:
         """Write the last good checkpoint from now on, ``every`` updates."""
@@ -98,10 +99,8 @@ class Fit:
         folder, ring = self.records.parent, self.context.ring
         kept = LastGood(folder, every, ring, lambda path: write_checkpoint(trainer, path), leads=self.rank_zero)
         kept.begin(guard.updates)
-        self._undos += [
-            after_every_batch(trainer, lambda: kept.close_batch(guard.updates)),
-            catch_write_errors(trainer.strategy, kept.pending, kept.failed),
-        ]
+        self._patches.callback(after_every_batch(trainer, lambda: kept.close_batch(guard.updates)))
+        self._patches.callback(catch_write_errors(trainer.strategy, kept.pending, kept.failed))
         guard.say_where(kept.message)
         self.last_good = kept
 
@@ -158,11 +157,11 @@ class Fit:
             )
 
     def close(self) -> None:
-        """Take everything off the trainer again."""
-        if self.last_good is not None:
-            self.last_good.end()
-        self.guard.close()
-        while self._undos:
-            self._undos.pop()()
-        self._sinks.close()
-        self.advice.close()
+        """Take everything off the trainer again, whatever fails in between."""
+        with ExitStack() as last:
+            last.callback(self.advice.close)
+            last.callback(self._sinks.close)
+            last.push(self._patches)
+            last.callback(self.guard.close)
+            if self.last_good is not None:
+                last.callback(self.last_good.end)

@@ -47,8 +47,10 @@ class ValidationWatch:
             return
         message = f"the {name} is not finite while the training loss is"
         batch_idx, self._replay.batch_idx = self._replay.batch_idx, -1
-        self._guard.report(Fault("non_finite_validation", "state", name, None, message, only_if_corrupt=True))
-        self._replay.batch_idx = batch_idx
+        try:
+            self._guard.report(Fault("non_finite_validation", "state", name, None, message, only_if_corrupt=True))
+        finally:
+            self._replay.batch_idx = batch_idx
 
     def _bad_metrics(self) -> Any:
         return (

@@ -55,12 +55,22 @@ def test_a_threshold_is_set_without_patching() -> None:
     assert find_scope(fault, evidence, dataclasses.replace(LIMITS, grown=4.0)) == "learner"
 
 
-def test_worse_is_by_a_share_of_the_loss() -> None:
-    """Half as much again is worse, a little is not; a batch that good weights fail on too says nothing."""
-    assert worse(Comparison(1.6, 1.0), 0.1, LIMITS)
-    assert not worse(Comparison(1.4, 1.0), 0.1, LIMITS)
-    assert worse(Comparison(math.nan, 1.0), 0.1, LIMITS)
-    assert not worse(Comparison(math.nan, 50.0), 0.1, LIMITS, sane=25.0)
+@pytest.mark.parametrize(
+    ("now", "then", "least", "sane", "expected"),
+    [
+        (2.0, 1.0, 0.1, math.inf, True),
+        (1.2, 1.0, 0.1, math.inf, False),  # within half of the good loss
+        (2.0, 1.0, 1.5, math.inf, False),
+        (math.nan, 1.0, 0.1, math.inf, True),
+        (2.0, math.nan, 0.1, math.inf, False),  # the batch itself is at fault
+        (9.0, 5.0, 0.1, 4.0, False),
+    ],
+)
+def test_whether_weights_are_worse_on_a_batch(
+    now: float, then: float, least: float, sane: float, expected: bool
+) -> None:
+    """Clearly worse, on a batch that good weights can be judged by."""
+    assert worse(Comparison(now, then), least, LIMITS, sane=sane) is expected
 
 
 def test_what_comes_out_of_nothing_is_not_the_learners() -> None:

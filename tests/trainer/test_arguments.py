@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from lightning_nanguard import Budget, NonFinite, ReduceLR, Rollback
+from lightning_nanguard import Budget, NaNGuard, NonFinite, ReduceLR, Rollback
 from lightning_nanguard.thresholds import Thresholds
+from lightning_nanguard.thresholds.detection import DetectionThresholds
 from lightning_nanguard.trainer.arguments import Arguments
 
 VALID: dict[str, Any] = {
@@ -92,6 +93,12 @@ def test_a_value_of_the_wrong_kind_is_refused(argument: str, value: Any, message
     """With what to write instead where a class was given for an instance."""
     with pytest.raises(TypeError, match=rf"NaNGuard\(.*{message}"):
         Arguments(**{**VALID, argument: value})
+
+
+def test_a_group_of_thresholds_is_not_all_of_them() -> None:
+    """The message shows what holds the group."""
+    with pytest.raises(TypeError, match=r"NaNGuard\(thresholds=DetectionThresholds.*expected Thresholds.*detection="):
+        NaNGuard(thresholds=DetectionThresholds())  # type: ignore[arg-type]
 
 
 def test_two_remedies_for_one_step_are_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_nanguard.decide.blame import learner_did_it
+from lightning_nanguard.decide.blame import learner_did_it, worse
 from lightning_nanguard.diagnosis.case import Case
 from lightning_nanguard.thresholds.decision import BlameThresholds
 from lightning_nanguard.thresholds.diagnosis import DataThresholds, LearnerThresholds
@@ -56,7 +56,7 @@ def worse_than_before(evidence: Evidence, thresholds: LearnerThresholds) -> bool
     comparison = evidence.comparison
     if comparison is None or comparison.then_finite is False:
         return False  # of a batch that cannot be differentiated under good weights either, the loss says nothing
-    return comparison.worse(thresholds.worse_units * evidence.loss_unit)
+    return worse(comparison, thresholds.worse_units * evidence.loss_unit, _BLAME)
 
 
 def inputs_are_large(case: Case, thresholds: DataThresholds) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -64,8 +65,10 @@ def undo_all(undos: list[Callable[[], None]]) -> Callable[[], None]:
     """One function that calls all of several, the newest first; calling it again does nothing."""
 
     def undo() -> None:
-        while undos:
-            undos.pop()()
+        with ExitStack() as all_of_them:
+            for each in undos:
+                all_of_them.callback(each)
+            undos.clear()
 
     return undo
 

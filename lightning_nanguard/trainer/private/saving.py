@@ -52,9 +52,9 @@ def guard_saves(
 
     def save_checkpoint(collect: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal looked
-        before()
         outer, looked = looked, True
         try:
+            before()
             return collect(*args, **kwargs)
         finally:
             looked = outer
@@ -64,9 +64,9 @@ def guard_saves(
         write: Callable[..., Any], checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any
     ) -> Any:
         looks = collects and not looked
-        if looks:
-            before()
         try:
+            if looks:
+                before()
             good = mend(checkpoint, str(filepath), checked=looked or looks)
             return write(mapped(good, _copy) if writes_later else good, filepath, *args, **kwargs)
         finally:
