@@ -1,4 +1,4 @@
-"""What flows between the rooms: frozen data, standard library only.
+"""The data that the folders of the package hand to each other: frozen, standard library only.
 
 The order of a step is measure → detect → decide → act → record. A :class:`Reading` leaves *measure*, a
 :class:`Fault` leaves *detect*, a :data:`Plan` leaves *decide*, and an :class:`Intervention` is what *record* keeps.
@@ -53,9 +53,10 @@ class Reading(NamedTuple):
 Proof = Literal["comparison", "batches", "growth", "trial", "none"]
 """What confirms the suspicion that the learner diverged, before anything is changed.
 
-``"comparison"``: the fault's batch has a lower loss under the last good weights. ``"batches"``: so have the newest
-batches on average. ``"growth"``: the weights have grown far beyond those from before the trouble. ``"trial"``: a lower
-rate learns where the present one does not. ``"none"``: nothing needs to be confirmed.
+``"comparison"``: the fault's batch has a lower loss under the last good weights. ``"batches"``: the newest batches have
+a lower loss on average under the last good weights. ``"growth"``: the norm of a weight matrix is far above its norm
+before the fault began. ``"trial"``: a lower rate learns where the present one does not. ``"none"``: nothing needs to be
+confirmed.
 """
 
 
@@ -63,27 +64,34 @@ rate learns where the present one does not. ``"none"``: nothing needs to be conf
 class Fault:
     """What a detector found.
 
-    The first six attributes say what and where. The others are the fault's traits: by them alone the guard decides how
-    to treat it, so a fault of your own is treated like a built-in one.
+    The first five attributes say what was found and where. ``scope`` and all from ``doubtful`` on are traits: the
+    guard decides by them alone how to treat a fault, so a fault of your own is treated like a built-in one.
 
     Attributes:
         kind: A short identifier, such as ``"non_finite_loss"``. It is shown and recorded; no decision looks at it.
         scope: What is at fault; it routes the fault to a remedy.
         place: Where: ``"loss"``, ``"gradient of encoder.0.weight"``, ``"buffer bn.running_mean"``.
-        value: The number that gave it away, ``None`` where there is none.
+        value: The number by which it was detected, ``None`` where there is none.
         message: One sentence for the user.
-        doubtful: Whether it is a fault only if the batch itself is out of the ordinary.
-        since: Step of the last reading before it showed, where that is an earlier one than the fault's: states of later
-            updates are under suspicion, and that of this one. Such a fault may have come back by itself.
-        certain: Whether it is not finite or beyond the number format. What is finite is only suspected.
+        doubtful: True if it counts as a fault only when the batch holds numbers far larger than recent healthy batches;
+            otherwise the reading is accepted. Example: a high gradient norm during warm-up.
+        since: For a fault that is reported some readings after it began: step of the last reading before it began. Only
+            snapshots from before that step are trusted. The loss may have recovered by itself meanwhile. ``None`` for a
+            fault that is reported at once.
+        certain: True if a number is not finite or overflows, such as a NaN loss; False if it is finite but unusual and
+            may prove harmless, such as a gradient spike.
         proof: What confirms a suspicion of the learner.
-        recovers: Whether a loss may look like this for a good reason and come back by itself, as losses that work
-            against each other do.
-        clipping_helps: Whether gradient clipping helps against it.
-        excess: How far the loss is above the untrained model's, where it varies by as much; ``None`` elsewhere.
-        rate_may_cause: Whether a learning rate that has just risen explains bad state.
-        conclusive: Whether the detector has looked at the batch already, and its scope stands.
-        only_if_corrupt: Whether it is acted on only where a tensor of the learner is not finite.
+        recovers: True if a loss may look like this in a healthy run and recover by itself, as losses that work against
+            each other (a GAN's) do.
+        clipping_helps: True if gradient clipping helps against it.
+        excess: Distance of the loss from that of the first healthy update, for a rising loss whose own rise inflates
+            the loss unit; the smaller of both is then the unit of the comparison. ``None`` to use the loss unit.
+        rate_may_cause: True if a rise of the learning rate since the snapshot can explain bad state; the learner is
+            then blamed instead.
+        conclusive: True if the detector has already established that ``scope`` is at fault, so that no further evidence
+            can change it. Example: statistics were in range before a batch and far out of range after it.
+        only_if_corrupt: True if the guard acts only where a tensor of the learner is not finite, and else only records
+            it. Example: a validation loss that is not finite.
     """
 
     kind: str
@@ -104,7 +112,7 @@ class Fault:
 
 
 Role = Literal["skip", "restore", "rate", "clip", "moments", "notify", "stop"]
-"""What a remedy is for. It is asked whenever the verdict on a fault calls for its role."""
+"""What a remedy is for. The policy asks a remedy whenever its verdict on a fault calls for this role."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +122,7 @@ class PlanStep:
 
 @dataclass(frozen=True, slots=True)
 class Skip(PlanStep):
-    """Leave the update out and undo what its batch touched."""
+    """Leave the update out, and undo what its batch changed (such as running statistics)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +136,17 @@ class Restore(PlanStep):
 class Scale(PlanStep):
     """Multiply the learning rate by ``factor``; the product never falls below ``min_lr``.
 
-    A remedy that looks for a better factor does not go below ``least``, at which the rate was proven before. One that
-    cannot look goes down to ``most``, up to which the loss falls by its curvature; with ``firm`` one that can does,
-    too. With ``limit`` the rate that results becomes the largest allowed, and the schedule goes on below it: for a rate
-    that its schedule has just raised. With ``clipped`` the rate may stay: gradients are clipped from now on, and that
-    may be all it takes.
+    Attributes:
+        factor: The factor that is planned. A remedy that tries rates may choose another one.
+        min_lr: Lowest learning rate that may result.
+        least: Factor at which the rate was proven before. A remedy that tries rates goes below it only where its trials
+            find a far lower rate.
+        limit: True if the resulting rate becomes the largest that is allowed, below which the schedule goes on; for a
+            rate that its schedule has just raised.
+        most: Largest factor at which the curvature of the loss lets the loss fall. It bounds the factor where no rates
+            can be tried.
+        firm: True if ``most`` bounds the factor also where rates are tried.
+        clipped: True if the plan also clips gradients, so that the rate may stay if clipping suffices.
     """
 
     factor: float
@@ -169,7 +183,7 @@ Plan = tuple[PlanStep, ...]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A cause, with its evidence.
+    """A cause that the diagnosis found, with its evidence.
 
     Attributes:
         cause: Identifier of the cause, such as ``"non_finite_input"``.
@@ -205,10 +219,10 @@ class Intervention:
         cause: Identifier of the cause found, ``None`` where none was.
         finding: The whole finding, ``None`` where there is none.
         message: The fault in one sentence.
-        value: The number that gave the fault away; not finite values are kept as they are.
+        value: The number by which the fault was detected; NaN and Inf are kept.
         applied: ``False`` where ``observe=True`` kept the guard from acting.
         ranks: Ranks that saw the fault, where not all of them did; empty with one process.
-        updates_lost: Updates that a rollback threw away, the faulty one among them.
+        updates_lost: Number of updates that a rollback undid, the faulty one included.
     """
 
     global_step: int
@@ -257,12 +271,12 @@ class Intervention:
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Something the guard noticed while nothing was done about it: no intervention, and not counted as one.
+    """Something the guard noticed and only reports; it is no intervention and not counted as one.
 
     Attributes:
-        global_step: The trainer's ``global_step`` then.
+        global_step: The trainer's ``global_step`` when it was noticed.
         epoch: The trainer's ``current_epoch``.
-        occasion: Why it looked: ``"preflight"``, …
+        occasion: Why the guard looked: ``"preflight"``, …
         finding: What it found.
     """
 
@@ -322,7 +336,7 @@ def _names(of: type[Intervention | Finding | Advice]) -> set[str]:
 
 
 def _number(key: str, value: Any) -> Any:
-    # Only where a number belongs: a place or a message may well be the word "NaN".
+    # Only fields that hold numbers are converted: a place or a message may be the word "NaN".
     return _spelled(value) if key in _NUMBERS else value
 
 
@@ -332,12 +346,15 @@ def _spelled(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One batch under the weights of now and under the last good ones, with the same random numbers.
+    """Loss of a batch under the present weights and under the last good ones, with the same random numbers.
+
+    Under ``proof="batches"`` both are means over the newest batches.
 
     Attributes:
-        now: Loss under the weights of now; behind an update that was made, the one it was made from if that is lower.
-        then: Loss under the last good ones.
-        then_finite: Whether the gradient is finite under the last good ones; ``None`` where that was not asked.
+        now: Loss under the present weights. If the faulty update was already made, the lower of this loss and the one
+            read before that update.
+        then: Loss under the last good weights.
+        then_finite: Whether the gradient is finite under the last good weights; ``None`` where it was not computed.
     """
 
     now: float
@@ -347,39 +364,46 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What is known when a fault is looked into.
+    """What the guard knows about a fault; the policy decides by it.
 
     Attributes:
-        step: The guard's clock.
+        step: Number of updates attempted so far.
         healthy_steps: Updates accepted since the start of fit.
         healthy_since_restore: Updates accepted since the last restore; ``None`` without one.
         bad_in_a_row: Faulty updates in a row, this one included.
-        corrupt: Name of the first tensor of the learner that is not finite and was at the start; ``None`` if all are.
+        corrupt: Name of the first tensor of the learner that is not finite but was at the start; ``None`` without one.
         jump: Name of a weight that is finite but far larger than any was in the snapshot; ``None`` if none is.
-        batch_strange: Whether the batch reaches far beyond those before it; ``None`` where that cannot be told.
+        batch_strange: Whether the batch holds numbers far larger than the healthy batches kept; ``None`` where that
+            cannot be told.
         batch_finite: Whether every floating number in the batch is finite; ``None`` where it was not looked at.
         comparable: Whether a batch could be run again at all (automatic optimization).
-        clippable: Whether clipping leaves the optimizer sound; it spoils the curvature that LBFGS estimates.
-        comparison: Loss of the batch under the weights of now and of the snapshot; ``None`` where it cannot be had.
-        first: The untrained model's loss.
-        loss_unit: Unit of the loss: the untrained model's, or its noise where that is larger.
-        growth: Largest ratio of a matrix's norm to its norm at the start, or in the snapshot from before the trouble.
-        lower_is_better: Whether a lower rate was tried and learned the batch where the present one does not; ``None``
-            where it was not tried.
-        excursion: Whether the loss was far above the untrained model's since the start or the last restore.
-        climbing: Whether losses or gradients were rising out of their usual range just before the fault.
-        burst: Whether, not long before a fault of the learner, a gradient came out of nothing.
-        rate_rose: Whether the scheduled learning rate is clearly above that of the snapshot.
-        snapshots: How many certified snapshots there are.
+        clippable: Whether the optimizer works with clipped gradients; LBFGS does not, since clipping falsifies the
+            curvature it estimates.
+        comparison: Loss of the batch under the present weights and under those of the snapshot; ``None`` where not
+            measured.
+        first: Loss of the first healthy update of the run ("the untrained model's loss"); 0 before it.
+        loss_unit: Unit in which losses are compared: the size of ``first``, or the noise of the loss if that is larger.
+        growth: Largest ratio of a weight matrix's norm to its norm at the start; for a fault with ``since``, to that in
+            the snapshot at depth ``sound``.
+        lower_is_better: Whether, in a trial, a lower rate learned the newest batches where the present one does not;
+            ``None`` where it was not tried.
+        excursion: Whether a loss was far above ``first`` since the start or, after a restore, among the losses kept.
+        climbing: Whether losses or gradient norms were rising out of their usual range just before the fault.
+        burst: Whether, before a fault of the learner, one of the recent gradient norms was suddenly far above the norms
+            before it.
+        rate_rose: Whether the effective learning rate is clearly above that of the snapshot.
+        snapshots: Number of certified snapshots.
         levels: Loss level of every certified snapshot, newest first.
-        sound: Depth of the newest snapshot from before the trouble, of the oldest where nothing was ever learned;
-            ``None`` where that cannot be told.
-        usual_norm: Median of the healthy gradient norms, ``None`` when too few were seen.
+        sound: Depth (0 is the newest) of the newest certified snapshot from before ``Fault.since``; of the oldest for
+            a fault with ``proof="trial"``. ``None`` where there is no such snapshot or the fault has no ``since``.
+        usual_norm: Lower quartile of the healthy gradient norms kept, the smallest of fewer than 20, at least 1 % of
+            the first; ``None`` with fewer than 4.
         lr: Effective learning rate of the first group.
-        highest_lr: Highest since the snapshot to go back to; ``None`` where it is not known.
-        lowest_lr: Lowest so far; ``None`` where it is not known.
+        highest_lr: Highest effective rate since the snapshot to go back to; ``None`` where it is not known.
+        lowest_lr: Lowest effective rate so far; ``None`` where it is not known.
         multiplier: The learning-rate multiplier in force.
-        undo: Whether the faulty update already reached the weights (deferred readback).
+        undo: True if the update of a batch's fault reached the weights before its reading arrived (deferred readback),
+            so that it has to be taken back by a restore.
         ranks: Ranks whose state or batch is not finite; empty where all are concerned, or there is one process.
     """
 

@@ -89,6 +89,11 @@ def test_every_module_has_a_test_file_of_its_name() -> None:
     assert missing == set()
 
 
+def test_every_folder_is_a_package() -> None:
+    """A folder without ``__init__.py`` would be put on the import path by pytest, where its modules hide others."""
+    assert {path.parent for path in ROOT.rglob("*.py") if not (path.parent / "__init__.py").exists()} == set()
+
+
 def test_the_top_is_small() -> None:
     """At most nine files lie beside the rooms."""
     assert len([path for path in ROOT.iterdir() if path.is_file()]) <= 9

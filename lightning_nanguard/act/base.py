@@ -12,7 +12,7 @@ class RunControl(Protocol):
     """What a remedy may do to a run."""
 
     def skip(self) -> None:
-        """Undo what the batch touched; the update itself was kept from the weights."""
+        """Undo what the batch changed; its update was not made."""
 
     def restore(self, depth: int) -> None:
         """Put the learner back to the certified snapshot ``depth`` places behind the newest."""
@@ -34,7 +34,7 @@ class RunControl(Protocol):
         """
 
     def rehearsal_batches(self) -> int:
-        """How many batches there are to rehearse on."""
+        """Number of batches that :meth:`rehearse` can use."""
 
 
 _ROLES: dict[type[PlanStep], Role] = {
@@ -69,14 +69,14 @@ class Remedy(ABC):
             def apply(self, step, run):
                 send(step.text)
 
-    The guard asks every listed remedy whose role the verdict calls for; none makes another unheard. ``"notify"`` is
-    asked at every fault. ``"restore"`` is asked where the learner or its state is lost. ``"rate"``, ``"clip"`` and
-    ``"moments"`` are asked where the learner diverged: of these the first listed that proposes something is taken, with
-    the others of its role, and all of them where one role may be too little.
+    The guard asks every listed remedy whose role the verdict calls for. A remedy never prevents another from being
+    asked. ``"notify"`` is asked at every fault, ``"restore"`` where the learner or its state is lost, and ``"rate"``,
+    ``"clip"`` and ``"moments"`` where the learner diverged. Of these three roles the plan takes that of the first
+    remedy that proposes something, and all of them where one role may not be enough.
     """
 
     word: ClassVar[str]
-    """How the records call it."""
+    """The word for it in the records (``Intervention.remedies``)."""
 
     step: ClassVar[type[PlanStep]]
     """The kind of plan step it proposes and carries out; each remedy has a kind of its own."""

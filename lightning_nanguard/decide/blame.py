@@ -1,4 +1,4 @@
-"""Who is at fault: the batch, the learner, the state, or nobody. Pure functions of the fault and its evidence."""
+"""Finds what is at fault: the batch, the learner, the state, or nothing. Pure functions of fault and evidence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning_nanguard.types import Comparison, Evidence, Fault, Scope
 
 
 def find_scope(fault: Fault, evidence: Evidence, limits: BlameThresholds) -> Scope | None:
-    """What the policy acts on: the batch, the learner or the state; ``None`` where the fault was none."""
+    """What is at fault: the batch, the learner or the state; ``None`` where the fault was a false alarm."""
     if fault.scope == "state":
         return "learner" if evidence.rate_rose and fault.rate_may_cause else "state"
     if fault.conclusive:
@@ -33,13 +33,13 @@ def _batch_or_learner(fault: Fault, evidence: Evidence, limits: BlameThresholds)
     if evidence.undo and comparison is None and evidence.healthy_since_restore is not None:
         return "learner" if evidence.healthy_since_restore < limits.calm_when_late else "batch"
     if comparison is not None and comparison.then_finite is False:
-        return "batch"  # a restore would bring it back: the loss cannot be differentiated at this batch
+        return "batch"  # good weights have no finite gradient on this batch either, so a restore would not help
     if evidence.healthy_steps == 0 or evidence.healthy_since_restore == 0:
-        return "batch"  # the state is as good as any that is known
+        return "batch"  # no update was accepted since the start or the restore, so the state is not at fault
     if not fault.certain and evidence.comparable:
-        return "batch"  # finite, under good weights: if it lasts, it is how gradients are from now on
+        return "batch"  # a finite spike under good weights; if it lasts, it becomes the usual level
     if evidence.bad_in_a_row >= limits.patience and evidence.bad_in_a_row % limits.patience == 0:
-        # Many bad batches in a row under good weights are the data's fault.
+        # If the loss is bad under good weights too, the data are at fault.
         data = comparison is not None and not comparison.then <= sane
         return "batch" if data else "learner"
     return "batch"
@@ -56,13 +56,13 @@ def suspicion_holds(fault: Fault, evidence: Evidence, limits: BlameThresholds) -
         case "none":
             return True
         case "growth":
-            # A heavy-tailed loss rises as far, but then the weights stay where they are.
+            # A heavy-tailed loss rises as far, but its weights do not grow.
             return evidence.growth > (limits.grown if evidence.comparable else limits.grown_unproven)
         case "trial":
-            # A hard task looks the same in the loss: only a lower rate, or the weights, tell a ruined learner from it.
+            # The loss is the same in a hard task; a trial of a lower rate, or grown weights, show a ruined learner.
             return ruined(fault, evidence, limits)
         case "batches":
-            # Data that swing do so under good weights too, which are then no better than untrained ones.
+            # If the data make the loss swing, good weights are no better on these batches than untrained ones.
             first = evidence.first
             limit = first + limits.unsteady_share * abs(first)
             return comparison is not None and comparison.then < limit and comparison.now > first
@@ -87,12 +87,12 @@ def ruined(fault: Fault, evidence: Evidence, limits: BlameThresholds) -> bool:
 
 
 def worse(comparison: Comparison, least: float, limits: BlameThresholds, *, sane: float = math.inf) -> bool:
-    """Whether the weights of now are clearly worse on the batch than the good ones.
+    """Whether the present weights are clearly worse on the batch than the last good ones.
 
     Args:
         comparison: Loss of one batch under both.
-        least: By how much at least.
-        limits: By which share of the loss at least.
+        least: Least difference of the losses.
+        limits: Least difference as a share of the loss under the good weights (``worse_share``).
         sane: A batch whose loss is above this under good weights is itself at fault.
     """
     if not math.isfinite(comparison.then) or comparison.then > sane:
@@ -102,9 +102,9 @@ def worse(comparison: Comparison, least: float, limits: BlameThresholds, *, sane
 
 
 def learner_did_it(evidence: Evidence, limits: BlameThresholds) -> bool:
-    """Whether a fault was the learner's own doing; what comes out of nothing in a calm run was not."""
-    # After an update that was made, bad weights are no sign by themselves: only if they are back at once, or early on,
-    # where its loss says so.
+    """Whether the learner caused a fault; a sudden fault in a long healthy stretch is not blamed on it."""
+    # If the faulty update was made, bad weights alone do not blame the learner. They do if the fault follows soon
+    # after a restore, or early in the run with a finite loss to show it.
     calm = limits.calm_when_late if evidence.undo else limits.calm
     blind = evidence.undo and not (evidence.comparison is not None and math.isfinite(evidence.comparison.now))
     soon = evidence.healthy_since_restore is not None and evidence.healthy_since_restore < calm
@@ -112,7 +112,7 @@ def learner_did_it(evidence: Evidence, limits: BlameThresholds) -> bool:
 
 
 def rate_rises(evidence: Evidence, limits: BlameThresholds) -> bool:
-    """Whether the rate has clearly risen, since the snapshot or before: it may go on and outgrow a multiplier."""
+    """Whether the rate has clearly risen since the snapshot or the start; it may rise on and outgrow a multiplier."""
     if evidence.rate_rose:
         return True
     lowest = evidence.lowest_lr
@@ -120,7 +120,7 @@ def rate_rises(evidence: Evidence, limits: BlameThresholds) -> bool:
 
 
 def _unit(fault: Fault, evidence: Evidence) -> float:
-    # A loss that is falling again varies by as much as it is too high, and that is no noise.
+    # The rise itself inflates the noise in the loss unit, so the unit is at most the size of the rise.
     return evidence.loss_unit if fault.excess is None else min(evidence.loss_unit, fault.excess)
 
 

@@ -11,10 +11,10 @@ def depth_by_level(depth: int, evidence: Evidence, *, same_level: float, keeps: 
     """How many snapshots to go back: at least ``depth``, and more while an older one was at a clearly better loss.
 
     Args:
-        depth: Where to begin.
+        depth: Depth to begin with; 0 is the newest snapshot.
         evidence: Levels and unit of the loss.
         same_level: Loss units within which two snapshots have the same level.
-        keeps: Stop short of a snapshot that would lose half of what was learned.
+        keeps: Whether to begin at a newer snapshot where the one at ``depth`` would lose half of what was learned.
     """
     depth = min(depth, max(0, evidence.snapshots - 1))
     levels = evidence.levels

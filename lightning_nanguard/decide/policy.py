@@ -1,12 +1,12 @@
 """From a fault and its evidence to a plan: pure functions over frozen data.
 
-The evidence chooses who is to blame, and that chooses the remedy:
+The evidence decides what is at fault, and that decides the remedy:
 
 * one bad *batch* is skipped;
-* a diverged *learner* is taken back to a certified snapshot and slowed or clipped, further each time it comes back
-  soon;
-* *state* that went bad by itself is restored and nothing else;
-* what never was good, or goes over its budget, is stopped.
+* a diverged *learner* goes back to a certified snapshot, with a lower learning rate or clipped gradients; the
+  correction is stronger each time it diverges again soon;
+* *state* that went bad by itself is restored, without a correction;
+* a run without one good update, or over its budget, is stopped.
 
 Every listed remedy whose role the verdict calls for is asked. The verdict on a learner calls for a restore and for one
 correction (clipping or the rate, whichever is listed first and proposes something), or for all of them where one may be
@@ -48,7 +48,7 @@ class Policy:
     Args:
         remedies: What may follow when skipping is not enough, in order of preference.
         budget: Bounds on interventions.
-        thresholds: When who is blamed.
+        thresholds: When the batch, the learner or the state is blamed.
     """
 
     remedies: Sequence[Proposes]
@@ -56,7 +56,7 @@ class Policy:
     thresholds: DecisionThresholds = field(default_factory=DecisionThresholds)
 
     def decide(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
-        """The plan for a fault; an empty plan says that it was none."""
+        """The plan for a fault; an empty plan means that it was a false alarm."""
         plan, state = self._decide(fault, evidence, within_window(state, evidence.step - self.budget.window))
         if not plan:
             return (), state
@@ -74,7 +74,7 @@ class Policy:
         return self._go_back(fault, evidence, state, scope)
 
     def _start_patience(self, evidence: Evidence) -> int:
-        # Batches that are themselves corrupt say nothing about the model: wait longer for a clean one.
+        # A batch that is not finite says nothing about the model, so wait longer for one that is.
         bad = evidence.batch_finite is False
         return self.budget.max_bad_batches if bad else self.thresholds.blame.start_patience
 
@@ -96,12 +96,12 @@ class Policy:
             return tuple(steps), state
         restoring = any(isinstance(step, Restore) for step in steps)
         if evidence.undo and not restoring:
-            steps, restoring = [Restore(0), *steps], True  # an update that was made is taken back in no other way
+            steps, restoring = [Restore(0), *steps], True  # only a restore takes back an update that was made
         comparison = evidence.comparison
         lost = evidence.corrupt is not None or (comparison is not None and not math.isfinite(comparison.now))
         if not restoring and (lost or not steps):
             if fault.since is not None and not lost:
-                return (), state  # it may have come back by itself
+                return (), state  # the loss may have recovered by itself
             if fault.scope == "batch" and not lost:
                 return self._skip(fault, evidence, state)
             return (Stop("the learner is lost and no remedy that could bring it back is allowed"),), state
@@ -118,8 +118,8 @@ class Policy:
     ) -> list[PlanStep]:
         steps: list[PlanStep] = []
         corrected: Role | None = None
-        # A loss that explodes may do so by its rate or by rare large gradients: with both corrections the rate is cut
-        # no further than it must be under clipping.
+        # A loss may explode by its learning rate or by rare large gradients. With both corrections the rate is cut only
+        # as far as is needed with clipping.
         both = (
             attempt > 0
             or evidence.healthy_steps < self.thresholds.blame.beginning
@@ -134,7 +134,7 @@ class Policy:
             if proposal is None:
                 continue
             if role == "stop":
-                # Who prefers stopping gets it where nothing listed before could help.
+                # Stop if no remedy listed before it proposed anything.
                 if not steps:
                     return [proposal]
             elif role == "restore":
@@ -151,7 +151,7 @@ class Policy:
         limits = self.thresholds
         recent = sum(1 for step, _ in state.restores if step > evidence.step - limits.blame.calm)
         deeper = 0 if scope == "learner" else min(recent // limits.depth_by_state, limits.deepest)
-        # A tensor gone bad was fine in every certified snapshot, whatever found it.
+        # A tensor that is not finite now was finite in every certified snapshot, so any depth will do.
         sound = evidence.sound if evidence.corrupt is None else None
         depth = max(proposal.depth + deeper, sound or 0)
         return Restore(depth_by_level(depth, evidence, same_level=limits.same_level, keeps=sound is None))
@@ -168,7 +168,7 @@ class Policy:
         return replace(proposal, least=least, limit=rate_rises(evidence, self.thresholds.blame), clipped=clipped)
 
     def _peak_is_over(self, evidence: Evidence, state: PolicyState) -> bool:
-        # It diverged at a rate that the schedule has left since, for one at which it learned before.
+        # It diverged at a peak of the schedule, and the present rate is one at which it learned before.
         lr, highest = evidence.lr, evidence.highest_lr
         if lr is None or highest is None:
             return False

@@ -1,4 +1,4 @@
-"""A learning-rate cut that respects the rate a finding allows."""
+"""Bounds a cut of the learning rate by the largest rate that a finding allows."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from lightning_nanguard.types import Finding, Plan, Scale
 
 
 def within_curvature(plan: Plan, finding: Finding | None, lr: float | None) -> Plan:
-    """The plan, whose cut knows of the rate that the finding allows.
+    """The plan, with the rate that the finding allows entered in its cut as ``Scale.most``.
 
-    Along one gradient the curvature of an untrained model may say a ten-thousandth of what a rehearsal shows to be
-    right, so it holds where nothing can be rehearsed. Where the loss is ill-conditioned the steepest direction was
-    looked for, and it holds altogether.
+    That rate comes from the curvature along one gradient. For an untrained model it may be a ten-thousandth of the rate
+    that trials show to be right, so it bounds the cut only where no rates can be tried. In an ill-conditioned loss the
+    curvature is that of the steepest direction, so it bounds the cut in any case (``Scale.firm``).
 
     Args:
         plan: What is to be done.
-        finding: Why; ``None`` where that is not known.
-        lr: Effective learning rate of now.
+        finding: The cause found; ``None`` without one.
+        lr: The present effective learning rate.
     """
     allowed = None if finding is None else finding.evidence.get("largest_rate")
     if not isinstance(allowed, float) or not lr or not 0 < allowed < lr:

@@ -23,16 +23,16 @@ def give_back(
 ) -> tuple[Plan, PolicyState]:
     """Give back a part of the learning rate's cut after a healthy stretch.
 
-    Up to a rate that was proven it is given back soon; else a ``factor`` at a time after ``after`` healthy updates
-    each, and across the lowest rate that failed only after several times as many, doubled for every time it failed
-    again. A run that is not learning gets nothing back early.
+    Up to a proven rate the cut is given back at once, after a short wait, if the run is learning. Else one ``factor``
+    is given back after every ``after`` healthy updates. Before the rate crosses the lowest rate that failed, the wait
+    is several times as long, and doubles each time that rate fails again.
 
     Args:
         state: What the policy remembers.
         multiplier: The learning-rate multiplier in force.
         healthy_steps: Updates accepted since the start of fit.
         scheduled_lr: Scheduled rate of the first group, ``None`` where it is not known.
-        factor: The cut that is given back at a time.
+        factor: The factor (below 1) of one cut; the multiplier is divided by it.
         after: Healthy updates before the next part is given back.
         learning: Whether the loss is falling, or has fallen and stayed there.
         limits: The thresholds.
@@ -51,20 +51,20 @@ def give_back(
     if healthy_steps - state.given_back_at < wait:
         return (), state
     across = scheduled_lr * larger >= failed_from
-    # Up to a proven rate as a limit: under a falling schedule a multiplier would have to follow it step by step.
+    # A proven rate is set as a limit, since a multiplier would have to be renewed in each step of a schedule.
     return (Scale(larger / multiplier, limit=proven > multiplier),), replace(
         state, given_back_at=healthy_steps, bad_rate=math.inf if across else state.bad_rate
     )
 
 
 def note_too_high(rate: float, healthy_steps: int, state: PolicyState) -> PolicyState:
-    """A rate was found too high, though nothing diverged: it counts as one that failed, and nothing as proven."""
+    """Note a rate that trials found too high, though nothing diverged: it has failed, and no rate is proven now."""
     bad_rate = min(state.bad_rate, rate)
     return replace(state, bad_rate=bad_rate, proven_rate=0.0, proven_level=math.inf, given_back_at=healthy_steps)
 
 
 def note_failed(rate: float, healthy_steps: int, state: PolicyState, limits: RecoveryThresholds) -> PolicyState:
-    """The learner diverged at a rate: it failed, and a proven rate close to it is proven no more."""
+    """Note a rate at which the learner diverged: it has failed, and a proven rate close to it counts no longer."""
     bad = min(state.bad_rate, rate)
     state = replace(state, bad_rate=bad, given_back_at=healthy_steps)
     if state.proven_rate > bad * limits.proven_below:
@@ -77,8 +77,8 @@ def prove(
 ) -> PolicyState:
     """Note a rate as proven, when a snapshot was certified while the run was learning.
 
-    A rate is proven only where the loss has fallen since the last proof: under a schedule that goes on rising, a run
-    that has converged tolerates rates at which it would never have got there.
+    A rate is proven only where the loss has fallen since the last proof, because a run that has converged tolerates
+    rates at which it could not have converged.
 
     Args:
         rate: Effective learning rate.

@@ -9,11 +9,11 @@ from typing import Any, ClassVar, NamedTuple
 from lightning_nanguard.types import Fault, Reading
 
 AT_ONCE = 16
-"""How many healthy readings are accepted at once, at most. :meth:`Detector.limits` has to hold for so many."""
+"""Most healthy readings that are accepted at once. :meth:`Detector.limits` has to hold for that many readings."""
 
 
 class Limits(NamedTuple):
-    """What a detector never calls a fault: a finite reading with a loss and a gradient norm below these.
+    """Bounds of what a detector never calls a fault: a finite reading with a loss and a gradient norm below them.
 
     Attributes:
         loss: The loss has to be below it; ``math.inf`` where the loss does not matter.
@@ -111,8 +111,8 @@ class Detector(ABC):
     def dismiss(self, reading: Reading) -> None:  # noqa: B027
         """Stay quiet for a while: there was no evidence for the fault found in this reading.
 
-        Every detector is told, whichever found the fault; :meth:`check` says whether it was this one. A detector that
-        does not stay quiet has each of its suspicions looked into, which takes time.
+        Every detector is told, whichever found the fault; a detector can ask its own :meth:`check` whether it was its
+        fault. If it goes on to report the fault, the guard looks into each report, which takes time.
 
         Args:
             reading: The reading with the fault.

@@ -47,8 +47,8 @@ class DetectorGroup:
 
         Args:
             reading: What was measured.
-            line_search: Whether it comes from a further evaluation of one step; only detectors that judge such ones
-                are asked.
+            line_search: Whether it comes from a further evaluation of one step; then only detectors with
+                ``judges_line_search`` are asked.
 
         Raises:
             TypeError: When a detector returns something else than a fault or ``None``.
@@ -80,7 +80,7 @@ class DetectorGroup:
             self._ask(detector, "rewind", detector.rewind, None, step)
 
     def dismiss(self, reading: Reading, detector: Detector | None = None) -> None:
-        """The fault found in a reading was none. ``detector`` found it; ``None`` tells all of them."""
+        """Tell ``detector``, or all detectors if ``None``, that the fault found in a reading was a false alarm."""
         for one in self._detectors if detector is None else (detector,):
             self._ask(one, "dismiss", one.dismiss, None, reading)
 
@@ -93,7 +93,7 @@ class DetectorGroup:
         return any(self._ask(detector, "undecided", detector.undecided, False) for detector in self._detectors)
 
     def limits(self) -> Limits:
-        """Below what the next readings are no fault to any detector.
+        """Loss and gradient norm below which no detector finds a fault in the next readings.
 
         Raises:
             TypeError: When a detector returns something else than limits or ``None``.
@@ -115,9 +115,9 @@ class DetectorGroup:
         return [[_name(one), self._ask(one, "state_dict", one.state_dict, nothing)] for one in self._detectors]
 
     def load(self, saved: Sequence[Sequence[Any]]) -> None:
-        """Take saved histories up.
+        """Load saved histories.
 
-        The n-th detector of a class takes the history of the n-th one of that class: the list may have changed.
+        The n-th detector of a class takes the n-th saved history of that class, because the list may have changed.
         """
         histories: dict[str, deque[Any]] = {}
         for name, history in saved:

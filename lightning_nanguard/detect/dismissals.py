@@ -1,4 +1,4 @@
-"""Suspicions that were looked into and were none."""
+"""Silences suspicions that proved to be false alarms."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lightning_nanguard.thresholds.detection import DismissalThresholds
 
 @final
 class Dismissals:
-    """Silences a suspicion that was none for a while, and for longer each time, so that it is not looked into for ever.
+    """Silences a suspicion after a false alarm, for longer each time, because each suspicion costs time to look into.
 
-    Each kind of suspicion is silenced by itself. One whose loss is many times that of the dismissed one is not
-    silenced.
+    Each kind of suspicion is silenced by itself. A suspicion whose loss is many times that of the dismissed one is
+    raised all the same.
 
     Args:
-        thresholds: How long and how far.
+        thresholds: For how many readings, and up to which loss; ``None`` for the defaults.
 
     Example:
         >>> dismissed = Dismissals()
@@ -28,7 +28,7 @@ class Dismissals:
 
     def __init__(self, thresholds: DismissalThresholds | None = None) -> None:
         self._thresholds = thresholds or DismissalThresholds()
-        # By kind: until which step, the next pause, and the loss.
+        # By kind: the step at which silence ends, the length of the next pause, and the dismissed loss.
         self._by_kind: dict[str, tuple[float, ...]] = {}
 
     def silences(self, kind: str, step: int, loss: float) -> bool:
@@ -37,13 +37,13 @@ class Dismissals:
         return step < until and not loss > self._thresholds.far_higher * abs(dismissed)
 
     def add(self, kind: str, step: int, loss: float, longest_pause: int | None = None) -> None:
-        """A suspicion was none.
+        """Silence a suspicion that was a false alarm.
 
         Args:
             kind: Kind of its fault.
             step: When it was raised.
-            loss: How high the loss was.
-            longest_pause: Most readings for which its like is silenced, where that differs from the thresholds'.
+            loss: The loss at which it was raised.
+            longest_pause: Most readings of a pause of this kind; ``None`` for the value in the thresholds.
         """
         own = self._thresholds
         _, pause, _ = self._by_kind.get(kind, (0, own.first_pause, 0))

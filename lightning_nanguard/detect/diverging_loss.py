@@ -1,4 +1,4 @@
-"""Detects a finite loss that has left for good."""
+"""Detects a finite loss that diverged and did not recover."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ _OVERSHOOT = "overshoot"
 
 @final
 class DivergingLoss(Detector):
-    """A finite loss that left for good: it exploded, fell back to chance, or never got below the untrained model's.
+    """A finite loss that diverged and did not recover, or never fell below the untrained model's.
+
+    "The untrained model's loss" is that of the first healthy update.
 
     Five shapes, judged on medians and trimmed means so that noise and heavy tails are no fault:
 
@@ -31,7 +33,7 @@ class DivergingLoss(Detector):
     * ``collapsed``: having learned, the loss is back at the untrained level and stays there;
     * ``unsteady_loss``: having learned, it swings, and is on average above the untrained level;
     * ``stuck_loss``: early in training the loss stays above the untrained model's;
-    * ``overshoot``: an update took the loss far above the untrained model's some readings ago, wherever it is now.
+    * ``overshoot``: an update took the loss far above the untrained model's some readings ago, even if it is low now.
 
     All are suspicions: before anything is changed, the guard compares the loss of the same batch under the last good
     weights, or looks at how far the weights have grown.
@@ -79,7 +81,7 @@ class DivergingLoss(Detector):
             fault = overshoot(self._view(loss, first), self._rise)
             if fault is not None:
                 return fault
-        # A loss that began at 0 has no unit.
+        # Without a first loss above 0 in size there is no unit to measure differences in.
         if first == 0 or loss < self._harmless_below(first, self._history.since):
             return None
         view = self._view(loss, first)
@@ -92,7 +94,7 @@ class DivergingLoss(Detector):
         return None
 
     def limits(self) -> Limits:
-        """A loss below those that have a shape, now or up to :data:`AT_ONCE` readings later, and any gradient norm."""
+        """The loss below which no shape applies in the next :data:`AT_ONCE` readings; any gradient norm is allowed."""
         first, since = self._history.first, self._history.since
         if first is None or len(self._history.accepted) < self.warmup or self._rise is not None:
             return Limits(-math.inf, math.inf)
@@ -117,7 +119,7 @@ class DivergingLoss(Detector):
         return harmless_below(first, best, since, self.patience, self.thresholds)
 
     def _lately(self, loss: float) -> float:
-        # A single outlier is no level.
+        # The lowest of the newest losses, so that a single outlier does not count.
         return min([*self._history.accepted.last(self.thresholds.recent_readings - 1), loss])
 
     def accept(self, reading: Reading) -> None:
@@ -139,7 +141,7 @@ class DivergingLoss(Detector):
             self._rise = Rise(self._history.accepted.step_before(step), loss, self._history.since - 1 + own.after)
 
     def uneasy(self, reading: Reading) -> bool:
-        """A loss clearly above the untrained model's, or on its way back there: the learner may be leaving."""
+        """Whether the loss is clearly above the untrained model's or rising back to it: it may be diverging."""
         loss, first, best = reading.loss, self._history.first, self._history.best
         if loss is None or first is None or best is None:
             return False
@@ -148,11 +150,11 @@ class DivergingLoss(Detector):
         return way_back or loss > first + own.uneasy_above * unit
 
     def undecided(self) -> bool:
-        """A rise after which the weights have not been looked at."""
+        """Whether the loss rose and the weights have not been looked at since."""
         return self._rise is not None
 
     def dismiss(self, reading: Reading) -> None:
-        """The suspicion was looked into and was none: stay quiet for a while."""
+        """The suspicion was a false alarm: do not raise it again for a while."""
         fault, loss = self.check(reading), reading.loss
         if fault is None or loss is None:
             return
@@ -167,7 +169,7 @@ class DivergingLoss(Detector):
         self._history.rewind(step)
         self._dismissed.clear()
         if self._rise is not None:
-            # A state from after the rise may be as ruined.
+            # A restored state from after the rise may be ruined as well, so the rise has still to be looked into.
             after = self._rise.step < step
             self._rise = replace(self._rise, due=self.thresholds.overshoot.after) if after else None
 

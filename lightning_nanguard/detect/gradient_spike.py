@@ -19,17 +19,17 @@ from lightning_nanguard.types import Fault, Reading
 class GradientSpike(Detector):
     """A gradient norm far outside everything accepted so far.
 
-    It is judged on the logarithm of the norm by median and MAD, so that heavy tails and slow drifts are no fault. A
+    It is judged on the logarithm of the norm, by median and MAD, so that heavy tails and slow drifts are no fault. A
     spike is more than ``threshold`` deviations above the median, ``ratio`` times the median, ten times the largest norm
     in the window, and twice the largest norm of the first ``warmup`` readings. The last condition is for a loss that
-    has come down to nothing: when the data change, the norm is far above its median, and as it was for the untrained
-    model.
+    has fallen nearly to 0: if the data change then, the norm rises far above its median, but only to the size it had
+    at the start.
 
     Args:
         threshold: Deviations (MAD, scaled) of the logarithm.
         ratio: Least ratio to the median.
-        window: Accepted norms looked back at.
-        warmup: Accepted norms before the detector is sure of anything less than 100,000 times the largest of them.
+        window: Number of newest accepted norms that are compared with.
+        warmup: Number of accepted norms before a norm below 100,000 times the largest of them is surely a spike.
         thresholds: Further thresholds, ``None`` for the defaults.
 
     Raises:
@@ -68,8 +68,8 @@ class GradientSpike(Detector):
         return self._spike(norm)
 
     def _first_of_all(self, norm: float) -> Fault | None:
-        # The first batch has no batch before it to be compared with. The two after it show that it was a bad one; by
-        # then it has changed weights and optimizer state.
+        # The first norm can only be judged by the two after it. By then its update has changed weights and optimizer
+        # state.
         first, second = self._norms.values()
         others = max(second, norm)
         own = self.thresholds
@@ -82,11 +82,11 @@ class GradientSpike(Detector):
         return Fault("gradient_spike", "state", "gradient", first, message, certain=False, clipping_helps=True)
 
     def _spike(self, norm: float) -> Fault | None:
-        # The cheap question first: no limit is below that many times a norm in the window.
+        # The cheap test first: every limit is at least this many times any norm in the window.
         if norm <= self.thresholds.above_largest * self._newest:
             return None
         doubtful = not norm > self._find_limit()
-        # During warm-up a norm may stand out because the run begins; its batch tells.
+        # During warm-up a high norm may be normal; whether its batch is strange decides.
         stands_out = self._warming_up() and norm > self.thresholds.warmup_doubtful * max(self._norms.values())
         if doubtful and not stands_out:
             return None
@@ -99,7 +99,7 @@ class GradientSpike(Detector):
         return Fault("gradient_spike", "batch", "gradient", norm, message, doubtful, certain=False, clipping_helps=True)
 
     def limits(self) -> Limits:
-        """Any loss, and ten times the newest norm: it stays in the window, whose largest a spike exceeds ten times."""
+        """Any loss, and ten times the newest norm: a spike exceeds ten times the largest norm in the window."""
         judged_first = len(self._norms) > 2
         return Limits(math.inf, self.thresholds.above_largest * self._newest if judged_first else -math.inf)
 

@@ -23,7 +23,7 @@ from lightning_nanguard.types import Reading
 
 @final
 class ReadingHistory:
-    """Keeps the newest healthy readings of one optimizer, and says how its loss and gradient norm have gone.
+    """Keeps the newest healthy readings of one optimizer, and tells trends of its loss and gradient norm.
 
     Args:
         thresholds: How many readings are looked at, and what counts; ``None`` for the defaults.
@@ -31,13 +31,13 @@ class ReadingHistory:
 
     def __init__(self, thresholds: HistoryThresholds | None = None) -> None:
         self._thresholds = thresholds or HistoryThresholds()
-        # Step, loss and norm of each reading; this is written in every step, and seldom read.
+        # Step, loss and norm of each reading. It is written in every step and seldom read.
         self._read: deque[tuple[int, float | None, float | None]] = deque(maxlen=self._thresholds.readings)
         self._highest = -math.inf
         self._first_norm = 0.0
         self._first_step: int | None = None
         self.first: float | None = None
-        """The untrained model's loss, ``None`` before the first one."""
+        """Loss of the first healthy update of the run ("the untrained model's loss"), ``None`` before it."""
 
     def accept(self, reading: Reading) -> None:
         """Take a healthy reading."""
@@ -56,10 +56,10 @@ class ReadingHistory:
             self._read.pop()
         self._highest = max(self.losses(), default=-math.inf)
         if self._first_step is not None and step < self._first_step:
-            self._first_step = None  # the next one is the untrained model's again
+            self._first_step = None  # the next accepted loss is the first one again
 
     def losses(self, count: int | None = None) -> list[float]:
-        """The losses of the newest ``count`` readings, the oldest first; without a number of some tens of them."""
+        """The losses of the newest ``count`` readings (by default 64), the oldest first."""
         newest = self._newest(self._thresholds.losses if count is None else count)
         return [loss for _, loss, _ in newest if loss is not None]
 
@@ -75,7 +75,7 @@ class ReadingHistory:
         return loss_unit(self.losses(self._thresholds.noise_losses), self.first, self._thresholds)
 
     def level(self) -> float | None:
-        """Mean of the newest losses but the highest: a ruined model may be right on more than half of its batches."""
+        """Mean of the newest losses without the highest; a median would miss a model that is wrong on some batches."""
         return loss_level(self.losses(self._thresholds.level_losses))
 
     def learning(self) -> bool:
@@ -91,7 +91,7 @@ class ReadingHistory:
         return len(losses) < count or loss_falls(losses, self._thresholds.falling)
 
     def excursion(self) -> bool:
-        """Whether the loss went far above the untrained model's since the start or the last rewind."""
+        """Whether the loss was far above the untrained model's since the start, or in the losses kept by a rewind."""
         return self.first is not None and self._highest > self.first + self._thresholds.excursion * self.loss_unit()
 
     def far_off(self) -> int:
@@ -99,18 +99,18 @@ class ReadingHistory:
         return 0 if self.first is None else updates_far_off(self.losses(), self.first, self._thresholds.far_off)
 
     def usual_norm(self) -> float | None:
-        """A lower quantile of the healthy gradient norms, of a few the least; ``None`` when fewer were seen."""
+        """A low quantile of the healthy gradient norms above 0, the smallest of few; ``None`` with too few."""
         return usual_norm(self._norms(), self._first_norm, self._thresholds.usual_norm)
 
     def climbing(self) -> bool:
-        """Whether losses or norms had left their usual range just before now, upwards."""
+        """Whether the newest losses or norms lie above their usual range."""
         own = self._thresholds.climb
         return climbs(self.losses(own.readings), own.loss * self.loss_unit(), own) or climbs(
             [math.log(norm) for norm in self._norms(own.readings)], math.log(own.norm), own
         )
 
     def burst(self) -> bool:
-        """Whether a norm came out of nothing: far above several before it, where a high rate lets them climb."""
+        """Whether a norm was suddenly far above those before it; under a high learning rate norms rise gradually."""
         return has_burst(self._norms(), self._first_norm, self._thresholds.burst)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The losses that a diverging one is told by."""
+"""The past losses that :class:`DivergingLoss` compares the newest loss with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_nanguard.detect.window import Window
 
 @final
 class LossHistory:
-    """Keeps the newest accepted losses, the untrained model's, and the best and highest so far.
+    """Keeps the newest accepted losses, the first one ("the untrained model's"), the best level and the highest loss.
 
     Args:
         size: How many losses are kept.
@@ -25,7 +25,7 @@ class LossHistory:
         self._first_step: int | None = None
         self._best: float | None = None
         self.first: float | None = None
-        """The untrained model's loss, ``None`` before the first one."""
+        """The first accepted loss of the run ("the untrained model's loss"), ``None`` before it."""
         self.highest: float | None = None
         """The highest loss since the start or the last rollback."""
         self.since = 0
@@ -33,7 +33,7 @@ class LossHistory:
 
     @property
     def best(self) -> float | None:
-        """The lowest loss level so far; the untrained model's loss before the first one."""
+        """The lowest loss level so far; the first loss before there is a level."""
         return self.first if self._best is None else self._best
 
     def accept(self, step: int, loss: float) -> None:
@@ -42,7 +42,7 @@ class LossHistory:
             self.first, self._first_step = loss, step
         self.accepted.append(step, loss)
         self.since += 1
-        # The median of the newest hardly falls below the best one while no loss does.
+        # To save time, the median is computed only at a loss below the best level.
         if (self._best is None or loss < self._best) and len(self.accepted) >= self._level_readings:
             level = median(self.accepted.last(self._level_readings))
             if self._best is None or level < self._best:
@@ -58,7 +58,7 @@ class LossHistory:
         if not len(self.accepted):
             self._best = None
         if self._first_step is not None and step < self._first_step:
-            self._first_step = None  # the next one is the untrained model's again
+            self._first_step = None  # the next accepted loss is the first one again
 
     def state(self) -> dict[str, Any]:
         """Plain containers for a checkpoint."""

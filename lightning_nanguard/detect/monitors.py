@@ -16,7 +16,7 @@ from lightning_nanguard.types import Fault, Reading
 
 @final
 class Monitor:
-    """Watches one optimizer. Readings below all limits wait until there are some, or somebody asks.
+    """Watches one optimizer. Healthy readings are collected and passed on together, or when a caller needs them.
 
     Args:
         detectors: The detectors of this optimizer.
@@ -39,13 +39,13 @@ class Monitor:
         """Take a healthy reading."""
         self._waiting.append(reading)
         self._taken += 1
-        # Counted, so that all ranks have the same limits, whenever each of them was asked.
+        # The count decides when limits are renewed, so that all ranks have the same limits.
         if self._taken % AT_ONCE == 0:
             self.up_to_date()
             self._loss, self._norm = self._detectors.limits()
 
     def up_to_date(self) -> tuple[DetectorGroup, ReadingHistory]:
-        """Detectors and history that have taken every reading."""
+        """The detectors and the history, after passing all collected readings on to them."""
         if self._waiting:
             self._detectors.accept(self._waiting)
             for reading in self._waiting:
@@ -96,7 +96,7 @@ class Monitors:
         return self._monitors[optimizer_index]
 
     def passes(self, reading: Reading) -> bool:
-        """Take a reading that no detector needs to look at; whether it is one."""
+        """Accept the reading if it lies below all limits; return whether it was accepted."""
         monitor = self._monitors.get(reading.optimizer_index)
         if monitor is None or not monitor.is_calm(reading):
             return False
@@ -104,13 +104,13 @@ class Monitors:
         return True
 
     def check(self, reading: Reading, *, line_search: bool = False, quasi_newton: bool = False) -> Fault | None:
-        """What the detectors of its optimizer find in a reading; from now on that optimizer is known.
+        """The fault that the detectors of its optimizer find in a reading; the first call makes these detectors.
 
         Args:
             reading: What was measured.
             line_search: Whether it comes from a further evaluation of one step, as in the line search of LBFGS, which
                 evaluates losses at bad places on purpose.
-            quasi_newton: Whether the optimizer goes far off and comes back by itself, as LBFGS does on mini-batches.
+            quasi_newton: Whether the loss may rise far and recover by itself, as with LBFGS on mini-batches.
 
         Raises:
             TypeError: When a detector returns something that is no fault.
@@ -123,7 +123,7 @@ class Monitors:
         if line_search or not quasi_newton:
             return None if found is None else found.fault
         if found is not None and found.fault.since is not None:
-            # A fault that may have come back by itself has: the optimizer does so, and its weights with it.
+            # A rise that is over is normal for such an optimizer.
             detectors.dismiss(reading, found.detector)
             found = detectors.find(reading)
         return None if found is None else _of_quasi_newton(found.fault, history, self._thresholds.quasi_newton)
@@ -134,14 +134,14 @@ class Monitors:
         return None if known is None else known.up_to_date()[1]
 
     def accept(self, reading: Reading) -> None:
-        """Take a reading into the history of its optimizer, which is known."""
+        """Take a reading into the history of its optimizer, for which :meth:`check` was called before."""
         self._monitors[reading.optimizer_index].accept(reading)
 
     def dismiss(self, reading: Reading) -> bool:
-        """The fault seen in a reading was none.
+        """Tell the detectors that the fault found in a reading was a false alarm.
 
         Returns:
-            Whether its optimizer is known.
+            Whether the optimizer of the reading has detectors.
         """
         known = self._monitors.get(reading.optimizer_index)
         if known is not None:
@@ -154,15 +154,15 @@ class Monitors:
             monitor.rewind(step)
 
     def uneasy(self, readings: Sequence[Reading]) -> bool:
-        """Whether a detector is uneasy about one of some readings."""
+        """Whether a detector is uneasy about one of the readings."""
         return any(self._monitors[reading.optimizer_index].up_to_date()[0].uneasy(reading) for reading in readings)
 
     def undecided(self) -> bool:
-        """Whether a detector has still to look into something."""
+        """Whether a detector waits for further readings before it can decide."""
         return any(monitor.up_to_date()[0].undecided() for monitor in self._monitors.values())
 
     def learning(self) -> bool:
-        """Whether all losses are falling, or have fallen and stayed there."""
+        """Whether the loss of each optimizer is clearly below that of its first healthy update."""
         return all(monitor.up_to_date()[1].learning() for monitor in self._monitors.values())
 
     def loss_unit(self) -> float:
@@ -181,7 +181,7 @@ class Monitors:
 
 
 def _of_quasi_newton(fault: Fault, history: ReadingHistory, thresholds: QuasiNewtonThresholds) -> Fault | None:
-    # A finite spike is a fault only where the batch is strange, too; a loss far off only where it stays there.
+    # A finite spike is a fault only if its batch is strange too, and a high loss only if it stays high.
     if fault.scope != "learner" and not fault.certain:
         return replace(fault, doubtful=True)
     far_off = history.far_off()

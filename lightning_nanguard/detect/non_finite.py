@@ -21,7 +21,7 @@ class NonFinite(Detector):
     row or its scale falls below ``min_loss_scale``: then no scale helps, and the learner is at fault.
 
     Args:
-        overflow_patience: Overflows in a row that are still the scaler's business.
+        overflow_patience: Number of overflows in a row from which on they are a fault; fewer are left to the scaler.
         min_loss_scale: Loss scale below which an overflow is a fault.
         thresholds: Further thresholds, ``None`` for the defaults.
 

@@ -20,7 +20,9 @@ def spread(values: Iterable[float]) -> float:
 
 
 def falling(values: Sequence[float], noise: float, errors: float) -> bool:
-    """Whether the newer half of some values lies below the older one, by ``errors`` times the error noise leaves.
+    """Whether the newer half of some values lies below the older half by more than ``errors`` standard errors.
+
+    The standard error is ``noise`` divided by the square root of the number of values in a half.
 
     Example:
         >>> falling([4.0, 4.0, 3.0, 3.0], noise=0.1, errors=2.0)

@@ -1,4 +1,4 @@
-"""What the newest losses and gradient norms of an optimizer say: pure functions of lists, the oldest value first."""
+"""Trends of an optimizer's newest losses and gradient norms: pure functions of lists, the oldest value first."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def loss_unit(losses: Sequence[float], first: float | None, thresholds: HistoryT
 
 
 def loss_level(losses: Sequence[float]) -> float | None:
-    """Mean of some losses but the highest: a ruined model may be right on more than half of its batches."""
+    """Mean of some losses without the highest; a median would miss a model that is wrong on some batches."""
     values = sorted(losses)
     return fmean(values[:-1] or values) if values else None
 
 
 def loss_falls(losses: Sequence[float], errors: float) -> bool:
-    """Whether the newer half of some losses lies clearly below the older one, beside the noise within each half."""
+    """Whether the newer half of some losses lies clearly below the older half, given the noise within each half."""
     half = len(losses) // 2
     older, newer = losses[:half], losses[half:]
     noise = spread([loss - median(part) for part in (older, newer) for loss in part])
@@ -42,12 +42,12 @@ def updates_far_off(losses: Sequence[float], first: float, times: float) -> int:
 
 
 def usual_norm(norms: Sequence[float], first: float, thresholds: UsualNormThresholds) -> float | None:
-    """A lower quantile of the gradient norms, of a few the least; ``None`` when there are fewer.
+    """A low quantile of the gradient norms, the smallest of few, at least a share of the first; ``None`` with too few.
 
     Args:
         norms: Healthy gradient norms above 0.
         first: The first norm of the run, 0 where it is not known.
-        thresholds: Which norm is usual.
+        thresholds: Which quantile it is, and how many norms it takes.
     """
     norms = sorted(norms)
     if len(norms) < thresholds.min_norms:
@@ -58,7 +58,7 @@ def usual_norm(norms: Sequence[float], first: float, thresholds: UsualNormThresh
 
 
 def climbs(values: Sequence[float], least: float, thresholds: ClimbThresholds) -> bool:
-    """Whether the newest of some values lie above the range of the others, by ``least`` at least."""
+    """Whether the newest of some values lie above the range of the others, by more than ``least``."""
     newest = thresholds.newest
     if len(values) <= newest:
         return False

@@ -12,7 +12,7 @@ class Window:
     """Holds the newest accepted values, each with the step it was read at, for a detector that looks back at them.
 
     Args:
-        size: How many values are held; the oldest leaves a full window.
+        size: How many values are held; a full window drops the oldest.
 
     Example:
         >>> window = Window(2)
@@ -31,7 +31,7 @@ class Window:
         self._items: deque[tuple[int, float]] = deque(maxlen=size)
 
     def append(self, step: int, value: float) -> None:
-        """Add a value; the oldest leaves a full window."""
+        """Add a value; a full window drops the oldest."""
         self._items.append((step, value))
 
     def rewind(self, step: int) -> None:
@@ -45,7 +45,7 @@ class Window:
         return [items[i][1] for i in range(max(0, len(items) - count), len(items))]
 
     def step_before(self, step: int) -> int:
-        """Step of the newest value that was read before ``step``; one less where none is known."""
+        """Step of the newest value that was read before ``step``; ``step - 1`` where none is known."""
         return next((read for read, _ in reversed(self._items) if read < step), step - 1)
 
     def values(self) -> list[float]:

@@ -1,4 +1,4 @@
-"""When an update is read before it is made although readings are deferred."""
+"""Decides when an update is read before it is made although readback is deferred."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class Caution:
-    """Decides for each update whether its reading may be late, for the ways to read that defer readings.
+    """Decides for each update, under deferred readback, whether its reading may arrive after the update is made.
 
-    After an update that had to be undone, a number of updates are read in time, twice as many each time it happens
-    again. After a batch spoiled running statistics, all of them are.
+    After an update had to be undone, the next 1000 updates are read before they are made, and twice as many each time
+    this happens again. After a batch spoiled running statistics, all further updates are.
 
     Args:
         context: What the parts of the guard share.
@@ -34,18 +34,18 @@ class Caution:
         self._careful_until = 0
 
     def may_be_late(self, optimizer_index: int) -> bool:
-        """Whether the next update of an optimizer may be read after it is made."""
+        """Whether the next update of an optimizer may be made before its reading arrives."""
         if self._never_late or self._context.state.step < self._careful_until:
             return False
         return self._context.settings.observe or not self._skipper.device_cannot_skip(optimizer_index)
 
     def update_undone(self, found: FoundFault, *, statistics: bool) -> None:
-        """A restore has undone an update; see :class:`~lightning_nanguard.guard.readback.Readback`."""
+        """Note that a restore has undone an update; see :class:`~lightning_nanguard.guard.readback.Readback`."""
         context = self._context
         if self._never_late:
             return
         level = logging.DEBUG if context.ranks.rank else logging.WARNING
-        # What a batch does to statistics shows only before its update; among ranks each would find that by itself.
+        # Statistics can be checked only before the update. Ranks do not agree on what they see there, so not with many.
         if statistics and not context.many:
             self._never_late = True
             _logger.log(
@@ -70,6 +70,6 @@ class Caution:
         return {"undone": self._undone, "careful_until": self._careful_until}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`; the first checkpoints of version 0.1.0 have none of it."""
+        """The inverse of :meth:`state_dict`; early checkpoints of version 0.1.0 lack these keys."""
         self._undone = int(state.get("undone", 0))
         self._careful_until = int(state.get("careful_until", 0))

@@ -25,12 +25,12 @@ class Interventions:
 
     Args:
         context: What the parts of the guard share.
-        loop: Diagnoses, and knows the time.
-        policy: Decides.
+        loop: Runs the diagnosis, and gives the trainer's step, epoch and batch.
+        policy: Decides on a plan.
         investigator: Gathers evidence.
-        recorder: Records.
-        conduct: Carries plans out.
-        remedies: Who carries out which kind of step; they name what was done.
+        recorder: Records the intervention.
+        conduct: Carries the plan out.
+        remedies: The remedy for each kind of plan step; it gives the word for the record.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Interventions:
 
     @property
     def patience(self) -> int:
-        """Bad batches in a row from which on what they show is how the data are."""
+        """Number of bad batches in a row from which on their values count as usual for the data."""
         return self._policy.thresholds.blame.patience
 
     def handle(self, found: FoundFault) -> bool:
@@ -67,7 +67,7 @@ class Interventions:
         """
         context, state = self._context, self._context.state
         fault, reading = found.fault, found.reading
-        # What the batch did to batch norm's statistics is undone with it, and is no state gone bad.
+        # What the batch changed in batch norm's statistics is undone first, so that it does not count as bad state.
         undo = fault.scope == "batch" and not found.reached
         before = self._conduct.undo(found) if undo and found.undo is not None else {}
         known = Evidence(
@@ -81,7 +81,7 @@ class Interventions:
             evidence = self._investigator.look_into(fault, reading, known, at_hand=at_hand, before=before)
         if fault.only_if_corrupt and evidence.corrupt is None:
             state.restored = None
-            # The validation data are at fault, most likely.
+            # The learner is finite, so the validation data are most likely at fault: only record it.
             self._recorder.record(fault, fault.place, (), context.rate.effective(), ranks=found.ranks)
             return False
         plan, policy = self._policy.decide(fault, evidence, state.policy)
@@ -93,9 +93,9 @@ class Interventions:
         self._act(found, evidence, plan)
         lasts = state.bad_in_a_row >= self.patience and not evidence.batch_strange
         if fault.scope == "batch" and not fault.certain and lasts:
-            context.monitors.accept(reading)  # a rise that lasts is no spike
+            context.monitors.accept(reading)  # a rise that lasts is the new usual level
         stays = fault.scope == "learner" and state.restored is None
-        # Where the learner stays where it is, the fault was recorded, and is again, ever more rarely.
+        # Nothing was restored, so the fault will show again: accept its reading, and report it at growing intervals.
         return stays and reading.finite and reading.loss_finite and self._dismiss(found)
 
     def _dismiss(self, found: FoundFault) -> bool:
@@ -103,7 +103,7 @@ class Interventions:
 
     @contextmanager
     def batch_of(self, found: FoundFault) -> Iterator[bool]:
-        """Inside, the batch at hand is that of a fault; gives whether it is."""
+        """Make the faulty batch the one at hand within the context, if it is kept; yields whether it is at hand."""
         if found.late and found.undo is not None:
             with self._context.replay.showing(found.reading.step) as shown:
                 if all(self._context.ranks.gather(shown)):
@@ -115,11 +115,11 @@ class Interventions:
         context, state = self._context, self._context.state
         before = context.rate.effective()
         stop = next((step for step in plan if isinstance(step, Stop)), None)
-        # What a learner without blame read in its first updates, before the fault, stays known when it makes them
-        # again: data that have gone bad for a while must not become what is usual.
+        # If the learner is not to blame, keep the readings of its first updates through the restore. Else detectors
+        # might learn what is usual from data that are bad for a while.
         blameless = found.reached and state.policy.learner_step != evidence.step
         known_until = min(found.reading.step - 1, context.thresholds.decision.late.beginning) if blameless else 0
-        # Now, while weights and batch are still those of the fault.
+        # Diagnose before the plan changes weights and batch.
         look = "nothing" if found.undo is None else self._conduct.look
         mine = self._loop.diagnose(found.fault, evidence, look, found.reading.step)
         finding = most_confident_over_ranks(context.ranks, mine)
@@ -127,7 +127,7 @@ class Interventions:
         done = self._conduct.apply(plan, found, known_until)
         words = tuple(self._remedies[type(step)].word for step in done)
         place = evidence.corrupt if evidence.corrupt is not None else found.fault.place
-        # What is read late is on record under the batch it was found in.
+        # A late reading is recorded under its own batch, not under the present one.
         clock = self._recorder.clock_of(found.reading.step) if found.late else self._loop.clock()
         self._recorder.record(found.fault, place, words, before, finding, evidence.ranks or found.ranks, clock)
         if stop is not None and not context.settings.observe:

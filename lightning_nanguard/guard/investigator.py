@@ -1,4 +1,4 @@
-"""Looks into a fault: gathers the evidence that the policy decides on."""
+"""Examines a fault: gathers the evidence that the policy decides by."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from lightning_nanguard.types import Comparison, Evidence, Fault, Reading
 
 @final
 class Investigator:
-    """Gathers the evidence that the policy decides on; it changes nothing that it does not put back.
+    """Gathers the evidence that the policy decides by. Weights and rates that it changes for a trial are restored.
 
-    What it finds out is the same on all ranks.
+    All ranks get the same evidence.
 
     Args:
         context: What the parts of the guard share.
-        rehearsal: Tries rates.
+        rehearsal: Tries learning rates on the newest batches.
     """
 
     def __init__(self, context: GuardContext, rehearsal: Rehearsal) -> None:
@@ -44,25 +44,25 @@ class Investigator:
         self._limits = context.thresholds.decision.evidence
         self._compare_allowed = not context.settings.observe
         self.initial_norms: dict[str, float] = {}
-        # How often in a row each kind of fault at each place was its batch's.
+        # How often in a row the batch was blamed, by kind and place of the fault.
         self._batches: Counter[tuple[str, str]] = Counter()
 
     def conclude(self, fault: Fault, *, batch: bool) -> None:
-        """A fault was found to be its batch's, or not."""
+        """Note whether the batch was found to be at fault."""
         if batch:
             self._batches[fault.kind, fault.place] += 1
         else:
             self._batches.clear()
 
     def is_worse(self, state: Snapshot, than: Snapshot) -> bool:
-        """Whether the newest batches fare clearly worse under one state than under another.
+        """Whether the loss of the newest batches is clearly higher under one state than under another.
 
-        ``False`` where that cannot be told. Among ranks it is not asked: each would ask at a time of its own.
+        ``False`` where that cannot be told, and always with several ranks, which would not compare at the same time.
         """
         if not self._compare_allowed or self._ranks.world > 1:
             return False
         pairs = [pair for pair in self._rehearsal.compare_each(state, than) if math.isfinite(pair[1])]
-        # By the better half, and not by the loss unit alone: some, and what the run began with, may be corrupt.
+        # Only the better half of the batches counts, since some may be corrupt; nor is the loss unit trusted alone.
         better = sorted(pairs, key=itemgetter(1))[: math.ceil(len(pairs) / 2)]
         unit = self._context.monitors.loss_unit()
         least = min(self._limits.nothing * unit, self._limits.nothing)
@@ -71,8 +71,8 @@ class Investigator:
         )
 
     def _known_to_be_the_batch(self, fault: Fault, known: Evidence, history: ReadingHistory) -> bool:
-        # A corrupt sample comes back in every epoch. Alone among healthy updates it is what it was before; if not, the
-        # next update is faulty too, and then it is looked into.
+        # A corrupt sample comes back in every epoch. A single fault among healthy updates is blamed on it again; if the
+        # cause is another, the next update is faulty too and is examined.
         times = self._batches[fault.kind, fault.place]
         again = times > self._limits.known_batches and times & (times - 1) != 0
         return again and known.bad_in_a_row == 1 and not known.undo and not history.climbing()
@@ -100,7 +100,7 @@ class Investigator:
         target = self._ring.good(sound, history.loss_unit())
         leaves = self._learner.leaves()
         unchanged = ((key, before.get(key[1], leaf) if key[0] == "buffer" else leaf) for key, leaf in leaves)
-        # Where the faulty update was made, what is bad now says nothing of what was before it.
+        # If the faulty update was made, bad weights now do not show bad weights before it.
         bad, corrupted = (
             (None, ()) if known.undo else first_over_ranks(self._ranks, self._context.finite.corrupt(unchanged))
         )
@@ -123,11 +123,11 @@ class Investigator:
     def _look_at_weights(
         self, fault: Fault, reading: Reading, history: ReadingHistory, known: Evidence, target: Snapshot | None
     ) -> Evidence:
-        # Nothing about the weights is asked for a batch that is plainly at fault.
+        # The weights are not examined if the batch is clearly at fault.
         if fault.scope == "batch" and (known.batch_finite is False or known.batch_strange is True):
             return known
         growth = max(self._ranks.gather(self._growth()))
-        # Weights that are not finite are compared with nothing: the answer is plain already.
+        # Weights that are not finite need no comparison.
         if target is None or known.corrupt is not None:
             return replace(known, growth=growth)
         target = self._ranks.join_snapshot(target)
@@ -140,8 +140,8 @@ class Investigator:
                 lower_is_better = self._rehearsal.lower_rate_is_better(target, history.loss_unit())
         elif (
             self._compare_allowed
-            and fault.since is None  # this batch may be as good as any
-            and known.batch_finite is not False  # under any weights it would say nothing
+            and fault.since is None  # else the present batch is not the faulty one
+            and known.batch_finite is not False  # else its loss says nothing about the weights
             and not self._known_to_be_the_batch(fault, known, history)
         ):
             comparison = self._compare(fault, reading, target, undo=known.undo)
@@ -180,15 +180,16 @@ class Investigator:
         if reading.loss is None:
             return None
         if fault.proof == "batches":
-            # A ruined model may be sure of single batches: several say more.
+            # A ruined model may still be right on a single batch, so several are compared.
             losses = self._rehearsal.compare(target)
             return None if losses is None else Comparison(*losses)
-        # Measured anew, not taken from the reading: that may be of another micro-batch, or of older weights.
+        # The loss is measured anew: the reading may be of another micro-batch, or of older weights.
         now = self._replay.probe()
         if now is None:
             return None
         if undo:
-            # Weights that the bad update spoilt say nothing: those in question are older. So the better of both.
+            # The question is whether the weights before the faulty update were bad. It may have made them worse since,
+            # so the lower of the loss now and the loss read before that update counts.
             now = min(filter(math.isfinite, (now, reading.loss)), default=now)
         try:
             mine = capture(self._learner, step=0, global_step=0, leaves=[*self._learner.weights()])
@@ -206,7 +207,7 @@ class Investigator:
         return None if then is None else Comparison(now, then, then_finite)
 
     def _least_growth(self, fault: Fault, history: ReadingHistory) -> float:
-        # One that has learned something may be slow: it takes more to try it.
+        # A run that has learned may be slow, so only stronger growth justifies a trial.
         learned = (
             history.first is not None
             and fault.value is not None
@@ -246,14 +247,14 @@ class Investigator:
 
 
 def norms_to_grow_from(leaves: Iterable[tuple[StateKey, Any]]) -> dict[str, float]:
-    """What the growth of a parameter is measured by: its norm, and no less than that of an ordinary beginning.
+    """The norm of each weight matrix from which its growth is measured, at least ``sqrt(rows / 3)``.
 
-    One that begins at nothing, as an adapter or the last layer of a block may, grows many times over in good runs.
-    ``torch.nn.Linear`` begins at a norm of ``sqrt(rows / 3)``.
+    ``torch.nn.Linear`` is initialised with about that norm. A matrix that starts near 0, such as an adapter, grows to
+    many times its norm in healthy runs. A matrix that starts at exactly 0 gets 0 and is not measured.
     """
     matrices = _matrices(leaves)
     begun = zip(matrices.items(), norms(list(matrices.values())), strict=True)
-    # From exactly 0 anything is far: such as positions, whose size their rows do not tell.
+    # A matrix of zeros, such as position embeddings, has no size to measure growth by.
     return {name: max(norm, math.sqrt(matrix.shape[0] / 3)) if norm else 0.0 for (name, matrix), norm in begun}
 
 

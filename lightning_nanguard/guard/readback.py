@@ -1,4 +1,4 @@
-"""How readings arrive: what the guard asks of each way to read loss and gradient norm."""
+"""The interface of the ways to read loss and gradient norm from the device (at once, deferred, among ranks)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.types import Fault, Reading
 
 MAX_DELAY = 2
-"""Updates after which a late reading is waited for."""
+"""Number of updates after which the guard waits for a late reading."""
 
 
 @final
@@ -20,11 +20,12 @@ class Arrived(NamedTuple):
     Attributes:
         reading: The reading.
         undo: Undoes what its batch changed.
-        reached: Whether its update was made, if it was a bad one.
-        late: Whether the batch at hand is another one.
-        line_search: Whether it is of a further evaluation of one step, as LBFGS makes them.
-        ranks: Gives the ranks that stand out, where not all do.
-        outside: A fault found outside of any update, which all ranks have just heard of, and the ranks that saw it.
+        reached: True if the update was made before its reading arrived, so that a bad one is in the weights. False if
+            the reading came in time, or the device held the update back.
+        late: True if the reading arrived after its update, so that the batch at hand is a later one.
+        line_search: True if it comes from a further evaluation within one step, as in the line search of LBFGS.
+        ranks: Returns the ranks whose values stand out; empty where none or all do.
+        outside: A fault found outside of an update that all ranks have now been told of, and the ranks that saw it.
     """
 
     reading: Reading
@@ -40,36 +41,36 @@ class Readback(Protocol):
     """One way in which readings arrive."""
 
     at_hand: Reading | None
-    """The reading of the update at hand, where it was read in this process before its step."""
+    """The reading of the update at hand, if this process read it before the optimizer's step, else ``None``."""
 
     def open_batches(self) -> int:
-        """Batches whose changes must still be undone when they are judged, the one at hand among them."""
+        """Number of newest batches, the one at hand included, whose changes may still have to be undone."""
 
     def due(self, optimizer_index: int) -> Iterator[Arrived]:
         """Readings of earlier updates that have arrived, or must be waited for, before this optimizer steps."""
 
     def submit(self, optimizer_index: int, undo: BatchUndo) -> Arrived | None:
-        """Measure the update that this optimizer is about to make; gives its reading where it can be judged now."""
+        """Measure the update that this optimizer is about to make; return its reading if it can be judged now."""
 
     def arrived(self, optimizer_index: int) -> Iterator[Arrived]:
-        """Readings that have arrived meanwhile."""
+        """Readings of earlier updates that have arrived by now."""
 
     def flush(self) -> Iterator[Arrived]:
-        """Every reading that is still on its way, waited for."""
+        """Wait for all readings still on their way, and return them."""
 
     def hold(self, fault: Fault) -> bool:
-        """Take a fault found outside a step, to be judged with the next update; whether it was taken."""
+        """Keep a fault found outside a step until the next update is judged; return whether it was kept."""
 
     def update_undone(self, found: FoundFault, *, statistics: bool) -> None:
-        """A restore has undone an update.
+        """Note that a restore has undone an update.
 
         Args:
-            found: The fault it was restored for.
+            found: The fault that led to the restore.
             statistics: Whether a batch has spoiled running statistics.
         """
 
     def end_batch(self) -> bool:
-        """A batch is over; whether readings of it may still arrive."""
+        """Note the end of a batch; return whether readings of it may still arrive."""
 
     def clear(self) -> None:
         """Forget everything that is on its way."""

@@ -1,4 +1,4 @@
-"""Tries learning rates: a few updates on the newest batches, from some state, that are undone again."""
+"""Tries learning rates: makes a few updates on the newest batches from a given state, and undoes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_nanguard.thresholds.rate_search import ReviewThresholds
 
 @final
 class Reviews:
-    """When a rate that was cut is looked at again: soon after the cut, then ever more rarely."""
+    """Decides when a rate that was cut is reviewed: soon after the cut, then at growing intervals."""
 
     def __init__(self, limits: ReviewThresholds) -> None:
         self._limits = limits
@@ -26,12 +26,12 @@ class Reviews:
         self._wait = limits.first_after
 
     def begin(self, healthy_steps: int) -> None:
-        """The rate was changed after this many healthy updates."""
+        """Note that the rate was changed after this many healthy updates."""
         self._wait = self._limits.first_after
         self._next = healthy_steps + self._wait
 
     def due(self, healthy_steps: int) -> bool:
-        """Whether it is time; says so once, and waits four times as long for the next."""
+        """Whether a review is due; if so, the next one is due after four times the wait."""
         if self._next is None or healthy_steps < self._next:
             return False
         self._wait *= self._limits.wait_ratio
@@ -49,9 +49,10 @@ class Reviews:
 
 @final
 class Rehearsal:
-    """Tries learning rates on the newest batches; learner, rates and gradients are afterwards as they were.
+    """Tries learning rates on the newest batches.
 
-    Among several processes each trains on its own batches, and all go on from the mean.
+    Learner, rates and gradients are put back afterwards; only :meth:`loss_after` leaves the learner at its ``base``.
+    With several processes each trains on its own batches, and all continue from the mean.
 
     Args:
         context: What the parts of the guard share.
@@ -64,22 +65,22 @@ class Rehearsal:
         self._replay = context.replay
         self._limits = context.thresholds.rate_search.rehearsal
         self._reviews = context.thresholds.rate_search.review
-        # The loss of each batch under the state last rehearsed from, where it was looked at: batches may differ by far.
+        # The loss of each batch under the state last rehearsed from, where measured: losses of batches may differ.
         self._base: tuple[int, int] = (0, 0)
         self._began: dict[int, float] = {}
 
     def loss_after(self, base: Snapshot, factor: float, updates: int, *, unseen: bool = False) -> float | None:
         """Mean loss of the batches at hand after ``updates`` from ``base`` with the rate times ``factor``.
 
-        The updates take the batches in turn. It is infinite where the loss leaves on the way; the learner is left at
-        ``base``. ``None`` where it cannot be done.
+        The updates take the batches in turn. The loss is infinite where it diverged during them, and ``None`` where no
+        batch can be run. The learner is left at ``base``, without gradients.
 
         Args:
-            base: Where to begin.
-            factor: What the rate is multiplied by.
-            updates: How many.
-            unseen: Train on every other batch, and take the loss of the others: what is learned by heart does not
-                count.
+            base: State to begin at.
+            factor: Number that the rate is multiplied by.
+            updates: Number of updates, before it is adapted to the optimizer (more with momentum).
+            unseen: Whether to train on every other batch and measure the loss on the rest, so that learning by heart
+                does not count.
         """
         batches = range(self._replay.rehearsal_batches())
         if not batches:
@@ -101,7 +102,7 @@ class Rehearsal:
 
     def _horizon(self, updates: int) -> int:
         group = self._learner.optimizers[0].param_groups[0]
-        # Momentum shows what it does to a rate only once it has built up; LBFGS makes several updates in one step.
+        # Momentum takes some updates to build up, so more are made; LBFGS makes several updates in one step.
         inertia = self._limits.momentum if group.get("momentum") else self._limits.adaptive if "betas" in group else 1.0
         return math.ceil(updates * inertia / int(group.get("max_iter", 1)))
 
@@ -110,7 +111,7 @@ class Rehearsal:
             stays = self._train(trained, updates)
         if not stays:
             return None if stays is None else math.inf
-        # Anew, so that a loss with chance in it meets the same chance whatever was trained before.
+        # Enter again, so that random numbers in the loss are the same whatever was trained before.
         with self._replay.rehearsing():
             losses = [self._replay.loss_on(index) for index in measured]
         if updates == 0:
@@ -135,14 +136,14 @@ class Rehearsal:
         return True
 
     def review(self, untrained: float | None, *, at_most: float) -> float:
-        """The factor at which the present rate would serve the present state better: 2, 1 or a quarter.
+        """The factor by which the rate should change: ``at_most`` (larger), 1 (keep) or 1/4 (lower).
 
-        Short trials favour small rates, so a lower one is taken only where learning some batches costs others a part of
-        all that was learned, and a larger one where four times the present one brings clearly more all the same.
+        Short trials favour small rates. So the rate is lowered only if training on some batches clearly raises the loss
+        of the others, and raised only if four times the present rate lowers the loss clearly more.
 
         Args:
-            untrained: The loss that the run began with; ``None`` where no lower rate is asked for.
-            at_most: The largest factor that is asked for.
+            untrained: Loss of the first healthy update; ``None`` if the rate may not be lowered.
+            at_most: The factor returned for a larger rate; 1 if the rate may not be raised.
         """
         reviews = self._reviews
         with self._present() as present:
@@ -189,13 +190,13 @@ class Rehearsal:
         finally:
             restore(self._learner, present)
             if self._learner.scaler is not None and present.scaler:
-                # To restore an older snapshot has lowered the scale, and to restore this one does not raise it.
+                # Restoring an older snapshot lowers the scale, and restoring this one does not raise it again.
                 self._learner.scaler.load_state_dict(present.scaler)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
 
     def compare(self, target: Snapshot) -> tuple[float, float] | None:
-        """Mean loss of the batches at hand under the state of now and under ``target``; ``None`` without them."""
+        """Mean loss of the batches at hand under the present state and under ``target``; ``None`` without batches."""
         with self._present() as present:
             if present is None:
                 return None
@@ -235,7 +236,7 @@ class Rehearsal:
                 lower = self.loss_after(start, factor, self._limits.updates)
                 if lower is None:
                     return None
-                # It ends clearly lower, and where the present state stands the present rate brings next to nothing.
+                # The lower rate ends at a clearly lower loss, and the present rate gains under a third of that.
                 if (
                     lower < end - self._limits.clear * loss_unit
                     and begin - end < (begin - lower) / self._limits.times_the_gain

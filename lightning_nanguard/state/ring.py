@@ -15,11 +15,11 @@ _DEFAULTS = RingThresholds()
 class Ring:
     """Keeps certified snapshots, newest first, and the one still pending.
 
-    When it is full, the oldest goes. Kept all the same are the newest of about the best loss level, and the start while
-    nothing was learned: a fault found late needs a state from before it began.
+    A full ring drops the oldest, except two snapshots: the newest at about the best loss level, and the oldest while no
+    newer one is clearly better. A fault that is found late needs a state from before it began.
 
     Args:
-        capacity: Certified snapshots kept.
+        capacity: Number of certified snapshots kept.
         thresholds: Which snapshots are kept.
     """
 
@@ -32,7 +32,7 @@ class Ring:
 
     @property
     def certify_after(self) -> int:
-        """Healthy readings that a pending snapshot waits for."""
+        """Number of healthy readings after a snapshot before it is certified."""
         return self._limits.certify_after
 
     def spare(self) -> Snapshot | None:
@@ -41,18 +41,18 @@ class Ring:
         return spare
 
     def add(self, snapshot: Snapshot) -> None:
-        """Take a new snapshot, which is then pending; an older pending one goes."""
+        """Make a new snapshot the pending one; an older pending one is dropped."""
         self.drop_pending()
         self.pending = snapshot
 
     def shed(self) -> None:
-        """Let go of all but the newest certified snapshot: there is too little memory."""
+        """Free all but the newest certified snapshot, and keep only one from now on: there is too little memory."""
         self.pending = self._spare = None
         del self.certified[1:]
         self.capacity = 1
 
     def drop_pending(self) -> None:
-        """Let go of the pending snapshot: its state is under suspicion."""
+        """Drop the pending snapshot, because its state may be bad."""
         if self.pending is not None:
             self._recycle(self.pending)
             self.pending = None
@@ -60,7 +60,7 @@ class Ring:
     def healthy(self, step: int) -> bool:
         """Count a healthy reading of update ``step``; whether the pending snapshot has waited long enough.
 
-        A reading of an update from before the snapshot, as deferred readback brings, says nothing about it.
+        A late reading of an update from before the snapshot does not count.
         """
         if self.pending is None or step <= self.pending.step:
             return False
@@ -71,9 +71,10 @@ class Ring:
         """Certify the pending snapshot.
 
         Args:
-            kept: The form in which it is kept, if another.
-            loss_unit: The unit of the loss: a newer snapshot must be clearly better before the oldest goes.
-            keep_oldest: Keep the oldest all the same: what came since may be ruined without a sign in the loss.
+            kept: The snapshot to keep instead, such as this rank's part of it; ``None`` to keep the pending one.
+            loss_unit: The unit of the loss, in which two loss levels are compared.
+            keep_oldest: Whether to keep the oldest even if a newer one has a clearly better loss: newer states may be
+                ruined although the loss does not show it.
         """
         assert self.pending is not None
         self.certified.insert(0, self.pending if kept is None else kept)
@@ -85,7 +86,7 @@ class Ring:
             self._recycle(self.certified.pop(self._least_worth(margin, keep_oldest)))
 
     def clear(self) -> None:
-        """Let go of all memory."""
+        """Free all snapshots."""
         self.pending = self._spare = None
         self.certified.clear()
 
@@ -115,8 +116,8 @@ class Ring:
     def _least_worth(self, margin: float, keep_oldest: bool) -> int:
         last = len(self.certified) - 1
         levels = [math.inf if snapshot.level is None else snapshot.level for snapshot in self.certified]
-        # Worth keeping beside the newest: the newest whose level is about the best, and, until something newer is
-        # clearly better, the oldest.
+        # Beside the newest, keep the newest whose level is about the best and, until a newer one is clearly better, the
+        # oldest.
         good = next((i for i, level in enumerate(levels) if level <= min(levels) + margin), 0)
         unbeaten = keep_oldest or levels[last] < min(levels[:last]) + margin
         kept = {0, good, last} if unbeaten else {0, good}

@@ -1,4 +1,4 @@
-"""Every number that decides something, one small file a topic: frozen dataclasses, standard library only.
+"""All thresholds, one file per topic: frozen dataclasses, standard library only.
 
 A part is given the thresholds it uses, so a test or an experiment sets one without patching::
 
@@ -41,7 +41,7 @@ class Thresholds:
 
     Attributes:
         detection: When a reading counts as a fault.
-        decision: Who is blamed for a fault, and what follows.
+        decision: When the batch, the learner or the state is blamed for a fault, and what follows.
         rate_search: How a learning rate is tried, cut and given back.
         snapshots: When snapshots are taken, certified and distrusted.
         batches: How many batches are kept, and when one is strange.

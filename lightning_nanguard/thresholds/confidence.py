@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Confidences:
-    """How sure each rule is of its finding, from 0 to 1; the surest finding of a case wins.
+    """Confidence of each rule in its finding, from 0 to 1; the finding with the highest confidence is reported.
 
-    The differences matter more than the numbers: they say which cause is named where several rules have one.
+    Only their order decides which cause is named where several rules find one.
 
     Attributes:
         told: Advice is given during a run only above this; up to it a finding is a guess.
@@ -65,7 +65,7 @@ class Confidences:
         layer_update_diverged: One layer's updates are far larger, and the learner is at fault.
         layer_update_stuck: The same, and the loss does not move.
         layer_update_guess: The same alone.
-        batch_size: The gradient's noise drowns it, measured over enough batches.
+        batch_size: The noise of the gradient is larger than the gradient, measured over enough batches.
         batch_size_guess: The same over too few batches.
     """
 

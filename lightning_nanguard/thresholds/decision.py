@@ -1,4 +1,4 @@
-"""Who is blamed for a fault, and what follows."""
+"""When the batch, the learner or the state is blamed for a fault, and what follows."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ class BlameThresholds:
 
     Attributes:
         calm: Updates accepted after a restore from which on the learner is trusted again.
-        calm_when_late: The same for a fault that was read late: the weights cannot be compared with those before its
-            update.
-        beginning: Updates accepted since the start during which the learner explains what nothing else does.
+        calm_when_late: The same for a fault whose update was made before its reading arrived, so that its weights
+            prove nothing.
+        beginning: Updates accepted since the start up to which the learner is blamed where nothing else is.
         patience: Faulty updates in a row before the learner is suspected.
         start_patience: Faulty updates before the first healthy one after which the run is stopped.
         rate_risen: Ratio of two learning rates from which on the larger one has clearly risen.
-        sane_loss: Loss units above the first loss up to which good weights explain a batch's loss.
-        worse_for_batch: Loss units by which the weights of now must be worse before a batch is not blamed.
+        sane_loss: Loss units above the first loss; a batch whose loss is higher under good weights is itself at fault.
+        worse_for_batch: Loss units by which the present weights must be worse than the good ones to clear the batch.
         worse_for_suspicion: The same for a suspicion of the learner.
-        worse_share: Share of the loss under good weights by which the weights of now must be worse.
-        better: Loss units by which the weights of now are clearly better: the data changed.
-        no_better: Loss units below the first loss down to which nothing was learned.
-        unsteady_share: Share of the first loss above it at which good weights are still no worse than untrained ones.
+        worse_share: Share of the loss under good weights by which the present weights must be worse.
+        better: Loss units by which the present weights must be better to conclude that the data changed.
+        no_better: Loss units below the first loss down to which a loss is no better than the first.
+        unsteady_share: Share of the first loss by which good weights may exceed it and be no worse than untrained.
         grown: Ratio of a matrix's norm to its norm at the start beyond which weights are ruined. Good runs reached 9,
             ruined ones 15 and more.
-        grown_after_rise: The same where the loss went far up before and is no better than at the start.
+        grown_after_rise: The same where the loss was far above the first one and is no better than it.
         grown_unproven: The same where no batch can be run again to prove it. Good runs reached 12.
-        far_above: First losses above the first loss that count as far where losses may work against each other.
+        far_above: Times the first loss by which a loss must exceed it where losses may work against each other.
     """
 
     calm: int = 200
@@ -57,11 +57,12 @@ class RecoveryThresholds:
     """When a learning rate that was cut is given back.
 
     Attributes:
-        same_rate: Share of a rate that failed from which on another rate counts as that one.
-        proven_below: Share of a rate that failed up to which a proven rate stays proven.
+        same_rate: Share of a rate that failed; a rate above it counts as failed, too.
+        proven_below: Share of a rate that failed; a proven rate above it counts as proven no longer.
         progress: Loss units by which the loss must have fallen before a rate counts as proven.
-        proven_sooner: By how much sooner a rate is given back up to one that was proven.
-        wait_doubled: How often the wait is doubled before the rate goes across one that failed.
+        proven_sooner: Number by which the wait is divided where the rate goes up to a proven one.
+        wait_doubled: How often the wait is doubled before the rate crosses one that failed; once more for each return
+            that failed.
         most_doubled: How often it is doubled at most.
     """
 
@@ -78,15 +79,17 @@ class EvidenceThresholds:
     """What is looked into, and what counts as clear.
 
     Attributes:
-        jump: Times the largest weight of the snapshot that no update which is let through makes a weight.
+        jump: Times the largest weight of the snapshot (at least 1) above which a weight is bad state: no accepted
+            update makes one so large.
         known_batches: Consecutive verdicts against the batch after which most faults of that kind and place are not
             looked into.
         rate_risen: Ratio to the snapshot's learning rate from which on the rate has clearly risen.
         grown: Growth of a matrix below which a loss that does not fall is a hard task, and no rate is tried.
         grown_and_learned: The same where something was learned.
         learned: Loss units below the first loss from which on something was learned.
-        clearly_worse: Share of a loss, or of the loss unit, by which a worse loss is clearly worse.
-        nothing: Loss units, and units of the loss, below which a difference is nothing.
+        clearly_worse: Share of a loss (or of the loss unit, if smaller) by which another loss must exceed it to be
+            clearly worse.
+        nothing: Difference of losses that is ignored: in loss units and absolute, whichever is less.
     """
 
     jump: float = 1e4
@@ -104,10 +107,11 @@ class LateReadingThresholds:
     """When updates are read before they are made although readings are deferred.
 
     Attributes:
-        careful: Updates that are read in time after one was undone: faults come in company, and each undone update
-            costs what was learned since the snapshot.
+        careful: Number of updates that are read in time after one was undone, because faults cluster and each undone
+            update costs what was learned since the snapshot.
         most_doubled: How often that number is doubled, once for each further update undone.
-        beginning: Updates from whose readings detectors know what is usual.
+        beginning: First updates of a run whose readings are kept through a restore that does not blame the learner, so
+            that detectors still know what is usual.
     """
 
     careful: int = 1000
@@ -120,13 +124,13 @@ class DecisionThresholds:
     """Thresholds of the policy.
 
     Attributes:
-        blame: Who is at fault.
+        blame: When the learner is blamed.
         recovery: When a cut is given back.
-        evidence: What is looked into.
+        evidence: What is examined, and what counts as clear.
         late: When updates are read in time although readings are deferred.
         same_level: Loss units within which two snapshots have the same level.
-        depth_by_state: Restores of bad state for each snapshot deeper.
-        deepest: Snapshots deeper at most.
+        depth_by_state: Recent restores after which the next restore of bad state goes one snapshot deeper.
+        deepest: Most snapshots by which it goes deeper.
     """
 
     blame: BlameThresholds = field(default_factory=BlameThresholds)

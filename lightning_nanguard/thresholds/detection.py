@@ -111,10 +111,10 @@ class StuckThresholds:
         min_updates: Updates since the start or the last rollback before it can.
         max_updates: Updates after which it no longer can: a model that has not learned by then has a hard task; ruin
             by a learning rate shows earlier.
-        every: The loss is looked at in one of so many updates: one that stands still does not run away.
+        every: The loss is checked once in this many updates; a loss that does not move can wait.
         readings: Newest losses that are looked at.
-        min_readings: Losses without which nothing is said.
-        above: Loss units above the untrained level at which no loss may be to be sure early.
+        min_readings: Fewest losses that are judged.
+        above: Loss units above the untrained level that all of them have to exceed to be a fault at once.
         at_rest: Loss units below the untrained level down to which a loss at rest counts: an untrained model's loss may
             lie above that of chance, where a ruined one comes to rest.
     """
@@ -135,8 +135,8 @@ class OvershootThresholds:
     Attributes:
         above: Loss units above the untrained level from which a loss counts as a rise.
         after: Readings after a rise at which the weights are looked at; by then they show whether they have grown.
-        longest_pause: Most readings for which a rise that was none silences others. Looking at one costs some norms
-            and runs no batch again.
+        longest_pause: Most readings for which a harmless rise silences others. It is short because to look at a rise
+            takes some norms and no batch.
     """
 
     above: float = 2.0
@@ -146,13 +146,13 @@ class OvershootThresholds:
 
 @dataclass(frozen=True)
 class DismissalThresholds:
-    """For how long a suspicion that was none silences its like.
+    """For how long a suspicion is silenced after a false alarm of the same kind.
 
     Attributes:
-        first_pause: Readings the first time.
-        growth: Times the last pause that the next one is.
-        longest_pause: Most readings.
-        far_higher: Times the dismissed loss from which a loss is a new suspicion all the same.
+        first_pause: Number of readings of the first pause.
+        growth: Ratio of each pause to the one before.
+        longest_pause: Number of readings of the longest pause.
+        far_higher: Times the dismissed loss above which a suspicion is raised during a pause all the same.
     """
 
     first_pause: int = 25
@@ -165,7 +165,8 @@ class DismissalThresholds:
 class DivergingLossThresholds:
     """When a finite loss counts as diverging, beside the arguments of ``DivergingLoss``.
 
-    Losses are compared in loss units, the size of the untrained model's loss.
+    The untrained model's loss, or untrained level, is the loss of the first healthy update. Its size is the loss unit,
+    in which losses are compared.
 
     Attributes:
         learned: Loss units below the untrained level from which a loss is that of a run which has learned.
@@ -174,13 +175,13 @@ class DivergingLossThresholds:
         recent_readings: Newest losses of which the lowest says how high a suspicious loss is: an outlier is no level.
         falling: Standard errors by which the newer half of some losses has to lie below the older one to be falling.
         uneasy_above: Loss units above the untrained level from which no state is certified.
-        uneasy_lost: Share of what was learned from whose loss on no state is certified.
+        uneasy_lost: Share of what was learned; once more than this is lost again, no state is certified.
         exploding: The shape ``exploding_loss``.
         collapsed: The shape ``collapsed``.
         unsteady: The shape ``unsteady_loss``.
         stuck: The shape ``stuck_loss``.
         overshoot: The shape ``overshoot``.
-        dismissal: Suspicions that were none.
+        dismissal: How long suspicions are silenced after false alarms.
     """
 
     learned: float = 0.3
@@ -203,10 +204,10 @@ class UsualNormThresholds:
     """Which gradient norm is usual.
 
     Attributes:
-        min_norms: Norms without which none is.
+        min_norms: Fewest norms from which a usual one is taken.
         quantile_norms: Norms from which a quantile is taken; of fewer it is the least norm.
-        quantile_part: The quantile is one in so many. It is a low one, because a run on its way out raises the median
-            long before a norm counts as a fault.
+        quantile_part: The quantile is 1 divided by this. It is low, because in a diverging run the median rises long
+            before a norm counts as a fault.
         min_share_of_first: Share of the first norm that it is at least: a model whose units are saturated has next to
             no gradient.
     """
@@ -241,13 +242,13 @@ class ClimbThresholds:
 
 @dataclass(frozen=True)
 class BurstThresholds:
-    """When a gradient norm came out of nothing.
+    """When a gradient norm counts as a burst: suddenly far above those before it.
 
     Attributes:
         times: Times the largest of the norms before it that it has to exceed; a rate that is too high lets norms climb
             more slowly.
         before: Norms before it that are looked at.
-        min_before: Norms before it without which nothing is said.
+        min_before: Fewest norms before it with which it is compared.
     """
 
     times: float = 20.0
@@ -257,13 +258,13 @@ class BurstThresholds:
 
 @dataclass(frozen=True)
 class HistoryThresholds:
-    """What the newest readings of an optimizer say.
+    """How many readings of an optimizer are kept, and when they show a trend.
 
     Attributes:
         readings: Readings that are kept.
         losses: Newest losses that are looked at where the number is not said.
         noise_losses: Newest losses whose deviation is the noise in the loss unit.
-        min_noise_losses: Losses from which it counts.
+        min_noise_losses: Fewest losses from which noise is taken.
         level_losses: Newest losses whose mean, the highest left out, is the loss level.
         learning: Loss units below the untrained model's loss from which a level shows learning.
         falling_losses: Newest losses that are compared with as many before them.
@@ -272,7 +273,7 @@ class HistoryThresholds:
         far_off: Times the size of the untrained model's loss that a loss which is far off lies above it.
         usual_norm: Which gradient norm is usual.
         climb: When losses or norms climb.
-        burst: When a norm came out of nothing.
+        burst: When a norm counts as a burst.
     """
 
     readings: int = 128
@@ -292,10 +293,11 @@ class HistoryThresholds:
 
 @dataclass(frozen=True)
 class QuasiNewtonThresholds:
-    """When an optimizer that goes far off and comes back by itself has left for good.
+    """When the loss of an optimizer like LBFGS, which may rise far and recover by itself, counts as diverged.
 
     Attributes:
-        comes_back: Updates in a row far off from which it has. Of 240 healthy LBFGS runs one came back after 46.
+        comes_back: Updates in a row with a loss far above the first one from which it has diverged. The longest rise in
+            240 healthy LBFGS runs took 46.
     """
 
     comes_back: int = 60

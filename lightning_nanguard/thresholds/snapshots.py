@@ -52,10 +52,10 @@ class RingThresholds:
     """Which snapshots are kept.
 
     Attributes:
-        certify_after: Healthy readings that a pending snapshot waits for: damage may show one update late.
+        certify_after: Healthy readings after a snapshot before it is certified; damage may show one update late.
         about_best: Share of the loss unit within which two loss levels count as equal.
         certify_anyway: Healthy readings after which a snapshot is certified although a detector is uneasy about it.
-        keep_start: Healthy updates for which the snapshot of the start is kept: ruin by a rate shows by then.
+        keep_start: Healthy updates for which the oldest snapshot is kept; a rate that ruins the model shows by then.
     """
 
     certify_after: int = 2

@@ -80,6 +80,16 @@ def test_weights_that_are_bad_from_the_start(name: str, value: float, tmp_path: 
         fit(module, data_for("norm"), NaNGuard(), folder=tmp_path)
 
 
+def test_an_observing_guard_does_not_end_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Weights that are bad from the start are named, and the run goes on as it does without the guard."""
+    module = task("norm", adam)
+    with torch.no_grad():
+        next(module.parameters()).view(-1)[-1] = NAN
+    done = fit(module, data_for("norm"), NaNGuard(observe=True), folder=tmp_path)
+    assert done.trainer.global_step == len(data_for("norm"))
+    assert "only observes: parameter net.0.weight holds NaN or Inf before the first update" in caplog.text
+
+
 def test_budget_for_rollbacks(tmp_path: Path) -> None:
     """The rollback after the last allowed one is a stop, and the module holds the last good weights."""
     states = States()

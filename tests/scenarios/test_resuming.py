@@ -231,6 +231,16 @@ def test_guards_checkpoint_without_the_guard(stopped: tuple[NaNGuard, Path]) -> 
     assert rates[0] == pytest.approx(0.005 * (1 + math.cos(math.pi * 16 / (PER_EPOCH * EPOCHS))))
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
+def test_an_observing_guard_applies_nothing_of_the_checkpoint(stopped: tuple[NaNGuard, Path]) -> None:
+    """Rates and weights are those of a run without the guard; the multiplier stays in later checkpoints."""
+    before, path = stopped
+    bare, observed = train(None, resume=path), train(after := guard_with(observe=True), resume=path)
+    assert observed[2] == bare[2]
+    assert differences(dict(observed[1].state_dict()), dict(bare[1].state_dict())) == []
+    assert after.state_dict()["guard"]["rate"]["multiplier"] == before.lr_multiplier
+
+
 # ---------------------------------------------------------------------------------------------------- the file
 
 

@@ -12,7 +12,8 @@ from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
-from lightning_nanguard import NaNGuard
+from lightning_nanguard import Intervention, NaNGuard, Sink
+from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.trainer.fit import Fit
 from tests.helpers import batches, mlp, task, trainer_for, with_bad
 from tests.trainer.fits import captured
@@ -67,6 +68,35 @@ def test_everything_is_taken_off_again(fails: bool, tmp_path: Path) -> None:
     assert put_on(trainer) == before
     assert trainer.save_checkpoint is own
     assert guard._fit is None
+
+
+def test_everything_is_taken_off_though_a_sink_cannot_close(tmp_path: Path) -> None:
+    """Nor does it matter to the user's run."""
+
+    class Breaks(Sink):
+        def write(self, intervention: Intervention) -> None: ...
+
+        def close(self) -> None:
+            raise OSError("disk full")
+
+    trainer = trainer_for(tmp_path, NaNGuard(sinks=[Breaks()]), limit_val_batches=0)
+    before, loader = put_on(trainer), DataLoader(batches(count=2), batch_size=None)
+    trainer.fit(task(), loader, loader)
+    assert put_on(trainer) == before
+
+
+def test_everything_is_taken_off_though_one_part_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error while the guard lets go leaves none of its methods on the trainer."""
+
+    def fails(guard: Guard) -> None:
+        raise RuntimeError("cannot let go")
+
+    monkeypatch.setattr(Guard, "close", fails)
+    trainer = trainer_for(tmp_path, NaNGuard(last_good_every_n_steps=1), limit_val_batches=0)
+    before, loader = put_on(trainer), DataLoader(batches(count=2), batch_size=None)
+    with pytest.raises(RuntimeError, match="cannot let go"):
+        trainer.fit(task(), loader, loader)
+    assert {**put_on(trainer), "hooks": False} == before
 
 
 # Bytes of the parameters; with Adam's two moments a snapshot takes three times as many.

@@ -29,5 +29,5 @@ LOSS_SHAPES: Mapping[str, LossShape] = MappingProxyType(
 )
 """The shapes by the kind of their fault, in the order they are judged; one that was dismissed is left out for a while.
 
-``overshoot`` is not among them: it is judged by what happened some readings ago, however low the loss is by now.
+``overshoot`` is not listed: it is judged by a rise some readings ago, however low the loss is now.
 """

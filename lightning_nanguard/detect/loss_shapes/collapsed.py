@@ -26,7 +26,7 @@ def collapsed(view: LossView, thresholds: DivergingLossThresholds) -> Fault | No
 
 
 def _gone(view: LossView, last: list[float], thresholds: DivergingLossThresholds) -> bool:
-    # At the untrained level or above it at every one of the newest readings, and not about to return.
+    # Each of the newest losses is at the untrained level or above it, and they are not falling again.
     own = thresholds.collapsed
     half = own.readings // 2
     above = len(last) == own.readings and min(last) > view.first - own.near_untrained * view.learned
@@ -34,7 +34,7 @@ def _gone(view: LossView, last: list[float], thresholds: DivergingLossThresholds
 
 
 def _settled_back(view: LossView, recent: list[float], level: float, thresholds: DivergingLossThresholds) -> bool:
-    # At rest near the untrained level.
+    # The loss no longer falls, and most of what was learned is lost.
     own = thresholds.collapsed
     noise = spread(recent) if len(recent) >= own.noise_readings else 0.0
     settled = len(recent) == view.patience and not falling(recent, noise, thresholds.falling)

@@ -7,7 +7,7 @@ from lightning_nanguard.thresholds.detection import DivergingLossThresholds
 
 
 def harmless_below(first: float, best: float, since: int, patience: int, thresholds: DivergingLossThresholds) -> float:
-    """Well below the untrained level, and nearer to the best level than to that one.
+    """The level: well below the untrained model's loss, and at most halfway from the best level up to it.
 
     Args:
         first: The untrained model's loss.
@@ -19,6 +19,6 @@ def harmless_below(first: float, best: float, since: int, patience: int, thresho
     unit = loss_unit(first)
     low = min(first - thresholds.learned * unit, 0.5 * (best + first))
     if patience <= since <= thresholds.stuck.max_updates:
-        # Then a loss at rest may be stuck.
+        # In this period a loss that no longer falls may be stuck.
         low = min(low, first - thresholds.stuck.at_rest * unit)
     return low

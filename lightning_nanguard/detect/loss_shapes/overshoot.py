@@ -1,4 +1,4 @@
-"""An update took the loss far above the untrained model's some readings ago, wherever it is now."""
+"""An update took the loss far above the untrained model's some readings ago, whatever the loss is now."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Rise:
     Attributes:
         step: Step of the last reading before it.
         height: The highest loss since.
-        due: It is looked into once so many losses have been accepted since the start or the last rollback.
+        due: Number of losses accepted since the start or the last rollback at which the weights are looked at.
     """
 
     step: int
@@ -27,7 +27,7 @@ class Rise:
 
 
 def rises(loss: float, first: float, thresholds: OvershootThresholds) -> bool:
-    """Whether a loss is far enough above the untrained model's; one of 0 has no unit to measure that in."""
+    """Whether a loss is far above the untrained model's; never if that one is 0, which gives no unit to measure in."""
     return first != 0 and loss > first + thresholds.above * loss_unit(first)
 
 

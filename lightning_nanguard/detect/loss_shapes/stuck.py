@@ -1,4 +1,4 @@
-"""Early in training the loss stays above the untrained model's, or at rest near it."""
+"""Early in training the loss stays above the untrained model's, or stops falling near it."""
 
 from __future__ import annotations
 

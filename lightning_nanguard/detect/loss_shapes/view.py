@@ -1,4 +1,4 @@
-"""What a loss shape is judged by."""
+"""The data from which the functions in this folder judge the shape of a loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def loss_unit(first: float) -> float:
 class LossView(NamedTuple):
     """The loss history of one optimizer at one reading, for the pure functions that judge it.
 
-    Made for every reading that is not clearly healthy, and so a named tuple that copies no losses.
+    It is made for every reading that is not clearly healthy, so it is cheap: a named tuple that copies no losses.
 
     Attributes:
         loss: The loss to judge.
