@@ -131,7 +131,7 @@ class Detector(ABC):
     def undecided(self) -> bool:
         """Whether the detector waits for further readings before it says that something is a fault.
 
-        Until then the guard certifies no snapshot as good.
+        Until then a guard with one process certifies no snapshot as good; with several ranks it certifies all the same.
         """
         return False
 

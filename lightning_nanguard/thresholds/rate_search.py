@@ -22,11 +22,11 @@ class CutThresholds:
         missing: Share of the best gain that may be missing at a lower rate.
         missing_of_much: The same where the best rate takes the loss below ``halved``.
         halved: Share of the loss before, below which the best rate took it.
-        counted: Times the loss it ends at up to which a gain counts: where the loss began far off, every rate gains
+        counted: Largest gain that counts, as a multiple of the loss it ends at; from a very high loss every rate gains
             nearly all.
-        by_heart: Loss units below which a few batches are learned by heart.
-        as_good: Loss units below which a loss is as good as that.
-        few: Batches up to which there are few: learned by heart, they favour large rates.
+        by_heart: Loss units below which a few batches count as learned by heart.
+        as_good: Loss units below which a loss counts as about as good as one learned by heart.
+        few: Largest number of batches that counts as few; learned by heart, few batches favour large rates.
         harm: Loss units by which a loss higher than before is harm.
         least_of_best: Smallest share of the best rate that is taken. Rates at the edge of stability look best for a few
             updates and fail later.
