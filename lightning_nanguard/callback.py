@@ -72,7 +72,7 @@ class NaNGuard(GuardCallback):
         preflight: Look at the data and the untrained model before the first step, with the first batch, and give
             advice; it changes nothing.
         examine_after: Updates after which a loss that has not moved, at a high level, is examined for what keeps it
-            there (vanishing gradients, dead units, oscillation, a saddle point, …): advice, and no trace.
+            there (vanishing gradients, dead units, oscillation, a saddle point, …): advice, and no trace. At least 16.
         bundle_dir: Folder where the batch and the state of up to ten incidents are kept, to be replayed elsewhere with
             ``nanguard replay``; they hold data of the run. ``None`` keeps none. Needs the extra ``bundle``.
         on_intervention: Called with each :class:`Intervention`, on every rank.
@@ -85,11 +85,11 @@ class NaNGuard(GuardCallback):
         rules: Diagnosis rules of your own, asked beside the built-in ones: functions that take a :class:`Case` and
             return a :class:`Finding` or ``None``.
         thresholds: Every number that decides something; ``None`` for :class:`~lightning_nanguard.thresholds.Thresholds`
-            with its defaults.
+            with its defaults. Detectors and remedies that you list keep their own.
 
     Raises:
         ValueError: When an argument is out of its range or contradicts another.
-        TypeError: When a detector, remedy, sink, rule or budget is none.
+        TypeError: When a detector, remedy, sink, rule, budget, threshold or callable has the wrong type.
         ModuleNotFoundError: When ``bundle_dir`` is given and safetensors is not installed.
 
     Example:
