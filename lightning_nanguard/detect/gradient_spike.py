@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any, final
 
-from lightning_nanguard.detect.base import Detector, Limits
+from lightning_nanguard.detect.base import AT_ONCE, Detector, Limits
 from lightning_nanguard.detect.robust_statistics import spread
 from lightning_nanguard.detect.window import Window
 from lightning_nanguard.errors import require
@@ -100,8 +100,9 @@ class GradientSpike(Detector):
 
     def limits(self) -> Limits:
         """Any loss, and ten times the newest norm: a spike exceeds ten times the largest norm in the window."""
-        judged_first = len(self._norms) > 2
-        return Limits(math.inf, self.thresholds.above_largest * self._newest if judged_first else -math.inf)
+        # The newest norm has to stay in the window for as long as the limits hold.
+        holds = len(self._norms) > 2 and self.window >= AT_ONCE
+        return Limits(math.inf, self.thresholds.above_largest * self._newest if holds else -math.inf)
 
     def _warming_up(self) -> bool:
         return self.thresholds.warmup_min_norms <= len(self._norms) < self.warmup

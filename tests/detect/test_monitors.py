@@ -89,16 +89,22 @@ def some_at_a_time(detectors: Sequence[Detector], readings: Iterable[Reading]) -
     return found
 
 
-@given(st.lists(st.floats(-14, 30), min_size=1, max_size=120), st.integers(0, 2**16))
-@settings(max_examples=200)
-def test_limits_hide_no_spike(exponents: list[float], seed: int) -> None:
+@given(st.lists(st.floats(-14, 30), min_size=1, max_size=120), st.integers(0, 2**16), st.sampled_from([4, 12, 128]))
+@settings(max_examples=300)
+def test_limits_hide_no_spike(exponents: list[float], seed: int, window: int) -> None:
     """However norms jump about, limits change nothing about which of them are faults."""
+    detectors = [NonFinite(), GradientSpike(window=window, warmup=min(window, 20))]
     draw = random.Random(seed)
     norms = [math.exp(x) if draw.random() < 0.3 else 1 + draw.random() for x in exponents]
     readings = [reading(step, 0.5, norm) for step, norm in enumerate(norms)]
-    assert some_at_a_time([NonFinite(), GradientSpike()], readings) == one_by_one(
-        [NonFinite(), GradientSpike()], readings
-    )
+    assert some_at_a_time(detectors, readings) == one_by_one(detectors, readings)
+
+
+def test_a_short_window_hides_no_spike() -> None:
+    """Limits do not outlast the norms that they follow from."""
+    norms = [1.0] * 47 + [40.0] + [1.0] * 6 + [200.0]
+    readings = [reading(step, 0.5, norm) for step, norm in enumerate(norms)]
+    assert some_at_a_time([GradientSpike(window=4, warmup=4)], readings) == [(54, "gradient_spike")]
 
 
 @given(st.integers(5, 90), st.floats(0.02, 0.9), st.floats(1.0, 1e4), st.integers(0, 2**16))
