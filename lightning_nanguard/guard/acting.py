@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.act.skip import StepSkipper
 from lightning_nanguard.diagnosis.case import Look
-from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.readback import Readback
@@ -108,13 +107,9 @@ class Acting:
         ring, learner = self._context.ring, self._context.learner
         if ring.certified:
             self._actions.restore(0)
-        elif ring.pending is not None and self._is_corrupt():
+        elif ring.pending is not None and self._context.corrupt()[0]:
             # Nothing was ever proven good, but what the fit began with is at least finite.
             restore(learner, ring.pending)
-
-    def _is_corrupt(self) -> bool:
-        context = self._context
-        return first_over_ranks(context.ranks, context.finite.corrupt(context.learner.leaves()))[0] is not None
 
     def give_back(self) -> None:
         """Give back a cut or end clipping, where it is time."""

@@ -12,7 +12,7 @@ import torch
 from lightning_nanguard.act.clipping import Clipper
 from lightning_nanguard.act.learning_rate import LearningRate
 from lightning_nanguard.detect.monitors import Monitors
-from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
+from lightning_nanguard.distributed.ranks import Ranks, SingleProcess, first_over_ranks
 from lightning_nanguard.guard.loop import BatchReplay
 from lightning_nanguard.guard.state import GuardState
 from lightning_nanguard.state.finite import FiniteCheck
@@ -73,6 +73,13 @@ class GuardContext:
     state: GuardState = field(default_factory=GuardState)
     settings: Settings = field(default_factory=Settings)
     thresholds: Thresholds = field(default_factory=Thresholds)
+
+    def corrupt(self) -> tuple[str | None, tuple[int, ...]]:
+        """The first tensor of the learner that is not finite and was at the start, and the ranks where it is so.
+
+        All ranks have to call it at the same point; it waits for the device.
+        """
+        return first_over_ranks(self.ranks, self.finite.corrupt(self.learner.leaves()))
 
     @property
     def many(self) -> bool:

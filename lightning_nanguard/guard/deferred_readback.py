@@ -111,12 +111,10 @@ class DeferredReadback:
         step, self.at_hand = self._state.step, None
         if self._late:
             pending = self._meter.measure_later(step, optimizer_index)
-            self._meter.losses = []
             if pending is not None:
                 self._readings.defer(pending, undo)
             return None
         self.at_hand = self._meter.measure_now(step, optimizer_index)
-        self._meter.losses = []
         if self.at_hand is None:
             return None
         return Arrived(self.at_hand, undo, line_search=self._meter.is_line_search(optimizer_index))

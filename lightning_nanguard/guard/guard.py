@@ -159,7 +159,7 @@ class Guard:
         self._updated = True
         if self._judge.weights_are_bad():
             # The weights are bad already: nothing that comes of them is measured, or reaches them.
-            self._parts.meter.losses = []
+            self._parts.meter.drop_losses()
             self._parts.skipper.skip(optimizer_index)
             return
         arrived = self._readback.submit(optimizer_index, self._undos[0])
@@ -183,7 +183,8 @@ class Guard:
         """
         if not self._updated:
             if self._parts.loop.micro_batches() == 1:
-                self._open, self._parts.meter.losses = False, []  # a batch without an update, and none to come of it
+                self._open = False
+                self._parts.meter.drop_losses()
             return True
         if self._readback.end_batch():
             self._parts.recorder.mark()
@@ -297,14 +298,14 @@ class Guard:
         self._snapshots.settle()  # whoever asks may write to it next
         self.flush()
         context = self._context
-        bad, ranks = first_over_ranks(context.ranks, context.finite.corrupt(context.learner.leaves()))
+        bad, ranks = context.corrupt()
         if bad is None:
             return
         fault = Fault("corrupted_state", "state", bad, None, f"{bad} is no longer finite")
         if self._open and not context.settings.observe:
             # A batch that was broken off may have done no more than spoil batch norm's statistics.
             self._undos[0].undo()
-            if first_over_ranks(context.ranks, context.finite.corrupt(context.learner.leaves()))[0] is None:
+            if context.corrupt()[0] is None:
                 self.note(fault, "undo")
                 return
         self._judge.readings = []

@@ -46,28 +46,32 @@ class Meter:
         # How often each optimizer that runs its closure several times in a step was measured in this batch.
         self._closures: dict[int, int] = {}
         self._divided_by = 1
-        self.losses: list[Tensor] = []
+        self._losses: list[Tensor] = []
 
     def see_loss(self, loss: Tensor) -> None:
         """Take the loss of one backward, as it is given to it."""
         self._divided_by = self._micro_batches()
         loss = loss.detach()
         # A captured graph writes the next loss to the same place.
-        self.losses.append(loss.clone() if self._many_losses or self._divided_by > 1 else loss)
+        self._losses.append(loss.clone() if self._many_losses or self._divided_by > 1 else loss)
+
+    def drop_losses(self) -> None:
+        """Forget the losses that were seen: no update comes of them."""
+        self._losses = []
 
     def measure_later(self, step: int, optimizer_index: int) -> PendingReading | None:
         """Loss and gradient of update ``step``, still on the device; ``None`` where there is neither."""
-        return self._pending(step, optimizer_index, self._partial_norms(optimizer_index))
+        return self._pending(step, optimizer_index, self._partial_norms(optimizer_index), self._take_losses())
 
     def measure_now(self, step: int, optimizer_index: int) -> Reading | None:
         """Loss and gradient of update ``step``; waits for the device. ``None`` where there is neither."""
-        norms, losses = self._partial_norms(optimizer_index), self.losses
+        norms, losses = self._partial_norms(optimizer_index), self._take_losses()
         # The short way for finite numbers on the host: most updates on a CPU take it.
         if losses and norms and self._learner.scaler is None and all(map(is_on_host, (*losses, *norms))):
             norm, loss = math.hypot(*map(float, norms)), sum(map(float, losses)) * self._divided_by / len(losses)
             if math.isfinite(norm) and math.isfinite(loss):
                 return Reading(step, optimizer_index, loss, norm)
-        pending = self._pending(step, optimizer_index, norms)
+        pending = self._pending(step, optimizer_index, norms, losses)
         return None if pending is None else pending.read(partial(self._exact_norm, optimizer_index))
 
     def gradient_norm(self, optimizer_index: int) -> float:
@@ -99,13 +103,19 @@ class Meter:
             self._closures[optimizer_index] = self._closures.get(optimizer_index, 0) + 1
         return partial_norms(self._gradients(optimizer_index), self._thresholds)
 
-    def _pending(self, step: int, optimizer_index: int, norms: list[Tensor]) -> PendingReading | None:
+    def _take_losses(self) -> list[Tensor]:
+        losses, self._losses = self._losses, []
+        return losses
+
+    def _pending(
+        self, step: int, optimizer_index: int, norms: list[Tensor], losses: list[Tensor]
+    ) -> PendingReading | None:
         scale = self.loss_scale()
         return pending_reading(
             step=step,
             optimizer_index=optimizer_index,
-            losses=self.losses,
-            loss_factor=self._divided_by / len(self.losses) if self.losses else 1.0,
+            losses=losses,
+            loss_factor=self._divided_by / len(losses) if losses else 1.0,
             norms=norms,
             loss_scale=scale,
             gradients_scaled=scale is not None and unscales_itself(self._learner.optimizers[optimizer_index]),

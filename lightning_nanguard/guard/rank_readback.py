@@ -98,7 +98,6 @@ class RankReadback:
         """Tell of this update; gives its reading only where it looks bad to all ranks."""
         context, step = self._context, self._context.state.step
         measured = (self._meter.measure_later if self._late else self._meter.measure_now)(step, optimizer_index)
-        self._meter.losses = []
         if isinstance(measured, PendingReading):
             self._readings.defer(measured, undo)
             self._tell_queued(1)

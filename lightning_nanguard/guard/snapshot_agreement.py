@@ -80,8 +80,8 @@ class SnapshotAgreement:
             return Fault(**told[objecting[0]]), objecting
         return (None, ()) if self._ranks.sharded else self._parted(pending)
 
-    def share(self, pending: Snapshot) -> bool:
-        """Whether the ranks keep ``pending`` together, a part each: where it was found equal on all of them."""
+    def share(self) -> bool:
+        """Whether each rank keeps a part of the snapshot only: where it was found equal on all of them."""
         return self._ranks.snapshot_parts > 1 and self._equal
 
     def _parted(self, pending: Snapshot) -> tuple[Fault | None, tuple[int, ...]]:

@@ -156,7 +156,7 @@ class SnapshotManager:
 
     def kept(self, pending: Snapshot) -> Snapshot:
         """How a certified snapshot is kept: shared among ranks where it was found equal on all of them."""
-        if not self._agreement.share(pending):
+        if not self._agreement.share():
             return pending
         started = self._clock()
         shared = self._ranks.split_snapshot(pending)

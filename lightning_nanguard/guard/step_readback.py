@@ -38,7 +38,6 @@ class StepReadback:
     def submit(self, optimizer_index: int, undo: BatchUndo) -> Arrived | None:
         """The reading of this update."""
         self.at_hand = self._meter.measure_now(self._state.step, optimizer_index)
-        self._meter.losses = []
         if self.at_hand is None:
             return None
         return Arrived(self.at_hand, undo, line_search=self._meter.is_line_search(optimizer_index))

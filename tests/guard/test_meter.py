@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_nanguard.guard.meter import Meter
+from lightning_nanguard.measure.readings import PendingReading
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.types import Reading
 
@@ -25,12 +26,15 @@ def meter_of(optimizer: str = "SGD", micro_batches: int = 1, **options: bool) ->
 def test_read_now_and_later_are_the_same() -> None:
     """The mean of the micro-batch losses and the norm of the gradients are measured either way."""
     meter, _ = meter_of(micro_batches=2)
-    for loss in (1.0, 2.0):
-        meter.see_loss(torch.tensor(loss / 2))  # Lightning divides it
-    now, later = meter.measure_now(7, 0), meter.measure_later(7, 0)
+    measured = []
+    for measure in (meter.measure_now, meter.measure_later):
+        for loss in (1.0, 2.0):
+            meter.see_loss(torch.tensor(loss / 2))  # Lightning divides it
+        measured.append(measure(7, 0))
+    now, later = measured
+    assert isinstance(later, PendingReading)
     assert now == Reading(7, 0, 1.5, pytest.approx(math.sqrt(3)))
-    assert now is not None
-    assert later is not None
+    assert isinstance(now, Reading)
     # The host adds partial norms up in float64, the device in float32.
     assert later.read() == now._replace(grad_norm=pytest.approx(now.grad_norm))
     assert meter.gradient_norm(0) == pytest.approx(math.sqrt(3))
@@ -69,7 +73,9 @@ def test_losses_that_may_be_several_are_copied(micro_batches: int, many_losses: 
     place = torch.tensor(1.0)
     meter.see_loss(place)
     place.fill_(2.0)
-    assert float(meter.losses[0]) == (1.0 if micro_batches > 1 or many_losses else 2.0)
+    reading = meter.measure_now(1, 0)
+    assert reading is not None
+    assert reading.loss == (micro_batches if micro_batches > 1 or many_losses else 2.0)
 
 
 def test_further_closures_of_one_step_are_a_line_search() -> None:

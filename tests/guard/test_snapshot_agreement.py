@@ -107,7 +107,7 @@ def test_ranks_that_part_go_back_once(caplog: pytest.LogCaptureFixture) -> None:
     for reports in (parted, equal, parted, equal, parted):
         agreement.hear(reports)
         fault, ranks = agreement.objection(snapshot())
-        found.append((None if fault is None else f"{fault.kind}: {fault.place}", ranks, agreement.share(snapshot())))
+        found.append((None if fault is None else f"{fault.kind}: {fault.place}", ranks, agreement.share()))
     assert found == [
         (None, (), False),
         (None, (), True),
@@ -123,4 +123,4 @@ def test_shards_are_never_compared() -> None:
     agreement = SnapshotAgreement(ThreeRanks(sharded=True), 16)
     agreement.hear([report(), report(parameters=7), report()])
     assert agreement.objection(snapshot()) == (None, ())
-    assert not agreement.share(snapshot())
+    assert not agreement.share()

@@ -29,7 +29,9 @@ def test_the_reading_is_that_of_the_update_at_hand() -> None:
     assert (arrived.reading.step, arrived.reading.loss) == (7, loss.item())
     torch.testing.assert_close(torch.tensor(arrived.reading.grad_norm), norm)
     assert (arrived.late, arrived.reached, arrived.line_search) == (False, False, False)
-    assert meter.losses == []
+    again = meter.measure_now(8, 0)
+    assert again is not None
+    assert again.loss is None
 
 
 def test_an_update_without_loss_and_gradient_has_no_reading() -> None:
