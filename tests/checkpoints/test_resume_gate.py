@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -155,16 +156,21 @@ def test_observing_refuses_nothing(saved: Callable[..., Path], caplog: pytest.Lo
     assert "exp_avg_sq of parameter 2 is not finite" in caplog.text
 
 
-def test_an_error_of_the_users_stays_theirs(saved: Callable[..., Path]) -> None:
-    """A whole file that cannot be loaded for another reason gives the error it gives without the guard."""
+@pytest.mark.parametrize("spoilt", [{"state_dict": {"other": torch.zeros(1)}}, {"extra": BadCheckpointError}])
+def test_an_error_of_the_users_stays_theirs(saved: Callable[..., Path], spoilt: dict[str, Any]) -> None:
+    """A whole file that cannot be loaded for another reason ends as it does without the guard, in all Lightnings."""
     path = saved(16)
-    content = torch.load(path, weights_only=True)
-    torch.save({**content, "state_dict": {"other": torch.zeros(1)}}, path)
-    with pytest.raises(RuntimeError, match="Missing key"):
-        train(guard_with(), resume=path)
-    torch.save({**content, "extra": BadCheckpointError}, path)
-    with pytest.raises(Exception, match="Weights only load failed"):
-        train(guard_with(), resume=path)
+    torch.save({**torch.load(path, weights_only=True), "callbacks": {}, **spoilt}, path)
+    ends: list[tuple[type, str] | None] = []
+    for guard in (None, guard_with()):
+        try:
+            train(guard, resume=path)
+        except Exception as error:
+            ends.append((type(error), str(error)))
+        else:
+            ends.append(None)
+    assert ends[0] == ends[1]
+    assert ends[0] is not None or "extra" in spoilt
 
 
 def test_unknown_version_of_the_state(saved: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
