@@ -22,7 +22,6 @@ from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.detect.defaults import default_detectors
 from lightning_nanguard.detect.monitors import Monitors
 from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
-from lightning_nanguard.guard.acting import Acting, Conduct, Observing
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.certification import Certification
 from lightning_nanguard.guard.context import GuardContext, Settings
@@ -32,6 +31,7 @@ from lightning_nanguard.guard.interventions import Interventions
 from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.loop import BatchReplay, NoReplay, TrainingLoop
 from lightning_nanguard.guard.meter import Meter
+from lightning_nanguard.guard.plan_runner import ActingRunner, ObservingRunner, PlanRunner
 from lightning_nanguard.guard.rank_readback import RankReadback
 from lightning_nanguard.guard.readback import MAX_DELAY, Readback
 from lightning_nanguard.guard.reading_judge import ReadingJudge
@@ -84,11 +84,11 @@ def build_guard(
     skipper = StepSkipper(context.learner)
     caution = Caution(context, skipper)
     readback = _readback(context, meter, caution, skipper, snapshots)
-    conduct: Conduct = Observing(context)
+    runner: PlanRunner = ObservingRunner(context)
     if not context.settings.observe:
         actions = RemedyActions(context, recovery, rehearsal, skipper, snapshots, readback)
-        conduct = Acting(context, actions, carried_out_by, recovery, skipper, plausibility, readback)
-    interventions = Interventions(context, loop, policy, investigator, recorder, conduct, carried_out_by)
+        runner = ActingRunner(context, actions, carried_out_by, recovery, skipper, plausibility, readback)
+    interventions = Interventions(context, loop, policy, investigator, recorder, runner, carried_out_by)
     return Guard(
         GuardParts(
             context=context,
@@ -101,8 +101,8 @@ def build_guard(
             plausibility=plausibility,
             certification=Certification(context, loop, investigator, snapshots),
             investigator=investigator,
-            judge=ReadingJudge(context, meter, conduct, interventions, plausibility),
-            conduct=conduct,
+            judge=ReadingJudge(context, meter, runner, interventions, plausibility),
+            runner=runner,
             recovery=recovery,
             recorder=recorder,
             saving=_saving(context, recorder),

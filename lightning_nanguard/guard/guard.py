@@ -21,7 +21,6 @@ from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.errors import TrainingDivergedError
-from lightning_nanguard.guard.acting import Conduct
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.certification import Certification
 from lightning_nanguard.guard.context import GuardContext
@@ -29,6 +28,7 @@ from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.meter import Meter
+from lightning_nanguard.guard.plan_runner import PlanRunner
 from lightning_nanguard.guard.readback import Readback
 from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.guard.recorder import InterventionRecorder
@@ -59,7 +59,7 @@ class GuardParts:
         certification: When a state counts as good.
         investigator: Gathers evidence.
         judge: Tells healthy readings from faults.
-        conduct: Carries plans out.
+        runner: Carries plans out.
         recovery: Lower rates and clipping.
         recorder: Makes records.
         saving: Looks at checkpoints before they are written.
@@ -77,7 +77,7 @@ class GuardParts:
     certification: Certification
     investigator: Investigator
     judge: ReadingJudge
-    conduct: Conduct
+    runner: PlanRunner
     recovery: Recovery
     recorder: InterventionRecorder
     saving: SaveGuard
@@ -98,7 +98,7 @@ class Guard:
         self._state = parts.context.state
         self._monitors = parts.context.monitors
         self._readback = parts.readback
-        self._conduct = parts.conduct
+        self._runner = parts.runner
         self._snapshots = parts.snapshots
         self._undos = parts.undos
         self._judge = parts.judge
@@ -340,7 +340,7 @@ class Guard:
         if objection is not None:
             self._judge.handle(objection)
         self._parts.certification.capture_if_due()
-        self._conduct.give_back()
+        self._runner.give_back()
 
     # ---------------------------------------------------------------------------------------- what others read
 

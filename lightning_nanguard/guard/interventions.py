@@ -10,11 +10,11 @@ from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.decide.rate_limit import within_curvature
 from lightning_nanguard.distributed.ranks import most_confident_over_ranks
-from lightning_nanguard.guard.acting import Conduct
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.loop import TrainingLoop
+from lightning_nanguard.guard.plan_runner import PlanRunner
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.types import Evidence, Plan, PlanStep, Skip, Stop
 
@@ -29,7 +29,7 @@ class Interventions:
         policy: Decides on a plan.
         investigator: Gathers evidence.
         recorder: Records the intervention.
-        conduct: Carries the plan out.
+        runner: Carries the plan out.
         remedies: The remedy for each kind of plan step; it gives the word for the record.
     """
 
@@ -40,7 +40,7 @@ class Interventions:
         policy: Policy,
         investigator: Investigator,
         recorder: InterventionRecorder,
-        conduct: Conduct,
+        runner: PlanRunner,
         remedies: Mapping[type[PlanStep], Remedy],
     ) -> None:
         self._context = context
@@ -48,7 +48,7 @@ class Interventions:
         self._policy = policy
         self._investigator = investigator
         self._recorder = recorder
-        self._conduct = conduct
+        self._runner = runner
         self._remedies = remedies
 
     @property
@@ -69,7 +69,7 @@ class Interventions:
         fault, reading = found.fault, found.reading
         # What the batch changed in batch norm's statistics is undone first, so that it does not count as bad state.
         undo = fault.scope == "batch" and not found.reached
-        before = self._conduct.undo(found) if undo and found.undo is not None else {}
+        before = self._runner.undo(found) if undo and found.undo is not None else {}
         known = Evidence(
             step=state.step,
             healthy_steps=state.healthy_steps,
@@ -120,11 +120,11 @@ class Interventions:
         blameless = found.reached and state.policy.learner_step != evidence.step
         known_until = min(found.reading.step - 1, context.thresholds.decision.late.beginning) if blameless else 0
         # Diagnose before the plan changes weights and batch.
-        look = "nothing" if found.undo is None else self._conduct.look
+        look = "nothing" if found.undo is None else self._runner.look
         mine = self._loop.diagnose(found.fault, evidence, look, found.reading.step)
         finding = most_confident_over_ranks(context.ranks, mine)
         plan = within_curvature(plan, finding, before[0] if before else None)
-        done = self._conduct.apply(plan, found, known_until)
+        done = self._runner.apply(plan, found, known_until)
         words = tuple(self._remedies[type(step)].word for step in done)
         place = evidence.corrupt if evidence.corrupt is not None else found.fault.place
         # A late reading is recorded under its own batch, not under the present one.

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import final
 
 from lightning_nanguard.distributed.ranks import first_over_ranks
-from lightning_nanguard.guard.acting import Conduct
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.interventions import Interventions
 from lightning_nanguard.guard.meter import Meter
+from lightning_nanguard.guard.plan_runner import PlanRunner
 from lightning_nanguard.guard.readback import Arrived
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.plausibility import PlausibilityCheck
@@ -25,7 +25,7 @@ class ReadingJudge:
     Args:
         context: What the parts of the guard share.
         meter: Names the gradient that is not finite.
-        conduct: Blocks updates.
+        runner: Blocks updates.
         interventions: Handle faults.
         plausibility: Looks at running statistics.
 
@@ -38,14 +38,14 @@ class ReadingJudge:
         self,
         context: GuardContext,
         meter: Meter,
-        conduct: Conduct,
+        runner: PlanRunner,
         interventions: Interventions,
         plausibility: PlausibilityCheck,
     ) -> None:
         self._context = context
         self._monitors = context.monitors
         self._meter = meter
-        self._conduct = conduct
+        self._runner = runner
         self._interventions = interventions
         self._plausibility = plausibility
         self._found: list[FoundFault] = []
@@ -101,13 +101,13 @@ class ReadingJudge:
         found = FoundFault(fault, reading, arrived.undo, reached, arrived.late, arrived.ranks())
         # A suspicion is no reason to block: its update is finite, and a restore would rewind it with the rest.
         suspicion = fault.scope == "learner" and not reading.scaler_skips
-        if self._conduct.at_once and not suspicion and not arrived.late:
+        if self._runner.at_once and not suspicion and not arrived.late:
             self._context.state.bad_in_a_row += 1
             self.handle(found)  # now, while the update that an acting guard would block has not been made
             return
         self._found.append(found)
         if stepping is not None and not suspicion and (not arrived.late or arrived.reached):
-            self._conduct.block(stepping)
+            self._runner.block(stepping)
 
     def _batch_is_strange(self, fault: Fault, arrived: Arrived) -> bool:
         if self._context.many:
@@ -128,7 +128,7 @@ class ReadingJudge:
         fault = self._plausibility.strange_statistics(undo.before(), self._context.state.healthy_steps)
         # What batch after batch brings is how the data are from now on.
         if fault is not None and self._context.state.bad_in_a_row < self._interventions.patience:
-            self._conduct.block(reading.optimizer_index)
+            self._runner.block(reading.optimizer_index)
             self._found.append(FoundFault(fault, reading, undo))
 
     def take_found(self) -> list[FoundFault]:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.guard.acting import Acting, Observing
 from lightning_nanguard.guard.deferred_readback import DeferredReadback
+from lightning_nanguard.guard.plan_runner import ActingRunner, ObservingRunner
 from lightning_nanguard.guard.step_readback import StepReadback
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.build import _deferred
@@ -43,18 +43,18 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fit]:
 
 
 @pytest.mark.parametrize(
-    ("given", "readback", "conduct"),
+    ("given", "readback", "runner"),
     [
-        ("nothing", StepReadback, Acting),
-        ("deferred", DeferredReadback, Acting),
-        ("observed", StepReadback, Observing),
-        ("the rest", StepReadback, Acting),
+        ("nothing", StepReadback, ActingRunner),
+        ("deferred", DeferredReadback, ActingRunner),
+        ("observed", StepReadback, ObservingRunner),
+        ("the rest", StepReadback, ActingRunner),
     ],
 )
-def test_the_parts_are_those_asked_for(built: dict[str, Fit], given: str, readback: type, conduct: type) -> None:
+def test_the_parts_are_those_asked_for(built: dict[str, Fit], given: str, readback: type, runner: type) -> None:
     """How readings arrive, and whether the guard acts."""
     parts = built[given].guard._parts
-    assert (type(parts.readback), type(parts.conduct)) == (readback, conduct)
+    assert (type(parts.readback), type(parts.runner)) == (readback, runner)
 
 
 def test_what_is_left_out_is_chosen(built: dict[str, Fit]) -> None:

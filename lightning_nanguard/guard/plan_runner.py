@@ -20,7 +20,7 @@ from lightning_nanguard.state.restore import restore
 from lightning_nanguard.types import Plan, PlanStep, Scale, Skip, Stop
 
 
-class Conduct(Protocol):
+class PlanRunner(Protocol):
     """How the guard carries out what it decides."""
 
     look: Look
@@ -43,8 +43,8 @@ class Conduct(Protocol):
 
 
 @final
-class Acting:
-    """Carries plans out; a :class:`Conduct`.
+class ActingRunner:
+    """Carries plans out; a :class:`PlanRunner`.
 
     Args:
         context: What the parts of the guard share.
@@ -117,8 +117,8 @@ class Acting:
 
 
 @final
-class Observing:
-    """Changes nothing; a :class:`Conduct`.
+class ObservingRunner:
+    """Changes nothing; a :class:`PlanRunner`.
 
     Args:
         context: What the parts of the guard share.
