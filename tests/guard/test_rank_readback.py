@@ -161,3 +161,20 @@ def test_a_rank_that_raised_waits_for_none() -> None:
     on_all([pair[0].ranks], lambda rank: pair[0].guard.leave())
     assert pair[0].ranks.parted
     assert list(pair[0].guard._parts.readback.flush()) == []
+
+
+def test_a_state_that_is_bad_on_one_rank_leads_all_back() -> None:
+    """Also amid a batch: no rank takes its own good state for that of all."""
+    pair = loops()
+    run(pair, 20)
+
+    def look(rank: int) -> None:
+        pair[rank].guard.open_batch()
+        if rank == 1:
+            with torch.no_grad():
+                next(pair[rank].net.parameters()).fill_(math.nan)
+        pair[rank].guard.check()
+
+    on_all([one.ranks for one in pair], look)
+    assert_agreed(pair)
+    assert [(record.fault, record.ranks) for record in pair[0].records] == [("corrupted_state", (1,))]
