@@ -10,8 +10,6 @@ import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import (
@@ -25,9 +23,8 @@ from lightning_nanguard import (
     Rollback,
     TrainingDivergedError,
 )
+from tests.checkpoints.training import EPOCHS, PER_EPOCH, cosine_task, guard_with, train
 from tests.helpers import (
-    MemoryLogger,
-    Positioned,
     Task,
     batches,
     copied,
@@ -41,15 +38,12 @@ from tests.helpers import (
     with_nan,
     words,
 )
-from tests.modules import Diverge, NaNWeight, Rates, SaveAt
+from tests.modules import Diverge, NaNWeight, SaveAt
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.usefixtures("own_folder"),
 ]
-
-PER_EPOCH = 12
-EPOCHS = 4
 
 
 class BadSteps(Callback):
@@ -63,28 +57,6 @@ class BadSteps(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         pl_module.loss_factor = None
-
-
-def cosine_task() -> Task:
-    return task(optimizer=lambda p: AdamW(p, lr=0.01), scheduler=lambda o: CosineAnnealingLR(o, PER_EPOCH * EPOCHS))
-
-
-def guard_with(**options: Any) -> NaNGuard:
-    return NaNGuard(**{"snapshot_every_n_steps": 3, **options})
-
-
-def train(
-    guard: NaNGuard | None, *callbacks: Callback, resume: Path | None = None, epochs: int = EPOCHS, **options: Any
-) -> tuple[Trainer, Task, list[float], MemoryLogger]:
-    """Train a task on a cosine; gives the rates that the steps used as well."""
-    module = cosine_task()
-    rates = Rates()
-    trainer = trainer_for(None, guard, [*callbacks, rates, LearningRateMonitor("step")], max_epochs=epochs, **options)
-    trainer.limit_val_batches = 0
-    val = DataLoader(batches(count=1), batch_size=None)
-    trainer.fit(module, Positioned(batches(count=PER_EPOCH)), val, ckpt_path=resume)
-    assert isinstance(trainer.logger, MemoryLogger)
-    return trainer, module, rates.used, trainer.logger
 
 
 @pytest.fixture(scope="module")
