@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_nanguard.checkpoints.poison import PREFIX, is_optimizer_state, is_weight
-from lightning_nanguard.state.learner import Learner, StateKey
+from lightning_nanguard.checkpoints.poison import is_optimizer_state, is_weight
+from lightning_nanguard.state.learner import Learner, StateKey, unwrapped
 
 
 def mended(checkpoint: Mapping[str, Any], learner: Learner, good: Mapping[StateKey, Any]) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def mended(checkpoint: Mapping[str, Any], learner: Learner, good: Mapping[StateK
     averages: dict[str, dict[str, Tensor]] = {}
     for key, leaf in good.items():
         if key[0] == "average":
-            averages.setdefault(key[1], {})[key[2].removeprefix(PREFIX)] = leaf
+            averages.setdefault(key[1], {})[unwrapped(key[2])] = leaf
     swapped = "current_model_state" in checkpoint  # WeightAveraging saves the average as the weights
     optimizers = [_optimizer_state(learner, index, good) for index in range(len(learner.optimizers))]
 
@@ -35,7 +35,7 @@ def mended(checkpoint: Mapping[str, Any], learner: Learner, good: Mapping[StateK
             names = {key for key, item in value.items() if isinstance(item, Tensor) and is_weight(key, item, weights)}
             source = _average_of(names, averages.values(), weights) if averaged else weights
             return {
-                key: source[key.removeprefix(PREFIX)] if key in names else mend(item, (*where, str(key)))
+                key: source[unwrapped(key)] if key in names else mend(item, (*where, str(key)))
                 for key, item in value.items()
             }
         if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
@@ -50,7 +50,7 @@ def _average_of(
     names: set[str], averages: Iterable[dict[str, Tensor]], weights: dict[str, Tensor]
 ) -> Mapping[str, Tensor]:
     """The averaged copy that has all these names; the weights where there is none, or for names it lacks."""
-    wanted = {name.removeprefix(PREFIX) for name in names}
+    wanted = {unwrapped(name) for name in names}
     fitting = next((average for average in averages if wanted <= average.keys()), {})
     return {**weights, **fitting}
 

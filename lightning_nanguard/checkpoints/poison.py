@@ -10,10 +10,7 @@ from torch import Tensor
 
 from lightning_nanguard.measure.finite import non_finite_indices
 from lightning_nanguard.measure.tensors import local
-from lightning_nanguard.state.learner import StateKey
-
-PREFIX = "module."
-"""AveragedModel and DDP keep the module under this name."""
+from lightning_nanguard.state.learner import StateKey, unwrapped
 
 
 def poisoned(
@@ -38,7 +35,7 @@ def poisoned(
     bad = []
     for index in non_finite_indices([local(tensor) for _, _, tensor in found]):
         where, name, tensor = found[index]
-        mask = allowed.get(("buffer", name.removeprefix(PREFIX)))
+        mask = allowed.get(("buffer", unwrapped(name)))
         if mask is not None and mask.shape == tensor.shape:
             wrong = ~torch.isfinite(tensor.detach()) & ~mask.to(tensor.device)
             if not bool(wrong.any()):
@@ -86,5 +83,5 @@ def is_optimizer_state(value: Mapping[Any, Any]) -> bool:
 
 def is_weight(key: Any, item: Tensor, weights: Mapping[str, Tensor]) -> bool:
     """Whether a tensor of a checkpoint has the name and the shape of one of the module's."""
-    live = weights.get(key.removeprefix(PREFIX)) if isinstance(key, str) else None
+    live = weights.get(unwrapped(key)) if isinstance(key, str) else None
     return live is not None and live.shape == item.shape

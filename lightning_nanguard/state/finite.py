@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_nanguard.measure.batches import nested_tensors
 from lightning_nanguard.measure.finite import non_finite_indices
-from lightning_nanguard.state.learner import Learner, StateKey, describe
+from lightning_nanguard.state.learner import Learner, StateKey, describe, unwrapped
 
 
 def allowances(leaves: Iterable[tuple[StateKey, Any]]) -> dict[StateKey, Tensor]:
@@ -74,6 +74,6 @@ class FiniteCheck:
 
     def _mask(self, key: StateKey, tensor: Tensor) -> Tensor | None:
         # An averaged copy holds the module's masks too, and may appear in mid-run.
-        own = ("buffer", key[2].removeprefix("module.")) if key[0] == "average" else key
+        own = ("buffer", unwrapped(key[2])) if key[0] == "average" else key
         mask = self._allowed.get(key, self._allowed.get(own))
         return mask if mask is not None and mask.shape == tensor.shape else None

@@ -18,6 +18,11 @@ StateKey = tuple[Any, ...]
 ``("optimizer", index, parameter name, key)`` or ``("group", index, group number, key)``."""
 
 
+def unwrapped(name: str) -> str:
+    """The name of a tensor without the wrapper around its module: AveragedModel and DDP keep it as ``module``."""
+    return name.removeprefix("module.")
+
+
 # Schedulers write these keys of parameter groups, so they belong to the clock.
 CLOCK_KEYS = frozenset(
     {
@@ -106,7 +111,7 @@ class Learner:
             key
             for key in keys
             if (key[0] == "buffer" and key[1].rpartition(".")[0] in prefixes and "num_batches" not in key[1])
-            or (key[0] == "average" and ("parameter", key[2].removeprefix("module.")) in keys)
+            or (key[0] == "average" and ("parameter", unwrapped(key[2])) in keys)
         ]
 
     def lazy(self) -> bool:

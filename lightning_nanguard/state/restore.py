@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nanguard.measure.tensors import local
-from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey
+from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey, unwrapped
 from lightning_nanguard.state.snapshot import Snapshot, clone, copy_all, fits
 
 _Pair = tuple[Tensor, Tensor]
@@ -59,7 +59,7 @@ def mend_averages(learner: Learner, corrupt: Callable[[Iterable[tuple[StateKey, 
         if corrupt(tensors) is None:
             continue
         for key, tensor in tensors:
-            source = weights.get(key[2].removeprefix("module."))
+            source = weights.get(unwrapped(key[2]))
             if source is not None and fits(tensor, source):
                 with torch.no_grad():
                     tensor.copy_(source)

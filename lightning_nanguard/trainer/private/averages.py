@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
+from lightning_nanguard.state.learner import unwrapped
 from lightning_nanguard.thresholds.checkpoints import CheckpointsThresholds
-
-# AveragedModel keeps its copy under this name.
-_PREFIX = "module."
 
 
 def swaps_weights(trainer: Any) -> bool:
@@ -85,5 +83,5 @@ def _is_copy(tensors: dict[str, Tensor], parts: list[dict[str, torch.Size]]) -> 
     if "#0" in tensors:
         shapes = [tensor.shape for tensor in tensors.values()]
         return any(shapes == list(part.values()) for part in parts)
-    named = {name.removeprefix(_PREFIX): tensor.shape for name, tensor in tensors.items()}
+    named = {unwrapped(name): tensor.shape for name, tensor in tensors.items()}
     return any(all(named.get(name) == shape for name, shape in part.items()) for part in parts)
