@@ -115,9 +115,9 @@ class TrainerBatchReplay:
         """Whether the micro-batches of the update at hand are finite."""
         return batch_finite([micro.batch for micro in self._shown or self.batches.newest()])
 
-    def batch_strange(self) -> bool | None:
-        """Whether the batch at hand reaches far beyond those before it."""
-        return None if self.batch is None else self.batches.strange(self.batch)
+    def batch_strange(self, *, extreme: bool = False) -> bool | None:
+        """Whether the batch at hand reaches far beyond those before it, or is out of all proportion to them."""
+        return None if self.batch is None else self.batches.strange(self.batch, extreme=extreme)
 
     def comparable(self) -> bool:
         """Whether a batch can be run again at all: under automatic optimization."""
