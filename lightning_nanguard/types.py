@@ -53,13 +53,10 @@ class Reading(NamedTuple):
         return self.optimizer_index
 
 
-Proof = Literal["comparison", "batches", "growth", "trial", "none"]
+Proof = Literal["trial", "none"]
 """What confirms the suspicion that the learner diverged, before anything is changed.
 
-``"comparison"``: the fault's batch has a lower loss under the last good weights. ``"batches"``: the newest batches have
-a lower loss on average under the last good weights. ``"growth"``: the norm of a weight matrix is far above its norm
-before the fault began. ``"trial"``: a lower rate learns where the present one does not. ``"none"``: nothing needs to be
-confirmed.
+``"trial"``: a lower rate learns, from an earlier state, what the run does not. ``"none"``: nothing has to be confirmed.
 """
 
 
@@ -86,11 +83,7 @@ class Fault:
         extreme: True if the value is out of all proportion to every value accepted before. A finite fault of a batch
             counts as certain if it is extreme and the inputs of the batch are out of all proportion, too.
         proof: What confirms a suspicion of the learner.
-        recovers: True if a loss may look like this in a healthy run and recover by itself, as losses that work against
-            each other (a GAN's) do.
         clipping_helps: True if gradient clipping helps against it.
-        excess: Distance of the loss from that of the first healthy update, for a rising loss whose own rise inflates
-            the loss unit; the smaller of both is then the unit of the comparison. ``None`` to use the loss unit.
         rate_may_cause: True if a rise of the learning rate since the snapshot can explain bad state; the learner is
             then blamed instead.
         conclusive: True if the detector has already established that ``scope`` is at fault, so that no further evidence
@@ -108,10 +101,8 @@ class Fault:
     since: int | None = None
     certain: bool = True
     extreme: bool = False
-    proof: Proof = "comparison"
-    recovers: bool = False
+    proof: Proof = "trial"
     clipping_helps: bool = False
-    excess: float | None = None
     rate_may_cause: bool = False
     conclusive: bool = False
     only_if_corrupt: bool = False
@@ -152,6 +143,7 @@ class Scale(PlanStep):
         most: Largest factor at which the curvature of the loss lets the loss fall. It bounds the factor where no rates
             can be tried.
         firm: True if ``most`` bounds the factor also where rates are tried.
+        tried: True if a trial has found the factor, so that no rate has to be tried.
         clipped: True if the plan also clips gradients, so that the rate may stay if clipping suffices.
     """
 
@@ -161,6 +153,7 @@ class Scale(PlanStep):
     limit: bool = False
     most: float = math.inf
     firm: bool = False
+    tried: bool = False
     clipped: bool = False
 
 
@@ -354,8 +347,6 @@ def _spelled(value: Any) -> Any:
 class Comparison:
     """Loss of a batch under the present weights and under the last good ones, with the same random numbers.
 
-    Under ``proof="batches"`` both are means over the newest batches.
-
     Attributes:
         now: Loss under the present weights. If the faulty update was already made, the lower of this loss and the one
             read before that update.
@@ -366,6 +357,27 @@ class Comparison:
     now: float
     then: float
     then_finite: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What a trial showed.
+
+    Attributes:
+        lacks: Share of what can be learned that the run lacks, after as many updates as a restart with a lower rate
+            made; 0 where it lacks none, or hardly any.
+        base: Which state to go back to: the one of the lowest loss level, or the start.
+        factor: What the restart multiplied the learning rate by.
+    """
+
+    lacks: float = 0.0
+    base: Literal["best", "start"] = "start"
+    factor: float = 1.0
+
+    @property
+    def speaks_against_run(self) -> bool:
+        """Whether the run lacks a clear share."""
+        return self.lacks > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,20 +400,18 @@ class Evidence:
         comparison: Loss of the batch under the present weights and under those of the snapshot; ``None`` where not
             measured.
         first: Loss of the first healthy update of the run ("the untrained model's loss"); 0 before it.
-        loss_unit: Unit in which losses are compared: the size of ``first``, or the noise of the loss if that is larger.
+        loss_unit: Unit in which losses are compared: how far the loss has come down, or its noise if that is larger.
         growth: Largest ratio of a weight matrix's norm to its norm at the start; for a fault with ``since``, to that in
             the snapshot at depth ``sound``.
-        lower_is_better: Whether, in a trial, a lower rate learned the newest batches where the present one does not;
-            ``None`` where it was not tried.
-        excursion: Whether a loss was far above ``first`` since the start or, after a restore, among the losses kept.
+        trial: What a trial showed; ``None`` where none was made.
         climbing: Whether losses or gradient norms were rising out of their usual range just before the fault.
         burst: Whether, before a fault of the learner, one of the recent gradient norms was suddenly far above the norms
             before it.
         rate_rose: Whether the effective learning rate is clearly above that of the snapshot.
         snapshots: Number of certified snapshots.
         levels: Loss level of every certified snapshot, newest first.
-        sound: Depth (0 is the newest) of the newest certified snapshot from before ``Fault.since``; of the oldest for
-            a fault with ``proof="trial"``. ``None`` where there is no such snapshot or the fault has no ``since``.
+        sound: Depth (0 is the newest) of the newest certified snapshot from before ``Fault.since``, or of the one that
+            a trial says to go back to. ``None`` where there is no such snapshot, or neither is known.
         usual_norm: Lower quartile of the healthy gradient norms kept, the smallest of fewer than 20, at least 1 % of
             the first; ``None`` with fewer than 4.
         lr: Effective learning rate of the first group.
@@ -427,8 +437,7 @@ class Evidence:
     first: float = 0.0
     loss_unit: float = 1.0
     growth: float = 1.0
-    lower_is_better: bool | None = None
-    excursion: bool = False
+    trial: Trial | None = None
     climbing: bool = False
     burst: bool = False
     rate_rose: bool = False

@@ -76,8 +76,6 @@ ABLATIONS: dict[str, Contender] = {
         Without("strange batches", change={"batches.healthy.strange_factor": math.inf}),
         Without("plausibility", replaced={"state.plausibility.first_jump": _nothing}),
         Without("start kept", change={"snapshots.ring.keep_start": 0}),
-        Without("growth", replaced={"guard.investigator.Investigator._growth": lambda self, since=None: 1.0}),
-        Without("overshoot", change={"detection.diverging_loss.overshoot.after": math.inf}),
         Without("by heart", change={"rate_search.cut.by_heart": -1.0}),
         Without("depth by level", change={"decision.same_level": math.inf}),
     )

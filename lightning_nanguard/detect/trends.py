@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import pairwise
 from statistics import fmean, median
 
 from lightning_nanguard.detect.robust_statistics import falling, spread
@@ -15,10 +16,22 @@ from lightning_nanguard.thresholds.detection import (
 )
 
 
-def loss_unit(losses: Sequence[float], first: float | None, thresholds: HistoryThresholds) -> float:
-    """The unit of the loss: the size of the untrained model's loss, or the noise where that is larger."""
-    noise = spread(losses) if len(losses) >= thresholds.min_noise_losses else 0.0
-    return max(abs(first) if first is not None else 0.0, noise, 1e-12)
+def loss_unit(losses: Sequence[float], learned: float, thresholds: HistoryThresholds) -> float:
+    """The unit of the loss: how far it has come down, or the noise where that is larger.
+
+    Differences of losses are measured in it, so that neither the unit of the recorded losses nor where zero lies
+    matters. Of few losses the range takes the place of the noise.
+
+    Args:
+        losses: The newest losses.
+        learned: How far the best level lies below the first loss of the run.
+        thresholds: From how many losses noise is taken.
+    """
+    few = len(losses) < thresholds.min_noise_losses
+    # Between neighbours, so that a trend is no noise; their difference has twice the variance of one loss.
+    steps = [after - before for before, after in pairwise(losses)]
+    noise = max(losses, default=0.0) - min(losses, default=0.0) if few else spread(steps) / math.sqrt(2)
+    return max(learned, noise, 1e-12)
 
 
 def loss_level(losses: Sequence[float]) -> float | None:
@@ -33,12 +46,6 @@ def loss_falls(losses: Sequence[float], errors: float) -> bool:
     older, newer = losses[:half], losses[half:]
     noise = spread([loss - median(part) for part in (older, newer) for loss in part])
     return falling(losses, noise, errors)
-
-
-def updates_far_off(losses: Sequence[float], first: float, times: float) -> int:
-    """How many of the newest losses in a row lie above the untrained model's by ``times`` its size."""
-    limit = first + times * abs(first)
-    return sum(1 for _ in takewhile(lambda loss: loss > limit, reversed(losses)))
 
 
 def usual_norm(norms: Sequence[float], first: float, thresholds: UsualNormThresholds) -> float | None:

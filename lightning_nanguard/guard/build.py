@@ -41,6 +41,7 @@ from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.remedy_actions import RemedyActions
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.guard.step_readback import StepReadback
+from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.plausibility import PlausibilityCheck
@@ -67,7 +68,7 @@ def build_guard(
     """
     carried_out_by = executors(remedies)
     rehearsal = Rehearsal(context)
-    investigator = Investigator(context, rehearsal)
+    investigator = Investigator(context, rehearsal, TrialRunner(context, rehearsal))
     recorder = InterventionRecorder(context, loop, memory=MAX_DELAY + 2)
     reduce, clip = carried_out_by[ReduceLR.step], carried_out_by[ClipGradients.step]
     may_lower = any(remedy.role == "rate" for remedy in remedies)
@@ -178,7 +179,7 @@ def guard_for(
         settings=settings or Settings(),
         thresholds=limits,
     )
-    policy = Policy(remedies, budget or Budget(), limits.decision)
+    policy = Policy(remedies, budget or Budget(), limits.decision, limits.trial)
     return build_guard(
         context,
         loop,

@@ -85,9 +85,9 @@ class Interventions:
             self._recorder.record(fault, fault.place, (), context.rate.effective(), ranks=found.ranks)
             return False
         plan, policy = self._policy.decide(fault, evidence, state.policy)
+        state.policy = policy
         if not plan:
             return self._dismiss(found)
-        state.policy = policy
         skipped = any(isinstance(step, Skip) for step in plan)
         self._investigator.conclude(fault, batch=skipped)
         self._act(found, evidence, plan)

@@ -46,6 +46,7 @@ class BatchHistory:
         device: The device of the run, whose random state is kept beside the CPU's.
         updates: Updates whose micro-batches are kept; 1 for the one at hand.
         updates_small: The same where batches are small; ``updates`` if that is more.
+        most_healthy: Healthy batches kept; ``None`` for what the thresholds say.
         thresholds: How many batches are kept, and when one is strange.
 
     Example:
@@ -61,6 +62,7 @@ class BatchHistory:
         device: torch.device,
         updates: int = 1,
         updates_small: int = 0,
+        most_healthy: int | None = None,
         thresholds: BatchesThresholds = _DEFAULTS,
     ) -> None:
         self._generators = [torch.default_generator]
@@ -76,7 +78,8 @@ class BatchHistory:
         self._taken = 0
         self._random: list[Tensor] = []
         self._drawn = True
-        self._healthy: deque[tuple[Any, int]] = deque(maxlen=self._healthy_limits.most)
+        self._most = self._healthy_limits.most if most_healthy is None else most_healthy
+        self._healthy: deque[tuple[Any, int]] = deque(maxlen=self._most)
         self._accepted = 0
 
     def add(self, update: int, index: int, batch: Any) -> None:
@@ -95,7 +98,7 @@ class BatchHistory:
             return
         if self._accepted % limits.measured_every == 0:
             room = limits.most_bytes // max(1, sum(map(size, nested_tensors(batch))))
-            self._healthy = healthy = deque(healthy, maxlen=min(limits.most, room))
+            self._healthy = healthy = deque(healthy, maxlen=min(self._most, room))
         self._accepted += 1
         healthy.append((batch, index))
 

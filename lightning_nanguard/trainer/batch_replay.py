@@ -52,6 +52,7 @@ class TrainerBatchReplay:
         clipper: Clips gradients as the guard does now.
         delay: After how many further updates it is known that one was healthy.
         examined: Whether a loss that does not move is examined, on many batches.
+        most_healthy: Healthy batches kept; ``None`` for what the thresholds say.
         thresholds: How many batches are kept.
     """
 
@@ -65,6 +66,7 @@ class TrainerBatchReplay:
         *,
         delay: int,
         examined: bool,
+        most_healthy: int | None,
         thresholds: BatchesThresholds,
     ) -> None:
         self._trainer = trainer
@@ -81,7 +83,9 @@ class TrainerBatchReplay:
         self.batch_idx = -1
         kept = thresholds.micro_batches
         updates = kept.updates_examined if examined else kept.updates_late if delay else kept.updates
-        self.batches = BatchHistory(module.device, updates, kept.updates_small if examined else 0, thresholds)
+        self.batches = BatchHistory(
+            module.device, updates, kept.updates_small if examined else 0, most_healthy, thresholds
+        )
         self._shown: list[MicroBatch] = []
 
     def make_undo(self) -> BatchUndo:

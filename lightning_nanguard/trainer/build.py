@@ -60,7 +60,7 @@ def build_fit(trainer: Trainer, module: LightningModule, arguments: Arguments, m
     guard = build_guard(
         context,
         TrainerLoop(trainer, module, replay, diagnostics, sinks),
-        policy=Policy(arguments.remedies, arguments.budget, arguments.thresholds.decision),
+        policy=Policy(arguments.remedies, arguments.budget, arguments.thresholds.decision, arguments.thresholds.trial),
         remedies=arguments.remedies,
         make_undo=replay.make_undo,
     )
@@ -96,6 +96,7 @@ def _context(
         clipper,
         delay=MAX_DELAY if late else 0,
         examined=arguments.examine_after is not None,
+        most_healthy=arguments.thresholds.trial.batches if arguments.act_on == "evidence" else None,
         thresholds=arguments.thresholds.batches,
     )
     every = arguments.snapshot_every_n_steps

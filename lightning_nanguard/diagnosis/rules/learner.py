@@ -8,7 +8,6 @@ from lightning_nanguard.diagnosis.case import NO_FAULT, Case
 from lightning_nanguard.diagnosis.rules.layers import exploding_initial_gradient
 from lightning_nanguard.diagnosis.rules.signs import (
     PRODUCTS,
-    fell_back,
     gradient_not_finite,
     in_gradient,
     learner_diverged,
@@ -106,7 +105,7 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     if confidence == 0.0 or _operation_explains_it(case, rate, limit, limits):
         return None
     above = rate is not None and limit is not None and rate > limit
-    if above and confidence >= limits.rate_likely and not fell_back(fault):
+    if above and confidence >= limits.rate_likely:
         confidence = max(confidence, thresholds.confidence.rate_above_limit)
     numbers, parts = _rate_evidence(case, limits)
     found = "; ".join(parts) or "the loss diverged"
@@ -124,13 +123,8 @@ def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
     fault, evidence, limits, known = case.fault, case.evidence, thresholds.learner, thresholds.confidence
     worse = worse_than_before(evidence, limits)
     signs = evidence.growth > limits.grown or evidence.climbing
-    if fell_back(fault):
-        return known.rate_fell_back if worse or signs else 0.0
     if fault.scope == "learner" and not fault.certain:
-        if fault.proof == "comparison":
-            return known.rate_exploded if worse else known.rate_exploded_signs if signs else 0.0
-        if fault.proof in ("trial", "growth"):
-            return known.rate_trial
+        return known.rate_trial if evidence.trial is not None or signs or worse else 0.0
     if learner_diverged(fault, evidence, limits):
         return known.rate_diverged
     blameless = evidence.corrupt is None and evidence.jump is None and case.clues.change is None
@@ -169,7 +163,7 @@ def _operation_explains_it(case: Case, rate: float | None, limit: float | None, 
     # A finite loss that cannot be differentiated is an operation's doing, also where it was not looked for again.
     unseen = not clues.replayed and gradient_not_finite(fault)
     operation = unseen if clues.origin is None else clues.origin.operation not in PRODUCTS
-    signs = evidence.climbing or evidence.rate_rose or evidence.excursion
+    signs = evidence.climbing or evidence.rate_rose
     ruined = signs or evidence.growth > limits.ruined or bool(evidence.jump)
     now = evidence.comparison.now if evidence.comparison is not None else math.nan
     # One that is not finite is the operation's own, and says nothing of the model.
