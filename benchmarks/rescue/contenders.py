@@ -15,7 +15,6 @@ from pytorch_lightning.callbacks import EarlyStopping
 from torch import Tensor
 
 from .cases import Case
-from .models import TASKS
 from .running import Trained, train
 
 
@@ -64,7 +63,7 @@ class Clip(Contender):
     name, title = "clip", "clip 1.0"
 
     def attempt(self, case: Case) -> Attempt:
-        if TASKS[case.task].adversarial:
+        if case.recipe.adversarial:
             return Attempt(train(case, quits_when_lost=True), applies=False)
         return Attempt(train(case, clip_val=1.0, quits_when_lost=True), steps_lost=None)
 
