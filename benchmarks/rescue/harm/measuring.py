@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -127,8 +126,3 @@ def _losses(bare: Trained) -> dict[str, float]:
 
 def _error(run: Trained) -> str | None:
     return None if run.error is None else ": ".join(run.error)[:200]
-
-
-def jobs(forms: Sequence[str], draws: int, first: int) -> list[str]:
-    """Names of ``draws`` cases: every form once, then every form with the next seed, from ``first`` on."""
-    return [f"{forms[i % len(forms)]}#{first + i // len(forms)}" for i in range(draws if forms else 0)]

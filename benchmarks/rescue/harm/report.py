@@ -64,8 +64,11 @@ def show(console: Console, summary: Summary, facts: dict[str, Any]) -> None:
     table.add_row("batches run again", "", *(str(row["repeated"]) for row in rows))
     table.add_row("processor time, median", "", *(f"{row['time_median']:.2f}" for row in rows))
     console.print(table)
-    console.print("touched: anything was done, or any bit of the end differs from the bare run; harmed: worse than it by "
-                  "more than the range of five reseeded twins", style="dim")  # fmt: skip
+    console.print(
+        "touched: anything was done, or any bit of the end differs from the bare run; harmed, after the comma: worse "
+        "than it by more than the range of five reseeded twins",
+        style="dim",
+    )
     console.print(f"{facts['set_aside']} draws whose bare run is not healthy were set aside; {facts['date']}, "
                   f"{facts['machine']}, {facts['seeds']} seeds, version {facts['version']}", style="dim")  # fmt: skip
 
