@@ -225,19 +225,20 @@ def _mean(values: Sequence[float]) -> float:
 
 @final
 class Guard(Contender):
-    """``NaNGuard()``, no argument given."""
+    """``NaNGuard(act_on=…)``, no other argument given."""
 
-    name, title = "nanguard", "NaNGuard"
+    def __init__(self, act_on: str) -> None:
+        self.name, self.title = act_on, f"NaNGuard {act_on}"  # type: ignore[misc]
 
     def attempt(self, case: Case) -> Attempt:
         from lightning_nanguard import NaNGuard
 
-        return attempt_with(NaNGuard(), case)
+        return attempt_with(NaNGuard(act_on=self.name), case)  # type: ignore[arg-type]
 
 
 @final
 class ReadLate(Contender):
-    """The guard in deferred readback where every number arrives as late as it may: after two further updates."""
+    """The guard on evidence, in deferred readback where every number arrives as late as it may: after two further updates."""
 
     name, title = "deferred", 'NaNGuard(readback="deferred")'
 
@@ -246,7 +247,7 @@ class ReadLate(Contender):
         from lightning_nanguard.measure.readings import PendingReading
 
         with patch.object(PendingReading, "arrived", lambda self: False):
-            return attempt_with(NaNGuard(readback="deferred"), case)
+            return attempt_with(NaNGuard(act_on="evidence", readback="deferred"), case)
 
 
 def attempt_with(guard: Any, case: Case) -> Attempt:
@@ -268,9 +269,13 @@ def _lost(record: Any) -> int:
     return int("skip" in record.remedies)
 
 
-CONTENDERS: dict[str, Contender] = {
-    c.name: c for c in (Bare(), Clip(), SkipNonFinite(), StopEarly(), ZClip(), StartAgain(), Guard())
-}
+SETTINGS: dict[str, Contender] = {c.name: c for c in (Guard("certain"), Guard("evidence"))}
+"""Both ways to use the guard, by the value of ``act_on``."""
+
+RIVALS: dict[str, Contender] = {c.name: c for c in (Clip(), SkipNonFinite(), StopEarly(), ZClip(), StartAgain())}
+"""Other ways to live with NaN."""
+
+CONTENDERS: dict[str, Contender] = {"bare": Bare()} | RIVALS | SETTINGS
 """By name, in the order of the tables."""
 
 MODES: dict[str, Contender] = {c.name: c for c in (ReadLate(),)}

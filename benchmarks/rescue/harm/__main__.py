@@ -18,11 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.rescue import report as rescue_report
+from benchmarks.rescue.arc import Arc, arc_python
+from benchmarks.rescue.contenders import RIVALS, SETTINGS
 from benchmarks.rescue.healthy import DRAWN
 from benchmarks.rescue.measuring import prepare
 
 from . import report
-from .measuring import RIVALS, SETTINGS, Job, draw, measure
+from .measuring import EVERYONE, Job, draw, measure
 from .store import RESULTS, Outcome, Store, store_for, version
 
 FIRST_SEED = {"tune": 0, "report": 505_000}
@@ -43,14 +45,18 @@ def main(argv: list[str] | None = None) -> int:
     draws = arguments.draws or (len(forms) if arguments.fast else 1000)
     first = FIRST_SEED[arguments.seeds] + 1000 * arguments.seed
     wanted, contenders = cases(forms, draws, first), _contenders(arguments)
-    store = store_for(arguments.seeds, arguments.results)
     started = time.perf_counter()
-    _gather(store, wanted, contenders, arguments.jobs, console)
-    seconds = time.perf_counter() - started
-    kept = [store.outcomes[case, name] for case in wanted for name in ("bare", *contenders)
-            if (case, name) in store.outcomes]  # fmt: skip
-    facts = rescue_report.about(arguments.seeds, first, seconds)
-    facts |= {"version": version(), "set_aside": sum(o.contender == "bare" and not o.healthy for o in kept)}
+    kept: list[Outcome] = []
+    for rivals in (False, True):
+        names = [name for name in contenders if (name not in SETTINGS) == rivals]
+        if names:
+            store = store_for(arguments.seeds, arguments.results, rivals=rivals)
+            _gather(store, wanted, names, arguments.jobs, console)
+            found = (store.outcomes.get((case, name)) for case in wanted for name in ("bare", *names))
+            kept += [outcome for outcome in found if outcome is not None]
+    facts = rescue_report.about(arguments.seeds, first, time.perf_counter() - started)
+    unhealthy = {o.case for o in kept if o.contender == "bare" and not o.healthy}
+    facts |= {"version": version(), "set_aside": len(unhealthy)}
     summary = report.summarise(kept)
     report.show(console, summary, facts)
     lines = report.touched(kept, [name for name in contenders if name in SETTINGS])
@@ -73,11 +79,12 @@ def cases(forms: Sequence[str], draws: int, first: int) -> list[str]:
 
 
 def _contenders(arguments: argparse.Namespace) -> tuple[str, ...]:
-    settings = tuple(SETTINGS) if arguments.act_on == "both" else (arguments.act_on,)
-    rivals = tuple(RIVALS) if arguments.rivals == "all" else tuple(n for n in arguments.rivals.split(",") if n)
-    unknown = set(rivals) - set(RIVALS)
+    settings = {"both": tuple(SETTINGS), "none": ()}.get(arguments.act_on, (arguments.act_on,))
+    others = [name for name in EVERYONE if name not in SETTINGS and (name != Arc.name or arc_python())]
+    rivals = others if arguments.rivals == "all" else [name for name in arguments.rivals.split(",") if name]
+    unknown = set(rivals) - set(EVERYONE)
     if unknown:
-        sys.exit(f"no rival is named {', '.join(sorted(unknown))}; there are {', '.join(RIVALS)}")
+        sys.exit(f"no rival is named {', '.join(sorted(unknown))}; there are {', '.join(others)}")
     return (*settings, *rivals)
 
 
@@ -123,8 +130,12 @@ def _parser() -> argparse.ArgumentParser:
         "python -m benchmarks.rescue.harm", description="Healthy runs that the guard touches, and those it harms."
     )
     parser.add_argument("--draws", type=int, default=0, help="healthy draws (default: 1000; with --fast one a form)")
-    parser.add_argument("--act-on", choices=("certain", "evidence", "both"), default="both", help="default: both")
-    parser.add_argument("--rivals", default="", metavar="A,B", help=f"all, or of {', '.join(RIVALS)} (default: none)")
+    parser.add_argument(
+        "--act-on", choices=("certain", "evidence", "both", "none"), default="both", help="default: both"
+    )
+    parser.add_argument(
+        "--rivals", default="", metavar="A,B", help=f"all, or of {', '.join([*RIVALS, Arc.name])} (default: none)"
+    )
     parser.add_argument("--seeds", choices=sorted(FIRST_SEED), default="report", help="set of seeds (default: report)")
     parser.add_argument("--seed", type=int, default=0, help="other draws of the same forms")
     parser.add_argument("--forms", default="", metavar="REGEX", help="only forms whose name matches")

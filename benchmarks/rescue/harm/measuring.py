@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import dataclass, replace
-from typing import Any, final
 
+from benchmarks.rescue.arc import Arc
 from benchmarks.rescue.cases import Case
-from benchmarks.rescue.contenders import CONTENDERS, Attempt, Contender, attempt_with
+from benchmarks.rescue.contenders import RIVALS, SETTINGS, Attempt, Contender
 from benchmarks.rescue.healthy import BY_NAME
 from benchmarks.rescue.running import Trained, train
-from lightning_nanguard import NaNGuard
 
 from .judging import TWINS, is_harmed, is_healthy, is_touched
 from .store import Outcome
@@ -20,27 +18,8 @@ MOST_ACTS = 12
 """Interventions that are kept in words; all are counted."""
 
 
-@final
-class GuardSetting(Contender):
-    """``NaNGuard(act_on=…)``, no other argument given."""
-
-    def __init__(self, act_on: str) -> None:
-        self.name, self.title = act_on, f'act_on="{act_on}"'  # type: ignore[misc]
-
-    def attempt(self, case: Case) -> Attempt:
-        return attempt_with(NaNGuard(**self._arguments()), case)
-
-    def _arguments(self) -> dict[str, Any]:
-        return {"act_on": self.name} if "act_on" in inspect.signature(NaNGuard).parameters else {}
-
-
-SETTINGS: dict[str, Contender] = {name: GuardSetting(name) for name in ("certain", "evidence")}
-"""Both ways to use the guard."""
-
-RIVALS: dict[str, Contender] = {name: c for name, c in CONTENDERS.items() if name not in ("bare", "nanguard")}
-"""Other ways to live with NaN."""
-
-EVERYONE: dict[str, Contender] = SETTINGS | RIVALS
+EVERYONE: dict[str, Contender] = SETTINGS | RIVALS | {Arc.name: Arc()}
+"""Whom a draw can be put to, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,59 +48,58 @@ def draw(name: str) -> Case:
 
 
 def measure(job: Job) -> list[Outcome]:
-    """Outcomes of the bare run and of every contender; of the bare run alone where it is not healthy."""
+    """Outcomes of the bare run and of every contender; of the bare run alone where it is not healthy.
+
+    Reseeded twins are trained where a contender touched the run, once for all of them.
+    """
     case = draw(job.case)
     bare = train(case)
     healthy = is_healthy(bare, BY_NAME[case.form].least_gain)
-    losses = {name: value if math.isfinite(value) else 0.0 for name, value in _losses(bare).items()}
-    outcomes = [Outcome(case.name, "bare", healthy, error=_error(bare), **losses)]
+    initial, final = (value if math.isfinite(value) else 0.0 for value in (bare.initial, bare.final))
+    outcomes = [Outcome(case.name, "bare", healthy, error=_error(bare), initial=initial, bare=final, final=final)]
     if healthy:
-        outcomes += [compare(case, bare, name, EVERYONE[name].attempt(case)) for name in job.contenders]
+        attempts = {name: EVERYONE[name].attempt(case) for name in job.contenders}
+        differ = any(attempt.run.final != bare.final for attempt in attempts.values())
+        twins = reseeded(case) if differ else []
+        outcomes += [compare(case.name, bare, name, attempt, twins) for name, attempt in attempts.items()]
     return outcomes
 
 
-def compare(case: Case, bare: Trained, name: str, attempt: Attempt) -> Outcome:
-    """What a contender made of a healthy run; reseeded twins are trained where it was touched."""
+def compare(case: str, bare: Trained, name: str, attempt: Attempt, twins: list[float]) -> Outcome:
+    """What a contender made of a healthy run."""
     run, count = attempt.run, len(attempt.interventions)
-    identical = run.digest == bare.digest
     ended = run.error is None and not run.poisoned and math.isfinite(run.final)
     touched = is_touched(count, run.digest, bare.digest)
-    twins = reseeded(case) if touched and run.final != bare.final else []
+    acts = attempt.interventions[:MOST_ACTS]
     return Outcome(
-        case.name,
+        case,
         name,
         healthy=True,
-        identical=identical,
+        identical=run.digest == bare.digest,
         interventions=count,
-        acts=[
-            [a.get("global_step"), a.get("fault"), "+".join(a["remedies"])] for a in attempt.interventions[:MOST_ACTS]
-        ],
+        acts=[[act.get("global_step"), act.get("fault"), "+".join(act["remedies"])] for act in acts],
         repeated=run.calls - bare.calls,
         error=_error(run),
         ended=ended,
         initial=bare.initial,
         bare=bare.final,
         final=run.final if math.isfinite(run.final) else 0.0,
-        twins=twins,
+        twins=twins if touched else [],
         harmed=touched and is_harmed(run.final, ended, bare.initial, bare.final, twins),
         time=round(run.cpu_seconds / bare.cpu_seconds, 3),
     )
 
 
-def reseeded(case: Case, most: int = 3 * TWINS) -> list[float]:
+def reseeded(case: Case) -> list[float]:
     """Held-out losses of bare runs with other seeds that came to a finite end."""
     losses: list[float] = []
-    for i in range(most):
+    for i in range(3 * TWINS):
         run = train(replace(case, seed=case.seed + 1000 + i))
         if run.error is None and not run.poisoned and math.isfinite(run.final):
             losses.append(run.final)
         if len(losses) == TWINS:
             break
     return losses
-
-
-def _losses(bare: Trained) -> dict[str, float]:
-    return {"initial": bare.initial, "bare": bare.final, "final": bare.final}
 
 
 def _error(run: Trained) -> str | None:

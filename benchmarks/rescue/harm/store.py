@@ -112,17 +112,19 @@ def _brief(outcome: Outcome) -> dict[str, Any]:
     return {key: float(f"{value:.7g}") if isinstance(value, float) else value for key, value in kept.items()}
 
 
-def store_for(seeds: str, folder: Path = RESULTS) -> Store:
-    """The file of a set of seeds under the code as it is now."""
-    return Store(folder / f"{seeds}-{version()}.jsonl")
+def store_for(seeds: str, folder: Path = RESULTS, *, rivals: bool = False) -> Store:
+    """The file of a set of seeds under the code as it is now; the rivals' does not depend on the package."""
+    label = f"{seeds}-rivals" if rivals else seeds
+    return Store(folder / f"{label}-{version(package=not rivals)}.jsonl")
 
 
-def version() -> str:
-    """Hash of the package and of what draws, trains and judges the runs."""
+def version(*, package: bool = True) -> str:
+    """Hash of what draws, trains and judges the runs, and of the package."""
     rescue = Path(benchmarks.__path__[0]) / "rescue"
-    files = [*Path(lightning_nanguard.__path__[0]).rglob("*.py"), *(rescue / "healthy").glob("*.py")]
     names = ("cases", "data", "models", "rates", "running", "contenders", "harm/judging", "harm/measuring")
-    files += [rescue / f"{name}.py" for name in names]
+    files = [*(rescue / "healthy").glob("*.py"), *(rescue / f"{name}.py" for name in names)]
+    if package:
+        files += Path(lightning_nanguard.__path__[0]).rglob("*.py")
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(f"{file.parent.name}/{file.name}".encode() + code_of(file.read_text()).encode())
