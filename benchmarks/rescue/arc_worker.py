@@ -1,4 +1,4 @@
-"""Trains cases under arc-training; runs in the environment in which that is installed, and imports nothing of ours else.
+"""Trains cases under arc-training; runs in the environment that has it, and imports nothing else of ours.
 
 Reads one request a line and answers with one line: the run, and what arc did.
 """

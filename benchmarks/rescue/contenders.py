@@ -238,7 +238,7 @@ class Guard(Contender):
 
 @final
 class ReadLate(Contender):
-    """The guard on evidence, in deferred readback where every number arrives as late as it may: after two further updates."""
+    """The guard on evidence, in deferred readback where every number arrives two updates late, the latest it may."""
 
     name, title = "deferred", 'NaNGuard(readback="deferred")'
 
