@@ -51,8 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         names = [name for name in contenders if (name not in SETTINGS) == rivals]
         if names:
             store = store_for(arguments.seeds, arguments.results, rivals=rivals)
-            _gather(store, wanted, names, arguments.jobs, console)
-            found = (store.outcomes.get((case, name)) for case in wanted for name in ("bare", *names))
+            some = wanted[: arguments.rival_draws] if rivals else wanted
+            _gather(store, some, names, arguments.jobs, console)
+            found = (store.outcomes.get((case, name)) for case in some for name in ("bare", *names))
             kept += [outcome for outcome in found if outcome is not None]
     facts = rescue_report.about(arguments.seeds, first, time.perf_counter() - started)
     unhealthy = {o.case for o in kept if o.contender == "bare" and not o.healthy}
@@ -136,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rivals", default="", metavar="A,B", help=f"all, or of {', '.join([*RIVALS, Arc.name])} (default: none)"
     )
+    parser.add_argument("--rival-draws", type=int, default=300, help="of the draws, for the rivals (default: 300)")
     parser.add_argument("--seeds", choices=sorted(FIRST_SEED), default="report", help="set of seeds (default: report)")
     parser.add_argument("--seed", type=int, default=0, help="other draws of the same forms")
     parser.add_argument("--forms", default="", metavar="REGEX", help="only forms whose name matches")
