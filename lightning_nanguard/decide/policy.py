@@ -8,9 +8,9 @@ The evidence decides what is at fault, and that decides the remedy:
 * *state* that went bad by itself is restored, without a correction;
 * a run without one good update, or over its budget, is stopped.
 
-Every listed remedy whose role the verdict calls for is asked. The verdict on a learner calls for a restore and for one
-correction (clipping or the rate, whichever is listed first and proposes something), or for all of them where one may be
-too little. Remedies that notify are asked at every fault.
+Every listed remedy whose role the verdict calls for is asked. The verdict on a learner calls for a restore and for all
+listed corrections (clipping and the rate), since a loss may explode by its learning rate or by rare large gradients.
+Where clipping alone turns out to suffice, the planned cut is not made. Remedies that notify are asked at every fault.
 """
 
 from __future__ import annotations
@@ -127,15 +127,6 @@ class Policy:
         self, fault: Fault, evidence: Evidence, state: PolicyState, scope: Scope, attempt: int
     ) -> list[PlanStep]:
         steps: list[PlanStep] = []
-        corrected: Role | None = None
-        # A loss may explode by its learning rate or by rare large gradients. With both corrections the rate is cut only
-        # as far as is needed with clipping.
-        both = (
-            attempt > 0
-            or evidence.healthy_steps < self.thresholds.blame.beginning
-            or (fault.scope == "learner" and fault.clipping_helps)
-            or evidence.burst
-        )
         for remedy in self.remedies:
             role = remedy.role
             if role in ("skip", "notify") or (role in ("rate", "clip", "moments") and scope != "learner"):
@@ -149,8 +140,7 @@ class Policy:
                     return [proposal]
             elif role == "restore":
                 steps.append(self._deep_enough(proposal, evidence, state, scope))
-            elif both or corrected in (None, role):
-                corrected = role
+            else:
                 fitting = self._fitted(proposal, evidence, state, steps, attempt)
                 steps += [] if fitting is None else [fitting]
         return steps
@@ -213,7 +203,7 @@ class Policy:
             failed = state.unproven.count(where)
             state = replace(state, unproven=(*state.unproven, where))
             if failed >= self.thresholds.same_restores:
-                reason = f"it came back at once after each of {failed} rollbacks, which change nothing else"
+                reason = f"it came back after each of {failed} rollbacks, before another snapshot was certified"
                 return (Stop(reason),), state
         here = sum(1 for _, place in state.restores if place == where)
         if len(state.restores) > self.budget.max_rollbacks or here > self.budget.max_rollbacks_per_place:

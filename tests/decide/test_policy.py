@@ -46,9 +46,11 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("a bad batch is skipped", BATCH, {"comparison": THE_BATCH}, (Skip(),)),
     ("a batch that holds NaN is skipped", BATCH, {"batch_finite": False, "bad_in_a_row": 4}, (Skip(),)),
     ("a stretch of bad batches is the data's", BATCH, {"comparison": THE_BATCH, "bad_in_a_row": 8}, (Skip(),)),
-    ("bad in a row without a comparison: the learner", GRADIENT, {"bad_in_a_row": 4}, (Restore(0), Clip(2.0))),
+    ("bad in a row without a comparison: the learner", GRADIENT, {"bad_in_a_row": 4},
+     (Restore(0), Clip(2.0), CUT)),
     ("lost out of nothing: the state", BATCH, {"comparison": THE_LEARNER}, (Restore(0),)),
-    ("lost in a climb: the learner", BATCH, {"comparison": THE_LEARNER, "climbing": True}, (Restore(0), Clip(2.0))),
+    ("lost in a climb: the learner", BATCH, {"comparison": THE_LEARNER, "climbing": True},
+     (Restore(0), Clip(2.0), CUT)),
     ("a corrupt weight: the state", BATCH, {"corrupt": "parameter w"}, (Restore(0),)),
     ("a corrupt weight after a rise of the rate", EXPLODING, {"corrupt": "parameter w", "rate_rose": True},
      (Restore(0), Scale(0.5, limit=True))),
@@ -63,13 +65,13 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("collapsed, and the weights have grown", COLLAPSED,
      {"comparison": Comparison(2.5, 2.5), "growth": 4.6, "excursion": True, "first": 2.3}, (Restore(0), Scale(0.5))),
     ("a bad update that was made, and is back at once", BATCH,
-     {"undo": True, "comparison": THE_LEARNER, "healthy_since_restore": 2}, (Restore(0), Clip(2.0))),
+     {"undo": True, "comparison": THE_LEARNER, "healthy_since_restore": 2}, (Restore(0), Clip(2.0), CUT)),
     ("an early one that was made, from a loss that good weights do not have", GRADIENT,
      {"undo": True, "healthy_steps": 3, "comparison": Comparison(1e9, 2.3)}, (Restore(0), Clip(2.0), CUT)),
     ("an early one that was made, from a loss that says nothing", BATCH,
      {"undo": True, "healthy_steps": 3, "comparison": THE_LEARNER}, (Restore(0),)),
     ("the same, where no batch can be run again", BATCH,
-     {"undo": True, "comparable": False, "healthy_since_restore": 2}, (Restore(0), Clip(2.0))),
+     {"undo": True, "comparable": False, "healthy_since_restore": 2}, (Restore(0), Clip(2.0), CUT)),
     ("a batch that reaches far beyond those before", BATCH, {"batch_strange": True, "bad_in_a_row": 8}, (Skip(),)),
     ("bad in a row under good weights too: the loss itself", GRADIENT,
      {"bad_in_a_row": 8, "comparison": Comparison(0.2, 0.2, then_finite=False)}, (Skip(),)),
@@ -87,7 +89,10 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
      (Restore(2), Scale(0.5))),
     ("a state gone bad that was found by looking at a stuck loss: the newest snapshot", STUCK,
      {"corrupt": "optimizer state exp_avg_sq of w", "levels": (1.0, 1.1, 2.3), "sound": 2}, (Restore(0),)),
-    ("never good: stop", BATCH, {"healthy_steps": 0, "bad_in_a_row": 8}, (Stop("…"),)),
+    ("never good: stop", BATCH, {"healthy_steps": 0, "bad_in_a_row": 64}, (Stop("…"),)),
+    ("not good for a while: wait", BATCH, {"healthy_steps": 0, "bad_in_a_row": 63, "comparison": THE_BATCH}, (Skip(),)),
+    ("bad for a whole window: stop", BATCH, {"batch_finite": False, "bad_in_a_row": 1001}, (Stop("…"),)),
+    ("bad for almost as long: wait", BATCH, {"batch_finite": False, "bad_in_a_row": 1000}, (Skip(),)),
     ("not good yet: wait", BATCH, {"healthy_steps": 0, "bad_in_a_row": 3, "snapshots": 0}, (Skip(),)),
     ("a bad update that reached the weights", BATCH, {"undo": True}, (Restore(0),)),
     ("deeper where an older snapshot was better", EXPLODING, {"levels": (5.0, 4.0, 0.5)},
@@ -114,8 +119,8 @@ REMEDIES: list[tuple[str, tuple[Remedy, ...], Fault, dict[str, object], Plan]] =
     ("stop", (StopTraining(),), EXPLODING, {}, (Stop("…"),)),
     ("stop after what helps", (Rollback(), ReduceLR(), StopTraining()), EXPLODING, {}, (Restore(0), Scale(0.5))),
     ("a cut without a rollback", (ReduceLR(factor=0.3),), EXPLODING, {}, (Scale(0.3),)),
-    ("clip preferred", (Rollback(), ReduceLR(), ClipGradients(5.0)), GRADIENT, {"bad_in_a_row": 4},
-     (Restore(0), Scale(0.5))),
+    ("every correction, in the order listed", (Rollback(), ReduceLR(), ClipGradients(5.0)), GRADIENT,
+     {"bad_in_a_row": 4}, (Restore(0), Scale(0.5), Clip(5.0))),
     ("what may have come back by itself", (ClipGradients(),), OVERSHOOT, {"growth": 20.0}, ()),
     ("an update that was made is taken back even so", (ReduceLR(),), BATCH,
      {"undo": True, "comparison": THE_LEARNER, "healthy_since_restore": 2}, (Restore(0), Scale(0.5))),
@@ -207,6 +212,35 @@ def test_rare_faults_do_not_use_up_a_budget() -> None:
         evidence = dataclasses.replace(GOOD, step=step, healthy_since_restore=50)
         plan, state = policy.decide(CORRUPTED, evidence, state)
         assert not any(isinstance(one, Stop) for one in plan)
+        state = dataclasses.replace(state, unproven=())  # a snapshot is certified
+
+
+def test_a_rollback_that_changes_nothing_is_not_made_a_third_time() -> None:
+    """The same fault at the same place, twice rolled back without a correction and without a snapshot certified since,
+    ends the run; another fault, a corrected rollback and a certified snapshot do not count."""
+    policy, state, plans = Policy(default_remedies()), PolicyState(), []
+    elsewhere = dataclasses.replace(CORRUPTED, place="parameter w")
+    for fault in (CORRUPTED, elsewhere, EXPLODING, EXPLODING, EXPLODING, CORRUPTED, elsewhere, CORRUPTED):
+        plan, state = policy.decide(fault, dataclasses.replace(GOOD, healthy_since_restore=5), state)
+        plans.append(plan)
+    assert not any(isinstance(one, Stop) for plan in plans[:-1] for one in plan)
+    assert plans[-1] == (Stop("it came back after each of 2 rollbacks, before another snapshot was certified"),)
+
+
+def test_skips_alone_end_nothing() -> None:
+    """Nine of ten updates bad are skipped for ever, but for the bounds that a user gives."""
+    ends = []
+    for budget in (Budget(), Budget(max_skip_share=0.5), Budget(max_bad_batches=8)):
+        policy, state, ended = Policy(default_remedies(), budget), PolicyState(), None
+        for step in range(3000):
+            bad = step % 10
+            evidence = dataclasses.replace(GOOD, step=step, batch_finite=False, bad_in_a_row=bad)
+            plan, state = policy.decide(BATCH, evidence, state) if bad else ((), state)
+            if any(isinstance(one, Stop) for one in plan):
+                ended = step
+                break
+        ends.append(ended)
+    assert ends == [None, 36, 9]
 
 
 @dataclasses.dataclass(frozen=True)

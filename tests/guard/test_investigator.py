@@ -18,7 +18,7 @@ from lightning_nanguard.state.snapshot import capture
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.types import Evidence
 from tests.guard.memory_ranks import memory_ranks
-from tests.guard.plain_loop import PlainLoop, remedies, state
+from tests.guard.plain_loop import EVIDENCE, PlainLoop, remedies, state
 from tests.helpers import copied, differences
 
 BATCH = Fault("non_finite_loss", "batch", "loss", math.nan)
@@ -166,11 +166,12 @@ def test_a_batch_that_comes_back_is_not_looked_into_each_time(known: int) -> Non
 
 
 def test_a_state_is_worse_where_the_newest_batches_fare_worse() -> None:
-    """By a clear difference; nobody asks among ranks, or where nothing may be tried."""
+    """By a clear difference; nobody asks among ranks, while observing, or where nothing finite may be tried."""
     for options, answers in (
-        ({}, [True, False, False]),
-        ({"settings": Settings(observe=True)}, [False] * 3),
-        ({"ranks": memory_ranks(2)[0]}, [False] * 3),
+        ({"settings": EVIDENCE}, [True, False, False]),
+        ({"settings": Settings()}, [False] * 3),
+        ({"settings": replace(EVIDENCE, observe=True)}, [False] * 3),
+        ({"settings": EVIDENCE, "ranks": memory_ranks(2)[0]}, [False] * 3),
     ):
         loop = PlainLoop(**options)
         monitors, seen = loop.guard.context.monitors, Reading(1, 0, 1.0, 1.0)

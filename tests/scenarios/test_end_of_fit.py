@@ -13,7 +13,7 @@ import pytest
 import torch
 from pytorch_lightning import Callback, Trainer
 
-from lightning_nanguard import NaNGuard, Rollback, StopTraining, TrainingDivergedError
+from lightning_nanguard import Budget, NaNGuard, Rollback, StopTraining, TrainingDivergedError
 from tests.helpers import Batch, FaultAt, States, batches, copied, differences, fit, task, trainer_for, with_bad
 from tests.modules import NaNWeight
 
@@ -46,9 +46,10 @@ def test_one_line_says_what_happened_in_this_fit(log: pytest.LogCaptureFixture) 
     assert guard.non_finite_rate == pytest.approx(1 / 20)
     fit(task(), batches(count=24), guard)
     first, second = told(log)
-    assert first.startswith("NaNGuard: 20 updates watched, 1 intervention (non_finite_loss 1): 1 batch skipped")
+    expected = 'NaNGuard: 20 updates watched (act_on="certain"), 1 intervention (non_finite_loss 1): 1 batch skipped'
+    assert first.startswith(expected)
     assert first.endswith("interventions.jsonl")
-    assert second == "NaNGuard: 24 updates watched, nothing to do"
+    assert second == 'NaNGuard: 24 updates watched (act_on="certain"), nothing to do'
     assert guard.non_finite_rate == 0.0
 
 
@@ -63,7 +64,7 @@ def stopped(guard: NaNGuard, data: list[Batch], *callbacks: Callback) -> tuple[T
 
 def test_stop_says_what_why_and_what_to_do() -> None:
     """The error names fault, place, reason, what was tried, and what to do, in its text and as attributes."""
-    guard = NaNGuard(remedies=[Rollback(), StopTraining()], snapshot_every_n_steps=2)
+    guard = NaNGuard(remedies=[Rollback(), StopTraining()], snapshot_every_n_steps=2, budget=Budget(max_bad_batches=32))
     error, _, _ = stopped(guard, with_bad(6), FaultAt("loss", math.nan, range(14, 200)))
     text = str(error)
     assert error.fault is not None
