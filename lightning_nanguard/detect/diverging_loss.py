@@ -20,9 +20,9 @@ from lightning_nanguard.types import Fault, Reading
 class DivergingLoss(Detector):
     """Asks at growing distances whether a finite loss falls as it could.
 
-    The question is a suspicion and proves nothing: the guard acts only where a trial shows that a lower rate learns what
-    the run does not (``act_on="evidence"``). Otherwise it gives advice where the loss looks bad. Losses are compared
-    with each other alone, so neither their unit nor where zero lies matters.
+    The question is a suspicion and proves nothing: the guard acts only where a trial shows that a lower rate learns
+    what the run does not (``act_on="evidence"``). Otherwise it gives advice where the loss looks bad. Losses are
+    compared with each other alone, so neither their unit nor where zero lies matters.
 
     * ``exploding_loss``: the newest losses lie above the first one of the run;
     * ``collapsed``: they lie above the middle between the first loss and the best level since;

@@ -32,7 +32,6 @@ class SpikeThresholds:
         min_deviation: Least deviation of the logarithm of the norm, so that norms which hardly vary do not make every
             small change a spike.
         warmup_above_largest: During warm-up, times the largest norm so far that a spike has to exceed.
-        warmup_min_norm: During warm-up, least norm of a spike; smaller ones are usual at the beginning of a run.
         warmup_doubtful: During warm-up, times the largest norm so far from which a norm is a spike if its batch is out
             of the ordinary, too.
         warmup_min_norms: Accepted norms from which a norm can be doubtful.
@@ -42,8 +41,7 @@ class SpikeThresholds:
     above_first: float = 2.0
     extreme: float = 1e4
     min_deviation: float = 0.1
-    warmup_above_largest: float = 1e5
-    warmup_min_norm: float = 1e6
+    warmup_above_largest: float = 1e6
     warmup_doubtful: float = 100.0
     warmup_min_norms: int = 2
 

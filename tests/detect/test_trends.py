@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,6 @@ from lightning_nanguard.detect.trends import (
     loss_falls,
     loss_level,
     loss_unit,
-    updates_far_off,
     usual_norm,
 )
 from lightning_nanguard.thresholds.detection import (
@@ -24,13 +24,15 @@ from lightning_nanguard.thresholds.detection import (
 
 
 @pytest.mark.parametrize(
-    ("losses", "first", "unit"),
-    [([], None, 1e-12), ([], -3.0, 3.0), ([0.0, 9.0] * 3, 2.0, 2.0), ([0.0, 9.0] * 4, 2.0, 1.4826 * 4.5)],
-    ids=["nothing known", "untrained model", "too few for noise", "noise"],
-)
-def test_loss_unit(losses: list[float], first: float | None, unit: float) -> None:
-    """The size of the untrained model's loss, or the noise of enough losses where that is larger."""
-    assert loss_unit(losses, first, HistoryThresholds()) == unit
+    ("losses", "learned", "unit"),
+    [([], 0.0, 1e-12), ([5.0], 3.0, 3.0), ([1.0, 4.0, 2.0], 2.0, 3.0), ([0.0, 3.0, 9.0, 3.0, 9.0, 0.0, 3.0, 9.0], 2.0,
+      1.4826 * 3.0 / math.sqrt(2)), ([100.0 + step for step in range(8)], 0.0, 1e-12)],
+    ids=["nothing known", "learned", "range of a few", "noise", "a trend is no noise"],
+)  # fmt: skip
+def test_loss_unit(losses: list[float], learned: float, unit: float) -> None:
+    """How far the loss has come down, or its noise where that is larger; where zero lies does not matter."""
+    assert loss_unit(losses, learned, HistoryThresholds()) == pytest.approx(unit)
+    assert loss_unit([loss - 7.0 for loss in losses], learned, HistoryThresholds()) == pytest.approx(unit)
 
 
 def test_loss_level() -> None:
@@ -42,13 +44,6 @@ def test_loss_falls() -> None:
     """The noise is that within the halves, so a clear fall is not taken for noise."""
     assert loss_falls([2.0, 2.1, 2.0, 2.1, 1.0, 1.1, 1.0, 1.1], errors=2.0)
     assert not loss_falls([2.0, 3.1, 1.0, 2.1, 1.9, 3.0, 0.9, 2.0], errors=2.0)
-
-
-def test_updates_far_off() -> None:
-    """Those in a row up to the newest."""
-    assert updates_far_off([9.0, 9.0, 1.0, 4.1, 9.0], 2.0, 1.0) == 2
-    assert updates_far_off([9.0, 3.9], 2.0, 1.0) == 0
-    assert updates_far_off([0.1], -2.0, 1.0) == 1
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ ROWS: list[Row] = [
     ("learning_rate_too_high", OVERSHOOT, {}, Clues()),
     ("learning_rate_too_high", UNSTEADY, {}, Clues()),
     # A fault of a user's own kind is judged by its traits.
-    ("learning_rate_too_high", Fault("mine", "learner", "loss", certain=False, proof="growth"), {}, Clues()),
+    ("learning_rate_too_high", Fault("mine", "learner", "loss", certain=False), {}, Clues()),
     (None, Fault("mine", "learner", "loss", certain=False), {}, Clues()),
     ("exploding_gradient", Fault("mine", "batch", "gradient", 1e9, clipping_helps=True), {}, Clues()),
     ("collapsed", BACK, {"first": 2.3, "levels": (0.4, 0.9), "lr": 0.5}, Clues()),
