@@ -374,11 +374,6 @@ class Trial:
     base: Literal["best", "start"] = "start"
     factor: float = 1.0
 
-    @property
-    def speaks_against_run(self) -> bool:
-        """Whether the run lacks a clear share."""
-        return self.lacks > 0
-
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
@@ -401,8 +396,7 @@ class Evidence:
             measured.
         first: Loss of the first healthy update of the run ("the untrained model's loss"); 0 before it.
         loss_unit: Unit in which losses are compared: how far the loss has come down, or its noise if that is larger.
-        growth: Largest ratio of a weight matrix's norm to its norm at the start; for a fault with ``since``, to that in
-            the snapshot at depth ``sound``.
+        growth: Largest ratio of a weight matrix's norm to its norm at the start.
         trial: What a trial showed; ``None`` where none was made.
         climbing: Whether losses or gradient norms were rising out of their usual range just before the fault.
         burst: Whether, before a fault of the learner, one of the recent gradient norms was suddenly far above the norms

@@ -62,7 +62,7 @@ class ReduceLR(Remedy):
         """A cut, unless the rate is at its floor."""
         if evidence.lr is not None and evidence.lr <= self.min_lr:
             return None
-        if evidence.trial is not None and evidence.trial.speaks_against_run:
+        if evidence.trial is not None and evidence.trial.lacks > 0:
             return Scale(evidence.trial.factor, self.min_lr, tried=True)
         limits = self._limits
         smallest = min(self.factor, limits.largest_at_once)

@@ -72,7 +72,7 @@ class Policy:
         scope = find_scope(fault, evidence, self.thresholds.blame)
         trial = evidence.trial
         if trial is not None:
-            shown = state.trials_failed + 1 if trial.speaks_against_run else 0
+            shown = state.trials_failed + 1 if trial.lacks > 0 else 0
             state = replace(state, trials_failed=shown)
             if 0 < shown < self.trials.in_a_row and trial.lacks <= self.trials.plain:
                 return (), state

@@ -13,7 +13,7 @@ from lightning_nanguard.detect.trends import (
     has_burst,
     loss_falls,
     loss_level,
-    loss_unit,
+    loss_noise,
     usual_norm,
 )
 from lightning_nanguard.thresholds.detection import HistoryThresholds
@@ -73,19 +73,29 @@ class ReadingHistory:
         return islice(self._read, max(0, len(self._read) - count), None)
 
     def loss_unit(self) -> float:
-        """The unit of the loss: how far it has come down so far, or its noise where that is larger."""
-        learned = 0.0 if self.first is None else self.first - self._best
-        return loss_unit(self.losses(self._thresholds.noise_losses), learned, self._thresholds)
+        """The unit of the loss: how far it has come down so far, or its noise where that is larger.
+
+        Differences of losses are measured in it, so that neither the unit of the recorded losses nor where zero lies
+        matters.
+        """
+        return max(self._learned(), self._noise(), 1e-12)
+
+    def _learned(self) -> float:
+        return 0.0 if self.first is None else max(0.0, self.first - self._best)
+
+    def _noise(self) -> float:
+        return loss_noise(self.losses(self._thresholds.noise_losses), self._thresholds)
 
     def level(self) -> float | None:
         """Mean of the newest losses without the highest; a median would miss a model that is wrong on some batches."""
         return loss_level(self.losses(self._thresholds.level_losses))
 
     def learning(self) -> bool:
-        """Whether the loss is clearly below the untrained model's."""
+        """Whether the loss is below the first one, by more than its noise and by a share of what was learned."""
         level, first = self.level(), self.first
-        share = self._thresholds.learning
-        return level is not None and first is not None and level < first - share * self.loss_unit()
+        if level is None or first is None:
+            return False
+        return first - level > max(self._noise(), self._thresholds.learning * self._learned())
 
     def falling(self) -> bool:
         """Whether the newest losses lie clearly below as many before them, or are too few to tell."""

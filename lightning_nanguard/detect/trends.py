@@ -16,22 +16,12 @@ from lightning_nanguard.thresholds.detection import (
 )
 
 
-def loss_unit(losses: Sequence[float], learned: float, thresholds: HistoryThresholds) -> float:
-    """The unit of the loss: how far it has come down, or the noise where that is larger.
-
-    Differences of losses are measured in it, so that neither the unit of the recorded losses nor where zero lies
-    matters. Of few losses the range takes the place of the noise.
-
-    Args:
-        losses: The newest losses.
-        learned: How far the best level lies below the first loss of the run.
-        thresholds: From how many losses noise is taken.
-    """
-    few = len(losses) < thresholds.min_noise_losses
-    # Between neighbours, so that a trend is no noise; their difference has twice the variance of one loss.
-    steps = [after - before for before, after in pairwise(losses)]
-    noise = max(losses, default=0.0) - min(losses, default=0.0) if few else spread(steps) / math.sqrt(2)
-    return max(learned, noise, 1e-12)
+def loss_noise(losses: Sequence[float], thresholds: HistoryThresholds) -> float:
+    """The noise of some losses: of few their range, else the deviation of neighbours, so that a trend is no noise."""
+    if len(losses) < thresholds.min_noise_losses:
+        return max(losses, default=0.0) - min(losses, default=0.0)
+    # The difference of two has twice the variance of one.
+    return spread([after - before for before, after in pairwise(losses)]) / math.sqrt(2)
 
 
 def loss_level(losses: Sequence[float]) -> float | None:

@@ -55,6 +55,8 @@ class TrialRunner:
                 return rehearsal.losses_after(base, factor, updates, trained, measured)
 
             before = losses(start, 1.0, 0, chosen)
+            if before is None:
+                return None
             arms = [(_mean(losses(start, factor, limits.picked_after, chosen)), factor) for factor in limits.factors]
             while arms[-1][0] > _mean(before) and arms[-1][1] > limits.least_factor:
                 factor = arms[-1][1] * limits.factors[-1] / limits.factors[-2]

@@ -127,7 +127,7 @@ class HistoryThresholds:
         noise_losses: Newest losses whose deviation is the noise in the loss unit.
         min_noise_losses: Fewest losses from which noise is taken.
         level_losses: Newest losses whose mean, the highest left out, is the loss level.
-        learning: Loss units below the untrained model's loss from which a level shows learning.
+        learning: Share of what was learned by which the loss of a run that learns has to lie below the first one.
         falling_losses: Newest losses that are compared with as many before them.
         falling: Standard errors by which they have to lie below those to be falling.
         usual_norm: Which gradient norm is usual.

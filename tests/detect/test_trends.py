@@ -12,7 +12,7 @@ from lightning_nanguard.detect.trends import (
     has_burst,
     loss_falls,
     loss_level,
-    loss_unit,
+    loss_noise,
     usual_norm,
 )
 from lightning_nanguard.thresholds.detection import (
@@ -24,15 +24,17 @@ from lightning_nanguard.thresholds.detection import (
 
 
 @pytest.mark.parametrize(
-    ("losses", "learned", "unit"),
-    [([], 0.0, 1e-12), ([5.0], 3.0, 3.0), ([1.0, 4.0, 2.0], 2.0, 3.0), ([0.0, 3.0, 9.0, 3.0, 9.0, 0.0, 3.0, 9.0], 2.0,
-      1.4826 * 3.0 / math.sqrt(2)), ([100.0 + step for step in range(8)], 0.0, 1e-12)],
-    ids=["nothing known", "learned", "range of a few", "noise", "a trend is no noise"],
+    ("losses", "noise"),
+    [([], 0.0), ([5.0], 0.0), ([1.0, 4.0, 2.0], 3.0),
+     ([0.0, 3.0, 9.0, 3.0, 9.0, 0.0, 3.0, 9.0], 1.4826 * 3.0 / math.sqrt(2)),
+     ([100.0 + step for step in range(8)], 0.0)],
+    ids=["nothing known", "one", "range of a few", "noise", "a trend is no noise"],
 )  # fmt: skip
-def test_loss_unit(losses: list[float], learned: float, unit: float) -> None:
-    """How far the loss has come down, or its noise where that is larger; where zero lies does not matter."""
-    assert loss_unit(losses, learned, HistoryThresholds()) == pytest.approx(unit)
-    assert loss_unit([loss - 7.0 for loss in losses], learned, HistoryThresholds()) == pytest.approx(unit)
+def test_loss_noise(losses: list[float], noise: float) -> None:
+    """Where zero lies does not matter, and the unit only as a factor."""
+    for shift, factor in ((0.0, 1.0), (-7.0, 1.0), (0.0, 8.0)):
+        moved = [factor * loss + shift for loss in losses]
+        assert loss_noise(moved, HistoryThresholds()) == pytest.approx(factor * noise)
 
 
 def test_loss_level() -> None:

@@ -23,9 +23,10 @@ from tests.helpers import copied, same_bits
 def rehearsal_of(loop: PlainLoop) -> Rehearsal:
     """Tries rates in a loop whose loss unit is 1."""
     monitors = Monitors([])
-    seen = Reading(1, 0, 1.0, 1.0)
-    monitors.check(seen)
-    monitors.accept(seen)
+    for step, loss in enumerate((2.0, 1.0)):
+        seen = Reading(step, 0, loss, 1.0)
+        monitors.check(seen)
+        monitors.accept(seen)
     return Rehearsal(dataclasses.replace(loop.guard.context, monitors=monitors))
 
 
