@@ -57,10 +57,10 @@ def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
         return Trial()
     start, best, arm = median(losses.start), median(losses.best), median(losses.arm)
     level = min(median(losses.now), median(losses.later))
-    kept = best < start - limits.kept * (start - arm)
+    as_good = best < arm + limits.lacks * (start - arm)
     lacks = (level - arm) / (start - arm)
     if lacks > limits.lacks:
-        return Trial(lacks, "best" if kept else "start", losses.factor)
+        return Trial(lacks, "best" if as_good else "start", losses.factor)
     lost = all(_share_above(one, losses.best) >= limits.signs for one in (losses.now, losses.later))
     if lost and level - best > limits.lost * (start - best):
         return Trial(lacks, "best", losses.factor)

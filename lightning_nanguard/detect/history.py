@@ -95,7 +95,8 @@ class ReadingHistory:
         level, first = self.level(), self.first
         if level is None or first is None:
             return False
-        return first - level > max(self._noise(), self._thresholds.learning * self._learned())
+        own = self._thresholds
+        return first - level > max(own.learning_noise * self._noise(), own.learning * self._learned())
 
     def falling(self) -> bool:
         """Whether the newest losses lie clearly below as many before them, or are too few to tell."""

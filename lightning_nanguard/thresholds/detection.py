@@ -128,6 +128,7 @@ class HistoryThresholds:
         min_noise_losses: Fewest losses from which noise is taken.
         level_losses: Newest losses whose mean, the highest left out, is the loss level.
         learning: Share of what was learned by which the loss of a run that learns has to lie below the first one.
+        learning_noise: Deviations of the noise by which it has to lie below the first one, which is a single loss.
         falling_losses: Newest losses that are compared with as many before them.
         falling: Standard errors by which they have to lie below those to be falling.
         usual_norm: Which gradient norm is usual.
@@ -141,6 +142,7 @@ class HistoryThresholds:
     min_noise_losses: int = 8
     level_losses: int = 8
     learning: float = 0.1
+    learning_noise: float = 3.0
     falling_losses: int = 16
     falling: float = 2.0
     usual_norm: UsualNormThresholds = field(default_factory=UsualNormThresholds)

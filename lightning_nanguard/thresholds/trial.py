@@ -26,7 +26,6 @@ class TrialThresholds:
         signs: Share of the batches that have to agree on which of two states is better.
         lacks: Share of what can be learned that a run has to lack.
         lost: Share of what was learned that a run has to have lost, to be worse than it was.
-        kept: Share of what can be learned above which the best state is gone back to, rather than the start.
         in_a_row: Trials in a row that have to speak against the run.
         plain: Share of what can be learned that is so large that one trial is enough.
     """
@@ -42,6 +41,5 @@ class TrialThresholds:
     signs: float = 0.8
     lacks: float = 0.1
     lost: float = 0.3
-    kept: float = 0.5
     in_a_row: int = 2
-    plain: float = 0.8
+    plain: float = 0.5
