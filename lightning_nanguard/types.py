@@ -79,7 +79,8 @@ class Fault:
             snapshots from before that step are trusted. The loss may have recovered by itself meanwhile. ``None`` for a
             fault that is reported at once.
         certain: True if a number is not finite or overflows, such as a NaN loss; False if it is finite but unusual and
-            may prove harmless, such as a gradient spike.
+            may prove harmless, such as a gradient spike. With ``NaNGuard(act_on="certain")``, the default, the user is
+            only told of a fault that is not certain.
         extreme: True if the value is out of all proportion to every value accepted before. A finite fault of a batch
             counts as certain if it is extreme and the inputs of the batch are out of all proportion, too.
         proof: What confirms a suspicion of the learner.

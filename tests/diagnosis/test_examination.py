@@ -125,7 +125,7 @@ def test_an_examination_leaves_no_trace(make: Callable[[], Stuck], tmp_path: Pat
 @pytest.mark.parametrize("model", ["mlp", "norm", "cnn", "gru", "transformer", "embedding"])
 def test_a_healthy_run_is_not_advised(model: str, tmp_path: Path) -> None:
     """A loss that falls, or has settled low, is left alone; also when somebody asks."""
-    guard = NaNGuard(examine_after=16)
+    guard = NaNGuard(examine_after=16, act_on="evidence")
     ask = Ask(guard, 70)
     fit(task(model), data_for(model, 80), guard, folder=tmp_path, callbacks=[ask])
     assert ask.asked

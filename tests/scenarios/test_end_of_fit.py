@@ -38,18 +38,20 @@ def told(log: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_one_line_says_what_happened_in_this_fit(log: pytest.LogCaptureFixture) -> None:
-    """It names faults, remedies and the file of records; a second fit with the same guard has a line of its own."""
+    """It names faults, remedies, the file of records and for what the guard acts; a second fit with the same guard has a line of its own."""
     data = with_bad(12, count=20)
     guard = NaNGuard()
     assert guard.non_finite_rate is None
     fit(task(), data, guard)
     assert guard.non_finite_rate == pytest.approx(1 / 20)
     fit(task(), batches(count=24), guard)
-    first, second = told(log)
+    fit(task(), batches(count=4), NaNGuard(act_on="evidence"))
+    first, second, third = told(log)
     expected = 'NaNGuard: 20 updates watched (act_on="certain"), 1 intervention (non_finite_loss 1): 1 batch skipped'
     assert first.startswith(expected)
     assert first.endswith("interventions.jsonl")
     assert second == 'NaNGuard: 24 updates watched (act_on="certain"), nothing to do'
+    assert third == 'NaNGuard: 4 updates watched (act_on="evidence"), nothing to do'
     assert guard.non_finite_rate == 0.0
 
 
