@@ -19,7 +19,7 @@ def find_scope(fault: Fault, evidence: Evidence, limits: BlameThresholds) -> Sco
     if evidence.jump is not None and fault.scope == "batch":
         return "learner" if learner_did_it(evidence, limits) else "state"
     if fault.scope == "learner":
-        confirmed = fault.certain or fault.proof == "none" or (evidence.trial is not None and evidence.trial.lacks > 0)
+        confirmed = fault.proof == "none" or (evidence.trial is not None and evidence.trial.lacks > 0)
         return "learner" if confirmed else None
     return _batch_or_learner(fault, evidence, limits)
 

@@ -55,7 +55,7 @@ class DivergingLoss(Detector):
                 warnings.warn(message, FutureWarning, stacklevel=2)
         self.patience = patience
         self.thresholds = own = thresholds or DivergingLossThresholds()
-        self._history = LossHistory(max(own.readings, patience), own.level_readings)
+        self._history = LossHistory(max(own.readings, own.level_readings), own.level_readings)
         self._next = patience
 
     @property

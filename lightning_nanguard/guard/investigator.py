@@ -139,8 +139,8 @@ class Investigator:
         known = replace(known, growth=growth, jump=jump)
         if not self._compare_allowed:
             return known
-        if fault.scope == "learner" and not fault.certain:
-            return self._try(known, target) if fault.proof == "trial" else known
+        if fault.scope == "learner":
+            return known if fault.proof == "none" else self._try(known, target)
         if (
             fault.since is None  # else the present batch is not the faulty one
             and known.batch_finite is not False  # else its loss says nothing about the weights

@@ -24,7 +24,7 @@ OWN = Fault("something_of_my_own", "learner", "loss", 5.0, certain=False)
         ({}, {"trial": Trial(0.5)}, "learner"),
         ({}, {"trial": Trial()}, None),
         ({}, {"growth": 1e3}, None),
-        ({"certain": True}, {}, "learner"),
+        ({"certain": True}, {}, None),
         ({"scope": "batch"}, {"comparison": Comparison(1.0, 1.0)}, "batch"),
         ({"scope": "batch", "certain": True}, {"bad_in_a_row": 4, "comparison": Comparison(1.0, 1.0)}, "learner"),
         ({"scope": "batch"}, {"bad_in_a_row": 4, "comparison": Comparison(1.0, 1.0)}, "batch"),

@@ -124,7 +124,7 @@ def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
     worse = worse_than_before(evidence, limits)
     signs = evidence.growth > limits.grown or evidence.climbing
     if fault.scope == "learner" and not fault.certain:
-        return known.rate_trial if evidence.trial is not None or signs or worse else 0.0
+        return known.rate_trial if evidence.trial is not None or fault.proof == "none" or signs or worse else 0.0
     if learner_diverged(fault, evidence, limits):
         return known.rate_diverged
     blameless = evidence.corrupt is None and evidence.jump is None and case.clues.change is None
