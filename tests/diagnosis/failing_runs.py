@@ -230,7 +230,8 @@ RUNS: list[tuple[str, str, FailingRun, str, tuple[int, ...]]] = [
      nn.Linear(6, 8), Steep(), nn.Linear(8, 2))), "net.0.", ()),
     ("learning_rate_too_high", "sgd", made(optimizer=lambda p: sgd(p, lr=30.0), net=lambda: nn.Sequential(
      nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))), "", ()),
-    ("learning_rate_too_high", "linear", evident(optimizer=lambda p: sgd(p, lr=3.0), net=lambda: nn.Linear(6, 2)), "", ()),
+    ("learning_rate_too_high", "linear", evident(optimizer=lambda p: sgd(p, lr=3.0), net=lambda: nn.Linear(6, 2)), "",
+     ()),
     ("learning_rate_too_high", "adam", evident(optimizer=lambda p: optim.Adam(p, lr=30.0)), "", ()),
     ("unnormalised_input", "pixels", made(prepare=lambda x, y: x.abs_().mul_(100), net=lambda: nn.Linear(6, 2),
      optimizer=sgd), "field 0", ()),
