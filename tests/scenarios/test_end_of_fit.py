@@ -38,7 +38,8 @@ def told(log: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_one_line_says_what_happened_in_this_fit(log: pytest.LogCaptureFixture) -> None:
-    """It names faults, remedies, the file of records and for what the guard acts; a second fit with the same guard has a line of its own."""
+    """It names faults, remedies, the file of records and for what the guard acts; a second fit with the same guard
+    has a line of its own."""
     data = with_bad(12, count=20)
     guard = NaNGuard()
     assert guard.non_finite_rate is None
