@@ -199,12 +199,12 @@ class Policy:
     ) -> tuple[Plan, PolicyState]:
         where = _where(fault)
         state = replace(state, restores=(*state.restores, (evidence.step, where)))
-        if all(isinstance(step, Restore) for step in plan):
-            failed = state.unproven.count(where)
-            state = replace(state, unproven=(*state.unproven, where))
-            if failed >= self.thresholds.same_restores:
-                reason = f"it came back after each of {failed} rollbacks, before another snapshot was certified"
-                return (Stop(reason),), state
+        failed = state.unproven.count(where)
+        state = replace(state, unproven=(*state.unproven, where))
+        plain = all(isinstance(step, Restore) for step in plan)
+        if failed >= (self.thresholds.same_restores if plain else self.thresholds.corrected_restores):
+            reason = f"it came back after each of {failed} rollbacks, before another snapshot was certified"
+            return (Stop(reason),), state
         here = sum(1 for _, place in state.restores if place == where)
         if len(state.restores) > self.budget.max_rollbacks or here > self.budget.max_rollbacks_per_place:
             total = f"{len(state.restores) - 1} rollbacks within {self.budget.window} updates"

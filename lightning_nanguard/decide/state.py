@@ -23,7 +23,7 @@ class PolicyState:
             below ``bad_rate``.
         failed_returns: How often the learner diverged again after a cut was given back.
         given_back_at: Healthy-step count at the last change of the multiplier.
-        unproven: Fault and place of each plain rollback since a snapshot was last certified.
+        unproven: Fault and place of each rollback since a snapshot was last certified.
         trials_failed: Trials in a row that spoke against the run.
         proven_level: Level of the loss when it was last seen to have fallen, ``inf`` before.
     """

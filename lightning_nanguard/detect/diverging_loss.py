@@ -97,9 +97,15 @@ class DivergingLoss(Detector):
             self._next = 2 * since
 
     def uneasy(self, reading: Reading) -> bool:
-        """Whether the loss is nearer to the first one, or above it, than to the best level: it may be diverging."""
-        loss, first, best = reading.loss, self._history.first, self._history.best
-        return loss is not None and first is not None and best is not None and loss > 0.5 * (first + best)
+        """Whether this loss and the one before are nearer to the first one, or above it, than to the best level.
+
+        The run may be diverging. One such loss is noise.
+        """
+        first, best = self._history.first, self._history.best
+        if reading.loss is None or first is None or best is None:
+            return False
+        before = (loss for step, loss in self._history.accepted.items() if step < reading.step)
+        return min(reading.loss, next(before, math.inf)) > 0.5 * (first + best)
 
     def rewind(self, step: int) -> None:
         """Forget what was accepted after ``step``."""

@@ -125,6 +125,7 @@ class ReadingHistory:
             "losses": [[step, loss] for step, loss, _ in self._read if loss is not None],
             "norms": [[step, norm] for step, _, norm in self._read if norm is not None],
             "best": self._best,
+            "until_level": self._until_level,
             "first": self.first,
             "first_norm": self._first_norm,
             "first_step": self._first_step,
@@ -136,6 +137,7 @@ class ReadingHistory:
         losses, norms = dict(state["losses"]), dict(state["norms"])
         self._read.extend((step, losses.get(step), norms.get(step)) for step in sorted({*losses, *norms}))
         self._best = float(state.get("best", math.inf))
+        self._until_level = int(state.get("until_level", self._thresholds.level_losses))
         self.first = state["first"]
         self._first_norm = float(state["first_norm"])
         self._first_step = state["first_step"]

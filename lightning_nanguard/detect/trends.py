@@ -57,7 +57,7 @@ def usual_norm(norms: Sequence[float], first: float, thresholds: UsualNormThresh
 def climbs(values: Sequence[float], least: float, thresholds: ClimbThresholds) -> bool:
     """Whether the newest of some values lie above the range of the others, by more than ``least``."""
     newest = thresholds.newest
-    if len(values) <= newest:
+    if len(values) < newest + thresholds.min_others:
         return False
     gap = 1 if len(values) >= thresholds.gap_readings else 0
     before = values[: -newest - gap]

@@ -87,6 +87,8 @@ class Interventions:
         plan, policy = self._policy.decide(fault, evidence, state.policy)
         state.policy = policy
         if not plan:
+            if evidence.trial is None and not fault.certain and not fault.doubtful:
+                self._tell(fault)  # nothing could be tried
             return self._dismiss(found)
         skipped = any(isinstance(step, Skip) for step in plan)
         self._investigator.conclude(fault, batch=skipped)
@@ -101,6 +103,9 @@ class Interventions:
     def advise(self, fault: Fault, reading: Reading) -> None:
         """Tell the user of a finite suspicion that is not acted on, and have the detectors stay quiet for a while."""
         self._context.monitors.dismiss(reading)
+        self._tell(fault)
+
+    def _tell(self, fault: Fault) -> None:
         if fault.since is not None:
             return  # the rise is over, and nothing else speaks against the weights
         evidence = {} if fault.value is None else {"value": fault.value}

@@ -109,6 +109,7 @@ class DecisionThresholds:
         deepest: Most snapshots by which it goes deeper.
         same_restores: Rollbacks for the same fault at the same place, without any correction and without a snapshot
             certified in between, after which a further one would be the same action with the same result.
+        corrected_restores: The same for rollbacks of which each comes with a larger correction than the one before.
         few_skips: Skips from which on ``Budget(max_skip_share=…)`` is applied; of fewer, a share means nothing.
     """
 
@@ -120,4 +121,5 @@ class DecisionThresholds:
     depth_by_state: int = 2
     deepest: int = 8
     same_restores: int = 2
+    corrected_restores: int = 6
     few_skips: int = 32

@@ -86,6 +86,7 @@ class ClimbThresholds:
     Attributes:
         readings: Newest readings that are looked at.
         newest: The newest of these have to lie above the range of the others.
+        min_others: Fewest others; of fewer, the usual range is not known.
         gap_readings: Readings from which the one before the newest is left out of the others: it may be part of the
             climb.
         noise: Deviations of the others by which the newest have to lie above their median.
@@ -95,6 +96,7 @@ class ClimbThresholds:
 
     readings: int = 32
     newest: int = 2
+    min_others: int = 3
     gap_readings: int = 8
     noise: float = 4.0
     loss: float = 0.5

@@ -78,12 +78,15 @@ def test_where_zero_lies_does_not_matter(shift: float) -> None:
 
 
 def test_uneasy_above_the_middle() -> None:
-    """A loss nearer to the first one than to the best level casts doubt on the state; noise about the best does not."""
+    """Two losses in a row nearer to the first one than to the best level cast doubt on the state; one is noise."""
     detector = DivergingLoss()
     assert not detector.uneasy(reading(0))
     for step in range(60):
         detector.accept(reading(step, 3.0 - 0.04 * min(step, 50)))
-    assert [detector.uneasy(reading(60, loss)) for loss in (1.0, 1.9, 2.1, 9.0)] == [False, False, True, True]
+    assert not detector.uneasy(reading(60, 9.0))
+    detector.accept(reading(60, 9.0))
+    assert not detector.uneasy(reading(60, 9.0))
+    assert [detector.uneasy(reading(61, loss)) for loss in (1.0, 1.9, 2.1, 9.0)] == [False, False, True, True]
 
 
 def test_losses_that_are_not_there_are_left_out() -> None:

@@ -61,7 +61,8 @@ def test_usual_norm(norms: list[float], first: float, usual: float | None) -> No
 
 def test_climbs() -> None:
     """All of the newest have to lie above the range of the others, and one before them may be part of the climb."""
-    thresholds = ClimbThresholds(noise=4.0)
+    thresholds = ClimbThresholds(noise=4.0, min_others=1)
+    assert not climbs([1.0, 1.0, 9.0, 9.0], 0.5, replace(thresholds, min_others=3))
     assert not climbs([1.0, 9.0], 0.5, thresholds)
     assert climbs([1.0, 9.0, 9.0], 0.5, thresholds)
     assert not climbs([1.0, 9.0, 9.0], 8.0, thresholds)
