@@ -40,6 +40,7 @@ from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.remedy_actions import RemedyActions
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
+from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.guard.step_readback import StepReadback
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import Learner
@@ -89,6 +90,7 @@ def build_guard(
         actions = RemedyActions(context, recovery, rehearsal, skipper, snapshots, readback)
         runner = ActingRunner(context, actions, carried_out_by, recovery, skipper, plausibility, readback)
     interventions = Interventions(context, loop, policy, investigator, recorder, runner, carried_out_by)
+    undos = deque(make_undo() for _ in range(readback.open_batches()))
     return Guard(
         GuardParts(
             context=context,
@@ -106,7 +108,8 @@ def build_guard(
             recovery=recovery,
             recorder=recorder,
             saving=_saving(context, recorder),
-            undos=deque(make_undo() for _ in range(readback.open_batches())),
+            steps=StepCheck(context, loop, meter, caution, recorder, undos),
+            undos=undos,
         )
     )
 

@@ -34,6 +34,7 @@ from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
+from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.restore import mend_averages
@@ -63,6 +64,7 @@ class GuardParts:
         recovery: Lower rates and clipping.
         recorder: Makes records.
         saving: Looks at checkpoints before they are written.
+        steps: Looks at an update while it can still be made again.
         undos: One object for each batch that may still have to be undone.
     """
 
@@ -81,6 +83,7 @@ class GuardParts:
     recovery: Recovery
     recorder: InterventionRecorder
     saving: SaveGuard
+    steps: StepCheck
     undos: deque[BatchUndo]
 
 
@@ -200,6 +203,7 @@ class Guard:
         finally:
             self._open = self._updated = False
             self._judge.readings = []
+            self._state.raised = None
             self._parts.meter.end_batch()
             self._parts.skipper.skipped.clear()
         return not found
@@ -348,6 +352,11 @@ class Guard:
     def context(self) -> GuardContext:
         """What the parts of the guard share."""
         return self._context
+
+    @property
+    def steps(self) -> StepCheck:
+        """Looks at an update while it can still be made again."""
+        return self._parts.steps
 
     @property
     def non_finite(self) -> int:

@@ -17,6 +17,11 @@ from lightning_nanguard.thresholds.batches import RandomStreamsThresholds
 _DEFAULTS = RandomStreamsThresholds()
 
 
+def is_checked(count: int, every: int) -> bool:
+    """Whether something that is done in each step is checked in this one: often at first, then now and then."""
+    return count & (count - 1) == 0 or count % every == 0
+
+
 _COSTLY = len(("Python", "NumPy"))
 
 
@@ -106,7 +111,7 @@ class RandomStreams:
         """Remember the streams before a step, as far as steps draw from them."""
         limits, count = self._limits, self._opened
         self._opened += 1
-        if count < limits.first_checked or count % limits.checked_every == 0:
+        if is_checked(count, limits.checked_every):
             self._checked = self.now()
             return self._checked
         positions = [stream.get() for stream in self._streams[:-_COSTLY]]

@@ -76,13 +76,12 @@ class RandomStreamsThresholds:
     """Which steps are checked for the random streams they draw from.
 
     Attributes:
-        first_checked: First steps that are checked, each of them.
-        checked_every: Steps after which one more is checked. A check takes 80 µs, most of it for NumPy's stream.
+        checked_every: Steps after which one more is checked, beside those whose number is a power of two. A check takes
+            80 µs, most of it for NumPy's stream.
         quiet_checks: Checked steps in a row without a draw after which a stream is no longer remembered before steps.
     """
 
-    first_checked: int = 4
-    checked_every: int = 64
+    checked_every: int = 256
     quiet_checks: int = 4
 
 
@@ -91,21 +90,22 @@ class RepeatedStepsThresholds:
     """What is remembered before a step so that it can be run again, and when it is.
 
     Attributes:
-        first_checked: First steps of which it is checked what they change beside the gradients.
-        checked_every: Steps after which one more is checked.
+        checked_every: Steps after which it is checked what one changes beside the gradients; steps whose number is a
+            power of two are checked, too.
         copied_items: Items up to which a list, dictionary or set among the module's attributes is copied before each
             step; of a longer list only the length is kept.
         depth: Levels of nested containers of a batch that are put back before it is run again.
         window_bytes: Bytes up to which the batches of a window of accumulation are kept until its end.
         test_device: Number of transient faults at one place from which on the device is suspected.
+        message: Characters of an exception's text that are recorded.
     """
 
-    first_checked: int = 4
-    checked_every: int = 64
+    checked_every: int = 256
     copied_items: int = 256
     depth: int = 3
     window_bytes: int = 256 << 20
     test_device: int = 3
+    message: int = 200
 
 
 @dataclass(frozen=True)

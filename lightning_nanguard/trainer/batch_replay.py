@@ -77,6 +77,8 @@ class TrainerBatchReplay:
         self._distrusted = -1
         # Whether the hook at a batch's end is running, in which alone the module may log.
         self.may_log = False
+        # Index of the micro-batch that a diagnosis is of, where only one of its window is bad.
+        self.suspect: int | None = None
         self.batch: Any = None
         self.batch_idx = -1
         kept = thresholds.micro_batches
@@ -84,9 +86,23 @@ class TrainerBatchReplay:
         self.batches = BatchHistory(module.device, updates, kept.updates_small if examined else 0, thresholds)
         self._shown: list[MicroBatch] = []
 
-    def make_undo(self) -> BatchUndo:
-        """An object that remembers what a batch may change, and undoes it."""
-        return BatchUndo(self._module, [partial(remember_running_means, self._trainer)], thresholds=self._limits.undo)
+    def make_undo(self, *, thorough: bool = False) -> BatchUndo:
+        """An object that remembers what a batch may change, and undoes it; see :class:`BatchUndo`."""
+        others = [partial(remember_running_means, self._trainer)]
+        return BatchUndo(self._module, others, thorough=thorough, thresholds=self._limits.undo)
+
+    @contextmanager
+    def suspecting(self, batch_idx: int) -> Iterator[None]:
+        """Inside, one micro-batch of the window at hand is known to be the bad one.
+
+        Args:
+            batch_idx: Its index.
+        """
+        self.suspect = batch_idx
+        try:
+            yield
+        finally:
+            self.suspect = None
 
     def remember(self, update: int) -> None:
         """The batch at hand is over, in which update ``update`` was the last; keep what turned out healthy."""

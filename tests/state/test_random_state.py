@@ -36,8 +36,8 @@ def test_every_stream_is_put_back() -> None:
 def test_a_stream_that_steps_do_not_draw_from_costs_nothing_and_is_left_alone() -> None:
     """What a data loader draws between steps stays drawn, and Python's and NumPy's streams are not copied for it."""
     seed_all()
-    streams = RandomStreams(CPU, replace(RandomStreamsThresholds(), first_checked=2))
-    for _ in range(8):
+    streams = RandomStreams(CPU)
+    for _ in range(12):
         random.random()
         np.random.rand()
         before = streams.open()
@@ -51,7 +51,7 @@ def test_a_stream_that_steps_do_not_draw_from_costs_nothing_and_is_left_alone() 
 def test_a_step_that_begins_to_draw_is_noticed() -> None:
     """The next check finds it, and from then on the stream is remembered before every step."""
     seed_all()
-    streams = RandomStreams(CPU, replace(RandomStreamsThresholds(), first_checked=1, checked_every=8))
+    streams = RandomStreams(CPU, replace(RandomStreamsThresholds(), checked_every=8))
     for step in range(20):
         before = streams.open()
         drawn = random.random() if step >= 4 else None
