@@ -13,8 +13,7 @@ from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.recorder import InterventionRecorder
-from lightning_nanguard.measure.finite import non_finite_indices
-from lightning_nanguard.measure.tensors import dense_gradients, is_on_host
+from lightning_nanguard.measure.tensors import is_on_host
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.types import Evidence, Fault, Finding, Reading
 
@@ -93,9 +92,11 @@ class StepCheck:
         reading = Reading(self._context.state.step + 1, optimizer_index, value, None, finite=False, loss_finite=False)
         return self._context.monitors.check(reading)
 
-    def gradients_finite(self, optimizer_index: int) -> bool:
-        """Whether the gradients that have been accumulated are finite."""
-        return not non_finite_indices(dense_gradients(self._context.learner.gradients(optimizer_index)))
+    def fault_of_gradients(self, optimizer_index: int) -> Fault | None:
+        """The fault of the gradients that have been accumulated, ``None`` where none is certain. Reads from the device."""
+        norm = self._meter.gradient_norm(optimizer_index)
+        finite = self._meter.first_bad_gradient(optimizer_index) is None
+        return self._fault_of(Reading(self._context.state.step + 1, optimizer_index, None, norm, finite=finite))
 
     def rewind(self) -> None:
         """Put back what the batch at hand, or the window of accumulation, has changed in buffers, metrics and means."""
@@ -127,14 +128,20 @@ class StepCheck:
         if times >= self._limits.test_device:
             suggestion += " It keeps happening at this place: test the device."
         finding = Finding("transient", 0.9, {"times": float(times)}, fault.place, suggestion=suggestion)
-        self._context.state.restored = None
-        self._recorder.record(fault, fault.place, ("redo",), self._context.rate.effective(), finding)
+        self._record(fault, "redo", finding)
 
     def record_left_out(self, fault: Fault) -> None:
         """Put on record that a micro-batch was left out of its window, whose update is made from the others."""
         context = self._context
         known = Evidence(step=context.state.step + 1, healthy_steps=context.state.healthy_steps)
         finding = self._loop.diagnose(fault, known, "replay", context.state.step + 1)
-        context.state.restored = None
-        self._recorder.record(fault, fault.place, ("leave out",), context.rate.effective(), finding)
-        self._recorder.tried(fault, ("leave out",))
+        self._record(fault, "leave out", finding)
+
+    def _record(self, fault: Fault, word: str, finding: Finding | None) -> None:
+        # The update is still to be made, and other records are made after it.
+        global_step, epoch, batch_idx = self._loop.clock()
+        clock = global_step + 1, epoch, batch_idx
+        self._context.state.restored = None
+        rates = self._context.rate.effective()
+        self._recorder.record(fault, fault.place, (word,), rates, finding, clock=clock)
+        self._recorder.tried(fault, (word,))

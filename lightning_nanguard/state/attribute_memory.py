@@ -41,7 +41,7 @@ class Attributes:
             attributes = vars(module)
             self._owners.append((attributes, attributes.copy()))
             for name in names:
-                value = attributes.get(name)
+                value: Any = attributes.get(name)
                 if type(value) in _CONTAINERS:
                     held = copy.copy(value) if len(value) <= copied_items else len(value)
                     self._contents.append((value, held))
@@ -63,7 +63,7 @@ class Attributes:
             (value.update if isinstance(value, (dict, set)) else value.extend)(held)
 
     def plain_now(self) -> list[tuple[dict[str, Any], str, Any]]:
-        """Numbers, strings and flags that have other values by now: the attributes they lie in, their name and value."""
+        """Numbers, strings and flags with another value by now: the attributes they lie in, name and value."""
         return [
             (attributes, name, value)
             for attributes, before in self._owners

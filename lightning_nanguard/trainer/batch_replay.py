@@ -98,11 +98,12 @@ class TrainerBatchReplay:
         Args:
             batch_idx: Its index.
         """
-        self.suspect = batch_idx
+        before = self.batch_idx
+        self.suspect = self.batch_idx = batch_idx
         try:
             yield
         finally:
-            self.suspect = None
+            self.suspect, self.batch_idx = None, before
 
     def remember(self, update: int) -> None:
         """The batch at hand is over, in which update ``update`` was the last; keep what turned out healthy."""

@@ -30,7 +30,8 @@ def is_numeric(error: BaseException) -> bool:
     Checks of values raise ValueError, ArithmeticError or AssertionError, solvers LinAlgError, and
     ``detect_anomaly`` a RuntimeError. Errors of memory, devices and communication are none of these.
     """
-    if isinstance(error, (ArithmeticError, AssertionError, torch.linalg.LinAlgError, np.linalg.LinAlgError)):
+    unsolved = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+    if isinstance(error, (ArithmeticError, AssertionError, unsolved, np.linalg.LinAlgError)):
         return True
     if isinstance(error, ValueError):
         return not isinstance(error, UnicodeError)
@@ -55,7 +56,7 @@ class NumericErrors:
         self._replay = replay
 
     def caused_by_numbers(self, run: MicroBatchRun, start: StepStart, *, backward: bool) -> bool:
-        """Whether the same step succeeds with the numbers of a healthy batch, or with the weights of the last good state.
+        """Whether the step succeeds with the numbers of a healthy batch, or with the last good weights.
 
         A batch of the same structure, shape and index is run, from the same random numbers and attributes, so that an
         exception with another cause is raised again.

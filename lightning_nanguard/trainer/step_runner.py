@@ -190,7 +190,7 @@ class StepRunner:
     # ---------------------------------------------------------------------------------------- one micro-batch again
 
     def _micro_again(self, micro: Micro, first: _Outcome, *, steps: bool) -> Any:
-        """Run a micro-batch again that was bad, where the gradients hold nothing but those of the micro-batches before."""
+        """Run a bad micro-batch again, where the gradients hold at most those of earlier micro-batches."""
         # Some faults come from an attribute that the first run has changed, and would come back with it.
         changed = [] if first.error is not None else micro.start.plain_now()
         last, counted = first, False
@@ -224,11 +224,11 @@ class StepRunner:
         ):
             raise first.error
         alone = steps and len(self._window.left_out()) == len(self._window.micros) - 1
-        if self._accumulating() and not alone and self._check.state_is_finite():
-            return self._leave_out(micro, first, last, counted=counted, steps=steps)
-        if first.error is None and last.error is None and not last.early:
+        if not self._accumulating() and first.error is None and last.error is None:
             return last.result  # forward and backward have run, and the guard sees what they gave
         self._rewind(micro, last)
+        if self._accumulating() and not alone and self._check.state_is_finite():
+            return self._leave_out(micro, first, counted=counted, steps=steps)
         return self._pass_on(micro, first, counted=counted)
 
     def _pass_on(self, micro: Micro, first: _Outcome, *, counted: bool) -> Any:
@@ -252,9 +252,8 @@ class StepRunner:
 
     # ---------------------------------------------------------------------------------------- windows
 
-    def _leave_out(self, micro: Micro, first: _Outcome, last: _Outcome, *, counted: bool, steps: bool) -> Any:
-        """Go on as if a micro-batch had not been in its window."""
-        self._rewind(micro, last)
+    def _leave_out(self, micro: Micro, first: _Outcome, *, counted: bool, steps: bool) -> Any:
+        """Go on as if a micro-batch, to whose start all has been put back, had not been in its window."""
         if micro.run.zero_grad is not None:
             with uncounted(self._trainer, self._listens) if counted else nullcontext():
                 micro.run.zero_grad()
@@ -269,13 +268,10 @@ class StepRunner:
 
     def _window_again(self, first: _Outcome, *, steps: bool) -> Any:
         """Run all micro-batches of the window again, one by one, and leave out those that are bad."""
-        if not self._check.state_is_finite():
-            return _given(first)
-        window = self._window
+        window, result, fault = self._window, None, None
         known = len(window.left_out())
         self._check.drop_losses()
         self._check.rewind()
-        result = None
         with self._repeating(counted=True):
             for micro in window.micros:
                 last = steps and micro is window.micros[-1]
@@ -284,11 +280,11 @@ class StepRunner:
             micro = window.micros[-1]
             if not self._errors.caused_by_numbers(micro.run, micro.start, backward=not first.early):
                 raise first.error
-        if len(window.left_out()) == known:
-            self._check.record_transient(_fault_of(first))
         if steps:
             window.weigh(self._gradients())
-            self._check.fault(0, careful=self._careful)
+            fault = self._check.fault(0, careful=self._careful)
+        if len(window.left_out()) == known and fault is None:
+            self._check.record_transient(_fault_of(first))
         return self._over(first.result if result is None else result, steps=steps)
 
     def _one_of_window(self, micro: Micro, *, last: bool) -> Any:
@@ -306,8 +302,8 @@ class StepRunner:
         with logging_for(self._trainer, micro.run.batch):
             outcome = self._attempt(micro, steps=False)
         self._may_pass = False
-        if outcome.fault is None and outcome.error is None and not self._check.gradients_finite(0):
-            outcome.fault = Fault("non_finite_gradient", "batch", "gradient", None, "a gradient is not finite")
+        if outcome.fault is None and outcome.error is None:
+            outcome.fault = self._check.fault_of_gradients(0)
         if (outcome.fault is None and outcome.error is None) or (only and outcome.error is None):
             return outcome.result
         if not outcome.early and outcome.error is None:
