@@ -29,6 +29,7 @@ from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.plan_runner import PlanRunner
+from lightning_nanguard.guard.rate_watch import RateWatch
 from lightning_nanguard.guard.readback import Readback
 from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.guard.recorder import InterventionRecorder
@@ -62,6 +63,7 @@ class GuardParts:
         judge: Tells healthy readings from faults.
         runner: Carries plans out.
         recovery: Lower rates and clipping.
+        rates: Keeps updates from being made at a rate that is none.
         recorder: Makes records.
         saving: Looks at checkpoints before they are written.
         steps: Looks at an update while it can still be made again.
@@ -81,6 +83,7 @@ class GuardParts:
     judge: ReadingJudge
     runner: PlanRunner
     recovery: Recovery
+    rates: RateWatch
     recorder: InterventionRecorder
     saving: SaveGuard
     steps: StepCheck
@@ -158,6 +161,7 @@ class Guard:
         self._judge.judge_late(self._readback.due(optimizer_index), optimizer_index)
         self._parts.certification.start_again_if_lazy()
         self._state.step += 1
+        self._parts.rates.look(optimizer_index)
         self._state.note_rate(self._context.rate.first())
         self._updated = True
         if self._judge.weights_are_bad():

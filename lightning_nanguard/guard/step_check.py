@@ -58,7 +58,7 @@ class StepCheck:
         return not (context.many or context.ranks.sharded or context.settings.observe)
 
     def fault(self, optimizer_index: int, *, careful: bool) -> Fault | None:
-        """The fault of the update that is about to be made; only one that is certain, and ``None`` where it is read late.
+        """The certain fault of the update that is about to be made; ``None`` without one, or where it is read late.
 
         Args:
             optimizer_index: Index of the optimizer.
@@ -93,7 +93,7 @@ class StepCheck:
         return self._context.monitors.check(reading)
 
     def fault_of_gradients(self, optimizer_index: int) -> Fault | None:
-        """The fault of the gradients that have been accumulated, ``None`` where none is certain. Reads from the device."""
+        """The fault of the gradients accumulated so far; ``None`` where none is certain. Reads from the device."""
         norm = self._meter.gradient_norm(optimizer_index)
         finite = self._meter.first_bad_gradient(optimizer_index) is None
         return self._fault_of(Reading(self._context.state.step + 1, optimizer_index, None, norm, finite=finite))
