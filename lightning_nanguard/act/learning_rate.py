@@ -254,7 +254,9 @@ class LearningRate:
     def _bases(self) -> Iterator[_Rate]:
         """The rates that are scaled: the scheduled ones, or the last valid ones in the place of those that are none."""
         groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
-        for group, rate in zip((one for one in groups if one.get("lr") is not None), self._scheduled_rates(), strict=True):
+        for group, rate in zip(
+            (one for one in groups if one.get("lr") is not None), self._scheduled_rates(), strict=True
+        ):
             yield self.valid.instead_of(group, rate)
 
     def is_on(self) -> bool:

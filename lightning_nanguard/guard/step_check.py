@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import final
 
@@ -101,6 +102,10 @@ class StepCheck:
     def rewind(self) -> None:
         """Put back what the batch at hand, or the window of accumulation, has changed in buffers, metrics and means."""
         self._undos[0].undo()
+
+    def undo_also(self, undo: Callable[[], None]) -> None:
+        """Have one more function called where the batch at hand, or the window, is left out."""
+        self._undos[0].also(undo)
 
     def drop_losses(self) -> None:
         """Forget the losses that were seen: their micro-batches are run again."""

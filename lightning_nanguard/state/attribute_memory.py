@@ -46,13 +46,20 @@ class Attributes:
                     held = copy.copy(value) if len(value) <= copied_items else len(value)
                     self._contents.append((value, held))
 
-    def restore(self) -> None:
-        """Put all of them back."""
+    def restore(self, *, plain: bool = True) -> None:
+        """Put them back.
+
+        Args:
+            plain: Whether to put numbers, strings and flags back too, and not only tensors, containers and objects.
+        """
         for attributes, before in self._owners:
             for name in [name for name in attributes if name not in before and name not in _OWN]:
-                del attributes[name]
+                if plain or not isinstance(attributes[name], _PLAIN):
+                    del attributes[name]
             for name, value in before.items():
-                if name not in _OWN and attributes.get(name, _MISSING) is not value:
+                now = attributes.get(name, _MISSING)
+                kept = not plain and isinstance(now, _PLAIN) and isinstance(value, _PLAIN) and None not in (now, value)
+                if name not in _OWN and now is not value and not kept:
                     attributes[name] = value
         for value, held in self._contents:
             if isinstance(held, int):
@@ -129,6 +136,10 @@ class AttributeMemory:
         self._changing: list[tuple[nn.Module, Sequence[str]]] = [(module, ())]
         self._others: list[tuple[nn.Module, Attributes]] = []
 
+    def now(self) -> Attributes:
+        """The attributes as they are now."""
+        return Attributes(self._changing, self._limits.copied_items)
+
     def open(self, *, checked: bool) -> Attributes:
         """Remember the attributes before a step.
 
@@ -138,7 +149,7 @@ class AttributeMemory:
         if checked:
             self._changing = [(module, _containers(module)) for module, _ in self._changing]
             self._others = list(self._all_others())
-        return Attributes(self._changing, self._limits.copied_items)
+        return self.now()
 
     def close(self) -> None:
         """The step is over: from now on those modules are remembered, too, whose attributes it changed."""

@@ -67,6 +67,11 @@ class RandomState:
             if position is not None:
                 stream.set(position)
 
+    def now(self) -> RandomState:
+        """Where the same streams stand now, as far as they are remembered here."""
+        pairs = zip(self.streams, self.positions, strict=True)
+        return RandomState(self.streams, [None if position is None else stream.get() for stream, position in pairs])
+
     @property
     def torch(self) -> tuple[Tensor, ...]:
         """Positions of torch's streams: of the CPU, and of the device where that has one."""

@@ -19,6 +19,38 @@ _DEFAULTS = RepeatedStepsThresholds()
 
 
 @final
+class StepClock:
+    """Random streams and counters after a step, which do not go back where the step is left out.
+
+    Args:
+        random: The random streams.
+        counters: Numbers, strings and flags among the module's attributes that the step has changed: the attributes
+            they lie in, name and value.
+    """
+
+    __slots__ = ("_counters", "_random")
+
+    def __init__(self, random: RandomState, counters: list[tuple[dict[str, Any], str, Any]]) -> None:
+        self._random = random
+        self._counters = counters
+
+    @property
+    def counted(self) -> bool:
+        """Whether the step has changed a counter."""
+        return bool(self._counters)
+
+    def restore(self) -> None:
+        """Put random streams and counters where they were after the step."""
+        self._random.restore()
+        self.restore_counters()
+
+    def restore_counters(self) -> None:
+        """Put the counters where they were after the step."""
+        for attributes, name, value in self._counters:
+            attributes[name] = value
+
+
+@final
 class StepStart:
     """What one step began from, beside weights and buffers.
 
@@ -36,17 +68,29 @@ class StepStart:
         self._attributes = attributes
         self._contents = list(_containers(batch, depth))
 
-    def restore(self) -> None:
-        """Put random streams, attributes and the batch's containers back."""
+    def restore(self, *, attributes: bool = True) -> None:
+        """Put random streams and the batch's containers back.
+
+        Args:
+            attributes: Whether to put the module's attributes back too.
+        """
         for container, held in self._contents:
             container.clear()
             (container.update if isinstance(container, dict) else container.extend)(held)
-        self._attributes.restore()
+        if attributes:
+            self._attributes.restore()
         self._random.restore()
 
-    def plain_now(self) -> list[tuple[dict[str, Any], str, Any]]:
-        """Plain attributes of the module that have other values by now; see :class:`Attributes`."""
-        return self._attributes.plain_now()
+    def carried_back(self) -> None:
+        """Put those attributes back that a batch which is left out may have spoilt: all but numbers, strings and flags.
+
+        Those count steps, and belong to the clock.
+        """
+        self._attributes.restore(plain=False)
+
+    def clock_now(self) -> StepClock:
+        """What of all this the clock has moved on by now."""
+        return StepClock(self._random.now(), self._attributes.plain_now())
 
 
 def _containers(batch: Any, depth: int) -> Iterator[tuple[Any, Any]]:
@@ -82,6 +126,10 @@ class StepMemory:
         self._opened = 0
         self._written: list[tuple[Any, int]] = []
         self.repeatable = True
+
+    def attributes_now(self) -> Attributes:
+        """The module's attributes as they are now."""
+        return self._attributes.now()
 
     def open(self, batch: Any, random: RandomState) -> StepStart:
         """Remember what the coming step begins from.

@@ -11,14 +11,14 @@ from typing import Any, final
 import torch
 
 from lightning_nanguard.guard.guard import Guard
-from lightning_nanguard.state.random_state import RandomState
-from lightning_nanguard.state.step_start import StepMemory
+from lightning_nanguard.state.step_start import StepClock, StepMemory, StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.numeric_errors import NumericErrors, is_numeric
 from lightning_nanguard.trainer.private.closures import (
     MicroBatchRun,
     accumulates,
+    call_after_backward,
     changes_gradients,
     logging_for,
     result_of,
@@ -120,14 +120,16 @@ class StepRunner:
             return run.whole()
         random = self._replay.batches.begin_step()
         try:
-            if self._allowed and run.repeatable:
-                return self._guarded(run, random)
-            return run.whole()
+            start = self._memory.open(run.batch, random)
+            if run.zero_grad is not None:
+                self._check.undo_also(start.carried_back)
+            return self._guarded(run, start) if self._allowed and run.repeatable else run.whole()
         finally:
             self._replay.batches.end_step()
+            self._memory.close()
 
-    def _guarded(self, run: MicroBatchRun, random: RandomState) -> Any:
-        micro = self._window.add(run, self._memory.open(run.batch, random))
+    def _guarded(self, run: MicroBatchRun, start: StepStart) -> Any:
+        micro = self._window.add(run, start)
         steps = not accumulates(self._trainer)
         try:
             outcome = self._attempt(micro, steps=steps)
@@ -140,7 +142,6 @@ class StepRunner:
                 return self._window_again(outcome, steps=steps)
             return self._micro_again(micro, outcome, steps=steps)
         finally:
-            self._memory.close()
             if steps:
                 self._window.close()
 
@@ -191,33 +192,37 @@ class StepRunner:
 
     def _micro_again(self, micro: Micro, first: _Outcome, *, steps: bool) -> Any:
         """Run a bad micro-batch again, where the gradients hold at most those of earlier micro-batches."""
-        # Some faults come from an attribute that the first run has changed, and would come back with it.
-        changed = [] if first.error is not None else micro.start.plain_now()
+        after = micro.start.clock_now()
         last, counted = first, False
-        for keeps in (False, True) if changed else (False,):
+        # Some faults hang on a counter or flag that the first run has changed, and come back with it.
+        for keeps in (False, True) if after.counted and first.error is None else (False,):
             counted = counted or not last.early
             self._rewind(micro, last)
-            for attributes, name, value in changed if keeps else ():
-                attributes[name] = value
+            if keeps:
+                after.restore_counters()
             with self._repeating(counted=counted):
                 last = self._attempt(micro, steps=steps)
             if last.fault is None and last.error is None:
-                for attributes, name, value in changed if keeps else ():
-                    attributes[name] = value
+                if keeps:
+                    after.restore_counters()
+                if first.error is not None and not first.early:
+                    call_after_backward(self._trainer, self._listens)
                 self._check.record_transient(_fault_of(first))
                 return self._over(last.result, steps=steps)
             if last.error is not None and not is_numeric(last.error):
                 self._memory.repeatable = False
                 _logger.debug("NaNGuard: a step cannot be made again: %r", last.error)
                 break
-        return self._stays_bad(micro, first, last, counted=counted or not last.early, steps=steps)
+        return self._stays_bad(micro, first, last, after, counted=counted or not last.early, steps=steps)
 
     def _rewind(self, micro: Micro, outcome: _Outcome) -> None:
         if not outcome.early:
             self._check.drop_losses()
         self._window.rewind(micro)
 
-    def _stays_bad(self, micro: Micro, first: _Outcome, last: _Outcome, *, counted: bool, steps: bool) -> Any:
+    def _stays_bad(
+        self, micro: Micro, first: _Outcome, last: _Outcome, after: StepClock, *, counted: bool, steps: bool
+    ) -> Any:
         """The fault came back: leave the micro-batch out of its window, or give it to the guard as it is."""
         if first.error is not None and not self._errors.caused_by_numbers(
             micro.run, micro.start, backward=not first.early
@@ -228,7 +233,7 @@ class StepRunner:
             return last.result  # forward and backward have run, and the guard sees what they gave
         self._rewind(micro, last)
         if self._accumulating() and not alone and self._check.state_is_finite():
-            return self._leave_out(micro, first, counted=counted, steps=steps)
+            return self._leave_out(micro, first, after, counted=counted, steps=steps)
         return self._pass_on(micro, first, counted=counted)
 
     def _pass_on(self, micro: Micro, first: _Outcome, *, counted: bool) -> Any:
@@ -252,11 +257,12 @@ class StepRunner:
 
     # ---------------------------------------------------------------------------------------- windows
 
-    def _leave_out(self, micro: Micro, first: _Outcome, *, counted: bool, steps: bool) -> Any:
+    def _leave_out(self, micro: Micro, first: _Outcome, after: StepClock, *, counted: bool, steps: bool) -> Any:
         """Go on as if a micro-batch, to whose start all has been put back, had not been in its window."""
         if micro.run.zero_grad is not None:
             with uncounted(self._trainer, self._listens) if counted else nullcontext():
                 micro.run.zero_grad()
+        after.restore()
         micro.left_out = _fault_of(first)
         result = self._nan_result() if first.result is None else first.result
         if steps:
@@ -275,7 +281,7 @@ class StepRunner:
         with self._repeating(counted=True):
             for micro in window.micros:
                 last = steps and micro is window.micros[-1]
-                result = self._one_of_window(micro, last=last)
+                result = self._one_of_window(micro, known, last=last)
         if first.error is not None and window.micros[-1].left_out is not None:
             micro = window.micros[-1]
             if not self._errors.caused_by_numbers(micro.run, micro.start, backward=not first.early):
@@ -284,19 +290,23 @@ class StepRunner:
             window.weigh(self._gradients())
             fault = self._check.fault(0, careful=self._careful)
         if len(window.left_out()) == known and fault is None:
+            if first.error is not None:
+                call_after_backward(self._trainer, self._listens)
             self._check.record_transient(_fault_of(first))
         return self._over(first.result if result is None else result, steps=steps)
 
-    def _one_of_window(self, micro: Micro, *, last: bool) -> Any:
+    def _one_of_window(self, micro: Micro, known: int, *, last: bool) -> Any:
         parameters = list(self._module.parameters())
         if micro.left_out is not None:
             if micro.run.zero_grad is not None:
                 micro.run.zero_grad()
             return None
         before = [None] * len(parameters) if micro.run.zero_grad is not None else gradients_of(parameters)
+        # What a micro-batch found bad meanwhile had left in attributes is gone, and must not come back.
+        micro.start.restore(attributes=len(self._window.left_out()) == known)
+        attributes = self._memory.attributes_now()
         trace = self._replay.make_undo(thorough=True)
         trace.open()
-        micro.start.restore()
         only = last and len(self._window.left_out()) == len(self._window.micros) - 1
         self._may_pass = only
         with logging_for(self._trainer, micro.run.batch):
@@ -311,6 +321,7 @@ class StepRunner:
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
         trace.undo()
+        attributes.restore(plain=False)
         micro.left_out = _fault_of(outcome)
         return outcome.result
 

@@ -60,7 +60,7 @@ def test_what_is_said_of_them() -> None:
 @pytest.mark.parametrize("multiplier", [1.0, 0.5])
 @pytest.mark.parametrize("kind", [SGD, LBFGS])
 def test_the_step_is_made_at_the_last_valid_rate(kind: Any, multiplier: float) -> None:
-    """Scaled by the multiplier; the group itself keeps what its schedule says, and the rates that are read are valid."""
+    """Scaled by the multiplier; the group keeps what its schedule says, and the rates that are read are valid."""
     weight = nn.Parameter(torch.ones(1))
     optimizer = kind([weight], lr=0.5)
     rate = LearningRate([optimizer])

@@ -50,6 +50,15 @@ def test_everything_is_put_back() -> None:
     assert module.inner.weight is weight
 
 
+def test_counters_may_stay() -> None:
+    """Where a step is left out its tensors and containers go back, numbers and flags do not."""
+    module = Carries()
+    before = AttributeMemory(module).open(checked=True)
+    module.step(3)
+    before.restore(plain=False)
+    assert (module.hidden, module.seen, module.new, module.outputs) == (None, 1, 3, [])
+
+
 def test_a_long_list_that_only_grows_is_cut() -> None:
     """Its items are not copied before every step; those that the step has added go."""
     module = Carries()

@@ -115,6 +115,13 @@ def uncounted(trainer: Any, listens: Callable[[Any], bool]) -> Iterator[None]:
         loop.optim_progress.load_state_dict(progress)
 
 
+def call_after_backward(trainer: Any, listens: Callable[[Any], bool]) -> None:
+    """Call ``on_after_backward`` of the callbacks that have seen the loss, where a backward pass was made again."""
+    for callback in trainer.callbacks:
+        if not listens(callback):
+            callback.on_after_backward(trainer, trainer.lightning_module)
+
+
 @contextmanager
 def logging_for(trainer: Any, batch: Any) -> Iterator[None]:
     """Inside, ``self.log`` takes the batch size from this batch rather than from the one at hand."""
