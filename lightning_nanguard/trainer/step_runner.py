@@ -165,7 +165,7 @@ class StepRunner:
             return _Outcome(error=error, early=not self._forward_over)
         if not steps:
             return _Outcome(result)
-        self._window.weigh(self._gradients())
+        self._window.weigh(self._gradients)
         return _Outcome(result, self._check.fault(0, careful=self._careful))
 
     @contextmanager
@@ -266,7 +266,7 @@ class StepRunner:
         micro.left_out = _fault_of(first)
         result = self._nan_result() if first.result is None else first.result
         if steps:
-            self._window.weigh(self._gradients())
+            self._window.weigh(self._gradients)
             fault = self._check.fault(0, careful=self._careful)
             if fault is not None:
                 return self._window_again(_Outcome(result, fault), steps=steps)
@@ -287,7 +287,7 @@ class StepRunner:
             if not self._errors.caused_by_numbers(micro.run, micro.start, backward=not first.early):
                 raise first.error
         if steps:
-            window.weigh(self._gradients())
+            window.weigh(self._gradients)
             fault = self._check.fault(0, careful=self._careful)
         if len(window.left_out()) == known and fault is None:
             if first.error is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -95,16 +95,19 @@ class Window:
         """The micro-batches that are left out, and why."""
         return [(micro, micro.left_out) for micro in self.micros if micro.left_out is not None]
 
-    def weigh(self, gradients: Sequence[Tensor]) -> None:
+    def weigh(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
         """Make the gradients those of the mean over the micro-batches that are not left out.
 
         Lightning divides each loss by the length of a window.
+
+        Args:
+            gradients: Gives the gradients.
         """
         count = len(self.micros)
-        good = count - len(self.left_out())
+        good = count - len(self.left_out()) if count > 1 else count
         if 0 < good < count:
             with torch.no_grad():
-                for gradient in gradients:
+                for gradient in gradients():
                     gradient.mul_(count / good)
 
 

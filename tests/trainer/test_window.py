@@ -53,16 +53,16 @@ def test_the_mean_of_the_good_ones() -> None:
     """Gradients that were divided by the length of the window become those of the micro-batches left in it."""
     window = window_of(*[torch.zeros(1)] * 4)
     gradients = [torch.ones(2), torch.ones(2, 2).to_sparse()]
-    window.weigh(gradients)
+    window.weigh(lambda: gradients)
     assert gradients[0].tolist() == [1.0, 1.0]
     window.micros[1].left_out = window.micros[3].left_out = Fault("non_finite_loss", "batch", "loss")
-    window.weigh(gradients)
+    window.weigh(lambda: gradients)
     assert gradients[0].tolist() == [2.0, 2.0]
     assert gradients[1].to_dense().tolist() == [[2.0, 2.0], [2.0, 2.0]]
     assert [micro.run.batch_idx for micro, _ in window.left_out()] == [1, 3]
     for micro in window.micros:
         micro.left_out = Fault("non_finite_loss", "batch", "loss")
-    window.weigh(gradients)
+    window.weigh(lambda: gradients)
     assert gradients[0].tolist() == [2.0, 2.0], "nothing is left"
 
 
