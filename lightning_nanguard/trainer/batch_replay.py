@@ -22,6 +22,7 @@ from lightning_nanguard.state.batch_history import BatchHistory, MicroBatch
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.thresholds.batches import BatchesThresholds
+from lightning_nanguard.trainer.numeric_errors import is_numeric
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.running_means import remember_running_means
 from lightning_nanguard.trainer.private.training_step import (
@@ -238,6 +239,7 @@ class TrainerBatchReplay:
             # A second look must never cost the run that the first one would not have; and all ranks must learn of it,
             # or those where it went well would wait.
             _logger.debug("NaNGuard: a batch could not be run again: %r", error)
+            value = math.nan if is_numeric(error) else None
         return mean_over_ranks(self._ranks, value)
 
     def _average_gradients(self, optimizer: Optimizer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import torch
@@ -16,10 +16,12 @@ from lightning_nanguard.measure.batches import mapped, nested_tensors
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import capture
 from lightning_nanguard.state.step_start import StepStart
-from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.closures import MicroBatchRun
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.training_step import loss_with_graph
+
+if TYPE_CHECKING:
+    from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 
 _ANOMALY = re.compile(r"Function '\w+' returned nan values")
 

@@ -18,6 +18,7 @@ from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
 from lightning_nanguard import NaNGuard
 from tests.helpers import OUTPUTS, Batch, batches, differences, fit, learner_of, with_nan, words
+from tests.modules import Diverge
 from tests.trainer.faulty_steps import NAN, Fault, Faulty, Sees, left_behind, train
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -284,6 +285,17 @@ def test_an_exception_of_bad_weights(tmp_path: Path) -> None:
     fit(module, batches(count=12), guard, folder=tmp_path)
     assert words(guard) == [("restore",)]
     assert guard.interventions[0].place == "parameter net.0.weight"
+
+
+def test_an_exception_of_a_diverged_model(tmp_path: Path) -> None:
+    """Weights that are finite and far too large raise under every batch: the batch is not blamed."""
+    guard = NaNGuard(snapshot_every_n_steps=2)
+    module = Checks(None)
+    fit(module, batches(count=12), guard, folder=tmp_path, callbacks=[Diverge(7)])
+    first = guard.interventions[0]
+    assert "restore" in first.remedies
+    assert "training_step raised" in first.message
+    assert max(float(parameter.detach().abs().max()) for parameter in module.parameters()) < 10
 
 
 # ---------------------------------------------------------------------------------------------------- windows
