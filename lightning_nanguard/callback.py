@@ -244,7 +244,7 @@ class NaNGuard(GuardCallback):
         if self._resumed is not None:
             fit.guard.load_state_dict(self._resumed)
             self._resumed = None
-        fit.start(given.max_snapshot_memory)
+        fit.start(given.max_snapshot_memory, lambda callback: callback is self)
         if given.last_good_every_n_steps is not None:
             fit.keep_last_good(given.last_good_every_n_steps)
         self._note_resumed(fit)

@@ -102,6 +102,11 @@ class Monitors:
         monitor.accept(reading)
         return True
 
+    def calm(self, reading: Reading) -> bool:
+        """Whether the reading lies below all limits; nothing is accepted."""
+        monitor = self._monitors.get(reading.optimizer_index)
+        return monitor is not None and monitor.is_calm(reading)
+
     def check(self, reading: Reading, *, line_search: bool = False, quasi_newton: bool = False) -> Fault | None:
         """The fault that the detectors of its optimizer find in a reading; the first call makes these detectors.
 

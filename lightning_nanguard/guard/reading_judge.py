@@ -94,6 +94,8 @@ class ReadingJudge:
             if not arrived.line_search:
                 self._accept(reading)
             return
+        if not reading.loss_finite and self._context.state.raised is not None:
+            fault = replace(fault, message=self._context.state.raised)
         if fault.place == "gradient" and not reading.finite and not arrived.late:
             named = self._meter.first_bad_gradient(reading.optimizer_index)
             fault = replace(fault, place=first_over_ranks(self._context.ranks, named)[0] or fault.place)

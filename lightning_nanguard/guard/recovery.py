@@ -64,7 +64,7 @@ class Recovery:
     def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
         """Multiply the learning rate, or with ``limit`` allow no larger one than results."""
         rate = self._rate
-        if limit or rate.ratio() < rate.multiplier:
+        if (limit or rate.ratio() < rate.multiplier) and rate.effective()[0] > 0:
             rate.set_multiplier(rate.multiplier, min_lr=min_lr, max_lr=rate.effective()[0] * factor)
         else:
             rate.set_multiplier(min(1.0, rate.multiplier * factor), min_lr=min_lr, max_lr=rate.max_lr)

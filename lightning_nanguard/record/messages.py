@@ -48,6 +48,9 @@ _PHRASES = {
     "undo": ("put back what the batch had touched", "put back what the batch had touched"),
     "resume": ("went on from another checkpoint", "gone on from another checkpoint"),
     "rewrite": ("wrote the last good state in its place", "written the last good state in its place"),
+    "hold rate": ("went on at the last valid learning rate", "gone on at the last valid learning rate"),
+    "redo": ("made the step again", "made the step again"),
+    "leave out": ("left the micro-batch out of its update", "left the micro-batch out of its update"),
     "stop": ("stopped the run", "stopped the run"),
 }
 

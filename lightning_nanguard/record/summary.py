@@ -17,6 +17,9 @@ _ACTIONS = {
     "undo": ("half batch undone", "half batches undone"),
     "resume": ("other checkpoint gone on from", "other checkpoints gone on from"),
     "rewrite": ("checkpoint written with the last good state", "checkpoints written with the last good state"),
+    "hold rate": ("learning rate replaced by the last valid one", "learning rates replaced by the last valid ones"),
+    "redo": ("step made again", "steps made again"),
+    "leave out": ("micro-batch left out", "micro-batches left out"),
     "stop": ("stop", "stops"),
 }
 

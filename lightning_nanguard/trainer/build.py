@@ -63,6 +63,12 @@ def build_fit(trainer: Trainer, module: LightningModule, arguments: Arguments, m
         policy=Policy(arguments.remedies, arguments.budget, arguments.thresholds.decision, arguments.thresholds.trial),
         remedies=arguments.remedies,
         make_undo=replay.make_undo,
+        schedulers={
+            index: type(config.scheduler).__name__
+            for config in trainer.lr_scheduler_configs
+            for index, optimizer in enumerate(trainer.optimizers)
+            if getattr(config.scheduler, "optimizer", None) is optimizer
+        },
     )
     return Fit(trainer, guard, replay, diagnostics, sinks, advice, info)
 

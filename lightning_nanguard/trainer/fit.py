@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import final
+from typing import Any, final
 
 import torch
 from torch.optim import Optimizer
@@ -22,10 +23,12 @@ from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
 from lightning_nanguard.trainer.private.callbacks import after_every_batch
 from lightning_nanguard.trainer.private.checkpoint_files import catch_write_errors, write_checkpoint
+from lightning_nanguard.trainer.private.closures import run_micro_batches_by
 from lightning_nanguard.trainer.private.learning_rate_monitor import around_learning_rate_monitors
 from lightning_nanguard.trainer.private.packages import Trainer
 from lightning_nanguard.trainer.private.saving import guard_saves
 from lightning_nanguard.trainer.private.strategies import accumulation, collects
+from lightning_nanguard.trainer.step_runner import StepRunner
 from lightning_nanguard.trainer.validation import ValidationWatch
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -70,16 +73,21 @@ class Fit:
         self._unknown: set[int] = set()
         self._patches = ExitStack()
 
-    def start(self, max_memory: float | None) -> None:
+    def start(self, max_memory: float | None, listens: Callable[[Any], bool]) -> None:
         """Look at the state before the first update, and put on the trainer what the guard needs.
 
         Args:
             max_memory: Limit in GiB for all snapshots; ``None`` for no limit.
+            listens: Says which callback is the guard's.
         """
         self._sinks.open()
         self.guard.start()
         self._limit_memory(max_memory)
         rate, later = self.context.rate, self._patches.callback
+        module, limits = self._trainer.lightning_module, self.context.thresholds.batches.repeated
+        if module.automatic_optimization:
+            runner = StepRunner(self._trainer, module, self.guard, self.replay, listens, limits)
+            later(run_micro_batches_by(self._trainer, runner))
         later(
             guard_saves(
                 self._trainer,
