@@ -64,7 +64,9 @@ class NaNGuard(GuardCallback):
         max_snapshots: Certified snapshots kept (one more is always pending).
         max_snapshot_memory: Limit in GiB for all snapshots; fewer are kept where they do not fit, at least one.
         budget: Bounds on interventions, past which the run is stopped.
-        dirpath: Folder of the records and of the last good checkpoint; ``None`` for ``<log_dir>/nanguard``.
+        dirpath: Folder of the records and of the last good checkpoint; ``None`` for ``nanguard`` beside the checkpoints
+            of the trainer's logger, or ``nanguard/<run id>`` without one. A folder that belongs to another run is left
+            alone: the run then takes one below it.
         readback: ``"step"`` reads each update's loss and gradient norm before the step; ``"deferred"`` reads them up
             to two steps later without waiting for the device; ``"auto"`` takes ``"step"`` on CPU, ``"deferred"`` on
             CUDA with an optimizer that can skip on the device (``fused=True``), else ``"step"``.
@@ -79,7 +81,7 @@ class NaNGuard(GuardCallback):
         last_good_every_n_steps: Updates between writes of ``nanguard-last-good.ckpt``, a whole checkpoint that takes
             the place of the older one only when its state was certified; ``None`` writes none.
         resume: What to do with a ``ckpt_path`` that is poisoned or torn: ``"strict"`` raises
-            :class:`BadCheckpointError`, ``"last-good"`` goes on from the newest good checkpoint near it.
+            :class:`BadCheckpointError`, ``"last-good"`` goes on from the newest good checkpoint of the same run.
         sinks: Where records go beside the guard's own files, loggers and console: instances of :class:`Sink`, or
             functions that are called with each :class:`Intervention` on rank 0.
         rules: Diagnosis rules of your own, asked beside the built-in ones: functions that take a :class:`Case` and
@@ -154,6 +156,9 @@ class NaNGuard(GuardCallback):
         self._memory = Memory(limits.records)
         self._advice: Sequence[Advice] = ()
         self._resumed: Mapping[str, Any] | None = None
+        self._resumed_run: str | None = None
+        self._run_id: str | None = None
+        self._run_dir: Path | None = None
         self._gate: ResumeGate | None = None
         self._undo_gate: Callable[[], None] = _nothing
         self._fit: Fit | None = None
@@ -173,6 +178,16 @@ class NaNGuard(GuardCallback):
     def advice(self) -> Sequence[Advice]:
         """What was noticed in the last fit and left alone, such as by the preflight."""
         return tuple(self._advice)
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run, which its records and checkpoints carry; ``None`` before the first fit."""
+        return self._run_id
+
+    @property
+    def run_dir(self) -> Path | None:
+        """Folder with the records of the run; ``None`` before the first fit."""
+        return self._run_dir
 
     @property
     def lr_multiplier(self) -> float:
@@ -231,7 +246,9 @@ class NaNGuard(GuardCallback):
                 "Set requires_grad on the parameters to train, or take the guard out of the callbacks."
             )
         given = self._arguments
-        fit = self._fit = build_fit(trainer, pl_module, given, self._memory)
+        resumed, self._resumed_run = self._resumed_run, None
+        fit = self._fit = build_fit(trainer, pl_module, given, self._memory, resumed)
+        self._run_id, self._run_dir = fit.folder.run_id, fit.folder.path
         self._advice = fit.advice.given
         fit.diagnostics.preflight_due = given.preflight and trainer.global_step == 0
         self._before = (Counter(self._memory.faults), Counter(self._memory.remedies))
@@ -361,11 +378,13 @@ class NaNGuard(GuardCallback):
         try:
             self._multiplier = fit.context.rate.ratio()
             self._last_state = fit.guard.state_dict()
+            faults = self._memory.faults - self._before[0]
+            fit.folder.log("end", updates=fit.guard.updates, faults=faults, lr_multiplier=self._multiplier)
             if fit.rank_zero:
                 rank_zero_info(
                     summary(
                         fit.guard.updates,
-                        self._memory.faults - self._before[0],
+                        faults,
                         self._memory.remedies - self._before[1],
                         lr_multiplier=self._multiplier,
                         path=fit.records,
@@ -382,10 +401,11 @@ class NaNGuard(GuardCallback):
         state = self._fit.guard.state_dict() if self._fit is not None else dict(self._last_state)
         if not state:
             return {}
-        return {"schema": STATE_SCHEMA, "guard": state, "interventions": self._memory.total}
+        return {"schema": STATE_SCHEMA, "guard": state, "interventions": self._memory.total, "run": self._run_id}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Taken up when the fit starts: optimizers do not exist yet."""
+        self._resumed_run = state_dict.get("run")
         schema = state_dict.get("schema", STATE_SCHEMA)
         if schema != STATE_SCHEMA:
             _logger.warning(

@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     """Print the path of the newest file that is whole and finite, and nothing else, on standard output."""
-    from lightning_nanguard.checkpoints.inspection import LAST_GOOD, inspect, newest_good
+    from lightning_nanguard.checkpoints.inspection import inspect, newest_good
+    from lightning_nanguard.record.files import LAST_GOOD
 
     where: Path = chosen.run_folder
     kept = sorted(where.rglob(LAST_GOOD), key=lambda file: file.stat().st_mtime_ns, reverse=True)

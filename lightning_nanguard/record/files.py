@@ -16,6 +16,9 @@ _logger = logging.getLogger("lightning_nanguard")
 RECORDS_FILE, ADVICE_FILE = "interventions.jsonl", "advice.jsonl"
 """Names of the files in a run's folder of records."""
 
+LAST_GOOD = "nanguard-last-good.ckpt"
+"""Name of the checkpoint file that the guard itself writes."""
+
 _Record = TypeVar("_Record", Intervention, Advice)
 
 

@@ -27,10 +27,13 @@ from lightning_nanguard.trainer.private.averages import averaged_copies
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.precision import grad_scaler
 from lightning_nanguard.trainer.private.strategies import is_sharded, what_steps
-from lightning_nanguard.trainer.sinks import fit_advice, fit_sinks, run_info
+from lightning_nanguard.trainer.run import open_run
+from lightning_nanguard.trainer.sinks import fit_advice, fit_sinks
 
 
-def build_fit(trainer: Trainer, module: LightningModule, arguments: Arguments, memory: Memory) -> Fit:
+def build_fit(
+    trainer: Trainer, module: LightningModule, arguments: Arguments, memory: Memory, run_id: str | None = None
+) -> Fit:
     """Make one fit and its guard.
 
     Args:
@@ -38,8 +41,9 @@ def build_fit(trainer: Trainer, module: LightningModule, arguments: Arguments, m
         module: Its module.
         arguments: What the user asks for.
         memory: Keeps interventions from one fit to the next.
+        run_id: Id of the run that is resumed.
     """
-    info = run_info(trainer, arguments.dirpath)
+    info, folder = open_run(trainer, arguments.dirpath, run_id)
     context, replay = _context(trainer, module, arguments)
     sinks = fit_sinks(trainer, module, info, memory, arguments.sinks, context, replay)
     advice = fit_advice(info, arguments.thresholds.records)
@@ -59,12 +63,12 @@ def build_fit(trainer: Trainer, module: LightningModule, arguments: Arguments, m
     )
     guard = build_guard(
         context,
-        TrainerLoop(trainer, module, replay, diagnostics, sinks),
+        TrainerLoop(trainer, module, replay, diagnostics, sinks, info.run_id),
         policy=Policy(arguments.remedies, arguments.budget, arguments.thresholds.decision),
         remedies=arguments.remedies,
         make_undo=replay.make_undo,
     )
-    return Fit(trainer, guard, replay, diagnostics, sinks, advice, info)
+    return Fit(trainer, guard, replay, diagnostics, sinks, advice, folder)
 
 
 def _context(

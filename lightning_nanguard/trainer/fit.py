@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import ExitStack
-from typing import final
+from typing import Any, final
 
 import torch
 from torch.optim import Optimizer
@@ -14,9 +14,9 @@ from lightning_nanguard.checkpoints.last_good import LastGood
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.metrics import NonFiniteRate
 from lightning_nanguard.record.advice import AdviceLog
-from lightning_nanguard.record.base import RunInfo
 from lightning_nanguard.record.dispatch import SinkDispatcher
 from lightning_nanguard.record.files import RECORDS_FILE
+from lightning_nanguard.record.run_folder import RunFolder
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
@@ -42,7 +42,7 @@ class Fit:
         diagnostics: Finds causes and gives advice.
         sinks: Where records go.
         advice: Where advice goes.
-        info: Where the guard's files lie.
+        folder: The folder of the run.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Fit:
         diagnostics: Diagnostics,
         sinks: SinkDispatcher,
         advice: AdviceLog,
-        info: RunInfo,
+        folder: RunFolder,
     ) -> None:
         self._trainer = trainer
         self.guard = guard
@@ -62,7 +62,8 @@ class Fit:
         self.diagnostics = diagnostics
         self._sinks = sinks
         self.advice = advice
-        self.records = info.dirpath / RECORDS_FILE
+        self.folder = folder
+        self.records = folder.path / RECORDS_FILE
         self.validation = ValidationWatch(trainer, guard, replay)
         self.rank_zero = trainer.is_global_zero
         self.last_good: LastGood | None = None
@@ -84,7 +85,7 @@ class Fit:
             guard_saves(
                 self._trainer,
                 self.guard.before_save,
-                self.guard.mend,
+                self._mend,
                 self.guard.after_save,
                 collects=collects(self._trainer),
             )
@@ -93,10 +94,16 @@ class Fit:
             later(around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw))
             later(keep_best_finite(self._trainer))
 
+    def _mend(self, checkpoint: dict[str, Any], path: str, *, checked: bool = False) -> dict[str, Any]:
+        kept = self.last_good
+        final = str(kept.path) if kept is not None and path == str(kept.pending) else path
+        self.folder.saved(final, self._trainer.global_step)
+        return self.guard.mend(checkpoint, path, checked=checked)
+
     def keep_last_good(self, every: int) -> None:
         """Write the last good checkpoint from now on, ``every`` updates."""
         trainer, guard = self._trainer, self.guard
-        folder, ring = self.records.parent, self.context.ring
+        folder, ring = self.folder.path, self.context.ring
         kept = LastGood(folder, every, ring, lambda path: write_checkpoint(trainer, path), leads=self.rank_zero)
         kept.begin(guard.updates)
         self._patches.callback(after_every_batch(trainer, lambda: kept.close_batch(guard.updates)))
@@ -159,6 +166,7 @@ class Fit:
     def close(self) -> None:
         """Take everything off the trainer again, whatever fails in between."""
         with ExitStack() as last:
+            last.callback(self.folder.close)
             last.callback(self.advice.close)
             last.callback(self._sinks.close)
             last.push(self._patches)

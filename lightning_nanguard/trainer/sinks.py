@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import final
 
 from lightning_nanguard.guard.context import GuardContext
@@ -18,17 +17,6 @@ from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, logged_at
-
-
-def run_info(trainer: Trainer, dirpath: Path | None) -> RunInfo:
-    """What sinks may know of a fit. All ranks have to call it, since Lightning broadcasts the log folder.
-
-    Args:
-        trainer: The trainer.
-        dirpath: Folder of the records; ``None`` for ``nanguard`` in the trainer's log folder.
-    """
-    folder = dirpath if dirpath is not None else Path(trainer.log_dir or trainer.default_root_dir) / "nanguard"
-    return RunInfo(trainer.global_rank, trainer.world_size, folder)
 
 
 def fit_sinks(
@@ -69,7 +57,8 @@ def fit_advice(run: RunInfo, thresholds: RecordsThresholds = RECORDS) -> AdviceL
         run: What is known of the fit.
         thresholds: How much advice is taken.
     """
-    return AdviceLog(JsonLines(run.dirpath / ADVICE_FILE, thresholds) if run.rank == 0 else None, thresholds)
+    sink = JsonLines(run.dirpath / ADVICE_FILE, thresholds) if run.rank == 0 else None
+    return AdviceLog(sink, thresholds, run.run_id)
 
 
 @final
