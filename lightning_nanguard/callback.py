@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -22,7 +23,6 @@ from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.record.callable_sink import CallableSink, as_sinks
 from lightning_nanguard.record.memory import Memory
-from lightning_nanguard.record.summary import summary
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.build import build_fit
@@ -33,6 +33,7 @@ from lightning_nanguard.trainer.private.callbacks import put_first
 from lightning_nanguard.trainer.private.packages import GuardCallback, LightningModule, Trainer, rank_zero_info
 from lightning_nanguard.trainer.private.resuming import before_resuming
 from lightning_nanguard.trainer.private.strategies import check_strategy
+from lightning_nanguard.trainer.switch import VARIABLE, switch
 from lightning_nanguard.types import Advice, Fault, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -152,10 +153,13 @@ class NaNGuard(GuardCallback):
             rules=check_rules(rules),
             thresholds=limits,
         )
+        self._given = self._arguments  # what the environment makes of them
+        self._off = False
         expect_hooks(self)
         self._memory = Memory(limits.records)
         self._advice: Sequence[Advice] = ()
         self._resumed: Mapping[str, Any] | None = None
+        self._loaded: Mapping[str, Any] = {}
         self._resumed_run: str | None = None
         self._run_id: str | None = None
         self._run_dir: Path | None = None
@@ -224,10 +228,17 @@ class NaNGuard(GuardCallback):
         """
         hooks_called(self)
         if stage == "fit":
+            mode = switch()
+            self._off = mode == "off"
+            self._given = replace(self._arguments, observe=True) if mode == "observe" else self._arguments
+            if mode != "on":
+                rank_zero_info(f"NaNGuard {'is off' if self._off else 'only observes'}: {VARIABLE}={mode} is set.")
+            if self._off:
+                return
             check_strategy(trainer, pl_module)
             put_first(trainer, self)
             self._undo_gate()
-            given = self._arguments
+            given = self._given
             folders = [] if given.dirpath is None else [given.dirpath]
             self._gate = ResumeGate(
                 pl_module,
@@ -240,18 +251,20 @@ class NaNGuard(GuardCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the guard of this fit and look at the state before the first update."""
+        if self._off:
+            return
         if not any(parameter.requires_grad for parameter in pl_module.parameters()):
             raise ValueError(
                 f"NaNGuard has nothing to guard: {type(pl_module).__name__} has no trainable parameter. "
                 "Set requires_grad on the parameters to train, or take the guard out of the callbacks."
             )
-        given = self._arguments
+        given = self._given
         resumed, self._resumed_run = self._resumed_run, None
         fit = self._fit = build_fit(trainer, pl_module, given, self._memory, resumed)
         self._run_id, self._run_dir = fit.folder.run_id, fit.folder.path
         self._advice = fit.advice.given
         fit.diagnostics.preflight_due = given.preflight and trainer.global_step == 0
-        self._before = (Counter(self._memory.faults), Counter(self._memory.remedies))
+        self._before = self._counts()
         if self._resumed is not None:
             fit.guard.load_state_dict(self._resumed)
             self._resumed = None
@@ -269,6 +282,8 @@ class NaNGuard(GuardCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember what the batch may change."""
+        if self._off:
+            return
         fit = self._fit or self._running()
         replay = fit.replay
         replay.batch, replay.batch_idx = batch, batch_idx
@@ -279,10 +294,14 @@ class NaNGuard(GuardCallback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Take the loss."""
+        if self._off:
+            return
         (self._fit or self._running()).guard.see_loss(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, detect, and block a bad update."""
+        if self._off:
+            return
         fit = self._fit or self._running()
         index = fit.optimizer_index(optimizer)
         if index is not None:
@@ -292,6 +311,8 @@ class NaNGuard(GuardCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Decide, act, record; certify and take snapshots."""
+        if self._off:
+            return
         fit = self._fit or self._running()
         guard, replay = fit.guard, fit.replay
         replay.batch, replay.batch_idx = batch, batch_idx
@@ -378,19 +399,8 @@ class NaNGuard(GuardCallback):
         try:
             self._multiplier = fit.context.rate.ratio()
             self._last_state = fit.guard.state_dict()
-            faults = self._memory.faults - self._before[0]
-            fit.folder.log("end", updates=fit.guard.updates, faults=faults, lr_multiplier=self._multiplier)
-            if fit.rank_zero:
-                rank_zero_info(
-                    summary(
-                        fit.guard.updates,
-                        faults,
-                        self._memory.remedies - self._before[1],
-                        lr_multiplier=self._multiplier,
-                        path=fit.records,
-                        observe=self._arguments.observe,
-                    )
-                )
+            faults, remedies = (now - then for now, then in zip(self._counts(), self._before, strict=True))
+            fit.say_how_it_went(faults, remedies)
         finally:
             fit.close()
 
@@ -398,6 +408,8 @@ class NaNGuard(GuardCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Multiplier, clipping, windows, budgets and counts, in plain containers."""
+        if self._off:
+            return dict(self._loaded)  # for a later run with the guard
         state = self._fit.guard.state_dict() if self._fit is not None else dict(self._last_state)
         if not state:
             return {}
@@ -405,6 +417,7 @@ class NaNGuard(GuardCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Taken up when the fit starts: optimizers do not exist yet."""
+        self._loaded = state_dict
         self._resumed_run = state_dict.get("run")
         schema = state_dict.get("schema", STATE_SCHEMA)
         if schema != STATE_SCHEMA:
@@ -418,6 +431,9 @@ class NaNGuard(GuardCallback):
             return
         self._resumed = state_dict.get("guard")
         self._memory.total = int(state_dict.get("interventions", 0))
+
+    def _counts(self) -> tuple[Counter[str], Counter[str]]:
+        return Counter(self._memory.faults), Counter(self._memory.remedies)
 
     def _running(self) -> Fit:
         if self._fit is None:

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from lightning_nanguard.cli.output import say
+
 NAME = "last-good"
 HELP = "print the newest good checkpoint that the guard kept, for ckpt_path"
 
@@ -30,7 +32,7 @@ def run(chosen: argparse.Namespace) -> int:
             print(file)
             print(f"step {found.global_step}, {file.stat().st_size:,} bytes; whole and finite", file=sys.stderr)
             return 0
-        print(f"nanguard: {file} is bad: {found.damage or ', '.join(found.tensors)}", file=sys.stderr)
+        say(f"nanguard: {file} is bad: {found.damage or ', '.join(found.tensors)}", file=sys.stderr)
     if not kept:
         print(
             f"nanguard: no {LAST_GOOD} in {where}: NaNGuard(last_good_every_n_steps=…) writes one, once its state is "

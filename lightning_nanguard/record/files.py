@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from lightning_nanguard.record.messages import listed_numbers
+from lightning_nanguard.record.text import listed_numbers
 from lightning_nanguard.types import SCHEMA_VERSION, Advice, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")

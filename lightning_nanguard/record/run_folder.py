@@ -98,6 +98,30 @@ def open_run_folder(base: Path, run_id: str | None, *, shared: bool, begin: Mapp
     return RunFolder(own, name)
 
 
+def is_alive(folder: Path) -> bool:
+    """Whether the run of a folder goes on in another process; where folders cannot be locked, whether it has not ended.
+
+    Args:
+        folder: The folder of the run.
+    """
+    run = read_run(folder)
+    if run is None or run.ended is not None:
+        return False
+    if fcntl is None:
+        return True
+    try:
+        handle = os.open(folder / LOCK_FILE, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 def _owner(folder: Path) -> str | None:
     """Id of the run that a folder belongs to, ``""`` where the run has none, ``None`` where the folder is free."""
     run = read_run(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, final
 
@@ -15,15 +16,15 @@ from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.metrics import NonFiniteRate
 from lightning_nanguard.record.advice import AdviceLog
 from lightning_nanguard.record.dispatch import SinkDispatcher
-from lightning_nanguard.record.files import RECORDS_FILE
 from lightning_nanguard.record.run_folder import RunFolder
+from lightning_nanguard.record.summary import summary
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
 from lightning_nanguard.trainer.private.callbacks import after_every_batch
 from lightning_nanguard.trainer.private.checkpoint_files import catch_write_errors, write_checkpoint
 from lightning_nanguard.trainer.private.learning_rate_monitor import around_learning_rate_monitors
-from lightning_nanguard.trainer.private.packages import Trainer
+from lightning_nanguard.trainer.private.packages import Trainer, rank_zero_info
 from lightning_nanguard.trainer.private.saving import guard_saves
 from lightning_nanguard.trainer.private.strategies import accumulation, collects
 from lightning_nanguard.trainer.validation import ValidationWatch
@@ -63,7 +64,6 @@ class Fit:
         self._sinks = sinks
         self.advice = advice
         self.folder = folder
-        self.records = folder.path / RECORDS_FILE
         self.validation = ValidationWatch(trainer, guard, replay)
         self.rank_zero = trainer.is_global_zero
         self.last_good: LastGood | None = None
@@ -162,6 +162,19 @@ class Fit:
                 "NaNGuard: batches were trained on, but no optimizer step was seen, so nothing was guarded. Under "
                 "manual optimization step the optimizers that self.optimizers() gives."
             )
+
+    def say_how_it_went(self, faults: Mapping[str, int], remedies: Mapping[str, int]) -> None:
+        """At the end: put in the log of the run what happened, and say it on rank 0 in one line.
+
+        Args:
+            faults: How often each fault was found in this fit.
+            remedies: How often each remedy was used in it.
+        """
+        updates, multiplier = self.guard.updates, self.context.rate.ratio()
+        self.folder.log("end", updates=updates, faults=dict(faults), lr_multiplier=multiplier)
+        if self.rank_zero:
+            path, observe = self.folder.path, self.context.settings.observe
+            rank_zero_info(summary(updates, faults, remedies, lr_multiplier=multiplier, path=path, observe=observe))
 
     def close(self) -> None:
         """Take everything off the trainer again, whatever fails in between."""

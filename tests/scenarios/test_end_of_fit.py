@@ -44,10 +44,11 @@ def test_one_line_says_what_happened_in_this_fit(log: pytest.LogCaptureFixture) 
     assert guard.non_finite_rate is None
     fit(task(), data, guard)
     assert guard.non_finite_rate == pytest.approx(1 / 20)
+    folder = guard.run_dir
     fit(task(), batches(count=24), guard)
     first, second = told(log)
-    assert first.startswith("NaNGuard: 20 updates watched, 1 intervention (non_finite_loss 1): 1 batch skipped")
-    assert first.endswith("interventions.jsonl")
+    assert first.startswith("NaNGuard: 20 updates watched, 1 intervention (non-finite loss 1): 1 batch skipped")
+    assert first.endswith(f"nanguard explain {folder}")
     assert second == "NaNGuard: 24 updates watched, nothing to do"
     assert guard.non_finite_rate == 0.0
 

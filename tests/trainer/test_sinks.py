@@ -308,10 +308,15 @@ def test_a_function_that_raises(looked: Looked) -> None:
 
 
 def test_console(looked: Looked) -> None:
-    """An intervention is one readable warning: where, what, why, and what was done."""
-    first, *_ = [record.getMessage() for record in looked.log if "; skipped" in record.getMessage()]
-    for part in ("step 5", "epoch 0", "batch 4", "non_finite_loss", "skipped the batch", "non_finite_input"):
+    """An intervention is one readable warning: where, what, why, what was done, and what to do; one that is back is a
+    line, and the console says no more than that."""
+    told = [line for record in looked.log if (line := record.getMessage()).startswith("NaNGuard: step")]
+    first, second, rollback, *_ = told  # the logger is heard in later tests, too
+    for part in ("step 5", "epoch 0", "batch 4", "non-finite loss", "why: non-finite input", "done: skipped", "to do:"):
         assert part in first
+    again = "non-finite loss again (sample 0); skipped the batch (2 so far)"
+    assert second == f"NaNGuard: step 10 (epoch 0, batch 9): {again}"
+    assert "done: went back to step" in rollback
 
 
 # ---------------------------------------------------------------------------------------------------- from fit to fit
