@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 
 from lightning_nanguard.record.text import counted, in_words, printable
+from lightning_nanguard.types import ActOn
 
 _ACTIONS = {
     "skip": ("batch skipped", "batches skipped"),
@@ -29,6 +30,7 @@ def summary(
     lr_multiplier: float = 1.0,
     path: str | os.PathLike[str] | None = None,
     observe: bool = False,
+    act_on: ActOn = "certain",
 ) -> str:
     """Say in one line what happened in a fit.
 
@@ -39,15 +41,16 @@ def summary(
         lr_multiplier: What the learning rate is multiplied by at the end.
         path: The folder of the run.
         observe: Whether the guard only observed.
+        act_on: For what the guard changes the run.
 
     Example:
         >>> summary(1200)
-        'NaNGuard: 1,200 updates watched, nothing to do'
+        'NaNGuard: 1,200 updates watched (act_on="certain"), nothing to do'
         >>> summary(1200, {"non_finite_loss": 1}, {"skip": 1}, path="runs/7")[-77:]
         '(non-finite loss 1): 1 batch skipped; read more with: nanguard explain runs/7'
     """
     rate = f"; the learning rate ends at {lr_multiplier:.4g} times its schedule" if lr_multiplier != 1.0 else ""
-    watched = f"NaNGuard: {counted(updates, 'update')} watched"
+    watched = f'NaNGuard: {counted(updates, "update")} watched (act_on="{act_on}")'
     total = sum((faults or {}).values())
     if not total:
         return f"{watched}, nothing to do{rate}"

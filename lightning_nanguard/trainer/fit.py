@@ -173,8 +173,18 @@ class Fit:
         updates, multiplier = self.guard.updates, self.context.rate.ratio()
         self.folder.log("end", updates=updates, faults=dict(faults), lr_multiplier=multiplier)
         if self.rank_zero:
-            path, observe = self.folder.path, self.context.settings.observe
-            rank_zero_info(summary(updates, faults, remedies, lr_multiplier=multiplier, path=path, observe=observe))
+            settings = self.context.settings
+            rank_zero_info(
+                summary(
+                    updates,
+                    faults,
+                    remedies,
+                    lr_multiplier=multiplier,
+                    path=self.folder.path,
+                    observe=settings.observe,
+                    act_on=settings.act_on,
+                )
+            )
 
     def close(self) -> None:
         """Take everything off the trainer again, whatever fails in between."""
