@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -30,10 +29,10 @@ from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.never_called import expect_hooks, hooks_called
 from lightning_nanguard.trainer.private.averages import swaps_weights
 from lightning_nanguard.trainer.private.callbacks import put_first
-from lightning_nanguard.trainer.private.packages import GuardCallback, LightningModule, Trainer, rank_zero_info
+from lightning_nanguard.trainer.private.packages import GuardCallback, LightningModule, Trainer
 from lightning_nanguard.trainer.private.resuming import before_resuming
 from lightning_nanguard.trainer.private.strategies import check_strategy
-from lightning_nanguard.trainer.switch import VARIABLE, switch
+from lightning_nanguard.trainer.switch import switched
 from lightning_nanguard.types import ActOn, Advice, Fault, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -159,8 +158,7 @@ class NaNGuard(GuardCallback):
             rules=check_rules(rules),
             thresholds=limits,
         )
-        self._given = self._arguments  # what the environment makes of them
-        self._off = False
+        self._given: Arguments | None = self._arguments
         expect_hooks(self)
         self._memory = Memory(limits.records)
         self._advice: Sequence[Advice] = ()
@@ -234,17 +232,12 @@ class NaNGuard(GuardCallback):
         """
         hooks_called(self)
         if stage == "fit":
-            mode = switch()
-            self._off = mode == "off"
-            self._given = replace(self._arguments, observe=True) if mode == "observe" else self._arguments
-            if mode != "on":
-                rank_zero_info(f"NaNGuard {'is off' if self._off else 'only observes'}: {VARIABLE}={mode} is set.")
-            if self._off:
+            given = self._given = switched(self._arguments)
+            if given is None:
                 return
             check_strategy(trainer, pl_module)
             put_first(trainer, self)
             self._undo_gate()
-            given = self._given
             folders = [] if given.dirpath is None else [given.dirpath]
             self._gate = ResumeGate(
                 pl_module,
@@ -257,14 +250,14 @@ class NaNGuard(GuardCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the guard of this fit and look at the state before the first update."""
-        if self._off:
+        given = self._given
+        if given is None:
             return
         if not any(parameter.requires_grad for parameter in pl_module.parameters()):
             raise ValueError(
                 f"NaNGuard has nothing to guard: {type(pl_module).__name__} has no trainable parameter. "
                 "Set requires_grad on the parameters to train, or take the guard out of the callbacks."
             )
-        given = self._given
         resumed, self._resumed_run = self._resumed_run, None
         fit = self._fit = build_fit(trainer, pl_module, given, self._memory, resumed)
         self._run_id, self._run_dir = fit.folder.run_id, fit.folder.path
@@ -288,7 +281,7 @@ class NaNGuard(GuardCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember what the batch may change."""
-        if self._off:
+        if self._given is None:
             return
         fit = self._fit or self._running()
         replay = fit.replay
@@ -300,13 +293,13 @@ class NaNGuard(GuardCallback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Take the loss."""
-        if self._off:
+        if self._given is None:
             return
         (self._fit or self._running()).guard.see_loss(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, detect, and block a bad update."""
-        if self._off:
+        if self._given is None:
             return
         fit = self._fit or self._running()
         index = fit.optimizer_index(optimizer)
@@ -317,7 +310,7 @@ class NaNGuard(GuardCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Decide, act, record; certify and take snapshots."""
-        if self._off:
+        if self._given is None:
             return
         fit = self._fit or self._running()
         guard, replay = fit.guard, fit.replay
@@ -414,7 +407,7 @@ class NaNGuard(GuardCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Multiplier, clipping, windows, budgets and counts, in plain containers."""
-        if self._off:
+        if self._given is None:
             return dict(self._loaded)  # for a later run with the guard
         state = self._fit.guard.state_dict() if self._fit is not None else dict(self._last_state)
         if not state:

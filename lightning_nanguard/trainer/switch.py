@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import os
-from typing import Literal, cast
+from dataclasses import replace
+
+from lightning_nanguard.trainer.arguments import Arguments
+from lightning_nanguard.trainer.private.packages import rank_zero_info
 
 VARIABLE = "NANGUARD"
-"""Name of the environment variable."""
-
-Switch = Literal["on", "observe", "off"]
+"""Name of the environment variable: ``off`` for no guard, ``observe`` for guards that only observe."""
 
 
-def switch() -> Switch:
-    """What the environment says: ``NANGUARD=off`` for no guard, ``NANGUARD=observe`` for guards that only observe.
+def switched(arguments: Arguments) -> Arguments | None:
+    """What the environment makes of a guard's arguments; ``None`` where it is off.
+
+    Args:
+        arguments: What the user gave.
 
     Raises:
-        ValueError: When it says something else.
+        ValueError: When the environment says something else.
     """
     value = os.environ.get(VARIABLE, "").strip().lower() or "on"
     choices = ("on", "observe", "off")
     if value not in choices:
         raise ValueError(f"{VARIABLE}={value} in the environment: expected one of {', '.join(choices)}.")
-    return cast("Switch", value)
+    if value == "on":
+        return arguments
+    rank_zero_info(f"NaNGuard {'is off' if value == 'off' else 'only observes'}: {VARIABLE}={value} is set.")
+    return replace(arguments, observe=True) if value == "observe" else None

@@ -47,4 +47,4 @@ from lightning_nanguard.record.summary import summary
 )
 def test_text(text: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     """One line: how long was watched, what was met, what was done, where it is written."""
-    assert summary(*arguments, **options) == f"NaNGuard: {text}"
+    assert summary(*arguments, **options) == f"NaNGuard: {text}".replace("watched", 'watched (act_on="certain")')
