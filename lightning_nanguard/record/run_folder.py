@@ -41,9 +41,14 @@ class RunFolder:
         self._lock = lock
         self._saved: set[str] = set()
 
+    @property
+    def keeps_files(self) -> bool:
+        """Whether files of a healthy run are kept here, too."""
+        return self._lock is not None
+
     def log(self, event: str, **values: Any) -> None:
         """Put an event in the log of the run; a log that cannot be written costs the run nothing."""
-        if self._lock is not None:
+        if self.keeps_files:
             with contextlib.suppress(OSError):
                 append_event(self.path, event, {"run": self.run_id, **values})
 

@@ -15,6 +15,8 @@ from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
 from lightning_nanguard.guard.build import build_guard
 from lightning_nanguard.guard.context import GuardContext, Settings
 from lightning_nanguard.guard.readback import MAX_DELAY
+from lightning_nanguard.measure.norm_history import NormHistory
+from lightning_nanguard.record.curve import CURVE_FILE, CurveFile
 from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
@@ -44,7 +46,8 @@ def build_fit(
         run_id: Id of the run that is resumed.
     """
     info, folder = open_run(trainer, arguments.dirpath, run_id)
-    context, replay = _context(trainer, module, arguments)
+    curve = CurveFile(folder.path / CURVE_FILE, arguments.thresholds.records) if folder.keeps_files else None
+    context, replay = _context(trainer, module, arguments, curve)
     sinks = fit_sinks(trainer, module, info, memory, arguments.sinks, context, replay)
     advice = fit_advice(info, arguments.thresholds.records)
     keeps = arguments.bundle_dir is not None and trainer.is_global_zero
@@ -72,7 +75,7 @@ def build_fit(
 
 
 def _context(
-    trainer: Trainer, module: LightningModule, arguments: Arguments
+    trainer: Trainer, module: LightningModule, arguments: Arguments, curve: CurveFile | None
 ) -> tuple[GuardContext, TrainerBatchReplay]:
     sharded = is_sharded(trainer)
     ranks: Ranks = (
@@ -120,6 +123,8 @@ def _context(
             act_on=arguments.act_on,
         ),
         thresholds=arguments.thresholds,
+        norms=NormHistory(arguments.thresholds.measurement),
+        curve=curve,
     )
     return context, replay
 

@@ -80,6 +80,8 @@ class Fit:
         self._sinks.open()
         self.guard.start()
         self._limit_memory(max_memory)
+        if self.context.curve is not None:
+            self.context.curve.offset = self._trainer.global_step - self.guard.updates
         rate, later = self.context.rate, self._patches.callback
         later(
             guard_saves(
@@ -190,6 +192,8 @@ class Fit:
         """Take everything off the trainer again, whatever fails in between."""
         with ExitStack() as last:
             last.callback(self.folder.close)
+            if self.context.curve is not None:
+                last.callback(self.context.curve.write, last=True)
             last.callback(self.advice.close)
             last.callback(self._sinks.close)
             last.push(self._patches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import final
 
 from lightning_nanguard.guard.context import GuardContext
@@ -12,6 +13,7 @@ from lightning_nanguard.record.console import Console
 from lightning_nanguard.record.dispatch import SinkDispatcher
 from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE
 from lightning_nanguard.record.jsonl import JsonLines
+from lightning_nanguard.record.layer_norms import LAYER_NORMS_FILE, LayerNormsFile
 from lightning_nanguard.record.loggers import Loggers, RunNumbers
 from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
@@ -46,6 +48,9 @@ def fit_sinks(
         JsonLines(run.dirpath / RECORDS_FILE, thresholds),
         Console(thresholds),
         Loggers(metrics.numbers, metrics.log),
+        LayerNormsFile(
+            run.dirpath / LAYER_NORMS_FILE, partial(context.norms.read, context.learner.named_sizes), thresholds
+        ),
     ]
     return SinkDispatcher([*sinks, *own], run, thresholds)
 
