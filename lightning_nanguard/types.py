@@ -223,6 +223,7 @@ class Intervention:
         applied: ``False`` where ``observe=True`` kept the guard from acting.
         ranks: Ranks that saw the fault, where not all of them did; empty with one process.
         updates_lost: Number of updates that a rollback undid, the faulty one included.
+        run: Id of the run; ``""`` in records of version 0.1.0. Two records of different runs may be equal.
     """
 
     global_step: int
@@ -241,6 +242,7 @@ class Intervention:
     applied: bool = True
     ranks: tuple[int, ...] = ()
     updates_lost: int = 0
+    run: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings.
@@ -249,7 +251,7 @@ class Intervention:
             >>> Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1).to_dict()["remedies"]
             ['skip']
         """
-        return {"schema": SCHEMA_VERSION, **_plain(asdict(self))}
+        return {"schema": SCHEMA_VERSION, **plain(asdict(self))}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Intervention:
@@ -278,12 +280,14 @@ class Advice:
         epoch: The trainer's ``current_epoch``.
         occasion: Why the guard looked: ``"preflight"``, …
         finding: What it found.
+        run: Id of the run; ``""`` in advice of version 0.1.0.
     """
 
     global_step: int
     epoch: int
     occasion: str
     finding: Finding
+    run: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings.
@@ -292,7 +296,7 @@ class Advice:
             >>> Advice(0, 0, "preflight", Finding("dead_relu", 0.9)).to_dict()["finding"]["cause"]
             'dead_relu'
         """
-        return {"schema": SCHEMA_VERSION, **_plain(asdict(self))}
+        return {"schema": SCHEMA_VERSION, **plain(asdict(self))}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Advice:
@@ -302,7 +306,7 @@ class Advice:
             ValueError: When ``data`` lacks a field.
         """
         try:
-            values = {key: data[key] for key in _names(cls)}
+            values = {key: data[key] for key in _names(cls) & set(data)}
             return cls(**{**values, "finding": _finding(values["finding"])})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a record of advice: {error}; its keys are {sorted(data)}") from error
@@ -318,13 +322,14 @@ def _finding(data: Mapping[str, Any]) -> Finding:
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 

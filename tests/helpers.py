@@ -481,6 +481,12 @@ def words(guard: NaNGuard) -> list[tuple[str, ...]]:
     return [intervention.remedies for intervention in guard.interventions]
 
 
+def folder_of(guard: NaNGuard) -> Path:
+    """Where the records of the guard's last run lie."""
+    assert guard.run_dir is not None
+    return guard.run_dir
+
+
 class States(Callback):
     """Copies the learner after every update, by ``global_step``; listed callbacks come after the guard."""
 

@@ -88,6 +88,7 @@ def build_guard(
         loop.micro_batches,
         many_losses=not context.replay.comparable(),
         thresholds=context.thresholds.measurement,
+        history=context.norms,
     )
     skipper = StepSkipper(context.learner)
     caution = Caution(context, skipper)

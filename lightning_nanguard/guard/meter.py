@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_nanguard.act.skip import unscales_itself
 from lightning_nanguard.measure.finite import non_finite_indices
+from lightning_nanguard.measure.norm_history import NormHistory
 from lightning_nanguard.measure.norms import exact_norm, partial_norms, total_norm
 from lightning_nanguard.measure.readings import PendingReading, pending_reading
 from lightning_nanguard.measure.tensors import dense_gradients, is_on_host
@@ -50,6 +51,7 @@ class Meter:
         many_losses: Whether an update may have several losses even where that number is 1, as under manual
             optimization.
         thresholds: How gradient norms are measured.
+        history: Keeps the norms of the newest updates.
     """
 
     def __init__(
@@ -59,11 +61,13 @@ class Meter:
         *,
         many_losses: bool = False,
         thresholds: MeasurementThresholds | None = None,
+        history: NormHistory | None = None,
     ) -> None:
         self._learner = learner
         self._micro_batches = micro_batches
         self._many_losses = many_losses
         self._thresholds = MeasurementThresholds() if thresholds is None else thresholds
+        self._history = NormHistory(self._thresholds) if history is None else history
         # How often each optimizer that runs its closure several times in a step was measured in this batch.
         self._closures: dict[int, int] = {}
         self._divided_by = 1
@@ -120,7 +124,7 @@ class Meter:
 
     def measure_later(self, step: int, optimizer_index: int) -> PendingReading | None:
         """Loss and gradient of update ``step``, still on the device; ``None`` where there is neither."""
-        return self._pending(step, optimizer_index, self._partial_norms(optimizer_index), self._take_losses())
+        return self._pending(step, optimizer_index, self._partial_norms(step, optimizer_index), self._take_losses())
 
     def measure_now(self, step: int, optimizer_index: int) -> Reading | None:
         """Loss and gradient of update ``step``; waits for the device. ``None`` where there is neither."""
@@ -128,7 +132,7 @@ class Meter:
         return self._measure(step, optimizer_index) if early is None else early.reading
 
     def _measure(self, step: int, optimizer_index: int, *, scaled: bool = False) -> Reading | None:
-        norms, losses = self._partial_norms(optimizer_index), self._take_losses()
+        norms, losses = self._partial_norms(step, optimizer_index), self._take_losses()
         # The short way for finite numbers on the host: most updates on a CPU take it.
         if losses and norms and self._learner.scaler is None and all(map(is_on_host, (*losses, *norms))):
             norm, loss = math.hypot(*map(float, norms)), sum(map(float, losses)) * self._divided_by / len(losses)
@@ -161,10 +165,15 @@ class Meter:
         """Count closures anew: the batch is over."""
         self._closures.clear()
 
-    def _partial_norms(self, optimizer_index: int) -> list[Tensor]:
+    def _partial_norms(self, step: int, optimizer_index: int) -> list[Tensor]:
         if optimizer_index in self._learner.quasi_newton:
             self._closures[optimizer_index] = self._closures.get(optimizer_index, 0) + 1
-        return partial_norms(self._gradients(optimizer_index), self._thresholds)
+        values = self._gradients(optimizer_index)
+        norms = partial_norms(values, self._thresholds)
+        self._history.keep(
+            step, optimizer_index, norms, self._learner.which_have_gradients(optimizer_index, len(values))
+        )
+        return norms
 
     def _take_losses(self) -> list[Tensor]:
         losses, self._losses = self._losses, []

@@ -31,6 +31,7 @@ from tests.helpers import (
     data_for,
     differences,
     fit,
+    folder_of,
     learner_of,
     random_state,
     task,
@@ -57,7 +58,7 @@ def test_the_cause_is_named(cause: str, run: FailingRun, place: str, samples: tu
     assert finding.samples == samples
     assert finding.suggestion.endswith((".", ")"))
     assert guard.interventions[0].cause == cause
-    record = read_records(tmp_path / "nanguard" / "interventions.jsonl")[0]
+    record = read_records(folder_of(guard) / "interventions.jsonl")[0]
     assert record.finding == finding
     assert f"cause: {cause}" in describe(record)
 

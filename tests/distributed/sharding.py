@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.checkpoints.inspection import LAST_GOOD
 from lightning_nanguard.measure.tensors import local
+from lightning_nanguard.record.files import LAST_GOOD
 from tests.distributed.data import AT, spoilt, without
 from tests.distributed.further import further, healthy
 from tests.helpers import Task, TwoOptimizers
