@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lightning_nanguard.thresholds.diagnosis import PlateauThresholds
-from lightning_nanguard.types import Evidence, Fault
+from lightning_nanguard.types import Evidence, Fault, Finding
 
 _PLATEAU = PlateauThresholds()
 
@@ -354,6 +354,25 @@ NO_FAULT = Fault("no_fault", "state", "")
 
 
 @dataclass(frozen=True, slots=True)
+class EarlierFinding:
+    """What was found at an earlier fault of the run.
+
+    Attributes:
+        step: Update of that fault.
+        fault: Its kind.
+        place: Where it showed.
+        finding: Why it happened.
+        lr: Effective learning rate then; ``None`` where it was not known.
+    """
+
+    step: int
+    fault: str
+    place: str
+    finding: Finding
+    lr: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Case:
     """All that a rule may look at; each part is empty or ``None`` where nobody looked.
 
@@ -364,6 +383,7 @@ class Case:
         model: The model and its loss on one batch.
         course: How the run has gone.
         curvature: The loss around the weights of now.
+        earlier: What was found at earlier faults of this run, oldest first.
     """
 
     fault: Fault = NO_FAULT
@@ -372,3 +392,8 @@ class Case:
     model: Model | None = None
     course: Course | None = None
     curvature: Curvature | None = None
+    earlier: tuple[EarlierFinding, ...] = ()
+
+    def earlier_here(self) -> tuple[EarlierFinding, ...]:
+        """What was found at earlier faults of this kind at this place."""
+        return tuple(one for one in self.earlier if (one.fault, one.place) == (self.fault.kind, self.fault.place))

@@ -38,6 +38,7 @@ class AdviceLog:
 
     def __init__(self, sink: JsonLines | None = None, thresholds: RecordsThresholds = RECORDS) -> None:
         self._sink = sink
+        self._thresholds = thresholds
         self._most = thresholds.advice_per_fit
         require(self._most >= 1, thresholds, "advice_per_fit", self._most, "at least 1")
         self._said: set[tuple[str, str, str]] = set()
@@ -51,7 +52,7 @@ class AdviceLog:
         self._said.add(said)
         self.given.append(advice)
         if self._sink is not None:
-            _logger.warning("NaNGuard: %s", describe_advice(advice))
+            _logger.warning("NaNGuard: %s", describe_advice(advice, self._thresholds))
             with contextlib.suppress(Exception):
                 self._sink.write(advice)
 

@@ -30,6 +30,7 @@ class Console(Sink):
     """
 
     def __init__(self, thresholds: RecordsThresholds = RECORDS) -> None:
+        self._thresholds = thresholds
         self._show_first = thresholds.shown_per_kind
         require(self._show_first >= 1, thresholds, "shown_per_kind", self._show_first, "at least 1")
         self._kinds: dict[tuple[str, tuple[str, ...]], _Kind] = {}
@@ -46,7 +47,7 @@ class Console(Sink):
         note = f" (and {left_out:,} more like it since the last one shown)" if left_out else ""
         if seen == self._show_first:
             note += " (more like it will be shown ever more rarely)"
-        _logger.warning("NaNGuard: %s%s", describe(intervention), note)
+        _logger.warning("NaNGuard: %s%s", describe(intervention, self._thresholds), note)
         next_shown = kind.next_shown
         if seen >= next_shown:
             next_shown = seen + 1 if seen < self._show_first else 2 * seen

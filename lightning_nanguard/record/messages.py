@@ -13,11 +13,12 @@ from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Advice, Finding, Intervention
 
 
-def describe(intervention: Intervention) -> str:
+def describe(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) -> str:
     """Say in one line when and where a fault was found, what was done, and why it happened.
 
     Args:
         intervention: What happened.
+        thresholds: How many samples one message lists.
 
     Example:
         >>> describe(Intervention(412, 3, 12, "exploding_loss", "loss", ("restore", "scale"), 0.1, 0.05, 400))
@@ -33,7 +34,7 @@ def describe(intervention: Intervention) -> str:
         why = ""
     text = (
         f"step {intervention.global_step} (epoch {intervention.epoch}{batch}): {intervention.fault}{place}{why}; "
-        f"{_done(intervention)}{_cause(intervention)}"
+        f"{_done(intervention)}{_cause(intervention, thresholds)}"
     )
     # Names and messages of the user's may hold line breaks.
     return " ".join(text.split())
@@ -68,43 +69,45 @@ def _done(intervention: Intervention) -> str:
     return text if applied else f"would have {text}"
 
 
-def _cause(intervention: Intervention) -> str:
+def _cause(intervention: Intervention, thresholds: RecordsThresholds) -> str:
     finding = intervention.finding
     if finding is None:
         return f"; cause: {intervention.cause}" if intervention.cause else ""
-    return f"; cause: {describe_finding(finding)}"
+    return f"; cause: {describe_finding(finding, thresholds=thresholds)}"
 
 
-def describe_finding(finding: Finding, *, confidence: bool = False) -> str:
+def describe_finding(finding: Finding, *, confidence: bool = False, thresholds: RecordsThresholds = RECORDS) -> str:
     """Say in one line what causes a fault, where, and what to do about it.
 
     Args:
         finding: The cause.
         confidence: Whether to add how sure it is.
+        thresholds: How many samples the message lists.
 
     Example:
         >>> describe_finding(Finding("dead_relu", 0.9, place="net.1 (ReLU)", suggestion="Lower the learning rate."))
         'dead_relu in net.1 (ReLU): Lower the learning rate.'
     """
     place = f" in {finding.place}" if finding.place else ""
-    samples = f" ({listed_numbers('sample', finding.samples)})" if finding.samples else ""
+    samples = f" ({listed_numbers('sample', finding.samples, thresholds)})" if finding.samples else ""
     suggestion = f": {finding.suggestion}" if finding.suggestion else ""
     text = " ".join(f"{finding.cause}{place}{samples}{suggestion}".split())
     return f"{text} (confidence {finding.confidence:.2g})" if confidence else text
 
 
-def describe_advice(advice: Advice) -> str:
+def describe_advice(advice: Advice, thresholds: RecordsThresholds = RECORDS) -> str:
     """Say in one line what was noticed, and when.
 
     Args:
         advice: What was noticed.
+        thresholds: How many samples the message lists.
 
     Example:
         >>> describe_advice(Advice(0, 0, "preflight", Finding("dead_relu", 0.9, place="net.1 (ReLU)")))
         'step 0 (epoch 0), advice (preflight): dead_relu in net.1 (ReLU)'
     """
     where = f"step {advice.global_step} (epoch {advice.epoch}), advice ({advice.occasion})"
-    return f"{where}: {describe_finding(advice.finding)}"
+    return f"{where}: {describe_finding(advice.finding, thresholds=thresholds)}"
 
 
 def counted(number: int, noun: str, nouns: str | None = None) -> str:

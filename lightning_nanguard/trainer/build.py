@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from lightning_nanguard.act.clipping import Clipper
@@ -55,7 +57,7 @@ def build_fit(trainer: Trainer, module: LightningModule, arguments: Arguments, m
         if keeps and arguments.bundle_dir is not None
         else None,
         rules=arguments.rules,
-        thresholds=arguments.thresholds.diagnosis,
+        thresholds=replace(arguments.thresholds.diagnosis, blame=arguments.thresholds.decision.blame),
     )
     guard = build_guard(
         context,

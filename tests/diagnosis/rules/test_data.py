@@ -22,12 +22,21 @@ from tests.diagnosis.rules.faults import (
     surest_cause,
 )
 
+BAD_TARGET = Origin("log1p", lowest=-3.0, highest=1.0, from_weights=False, from_target=True)
+
 ROWS: list[Row] = [
     (None, LOSS, {}, Clues(inputs=NORMAL)),
     ("non_finite_input", LOSS, {"batch_finite": False}, Clues()),
     ("non_finite_input", LOSS, {}, Clues(bad_fields=(BadField("0", (3, 17), (3, 4)),))),
     ("log_of_zero", LOSS, {"batch_finite": False}, Clues(bad_fields=(BadField("0", (3,)),), origin=LOG)),
-    ("target_out_of_domain", LOSS, {}, Clues(origin=Origin("log1p", from_weights=False, from_target=True))),
+    (
+        "target_out_of_domain",
+        LOSS,
+        {},
+        Clues(origin=BAD_TARGET),
+    ),
+    ("no_valid_target", LOSS, {}, Clues(origin=Origin("nll_loss_forward"))),
+    ("no_valid_target", LOSS, {}, Clues(origin=Origin("mean", empty=True, from_target=True))),
     ("target_out_of_domain", SPIKE, {}, Clues(target=FAR)),
     ("unnormalised_input", EXPLODING, {"comparison": WORSE}, Clues(inputs=PIXELS)),
     ("learning_rate_too_high", EXPLODING, {"comparison": WORSE}, Clues(inputs=PIXELS, normalises=True)),
