@@ -69,6 +69,8 @@ class Confidences:
         layer_update_guess: The same alone.
         batch_size: The noise of the gradient is larger than the gradient, measured over enough batches.
         batch_size_guess: The same over too few batches.
+        mistake: The first updates show a mistake that makes no NaN.
+        mistake_guess: The same, where it may be meant.
     """
 
     told: float = 0.5
@@ -128,3 +130,5 @@ class Confidences:
     layer_update_guess: float = 0.45
     batch_size: float = 0.7
     batch_size_guess: float = 0.4
+    mistake: float = 0.85
+    mistake_guess: float = 0.6

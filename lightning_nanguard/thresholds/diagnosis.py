@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from lightning_nanguard.thresholds.confidence import Confidences
 from lightning_nanguard.thresholds.decision import BlameThresholds
+from lightning_nanguard.thresholds.mistakes import MistakeThresholds
 
 
 @dataclass(frozen=True)
@@ -339,6 +340,7 @@ class DiagnosisThresholds:
         curvature: How curvature is computed.
         gradients: How gradients are compared with finite differences.
         bundles: How many incidents of one run are kept.
+        mistakes: When the first updates show a mistake that makes no NaN.
         blame: When the guard blames the learner; in a fit ``Thresholds.decision.blame`` stands here.
     """
 
@@ -355,6 +357,7 @@ class DiagnosisThresholds:
     curvature: CurvatureThresholds = field(default_factory=CurvatureThresholds)
     gradients: GradientCheckThresholds = field(default_factory=GradientCheckThresholds)
     bundles: BundleThresholds = field(default_factory=BundleThresholds)
+    mistakes: MistakeThresholds = field(default_factory=MistakeThresholds)
     blame: BlameThresholds = field(default_factory=BlameThresholds)
 
 

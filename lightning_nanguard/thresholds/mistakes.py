@@ -1,0 +1,49 @@
+"""When the first updates of a run show a mistake that makes no NaN, and how much is looked at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MistakeThresholds:
+    """When the first updates of a run show a mistake that makes no NaN, and how much is looked at.
+
+    Attributes:
+        updates: Updates that are looked at; nothing is after them.
+        least_updates: Updates of a shorter run from which on it is judged at its end.
+        most_modules: Calls of modules that are looked at in the first batch.
+        batches: Batches that are compared with each other.
+        numbers_per_batch: Numbers of one field of a batch that it is known by again.
+        least_batches: Batches of one epoch from which on they can be said to repeat.
+        repeated: Share of the batches of one epoch that are repetitions, from which on they repeat.
+        looks_at_gradients: Updates of one optimizer for which its gradients are looked at before they are added to.
+        added: Updates in a row whose gradients were added to those before, from which on they add up.
+        ended: Share of its highest rate in these updates, below which a schedule has ended.
+        runs_on: Times as many updates as are looked at, that a run whose schedule has ended has to have in all.
+        checked_numbers: Numbers of a weight from which on it can be told whether it is as it was initialised.
+        most_numbers: Numbers of it that are looked at, spread over it.
+        most_weights: Weights that are looked at for this.
+        bound_slack: How many of its largest numbers lie how near to the bound of a uniform initialisation: the largest
+            of n numbers lies within ``bound_slack / n`` of it.
+        deviation_slack: Standard errors by which the standard deviation of a normal initialisation may be off.
+        named_parts: Parts of a model that one message names.
+    """
+
+    updates: int = 64
+    least_updates: int = 16
+    most_modules: int = 4096
+    batches: int = 16
+    numbers_per_batch: int = 256
+    least_batches: int = 8
+    repeated: float = 0.4
+    looks_at_gradients: int = 8
+    added: int = 4
+    ended: float = 0.01
+    runs_on: float = 4.0
+    checked_numbers: int = 32
+    most_numbers: int = 4096
+    most_weights: int = 32
+    bound_slack: float = 8.0
+    deviation_slack: float = 3.0
+    named_parts: int = 4
