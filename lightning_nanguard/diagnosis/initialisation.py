@@ -33,17 +33,22 @@ def looks_untrained(weight: Tensor, owner: nn.Module, thresholds: MistakeThresho
     first = float(values[0])
     if first in (0.0, 1.0) and bool((values == first).all()):
         return True
-    count = len(values)
+    count, fans = len(values), _fans(weight, owner)
+    if weight.dim() < 2 and fans is None and not isinstance(owner, nn.RNNBase):
+        return False  # of a normalisation, whose numbers begin as zeros and ones
     if count < thresholds.checked_numbers:
         return None
     largest, mean, spread = float(values.abs().max()), float(values.mean()), float(values.std(correction=0))
-    fans = _fans(weight, owner)
     lowest = 1 - thresholds.bound_slack / count
     if any(lowest * bound <= largest <= bound * (1 + 1e-6) for bound in _bounds(fans, owner)):
         return True
     if abs(mean) > thresholds.deviation_slack * spread / math.sqrt(count):
         return False
+    if weight.dim() < 2:
+        return False  # biases are zeros, or uniform
     slack = thresholds.deviation_slack / math.sqrt(2 * count)
+    if slack > thresholds.least_precision:
+        return None
     if not any(abs(spread / one - 1) < slack for one in _spreads(fans)):
         return False
     kurtosis = float(((values - mean) / spread).pow(4).mean())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -22,6 +22,7 @@ _Known = tuple[int, tuple[int, ...]]
 class _Call:
     path: str
     graph: bool
+    drops: bool
     given: tuple[_Known, ...]
     made: tuple[_Known, ...]
 
@@ -33,22 +34,26 @@ class ModuleCalls:
     One hook for all modules, rather than one on each: some of torch's modules take another way where they have hooks.
 
     Args:
-        module: The model.
+        modules: The model's modules, by path.
         most: Calls that are noted at most.
     """
 
-    def __init__(self, module: nn.Module, most: int) -> None:
-        self._paths = {id(one): path for path, one in module.named_modules()}
+    def __init__(self, modules: Mapping[str, nn.Module], most: int) -> None:
+        self._paths = {id(one): path for path, one in modules.items()}
         self._most = most
         self._calls: list[_Call] = []
         self._handle: RemovableHandle | None = None
+        self._ran: set[str] = set()
+        self._raw: set[int] = set()
 
-    def begin(self) -> None:
-        """Note calls from now on."""
+    def begin(self, batch: Any) -> None:
+        """Note calls from now on, with a batch whose tensors need no graph."""
+        self._raw = {storage_key(tensor) for _, tensor in tensor_fields(batch)}
         self._handle = register_module_forward_hook(self._see)
 
     def end(self) -> None:
         """Note no more calls."""
+        self._ran = {call.path for call in self._calls}
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -60,25 +65,31 @@ class ModuleCalls:
         # Tensors inside a transform of torch.func have no memory to ask for; to look must never cost the run.
         with contextlib.suppress(Exception):
             outputs = [one for one in _tensors(made) if one.requires_grad]
-            cut = [_known(one) for one in _tensors(given) if not one.requires_grad and one.is_floating_point()]
-            self._calls.append(_Call(path, bool(outputs), tuple(cut), tuple(map(_known, outputs))))
+            inputs = list(_tensors(given))
+            cut = [_known(one) for one in inputs if not one.requires_grad and one.is_floating_point()]
+            drops = not outputs and any(one.requires_grad for one in inputs)
+            self._calls.append(_Call(path, bool(outputs), drops, tuple(cut), tuple(map(_known, outputs))))
 
     def ran(self) -> set[str]:
         """Paths of the modules that were run."""
-        return {call.path for call in self._calls}
+        return self._ran
+
+    def seen_of(self, owner: str) -> str:
+        """The module that was run for a parameter's owner: some of torch's take the weights of those inside of them."""
+        while owner and owner not in self._ran:
+            owner = owner.rpartition(".")[0]
+        return owner
 
     def with_graph(self) -> set[str]:
         """Paths of those that gave something which requires a gradient."""
         return {call.path for call in self._calls if call.graph}
 
-    def cut(self, trained: Collection[str], batch: Any) -> set[str]:
+    def cut(self, trained: Collection[str]) -> set[str]:
         """Paths of the modules whose results went on without their graph, into a module that is trained.
 
         Args:
             trained: Paths of the modules that own a parameter which gets a gradient.
-            batch: The batch, whose tensors need no graph.
         """
-        raw = {storage_key(tensor) for _, tensor in tensor_fields(batch)}
         places: dict[int, int] = {}
         shapes: dict[tuple[int, ...], int] = {}
         last = -1
@@ -86,8 +97,11 @@ class ModuleCalls:
             if call.path in trained:
                 for place, shape in call.given:
                     # The same memory, or what was made of it: a tensor of the same shape that is no part of the batch.
-                    found = places.get(place, -1 if place in raw else shapes.get(shape, -1))
+                    found = places.get(place, -1 if place in self._raw else shapes.get(shape, -1))
                     last = max(last, found)
+            if call.drops:  # the graph ends inside of it
+                places.clear()
+                shapes.clear()
             for place, shape in call.made:
                 places[place] = shapes[shape] = index
         return {call.path for call in self._calls[: last + 1] if call.graph}

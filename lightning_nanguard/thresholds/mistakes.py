@@ -11,6 +11,7 @@ class MistakeThresholds:
 
     Attributes:
         updates: Updates that are looked at; nothing is after them.
+        updates_between_rates: Updates between two looks at the learning rates.
         least_updates: Updates of a shorter run from which on it is judged at its end.
         most_modules: Calls of modules that are looked at in the first batch.
         batches: Batches that are compared with each other.
@@ -27,14 +28,16 @@ class MistakeThresholds:
         bound_slack: How many of its largest numbers lie how near to the bound of a uniform initialisation: the largest
             of n numbers lies within ``bound_slack / n`` of it.
         deviation_slack: Standard errors by which the standard deviation of a normal initialisation may be off.
+        least_precision: Largest share of a standard deviation that this slack may be, or it tells nothing.
         named_parts: Parts of a model that one message names.
     """
 
     updates: int = 64
+    updates_between_rates: int = 4
     least_updates: int = 16
     most_modules: int = 4096
-    batches: int = 16
-    numbers_per_batch: int = 256
+    batches: int = 8
+    numbers_per_batch: int = 32
     least_batches: int = 8
     repeated: float = 0.4
     looks_at_gradients: int = 8
@@ -42,8 +45,9 @@ class MistakeThresholds:
     ended: float = 0.01
     runs_on: float = 4.0
     checked_numbers: int = 32
-    most_numbers: int = 4096
-    most_weights: int = 32
-    bound_slack: float = 8.0
-    deviation_slack: float = 3.0
+    most_numbers: int = 2048
+    most_weights: int = 8
+    bound_slack: float = 16.0
+    deviation_slack: float = 4.0
+    least_precision: float = 0.1
     named_parts: int = 4

@@ -22,7 +22,8 @@ from lightning_nanguard.thresholds.mistakes import MistakeThresholds
 from lightning_nanguard.trainer.private.callbacks import unfreezes
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 
-_FIELDS = 3  # of a batch; the first may be a mask that is always the same
+_FIELDS = 3
+_COMPILED = frozenset({"OptimizedModule", "ScriptModule", "RecursiveScriptModule"})
 _logger = logging.getLogger("lightning_nanguard")
 
 
@@ -50,13 +51,13 @@ class FirstUpdates:
         self._optimized = {name for name, p in self._named.items() if id(p) in owned}
         self._waiting = dict(self._named)  # those without a gradient so far
         self._trainable = {name for name, p in self._named.items() if p.requires_grad}
-        self._modes = {path: one for path, one in module.named_modules() if _has_modes(one)}
+        self._modules = dict(module.named_modules())
+        self._modes = {path: one for path, one in self._modules.items() if _has_modes(one)}
         self._training: set[str] = set()
         self._evaluating = True
         self._calls: ModuleCalls | None = None
-        self._batch: Any = None
-        self._batches: list[tuple[int, Tensor]] = []
-        self._rates = [_GroupRates() for optimizer in optimizers for _ in optimizer.param_groups]
+        self._batches: list[tuple[int, Tensor | None]] = []
+        self._rates = [[_GroupRates() for _ in optimizer.param_groups] for optimizer in optimizers]
         self._gradients = [_AddedGradients(optimizer, thresholds) for optimizer in optimizers]
         self._losses = self._graphless = self._updates = 0
         self._stepped = False
@@ -66,30 +67,34 @@ class FirstUpdates:
     def see_batch(self, batch: Any) -> None:
         """A batch begins."""
         if self._calls is None:
-            self._calls = ModuleCalls(self._module, self._limits.most_modules)
-            if not _is_compiled(self._module):
-                self._batch = batch
-                self._calls.begin()
+            self._calls = ModuleCalls(self._modules, self._limits.most_modules)
+            if not any(map(_is_compiled, self._modules.values())):
+                self._calls.begin(batch)
         if len(self._batches) < self._limits.batches:
-            mark = _fingerprint(batch, self._limits.numbers_per_batch)
-            if mark is not None:
-                self._batches.append((self._trainer.current_epoch, mark))
+            self._batches.append((self._trainer.current_epoch, _fingerprint(batch, self._limits.numbers_per_batch)))
 
     def see_loss(self, loss: Tensor) -> None:
         """A backward pass is about to begin."""
         self._losses += 1
-        self._graphless += loss.grad_fn is None
-        for one in self._gradients:
-            one.before_backward()
+        if loss.grad_fn is None:
+            self._graphless += 1
+        if self._updates < self._limits.looks_at_gradients:
+            for one in self._gradients:
+                one.before_backward()
 
     def see_step(self, optimizer_index: int) -> None:
         """An optimizer is about to step."""
         self._stepped = True
-        self._note_gradients()
-        self._gradients[optimizer_index].before_step()
-        for rates, group in zip(self._rates_of(optimizer_index), self._groups(optimizer_index), strict=False):
-            rates.see(group["lr"])
-        if self._updates in (0, self._limits.least_updates, self._limits.updates - 1):
+        if self._waiting:
+            self._note_gradients()
+        updates = self._updates
+        if updates < self._limits.looks_at_gradients:
+            self._gradients[optimizer_index].before_step()
+        if updates % self._limits.updates_between_rates == 0 or updates == self._limits.updates - 1:
+            groups = self._context.learner.optimizers[optimizer_index].param_groups
+            for rates, group in zip(self._rates[optimizer_index], groups, strict=False):
+                rates.see(group["lr"])
+        if updates in (0, self._limits.least_updates, self._limits.updates - 1):
             self._note_modes()
 
     def end_batch(self) -> bool:
@@ -98,7 +103,7 @@ class FirstUpdates:
         Returns:
             Whether all has been seen.
         """
-        if self._calls is not None and self._batch is not None:
+        if self._calls is not None and self._updates == 0:
             self._calls.end()
         self._updates += self._stepped
         self._stepped = False
@@ -118,21 +123,16 @@ class FirstUpdates:
         self._evaluating &= not self._module.training
         self._training.update(path for path, one in self._modes.items() if one.training)
 
-    def _groups(self, index: int) -> list[Any]:
-        return self._context.learner.optimizers[index].param_groups
-
-    def _rates_of(self, index: int) -> list[_GroupRates]:
-        first = sum(len(self._groups(one)) for one in range(index))
-        return self._rates[first : first + len(self._groups(index))]
-
     # ---------------------------------------------------------------------------------------------- what was seen
 
     def observation(self) -> Observation | None:
-        """What was seen; ``None`` where it was too little."""
+        """What was seen; ``None`` where it was too little, or all is well."""
         if self._updates < self._limits.least_updates:
             return None
         self._note_gradients()
         batches, distinct = self._distinct_batches()
+        if batches == distinct and self._nothing_stands_out():
+            return None
         modes = tuple(self._mode(path) for path in self._modes)
         return Observation(
             updates=self._updates,
@@ -141,11 +141,11 @@ class FirstUpdates:
             evaluating=self._evaluating,
             rates=tuple(
                 RateSeen(index, number, rates.highest, rates.last, rates.rose)
-                for index in range(len(self._gradients))
-                for number, rates in enumerate(self._rates_of(index))
+                for index, groups in enumerate(self._rates)
+                for number, rates in enumerate(groups)
                 if rates.known
             ),
-            expected=self._expected_updates(),
+            expected=self._expected_updates() if self._trainer.lr_scheduler_configs else math.inf,
             scheduled=bool(self._trainer.lr_scheduler_configs),
             losses=self._losses,
             graphless=self._graphless,
@@ -155,14 +155,28 @@ class FirstUpdates:
             unfreezes=unfreezes(self._trainer),
         )
 
+    def _nothing_stands_out(self) -> bool:
+        """Whether there is nothing that a closer look could find wrong; most runs are done with this."""
+        return (
+            not self._waiting
+            and len(self._optimized) == len(self._named)
+            and len(self._training) == len(self._modes)
+            and not self._graphless
+            and not any(one.most for one in self._gradients)
+            and all(one.last > self._limits.ended * one.highest for groups in self._rates for one in groups)
+        )
+
     def _parameters(self, modes: Sequence[ModeSeen]) -> tuple[ParameterSeen, ...]:
-        calls, looks = self._calls, self._batch is not None
+        calls = self._calls
         with_gradient = self._named.keys() - self._waiting.keys()
-        owners = {name.rpartition(".")[0] for name in with_gradient}
-        if calls is None or not looks:
-            ran, graph, cut = set[str](), set[str](), set[str]()
-        else:
-            ran, graph, cut = calls.ran(), calls.with_graph(), calls.cut(owners, self._batch)
+        seen = {name: name.rpartition(".")[0] for name in self._named}
+        ran, graph, cut = set[str](), set[str](), set[str]()
+        if calls is not None and calls.ran():
+            seen = {name: calls.seen_of(owner) for name, owner in seen.items()}
+            ran = calls.ran()
+            if self._waiting:
+                graph = calls.with_graph()
+                cut = calls.cut({seen[name] for name in with_gradient})
         evaluated = tuple(f"{one.within}." for one in modes if not one.training and one.within != one.path)
         suspects = [
             name
@@ -178,10 +192,10 @@ class FirstUpdates:
                 trainable=name in self._trainable,
                 optimized=name in self._optimized,
                 gradient=name in with_gradient,
-                ran=(owner := name.rpartition(".")[0]) in ran,
-                graph=owner in graph,
-                cut=owner in cut and name in self._waiting,
-                untrained=untrained.get(owner),
+                ran=seen[name] != "" and seen[name] in ran,
+                graph=seen[name] in graph,
+                cut=seen[name] != "" and seen[name] in cut and name in self._waiting,
+                untrained=untrained if name in suspects else None,
                 copy=name in copies,
                 moved=not torch.equal(start[name], self._named[name].detach())
                 if name in self._waiting and name in start
@@ -200,19 +214,15 @@ class FirstUpdates:
         leaves = {path[1]: leaf for path, leaf in first.leaves.items() if path[0] == "parameter"}
         return {name: leaves[name].to(self._named[name].device) for name in leaves.keys() & self._named.keys()}
 
-    def _untrained(self, names: Sequence[str], start: Mapping[str, Tensor]) -> dict[str, bool | None]:
-        """For each module: whether its parameters look as they were initialised."""
-        found: dict[str, bool | None] = {}
+    def _untrained(self, names: Sequence[str], start: Mapping[str, Tensor]) -> bool | None:
+        """Whether all parameters look as they were initialised; ``None`` where that cannot be told."""
+        found = []
         # Matrices say most.
         for name in sorted(names, key=lambda name: self._named[name].dim() < 2)[: self._limits.most_weights]:
-            path = name.rpartition(".")[0]
-            owner = self._module.get_submodule(path)
-            looks = looks_untrained(start.get(name, self._named[name]), owner, self._limits)
-            if looks is not None:
-                found[path] = looks and found.get(path, True) is True
-        if found and all(found.values()):
-            found |= {name.rpartition(".")[0]: True for name in names}  # what is too small to tell is as the others
-        return found
+            owner = self._module.get_submodule(name.rpartition(".")[0])
+            found.append(looks_untrained(start.get(name, self._named[name]), owner, self._limits))
+        known = [one for one in found if one is not None]
+        return all(known) if known else None
 
     def _copies(self, names: Sequence[str], trained: set[str], start: Mapping[str, Tensor]) -> set[str]:
         """Those of ``names`` that belong to a part with the same weights at the start as one that is trained."""
@@ -239,14 +249,13 @@ class FirstUpdates:
     def _distinct_batches(self) -> tuple[int, int]:
         """How many batches of one epoch were compared, and how many of them differ."""
         loader = self._trainer.train_dataloader
-        plain = isinstance(loader, DataLoader) and loader.batch_sampler is not None
-        iterable = isinstance(loader, DataLoader) and loader.batch_size is not None
-        if not (plain or iterable) or self._trainer.overfit_batches or not self._batches:  # type: ignore[truthy-bool]
+        # A list of ready batches may hold one batch many times, and one batch may be meant to be learned by heart.
+        draws = isinstance(loader, DataLoader) and loader.batch_size is not None
+        if not draws or bool(getattr(self._trainer, "overfit_batches", False)) or not self._batches:
             return 0, 0
-        epoch = self._batches[0][0]
-        marks = [mark for one, mark in self._batches if one == epoch]
-        sized = [mark for mark in marks if len(mark) == len(marks[0])]
-        return len(sized), len({tuple(row) for row in torch.stack(sized).tolist()})
+        first = self._batches[0][0]
+        marks = [tuple(mark.tolist()) for epoch, mark in self._batches if epoch == first and mark is not None]
+        return len(marks), len(set(marks))
 
     def _expected_updates(self) -> float:
         try:
@@ -292,12 +301,14 @@ class _AddedGradients:
 
     def before_step(self) -> None:
         """The gradients are used."""
+        if self._looks == 0:
+            return
         if self._used is not None:
             self._in_a_row += 1
             self.most = max(self.most, self._in_a_row)
         self._looks -= 1
         self._used = None
-        if self._looks > 0:
+        if self._looks:
             every = (p for group in self._optimizer.param_groups for p in group["params"])
             self._used = next((p for p in every if p.grad is not None), None)
 
@@ -316,9 +327,7 @@ def _drops(module: nn.Module) -> bool:
 
 def _is_compiled(module: nn.Module) -> bool:
     # A hook would have a compiled module compiled again.
-    return any(
-        type(one).__name__ == "OptimizedModule" or one._compiled_call_impl is not None for one in module.modules()
-    )
+    return module._compiled_call_impl is not None or type(module).__name__ in _COMPILED
 
 
 def _part_apart_from(name: str, other: str) -> str:
@@ -332,8 +341,11 @@ def _part_apart_from(name: str, other: str) -> str:
 def _fingerprint(batch: Any, numbers: int) -> Tensor | None:
     """Some numbers that a batch is known by again, left on the device; ``None`` where it holds no tensor."""
     found = []
+    # The first field may be a mask that is always the same.
     for _, tensor in islice(tensor_fields(batch), _FIELDS):
-        if tensor.numel() and not tensor.is_complex():
+        count = tensor.numel()
+        if count and not tensor.is_complex():
             flat = tensor.detach().reshape(-1)
-            found.append(flat[:: max(1, len(flat) // numbers)][:numbers].to(torch.float32, copy=True))
+            taken = flat.as_strided((min(numbers, count),), (max(1, count // numbers),))
+            found.append(taken.to(torch.float32, copy=True))
     return torch.cat(found) if len(found) > 1 else found[0] if found else None

@@ -123,8 +123,8 @@ class Observation:
 
     def parts(self, chosen: Callable[[ParameterSeen], bool]) -> tuple[str, ...]:
         """The largest parts of the model all of whose parameters are ``chosen``, in the order of the model."""
-        names = [one.name for one in self.parameters]
-        return largest_parts(names, {one.name for one in self.parameters if chosen(one)})
+        found = {one.name for one in self.parameters if chosen(one)}
+        return largest_parts([one.name for one in self.parameters], found) if found else ()
 
 
 def largest_parts(names: Sequence[str], chosen: Collection[str]) -> tuple[str, ...]:

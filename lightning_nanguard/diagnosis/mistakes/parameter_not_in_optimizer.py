@@ -26,7 +26,7 @@ def parameter_not_in_optimizer(seen: Observation, thresholds: DiagnosisThreshold
         place=parts,
         suggestion=(
             f"{parts} got gradients in the first {seen.updates} updates and no optimizer has them, so they stay as "
-            "they were initialised. Give their parameters to the optimizer in configure_optimizers (self.parameters()), or "
-            "set requires_grad to False where they are to stay."
+            "they were initialised. Give their parameters to the optimizer in configure_optimizers, for example by "
+            "self.parameters(), or set requires_grad to False where they are to stay."
         ),
     )
