@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import shutil
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +19,10 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from benchmarks.rescue import data as sets
+from lightning_nanguard import NaNGuard
 
 from .problems import Dice
+from .running import quiet
 
 STEPS = 72
 """Updates of a run; the first 64 are looked at."""
@@ -158,6 +164,10 @@ class Run:
     loader: Any = None
     options: dict[str, Any] = field(default_factory=dict)
     callbacks: list[Any] = field(default_factory=list)
+
+
+Make = Callable[[Dice], Run]
+"""Makes a run by chance."""
 
 
 def digits(dice: Dice, batch: int | None = None, **options: Any) -> DataLoader[Any]:
@@ -332,20 +342,21 @@ def zero_factor(dice: Dice) -> Run:
     return Run(module)
 
 
-def _ends(make: Callable[[Dice, Any], Any]) -> Callable[[Dice], Run]:
+def _ends(name: str, make: Callable[[Dice, Any], Any]) -> Make:
     def draw(dice: Dice) -> Run:
         module = Classifier(dice)
         module.schedule = lambda made: make(dice, made)
         return Run(module, options={"max_steps": 100 * STEPS})
 
+    draw.__name__ = name
     return draw
 
 
 schedulers = optim.lr_scheduler
-exponential = _ends(lambda dice, made: schedulers.ExponentialLR(made, dice.uniform(0.5, 0.9)))
-in_steps = _ends(lambda dice, made: schedulers.StepLR(made, dice.randint(2, 8), 0.3))
-in_a_line = _ends(lambda dice, made: schedulers.LinearLR(made, 1.0, 1e-6, dice.randint(10, 50)))
-polynomial = _ends(lambda dice, made: schedulers.PolynomialLR(made, total_iters=dice.randint(10, 50)))
+exponential = _ends("exponential", lambda dice, made: schedulers.ExponentialLR(made, dice.uniform(0.5, 0.9)))
+in_steps = _ends("in_steps", lambda dice, made: schedulers.StepLR(made, dice.randint(2, 8), 0.3))
+in_a_line = _ends("in_a_line", lambda dice, made: schedulers.LinearLR(made, 1.0, 1e-6, dice.randint(10, 50)))
+polynomial = _ends("polynomial", lambda dice, made: schedulers.PolynomialLR(made, total_iters=dice.randint(10, 50)))
 
 
 class Repeating(Dataset[Any]):
@@ -433,7 +444,7 @@ def loss_by_numpy(dice: Dice) -> Run:
     return Run(module)
 
 
-MISTAKES: dict[str, tuple[Callable[[Dice], Run], ...]] = {
+MISTAKES: dict[str, tuple[Make, ...]] = {
     "parameter_not_in_optimizer": (only_the_head, without_the_neck, without_the_head),
     "parameter_without_gradient": (body_without_gradients, neck_without_gradients, gradients_disabled),
     "frozen_part": (frozen_body, frozen_neck, all_but_the_head_frozen),
@@ -667,19 +678,22 @@ def two_tasks(dice: Dice) -> Run:
     return Run(Alternating(dice))
 
 
-def _scheduled(make: Callable[[Dice, Any], Any], **options: Any) -> Callable[[Dice], Run]:
+def _scheduled(name: str, make: Callable[[Dice, Any], Any], **options: Any) -> Make:
     def draw(dice: Dice) -> Run:
         module = Classifier(dice)
         module.schedule = lambda made: make(dice, made)
         return Run(module, options=options)
 
+    draw.__name__ = name
     return draw
 
 
-warm_up = _scheduled(lambda dice, made: schedulers.LambdaLR(made, lambda n: min(1.0, n / 500)))
-as_short_as_the_run = _scheduled(lambda dice, made: schedulers.CosineAnnealingLR(made, STEPS))
+warm_up = _scheduled("warm_up", lambda dice, made: schedulers.LambdaLR(made, lambda n: min(1.0, n / 500)))
+as_short_as_the_run = _scheduled("as_short_as_the_run", lambda dice, made: schedulers.CosineAnnealingLR(made, STEPS))
 warm_restarts = _scheduled(
-    lambda dice, made: schedulers.CosineAnnealingWarmRestarts(made, dice.choice([16, 21, 32])), max_steps=100 * STEPS
+    "warm_restarts",
+    lambda dice, made: schedulers.CosineAnnealingWarmRestarts(made, dice.choice([16, 21, 32])),
+    max_steps=100 * STEPS,
 )
 
 
@@ -703,7 +717,7 @@ def plain(dice: Dice) -> Run:
     return Run(Classifier(dice))
 
 
-MEANT: tuple[Callable[[Dice], Run], ...] = (
+MEANT: tuple[Make, ...] = (
     *(plain, transfer, transfer_without_gradients, transfer_by_the_optimizer, frozen_statistics, adapters),
     *(average_that_teaches, frozen_teacher, target_network, adversarial, staged_unfreezing, finetuning_callback),
     *(unused_head, probe, two_tasks, warm_up, as_short_as_the_run, warm_restarts, accumulating, accumulating_by_hand),
@@ -712,7 +726,56 @@ MEANT: tuple[Callable[[Dice], Run], ...] = (
 """Runs of which nothing is to be said."""
 
 
-def draw(make: Callable[[Dice], Run], name: str, seed: int) -> Run:
-    """The run that ``seed`` stands for; torch's random stream begins anew."""
+class _Stop(pl.Callback):
+    """Ends a run that has been seen, however long it was to be."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.fit_loop.total_batch_idx + 1 >= STEPS * 3
+
+
+def said(make: Make, seed: int) -> NaNGuard:
+    """The guard of the run that ``seed`` stands for, at its end."""
+    name = make.__name__
     torch.manual_seed(seed)
-    return make(Dice(f"{name} {seed}"))
+    run, guard = make(Dice(f"{name} {seed}")), NaNGuard()
+    folder = tempfile.mkdtemp(prefix="silent-")
+    options: dict[str, Any] = {"max_epochs": 100, "max_steps": STEPS, **run.options}
+    try:
+        with quiet():
+            trainer = pl.Trainer(
+                accelerator="cpu",
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                default_root_dir=folder,
+                callbacks=[guard, _Stop(), *run.callbacks],
+                **options,
+            )
+            trainer.fit(run.module, digits(Dice(f"data {seed}")) if run.loader is None else run.loader)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return guard
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw models, make each mistake, and print what is said, and what of that which is meant."""
+    parser = argparse.ArgumentParser(prog="benchmarks.diagnose.silent", description=main.__doc__)
+    parser.add_argument("--draws", type=int, default=3, help="seeds of each form")
+    parser.add_argument("--first", type=int, default=1_000_000, help="first seed")
+    arguments = parser.parse_args(argv)
+    seeds = range(arguments.first, arguments.first + arguments.draws)
+    rows = {**MISTAKES, "": MEANT}
+    print(f"{'mistake':30}  runs  right  said instead")
+    for cause, makes in rows.items():
+        told = [tuple({one.finding.cause for one in said(make, seed).advice}) for make in makes for seed in seeds]
+        wanted = (cause,) if cause else ()
+        instead = Counter(" + ".join(one) or "nothing" for one in told if one != wanted)
+        words = ", ".join(f"{name} {count}" for name, count in instead.items())
+        print(f"{cause or 'meant':30}  {len(told):4}  {sum(one == wanted for one in told):5}  {words}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -118,6 +118,23 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelRelation:
+    """Whether labels have anything to do with their inputs.
+
+    Attributes:
+        rows: Rows that were compared.
+        shared: Share of them whose nearest neighbour has the same label, in the view of the inputs where it is highest.
+        chance: What it would be by chance.
+        exceeds: Whether it is clearly above what other orders of the labels give, in at least one view.
+    """
+
+    rows: int
+    shared: float
+    chance: float
+    exceeds: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Clues:
     """What the batch shows by itself, and what running it again showed.
 
@@ -138,6 +155,7 @@ class Clues:
         change: What no update explains of the difference between the state of now and the good one.
         norm: Norm of the gradient.
         norms: Gradient norm of every weight, by name, in the order of the module.
+        labels: Whether the labels have anything to do with the inputs; ``None`` where that was not looked at.
     """
 
     bad_fields: tuple[BadField, ...] = ()
@@ -156,6 +174,7 @@ class Clues:
     change: Change | None = None
     norm: float | None = None
     norms: tuple[tuple[str, float], ...] = ()
+    labels: LabelRelation | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ class Confidences:
         target_operation: An operation on the target alone left its domain.
         no_valid_target: No target of the batch counts, or a mask of it selects nothing.
         target_class: A class index that the loss has no score for.
+        labels_unrelated: Neighbours in the inputs share their label no more often than by chance.
         outliers: Samples far larger than the others, in the input or in the target.
         unnormalised_harm: Large inputs, and the untrained model or the course of the run suffers.
         unnormalised: Large inputs alone.
@@ -79,6 +80,7 @@ class Confidences:
     target_operation: float = 0.95
     no_valid_target: float = 0.9
     target_class: float = 0.97
+    labels_unrelated: float = 0.75
     outliers: float = 0.8
     unnormalised_harm: float = 0.94
     unnormalised: float = 0.5

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from lightning_nanguard.thresholds.confidence import Confidences
 from lightning_nanguard.thresholds.decision import BlameThresholds
-from lightning_nanguard.thresholds.mistakes import MistakeThresholds
+from lightning_nanguard.thresholds.mistakes import LabelThresholds, MistakeThresholds
 
 
 @dataclass(frozen=True)
@@ -341,6 +341,7 @@ class DiagnosisThresholds:
         gradients: How gradients are compared with finite differences.
         bundles: How many incidents of one run are kept.
         mistakes: When the first updates show a mistake that makes no NaN.
+        labels: How it is told whether labels have anything to do with their inputs.
         blame: When the guard blames the learner; in a fit ``Thresholds.decision.blame`` stands here.
     """
 
@@ -358,6 +359,7 @@ class DiagnosisThresholds:
     gradients: GradientCheckThresholds = field(default_factory=GradientCheckThresholds)
     bundles: BundleThresholds = field(default_factory=BundleThresholds)
     mistakes: MistakeThresholds = field(default_factory=MistakeThresholds)
+    labels: LabelThresholds = field(default_factory=LabelThresholds)
     blame: BlameThresholds = field(default_factory=BlameThresholds)
 
 

@@ -15,6 +15,7 @@ class MistakeThresholds:
         least_updates: Updates of a shorter run from which on it is judged at its end.
         most_modules: Calls of modules that are looked at in the first batch.
         batches: Batches that are compared with each other.
+        fields_per_batch: Fields of a batch that it is known by again; the first may be a mask that is always the same.
         numbers_per_batch: Numbers of one field of a batch that it is known by again.
         least_batches: Batches of one epoch from which on they can be said to repeat.
         repeated: Share of the batches of one epoch that are repetitions, from which on they repeat.
@@ -37,6 +38,7 @@ class MistakeThresholds:
     least_updates: int = 16
     most_modules: int = 4096
     batches: int = 8
+    fields_per_batch: int = 3
     numbers_per_batch: int = 32
     least_batches: int = 8
     repeated: float = 0.4
@@ -51,3 +53,24 @@ class MistakeThresholds:
     deviation_slack: float = 4.0
     least_precision: float = 0.1
     named_parts: int = 4
+
+
+@dataclass(frozen=True)
+class LabelThresholds:
+    """How it is told whether labels have anything to do with their inputs.
+
+    Attributes:
+        least_rows: Rows from which on it can be told.
+        most_rows: Rows that are compared, each with each.
+        most_columns: Numbers of each row that are compared.
+        rows_per_class: Rows that at least two of the classes need.
+        orders: Other orders of the labels that the right one is compared with.
+        deviations: Standard deviations over those orders, by which the right one has to exceed their mean.
+    """
+
+    least_rows: int = 256
+    most_rows: int = 2048
+    most_columns: int = 2048
+    rows_per_class: int = 16
+    orders: int = 20
+    deviations: float = 3.5

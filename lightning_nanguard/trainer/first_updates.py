@@ -22,7 +22,6 @@ from lightning_nanguard.thresholds.mistakes import MistakeThresholds
 from lightning_nanguard.trainer.private.callbacks import unfreezes
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 
-_FIELDS = 3
 _COMPILED = frozenset({"OptimizedModule", "ScriptModule", "RecursiveScriptModule"})
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -71,7 +70,7 @@ class FirstUpdates:
             if not any(map(_is_compiled, self._modules.values())):
                 self._calls.begin(batch)
         if len(self._batches) < self._limits.batches:
-            self._batches.append((self._trainer.current_epoch, _fingerprint(batch, self._limits.numbers_per_batch)))
+            self._batches.append((self._trainer.current_epoch, _fingerprint(batch, self._limits)))
 
     def see_loss(self, loss: Tensor) -> None:
         """A backward pass is about to begin."""
@@ -338,11 +337,10 @@ def _part_apart_from(name: str, other: str) -> str:
     return ".".join(words)
 
 
-def _fingerprint(batch: Any, numbers: int) -> Tensor | None:
+def _fingerprint(batch: Any, limits: MistakeThresholds) -> Tensor | None:
     """Some numbers that a batch is known by again, left on the device; ``None`` where it holds no tensor."""
-    found = []
-    # The first field may be a mask that is always the same.
-    for _, tensor in islice(tensor_fields(batch), _FIELDS):
+    found, numbers = [], limits.numbers_per_batch
+    for _, tensor in islice(tensor_fields(batch), limits.fields_per_batch):
         count = tensor.numel()
         if count and not tensor.is_complex():
             flat = tensor.detach().reshape(-1)

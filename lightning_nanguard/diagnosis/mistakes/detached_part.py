@@ -8,8 +8,20 @@ from lightning_nanguard.types import Finding
 
 
 def detached_part(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
-    """Parts are in an optimizer and get no gradient, since what they give is cut from its graph before it is used."""
-    cut = seen.parts(lambda one: one.trainable and one.optimized and not one.gradient and one.cut and not one.copy)
+    """Parts are in an optimizer and get no gradient, since what they give is cut from its graph before it is used.
+
+    Copies of other parts and weights of an earlier training are meant to be used so.
+    """
+    cut = seen.parts(
+        lambda one: (
+            one.trainable
+            and one.optimized
+            and not one.gradient
+            and one.cut
+            and not one.copy
+            and one.untrained is not False
+        )
+    )
     if not cut:
         return None
     parts = named(cut, thresholds.mistakes.named_parts)

@@ -35,6 +35,7 @@ from lightning_nanguard.diagnosis.rules.arithmetic import (
     unknown_operation,
 )
 from lightning_nanguard.diagnosis.rules.data import (
+    labels_unrelated,
     no_valid_target,
     non_finite_input,
     target_out_of_domain,
@@ -68,6 +69,7 @@ RULES: tuple[Callable[[Case, DiagnosisThresholds], Finding | None], ...] = (
     non_finite_input,
     target_out_of_domain,
     no_valid_target,
+    labels_unrelated,
     unnormalised_input,
     log_of_zero,
     exp_overflow,

@@ -96,6 +96,24 @@ def no_valid_target(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
     return finding_at("no_valid_target", thresholds.confidence.no_valid_target, origin, f"{text}. {remedy}.")
 
 
+def labels_unrelated(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
+    """Labels that have nothing to do with their inputs, as after one of the two was shuffled."""
+    labels = case.clues.labels
+    if labels is None or labels.exceeds:
+        return None
+    return Finding(
+        "labels_unrelated",
+        thresholds.confidence.labels_unrelated,
+        evidence={"rows": float(labels.rows), "shared": labels.shared, "chance": labels.chance},
+        place="the training data",
+        suggestion=(
+            f"of {labels.rows:,} rows of the data set {labels.shared:.1%} have the label of the row that is nearest to "
+            f"them; by chance it would be {labels.chance:.1%}. The labels may have nothing to do with the inputs: look "
+            "for a shuffle, a sort or a join of one without the other."
+        ),
+    )
+
+
 def unnormalised_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """Inputs far from zero mean and unit variance."""
     fault, evidence, inputs, known = case.fault, case.evidence, case.clues.inputs, thresholds.confidence

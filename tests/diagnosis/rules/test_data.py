@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from lightning_nanguard import BadField, Case, Clues, Evidence, Fault, Origin
+from lightning_nanguard import BadField, Case, Clues, Evidence, Fault, LabelRelation, Origin
+from lightning_nanguard.diagnosis.case import NO_FAULT
 from lightning_nanguard.diagnosis.rules import diagnose
 from tests.diagnosis.rules.faults import (
     EXPLODING,
@@ -37,6 +38,8 @@ ROWS: list[Row] = [
     ),
     ("no_valid_target", LOSS, {}, Clues(origin=Origin("nll_loss_forward"))),
     ("no_valid_target", LOSS, {}, Clues(origin=Origin("mean", empty=True, from_target=True))),
+    ("labels_unrelated", NO_FAULT, {}, Clues(labels=LabelRelation(1200, 0.11, 0.1, False))),
+    (None, NO_FAULT, {}, Clues(labels=LabelRelation(1200, 0.3, 0.1, True))),
     ("target_out_of_domain", SPIKE, {}, Clues(target=FAR)),
     ("unnormalised_input", EXPLODING, {"comparison": WORSE}, Clues(inputs=PIXELS)),
     ("learning_rate_too_high", EXPLODING, {"comparison": WORSE}, Clues(inputs=PIXELS, normalises=True)),
