@@ -289,13 +289,18 @@ class NaNGuard(GuardCallback):
         if fit.diagnostics.preflight_due:
             fit.diagnostics.preflight(batch)
         replay.batches.add(fit.guard.updates + 1, batch_idx, batch)
+        if fit.diagnostics.first_updates is not None:
+            fit.diagnostics.first_updates.see_batch(batch)
         fit.guard.open_batch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Take the loss."""
         if self._given is None:
             return
-        (self._fit or self._running()).guard.see_loss(loss)
+        fit = self._fit or self._running()
+        if fit.diagnostics.first_updates is not None:
+            fit.diagnostics.first_updates.see_loss(loss)
+        fit.guard.see_loss(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, detect, and block a bad update."""
@@ -304,6 +309,8 @@ class NaNGuard(GuardCallback):
         fit = self._fit or self._running()
         index = fit.optimizer_index(optimizer)
         if index is not None:
+            if fit.diagnostics.first_updates is not None:
+                fit.diagnostics.first_updates.see_step(index)
             fit.guard.before_step(index)
 
     def on_train_batch_end(
@@ -324,6 +331,8 @@ class NaNGuard(GuardCallback):
             else:
                 replay.distrust(guard.updates)
             fit.diagnostics.examine_if_due()
+            if fit.diagnostics.first_updates is not None and fit.diagnostics.first_updates.end_batch():
+                fit.diagnostics.judge_first_updates()
         finally:
             replay.may_log = False
             replay.batch = None
@@ -378,6 +387,7 @@ class NaNGuard(GuardCallback):
         """Read what is still on its way, leave a good state, and count over all ranks."""
         if self._fit is not None:
             self._fit.guard.finish()
+            self._fit.diagnostics.judge_first_updates()
             self._fit.say_if_unseen()
             self._non_finite_rate = self._fit.non_finite_rate()
 

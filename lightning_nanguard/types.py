@@ -192,6 +192,8 @@ class Finding:
         place: Module, operation or tensor.
         samples: Indices of the batch's samples concerned.
         suggestion: What the user should do.
+        scope: What is at fault by this finding, as in :class:`Fault`; ``None`` where it does not say. The learning rate
+            is not cut for a finding that blames the batch, unless the last good weights do better on it.
     """
 
     cause: str
@@ -200,6 +202,7 @@ class Finding:
     place: str = ""
     samples: tuple[int, ...] = ()
     suggestion: str = ""
+    scope: Scope | None = None
 
 
 @dataclass(frozen=True, slots=True)

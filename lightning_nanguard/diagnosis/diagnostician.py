@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -14,7 +14,7 @@ from typing import final
 from torch import Tensor
 
 from lightning_nanguard.diagnosis.batch import batch_clues
-from lightning_nanguard.diagnosis.case import Case, Clues, Look, Model
+from lightning_nanguard.diagnosis.case import Case, Clues, EarlierFinding, Look, Model
 from lightning_nanguard.diagnosis.curvature import curvature_along_update
 from lightning_nanguard.diagnosis.isolation import Untraced, uncompiled, untrained_kept
 from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm, replay
@@ -28,6 +28,7 @@ from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.types import Evidence, Fault, Finding
 
+_AS_BEFORE = "not run again; most likely as at update"
 _logger = logging.getLogger("lightning_nanguard")
 
 
@@ -68,6 +69,7 @@ class Diagnostician:
         self._rules = RuleSet(thresholds=thresholds) if rules is None else rules
         self._thresholds = thresholds
         self._times_seen: Counter[tuple[str, str]] = Counter()
+        self._earlier: deque[EarlierFinding] = deque(maxlen=thresholds.replay.findings)
 
     def diagnose(
         self,
@@ -86,12 +88,25 @@ class Diagnostician:
             look: How much may be looked at.
             good: The state to run the batch again from; chosen from the ring by default.
         """
-        case = Case(fault, evidence)
+        case = Case(fault, evidence, earlier=tuple(self._earlier))
         with _errors_logged(fault):
             if look != "nothing" and micros:
                 case = self._gather(case, micros, look, good)
-            return self._rules.diagnose(case)
+            finding = self._rules.diagnose(case) or self._as_before(case)
+            if finding is not None:
+                self._earlier.append(EarlierFinding(evidence.step, fault.kind, fault.place, finding, evidence.lr))
+            return finding
         return None
+
+    def _as_before(self, case: Case) -> Finding | None:
+        """What was found here before, where this time the batch was not run again and nothing was found."""
+        here = [one for one in case.earlier_here() if not one.finding.suggestion.startswith(_AS_BEFORE)]
+        if case.clues.replayed or not here:
+            return None
+        last = here[-1]
+        text = f"{_AS_BEFORE} {last.step}, where {last.finding.suggestion}"
+        sure = last.finding.confidence * self._thresholds.replay.fading
+        return replace(last.finding, confidence=sure, samples=(), suggestion=text)
 
     def _gather(self, case: Case, micros: Sequence[MicroBatch], look: Look, good: Snapshot | None) -> Case:
         fault, evidence = case.fault, case.evidence
@@ -160,7 +175,7 @@ class Diagnostician:
     def _learner_suspected(self, case: Case) -> bool:
         if case.clues.bad_fields or case.clues.change is not None:
             return False
-        limits = self._thresholds.learner
+        limits = self._thresholds
         return worse_than_before(case.evidence, limits) or learner_diverged(case.fault, case.evidence, limits)
 
     def _add_curvature(self, case: Case, micro: MicroBatch, good: Snapshot) -> Case:

@@ -8,7 +8,7 @@ from typing import final
 
 from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.decide.policy import Policy
-from lightning_nanguard.decide.rate_limit import within_curvature
+from lightning_nanguard.decide.rate_limit import spare_rate, within_curvature
 from lightning_nanguard.distributed.ranks import most_confident_over_ranks
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
@@ -141,7 +141,7 @@ class Interventions:
         look = "nothing" if found.undo is None else self._runner.look
         mine = self._loop.diagnose(found.fault, evidence, look, found.reading.step)
         finding = most_confident_over_ranks(context.ranks, mine)
-        plan = within_curvature(plan, finding, before[0] if before else None)
+        plan = within_curvature(spare_rate(plan, finding, evidence), finding, before[0] if before else None)
         done = self._runner.apply(plan, found, known_until)
         words = tuple(self._remedies[type(step)].word for step in done)
         place = evidence.corrupt if evidence.corrupt is not None else found.fault.place

@@ -43,6 +43,7 @@ class AdviceLog:
     ) -> None:
         self._sink = sink
         self._run_id = run_id
+        self._thresholds = thresholds
         self._most = thresholds.advice_per_fit
         require(self._most >= 1, thresholds, "advice_per_fit", self._most, "at least 1")
         self._said: set[tuple[str, str, str]] = set()
@@ -57,7 +58,7 @@ class AdviceLog:
         advice = replace(advice, run=self._run_id)
         self.given.append(advice)
         if self._sink is not None:
-            _logger.warning("NaNGuard: %s", describe_advice(advice))
+            _logger.warning("NaNGuard: %s", describe_advice(advice, self._thresholds))
             with contextlib.suppress(Exception):
                 self._sink.write(advice)
 

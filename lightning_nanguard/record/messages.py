@@ -9,14 +9,16 @@ from __future__ import annotations
 import re
 
 from lightning_nanguard.record.text import in_words, listed_numbers, printable
+from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Advice, Finding, Intervention
 
 
-def describe(intervention: Intervention) -> str:
+def describe(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) -> str:
     """Say in one line when and where a fault was found, what was done, and why it happened.
 
     Args:
         intervention: What happened.
+        thresholds: How many samples one message lists.
 
     Example:
         >>> describe(Intervention(412, 3, 12, "exploding_loss", "loss", ("restore", "scale"), 0.1, 0.05, 400))
@@ -29,15 +31,16 @@ def describe(intervention: Intervention) -> str:
         why = f" ({intervention.value:.4g})"
     else:
         why = ""
-    text = f"{when(intervention)}: {intervention.fault}{place}{why}; {_done(intervention)}{_cause(intervention)}"
-    return printable(text)
+    done, cause = _done(intervention), _cause(intervention, thresholds)
+    return printable(f"{when(intervention)}: {intervention.fault}{place}{why}; {done}{cause}")
 
 
-def tell(intervention: Intervention) -> str:
+def tell(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) -> str:
     """Say in a few lines what happened, why, what was done, and what to do.
 
     Args:
         intervention: What happened.
+        thresholds: How many samples one message lists.
 
     Example:
         >>> finding = Finding("dead_relu", 0.9, place="net.1", suggestion="no unit is active. Lower the learning rate.")
@@ -57,7 +60,7 @@ def tell(intervention: Intervention) -> str:
     if finding is not None:
         reason, advice = _reason_and_advice(finding.suggestion)
         named = not finding.samples or "sample" in reason
-        samples = "" if named else f" ({listed_numbers('sample', finding.samples)})"
+        samples = "" if named else f" ({listed_numbers('sample', finding.samples, thresholds)})"
         where = f" in {finding.place}" if finding.place else ""
         lines.append(f"why: {in_words(finding.cause)}{where}{samples}{f': {reason}' if reason else ''}")
     elif intervention.cause:
@@ -68,18 +71,19 @@ def tell(intervention: Intervention) -> str:
     return "\n  ".join(map(printable, lines))
 
 
-def tell_again(intervention: Intervention) -> str:
+def tell_again(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) -> str:
     """Say in one short line that something is back which was told before.
 
     Args:
         intervention: What happened.
+        thresholds: How many samples one message lists.
 
     Example:
         >>> tell_again(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
         'step 7 (epoch 0, batch 7): non-finite loss again; skipped the batch'
     """
-    finding = intervention.finding
-    samples = f" ({listed_numbers('sample', finding.samples)})" if finding is not None and finding.samples else ""
+    numbers = () if intervention.finding is None else intervention.finding.samples
+    samples = f" ({listed_numbers('sample', numbers, thresholds)})" if numbers else ""
     return printable(f"{when(intervention)}: {in_words(intervention.fault)} again{samples}; {_done(intervention)}")
 
 
@@ -127,40 +131,42 @@ def _done(intervention: Intervention) -> str:
     return text if applied else f"would have {text}"
 
 
-def _cause(intervention: Intervention) -> str:
+def _cause(intervention: Intervention, thresholds: RecordsThresholds) -> str:
     finding = intervention.finding
     if finding is None:
         return f"; cause: {intervention.cause}" if intervention.cause else ""
-    return f"; cause: {describe_finding(finding)}"
+    return f"; cause: {describe_finding(finding, thresholds=thresholds)}"
 
 
-def describe_finding(finding: Finding, *, confidence: bool = False) -> str:
+def describe_finding(finding: Finding, *, confidence: bool = False, thresholds: RecordsThresholds = RECORDS) -> str:
     """Say in one line what causes a fault, where, and what to do about it.
 
     Args:
         finding: The cause.
         confidence: Whether to add how sure it is.
+        thresholds: How many samples the message lists.
 
     Example:
         >>> describe_finding(Finding("dead_relu", 0.9, place="net.1 (ReLU)", suggestion="Lower the learning rate."))
         'dead_relu in net.1 (ReLU): Lower the learning rate.'
     """
     place = f" in {finding.place}" if finding.place else ""
-    samples = f" ({listed_numbers('sample', finding.samples)})" if finding.samples else ""
+    samples = f" ({listed_numbers('sample', finding.samples, thresholds)})" if finding.samples else ""
     suggestion = f": {finding.suggestion}" if finding.suggestion else ""
     text = printable(f"{finding.cause}{place}{samples}{suggestion}")
     return f"{text} (confidence {finding.confidence:.2g})" if confidence else text
 
 
-def describe_advice(advice: Advice) -> str:
+def describe_advice(advice: Advice, thresholds: RecordsThresholds = RECORDS) -> str:
     """Say in one line what was noticed, and when.
 
     Args:
         advice: What was noticed.
+        thresholds: How many samples the message lists.
 
     Example:
         >>> describe_advice(Advice(0, 0, "preflight", Finding("dead_relu", 0.9, place="net.1 (ReLU)")))
         'step 0 (epoch 0), advice (preflight): dead_relu in net.1 (ReLU)'
     """
     where = f"step {advice.global_step} (epoch {advice.epoch}), advice ({advice.occasion})"
-    return printable(f"{where}: {describe_finding(advice.finding)}")
+    return printable(f"{where}: {describe_finding(advice.finding, thresholds=thresholds)}")

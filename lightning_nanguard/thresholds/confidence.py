@@ -17,11 +17,14 @@ class Confidences:
         non_finite_input: NaN or Inf in the batch.
         non_finite_input_tolerated: The same, where the loss is finite or an operation explains it.
         target_operation: An operation on the target alone left its domain.
+        no_valid_target: No target of the batch counts, or a mask of it selects nothing.
         target_class: A class index that the loss has no score for.
+        labels_unrelated: Neighbours in the inputs share their label no more often than by chance.
         outliers: Samples far larger than the others, in the input or in the target.
         unnormalised_harm: Large inputs, and the untrained model or the course of the run suffers.
         unnormalised: Large inputs alone.
         operation: A logarithm, exponential or division that was given what it is not defined for.
+        unknown_operation: The operation that made the first non-finite value is known, and no rule fits it.
         sqrt_at_zero: A finite loss whose derivative is infinite at a root.
         low_precision_proven: The same batch is finite in float32.
         low_precision_float16: A float16 number overflowed, and float32 was not tried.
@@ -65,6 +68,8 @@ class Confidences:
         layer_update_guess: The same alone.
         batch_size: The noise of the gradient is larger than the gradient, measured over enough batches.
         batch_size_guess: The same over too few batches.
+        mistake: The first updates show a mistake that makes no NaN.
+        mistake_guess: The same, where it may be meant.
     """
 
     told: float = 0.5
@@ -72,11 +77,14 @@ class Confidences:
     non_finite_input: float = 0.98
     non_finite_input_tolerated: float = 0.4
     target_operation: float = 0.95
+    no_valid_target: float = 0.9
     target_class: float = 0.97
+    labels_unrelated: float = 0.75
     outliers: float = 0.8
     unnormalised_harm: float = 0.94
     unnormalised: float = 0.5
     operation: float = 0.85
+    unknown_operation: float = 0.3
     sqrt_at_zero: float = 0.9
     low_precision_proven: float = 0.95
     low_precision_float16: float = 0.7
@@ -120,3 +128,5 @@ class Confidences:
     layer_update_guess: float = 0.45
     batch_size: float = 0.7
     batch_size_guess: float = 0.4
+    mistake: float = 0.85
+    mistake_guess: float = 0.6

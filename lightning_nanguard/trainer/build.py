@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from lightning_nanguard.act.clipping import Clipper
@@ -62,7 +64,7 @@ def build_fit(
         if keeps and arguments.bundle_dir is not None
         else None,
         rules=arguments.rules,
-        thresholds=arguments.thresholds.diagnosis,
+        thresholds=replace(arguments.thresholds.diagnosis, blame=arguments.thresholds.decision.blame),
     )
     guard = build_guard(
         context,

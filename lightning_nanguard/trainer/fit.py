@@ -205,5 +205,7 @@ class Fit:
             last.callback(self._sinks.close)
             last.push(self._patches)
             last.callback(self.guard.close)
+            if self.diagnostics.first_updates is not None:
+                last.callback(self.diagnostics.first_updates.close)
             if self.last_good is not None:
                 last.callback(self.last_good.end)

@@ -204,7 +204,7 @@ RUNS: list[tuple[str, str, FailingRun, str, tuple[int, ...]]] = [
     ("division_by_zero", "masked row", made(attended, put(50.0, 3, column=0)), "(softmax, failing_runs.py:", (3,)),
     ("division_by_zero", "relative error", made(lambda net, x, y: ((net(x) - y) / y).abs().mean(),
      put(0.0, 4, target=True), prepare=positive), "(div, failing_runs.py:", (4,)),
-    ("division_by_zero", "every label ignored", made(lambda net, x, y: mse(net, x, y) + F.cross_entropy(
+    ("no_valid_target", "every label ignored", made(lambda net, x, y: mse(net, x, y) + F.cross_entropy(
      net(x), torch.where(x[:, 0] > 20, -100, 1)), lambda x, y: x[:, 0].fill_(50.0)), "(nll_loss", ()),
     ("sqrt_at_zero", "behind a where", made(lambda net, x, y: mse(net, x, y) + safe(torch.sqrt, net, x),
      put(100.0, 1, column=0)), "training_step (backward of sqrt, failing_runs.py:", (1,)),

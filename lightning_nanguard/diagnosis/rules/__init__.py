@@ -32,8 +32,15 @@ from lightning_nanguard.diagnosis.rules.arithmetic import (
     log_of_zero,
     low_precision_overflow,
     sqrt_at_zero,
+    unknown_operation,
 )
-from lightning_nanguard.diagnosis.rules.data import non_finite_input, target_out_of_domain, unnormalised_input
+from lightning_nanguard.diagnosis.rules.data import (
+    labels_unrelated,
+    no_valid_target,
+    non_finite_input,
+    target_out_of_domain,
+    unnormalised_input,
+)
 from lightning_nanguard.diagnosis.rules.layers import (
     dead_relu,
     saturated_activation,
@@ -61,6 +68,8 @@ from lightning_nanguard.types import Finding
 RULES: tuple[Callable[[Case, DiagnosisThresholds], Finding | None], ...] = (
     non_finite_input,
     target_out_of_domain,
+    no_valid_target,
+    labels_unrelated,
     unnormalised_input,
     log_of_zero,
     exp_overflow,
@@ -84,6 +93,7 @@ RULES: tuple[Callable[[Case, DiagnosisThresholds], Finding | None], ...] = (
     saddle_point,
     local_minimum,
     batch_size,
+    unknown_operation,
 )
 """Every built-in rule, in the order that settles a tie."""
 

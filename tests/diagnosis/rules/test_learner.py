@@ -91,15 +91,14 @@ def test_the_curvature_says_which_rate_is_allowed() -> None:
     [
         (3000.0, 0.1, "ill_conditioned"),
         (3000.0, 100.0, "learning_rate_too_high"),
-        (1000.0, 0.1, "learning_rate_too_high"),
+        (1000.0, 0.1, None),
     ],
 )
-def test_a_low_rate_that_diverges_is_ill_conditioned(steepest: float, typical: float, cause: str) -> None:
-    """Where λ·ε > 2 in one direction and the others hardly bend, it is the conditioning more than the rate."""
+def test_a_low_rate_that_diverges_is_ill_conditioned(steepest: float, typical: float, cause: str | None) -> None:
+    """Where λ·ε > 2 in one direction and the others hardly bend, it is the conditioning; no allowed rate is blamed."""
     curvature = Curvature(1.0, steepest, steepest=steepest, typical=typical)
     finding = diagnose(Case(EXPLODING, Evidence(step=9, comparison=WORSE, lr=0.001), curvature=curvature))
-    assert finding is not None
-    assert finding.cause == cause
+    assert (None if finding is None else finding.cause) == cause
 
 
 @pytest.mark.parametrize(
