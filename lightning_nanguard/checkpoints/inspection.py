@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -16,6 +17,8 @@ from lightning_nanguard.state.learner import StateKey
 
 LAST_GOOD = "nanguard-last-good.ckpt"
 """Name of the checkpoint file that the guard itself writes."""
+
+_EXTREMES = frozenset({"min", "max", "minimum", "maximum", "lowest", "highest", "best"})
 
 
 @final
@@ -64,14 +67,19 @@ def damage(path: Path) -> str:
 
 
 def inspect(
-    path: Path, weights: Mapping[str, Tensor] | None = None, allowed: Mapping[StateKey, Tensor] | None = None
+    path: Path,
+    weights: Mapping[str, Tensor] | None = None,
+    allowed: Mapping[StateKey, Tensor] | None = None,
+    infinite: Collection[str] | None = None,
 ) -> Inspection:
     """Look into a checkpoint file, on the CPU and without running code from it.
 
     Args:
         path: The file.
         weights: The module's parameters and buffers; ``None`` goes by the names in the file's ``state_dict``.
-        allowed: Where buffers are non-finite by design; ``None`` allows −inf in whatever is a mask by its name.
+        allowed: Where weights and buffers are non-finite by design; ``None`` allows −inf in whatever is a mask by its
+            name.
+        infinite: Names of the buffers that may hold Inf; ``None`` for what is an extreme by its name.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -96,11 +104,13 @@ def inspect(
         weights = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     if allowed is None:
         allowed = {("buffer", name): value == -torch.inf for name, value in weights.items() if "mask" in name}
+    if infinite is None:
+        infinite = {name for name in weights if not _EXTREMES.isdisjoint(re.split(r"[\W\d_]+", name.lower()))}
     step = checkpoint.get("global_step")
     return Inspection(
         path,
         "",
-        tuple(poisoned(checkpoint, weights, allowed)),
+        tuple(poisoned(checkpoint, weights, allowed, infinite)),
         step if isinstance(step, int) else None,
         "optimizer_states" in checkpoint and "loops" in checkpoint,
     )
@@ -112,6 +122,7 @@ def newest_good(
     other_than: Path | None = None,
     weights: Mapping[str, Tensor] | None = None,
     allowed: Mapping[StateKey, Tensor] | None = None,
+    infinite: Collection[str] | None = None,
 ) -> Inspection | None:
     """The newest checkpoint file in some folders that a run may be resumed from, by its time of writing.
 
@@ -120,13 +131,14 @@ def newest_good(
         other_than: A file that is not wanted.
         weights: See :func:`inspect`.
         allowed: See :func:`inspect`.
+        infinite: See :func:`inspect`.
     """
     unwanted = other_than.resolve() if other_than is not None else None
     files = {
         file.resolve() for folder in folders if folder.is_dir() for file in folder.glob("*.ckpt") if file.is_file()
     }
     for file in sorted(files - {unwanted}, key=lambda file: (file.stat().st_mtime_ns, str(file)), reverse=True):
-        found = inspect(file, weights, allowed)
+        found = inspect(file, weights, allowed, infinite)
         if found.good():
             return found
     return None

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_nanguard.checkpoints.inspection import Inspection, damage, newest_good
 from lightning_nanguard.checkpoints.poison import poisoned
 from lightning_nanguard.errors import BadCheckpointError
-from lightning_nanguard.state.finite import allowances
+from lightning_nanguard.state.finite import allowances, may_be_infinite
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.thresholds.checkpoints import CheckpointsThresholds
 
@@ -68,7 +68,8 @@ class ResumeGate:
         allowed, named = allowances(weights), {name: tensor for (_, name), tensor in weights}
         missing = content is None and not path.exists()
         wrong = "there is no such file" if missing else damage(path)
-        tensors = poisoned(content, named, allowed) if content is not None else []
+        infinite = may_be_infinite(self._module)
+        tensors = poisoned(content, named, allowed, infinite) if content is not None else []
         if not wrong and not tensors:
             return None  # it is good, or its error has another cause and is the user's to see
         reason = wrong or f"{_listed(tensors, self._named)} {'is' if len(tensors) == 1 else 'are'} not finite"
@@ -78,7 +79,7 @@ class ResumeGate:
         if missing and not self._take:
             return None  # Lightning's own error says it
         nearby = [path.parent, path.parent / "nanguard", path.parent.parent / "nanguard", *self._folders]
-        other = newest_good(nearby, other_than=path, weights=named, allowed=allowed)
+        other = newest_good(nearby, other_than=path, weights=named, allowed=allowed, infinite=infinite)
         if self._take and other is not None:
             self.refused, self.taken = f"{path} is bad: {reason}", other
             return other.path

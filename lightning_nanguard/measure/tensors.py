@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 from functools import cache
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,11 @@ def is_plain(tensor: Tensor) -> bool:
         and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
         and tensor.dtype not in _STORAGE_ONLY
     )
+
+
+def shape_of(tensor: Tensor) -> tuple[Any, ...]:
+    """The shape of a tensor; of a nested one those of its parts."""
+    return tuple(map(shape_of, tensor.unbind())) if tensor.is_nested else tuple(tensor.shape)
 
 
 def _read(values: Tensor) -> Tensor:
