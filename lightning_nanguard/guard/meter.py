@@ -13,7 +13,7 @@ from lightning_nanguard.act.skip import unscales_itself
 from lightning_nanguard.measure.finite import non_finite_indices
 from lightning_nanguard.measure.norms import exact_norm, partial_norms, total_norm
 from lightning_nanguard.measure.readings import PendingReading, pending_reading
-from lightning_nanguard.measure.tensors import dense_gradients, is_on_host
+from lightning_nanguard.measure.tensors import WIDER, dense_gradients, dense_values, is_on_host
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 from lightning_nanguard.types import Reading
@@ -51,7 +51,7 @@ class Meter:
     def see_loss(self, loss: Tensor) -> None:
         """Take the loss of one backward, as it is given to it."""
         self._divided_by = self._micro_batches()
-        loss = loss.detach()
+        loss = _number(loss.detach())
         # A captured graph writes the next loss to the same place.
         self._losses.append(loss.clone() if self._many_losses or self._divided_by > 1 else loss)
 
@@ -127,3 +127,11 @@ class Meter:
 
     def _gradients(self, optimizer_index: int) -> list[Tensor]:
         return dense_gradients(self._learner.gradients(optimizer_index))
+
+
+def _number(loss: Tensor) -> Tensor:
+    """A loss as one number: under manual optimization one of several elements has a ``gradient``, which is not seen."""
+    if loss.numel() == 1 and not loss.is_complex():
+        return loss
+    values = dense_values(loss)
+    return values.mean(dtype=WIDER.get(values.dtype)) if values.numel() else values.new_zeros(())

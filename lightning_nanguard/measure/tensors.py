@@ -64,11 +64,16 @@ def stored_values(tensor: Tensor) -> Tensor:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is one of torch's own kind: dense, with numbers of its own that torch can compute with."""
+    return is_strided(tensor) and tensor.dtype not in _STORAGE_ONLY
+
+
+def is_strided(tensor: Tensor) -> bool:
+    """Whether a tensor is one of torch's own kind that is copied as memory is, whatever its numbers stand for."""
+    # Subclasses of Parameter, such as those that carry quantised weights, are plain tensors without their class.
     return (
-        type(tensor) in _WHOLE
+        (type(tensor) in _WHOLE or type(tensor.detach()) is Tensor)
         and tensor.layout == torch.strided
         and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
-        and tensor.dtype not in _STORAGE_ONLY
     )
 
 

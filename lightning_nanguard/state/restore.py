@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nanguard.measure.tensors import local
+from lightning_nanguard.measure.tensors import is_strided, local
 from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey, unwrapped
-from lightning_nanguard.state.snapshot import Snapshot, clone, copy_all, fits
+from lightning_nanguard.state.snapshot import Snapshot, clone, copy_all, fits, put, writable
 
 _Pair = tuple[Tensor, Tensor]
 """A live tensor and what is copied into it."""
 
 
-def restore(learner: Learner, snapshot: Snapshot, *, keep: Callable[[StateKey], bool] | None = None) -> None:
+def restore(
+    learner: Learner, snapshot: Snapshot, *, keep: Callable[[StateKey], bool] | None = None
+) -> tuple[StateKey, ...]:
     """Put the learner back to a snapshot, in place.
 
     What only one of them has is left alone, but optimizer state that the snapshot lacks is removed.
@@ -26,10 +28,13 @@ def restore(learner: Learner, snapshot: Snapshot, *, keep: Callable[[StateKey], 
         learner: What to put back.
         snapshot: To what; it is not changed and may be used again.
         keep: Says which state keys to put back; all by default.
+
+    Returns:
+        The keys of the weights and buffers that both have and that could not be put back: their shape is another now.
     """
     snapshot.wait()
     saved = snapshot.leaves if keep is None else {key: leaf for key, leaf in snapshot.leaves.items() if keep(key)}
-    pairs = [(live, saved[key]) for key, live in learner.weights() if fits(live, saved.get(key))]
+    pairs, failed = _restore_weights(learner, saved)
     names = learner.parameter_names()
     for index, optimizer in enumerate(learner.optimizers):
         if keep is None or keep(("optimizer", index)):
@@ -42,6 +47,21 @@ def restore(learner: Learner, snapshot: Snapshot, *, keep: Callable[[StateKey], 
     learner.restored()
     if learner.scaler is not None and snapshot.scaler and keep is None:
         _restore_scaler(learner.scaler, snapshot.scaler)
+    return failed
+
+
+def _restore_weights(learner: Learner, saved: Mapping[StateKey, Any]) -> tuple[list[_Pair], tuple[StateKey, ...]]:
+    pairs: list[_Pair] = []
+    failed: list[StateKey] = []
+    for key, live in learner.weights():
+        value = saved.get(key)
+        if not isinstance(value, Tensor):
+            continue
+        if fits(live, value):
+            pairs.append((live, value))
+        elif not put(live, value) and not (is_strided(live) and not writable(live)):
+            failed.append(key)
+    return pairs, tuple(failed)
 
 
 def mend_averages(learner: Learner, corrupt: Callable[[Iterable[tuple[StateKey, Any]]], str | None]) -> None:
@@ -111,6 +131,8 @@ def _put(
     live = owner.get(key)
     if isinstance(live, Tensor) and fits(live, value):
         return [(live, value)]
+    if isinstance(live, Tensor) and isinstance(value, Tensor) and not is_strided(live) and put(live, value):
+        return []
     made = clone(value, live.device if isinstance(live, Tensor) else home)
     owner[key] = made if like is None else _sharded_like(made, like)
     return []

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from lightning_nanguard.measure.batches import nested_tensors
-from lightning_nanguard.measure.tensors import local, size
-from lightning_nanguard.state.learner import Learner, StateKey
+from lightning_nanguard.measure.tensors import is_strided, local, shape_of, size
+from lightning_nanguard.state.learner import Learner, StateKey, describe
+
+_logger = logging.getLogger("lightning_nanguard")
 
 
 def clone(value: Any, device: torch.device | None) -> Any:
     """A copy of a leaf of the learner on a device, ``None`` for where it lies; to the host without waiting for it."""
     if isinstance(value, Tensor):
         value = local(value).detach()
-        if device is None:
+        if device is None or value.is_meta:
             return value.clone()
-        if value.is_cuda and device.type == "cpu" and value.layout == torch.strided:
+        if value.is_cuda and device.type == "cpu" and is_strided(value):
             return _pinned_like(value).copy_(value, non_blocking=True)
         return value.to(device, copy=True)
     if isinstance(value, dict):
@@ -29,6 +33,25 @@ def clone(value: Any, device: torch.device | None) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(clone(item, device) for item in value)
     return copy.deepcopy(value)
+
+
+_NOTHING = object()
+
+
+def _cloned(key: StateKey, value: Any, device: torch.device | None) -> Any:
+    # What cannot be copied is not guarded; that must not cost the run.
+    try:
+        return clone(value, device)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        _say_left_out(describe(key), f"{type(value).__module__}.{type(value).__qualname__}", repr(error))
+        return _NOTHING
+
+
+@cache
+def _say_left_out(what: str, kind: str, why: str) -> None:
+    _logger.info("NaNGuard: %s, a %s, cannot be copied, so no rollback restores it: %s", what, kind, why)
 
 
 def _pinned_like(value: Tensor) -> Tensor:
@@ -40,22 +63,39 @@ def _pinned_like(value: Tensor) -> Tensor:
 
 
 def writable(tensor: Tensor) -> bool:
-    """Whether a tensor can be written in place: not an inference tensor, and no two elements in one place."""
+    """Whether a strided tensor can be written in place: none of inference mode, and no two elements in one place."""
     expanded = any(stride == 0 and length > 1 for stride, length in zip(tensor.stride(), tensor.shape, strict=True))
     return not tensor.is_inference() and not expanded
 
 
 def fits(live: Any, saved: Any) -> bool:
-    """Whether ``saved`` can be copied into ``live`` in place."""
+    """Whether ``saved`` can be copied into ``live`` in place, with others in one call."""
     if not isinstance(live, Tensor) or not isinstance(saved, Tensor):
         return False
     live = local(live)
     return (
-        live.shape == saved.shape
+        is_strided(live)
+        and is_strided(saved)
+        and live.shape == saved.shape
         and live.dtype == saved.dtype
-        and live.layout == saved.layout == torch.strided
         and writable(live)
     )
+
+
+def put(live: Tensor, saved: Tensor) -> bool:
+    """Copy a tensor that does not fit so into another of its kind; whether that could be done.
+
+    Sparse, nested and quantised tensors and those of subclasses are copied one by one.
+    """
+    if type(live.detach()) is not type(saved) or live.layout != saved.layout or shape_of(live) != shape_of(saved):
+        return False
+    with torch.no_grad():
+        try:
+            live.copy_(saved)
+        except Exception as error:
+            _logger.debug("NaNGuard: a %s could not be copied in place: %r", type(live).__name__, error)
+            return False
+    return True
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -173,8 +213,8 @@ def capture(
             targets.append(memory)
             sources.append(live)
             copied[key] = memory
-        else:
-            copied[key] = clone(live, device)
+        elif (made := _cloned(key, live, device)) is not _NOTHING:
+            copied[key] = made
     copy_all(targets, sources)
     scaler = dict(learner.scaler.state_dict()) if learner.scaler is not None else None
     return Snapshot(step, global_step, copied, scaler, homes=homes)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.checkpoints.last_good import LastGood
 from lightning_nanguard.guard.guard import Guard
+from lightning_nanguard.measure.tensors import size
 from lightning_nanguard.metrics import NonFiniteRate
 from lightning_nanguard.record.advice import AdviceLog
 from lightning_nanguard.record.base import RunInfo
@@ -110,7 +111,7 @@ class Fit:
             return
         # Moments come with the first steps: two for each parameter is what Adam needs.
         stepped = [one for index in range(len(learner.optimizers)) for one in learner.stepped(index)]
-        parameters = sum(one.nbytes for one in stepped if one.requires_grad)
+        parameters = sum(size(one) for one in stepped if one.requires_grad)
         each = (ring.pending.nbytes() + 2 * parameters) / 2**30
         # The pending one is whole, certified ones are shared among the ranks of a node.
         fitting = int((max_memory / each - 1) * ranks.snapshot_parts) if each else ring.capacity
