@@ -33,7 +33,7 @@ from lightning_nanguard.trainer.private.callbacks import put_first
 from lightning_nanguard.trainer.private.packages import GuardCallback, LightningModule, Trainer, rank_zero_info
 from lightning_nanguard.trainer.private.resuming import before_resuming
 from lightning_nanguard.trainer.private.strategies import check_strategy
-from lightning_nanguard.types import Advice, Fault, Intervention
+from lightning_nanguard.types import ActOn, Advice, Fault, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -86,6 +86,10 @@ class NaNGuard(GuardCallback):
             return a :class:`Finding` or ``None``.
         thresholds: Every number that decides something; ``None`` for :class:`~lightning_nanguard.thresholds.Thresholds`
             with its defaults. Detectors and remedies that you list keep their own.
+        act_on: For what the guard changes the run. ``"certain"``: for what is not finite, overflows its number format,
+            or is out of all proportion to everything seen; a finite suspicion becomes advice, and ``training_step`` is
+            never run again while every number is finite. ``"evidence"``: also for a finite loss that diverges or never
+            falls, where the newest batches, run again under an earlier state or another rate, confirm it.
 
     Raises:
         ValueError: When an argument is out of its range or contradicts another.
@@ -119,6 +123,7 @@ class NaNGuard(GuardCallback):
         sinks: list[Sink | Callable[[Intervention], Any]] | None = None,
         rules: list[Rule] | None = None,
         thresholds: Thresholds | None = None,
+        act_on: ActOn = "certain",
     ) -> None:
         super().__init__()
         if on_intervention is not None and not callable(on_intervention):
@@ -146,6 +151,7 @@ class NaNGuard(GuardCallback):
             bundle_dir=None if bundle_dir is None else Path(bundle_dir),
             last_good_every_n_steps=last_good_every_n_steps,
             resume=resume,
+            act_on=act_on,
             sinks=(*own, *as_sinks(self, sinks)),
             rules=check_rules(rules),
             thresholds=limits,
@@ -370,6 +376,7 @@ class NaNGuard(GuardCallback):
                         lr_multiplier=self._multiplier,
                         path=fit.records,
                         observe=self._arguments.observe,
+                        act_on=self._arguments.act_on,
                     )
                 )
         finally:

@@ -15,6 +15,9 @@ SCHEMA_VERSION = 1
 """Version of the JSON written by :meth:`Intervention.to_dict`; raised when a field changes its meaning."""
 
 
+ActOn = Literal["certain", "evidence"]
+"""For what the guard changes a run: only for what is certain, or also for finite suspicions that evidence confirms."""
+
 Scope = Literal["batch", "learner", "state"]
 """What is at fault: one batch, the learner (weights, rate, clipping), or state that went bad by itself."""
 
@@ -80,6 +83,8 @@ class Fault:
             fault that is reported at once.
         certain: True if a number is not finite or overflows, such as a NaN loss; False if it is finite but unusual and
             may prove harmless, such as a gradient spike.
+        extreme: True if the value is out of all proportion to every value accepted before. A finite fault of a batch
+            counts as certain if it is extreme and the inputs of the batch are out of all proportion, too.
         proof: What confirms a suspicion of the learner.
         recovers: True if a loss may look like this in a healthy run and recover by itself, as losses that work against
             each other (a GAN's) do.
@@ -102,6 +107,7 @@ class Fault:
     doubtful: bool = False
     since: int | None = None
     certain: bool = True
+    extreme: bool = False
     proof: Proof = "comparison"
     recovers: bool = False
     clipping_helps: bool = False

@@ -64,7 +64,7 @@ class Policy:
         return (*plan, *(step for step in told if step is not None)), state
 
     def _decide(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
-        if evidence.healthy_steps == 0 and evidence.bad_in_a_row >= self._start_patience(evidence):
+        if evidence.healthy_steps == 0 and evidence.bad_in_a_row >= self._most_in_a_row(start=True):
             return (Stop(f"no update was ever good: the first {evidence.bad_in_a_row} were all bad"),), state
         scope = find_scope(fault, evidence, self.thresholds.blame)
         if scope is None:
@@ -73,21 +73,20 @@ class Policy:
             return self._skip(fault, evidence, state)
         return self._go_back(fault, evidence, state, scope)
 
-    def _start_patience(self, evidence: Evidence) -> int:
-        # A batch that is not finite says nothing about the model, so wait longer for one that is.
-        bad = evidence.batch_finite is False
-        return self.budget.max_bad_batches if bad else self.thresholds.blame.start_patience
+    def _most_in_a_row(self, *, start: bool = False) -> int:
+        budget = self.budget
+        most = budget.window if budget.max_bad_batches is None else budget.max_bad_batches
+        return min(most, self.thresholds.blame.start_patience) if start else most
 
     def _skip(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
-        if evidence.bad_in_a_row > self.budget.max_bad_batches:
+        if evidence.bad_in_a_row > self._most_in_a_row():
             return (Stop(f"{evidence.bad_in_a_row} updates in a row were bad"),), state
         state = replace(state, skips=(*state.skips, evidence.step))
-        seen = min(self.budget.window, evidence.step + 1)
-        if len(state.skips) > max(self.budget.max_bad_batches, self.budget.max_skip_share * seen):
+        seen, share = min(self.budget.window, evidence.step + 1), self.budget.max_skip_share
+        if share is not None and len(state.skips) > max(self.thresholds.few_skips, share * seen):
             return (Stop(f"{len(state.skips)} of the last {seen} updates were bad"),), state
-        if evidence.undo:
-            return self._count_restore(fault, evidence, state, (Restore(0),))
-        return (Skip(),), state
+        # To take back an update that was made is how a late reading's batch is skipped.
+        return ((Restore(0),) if evidence.undo else (Skip(),)), state
 
     def _go_back(self, fault: Fault, evidence: Evidence, state: PolicyState, scope: Scope) -> tuple[Plan, PolicyState]:
         attempt, state = self._escalate(evidence, state) if scope == "learner" else (0, state)
@@ -199,6 +198,12 @@ class Policy:
     ) -> tuple[Plan, PolicyState]:
         where = f"{fault.kind} at {fault.place}"
         state = replace(state, restores=(*state.restores, (evidence.step, where)))
+        if all(isinstance(step, Restore) for step in plan):
+            failed = state.unproven.count(where)
+            state = replace(state, unproven=(*state.unproven, where))
+            if failed >= self.thresholds.same_restores:
+                reason = f"it came back at once after each of {failed} rollbacks, which change nothing else"
+                return (Stop(reason),), state
         here = sum(1 for _, place in state.restores if place == where)
         if len(state.restores) > self.budget.max_rollbacks or here > self.budget.max_rollbacks_per_place:
             total = f"{len(state.restores) - 1} rollbacks within {self.budget.window} updates"

@@ -23,6 +23,7 @@ class PolicyState:
             below ``bad_rate``.
         failed_returns: How often the learner diverged again after a cut was given back.
         given_back_at: Healthy-step count at the last change of the multiplier.
+        unproven: Fault and place of each plain rollback since a snapshot was last certified.
         proven_level: Level of the loss when it was last seen to have fallen, ``inf`` before.
     """
 
@@ -35,16 +36,23 @@ class PolicyState:
     failed_returns: int = 0
     given_back_at: int = 0
     proven_level: float = math.inf
+    unproven: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers for a checkpoint."""
-        return {**asdict(self), "restores": [list(item) for item in self.restores], "skips": list(self.skips)}
+        return {
+            **asdict(self),
+            "restores": [list(item) for item in self.restores],
+            "skips": list(self.skips),
+            "unproven": list(self.unproven),
+        }
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> PolicyState:
         """The inverse of :meth:`to_dict`."""
         restores = tuple((int(step), str(place)) for step, place in state["restores"])
-        return cls(**{**state, "restores": restores, "skips": tuple(int(step) for step in state["skips"])})
+        skips, unproven = (tuple(state.get(name, ())) for name in ("skips", "unproven"))
+        return cls(**{**state, "restores": restores, "skips": skips, "unproven": unproven})
 
 
 def within_window(state: PolicyState, oldest: int) -> PolicyState:

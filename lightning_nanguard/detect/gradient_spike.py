@@ -57,6 +57,8 @@ class GradientSpike(Detector):
         self._norms = Window(window)
         self._first = Window(warmup)
         self._newest = 0.0
+        # Of the whole run: readings that a rollback takes back are not forgotten here.
+        self._largest = 0.0
 
     def check(self, reading: Reading) -> Fault | None:
         """The fault of this reading, or ``None``."""
@@ -96,7 +98,17 @@ class GradientSpike(Detector):
             if usual > 0
             else f"the gradient norm is {norm:.3g} after having been 0"
         )
-        return Fault("gradient_spike", "batch", "gradient", norm, message, doubtful, certain=False, clipping_helps=True)
+        return Fault(
+            "gradient_spike",
+            "batch",
+            "gradient",
+            norm,
+            message,
+            doubtful,
+            certain=False,
+            extreme=norm > self.thresholds.extreme * self._largest > 0,
+            clipping_helps=True,
+        )
 
     def limits(self) -> Limits:
         """Any loss, and ten times the newest norm: a spike exceeds ten times the largest norm in the window."""
@@ -116,6 +128,7 @@ class GradientSpike(Detector):
         if len(self._first) < self.warmup:
             self._first.append(reading.step, norm)
         self._newest = norm
+        self._largest = max(self._largest, norm)
 
     def _find_limit(self) -> float:
         own = self.thresholds
@@ -139,10 +152,12 @@ class GradientSpike(Detector):
 
     def state_dict(self) -> dict[str, Any]:
         """The history in plain containers."""
-        return {"norms": self._norms.state(), "first": self._first.state()}
+        return {"norms": self._norms.state(), "first": self._first.state(), "largest": self._largest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._norms.load(state["norms"])
         self._first.load(state.get("first", ()))
+        known = [*self._norms.values(), *self._first.values()]
+        self._largest = float(state.get("largest", max(known, default=0.0)))
         self._newest = next(iter(self._norms.last(1)), 0.0)

@@ -73,7 +73,10 @@ def build_guard(
     may_lower = any(remedy.role == "rate" for remedy in remedies)
     recovery = Recovery(context, rehearsal, recorder, reduce, clip, may_lower=may_lower)
     limits = context.thresholds.snapshots.plausibility
-    plausibility = PlausibilityCheck(context.learner, context.ring, investigator.is_worse, limits)
+    certain_only = context.settings.act_on == "certain"
+    plausibility = PlausibilityCheck(
+        context.learner, context.ring, investigator.is_worse, limits, certain_only=certain_only
+    )
     snapshots = _snapshots(context, plausibility)
     meter = Meter(
         context.learner,

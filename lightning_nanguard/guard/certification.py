@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import final
 
 from lightning_nanguard.decide.recovery import prove
@@ -85,6 +86,7 @@ class Certification:
         unit = history.loss_unit()
         keep_oldest = state.healthy_steps < self._limits.keep_start
         context.ring.certify(self._snapshots.kept(pending), loss_unit=unit, keep_oldest=keep_oldest)
+        state.policy = replace(state.policy, unproven=())
         if history.learning():
             recovery = context.thresholds.decision.recovery
             state.policy = prove(pending.rate, pending.level, unit, state.policy, recovery)

@@ -19,6 +19,7 @@ from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.thresholds import Thresholds
+from lightning_nanguard.types import ActOn
 
 
 @final
@@ -32,6 +33,7 @@ class Settings:
         choose_place: Whether they go to host memory by themselves where the device has no room.
         deferred: Read late, without waiting for the device.
         observe: Record what would be done, change nothing.
+        act_on: Whether finite suspicions change the run (``"evidence"``) or are advice (``"certain"``).
         clock: Seconds, by which the interval between snapshots is measured.
     """
 
@@ -40,6 +42,7 @@ class Settings:
     choose_place: bool = False
     deferred: bool = False
     observe: bool = False
+    act_on: ActOn = "certain"
     clock: Callable[[], float] = time.perf_counter
 
 

@@ -16,7 +16,7 @@ from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.plan_runner import PlanRunner
 from lightning_nanguard.guard.recorder import InterventionRecorder
-from lightning_nanguard.types import Evidence, Plan, PlanStep, Skip, Stop
+from lightning_nanguard.types import Evidence, Fault, Finding, Plan, PlanStep, Reading, Skip, Stop
 
 
 @final
@@ -97,6 +97,19 @@ class Interventions:
         stays = fault.scope == "learner" and state.restored is None
         # Nothing was restored, so the fault will show again: accept its reading, and report it at growing intervals.
         return stays and reading.finite and reading.loss_finite and self._dismiss(found)
+
+    def advise(self, fault: Fault, reading: Reading) -> None:
+        """Tell the user of a finite suspicion that is not acted on, and have the detectors stay quiet for a while."""
+        self._context.monitors.dismiss(reading)
+        if fault.since is not None:
+            return  # the rise is over, and nothing else speaks against the weights
+        evidence = {} if fault.value is None else {"value": fault.value}
+        confidence = self._context.thresholds.diagnosis.confidence.suspicion
+        suggestion = (
+            f"{fault.message}. Nothing was changed: every number is finite. If the run is lost, start it again with a "
+            'lower learning rate, or with NaNGuard(act_on="evidence"), which looks for evidence and acts on it.'
+        )
+        self._loop.advise(Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion))
 
     def _dismiss(self, found: FoundFault) -> bool:
         return self._context.monitors.dismiss(found.reading) and found.reading.loss is not None

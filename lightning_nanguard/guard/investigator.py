@@ -43,6 +43,7 @@ class Investigator:
         self._rehearsal = rehearsal
         self._limits = context.thresholds.decision.evidence
         self._compare_allowed = not context.settings.observe
+        self._finite_compared = self._compare_allowed and context.settings.act_on == "evidence"
         self.initial_norms: dict[str, float] = {}
         # How often in a row the batch was blamed, by kind and place of the fault.
         self._batches: Counter[tuple[str, str]] = Counter()
@@ -59,7 +60,7 @@ class Investigator:
 
         ``False`` where that cannot be told, and always with several ranks, which would not compare at the same time.
         """
-        if not self._compare_allowed or self._ranks.world > 1:
+        if not self._finite_compared or self._ranks.world > 1:
             return False
         pairs = [pair for pair in self._rehearsal.compare_each(state, than) if math.isfinite(pair[1])]
         # Only the better half of the batches counts, since some may be corrupt; nor is the loss unit trusted alone.

@@ -12,7 +12,7 @@ A loop calls the guard in this order::
     guard.close()
 
 Under gradient accumulation ``open_batch`` and ``see_loss`` are called for each micro-batch, ``before_step`` once a
-window. The guard asks the loop for the four things in :class:`TrainingLoop`. Where batches can be run again, it also
+window. The guard asks the loop for what is in :class:`TrainingLoop`. Where batches can be run again, it also
 uses the loop's :class:`BatchReplay`; a loop that cannot gives :class:`NoReplay`.
 """
 
@@ -41,8 +41,12 @@ class BatchReplay(Protocol):
     def batch_finite(self) -> bool | None:
         """Whether the batch at hand is finite; ``None`` where it holds no floating numbers or is not at hand."""
 
-    def batch_strange(self) -> bool | None:
-        """Whether the batch at hand reaches far beyond those before it; ``None`` where that cannot be told."""
+    def batch_strange(self, *, extreme: bool = False) -> bool | None:
+        """Whether the batch at hand reaches far beyond those before it; ``None`` where that cannot be told.
+
+        Args:
+            extreme: Whether to ask if it is out of all proportion to them.
+        """
 
     def probe(self) -> float | None:
         """Loss of the batch at hand under the weights of now."""
@@ -75,6 +79,9 @@ class TrainingLoop(Protocol):
     def record(self, intervention: Intervention) -> None:
         """Keep what was done."""
 
+    def advise(self, finding: Finding) -> None:
+        """Tell the user of a suspicion that the guard does not act on."""
+
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
         """Why the fault of an update happened, ``None`` where that was not found; it changes nothing."""
 
@@ -95,7 +102,7 @@ class NoReplay:
         """Not known."""
         return None
 
-    def batch_strange(self) -> bool | None:
+    def batch_strange(self, *, extreme: bool = False) -> bool | None:
         """Not known."""
         return None
 

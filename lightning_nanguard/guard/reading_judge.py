@@ -88,7 +88,7 @@ class ReadingJudge:
         self.non_finite += not reading.finite and not reading.scaler_skips
         quasi_newton = reading.optimizer_index in learner.quasi_newton
         fault = self._monitors.check(reading, line_search=arrived.line_search, quasi_newton=quasi_newton)
-        if fault is not None and fault.doubtful and not self._batch_is_strange(fault, arrived):
+        if fault is not None and not fault.certain and not self._is_pursued(fault, arrived):
             fault = None
         if fault is None:
             if not arrived.line_search:
@@ -109,12 +109,19 @@ class ReadingJudge:
         if stepping is not None and not suspicion and (not arrived.late or arrived.reached):
             self._runner.block(stepping)
 
-    def _batch_is_strange(self, fault: Fault, arrived: Arrived) -> bool:
-        if self._context.many:
-            return False  # ranks would look at different times
+    def _is_pursued(self, fault: Fault, arrived: Arrived) -> bool:
+        certain_only = self._context.settings.act_on == "certain"
+        looks = fault.scope == "batch" and (fault.extreme if certain_only else fault.doubtful)
+        pursued = self._batch_is_strange(fault, arrived, extreme=certain_only) if looks else not certain_only
+        if certain_only and not pursued and not fault.doubtful:
+            self._interventions.advise(fault, arrived.reading)
+        return pursued
+
+    def _batch_is_strange(self, fault: Fault, arrived: Arrived, *, extreme: bool) -> bool:
         found = FoundFault(fault, arrived.reading, arrived.undo, late=arrived.late)
+        ranks, replay = self._context.ranks, self._context.replay
         with self._interventions.batch_of(found) as at_hand:
-            return at_hand and self._context.replay.batch_strange() is True
+            return True in ranks.gather(at_hand and replay.batch_strange(extreme=extreme) is True)
 
     def look_at_statistics(self, reading: Reading, undo: BatchUndo) -> None:
         """Where a batch has spoiled running statistics before: look at what this one did to them, before its update.

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 
 from lightning_nanguard.record.messages import counted
+from lightning_nanguard.types import ActOn
 
 _ACTIONS = {
     "skip": ("batch skipped", "batches skipped"),
@@ -28,6 +29,7 @@ def summary(
     lr_multiplier: float = 1.0,
     path: str | os.PathLike[str] | None = None,
     observe: bool = False,
+    act_on: ActOn = "certain",
 ) -> str:
     """Say in one line what happened in a fit.
 
@@ -38,15 +40,16 @@ def summary(
         lr_multiplier: What the learning rate is multiplied by at the end.
         path: The file of records.
         observe: Whether the guard only observed.
+        act_on: For what the guard changes the run.
 
     Example:
         >>> summary(1200)
-        'NaNGuard: 1,200 updates watched, nothing to do'
-        >>> summary(1200, {"non_finite_loss": 1}, {"skip": 1}, path="guard.jsonl")
-        'NaNGuard: 1,200 updates watched, 1 intervention (non_finite_loss 1): 1 batch skipped; records in guard.jsonl'
+        'NaNGuard: 1,200 updates watched (act_on="certain"), nothing to do'
+        >>> summary(1200, {"non_finite_loss": 1}, {"skip": 1})
+        'NaNGuard: 1,200 updates watched (act_on="certain"), 1 intervention (non_finite_loss 1): 1 batch skipped'
     """
     rate = f"; the learning rate ends at {lr_multiplier:.4g} times its schedule" if lr_multiplier != 1.0 else ""
-    watched = f"NaNGuard: {counted(updates, 'update')} watched"
+    watched = f'NaNGuard: {counted(updates, "update")} watched (act_on="{act_on}")'
     total = sum((faults or {}).values())
     if not total:
         return f"{watched}, nothing to do{rate}"

@@ -111,19 +111,22 @@ class BatchHistory:
         """The newest healthy batches and their indices in the epoch, the newest last."""
         return list(self._healthy)
 
-    def strange(self, batch: Any) -> bool | None:
+    def strange(self, batch: Any, *, extreme: bool = False) -> bool | None:
         """Whether a tensor of ``batch`` reaches far beyond what it reaches in any of the healthy batches.
 
         ``None`` where too few healthy batches have the same structure to compare with. Reads from the device.
+
+        Args:
+            batch: The batch.
+            extreme: Whether to ask if it is out of all proportion to them.
         """
         limits, mine = self._healthy_limits, largest_magnitudes(batch)
         others = [one for kept, _ in self._healthy if len(one := largest_magnitudes(kept)) == len(mine)]
         if len(others) < limits.least_compared or not mine:
             return None
+        factor = limits.extreme_factor if extreme else limits.strange_factor
         return any(
-            not one <= limits.strange_factor * max(before)
-            for one, *before in zip(mine, *others, strict=True)
-            if max(before) > 0
+            not one <= factor * max(before) for one, *before in zip(mine, *others, strict=True) if max(before) > 0
         )
 
     def of(self, update: int) -> list[MicroBatch]:

@@ -53,6 +53,7 @@ class PlausibilityCheck:
         is_worse: Says whether the newest batches do clearly worse under one state than under another; ``False`` where
             that cannot be told.
         thresholds: What is too much.
+        certain_only: Whether only what is out of all proportion counts, and nothing is tried.
     """
 
     def __init__(
@@ -61,11 +62,15 @@ class PlausibilityCheck:
         ring: Ring,
         is_worse: Callable[[Snapshot, Snapshot], bool],
         thresholds: PlausibilityThresholds = _DEFAULTS,
+        *,
+        certain_only: bool = False,
     ) -> None:
         self._learner = learner
         self._ring = ring
         self._is_worse = is_worse
-        self._limits = thresholds
+        self._limits = limits = thresholds
+        self._weight_growth = limits.certain_weight_growth if certain_only else limits.weight_growth
+        self._state_growth = limits.early_growth if certain_only else limits.state_growth
         self._jumps: Counter[str] = Counter()
         self.watches_statistics = False
         """Whether a batch may have spoiled running statistics, so that each batch's are worth a look."""
@@ -79,7 +84,7 @@ class PlausibilityCheck:
             healthy_steps: Updates accepted so far.
         """
         limits = self._limits
-        beyond = screen.beyond(before, limits.weight_growth, limits.least_magnitude)
+        beyond = screen.beyond(before, self._weight_growth, limits.least_magnitude)
         if healthy_steps <= limits.settled_after:
             # Statistics and moments still come from their initial values then.
             parameters = {key for key in beyond if key[0] == "parameter"}
@@ -98,13 +103,13 @@ class PlausibilityCheck:
         """
         if not self._ring.certified:
             return None
-        limits, newest = self._limits, self._ring.certified[0]
+        newest = self._ring.certified[0]
         weights = {key for key in leaves if key[0] == "parameter"}
         statistics = set(self._learner.statistics(leaves))
         others = {*statistics, *(key for key in leaves if key[0] == "optimizer")}
-        sure = self._growth(healthy_steps, limits.weight_growth)
-        usual = self._growth(healthy_steps, limits.state_growth)
-        for keys, factor in ((weights, limits.weight_growth), (others, usual)):
+        sure = self._growth(healthy_steps, self._weight_growth)
+        usual = self._growth(healthy_steps, self._state_growth)
+        for keys, factor in ((weights, self._weight_growth), (others, usual)):
             far = self._first_jump(leaves, newest.leaves, keys, factor)
             if far is None:
                 continue

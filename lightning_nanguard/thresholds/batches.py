@@ -42,6 +42,8 @@ class HealthyBatchesThresholds:
         measured_every: Batches after which their size is measured anew. Batches of a run are much alike, and to measure
             each would cost more than to keep it.
         strange_factor: How many times the largest number in all other batches makes a batch strange.
+        extreme_factor: How many times that number puts a batch out of all proportion, so that it may be skipped without
+            further evidence if its gradient is out of all proportion, too.
         least_compared: Batches needed to tell a strange one.
     """
 
@@ -49,6 +51,7 @@ class HealthyBatchesThresholds:
     most_bytes: int = 64 << 20
     measured_every: int = 16
     strange_factor: float = 100.0
+    extreme_factor: float = 1e4
     least_compared: int = 2
 
 

@@ -13,6 +13,7 @@ class Confidences:
 
     Attributes:
         told: Advice is given during a run only above this; up to it a finding is a guess.
+        suspicion: A finite loss or gradient looks bad, and no evidence was looked for.
         non_finite_input: NaN or Inf in the batch.
         non_finite_input_tolerated: The same, where the loss is finite or an operation explains it.
         target_operation: An operation on the target alone left its domain.
@@ -70,6 +71,7 @@ class Confidences:
     """
 
     told: float = 0.5
+    suspicion: float = 0.55
     non_finite_input: float = 0.98
     non_finite_input_tolerated: float = 0.4
     target_operation: float = 0.95

@@ -17,7 +17,8 @@ class BlameThresholds:
             prove nothing.
         beginning: Updates accepted since the start up to which the learner is blamed where nothing else is.
         patience: Faulty updates in a row before the learner is suspected.
-        start_patience: Faulty updates before the first healthy one after which the run is stopped.
+        start_patience: Faulty updates before the first healthy one after which the run is stopped. Where four of five
+            batches are bad by chance, so many come in a row once in a million runs.
         rate_risen: Ratio of two learning rates from which on the larger one has clearly risen.
         sane_loss: Loss units above the first loss; a batch whose loss is higher under good weights is itself at fault.
         worse_for_batch: Loss units by which the present weights must be worse than the good ones to clear the batch.
@@ -37,7 +38,7 @@ class BlameThresholds:
     calm_when_late: int = 20
     beginning: int = 20
     patience: int = 4
-    start_patience: int = 8
+    start_patience: int = 64
     rate_risen: float = 1.5
     sane_loss: float = 10.0
     worse_for_batch: float = 0.5
@@ -131,6 +132,9 @@ class DecisionThresholds:
         same_level: Loss units within which two snapshots have the same level.
         depth_by_state: Recent restores after which the next restore of bad state goes one snapshot deeper.
         deepest: Most snapshots by which it goes deeper.
+        same_restores: Rollbacks for the same fault at the same place, without any correction and without a snapshot
+            certified in between, after which a further one would be the same action with the same result.
+        few_skips: Skips from which on ``Budget(max_skip_share=…)`` is applied; of fewer, a share means nothing.
     """
 
     blame: BlameThresholds = field(default_factory=BlameThresholds)
@@ -140,3 +144,5 @@ class DecisionThresholds:
     same_level: float = 0.1
     depth_by_state: int = 2
     deepest: int = 8
+    same_restores: int = 2
+    few_skips: int = 32

@@ -28,6 +28,7 @@ class SpikeThresholds:
         above_largest: Times the largest norm in the window that a spike has to exceed; heavy tails reach a few times.
         above_first: Times the largest norm of the beginning that a spike has to exceed: when the data change after the
             loss has come down, the norm may be as large as it was for the untrained model.
+        extreme: Times the largest norm accepted in the whole run that puts a norm out of all proportion.
         min_deviation: Least deviation of the logarithm of the norm, so that norms which hardly vary do not make every
             small change a spike.
         warmup_above_largest: During warm-up, times the largest norm so far that a spike has to exceed.
@@ -39,6 +40,7 @@ class SpikeThresholds:
 
     above_largest: float = 10.0
     above_first: float = 2.0
+    extreme: float = 1e4
     min_deviation: float = 0.1
     warmup_above_largest: float = 1e5
     warmup_min_norm: float = 1e6

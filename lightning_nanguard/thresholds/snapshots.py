@@ -72,6 +72,7 @@ class PlausibilityThresholds:
         settled_after: Healthy updates after which statistics and moments no longer come from their initial values.
         weight_growth: Factor by which a parameter's largest element grew. An optimizer moves a weight by its rate, so
             weights grow by less than second moments, which go with the square of a gradient.
+        certain_weight_growth: The same factor where nothing is tried, so that growth alone decides.
         state_growth: The same factor for statistics and moments.
         early_growth: The same factor for all of them before ``settled_after``.
         least_magnitude: Magnitude up to which growth does not count: below it any number may be a usual one.
@@ -80,6 +81,7 @@ class PlausibilityThresholds:
 
     settled_after: int = 100
     weight_growth: float = 1e3
+    certain_weight_growth: float = 1e6
     state_growth: float = 1e4
     early_growth: float = 1e12
     least_magnitude: float = 1.0

@@ -16,9 +16,11 @@ from lightning_nanguard.diagnosis.rule_set import Rule
 from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.thresholds import Thresholds
+from lightning_nanguard.types import ActOn
 
 _NAME = "NaNGuard"
 _CHOICES = {
+    "act_on": ("certain", "evidence"),
     "snapshot_device": ("auto", "same", "cpu"),
     "readback": ("auto", "step", "deferred"),
     "resume": ("strict", "last-good"),
@@ -51,6 +53,7 @@ class Arguments:
     bundle_dir: Path | None
     last_good_every_n_steps: int | None
     resume: str
+    act_on: ActOn = "certain"
     sinks: Sequence[Sink] = ()
     rules: Sequence[Rule] = ()
     thresholds: Thresholds = field(default_factory=Thresholds)

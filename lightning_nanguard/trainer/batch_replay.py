@@ -115,19 +115,20 @@ class TrainerBatchReplay:
         """Whether the micro-batches of the update at hand are finite."""
         return batch_finite([micro.batch for micro in self._shown or self.batches.newest()])
 
-    def batch_strange(self) -> bool | None:
-        """Whether the batch at hand reaches far beyond those before it."""
-        return None if self.batch is None else self.batches.strange(self.batch)
+    def batch_strange(self, *, extreme: bool = False) -> bool | None:
+        """Whether the batch at hand reaches far beyond those before it, or is out of all proportion to them."""
+        return None if self.batch is None else self.batches.strange(self.batch, extreme=extreme)
 
     def comparable(self) -> bool:
         """Whether a batch can be run again at all: under automatic optimization."""
         return bool(self._module.automatic_optimization)
 
     def probe(self) -> float | None:
-        """Loss of the batch at hand under the weights of now, leaving no trace."""
+        """Loss of the batch at hand under the weights of now, with the random numbers it had; leaves no trace."""
         if not self._repeatable():
             return None
         with self.rehearsing():
+            self._draw_again()
             return self._loss(self.batch, self.batch_idx)
 
     def gradient_finite(self) -> bool | None:
@@ -136,6 +137,7 @@ class TrainerBatchReplay:
             return None
         optimizer = self._learner.optimizers[0]
         with self.rehearsing():
+            self._draw_again()
             loss = self._gradients(optimizer, self.batch, self.batch_idx)
         found = gradients(p for group in optimizer.param_groups for p in group["params"])
         finite = None if loss is None else math.isfinite(loss) and not non_finite_indices(found)
@@ -182,6 +184,13 @@ class TrainerBatchReplay:
         """Loss of a batch under the weights of now."""
         with torch.no_grad():
             return self._loss(*self._at_hand()[index])
+
+    def _draw_again(self) -> None:
+        # A fault that depends on the draw comes back only with the same random numbers.
+        for micro in reversed(self._shown or self.batches.newest()):
+            if micro.batch is self.batch:
+                self.batches.rewind(micro)
+                return
 
     def _repeatable(self) -> bool:
         one = len(self._learner.optimizers) == 1

@@ -113,6 +113,7 @@ def _context(
             choose_place=arguments.snapshot_device == "auto",
             deferred=deferred,
             observe=arguments.observe,
+            act_on=arguments.act_on,
         ),
         thresholds=arguments.thresholds,
     )

@@ -136,7 +136,7 @@ class Diagnostics:
         run = self._replay.comparable() and self._is_whole() and batch is not None
         for finding in preflight.findings(batch, readable_loader(self._trainer, self._module), run=run):
             if finding.confidence > self._thresholds.confidence.told:
-                self._advise("preflight", finding)
+                self.advise("preflight", finding)
 
     def examine_if_due(self) -> None:
         """Examine a loss that does not move, or the run at hand where that was asked for."""
@@ -159,9 +159,15 @@ class Diagnostics:
         micros = self._replay.batches.newest(self._thresholds.examination.max_updates)
         for finding in self._examination.findings(micros, course, evidence, asked=asked):
             if finding.confidence > self._thresholds.confidence.told:
-                self._advise("asked" if asked else "loss does not move", finding)
+                self.advise("asked" if asked else "loss does not move", finding)
 
-    def _advise(self, occasion: str, finding: Finding) -> None:
+    def advise(self, occasion: str, finding: Finding) -> None:
+        """Give advice.
+
+        Args:
+            occasion: Why the guard looked.
+            finding: What it found.
+        """
         self._advice.give(Advice(self._trainer.global_step, self._trainer.current_epoch, occasion, finding))
 
     def _is_whole(self) -> bool:

@@ -51,6 +51,10 @@ class TrainerLoop:
         """Give the record to every sink."""
         self._sinks.write(intervention)
 
+    def advise(self, finding: Finding) -> None:
+        """Tell the user of a suspicion that the guard does not act on."""
+        self._diagnostics.advise("a finite suspicion", finding)
+
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
         """Why the fault of an update happened, ``None`` where that was not found."""
         return self._diagnostics.diagnose(fault, evidence, look, update)

@@ -41,6 +41,7 @@ class PlainLoop(NoReplay):
         self.batch = torch.zeros(8, 3)
         self.step = 0
         self.records: list[Intervention] = []
+        self.advice: list[Finding] = []
         options = {"replay": self, "settings": Settings(snapshot_every=4), **options}
         self.guard = guard_for(self.net, [self.optimizer], self, **options)
 
@@ -88,6 +89,9 @@ class PlainLoop(NoReplay):
 
     def record(self, intervention: Intervention) -> None:
         self.records.append(intervention)
+
+    def advise(self, finding: Finding) -> None:
+        self.advice.append(finding)
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: str, update: int) -> Finding | None:
         return diagnose(Case(fault, evidence))

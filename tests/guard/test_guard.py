@@ -253,7 +253,7 @@ class Strange(PlainLoop):
 
     answer: bool | None = None
 
-    def batch_strange(self) -> bool | None:
+    def batch_strange(self, *, extreme: bool = False) -> bool | None:
         return self.answer
 
 
