@@ -231,11 +231,6 @@ class NaNGuard(GuardCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the guard of this fit and look at the state before the first update."""
-        if not any(parameter.requires_grad for parameter in pl_module.parameters()):
-            raise ValueError(
-                f"NaNGuard has nothing to guard: {type(pl_module).__name__} has no trainable parameter. "
-                "Set requires_grad on the parameters to train, or take the guard out of the callbacks."
-            )
         given = self._arguments
         fit = self._fit = build_fit(trainer, pl_module, given, self._memory)
         self._advice = fit.advice.given

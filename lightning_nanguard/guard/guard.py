@@ -35,6 +35,7 @@ from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.learner import describe
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.restore import mend_averages
 from lightning_nanguard.types import Fault, Reading
@@ -104,6 +105,8 @@ class Guard:
         self._judge = parts.judge
         # Whether weights and averages have changed places, as WeightAveraging has them do in validation.
         self.swapped = False
+        # A trained parameter that was not finite before the first update, until an update was healthy.
+        self._bad_start: str | None = None
         # What belongs to the batch at hand.
         self._open = False
         self._updated = False
@@ -111,27 +114,22 @@ class Guard:
     # ---------------------------------------------------------------------------------------- the order of a step
 
     def start(self) -> None:
-        """Look at the state before the first update, and keep it.
-
-        Raises:
-            TrainingDivergedError: When a parameter is not finite, unless the guard only observes.
-        """
+        """Look at the state before the first update, and keep it."""
         context = self._context
-        parameters = [(key, leaf) for key, leaf in context.learner.weights() if key[0] == "parameter"]
-        bad, _ = first_over_ranks(context.ranks, context.finite.corrupt(parameters))
-        if bad is not None:
-            message = (
-                f"{bad} holds NaN or Inf before the first update, so there is no good state to guard. Look at how it "
-                "was initialised, or at the checkpoint it came from, and start again."
-            )
-            if not context.settings.observe:
-                raise TrainingDivergedError(message)
-            _logger.warning("NaNGuard only observes: %s", message)
         context.finite.begin(context.learner)
+        bad, _ = first_over_ranks(context.ranks, self._bad_from_the_start())
+        if bad is not None:
+            _logger.info("NaNGuard: %s holds NaN or Inf before the first update; these elements are not guarded.", bad)
+            self._bad_start = None if context.settings.observe else bad
         if not context.settings.observe:
             # The same hook scales the rate and takes the gradients of blocked steps away.
             context.rate.attach(self._parts.skipper.remove_gradients)
         self._parts.certification.start()
+
+    def _bad_from_the_start(self) -> str | None:
+        # Frozen ones may be masks of -inf.
+        trained = (key for key, leaf in self._context.learner.weights() if key[0] == "parameter" and leaf.requires_grad)
+        return next((describe(key) for key in trained if key in self._context.finite.allowed), None)
 
     def open_batch(self) -> None:
         """Remember what the coming batch may change; a window of accumulation counts as one batch."""
@@ -179,10 +177,10 @@ class Guard:
             Whether nothing was found.
 
         Raises:
-            TrainingDivergedError: When the run cannot be helped.
+            TrainingDivergedError: When the run cannot be helped, or its first weights were not finite.
         """
         if not self._updated:
-            if self._parts.loop.micro_batches() == 1:
+            if self._parts.loop.micro_batches() == 1 or not self._context.learner.optimizers:
                 self._open = False
                 self._parts.meter.drop_losses()
             return True
@@ -191,6 +189,8 @@ class Guard:
         found = self._judge.take_found()
         self._state.restored = None
         try:
+            if found and self._bad_start is not None:
+                self._stop_if_lost_from_the_start(found[0])
             for one in found:
                 self._judge.handle(one)
                 if self._state.restored is not None:
@@ -203,6 +203,16 @@ class Guard:
             self._parts.meter.end_batch()
             self._parts.skipper.skipped.clear()
         return not found
+
+    def _stop_if_lost_from_the_start(self, found: FoundFault) -> None:
+        # Training may survive such a weight, and a batch may be bad by itself.
+        context = self._context
+        if found.reading.finite or False in context.ranks.gather(context.replay.batch_finite()):
+            return
+        raise TrainingDivergedError(
+            f"{self._bad_start} holds NaN or Inf before the first update, so there is no good state to guard. Look at "
+            "how it was initialised, or at the checkpoint it came from, and start again."
+        )
 
     def report(self, fault: Fault) -> None:
         """Take a fault that was found outside a step, such as in validation.
@@ -329,7 +339,7 @@ class Guard:
             context.clipper.clip(context.learner.gradients(optimizer_index), scale, known)
 
     def _healthy(self) -> None:
-        state = self._state
+        state, self._bad_start = self._state, None
         state.bad_in_a_row = 0
         if all(reading.scaler_skips for reading in self._judge.readings):
             return  # the scaler skipped it: nothing was learned about the state

@@ -17,6 +17,7 @@ from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.measure.norms import norms
+from lightning_nanguard.measure.tensors import is_strided, local
 from lightning_nanguard.state.learner import StateKey, describe
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
@@ -230,7 +231,7 @@ class Investigator:
     def _jump(self, target: Snapshot) -> str | None:
         then = [leaf for path, leaf in target.leaves.items() if path[0] == "parameter" and leaf.is_floating_point()]
         jump = self._limits.jump
-        limit = max(jump, jump * max(norms(then, math.inf), default=math.inf))
+        limit = max(jump, jump * max(filter(math.isfinite, norms(then, math.inf)), default=math.inf))
         weights = [
             (path, leaf)
             for path, leaf in self._learner.weights()
@@ -255,12 +256,19 @@ def norms_to_grow_from(leaves: Iterable[tuple[StateKey, Any]]) -> dict[str, floa
     """
     matrices = _matrices(leaves)
     begun = zip(matrices.items(), norms(list(matrices.values())), strict=True)
-    # A matrix of zeros, such as position embeddings, has no size to measure growth by.
-    return {name: max(norm, math.sqrt(matrix.shape[0] / 3)) if norm else 0.0 for (name, matrix), norm in begun}
+    # A matrix of zeros, such as position embeddings, has no size to measure growth by, nor has a mask of -inf.
+    return {
+        name: max(norm, math.sqrt(matrix.shape[0] / 3)) if 0 < norm < math.inf else 0.0
+        for (name, matrix), norm in begun
+    }
 
 
 def _matrices(leaves: Iterable[tuple[StateKey, Any]]) -> dict[str, Tensor]:
-    return {path[1]: leaf for path, leaf in leaves if path[0] == "parameter" and leaf.dim() >= 2}
+    return {
+        path[1]: leaf
+        for path, leaf in leaves
+        if path[0] == "parameter" and isinstance(leaf, Tensor) and is_strided(local(leaf)) and leaf.dim() >= 2
+    }
 
 
 def _is_weight(path: StateKey) -> bool:

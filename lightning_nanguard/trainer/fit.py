@@ -78,6 +78,7 @@ class Fit:
             max_memory: Limit in GiB for all snapshots; ``None`` for no limit.
         """
         self._sinks.open()
+        self._say_what_is_not_guarded()
         self.guard.start()
         self._limit_memory(max_memory)
         rate, later = self.context.rate, self._patches.callback
@@ -135,7 +136,7 @@ class Fit:
 
     def optimizer_index(self, optimizer: Optimizer) -> int | None:
         """Index of an optimizer that steps next; ``None`` where it does not, or was not there when the fit began."""
-        if self._accumulates():
+        if self._accumulates() or not optimizer.param_groups:
             return None
         for index, known in enumerate(self.context.learner.optimizers):
             if known is optimizer or getattr(optimizer, "optimizer", None) is known:
@@ -149,9 +150,18 @@ class Fit:
             )
         return None
 
+    def _say_what_is_not_guarded(self) -> None:
+        """At the start of training: say so if there is nothing to guard, or not yet."""
+        learner = self.context.learner
+        name = type(learner.module).__name__
+        if not learner.optimizers:
+            _logger.info("NaNGuard: %s has no optimizer, so there are no updates to guard.", name)
+        elif not any(p.requires_grad for index in range(len(learner.optimizers)) for p in learner.stepped(index)):
+            _logger.info("NaNGuard: no parameter of %s is trained yet; those that will be are guarded then.", name)
+
     def say_if_unseen(self) -> None:
         """At the end of training: say so if batches were trained on and the guard saw no optimizer step."""
-        if self.replay.batch_idx >= 0 and self.guard.updates == 0:
+        if self.replay.batch_idx >= 0 and self.guard.updates == 0 and self.context.learner.optimizers:
             _logger.warning(
                 "NaNGuard: batches were trained on, but no optimizer step was seen, so nothing was guarded. Under "
                 "manual optimization step the optimizers that self.optimizers() gives."

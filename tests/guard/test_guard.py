@@ -85,7 +85,7 @@ def test_a_run_that_never_was_good_ends_soon() -> None:
 
 
 def test_non_finite_weights_at_the_start_are_named() -> None:
-    """A guard does not start from NaN."""
+    """The run ends with the first update that comes of them."""
     loop = PlainLoop()
     with torch.no_grad():
         loop.net.bias[0] = math.nan
