@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import final
 
+import torch
 from torch import Tensor
 
 from lightning_nanguard.act.skip import unscales_itself
@@ -101,7 +102,14 @@ class Meter:
     def _partial_norms(self, optimizer_index: int) -> list[Tensor]:
         if optimizer_index in self._learner.quasi_newton:
             self._closures[optimizer_index] = self._closures.get(optimizer_index, 0) + 1
-        return partial_norms(self._gradients(optimizer_index), self._thresholds)
+        try:
+            return partial_norms(self._gradients(optimizer_index), self._thresholds)
+        except (NotImplementedError, TypeError, RuntimeError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            # Of an unusual kind; to look at the kind of each gradient in every step would cost more than their norm.
+            values = [dense_values(gradient) for gradient in self._learner.gradients(optimizer_index)]
+            return partial_norms([one for one in values if one.numel()], self._thresholds)
 
     def _take_losses(self) -> list[Tensor]:
         losses, self._losses = self._losses, []

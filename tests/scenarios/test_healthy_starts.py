@@ -121,6 +121,35 @@ class ResetInStep(Minimum):
         return super().training_step(batch, batch_idx)
 
 
+class TrainedTagged(Base):
+    """A parameter of a subclass of Tensor, whose gradients are of it too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd = nn.Parameter(ODD["tagged"]())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + self.odd.square().mean()
+
+
+class TrainedJagged(Base):
+    """A nested parameter, whose gradients are nested."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd = nn.Parameter(ODD["jagged"]())
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx) + (self.odd * self.odd).values().mean())
+        optimizer.step()
+
+    def configure_optimizers(self) -> Optimizer:
+        return SGD(self.parameters(), lr=0.1, foreach=False)
+
+
 class OnMeta(Base):
     """A buffer and a parameter without numbers; Lightning cannot move them, so they come after that and go before."""
 
@@ -168,7 +197,7 @@ class Complex(Base):
 
 MODULES = (
     NoOptimizer, VectorLoss, MaskParameter, TrainableInf, UnusedNaN, FrozenFirst, ResetEachEpoch, ResetInStep,
-    EightBits, Complex, OnMeta,
+    EightBits, Complex, TrainedTagged, TrainedJagged, OnMeta,
 )  # fmt: skip
 MAKES: dict[str, Callable[[], Base]] = {
     **{kind.__name__: kind for kind in MODULES},
