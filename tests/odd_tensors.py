@@ -34,6 +34,10 @@ class EightBit(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["codes", "scale"], None
 
+    @staticmethod
+    def __tensor_unflatten__(parts: dict[str, Tensor], *_: Any) -> EightBit:
+        return EightBit(parts["codes"], parts["scale"])
+
     def dequantize(self) -> Tensor:
         return self.codes * self.scale
 
@@ -42,7 +46,7 @@ class EightBit(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (aten.detach.default, aten.clone.default, aten._to_copy.default):
+        if func in (aten.detach.default, aten._to_copy.default):
             (self,) = args[:1]
             made = cls(*(func(part) for part in (self.codes, self.scale)))
             return return_and_correct_aliasing(func, args, kwargs or {}, made)
@@ -109,6 +113,22 @@ ODD: dict[str, Callable[[], Tensor]] = {
     "mkldnn": lambda: torch.ones(3).to_mkldnn(),
 }
 """Makes a tensor of each kind, of ones as far as that can be."""
+
+
+@torch.no_grad()
+def set_to_zero(tensor: Tensor) -> None:
+    """Change all numbers of a tensor of any kind to zero, in place."""
+    if isinstance(tensor, EightBit):
+        tensor.codes.zero_()
+    elif tensor.is_sparse:
+        tensor._values().zero_()
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        tensor.values().zero_()
+    elif tensor.is_quantized or tensor.dtype == torch.float8_e4m3fn:
+        tensor.copy_(torch.zeros(tensor.shape))
+    else:
+        tensor.mul_(0)
+
 
 QUIET = (
     "ignore:Sparse .* tensor support is in beta:UserWarning",

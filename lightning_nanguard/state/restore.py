@@ -38,8 +38,8 @@ def restore(
     names = learner.parameter_names()
     for index, optimizer in enumerate(learner.optimizers):
         if keep is None or keep(("optimizer", index)):
-            pairs += _restore_state(optimizer, index, learner.stepped(index), names, saved, snapshot.homes)
-            pairs += _restore_groups(optimizer, index, saved, snapshot.homes)
+            pairs += _restore_state(optimizer, index, learner.stepped(index), names, saved, snapshot)
+            pairs += _restore_groups(optimizer, index, saved, snapshot)
     if keep is None:
         averages = ((key, live) for key, live in learner.averages() if fits(live, saved.get(key)))
         pairs += [(live, saved[key]) for key, live in averages]
@@ -91,36 +91,37 @@ def _restore_state(
     stepped: Iterable[Tensor],
     names: Mapping[int, str],
     saved: Mapping[StateKey, Any],
-    homes: Mapping[StateKey, torch.device],
+    snapshot: Snapshot,
 ) -> list[_Pair]:
     wanted: dict[str, dict[Any, tuple[Any, torch.device | None]]] = {}
     for state_key, value in saved.items():
         if state_key[:2] == ("optimizer", index):
-            wanted.setdefault(state_key[2], {})[state_key[3]] = value, homes.get(state_key)
+            wanted.setdefault(state_key[2], {})[state_key[3]] = value, snapshot.homes.get(state_key)
     pairs: list[_Pair] = []
     for parameter in stepped:
-        entries = wanted.get(names.get(id(parameter), f"#{id(parameter)}"))
-        if not entries:
+        name = names.get(id(parameter), f"#{id(parameter)}")
+        entries, state = wanted.get(name, {}), optimizer.state.get(parameter, {})
+        left_out = {key for key in state if ("optimizer", index, name, key) in snapshot.left_out}
+        if not entries and not left_out:
             optimizer.state.pop(parameter, None)
             continue
         state = optimizer.state[parameter]
-        for key in [key for key in state if key not in entries]:
+        for key in [key for key in state if key not in entries and key not in left_out]:
             del state[key]
         for key, (value, home) in entries.items():
             pairs += _put(state, key, value, home, like=parameter)
     return pairs
 
 
-def _restore_groups(
-    optimizer: Optimizer, index: int, saved: Mapping[StateKey, Any], homes: Mapping[StateKey, torch.device]
-) -> list[_Pair]:
+def _restore_groups(optimizer: Optimizer, index: int, saved: Mapping[StateKey, Any], snapshot: Snapshot) -> list[_Pair]:
     pairs: list[_Pair] = []
     for number, group in enumerate(optimizer.param_groups):
         known = {state_key[3]: value for state_key, value in saved.items() if state_key[:3] == ("group", index, number)}
-        for key in [key for key in group if known and key not in known and key not in CLOCK_KEYS]:
+        kept = {*known, *CLOCK_KEYS, *(key[3] for key in snapshot.left_out if key[:3] == ("group", index, number))}
+        for key in [key for key in group if known and key not in kept]:
             del group[key]
         for key, value in known.items():
-            pairs += _put(group, key, value, homes.get(("group", index, number, key)))
+            pairs += _put(group, key, value, snapshot.homes.get(("group", index, number, key)))
     return pairs
 
 

@@ -23,16 +23,33 @@ def clone(value: Any, device: torch.device | None) -> Any:
     """A copy of a leaf of the learner on a device, ``None`` for where it lies; to the host without waiting for it."""
     if isinstance(value, Tensor):
         value = local(value).detach()
-        if device is None or value.is_meta:
-            return value.clone()
-        if value.is_cuda and device.type == "cpu" and is_strided(value):
-            return _pinned_like(value).copy_(value, non_blocking=True)
-        return value.to(device, copy=True)
+        if is_strided(value):
+            if device is not None and value.is_cuda and device.type == "cpu":
+                return _pinned_like(value).copy_(value, non_blocking=True)
+            return value.clone() if device is None else value.to(device, copy=True)
+        return _clone_odd(value, None if value.is_meta else device)
     if isinstance(value, dict):
         return {key: clone(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(clone(item, device) for item in value)
     return copy.deepcopy(value)
+
+
+def _clone_odd(value: Tensor, device: torch.device | None) -> Tensor:
+    try:
+        return value.clone() if device is None else value.to(device, copy=True)
+    except NotImplementedError:  # a subclass that knows few operations: copy what it is made of
+        parts, context = _parts(value)
+        copies = {name: clone(part, device) for name, part in parts.items()}
+        made: Tensor = type(value).__tensor_unflatten__(copies, context, value.size(), value.stride())  # type: ignore[attr-defined]
+        return made
+
+
+def _parts(value: Any) -> tuple[dict[str, Tensor], Any]:
+    if not hasattr(value, "__tensor_flatten__"):
+        raise NotImplementedError(f"{type(value).__name__} has no __tensor_flatten__")
+    names, context = value.__tensor_flatten__()
+    return {name: getattr(value, name) for name in names}, context
 
 
 _NOTHING = object()
@@ -89,13 +106,22 @@ def put(live: Tensor, saved: Tensor) -> bool:
     """
     if type(live.detach()) is not type(saved) or live.layout != saved.layout or shape_of(live) != shape_of(saved):
         return False
-    with torch.no_grad():
-        try:
-            live.copy_(saved)
-        except Exception as error:
-            _logger.debug("NaNGuard: a %s could not be copied in place: %r", type(live).__name__, error)
-            return False
+    try:
+        with torch.no_grad():
+            _put(live, saved)
+    except Exception as error:
+        _logger.debug("NaNGuard: a %s could not be copied in place: %r", type(live).__name__, error)
+        return False
     return True
+
+
+def _put(live: Tensor, saved: Tensor) -> None:
+    try:
+        live.copy_(saved)
+    except NotImplementedError:
+        mine, theirs = _parts(live)[0], _parts(saved)[0]
+        for name, part in mine.items():
+            _put(part, theirs[name])
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -148,6 +174,7 @@ class Snapshot:
         typical: Root mean square of each tensor, from its :class:`~lightning_nanguard.state.norm_screen.NormScreen`.
         done: Events that say when a copy to the host has arrived.
         homes: Device of each original, if the copies lie elsewhere.
+        left_out: State keys of what could not be copied.
     """
 
     step: int
@@ -160,6 +187,7 @@ class Snapshot:
     typical: dict[StateKey, float] = field(default_factory=dict)
     done: list[Any] = field(default_factory=list)
     homes: dict[StateKey, torch.device] = field(default_factory=dict)
+    left_out: set[StateKey] = field(default_factory=set)
 
     def wait(self) -> None:
         """Let the host wait until the copy has arrived."""
@@ -205,6 +233,7 @@ def capture(
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     homes: dict[StateKey, torch.device] = {}
+    left_out: set[StateKey] = set()
     for key, live in learner.leaves() if leaves is None else leaves:
         memory = old.get(key)
         if device is not None and (home := next((one.device for one in nested_tensors(live)), None)) is not None:
@@ -215,6 +244,8 @@ def capture(
             copied[key] = memory
         elif (made := _cloned(key, live, device)) is not _NOTHING:
             copied[key] = made
+        else:
+            left_out.add(key)
     copy_all(targets, sources)
     scaler = dict(learner.scaler.state_dict()) if learner.scaler is not None else None
-    return Snapshot(step, global_step, copied, scaler, homes=homes)
+    return Snapshot(step, global_step, copied, scaler, homes=homes, left_out=left_out)
