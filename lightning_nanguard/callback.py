@@ -21,16 +21,16 @@ from lightning_nanguard.diagnosis.rule_set import Rule, check_rules
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.record.callable_sink import CallableSink, as_sinks
-from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.record.summary import summary
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.build import build_fit
 from lightning_nanguard.trainer.fit import Fit
+from lightning_nanguard.trainer.guard_copies import CopyableGuard, allow_in_checkpoints, nothing
 from lightning_nanguard.trainer.never_called import expect_hooks, hooks_called
 from lightning_nanguard.trainer.private.averages import swaps_weights
 from lightning_nanguard.trainer.private.callbacks import put_first
-from lightning_nanguard.trainer.private.packages import GuardCallback, LightningModule, Trainer, rank_zero_info
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, rank_zero_info
 from lightning_nanguard.trainer.private.resuming import before_resuming
 from lightning_nanguard.trainer.private.strategies import check_strategy
 from lightning_nanguard.types import ActOn, Advice, Fault, Intervention
@@ -42,7 +42,7 @@ STATE_SCHEMA = 1
 
 
 @final
-class NaNGuard(GuardCallback):
+class NaNGuard(CopyableGuard):
     """Keeps a training run alive through NaN and divergence.
 
     It sees a non-finite or diverging loss or gradient, keeps it from the weights, goes back to the last good state if
@@ -125,7 +125,6 @@ class NaNGuard(GuardCallback):
         thresholds: Thresholds | None = None,
         act_on: ActOn = "certain",
     ) -> None:
-        super().__init__()
         if on_intervention is not None and not callable(on_intervention):
             raise TypeError(f"NaNGuard(on_intervention={on_intervention!r}): expected a callable.")
         own = [] if on_intervention is None else [CallableSink(on_intervention, every_rank=True)]
@@ -135,7 +134,7 @@ class NaNGuard(GuardCallback):
                 f"NaNGuard(thresholds={limits!r}): expected Thresholds, whose groups are its fields, as in "
                 "Thresholds(detection=…)."
             )
-        self._arguments = Arguments(
+        arguments = Arguments(
             detectors=default_detectors(limits.detection) if detectors is None else detectors,
             remedies=default_remedies(limits.rate_search.cut) if remedies is None else remedies,
             snapshot_every_n_steps=snapshot_every_n_steps,
@@ -156,14 +155,12 @@ class NaNGuard(GuardCallback):
             rules=check_rules(rules),
             thresholds=limits,
         )
+        super().__init__(arguments)
         expect_hooks(self)
-        self._memory = Memory(limits.records)
-        self._advice: Sequence[Advice] = ()
         self._resumed: Mapping[str, Any] | None = None
+        self._unwatched = False
         self._gate: ResumeGate | None = None
-        self._undo_gate: Callable[[], None] = _nothing
-        self._fit: Fit | None = None
-        self._last_state: dict[str, Any] = {}
+        self._undo_gate: Callable[[], None]
         self._multiplier = 1.0
         self._non_finite_rate: float | None = None
         self._before: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
@@ -178,7 +175,7 @@ class NaNGuard(GuardCallback):
     @property
     def advice(self) -> Sequence[Advice]:
         """What was noticed in the last fit and left alone, such as by the preflight."""
-        return tuple(self._advice)
+        return tuple(self._memory.advice)
 
     @property
     def lr_multiplier(self) -> float:
@@ -203,7 +200,9 @@ class NaNGuard(GuardCallback):
         Raises:
             RuntimeError: Outside of a fit.
         """
-        self._running().diagnostics.asked = True
+        if self._fit is None:
+            raise RuntimeError("NaNGuard.examine() looks at a run at hand: call it within a fit.")
+        self._fit.diagnostics.asked = True
 
     # ------------------------------------------------------------------------------------------------ Lightning's hooks
 
@@ -233,7 +232,7 @@ class NaNGuard(GuardCallback):
         """Build the guard of this fit and look at the state before the first update."""
         given = self._arguments
         fit = self._fit = build_fit(trainer, pl_module, given, self._memory)
-        self._advice = fit.advice.given
+        self._memory.take_advice(fit.advice.given)
         fit.diagnostics.preflight_due = given.preflight and trainer.global_step == 0
         self._before = (Counter(self._memory.faults), Counter(self._memory.remedies))
         if self._resumed is not None:
@@ -253,7 +252,10 @@ class NaNGuard(GuardCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember what the batch may change."""
-        fit = self._fit or self._running()
+        fit = self._fit
+        if fit is None:
+            self._say_unwatched()
+            return
         replay = fit.replay
         replay.batch, replay.batch_idx = batch, batch_idx
         if fit.diagnostics.preflight_due:
@@ -263,20 +265,23 @@ class NaNGuard(GuardCallback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Take the loss."""
-        (self._fit or self._running()).guard.see_loss(loss)
+        if self._fit is not None:
+            self._fit.guard.see_loss(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, detect, and block a bad update."""
-        fit = self._fit or self._running()
-        index = fit.optimizer_index(optimizer)
-        if index is not None:
+        fit = self._fit
+        index = None if fit is None else fit.optimizer_index(optimizer)
+        if fit is not None and index is not None:
             fit.guard.before_step(index)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Decide, act, record; certify and take snapshots."""
-        fit = self._fit or self._running()
+        fit = self._fit
+        if fit is None:
+            return
         guard, replay = fit.guard, fit.replay
         replay.batch, replay.batch_idx = batch, batch_idx
         replay.may_log = True
@@ -349,13 +354,11 @@ class NaNGuard(GuardCallback):
         """Say in one line what happened, and let go of the fit."""
         self._end()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy of the guard keeps; Lightning leaves the module's ``log`` on every callback."""
-        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
-
     def _end(self) -> None:
         self._undo_gate()
-        self._undo_gate = _nothing
+        self._undo_gate = nothing
+        for name in ("log", "log_dict"):  # Lightning leaves the module's here, which would keep it alive
+            vars(self).pop(name, None)
         fit, self._fit = self._fit, None
         if fit is None:
             return
@@ -401,11 +404,13 @@ class NaNGuard(GuardCallback):
         self._resumed = state_dict.get("guard")
         self._memory.total = int(state_dict.get("interventions", 0))
 
-    def _running(self) -> Fit:
-        if self._fit is None:
-            raise RuntimeError("NaNGuard was asked to watch a step before on_train_start; add it before fit begins.")
-        return self._fit
+    def _say_unwatched(self) -> None:
+        if not self._unwatched:
+            self._unwatched = True
+            _logger.info(
+                "NaNGuard: a batch is trained on outside of a fit, or in one that began before the guard was there. Its "
+                "update is not guarded."
+            )
 
 
-def _nothing() -> None:
-    pass
+allow_in_checkpoints(NaNGuard)
