@@ -408,8 +408,8 @@ class NaNGuard(CopyableGuard):
         if not self._unwatched:
             self._unwatched = True
             _logger.info(
-                "NaNGuard: a batch is trained on outside of a fit, or in one that began before the guard was there. Its "
-                "update is not guarded."
+                "NaNGuard: a batch is trained on outside of a fit, or in one that began before the guard was added, so "
+                "its update is not guarded."
             )
 
 
