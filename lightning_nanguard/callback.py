@@ -260,6 +260,7 @@ class NaNGuard(CopyableGuard):
         replay.batch, replay.batch_idx = batch, batch_idx
         if fit.diagnostics.preflight_due:
             fit.diagnostics.preflight(batch)
+        fit.averages.watch()
         replay.batches.add(fit.guard.updates + 1, batch_idx, batch)
         fit.guard.open_batch()
 

@@ -23,7 +23,7 @@ from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.loop import TrainerLoop
-from lightning_nanguard.trainer.private.averages import averaged_copies
+from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.precision import grad_scaler
 from lightning_nanguard.trainer.private.strategies import is_sharded, what_steps
@@ -40,7 +40,7 @@ def build_fit(trainer: Trainer, module: LightningModule, arguments: Arguments, m
         memory: Keeps interventions from one fit to the next.
     """
     info = run_info(trainer, arguments.dirpath)
-    context, replay = _context(trainer, module, arguments)
+    context, replay, averages = _context(trainer, module, arguments)
     sinks = fit_sinks(trainer, module, info, memory, arguments.sinks, context, replay)
     advice = fit_advice(info, arguments.thresholds.records)
     keeps = arguments.bundle_dir is not None and trainer.is_global_zero
@@ -64,12 +64,12 @@ def build_fit(trainer: Trainer, module: LightningModule, arguments: Arguments, m
         remedies=arguments.remedies,
         make_undo=replay.make_undo,
     )
-    return Fit(trainer, guard, replay, diagnostics, sinks, advice, info)
+    return Fit(trainer, guard, replay, diagnostics, sinks, advice, info, averages)
 
 
 def _context(
     trainer: Trainer, module: LightningModule, arguments: Arguments
-) -> tuple[GuardContext, TrainerBatchReplay]:
+) -> tuple[GuardContext, TrainerBatchReplay, AveragedCopies]:
     sharded = is_sharded(trainer)
     ranks: Ranks = (
         Group(sharded=sharded, thresholds=arguments.thresholds.distributed)
@@ -77,11 +77,12 @@ def _context(
         else SingleProcess(sharded=sharded)
     )
     optimizers, partitions = what_steps(trainer, module)
+    averages = AveragedCopies(trainer, module, arguments.thresholds.checkpoints)
     learner = Learner(
         module,
         optimizers,
         scaler=grad_scaler(trainer),
-        averages=lambda: averaged_copies(trainer, module, arguments.thresholds.checkpoints),
+        averages=averages,
         partitions=partitions,
     )
     clipper = Clipper(arguments.thresholds.measurement)
@@ -117,7 +118,7 @@ def _context(
         ),
         thresholds=arguments.thresholds,
     )
-    return context, replay
+    return context, replay, averages
 
 
 def _deferred(readback: str, trainer: Trainer, module: LightningModule) -> bool:

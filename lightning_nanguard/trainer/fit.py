@@ -20,6 +20,7 @@ from lightning_nanguard.record.dispatch import SinkDispatcher
 from lightning_nanguard.record.files import RECORDS_FILE
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
+from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
 from lightning_nanguard.trainer.private.callbacks import after_every_batch
 from lightning_nanguard.trainer.private.checkpoint_files import catch_write_errors, write_checkpoint
@@ -44,6 +45,7 @@ class Fit:
         sinks: Where records go.
         advice: Where advice goes.
         info: Where the guard's files lie.
+        averages: Averaged copies that callbacks keep.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Fit:
         sinks: SinkDispatcher,
         advice: AdviceLog,
         info: RunInfo,
+        averages: AveragedCopies,
     ) -> None:
         self._trainer = trainer
         self.guard = guard
@@ -63,6 +66,7 @@ class Fit:
         self.diagnostics = diagnostics
         self._sinks = sinks
         self.advice = advice
+        self.averages = averages
         self.records = info.dirpath / RECORDS_FILE
         self.validation = ValidationWatch(trainer, guard, replay)
         self.rank_zero = trainer.is_global_zero
