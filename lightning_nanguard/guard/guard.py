@@ -161,6 +161,8 @@ class Guard:
             self._parts.skipper.skip(optimizer_index)
             return
         arrived = self._readback.submit(optimizer_index, self._undos[0])
+        if self._parts.meter.has_new_size and self._parts.certification.start_again_if_resized():
+            self._parts.meter.forget_sizes()
         if arrived is not None:
             self._judge.judge(arrived, optimizer_index)
         self._judge.judge_late(self._readback.arrived(optimizer_index), optimizer_index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from operator import methodcaller
 from typing import final
 
 import torch
@@ -18,6 +19,8 @@ from lightning_nanguard.measure.tensors import WIDER, dense_gradients, dense_val
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 from lightning_nanguard.types import Reading
+
+_numel = methodcaller("numel")
 
 
 @final
@@ -46,6 +49,10 @@ class Meter:
         self._thresholds = MeasurementThresholds() if thresholds is None else thresholds
         # How often each optimizer that runs its closure several times in a step was measured in this batch.
         self._closures: dict[int, int] = {}
+        # Numbers of elements that the gradients of an optimizer had.
+        self._sizes: dict[int, set[int]] = {}
+        self.has_new_size = False
+        """Whether the gradients measured last have another number of elements than all before."""
         self._divided_by = 1
         self._losses: list[Tensor] = []
 
@@ -55,6 +62,10 @@ class Meter:
         loss = _number(loss.detach())
         # A captured graph writes the next loss to the same place.
         self._losses.append(loss.clone() if self._many_losses or self._divided_by > 1 else loss)
+
+    def forget_sizes(self) -> None:
+        """A layer has changed its size: numbers of elements that were known are new again."""
+        self._sizes.clear()
 
     def drop_losses(self) -> None:
         """Forget the losses that were seen: no update comes of them."""
@@ -102,13 +113,17 @@ class Meter:
     def _partial_norms(self, optimizer_index: int) -> list[Tensor]:
         if optimizer_index in self._learner.quasi_newton:
             self._closures[optimizer_index] = self._closures.get(optimizer_index, 0) + 1
+        gradients = self._learner.gradients(optimizer_index)
+        known, elements = self._sizes.setdefault(optimizer_index, set()), sum(map(_numel, gradients))
+        self.has_new_size = elements not in known
+        known.add(elements)
         try:
-            return partial_norms(self._gradients(optimizer_index), self._thresholds)
+            return partial_norms(dense_gradients(gradients), self._thresholds)
         except (NotImplementedError, TypeError, RuntimeError) as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             # Of an unusual kind; to look at the kind of each gradient in every step would cost more than their norm.
-            values = [dense_values(gradient) for gradient in self._learner.gradients(optimizer_index)]
+            values = [dense_values(gradient) for gradient in gradients]
             return partial_norms([one for one in values if one.numel()], self._thresholds)
 
     def _take_losses(self) -> list[Tensor]:
