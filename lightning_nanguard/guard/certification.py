@@ -69,11 +69,10 @@ class Certification:
         """
         context = self._context
         newest = context.ring.pending or next(iter(context.ring.certified), None)
-        if newest is None or not any(
-            _is_resized(newest.leaves.get(key), live) for key, live in context.learner.weights()
-        ):
-            return None
-        if context.corrupt()[0] is None:
+        if newest is None:
+            return False
+        resized = any(_is_resized(newest.leaves.get(key), live) for key, live in context.learner.weights())
+        if resized and context.corrupt()[0] is None:
             self._investigator.initial_norms = {}
             self._start(context.state.step - 1)
             self._snapshots.settle()
