@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, final
 
 from torch import Tensor
@@ -51,7 +52,10 @@ class Certification:
         if not self._investigator.initial_norms:
             self._investigator.initial_norms = norms_to_grow_from(context.learner.weights())
         context.ring.certified.clear()
-        self._capture(step).healthy = context.ring.certify_after - 1
+        history = context.monitors.history(0)
+        level = None if history is None else history.level()
+        if not self._snapshots.resume(level, partial(self._capture, step)):
+            self._capture(step).healthy = context.ring.certify_after - 1
 
     def start_again_if_lazy(self) -> None:
         """Take the snapshot of the start again where the first forward pass has made parameters."""

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lightning_nanguard.act.skip import StepSkipper, unscales_itself
 from lightning_nanguard.checkpoints.saving import SaveGuard
-from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.errors import TrainingDivergedError
@@ -391,31 +390,29 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on as if it had not stopped, in plain containers."""
-        state = self._state
+        parts = self._parts
         return {
-            "step": state.step,
             "non_finite": self._judge.non_finite,
-            "healthy_steps": state.healthy_steps,
-            "healthy_since_restore": state.healthy_since_restore,
-            "bad_in_a_row": state.bad_in_a_row,
-            **self._parts.caution.state_dict(),
-            **self._parts.recovery.state_dict(),
-            "initial_norms": dict(self._parts.investigator.initial_norms),
-            "policy": state.policy.to_dict(),
+            **self._state.state_dict(),
+            **parts.caution.state_dict(),
+            **parts.recovery.state_dict(),
+            **parts.investigator.state_dict(),
+            **parts.recorder.state_dict(),
+            "plausibility": parts.plausibility.state_dict(),
+            "snapshots": self._snapshots.state_dict(),
             "streams": self._monitors.state_dict(),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; call it before :meth:`start`."""
-        state = self._state
-        state.step = int(saved["step"])
-        self._snapshots.count_from(state.step)
+        parts = self._parts
         self._judge.non_finite = int(saved["non_finite"])
-        state.healthy_steps = int(saved["healthy_steps"])
-        state.healthy_since_restore = saved["healthy_since_restore"]
-        state.bad_in_a_row = int(saved["bad_in_a_row"])
-        self._parts.caution.load_state_dict(saved)
-        self._parts.recovery.load_state_dict(saved)
-        self._parts.investigator.initial_norms = dict(saved["initial_norms"])
-        state.policy = PolicyState.from_dict(saved["policy"])
+        self._state.load_state_dict(saved)
+        self._snapshots.count_from(self._state.step)
+        parts.caution.load_state_dict(saved)
+        parts.recovery.load_state_dict(saved)
+        parts.investigator.load_state_dict(saved)
+        parts.recorder.load_state_dict(saved)
+        parts.plausibility.load_state_dict(saved.get("plausibility", {}))
+        self._snapshots.load_state_dict(saved.get("snapshots"))
         self._monitors.load_state_dict(saved["streams"])

@@ -49,6 +49,18 @@ class Investigator:
         # How often in a row the batch was blamed, by kind and place of the fault.
         self._batches: Counter[tuple[str, str]] = Counter()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        return {
+            "initial_norms": dict(self.initial_norms),
+            "blamed_batches": [[*key, times] for key, times in self._batches.items()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; checkpoints of version 0.1.0 lack the second key."""
+        self.initial_norms = dict(state["initial_norms"])
+        self._batches = Counter({(kind, place): times for kind, place, times in state.get("blamed_batches", ())})
+
     def conclude(self, fault: Fault, *, batch: bool) -> None:
         """Note whether the batch was found to be at fault."""
         if batch:
