@@ -21,15 +21,15 @@ from lightning_nanguard.diagnosis.rule_set import Rule, check_rules
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.record.callable_sink import CallableSink, as_sinks
-from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.build import build_fit
 from lightning_nanguard.trainer.fit import Fit
+from lightning_nanguard.trainer.guard_copies import CopyableGuard, allow_in_checkpoints, nothing
 from lightning_nanguard.trainer.never_called import expect_hooks, hooks_called
 from lightning_nanguard.trainer.private.averages import swaps_weights
 from lightning_nanguard.trainer.private.callbacks import put_first
-from lightning_nanguard.trainer.private.packages import GuardCallback, LightningModule, Trainer
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.resuming import before_resuming
 from lightning_nanguard.trainer.private.strategies import check_strategy
 from lightning_nanguard.trainer.switch import switched
@@ -42,7 +42,7 @@ STATE_SCHEMA = 1
 
 
 @final
-class NaNGuard(GuardCallback):
+class NaNGuard(CopyableGuard):
     """Keeps a training run alive through NaN and divergence.
 
     It sees a non-finite or diverging loss or gradient, keeps it from the weights, goes back to the last good state if
@@ -127,7 +127,6 @@ class NaNGuard(GuardCallback):
         thresholds: Thresholds | None = None,
         act_on: ActOn = "certain",
     ) -> None:
-        super().__init__()
         if on_intervention is not None and not callable(on_intervention):
             raise TypeError(f"NaNGuard(on_intervention={on_intervention!r}): expected a callable.")
         own = [] if on_intervention is None else [CallableSink(on_intervention, every_rank=True)]
@@ -137,7 +136,7 @@ class NaNGuard(GuardCallback):
                 f"NaNGuard(thresholds={limits!r}): expected Thresholds, whose groups are its fields, as in "
                 "Thresholds(detection=…)."
             )
-        self._arguments = Arguments(
+        arguments = Arguments(
             detectors=default_detectors(limits.detection) if detectors is None else detectors,
             remedies=default_remedies(limits.rate_search.cut) if remedies is None else remedies,
             snapshot_every_n_steps=snapshot_every_n_steps,
@@ -158,19 +157,16 @@ class NaNGuard(GuardCallback):
             rules=check_rules(rules),
             thresholds=limits,
         )
-        self._given: Arguments | None = self._arguments
+        super().__init__(arguments)
         expect_hooks(self)
-        self._memory = Memory(limits.records)
-        self._advice: Sequence[Advice] = ()
         self._resumed: Mapping[str, Any] | None = None
         self._loaded: Mapping[str, Any] = {}
         self._resumed_run: str | None = None
         self._run_id: str | None = None
-        self._run_dir: Path | None = None
+        self._run_dir: str | None = None
+        self._unwatched = False
         self._gate: ResumeGate | None = None
-        self._undo_gate: Callable[[], None] = _nothing
-        self._fit: Fit | None = None
-        self._last_state: dict[str, Any] = {}
+        self._undo_gate: Callable[[], None]
         self._multiplier = 1.0
         self._non_finite_rate: float | None = None
         self._before: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
@@ -185,7 +181,7 @@ class NaNGuard(GuardCallback):
     @property
     def advice(self) -> Sequence[Advice]:
         """What was noticed in the last fit and left alone, such as by the preflight."""
-        return tuple(self._advice)
+        return tuple(self._memory.advice)
 
     @property
     def run_id(self) -> str | None:
@@ -195,7 +191,7 @@ class NaNGuard(GuardCallback):
     @property
     def run_dir(self) -> Path | None:
         """Folder with the records of the run; ``None`` before the first fit."""
-        return self._run_dir
+        return None if self._run_dir is None else Path(self._run_dir)
 
     @property
     def lr_multiplier(self) -> float:
@@ -220,7 +216,9 @@ class NaNGuard(GuardCallback):
         Raises:
             RuntimeError: Outside of a fit.
         """
-        self._running().diagnostics.asked = True
+        if self._fit is None:
+            raise RuntimeError("NaNGuard.examine() looks at a run at hand: call it within a fit.")
+        self._fit.diagnostics.asked = True
 
     # ------------------------------------------------------------------------------------------------ Lightning's hooks
 
@@ -253,15 +251,10 @@ class NaNGuard(GuardCallback):
         given = self._given
         if given is None:
             return
-        if not any(parameter.requires_grad for parameter in pl_module.parameters()):
-            raise ValueError(
-                f"NaNGuard has nothing to guard: {type(pl_module).__name__} has no trainable parameter. "
-                "Set requires_grad on the parameters to train, or take the guard out of the callbacks."
-            )
         resumed, self._resumed_run = self._resumed_run, None
         fit = self._fit = build_fit(trainer, pl_module, given, self._memory, resumed)
-        self._run_id, self._run_dir = fit.folder.run_id, fit.folder.path
-        self._advice = fit.advice.given
+        self._run_id, self._run_dir = fit.folder.run_id, str(fit.folder.path)
+        self._memory.take_advice(fit.advice.given)
         fit.diagnostics.preflight_due = given.preflight and trainer.global_step == 0
         self._before = self._counts()
         if self._resumed is not None:
@@ -281,13 +274,15 @@ class NaNGuard(GuardCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember what the batch may change."""
-        if self._given is None:
+        fit = self._fit
+        if fit is None:
+            self._say_unwatched()
             return
-        fit = self._fit or self._running()
         replay = fit.replay
         replay.batch, replay.batch_idx = batch, batch_idx
         if fit.diagnostics.preflight_due:
             fit.diagnostics.preflight(batch)
+        fit.averages.watch()
         replay.batches.add(fit.guard.updates + 1, batch_idx, batch)
         if fit.diagnostics.first_updates is not None:
             fit.diagnostics.first_updates.see_batch(batch)
@@ -295,20 +290,18 @@ class NaNGuard(GuardCallback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Take the loss."""
-        if self._given is None:
+        fit = self._fit
+        if fit is None:
             return
-        fit = self._fit or self._running()
         if fit.diagnostics.first_updates is not None:
             fit.diagnostics.first_updates.see_loss(loss)
         fit.guard.see_loss(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, detect, and block a bad update."""
-        if self._given is None:
-            return
-        fit = self._fit or self._running()
-        index = fit.optimizer_index(optimizer)
-        if index is not None:
+        fit = self._fit
+        index = None if fit is None else fit.optimizer_index(optimizer)
+        if fit is not None and index is not None:
             if fit.diagnostics.first_updates is not None:
                 fit.diagnostics.first_updates.see_step(index)
             fit.guard.before_step(index)
@@ -317,9 +310,9 @@ class NaNGuard(GuardCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Decide, act, record; certify and take snapshots."""
-        if self._given is None:
+        fit = self._fit
+        if fit is None:
             return
-        fit = self._fit or self._running()
         guard, replay = fit.guard, fit.replay
         replay.batch, replay.batch_idx = batch, batch_idx
         replay.may_log = True
@@ -395,13 +388,11 @@ class NaNGuard(GuardCallback):
         """Say in one line what happened, and let go of the fit."""
         self._end()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy of the guard keeps; Lightning leaves the module's ``log`` on every callback."""
-        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
-
     def _end(self) -> None:
         self._undo_gate()
-        self._undo_gate = _nothing
+        self._undo_gate = nothing
+        for name in ("log", "log_dict"):  # Lightning leaves the module's here, which would keep it alive
+            vars(self).pop(name, None)
         fit, self._fit = self._fit, None
         if fit is None:
             return
@@ -444,11 +435,13 @@ class NaNGuard(GuardCallback):
     def _counts(self) -> tuple[Counter[str], Counter[str]]:
         return Counter(self._memory.faults), Counter(self._memory.remedies)
 
-    def _running(self) -> Fit:
-        if self._fit is None:
-            raise RuntimeError("NaNGuard was asked to watch a step before on_train_start; add it before fit begins.")
-        return self._fit
+    def _say_unwatched(self) -> None:
+        if self._given is not None and not self._unwatched:
+            self._unwatched = True
+            _logger.info(
+                "NaNGuard: a batch is trained on outside of a fit, or in one that began before the guard was added, so "
+                "its update is not guarded."
+            )
 
 
-def _nothing() -> None:
-    pass
+allow_in_checkpoints(NaNGuard)

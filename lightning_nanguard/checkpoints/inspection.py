@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from lightning_nanguard.checkpoints.poison import poisoned
 from lightning_nanguard.state.learner import StateKey
+
+_EXTREMES = frozenset({"min", "max", "minimum", "maximum", "lowest", "highest", "best"})
 
 
 @final
@@ -84,14 +87,19 @@ def damage(path: Path) -> str:
 
 
 def inspect(
-    path: Path, weights: Mapping[str, Tensor] | None = None, allowed: Mapping[StateKey, Tensor] | None = None
+    path: Path,
+    weights: Mapping[str, Tensor] | None = None,
+    allowed: Mapping[StateKey, Tensor] | None = None,
+    infinite: Collection[str] | None = None,
 ) -> Inspection:
     """Look into a checkpoint file, on the CPU and without running code from it.
 
     Args:
         path: The file.
         weights: The module's parameters and buffers; ``None`` goes by the names in the file's ``state_dict``.
-        allowed: Where buffers are non-finite by design; ``None`` allows −inf in whatever is a mask by its name.
+        allowed: Where weights and buffers are non-finite by design; ``None`` allows −inf in whatever is a mask by its
+            name.
+        infinite: Names of the buffers that may hold Inf; ``None`` for what is an extreme by its name.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -116,11 +124,13 @@ def inspect(
         weights = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     if allowed is None:
         allowed = {("buffer", name): value == -torch.inf for name, value in weights.items() if "mask" in name}
+    if infinite is None:
+        infinite = {name for name in weights if not _EXTREMES.isdisjoint(re.split(r"[\W\d_]+", name.lower()))}
     step = checkpoint.get("global_step")
     return Inspection(
         path,
         "",
-        tuple(poisoned(checkpoint, weights, allowed)),
+        tuple(poisoned(checkpoint, weights, allowed, infinite)),
         step if isinstance(step, int) else None,
         "optimizer_states" in checkpoint and "loops" in checkpoint,
         run_of(checkpoint),
@@ -139,6 +149,7 @@ def newest_good(
     weights: Mapping[str, Tensor] | None = None,
     allowed: Mapping[StateKey, Tensor] | None = None,
     wanted: Callable[[Inspection], bool] = lambda found: True,
+    infinite: Collection[str] | None = None,
 ) -> Inspection | None:
     """The newest checkpoint file in some folders that a run may be resumed from, by its time of writing.
 
@@ -148,11 +159,12 @@ def newest_good(
         weights: See :func:`inspect`.
         allowed: See :func:`inspect`.
         wanted: Whether a good one is taken; the next older one is tried where it is not.
+        infinite: See :func:`inspect`.
     """
     unwanted = other_than.resolve() if other_than is not None else None
     files = {file.resolve() for file in checkpoint_files(folders)}
     for file in sorted(files - {unwanted}, key=lambda file: (file.stat().st_mtime_ns, str(file)), reverse=True):
-        found = inspect(file, weights, allowed)
+        found = inspect(file, weights, allowed, infinite)
         if found.good() and wanted(found):
             return found
     return None

@@ -20,7 +20,7 @@ from lightning_nanguard.checkpoints.inspection import (
 from lightning_nanguard.checkpoints.poison import poisoned
 from lightning_nanguard.errors import BadCheckpointError
 from lightning_nanguard.record.run_log import RUN_FILE, read_run
-from lightning_nanguard.state.finite import allowances
+from lightning_nanguard.state.finite import allowances, may_be_infinite
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.thresholds.checkpoints import CheckpointsThresholds
 
@@ -76,7 +76,8 @@ class ResumeGate:
         allowed, named = allowances(weights), {name: tensor for (_, name), tensor in weights}
         missing = content is None and not path.exists()
         wrong = "there is no such file" if missing else damage(path)
-        tensors = poisoned(content, named, allowed) if content is not None else []
+        infinite = may_be_infinite(self._module)
+        tensors = poisoned(content, named, allowed, infinite) if content is not None else []
         if not wrong and not tensors:
             return None  # it is good, or its error has another cause and is the user's to see
         reason = wrong or f"{_listed(tensors, self._named)} {'is' if len(tensors) == 1 else 'are'} not finite"
@@ -90,7 +91,9 @@ class ResumeGate:
 
         def newest(own: bool) -> Inspection | None:
             wanted = (lambda found: found.run == run) if own else (lambda found: True)
-            return newest_good(nearby, other_than=path, weights=named, allowed=allowed, wanted=wanted)
+            return newest_good(
+                nearby, other_than=path, weights=named, allowed=allowed, infinite=infinite, wanted=wanted
+            )
 
         other = newest(own=run is not None)
         if self._take and other is not None and run is not None:

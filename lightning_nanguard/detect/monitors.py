@@ -64,13 +64,20 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""
         detectors, history = self.up_to_date()
-        return {"trend": history.state_dict(), "detectors": detectors.state()}
+        return {
+            "trend": history.state_dict(),
+            "detectors": detectors.state(),
+            "taken": self._taken,
+            "limits": [self._loss, self._norm],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._history.load_state_dict(state["trend"])
         self._detectors.load(state["detectors"])
-        self._loss, self._norm = self._detectors.limits()
+        # Checkpoints of version 0.1.0 lack these.
+        self._taken = int(state.get("taken", 0))
+        self._loss, self._norm = state.get("limits") or self._detectors.limits()
 
 
 @final

@@ -148,6 +148,9 @@ class Interventions:
         # A late reading is recorded under its own batch, not under the present one.
         clock = self._recorder.clock_of(found.reading.step) if found.late else self._loop.clock()
         self._recorder.record(found.fault, place, words, before, finding, evidence.ranks or found.ranks, clock)
+        if state.unrestored is not None:
+            reason = f"the rollback did not help: {state.unrestored} is still not finite, and no snapshot restores it"
+            self._recorder.stop(found.fault, place, reason, finding, clock)
         if stop is not None and not context.settings.observe:
             self._recorder.stop(found.fault, place, stop.reason, finding, clock)
         self._recorder.tried(found.fault, words)

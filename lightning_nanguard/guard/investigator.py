@@ -18,6 +18,7 @@ from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.measure.norms import norms
+from lightning_nanguard.measure.tensors import is_strided, local
 from lightning_nanguard.state.learner import StateKey, describe
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
@@ -50,6 +51,18 @@ class Investigator:
         self.initial_norms: dict[str, float] = {}
         # How often in a row the batch was blamed, by kind and place of the fault.
         self._batches: Counter[tuple[str, str]] = Counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        return {
+            "initial_norms": dict(self.initial_norms),
+            "blamed_batches": [[*key, times] for key, times in self._batches.items()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; checkpoints of version 0.1.0 lack the second key."""
+        self.initial_norms = dict(state["initial_norms"])
+        self._batches = Counter({(kind, place): times for kind, place, times in state.get("blamed_batches", ())})
 
     def conclude(self, fault: Fault, *, batch: bool) -> None:
         """Note whether the batch was found to be at fault."""
@@ -223,7 +236,7 @@ class Investigator:
     def _jump(self, target: Snapshot) -> str | None:
         then = [leaf for path, leaf in target.leaves.items() if path[0] == "parameter" and leaf.is_floating_point()]
         jump = self._limits.jump
-        limit = max(jump, jump * max(norms(then, math.inf), default=math.inf))
+        limit = max(jump, jump * max(filter(math.isfinite, norms(then, math.inf)), default=math.inf))
         weights = [
             (path, leaf)
             for path, leaf in self._learner.weights()
@@ -248,12 +261,19 @@ def norms_to_grow_from(leaves: Iterable[tuple[StateKey, Any]]) -> dict[str, floa
     """
     matrices = _matrices(leaves)
     begun = zip(matrices.items(), norms(list(matrices.values())), strict=True)
-    # A matrix of zeros, such as position embeddings, has no size to measure growth by.
-    return {name: max(norm, math.sqrt(matrix.shape[0] / 3)) if norm else 0.0 for (name, matrix), norm in begun}
+    # A matrix of zeros, such as position embeddings, has no size to measure growth by, nor has a mask of -inf.
+    return {
+        name: max(norm, math.sqrt(matrix.shape[0] / 3)) if 0 < norm < math.inf else 0.0
+        for (name, matrix), norm in begun
+    }
 
 
 def _matrices(leaves: Iterable[tuple[StateKey, Any]]) -> dict[str, Tensor]:
-    return {path[1]: leaf for path, leaf in leaves if path[0] == "parameter" and leaf.dim() >= 2}
+    return {
+        path[1]: leaf
+        for path, leaf in leaves
+        if path[0] == "parameter" and isinstance(leaf, Tensor) and is_strided(local(leaf)) and leaf.dim() >= 2
+    }
 
 
 def _is_weight(path: StateKey) -> bool:

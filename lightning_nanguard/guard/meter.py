@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import methodcaller
 from typing import final
 
+import torch
 from torch import Tensor
 
 from lightning_nanguard.act.skip import unscales_itself
@@ -15,10 +17,12 @@ from lightning_nanguard.measure.finite import non_finite_indices
 from lightning_nanguard.measure.norm_history import NormHistory
 from lightning_nanguard.measure.norms import exact_norm, partial_norms, total_norm
 from lightning_nanguard.measure.readings import PendingReading, pending_reading
-from lightning_nanguard.measure.tensors import dense_gradients, is_on_host
+from lightning_nanguard.measure.tensors import WIDER, dense_gradients, dense_values, is_on_host
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 from lightning_nanguard.types import Reading
+
+_numel = methodcaller("numel")
 
 
 @final
@@ -70,6 +74,10 @@ class Meter:
         self._history = NormHistory(self._thresholds) if history is None else history
         # How often each optimizer that runs its closure several times in a step was measured in this batch.
         self._closures: dict[int, int] = {}
+        # Numbers of elements that the gradients of an optimizer had.
+        self._sizes: dict[int, set[int]] = {}
+        self.has_new_size = False
+        """Whether the gradients measured last have another number of elements than all before."""
         self._divided_by = 1
         self._losses: list[Tensor] = []
         self._early: _Early | None = None
@@ -77,9 +85,13 @@ class Meter:
     def see_loss(self, loss: Tensor) -> None:
         """Take the loss of one backward, as it is given to it."""
         self._divided_by = self._micro_batches()
-        loss = loss.detach()
+        loss = _number(loss.detach())
         # A captured graph writes the next loss to the same place.
         self._losses.append(loss.clone() if self._many_losses or self._divided_by > 1 else loss)
+
+    def forget_sizes(self) -> None:
+        """A layer has changed its size: numbers of elements that were known are new again."""
+        self._sizes.clear()
 
     def drop_losses(self) -> None:
         """Forget the losses that were seen: no update comes of them."""
@@ -168,11 +180,21 @@ class Meter:
     def _partial_norms(self, step: int, optimizer_index: int) -> list[Tensor]:
         if optimizer_index in self._learner.quasi_newton:
             self._closures[optimizer_index] = self._closures.get(optimizer_index, 0) + 1
-        values = self._gradients(optimizer_index)
-        norms = partial_norms(values, self._thresholds)
-        self._history.keep(
-            step, optimizer_index, norms, self._learner.which_have_gradients(optimizer_index, len(values))
-        )
+        gradients = self._learner.gradients(optimizer_index)
+        known, elements = self._sizes.setdefault(optimizer_index, set()), sum(map(_numel, gradients))
+        self.has_new_size = elements not in known
+        known.add(elements)
+        try:
+            values = dense_gradients(gradients)
+            norms = partial_norms(values, self._thresholds)
+        except (NotImplementedError, TypeError, RuntimeError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            # Of an unusual kind; to look at the kind of each gradient in every step would cost more than their norm.
+            values = [one for gradient in gradients if (one := dense_values(gradient)).numel()]
+            norms = partial_norms(values, self._thresholds)
+        named = self._learner.which_have_gradients(optimizer_index, len(values))
+        self._history.keep(step, optimizer_index, norms, named)
         return norms
 
     def _take_losses(self) -> list[Tensor]:
@@ -200,3 +222,11 @@ class Meter:
 
     def _gradients(self, optimizer_index: int) -> list[Tensor]:
         return dense_gradients(self._learner.gradients(optimizer_index))
+
+
+def _number(loss: Tensor) -> Tensor:
+    """A loss as one number: under manual optimization one of several elements has a ``gradient``, which is not seen."""
+    if loss.numel() == 1 and not loss.is_complex():
+        return loss
+    values = dense_values(loss)
+    return values.mean(dtype=WIDER.get(values.dtype)) if values.numel() else values.new_zeros(())

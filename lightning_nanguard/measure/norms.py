@@ -9,7 +9,7 @@ from operator import attrgetter, methodcaller
 import torch
 from torch import Tensor
 
-from lightning_nanguard.measure.tensors import WIDER, dense_values, is_on_host, local, moved_to
+from lightning_nanguard.measure.tensors import WIDER, dense_values, is_on_host, is_plain, local, moved_to, stored_values
 from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 
 _UP_TO_FLOAT = {torch.float16, torch.bfloat16, torch.float32}
@@ -92,7 +92,8 @@ def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[float]:
     """A norm of each tensor, 0.0 of an empty one; one read for each device and dtype."""
     found = [0.0] * len(tensors)
     # Complex numbers stay whole here: the largest element is that of the largest magnitude.
-    dense = [dense_values(tensor) if tensor.is_sparse else local(tensor).detach() for tensor in tensors]
+    whole = [local(tensor).detach() for tensor in tensors]
+    dense = [one if is_plain(one) else stored_values(one) for one in whole]
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, values in enumerate(dense):
         if values.numel():

@@ -27,7 +27,7 @@ from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.loop import TrainerLoop
-from lightning_nanguard.trainer.private.averages import averaged_copies
+from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.precision import grad_scaler
 from lightning_nanguard.trainer.private.strategies import is_sharded, what_steps
@@ -49,7 +49,7 @@ def build_fit(
     """
     info, folder = open_run(trainer, arguments.dirpath, run_id)
     curve = CurveFile(folder.path / CURVE_FILE, arguments.thresholds.records) if folder.keeps_files else None
-    context, replay = _context(trainer, module, arguments, curve)
+    context, replay, averages = _context(trainer, module, arguments, curve)
     sinks = fit_sinks(trainer, module, info, memory, arguments.sinks, context, replay)
     advice = fit_advice(info, arguments.thresholds.records)
     keeps = arguments.bundle_dir is not None and trainer.is_global_zero
@@ -79,12 +79,12 @@ def build_fit(
             if getattr(config.scheduler, "optimizer", None) is optimizer
         },
     )
-    return Fit(trainer, guard, replay, diagnostics, sinks, advice, folder)
+    return Fit(trainer, guard, replay, diagnostics, sinks, advice, folder, averages)
 
 
 def _context(
     trainer: Trainer, module: LightningModule, arguments: Arguments, curve: CurveFile | None
-) -> tuple[GuardContext, TrainerBatchReplay]:
+) -> tuple[GuardContext, TrainerBatchReplay, AveragedCopies]:
     sharded = is_sharded(trainer)
     ranks: Ranks = (
         Group(sharded=sharded, thresholds=arguments.thresholds.distributed)
@@ -92,11 +92,12 @@ def _context(
         else SingleProcess(sharded=sharded)
     )
     optimizers, partitions = what_steps(trainer, module)
+    averages = AveragedCopies(trainer, module, arguments.thresholds.checkpoints)
     learner = Learner(
         module,
         optimizers,
         scaler=grad_scaler(trainer),
-        averages=lambda: averaged_copies(trainer, module, arguments.thresholds.checkpoints),
+        averages=averages,
         partitions=partitions,
     )
     clipper = Clipper(arguments.thresholds.measurement)
@@ -135,7 +136,7 @@ def _context(
         norms=NormHistory(arguments.thresholds.measurement),
         curve=curve,
     )
-    return context, replay
+    return context, replay, averages
 
 
 def _deferred(readback: str, trainer: Trainer, module: LightningModule) -> bool:

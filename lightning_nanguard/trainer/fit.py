@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.checkpoints.last_good import LastGood
 from lightning_nanguard.guard.guard import Guard
+from lightning_nanguard.measure.tensors import size
 from lightning_nanguard.metrics import NonFiniteRate
 from lightning_nanguard.record.advice import AdviceLog
 from lightning_nanguard.record.dispatch import SinkDispatcher
@@ -20,6 +21,7 @@ from lightning_nanguard.record.run_folder import RunFolder
 from lightning_nanguard.record.summary import summary
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
+from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
 from lightning_nanguard.trainer.private.callbacks import after_every_batch
 from lightning_nanguard.trainer.private.checkpoint_files import catch_write_errors, write_checkpoint
@@ -46,6 +48,7 @@ class Fit:
         sinks: Where records go.
         advice: Where advice goes.
         folder: The folder of the run.
+        averages: Averaged copies that callbacks keep.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Fit:
         sinks: SinkDispatcher,
         advice: AdviceLog,
         folder: RunFolder,
+        averages: AveragedCopies,
     ) -> None:
         self._trainer = trainer
         self.guard = guard
@@ -66,6 +70,7 @@ class Fit:
         self._sinks = sinks
         self.advice = advice
         self.folder = folder
+        self.averages = averages
         self.validation = ValidationWatch(trainer, guard, replay)
         self.rank_zero = trainer.is_global_zero
         self.last_good: LastGood | None = None
@@ -81,6 +86,7 @@ class Fit:
             listens: Says which callback is the guard's.
         """
         self._sinks.open()
+        self._say_what_is_not_guarded()
         self.guard.start()
         self._limit_memory(max_memory)
         if self.context.curve is not None:
@@ -126,7 +132,7 @@ class Fit:
             return
         # Moments come with the first steps: two for each parameter is what Adam needs.
         stepped = [one for index in range(len(learner.optimizers)) for one in learner.stepped(index)]
-        parameters = sum(one.nbytes for one in stepped if one.requires_grad)
+        parameters = sum(size(one) for one in stepped if one.requires_grad)
         each = (ring.pending.nbytes() + 2 * parameters) / 2**30
         # The pending one is whole, certified ones are shared among the ranks of a node.
         fitting = int((max_memory / each - 1) * ranks.snapshot_parts) if each else ring.capacity
@@ -150,7 +156,7 @@ class Fit:
 
     def optimizer_index(self, optimizer: Optimizer) -> int | None:
         """Index of an optimizer that steps next; ``None`` where it does not, or was not there when the fit began."""
-        if self._accumulates():
+        if self._accumulates() or not optimizer.param_groups:
             return None
         for index, known in enumerate(self.context.learner.optimizers):
             if known is optimizer or getattr(optimizer, "optimizer", None) is known:
@@ -164,9 +170,18 @@ class Fit:
             )
         return None
 
+    def _say_what_is_not_guarded(self) -> None:
+        """At the start of training: say so if there is nothing to guard, or not yet."""
+        learner = self.context.learner
+        name = type(learner.module).__name__
+        if not learner.optimizers:
+            _logger.info("NaNGuard: %s has no optimizer, so there are no updates to guard.", name)
+        elif not any(p.requires_grad for index in range(len(learner.optimizers)) for p in learner.stepped(index)):
+            _logger.info("NaNGuard: no parameter of %s is trained yet; those that will be are guarded then.", name)
+
     def say_if_unseen(self) -> None:
         """At the end of training: say so if batches were trained on and the guard saw no optimizer step."""
-        if self.replay.batch_idx >= 0 and self.guard.updates == 0:
+        if self.replay.batch_idx >= 0 and self.guard.updates == 0 and self.context.learner.optimizers:
             _logger.warning(
                 "NaNGuard: batches were trained on, but no optimizer step was seen, so nothing was guarded. Under "
                 "manual optimization step the optimizers that self.optimizers() gives."

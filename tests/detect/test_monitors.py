@@ -209,7 +209,7 @@ def test_each_optimizer_has_a_history_of_its_own() -> None:
     resumed = Monitors(default_detectors())
     resumed.load_state_dict(monitors.state_dict())
     assert resumed.state_dict() == monitors.state_dict()
-    assert list(resumed.state_dict()["0"]) == ["trend", "detectors"]
+    assert list(resumed.state_dict()["0"]) == ["trend", "detectors", "taken", "limits"]
     assert [name for name, _ in resumed.state_dict()["1"]["detectors"]] == [
         "NonFinite",
         "GradientSpike",
