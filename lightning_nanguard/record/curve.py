@@ -163,6 +163,24 @@ def read_curve(path: Path) -> list[CurvePoint]:
     return points
 
 
+def thinned(points: Sequence[CurvePoint], rows: int) -> list[CurvePoint]:
+    """At most as many points as asked for, neighbours joined; the largest values are kept.
+
+    Args:
+        points: Points of one optimizer.
+        rows: How many points are wanted at most; a few more come where a run was resumed.
+
+    Example:
+        >>> points = [CurvePoint(step, 1, 0, 1.0, float(step), None, None, None, None) for step in range(100)]
+        >>> [point.loss_max for point in thinned(points, 4)]
+        [31.0, 63.0, 95.0, 99.0]
+    """
+    stride = max((point.updates for point in points), default=1)
+    while sum(point.updates for point in points) > stride * rows:
+        stride *= 2
+    return _joined(points, stride, keep_rest=False)[0]
+
+
 def _joined(points: Sequence[CurvePoint], stride: int, *, keep_rest: bool) -> tuple[list[CurvePoint], list[CurvePoint]]:
     """Points that stand for up to ``stride`` updates each, and those that still wait for more."""
     if stride == 1:
