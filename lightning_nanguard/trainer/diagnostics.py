@@ -146,7 +146,7 @@ class Diagnostics:
             _logger.debug("NaNGuard: the first updates could not be judged: %r", error)
             return
         for finding in found:
-            self._advise("first updates", finding)
+            self.advise("first updates", finding)
 
     def preflight(self, batch: Any) -> None:
         """Look at the first batch and the untrained model, and give advice."""

@@ -70,7 +70,7 @@ def made(
                 spoil(x, y)
         if keys:
             data = [{"image": x, "label": y} for x, y in data]
-        guard = NaNGuard(snapshot_every_n_steps=5)
+        guard = NaNGuard(snapshot_every_n_steps=5, act_on="evidence")
         try:
             fit(module, data, guard, folder=folder, callbacks=callbacks(), **options)
         except TrainingDivergedError as error:
