@@ -20,9 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run_folder", metavar="run", type=Path, help="folder of the run, or of many: the newest run is taken"
     )
-    parser.add_argument(
-        "-o", "--output", type=Path, help="file to write (report.html in the folder of the run); - for standard output"
-    )
+    parser.add_argument("-o", "--output", type=Path, help="file to write (report.html in the folder of the run)")
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -32,13 +30,10 @@ def run(chosen: argparse.Namespace) -> int:
         say(f"nanguard: no run of NaNGuard lies in {chosen.run_folder} or below it", file=sys.stderr)
         return 2
     text = page(read_run_data(folder))
-    if str(chosen.output) == "-":
-        sys.stdout.buffer.write(text.encode())
-        return 0
     output: Path = chosen.output or folder / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
     new = output.with_name(f"{output.name}.new")
     new.write_text(text, encoding="utf-8")
     os.replace(new, output)
-    say(f"{output}")
+    say(str(output))
     return 0

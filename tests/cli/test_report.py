@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 
 def test_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The page of a run lies in its folder, or where it is asked for; `-` prints it."""
+    """The page of a run lies in its folder, or where it is asked for."""
     guard = NaNGuard()
     fit(task(), with_bad(4, count=8), guard, folder=tmp_path)
     capsys.readouterr()
@@ -24,7 +24,7 @@ def test_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     text = (guard.run_dir / "report.html").read_text(encoding="utf-8")
     assert "Saved: 1 intervention." in text
     assert main(["report", str(tmp_path), "-o", str(tmp_path / "new" / "page.html")]) == 0
-    assert (tmp_path / "new" / "page.html").read_text(encoding="utf-8") == text
+    assert "Saved: 1 intervention." in (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
 
 
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

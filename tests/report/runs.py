@@ -47,7 +47,7 @@ def write_run(folder: Path, name: str = "net.0", steps: int = 200, ended: bool =
             message=message,
             updates_lost=20,
             run=run,
-        ),  # fmt: skip
+        ),
         Intervention(100, 0, 99, name, name, ("skip", name), 0.05, 0.05, cause=name, finding=finding, run=run),
     ):
         sink.write(one)
