@@ -27,6 +27,7 @@ from lightning_nanguard.trainer.build import build_fit
 from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.guard_copies import allow_in_checkpoints, nothing
 from lightning_nanguard.trainer.guard_display import DisplayedGuard
+from lightning_nanguard.trainer.logger_curves import log_settings
 from lightning_nanguard.trainer.never_called import expect_hooks, hooks_called
 from lightning_nanguard.trainer.private.averages import swaps_weights
 from lightning_nanguard.trainer.private.callbacks import put_first
@@ -236,6 +237,7 @@ class NaNGuard(DisplayedGuard):
                 return
             check_strategy(trainer, pl_module)
             put_first(trainer, self)
+            log_settings(trainer, self._settings())
             self._undo_gate()
             folders = [] if given.dirpath is None else [given.dirpath]
             self._gate = ResumeGate(

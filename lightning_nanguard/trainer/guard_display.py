@@ -30,7 +30,7 @@ class DisplayedGuard(CopyableGuard):
 
     def summary(self) -> str:
         """In one line: the updates of the fit at hand or the last one, and the interventions of all fits."""
-        memory, fit = self._memory, self._fit
+        memory, fit, given = self._memory, self._fit, self._given or self._arguments
         updates = fit.guard.updates if fit is not None else self._updates
         return summary(
             updates,
@@ -38,8 +38,8 @@ class DisplayedGuard(CopyableGuard):
             memory.remedies,
             lr_multiplier=self.lr_multiplier,
             path=self.run_dir,
-            observe=self._arguments.observe,
-            act_on=self._arguments.act_on,
+            observe=given.observe,
+            act_on=given.act_on,
         )
 
     def plot(self) -> Any:
@@ -68,7 +68,7 @@ class DisplayedGuard(CopyableGuard):
 
     def _settings(self) -> dict[str, Any]:
         """The settings of the guard that are not the defaults, and those that say most about it."""
-        given = self._arguments
+        given = self._given or self._arguments  # as the environment has switched them
         defaults = {name: one.default for name, one in inspect.signature(type(self)).parameters.items()}
         shown: dict[str, Any] = {"act_on": given.act_on, "observe": given.observe}
         for name, default in defaults.items():
