@@ -140,7 +140,7 @@ class Fit:
 
     def optimizer_index(self, optimizer: Optimizer) -> int | None:
         """Index of an optimizer that steps next; ``None`` where it does not, or was not there when the fit began."""
-        if self._accumulates() or not optimizer.param_groups:
+        if self._accumulates() or not getattr(optimizer, "param_groups", True):
             return None
         for index, known in enumerate(self.context.learner.optimizers):
             if known is optimizer or getattr(optimizer, "optimizer", None) is known:
