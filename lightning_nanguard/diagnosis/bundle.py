@@ -23,13 +23,14 @@ from torch import Tensor
 from lightning_nanguard.diagnosis.bundle_batch import put_together, take_apart
 from lightning_nanguard.record.messages import describe_finding
 from lightning_nanguard.state.batch_history import MicroBatch
-from lightning_nanguard.types import Comparison, Evidence, Fault, Finding, Intervention
+from lightning_nanguard.types import Comparison, Evidence, Fault, Finding, Intervention, Trial
 
 _SCHEMA = 3
 _TENSORS, _REST = "tensors.safetensors", "bundle.json"
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
-# Bundles of schema 1 lack the traits of their fault: those of the built-in kinds, by which the rules judge it.
+# Bundles of schema 1 lack the traits of their fault: those of the built-in kinds, by which the rules judge it. What was
+# recorded had been confirmed.
 _TRAITS_BEFORE: dict[str, dict[str, Any]] = {
     "non_finite_loss": {"clipping_helps": True},
     "non_finite_gradient": {"clipping_helps": True},
@@ -37,10 +38,10 @@ _TRAITS_BEFORE: dict[str, dict[str, Any]] = {
     "gradient_spike": {"certain": False, "clipping_helps": True},
     "loss_scale_collapse": {"proof": "none"},
     "exploding_loss": {"certain": False, "clipping_helps": True},
-    "collapsed": {"certain": False, "recovers": True},
-    "unsteady_loss": {"certain": False, "proof": "batches"},
-    "stuck_loss": {"certain": False, "recovers": True, "proof": "trial"},
-    "overshoot": {"certain": False, "proof": "growth"},
+    "collapsed": {"certain": False},
+    "unsteady_loss": {"certain": False, "proof": "none"},
+    "stuck_loss": {"certain": False, "proof": "none"},
+    "overshoot": {"certain": False, "proof": "none"},
     "implausible_state": {"rate_may_cause": True},
 }
 # Fields that had another name in schema 1.
@@ -166,7 +167,12 @@ def _evidence(data: Mapping[str, Any]) -> Evidence:
     named = {_RENAMED.get(key, key): value for key, value in data.items()}
     comparison = named.pop("comparison", None)
     known = _fields(Evidence, named)
-    return Evidence(**known, comparison=None if comparison is None else Comparison(**_fields(Comparison, comparison)))
+    trial = known.pop("trial", None)
+    return Evidence(
+        **known,
+        comparison=None if comparison is None else Comparison(**_fields(Comparison, comparison)),
+        trial=None if trial is None else Trial(**_fields(Trial, trial)),
+    )
 
 
 def _fields(of: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,11 +28,13 @@ from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.plan_runner import PlanRunner
+from lightning_nanguard.guard.rate_watch import RateWatch
 from lightning_nanguard.guard.readback import Readback
 from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
+from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import describe
 from lightning_nanguard.state.plausibility import PlausibilityCheck
@@ -61,8 +63,10 @@ class GuardParts:
         judge: Tells healthy readings from faults.
         runner: Carries plans out.
         recovery: Lower rates and clipping.
+        rates: Keeps updates from being made at a rate that is none.
         recorder: Makes records.
         saving: Looks at checkpoints before they are written.
+        steps: Looks at an update while it can still be made again.
         undos: One object for each batch that may still have to be undone.
     """
 
@@ -79,8 +83,10 @@ class GuardParts:
     judge: ReadingJudge
     runner: PlanRunner
     recovery: Recovery
+    rates: RateWatch
     recorder: InterventionRecorder
     saving: SaveGuard
+    steps: StepCheck
     undos: deque[BatchUndo]
 
 
@@ -152,6 +158,7 @@ class Guard:
         self._judge.judge_late(self._readback.due(optimizer_index), optimizer_index)
         self._parts.certification.start_again_if_lazy()
         self._state.step += 1
+        self._parts.rates.look(optimizer_index)
         self._state.note_rate(self._context.rate.first())
         self._updated = True
         if self._judge.weights_are_bad():
@@ -201,6 +208,7 @@ class Guard:
         finally:
             self._open = self._updated = False
             self._judge.readings = []
+            self._state.raised = None
             self._parts.meter.end_batch()
             self._parts.skipper.skipped.clear()
         return not found
@@ -359,6 +367,11 @@ class Guard:
     def context(self) -> GuardContext:
         """What the parts of the guard share."""
         return self._context
+
+    @property
+    def steps(self) -> StepCheck:
+        """Looks at an update while it can still be made again."""
+        return self._parts.steps
 
     @property
     def non_finite(self) -> int:

@@ -67,7 +67,7 @@ class Recovery:
         effective = rate.effective()
         if not effective:
             return  # optimizers without a rate, or none
-        if limit or rate.ratio() < rate.multiplier:
+        if (limit or rate.ratio() < rate.multiplier) and effective[0] > 0:
             rate.set_multiplier(rate.multiplier, min_lr=min_lr, max_lr=effective[0] * factor)
         else:
             rate.set_multiplier(min(1.0, rate.multiplier * factor), min_lr=min_lr, max_lr=rate.max_lr)

@@ -54,6 +54,24 @@ def partial_norms(values: list[Tensor], thresholds: MeasurementThresholds = _DEF
     return norms
 
 
+def joined_as(sizes: Sequence[int], thresholds: MeasurementThresholds = _DEFAULTS) -> tuple[list[int], list[int]]:
+    """What the norms that :func:`partial_norms` gives for tensors on the host are of.
+
+    Args:
+        sizes: Numbers of elements of the tensors.
+        thresholds: Which tensors are joined before their norm is taken.
+
+    Returns:
+        How many tensors were joined for each of the first norms, and the places of the tensors that the others are of.
+    """
+    if len(sizes) < thresholds.fewest_tensors_joined:
+        return [], list(range(len(sizes)))
+    step, largest = thresholds.tensors_per_join, thresholds.largest_tensor_joined
+    small = sum(size <= largest for size in sizes)
+    groups = [min(step, small - start) for start in range(0, small, step)]
+    return groups, [place for place, size in enumerate(sizes) if size > largest]
+
+
 def total_norm(norms: Sequence[Tensor]) -> Tensor:
     """2-norm of partial norms, a 0-dim float tensor on the first one's device."""
     first = norms[0]

@@ -79,6 +79,10 @@ class BatchUndo:
         self._undo = [other() for other in self._others]
         self._undo += [_remember(metric) for metric in self._metrics]
 
+    def also(self, undo: Undo) -> None:
+        """Have this batch undone by one more function."""
+        self._undo.append(undo)
+
     def _open_buffers(self) -> None:
         buffers = [buffer for _, _, owned in self._owners for buffer in owned.values()]
         changed = [name for name, buffer, version in self._watched if buffer._version != version]

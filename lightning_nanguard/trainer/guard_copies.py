@@ -38,7 +38,7 @@ def nothing() -> None:
 # What belongs to the run at hand, and what a guard without one has in its place.
 _NO_RUN: dict[str, Any] = {"_fit": None, "_gate": None, "_undo_gate": nothing}
 # Lightning leaves the module's methods on every callback.
-_OF_A_RUN = frozenset({*_NO_RUN, "log", "log_dict"})
+_OF_A_RUN = frozenset({*_NO_RUN, "_given", "log", "log_dict"})
 
 
 class CopyableGuard(GuardCallback):
@@ -48,13 +48,15 @@ class CopyableGuard(GuardCallback):
     """
 
     _arguments: Arguments
+    _given: Arguments | None
+    """The arguments as the environment has switched them, ``None`` where it has switched the guard off."""
     _memory: Memory
     _fit: Fit | None
     _last_state: dict[str, Any]
 
     def __init__(self, arguments: Arguments) -> None:
         super().__init__()
-        self._arguments = arguments
+        self._arguments = self._given = arguments
         self._memory = Memory(arguments.thresholds.records)
         self._last_state = {}
         vars(self).update(_NO_RUN)
@@ -68,7 +70,7 @@ class CopyableGuard(GuardCallback):
         """A guard of its own, without a fit; its records are found from this one, too."""
         made = memo[id(self)] = object.__new__(type(self))
         # Detectors and remedies are copied for each fit, and a copied sink would not be the user's.
-        shared = {"_arguments": self._arguments, "_memory": self._memory.copy()}
+        shared = {"_arguments": self._arguments, "_given": self._given, "_memory": self._memory.copy()}
         own = {name: value for name, value in self._without_run().items() if name not in shared}
         vars(made).update({**copy.deepcopy(own, memo), **shared, **_NO_RUN})
         copied(made, self)
@@ -89,7 +91,7 @@ class CopyableGuard(GuardCallback):
         """The inverse of ``__reduce__``."""
         hooks_called(self)
         own = dict(state)
-        self._arguments = _arguments(own.pop("arguments"))
+        self._arguments = self._given = _arguments(own.pop("arguments"))
         self._memory.load_state_dict(own.pop("memory"))
         vars(self).update(own)
 

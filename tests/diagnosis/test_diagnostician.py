@@ -31,6 +31,7 @@ from tests.helpers import (
     data_for,
     differences,
     fit,
+    folder_of,
     learner_of,
     random_state,
     task,
@@ -57,7 +58,7 @@ def test_the_cause_is_named(cause: str, run: FailingRun, place: str, samples: tu
     assert finding.samples == samples
     assert finding.suggestion.endswith((".", ")"))
     assert guard.interventions[0].cause == cause
-    record = read_records(tmp_path / "nanguard" / "interventions.jsonl")[0]
+    record = read_records(folder_of(guard) / "interventions.jsonl")[0]
     assert record.finding == finding
     assert f"cause: {cause}" in describe(record)
 
@@ -77,7 +78,7 @@ def test_a_healthy_run_has_no_finding(model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ["mlp", "norm", "transformer"])
 def test_nothing_is_made_up(model: str, kind: str, value: float, tmp_path: Path) -> None:
     """A fault that neither the batch, nor an operation, nor the weights explain has no finding."""
-    guard = NaNGuard(snapshot_every_n_steps=5)
+    guard = NaNGuard(snapshot_every_n_steps=5, act_on="evidence")
     fit(task(model), data_for(model, STEPS), guard, folder=tmp_path, callbacks=[FaultAt(kind, value, AT)])
     assert len(guard.interventions) == 1
     assert first(guard) is None
@@ -149,7 +150,7 @@ def test_the_error_of_a_lost_run_says_why(tmp_path: Path) -> None:
     with pytest.raises(
         TrainingDivergedError, match=r"cause: target_out_of_domain in training_step \(log, .*above 0"
     ) as e:
-        fit(module, batches(count=STEPS), guard, folder=tmp_path)
+        fit(module, batches(count=70), guard, folder=tmp_path)
     assert e.value.finding is not None
     assert e.value.finding == guard.interventions[-1].finding
     assert e.value.finding.evidence["operation"] == "log"
@@ -255,3 +256,27 @@ def test_replays_become_rare() -> None:
     assert seen == [2, 4, 6, 8, 8, 8, 8, 10, 10, 10, 10, 10, 10, 10, 10, 12, 12, 12, 12, 12]
     tape.add(2, 1, torch.full((3, 2), NAN))
     assert doctor.diagnose(fault, Evidence(step=9), tape.of(2), "replay") is not None
+
+
+def test_what_was_found_before_is_told_of_a_fault_that_is_not_run_again(tmp_path: Path) -> None:
+    """Every fault of a kind has a finding: of one that was not run again that of an earlier one, as such."""
+    x = [batch[0].clone() for batch in batches(count=STEPS)]
+    bad = [12, 14, 16, 18, 20, 22]
+    for index in bad:
+        x[index][3, 0] = 20.0
+    data = [(one, batch[1]) for one, batch in zip(x, batches(count=STEPS), strict=True)]
+
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return mse(net, x, y) + torch.lgamma(torch.where(x[:, :1] > 15, 0.0, net(x).square() + 1)).square().mean() * 0
+
+    guard = NaNGuard(snapshot_every_n_steps=5)
+    fit(Lossy(loss), data, guard, folder=tmp_path)
+    found = [one.finding for one in guard.interventions]
+    assert [one is not None and one.cause for one in found] == ["unknown_operation"] * len(bad)
+    told = [one for one in found if one is not None]
+    assert told[0].samples == (3,)
+    assert "first non-finite value of sample 3: lgamma, test_diagnostician.py:" in told[0].suggestion
+    assert told[4].samples == ()
+    assert told[4].suggestion.startswith("not run again; most likely as at update ")
+    assert told[4].confidence < told[0].confidence
+    assert all(one.lr_before == one.lr_after for one in guard.interventions)

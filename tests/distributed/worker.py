@@ -190,7 +190,7 @@ def one_rank(worker: Worker, rank: int) -> None:
     fit("sample", data=spoilt(rank))
     fit("loss", "loss", nan, AT)
     fit("infinite", "loss", inf, AT)
-    fit("spike", "loss", 1e12, AT)
+    fit("spike", "loss", 1e12, AT, guard=NaNGuard(snapshot_every_n_steps=2, act_on="evidence"))
     fit("gradient", "gradient", nan, AT)
     fit("weight", "weight", nan, AT)
     fit("flip", "weight", 0.125, AT)

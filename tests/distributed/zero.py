@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.checkpoints.inspection import LAST_GOOD
+from lightning_nanguard.record.files import LAST_GOOD
 from tests.distributed.data import AT, spoilt, without
 from tests.distributed.further import further, healthy
 from tests.distributed.sharding import SaveWithin, saved
@@ -147,7 +147,7 @@ def zero_alone(worker: Any) -> None:
         fit("loss", InPartition(0, "loss"))
         fit("weight", InPartition(0, "weight"), guard=NaNGuard(snapshot_every_n_steps=1000))
         ahead = partial(Lookahead, lr=0.1)  # it moves weights in every third step
-        fit("looking ahead", InPartition(0, "spike", at=8), optimizer=ahead)
+        fit("looking ahead", InPartition(0, "loss", at=8), optimizer=ahead)
         fit("looking ahead without", guarded=False, optimizer=ahead, data=without(8))
         fit("without all", guarded=False, data=without(*range(AT + 1)))
         clipped(worker, f"{kind}: clipped", fit)

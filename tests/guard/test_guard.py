@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from lightning_nanguard import Budget, Detector, Fault, Reading, TrainingDivergedError
 from lightning_nanguard.guard.build import guard_for
 from lightning_nanguard.guard.context import Settings
-from tests.guard.plain_loop import PlainLoop, is_finite, nan_at, remedies, state
+from tests.guard.plain_loop import EVIDENCE, PlainLoop, is_finite, nan_at, remedies, state
 from tests.helpers import copied, differences
 
 
@@ -236,7 +237,7 @@ class FindsAt(Detector):
 def trained(detectors: list[Detector], without: int | None = None) -> dict[str, object]:
     """What a run of 20 batches leaves."""
     torch.manual_seed(0)
-    loop = PlainLoop(detectors=detectors)
+    loop = PlainLoop(settings=EVIDENCE, detectors=detectors)
     loop.run(20, without=without)
     return copied({key: value for key, value in state(loop).items() if key != "gradients"})
 
@@ -261,7 +262,8 @@ class Strange(PlainLoop):
 @pytest.mark.parametrize(("strange", "done"), [(True, [("skip",)]), (False, []), (None, [])])
 def test_a_doubtful_fault_needs_a_strange_batch(strange: bool | None, done: list[tuple[str, ...]]) -> None:
     """Where the batch is like others, or that cannot be told, the reading is a healthy one."""
-    loop = Strange(detectors=[FindsAt(13, Fault("mine", "batch", "gradient", 1.0, doubtful=True, certain=False))])
+    doubtful = Fault("mine", "batch", "gradient", 1.0, doubtful=True, certain=False)
+    loop = Strange(settings=EVIDENCE, detectors=[FindsAt(13, doubtful)])
     loop.answer = strange
     loop.run(20)
     assert remedies(loop) == done
@@ -319,7 +321,7 @@ class Normalised(PlainLoop):
 
     def __init__(self) -> None:
         net = lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))  # noqa: E731
-        super().__init__(net=net, lr=0.01, settings=Settings(snapshot_every=4, observe=True))
+        super().__init__(net=net, lr=0.01, settings=replace(EVIDENCE, observe=True))
 
     def loss(self) -> Tensor:
         return self.net(self.batch).square().mean()
