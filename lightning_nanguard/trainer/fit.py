@@ -93,7 +93,7 @@ class Fit:
             self.context.curve.offset = self._trainer.global_step - self.guard.updates
         rate, later = self.context.rate, self._patches.callback
         module, limits = self._trainer.lightning_module, self.context.thresholds.batches.repeated
-        if module.automatic_optimization:
+        if module.automatic_optimization and self.context.learner.optimizers:
             runner = StepRunner(self._trainer, module, self.guard, self.replay, listens, limits)
             later(run_micro_batches_by(self._trainer, runner))
         later(
