@@ -61,7 +61,7 @@ class CurveFile:
 
     Attributes:
         offset: What is added to a reading's step to give ``global_step``.
-        newest: The newest reading of each optimizer, with the learning rate and the clipping value then.
+        listener: Called with each reading and its learning rate; ``None`` for nobody.
     """
 
     def __init__(
@@ -79,12 +79,13 @@ class CurveFile:
         self._rows = 0
         self._warned = False
         self.offset = 0
-        self.newest: dict[int, tuple[Reading, float | None, float | None]] = {}
+        self.listener: Callable[[Reading, float | None], None] | None = None
 
     def add(self, reading: Reading, lr: float | None, clip_val: float | None) -> None:
         """Take the reading of an update; called in every update."""
-        self.newest[reading.optimizer_index] = newest = (reading, lr, clip_val)
-        self._waiting.append(newest)
+        self._waiting.append((reading, lr, clip_val))
+        if self.listener is not None:
+            self.listener(reading, lr)
         if self._clock() >= self._due or len(self._waiting) >= self._thresholds.readings_waiting_for_curve:
             self.write()
 

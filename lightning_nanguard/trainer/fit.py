@@ -92,8 +92,7 @@ class Fit:
         self._limit_memory(max_memory)
         if self.context.curve is not None:
             self.context.curve.offset = self._trainer.global_step - self.guard.updates
-            curves = LoggerCurves(self._trainer, self.context.curve)
-            self._patches.callback(after_every_batch(self._trainer, curves.log))
+            self.context.curve.listener = LoggerCurves(self._trainer).take
         rate, later = self.context.rate, self._patches.callback
         module, limits = self._trainer.lightning_module, self.context.thresholds.batches.repeated
         if module.automatic_optimization and self.context.learner.optimizers:

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, final
 
 from lightning_nanguard.record.base import Sink
-from lightning_nanguard.record.curve import CurveFile
 from lightning_nanguard.record.messages import tell, tell_again
 from lightning_nanguard.trainer.private.packages import Trainer, logged_at, logs_every
-from lightning_nanguard.types import Intervention
+from lightning_nanguard.types import Intervention, Reading
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -24,28 +23,30 @@ class LoggerCurves:
 
     Args:
         trainer: The trainer.
-        curve: Has the newest reading of each optimizer.
     """
 
-    def __init__(self, trainer: Trainer, curve: CurveFile) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._curve = curve
-        self._seen = 0
+        self._every = logs_every(trainer)
 
-    def log(self) -> None:
-        """A batch is over: log the readings that are new, where Lightning logs, too."""
-        newest = self._curve.newest
-        seen, self._seen = self._seen, max((reading.step for reading, _, _ in newest.values()), default=0)
-        every, step = logs_every(self._trainer), logged_at(self._trainer)
-        # Within a window of gradient accumulation there is nothing new.
-        if seen == self._seen or every < 1 or (step + 1) % every:
+    def take(self, reading: Reading, lr: float | None) -> None:
+        """Log the reading of an update, where Lightning logs, too."""
+        if self._every < 1 or ((step := logged_at(self._trainer)) + 1) % self._every:
             return
-        values: dict[str, float | None] = {}
-        for (reading, lr, _), suffix in ((one, f"_{index}" if index else "") for index, one in newest.items()):
-            values |= {f"nanguard/grad_norm{suffix}": reading.grad_norm, f"nanguard/lr{suffix}": lr}
+        suffix = f"_{reading.optimizer_index}" if reading.optimizer_index else ""
+        values = {f"nanguard/grad_norm{suffix}": reading.grad_norm, f"nanguard/lr{suffix}": lr}
         finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         for logger in self._trainer.loggers if finite else ():
-            logger.log_metrics(dict(finite), step=step)
+            try:
+                logger.log_metrics(dict(finite), step=step)
+            except Exception as error:
+                self._every = 0
+                _logger.warning(
+                    "NaNGuard: %s did not take %s, and gets no more of these curves: %s",
+                    type(logger).__name__,
+                    ", ".join(finite),
+                    error,
+                )
 
 
 @final

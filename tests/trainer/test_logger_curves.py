@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,14 @@ def test_tensorboard_and_csv(tmp_path: Path) -> None:
 
 
 def test_a_logger_that_takes_no_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The run goes on, and the log names the logger."""
+    """The run goes on, and the log names the logger; one that does not take the curves gets no more of them."""
 
     class Refusing(MemoryLogger):
+        def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+            if "nanguard/lr" in metrics:
+                raise ValueError("no slashes")
+            super().log_metrics(metrics, step)
+
         def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
             raise OSError("no room")
 
@@ -75,6 +81,7 @@ def test_a_logger_that_takes_no_settings(tmp_path: Path, caplog: pytest.LogCaptu
         run = fit(task(), batches(count=4), NaNGuard(), folder=tmp_path, logger=Refusing())
     assert run.trainer.global_step == 4
     assert "Refusing did not take the guard's settings: no room" in caplog.text
+    assert caplog.text.count("Refusing did not take nanguard/grad_norm, nanguard/lr") == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="W&B's service is tried on Linux")
