@@ -119,7 +119,8 @@ def one_kind(worker: Any, kind: str) -> None:
     fit("without window", guarded=False, data=without(AT - 1, AT), accumulate_grad_batches=2)
     for rank in range(worker.world):
         fit(f"sample {rank}", data=spoilt(rank))
-        fit(f"spike {rank}", InShard(rank, "loss", 1e12))
+        evidence = NaNGuard(snapshot_every_n_steps=2, act_on="evidence")
+        fit(f"spike {rank}", InShard(rank, "loss", 1e12), guard=evidence)
         for place in ("loss", "gradient", "weight"):
             fit(f"{place} {rank}", InShard(rank, place))
         fit(f"moment {rank}", InShard(rank, "moment", math.inf))
