@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -579,6 +580,47 @@ def few_samples(dice: Dice) -> Problem:
     return _noisy(dice, dice.choice([3, 4]), _adam(dice.uniform(0.02, 0.03)), models.mlp(32, 16, 2, act=nn.Tanh))
 
 
+def _unrelated(dice: Dice, net: nn.Module, reorder: Callable[[Tensor], Tensor]) -> Problem:
+    batches = dice.digits(60, 48)
+    labels = reorder(torch.cat([y for _, y in batches])).split(48)
+    mixed = [(x, y) for (x, _), y in zip(batches, labels, strict=True)]
+    where = "the training data"
+    return _stuck(dice, "labels_unrelated", net, entropy, mixed, _adam(dice.near(1e-3)), where)
+
+
+def shuffled_labels(dice: Dice) -> Problem:
+    return _unrelated(dice, dice.mlp(64, 10), lambda y: y[torch.randperm(len(y))])
+
+
+def shifted_labels(dice: Dice) -> Problem:
+    """Labels that lag behind their inputs by some rows."""
+    return _unrelated(dice, models.cnn(), lambda y: y.roll(dice.randint(1, 100)))
+
+
+def drawn_labels(dice: Dice) -> Problem:
+    return _unrelated(dice, models.Recurrent(nn.GRU, 8, 24, 10), lambda y: torch.randint(10, (len(y),)))
+
+
+def _beyond_one(dice: Dice, low: float, high: float) -> Problem:
+    batches = [(x, torch.where(y > 0, high, low)) for x, y in dice.regression(40)]
+    loss = lambda net, x, y: functional.binary_cross_entropy_with_logits(net(x), y)  # noqa: E731
+    net = dice.mlp(8, 2, norm=False)
+    where = r"training_step \(binary_cross_entropy"
+    return _before(_stuck(dice, "unbounded_loss", net, loss, batches, _adam(1e-3), where))
+
+
+def signs_for_classes(dice: Dice) -> Problem:
+    return _beyond_one(dice, -1.0, 1.0)
+
+
+def classes_from_one(dice: Dice) -> Problem:
+    return _beyond_one(dice, 1.0, 2.0)
+
+
+def masks_in_bytes(dice: Dice) -> Problem:
+    return _beyond_one(dice, 0.0, 255.0)
+
+
 SLOW: tuple[Form, ...] = tuple(
     Form(cause, make.__name__, make)
     for cause, makes in {
@@ -593,6 +635,8 @@ SLOW: tuple[Form, ...] = tuple(
         "saddle_point": (all_zero, all_equal, monkey_saddle),
         "local_minimum": (wrong_frequency, double_well, one_cluster),
         "layer_update_abnormal": (layer_too_fast, loud_body, loud_head),
+        "unbounded_loss": (signs_for_classes, classes_from_one, masks_in_bytes),
+        "labels_unrelated": (shuffled_labels, shifted_labels, drawn_labels),
         "batch_size": (one_sample, two_samples, few_samples),
     }.items()
     for make in makes

@@ -26,6 +26,7 @@ from lightning_nanguard.decide.depth import depth_by_level
 from lightning_nanguard.decide.recovery import note_failed
 from lightning_nanguard.decide.state import PolicyState, within_window
 from lightning_nanguard.thresholds.decision import DecisionThresholds
+from lightning_nanguard.thresholds.trial import TrialThresholds
 from lightning_nanguard.types import Clip, Evidence, Fault, Plan, PlanStep, Restore, Role, Scale, Scope, Skip, Stop
 
 
@@ -49,11 +50,13 @@ class Policy:
         remedies: What may follow when skipping is not enough, in order of preference.
         budget: Bounds on interventions.
         thresholds: When the batch, the learner or the state is blamed.
+        trials: What a trial has to show.
     """
 
     remedies: Sequence[Proposes]
     budget: Budget = field(default_factory=Budget)
     thresholds: DecisionThresholds = field(default_factory=DecisionThresholds)
+    trials: TrialThresholds = field(default_factory=TrialThresholds)
 
     def decide(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
         """The plan for a fault; an empty plan means that it was a false alarm."""
@@ -67,8 +70,16 @@ class Policy:
         if evidence.healthy_steps == 0 and evidence.bad_in_a_row >= self._most_in_a_row(start=True):
             return (Stop(f"no update was ever good: the first {evidence.bad_in_a_row} were all bad"),), state
         scope = find_scope(fault, evidence, self.thresholds.blame)
+        trial = evidence.trial
+        if trial is not None:
+            shown = state.trials_failed + 1 if trial.lacks > 0 else 0
+            state = replace(state, trials_failed=shown)
+            if 0 < shown < self.trials.in_a_row and trial.lacks <= self.trials.plain:
+                return (), state
         if scope is None:
             return (), state
+        if scope == "state" and state.unproven.count(_where(fault)) >= self.thresholds.same_restores:
+            scope = "learner"  # the same action would have the same result
         if scope == "batch":
             return self._skip(fault, evidence, state)
         return self._go_back(fault, evidence, state, scope)
@@ -186,16 +197,20 @@ class Policy:
     def _count_restore(
         self, fault: Fault, evidence: Evidence, state: PolicyState, plan: Plan
     ) -> tuple[Plan, PolicyState]:
-        where = f"{fault.kind} at {fault.place}"
+        where = _where(fault)
         state = replace(state, restores=(*state.restores, (evidence.step, where)))
-        if all(isinstance(step, Restore) for step in plan):
-            failed = state.unproven.count(where)
-            state = replace(state, unproven=(*state.unproven, where))
-            if failed >= self.thresholds.same_restores:
-                reason = f"it came back after each of {failed} rollbacks, before another snapshot was certified"
-                return (Stop(reason),), state
+        failed = state.unproven.count(where)
+        state = replace(state, unproven=(*state.unproven, where))
+        plain = all(isinstance(step, Restore) for step in plan)
+        if failed >= (self.thresholds.same_restores if plain else self.thresholds.corrected_restores):
+            reason = f"it came back after each of {failed} rollbacks, before another snapshot was certified"
+            return (Stop(reason),), state
         here = sum(1 for _, place in state.restores if place == where)
         if len(state.restores) > self.budget.max_rollbacks or here > self.budget.max_rollbacks_per_place:
             total = f"{len(state.restores) - 1} rollbacks within {self.budget.window} updates"
             return (Stop(f"the budget is used up: {total}, {here - 1} of them for this"),), state
         return plan, state
+
+
+def _where(fault: Fault) -> str:
+    return f"{fault.kind} at {fault.place}"

@@ -1,10 +1,11 @@
-"""Bounds a cut of the learning rate by the largest rate that a finding allows."""
+"""What a finding says about a cut of the learning rate: how far it may go, or that the rate is not to blame."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
-from lightning_nanguard.types import Finding, Plan, Scale
+from lightning_nanguard.types import Evidence, Finding, Plan, Scale
 
 
 def within_curvature(plan: Plan, finding: Finding | None, lr: float | None) -> Plan:
@@ -26,3 +27,18 @@ def within_curvature(plan: Plan, finding: Finding | None, lr: float | None) -> P
     return tuple(
         replace(step, most=most, firm=firm) if isinstance(step, Scale) and step.factor < 1 else step for step in plan
     )
+
+
+def spare_rate(plan: Plan, finding: Finding | None, evidence: Evidence) -> Plan:
+    """The plan without a cut of the rate, where the finding blames the batch and the good weights do no better on it.
+
+    Args:
+        plan: What is to be done.
+        finding: The cause found; ``None`` without one.
+        evidence: What is known of the fault.
+    """
+    comparison = evidence.comparison
+    better = comparison is not None and comparison.then_finite is not False and math.isfinite(comparison.then)
+    if finding is None or finding.scope != "batch" or better or evidence.climbing or evidence.rate_rose:
+        return plan
+    return tuple(step for step in plan if not (isinstance(step, Scale) and step.factor < 1))

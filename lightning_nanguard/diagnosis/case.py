@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lightning_nanguard.thresholds.diagnosis import PlateauThresholds
-from lightning_nanguard.types import Evidence, Fault
+from lightning_nanguard.types import Evidence, Fault, Finding
 
 _PLATEAU = PlateauThresholds()
 
@@ -118,6 +118,23 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelRelation:
+    """Whether labels have anything to do with their inputs.
+
+    Attributes:
+        rows: Rows that were compared.
+        shared: Share of them whose nearest neighbour has the same label, in the view of the inputs where it is highest.
+        chance: What it would be by chance.
+        exceeds: Whether it is clearly above what other orders of the labels give, in at least one view.
+    """
+
+    rows: int
+    shared: float
+    chance: float
+    exceeds: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Clues:
     """What the batch shows by itself, and what running it again showed.
 
@@ -138,6 +155,10 @@ class Clues:
         change: What no update explains of the difference between the state of now and the good one.
         norm: Norm of the gradient.
         norms: Gradient norm of every weight, by name, in the order of the module.
+        gone_otherwise: Whether loss and gradient are finite with other random numbers than the step's; ``None`` where
+            that was not tried.
+        bad_buffers: Buffers of the module that hold NaN or +Inf, where the loss is not finite.
+        labels: Whether the labels have anything to do with the inputs; ``None`` where that was not looked at.
     """
 
     bad_fields: tuple[BadField, ...] = ()
@@ -156,6 +177,9 @@ class Clues:
     change: Change | None = None
     norm: float | None = None
     norms: tuple[tuple[str, float], ...] = ()
+    gone_otherwise: bool | None = None
+    bad_buffers: tuple[str, ...] = ()
+    labels: LabelRelation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +236,8 @@ class Objective:
         lowest: Smallest class index of the target; ``None`` where it holds none.
         highest: Largest class index.
         outside: Samples whose class index is none of the classes.
+        least: Smallest number of a target that should lie within 0 and 1; ``None`` where none should.
+        most: Largest number of it.
     """
 
     function: str
@@ -224,6 +250,8 @@ class Objective:
     lowest: int | None = None
     highest: int | None = None
     outside: tuple[int, ...] = ()
+    least: float | None = None
+    most: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +382,25 @@ NO_FAULT = Fault("no_fault", "state", "")
 
 
 @dataclass(frozen=True, slots=True)
+class EarlierFinding:
+    """What was found at an earlier fault of the run.
+
+    Attributes:
+        step: Update of that fault.
+        fault: Its kind.
+        place: Where it showed.
+        finding: Why it happened.
+        lr: Effective learning rate then; ``None`` where it was not known.
+    """
+
+    step: int
+    fault: str
+    place: str
+    finding: Finding
+    lr: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Case:
     """All that a rule may look at; each part is empty or ``None`` where nobody looked.
 
@@ -364,6 +411,7 @@ class Case:
         model: The model and its loss on one batch.
         course: How the run has gone.
         curvature: The loss around the weights of now.
+        earlier: What was found at earlier faults of this run, oldest first.
     """
 
     fault: Fault = NO_FAULT
@@ -372,3 +420,8 @@ class Case:
     model: Model | None = None
     course: Course | None = None
     curvature: Curvature | None = None
+    earlier: tuple[EarlierFinding, ...] = ()
+
+    def earlier_here(self) -> tuple[EarlierFinding, ...]:
+        """What was found at earlier faults of this kind at this place."""
+        return tuple(one for one in self.earlier if (one.fault, one.place) == (self.fault.kind, self.fault.place))

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import final
 
+import torch
 from torch import Tensor
 
 from lightning_nanguard.diagnosis.batch import batch_clues
-from lightning_nanguard.diagnosis.case import Case, Clues, Look, Model
+from lightning_nanguard.diagnosis.case import Case, Clues, EarlierFinding, Look, Model
 from lightning_nanguard.diagnosis.curvature import curvature_along_update
-from lightning_nanguard.diagnosis.isolation import Untraced, uncompiled, untrained_kept
+from lightning_nanguard.diagnosis.isolation import Untraced, isolated, uncompiled, untrained_kept
 from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm, replay
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.diagnosis.rules.signs import learner_diverged, number_format_exhausted, worse_than_before
@@ -28,6 +29,7 @@ from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.types import Evidence, Fault, Finding
 
+_AS_BEFORE = "not run again; most likely as at update"
 _logger = logging.getLogger("lightning_nanguard")
 
 
@@ -68,6 +70,7 @@ class Diagnostician:
         self._rules = RuleSet(thresholds=thresholds) if rules is None else rules
         self._thresholds = thresholds
         self._times_seen: Counter[tuple[str, str]] = Counter()
+        self._earlier: deque[EarlierFinding] = deque(maxlen=thresholds.replay.findings)
 
     def diagnose(
         self,
@@ -86,12 +89,25 @@ class Diagnostician:
             look: How much may be looked at.
             good: The state to run the batch again from; chosen from the ring by default.
         """
-        case = Case(fault, evidence)
+        case = Case(fault, evidence, earlier=tuple(self._earlier))
         with _errors_logged(fault):
             if look != "nothing" and micros:
                 case = self._gather(case, micros, look, good)
-            return self._rules.diagnose(case)
+            finding = self._rules.diagnose(case) or self._as_before(case)
+            if finding is not None:
+                self._earlier.append(EarlierFinding(evidence.step, fault.kind, fault.place, finding, evidence.lr))
+            return finding
         return None
+
+    def _as_before(self, case: Case) -> Finding | None:
+        """What was found here before, where this time the batch was not run again and nothing was found."""
+        here = [one for one in case.earlier_here() if not one.finding.suggestion.startswith(_AS_BEFORE)]
+        if case.clues.replayed or not here:
+            return None
+        last = here[-1]
+        text = f"{_AS_BEFORE} {last.step}, where {last.finding.suggestion}"
+        sure = last.finding.confidence * self._thresholds.replay.fading
+        return replace(last.finding, confidence=sure, samples=(), suggestion=text)
 
     def _gather(self, case: Case, micros: Sequence[MicroBatch], look: Look, good: Snapshot | None) -> Case:
         fault, evidence = case.fault, case.evidence
@@ -113,6 +129,7 @@ class Diagnostician:
                         case = replace(case, clues=replayed)
                     if _not_finite(replayed):
                         chosen = index
+                        case = replace(case, clues=self._look_closer(replayed, micros[index]))
                         break
         if good is not None and usable and not case.clues.bad_fields:
             with _errors_logged(fault):
@@ -146,6 +163,23 @@ class Diagnostician:
                 clues = replace(clues, finite_in_float32=None if found is None else all(map(math.isfinite, found)))
         return clues
 
+    def _look_closer(self, clues: Clues, micro: MicroBatch) -> Clues:
+        """Whether the fault depends on the random numbers of the step, or on buffers."""
+        module = self._learner.module
+        # A mask of -inf is no fault.
+        bad = [n for n, b in module.named_buffers() if b.is_floating_point() and not bool((b < torch.inf).all())]
+        if bad:
+            return replace(clues, bad_buffers=tuple(bad))
+        if clues.bad_fields or not micro.random:
+            return clues
+        for draw in range(self._thresholds.replay.other_draws):
+            other = replace(micro, random=tuple(_another(state, draw) for state in micro.random))
+            with isolated(module, self._untraced):
+                found = loss_and_gradient_norm(module, partial(self._step, other, False))
+            if found is not None and all(map(math.isfinite, found)):
+                return replace(clues, gone_otherwise=True)
+        return replace(clues, gone_otherwise=False)
+
     def _compare_with_snapshot(self, clues: Clues, micro: MicroBatch, good: Snapshot) -> Clues:
         change = unexplained_change(self._learner, good, self._thresholds.state)
         if change is None:
@@ -160,7 +194,7 @@ class Diagnostician:
     def _learner_suspected(self, case: Case) -> bool:
         if case.clues.bad_fields or case.clues.change is not None:
             return False
-        limits = self._thresholds.learner
+        limits = self._thresholds
         return worse_than_before(case.evidence, limits) or learner_diverged(case.fault, case.evidence, limits)
 
     def _add_curvature(self, case: Case, micro: MicroBatch, good: Snapshot) -> Case:
@@ -180,6 +214,14 @@ class Diagnostician:
 
 def _not_finite(clues: Clues) -> bool:
     return clues.origin is not None or clues.gradient_finite is False
+
+
+def _another(state: Tensor, draw: int) -> Tensor:
+    """Another random state of the same kind of generator."""
+    generator = torch.Generator()
+    if len(state) != len(generator.get_state()):
+        generator = torch.Generator("cuda")
+    return generator.manual_seed(draw).get_state()
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from lightning_nanguard.diagnosis.curvature import (
     zero_filled,
 )
 from lightning_nanguard.diagnosis.isolation import Untraced, isolated
+from lightning_nanguard.diagnosis.label_relation import label_relation
 from lightning_nanguard.diagnosis.layers import measure_layers_untraced
 from lightning_nanguard.diagnosis.loss_progress import LossProgress
 from lightning_nanguard.diagnosis.rule_set import RuleSet
@@ -119,7 +120,10 @@ class Examination:
             raise ValueError("Examination.case(micros=()): at least one batch is needed.")
         limits, module, newest = self._thresholds, self._learner.module, micros[-1]
         step = partial(self._step, newest, True)
-        case = Case(evidence=evidence, clues=batch_clues(newest.batch, module, limits.data), course=course)
+        clues = batch_clues(newest.batch, module, limits.data)
+        if course.high(limits.plateau):
+            clues = replace(clues, labels=label_relation([micro.batch for micro in micros], limits.labels))
+        case = Case(evidence=evidence, clues=clues, course=course)
         model = measure_layers_untraced(module, newest.batch, step, self._untraced, limits.layers)
         model = None if model is None else replace(model, updates=evidence.step)
         course = replace(course, chance=None if model is None else _chance_level(model.objective))

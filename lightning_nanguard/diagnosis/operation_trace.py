@@ -34,8 +34,8 @@ LIBRARIES = (
 # What these make holds whatever was in memory before.
 _UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 _NONE: frozenset[str] = frozenset()
-# Index of the argument that an operation divides by.
-_DENOMINATOR = {"div": 1, "true_divide": 1, "divide": 1, "remainder": 1, "fmod": 1, "addcdiv": 2}
+# Index of the argument that an operation divides by, or takes the logarithm of.
+_DENOMINATOR = {"div": 1, "true_divide": 1, "divide": 1, "remainder": 1, "fmod": 1, "addcdiv": 2, "xlogy": 1}
 
 
 @final
@@ -150,6 +150,8 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = operation_name(func)
         index = _DENOMINATOR.get(name, 0)
         operand = args[index] if len(args) > index else None
+        if index and isinstance(operand, Tensor):
+            labels = self._labels.get(storage_key(operand), _NONE)
         lowest, highest, smallest, empty = operand_range(operand)
         return Origin(
             operation=name,

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from lightning_nanguard.diagnosis.batch import batch_clues, tensor_fields
 from lightning_nanguard.diagnosis.case import Case, Clues, Range
 from lightning_nanguard.diagnosis.isolation import Untraced
+from lightning_nanguard.diagnosis.label_relation import label_relation
 from lightning_nanguard.diagnosis.layers import measure_layers_untraced
 from lightning_nanguard.diagnosis.replay import replay
 from lightning_nanguard.diagnosis.rule_set import RuleSet
@@ -100,7 +101,9 @@ class Preflight:
                 return ()
             batch, numbers = sampled
             clues = batch_clues(batch, nn.Identity(), limits.data)
+            related = label_relation([batch], limits.labels)
         found = self._bad_rows(clues, numbers, first)
+        found += self._rules.findings(Case(clues=Clues(labels=related)))
         far = clues.inputs
         if far is not None and far.outliers and _largest(far) > limits.preflight.outlier_factor * far.usual:
             far = replace(far, outliers=tuple(numbers[i] for i in far.outliers))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import NoReturn, final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, final
 
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.guard.context import GuardContext
@@ -33,6 +33,8 @@ class InterventionRecorder:
         # The clock at the end of the newest batches, with the number of their last update.
         self._clocks: deque[tuple[int, Clock]] = deque(maxlen=memory)
         self._tried: deque[str] = deque(maxlen=5)
+        # The surest finding of each kind of fault at each place.
+        self._surest: dict[tuple[str, str], Finding] = {}
         # Says where a good state lies on the disk, for whoever has to start again.
         self.on_disk: Callable[[], str] = str
 
@@ -67,6 +69,7 @@ class InterventionRecorder:
             clock: When; ``None`` for now.
         """
         global_step, epoch, batch_idx = self._loop.clock() if clock is None else clock
+        self._note_finding(fault, finding)
         after, restored = self._context.rate.effective(), self._context.state.restored
         self._loop.record(
             Intervention(
@@ -94,16 +97,37 @@ class InterventionRecorder:
         self._context.state.restored = None
         self.record(fault, fault.place, words, self._context.rate.effective())
 
+    def _note_finding(self, fault: Fault, finding: Finding | None) -> None:
+        key = fault.kind, fault.place
+        known = self._surest.get(key)
+        if finding is not None and (known is None or finding.confidence >= known.confidence):
+            self._surest[key] = finding
+
+    def best_finding(self, fault: Fault) -> Finding | None:
+        """The surest finding of this run about faults like this one, else about any."""
+        here = self._surest.get((fault.kind, fault.place))
+        return here or max(self._surest.values(), key=lambda finding: finding.confidence, default=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        return {"tried": list(self._tried)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; checkpoints of version 0.1.0 lack this."""
+        self._tried.extend(state.get("tried", ()))
+
     def tried(self, fault: Fault, words: tuple[str, ...]) -> None:
         """Remember what was done, for the error that may end the run."""
         self._tried.append(f"{fault.kind}: {', '.join(words)}")
 
     def stop(self, fault: Fault, place: str, reason: str, finding: Finding | None, clock: Clock) -> NoReturn:
-        """End the run.
+        """End the run; the error names the surest cause found for faults like the last one, else for any.
 
         Raises:
             TrainingDivergedError: Always.
         """
+        self._note_finding(fault, finding)
+        finding = self.best_finding(fault)
         global_step, epoch, batch_idx = clock
         to = None if self._context.state.restored is None else self._context.state.restored.global_step
         good = "There is no good state to go back to." if to is None else f"The module holds the weights of step {to}."

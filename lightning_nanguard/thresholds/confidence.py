@@ -17,11 +17,17 @@ class Confidences:
         non_finite_input: NaN or Inf in the batch.
         non_finite_input_tolerated: The same, where the loss is finite or an operation explains it.
         target_operation: An operation on the target alone left its domain.
+        no_valid_target: No target of the batch counts, or a mask of it selects nothing.
         target_class: A class index that the loss has no score for.
+        labels_unrelated: Neighbours in the inputs share their label no more often than by chance.
         outliers: Samples far larger than the others, in the input or in the target.
         unnormalised_harm: Large inputs, and the untrained model or the course of the run suffers.
         unnormalised: Large inputs alone.
         operation: A logarithm, exponential or division that was given what it is not defined for.
+        unknown_operation: The operation that made the first non-finite value is known, and no rule fits it.
+        random_draw: The fault is gone with other random numbers.
+        non_finite_from_start: No loss was ever finite, and a buffer is not.
+        unbounded_loss: Targets for which the loss has no lower bound.
         sqrt_at_zero: A finite loss whose derivative is infinite at a root.
         low_precision_proven: The same batch is finite in float32.
         low_precision_float16: A float16 number overflowed, and float32 was not tried.
@@ -33,10 +39,7 @@ class Confidences:
         gradient_product: A product overflowed in the backward pass.
         gradient_large: A finite gradient far above the usual.
         gradient_initial: The gradient of an untrained model grows toward the input.
-        rate_exploded: The loss exploded, and the last good weights do better on the batch.
-        rate_exploded_signs: The loss exploded, and weights or losses grew before.
-        rate_fell_back: The loss is back at the untrained model's, and weights or losses grew before.
-        rate_trial: A trial of a lower rate, or the growth of the weights, blames the learner.
+        rate_trial: A trial of a lower rate, or the growth of the weights or the loss, blames the learner.
         rate_diverged: The learner diverged by any other sign.
         rate_worse: Nothing but the comparison with the last good weights speaks for it.
         rate_above_limit: The rate is above what the curvature allows, besides.
@@ -68,6 +71,8 @@ class Confidences:
         layer_update_guess: The same alone.
         batch_size: The noise of the gradient is larger than the gradient, measured over enough batches.
         batch_size_guess: The same over too few batches.
+        mistake: The first updates show a mistake that makes no NaN.
+        mistake_guess: The same, where it may be meant.
     """
 
     told: float = 0.5
@@ -75,11 +80,17 @@ class Confidences:
     non_finite_input: float = 0.98
     non_finite_input_tolerated: float = 0.4
     target_operation: float = 0.95
+    no_valid_target: float = 0.9
     target_class: float = 0.97
+    labels_unrelated: float = 0.75
     outliers: float = 0.8
     unnormalised_harm: float = 0.94
     unnormalised: float = 0.5
     operation: float = 0.85
+    unknown_operation: float = 0.3
+    random_draw: float = 0.96
+    non_finite_from_start: float = 0.92
+    unbounded_loss: float = 0.85
     sqrt_at_zero: float = 0.9
     low_precision_proven: float = 0.95
     low_precision_float16: float = 0.7
@@ -91,9 +102,6 @@ class Confidences:
     gradient_product: float = 0.75
     gradient_large: float = 0.7
     gradient_initial: float = 0.75
-    rate_exploded: float = 0.9
-    rate_exploded_signs: float = 0.7
-    rate_fell_back: float = 0.7
     rate_trial: float = 0.8
     rate_diverged: float = 0.9
     rate_worse: float = 0.6
@@ -126,3 +134,5 @@ class Confidences:
     layer_update_guess: float = 0.45
     batch_size: float = 0.7
     batch_size_guess: float = 0.4
+    mistake: float = 0.85
+    mistake_guess: float = 0.6

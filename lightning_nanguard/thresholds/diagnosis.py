@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lightning_nanguard.thresholds.confidence import Confidences
+from lightning_nanguard.thresholds.decision import BlameThresholds
+from lightning_nanguard.thresholds.mistakes import LabelThresholds, MistakeThresholds
 
 
 @dataclass(frozen=True)
@@ -209,10 +211,16 @@ class ReplayThresholds:
     Attributes:
         max_micro_batches: Micro-batches of one update that are run again, the newest.
         always: How often a fault of one kind and place is run again each time; then at 4, 8, 16, … of them.
+        other_draws: How often a batch is run again with other random numbers, to see whether its fault depends on them.
+        findings: Newest findings of a run that later faults are compared with.
+        fading: Factor by which an earlier finding is less sure of a later fault that was not run again.
     """
 
     max_micro_batches: int = 8
     always: int = 3
+    other_draws: int = 3
+    findings: int = 32
+    fading: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -334,6 +342,9 @@ class DiagnosisThresholds:
         curvature: How curvature is computed.
         gradients: How gradients are compared with finite differences.
         bundles: How many incidents of one run are kept.
+        mistakes: When the first updates show a mistake that makes no NaN.
+        labels: How it is told whether labels have anything to do with their inputs.
+        blame: When the guard blames the learner; in a fit ``Thresholds.decision.blame`` stands here.
     """
 
     confidence: Confidences = field(default_factory=Confidences)
@@ -349,6 +360,9 @@ class DiagnosisThresholds:
     curvature: CurvatureThresholds = field(default_factory=CurvatureThresholds)
     gradients: GradientCheckThresholds = field(default_factory=GradientCheckThresholds)
     bundles: BundleThresholds = field(default_factory=BundleThresholds)
+    mistakes: MistakeThresholds = field(default_factory=MistakeThresholds)
+    labels: LabelThresholds = field(default_factory=LabelThresholds)
+    blame: BlameThresholds = field(default_factory=BlameThresholds)
 
 
 DEFAULT = DiagnosisThresholds()

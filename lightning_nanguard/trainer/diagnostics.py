@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, final
@@ -11,6 +12,7 @@ from lightning_nanguard.diagnosis.bundle_store import BundleStore
 from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
 from lightning_nanguard.diagnosis.examination import Examination
+from lightning_nanguard.diagnosis.mistakes import mistakes
 from lightning_nanguard.diagnosis.module_state import state_of
 from lightning_nanguard.diagnosis.preflight import Preflight
 from lightning_nanguard.diagnosis.rule_set import Rule, RuleSet
@@ -20,11 +22,14 @@ from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.first_updates import FirstUpdates
 from lightning_nanguard.trainer.private.loaders import readable_loader
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.precision import autocasts_to_half, grad_scaler
 from lightning_nanguard.trainer.private.training_step import loss_with_graph
 from lightning_nanguard.types import Advice, Evidence, Fault, Finding
+
+_logger = logging.getLogger("lightning_nanguard")
 
 
 @final
@@ -79,6 +84,10 @@ class Diagnostics:
             context.learner, replay.rerun, replay.untraced, examine_after, rules=self._rules, thresholds=thresholds
         )
         self._examines = examine_after is not None
+        # Looks on during the first updates; ``None`` once that is over, and where nothing can be seen.
+        self.first_updates = (
+            None if self._ranks.sharded else FirstUpdates(trainer, module, context, thresholds.mistakes)
+        )
         # Whether the first batch is still to be looked at, and whether an examination was asked for.
         self.preflight_due = False
         self.asked = False
@@ -91,6 +100,8 @@ class Diagnostics:
         if good is not None:
             good = self._ranks.join_snapshot(good)  # here, where all ranks come, and not where only some may
         micros = self._replay.batches.of(update)
+        if self._replay.suspect is not None:
+            micros = [micro for micro in micros if micro.index == self._replay.suspect] or micros
         finding = self._diagnostician.diagnose(fault, evidence, micros, look, good)
         wanted = self._bundles is not None and look != "nothing" and not self._ranks.sharded
         if self._bundles is not None and wanted and micros and self._bundles.due(fault, finding):
@@ -122,6 +133,22 @@ class Diagnostics:
             precision=str(self._trainer.precision),
             loss_scale=self._loss_scale(),
         )
+
+    def judge_first_updates(self) -> None:
+        """Say what the first updates have shown to be wrong, and look no more."""
+        first, self.first_updates = self.first_updates, None
+        if first is None:
+            return
+        try:
+            first.close()
+            seen = first.observation()
+            found = () if seen is None else mistakes(seen, self._thresholds)
+        except Exception as error:
+            # Advice must never cost the run it is meant for.
+            _logger.debug("NaNGuard: the first updates could not be judged: %r", error)
+            return
+        for finding in found:
+            self.advise("first updates", finding)
 
     def preflight(self, batch: Any) -> None:
         """Look at the first batch and the untrained model, and give advice."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
-from lightning_nanguard.decide.rate_limit import within_curvature
-from lightning_nanguard.types import Clip, Finding, Restore, Scale
+from lightning_nanguard.decide.rate_limit import spare_rate, within_curvature
+from lightning_nanguard.types import Clip, Comparison, Evidence, Finding, Restore, Scale
 
 
 @pytest.mark.parametrize(
@@ -28,3 +29,22 @@ def test_a_finding_bounds_the_cut(evidence: dict[str, float | str], lr: float | 
     firm = most < math.inf
     assert within_curvature(plan, steepest, lr) == (Restore(0), Clip(2.0), Scale(0.5, most=most, firm=firm))
     assert within_curvature(plan, None, lr) == plan
+
+
+@pytest.mark.parametrize(
+    ("finding", "known", "cut"),
+    [
+        (Finding("log_of_zero", 0.85, scope="batch"), {}, False),
+        (Finding("log_of_zero", 0.85, scope="batch"), {"comparison": Comparison(math.inf, math.inf)}, False),
+        (Finding("log_of_zero", 0.85, scope="batch"), {"comparison": Comparison(math.inf, 0.4)}, True),
+        (Finding("log_of_zero", 0.85, scope="batch"), {"climbing": True}, True),
+        (Finding("log_of_zero", 0.85, scope="batch"), {"rate_rose": True}, True),
+        (Finding("learning_rate_too_high", 0.9, scope="learner"), {}, True),
+        (None, {}, True),
+    ],
+)
+def test_a_rate_that_is_not_to_blame_is_not_cut(finding: Finding | None, known: dict[str, Any], cut: bool) -> None:
+    """A finding that blames the batch spares the rate, unless good weights do better or the losses were climbing."""
+    plan = (Restore(0), Clip(2.0), Scale(0.5))
+    assert spare_rate(plan, finding, Evidence(step=9, **known)) == (plan if cut else plan[:2])
+    assert spare_rate((Scale(2.0),), finding, Evidence(step=9, **known)) == (Scale(2.0),)

@@ -31,6 +31,7 @@ from tests.helpers import (
     data_for,
     differences,
     fit,
+    folder_of,
     learner_of,
     random_state,
     task,
@@ -57,7 +58,7 @@ def test_the_cause_is_named(cause: str, run: FailingRun, place: str, samples: tu
     assert finding.samples == samples
     assert finding.suggestion.endswith((".", ")"))
     assert guard.interventions[0].cause == cause
-    record = read_records(tmp_path / "nanguard" / "interventions.jsonl")[0]
+    record = read_records(folder_of(guard) / "interventions.jsonl")[0]
     assert record.finding == finding
     assert f"cause: {cause}" in describe(record)
 
@@ -255,3 +256,27 @@ def test_replays_become_rare() -> None:
     assert seen == [2, 4, 6, 8, 8, 8, 8, 10, 10, 10, 10, 10, 10, 10, 10, 12, 12, 12, 12, 12]
     tape.add(2, 1, torch.full((3, 2), NAN))
     assert doctor.diagnose(fault, Evidence(step=9), tape.of(2), "replay") is not None
+
+
+def test_what_was_found_before_is_told_of_a_fault_that_is_not_run_again(tmp_path: Path) -> None:
+    """Every fault of a kind has a finding: of one that was not run again that of an earlier one, as such."""
+    x = [batch[0].clone() for batch in batches(count=STEPS)]
+    bad = [12, 14, 16, 18, 20, 22]
+    for index in bad:
+        x[index][3, 0] = 20.0
+    data = [(one, batch[1]) for one, batch in zip(x, batches(count=STEPS), strict=True)]
+
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return mse(net, x, y) + torch.lgamma(torch.where(x[:, :1] > 15, 0.0, net(x).square() + 1)).square().mean() * 0
+
+    guard = NaNGuard(snapshot_every_n_steps=5)
+    fit(Lossy(loss), data, guard, folder=tmp_path)
+    found = [one.finding for one in guard.interventions]
+    assert [one is not None and one.cause for one in found] == ["unknown_operation"] * len(bad)
+    told = [one for one in found if one is not None]
+    assert told[0].samples == (3,)
+    assert "first non-finite value of sample 3: lgamma, test_diagnostician.py:" in told[0].suggestion
+    assert told[4].samples == ()
+    assert told[4].suggestion.startswith("not run again; most likely as at update ")
+    assert told[4].confidence < told[0].confidence
+    assert all(one.lr_before == one.lr_after for one in guard.interventions)

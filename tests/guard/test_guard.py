@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -86,7 +87,7 @@ def test_a_run_that_never_was_good_ends_soon() -> None:
 
 
 def test_non_finite_weights_at_the_start_are_named() -> None:
-    """A guard does not start from NaN."""
+    """The run ends with the first update that comes of them."""
     loop = PlainLoop()
     with torch.no_grad():
         loop.net.bias[0] = math.nan
@@ -339,3 +340,22 @@ def test_an_observed_batch_that_spoils_statistics_is_not_blocked() -> None:
     assert differences(*ends) == []
     assert not any(record.applied for record in loop.records)
     assert {"implausible_state", "implausible_statistics"} <= {record.fault for record in loop.records}
+
+
+def test_a_guard_that_is_loaded_is_the_guard_that_was_saved() -> None:
+    """Rates, blame, spoiled statistics, caution and what was tried come back, from plain containers."""
+    loop = PlainLoop()
+    loop.run(30, nan_at(12, 20))
+    parts = loop.guard._parts
+    parts.plausibility.watches_statistics = True
+    parts.plausibility._jumps["parameter weight"] += 2
+    parts.caution._never_late = True
+    loop.guard.context.state.rates.append((30, 0.5))
+    saved = loop.guard.state_dict()
+    assert saved["rates"][-1] == [30, 0.5]
+    assert saved["blamed_batches"] == [["non_finite_loss", "loss", 2]]
+    assert saved["plausibility"] == {"jumps": {"parameter weight": 2}, "watches_statistics": True}
+    assert len(saved["tried"]) == 2
+    other = PlainLoop()
+    other.guard.load_state_dict(json.loads(json.dumps(saved)))
+    assert other.guard.state_dict() == json.loads(json.dumps(saved))

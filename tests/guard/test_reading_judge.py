@@ -93,7 +93,7 @@ LEARNER = Fault("mine", "learner", "loss", 1.0, "the loss is 1", certain=False, 
 SPIKE = Fault("mine", "batch", "gradient", 1.0, "the norm is 1", certain=False)
 EXTREME = Fault("mine", "batch", "gradient", 1.0, "the norm is 1", certain=False, extreme=True)
 DOUBTFUL = Fault("mine", "batch", "gradient", 1.0, "the norm is 1", certain=False, doubtful=True)
-OVER = Fault("mine", "learner", "loss", 1.0, "the loss rose", certain=False, since=3, proof="growth")
+OVER = Fault("mine", "learner", "loss", 1.0, "the loss rose", certain=False, since=3)
 
 
 @pytest.mark.parametrize(

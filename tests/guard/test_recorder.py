@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lightning_nanguard import Budget, Fault, Finding, TrainingDivergedError
@@ -85,3 +87,17 @@ def test_the_error_tells_what_was_done_before() -> None:
     loop = PlainLoop(budget=Budget(max_bad_batches=32))
     with pytest.raises(TrainingDivergedError, match=r"Tried before: non_finite_loss: skip; .* weights of step 8"):
         loop.run(60, nan_at(*range(12, 60)))
+
+
+def test_the_last_error_names_the_surest_cause_of_such_faults() -> None:
+    """A fault that was not looked into at the end does not hide what was found of those before it."""
+    loop = PlainLoop()
+    recorder = recorder_of(loop)
+    sure, guess = replace(FINDING, cause="log_of_zero"), replace(FINDING, confidence=0.4)
+    recorder.record(FAULT, "loss", ("skip",), [], sure)
+    recorder.record(replace(FAULT, kind="another"), "loss", ("skip",), [], replace(FINDING, confidence=0.99))
+    with pytest.raises(TrainingDivergedError, match=r"Most likely cause: log_of_zero in layer 3") as error:
+        recorder.stop(FAULT, "loss", "too many", guess, (1, 0, 1))
+    assert error.value.finding == sure
+    with pytest.raises(TrainingDivergedError, match=r"Most likely cause: dead_relu"):
+        recorder.stop(replace(FAULT, place="elsewhere"), "loss", "too many", None, (1, 0, 1))

@@ -22,16 +22,16 @@ from lightning_nanguard.record.summary import summary
         ),
         (
             (
-                '10,000 updates watched (act_on="certain"), 1,004 interventions (gradient_spike 1,001, collapsed 2, '
-                "exploding_loss 1): 1,001 batches skipped, 3 rollbacks, 1 change of the learning rate; "
-                "the learning rate ends at 0.25 times its schedule; records in logs/records.jsonl"
+                "10,000 updates watched, 1,004 interventions (gradient spike 1,001, collapsed 2, exploding loss "
+                "1): 1,001 batches skipped, 3 rollbacks, 1 change of the learning rate; the learning rate ends at "
+                "0.25 times its schedule; read more with: nanguard explain 'logs/run 7'"
             ),
             (
                 10_000,
                 {"exploding_loss": 1, "collapsed": 2, "gradient_spike": 1001},
                 {"scale": 1, "restore": 3, "skip": 1001},
             ),
-            {"lr_multiplier": 0.25, "path": Path("logs/records.jsonl")},
+            {"lr_multiplier": 0.25, "path": Path("logs/run 7")},
         ),
         (
             (
@@ -50,4 +50,4 @@ from lightning_nanguard.record.summary import summary
 )
 def test_text(text: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     """One line: how long was watched, for what the guard acts, what was met, what was done, where it is written."""
-    assert summary(*arguments, **options) == f"NaNGuard: {text}"
+    assert summary(*arguments, **options) == f"NaNGuard: {text}".replace("watched,", 'watched (act_on="certain"),')

@@ -45,12 +45,13 @@ def test_one_line_says_what_happened_in_this_fit(log: pytest.LogCaptureFixture) 
     assert guard.non_finite_rate is None
     fit(task(), data, guard)
     assert guard.non_finite_rate == pytest.approx(1 / 20)
+    folder = guard.run_dir
     fit(task(), batches(count=24), guard)
     fit(task(), batches(count=4), NaNGuard(act_on="evidence"))
     first, second, third = told(log)
-    expected = 'NaNGuard: 20 updates watched (act_on="certain"), 1 intervention (non_finite_loss 1): 1 batch skipped'
+    expected = 'NaNGuard: 20 updates watched (act_on="certain"), 1 intervention (non-finite loss 1): 1 batch skipped'
     assert first.startswith(expected)
-    assert first.endswith("interventions.jsonl")
+    assert first.endswith(f"nanguard explain {folder}")
     assert second == 'NaNGuard: 24 updates watched (act_on="certain"), nothing to do'
     assert third == 'NaNGuard: 4 updates watched (act_on="evidence"), nothing to do'
     assert guard.non_finite_rate == 0.0

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from lightning_nanguard import NaNGuard, ReduceLR
+from lightning_nanguard import NaNGuard
 from lightning_nanguard.guard.investigator import norms_to_grow_from
 from lightning_nanguard.measure.readings import PendingReading
 
@@ -148,13 +148,13 @@ def test_a_rate_too_high_is_cut_where_numbers_arrive_late(
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_a_ruin_that_is_only_observed_is_said_ever_more_rarely(optimizer: str, tmp_path: object) -> None:
-    """With ``observe=True`` a rate a hundred times too high is on record, and does not fill the file with one line for
-    every update."""
+def test_a_ruin_that_is_only_observed_is_advice(optimizer: str, tmp_path: object) -> None:
+    """With ``observe=True`` no trial is made, so a rate a hundred times too high is said once, as advice."""
     guard = Guard(dirpath=str(tmp_path), observe=True)
     improvement(optimizer, lambda step: 100 * OPTIMIZERS[optimizer][2], guard)
-    assert 2 <= len(guard.interventions) <= 10
-    assert "scale" in guard.interventions[0].remedies
+    told = [advice.finding.cause for advice in guard.advice]
+    assert told == ["exploding_loss"]
+    assert not {"exploding_loss", "stuck_loss"} & {found.fault for found in guard.interventions}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -246,31 +246,6 @@ def wine(lr: float, guard: NaNGuard | None, *, small: bool = False) -> float:
     trainer.fit(module, shuffled(TensorDataset(x[:128], y[:128]), 16))
     with torch.no_grad():
         return float(nn.functional.cross_entropy(module.net(x[128:]), y[128:]))
-
-
-def test_a_first_update_that_went_too_far_is_taken_back_though_the_loss_comes_down(tmp_path: object) -> None:
-    """At forty times the right rate the training loss goes to nothing all the same, and only the held-out one
-    suffers: the weights, many times as large after the first updates, and the rise of the loss tell it."""
-    right, wrong, guard = wine(0.01, None), wine(0.4, None), Guard(dirpath=str(tmp_path))
-    guarded = wine(0.4, guard)
-    assert [found.fault for found in guard.interventions][:1] == ["overshoot"]
-    assert guarded < right + 0.1 < wrong
-
-
-def test_a_single_snapshot_is_from_before_a_rise(tmp_path: object) -> None:
-    """While a rise has not been looked into no state from behind it takes the place of the sound one."""
-    guard = Guard(dirpath=str(tmp_path), max_snapshots=1, snapshot_every_n_steps=1)
-    assert wine(0.4, guard) < 0.2
-    assert [found.fault for found in guard.interventions][:1] == ["overshoot"]
-    assert guard.interventions[0].snapshot_step == 0
-
-
-def test_an_overshoot_that_is_not_rolled_back_is_dealt_with_once(tmp_path: object) -> None:
-    """Where rollbacks are not allowed the rate is cut, and not again with every update."""
-    guard = Guard(dirpath=str(tmp_path), remedies=[ReduceLR()])
-    wine(0.4, guard)
-    assert [found.fault for found in guard.interventions][:1] == ["overshoot"]
-    assert len(guard.interventions) <= 6
 
 
 def test_a_parameter_that_began_at_zero_has_no_growth() -> None:

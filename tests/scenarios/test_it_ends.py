@@ -10,6 +10,8 @@ import torch
 from lightning_nanguard import (
     Budget,
     NaNGuard,
+    Remedy,
+    Rollback,
     TrainingDivergedError,
 )
 from tests.helpers import (
@@ -85,9 +87,10 @@ def test_an_observing_guard_does_not_end_a_run(tmp_path: Path, caplog: pytest.Lo
     module = task("norm", adam)
     with torch.no_grad():
         next(module.parameters()).view(-1)[-1] = NAN
-    done = fit(module, data_for("norm"), NaNGuard(observe=True), folder=tmp_path)
+    with caplog.at_level("INFO", "lightning_nanguard"):
+        done = fit(module, data_for("norm"), NaNGuard(observe=True), folder=tmp_path)
     assert done.trainer.global_step == len(data_for("norm"))
-    assert "only observes: parameter net.0.weight holds NaN or Inf before the first update" in caplog.text
+    assert "NaNGuard: parameter net.0.weight holds NaN or Inf before the first update" in caplog.text
 
 
 def test_budget_for_rollbacks(tmp_path: Path) -> None:
@@ -132,10 +135,17 @@ def test_budget_for_the_share_of_bad_batches(tmp_path: Path) -> None:
     assert words(guard) == [("skip",)] * 32 + [("stop",)]
 
 
-def test_a_rollback_without_effect_is_not_made_a_third_time(tmp_path: Path) -> None:
-    """A weight that is bad again after each of two rollbacks, before a new state was proven good, ends the run."""
-    guard = NaNGuard(snapshot_every_n_steps=5)
+@pytest.mark.parametrize("corrects", [True, False])
+def test_a_rollback_without_effect_is_not_made_a_third_time(corrects: bool, tmp_path: Path) -> None:
+    """A weight that is bad again after each of two rollbacks, before a new state was proven good, is taken for the
+    learner's doing; four corrected rollbacks later, or at once where no correction is listed, the run ends."""
+    remedies: list[Remedy] | None = None if corrects else [Rollback()]
+    guard = NaNGuard(remedies=remedies, snapshot_every_n_steps=5)
     fault = FaultAt("weight", NAN, range(12, 100))
-    with pytest.raises(TrainingDivergedError, match="it came back after each of 2 rollbacks"):
+    failed = 6 if corrects else 2
+    with pytest.raises(TrainingDivergedError, match=f"it came back after each of {failed} rollbacks"):
         fit(task("mlp", adam), data_for("mlp", STEPS), guard, folder=tmp_path, callbacks=[fault])
-    assert words(guard) == [("restore",)] * 2 + [("stop",)]
+    done = words(guard)
+    assert done[:2] + done[-1:] == [("restore",)] * 2 + [("stop",)]
+    assert len(done) == failed + 1
+    assert all({"clip", "scale"} & {*one} for one in done[2:-1])

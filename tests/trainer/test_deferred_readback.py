@@ -35,7 +35,7 @@ from tests.helpers import (
     with_nan,
     words,
 )
-from tests.scenarios.test_skips import left_behind, without
+from tests.scenarios.test_skips import KEEPS_NO_WINDOW, left_behind, without
 
 
 def fused(parameters: list[nn.Parameter]) -> optim.Optimizer:
@@ -328,7 +328,7 @@ def test_the_first_batches_are_bad(bad: list[int], make: Callable[..., Any], tmp
 def test_bad_windows_that_keep_coming(tmp_path: Path) -> None:
     """So it is where an update is made of several batches: the batch shown for a late fault is one of its window."""
     bad = list(range(42, 400, 40))
-    guard = NaNGuard(snapshot_every_n_steps=2, readback="deferred")
+    guard = NaNGuard(snapshot_every_n_steps=2, readback="deferred", thresholds=KEEPS_NO_WINDOW)
     data = [with_nan(batch) if index in bad else batch for index, batch in enumerate(data_for("norm", 400))]
     run = fit(task("norm", plain), data, guard, folder=tmp_path, accumulate_grad_batches=4)
     assert words(guard) == [("restore",)] + [("skip",)] * (len(bad) - 1)

@@ -67,6 +67,8 @@ ELSEWHERE = {
     "distributed",  # several processes
     "snapshots.placement",  # a device
     "diagnosis.gradients",  # `nanguard check`
+    "diagnosis.labels",  # class labels
+    "diagnosis.blame",  # `decision.blame` stands in its place
     "detection.quasi_newton",  # LBFGS
     "detection.diverging_loss.dismissal",  # a suspicion that is dismissed
 }

@@ -31,9 +31,18 @@ from lightning_nanguard.diagnosis.rules.arithmetic import (
     exp_overflow,
     log_of_zero,
     low_precision_overflow,
+    non_finite_from_start,
+    random_draw,
     sqrt_at_zero,
+    unknown_operation,
 )
-from lightning_nanguard.diagnosis.rules.data import non_finite_input, target_out_of_domain, unnormalised_input
+from lightning_nanguard.diagnosis.rules.data import (
+    labels_unrelated,
+    no_valid_target,
+    non_finite_input,
+    target_out_of_domain,
+    unnormalised_input,
+)
 from lightning_nanguard.diagnosis.rules.layers import (
     dead_relu,
     saturated_activation,
@@ -47,7 +56,12 @@ from lightning_nanguard.diagnosis.rules.learner import (
     ill_conditioned,
     learning_rate_too_high,
 )
-from lightning_nanguard.diagnosis.rules.loss_function import double_softmax, mse_for_classification, wrong_gradient
+from lightning_nanguard.diagnosis.rules.loss_function import (
+    double_softmax,
+    mse_for_classification,
+    unbounded_loss,
+    wrong_gradient,
+)
 from lightning_nanguard.diagnosis.rules.plateau import (
     batch_size,
     layer_update_abnormal,
@@ -61,17 +75,22 @@ from lightning_nanguard.types import Finding
 RULES: tuple[Callable[[Case, DiagnosisThresholds], Finding | None], ...] = (
     non_finite_input,
     target_out_of_domain,
+    no_valid_target,
+    labels_unrelated,
     unnormalised_input,
     log_of_zero,
     exp_overflow,
     division_by_zero,
     sqrt_at_zero,
     low_precision_overflow,
+    random_draw,
+    non_finite_from_start,
     corrupted_state,
     exploding_gradient,
     learning_rate_too_high,
     double_softmax,
     mse_for_classification,
+    unbounded_loss,
     unbalanced_initialisation,
     saturated_activation,
     dead_relu,
@@ -84,6 +103,7 @@ RULES: tuple[Callable[[Case, DiagnosisThresholds], Finding | None], ...] = (
     saddle_point,
     local_minimum,
     batch_size,
+    unknown_operation,
 )
 """Every built-in rule, in the order that settles a tie."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from lightning_nanguard.diagnosis.case import Case, Origin
-from lightning_nanguard.diagnosis.rules.phrases import finding_at, origin_evidence, smallest_operand
-from lightning_nanguard.diagnosis.rules.signs import number_format_exhausted
+from lightning_nanguard.diagnosis.rules.domains import DOMAINS, largest_exponent, outside, squares_overflow
+from lightning_nanguard.diagnosis.rules.phrases import finding_at, of_samples, origin_evidence, smallest_operand
+from lightning_nanguard.diagnosis.rules.signs import PRODUCTS, number_format_exhausted
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.types import Finding
 
@@ -14,8 +15,6 @@ _DIVISIONS = ("div", "true_divide", "divide", "reciprocal", "remainder", "fmod",
 _SPREADS = ("std", "var", "std_mean", "var_mean")
 _SOFTMAXES = ("softmax", "log_softmax", "safe_softmax")
 _ROOTS = ("sqrt", "pow", "rsqrt", "linalg_vector_norm", "norm", "cdist", "acos", "asin")
-# The largest number whose exponential each format holds.
-_LARGEST_EXPONENT = {"float16": "11", "float64": "709"}
 
 
 def log_of_zero(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
@@ -23,13 +22,30 @@ def log_of_zero(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findin
     origin = case.clues.origin
     if origin is None or origin.operation not in _LOGARITHMS:
         return None
+    lowest, smallest = origin.lowest, origin.smallest
+    # Of numbers well above zero the logarithm is finite: something else came to it.
+    if origin.operation not in ("log1p", "logit") and lowest is not None and lowest > thresholds.data.near_zero:
+        return None
+    given = "" if lowest is None and smallest is None else f"{origin.operation} was given {_extreme(origin)}. "
+    if lowest is not None and lowest < 0 and origin.operation not in ("log1p", "logit"):
+        remedy = "Keep what goes in above zero (softplus, clamp), or compute the loss from logits"
+    else:
+        remedy = "Add an epsilon inside the logarithm, or compute the loss from logits"
     return finding_at(
         "log_of_zero",
         thresholds.confidence.operation,
         origin,
-        f"{origin.operation} was given {smallest_operand(origin)}. Compute the loss from logits "
-        "(cross_entropy, binary_cross_entropy_with_logits, log_softmax), or add an epsilon inside the logarithm.",
+        f"{given}{remedy} (cross_entropy, binary_cross_entropy_with_logits, log_softmax).",
     )
+
+
+def _extreme(origin: Origin) -> str:
+    """The number by which a logarithm leaves its domain."""
+    if origin.operation == "logit" and origin.highest is not None and origin.highest >= 1:
+        return f"{origin.highest:.4g}"
+    if origin.operation in ("log1p", "logit") and origin.lowest is not None:
+        return f"{origin.lowest:.4g}"
+    return smallest_operand(origin)
 
 
 def exp_overflow(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
@@ -37,14 +53,24 @@ def exp_overflow(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findi
     origin = case.clues.origin
     if origin is None or origin.operation not in _EXPONENTIALS:
         return None
-    largest = "a large number" if origin.highest is None else f"{max(origin.highest, -(origin.lowest or 0.0)):.4g}"
-    limit = _LARGEST_EXPONENT.get(origin.dtype, "88")
+    limit, largest = largest_exponent(origin), origin.highest
+    if largest is not None and origin.operation in ("sinh", "cosh"):
+        largest = max(largest, -(origin.lowest or 0.0))
+    if origin.backward:
+        # What autograd keeps of an exponential is its result.
+        made = "" if largest is None else f", whose result reaches {largest:.4g}"
+        what = f"the derivative of {origin.operation}{made}, overflows in {origin.dtype}"
+    elif largest is None:
+        what = f"{origin.operation} overflows; {origin.dtype} holds it up to about {limit:.0f}"
+    elif largest < limit:
+        return None
+    else:
+        what = f"{origin.operation} was given {largest:.4g}, {origin.dtype} ends at about {limit:.0f}"
     return finding_at(
         "exp_overflow",
         thresholds.confidence.operation,
         origin,
-        f"{origin.operation} was given {largest}, {origin.dtype} ends at about {limit}. Use logsumexp or softmax, "
-        "which subtract the largest number first, or clamp what goes in.",
+        f"{what}. Use logsumexp or softmax, which subtract the largest number first, or clamp what goes in.",
     )
 
 
@@ -67,12 +93,15 @@ def _division(origin: Origin, near_zero: float) -> str | None:
         return f"{origin.operation} was given {smallest:.4g}, whose inverse power is infinite: {remedy}."
     if origin.operation == "mean" and origin.empty:
         return "a mean over nothing: leave the term out where the mask selects nothing."
-    if origin.operation in _SPREADS:
+    if origin.operation in _SPREADS and origin.backward:
+        return (
+            f"the derivative of {origin.operation} is not finite where every value is the same: take the root of the "
+            "variance plus an epsilon."
+        )
+    if origin.operation in _SPREADS and not squares_overflow(origin):
         return "the spread of a single value: use correction=0, or leave such batches out (drop_last=True)."
     if origin.operation in _SOFTMAXES and not origin.backward:
         return "a row of which everything is masked: leave at least one entry open."
-    if origin.operation.startswith(("nll_loss", "cross_entropy")):
-        return "the mean over no target: every one is ignored (ignore_index); leave such batches out."
     return None
 
 
@@ -84,12 +113,17 @@ def sqrt_at_zero(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findi
     steep = origin.exponent is not None and origin.exponent >= 1
     if origin.operation not in _ROOTS or steep or case.clues.gradient_finite is not False:
         return None
+    if origin.operation in ("acos", "asin"):
+        where, remedy = "-1 and 1", "Clamp what goes in to a little less than that"
+    elif origin.smallest is not None and origin.smallest > thresholds.data.near_zero:
+        return None
+    else:
+        where, remedy = smallest_operand(origin), "Add an epsilon inside the root: sqrt(x + 1e-12)"
     return finding_at(
         "sqrt_at_zero",
         thresholds.confidence.sqrt_at_zero,
         origin,
-        f"the loss is finite, but the derivative of {origin.operation} is not at {smallest_operand(origin)}. Add an "
-        "epsilon inside the root: sqrt(x + 1e-12).",
+        f"the loss is finite, but the derivative of {origin.operation} is not at {where}. {remedy}.",
     )
 
 
@@ -105,15 +139,98 @@ def low_precision_overflow(case: Case, thresholds: DiagnosisThresholds = DEFAULT
         sure = confidence.low_precision_float16
     else:
         return None
-    dtype = origin.dtype if origin is not None else "float16"
+    # A float32 number may be the first that is not finite, made of 16-bit ones.
+    dtype = origin.dtype if origin is not None and origin.dtype == "bfloat16" else "float16"
+    proven = "the same batch is finite in float32 and not in" if clues.finite_in_float32 else "a number overflows in"
+    if dtype == "bfloat16":
+        text = f"{proven} bfloat16. Run this part under torch.autocast(enabled=False)."
+    else:
+        text = (
+            f"{proven} float16, which ends at 65,504. Train with precision='bf16-mixed', or run this part under "
+            "torch.autocast(enabled=False)."
+        )
     return Finding(
         "low_precision_overflow",
         sure,
         evidence={"precision": dtype, **(origin_evidence(origin) if origin is not None else {})},
         place=origin.place if origin is not None else fault.place,
         samples=origin.samples if origin is not None else (),
+        suggestion=text,
+        scope="batch" if fault.scope == "batch" else None,
+    )
+
+
+def random_draw(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
+    """A fault that depends on the step's random numbers, and on neither batch nor weights alone."""
+    origin = case.clues.origin
+    if not case.clues.gone_otherwise or case.evidence.climbing or case.evidence.rate_rose:
+        return None
+    where = "" if origin is None else f" It begins in {origin.place}."
+    return Finding(
+        "random_draw",
+        thresholds.confidence.random_draw,
+        evidence={} if origin is None else origin_evidence(origin),
+        place=case.fault.place if origin is None else origin.place,
+        samples=() if origin is None else origin.samples,
         suggestion=(
-            f"the same batch is finite in float32 and overflows in {dtype}, which ends at 65,504. Train with "
-            "precision='bf16-mixed', or run this part under torch.autocast(enabled=False)."
+            "the same batch is finite under the same weights with other random numbers than those of the step: the "
+            f"fault depends on the draw.{where} Keep what is drawn away from values that the operation is not defined "
+            "for."
         ),
+        scope="batch",
+    )
+
+
+def non_finite_from_start(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
+    """A buffer that is not finite since before the first update, such as a weight of a class."""
+    bad = case.clues.bad_buffers
+    # One that was finite at the start is corrupted state.
+    if not bad or case.evidence.corrupt is not None or case.evidence.undo:
+        return None
+    names = ", ".join(bad[: thresholds.mistakes.named_parts])
+    return Finding(
+        "non_finite_from_start",
+        thresholds.confidence.non_finite_from_start,
+        evidence={"buffers": float(len(bad))},
+        place=f"buffer {bad[0]}",
+        suggestion=f"{names} held NaN or Inf before the first update, and the loss is not finite. Look at what "
+        "computes it (one over a count or a deviation of zero?) and start again.",
+        scope="state",
+    )
+
+
+_ADVICE = {
+    "ctc_loss": "It is infinite for a sample whose target is longer than its input allows: leave such samples out, or "
+    "use zero_infinity=True",
+    "linalg_eigh": "The derivative of eigenvectors is not finite where eigenvalues are equal: add a little noise",
+    "linalg_svd": "Its derivative is not finite where singular values are equal or zero: add a little noise",
+    "linalg_inv_ex": "The matrix has no inverse: add a multiple of the identity",
+    "linalg_solve_ex": "The matrix has no inverse: add a multiple of the identity",
+    "linalg_cholesky_ex": "The matrix is not positive definite: add a multiple of the identity",
+    "atan2": "Its derivative is not finite where both are zero: add an epsilon",
+}
+_OVERFLOWS = PRODUCTS | {"add", "sum", "mean", "cumsum", "cumprod", "matmul", "mv", "dot", "std", "var"}
+
+
+def unknown_operation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
+    """The operation that made the first non-finite value, whatever it is: where no other rule fits, that is told."""
+    origin = case.clues.origin
+    if origin is None:
+        return None
+    given = ""
+    if origin.lowest is not None and origin.highest is not None:
+        given = f", given numbers from {origin.lowest:.4g} to {origin.highest:.4g}"
+    if outside(origin):
+        given += f", where it needs numbers {DOMAINS[origin.operation].words}"
+    where = f"{'the backward pass of ' if origin.backward else ''}{origin.operation}"
+    line = f", {origin.line}" if origin.line else ""
+    if origin.operation in _OVERFLOWS:
+        advice = f"The result is larger than {origin.dtype} holds: keep what goes in smaller, or normalise it"
+    else:
+        advice = _ADVICE.get(origin.operation, "Look at what it is given there")
+    return finding_at(
+        "unknown_operation",
+        thresholds.confidence.unknown_operation,
+        origin,
+        f"first non-finite value{of_samples(origin.samples)}: {where}{line}{given}. {advice}.",
     )

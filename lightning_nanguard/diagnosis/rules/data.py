@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from lightning_nanguard.diagnosis.case import Case, Origin
+from lightning_nanguard.diagnosis.rules.domains import DOMAINS, outside
 from lightning_nanguard.diagnosis.rules.layers import harm_of_large_inputs
 from lightning_nanguard.diagnosis.rules.loss_function import class_out_of_range
 from lightning_nanguard.diagnosis.rules.phrases import (
@@ -18,6 +19,9 @@ from lightning_nanguard.diagnosis.rules.phrases import (
 from lightning_nanguard.diagnosis.rules.signs import PRODUCTS, inputs_are_large, learner_diverged
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.types import Finding
+
+_DIVISIONS = ("div", "true_divide", "divide")
+_CLASS_LOSSES = ("nll_loss", "cross_entropy")
 
 
 def non_finite_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
@@ -33,7 +37,8 @@ def non_finite_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> F
     known = thresholds.confidence
     confidence = known.non_finite_input_tolerated if tolerated else known.non_finite_input
     if not clues.bad_fields:
-        return Finding("non_finite_input", confidence, suggestion="The batch holds NaN or Inf: clean the data.")
+        text = "The batch holds NaN or Inf: clean the data."
+        return Finding("non_finite_input", confidence, suggestion=text, scope="batch")
     first = clues.bad_fields[0]
     columns = f", {listed('column', first.columns)}" if first.columns else ""
     more = f", and {len(clues.bad_fields) - 1} more fields of it" if len(clues.bad_fields) > 1 else ""
@@ -46,25 +51,8 @@ def non_finite_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> F
         place=f"field {first.field} of the batch",
         samples=first.samples,
         suggestion=f"{who} of this batch {verb} NaN or Inf in field {first.field}{columns}{more}. Clean the data.",
+        scope="batch",
     )
-
-
-# Which numbers each operation is defined for.
-_DOMAINS = {
-    "log": "above 0",
-    "log2": "above 0",
-    "log10": "above 0",
-    "log1p": "above -1",
-    "sqrt": "of at least 0",
-    "rsqrt": "above 0",
-    "pow": "of at least 0",
-    "xlogy": "of at least 0",
-    "logit": "between 0 and 1",
-    "lgamma": "above 0",
-    "acos": "between -1 and 1",
-    "asin": "between -1 and 1",
-    "atanh": "between -1 and 1",
-}
 
 
 def target_out_of_domain(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
@@ -75,8 +63,8 @@ def target_out_of_domain(case: Case, thresholds: DiagnosisThresholds = DEFAULT) 
             "target_out_of_domain",
             thresholds.confidence.target_operation,
             origin,
-            f"{target_span(target, origin)}, {origin.operation} needs numbers {_DOMAINS[origin.operation]}. Fix the "
-            f"targets{of_samples(origin.samples)}.",
+            f"{target_span(target, origin)}, {origin.operation} needs numbers {DOMAINS[origin.operation].words}. "
+            f"Fix the targets{of_samples(origin.samples)}.",
         )
     if target is None or not target.outliers or case.fault.scope != "batch":
         return class_out_of_range(case, thresholds)
@@ -85,10 +73,47 @@ def target_out_of_domain(case: Case, thresholds: DiagnosisThresholds = DEFAULT) 
 
 
 def _leaves_domain(origin: Origin) -> bool:
-    if origin.operation == "pow":
-        # A power of large numbers overflows, which is another matter.
-        return origin.lowest is not None and origin.lowest < 0 and not (origin.exponent or 0.0).is_integer()
-    return origin.operation in _DOMAINS
+    # A power of large numbers overflows, which is another matter; so does a whole power of negative ones.
+    if origin.operation == "pow" and (origin.exponent or 0.0).is_integer():
+        return False
+    return outside(origin) is True
+
+
+def no_valid_target(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
+    """A mean over no target at all: every label is ignored, or a mask selects nothing."""
+    origin, target = case.clues.origin, case.clues.target
+    if origin is None or origin.backward:
+        return None
+    # Where every target is the same one, it stands for those that are missing.
+    same = target is not None and target.lowest == target.highest
+    told = f" ({target.lowest:.4g})" if same and target is not None else ""
+    nothing = origin.operation in _DIVISIONS and origin.lowest == origin.highest == 0.0
+    if origin.operation.startswith(_CLASS_LOSSES):
+        text = f"every target of the batch is ignored{told} or has a weight of zero: a mean over nothing"
+    elif same and origin.from_target and ((origin.operation == "mean" and origin.empty) or nothing):
+        text = f"every target of the batch is the same{told}, and a mask or a selection leaves nothing of them"
+    else:
+        return None
+    remedy = "Leave such batches out, or the term where nothing is selected"
+    return finding_at("no_valid_target", thresholds.confidence.no_valid_target, origin, f"{text}. {remedy}.")
+
+
+def labels_unrelated(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
+    """Labels that have nothing to do with their inputs, as after one of the two was shuffled."""
+    labels = case.clues.labels
+    if labels is None or labels.exceeds:
+        return None
+    return Finding(
+        "labels_unrelated",
+        thresholds.confidence.labels_unrelated,
+        evidence={"rows": float(labels.rows), "shared": labels.shared, "chance": labels.chance},
+        place="the training data",
+        suggestion=(
+            f"of {labels.rows:,} rows of the data set {labels.shared:.1%} have the label of the row that is nearest to "
+            f"them; by chance it would be {labels.chance:.1%}. The labels may have nothing to do with the inputs: look "
+            "for a shuffle, a sort or a join of one without the other."
+        ),
+    )
 
 
 def unnormalised_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
@@ -101,7 +126,7 @@ def unnormalised_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
     if not inputs_are_large(case, thresholds.data):
         return None
     harm = harm_of_large_inputs(case.model, thresholds.model)
-    diverged = bool(harm) or learner_diverged(fault, evidence, thresholds.learner)
+    diverged = bool(harm) or learner_diverged(fault, evidence, thresholds)
     if not diverged and evidence.healthy_steps >= thresholds.data.trusted_steps and "gradient" not in fault.place:
         return None  # it went well with such inputs
     return Finding(

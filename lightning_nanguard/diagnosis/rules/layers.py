@@ -47,6 +47,8 @@ def dead_relu(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding 
         confidence = known.dead_all
     else:
         confidence = known.dead_most if worst.dead > limits.dead_most else known.dead_some
+    # No update has been made of an untrained model.
+    lower = "S" if case.model is None or not case.model.updates else "Lower the learning rate, s"
     return Finding(
         "dead_relu",
         confidence,
@@ -54,7 +56,7 @@ def dead_relu(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding 
         place=_named(worst),
         suggestion=(
             f"{worst.dead:.0%} of the units of {_named(worst)} are zero for every sample of this batch and learn "
-            "nothing. Lower the learning rate, start with biases of zero, normalise the inputs, or use LeakyReLU."
+            f"nothing. {lower}tart with biases of zero, normalise the inputs, or use LeakyReLU."
         ),
     )
 

@@ -8,13 +8,13 @@ from lightning_nanguard.diagnosis.case import NO_FAULT, Case
 from lightning_nanguard.diagnosis.rules.layers import exploding_initial_gradient
 from lightning_nanguard.diagnosis.rules.signs import (
     PRODUCTS,
-    fell_back,
     gradient_not_finite,
     in_gradient,
     learner_diverged,
     learner_explains_it,
     worse_than_before,
 )
+from lightning_nanguard.record.text import counted
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds, LearnerThresholds
 from lightning_nanguard.types import Finding
 
@@ -26,20 +26,22 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
         return None
     if fault.rate_may_cause:
         # Running statistics also jump where a batch far out of range passes a normalisation.
-        return _corrupted(known.state_implausible, fault.place, "became far larger than it was")
+        return _corrupted(case, thresholds, known.state_implausible, fault.place, "became far larger than it was")
     if evidence.corrupt is not None:
         if fault.scope == "learner":
             return None
-        return _corrupted(known.state_non_finite, evidence.corrupt, "is no longer finite")
+        return _corrupted(case, thresholds, known.state_non_finite, evidence.corrupt, "is no longer finite")
     if change is not None and case.clues.good_finite is not False and not _bad_there_too(case, thresholds.learner):
         moved = (
-            f"went from {change.before:.4g} to {change.now:.4g}, where its elements moved by {change.usual:.2g} at most"
+            f"has an element that went from {change.before:.4g} to {change.now:.4g}, where the others moved by "
+            f"{change.usual:.2g} at most"
         )
         numbers = {"before": change.before, "now": change.now, "usual": change.usual}
-        return _corrupted(known.state_element, change.name, moved, **numbers)
-    if evidence.jump is None or fault.scope == "learner" or learner_explains_it(evidence):
+        return _corrupted(case, thresholds, known.state_element, change.name, moved, **numbers)
+    if evidence.jump is None or fault.scope == "learner" or learner_explains_it(evidence, thresholds.blame):
         return None
-    return _corrupted(known.state_jump, evidence.jump, "grew ten thousandfold within a few updates")
+    larger = "is far larger than any weight of the last good state"
+    return _corrupted(case, thresholds, known.state_jump, evidence.jump, larger)
 
 
 def _bad_there_too(case: Case, limits: LearnerThresholds) -> bool:
@@ -47,17 +49,41 @@ def _bad_there_too(case: Case, limits: LearnerThresholds) -> bool:
     return loss is not None and loss > case.evidence.first + limits.bad_loss_units * unit
 
 
-def _corrupted(confidence: float, name: str, what: str, **numbers: float) -> Finding:
+def _corrupted(
+    case: Case, thresholds: DiagnosisThresholds, confidence: float, name: str, what: str, **numbers: float
+) -> Finding:
+    times = 1 + sum(one.finding.cause == "corrupted_state" and one.finding.place == name for one in case.earlier)
+    since = case.evidence.healthy_since_restore
+    soon = since is not None and since < thresholds.blame.calm_when_late
+    # A fault of memory is gone on the good state, and does not come back as soon as that is restored.
+    gone = case.clues.change is None or case.clues.good_finite is True
+    if times == 1 or not gone:
+        text = (
+            "though no reading before it was bad. Look for code that writes into it: a hook, a callback, an operation "
+            "in place."
+        )
+    elif soon:
+        text = (
+            f"for the {_ordinal(times)} time, and {counted(since or 0, 'update')} after the state was restored: the "
+            "update or the forward pass makes it so each time. Look at what computes it."
+        )
+    else:
+        text = (
+            f"for the {_ordinal(times)} time, though no reading before it was bad and the restored state was well: "
+            "a fault of memory, or code that writes into it. Test the device."
+        )
     return Finding(
         "corrupted_state",
         confidence,
-        evidence={"tensor": name, **numbers},
+        evidence={"tensor": name, "times": float(times), **numbers},
         place=name,
-        suggestion=(
-            f"{name} {what}, though losses and gradients were healthy until now: a fault of memory or of code that "
-            "writes into it. If it comes back, test the device."
-        ),
+        suggestion=f"{name} {what}, {text}",
+        scope="state",
     )
+
+
+def _ordinal(number: int) -> str:
+    return {2: "second", 3: "third"}.get(number, f"{number}th")
 
 
 def exploding_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
@@ -85,15 +111,18 @@ def exploding_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
     if len(finite) > 1 and finite[-1][1] > 0:
         ratio = numbers["first_over_last_layer"] = finite[0][1] / finite[-1][1]
         layers = f"; that of {finite[0][0]} is {ratio:.3g} times that of {finite[-1][0]}"
-    clip = 1.0 if usual is None else limits.clip_factor * usual
+    norm = numbers["gradient_norm"]
+    clip = limits.clip_factor * usual if usual else 1.0
+    if norm <= clip:
+        return None  # nothing would be clipped
+    large = f"{norm:.4g}" if math.isfinite(norm) else "not finite"
     return Finding(
         "exploding_gradient",
         confidence,
         evidence=numbers,
         place=place,
         suggestion=(
-            f"the gradient norm is {numbers['gradient_norm']:.4g}{history}{layers}. Clip gradients: "
-            f"Trainer(gradient_clip_val={clip:.2g})."
+            f"the gradient norm is {large}{history}{layers}. Clip gradients: Trainer(gradient_clip_val={clip:.2g})."
         ),
     )
 
@@ -101,43 +130,41 @@ def exploding_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
 def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """The updates themselves made the loss worse."""
     fault, limits = case.fault, thresholds.learner
-    rate, limit = _rate(case), None if case.curvature is None else case.curvature.largest_rate
+    rate, allowed = _rate(case), _allowed(case, thresholds)
     confidence = _rate_confidence(case, thresholds)
-    if confidence == 0.0 or _operation_explains_it(case, rate, limit, limits):
+    if confidence == 0.0 or _operation_explains_it(case, rate, allowed, limits):
         return None
-    above = rate is not None and limit is not None and rate > limit
-    if above and confidence >= limits.rate_likely and not fell_back(fault):
+    above = rate is not None and allowed is not None and rate > allowed
+    if not above and allowed is not None and not (case.evidence.trial is not None and case.evidence.trial.lacks):
+        return None  # the loss allows a higher rate than the one in use
+    if above and confidence >= limits.rate_likely:
         confidence = max(confidence, thresholds.confidence.rate_above_limit)
-    numbers, parts = _rate_evidence(case, limits)
+    numbers, parts = _rate_evidence(case, thresholds)
     found = "; ".join(parts) or "the loss diverged"
     return Finding(
         "learning_rate_too_high",
         confidence,
         evidence=numbers,
         place=fault.place,
-        suggestion=f"{found}. Lower the learning rate{_to(case, limits)}, or warm it up.",
+        suggestion=f"{found}. Lower the learning rate{_to(case, thresholds)}, or warm it up.",
+        scope="learner",
     )
 
 
 def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
     """How sure it is that the rate is to blame, by what confirms a suspicion of this kind; 0 where it is not."""
     fault, evidence, limits, known = case.fault, case.evidence, thresholds.learner, thresholds.confidence
-    worse = worse_than_before(evidence, limits)
+    worse = worse_than_before(evidence, thresholds)
     signs = evidence.growth > limits.grown or evidence.climbing
-    if fell_back(fault):
-        return known.rate_fell_back if worse or signs else 0.0
     if fault.scope == "learner" and not fault.certain:
-        if fault.proof == "comparison":
-            return known.rate_exploded if worse else known.rate_exploded_signs if signs else 0.0
-        if fault.proof in ("trial", "growth"):
-            return known.rate_trial
-    if learner_diverged(fault, evidence, limits):
+        return known.rate_trial if evidence.trial is not None or fault.proof == "none" or signs or worse else 0.0
+    if learner_diverged(fault, evidence, thresholds):
         return known.rate_diverged
     blameless = evidence.corrupt is None and evidence.jump is None and case.clues.change is None
     return known.rate_worse if worse and blameless else 0.0
 
 
-def _rate_evidence(case: Case, limits: LearnerThresholds) -> tuple[dict[str, float | str], list[str]]:
+def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[str, float | str], list[str]]:
     """What speaks against the rate, in numbers and in words."""
     evidence, curvature, rate = case.evidence, case.curvature, _rate(case)
     limit = None if curvature is None else curvature.largest_rate
@@ -146,16 +173,20 @@ def _rate_evidence(case: Case, limits: LearnerThresholds) -> tuple[dict[str, flo
     if rate is not None:
         numbers["lr"] = rate
         parts.append(f"learning rate {rate:.4g}")
-    if curvature is not None and limit is not None:
+    if curvature is not None and limit is not None and rate is not None and limit < rate:
         numbers |= {"slope": curvature.slope, "bend": curvature.bend, "largest_rate": limit}
         parts.append(f"along {curvature.along} the loss of this batch stops falling above {limit:.2g}")
+    trial = evidence.trial
+    if trial is not None and trial.lacks:
+        numbers |= {"tried_rate_factor": trial.factor}
+        parts.append(f"a restart at {trial.factor:.3g} times the rate is ahead of the run after as many updates")
     comparison = evidence.comparison
-    if comparison is not None and worse_than_before(evidence, limits):
+    if comparison is not None and worse_than_before(evidence, thresholds):
         numbers |= {"loss_now": comparison.now, "loss_before": comparison.then}
         parts.append(
             f"the loss of this batch is {comparison.now:.4g}, under the last good weights {comparison.then:.4g}"
         )
-    if evidence.growth > limits.grown_told:
+    if evidence.growth > thresholds.learner.grown_told:
         parts.append(f"a weight matrix grew to {evidence.growth:.3g} times its norm")
     return numbers, parts
 
@@ -168,8 +199,10 @@ def _operation_explains_it(case: Case, rate: float | None, limit: float | None, 
     fault, evidence, clues = case.fault, case.evidence, case.clues
     # A finite loss that cannot be differentiated is an operation's doing, also where it was not looked for again.
     unseen = not clues.replayed and gradient_not_finite(fault)
-    operation = unseen if clues.origin is None else clues.origin.operation not in PRODUCTS
-    signs = evidence.climbing or evidence.rate_rose or evidence.excursion
+    # What an operation did here before it does again, where it was not looked for.
+    before = any(one.finding.scope == "batch" for one in case.earlier_here())
+    operation = unseen or before if clues.origin is None else clues.origin.operation not in PRODUCTS
+    signs = evidence.climbing or evidence.rate_rose
     ruined = signs or evidence.growth > limits.ruined or bool(evidence.jump)
     now = evidence.comparison.now if evidence.comparison is not None else math.nan
     # One that is not finite is the operation's own, and says nothing of the model.
@@ -184,11 +217,13 @@ def ill_conditioned(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
     limits, rate, curvature = thresholds.learner, _rate(case), case.curvature
     if curvature is None or rate is None or curvature.steepest is None or curvature.typical is None:
         return None
-    diverged = worse_than_before(case.evidence, limits) or learner_diverged(case.fault, case.evidence, limits)
+    diverged = worse_than_before(case.evidence, thresholds) or learner_diverged(case.fault, case.evidence, thresholds)
     if not diverged or _operation_explains_it(case, rate, curvature.largest_rate, limits):
         return None
-    if rate * curvature.steepest < 2 or curvature.steepest < limits.uneven_curvature * curvature.typical:
+    low = rate <= thresholds.curvature.low_rate
+    if not low or rate * curvature.steepest <= 2 or curvature.steepest < limits.uneven_curvature * curvature.typical:
         return None
+    allowed = 2 / curvature.steepest
     return Finding(
         "ill_conditioned",
         thresholds.confidence.ill_conditioned,
@@ -196,49 +231,71 @@ def ill_conditioned(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
             "lr": rate,
             "steepest": curvature.steepest,
             "typical": curvature.typical,
-            "largest_rate": 2 / curvature.steepest,
+            "largest_rate": allowed,
         },
         place=case.fault.place,
         suggestion=(
             f"learning rate {rate:.4g} looks low, but the loss bends by {curvature.steepest:.3g} in its steepest "
-            f"direction, which allows {2 / curvature.steepest:.2g} at most, and by {curvature.typical:.2g} in others, "
+            f"direction, which allows {allowed:.2g} at most, and by {curvature.typical:.2g} in others, "
             "which hardly move. Normalise the inputs, add normalisation layers, use an adaptive optimizer "
-            "(Adam), or lower the rate."
+            f"(Adam), or lower the rate below {allowed:.2g}."
         ),
+        scope="learner",
     )
 
 
 def collapsed(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """Having learned, the loss is back at the untrained model's."""
-    fault, evidence, limits = case.fault, case.evidence, thresholds.learner
+    fault, evidence = case.fault, case.evidence
     # The words below are true of this kind alone.
     if fault.kind != "collapsed":
         return None
+    now = evidence.first if fault.value is None or math.isnan(fault.value) else fault.value
     best = min((level for level in evidence.levels if level is not None), default=None)
     numbers: dict[str, float | str] = {"untrained": evidence.first}
     was = ""
-    if best is not None:
+    if best is not None and best < min(now, evidence.first):
         numbers["best"] = best
         was = f", where it had come down to {best:.4g}"
+    rate, allowed = _rate(case), _allowed(case, thresholds)
+    before = [one.lr for one in case.earlier_here() if one.finding.cause == "collapsed" and one.lr is not None]
+    if before and evidence.lr is not None and evidence.lr < before[-1]:
+        cure = (
+            f"It did so at a learning rate of {before[-1]:.2g}, and again at {evidence.lr:.2g}: look for what else "
+            "changes the weights (an initialisation, weight decay, a callback), or the data"
+        )
+    elif rate is not None and allowed is not None and allowed >= rate:
+        cure = "Go back to before it, and look for what changed the weights or the data"
+    else:
+        cure = f"Go back to before it and lower the learning rate{_to(case, thresholds)}"
     return Finding(
         "collapsed",
         thresholds.confidence.collapsed,
         evidence=numbers,
         place=fault.place,
-        suggestion=(
-            f"the loss is back at {fault.value if fault.value is not None else evidence.first:.4g}, about the "
-            f"untrained model's {evidence.first:.4g}{was}. Go back to before it and lower the learning rate"
-            f"{_to(case, limits)}."
-        ),
+        suggestion=f"the loss is back at {now:.4g}; the untrained model's was {evidence.first:.4g}{was}. {cure}.",
+        scope="learner",
     )
 
 
 def _rate(case: Case) -> float | None:
-    return case.evidence.highest_lr if case.evidence.highest_lr is not None else case.evidence.lr
+    """The highest rate since the good state; ``None`` where it is not known, or is none at all."""
+    rate = case.evidence.highest_lr if case.evidence.highest_lr is not None else case.evidence.lr
+    return rate if rate is not None and 0 < rate < math.inf else None
 
 
-def _to(case: Case, limits: LearnerThresholds) -> str:
+def _allowed(case: Case, thresholds: DiagnosisThresholds) -> float | None:
+    """The largest rate that the loss allows, as it is now or as it was found a short while ago."""
+    if case.curvature is not None and case.curvature.largest_rate is not None:
+        return case.curvature.largest_rate
+    since = case.evidence.step - thresholds.blame.calm
+    found = [one.finding.evidence.get("largest_rate") for one in case.earlier_here() if one.step >= since]
+    known = [one for one in found if isinstance(one, float)]
+    return known[-1] if known else None
+
+
+def _to(case: Case, thresholds: DiagnosisThresholds) -> str:
     rate, limit = _rate(case), None if case.curvature is None else case.curvature.largest_rate
     if rate is not None and limit is not None and limit < rate:
         return f" below {limit:.2g}; {limit / 2:.2g} lowers this batch's loss most"
-    return "" if rate is None else f", to {rate / limits.suggested_cut:.2g} for a start"
+    return "" if rate is None else f", to {rate / thresholds.learner.suggested_cut:.2g} for a start"

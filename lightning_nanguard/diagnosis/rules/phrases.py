@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_nanguard.diagnosis.case import Origin, Range
+from lightning_nanguard.diagnosis.rules.domains import DOMAINS
 from lightning_nanguard.types import Finding
 
 
 def finding_at(cause: str, confidence: float, origin: Origin, suggestion: str) -> Finding:
     """A finding about the operation that made the first non-finite value."""
-    return Finding(cause, confidence, origin_evidence(origin), origin.place, origin.samples, suggestion)
+    return Finding(cause, confidence, origin_evidence(origin), origin.place, origin.samples, suggestion, scope="batch")
 
 
 def origin_evidence(origin: Origin) -> dict[str, float | str]:
@@ -40,6 +41,7 @@ def outlier_finding(cause: str, confidence: float, found: Range, remedy: str) ->
         evidence=range_evidence(found),
         place=f"field {found.field} of the batch",
         samples=found.outliers,
+        scope="batch",
         suggestion=(
             f"field {found.field} reaches {largest:.4g} in {listed('sample', found.outliers)} of this batch, where "
             f"a sample usually stays within {found.usual:.4g}. {remedy}"
@@ -48,14 +50,15 @@ def outlier_finding(cause: str, confidence: float, found: Range, remedy: str) ->
 
 
 def target_span(target: Range | None, origin: Origin) -> str:
-    """From where to where the targets run."""
-    if target is not None:
+    """From where to where the targets run, or what an operation was given that was made of them."""
+    domain = DOMAINS.get(origin.operation)
+    if target is not None and domain is not None and domain.leaves(target.lowest, target.highest):
         return f"targets run from {target.lowest:.4g} to {target.highest:.4g}"
-    return f"what the target gives runs from {origin.lowest} to {origin.highest}"
+    return f"what is made of the targets runs from {origin.lowest:.4g} to {origin.highest:.4g}"
 
 
 def smallest_operand(origin: Origin) -> str:
-    """The smallest number that an operation was given."""
+    """The smallest number that an operation was given, by its magnitude where none is below zero."""
     if origin.lowest is not None and origin.lowest < 0:
         return f"{origin.lowest:.4g}"
     return "zero" if not origin.smallest else f"{origin.smallest:.4g}"

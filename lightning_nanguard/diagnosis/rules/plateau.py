@@ -19,16 +19,16 @@ def oscillation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findin
     # A model that has learned most goes on by little; Adam's updates swing about the valley that they travel along.
     if course.moves(limits) or course.rises(limits) or (course.falls(limits) and not high):
         return None
-    limit = None if case.curvature is None else case.curvature.largest_rate
     numbers: dict[str, float | str] = {"cosine": course.opposed, "gradient_norm": course.norm}
-    rate = ""
+    rate, lower = "", ""
     if course.lr is not None:
         numbers["lr"] = course.lr
         rate = f", at learning rate {course.lr:.4g}"
-        if limit is not None:
+        limit = None if case.curvature is None else case.curvature.largest_rate
+        # Where the parabola allows more, the loss is none: the update that was tried says so.
+        if limit is not None and limit / 2 < course.lr:
             numbers["largest_rate"] = limit
-            rate += f" where this batch's loss stops falling above {limit:.2g}"
-    lower = "" if limit is None or course.lr is None or limit > course.lr else f" below {limit:.2g}"
+            lower = f" to about {limit / 2:.2g}, which lowers this batch's loss most"
     # Where batches disagree more than they agree each of them points back, and the loss is down in its noise.
     clear = course.noise is None or course.noise <= limits.oscillation_noise
     return Finding(

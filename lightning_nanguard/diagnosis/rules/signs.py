@@ -7,10 +7,8 @@ import math
 from lightning_nanguard.decide.blame import learner_did_it, worse
 from lightning_nanguard.diagnosis.case import Case
 from lightning_nanguard.thresholds.decision import BlameThresholds
-from lightning_nanguard.thresholds.diagnosis import DataThresholds, LearnerThresholds
+from lightning_nanguard.thresholds.diagnosis import DataThresholds, DiagnosisThresholds
 from lightning_nanguard.types import Evidence, Fault
-
-_BLAME = BlameThresholds()
 
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mul", "convolution", "linear", "square", "pow", "prod"})
 """Operations that multiply gradients in the backward pass."""
@@ -31,32 +29,27 @@ def number_format_exhausted(fault: Fault) -> bool:
     return fault.scope == "learner" and fault.certain and fault.proof == "none"
 
 
-def fell_back(fault: Fault) -> bool:
-    """Whether the loss is back where it once was, for which there may be a good reason."""
-    return fault.scope == "learner" and fault.recovers and fault.proof == "comparison"
-
-
-def learner_explains_it(evidence: Evidence) -> bool:
+def learner_explains_it(evidence: Evidence, thresholds: BlameThresholds) -> bool:
     """Whether a fault is the learner's own doing; what comes out of nothing in a calm run is not."""
-    return learner_did_it(evidence, _BLAME)
+    return learner_did_it(evidence, thresholds)
 
 
-def learner_diverged(fault: Fault, evidence: Evidence, thresholds: LearnerThresholds) -> bool:
+def learner_diverged(fault: Fault, evidence: Evidence, thresholds: DiagnosisThresholds) -> bool:
     """Whether the updates made the weights bad, by the fault itself or by the signs around it."""
     if fault.scope == "learner" and not number_format_exhausted(fault):
         return True
     if evidence.corrupt is not None:
         return evidence.climbing or evidence.rate_rose
-    grew = evidence.growth > thresholds.grown and evidence.jump is None
-    return worse_than_before(evidence, thresholds) and (learner_explains_it(evidence) or grew)
+    grew = evidence.growth > thresholds.learner.grown and evidence.jump is None
+    return worse_than_before(evidence, thresholds) and (learner_explains_it(evidence, thresholds.blame) or grew)
 
 
-def worse_than_before(evidence: Evidence, thresholds: LearnerThresholds) -> bool:
+def worse_than_before(evidence: Evidence, thresholds: DiagnosisThresholds) -> bool:
     """Whether the weights of now are clearly worse on the batch than the last good ones."""
     comparison = evidence.comparison
     if comparison is None or comparison.then_finite is False:
         return False  # of a batch that cannot be differentiated under good weights either, the loss says nothing
-    return worse(comparison, thresholds.worse_units * evidence.loss_unit, _BLAME)
+    return worse(comparison, thresholds.learner.worse_units * evidence.loss_unit)
 
 
 def inputs_are_large(case: Case, thresholds: DataThresholds) -> bool:

@@ -22,6 +22,11 @@ def put_first(trainer: Any, guard: Any) -> None:
     trainer.callbacks = [*others[:split], guard, *others[split:]]
 
 
+def unfreezes(trainer: Any) -> bool:
+    """Whether a callback unfreezes parts of the module in the course of the run."""
+    return any(cls.__name__ == "BaseFinetuning" for one in trainer.callbacks for cls in type(one).__mro__)
+
+
 def after_every_batch(trainer: Any, function: Callable[[], None]) -> Callable[[], None]:
     """Call ``function`` at the end of every training batch, behind all callbacks: an average is then up to date.
 

@@ -9,6 +9,8 @@ import pytest
 from lightning_nanguard import Clues, Comparison, Fault, Origin
 from tests.diagnosis.rules.faults import EXP, GRADIENT, LOG, LOSS, SAME, SCALER, Row, rules_of, surest_cause
 
+FAR_POWER = Origin("pow", lowest=-1e30, exponent=2.0, from_weights=False, from_target=True)
+
 ROWS: list[Row] = [
     (None, LOSS, {}, Clues()),
     (None, LOSS, {}, Clues(replayed=True, loss=1.0, gradient_finite=True)),
@@ -32,15 +34,25 @@ ROWS: list[Row] = [
     ("exp_overflow", LOSS, {"comparison": SAME}, Clues(origin=EXP)),
     ("exp_overflow", LOSS, {}, Clues(origin=Origin("exp", dtype="float16"), finite_in_float32=False)),
     ("division_by_zero", LOSS, {}, Clues(origin=Origin("div", smallest=0.0))),
-    (None, LOSS, {}, Clues(origin=Origin("div", smallest=0.5))),
+    ("unknown_operation", LOSS, {}, Clues(origin=Origin("div", smallest=0.5))),
     ("division_by_zero", LOSS, {}, Clues(origin=Origin("pow", smallest=0.0, exponent=-1.0))),
-    (None, LOSS, {}, Clues(origin=Origin("pow", smallest=0.0, exponent=2.0))),
-    (None, LOSS, {}, Clues(origin=Origin("pow", lowest=-1e30, exponent=2.0, from_weights=False, from_target=True))),
+    ("unknown_operation", LOSS, {}, Clues(origin=Origin("pow", smallest=0.0, exponent=2.0))),
+    (
+        "unknown_operation",
+        LOSS,
+        {},
+        Clues(origin=FAR_POWER),
+    ),
     ("division_by_zero", LOSS, {}, Clues(origin=Origin("mean", empty=True))),
     ("division_by_zero", LOSS, {}, Clues(origin=Origin("std"))),
     ("sqrt_at_zero", GRADIENT, {}, Clues(origin=Origin("sqrt", backward=True), gradient_finite=False)),
     ("low_precision_overflow", LOSS, {}, Clues(origin=Origin("exp", dtype="float16"), finite_in_float32=True)),
     ("low_precision_overflow", SCALER, {}, Clues()),
+    ("random_draw", LOSS, {}, Clues(origin=LOG, gone_otherwise=True)),
+    ("random_draw", LOSS, {}, Clues(gone_otherwise=True)),
+    ("log_of_zero", LOSS, {}, Clues(origin=LOG, gone_otherwise=False)),
+    ("non_finite_from_start", LOSS, {}, Clues(bad_buffers=("weight",))),
+    ("corrupted_state", LOSS, {"corrupt": "buffer weight"}, Clues(bad_buffers=("weight",))),
 ]
 
 
@@ -52,4 +64,4 @@ def test_the_surest_cause(cause: str | None, fault: Fault, known: dict[str, Any]
 
 def test_every_rule_has_a_row() -> None:
     """A rule is called as the cause it finds, and each has a row."""
-    assert {row[0] for row in ROWS} - {None} == rules_of("arithmetic")
+    assert rules_of("arithmetic") <= {row[0] for row in ROWS}

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from lightning_nanguard import BadField, Case, Clues, Evidence, Fault, Origin
+from lightning_nanguard import BadField, Case, Clues, Evidence, Fault, LabelRelation, Origin, Range
+from lightning_nanguard.diagnosis.case import NO_FAULT
 from lightning_nanguard.diagnosis.rules import diagnose
 from tests.diagnosis.rules.faults import (
     EXPLODING,
@@ -22,12 +23,25 @@ from tests.diagnosis.rules.faults import (
     surest_cause,
 )
 
+MISSING = Range("1", "float32", -100.0, -100.0, -100.0, 0.0)
+BAD_TARGET = Origin("log1p", lowest=-3.0, highest=1.0, from_weights=False, from_target=True)
+
 ROWS: list[Row] = [
     (None, LOSS, {}, Clues(inputs=NORMAL)),
     ("non_finite_input", LOSS, {"batch_finite": False}, Clues()),
     ("non_finite_input", LOSS, {}, Clues(bad_fields=(BadField("0", (3, 17), (3, 4)),))),
     ("log_of_zero", LOSS, {"batch_finite": False}, Clues(bad_fields=(BadField("0", (3,)),), origin=LOG)),
-    ("target_out_of_domain", LOSS, {}, Clues(origin=Origin("log1p", from_weights=False, from_target=True))),
+    (
+        "target_out_of_domain",
+        LOSS,
+        {},
+        Clues(origin=BAD_TARGET),
+    ),
+    ("no_valid_target", LOSS, {}, Clues(origin=Origin("nll_loss_forward"))),
+    ("no_valid_target", LOSS, {}, Clues(origin=Origin("mean", empty=True, from_target=True), target=MISSING)),
+    ("labels_unrelated", NO_FAULT, {}, Clues(labels=LabelRelation(1200, 0.11, 0.1, False))),
+    (None, NO_FAULT, {}, Clues(labels=LabelRelation(1200, 0.3, 0.1, True))),
+    ("division_by_zero", LOSS, {}, Clues(origin=Origin("mean", empty=True, from_target=True), target=NORMAL)),
     ("target_out_of_domain", SPIKE, {}, Clues(target=FAR)),
     ("unnormalised_input", EXPLODING, {"comparison": WORSE}, Clues(inputs=PIXELS)),
     ("learning_rate_too_high", EXPLODING, {"comparison": WORSE}, Clues(inputs=PIXELS, normalises=True)),

@@ -9,7 +9,6 @@ import pytest
 
 from lightning_nanguard import Case, Clues, Evidence, Fault
 from lightning_nanguard.diagnosis.rules.signs import (
-    fell_back,
     gradient_not_finite,
     in_gradient,
     inputs_are_large,
@@ -29,7 +28,6 @@ ALL = {name: fault for name, fault in vars(faults).items() if isinstance(fault, 
         (in_gradient, {"GRADIENT", "SPIKE", "OVERFLOW"}),
         (gradient_not_finite, {"GRADIENT"}),
         (number_format_exhausted, {"SCALER"}),
-        (fell_back, {"BACK"}),
     ],
 )
 def test_faults_are_told_apart_by_their_traits(ask: Callable[[Fault], bool], true_of: set[str]) -> None:
@@ -41,14 +39,14 @@ def test_faults_are_told_apart_by_their_traits(ask: Callable[[Fault], bool], tru
 def test_the_learner_diverged() -> None:
     """A fault of the learner says so itself; for another the comparison with the good weights has to."""
     known = Evidence(step=50, healthy_steps=50)
-    limits = DEFAULT.learner
+    limits = DEFAULT
     assert learner_diverged(faults.EXPLODING, known, limits)
     assert not learner_diverged(faults.SCALER, known, limits)
     assert not learner_diverged(faults.LOSS, known, limits)
     worse = replace(known, comparison=faults.WORSE, growth=5.0)
     assert worse_than_before(worse, limits)
     assert learner_diverged(faults.LOSS, worse, limits)
-    assert not learner_diverged(faults.LOSS, worse, replace(limits, grown=6.0))
+    assert not learner_diverged(faults.LOSS, worse, replace(limits, learner=replace(limits.learner, grown=6.0)))
 
 
 def test_large_inputs() -> None:

@@ -1,0 +1,25 @@
+"""Batches that come again within one epoch."""
+
+from __future__ import annotations
+
+from lightning_nanguard.diagnosis.mistakes.observation import Observation
+from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
+from lightning_nanguard.types import Finding
+
+
+def data_repeats(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
+    """Many batches of one epoch are the same ones."""
+    limits = thresholds.mistakes
+    if seen.batches < limits.least_batches or seen.batches - seen.distinct < limits.repeated * seen.batches:
+        return None
+    return Finding(
+        "data_repeats",
+        thresholds.confidence.mistake,
+        evidence={"batches": float(seen.batches), "distinct": float(seen.distinct)},
+        place="the training data",
+        suggestion=(
+            f"of the first {seen.batches} batches of an epoch only {seen.distinct} differ. Look at the data set's "
+            "__getitem__ (does it use its index?), at the sampler, and whether each worker of an iterable data set "
+            "reads a share of its own."
+        ),
+    )

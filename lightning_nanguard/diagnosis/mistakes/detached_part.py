@@ -1,0 +1,38 @@
+"""Parts whose result goes on without its graph."""
+
+from __future__ import annotations
+
+from lightning_nanguard.diagnosis.mistakes.observation import Observation, named
+from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
+from lightning_nanguard.types import Finding
+
+
+def detached_part(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
+    """Parts are in an optimizer and get no gradient, since what they give is cut from its graph before it is used.
+
+    Copies of other parts and weights of an earlier training are meant to be used so.
+    """
+    cut = seen.parts(
+        lambda one: (
+            one.trainable
+            and one.optimized
+            and not one.gradient
+            and one.cut
+            and not one.copy
+            and one.untrained is not False
+        )
+    )
+    if not cut:
+        return None
+    parts = named(cut, thresholds.mistakes.named_parts)
+    return Finding(
+        "detached_part",
+        thresholds.confidence.mistake,
+        evidence={"parts": float(len(cut)), "updates": float(seen.updates)},
+        place=parts,
+        suggestion=(
+            f"{parts} are in the optimizer and got no gradient in the first {seen.updates} updates: other parts are "
+            "given what they compute, without its graph. Look for detach(), .data, item(), numpy() or torch.tensor(…) "
+            "behind them; where that is meant, leave them out of the optimizer."
+        ),
+    )

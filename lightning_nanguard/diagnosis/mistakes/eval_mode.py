@@ -1,0 +1,44 @@
+"""A model that is trained in evaluation mode."""
+
+from __future__ import annotations
+
+from lightning_nanguard.diagnosis.mistakes.observation import ModeSeen, Observation, named
+from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
+from lightning_nanguard.types import Finding
+
+
+def eval_mode(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
+    """What is trained is in evaluation mode as a whole: dropout drops nothing, batch norm learns no statistics.
+
+    A part that is not trained is meant to be so. Where only batch norm of a trained part is, weights of an earlier
+    training are being fine-tuned, and it is meant, too.
+    """
+    trained = [one for one in seen.parameters if one.trained]
+    stuck = [one for one in seen.modes if not one.training and one.within != one.path]
+    if not trained or not stuck:
+        return None
+    if seen.evaluating:
+        place, what = "the module", stuck
+    else:
+        parts = dict.fromkeys(one.within for one in stuck)
+        wrong = [part for part in parts if _learns(part, seen, [one for one in stuck if one.within == part])]
+        if not wrong:
+            return None
+        place = named(wrong, thresholds.mistakes.named_parts)
+        what = [one for one in stuck if one.within in wrong]
+    kinds = named(list(dict.fromkeys(one.kind for one in what)), thresholds.mistakes.named_parts)
+    return Finding(
+        "eval_mode",
+        thresholds.confidence.mistake,
+        evidence={"modules": float(len(what)), "updates": float(seen.updates)},
+        place=place,
+        suggestion=(
+            f"{place} was in evaluation mode in the first {seen.updates} updates, so that {kinds} did not do what they "
+            "do in training. Call train() before the first batch, and after every eval() of yours."
+        ),
+    )
+
+
+def _learns(part: str, seen: Observation, modes: list[ModeSeen]) -> bool:
+    inside = [one for one in seen.parameters if one.name.startswith(f"{part}.") and one.trained]
+    return bool(inside) and (any(one.drops for one in modes) or any(one.untrained for one in inside))

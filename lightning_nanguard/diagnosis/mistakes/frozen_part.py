@@ -1,0 +1,48 @@
+"""Parts that are frozen though they were never trained."""
+
+from __future__ import annotations
+
+from lightning_nanguard.diagnosis.mistakes.observation import Observation, named
+from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
+from lightning_nanguard.types import Finding
+
+
+def frozen_part(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
+    """Parts require no gradient and look as they were initialised.
+
+    A frozen part with weights of an earlier training is meant, and so is a part that an optimizer has (it is to be
+    unfrozen), a copy of another part, and one among whose layers others are trained (adapters).
+    """
+    if seen.unfreezes:
+        return None
+    trained = [one.name for one in seen.parameters if one.trained]
+    frozen = seen.parts(
+        lambda one: (
+            not one.trainable
+            and not one.optimized
+            and one.ran
+            and not one.copy
+            and one.moved is not True
+            and bool(one.untrained)
+        )
+    )
+    frozen = tuple(part for part in frozen if not _among(part, trained))
+    if not frozen or not trained:
+        return None
+    parts = named(frozen, thresholds.mistakes.named_parts)
+    return Finding(
+        "frozen_part",
+        thresholds.confidence.mistake_guess,
+        evidence={"parts": float(len(frozen)), "updates": float(seen.updates)},
+        place=parts,
+        suggestion=(
+            f"{parts} are frozen (requires_grad is False), and their weights look as they were initialised. Load the "
+            "trained weights before freezing, or let them be trained; where random features are meant, leave it."
+        ),
+    )
+
+
+def _among(part: str, trained: list[str]) -> bool:
+    """Whether parameters beside a frozen layer are trained, within one part of the model."""
+    around = part.rpartition(".")[0]
+    return bool(around) and any(name.startswith(f"{around}.") for name in trained)

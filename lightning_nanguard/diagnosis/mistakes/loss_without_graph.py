@@ -1,0 +1,25 @@
+"""A loss that depends on nothing that is trained."""
+
+from __future__ import annotations
+
+from lightning_nanguard.diagnosis.mistakes.observation import Observation
+from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
+from lightning_nanguard.types import Finding
+
+
+def loss_without_graph(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
+    """Every loss was made anew and has no graph, or no parameter ever got a gradient from it."""
+    nobody = seen.parameters and not any(one.gradient for one in seen.parameters)
+    if not seen.losses or not (seen.graphless == seen.losses or nobody):
+        return None
+    return Finding(
+        "loss_without_graph",
+        thresholds.confidence.mistake,
+        evidence={"losses": float(seen.losses), "updates": float(seen.updates)},
+        place="loss",
+        suggestion=(
+            f"no parameter got a gradient in the first {seen.updates} updates: the loss does not depend on what is "
+            "trained. Look for torch.tensor(loss), item(), detach() or numpy() between the model and the loss that "
+            "training_step returns."
+        ),
+    )

@@ -1,0 +1,32 @@
+"""Parameters that get a gradient and belong to no optimizer."""
+
+from __future__ import annotations
+
+from lightning_nanguard.diagnosis.mistakes.observation import Observation, named
+from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
+from lightning_nanguard.types import Finding
+
+
+def parameter_not_in_optimizer(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
+    """Parts get a gradient in each update and are in no optimizer, so that they stay as they were initialised.
+
+    A part without a gradient is not meant to learn. One with weights from an earlier training is left alone, too: only
+    what is behind it is trained.
+    """
+    if seen.unfreezes:
+        return None
+    missed = seen.parts(lambda one: one.trainable and one.gradient and not one.optimized and bool(one.untrained))
+    if not missed:
+        return None
+    parts = named(missed, thresholds.mistakes.named_parts)
+    return Finding(
+        "parameter_not_in_optimizer",
+        thresholds.confidence.mistake,
+        evidence={"parts": float(len(missed)), "updates": float(seen.updates)},
+        place=parts,
+        suggestion=(
+            f"{parts} got gradients in the first {seen.updates} updates and no optimizer has them, so they stay as "
+            "they were initialised. Give their parameters to the optimizer in configure_optimizers, for example by "
+            "self.parameters(), or set requires_grad to False where they are to stay."
+        ),
+    )

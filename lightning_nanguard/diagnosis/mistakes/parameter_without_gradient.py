@@ -1,0 +1,41 @@
+"""Parameters in an optimizer that get no gradient, since what they compute is computed without one."""
+
+from __future__ import annotations
+
+from lightning_nanguard.diagnosis.mistakes.observation import Observation, named
+from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
+from lightning_nanguard.types import Finding
+
+
+def parameter_without_gradient(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
+    """Parts are run without gradients (``no_grad``), though they are in an optimizer and were never trained.
+
+    Averages and targets of other parts, weights of an earlier training, and parts that move in another way are meant
+    to be run so; parts that are not run at all are meant to wait.
+    """
+    cut = seen.parts(
+        lambda one: (
+            one.trainable
+            and one.optimized
+            and not one.gradient
+            and one.ran
+            and not one.graph
+            and not one.copy
+            and bool(one.untrained)
+            and one.moved is False
+        )
+    )
+    if not cut or not any(one.gradient for one in seen.parameters):
+        return None
+    parts = named(cut, thresholds.mistakes.named_parts)
+    return Finding(
+        "parameter_without_gradient",
+        thresholds.confidence.mistake,
+        evidence={"parts": float(len(cut)), "updates": float(seen.updates)},
+        place=parts,
+        suggestion=(
+            f"{parts} are in the optimizer and got no gradient in the first {seen.updates} updates: they are run with "
+            "gradients switched off, and stay as they were initialised. Run them outside torch.no_grad() (and "
+            "inference_mode), or leave them out of the optimizer where they are to stay."
+        ),
+    )

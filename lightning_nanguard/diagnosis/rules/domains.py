@@ -1,0 +1,75 @@
+"""For which numbers operations are defined, and which they can hold the result of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_nanguard.diagnosis.case import Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """The numbers that an operation is defined for.
+
+    Attributes:
+        words: ``"above 0"``.
+        low: Lower end.
+        high: Upper end; ``None`` where there is none.
+        open: Whether the ends themselves lie outside.
+    """
+
+    words: str
+    low: float
+    high: float | None = None
+    open: bool = True
+
+    def leaves(self, lowest: float, highest: float) -> bool:
+        """Whether numbers from ``lowest`` to ``highest`` lie outside in part."""
+        low = lowest <= self.low if self.open else lowest < self.low
+        if self.high is None:
+            return low
+        return low or (highest >= self.high if self.open else highest > self.high)
+
+
+DOMAINS: dict[str, Domain] = {
+    "log": Domain("above 0", 0.0),
+    "log2": Domain("above 0", 0.0),
+    "log10": Domain("above 0", 0.0),
+    "log1p": Domain("above -1", -1.0),
+    "sqrt": Domain("of at least 0", 0.0, open=False),
+    "rsqrt": Domain("above 0", 0.0),
+    "pow": Domain("of at least 0", 0.0, open=False),
+    "xlogy": Domain("above 0", 0.0),
+    "logit": Domain("between 0 and 1", 0.0, 1.0),
+    "lgamma": Domain("above 0", 0.0),
+    "acos": Domain("between -1 and 1", -1.0, 1.0, open=False),
+    "asin": Domain("between -1 and 1", -1.0, 1.0, open=False),
+    "atanh": Domain("between -1 and 1", -1.0, 1.0),
+}
+"""What is defined for some numbers only."""
+
+
+def outside(origin: Origin) -> bool | None:
+    """Whether an operation was given numbers outside its domain; ``None`` where that is not known."""
+    domain = DOMAINS.get(origin.operation)
+    if domain is None or origin.lowest is None or origin.highest is None:
+        return None
+    return domain.leaves(origin.lowest, origin.highest)
+
+
+# The largest number whose exponential each format holds, to base e and to base 2.
+_EXPONENTS = {"float16": (11.0, 16.0), "float64": (709.0, 1024.0)}
+_SINGLE = (88.0, 128.0)
+# The square of a larger number overflows.
+_SQUARES = {"float16": 255.0, "float64": 1e154}
+
+
+def largest_exponent(origin: Origin) -> float:
+    """The number above which the exponential overflows in the format of an operation."""
+    return _EXPONENTS.get(origin.dtype, _SINGLE)[origin.operation == "exp2"]
+
+
+def squares_overflow(origin: Origin) -> bool:
+    """Whether the squares of what an operation was given overflow."""
+    largest = max(abs(origin.lowest or 0.0), abs(origin.highest or 0.0))
+    return largest > _SQUARES.get(origin.dtype, 1.8e19)

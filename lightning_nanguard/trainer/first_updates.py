@@ -1,0 +1,349 @@
+"""Looks on during the first updates of a fit, for mistakes that make no NaN."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from lightning_nanguard.diagnosis.batch import tensor_fields
+from lightning_nanguard.diagnosis.initialisation import looks_untrained
+from lightning_nanguard.diagnosis.mistakes.observation import ModeSeen, Observation, ParameterSeen, RateSeen
+from lightning_nanguard.diagnosis.module_calls import ModuleCalls
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.thresholds.mistakes import MistakeThresholds
+from lightning_nanguard.trainer.private.callbacks import unfreezes
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+
+_COMPILED = frozenset({"OptimizedModule", "ScriptModule", "RecursiveScriptModule"})
+_logger = logging.getLogger("lightning_nanguard")
+
+
+@final
+class FirstUpdates:
+    """Looks on during the first updates of a fit; it changes nothing, and reads little from the device.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        context: What the parts of the guard share.
+        thresholds: How much is looked at.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, context: GuardContext, thresholds: MistakeThresholds
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._context = context
+        self._limits = thresholds
+        optimizers = context.learner.optimizers
+        owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        self._named = dict(module.named_parameters())
+        self._optimized = {name for name, p in self._named.items() if id(p) in owned}
+        self._waiting = dict(self._named)  # those without a gradient so far
+        self._trainable = {name for name, p in self._named.items() if p.requires_grad}
+        self._modules = dict(module.named_modules())
+        self._modes = {path: one for path, one in self._modules.items() if _has_modes(one)}
+        self._training: set[str] = set()
+        self._evaluating = True
+        self._calls: ModuleCalls | None = None
+        self._batches: list[tuple[int, Tensor | None]] = []
+        self._rates = [[_GroupRates() for _ in optimizer.param_groups] for optimizer in optimizers]
+        self._gradients = [_AddedGradients(optimizer, thresholds) for optimizer in optimizers]
+        self._losses = self._graphless = self._updates = 0
+        self._stepped = False
+
+    # ---------------------------------------------------------------------------------------------- while it trains
+
+    def see_batch(self, batch: Any) -> None:
+        """A batch begins."""
+        if self._calls is None:
+            self._calls = ModuleCalls(self._modules, self._limits.most_modules)
+            if not any(map(_is_compiled, self._modules.values())):
+                self._calls.begin(batch)
+        if len(self._batches) < self._limits.batches:
+            self._batches.append((self._trainer.current_epoch, _fingerprint(batch, self._limits)))
+
+    def see_loss(self, loss: Tensor) -> None:
+        """A backward pass is about to begin."""
+        self._losses += 1
+        if loss.grad_fn is None:
+            self._graphless += 1
+        if self._updates < self._limits.looks_at_gradients:
+            for one in self._gradients:
+                one.before_backward()
+
+    def see_step(self, optimizer_index: int) -> None:
+        """An optimizer is about to step."""
+        self._stepped = True
+        if self._waiting:
+            self._note_gradients()
+        updates = self._updates
+        if updates < self._limits.looks_at_gradients:
+            self._gradients[optimizer_index].before_step()
+        if updates % self._limits.updates_between_rates == 0 or updates == self._limits.updates - 1:
+            groups = self._context.learner.optimizers[optimizer_index].param_groups
+            for rates, group in zip(self._rates[optimizer_index], groups, strict=False):
+                rates.see(group["lr"])
+        if updates in (0, self._limits.least_updates, self._limits.updates - 1):
+            self._note_modes()
+
+    def end_batch(self) -> bool:
+        """A batch is over.
+
+        Returns:
+            Whether all has been seen.
+        """
+        if self._calls is not None and self._updates == 0:
+            self._calls.end()
+        self._updates += self._stepped
+        self._stepped = False
+        return self._updates >= self._limits.updates
+
+    def close(self) -> None:
+        """Look no more."""
+        if self._calls is not None:
+            self._calls.end()
+
+    def _note_gradients(self) -> None:
+        for name in [name for name, p in self._waiting.items() if p.grad is not None]:
+            del self._waiting[name]
+        self._trainable.update(name for name, p in self._waiting.items() if p.requires_grad)
+
+    def _note_modes(self) -> None:
+        self._evaluating &= not self._module.training
+        self._training.update(path for path, one in self._modes.items() if one.training)
+
+    # ---------------------------------------------------------------------------------------------- what was seen
+
+    def observation(self) -> Observation | None:
+        """What was seen; ``None`` where it was too little, or all is well."""
+        if self._updates < self._limits.least_updates:
+            return None
+        self._note_gradients()
+        batches, distinct = self._distinct_batches()
+        if batches == distinct and self._nothing_stands_out():
+            return None
+        modes = tuple(self._mode(path) for path in self._modes)
+        return Observation(
+            updates=self._updates,
+            parameters=self._parameters(modes),
+            modes=modes,
+            evaluating=self._evaluating,
+            rates=tuple(
+                RateSeen(index, number, rates.highest, rates.last, rates.rose)
+                for index, groups in enumerate(self._rates)
+                for number, rates in enumerate(groups)
+                if rates.known
+            ),
+            expected=self._expected_updates() if self._trainer.lr_scheduler_configs else math.inf,
+            scheduled=bool(self._trainer.lr_scheduler_configs),
+            losses=self._losses,
+            graphless=self._graphless,
+            added=max((one.most for one in self._gradients), default=0),
+            batches=batches,
+            distinct=distinct,
+            unfreezes=unfreezes(self._trainer),
+        )
+
+    def _nothing_stands_out(self) -> bool:
+        """Whether there is nothing that a closer look could find wrong; most runs are done with this."""
+        return (
+            not self._waiting
+            and len(self._optimized) == len(self._named)
+            and len(self._training) == len(self._modes)
+            and not self._graphless
+            and not any(one.most for one in self._gradients)
+            and all(one.last > self._limits.ended * one.highest for groups in self._rates for one in groups)
+        )
+
+    def _parameters(self, modes: Sequence[ModeSeen]) -> tuple[ParameterSeen, ...]:
+        calls = self._calls
+        with_gradient = self._named.keys() - self._waiting.keys()
+        seen = {name: name.rpartition(".")[0] for name in self._named}
+        ran, graph, cut = set[str](), set[str](), set[str]()
+        if calls is not None and calls.ran():
+            seen = {name: calls.seen_of(owner) for name, owner in seen.items()}
+            ran = calls.ran()
+            if self._waiting:
+                graph = calls.with_graph()
+                cut = calls.cut({seen[name] for name in with_gradient})
+        evaluated = tuple(f"{one.within}." for one in modes if not one.training and one.within != one.path)
+        suspects = [
+            name
+            for name in self._named
+            if name in self._waiting or name not in self._optimized or name.startswith(evaluated)
+        ]
+        start = self._start(suspects) if suspects else {}
+        untrained = self._untrained(suspects, start)
+        copies = self._copies([name for name in suspects if name in self._waiting], with_gradient, start)
+        return tuple(
+            ParameterSeen(
+                name=name,
+                trainable=name in self._trainable,
+                optimized=name in self._optimized,
+                gradient=name in with_gradient,
+                ran=seen[name] != "" and seen[name] in ran,
+                graph=seen[name] in graph,
+                cut=seen[name] != "" and seen[name] in cut and name in self._waiting,
+                untrained=untrained if name in suspects else None,
+                copy=name in copies,
+                moved=not torch.equal(start[name], self._named[name].detach())
+                if name in self._waiting and name in start
+                else None,
+            )
+            for name in self._named
+        )
+
+    def _start(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Parameters before the first update, as far as a snapshot of them is left."""
+        ring = self._context.ring
+        snapshots = [*ring.certified, *([ring.pending] if ring.pending is not None else [])]
+        first = min(snapshots, key=lambda one: one.step, default=None)
+        if first is None or first.step > 0 or first.shared():
+            return {}
+        leaves = {path[1]: leaf for path, leaf in first.leaves.items() if path[0] == "parameter"}
+        return {name: leaves[name].to(self._named[name].device) for name in leaves.keys() & self._named.keys()}
+
+    def _untrained(self, names: Sequence[str], start: Mapping[str, Tensor]) -> bool | None:
+        """Whether all parameters look as they were initialised; ``None`` where that cannot be told."""
+        found = []
+        # Matrices say most.
+        for name in sorted(names, key=lambda name: self._named[name].dim() < 2)[: self._limits.most_weights]:
+            owner = self._module.get_submodule(name.rpartition(".")[0])
+            found.append(looks_untrained(start.get(name, self._named[name]), owner, self._limits))
+        known = [one for one in found if one is not None]
+        return all(known) if known else None
+
+    def _copies(self, names: Sequence[str], trained: set[str], start: Mapping[str, Tensor]) -> set[str]:
+        """Those of ``names`` that belong to a part with the same weights at the start as one that is trained."""
+        twins: dict[tuple[tuple[int, ...], str], list[str]] = {}
+        for name in trained:
+            twins.setdefault((tuple(self._named[name].shape), name.rpartition(".")[2]), []).append(name)
+        parts: set[str] = set()
+        for name in names:
+            value = start.get(name)
+            if value is None or bool((value == value.flatten()[:1]).all()):
+                continue
+            for twin in twins.get((tuple(value.shape), name.rpartition(".")[2]), ()):
+                if twin in start and torch.equal(start[twin], value):
+                    parts.add(_part_apart_from(name, twin))
+        return {name for name in names if name.startswith(tuple(f"{part}." for part in parts))}
+
+    def _mode(self, path: str) -> ModeSeen:
+        one = self._modes[path]
+        words = path.split(".")
+        around = (".".join(words[: count + 1]) for count in range(len(words)))
+        within = next((name for name in around if not self._module.get_submodule(name).training), path)
+        return ModeSeen(path, type(one).__name__, _drops(one), path in self._training, within)
+
+    def _distinct_batches(self) -> tuple[int, int]:
+        """How many batches of one epoch were compared, and how many of them differ."""
+        loader = self._trainer.train_dataloader
+        # A list of ready batches may hold one batch many times, and one batch may be meant to be learned by heart.
+        draws = isinstance(loader, DataLoader) and loader.batch_size is not None
+        if not draws or bool(getattr(self._trainer, "overfit_batches", False)) or not self._batches:
+            return 0, 0
+        first = self._batches[0][0]
+        marks = [tuple(mark.tolist()) for epoch, mark in self._batches if epoch == first and mark is not None]
+        return len(marks), len(set(marks))
+
+    def _expected_updates(self) -> float:
+        try:
+            return float(self._trainer.estimated_stepping_batches)
+        except Exception as error:
+            _logger.debug("NaNGuard: the length of the run is not known: %r", error)
+            return math.inf
+
+
+@final
+class _GroupRates:
+    """The scheduled rate of one group."""
+
+    def __init__(self) -> None:
+        self.highest, self.last, self.rose, self.known = 0.0, 0.0, False, False
+
+    def see(self, rate: Any) -> None:
+        if not isinstance(rate, (int, float)):
+            return  # on the device, where reading would wait for it
+        # A schedule that goes up again after it has come down has not ended.
+        self.rose |= self.known and self.last < rate and self.last < self.highest / 2
+        self.highest, self.last, self.known = max(self.highest, float(rate)), float(rate), True
+
+
+@final
+class _AddedGradients:
+    """Whether the gradients of one optimizer are added to those that it has used already."""
+
+    def __init__(self, optimizer: Optimizer, thresholds: MistakeThresholds) -> None:
+        self._optimizer = optimizer
+        self._looks = thresholds.looks_at_gradients
+        self._used: Tensor | None = None
+        self._in_a_row = 0
+        self.most = 0
+
+    def before_backward(self) -> None:
+        """Look whether the gradients used last are gone."""
+        if self._used is None:
+            return
+        gradient = self._used.grad
+        if gradient is None or gradient.layout != torch.strided or not bool(gradient.any()):
+            self._used, self._in_a_row = None, 0
+
+    def before_step(self) -> None:
+        """The gradients are used."""
+        if self._looks == 0:
+            return
+        if self._used is not None:
+            self._in_a_row += 1
+            self.most = max(self.most, self._in_a_row)
+        self._looks -= 1
+        self._used = None
+        if self._looks:
+            every = (p for group in self._optimizer.param_groups for p in group["params"])
+            self._used = next((p for p in every if p.grad is not None), None)
+
+
+def _has_modes(module: nn.Module) -> bool:
+    return _drops(module) or isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def _drops(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    if isinstance(module, nn.RNNBase):
+        return module.dropout > 0 and module.num_layers > 1
+    return isinstance(module, nn.MultiheadAttention) and module.dropout > 0
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # A hook would have a compiled module compiled again.
+    return module._compiled_call_impl is not None or type(module).__name__ in _COMPILED
+
+
+def _part_apart_from(name: str, other: str) -> str:
+    """The part that a parameter belongs to, where another part holds one of the same name: ``teacher``."""
+    words, others = name.split("."), other.split(".")
+    while len(words) > 1 and others and words[-1] == others[-1]:
+        words, others = words[:-1], others[:-1]
+    return ".".join(words)
+
+
+def _fingerprint(batch: Any, limits: MistakeThresholds) -> Tensor | None:
+    """Some numbers that a batch is known by again, left on the device; ``None`` where it holds no tensor."""
+    found, numbers = [], limits.numbers_per_batch
+    for _, tensor in islice(tensor_fields(batch), limits.fields_per_batch):
+        count = tensor.numel()
+        if count and not tensor.is_complex():
+            flat = tensor.detach().reshape(-1)
+            taken = flat.as_strided((min(numbers, count),), (max(1, count // numbers),))
+            found.append(taken.to(torch.float32, copy=True))
+    return torch.cat(found) if len(found) > 1 else found[0] if found else None

@@ -1,0 +1,30 @@
+"""A schedule that ends too soon."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lightning_nanguard.diagnosis.mistakes.observation import Observation, RateSeen
+from lightning_nanguard.diagnosis.mistakes.schedule_ended import schedule_ended
+from tests.diagnosis.mistakes.seen import WELL, said
+
+ENDED = (RateSeen(0, 0, 0.1, 1e-6),)
+
+
+@pytest.mark.parametrize(
+    ("seen", "place"),
+    [
+        (WELL, None),
+        (replace(WELL, scheduled=True, rates=ENDED), "optimizer 0"),
+        (replace(WELL, scheduled=True, rates=ENDED, expected=1000.0), "optimizer 0"),
+        (replace(WELL, scheduled=True, rates=ENDED, expected=100.0), None),
+        (replace(WELL, scheduled=False, rates=ENDED), None),
+        (replace(WELL, scheduled=True, rates=(replace(ENDED[0], rose=True),)), None),
+        (replace(WELL, scheduled=True, rates=(*ENDED, RateSeen(0, 1, 0.1, 0.05))), None),
+    ],
+)
+def test_it_is_named_and_what_is_meant_is_not(seen: Observation, place: str | None) -> None:
+    """A rate next to nothing with most of the run to come; not one that comes again, or ends with the run."""
+    assert said(schedule_ended, seen) == place

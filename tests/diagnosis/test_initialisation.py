@@ -1,0 +1,60 @@
+"""Whether weights look as they were initialised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_nanguard.diagnosis.initialisation import looks_untrained
+from lightning_nanguard.thresholds.mistakes import MistakeThresholds
+
+LIMITS = MistakeThresholds()
+
+INITIALISED: list[tuple[str, Callable[[Tensor], object]]] = [
+    ("torch", lambda weight: None),
+    ("kaiming_normal", lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu")),
+    ("kaiming_uniform", lambda weight: nn.init.kaiming_uniform_(weight, nonlinearity="relu")),
+    ("xavier_uniform", nn.init.xavier_uniform_),
+    ("xavier_normal", nn.init.xavier_normal_),
+    ("normal", lambda weight: nn.init.normal_(weight, std=0.02)),
+    ("zeros", nn.init.zeros_),
+]
+
+
+def layers() -> list[nn.Module]:
+    return [nn.Linear(64, 48), nn.Conv2d(16, 32, 3), nn.LSTM(16, 32), nn.Linear(40, 40)]
+
+
+@pytest.mark.parametrize(("name", "how"), INITIALISED, ids=[row[0] for row in INITIALISED])
+def test_usual_initialisations_are_known_and_training_is_seen(name: str, how: Callable[[Tensor], object]) -> None:
+    """Weights look untrained as they are initialised, and no longer after a few steps of Adam's size."""
+    torch.manual_seed(0)
+    for layer in layers():
+        weight = next(layer.parameters())
+        if isinstance(layer, nn.LSTM) and name != "torch":
+            continue
+        how(weight.data)
+        assert looks_untrained(weight, layer, LIMITS) is True, layer
+        # Bounds are left at once; of a normal distribution only what changes its spread is seen.
+        with torch.no_grad():
+            weight += 0.05 * weight.std().clamp(min=0.1) * torch.randn_like(weight).sign()
+            weight *= 2.2 if name.endswith("normal") else 1.0
+        assert looks_untrained(weight, layer, LIMITS) is False, layer
+
+
+def test_biases_and_normalisations() -> None:
+    """Uniform biases and fresh normalisations look untrained; others look trained, and few numbers tell nothing."""
+    torch.manual_seed(0)
+    layer, norm = nn.Linear(64, 48), nn.LayerNorm(48)
+    assert looks_untrained(layer.bias, layer, LIMITS) is True
+    assert looks_untrained(norm.weight, norm, LIMITS) is True
+    with torch.no_grad():
+        layer.bias.normal_(std=0.02)
+        norm.weight += 0.01 * torch.randn(48)
+    assert looks_untrained(layer.bias, layer, LIMITS) is False
+    assert looks_untrained(norm.weight, norm, LIMITS) is False
+    small = nn.Linear(3, 4)
+    assert looks_untrained(small.weight, small, LIMITS) is None
