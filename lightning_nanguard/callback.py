@@ -387,6 +387,7 @@ class NaNGuard(GuardCallback):
                         path=fit.records,
                         observe=self._arguments.observe,
                         act_on=self._arguments.act_on,
+                        advice=[one.finding.cause for one in self._advice],
                     )
                 )
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lightning_nanguard.record.messages import counted
 from lightning_nanguard.types import ActOn
@@ -30,6 +30,7 @@ def summary(
     path: str | os.PathLike[str] | None = None,
     observe: bool = False,
     act_on: ActOn = "certain",
+    advice: Sequence[str] = (),
 ) -> str:
     """Say in one line what happened in a fit.
 
@@ -41,6 +42,7 @@ def summary(
         path: The file of records.
         observe: Whether the guard only observed.
         act_on: For what the guard changes the run.
+        advice: Causes that advice was given about.
 
     Example:
         >>> summary(1200)
@@ -51,8 +53,9 @@ def summary(
     rate = f"; the learning rate ends at {lr_multiplier:.4g} times its schedule" if lr_multiplier != 1.0 else ""
     watched = f'NaNGuard: {counted(updates, "update")} watched (act_on="{act_on}")'
     total = sum((faults or {}).values())
+    advised = f"; advice: {', '.join(sorted(set(advice)))}" if advice else ""
     if not total:
-        return f"{watched}, nothing to do{rate}"
+        return f"{watched}, nothing to do{rate}{advised}"
     # Sorted, since the order in which faults came must not change the line.
     met = ", ".join(f"{kind} {count:,}" for kind, count in sorted((faults or {}).items(), key=_most_first))
     used = sorted((remedies or {}).items(), key=_most_first)
@@ -62,7 +65,7 @@ def summary(
     where = f"; records in {os.fspath(path)}" if path is not None else ""
     noun = "fault found, only observed" if observe else "intervention"
     nouns = "faults found, only observed" if observe else "interventions"
-    return f"{watched}, {counted(total, noun, nouns)} ({met}){acted}{rate}{where}"
+    return f"{watched}, {counted(total, noun, nouns)} ({met}){acted}{rate}{advised}{where}"
 
 
 def _most_first(item: tuple[str, int]) -> tuple[int, str]:
