@@ -7,7 +7,11 @@ DEEPSPEED := deepspeed==0.19.8
 
 OLDEST := pytorch-lightning==2.4.0
 
-.PHONY: diagnose demo test oldest rescue bench kills lint types clean
+# A rival in the rescue suite.
+ARC_TRAINING := arc-training==5.2.0.post1
+ARC ?= $(HOME)/.cache/lightning-nanguard/arc
+
+.PHONY: diagnose demo test oldest rescue arc bench kills lint types clean
 
 # Torch goes first and alone: what depends on it must find it in place and not choose another build. DeepSpeed goes last:
 # it is built with the torch that is there, and compiles nothing.
@@ -34,9 +38,19 @@ oldest: .venv/.stamp
 	PYTHONPATH=.venv/oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS) \
 		tests/trainer tests/checkpoints tests/scenarios/test_skips.py tests/scenarios/test_resuming.py
 
-# Which failing runs are saved, and which healthy ones are left alone; FAST=1 takes a sixth of the forms.
+# Which failing runs are saved, and which healthy ones are left alone; FAST=1 takes a few of the forms. What was measured
+# of the healthy draws is kept, and a run that was interrupted goes on. arc-training takes part after `make arc`.
 rescue: .venv/.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rescue $(if $(FAST),--fast)
+	ARC_PYTHON=$(wildcard $(ARC)/bin/python) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rescue $(if $(FAST),--fast)
+	ARC_PYTHON=$(wildcard $(ARC)/bin/python) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rescue.harm \
+		$(if $(FAST),--fast,--rivals all --output benchmarks/results/harm.json)
+
+# arc-training's own release, with this project's versions of everything else, in an environment outside the repository.
+arc:
+	$(PYTHON) -m venv $(ARC)
+	$(ARC)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements-dev.txt)"
+	$(ARC)/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements-dev.txt \
+		pytorch-lightning scikit-learn $(ARC_TRAINING)
 
 # What the guard costs, beside clipping and other checks; a quarter of an hour on the CPU, FAST=1 takes a tenth of the rounds.
 bench: .venv/.stamp

@@ -54,8 +54,9 @@ def train(module: Any, data: Any, guard: NaNGuard | None = None, **options: Any)
 
 
 def tell(guard: NaNGuard, at_most: int = 2) -> None:
-    """Print what the guard advised and why it stepped in, once for each cause."""
-    findings = [one.finding for one in guard.advice] + [one.finding for one in guard.interventions]
+    """Print what the guard advised and why it stepped in, once for each cause; mere suspicions come last."""
+    given = sorted(guard.advice, key=lambda one: one.occasion == "a finite suspicion")
+    findings = [one.finding for one in given] + [one.finding for one in guard.interventions]
     first: dict[str, Finding] = {}
     for finding in findings:
         if finding is not None:

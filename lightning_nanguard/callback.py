@@ -21,18 +21,18 @@ from lightning_nanguard.diagnosis.rule_set import Rule, check_rules
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.record.callable_sink import CallableSink, as_sinks
-from lightning_nanguard.record.memory import Memory
-from lightning_nanguard.record.summary import summary
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.build import build_fit
 from lightning_nanguard.trainer.fit import Fit
+from lightning_nanguard.trainer.guard_copies import CopyableGuard, allow_in_checkpoints, nothing
 from lightning_nanguard.trainer.never_called import expect_hooks, hooks_called
 from lightning_nanguard.trainer.private.averages import swaps_weights
 from lightning_nanguard.trainer.private.callbacks import put_first
-from lightning_nanguard.trainer.private.packages import GuardCallback, LightningModule, Trainer, rank_zero_info
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.resuming import before_resuming
 from lightning_nanguard.trainer.private.strategies import check_strategy
+from lightning_nanguard.trainer.switch import switched
 from lightning_nanguard.types import ActOn, Advice, Fault, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -42,7 +42,7 @@ STATE_SCHEMA = 1
 
 
 @final
-class NaNGuard(GuardCallback):
+class NaNGuard(CopyableGuard):
     """Keeps a training run alive through NaN and divergence.
 
     It sees a non-finite or diverging loss or gradient, keeps it from the weights, goes back to the last good state if
@@ -64,7 +64,9 @@ class NaNGuard(GuardCallback):
         max_snapshots: Certified snapshots kept (one more is always pending).
         max_snapshot_memory: Limit in GiB for all snapshots; fewer are kept where they do not fit, at least one.
         budget: Bounds on interventions, past which the run is stopped.
-        dirpath: Folder of the records and of the last good checkpoint; ``None`` for ``<log_dir>/nanguard``.
+        dirpath: Folder of the records and of the last good checkpoint; ``None`` for ``nanguard`` beside the checkpoints
+            of the trainer's logger, or ``nanguard/<run id>`` without one. A folder that belongs to another run is left
+            alone: the run then takes one below it.
         readback: ``"step"`` reads each update's loss and gradient norm before the step; ``"deferred"`` reads them up
             to two steps later without waiting for the device; ``"auto"`` takes ``"step"`` on CPU, ``"deferred"`` on
             CUDA with an optimizer that can skip on the device (``fused=True``), else ``"step"``.
@@ -79,7 +81,7 @@ class NaNGuard(GuardCallback):
         last_good_every_n_steps: Updates between writes of ``nanguard-last-good.ckpt``, a whole checkpoint that takes
             the place of the older one only when its state was certified; ``None`` writes none.
         resume: What to do with a ``ckpt_path`` that is poisoned or torn: ``"strict"`` raises
-            :class:`BadCheckpointError`, ``"last-good"`` goes on from the newest good checkpoint near it.
+            :class:`BadCheckpointError`, ``"last-good"`` goes on from the newest good checkpoint of the same run.
         sinks: Where records go beside the guard's own files, loggers and console: instances of :class:`Sink`, or
             functions that are called with each :class:`Intervention` on rank 0.
         rules: Diagnosis rules of your own, asked beside the built-in ones: functions that take a :class:`Case` and
@@ -125,7 +127,6 @@ class NaNGuard(GuardCallback):
         thresholds: Thresholds | None = None,
         act_on: ActOn = "certain",
     ) -> None:
-        super().__init__()
         if on_intervention is not None and not callable(on_intervention):
             raise TypeError(f"NaNGuard(on_intervention={on_intervention!r}): expected a callable.")
         own = [] if on_intervention is None else [CallableSink(on_intervention, every_rank=True)]
@@ -135,7 +136,7 @@ class NaNGuard(GuardCallback):
                 f"NaNGuard(thresholds={limits!r}): expected Thresholds, whose groups are its fields, as in "
                 "Thresholds(detection=…)."
             )
-        self._arguments = Arguments(
+        arguments = Arguments(
             detectors=default_detectors(limits.detection) if detectors is None else detectors,
             remedies=default_remedies(limits.rate_search.cut) if remedies is None else remedies,
             snapshot_every_n_steps=snapshot_every_n_steps,
@@ -156,14 +157,16 @@ class NaNGuard(GuardCallback):
             rules=check_rules(rules),
             thresholds=limits,
         )
+        super().__init__(arguments)
         expect_hooks(self)
-        self._memory = Memory(limits.records)
-        self._advice: Sequence[Advice] = ()
         self._resumed: Mapping[str, Any] | None = None
+        self._loaded: Mapping[str, Any] = {}
+        self._resumed_run: str | None = None
+        self._run_id: str | None = None
+        self._run_dir: str | None = None
+        self._unwatched = False
         self._gate: ResumeGate | None = None
-        self._undo_gate: Callable[[], None] = _nothing
-        self._fit: Fit | None = None
-        self._last_state: dict[str, Any] = {}
+        self._undo_gate: Callable[[], None]
         self._multiplier = 1.0
         self._non_finite_rate: float | None = None
         self._before: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
@@ -178,7 +181,17 @@ class NaNGuard(GuardCallback):
     @property
     def advice(self) -> Sequence[Advice]:
         """What was noticed in the last fit and left alone, such as by the preflight."""
-        return tuple(self._advice)
+        return tuple(self._memory.advice)
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run, which its records and checkpoints carry; ``None`` before the first fit."""
+        return self._run_id
+
+    @property
+    def run_dir(self) -> Path | None:
+        """Folder with the records of the run; ``None`` before the first fit."""
+        return None if self._run_dir is None else Path(self._run_dir)
 
     @property
     def lr_multiplier(self) -> float:
@@ -203,7 +216,9 @@ class NaNGuard(GuardCallback):
         Raises:
             RuntimeError: Outside of a fit.
         """
-        self._running().diagnostics.asked = True
+        if self._fit is None:
+            raise RuntimeError("NaNGuard.examine() looks at a run at hand: call it within a fit.")
+        self._fit.diagnostics.asked = True
 
     # ------------------------------------------------------------------------------------------------ Lightning's hooks
 
@@ -215,10 +230,12 @@ class NaNGuard(GuardCallback):
         """
         hooks_called(self)
         if stage == "fit":
+            given = self._given = switched(self._arguments)
+            if given is None:
+                return
             check_strategy(trainer, pl_module)
             put_first(trainer, self)
             self._undo_gate()
-            given = self._arguments
             folders = [] if given.dirpath is None else [given.dirpath]
             self._gate = ResumeGate(
                 pl_module,
@@ -231,20 +248,19 @@ class NaNGuard(GuardCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the guard of this fit and look at the state before the first update."""
-        if not any(parameter.requires_grad for parameter in pl_module.parameters()):
-            raise ValueError(
-                f"NaNGuard has nothing to guard: {type(pl_module).__name__} has no trainable parameter. "
-                "Set requires_grad on the parameters to train, or take the guard out of the callbacks."
-            )
-        given = self._arguments
-        fit = self._fit = build_fit(trainer, pl_module, given, self._memory)
-        self._advice = fit.advice.given
+        given = self._given
+        if given is None:
+            return
+        resumed, self._resumed_run = self._resumed_run, None
+        fit = self._fit = build_fit(trainer, pl_module, given, self._memory, resumed)
+        self._run_id, self._run_dir = fit.folder.run_id, str(fit.folder.path)
+        self._memory.take_advice(fit.advice.given)
         fit.diagnostics.preflight_due = given.preflight and trainer.global_step == 0
-        self._before = (Counter(self._memory.faults), Counter(self._memory.remedies))
+        self._before = self._counts()
         if self._resumed is not None:
             fit.guard.load_state_dict(self._resumed)
             self._resumed = None
-        fit.start(given.max_snapshot_memory)
+        fit.start(given.max_snapshot_memory, lambda callback: callback is self)
         if given.last_good_every_n_steps is not None:
             fit.keep_last_good(given.last_good_every_n_steps)
         self._note_resumed(fit)
@@ -258,11 +274,15 @@ class NaNGuard(GuardCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember what the batch may change."""
-        fit = self._fit or self._running()
+        fit = self._fit
+        if fit is None:
+            self._say_unwatched()
+            return
         replay = fit.replay
         replay.batch, replay.batch_idx = batch, batch_idx
         if fit.diagnostics.preflight_due:
             fit.diagnostics.preflight(batch)
+        fit.averages.watch()
         replay.batches.add(fit.guard.updates + 1, batch_idx, batch)
         if fit.diagnostics.first_updates is not None:
             fit.diagnostics.first_updates.see_batch(batch)
@@ -270,16 +290,18 @@ class NaNGuard(GuardCallback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Take the loss."""
-        fit = self._fit or self._running()
+        fit = self._fit
+        if fit is None:
+            return
         if fit.diagnostics.first_updates is not None:
             fit.diagnostics.first_updates.see_loss(loss)
         fit.guard.see_loss(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, detect, and block a bad update."""
-        fit = self._fit or self._running()
-        index = fit.optimizer_index(optimizer)
-        if index is not None:
+        fit = self._fit
+        index = None if fit is None else fit.optimizer_index(optimizer)
+        if fit is not None and index is not None:
             if fit.diagnostics.first_updates is not None:
                 fit.diagnostics.first_updates.see_step(index)
             fit.guard.before_step(index)
@@ -288,7 +310,9 @@ class NaNGuard(GuardCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Decide, act, record; certify and take snapshots."""
-        fit = self._fit or self._running()
+        fit = self._fit
+        if fit is None:
+            return
         guard, replay = fit.guard, fit.replay
         replay.batch, replay.batch_idx = batch, batch_idx
         replay.may_log = True
@@ -364,32 +388,19 @@ class NaNGuard(GuardCallback):
         """Say in one line what happened, and let go of the fit."""
         self._end()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy of the guard keeps; Lightning leaves the module's ``log`` on every callback."""
-        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
-
     def _end(self) -> None:
         self._undo_gate()
-        self._undo_gate = _nothing
+        self._undo_gate = nothing
+        for name in ("log", "log_dict"):  # Lightning leaves the module's here, which would keep it alive
+            vars(self).pop(name, None)
         fit, self._fit = self._fit, None
         if fit is None:
             return
         try:
             self._multiplier = fit.context.rate.ratio()
             self._last_state = fit.guard.state_dict()
-            if fit.rank_zero:
-                rank_zero_info(
-                    summary(
-                        fit.guard.updates,
-                        self._memory.faults - self._before[0],
-                        self._memory.remedies - self._before[1],
-                        lr_multiplier=self._multiplier,
-                        path=fit.records,
-                        observe=self._arguments.observe,
-                        act_on=self._arguments.act_on,
-                        advice=[one.finding.cause for one in self._advice],
-                    )
-                )
+            faults, remedies = (now - then for now, then in zip(self._counts(), self._before, strict=True))
+            fit.say_how_it_went(faults, remedies)
         finally:
             fit.close()
 
@@ -397,13 +408,17 @@ class NaNGuard(GuardCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Multiplier, clipping, windows, budgets and counts, in plain containers."""
+        if self._given is None:
+            return dict(self._loaded)  # for a later run with the guard
         state = self._fit.guard.state_dict() if self._fit is not None else dict(self._last_state)
         if not state:
             return {}
-        return {"schema": STATE_SCHEMA, "guard": state, "interventions": self._memory.total}
+        return {"schema": STATE_SCHEMA, "guard": state, "interventions": self._memory.total, "run": self._run_id}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Taken up when the fit starts: optimizers do not exist yet."""
+        self._loaded = state_dict
+        self._resumed_run = state_dict.get("run")
         schema = state_dict.get("schema", STATE_SCHEMA)
         if schema != STATE_SCHEMA:
             _logger.warning(
@@ -417,11 +432,16 @@ class NaNGuard(GuardCallback):
         self._resumed = state_dict.get("guard")
         self._memory.total = int(state_dict.get("interventions", 0))
 
-    def _running(self) -> Fit:
-        if self._fit is None:
-            raise RuntimeError("NaNGuard was asked to watch a step before on_train_start; add it before fit begins.")
-        return self._fit
+    def _counts(self) -> tuple[Counter[str], Counter[str]]:
+        return Counter(self._memory.faults), Counter(self._memory.remedies)
+
+    def _say_unwatched(self) -> None:
+        if self._given is not None and not self._unwatched:
+            self._unwatched = True
+            _logger.info(
+                "NaNGuard: a batch is trained on outside of a fit, or in one that began before the guard was added, so "
+                "its update is not guarded."
+            )
 
 
-def _nothing() -> None:
-    pass
+allow_in_checkpoints(NaNGuard)

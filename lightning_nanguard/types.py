@@ -53,13 +53,10 @@ class Reading(NamedTuple):
         return self.optimizer_index
 
 
-Proof = Literal["comparison", "batches", "growth", "trial", "none"]
+Proof = Literal["trial", "none"]
 """What confirms the suspicion that the learner diverged, before anything is changed.
 
-``"comparison"``: the fault's batch has a lower loss under the last good weights. ``"batches"``: the newest batches have
-a lower loss on average under the last good weights. ``"growth"``: the norm of a weight matrix is far above its norm
-before the fault began. ``"trial"``: a lower rate learns where the present one does not. ``"none"``: nothing needs to be
-confirmed.
+``"trial"``: a lower rate learns, from an earlier state, what the run does not. ``"none"``: nothing has to be confirmed.
 """
 
 
@@ -82,15 +79,12 @@ class Fault:
             snapshots from before that step are trusted. The loss may have recovered by itself meanwhile. ``None`` for a
             fault that is reported at once.
         certain: True if a number is not finite or overflows, such as a NaN loss; False if it is finite but unusual and
-            may prove harmless, such as a gradient spike.
+            may prove harmless, such as a gradient spike. With ``NaNGuard(act_on="certain")``, the default, the user is
+            only told of a fault that is not certain.
         extreme: True if the value is out of all proportion to every value accepted before. A finite fault of a batch
             counts as certain if it is extreme and the inputs of the batch are out of all proportion, too.
         proof: What confirms a suspicion of the learner.
-        recovers: True if a loss may look like this in a healthy run and recover by itself, as losses that work against
-            each other (a GAN's) do.
         clipping_helps: True if gradient clipping helps against it.
-        excess: Distance of the loss from that of the first healthy update, for a rising loss whose own rise inflates
-            the loss unit; the smaller of both is then the unit of the comparison. ``None`` to use the loss unit.
         rate_may_cause: True if a rise of the learning rate since the snapshot can explain bad state; the learner is
             then blamed instead.
         conclusive: True if the detector has already established that ``scope`` is at fault, so that no further evidence
@@ -108,10 +102,8 @@ class Fault:
     since: int | None = None
     certain: bool = True
     extreme: bool = False
-    proof: Proof = "comparison"
-    recovers: bool = False
+    proof: Proof = "trial"
     clipping_helps: bool = False
-    excess: float | None = None
     rate_may_cause: bool = False
     conclusive: bool = False
     only_if_corrupt: bool = False
@@ -152,6 +144,7 @@ class Scale(PlanStep):
         most: Largest factor at which the curvature of the loss lets the loss fall. It bounds the factor where no rates
             can be tried.
         firm: True if ``most`` bounds the factor also where rates are tried.
+        tried: True if a trial has found the factor, so that no rate has to be tried.
         clipped: True if the plan also clips gradients, so that the rate may stay if clipping suffices.
     """
 
@@ -161,6 +154,7 @@ class Scale(PlanStep):
     limit: bool = False
     most: float = math.inf
     firm: bool = False
+    tried: bool = False
     clipped: bool = False
 
 
@@ -232,6 +226,7 @@ class Intervention:
         applied: ``False`` where ``observe=True`` kept the guard from acting.
         ranks: Ranks that saw the fault, where not all of them did; empty with one process.
         updates_lost: Number of updates that a rollback undid, the faulty one included.
+        run: Id of the run; ``""`` in records of version 0.1.0. Two records of different runs may be equal.
     """
 
     global_step: int
@@ -250,6 +245,7 @@ class Intervention:
     applied: bool = True
     ranks: tuple[int, ...] = ()
     updates_lost: int = 0
+    run: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings.
@@ -258,7 +254,7 @@ class Intervention:
             >>> Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1).to_dict()["remedies"]
             ['skip']
         """
-        return {"schema": SCHEMA_VERSION, **_plain(asdict(self))}
+        return {"schema": SCHEMA_VERSION, **plain(asdict(self))}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Intervention:
@@ -287,12 +283,14 @@ class Advice:
         epoch: The trainer's ``current_epoch``.
         occasion: Why the guard looked: ``"preflight"``, …
         finding: What it found.
+        run: Id of the run; ``""`` in advice of version 0.1.0.
     """
 
     global_step: int
     epoch: int
     occasion: str
     finding: Finding
+    run: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings.
@@ -301,7 +299,7 @@ class Advice:
             >>> Advice(0, 0, "preflight", Finding("dead_relu", 0.9)).to_dict()["finding"]["cause"]
             'dead_relu'
         """
-        return {"schema": SCHEMA_VERSION, **_plain(asdict(self))}
+        return {"schema": SCHEMA_VERSION, **plain(asdict(self))}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Advice:
@@ -311,7 +309,7 @@ class Advice:
             ValueError: When ``data`` lacks a field.
         """
         try:
-            values = {key: data[key] for key in _names(cls)}
+            values = {key: data[key] for key in _names(cls) & set(data)}
             return cls(**{**values, "finding": _finding(values["finding"])})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a record of advice: {error}; its keys are {sorted(data)}") from error
@@ -327,13 +325,14 @@ def _finding(data: Mapping[str, Any]) -> Finding:
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 
@@ -357,8 +356,6 @@ def _spelled(value: Any) -> Any:
 class Comparison:
     """Loss of a batch under the present weights and under the last good ones, with the same random numbers.
 
-    Under ``proof="batches"`` both are means over the newest batches.
-
     Attributes:
         now: Loss under the present weights. If the faulty update was already made, the lower of this loss and the one
             read before that update.
@@ -372,6 +369,22 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
+class Trial:
+    """What a trial showed.
+
+    Attributes:
+        lacks: Share of what can be learned that the run lacks, after as many updates as a restart with a lower rate
+            made; 0 where it lacks none, or hardly any.
+        base: Which state to go back to: the one of the lowest loss level, or the start.
+        factor: What the restart multiplied the learning rate by.
+    """
+
+    lacks: float = 0.0
+    base: Literal["best", "start"] = "start"
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """What the guard knows about a fault; the policy decides by it.
 
@@ -382,37 +395,28 @@ class Evidence:
         bad_in_a_row: Faulty updates in a row, this one included.
         corrupt: Name of the first tensor of the learner that is not finite but was at the start; ``None`` without one.
         jump: Name of a weight that is finite but far larger than any was in the snapshot; ``None`` if none is.
-        batch_strange: Whether the batch holds numbers far larger than the healthy batches kept; ``None`` where that
-            cannot be told.
+        batch_strange: Whether its numbers are far larger than those of the batches kept; ``None`` where not known.
         batch_finite: Whether every floating number in the batch is finite; ``None`` where it was not looked at.
         comparable: Whether a batch could be run again at all (automatic optimization).
-        clippable: Whether the optimizer works with clipped gradients; LBFGS does not, since clipping falsifies the
-            curvature it estimates.
-        comparison: Loss of the batch under the present weights and under those of the snapshot; ``None`` where not
-            measured.
+        clippable: Whether the optimizer works with clipped gradients; LBFGS, which estimates curvature, does not.
+        comparison: Loss of the batch under the present weights and the snapshot's; ``None`` where not measured.
         first: Loss of the first healthy update of the run ("the untrained model's loss"); 0 before it.
-        loss_unit: Unit in which losses are compared: the size of ``first``, or the noise of the loss if that is larger.
-        growth: Largest ratio of a weight matrix's norm to its norm at the start; for a fault with ``since``, to that in
-            the snapshot at depth ``sound``.
-        lower_is_better: Whether, in a trial, a lower rate learned the newest batches where the present one does not;
-            ``None`` where it was not tried.
-        excursion: Whether a loss was far above ``first`` since the start or, after a restore, among the losses kept.
+        loss_unit: Unit in which losses are compared: how far the loss has come down, or its noise if that is larger.
+        growth: Largest ratio of a weight matrix's norm to its norm at the start.
+        trial: What a trial showed; ``None`` where none was made.
         climbing: Whether losses or gradient norms were rising out of their usual range just before the fault.
-        burst: Whether, before a fault of the learner, one of the recent gradient norms was suddenly far above the norms
-            before it.
+        burst: Whether, before a fault of the learner, a recent gradient norm was suddenly far above those before it.
         rate_rose: Whether the effective learning rate is clearly above that of the snapshot.
         snapshots: Number of certified snapshots.
         levels: Loss level of every certified snapshot, newest first.
-        sound: Depth (0 is the newest) of the newest certified snapshot from before ``Fault.since``; of the oldest for
-            a fault with ``proof="trial"``. ``None`` where there is no such snapshot or the fault has no ``since``.
-        usual_norm: Lower quartile of the healthy gradient norms kept, the smallest of fewer than 20, at least 1 % of
-            the first; ``None`` with fewer than 4.
+        sound: Depth (0 is the newest) of the newest certified snapshot from before ``Fault.since``, or of a trial's
+            base; ``None`` without either.
+        usual_norm: A low quantile of the healthy gradient norms kept; ``None`` with too few.
         lr: Effective learning rate of the first group.
         highest_lr: Highest effective rate since the snapshot to go back to; ``None`` where it is not known.
         lowest_lr: Lowest effective rate so far; ``None`` where it is not known.
         multiplier: The learning-rate multiplier in force.
-        undo: True if the update of a batch's fault reached the weights before its reading arrived (deferred readback),
-            so that it has to be taken back by a restore.
+        undo: True if a batch's faulty update was made before its reading arrived, so that a restore has to undo it.
         ranks: Ranks whose state or batch is not finite; empty where all are concerned, or there is one process.
     """
 
@@ -430,8 +434,7 @@ class Evidence:
     first: float = 0.0
     loss_unit: float = 1.0
     growth: float = 1.0
-    lower_is_better: bool | None = None
-    excursion: bool = False
+    trial: Trial | None = None
     climbing: bool = False
     burst: bool = False
     rate_rose: bool = False

@@ -12,13 +12,13 @@ settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True)
-def _same_start() -> None:
-    """Every test starts from one thread and one seed, whatever ran before it."""
+def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test starts from one thread and one seed, in a folder of its own, whatever ran before it."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records of a run without a logger's folder lie in the working directory."""
-    monkeypatch.chdir(tmp_path)
+def own_folder() -> None:
+    """Records of a run without a logger's folder lie in the working directory, which is the test's own."""

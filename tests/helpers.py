@@ -481,6 +481,12 @@ def words(guard: NaNGuard) -> list[tuple[str, ...]]:
     return [intervention.remedies for intervention in guard.interventions]
 
 
+def folder_of(guard: NaNGuard) -> Path:
+    """Where the records of the guard's last run lie."""
+    assert guard.run_dir is not None
+    return guard.run_dir
+
+
 class States(Callback):
     """Copies the learner after every update, by ``global_step``; listed callbacks come after the guard."""
 
@@ -503,8 +509,8 @@ class FaultAt(Callback):
     """Puts ``value`` into one thing at the given training batches, counted over all epochs.
 
     Kinds: ``loss`` (every look at this batch gives it), ``flash`` (the loss, but only the first look), ``gradient``
-    (one element, after backward), ``weight``, ``buffer``, ``moment`` (one element, between the batch before and this
-    one), ``input`` and ``target`` (one sample, put back after the batch).
+    (one element, whenever this batch is differentiated), ``weight``, ``buffer``, ``moment`` (one element, between the
+    batch before and this one), ``input`` and ``target`` (one sample, put back after the batch).
 
     Args:
         kind: What is hit.
@@ -534,6 +540,10 @@ class FaultAt(Callback):
         if self.kind in ("loss", "flash"):
             pl_module.loss_factor = self.value
             self.hits += 1
+        elif self.kind == "gradient":
+            named = pl_module.named_parameters()
+            hit = next(p for name, p in named if p.requires_grad and self.name in (None, name))
+            self._undo = hit.register_hook(self._spoiled).remove
         elif self.kind in ("input", "target"):
             tensor = batch[0 if self.kind == "input" else 1]
             before = tensor.clone()
@@ -545,15 +555,11 @@ class FaultAt(Callback):
         if self.kind == "flash":
             pl_module.loss_factor = None
 
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not (self.armed and self.kind == "gradient"):
-            return
-        for name, parameter in pl_module.named_parameters():
-            if parameter.grad is not None and self.name in (None, name):
-                parameter.grad.view(-1)[0] = self.value
-                self.armed = False
-                self.hits += 1
-                return
+    def _spoiled(self, gradient: Tensor) -> Tensor:
+        self.hits += 1
+        gradient = gradient.clone()
+        (gradient._values() if gradient.is_sparse else gradient).view(-1)[0] = self.value
+        return gradient
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         pl_module.loss_factor = None

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "act": BASE | {"measure", "detect", "decide", "record", "state"},
     "state": BASE | {"measure", "detect", "decide", "record"},
     "distributed": BASE | {"measure", "state"},
-    "checkpoints": BASE | {"measure", "state", "distributed"},
+    "checkpoints": BASE | {"measure", "record", "state", "distributed"},
     "diagnosis": BASE | {"measure", "detect", "decide", "record", "state"},
     "guard": BASE
     | {"measure", "detect", "decide", "record", "act", "state", "distributed", "checkpoints", "diagnosis"},

@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.checkpoints import last_good
-from lightning_nanguard.checkpoints.inspection import LAST_GOOD, inspect
+from lightning_nanguard.checkpoints.inspection import inspect
 from lightning_nanguard.record import jsonl
-from lightning_nanguard.record.files import read_records
+from lightning_nanguard.record.files import LAST_GOOD, read_records
 from lightning_nanguard.state import snapshot_placement
 from lightning_nanguard.state.finite import allowances
 

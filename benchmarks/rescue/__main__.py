@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import multiprocessing
 import re
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import report
 from .ablation import ABLATIONS, EVERYONE
+from .arc import Arc, arc_python
 from .cases import FAILING, HEALTHY
 from .contenders import CONTENDERS, MODES
 from .measuring import Job, Result, jobs, measure, prepare
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     draws = arguments.draws or (len(chosen) if arguments.fast else 300)
     first = FIRST_SEED[arguments.seeds] + 1000 * arguments.seed
-    contenders = ["nanguard", *ABLATIONS] if arguments.ablation else _contenders(arguments.contenders, console)
+    contenders = ["evidence", *ABLATIONS] if arguments.ablation else _contenders(arguments.contenders)
     todo = jobs(chosen, healthy, draws, first, contenders)
     started = time.perf_counter()
     results: list[Result] = []
@@ -89,23 +89,12 @@ def _measured(todo: list[Job], workers: int) -> Iterator[Result]:
             yield future.result()
 
 
-def _contenders(names: str, console: Console) -> list[str]:
-    wanted = [n for n in names.split(",") if n] or list(CONTENDERS)
+def _contenders(names: str) -> list[str]:
+    wanted = [n for n in names.split(",") if n] or [*CONTENDERS, *([Arc.name] if arc_python() else [])]
     unknown = set(wanted) - set(EVERYONE)
     if unknown:
         sys.exit(f"no contender is named {', '.join(sorted(unknown))}; there are {', '.join(EVERYONE)}")
-    if "nanguard" in wanted and not _has_guard():
-        console.print("NaNGuard cannot be imported yet: measuring the others", style="yellow")
-        wanted.remove("nanguard")
     return wanted
-
-
-def _has_guard() -> bool:
-    if importlib.util.find_spec("lightning_nanguard") is None:
-        return False
-    import lightning_nanguard
-
-    return hasattr(lightning_nanguard, "NaNGuard")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--draws", type=int, default=0, help="failing runs (default: 300; with --fast one a form)")
     parser.add_argument("--cases", default="", metavar="REGEX", help="only forms whose name matches")
     parser.add_argument("--only", choices=("failing", "healthy"), help="leave the other kind out")
-    parser.add_argument("--contenders", default="", metavar="A,B", help=f"of {', '.join([*CONTENDERS, *MODES])}")
+    parser.add_argument(
+        "--contenders", default="", metavar="A,B", help=f"of {', '.join([*CONTENDERS, *MODES, Arc.name])}"
+    )
     parser.add_argument("--ablation", action="store_true", help="the guard without one rule at a time instead")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/rescue.json"), metavar="JSON")

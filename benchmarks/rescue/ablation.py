@@ -12,6 +12,7 @@ from unittest.mock import patch
 from lightning_nanguard import ClipGradients, DivergingLoss, GradientSpike, NaNGuard, NonFinite, ReduceLR, Rollback
 from lightning_nanguard.thresholds import Thresholds
 
+from .arc import Arc
 from .cases import Case
 from .contenders import CONTENDERS, MODES, Attempt, Contender, attempt_with
 
@@ -49,7 +50,7 @@ class Without(Contender):
     ) -> None:
         self.name = self.title = f"no {name}"  # type: ignore[misc]
         thresholds = changed(Thresholds(), change or {})
-        self._make = make or (lambda: NaNGuard(thresholds=thresholds))
+        self._make = make or (lambda: NaNGuard(act_on="evidence", thresholds=thresholds))
         self._replaced = replaced or {}
 
     def attempt(self, case: Case) -> Attempt:
@@ -59,6 +60,10 @@ class Without(Contender):
             return attempt_with(self._make(), case)
 
 
+def _guard(**arguments: Any) -> NaNGuard:
+    return NaNGuard(act_on="evidence", **arguments)
+
+
 def _nothing(*_: Any, **__: Any) -> None:
     return None
 
@@ -66,22 +71,20 @@ def _nothing(*_: Any, **__: Any) -> None:
 ABLATIONS: dict[str, Contender] = {
     c.name: c
     for c in (
-        Without("rehearsal", lambda: NaNGuard(remedies=[Rollback(), ClipGradients(), ReduceLR(rehearse=False)])),
+        Without("rehearsal", lambda: _guard(remedies=[Rollback(), ClipGradients(), ReduceLR(rehearse=False)])),
         Without("review", replaced={"guard.rehearsal.Rehearsal.review": lambda self, untrained, *, at_most: 1.0}),
-        Without("clipping", lambda: NaNGuard(remedies=[Rollback(), ReduceLR()])),
-        Without("cut", lambda: NaNGuard(remedies=[Rollback(), ClipGradients()])),
-        Without("spikes", lambda: NaNGuard(detectors=[NonFinite(), DivergingLoss()])),
-        Without("divergence", lambda: NaNGuard(detectors=[NonFinite(), GradientSpike()])),
+        Without("clipping", lambda: _guard(remedies=[Rollback(), ReduceLR()])),
+        Without("cut", lambda: _guard(remedies=[Rollback(), ClipGradients()])),
+        Without("spikes", lambda: _guard(detectors=[NonFinite(), DivergingLoss()])),
+        Without("divergence", lambda: _guard(detectors=[NonFinite(), GradientSpike()])),
         Without("comparison", replaced={"guard.investigator.Investigator._compare": _nothing}),
         Without("strange batches", change={"batches.healthy.strange_factor": math.inf}),
         Without("plausibility", replaced={"state.plausibility.first_jump": _nothing}),
         Without("start kept", change={"snapshots.ring.keep_start": 0}),
-        Without("growth", replaced={"guard.investigator.Investigator._growth": lambda self, since=None: 1.0}),
-        Without("overshoot", change={"detection.diverging_loss.overshoot.after": math.inf}),
         Without("by heart", change={"rate_search.cut.by_heart": -1.0}),
         Without("depth by level", change={"decision.same_level": math.inf}),
     )
 }
-"""By name: the guard as it is, but for one rule."""
+"""By name: the guard on evidence, but for one rule."""
 
-EVERYONE: dict[str, Contender] = CONTENDERS | MODES | ABLATIONS
+EVERYONE: dict[str, Contender] = CONTENDERS | MODES | {Arc.name: Arc()} | ABLATIONS

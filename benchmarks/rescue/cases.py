@@ -15,7 +15,7 @@ from typing import Any
 
 from . import faults
 from .faults import Fault
-from .models import TASKS
+from .models import TASKS, Task
 from .rates import RATES
 from .running import SHAPES
 
@@ -42,6 +42,7 @@ class Case:
         clip_val: ``gradient_clip_val`` of the run.
         average: Whether an exponential average of the weights is kept and used in the end.
         savable: Whether anything can be learned; if not, a clear error is what counts.
+        own_task: A task that the seed drew, for a form whose task is not in the table.
     """
 
     name: str
@@ -59,6 +60,12 @@ class Case:
     clip_val: float | None = None
     average: bool = False
     savable: bool = True
+    own_task: Task | None = field(default=None, repr=False)
+
+    @property
+    def recipe(self) -> Task:
+        """What is learned, by what, from what."""
+        return self.own_task or TASKS[self.task]
 
     @property
     def twin(self) -> Case:

@@ -15,7 +15,6 @@ from pytorch_lightning.callbacks import EarlyStopping
 from torch import Tensor
 
 from .cases import Case
-from .models import TASKS
 from .running import Trained, train
 
 
@@ -64,7 +63,7 @@ class Clip(Contender):
     name, title = "clip", "clip 1.0"
 
     def attempt(self, case: Case) -> Attempt:
-        if TASKS[case.task].adversarial:
+        if case.recipe.adversarial:
             return Attempt(train(case, quits_when_lost=True), applies=False)
         return Attempt(train(case, clip_val=1.0, quits_when_lost=True), steps_lost=None)
 
@@ -226,19 +225,20 @@ def _mean(values: Sequence[float]) -> float:
 
 @final
 class Guard(Contender):
-    """``NaNGuard()``, no argument given."""
+    """``NaNGuard(act_on=…)``, no other argument given."""
 
-    name, title = "nanguard", "NaNGuard"
+    def __init__(self, act_on: str) -> None:
+        self.name, self.title = act_on, f"NaNGuard {act_on}"  # type: ignore[misc]
 
     def attempt(self, case: Case) -> Attempt:
         from lightning_nanguard import NaNGuard
 
-        return attempt_with(NaNGuard(), case)
+        return attempt_with(NaNGuard(act_on=self.name), case)  # type: ignore[arg-type]
 
 
 @final
 class ReadLate(Contender):
-    """The guard in deferred readback where every number arrives as late as it may: after two further updates."""
+    """The guard on evidence, in deferred readback where every number arrives two updates late, the latest it may."""
 
     name, title = "deferred", 'NaNGuard(readback="deferred")'
 
@@ -247,7 +247,7 @@ class ReadLate(Contender):
         from lightning_nanguard.measure.readings import PendingReading
 
         with patch.object(PendingReading, "arrived", lambda self: False):
-            return attempt_with(NaNGuard(readback="deferred"), case)
+            return attempt_with(NaNGuard(act_on="evidence", readback="deferred"), case)
 
 
 def attempt_with(guard: Any, case: Case) -> Attempt:
@@ -269,9 +269,13 @@ def _lost(record: Any) -> int:
     return int("skip" in record.remedies)
 
 
-CONTENDERS: dict[str, Contender] = {
-    c.name: c for c in (Bare(), Clip(), SkipNonFinite(), StopEarly(), ZClip(), StartAgain(), Guard())
-}
+SETTINGS: dict[str, Contender] = {c.name: c for c in (Guard("certain"), Guard("evidence"))}
+"""Both ways to use the guard, by the value of ``act_on``."""
+
+RIVALS: dict[str, Contender] = {c.name: c for c in (Clip(), SkipNonFinite(), StopEarly(), ZClip(), StartAgain())}
+"""Other ways to live with NaN."""
+
+CONTENDERS: dict[str, Contender] = {"bare": Bare()} | RIVALS | SETTINGS
 """By name, in the order of the tables."""
 
 MODES: dict[str, Contender] = {c.name: c for c in (ReadLate(),)}

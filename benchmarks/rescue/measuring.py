@@ -11,7 +11,7 @@ import torch
 
 from .ablation import EVERYONE
 from .cases import FAILING, HEALTHY, Case, Form
-from .contenders import Attempt
+from .contenders import SETTINGS, Attempt
 from .running import Trained, train
 
 REGAINED = 0.9
@@ -163,8 +163,8 @@ def _failing(form: Form, job: Job) -> Result:
         if fails and (learns(twin) or not case.savable):
             break
         if not fails:
-            guard = verdict.rescued and "nanguard" in job.contenders and not survivors
-            kept = judge(case, EVERYONE["nanguard"].attempt(case), "nanguard", twin) if guard else None
+            guard = verdict.rescued and "evidence" in job.contenders and not survivors
+            kept = judge(case, EVERYONE["evidence"].attempt(case), "evidence", twin) if guard else None
             survivors.append((case.name, kept))
     result = _result(case, twin, fails, survivors)
     for name in job.contenders:
@@ -175,9 +175,11 @@ def _failing(form: Form, job: Job) -> Result:
             continue
         attempt = EVERYONE[name].attempt(case)
         result.verdicts[name] = judge(case, attempt, name, twin)
-    guarded = result.verdicts.get("nanguard")
-    if guarded is not None and result.harms_data and guarded.regained < REGAINED_DATA:
-        guarded.within_spread = guarded.final <= max(t.final for t in _other_twins(case))
+    short = [v for n, v in result.verdicts.items() if n in SETTINGS and v.regained < REGAINED_DATA]
+    if short and result.harms_data:
+        worst = max(t.final for t in _other_twins(case))
+        for guarded in short:
+            guarded.within_spread = guarded.final <= worst
     return result
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .ablation import EVERYONE
+from .contenders import SETTINGS
 from .measuring import REGAINED_DATA, Result, Verdict
 
 Summary = dict[str, dict[str, Any]]
@@ -75,7 +76,7 @@ def summarise(results: Sequence[Result]) -> Summary:
         learned = [v for v in saved if v.error is None]
         lost = [v.steps_lost for v in saved if v.steps_lost is not None]
         data = _of((r for r in failing(results) if r.harms_data), name)
-        survivors = [v for r in results for _, v in r.survivors if v is not None] if name == "nanguard" else []
+        survivors = [v for r in results for _, v in r.survivors if v is not None] if name == "evidence" else []
         summary[name] = {
             "title": EVERYONE[name].title,
             "failing": len(bad),
@@ -86,7 +87,7 @@ def summarise(results: Sequence[Result]) -> Summary:
             "regained_median": _median([max(-9.0, v.regained) for v in bad]),
             "regained_median_of_rescued": _median([v.regained for v in learned]),
             "data_faults": len(data),
-            "data_kept": sum(map(kept_data, data)) if name == "nanguard" else None,
+            "data_kept": sum(map(kept_data, data)) if name in SETTINGS else None,
             "interventions_mean": round(mean(v.interventions for v in bad), 2) if bad else None,
             "steps_lost_mean": round(mean(lost), 1) if lost else None,
             "time_median_of_rescued": _median([v.time for v in learned]),
@@ -114,7 +115,7 @@ def _number(value: float | None, form: str) -> str:
 
 def show_ablation(console: Console, results: Sequence[Result], summary: Summary) -> None:
     """Print what is lost without each rule, in runs of each kind."""
-    whole = summary["nanguard"]
+    whole = summary["evidence"]
     table = Table(title="What each rule earns", title_justify="left", box=SIMPLE_HEAD)
     columns = ("rescued", "difference", *groups(results), "healthy touched", "time, median*", "largest*")
     table.add_column("guard")
@@ -174,11 +175,9 @@ def show(console: Console, results: Sequence[Result], summary: Summary, facts: d
     harmless = [name for r in results for name, _ in r.survivors]
     never = [r.case for r in results if r.group != "healthy" and not r.fails]
     if harmless:
-        kept = summary.get("nanguard", {})
-        console.print(
-            f"{len(harmless)} draws survive without help and were drawn anew"
-            + (f"; NaNGuard keeps {kept['harmless_faults_kept']} of {kept['harmless_faults']} of them" if kept else "")
-        )
+        kept = summary.get("evidence")
+        saved = kept and f"; NaNGuard on evidence keeps {kept['harmless_faults_kept']} of {kept['harmless_faults']}"
+        console.print(f"{len(harmless)} draws survive without help and were drawn anew{saved or ''}")
     if never:
         console.print(f"[yellow]left out, no draw fails: {', '.join(never)}")
     dull = [r.case for r in results if r.group not in ("healthy", "hopeless") and not r.learns]
@@ -190,28 +189,33 @@ def show(console: Console, results: Sequence[Result], summary: Summary, facts: d
 def show_failures(console: Console, results: Sequence[Result]) -> None:
     """Print what became of every run the guard did not save, and of every healthy one it touched."""
     for result in results:
-        verdict = result.verdicts.get("nanguard")
-        if verdict is None:
-            continue
-        if result.group == "healthy":
-            if verdict.rescued and not verdict.interventions:
+        for name in SETTINGS:
+            verdict = result.verdicts.get(name)
+            if verdict is None:
                 continue
-        elif verdict.rescued and (not result.harms_data or kept_data(verdict)):
-            continue
-        console.rule(result.case, align="left")
-        console.print(result.description, style="dim", highlight=False)
-        console.print(f"regained {verdict.regained:.3f} of {result.initial:.4g} → {result.twin:.4g}, "
-                      f"ended at {verdict.final:.4g}; identical or rescued: {verdict.rescued}; "
-                      f"poisoned: {', '.join(verdict.poisoned) or 'nothing'}; error: {verdict.error}",
-                      highlight=False)  # fmt: skip
-        console.print("losses " + " ".join(f"{x:.3g}" for x in verdict.losses), highlight=False)
-        bare = result.verdicts.get("bare")
-        if bare is not None and result.group != "healthy":
-            console.print("bare   " + " ".join(f"{x:.3g}" for x in bare.losses), style="dim", highlight=False)
-        for act in verdict.acts[:30]:
-            console.print(f"  {act}", highlight=False, markup=False)
-        if len(verdict.acts) > 30:
-            console.print(f"  … {len(verdict.acts) - 30} more")
+            if result.group == "healthy":
+                good = verdict.rescued and not verdict.interventions
+            else:
+                good = verdict.rescued and (not result.harms_data or kept_data(verdict))
+            if not good:
+                _show_failure(console, result, verdict)
+
+
+def _show_failure(console: Console, result: Result, verdict: Verdict) -> None:
+    console.rule(f"{result.case}, {EVERYONE[verdict.contender].title}", align="left")
+    console.print(result.description, style="dim", highlight=False)
+    console.print(f"regained {verdict.regained:.3f} of {result.initial:.4g} → {result.twin:.4g}, "
+                  f"ended at {verdict.final:.4g}; identical or rescued: {verdict.rescued}; "
+                  f"poisoned: {', '.join(verdict.poisoned) or 'nothing'}; error: {verdict.error}",
+                  highlight=False)  # fmt: skip
+    console.print("losses " + " ".join(f"{x:.3g}" for x in verdict.losses), highlight=False)
+    bare = result.verdicts.get("bare")
+    if bare is not None and result.group != "healthy":
+        console.print("bare   " + " ".join(f"{x:.3g}" for x in bare.losses), style="dim", highlight=False)
+    for act in verdict.acts[:30]:
+        console.print(f"  {act}", highlight=False, markup=False)
+    if len(verdict.acts) > 30:
+        console.print(f"  … {len(verdict.acts) - 30} more")
 
 
 def brief(result: Result) -> dict[str, Any]:
@@ -254,7 +258,7 @@ def plot(results: Sequence[Result], summary: Summary, path: Path) -> None:
     shares.set_title("failing runs rescued, %")
     for name in names:
         values = sorted((min(1.2, max(-0.2, v.regained)) for v in _of(failing(results), name)), reverse=True)
-        strong = name == "nanguard"
+        strong = name in SETTINGS
         curves.plot([100 * (i + 1) / len(values) for i in range(len(values))], values, label=name,
                     linewidth=2.5 if strong else 1.2, zorder=3 if strong else 2)  # fmt: skip
     curves.axhline(0.9, color="grey", linewidth=0.7, linestyle=":")

@@ -26,13 +26,19 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
 from .data import Batch, loader
-from .models import DONE, TASKS, Task
+from .models import DONE, Task
 
 if TYPE_CHECKING:
     from .cases import Case
 
 TIME_LIMIT = 90
 """Seconds after which a run is given up."""
+
+
+class Calls:
+    """A count that nobody who puts the module's attributes back can undo."""
+
+    number = 0
 
 
 class Learner(pl.LightningModule):
@@ -44,6 +50,7 @@ class Learner(pl.LightningModule):
         self.automatic_optimization = not task.adversarial
         self.dice = torch.Generator().manual_seed(case.seed + 77)
         self.seen = 0
+        self.calls = Calls()
         self.struck: set[int] = set()
         self.hook: Any = None
         self.quits_when_lost = False
@@ -63,6 +70,7 @@ class Learner(pl.LightningModule):
             self.trainer.should_stop = self.trainer.should_stop or lost
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.calls.number += 1
         if self.task.adversarial:
             return self._adversarial_step(batch)
         return self._report(self.task.loss(self.net, batch, self.seen), batch)
@@ -178,6 +186,7 @@ class Trained:
         steps: Batches seen.
         losses: Training loss of each batch.
         changed: Whether any weight differs from the untrained model's.
+        calls: How often ``training_step`` was called.
     """
 
     initial: float
@@ -190,6 +199,7 @@ class Trained:
     steps: int
     losses: list[float] = field(default_factory=list)
     changed: bool = True
+    calls: int = 0
 
 
 def train(
@@ -204,7 +214,7 @@ def train(
     With ``quits_when_lost`` the run ends once its weights are not finite: nothing that never goes back can save it, and
     the suite saves the time.
     """
-    task = TASKS[case.task]
+    task = case.recipe
     random.seed(case.seed)
     np.random.seed(case.seed % 2**32)
     torch.manual_seed(case.seed)
@@ -265,7 +275,8 @@ def train(
         digest.update(name.encode() + tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     changed = any(not torch.equal(state[name], t) for name, t in untrained.items() if name.startswith("weight"))
     return Trained(
-        initial, final, poisoned, digest.hexdigest(), error, wall, cpu, learner.seen, losses, changed
+        initial, final, poisoned, digest.hexdigest(), error, wall, cpu, learner.seen, losses, changed,
+        learner.calls.number,
     )  # fmt: skip
 
 

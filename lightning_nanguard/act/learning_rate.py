@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_nanguard.act.valid_rates import ValidRates
+
 __all__ = ["LearningRate"]
 
 
@@ -32,11 +34,15 @@ class LearningRate:
     """Scales the learning rate of every group of some optimizers, whatever sets that rate.
 
     Attach it once; from then on :meth:`set_multiplier` may be called at any time. With a multiplier of 1.0 and no limit
-    no group is ever written to.
+    no group is ever written to, except that a step at an invalid rate (NaN, infinite, negative) is made at the last
+    valid one.
 
     Args:
         optimizers: The optimizers whose groups are scaled. Groups without an ``lr`` (or with ``None``) are left out
             everywhere.
+
+    Attributes:
+        valid: The last valid rate of each group.
 
     Raises:
         TypeError: If one of them is not a ``torch.optim.Optimizer``.
@@ -61,6 +67,7 @@ class LearningRate:
         self._scaled: dict[int, _Scaled] = {}
         self._handles: list[RemovableHandle] = []
         self._before_update: Callable[[Optimizer], None] = _nothing
+        self.valid = ValidRates()
 
     @property
     def multiplier(self) -> float:
@@ -79,8 +86,8 @@ class LearningRate:
 
     def ratio(self) -> float:
         """Effective rate over scheduled rate of the first group: the multiplier in effect, limits included."""
-        scheduled, effective = self.scheduled()[:1], self.effective()[:1]
-        return effective[0] / scheduled[0] if scheduled and scheduled[0] else self._multiplier
+        scheduled, effective = next(self._bases(), None), self.effective()[:1]
+        return effective[0] / float(scheduled) if scheduled else self._multiplier
 
     def set_multiplier(self, value: float, *, min_lr: float = 0.0, max_lr: float = math.inf) -> None:
         """Changes the multiplier, starting with the update that is being prepared.
@@ -103,7 +110,7 @@ class LearningRate:
     def effective(self) -> list[float]:
         """What the next step will use, one rate per group over all optimizers; reads tensor rates to the host."""
         factor = self._factor()
-        return [float(self._scale(rate, factor)) for rate in self._scheduled_rates()]
+        return [float(self._scale(rate, factor)) for rate in self._bases()]
 
     def first(self) -> float | None:
         """Effective rate of the first group, ``None`` where reading it would wait for a device."""
@@ -111,7 +118,7 @@ class LearningRate:
             rate = self._optimizers[0].param_groups[0].get("lr")
             if isinstance(rate, float):
                 return rate
-        rate = next(self._scheduled_rates(), None)
+        rate = next(self._bases(), None)
         if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu"):
             return None
         return float(self._scale(rate, self._factor()))
@@ -176,6 +183,7 @@ class LearningRate:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # The closure is wrapped even at a multiplier of 1.0: the guard may change the multiplier inside it.
+        self.valid.look(optimizer)
         closure = kwargs.get("closure")
         if closure is not None:
             kwargs = {**kwargs, "closure": partial(self._run_closure, optimizer, closure)}
@@ -209,14 +217,15 @@ class LearningRate:
             rate = group.get("lr")
             if rate is None or self._find(group, rate) is not None:
                 continue
+            base = self.valid.instead_of(group, rate)
             if isinstance(rate, Tensor):
                 # In place: the tensor is an input of compiled and captured steps.
                 with torch.no_grad():
                     scheduled = rate.clone()
-                    rate.copy_(self._scale(scheduled, factor))
+                    rate.copy_(torch.as_tensor(self._scale(scheduled if base is rate else base, factor)))
                 self._scaled[id(rate)] = _Scaled(optimizer, group, rate, scheduled, rate._version)
             else:
-                written = group["lr"] = self._scale(rate, factor)
+                written = group["lr"] = self._scale(base, factor)
                 self._scaled[id(group)] = _Scaled(optimizer, group, written, rate)
 
     def _withdraw(self, optimizer: Optimizer) -> None:
@@ -242,15 +251,23 @@ class LearningRate:
                     scaled = self._find(group, rate)
                     yield rate if scaled is None else scaled.scheduled
 
+    def _bases(self) -> Iterator[_Rate]:
+        """The rates that are scaled: the scheduled ones, or the last valid ones in the place of those that are none."""
+        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
+        for group, rate in zip(
+            (one for one in groups if one.get("lr") is not None), self._scheduled_rates(), strict=True
+        ):
+            yield self.valid.instead_of(group, rate)
+
     def is_on(self) -> bool:
-        """Whether any rate may be scaled."""
-        return self._multiplier != 1.0 or self._max_lr != math.inf
+        """Whether any rate may be scaled or replaced."""
+        return self._multiplier != 1.0 or self._max_lr != math.inf or self.valid.any()
 
     def _factor(self) -> float:
         """What every scheduled rate is multiplied by; where a limit is set, it reads the first group's rate."""
         if self._max_lr == math.inf:
             return self._multiplier
-        first = float(next(self._scheduled_rates(), 0.0))
+        first = float(next(self._bases(), 0.0))
         return min(self._multiplier, self._max_lr / first) if first > 0 else self._multiplier
 
     @overload

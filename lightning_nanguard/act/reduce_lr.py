@@ -62,6 +62,8 @@ class ReduceLR(Remedy):
         """A cut, unless the rate is at its floor."""
         if evidence.lr is not None and evidence.lr <= self.min_lr:
             return None
+        if evidence.trial is not None and evidence.trial.lacks > 0:
+            return Scale(evidence.trial.factor, self.min_lr, tried=True)
         limits = self._limits
         smallest = min(self.factor, limits.largest_at_once)
         factor = max(self.factor**2 ** min(attempt, limits.most_escalated), smallest)
@@ -73,7 +75,7 @@ class ReduceLR(Remedy):
     def apply(self, step: PlanStep, run: RunControl) -> None:
         """Change the multiplier."""
         assert isinstance(step, Scale)
-        limits, rehearses = self._limits, self.rehearse and step.factor < 1
+        limits, rehearses = self._limits, self.rehearse and step.factor < 1 and not step.tried
         if rehearses and step.clipped and not step.firm and clipping_suffices(run.rehearse, step.factor, limits):
             return
         few = rehearses and run.rehearsal_batches() <= limits.few

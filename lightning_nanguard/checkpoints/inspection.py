@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -14,8 +15,7 @@ from torch import Tensor
 from lightning_nanguard.checkpoints.poison import poisoned
 from lightning_nanguard.state.learner import StateKey
 
-LAST_GOOD = "nanguard-last-good.ckpt"
-"""Name of the checkpoint file that the guard itself writes."""
+_EXTREMES = frozenset({"min", "max", "minimum", "maximum", "lowest", "highest", "best"})
 
 
 @final
@@ -29,6 +29,7 @@ class Inspection:
         tensors: Names of the tensors in it that are not finite and should be.
         global_step: The step it was written at, ``None`` where it does not say.
         whole_run: Whether it holds more than weights, so that a run can be resumed from it.
+        run: Id of the guarded run that saved it; ``""`` where it names none, as those of version 0.1.0.
     """
 
     path: Path
@@ -36,10 +37,32 @@ class Inspection:
     tensors: tuple[str, ...] = ()
     global_step: int | None = None
     whole_run: bool = False
+    run: str = ""
 
     def good(self) -> bool:
         """Whether a run may be resumed from it."""
         return self.whole_run and not self.damage and not self.tensors
+
+
+def run_of(checkpoint: Mapping[str, Any]) -> str:
+    """Id of the guarded run that a checkpoint is of; ``""`` where it names none."""
+    callbacks = checkpoint.get("callbacks")
+    states = callbacks.items() if isinstance(callbacks, Mapping) else ()
+    ids = (state.get("run") for key, state in states if "NaNGuard" in str(key) and isinstance(state, Mapping))
+    return next((one for one in ids if isinstance(one, str)), "")
+
+
+def run_of_file(path: Path) -> str | None:
+    """Id of the guarded run that a checkpoint file is of; ``None`` where it cannot be read. Its tensors are not read.
+
+    Args:
+        path: The file.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # whatever keeps torch from reading it
+        return None
+    return run_of(checkpoint) if isinstance(checkpoint, Mapping) else None
 
 
 def damage(path: Path) -> str:
@@ -64,14 +87,19 @@ def damage(path: Path) -> str:
 
 
 def inspect(
-    path: Path, weights: Mapping[str, Tensor] | None = None, allowed: Mapping[StateKey, Tensor] | None = None
+    path: Path,
+    weights: Mapping[str, Tensor] | None = None,
+    allowed: Mapping[StateKey, Tensor] | None = None,
+    infinite: Collection[str] | None = None,
 ) -> Inspection:
     """Look into a checkpoint file, on the CPU and without running code from it.
 
     Args:
         path: The file.
         weights: The module's parameters and buffers; ``None`` goes by the names in the file's ``state_dict``.
-        allowed: Where buffers are non-finite by design; ``None`` allows −inf in whatever is a mask by its name.
+        allowed: Where weights and buffers are non-finite by design; ``None`` allows −inf in whatever is a mask by its
+            name.
+        infinite: Names of the buffers that may hold Inf; ``None`` for what is an extreme by its name.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -96,14 +124,22 @@ def inspect(
         weights = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     if allowed is None:
         allowed = {("buffer", name): value == -torch.inf for name, value in weights.items() if "mask" in name}
+    if infinite is None:
+        infinite = {name for name in weights if not _EXTREMES.isdisjoint(re.split(r"[\W\d_]+", name.lower()))}
     step = checkpoint.get("global_step")
     return Inspection(
         path,
         "",
-        tuple(poisoned(checkpoint, weights, allowed)),
+        tuple(poisoned(checkpoint, weights, allowed, infinite)),
         step if isinstance(step, int) else None,
         "optimizer_states" in checkpoint and "loops" in checkpoint,
+        run_of(checkpoint),
     )
+
+
+def checkpoint_files(folders: Iterable[Path]) -> list[Path]:
+    """The checkpoint files in some folders; a folder that does not exist is left out."""
+    return [file for folder in folders if folder.is_dir() for file in folder.glob("*.ckpt") if file.is_file()]
 
 
 def newest_good(
@@ -112,6 +148,8 @@ def newest_good(
     other_than: Path | None = None,
     weights: Mapping[str, Tensor] | None = None,
     allowed: Mapping[StateKey, Tensor] | None = None,
+    wanted: Callable[[Inspection], bool] = lambda found: True,
+    infinite: Collection[str] | None = None,
 ) -> Inspection | None:
     """The newest checkpoint file in some folders that a run may be resumed from, by its time of writing.
 
@@ -120,13 +158,13 @@ def newest_good(
         other_than: A file that is not wanted.
         weights: See :func:`inspect`.
         allowed: See :func:`inspect`.
+        wanted: Whether a good one is taken; the next older one is tried where it is not.
+        infinite: See :func:`inspect`.
     """
     unwanted = other_than.resolve() if other_than is not None else None
-    files = {
-        file.resolve() for folder in folders if folder.is_dir() for file in folder.glob("*.ckpt") if file.is_file()
-    }
+    files = {file.resolve() for file in checkpoint_files(folders)}
     for file in sorted(files - {unwanted}, key=lambda file: (file.stat().st_mtime_ns, str(file)), reverse=True):
-        found = inspect(file, weights, allowed)
-        if found.good():
+        found = inspect(file, weights, allowed, infinite)
+        if found.good() and wanted(found):
             return found
     return None

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import final
 
-from lightning_nanguard.checkpoints.inspection import LAST_GOOD
+from lightning_nanguard.record.files import LAST_GOOD
 from lightning_nanguard.state.ring import Ring
 
 _logger = logging.getLogger("lightning_nanguard")

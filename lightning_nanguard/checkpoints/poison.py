@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_nanguard.measure.finite import non_finite_indices
-from lightning_nanguard.measure.tensors import local
+from lightning_nanguard.measure.tensors import dense_values, local, shape_of
 from lightning_nanguard.state.learner import StateKey, unwrapped
 
 
 def poisoned(
-    checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], allowed: Mapping[StateKey, Tensor]
+    checkpoint: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    allowed: Mapping[StateKey, Tensor],
+    infinite: Collection[str] = (),
 ) -> list[str]:
     """Names of the weights, buffers, moments and averaged copies in a checkpoint that hold NaN or Inf.
 
@@ -23,7 +26,9 @@ def poisoned(
     Args:
         checkpoint: Lightning's or any other nesting of dictionaries and lists.
         weights: The module's parameters and buffers; what has the name and the shape of one counts as a weight.
-        allowed: Where buffers are non-finite by design, from :func:`lightning_nanguard.state.finite.allowances`.
+        allowed: Where weights and buffers are non-finite by design, from
+            :func:`lightning_nanguard.state.finite.allowances`.
+        infinite: Names of the buffers that may hold Inf, from :func:`lightning_nanguard.state.finite.may_be_infinite`.
 
     Example:
         >>> weights = {"w": torch.ones(2)}
@@ -35,12 +40,13 @@ def poisoned(
     bad = []
     for index in non_finite_indices([local(tensor) for _, _, tensor in found]):
         where, name, tensor = found[index]
-        mask = allowed.get(("buffer", unwrapped(name)))
-        if mask is not None and mask.shape == tensor.shape:
-            wrong = ~torch.isfinite(tensor.detach()) & ~mask.to(tensor.device)
-            if not bool(wrong.any()):
-                continue
-        bad.append(f"{'/'.join(where)}: {name}")
+        own, values = unwrapped(name), dense_values(tensor)
+        wrong = torch.isnan(values) if own in infinite else ~torch.isfinite(values)
+        mask = allowed.get(("buffer", own), allowed.get(("parameter", own)))
+        if mask is not None and mask.shape == wrong.shape:
+            wrong &= ~mask.to(wrong.device)
+        if bool(wrong.any()):
+            bad.append(f"{'/'.join(where)}: {name}")
     return bad
 
 
@@ -84,4 +90,4 @@ def is_optimizer_state(value: Mapping[Any, Any]) -> bool:
 def is_weight(key: Any, item: Tensor, weights: Mapping[str, Tensor]) -> bool:
     """Whether a tensor of a checkpoint has the name and the shape of one of the module's."""
     live = weights.get(unwrapped(key)) if isinstance(key, str) else None
-    return live is not None and live.shape == item.shape
+    return live is not None and shape_of(live) == shape_of(item)

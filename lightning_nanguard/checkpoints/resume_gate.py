@@ -9,10 +9,18 @@ from typing import Any, final
 
 from torch import nn
 
-from lightning_nanguard.checkpoints.inspection import Inspection, damage, newest_good
+from lightning_nanguard.checkpoints.inspection import (
+    Inspection,
+    checkpoint_files,
+    damage,
+    newest_good,
+    run_of,
+    run_of_file,
+)
 from lightning_nanguard.checkpoints.poison import poisoned
 from lightning_nanguard.errors import BadCheckpointError
-from lightning_nanguard.state.finite import allowances
+from lightning_nanguard.record.run_log import RUN_FILE, read_run
+from lightning_nanguard.state.finite import allowances, may_be_infinite
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.thresholds.checkpoints import CheckpointsThresholds
 
@@ -27,7 +35,7 @@ class ResumeGate:
         module: The module as it was built: where its buffers are not finite, such as in a mask, those of a checkpoint
             may be so too.
         folders: Folders beside the checkpoint's own in which good checkpoints may lie.
-        take: Resume from the newest good checkpoint instead of raising an error that names it.
+        take: Resume from the newest good checkpoint of the same run instead of raising an error that names it.
         observe: Only warn.
         thresholds: How much the error names.
 
@@ -68,7 +76,8 @@ class ResumeGate:
         allowed, named = allowances(weights), {name: tensor for (_, name), tensor in weights}
         missing = content is None and not path.exists()
         wrong = "there is no such file" if missing else damage(path)
-        tensors = poisoned(content, named, allowed) if content is not None else []
+        infinite = may_be_infinite(self._module)
+        tensors = poisoned(content, named, allowed, infinite) if content is not None else []
         if not wrong and not tensors:
             return None  # it is good, or its error has another cause and is the user's to see
         reason = wrong or f"{_listed(tensors, self._named)} {'is' if len(tensors) == 1 else 'are'} not finite"
@@ -77,21 +86,66 @@ class ResumeGate:
             return None
         if missing and not self._take:
             return None  # Lightning's own error says it
-        nearby = [path.parent, path.parent / "nanguard", path.parent.parent / "nanguard", *self._folders]
-        other = newest_good(nearby, other_than=path, weights=named, allowed=allowed)
-        if self._take and other is not None:
+        nearby = _nearby(path, self._folders)
+        run = _run_of(path, content, nearby)
+
+        def newest(own: bool) -> Inspection | None:
+            wanted = (lambda found: found.run == run) if own else (lambda found: True)
+            return newest_good(
+                nearby, other_than=path, weights=named, allowed=allowed, infinite=infinite, wanted=wanted
+            )
+
+        other = newest(own=run is not None)
+        if self._take and other is not None and run is not None:
             self.refused, self.taken = f"{path} is bad: {reason}", other
             return other.path
         if missing:
             return None
-        raise BadCheckpointError(_refusal(path, reason, other), path, tensors, other and other.path) from error
+        of_another = newest(own=False) if other is None else None
+        text = f"NaNGuard does not go on from {path}: {reason}. {_offer(other, of_another, known=run is not None)}"
+        raise BadCheckpointError(text, path, tensors, other and other.path) from error
 
 
-def _refusal(path: Path, reason: str, other: Inspection | None) -> str:
-    text = f"NaNGuard does not go on from {path}: {reason}. "
+def _nearby(path: Path, folders: Iterable[Path]) -> list[Path]:
+    """Where checkpoints of the same run may lie: beside it, in the guard's folders there, and in those given."""
+    guards = [path.parent / "nanguard", path.parent.parent / "nanguard", *folders]
+    below = [
+        child
+        for folder in guards
+        if folder.is_dir()
+        for child in sorted(folder.iterdir())
+        if (child / RUN_FILE).exists()
+    ]
+    return [path.parent, *guards, *below]
+
+
+def _run_of(path: Path, content: Mapping[str, Any] | None, nearby: Iterable[Path]) -> str | None:
+    """Id of the run that a checkpoint is of, ``""`` for one without an id; ``None`` where that cannot be told."""
+    if content is not None:
+        return run_of(content)
+    logs = [log for folder in nearby if (log := read_run(folder)) is not None]
+    # Where several runs have written to the same path, the file is of the last one.
+    saved = [save for log in logs if (save := log.saved_by(path)) is not None]
+    if saved:
+        return max(saved)[1]
+    if logs:
+        return None
+    runs = {run for file in checkpoint_files(nearby) if (run := run_of_file(file)) is not None}
+    return runs.pop() if len(runs) == 1 else None
+
+
+def _offer(other: Inspection | None, of_another: Inspection | None, *, known: bool) -> str:
     if other is None:
-        return text + "No other checkpoint near it is good: start from an older one, or anew."
-    return text + (
+        no = "No other checkpoint near it is good"
+        if of_another is not None:
+            no = f"No other checkpoint of its run near it is good ({of_another.path} is another run's)"
+        return f"{no}: start from an older one, or anew."
+    if not known:
+        return (
+            f"The newest good checkpoint near it is {other.path} of step {other.global_step}, but nothing tells which "
+            f"run the bad one is of: pass it as ckpt_path if it is {other.run or 'the one without an id'}."
+        )
+    return (
         f"The newest good checkpoint near it is {other.path} of step {other.global_step}: pass it as ckpt_path, or let "
         'NaNGuard(resume="last-good") take it.'
     )

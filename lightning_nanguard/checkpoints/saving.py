@@ -96,7 +96,7 @@ class SaveGuard:
         if self._ranks.rank > 0 and not self._ranks.sharded:
             return checkpoint  # rank 0 writes
         weights = {key[1]: leaf for key, leaf in self._learner.weights()}
-        bad = poisoned(checkpoint, weights, self._finite.allowed)
+        bad = poisoned(checkpoint, weights, self._finite.allowed, self._finite.infinite)
         if self._ranks.sharded:
             # Each rank has looked at its own shards only; a checkpoint mended by one would not fit the others.
             name, _ = first_over_ranks(self._ranks, bad[0] if bad else None)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from lightning_nanguard.cli.importing import load
+from lightning_nanguard.cli.output import say
 from lightning_nanguard.record.messages import describe_finding
 
 NAME = "check"
@@ -32,9 +33,9 @@ def run(chosen: argparse.Namespace) -> int:
     with without_messages():
         report = check_config(chosen.config, model, data, gradients=chosen.gradients, overfit=chosen.overfit)
     for finding in report.findings:
-        print(describe_finding(finding, confidence=True))
+        say(describe_finding(finding, confidence=True))
     for note in report.notes:
-        print(note)
+        say(note)
     if not report.sure:
         print("nanguard: nothing found that is wrong")
     return 1 if report.sure else 0

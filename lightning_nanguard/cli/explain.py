@@ -1,16 +1,21 @@
-"""``nanguard explain``: the records of a run in words."""
+"""``nanguard explain``: what the guard did in a run, in words."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
+from lightning_nanguard.cli.output import say
 from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_advice, read_records
-from lightning_nanguard.record.messages import describe, describe_advice
+from lightning_nanguard.record.messages import describe_advice, tell, tell_again
+from lightning_nanguard.record.run_folder import is_alive
+from lightning_nanguard.record.run_log import RUN_FILE, RunLog, read_run
+from lightning_nanguard.record.text import counted
 
 NAME = "explain"
-HELP = "print every record of a run with its finding, in words"
+HELP = "say what the guard did in a run, why, and what to do about it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,26 +24,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run_folder",
         metavar="run",
         type=Path,
-        help=f"folder of the run (searched for {RECORDS_FILE}), or the file itself",
+        help=f"folder of the run, or of many: it is searched with all below it; or one {RECORDS_FILE}",
     )
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Print one line for each record and each piece of advice."""
+    """Tell each run: how it went, its records and its advice."""
     where: Path = chosen.run_folder
-    names = (RECORDS_FILE, ADVICE_FILE)
-    files = [where] if where.is_file() else sorted(path for name in names for path in where.rglob(name))
-    if not files:
-        print(
-            f"nanguard: no {RECORDS_FILE} in {where}: either the guard had nothing to do there, or its records lie "
-            "elsewhere (NaNGuard's dirpath).",
+    if where.is_file():
+        _tell_file(where)
+        return 0
+    if not where.is_dir():
+        say(f"nanguard: there is no folder {where}", file=sys.stderr)
+        return 2
+    folders = sorted({path.parent for name in (RUN_FILE, RECORDS_FILE, ADVICE_FILE) for path in where.rglob(name)})
+    for folder in sorted(folders, key=_begun):
+        log = read_run(folder)
+        say(f"Run of version 0.1.0 in {folder}" if log is None else headline(log))
+        for name in (RECORDS_FILE, ADVICE_FILE):
+            if (folder / name).is_file():
+                _tell_file(folder / name)
+    if not folders:
+        say(
+            f"nanguard: no run of NaNGuard lies in {where} or below it. guard.run_dir says where a run has its folder: "
+            f"{'nanguard'!r} beside its checkpoints, or NaNGuard's dirpath.",
             file=sys.stderr,
         )
-        return 2
-    for file in files:
-        if len(files) > 1:
-            print(f"{file}:")
-        advice = file.name == ADVICE_FILE
-        for line in map(describe_advice, read_advice(file)) if advice else map(describe, read_records(file)):
-            print(line)
-    return 0
+    return 0 if folders else 2
+
+
+def _begun(folder: Path) -> tuple[str, str]:
+    log = read_run(folder)
+    return "" if log is None else log.run_id, str(folder)
+
+
+def headline(log: RunLog) -> str:
+    """Which run it is, and how it went, in one line."""
+    began = f"Run {log.run_id} in {log.folder}"
+    if len(log.fits) > 1:
+        began += f", resumed {counted(len(log.fits) - 1, 'time')}"
+    if log.ended is None:
+        return f"{began}: {'it goes on' if is_alive(log.folder) else 'it was killed'}"
+    total = sum(count for count in dict(log.ended.get("faults", {})).values() if isinstance(count, int))
+    done = counted(total, "intervention") if total else "nothing to do"
+    return f"{began}: {counted(int(log.ended.get('updates', 0)), 'update')}, {done} since it was last begun"
+
+
+def _tell_file(file: Path) -> None:
+    if file.name == ADVICE_FILE:
+        for advice in read_advice(file):
+            say(describe_advice(advice))
+        return
+    seen: Counter[tuple[str, str | None, tuple[str, ...]]] = Counter()
+    for record in read_records(file):
+        kind = (record.fault, record.cause, record.remedies)
+        seen[kind] += 1
+        say(tell(record) if seen[kind] == 1 else tell_again(record))

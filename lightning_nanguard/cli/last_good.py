@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from lightning_nanguard.cli.output import say
+
 NAME = "last-good"
 HELP = "print the newest good checkpoint that the guard kept, for ckpt_path"
 
@@ -19,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     """Print the path of the newest file that is whole and finite, and nothing else, on standard output."""
-    from lightning_nanguard.checkpoints.inspection import LAST_GOOD, inspect, newest_good
+    from lightning_nanguard.checkpoints.inspection import inspect, newest_good
+    from lightning_nanguard.record.files import LAST_GOOD
 
     where: Path = chosen.run_folder
     kept = sorted(where.rglob(LAST_GOOD), key=lambda file: file.stat().st_mtime_ns, reverse=True)
@@ -29,7 +32,7 @@ def run(chosen: argparse.Namespace) -> int:
             print(file)
             print(f"step {found.global_step}, {file.stat().st_size:,} bytes; whole and finite", file=sys.stderr)
             return 0
-        print(f"nanguard: {file} is bad: {found.damage or ', '.join(found.tensors)}", file=sys.stderr)
+        say(f"nanguard: {file} is bad: {found.damage or ', '.join(found.tensors)}", file=sys.stderr)
     if not kept:
         print(
             f"nanguard: no {LAST_GOOD} in {where}: NaNGuard(last_good_every_n_steps=…) writes one, once its state is "

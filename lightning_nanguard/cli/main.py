@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Protocol
 
 from lightning_nanguard import __version__
-from lightning_nanguard.cli import check, explain, last_good, replay
+from lightning_nanguard.cli import check, explain, last_good, replay, tail
+from lightning_nanguard.cli.output import say
 
 
 class Command(Protocol):
@@ -28,7 +30,7 @@ class Command(Protocol):
 
 
 # Each imports what takes time (torch, Lightning) only when it runs.
-COMMANDS: tuple[Command, ...] = (explain, last_good, check, replay)
+COMMANDS: tuple[Command, ...] = (explain, tail, last_good, check, replay)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,8 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.insert(0, "")
     try:
         status: int = chosen.run(chosen)
+    except BrokenPipeError:  # `nanguard explain … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ImportError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        print(f"nanguard: {type(error).__name__}: {error}", file=sys.stderr)
+        say(f"nanguard: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return status
 

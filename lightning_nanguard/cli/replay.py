@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_nanguard.cli.importing import load
+from lightning_nanguard.cli.output import say
 from lightning_nanguard.record.messages import describe_finding
 
 if TYPE_CHECKING:
@@ -33,10 +34,10 @@ def run(chosen: argparse.Namespace) -> int:
     from lightning_nanguard.trainer.private.messages import without_messages
 
     bundle = read(chosen.bundle)
-    print(describe(bundle))
+    say(describe(bundle))
     other = {name: was for name, was in bundle.versions.items() if versions().get(name) != was}
     if other:
-        print(f"versions then: {', '.join(f'{name} {was}' for name, was in other.items())}")
+        say(f"versions then: {', '.join(f'{name} {was}' for name, was in other.items())}")
     build = load(chosen.module or bundle.module)
     with without_messages():
         replayed = replay_bundle(bundle, build(**(bundle.hparams if chosen.args is None else chosen.args)))
@@ -50,11 +51,11 @@ def _show(replayed: ReplayReport) -> None:
     losses = ", ".join(f"{loss:.6g}" for loss in replayed.losses) or "none"
     finite = replayed.gradient_finite
     gradient = "" if finite is None else f", gradient {'' if finite else 'not '}finite"
-    print(f"replayed: loss {losses}{gradient}")
+    say(f"replayed: loss {losses}{gradient}")
     found = replayed.finding
-    print("no cause found now" if found is None else f"cause: {describe_finding(found, confidence=True)}")
+    say("no cause found now" if found is None else f"cause: {describe_finding(found, confidence=True)}")
     for line in layer_table(replayed.layers):
-        print(line)
+        say(line)
 
 
 def layer_table(layers: Sequence[Layer]) -> list[str]:

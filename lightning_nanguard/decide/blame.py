@@ -19,7 +19,8 @@ def find_scope(fault: Fault, evidence: Evidence, limits: BlameThresholds) -> Sco
     if evidence.jump is not None and fault.scope == "batch":
         return "learner" if learner_did_it(evidence, limits) else "state"
     if fault.scope == "learner":
-        return "learner" if suspicion_holds(fault, evidence, limits) else None
+        confirmed = fault.proof == "none" or (evidence.trial is not None and evidence.trial.lacks > 0)
+        return "learner" if confirmed else None
     return _batch_or_learner(fault, evidence, limits)
 
 
@@ -28,7 +29,7 @@ def _batch_or_learner(fault: Fault, evidence: Evidence, limits: BlameThresholds)
         return "batch"
     comparison = evidence.comparison
     least, sane = limits.worse_for_batch * evidence.loss_unit, _sane_loss(evidence, limits)
-    if comparison is not None and worse(comparison, least, limits, sane=sane):
+    if comparison is not None and worse(comparison, least, sane=sane):
         return "learner" if learner_did_it(evidence, limits) else "state"
     if evidence.undo and comparison is None and evidence.healthy_since_restore is not None:
         return "learner" if evidence.healthy_since_restore < limits.calm_when_late else "batch"
@@ -45,60 +46,17 @@ def _batch_or_learner(fault: Fault, evidence: Evidence, limits: BlameThresholds)
     return "batch"
 
 
-def suspicion_holds(fault: Fault, evidence: Evidence, limits: BlameThresholds) -> bool:
-    """Whether the evidence confirms the suspicion that the learner diverged."""
-    if fault.recovers and not evidence.comparable:
-        # Several losses that work against each other rise and fall by design.
-        far = fault.value is not None and fault.value > evidence.first + limits.far_above * abs(evidence.first)
-        return far and evidence.growth > limits.grown_unproven
-    comparison = evidence.comparison
-    match fault.proof:
-        case "none":
-            return True
-        case "growth":
-            # A heavy-tailed loss rises as far, but its weights do not grow.
-            return evidence.growth > (limits.grown if evidence.comparable else limits.grown_unproven)
-        case "trial":
-            # The loss is the same in a hard task; a trial of a lower rate, or grown weights, show a ruined learner.
-            return ruined(fault, evidence, limits)
-        case "batches":
-            # If the data make the loss swing, good weights are no better on these batches than untrained ones.
-            first = evidence.first
-            limit = first + limits.unsteady_share * abs(first)
-            return comparison is not None and comparison.then < limit and comparison.now > first
-    if comparison is None:
-        return True
-    least = limits.worse_for_suspicion * _unit(fault, evidence)
-    if worse(comparison, least, limits, sane=_sane_loss(evidence, limits)):
-        return True
-    if comparison.then - comparison.now > limits.better * evidence.loss_unit:
-        return False  # the data have changed, and the model is learning them
-    return fault.recovers and ruined(fault, evidence, limits)
-
-
-def ruined(fault: Fault, evidence: Evidence, limits: BlameThresholds) -> bool:
-    """Whether a lower rate learns where the present one does not, or the weights have grown beyond repair."""
-    no_better = fault.value is not None and fault.value > evidence.first - limits.no_better * evidence.loss_unit
-    return (
-        bool(evidence.lower_is_better)
-        or evidence.growth > limits.grown
-        or (evidence.growth > limits.grown_after_rise and evidence.excursion and no_better)
-    )
-
-
-def worse(comparison: Comparison, least: float, limits: BlameThresholds, *, sane: float = math.inf) -> bool:
+def worse(comparison: Comparison, least: float, *, sane: float = math.inf) -> bool:
     """Whether the present weights are clearly worse on the batch than the last good ones.
 
     Args:
         comparison: Loss of one batch under both.
         least: Least difference of the losses.
-        limits: Least difference as a share of the loss under the good weights (``worse_share``).
         sane: A batch whose loss is above this under good weights is itself at fault.
     """
     if not math.isfinite(comparison.then) or comparison.then > sane:
         return False
-    by = max(least, limits.worse_share * abs(comparison.then))
-    return not math.isfinite(comparison.now) or comparison.now - comparison.then > by
+    return not math.isfinite(comparison.now) or comparison.now - comparison.then > least
 
 
 def learner_did_it(evidence: Evidence, limits: BlameThresholds) -> bool:
@@ -117,11 +75,6 @@ def rate_rises(evidence: Evidence, limits: BlameThresholds) -> bool:
         return True
     lowest = evidence.lowest_lr
     return evidence.lr is not None and lowest is not None and evidence.lr > limits.rate_risen * lowest
-
-
-def _unit(fault: Fault, evidence: Evidence) -> float:
-    # The rise itself inflates the noise in the loss unit, so the unit is at most the size of the rise.
-    return evidence.loss_unit if fault.excess is None else min(evidence.loss_unit, fault.excess)
 
 
 def _sane_loss(evidence: Evidence, limits: BlameThresholds) -> float:

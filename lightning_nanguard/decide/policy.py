@@ -8,9 +8,9 @@ The evidence decides what is at fault, and that decides the remedy:
 * *state* that went bad by itself is restored, without a correction;
 * a run without one good update, or over its budget, is stopped.
 
-Every listed remedy whose role the verdict calls for is asked. The verdict on a learner calls for a restore and for one
-correction (clipping or the rate, whichever is listed first and proposes something), or for all of them where one may be
-too little. Remedies that notify are asked at every fault.
+Every listed remedy whose role the verdict calls for is asked. The verdict on a learner calls for a restore and for all
+listed corrections (clipping and the rate), since a loss may explode by its learning rate or by rare large gradients.
+Where clipping alone turns out to suffice, the planned cut is not made. Remedies that notify are asked at every fault.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lightning_nanguard.decide.depth import depth_by_level
 from lightning_nanguard.decide.recovery import note_failed
 from lightning_nanguard.decide.state import PolicyState, within_window
 from lightning_nanguard.thresholds.decision import DecisionThresholds
+from lightning_nanguard.thresholds.trial import TrialThresholds
 from lightning_nanguard.types import Clip, Evidence, Fault, Plan, PlanStep, Restore, Role, Scale, Scope, Skip, Stop
 
 
@@ -49,11 +50,13 @@ class Policy:
         remedies: What may follow when skipping is not enough, in order of preference.
         budget: Bounds on interventions.
         thresholds: When the batch, the learner or the state is blamed.
+        trials: What a trial has to show.
     """
 
     remedies: Sequence[Proposes]
     budget: Budget = field(default_factory=Budget)
     thresholds: DecisionThresholds = field(default_factory=DecisionThresholds)
+    trials: TrialThresholds = field(default_factory=TrialThresholds)
 
     def decide(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
         """The plan for a fault; an empty plan means that it was a false alarm."""
@@ -67,8 +70,16 @@ class Policy:
         if evidence.healthy_steps == 0 and evidence.bad_in_a_row >= self._most_in_a_row(start=True):
             return (Stop(f"no update was ever good: the first {evidence.bad_in_a_row} were all bad"),), state
         scope = find_scope(fault, evidence, self.thresholds.blame)
+        trial = evidence.trial
+        if trial is not None:
+            shown = state.trials_failed + 1 if trial.lacks > 0 else 0
+            state = replace(state, trials_failed=shown)
+            if 0 < shown < self.trials.in_a_row and trial.lacks <= self.trials.plain:
+                return (), state
         if scope is None:
             return (), state
+        if scope == "state" and state.unproven.count(_where(fault)) >= self.thresholds.same_restores:
+            scope = "learner"  # the same action would have the same result
         if scope == "batch":
             return self._skip(fault, evidence, state)
         return self._go_back(fault, evidence, state, scope)
@@ -116,15 +127,6 @@ class Policy:
         self, fault: Fault, evidence: Evidence, state: PolicyState, scope: Scope, attempt: int
     ) -> list[PlanStep]:
         steps: list[PlanStep] = []
-        corrected: Role | None = None
-        # A loss may explode by its learning rate or by rare large gradients. With both corrections the rate is cut only
-        # as far as is needed with clipping.
-        both = (
-            attempt > 0
-            or evidence.healthy_steps < self.thresholds.blame.beginning
-            or (fault.scope == "learner" and fault.clipping_helps)
-            or evidence.burst
-        )
         for remedy in self.remedies:
             role = remedy.role
             if role in ("skip", "notify") or (role in ("rate", "clip", "moments") and scope != "learner"):
@@ -138,8 +140,7 @@ class Policy:
                     return [proposal]
             elif role == "restore":
                 steps.append(self._deep_enough(proposal, evidence, state, scope))
-            elif both or corrected in (None, role):
-                corrected = role
+            else:
                 fitting = self._fitted(proposal, evidence, state, steps, attempt)
                 steps += [] if fitting is None else [fitting]
         return steps
@@ -196,16 +197,20 @@ class Policy:
     def _count_restore(
         self, fault: Fault, evidence: Evidence, state: PolicyState, plan: Plan
     ) -> tuple[Plan, PolicyState]:
-        where = f"{fault.kind} at {fault.place}"
+        where = _where(fault)
         state = replace(state, restores=(*state.restores, (evidence.step, where)))
-        if all(isinstance(step, Restore) for step in plan):
-            failed = state.unproven.count(where)
-            state = replace(state, unproven=(*state.unproven, where))
-            if failed >= self.thresholds.same_restores:
-                reason = f"it came back at once after each of {failed} rollbacks, which change nothing else"
-                return (Stop(reason),), state
+        failed = state.unproven.count(where)
+        state = replace(state, unproven=(*state.unproven, where))
+        plain = all(isinstance(step, Restore) for step in plan)
+        if failed >= (self.thresholds.same_restores if plain else self.thresholds.corrected_restores):
+            reason = f"it came back after each of {failed} rollbacks, before another snapshot was certified"
+            return (Stop(reason),), state
         here = sum(1 for _, place in state.restores if place == where)
         if len(state.restores) > self.budget.max_rollbacks or here > self.budget.max_rollbacks_per_place:
             total = f"{len(state.restores) - 1} rollbacks within {self.budget.window} updates"
             return (Stop(f"the budget is used up: {total}, {here - 1} of them for this"),), state
         return plan, state
+
+
+def _where(fault: Fault) -> str:
+    return f"{fault.kind} at {fault.place}"

@@ -23,7 +23,8 @@ class PolicyState:
             below ``bad_rate``.
         failed_returns: How often the learner diverged again after a cut was given back.
         given_back_at: Healthy-step count at the last change of the multiplier.
-        unproven: Fault and place of each plain rollback since a snapshot was last certified.
+        unproven: Fault and place of each rollback since a snapshot was last certified.
+        trials_failed: Trials in a row that spoke against the run.
         proven_level: Level of the loss when it was last seen to have fallen, ``inf`` before.
     """
 
@@ -37,6 +38,7 @@ class PolicyState:
     given_back_at: int = 0
     proven_level: float = math.inf
     unproven: tuple[str, ...] = ()
+    trials_failed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers for a checkpoint."""

@@ -29,7 +29,7 @@ class GradientSpike(Detector):
         threshold: Deviations (MAD, scaled) of the logarithm.
         ratio: Least ratio to the median.
         window: Number of newest accepted norms that are compared with.
-        warmup: Number of accepted norms before a norm below 100,000 times the largest of them is surely a spike.
+        warmup: Number of accepted norms before a norm below a million times the largest of them is surely a spike.
         thresholds: Further thresholds, ``None`` for the defaults.
 
     Raises:
@@ -75,7 +75,7 @@ class GradientSpike(Detector):
         first, second = self._norms.values()
         others = max(second, norm)
         own = self.thresholds
-        if first <= own.warmup_min_norm or first <= own.warmup_above_largest * others:
+        if first <= own.warmup_above_largest * others:
             return None
         message = (
             f"the gradient norm of the first batch was {first:.3g}, of those behind it at most {others:.3g}: what it "
@@ -134,7 +134,7 @@ class GradientSpike(Detector):
         own = self.thresholds
         norms = [norm for norm in self._norms.values() if norm > 0]
         if len(norms) < self.warmup:
-            return max(own.warmup_above_largest * max(norms), own.warmup_min_norm) if norms else math.inf
+            return own.warmup_above_largest * max(norms, default=math.inf)
         logs = [math.log(norm) for norm in norms]
         by_deviation = median(logs) + self.threshold * max(spread(logs), own.min_deviation)
         by_ratio = math.log(self.ratio) + median(logs)

@@ -13,8 +13,7 @@ from lightning_nanguard.detect.trends import (
     has_burst,
     loss_falls,
     loss_level,
-    loss_unit,
-    updates_far_off,
+    loss_noise,
     usual_norm,
 )
 from lightning_nanguard.thresholds.detection import HistoryThresholds
@@ -33,7 +32,8 @@ class ReadingHistory:
         self._thresholds = thresholds or HistoryThresholds()
         # Step, loss and norm of each reading. It is written in every step and seldom read.
         self._read: deque[tuple[int, float | None, float | None]] = deque(maxlen=self._thresholds.readings)
-        self._highest = -math.inf
+        self._best = math.inf
+        self._until_level = self._thresholds.level_losses
         self._first_norm = 0.0
         self._first_step: int | None = None
         self.first: float | None = None
@@ -47,14 +47,16 @@ class ReadingHistory:
             if self._first_step is None:
                 self.first, self._first_step = loss, reading.step
                 self._first_norm = reading.grad_norm if reading.finite and reading.grad_norm else 0.0
-            if loss > self._highest:
-                self._highest = loss
+            self._until_level -= 1
+            if self._until_level == 0:
+                self._until_level = self._thresholds.level_losses
+                level = self.level()
+                self._best = min(self._best, self._best if level is None else level)
 
     def rewind(self, step: int) -> None:
         """Forget what was read after ``step``."""
         while self._read and self._read[-1][0] > step:
             self._read.pop()
-        self._highest = max(self.losses(), default=-math.inf)
         if self._first_step is not None and step < self._first_step:
             self._first_step = None  # the next accepted loss is the first one again
 
@@ -71,32 +73,36 @@ class ReadingHistory:
         return islice(self._read, max(0, len(self._read) - count), None)
 
     def loss_unit(self) -> float:
-        """The unit of the loss: the size of the untrained model's loss, or the noise where that is larger."""
-        return loss_unit(self.losses(self._thresholds.noise_losses), self.first, self._thresholds)
+        """The unit of the loss: how far it has come down so far, or its noise where that is larger.
+
+        Differences of losses are measured in it, so that neither the unit of the recorded losses nor where zero lies
+        matters.
+        """
+        return max(self._learned(), self._noise(), 1e-12)
+
+    def _learned(self) -> float:
+        return 0.0 if self.first is None else max(0.0, self.first - self._best)
+
+    def _noise(self) -> float:
+        return loss_noise(self.losses(self._thresholds.noise_losses), self._thresholds)
 
     def level(self) -> float | None:
         """Mean of the newest losses without the highest; a median would miss a model that is wrong on some batches."""
         return loss_level(self.losses(self._thresholds.level_losses))
 
     def learning(self) -> bool:
-        """Whether the loss is clearly below the untrained model's."""
+        """Whether the loss is below the first one, by more than its noise and by a share of what was learned."""
         level, first = self.level(), self.first
-        share = self._thresholds.learning
-        return level is not None and first is not None and level < first - share * self.loss_unit()
+        if level is None or first is None:
+            return False
+        own = self._thresholds
+        return first - level > max(own.learning_noise * self._noise(), own.learning * self._learned())
 
     def falling(self) -> bool:
         """Whether the newest losses lie clearly below as many before them, or are too few to tell."""
         count = 2 * self._thresholds.falling_losses
         losses = self.losses(count)
         return len(losses) < count or loss_falls(losses, self._thresholds.falling)
-
-    def excursion(self) -> bool:
-        """Whether the loss was far above the untrained model's since the start, or in the losses kept by a rewind."""
-        return self.first is not None and self._highest > self.first + self._thresholds.excursion * self.loss_unit()
-
-    def far_off(self) -> int:
-        """For how many updates in a row, up to now, the loss has been far above the untrained model's."""
-        return 0 if self.first is None else updates_far_off(self.losses(), self.first, self._thresholds.far_off)
 
     def usual_norm(self) -> float | None:
         """A low quantile of the healthy gradient norms above 0, the smallest of few; ``None`` with too few."""
@@ -118,7 +124,8 @@ class ReadingHistory:
         return {
             "losses": [[step, loss] for step, loss, _ in self._read if loss is not None],
             "norms": [[step, norm] for step, _, norm in self._read if norm is not None],
-            "highest": self._highest,
+            "best": self._best,
+            "until_level": self._until_level,
             "first": self.first,
             "first_norm": self._first_norm,
             "first_step": self._first_step,
@@ -129,7 +136,8 @@ class ReadingHistory:
         self._read.clear()
         losses, norms = dict(state["losses"]), dict(state["norms"])
         self._read.extend((step, losses.get(step), norms.get(step)) for step in sorted({*losses, *norms}))
-        self._highest = float(state["highest"])
+        self._best = float(state.get("best", math.inf))
+        self._until_level = int(state.get("until_level", self._thresholds.level_losses))
         self.first = state["first"]
         self._first_norm = float(state["first_norm"])
         self._first_step = state["first_step"]

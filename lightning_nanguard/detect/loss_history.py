@@ -11,7 +11,7 @@ from lightning_nanguard.detect.window import Window
 
 @final
 class LossHistory:
-    """Keeps the newest accepted losses, the first one ("the untrained model's"), the best level and the highest loss.
+    """Keeps the newest accepted losses, the first one ("the untrained model's") and the best level.
 
     Args:
         size: How many losses are kept.
@@ -26,8 +26,6 @@ class LossHistory:
         self._best: float | None = None
         self.first: float | None = None
         """The first accepted loss of the run ("the untrained model's loss"), ``None`` before it."""
-        self.highest: float | None = None
-        """The highest loss since the start or the last rollback."""
         self.since = 0
         """Losses accepted since the start or the last rollback."""
 
@@ -47,13 +45,10 @@ class LossHistory:
             level = median(self.accepted.last(self._level_readings))
             if self._best is None or level < self._best:
                 self._best = level
-        if self.highest is None or loss > self.highest:
-            self.highest = loss
 
     def rewind(self, step: int) -> None:
         """Forget what was accepted after ``step``."""
         self.accepted.rewind(step)
-        self.highest = None
         self.since = 0
         if not len(self.accepted):
             self._best = None
@@ -67,7 +62,6 @@ class LossHistory:
             "first": self.first,
             "first_step": self._first_step,
             "best": self._best,
-            "highest": self.highest,
             "since": self.since,
         }
 
@@ -77,5 +71,4 @@ class LossHistory:
         self.first = state["first"]
         self._first_step = state["first_step"]
         self._best = state["best"]
-        self.highest = state["highest"]
         self.since = int(state["since"])

@@ -10,7 +10,7 @@ from typing import Any, final
 from lightning_nanguard.detect.base import AT_ONCE, Detector
 from lightning_nanguard.detect.detector_group import LOOK_AT_EACH, DetectorGroup
 from lightning_nanguard.detect.history import ReadingHistory
-from lightning_nanguard.thresholds.detection import DetectionThresholds, QuasiNewtonThresholds
+from lightning_nanguard.thresholds.detection import DetectionThresholds
 from lightning_nanguard.types import Fault, Reading
 
 
@@ -64,13 +64,20 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""
         detectors, history = self.up_to_date()
-        return {"trend": history.state_dict(), "detectors": detectors.state()}
+        return {
+            "trend": history.state_dict(),
+            "detectors": detectors.state(),
+            "taken": self._taken,
+            "limits": [self._loss, self._norm],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._history.load_state_dict(state["trend"])
         self._detectors.load(state["detectors"])
-        self._loss, self._norm = self._detectors.limits()
+        # Checkpoints of version 0.1.0 lack these.
+        self._taken = int(state.get("taken", 0))
+        self._loss, self._norm = state.get("limits") or self._detectors.limits()
 
 
 @final
@@ -79,8 +86,7 @@ class Monitors:
 
     Args:
         prototypes: Detectors, of which each optimizer gets copies of its own with its first reading.
-        thresholds: What the histories and the faults of quasi-Newton optimizers are judged by; the detectors have
-            their own. ``None`` for the defaults.
+        thresholds: What the histories are judged by; the detectors have their own. ``None`` for the defaults.
     """
 
     def __init__(self, prototypes: Sequence[Detector], thresholds: DetectionThresholds | None = None) -> None:
@@ -103,6 +109,11 @@ class Monitors:
         monitor.accept(reading)
         return True
 
+    def calm(self, reading: Reading) -> bool:
+        """Whether the reading lies below all limits; nothing is accepted."""
+        monitor = self._monitors.get(reading.optimizer_index)
+        return monitor is not None and monitor.is_calm(reading)
+
     def check(self, reading: Reading, *, line_search: bool = False, quasi_newton: bool = False) -> Fault | None:
         """The fault that the detectors of its optimizer find in a reading; the first call makes these detectors.
 
@@ -118,15 +129,13 @@ class Monitors:
         monitor = self._made(reading.optimizer_index)
         if monitor.is_calm(reading):
             return None
-        detectors, history = monitor.up_to_date()
+        detectors, _ = monitor.up_to_date()
         found = detectors.find(reading, line_search=line_search)
-        if line_search or not quasi_newton:
-            return None if found is None else found.fault
-        if found is not None and found.fault.since is not None:
-            # A rise that is over is normal for such an optimizer.
-            detectors.dismiss(reading, found.detector)
-            found = detectors.find(reading)
-        return None if found is None else _of_quasi_newton(found.fault, history, self._thresholds.quasi_newton)
+        fault = None if found is None else found.fault
+        if fault is not None and quasi_newton and not line_search and fault.scope == "batch" and not fault.certain:
+            # Such an optimizer may meet a spike by itself, so it is a fault only if its batch is strange too.
+            return replace(fault, doubtful=True)
+        return fault
 
     def history(self, optimizer_index: int) -> ReadingHistory | None:
         """History of an optimizer's losses and norms, ``None`` before its first reading."""
@@ -178,12 +187,3 @@ class Monitors:
         self._monitors.clear()
         for index, saved in state.items():
             self._made(int(index)).load_state_dict(saved)
-
-
-def _of_quasi_newton(fault: Fault, history: ReadingHistory, thresholds: QuasiNewtonThresholds) -> Fault | None:
-    # A finite spike is a fault only if its batch is strange too, and a high loss only if it stays high.
-    if fault.scope != "learner" and not fault.certain:
-        return replace(fault, doubtful=True)
-    far_off = history.far_off()
-    may_return = far_off > 0 or fault.proof == "batches"
-    return None if fault.scope == "learner" and may_return and far_off < thresholds.comes_back else fault

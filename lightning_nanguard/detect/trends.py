@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import pairwise
 from statistics import fmean, median
 
 from lightning_nanguard.detect.robust_statistics import falling, spread
@@ -15,10 +16,12 @@ from lightning_nanguard.thresholds.detection import (
 )
 
 
-def loss_unit(losses: Sequence[float], first: float | None, thresholds: HistoryThresholds) -> float:
-    """The unit of the loss: the size of the untrained model's loss, or the noise where that is larger."""
-    noise = spread(losses) if len(losses) >= thresholds.min_noise_losses else 0.0
-    return max(abs(first) if first is not None else 0.0, noise, 1e-12)
+def loss_noise(losses: Sequence[float], thresholds: HistoryThresholds) -> float:
+    """The noise of some losses: of few their range, else the deviation of neighbours, so that a trend is no noise."""
+    if len(losses) < thresholds.min_noise_losses:
+        return max(losses, default=0.0) - min(losses, default=0.0)
+    # The difference of two has twice the variance of one.
+    return spread([after - before for before, after in pairwise(losses)]) / math.sqrt(2)
 
 
 def loss_level(losses: Sequence[float]) -> float | None:
@@ -33,12 +36,6 @@ def loss_falls(losses: Sequence[float], errors: float) -> bool:
     older, newer = losses[:half], losses[half:]
     noise = spread([loss - median(part) for part in (older, newer) for loss in part])
     return falling(losses, noise, errors)
-
-
-def updates_far_off(losses: Sequence[float], first: float, times: float) -> int:
-    """How many of the newest losses in a row lie above the untrained model's by ``times`` its size."""
-    limit = first + times * abs(first)
-    return sum(1 for _ in takewhile(lambda loss: loss > limit, reversed(losses)))
 
 
 def usual_norm(norms: Sequence[float], first: float, thresholds: UsualNormThresholds) -> float | None:
@@ -60,7 +57,7 @@ def usual_norm(norms: Sequence[float], first: float, thresholds: UsualNormThresh
 def climbs(values: Sequence[float], least: float, thresholds: ClimbThresholds) -> bool:
     """Whether the newest of some values lie above the range of the others, by more than ``least``."""
     newest = thresholds.newest
-    if len(values) <= newest:
+    if len(values) < newest + thresholds.min_others:
         return False
     gap = 1 if len(values) >= thresholds.gap_readings else 0
     before = values[: -newest - gap]

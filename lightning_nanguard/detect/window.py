@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import final
 
 
@@ -47,6 +47,10 @@ class Window:
     def step_before(self, step: int) -> int:
         """Step of the newest value that was read before ``step``; ``step - 1`` where none is known."""
         return next((read for read, _ in reversed(self._items) if read < step), step - 1)
+
+    def items(self) -> Iterator[tuple[int, float]]:
+        """Steps and values, the newest first."""
+        return reversed(self._items)
 
     def values(self) -> list[float]:
         """All values, oldest first."""

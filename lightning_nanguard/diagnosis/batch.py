@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from lightning_nanguard.diagnosis.case import BadField, Clues, Range
+from lightning_nanguard.measure.batches import mapped, named_tensors
 from lightning_nanguard.measure.finite import all_finite
+from lightning_nanguard.measure.tensors import dense_values, is_plain, local
 from lightning_nanguard.thresholds.diagnosis import DataThresholds
 
 _TARGETS = ("target", "targets", "label", "labels", "y")
@@ -19,7 +22,7 @@ _DATA = DataThresholds()
 
 def batch_clues(batch: Any, module: nn.Module, thresholds: DataThresholds = _DATA) -> Clues:
     """What a batch shows by itself."""
-    fields = dict(tensor_fields(batch))
+    fields = dict(named_tensors(mapped(batch, _padded, PackedSequence)))
     targets = target_fields(batch, fields)
     inputs = [
         _range(name, t, thresholds) for name, t in fields.items() if t.is_floating_point() and name not in targets
@@ -34,15 +37,14 @@ def batch_clues(batch: Any, module: nn.Module, thresholds: DataThresholds = _DAT
     )
 
 
-def tensor_fields(batch: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every dense tensor in nested mappings and sequences, by its path."""
-    if isinstance(batch, Tensor):
-        if batch.layout == torch.strided:
-            yield path or "0", batch
-    elif isinstance(batch, (Mapping, list, tuple)):
-        items = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
-        for name, item in items:
-            yield from tensor_fields(item, f"{path}.{name}" if path else str(name))
+def tensor_fields(batch: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every dense tensor in a batch, by its path."""
+    return ((name, tensor) for name, tensor in named_tensors(batch) if is_plain(tensor))
+
+
+def _padded(packed: PackedSequence) -> Tensor:
+    # Packed, the rows of all samples lie together by time.
+    return pad_packed_sequence(packed, batch_first=True)[0]
 
 
 def samples(batch: Any) -> int | None:
@@ -51,24 +53,37 @@ def samples(batch: Any) -> int | None:
 
 
 def target_fields(batch: Any, fields: Mapping[str, Tensor]) -> list[str]:
-    """Paths of the target: the last of several items, or what a mapping calls so."""
-    if isinstance(batch, (list, tuple)) and len(batch) > 1:
+    """Paths of the target: what the batch calls so, or the last of several items without names."""
+    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields") and len(batch) > 1:
         last = str(len(batch) - 1)
         return [name for name in fields if name == last or name.startswith(f"{last}.")]
     return [name for name in fields if name.rsplit(".", 1)[-1].lower() in _TARGETS]
 
 
 def _bad_field(name: str, tensor: Tensor) -> BadField | None:
-    if not tensor.is_floating_point() or all_finite(tensor):
+    if not (tensor.is_floating_point() or tensor.is_complex()) or all_finite(tensor):
         return None
-    if not tensor.dim():
-        return BadField(name, ())
-    bad = ~torch.isfinite(tensor)
+    return BadField(name, *_bad_places(local(tensor).detach()))
+
+
+def _bad_places(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Rows that hold NaN or Inf, and columns unless all do; none where that cannot be told."""
+    if tensor.is_nested:
+        return tuple(row for row, part in enumerate(tensor.unbind()) if not all_finite(part)), ()
+    if tensor.layout != torch.strided:
+        entries = tensor.to_sparse().coalesce()
+        bad = ~torch.isfinite(entries.values().reshape(entries._nnz(), -1)).all(1)
+        rows, *others = (tuple(axis[bad].unique().tolist()) for axis in entries.indices())
+        return rows, others[0] if others else ()
+    values = tensor if is_plain(tensor) else dense_values(tensor)
+    if not values.dim() or values.shape != tensor.shape:
+        return (), ()
+    bad = ~torch.isfinite(values)
     columns: tuple[int, ...] = ()
-    if tensor.dim() > 1:
+    if values.dim() > 1:
         hit = bad.transpose(0, 1).flatten(1).any(1)
         columns = () if bool(hit.all()) else true_indices(hit)
-    return BadField(name, true_indices(bad.reshape(len(bad), -1).any(1)), columns)
+    return true_indices(bad.reshape(len(bad), -1).any(1)), columns
 
 
 def true_indices(mask: Tensor) -> tuple[int, ...]:
@@ -79,13 +94,14 @@ def true_indices(mask: Tensor) -> tuple[int, ...]:
 def _range(name: str, tensor: Tensor, thresholds: DataThresholds) -> Range | None:
     if tensor.dtype == torch.bool or tensor.is_complex():
         return None
-    values = tensor.detach().cpu().double()
+    plain = is_plain(tensor)
+    values = (tensor.detach() if plain else dense_values(tensor)).cpu().double()
     finite = values[torch.isfinite(values)]
     if not finite.numel():
         return None
     outliers: tuple[int, ...] = ()
     usual = 0.0
-    if values.dim() and len(values) >= thresholds.outlier_min_samples:
+    if plain and values.dim() and len(values) >= thresholds.outlier_min_samples:
         largest = values.abs().reshape(len(values), -1).nan_to_num(0.0, 0.0, 0.0).amax(1)
         usual = float(largest.median())
         outliers = true_indices(largest > thresholds.outlier_factor * usual) if usual > 0 else ()

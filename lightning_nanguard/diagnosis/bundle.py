@@ -20,15 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_nanguard.diagnosis.bundle_batch import put_together, take_apart
 from lightning_nanguard.record.messages import describe_finding
 from lightning_nanguard.state.batch_history import MicroBatch
-from lightning_nanguard.types import Comparison, Evidence, Fault, Finding, Intervention
+from lightning_nanguard.types import Comparison, Evidence, Fault, Finding, Intervention, Trial
 
-_SCHEMA = 2
+_SCHEMA = 3
 _TENSORS, _REST = "tensors.safetensors", "bundle.json"
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
-# Bundles of schema 1 lack the traits of their fault: those of the built-in kinds, by which the rules judge it.
+# Bundles of schema 1 lack the traits of their fault: those of the built-in kinds, by which the rules judge it. What was
+# recorded had been confirmed.
 _TRAITS_BEFORE: dict[str, dict[str, Any]] = {
     "non_finite_loss": {"clipping_helps": True},
     "non_finite_gradient": {"clipping_helps": True},
@@ -36,10 +38,10 @@ _TRAITS_BEFORE: dict[str, dict[str, Any]] = {
     "gradient_spike": {"certain": False, "clipping_helps": True},
     "loss_scale_collapse": {"proof": "none"},
     "exploding_loss": {"certain": False, "clipping_helps": True},
-    "collapsed": {"certain": False, "recovers": True},
-    "unsteady_loss": {"certain": False, "proof": "batches"},
-    "stuck_loss": {"certain": False, "recovers": True, "proof": "trial"},
-    "overshoot": {"certain": False, "proof": "growth"},
+    "collapsed": {"certain": False},
+    "unsteady_loss": {"certain": False, "proof": "none"},
+    "stuck_loss": {"certain": False, "proof": "none"},
+    "overshoot": {"certain": False, "proof": "none"},
     "implausible_state": {"rate_may_cause": True},
 }
 # Fields that had another name in schema 1.
@@ -97,7 +99,7 @@ def write(bundle: Bundle, folder: Path) -> None:
     missing: list[str] = []
     micros = []
     for number, micro in enumerate(bundle.batches):
-        structure = _take_apart(micro.batch, f"batch/{number}", tensors, missing)
+        structure = take_apart(micro.batch, f"batch/{number}", tensors, missing)
         for index, state in enumerate(micro.random):
             tensors[f"random/{number}/{index}"] = state
         micros.append({"index": micro.index, "update": micro.update, "structure": structure})
@@ -140,7 +142,7 @@ def read(folder: Path) -> Bundle:
     micros = []
     for number, micro in enumerate(rest["batches"]):
         random = tuple(tensors[name] for name in sorted(tensors) if name.startswith(f"random/{number}/"))
-        micros.append(MicroBatch(micro["update"], micro["index"], _put_together(micro["structure"], tensors), random))
+        micros.append(MicroBatch(micro["update"], micro["index"], put_together(micro["structure"], tensors), random))
     return Bundle(
         module=rest["module"],
         hparams=rest["hparams"],
@@ -165,7 +167,12 @@ def _evidence(data: Mapping[str, Any]) -> Evidence:
     named = {_RENAMED.get(key, key): value for key, value in data.items()}
     comparison = named.pop("comparison", None)
     known = _fields(Evidence, named)
-    return Evidence(**known, comparison=None if comparison is None else Comparison(**_fields(Comparison, comparison)))
+    trial = known.pop("trial", None)
+    return Evidence(
+        **known,
+        comparison=None if comparison is None else Comparison(**_fields(Comparison, comparison)),
+        trial=None if trial is None else Trial(**_fields(Trial, trial)),
+    )
 
 
 def _fields(of: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,39 +196,6 @@ def describe(bundle: Bundle) -> str:
     """An incident in words."""
     known = "no cause was found" if bundle.finding is None else f"cause then: {describe_finding(bundle.finding)}"
     return f"{bundle.fault.kind} in {bundle.fault.place or bundle.module}: {bundle.fault.message or '-'}; {known}"
-
-
-def _take_apart(value: Any, name: str, tensors: dict[str, Tensor], missing: list[str]) -> Any:
-    if isinstance(value, Tensor):
-        if value.layout == torch.strided:
-            tensors[name] = value
-            return {"tensor": name}
-    elif value is None or isinstance(value, (bool, int, str)):
-        return {"value": value}
-    elif isinstance(value, float):
-        return {"value": value} if math.isfinite(value) else {"number": str(value)}
-    elif isinstance(value, Mapping) and all(isinstance(key, (str, int)) for key in value):
-        items = [[key, _take_apart(item, f"{name}/{key}", tensors, missing)] for key, item in value.items()]
-        return {"dict": items}
-    elif isinstance(value, (list, tuple)):
-        items = [_take_apart(item, f"{name}/{index}", tensors, missing) for index, item in enumerate(value)]
-        return {"tuple" if isinstance(value, tuple) else "list": items}
-    missing.append(f"{name} ({type(value).__module__}.{type(value).__qualname__})")
-    return {"value": None}
-
-
-def _put_together(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    ((kind, content),) = structure.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "number":
-        return _NON_FINITE[content]
-    if kind == "dict":
-        return {key: _put_together(item, tensors) for key, item in content}
-    if kind in ("list", "tuple"):
-        items = [_put_together(item, tensors) for item in content]
-        return tuple(items) if kind == "tuple" else items
-    return content
 
 
 def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nanguard.measure.tensors import local
+from lightning_nanguard.measure.tensors import is_strided, local
 from lightning_nanguard.state.learner import StateKey
 
 _PRIME = (1 << 63) - 25
@@ -18,7 +18,7 @@ _WEIGHT_STEP, _TAIL_WEIGHT = 0x9E3779B97F4A7C1, 0x5851F42D4C957F2D
 
 def is_replicated(key: StateKey, leaf: Any) -> bool:
     """Whether every rank should hold the same value: parameters and moments do, buffers and averaged copies may not."""
-    return key[0] in ("parameter", "optimizer") and isinstance(leaf, Tensor) and leaf.layout == torch.strided
+    return key[0] in ("parameter", "optimizer") and isinstance(leaf, Tensor) and is_strided(local(leaf))
 
 
 def checksums(leaves: Mapping[StateKey, Any]) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 from torch.optim import Optimizer
@@ -33,6 +33,7 @@ from lightning_nanguard.guard.loop import BatchReplay, NoReplay, TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.plan_runner import ActingRunner, ObservingRunner, PlanRunner
 from lightning_nanguard.guard.rank_readback import RankReadback
+from lightning_nanguard.guard.rate_watch import RateWatch
 from lightning_nanguard.guard.readback import MAX_DELAY, Readback
 from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.guard.recorder import InterventionRecorder
@@ -40,7 +41,9 @@ from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.remedy_actions import RemedyActions
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
+from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.guard.step_readback import StepReadback
+from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.plausibility import PlausibilityCheck
@@ -55,6 +58,7 @@ def build_guard(
     policy: Policy,
     remedies: Sequence[Remedy],
     make_undo: Callable[[], BatchUndo],
+    schedulers: Mapping[int, str] | None = None,
 ) -> Guard:
     """Make a guard.
 
@@ -64,26 +68,24 @@ def build_guard(
         policy: Decides.
         remedies: What may follow when skipping is not enough, in order of preference.
         make_undo: Makes an object that undoes what a batch changed.
+        schedulers: Name of each optimizer's scheduler, by the optimizer's index.
     """
     carried_out_by = executors(remedies)
     rehearsal = Rehearsal(context)
-    investigator = Investigator(context, rehearsal)
+    investigator = Investigator(context, rehearsal, TrialRunner(context, rehearsal))
     recorder = InterventionRecorder(context, loop, memory=MAX_DELAY + 2)
     reduce, clip = carried_out_by[ReduceLR.step], carried_out_by[ClipGradients.step]
     may_lower = any(remedy.role == "rate" for remedy in remedies)
     recovery = Recovery(context, rehearsal, recorder, reduce, clip, may_lower=may_lower)
-    limits = context.thresholds.snapshots.plausibility
-    certain_only = context.settings.act_on == "certain"
     plausibility = PlausibilityCheck(
-        context.learner, context.ring, investigator.is_worse, limits, certain_only=certain_only
+        context.learner,
+        context.ring,
+        investigator.is_worse,
+        context.thresholds.snapshots.plausibility,
+        certain_only=context.settings.act_on == "certain",
     )
     snapshots = _snapshots(context, plausibility)
-    meter = Meter(
-        context.learner,
-        loop.micro_batches,
-        many_losses=not context.replay.comparable(),
-        thresholds=context.thresholds.measurement,
-    )
+    meter = _meter(context, loop)
     skipper = StepSkipper(context.learner)
     caution = Caution(context, skipper)
     readback = _readback(context, meter, caution, skipper, snapshots)
@@ -92,6 +94,7 @@ def build_guard(
         actions = RemedyActions(context, recovery, rehearsal, skipper, snapshots, readback)
         runner = ActingRunner(context, actions, carried_out_by, recovery, skipper, plausibility, readback)
     interventions = Interventions(context, loop, policy, investigator, recorder, runner, carried_out_by)
+    undos = deque(make_undo() for _ in range(readback.open_batches()))
     return Guard(
         GuardParts(
             context=context,
@@ -107,10 +110,22 @@ def build_guard(
             judge=ReadingJudge(context, meter, runner, interventions, plausibility),
             runner=runner,
             recovery=recovery,
+            rates=RateWatch(context, skipper, recorder, schedulers or {}),
             recorder=recorder,
             saving=_saving(context, recorder),
-            undos=deque(make_undo() for _ in range(readback.open_batches())),
+            steps=StepCheck(context, loop, meter, caution, recorder, undos),
+            undos=undos,
         )
+    )
+
+
+def _meter(context: GuardContext, loop: TrainingLoop) -> Meter:
+    return Meter(
+        context.learner,
+        loop.micro_batches,
+        many_losses=not context.replay.comparable(),
+        thresholds=context.thresholds.measurement,
+        history=context.norms,
     )
 
 
@@ -178,7 +193,7 @@ def guard_for(
         settings=settings or Settings(),
         thresholds=limits,
     )
-    policy = Policy(remedies, budget or Budget(), limits.decision)
+    policy = Policy(remedies, budget or Budget(), limits.decision, limits.trial)
     return build_guard(
         context,
         loop,

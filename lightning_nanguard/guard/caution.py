@@ -67,9 +67,14 @@ class Caution:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""
-        return {"undone": self._undone, "careful_until": self._careful_until}
+        return {
+            "undone": self._undone,
+            "careful_until": self._careful_until,
+            "never_late": self._never_late and self._context.settings.deferred,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; early checkpoints of version 0.1.0 lack these keys."""
         self._undone = int(state.get("undone", 0))
         self._careful_until = int(state.get("careful_until", 0))
+        self._never_late |= bool(state.get("never_late", False))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import final
+from functools import partial
+from typing import Any, final
+
+from torch import Tensor
 
 from lightning_nanguard.decide.recovery import prove
 from lightning_nanguard.guard.context import GuardContext
@@ -12,7 +15,8 @@ from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.investigator import Investigator, norms_to_grow_from
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
-from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.measure.tensors import local, shape_of
+from lightning_nanguard.state.snapshot import Share, Snapshot
 from lightning_nanguard.types import Reading
 
 
@@ -40,18 +44,43 @@ class Certification:
 
     def start(self) -> None:
         """Take the snapshot of the start, which is good once its first loss is."""
+        self._start(self._context.state.step)
+
+    def _start(self, step: int) -> None:
         context = self._context
         self._lazy = context.learner.lazy()
         if not self._investigator.initial_norms:
             self._investigator.initial_norms = norms_to_grow_from(context.learner.weights())
         context.ring.certified.clear()
-        self._capture().healthy = context.ring.certify_after - 1
+        history = context.monitors.history(0)
+        level = None if history is None else history.level()
+        if not self._snapshots.resume(level, partial(self._capture, step)):
+            self._capture(step).healthy = context.ring.certify_after - 1
 
     def start_again_if_lazy(self) -> None:
         """Take the snapshot of the start again where the first forward pass has made parameters."""
         if self._lazy and not self._context.learner.lazy():
             self.start()
             self._snapshots.settle()
+
+    def start_again_if_resized(self) -> bool:
+        """Within an update: begin anew where a weight or buffer has another shape than in the newest snapshot.
+
+        An older state cannot be put back then. One that is not finite is no start.
+
+        Returns:
+            Whether one has.
+        """
+        context = self._context
+        newest = context.ring.pending or next(iter(context.ring.certified), None)
+        if newest is None:
+            return False
+        resized = any(_is_resized(newest.leaves.get(key), live) for key, live in context.learner.weights())
+        if resized and context.corrupt()[0] is None:
+            self._investigator.initial_norms = {}
+            self._start(context.state.step - 1)
+            self._snapshots.settle()
+        return resized
 
     def judge(self, readings: Sequence[Reading]) -> FoundFault | None:
         """Certify the pending snapshot, where the newest readings say that it is good.
@@ -94,9 +123,15 @@ class Certification:
     def capture_if_due(self) -> None:
         """Take a snapshot where none is pending and one is due."""
         if self._context.ring.pending is None and self._snapshots.due(self._context.state.step):
-            self._capture()
+            self._capture(self._context.state.step)
 
-    def _capture(self) -> Snapshot:
+    def _capture(self, step: int) -> Snapshot:
         global_step, _, _ = self._loop.clock()
         state = self._context.state
-        return self._snapshots.capture(state.step, global_step, self._context.rate.first(), state.healthy_steps)
+        return self._snapshots.capture(step, global_step, self._context.rate.first(), state.healthy_steps)
+
+
+def _is_resized(saved: Any, live: Tensor) -> bool:
+    if isinstance(saved, Share):
+        return tuple(saved.shape) != shape_of(live)
+    return isinstance(saved, Tensor) and shape_of(saved) != shape_of(local(live))

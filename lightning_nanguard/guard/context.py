@@ -15,6 +15,8 @@ from lightning_nanguard.detect.monitors import Monitors
 from lightning_nanguard.distributed.ranks import Ranks, SingleProcess, first_over_ranks
 from lightning_nanguard.guard.loop import BatchReplay
 from lightning_nanguard.guard.state import GuardState
+from lightning_nanguard.measure.norm_history import NormHistory
+from lightning_nanguard.record.curve import CurveFile
 from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
@@ -63,6 +65,8 @@ class GuardContext:
         state: Counts.
         settings: How the guard works.
         thresholds: All thresholds.
+        norms: Gradient norms of the newest updates, layer by layer.
+        curve: Keeps the readings of all updates in a file; ``None`` keeps none.
     """
 
     learner: Learner
@@ -76,6 +80,8 @@ class GuardContext:
     state: GuardState = field(default_factory=GuardState)
     settings: Settings = field(default_factory=Settings)
     thresholds: Thresholds = field(default_factory=Thresholds)
+    norms: NormHistory = field(default_factory=NormHistory)
+    curve: CurveFile | None = None
 
     def corrupt(self) -> tuple[str | None, tuple[int, ...]]:
         """The first tensor of the learner that is not finite and was at the start, and the ranks where it is so.

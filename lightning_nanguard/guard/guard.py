@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lightning_nanguard.act.skip import StepSkipper, unscales_itself
 from lightning_nanguard.checkpoints.saving import SaveGuard
-from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.errors import TrainingDivergedError
@@ -29,12 +28,15 @@ from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.plan_runner import PlanRunner
+from lightning_nanguard.guard.rate_watch import RateWatch
 from lightning_nanguard.guard.readback import Readback
 from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
+from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.learner import describe
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.restore import mend_averages
 from lightning_nanguard.types import Fault, Reading
@@ -61,8 +63,10 @@ class GuardParts:
         judge: Tells healthy readings from faults.
         runner: Carries plans out.
         recovery: Lower rates and clipping.
+        rates: Keeps updates from being made at a rate that is none.
         recorder: Makes records.
         saving: Looks at checkpoints before they are written.
+        steps: Looks at an update while it can still be made again.
         undos: One object for each batch that may still have to be undone.
     """
 
@@ -79,8 +83,10 @@ class GuardParts:
     judge: ReadingJudge
     runner: PlanRunner
     recovery: Recovery
+    rates: RateWatch
     recorder: InterventionRecorder
     saving: SaveGuard
+    steps: StepCheck
     undos: deque[BatchUndo]
 
 
@@ -104,6 +110,8 @@ class Guard:
         self._judge = parts.judge
         # Whether weights and averages have changed places, as WeightAveraging has them do in validation.
         self.swapped = False
+        # A trained parameter that was not finite before the first update, until an update was healthy.
+        self._bad_start: str | None = None
         # What belongs to the batch at hand.
         self._open = False
         self._updated = False
@@ -111,27 +119,22 @@ class Guard:
     # ---------------------------------------------------------------------------------------- the order of a step
 
     def start(self) -> None:
-        """Look at the state before the first update, and keep it.
-
-        Raises:
-            TrainingDivergedError: When a parameter is not finite, unless the guard only observes.
-        """
+        """Look at the state before the first update, and keep it."""
         context = self._context
-        parameters = [(key, leaf) for key, leaf in context.learner.weights() if key[0] == "parameter"]
-        bad, _ = first_over_ranks(context.ranks, context.finite.corrupt(parameters))
-        if bad is not None:
-            message = (
-                f"{bad} holds NaN or Inf before the first update, so there is no good state to guard. Look at how it "
-                "was initialised, or at the checkpoint it came from, and start again."
-            )
-            if not context.settings.observe:
-                raise TrainingDivergedError(message)
-            _logger.warning("NaNGuard only observes: %s", message)
         context.finite.begin(context.learner)
+        bad, _ = first_over_ranks(context.ranks, self._bad_from_the_start())
+        if bad is not None:
+            _logger.info("NaNGuard: %s holds NaN or Inf before the first update; these elements are not guarded.", bad)
+            self._bad_start = None if context.settings.observe else bad
         if not context.settings.observe:
             # The same hook scales the rate and takes the gradients of blocked steps away.
             context.rate.attach(self._parts.skipper.remove_gradients)
         self._parts.certification.start()
+
+    def _bad_from_the_start(self) -> str | None:
+        # Frozen ones may be masks of -inf.
+        trained = (key for key, leaf in self._context.learner.weights() if key[0] == "parameter" and leaf.requires_grad)
+        return next((describe(key) for key in trained if key in self._context.finite.allowed), None)
 
     def open_batch(self) -> None:
         """Remember what the coming batch may change; a window of accumulation counts as one batch."""
@@ -155,6 +158,7 @@ class Guard:
         self._judge.judge_late(self._readback.due(optimizer_index), optimizer_index)
         self._parts.certification.start_again_if_lazy()
         self._state.step += 1
+        self._parts.rates.look(optimizer_index)
         self._state.note_rate(self._context.rate.first())
         self._updated = True
         if self._judge.weights_are_bad():
@@ -163,6 +167,8 @@ class Guard:
             self._parts.skipper.skip(optimizer_index)
             return
         arrived = self._readback.submit(optimizer_index, self._undos[0])
+        if self._parts.meter.has_new_size and self._parts.certification.start_again_if_resized():
+            self._parts.meter.forget_sizes()
         if arrived is not None:
             self._judge.judge(arrived, optimizer_index)
         self._judge.judge_late(self._readback.arrived(optimizer_index), optimizer_index)
@@ -179,10 +185,10 @@ class Guard:
             Whether nothing was found.
 
         Raises:
-            TrainingDivergedError: When the run cannot be helped.
+            TrainingDivergedError: When the run cannot be helped, or its first weights were not finite.
         """
         if not self._updated:
-            if self._parts.loop.micro_batches() == 1:
+            if self._parts.loop.micro_batches() == 1 or not self._context.learner.optimizers:
                 self._open = False
                 self._parts.meter.drop_losses()
             return True
@@ -191,6 +197,8 @@ class Guard:
         found = self._judge.take_found()
         self._state.restored = None
         try:
+            if found and self._bad_start is not None:
+                self._stop_if_lost_from_the_start(found[0])
             for one in found:
                 self._judge.handle(one)
                 if self._state.restored is not None:
@@ -200,9 +208,20 @@ class Guard:
         finally:
             self._open = self._updated = False
             self._judge.readings = []
+            self._state.raised = None
             self._parts.meter.end_batch()
             self._parts.skipper.skipped.clear()
         return not found
+
+    def _stop_if_lost_from_the_start(self, found: FoundFault) -> None:
+        # Training may survive such a weight, and a batch may be bad by itself.
+        context = self._context
+        if found.reading.finite or False in context.ranks.gather(context.replay.batch_finite()):
+            return
+        raise TrainingDivergedError(
+            f"{self._bad_start} holds NaN or Inf before the first update, so there is no good state to guard. Look at "
+            "how it was initialised, or at the checkpoint it came from, and start again."
+        )
 
     def report(self, fault: Fault) -> None:
         """Take a fault that was found outside a step, such as in validation.
@@ -329,7 +348,7 @@ class Guard:
             context.clipper.clip(context.learner.gradients(optimizer_index), scale, known)
 
     def _healthy(self) -> None:
-        state = self._state
+        state, self._bad_start = self._state, None
         state.bad_in_a_row = 0
         if all(reading.scaler_skips for reading in self._judge.readings):
             return  # the scaler skipped it: nothing was learned about the state
@@ -348,6 +367,11 @@ class Guard:
     def context(self) -> GuardContext:
         """What the parts of the guard share."""
         return self._context
+
+    @property
+    def steps(self) -> StepCheck:
+        """Looks at an update while it can still be made again."""
+        return self._parts.steps
 
     @property
     def non_finite(self) -> int:
@@ -379,31 +403,29 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on as if it had not stopped, in plain containers."""
-        state = self._state
+        parts = self._parts
         return {
-            "step": state.step,
             "non_finite": self._judge.non_finite,
-            "healthy_steps": state.healthy_steps,
-            "healthy_since_restore": state.healthy_since_restore,
-            "bad_in_a_row": state.bad_in_a_row,
-            **self._parts.caution.state_dict(),
-            **self._parts.recovery.state_dict(),
-            "initial_norms": dict(self._parts.investigator.initial_norms),
-            "policy": state.policy.to_dict(),
+            **self._state.state_dict(),
+            **parts.caution.state_dict(),
+            **parts.recovery.state_dict(),
+            **parts.investigator.state_dict(),
+            **parts.recorder.state_dict(),
+            "plausibility": parts.plausibility.state_dict(),
+            "snapshots": self._snapshots.state_dict(),
             "streams": self._monitors.state_dict(),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; call it before :meth:`start`."""
-        state = self._state
-        state.step = int(saved["step"])
-        self._snapshots.count_from(state.step)
+        parts = self._parts
         self._judge.non_finite = int(saved["non_finite"])
-        state.healthy_steps = int(saved["healthy_steps"])
-        state.healthy_since_restore = saved["healthy_since_restore"]
-        state.bad_in_a_row = int(saved["bad_in_a_row"])
-        self._parts.caution.load_state_dict(saved)
-        self._parts.recovery.load_state_dict(saved)
-        self._parts.investigator.initial_norms = dict(saved["initial_norms"])
-        state.policy = PolicyState.from_dict(saved["policy"])
+        self._state.load_state_dict(saved)
+        self._snapshots.count_from(self._state.step)
+        parts.caution.load_state_dict(saved)
+        parts.recovery.load_state_dict(saved)
+        parts.investigator.load_state_dict(saved)
+        parts.recorder.load_state_dict(saved)
+        parts.plausibility.load_state_dict(saved.get("plausibility", {}))
+        self._snapshots.load_state_dict(saved.get("snapshots"))
         self._monitors.load_state_dict(saved["streams"])

@@ -85,9 +85,11 @@ class Interventions:
             self._recorder.record(fault, fault.place, (), context.rate.effective(), ranks=found.ranks)
             return False
         plan, policy = self._policy.decide(fault, evidence, state.policy)
-        if not plan:
-            return self._dismiss(found)
         state.policy = policy
+        if not plan:
+            if evidence.trial is None and not fault.certain and not fault.doubtful:
+                self._tell(fault)  # nothing could be tried
+            return self._dismiss(found)
         skipped = any(isinstance(step, Skip) for step in plan)
         self._investigator.conclude(fault, batch=skipped)
         self._act(found, evidence, plan)
@@ -101,6 +103,9 @@ class Interventions:
     def advise(self, fault: Fault, reading: Reading) -> None:
         """Tell the user of a finite suspicion that is not acted on, and have the detectors stay quiet for a while."""
         self._context.monitors.dismiss(reading)
+        self._tell(fault)
+
+    def _tell(self, fault: Fault) -> None:
         if fault.since is not None:
             return  # the rise is over, and nothing else speaks against the weights
         evidence = {} if fault.value is None else {"value": fault.value}
@@ -143,6 +148,9 @@ class Interventions:
         # A late reading is recorded under its own batch, not under the present one.
         clock = self._recorder.clock_of(found.reading.step) if found.late else self._loop.clock()
         self._recorder.record(found.fault, place, words, before, finding, evidence.ranks or found.ranks, clock)
+        if state.unrestored is not None:
+            reason = f"the rollback did not help: {state.unrestored} is still not finite, and no snapshot restores it"
+            self._recorder.stop(found.fault, place, reason, finding, clock)
         if stop is not None and not context.settings.observe:
             self._recorder.stop(found.fault, place, stop.reason, finding, clock)
         self._recorder.tried(found.fault, words)

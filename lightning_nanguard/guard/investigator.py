@@ -16,7 +16,9 @@ from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.rehearsal import Rehearsal
+from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.measure.norms import norms
+from lightning_nanguard.measure.tensors import is_strided, local
 from lightning_nanguard.state.learner import StateKey, describe
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
@@ -32,21 +34,35 @@ class Investigator:
     Args:
         context: What the parts of the guard share.
         rehearsal: Tries learning rates on the newest batches.
+        trials: Finds out whether a lower rate learns what the run does not.
     """
 
-    def __init__(self, context: GuardContext, rehearsal: Rehearsal) -> None:
+    def __init__(self, context: GuardContext, rehearsal: Rehearsal, trials: TrialRunner) -> None:
         self._context = context
         self._learner = context.learner
         self._ring = context.ring
         self._replay = context.replay
         self._ranks = context.ranks
         self._rehearsal = rehearsal
+        self._trials = trials
         self._limits = context.thresholds.decision.evidence
         self._compare_allowed = not context.settings.observe
         self._finite_compared = self._compare_allowed and context.settings.act_on == "evidence"
         self.initial_norms: dict[str, float] = {}
         # How often in a row the batch was blamed, by kind and place of the fault.
         self._batches: Counter[tuple[str, str]] = Counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        return {
+            "initial_norms": dict(self.initial_norms),
+            "blamed_batches": [[*key, times] for key, times in self._batches.items()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; checkpoints of version 0.1.0 lack the second key."""
+        self.initial_norms = dict(state["initial_norms"])
+        self._batches = Counter({(kind, place): times for kind, place, times in state.get("blamed_batches", ())})
 
     def conclude(self, fault: Fault, *, batch: bool) -> None:
         """Note whether the batch was found to be at fault."""
@@ -132,21 +148,27 @@ class Investigator:
         if target is None or known.corrupt is not None:
             return replace(known, growth=growth)
         target = self._ranks.join_snapshot(target)
-        if fault.since is not None and known.sound is not None:
-            growth = max(self._ranks.gather(self._growth(target)))
         jump = None if known.undo else first_over_ranks(self._ranks, self._jump(target))[0]
-        comparison = lower_is_better = None
-        if self._compare_allowed and fault.proof == "trial":
-            if growth > self._least_growth(fault, history):
-                lower_is_better = self._rehearsal.lower_rate_is_better(target, history.loss_unit())
-        elif (
-            self._compare_allowed
-            and fault.since is None  # else the present batch is not the faulty one
+        known = replace(known, growth=growth, jump=jump)
+        if not self._compare_allowed:
+            return known
+        if fault.scope == "learner":
+            return known if fault.proof == "none" else self._try(known, target)
+        if (
+            fault.since is None  # else the present batch is not the faulty one
             and known.batch_finite is not False  # else its loss says nothing about the weights
             and not self._known_to_be_the_batch(fault, known, history)
         ):
-            comparison = self._compare(fault, reading, target, undo=known.undo)
-        return replace(known, growth=growth, jump=jump, comparison=comparison, lower_is_better=lower_is_better)
+            return replace(known, comparison=self._compare(fault, reading, target, undo=known.undo))
+        return known
+
+    def _try(self, known: Evidence, best: Snapshot) -> Evidence:
+        certified = self._ring.certified
+        trial = self._trials.run(self._ranks.join_snapshot(certified[-1]), best)
+        if trial is None:
+            return known
+        sound = certified.index(self._ring.good(None, known.loss_unit) or best) if trial.base == "best" else None
+        return replace(known, trial=trial, sound=len(certified) - 1 if sound is None else sound)
 
     def _look_at_rates(
         self, fault: Fault, history: ReadingHistory, known: Evidence, target: Snapshot | None
@@ -159,7 +181,6 @@ class Investigator:
             known,
             first=history.first if history.first is not None else 0.0,
             loss_unit=history.loss_unit(),
-            excursion=history.excursion(),
             climbing=history.climbing(),
             burst=fault.scope == "learner" and history.burst(),
             usual_norm=history.usual_norm(),
@@ -172,18 +193,12 @@ class Investigator:
 
     def _sound(self, fault: Fault) -> int | None:
         certified = self._ring.certified
-        if fault.proof == "trial":
-            return len(certified) - 1 if certified else None
         since = -math.inf if fault.since is None else fault.since
         return next((depth for depth, snapshot in enumerate(certified) if snapshot.step < since), None)
 
     def _compare(self, fault: Fault, reading: Reading, target: Snapshot, *, undo: bool) -> Comparison | None:
         if reading.loss is None:
             return None
-        if fault.proof == "batches":
-            # A ruined model may still be right on a single batch, so several are compared.
-            losses = self._rehearsal.compare(target)
-            return None if losses is None else Comparison(*losses)
         # The loss is measured anew: the reading may be of another micro-batch, or of older weights.
         now = self._replay.probe()
         if now is None:
@@ -207,15 +222,6 @@ class Investigator:
             restore(self._learner, mine, keep=_is_weight)
         return None if then is None else Comparison(now, then, then_finite)
 
-    def _least_growth(self, fault: Fault, history: ReadingHistory) -> float:
-        # A run that has learned may be slow, so only stronger growth justifies a trial.
-        learned = (
-            history.first is not None
-            and fault.value is not None
-            and fault.value < history.first - self._limits.learned * history.loss_unit()
-        )
-        return self._limits.grown_and_learned if learned else self._limits.grown
-
     def _batch_strange(self) -> bool | None:
         answers = self._ranks.gather(self._replay.batch_strange())
         return True if True in answers else (None if None in answers else False)
@@ -230,7 +236,7 @@ class Investigator:
     def _jump(self, target: Snapshot) -> str | None:
         then = [leaf for path, leaf in target.leaves.items() if path[0] == "parameter" and leaf.is_floating_point()]
         jump = self._limits.jump
-        limit = max(jump, jump * max(norms(then, math.inf), default=math.inf))
+        limit = max(jump, jump * max(filter(math.isfinite, norms(then, math.inf)), default=math.inf))
         weights = [
             (path, leaf)
             for path, leaf in self._learner.weights()
@@ -239,8 +245,8 @@ class Investigator:
         largest = norms([leaf for _, leaf in weights], math.inf)
         return next((describe(path) for (path, _), norm in zip(weights, largest, strict=True) if norm > limit), None)
 
-    def _growth(self, since: Snapshot | None = None) -> float:
-        begun = self.initial_norms if since is None else norms_to_grow_from(since.leaves.items())
+    def _growth(self) -> float:
+        begun = self.initial_norms
         matrices = _matrices(self._learner.weights())
         now = zip(matrices, norms(list(matrices.values())), strict=True)  # read from the device at once
         ratios = [norm / before for name, norm in now if (before := begun.get(name, 0.0)) > 0]
@@ -255,12 +261,19 @@ def norms_to_grow_from(leaves: Iterable[tuple[StateKey, Any]]) -> dict[str, floa
     """
     matrices = _matrices(leaves)
     begun = zip(matrices.items(), norms(list(matrices.values())), strict=True)
-    # A matrix of zeros, such as position embeddings, has no size to measure growth by.
-    return {name: max(norm, math.sqrt(matrix.shape[0] / 3)) if norm else 0.0 for (name, matrix), norm in begun}
+    # A matrix of zeros, such as position embeddings, has no size to measure growth by, nor has a mask of -inf.
+    return {
+        name: max(norm, math.sqrt(matrix.shape[0] / 3)) if 0 < norm < math.inf else 0.0
+        for (name, matrix), norm in begun
+    }
 
 
 def _matrices(leaves: Iterable[tuple[StateKey, Any]]) -> dict[str, Tensor]:
-    return {path[1]: leaf for path, leaf in leaves if path[0] == "parameter" and leaf.dim() >= 2}
+    return {
+        path[1]: leaf
+        for path, leaf in leaves
+        if path[0] == "parameter" and isinstance(leaf, Tensor) and is_strided(local(leaf)) and leaf.dim() >= 2
+    }
 
 
 def _is_weight(path: StateKey) -> bool:

@@ -4,19 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from operator import methodcaller
 from typing import final
 
+import torch
 from torch import Tensor
 
 from lightning_nanguard.act.skip import unscales_itself
 from lightning_nanguard.measure.finite import non_finite_indices
+from lightning_nanguard.measure.norm_history import NormHistory
 from lightning_nanguard.measure.norms import exact_norm, partial_norms, total_norm
 from lightning_nanguard.measure.readings import PendingReading, pending_reading
-from lightning_nanguard.measure.tensors import dense_gradients, is_on_host
+from lightning_nanguard.measure.tensors import WIDER, dense_gradients, dense_values, is_on_host
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 from lightning_nanguard.types import Reading
+
+_numel = methodcaller("numel")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Early:
+    """A reading that was taken before :meth:`Meter.measure_now` asks for it.
+
+    Attributes:
+        step: Number of the update.
+        optimizer_index: Index of the optimizer.
+        reading: What was read.
+        losses: The losses it was read from.
+        versions: Identity and version of the gradients; ``None`` where nobody changes them meanwhile.
+    """
+
+    step: int
+    optimizer_index: int
+    reading: Reading | None
+    losses: list[Tensor]
+    versions: list[tuple[int, int]] | None
 
 
 @final
@@ -29,6 +55,7 @@ class Meter:
         many_losses: Whether an update may have several losses even where that number is 1, as under manual
             optimization.
         thresholds: How gradient norms are measured.
+        history: Keeps the norms of the newest updates.
     """
 
     def __init__(
@@ -38,40 +65,92 @@ class Meter:
         *,
         many_losses: bool = False,
         thresholds: MeasurementThresholds | None = None,
+        history: NormHistory | None = None,
     ) -> None:
         self._learner = learner
         self._micro_batches = micro_batches
         self._many_losses = many_losses
         self._thresholds = MeasurementThresholds() if thresholds is None else thresholds
+        self._history = NormHistory(self._thresholds) if history is None else history
         # How often each optimizer that runs its closure several times in a step was measured in this batch.
         self._closures: dict[int, int] = {}
+        # Numbers of elements that the gradients of an optimizer had.
+        self._sizes: dict[int, set[int]] = {}
+        self.has_new_size = False
+        """Whether the gradients measured last have another number of elements than all before."""
         self._divided_by = 1
         self._losses: list[Tensor] = []
+        self._early: _Early | None = None
 
     def see_loss(self, loss: Tensor) -> None:
         """Take the loss of one backward, as it is given to it."""
         self._divided_by = self._micro_batches()
-        loss = loss.detach()
+        loss = _number(loss.detach())
         # A captured graph writes the next loss to the same place.
         self._losses.append(loss.clone() if self._many_losses or self._divided_by > 1 else loss)
+
+    def forget_sizes(self) -> None:
+        """A layer has changed its size: numbers of elements that were known are new again."""
+        self._sizes.clear()
 
     def drop_losses(self) -> None:
         """Forget the losses that were seen: no update comes of them."""
         self._losses = []
+        self._early = None
+
+    def drop_last_loss(self) -> None:
+        """Forget the loss that was seen last."""
+        del self._losses[-1:]
+
+    def measure_early(self, step: int, optimizer_index: int, *, careful: bool) -> Reading | None:
+        """What :meth:`measure_now` will give for this update, before a GradScaler has unscaled the gradients.
+
+        Args:
+            step: Number of the update.
+            optimizer_index: Index of the optimizer.
+            careful: Whether the gradients may be changed before :meth:`measure_now`; it measures anew then.
+        """
+        losses = self._losses
+        reading = self._measure(step, optimizer_index, scaled=True)
+        versions = self._versions(optimizer_index) if careful else None
+        self._early = _Early(step, optimizer_index, reading, losses, versions)
+        return reading
+
+    def drop_early(self) -> None:
+        """Forget what was measured early: its closure is run again."""
+        early, self._early = self._early, None
+        if early is not None and early.optimizer_index in self._closures:
+            self._closures[early.optimizer_index] -= 1
+
+    def _take_early(self, step: int, optimizer_index: int) -> _Early | None:
+        early, self._early = self._early, None
+        if early is None or (early.step, early.optimizer_index) != (step, optimizer_index):
+            return None
+        if early.versions is None or early.versions == self._versions(optimizer_index):
+            return early
+        self._losses = early.losses
+        return None
+
+    def _versions(self, optimizer_index: int) -> list[tuple[int, int]]:
+        return [(id(one), one._version) for one in self._learner.gradients(optimizer_index)]
 
     def measure_later(self, step: int, optimizer_index: int) -> PendingReading | None:
         """Loss and gradient of update ``step``, still on the device; ``None`` where there is neither."""
-        return self._pending(step, optimizer_index, self._partial_norms(optimizer_index), self._take_losses())
+        return self._pending(step, optimizer_index, self._partial_norms(step, optimizer_index), self._take_losses())
 
     def measure_now(self, step: int, optimizer_index: int) -> Reading | None:
         """Loss and gradient of update ``step``; waits for the device. ``None`` where there is neither."""
-        norms, losses = self._partial_norms(optimizer_index), self._take_losses()
+        early = self._take_early(step, optimizer_index)
+        return self._measure(step, optimizer_index) if early is None else early.reading
+
+    def _measure(self, step: int, optimizer_index: int, *, scaled: bool = False) -> Reading | None:
+        norms, losses = self._partial_norms(step, optimizer_index), self._take_losses()
         # The short way for finite numbers on the host: most updates on a CPU take it.
         if losses and norms and self._learner.scaler is None and all(map(is_on_host, (*losses, *norms))):
             norm, loss = math.hypot(*map(float, norms)), sum(map(float, losses)) * self._divided_by / len(losses)
             if math.isfinite(norm) and math.isfinite(loss):
                 return Reading(step, optimizer_index, loss, norm)
-        pending = self._pending(step, optimizer_index, norms, losses)
+        pending = self._pending(step, optimizer_index, norms, losses, scaled=scaled)
         return None if pending is None else pending.read(partial(self._exact_norm, optimizer_index))
 
     def gradient_norm(self, optimizer_index: int) -> float:
@@ -98,17 +177,32 @@ class Meter:
         """Count closures anew: the batch is over."""
         self._closures.clear()
 
-    def _partial_norms(self, optimizer_index: int) -> list[Tensor]:
+    def _partial_norms(self, step: int, optimizer_index: int) -> list[Tensor]:
         if optimizer_index in self._learner.quasi_newton:
             self._closures[optimizer_index] = self._closures.get(optimizer_index, 0) + 1
-        return partial_norms(self._gradients(optimizer_index), self._thresholds)
+        gradients = self._learner.gradients(optimizer_index)
+        known, elements = self._sizes.setdefault(optimizer_index, set()), sum(map(_numel, gradients))
+        self.has_new_size = elements not in known
+        known.add(elements)
+        try:
+            values = dense_gradients(gradients)
+            norms = partial_norms(values, self._thresholds)
+        except (NotImplementedError, TypeError, RuntimeError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            # Of an unusual kind; to look at the kind of each gradient in every step would cost more than their norm.
+            values = [one for gradient in gradients if (one := dense_values(gradient)).numel()]
+            norms = partial_norms(values, self._thresholds)
+        named = self._learner.which_have_gradients(optimizer_index, len(values))
+        self._history.keep(step, optimizer_index, norms, named)
+        return norms
 
     def _take_losses(self) -> list[Tensor]:
         losses, self._losses = self._losses, []
         return losses
 
     def _pending(
-        self, step: int, optimizer_index: int, norms: list[Tensor], losses: list[Tensor]
+        self, step: int, optimizer_index: int, norms: list[Tensor], losses: list[Tensor], *, scaled: bool = False
     ) -> PendingReading | None:
         scale = self.loss_scale()
         return pending_reading(
@@ -118,7 +212,8 @@ class Meter:
             loss_factor=self._divided_by / len(losses) if losses else 1.0,
             norms=norms,
             loss_scale=scale,
-            gradients_scaled=scale is not None and unscales_itself(self._learner.optimizers[optimizer_index]),
+            gradients_scaled=scale is not None
+            and (scaled or unscales_itself(self._learner.optimizers[optimizer_index])),
         )
 
     def _exact_norm(self, optimizer_index: int) -> float | None:
@@ -127,3 +222,11 @@ class Meter:
 
     def _gradients(self, optimizer_index: int) -> list[Tensor]:
         return dense_gradients(self._learner.gradients(optimizer_index))
+
+
+def _number(loss: Tensor) -> Tensor:
+    """A loss as one number: under manual optimization one of several elements has a ``gradient``, which is not seen."""
+    if loss.numel() == 1 and not loss.is_complex():
+        return loss
+    values = dense_values(loss)
+    return values.mean(dtype=WIDER.get(values.dtype)) if values.numel() else values.new_zeros(())

@@ -44,6 +44,7 @@ class ReadingJudge:
     ) -> None:
         self._context = context
         self._monitors = context.monitors
+        self._curve = context.curve
         self._meter = meter
         self._runner = runner
         self._interventions = interventions
@@ -72,6 +73,9 @@ class ReadingJudge:
 
     def judge(self, arrived: Arrived, stepping: int | None) -> None:
         """Judge one reading."""
+        if self._curve is not None and not arrived.line_search:
+            rates = self._context.state.rates
+            self._curve.add(arrived.reading, rates[-1][1] if rates else None, self._context.clipper.value)
         # Further evaluations of one step (LBFGS) look at bad places on purpose, and are no history.
         if not arrived.line_search and self._monitors.passes(arrived.reading):
             self.readings.append(arrived.reading)  # nearly always
@@ -94,6 +98,8 @@ class ReadingJudge:
             if not arrived.line_search:
                 self._accept(reading)
             return
+        if not reading.loss_finite and self._context.state.raised is not None:
+            fault = replace(fault, message=self._context.state.raised)
         if fault.place == "gradient" and not reading.finite and not arrived.late:
             named = self._meter.first_bad_gradient(reading.optimizer_index)
             fault = replace(fault, place=first_over_ranks(self._context.ranks, named)[0] or fault.place)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import NoReturn, final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, final
 
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.guard.context import GuardContext
@@ -107,6 +107,14 @@ class InterventionRecorder:
         """The surest finding of this run about faults like this one, else about any."""
         here = self._surest.get((fault.kind, fault.place))
         return here or max(self._surest.values(), key=lambda finding: finding.confidence, default=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        return {"tried": list(self._tried)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; checkpoints of version 0.1.0 lack this."""
+        self._tried.extend(state.get("tried", ()))
 
     def tried(self, fault: Fault, words: tuple[str, ...]) -> None:
         """Remember what was done, for the error that may end the run."""

@@ -64,8 +64,11 @@ class Recovery:
     def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
         """Multiply the learning rate, or with ``limit`` allow no larger one than results."""
         rate = self._rate
-        if limit or rate.ratio() < rate.multiplier:
-            rate.set_multiplier(rate.multiplier, min_lr=min_lr, max_lr=rate.effective()[0] * factor)
+        effective = rate.effective()
+        if not effective:
+            return  # optimizers without a rate, or none
+        if (limit or rate.ratio() < rate.multiplier) and effective[0] > 0:
+            rate.set_multiplier(rate.multiplier, min_lr=min_lr, max_lr=effective[0] * factor)
         else:
             rate.set_multiplier(min(1.0, rate.multiplier * factor), min_lr=min_lr, max_lr=rate.max_lr)
         self._reviews.begin(self._state.healthy_steps)
@@ -114,6 +117,8 @@ class Recovery:
             return
         history = self._context.monitors.history(0) or ReadingHistory()
         before, ratio = self._rate.effective(), self._rate.ratio()
+        if not before:
+            return
         may_rise = ratio <= limits.raised_below and limits.larger * before[0] < state.policy.bad_rate
         # A loss that falls does so at this rate, and one that never fell says nothing of it.
         rests = history.learning() and not history.falling()

@@ -82,44 +82,79 @@ class Rehearsal:
             unseen: Whether to train on every other batch and measure the loss on the rest, so that learning by heart
                 does not count.
         """
-        batches = range(self._replay.rehearsal_batches())
+        count = self._replay.rehearsal_batches()
+        batches = range(max(0, count - self._limits.batches), count)
         if not batches:
             return None
         trained, measured = (batches[::2], batches[1::2]) if unseen and len(batches) > 1 else (batches, batches)
         if self._base != (id(base), base.step):
             self._base, self._began = (id(base), base.step), {}
+        inertia = self._inertia()
+        losses = self._after(base, factor, math.ceil(updates * inertia), trained, measured, watched=True)
+        if updates == 0 and losses is not None:
+            self._began = dict(zip(measured, losses, strict=True))
+        return None if losses is None else fmean(losses)
+
+    def losses_after(
+        self, base: Snapshot, factor: float, updates: int, trained: range, measured: range
+    ) -> list[float] | None:
+        """Loss of each of some batches after ``updates`` on others, from ``base`` with the rate times ``factor``.
+
+        Infinite where it is not finite; ``None`` where a batch cannot be run. The learner is left at ``base``, without
+        gradients.
+
+        Args:
+            base: State to begin at.
+            factor: Number that the rate is multiplied by.
+            updates: Number of updates.
+            trained: Indices of the batches that the updates take in turn.
+            measured: Indices of the batches whose loss is measured.
+        """
+        return self._after(base, factor, updates, trained, measured, watched=False)
+
+    def _after(
+        self,
+        base: Snapshot,
+        factor: float,
+        updates: int,
+        trained: Sequence[int],
+        measured: Sequence[int],
+        *,
+        watched: bool,
+    ) -> list[float] | None:
         rate = self._rate
         multiplier, min_lr, max_lr = rate.multiplier, rate.min_lr, rate.max_lr
         restore(self._learner, base)
         rate.set_multiplier(rate.ratio() * factor)
         try:
-            return self._play(trained, measured, self._horizon(updates))
+            return self._play(trained, measured, updates, watched=watched)
         finally:
             rate.set_multiplier(multiplier, min_lr=min_lr, max_lr=max_lr)
             restore(self._learner, base)
             for optimizer in self._learner.optimizers:
                 optimizer.zero_grad(set_to_none=True)
 
-    def _horizon(self, updates: int) -> int:
+    def _inertia(self) -> float:
         group = self._learner.optimizers[0].param_groups[0]
-        # Momentum takes some updates to build up, so more are made; LBFGS makes several updates in one step.
-        inertia = self._limits.momentum if group.get("momentum") else self._limits.adaptive if "betas" in group else 1.0
-        return math.ceil(updates * inertia / int(group.get("max_iter", 1)))
+        # Momentum takes some updates to build up, so more are made.
+        return self._limits.momentum if group.get("momentum") else self._limits.adaptive if "betas" in group else 1.0
 
-    def _play(self, trained: Sequence[int], measured: Sequence[int], updates: int) -> float | None:
+    def _play(
+        self, trained: Sequence[int], measured: Sequence[int], updates: int, *, watched: bool
+    ) -> list[float] | None:
+        # LBFGS makes several updates in one step.
+        steps = math.ceil(updates / int(self._learner.optimizers[0].param_groups[0].get("max_iter", 1)))
         with self._replay.rehearsing():
-            stays = self._train(trained, updates)
+            stays = self._train(trained, steps, watched=watched)
         if not stays:
-            return None if stays is None else math.inf
+            return None if stays is None else [math.inf] * len(measured)
         # Enter again, so that random numbers in the loss are the same whatever was trained before.
         with self._replay.rehearsing():
             losses = [self._replay.loss_on(index) for index in measured]
-        if updates == 0:
-            self._began = {i: loss for i, loss in zip(measured, losses, strict=True) if loss is not None}
-        mean = fmean(loss for loss in losses if loss is not None) if None not in losses else None
-        return mean if mean is None or math.isfinite(mean) else math.inf
+        known = [loss for loss in losses if loss is not None]
+        return [loss if math.isfinite(loss) else math.inf for loss in known] if len(known) == len(losses) else None
 
-    def _train(self, batches: Sequence[int], updates: int) -> bool | None:
+    def _train(self, batches: Sequence[int], updates: int, *, watched: bool) -> bool | None:
         first: float | None = None
         unit = self._context.monitors.loss_unit()
         gone = False
@@ -131,7 +166,7 @@ class Rehearsal:
             first = loss if first is None else first
             began = self._began.get(index, first)
             was_gone, gone = gone, loss > began + self._limits.diverged * max(abs(began), unit)
-            if not math.isfinite(loss) or (gone and was_gone):
+            if not math.isfinite(loss) or (watched and gone and was_gone):
                 return False
         return True
 
@@ -146,7 +181,7 @@ class Rehearsal:
             at_most: The factor returned for a larger rate; 1 if the rate may not be raised.
         """
         reviews = self._reviews
-        with self._present() as present:
+        with self.present() as present:
             if present is None:
                 return 1.0
 
@@ -164,7 +199,7 @@ class Rehearsal:
 
     def harmful(self, factor: float) -> bool:
         """Whether from the present state the rate times ``factor`` makes the loss clearly worse."""
-        with self._present() as present:
+        with self.present() as present:
             if present is None:
                 return False
             before = self.loss_after(present, 1.0, 0)
@@ -176,7 +211,7 @@ class Rehearsal:
         )
 
     @contextmanager
-    def _present(self) -> Iterator[Snapshot | None]:
+    def present(self) -> Iterator[Snapshot | None]:
         gradients = [(p, p.grad) for p in self._learner.module.parameters()]
         self._began = {}
         present: Snapshot | None = None
@@ -195,19 +230,11 @@ class Rehearsal:
             for parameter, gradient in gradients:
                 parameter.grad = gradient
 
-    def compare(self, target: Snapshot) -> tuple[float, float] | None:
-        """Mean loss of the batches at hand under the present state and under ``target``; ``None`` without batches."""
-        with self._present() as present:
-            if present is None:
-                return None
-            now, then = (self.loss_after(base, 1.0, 0) for base in (present, target))
-        return None if now is None or then is None else (now, then)
-
     def compare_each(self, one: Snapshot, other: Snapshot) -> list[tuple[float, float]]:
         """Loss of each batch at hand under two states; empty without batches."""
         if not self._replay.rehearsal_batches():
             return []
-        with self._present() as present:
+        with self.present() as present:
             if present is None:
                 return []
             found = []
@@ -215,31 +242,3 @@ class Rehearsal:
                 self.loss_after(base, 1.0, 0)
                 found.append(self._began)
         return [(mine, its) for index, mine in found[0].items() if (its := found[1].get(index)) is not None]
-
-    def lower_rate_is_better(self, start: Snapshot, loss_unit: float) -> bool | None:
-        """Whether a lower rate learns from ``start``, and the present one from the present state does not.
-
-        Args:
-            start: A certified snapshot from before the trouble.
-            loss_unit: The loss unit: a share of it is a clear difference.
-        """
-        with self._present() as present:
-            if present is None:
-                return None
-            begin = self.loss_after(present, 1.0, 0)
-            end = self.loss_after(present, 1.0, self._limits.updates)
-            if begin is None or end is None:
-                return None
-            if begin - end > self._limits.clear * loss_unit:
-                return False
-            for factor in self._limits.lower:
-                lower = self.loss_after(start, factor, self._limits.updates)
-                if lower is None:
-                    return None
-                # The lower rate ends at a clearly lower loss, and the present rate gains under a third of that.
-                if (
-                    lower < end - self._limits.clear * loss_unit
-                    and begin - end < (begin - lower) / self._limits.times_the_gain
-                ):
-                    return True
-        return False

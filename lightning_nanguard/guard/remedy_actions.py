@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Literal, final
 
 from lightning_nanguard.act.skip import StepSkipper
@@ -11,8 +13,11 @@ from lightning_nanguard.guard.readback import Readback
 from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
-from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.learner import StateKey, describe
+from lightning_nanguard.state.restore import mend_averages, restore
 from lightning_nanguard.state.snapshot import Snapshot
+
+_logger = logging.getLogger("lightning_nanguard")
 
 
 @final
@@ -53,7 +58,8 @@ class RemedyActions:
             found: The fault.
             known_until: Update up to which readings are kept even if a state from before it is restored.
         """
-        self._found, self._known_until, self._context.state.restored = found, known_until, None
+        self._found, self._known_until = found, known_until
+        self._context.state.restored = self._context.state.unrestored = None
 
     def undo(self, found: FoundFault) -> None:
         """Undo what the batch of a fault changed."""
@@ -78,11 +84,24 @@ class RemedyActions:
         else:
             return
         context.state.restored = snapshot
-        restore(context.learner, snapshot)
+        self._look_at_restored(restore(context.learner, snapshot))
         context.state.healthy_since_restore = 0
         self._forget(snapshot)
         for optimizer in context.learner.optimizers:
             optimizer.zero_grad(set_to_none=True)
+
+    def _look_at_restored(self, left: Sequence[StateKey]) -> None:
+        context, state = self._context, self._context.state
+        if context.corrupt()[0] is not None:
+            mend_averages(context.learner, context.finite.corrupt)  # of one that began since, no snapshot holds a copy
+        state.unrestored, _ = context.corrupt()
+        if state.unrestored is not None:
+            # No snapshot helps, so none is tried again.
+            state.restored = None
+            context.ring.clear()
+        elif left and not context.ranks.rank:
+            names = ", ".join(map(describe, left))
+            _logger.warning("NaNGuard: the rollback left %s as it is, whose shape is another by now.", names)
 
     def _forget(self, snapshot: Snapshot) -> None:
         # Everything that was read of states after this one.

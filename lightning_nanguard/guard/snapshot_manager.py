@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
 
 import torch
 
@@ -75,6 +75,7 @@ class SnapshotManager:
         self._screen = NormScreen(())
         # State keys of tensors whose norm is larger than one element may be.
         self._wide: set[StateKey] = set()
+        self._resumed: Mapping[str, Any] | None = None
         self._last = 0
         self._next = self._interval.until_next(0)
         self._wanted = False
@@ -85,6 +86,47 @@ class SnapshotManager:
         """The next snapshot is due an interval after update ``step``."""
         self._last = step
         self._next = step + self._interval.until_next(step, self._agreement.interval if self._many else None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """When snapshots fall due, and what is known of the pending one; the snapshots themselves are not saved."""
+        if self._resumed is not None:  # loaded, and not started yet
+            return dict(self._resumed)
+        pending = self._ring.pending
+        return {
+            "interval": self._interval.updates,
+            "due": [self._last, self._next],
+            "pending": None if pending is None else [pending.rate, pending.healthy],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """The inverse of :meth:`state_dict`; checkpoints of version 0.1.0 have ``None``."""
+        self._resumed = state
+        if state is not None:
+            self._interval.resume(int(state["interval"]))
+
+    def resume(self, level: float | None, capture: Callable[[], Snapshot]) -> bool:
+        """At the start: go on with the snapshots as the run that was stopped would have; whether it was one.
+
+        The state that was saved is certified at once, since it was looked at then. It also takes the place of the
+        pending snapshot, of which the learning rate is known: what follows from its certification then follows at the
+        same update.
+
+        Args:
+            level: Level of the loss.
+            capture: Takes a snapshot.
+        """
+        resumed, self._resumed = self._resumed, None
+        # Several processes certify together, and none has said anything yet.
+        if resumed is None or self._many:
+            return False
+        first = capture()
+        first.typical, first.level = self._screen.typical, level
+        self._ring.certify()
+        if resumed["pending"] is not None:
+            pending = capture()
+            pending.rate, pending.healthy = resumed["pending"]
+        self._last, self._next = map(int, resumed["due"])
+        return True
 
     def want(self) -> None:
         """The next snapshot is due at once."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.state.snapshot import Snapshot
@@ -22,6 +23,8 @@ class GuardState:
         bad_in_a_row: Bad batches since the last healthy one.
         policy: What the policy remembers.
         restored: The snapshot that the present intervention restored; ``None`` where it restored none.
+        raised: The exception of ``training_step`` that the next non-finite loss stands for, in words.
+        unrestored: What is still not finite after the present intervention has restored a snapshot, in words.
         rates: Step and effective learning rate of the first group, for each step at which it changed.
     """
 
@@ -31,7 +34,30 @@ class GuardState:
     bad_in_a_row: int = 0
     policy: PolicyState = field(default_factory=PolicyState)
     restored: Snapshot | None = None
+    raised: str | None = None
+    unrestored: str | None = None
     rates: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=1024))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What lasts from one step to the next, in plain containers."""
+        return {
+            "step": self.step,
+            "healthy_steps": self.healthy_steps,
+            "healthy_since_restore": self.healthy_since_restore,
+            "bad_in_a_row": self.bad_in_a_row,
+            "policy": self.policy.to_dict(),
+            "rates": [list(one) for one in self.rates],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; checkpoints of version 0.1.0 lack the rates."""
+        self.step = int(state["step"])
+        self.healthy_steps = int(state["healthy_steps"])
+        self.healthy_since_restore = state["healthy_since_restore"]
+        self.bad_in_a_row = int(state["bad_in_a_row"])
+        self.policy = PolicyState.from_dict(state["policy"])
+        self.rates.clear()
+        self.rates.extend((int(step), float(rate)) for step, rate in state.get("rates", ()))
 
     def note_rate(self, rate: float | None) -> None:
         """Remember the effective learning rate of this step, where it changed."""

@@ -1,45 +1,106 @@
-"""The tensors in a batch of nested mappings and sequences."""
+"""The tensors in a batch of any kind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from lightning_nanguard.measure.containers import parts_of, remade
 from lightning_nanguard.measure.tensors import dense_values
+from lightning_nanguard.thresholds.measurement import MeasurementThresholds
+
+_DEFAULTS = MeasurementThresholds()
 
 
 def largest_magnitudes(batch: Any) -> list[float]:
-    """Largest absolute value of every floating tensor in a nested batch. Reads from the device."""
-    tensors = [dense_values(tensor) for tensor in floating_tensors(batch) if tensor.numel() > 0]
-    return [float(tensor.abs().max()) for tensor in tensors]
+    """Largest absolute value of every floating tensor in a batch. Reads from the device."""
+    dense = [dense_values(tensor) for tensor in floating_tensors(batch)]
+    return [float(values.abs().max()) for values in dense if values.numel() > 0]
 
 
 def floating_tensors(batch: Any) -> Iterator[Tensor]:
-    """Every floating tensor in nested mappings and sequences."""
+    """Every floating tensor in a batch."""
     return (tensor for tensor in nested_tensors(batch) if tensor.is_floating_point() or tensor.is_complex())
 
 
 def nested_tensors(batch: Any) -> Iterator[Tensor]:
-    """Every tensor in nested mappings and sequences."""
+    """Every tensor in a batch."""
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, Mapping):
-        for item in batch.values():
-            yield from nested_tensors(item)
-    elif isinstance(batch, (list, tuple)):
-        for item in batch:
-            yield from nested_tensors(item)
+    else:
+        yield from (tensor for _, tensor in named_tensors(batch))
 
 
-def mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with every tensor in nested mappings and sequences replaced by what ``function`` makes of it."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return {key: mapped(item, function) for key, item in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        items = [mapped(item, function) for item in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    return batch
+def named_tensors(batch: Any, thresholds: MeasurementThresholds = _DEFAULTS) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in a batch, by its path: ``"0"``, ``"x"``, ``"graph.nodes"``; floating arrays of NumPy as tensors.
+
+    What several paths lead to is given once.
+
+    Args:
+        batch: The batch.
+        thresholds: How deep it is looked into.
+    """
+    used: set[str] = set()
+    for path, tensor in _walk(batch, (), {}, thresholds.deepest_part):
+        # What a private attribute leads to has names of its own.
+        short = [part for part in path[:-1] if not part.startswith("_")]
+        name = ".".join([*short, *path[-1:]]) or "0"
+        name = ".".join(path) if name in used else name
+        used.add(name)
+        yield name, tensor
+
+
+def _walk(
+    value: Any, path: tuple[str, ...], seen: dict[int, Any], depth: int
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, np.ndarray):
+        yield from ((path, tensor) for tensor in _floating_array(value))
+    elif depth and id(value) not in seen and (parts := parts_of(value)):
+        seen[id(value)] = value  # kept, or another value might get its identity
+        for name, part in parts:
+            yield from _walk(part, (*path, str(name)), seen, depth - 1)
+
+
+def _floating_array(array: np.ndarray[Any, Any]) -> Iterator[Tensor]:
+    if np.issubdtype(array.dtype, np.inexact):
+        try:
+            yield torch.from_numpy(np.array(array))  # a copy: the original may not be writable
+        except TypeError:  # a type that torch has not
+            return
+
+
+def mapped(
+    batch: Any,
+    function: Callable[[Any], Any],
+    kind: type = Tensor,
+    thresholds: MeasurementThresholds = _DEFAULTS,
+) -> Any:
+    """The batch with every tensor replaced by what ``function`` makes of it.
+
+    Values that hold none are the same objects as before, all others are copies.
+
+    Args:
+        batch: The batch.
+        function: Makes another tensor of one.
+        kind: What is replaced in the place of tensors.
+        thresholds: How deep the batch is looked into.
+    """
+    made: dict[int, Any] = {}
+
+    def of(value: Any, depth: int) -> Any:
+        if isinstance(value, kind):
+            return function(value)
+        if id(value) not in made and depth and (parts := parts_of(value)):
+            made[id(value)] = value  # where it holds itself
+            new = [of(part, depth - 1) for _, part in parts]
+            if any(one is not part for one, (_, part) in zip(new, parts, strict=True)):
+                made[id(value)] = remade(value, new)
+        return made.get(id(value), value)
+
+    return of(batch, thresholds.deepest_part)

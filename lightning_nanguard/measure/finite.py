@@ -24,13 +24,16 @@ def non_finite_indices(tensors: Sequence[Tensor]) -> list[int]:
 
     Tensors of integers, and empty ones, hold none.
     """
-    groups: dict[torch.device, list[int]] = {}
+    groups: dict[torch.device, tuple[list[int], list[Tensor]]] = {}
     for index, tensor in enumerate(tensors):
-        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() > 0:
-            groups.setdefault(tensor.device, []).append(index)
+        if tensor.is_floating_point() or tensor.is_complex():
+            dense = dense_values(tensor)
+            if dense.numel() > 0:
+                indices, values = groups.setdefault(dense.device, ([], []))
+                indices.append(index)
+                values.append(dense)
     bad: list[int] = []
-    for indices in groups.values():
-        values = [dense_values(tensors[index]) for index in indices]
+    for indices, values in groups.values():
         # A finite norm proves every element finite in one cheap pass.
         if not math.isfinite(float(total_norm(partial_norms(values)))):
             bad += _non_finite_among(indices, values)

@@ -9,7 +9,7 @@ from operator import attrgetter, methodcaller
 import torch
 from torch import Tensor
 
-from lightning_nanguard.measure.tensors import WIDER, dense_values, is_on_host, local, moved_to
+from lightning_nanguard.measure.tensors import WIDER, dense_values, is_on_host, is_plain, local, moved_to, stored_values
 from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 
 _UP_TO_FLOAT = {torch.float16, torch.bfloat16, torch.float32}
@@ -54,6 +54,24 @@ def partial_norms(values: list[Tensor], thresholds: MeasurementThresholds = _DEF
     return norms
 
 
+def joined_as(sizes: Sequence[int], thresholds: MeasurementThresholds = _DEFAULTS) -> tuple[list[int], list[int]]:
+    """What the norms that :func:`partial_norms` gives for tensors on the host are of.
+
+    Args:
+        sizes: Numbers of elements of the tensors.
+        thresholds: Which tensors are joined before their norm is taken.
+
+    Returns:
+        How many tensors were joined for each of the first norms, and the places of the tensors that the others are of.
+    """
+    if len(sizes) < thresholds.fewest_tensors_joined:
+        return [], list(range(len(sizes)))
+    step, largest = thresholds.tensors_per_join, thresholds.largest_tensor_joined
+    small = sum(size <= largest for size in sizes)
+    groups = [min(step, small - start) for start in range(0, small, step)]
+    return groups, [place for place, size in enumerate(sizes) if size > largest]
+
+
 def total_norm(norms: Sequence[Tensor]) -> Tensor:
     """2-norm of partial norms, a 0-dim float tensor on the first one's device."""
     first = norms[0]
@@ -74,7 +92,8 @@ def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[float]:
     """A norm of each tensor, 0.0 of an empty one; one read for each device and dtype."""
     found = [0.0] * len(tensors)
     # Complex numbers stay whole here: the largest element is that of the largest magnitude.
-    dense = [dense_values(tensor) if tensor.is_sparse else local(tensor).detach() for tensor in tensors]
+    whole = [local(tensor).detach() for tensor in tensors]
+    dense = [one if is_plain(one) else stored_values(one) for one in whole]
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, values in enumerate(dense):
         if values.numel():

@@ -1,18 +1,27 @@
-"""Local, dense values of any tensor: sharded, sparse, complex."""
+"""Local, dense values of any tensor: sharded, sparse, nested, quantised, complex, of eight bits, of a subclass."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from functools import cache
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
+
+_logger = logging.getLogger("lightning_nanguard")
 
 WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 """The dtype in which a norm or a sum of a half-precision tensor is taken: in its own it would soon overflow."""
 
 _WHOLE = (Tensor, torch.nn.Parameter)
 _COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+# Floating dtypes that torch can hold and convert, and little else.
+_STORAGE_ONLY = frozenset(
+    dtype for name in dir(torch) if name.startswith("float8") and isinstance(dtype := getattr(torch, name), torch.dtype)
+)
 
 _is_sparse = attrgetter("is_sparse")
 
@@ -38,16 +47,81 @@ def dense_values(tensor: Tensor) -> Tensor:
 
 
 def stored_values(tensor: Tensor) -> Tensor:
-    """The numbers a tensor stores as a dense, real one without a graph.
+    """The numbers a tensor stores as a dense, real one without a graph; an empty one where they cannot be read.
 
-    Duplicate entries of a sparse tensor are added up; a complex tensor counts as its real and imaginary parts.
+    Duplicate entries of a sparse tensor are added up; a complex tensor counts as its real and imaginary parts, a
+    quantised one as what it stands for. A type whose numbers cannot be read is logged once.
     """
     values = tensor.detach()
-    if values.is_sparse:
+    if is_plain(values):
+        return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+    try:
+        return _read(values)
+    except Exception as error:
+        _say_unread(f"{type(tensor).__module__}.{type(tensor).__qualname__}", repr(error))
+        return torch.empty(0)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one of torch's own kind: dense, with numbers of its own that torch can compute with."""
+    return is_strided(tensor) and tensor.dtype not in _STORAGE_ONLY
+
+
+def is_strided(tensor: Tensor) -> bool:
+    """Whether a tensor is one of torch's own kind that is copied as memory is, whatever its numbers stand for."""
+    # Subclasses of Parameter, such as those that carry quantised weights, are plain tensors without their class.
+    return (
+        (type(tensor) in _WHOLE or type(tensor.detach()) is Tensor)
+        and tensor.layout == torch.strided
+        and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
+    )
+
+
+def shape_of(tensor: Tensor) -> tuple[Any, ...]:
+    """The shape of a tensor; of a nested one those of its parts."""
+    try:
+        nested = tensor.is_nested
+    except RuntimeError:
+        nested = False  # a ShardedTensor answers few questions
+    return tuple(map(shape_of, tensor.unbind())) if nested else tuple(tensor.shape)
+
+
+def _read(values: Tensor) -> Tensor:
+    if values.is_nested:
+        values = values.values()
+    elif values.is_meta:
+        return torch.empty(0)
+    elif type(values) not in _WHOLE:
+        return _read_subclass(values)
+    elif values.is_quantized:
+        values = values.dequantize()
+    elif values.is_sparse:
         values = values.coalesce().values()
     elif values.layout in _COMPRESSED:
         values = values.values()
-    return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+    elif values.layout != torch.strided:
+        values = values.to_dense()
+    elif values.dtype in _STORAGE_ONLY:
+        values = values.float()
+    return values if is_plain(values) and not values.is_complex() else stored_values(values)
+
+
+def _read_subclass(values: Tensor) -> Tensor:
+    if not hasattr(values, "__tensor_flatten__"):
+        plain = values.as_subclass(Tensor)
+        plain.data_ptr()  # raises where the subclass keeps its numbers elsewhere
+        return stored_values(plain)
+    try:
+        return stored_values(values.dequantize())
+    except Exception:  # most do not stand for other numbers than they hold
+        names, _ = values.__tensor_flatten__()
+        parts = [stored_values(part) for name in names if (part := getattr(values, name)).is_floating_point()]
+        return torch.cat([part.flatten().double() for part in parts]) if parts else torch.empty(0)
+
+
+@cache
+def _say_unread(kind: str, why: str) -> None:
+    _logger.info("NaNGuard: the numbers of tensors of type %s cannot be read, so they are not looked at: %s", kind, why)
 
 
 def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
@@ -71,4 +145,7 @@ def moved_to(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor
 
 def size(tensor: Tensor) -> int:
     """Bytes of the numbers a tensor stores."""
-    return size(tensor.coalesce().values()) if tensor.is_sparse else tensor.numel() * tensor.element_size()
+    if tensor.is_sparse:
+        return size(tensor.coalesce().values())
+    # Not `nbytes`, which a compressed tensor gives as if it were dense.
+    return size(tensor.values()) if tensor.layout in _COMPRESSED else tensor.numel() * tensor.element_size()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import replace
 from typing import final
 
 from lightning_nanguard.errors import require
@@ -24,6 +25,7 @@ class AdviceLog:
     Args:
         sink: The file; ``None`` keeps advice in memory only and shows none on the console.
         thresholds: How much advice is taken at most.
+        run_id: Id of the run, which each piece of advice is given.
 
     Attributes:
         given: The advice so far, oldest first.
@@ -36,8 +38,11 @@ class AdviceLog:
         1
     """
 
-    def __init__(self, sink: JsonLines | None = None, thresholds: RecordsThresholds = RECORDS) -> None:
+    def __init__(
+        self, sink: JsonLines | None = None, thresholds: RecordsThresholds = RECORDS, run_id: str = ""
+    ) -> None:
         self._sink = sink
+        self._run_id = run_id
         self._thresholds = thresholds
         self._most = thresholds.advice_per_fit
         require(self._most >= 1, thresholds, "advice_per_fit", self._most, "at least 1")
@@ -50,6 +55,7 @@ class AdviceLog:
         if said in self._said or len(self.given) >= self._most:
             return
         self._said.add(said)
+        advice = replace(advice, run=self._run_id)
         self.given.append(advice)
         if self._sink is not None:
             _logger.warning("NaNGuard: %s", describe_advice(advice, self._thresholds))

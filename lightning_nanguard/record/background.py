@@ -10,7 +10,7 @@ from typing import final
 from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import RunInfo, Sink
 from lightning_nanguard.record.isolated import IsolatedSink
-from lightning_nanguard.record.messages import counted
+from lightning_nanguard.record.text import counted
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Intervention
 

@@ -37,12 +37,14 @@ class RunInfo:
     Attributes:
         rank: Rank of this process; 0 with one process.
         world_size: Number of processes.
-        dirpath: Folder of the guard's records in this fit. It is made with the first record, so it may not exist yet.
+        dirpath: Folder of the guard's records in this run. Where nothing can be written yet it does not exist.
+        run_id: Id of the run, which a resumed run has from the run it goes on with.
     """
 
     rank: int = 0
     world_size: int = 1
     dirpath: Path = Path("nanguard")
+    run_id: str = ""
 
 
 class Sink(ABC):

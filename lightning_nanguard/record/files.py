@@ -8,13 +8,16 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from lightning_nanguard.record.messages import listed_numbers
+from lightning_nanguard.record.text import listed_numbers
 from lightning_nanguard.types import SCHEMA_VERSION, Advice, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
 
 RECORDS_FILE, ADVICE_FILE = "interventions.jsonl", "advice.jsonl"
 """Names of the files in a run's folder of records."""
+
+LAST_GOOD = "nanguard-last-good.ckpt"
+"""Name of the checkpoint file that the guard itself writes."""
 
 _Record = TypeVar("_Record", Intervention, Advice)
 

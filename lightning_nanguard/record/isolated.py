@@ -9,7 +9,7 @@ from typing import final
 
 from lightning_nanguard.record.base import RunInfo, Sink
 from lightning_nanguard.record.callable_sink import CallableSink
-from lightning_nanguard.record.messages import counted
+from lightning_nanguard.record.text import counted
 from lightning_nanguard.types import Intervention
 
 _logger = logging.getLogger("lightning_nanguard")

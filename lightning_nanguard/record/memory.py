@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from typing import final, overload
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, final, overload
 
 from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
-from lightning_nanguard.types import Intervention
+from lightning_nanguard.types import Advice, Intervention
 
 
 @final
@@ -26,6 +26,7 @@ class Memory(Sink, Sequence[Intervention]):
         total: Number of all interventions written.
         faults: How often each fault was written.
         remedies: How often each remedy was written.
+        advice: The advice of the last fit.
 
     Example:
         >>> memory = Memory(RecordsThresholds(interventions_in_memory=2))
@@ -44,6 +45,37 @@ class Memory(Sink, Sequence[Intervention]):
         self.total = 0
         self.faults: Counter[str] = Counter()
         self.remedies: Counter[str] = Counter()
+        self.advice: Sequence[Advice] = ()
+        self._original: Memory | None = None
+
+    def take_advice(self, advice: Sequence[Advice]) -> None:
+        """Show the advice of a fit that begins, now and while it grows."""
+        self.advice = advice
+        if self._original is not None:
+            self._original.take_advice(advice)
+
+    def copy(self) -> Memory:
+        """A memory of the same interventions; what is written to it later is found in this one, too."""
+        made = Memory(RecordsThresholds(interventions_in_memory=self.maxlen))
+        made.load_state_dict(self.state_dict())
+        made._original = self
+        return made
+
+    def state_dict(self) -> dict[str, Any]:
+        """All it holds, in plain containers."""
+        return {
+            "kept": self.maxlen,
+            "newest": list(self._newest),
+            "total": self.total,
+            "faults": dict(self.faults),
+            "remedies": dict(self.remedies),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._newest = deque(state["newest"], maxlen=state["kept"])
+        self.total = int(state["total"])
+        self.faults, self.remedies = Counter(state["faults"]), Counter(state["remedies"])
 
     @property
     def maxlen(self) -> int:
@@ -56,6 +88,8 @@ class Memory(Sink, Sequence[Intervention]):
         self.total += 1
         self.faults[intervention.fault] += 1
         self.remedies.update(intervention.remedies)
+        if self._original is not None:
+            self._original.write(intervention)
 
     def __len__(self) -> int:
         return len(self._newest)

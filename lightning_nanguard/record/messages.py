@@ -1,4 +1,4 @@
-"""Puts interventions, findings and advice into words, one line each.
+"""Puts interventions, findings and advice into words, which are safe to show.
 
 Only this module and ``summary`` look at the words of remedies. A word they do not know, such as that of a remedy of the
 user's own, is shown as it is.
@@ -6,9 +6,9 @@ user's own, is shown as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
+import re
 
+from lightning_nanguard.record.text import in_words, listed_numbers, printable
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Advice, Finding, Intervention
 
@@ -24,7 +24,6 @@ def describe(intervention: Intervention, thresholds: RecordsThresholds = RECORDS
         >>> describe(Intervention(412, 3, 12, "exploding_loss", "loss", ("restore", "scale"), 0.1, 0.05, 400))
         'step 412 (epoch 3, batch 12): exploding_loss in loss; went back to step 400, learning rate 0.1 → 0.05'
     """
-    batch = f", batch {intervention.batch_idx}" if intervention.batch_idx >= 0 else ""
     place = f" in {intervention.place}" if intervention.place else ""
     if intervention.message:
         why = f" ({intervention.message.rstrip('. ')})"
@@ -32,12 +31,72 @@ def describe(intervention: Intervention, thresholds: RecordsThresholds = RECORDS
         why = f" ({intervention.value:.4g})"
     else:
         why = ""
-    text = (
-        f"step {intervention.global_step} (epoch {intervention.epoch}{batch}): {intervention.fault}{place}{why}; "
-        f"{_done(intervention)}{_cause(intervention, thresholds)}"
-    )
-    # Names and messages of the user's may hold line breaks.
-    return " ".join(text.split())
+    done, cause = _done(intervention), _cause(intervention, thresholds)
+    return printable(f"{when(intervention)}: {intervention.fault}{place}{why}; {done}{cause}")
+
+
+def tell(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) -> str:
+    """Say in a few lines what happened, why, what was done, and what to do.
+
+    Args:
+        intervention: What happened.
+        thresholds: How many samples one message lists.
+
+    Example:
+        >>> finding = Finding("dead_relu", 0.9, place="net.1", suggestion="no unit is active. Lower the learning rate.")
+        >>> print(tell(Intervention(7, 0, 7, "collapsed", "loss", ("skip",), 0.1, 0.1, finding=finding)))
+        step 7 (epoch 0, batch 7): collapsed (loss)
+          why: dead relu in net.1: no unit is active
+          done: skipped the batch
+          to do: Lower the learning rate.
+    """
+    kind = in_words(intervention.fault)
+    place = f" ({intervention.place})" if intervention.place and intervention.place not in kind else ""
+    what = intervention.message.rstrip(". ")
+    if not what and intervention.value is not None:
+        what = f"{intervention.value:.4g}"
+    lines = [f"{when(intervention)}: {kind}{place}{f': {what}' if what else ''}"]
+    finding, advice = intervention.finding, ""
+    if finding is not None:
+        reason, advice = _reason_and_advice(finding.suggestion)
+        named = not finding.samples or "sample" in reason
+        samples = "" if named else f" ({listed_numbers('sample', finding.samples, thresholds)})"
+        where = f" in {finding.place}" if finding.place else ""
+        lines.append(f"why: {in_words(finding.cause)}{where}{samples}{f': {reason}' if reason else ''}")
+    elif intervention.cause:
+        lines.append(f"why: {in_words(intervention.cause)}")
+    lines.append(f"done: {_done(intervention)}")
+    if advice:
+        lines.append(f"to do: {advice}")
+    return "\n  ".join(map(printable, lines))
+
+
+def tell_again(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) -> str:
+    """Say in one short line that something is back which was told before.
+
+    Args:
+        intervention: What happened.
+        thresholds: How many samples one message lists.
+
+    Example:
+        >>> tell_again(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
+        'step 7 (epoch 0, batch 7): non-finite loss again; skipped the batch'
+    """
+    numbers = () if intervention.finding is None else intervention.finding.samples
+    samples = f" ({listed_numbers('sample', numbers, thresholds)})" if numbers else ""
+    return printable(f"{when(intervention)}: {in_words(intervention.fault)} again{samples}; {_done(intervention)}")
+
+
+def when(intervention: Intervention) -> str:
+    """Step, epoch and batch of an intervention."""
+    batch = f", batch {intervention.batch_idx}" if intervention.batch_idx >= 0 else ""
+    return f"step {intervention.global_step} (epoch {intervention.epoch}{batch})"
+
+
+def _reason_and_advice(suggestion: str) -> tuple[str, str]:
+    """The first sentence of a suggestion, which says why, and the others, which say what to do."""
+    reason, *advice = re.split(r"(?<=[^.])\.\s+(?=[A-Z])", " ".join(suggestion.split()), maxsplit=1)
+    return reason.rstrip(". "), advice[0] if advice else ""
 
 
 _PHRASES = {
@@ -49,6 +108,9 @@ _PHRASES = {
     "undo": ("put back what the batch had touched", "put back what the batch had touched"),
     "resume": ("went on from another checkpoint", "gone on from another checkpoint"),
     "rewrite": ("wrote the last good state in its place", "written the last good state in its place"),
+    "hold rate": ("went on at the last valid learning rate", "gone on at the last valid learning rate"),
+    "redo": ("made the step again", "made the step again"),
+    "leave out": ("left the micro-batch out of its update", "left the micro-batch out of its update"),
     "stop": ("stopped the run", "stopped the run"),
 }
 
@@ -91,7 +153,7 @@ def describe_finding(finding: Finding, *, confidence: bool = False, thresholds: 
     place = f" in {finding.place}" if finding.place else ""
     samples = f" ({listed_numbers('sample', finding.samples, thresholds)})" if finding.samples else ""
     suggestion = f": {finding.suggestion}" if finding.suggestion else ""
-    text = " ".join(f"{finding.cause}{place}{samples}{suggestion}".split())
+    text = printable(f"{finding.cause}{place}{samples}{suggestion}")
     return f"{text} (confidence {finding.confidence:.2g})" if confidence else text
 
 
@@ -107,17 +169,4 @@ def describe_advice(advice: Advice, thresholds: RecordsThresholds = RECORDS) -> 
         'step 0 (epoch 0), advice (preflight): dead_relu in net.1 (ReLU)'
     """
     where = f"step {advice.global_step} (epoch {advice.epoch}), advice ({advice.occasion})"
-    return f"{where}: {describe_finding(advice.finding, thresholds=thresholds)}"
-
-
-def counted(number: int, noun: str, nouns: str | None = None) -> str:
-    """A number with its noun, such as ``"1 record"`` or ``"1,200 records"``."""
-    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
-
-
-def listed_numbers(noun: str, numbers: Sequence[int], thresholds: RecordsThresholds = RECORDS) -> str:
-    """Numbers with their noun, such as ``"lines 2, 5, 7"``; what is too many is counted."""
-    most = thresholds.numbers_per_message
-    more = len(numbers) - most
-    shown = ", ".join(str(number) for number in islice(numbers, most))
-    return f"{noun}{'s' if len(numbers) > 1 else ''} {shown}{f' and {more:,} more' if more > 0 else ''}"
+    return printable(f"{where}: {describe_finding(advice.finding, thresholds=thresholds)}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 
-from lightning_nanguard.record.messages import counted
+from lightning_nanguard.record.text import counted, in_words, printable
 from lightning_nanguard.types import ActOn
 
 _ACTIONS = {
@@ -17,6 +18,9 @@ _ACTIONS = {
     "undo": ("half batch undone", "half batches undone"),
     "resume": ("other checkpoint gone on from", "other checkpoints gone on from"),
     "rewrite": ("checkpoint written with the last good state", "checkpoints written with the last good state"),
+    "hold rate": ("learning rate replaced by the last valid one", "learning rates replaced by the last valid ones"),
+    "redo": ("step made again", "steps made again"),
+    "leave out": ("micro-batch left out", "micro-batches left out"),
     "stop": ("stop", "stops"),
 }
 
@@ -39,7 +43,7 @@ def summary(
         faults: How often each fault was found, such as :attr:`Memory.faults`.
         remedies: How often each remedy was used, such as :attr:`Memory.remedies`.
         lr_multiplier: What the learning rate is multiplied by at the end.
-        path: The file of records.
+        path: The folder of the run.
         observe: Whether the guard only observed.
         act_on: For what the guard changes the run.
         advice: Causes that advice was given about.
@@ -47,25 +51,25 @@ def summary(
     Example:
         >>> summary(1200)
         'NaNGuard: 1,200 updates watched (act_on="certain"), nothing to do'
-        >>> summary(1200, {"non_finite_loss": 1}, {"skip": 1})
-        'NaNGuard: 1,200 updates watched (act_on="certain"), 1 intervention (non_finite_loss 1): 1 batch skipped'
+        >>> summary(1200, {"non_finite_loss": 1}, {"skip": 1}, path="runs/7")[-77:]
+        '(non-finite loss 1): 1 batch skipped; read more with: nanguard explain runs/7'
     """
     rate = f"; the learning rate ends at {lr_multiplier:.4g} times its schedule" if lr_multiplier != 1.0 else ""
     watched = f'NaNGuard: {counted(updates, "update")} watched (act_on="{act_on}")'
     total = sum((faults or {}).values())
-    advised = f"; advice: {', '.join(sorted(set(advice)))}" if advice else ""
+    advised = f"; advice: {', '.join(sorted(map(in_words, set(advice))))}" if advice else ""
     if not total:
         return f"{watched}, nothing to do{rate}{advised}"
     # Sorted, since the order in which faults came must not change the line.
-    met = ", ".join(f"{kind} {count:,}" for kind, count in sorted((faults or {}).items(), key=_most_first))
+    met = ", ".join(f"{in_words(kind)} {count:,}" for kind, count in sorted((faults or {}).items(), key=_most_first))
     used = sorted((remedies or {}).items(), key=_most_first)
     done = ", ".join(counted(count, *_ACTIONS.get(word, (f"× {word}", f"× {word}"))) for word, count in used)
     verb = "would have been " if observe else ""
     acted = f": {verb}{done}" if done else ""
-    where = f"; records in {os.fspath(path)}" if path is not None else ""
+    where = f"; read more with: nanguard explain {shlex.quote(os.fspath(path))}" if path is not None else ""
     noun = "fault found, only observed" if observe else "intervention"
     nouns = "faults found, only observed" if observe else "interventions"
-    return f"{watched}, {counted(total, noun, nouns)} ({met}){acted}{rate}{advised}{where}"
+    return printable(f"{watched}, {counted(total, noun, nouns)} ({met}){acted}{rate}{advised}{where}")
 
 
 def _most_first(item: tuple[str, int]) -> tuple[int, str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_nanguard.measure.batches import largest_magnitudes, nested_tensors
 from lightning_nanguard.measure.tensors import size
+from lightning_nanguard.state.random_state import RandomState, RandomStreams
 from lightning_nanguard.thresholds.batches import BatchesThresholds
 
 _DEFAULTS = BatchesThresholds()
@@ -27,12 +28,14 @@ class MicroBatch:
         index: Its index in the epoch.
         batch: The batch itself.
         random: torch's random states before it: on CPU, and on the device where that has one.
+        streams: Positions of all random streams before it; ``None`` where they are not known.
     """
 
     update: int
     index: int
     batch: Any
     random: tuple[Tensor, ...]
+    streams: RandomState | None = None
 
 
 @final
@@ -46,11 +49,14 @@ class BatchHistory:
         device: The device of the run, whose random state is kept beside the CPU's.
         updates: Updates whose micro-batches are kept; 1 for the one at hand.
         updates_small: The same where batches are small; ``updates`` if that is more.
+        most_healthy: Healthy batches kept; ``None`` for what the thresholds say.
         thresholds: How many batches are kept, and when one is strange.
 
     Example:
         >>> history = BatchHistory(torch.device("cpu"))
         >>> history.add(update=1, index=0, batch=torch.zeros(2, 3))
+        >>> random = history.begin_step()
+        >>> history.end_step()
         >>> history.accept_update(1)
         >>> [index for _, index in history.healthy]
         [0]
@@ -61,22 +67,18 @@ class BatchHistory:
         device: torch.device,
         updates: int = 1,
         updates_small: int = 0,
+        most_healthy: int | None = None,
         thresholds: BatchesThresholds = _DEFAULTS,
     ) -> None:
-        self._generators = [torch.default_generator]
-        if device.type == "cuda":
-            self._generators.append(torch.cuda.default_generators[device.index or 0])
-        self._states = [generator.get_state for generator in self._generators]
+        self._streams = RandomStreams(device, thresholds.random)
         self._limits = thresholds.micro_batches
         self._healthy_limits = thresholds.healthy
         self._updates = updates
         self._updates_small = max(updates_small, updates)
         # What a MicroBatch is made of; one is made only where it is asked for, since this runs in every step.
-        self._micros: deque[tuple[int, int, Any, list[Tensor]]] = deque()
-        self._taken = 0
-        self._random: list[Tensor] = []
-        self._drawn = True
-        self._healthy: deque[tuple[Any, int]] = deque(maxlen=self._healthy_limits.most)
+        self._micros: deque[tuple[int, int, Any, RandomState | None]] = deque()
+        self._most = self._healthy_limits.most if most_healthy is None else most_healthy
+        self._healthy: deque[tuple[Any, int]] = deque(maxlen=self._most)
         self._accepted = 0
 
     def add(self, update: int, index: int, batch: Any) -> None:
@@ -86,7 +88,20 @@ class BatchHistory:
             updates = self._updates_small
         while micros and (micros[0][0] <= update - updates or len(micros) >= updates * limits.per_update):
             micros.popleft()
-        micros.append((update, index, batch, self._random_state()))
+        micros.append((update, index, batch, None))
+
+    def begin_step(self) -> RandomState:
+        """The step of the newest micro-batch begins: remember the random streams for it, and give their positions."""
+        state = self._streams.open()
+        if self._micros:
+            update, index, batch, known = self._micros[-1]
+            if known is None:  # of several evaluations in one step (LBFGS), the first counts
+                self._micros[-1] = update, index, batch, state
+        return state
+
+    def end_step(self) -> None:
+        """That step is over."""
+        self._streams.close()
 
     def accept(self, batch: Any, index: int) -> None:
         """Keep a batch that turned out healthy, once."""
@@ -95,7 +110,7 @@ class BatchHistory:
             return
         if self._accepted % limits.measured_every == 0:
             room = limits.most_bytes // max(1, sum(map(size, nested_tensors(batch))))
-            self._healthy = healthy = deque(healthy, maxlen=min(limits.most, room))
+            self._healthy = healthy = deque(healthy, maxlen=min(self._most, room))
         self._accepted += 1
         healthy.append((batch, index))
 
@@ -144,28 +159,16 @@ class BatchHistory:
             self._micros.clear()
 
     def rewind(self, micro: MicroBatch) -> None:
-        """Put torch's random streams where they were before a micro-batch."""
-        for generator, state in zip(self._generators, micro.random, strict=True):
-            generator.set_state(state)
+        """Put the random streams where they were before a micro-batch."""
+        if micro.streams is not None:
+            micro.streams.restore()
 
     def _made(self, updates: Container[int]) -> list[MicroBatch]:
         return [
-            MicroBatch(update, index, batch, tuple(random))
-            for update, index, batch, random in self._micros
+            MicroBatch(update, index, batch, () if streams is None else streams.torch, streams)
+            for update, index, batch, streams in self._micros
             if update in updates
         ]
-
-    def _random_state(self) -> list[Tensor]:
-        # Where so many micro-batches drew no random number, the next so many are taken to draw none either.
-        checks = self._taken % self._limits.random_checked_every == 0
-        self._taken += 1
-        if not (self._drawn or checks):
-            return self._random
-        now = [state() for state in self._states]
-        if checks:
-            self._drawn = len(now) != len(self._random) or not all(map(torch.equal, now, self._random))
-            self._random = now
-        return now
 
 
 def _samples(batch: Any) -> int | None:

@@ -6,6 +6,7 @@ Buffers (batch-norm statistics), torchmetrics objects on the module, and what th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from operator import is_
 from typing import Any, final
@@ -16,8 +17,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
-from lightning_nanguard.state.snapshot import writable
+from lightning_nanguard.measure.tensors import is_strided
+from lightning_nanguard.state.snapshot import clone, put, writable
 from lightning_nanguard.thresholds.batches import BatchUndoThresholds
+
+_logger = logging.getLogger("lightning_nanguard")
 
 Undo = Callable[[], None]
 
@@ -58,6 +62,8 @@ class BatchUndo:
         self._planned: list[Tensor | None] | None = None
         self._saved: dict[str, Tensor] = {}
         self._copies: list[tuple[list[Tensor], list[Tensor], list[int]]] = []
+        # Copies of sparse, nested and other odd buffers, with the version they were copied at.
+        self._odd: list[tuple[Tensor, Any, int]] = []
         # Large buffers that have not changed so far, with their versions, and names of those that have.
         self._watched: list[tuple[str, Tensor, int]] = []
         self._live: set[str] = set()
@@ -73,9 +79,15 @@ class BatchUndo:
         self._undo = [other() for other in self._others]
         self._undo += [_remember(metric) for metric in self._metrics]
 
+    def also(self, undo: Undo) -> None:
+        """Have this batch undone by one more function."""
+        self._undo.append(undo)
+
     def _open_buffers(self) -> None:
         buffers = [buffer for _, _, owned in self._owners for buffer in owned.values()]
         changed = [name for name, buffer, version in self._watched if buffer._version != version]
+        if any(buffer._version != version for buffer, _, version in self._odd):
+            self._odd = [_odd_copy(buffer) for buffer, _, _ in self._odd]
         if changed or self._thorough or not self._is_planned(buffers):
             self._live.update(changed)
             self._plan(buffers)
@@ -115,6 +127,8 @@ class BatchUndo:
         lazy = any(buffer is not None and is_lazy(buffer) for buffer in buffers)
         self._planned = None if lazy else buffers
         old, self._saved, self._watched = self._saved, {}, []
+        made = (buffer for buffer in buffers if buffer is not None and not is_lazy(buffer))
+        self._odd = [_odd_copy(one) for one in made if not is_strided(one) and not one.is_inference()]
         groups: dict[Any, tuple[list[Tensor], list[Tensor], list[int]]] = {}
         for name, buffer, normalises in self._touchable():
             if buffer.nbytes > self._limits.copied_bytes and not (normalises or name in self._live or self._thorough):
@@ -135,13 +149,13 @@ class BatchUndo:
         seen: set[int] = set()
         for prefix, normalises, buffers in self._owners:
             for key, buffer in buffers.items():
-                if buffer is None or is_lazy(buffer) or id(buffer) in seen or not writable(buffer):
+                if buffer is None or is_lazy(buffer) or id(buffer) in seen or not _copied(buffer):
                     continue
                 seen.add(id(buffer))
                 yield prefix + key, buffer, normalises
         if self._thorough:
             for name, parameter in self._module.named_parameters():
-                if not parameter.requires_grad and writable(parameter):
+                if not (parameter.requires_grad or is_lazy(parameter)) and _copied(parameter):
                     yield name, parameter.data, False
 
     def before(self) -> dict[str, Tensor]:
@@ -182,6 +196,21 @@ class BatchUndo:
                 live = buffers.get(name)
                 if live is not None and live.shape == value.shape:
                     live.copy_(value)
+        for buffer, copy, version in self._odd:
+            if buffer._version != version and copy is not None:
+                put(buffer, copy)
+
+
+def _copied(tensor: Tensor) -> bool:
+    return is_strided(tensor) and writable(tensor)
+
+
+def _odd_copy(buffer: Tensor) -> tuple[Tensor, Any, int]:
+    try:
+        return buffer, clone(buffer, None), buffer._version
+    except Exception as error:  # a batch that is undone leaves this one as it is then
+        _logger.debug("NaNGuard: a buffer of type %s cannot be copied: %r", type(buffer).__name__, error)
+        return buffer, None, -1
 
 
 def _remember(metric: Metric) -> Undo:

@@ -2,43 +2,73 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_nanguard.measure.batches import nested_tensors
 from lightning_nanguard.measure.finite import non_finite_indices
+from lightning_nanguard.measure.tensors import dense_values, shape_of
 from lightning_nanguard.state.learner import Learner, StateKey, describe, unwrapped
+
+# Parts of the names of buffers that are averages: Inf in one of them is no value that anybody sets.
+_AVERAGES = frozenset({"mean", "var", "variance", "std", "avg", "average", "ema"})
 
 
 def allowances(leaves: Iterable[tuple[StateKey, Any]]) -> dict[StateKey, Tensor]:
-    """Where buffers are non-finite by design (an attention mask of −inf): state key to a bool mask of such elements."""
-    buffers = [(key, leaf) for key, leaf in leaves if key[0] == "buffer"]
+    """Where weights and buffers are non-finite by design (a mask of −inf): state key to a bool mask of such elements.
+
+    The masks have the shape of the numbers that a tensor stores, see
+    :func:`~lightning_nanguard.measure.tensors.dense_values`.
+    """
+    weights = [(key, leaf) for key, leaf in leaves if key[0] in ("parameter", "buffer")]
     return {
-        buffers[index][0]: ~torch.isfinite(buffers[index][1].detach())
-        for index in non_finite_indices([buffer for _, buffer in buffers])
+        weights[index][0]: ~torch.isfinite(dense_values(weights[index][1]))
+        for index in non_finite_indices([leaf for _, leaf in weights])
     }
+
+
+def may_be_infinite(module: nn.Module) -> frozenset[str]:
+    """Names of the buffers that may hold Inf at any time: running minima, observers, whatever is no average.
+
+    Statistics of normalisation layers, and buffers that are called averages, are none of them.
+    """
+    averages = {name for name, layer in module.named_modules() if isinstance(layer, _NormBase)}
+    return frozenset(
+        name
+        for name, _ in module.named_buffers()
+        if name.rpartition(".")[0] not in averages
+        and _AVERAGES.isdisjoint(re.split(r"[\W\d_]+", name.rpartition(".")[2].lower()))
+    )
 
 
 @final
 class FiniteCheck:
     """Finds tensors of a learner that are not finite, for all parts of the guard that look at its state.
 
-    Elements of buffers that were not finite when the fit began are allowed. A buffer that was made or resized since (a
-    mask built in the first forward) is left out, since nothing says what it should hold.
+    Elements of weights and buffers that were not finite when the fit began are allowed, and so is Inf in a buffer that
+    may be set to it at any time (:func:`may_be_infinite`). A buffer that was made or resized since (a mask built in the
+    first forward) is left out, since nothing says what it should hold.
     """
 
     def __init__(self) -> None:
         self._allowed: dict[StateKey, Tensor] = {}
-        self._shapes: dict[StateKey, torch.Size] = {}
+        self._shapes: dict[StateKey, tuple[Any, ...]] = {}
+        self._nan: set[StateKey] = set()
+        self.infinite: frozenset[str] = frozenset()
+        """Names of the buffers that may hold Inf at any time."""
 
     def begin(self, learner: Learner) -> None:
-        """Note which elements of the learner's buffers are non-finite by design: those that are so now."""
-        weights = [*learner.weights()]
-        self._allowed = allowances(weights)
-        self._shapes = {key: leaf.shape for key, leaf in weights if key[0] == "buffer"}
+        """Note which elements of the learner's weights and buffers are non-finite by design: those that are so now."""
+        weights = dict(learner.weights())
+        self._allowed = allowances(weights.items())
+        self._nan = {key for key in self._allowed if bool(torch.isnan(dense_values(weights[key])).any())}
+        self._shapes = {key: shape_of(leaf) for key, leaf in weights.items() if key[0] == "buffer"}
+        self.infinite = may_be_infinite(learner.module)
 
     @property
     def allowed(self) -> Mapping[StateKey, Tensor]:
@@ -50,30 +80,53 @@ class FiniteCheck:
         flat = list(self._checked(leaves))
         for index in non_finite_indices([tensor for _, tensor in flat]):
             key, tensor = flat[index]
-            mask = self._mask(key, tensor)
-            if mask is not None:
-                bad = ~torch.isfinite(tensor.detach())
-                if not bool((bad & ~mask.to(bad.device)).any()):
-                    continue
-            return describe(key)
+            if self._is_corrupt(key, dense_values(tensor)):
+                return describe(key)
         return None
+
+    def _is_corrupt(self, key: StateKey, values: Tensor) -> bool:
+        bad = torch.isnan(values) if _name_of_buffer(key) in self.infinite else ~torch.isfinite(values)
+        known = self._known(key, values)
+        if known is not None:
+            source, mask = known
+            # An element that was Inf and became NaN is corrupt.
+            wrong = torch.zeros_like(bad) if source in self._nan else torch.isnan(values)
+            bad = torch.where(mask.to(bad.device), wrong, bad)
+        return bool(bad.any())
 
     def to_be_finite(self, leaves: Iterable[tuple[StateKey, Any]]) -> Iterator[tuple[StateKey, Tensor]]:
         """The tensors that :meth:`corrupt` looks at, zero where they may be non-finite; waits for no device."""
         for key, tensor in self._checked(leaves):
-            mask = self._mask(key, tensor)
-            if mask is not None:
-                tensor = tensor.masked_fill(mask.to(tensor.device, non_blocking=tensor.is_cuda), 0)
+            if any(source in self._allowed for source in _sources(key)):
+                values = dense_values(tensor)
+                known = self._known(key, values)
+                if known is not None:
+                    tensor = values.masked_fill(known[1].to(values.device, non_blocking=values.is_cuda), 0)
             yield key, tensor
 
     def _checked(self, leaves: Iterable[tuple[StateKey, Any]]) -> Iterator[tuple[StateKey, Tensor]]:
         for key, leaf in leaves:
             for tensor in nested_tensors(leaf):
-                if key[0] != "buffer" or self._shapes.get(key) == tensor.shape:
+                if key[0] != "buffer" or self._shapes.get(key) == shape_of(tensor):
                     yield key, tensor
 
-    def _mask(self, key: StateKey, tensor: Tensor) -> Tensor | None:
-        # An averaged copy holds the module's masks too, and may appear in mid-run.
-        own = ("buffer", unwrapped(key[2])) if key[0] == "average" else key
-        mask = self._allowed.get(key, self._allowed.get(own))
-        return mask if mask is not None and mask.shape == tensor.shape else None
+    def _known(self, key: StateKey, values: Tensor) -> tuple[StateKey, Tensor] | None:
+        for source in _sources(key):
+            mask = self._allowed.get(source)
+            if mask is not None and mask.shape == values.shape:
+                return source, mask
+        return None
+
+
+def _sources(key: StateKey) -> tuple[StateKey, ...]:
+    """The keys of the weights and buffers from which a leaf may have its non-finite elements."""
+    # An averaged copy holds the module's masks too, and may appear in mid-run; optimizers keep copies of parameters.
+    if key[0] == "average":
+        return key, ("buffer", unwrapped(key[2])), ("parameter", unwrapped(key[2]))
+    return (key, ("parameter", key[2])) if key[0] == "optimizer" else (key,)
+
+
+def _name_of_buffer(key: StateKey) -> str | None:
+    if key[0] == "average":
+        return unwrapped(key[2])
+    return key[1] if key[0] == "buffer" else None

@@ -42,6 +42,11 @@ class Interval:
         self._mark = clock()
         self.updates = every if every is not None else thresholds.first
 
+    def resume(self, updates: int) -> None:
+        """Go on with the interval of a run that was stopped, where none is fixed."""
+        if not self._fixed:
+            self.updates = updates
+
     def until_next(self, last: int, every: int | None = None) -> int:
         """Updates after which a snapshot is due; fewer early in a run, where a long interval would lose most.
 

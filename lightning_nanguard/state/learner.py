@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import LBFGS, Optimizer
 
+from lightning_nanguard.measure.tensors import local
+
 StateKey = tuple[Any, ...]
 """Names one leaf of the learner: ``("parameter", name)``, ``("buffer", name)``, ``("average", owner, name)``,
 ``("optimizer", index, parameter name, key)`` or ``("group", index, group number, key)``."""
@@ -130,6 +132,23 @@ class Learner:
         if self._partitions is not None:
             return list(self._partitions.stepped().values())
         return [parameter for group in self.optimizers[index].param_groups for parameter in group["params"]]
+
+    def which_have_gradients(self, index: int, found: int) -> tuple[bool, ...] | None:
+        """For each tensor that an optimizer steps whether it has a gradient; ``None`` for all of them.
+
+        Args:
+            index: Index of the optimizer.
+            found: How many gradients there are, so that the tensors need not be looked at where all have one.
+        """
+        groups = self.optimizers[index].param_groups
+        if self._partitions is not None or found == sum(len(group["params"]) for group in groups):
+            return None
+        return tuple(p.grad is not None for group in groups for p in group["params"])
+
+    def named_sizes(self, index: int) -> list[tuple[str, int]]:
+        """Names and numbers of elements of the tensors that an optimizer steps, of sharded ones those of this rank."""
+        names = self.parameter_names()
+        return [(names.get(id(p), "a parameter"), local(p).numel()) for p in self.stepped(index) if _ready(p)]
 
     def weights_of(self, index: int) -> list[tuple[StateKey, Tensor]]:
         """Parameters that the steps of an optimizer change."""

@@ -29,8 +29,7 @@ class NormScreen:
     def __init__(self, tensors: Iterable[tuple[StateKey, Tensor]], wide: Collection[StateKey] = ()) -> None:
         groups: dict[tuple[torch.device, torch.dtype], list[tuple[StateKey, Tensor]]] = {}
         for key, tensor in tensors:
-            if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel():
-                values = dense_values(tensor)
+            if (tensor.is_floating_point() or tensor.is_complex()) and (values := dense_values(tensor)).numel():
                 groups.setdefault((values.device, values.dtype), []).append((key, values))
         self._sent = [
             (

@@ -75,6 +75,15 @@ class PlausibilityCheck:
         self.watches_statistics = False
         """Whether a batch may have spoiled running statistics, so that each batch's are worth a look."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        return {"jumps": dict(self._jumps), "watches_statistics": self.watches_statistics}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; nothing is known where it is empty."""
+        self._jumps = Counter(state.get("jumps", {}))
+        self.watches_statistics = bool(state.get("watches_statistics", False))
+
     def screen(self, screen: NormScreen, before: Mapping[StateKey, float], healthy_steps: int) -> set[StateKey]:
         """State keys that the norms alone do not clear, so that :meth:`implausible` must look at the tensors.
 

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nanguard.measure.tensors import local
+from lightning_nanguard.measure.tensors import is_strided, local
 from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey, unwrapped
-from lightning_nanguard.state.snapshot import Snapshot, clone, copy_all, fits
+from lightning_nanguard.state.snapshot import Snapshot, clone, copy_all, fits, put, writable
 
 _Pair = tuple[Tensor, Tensor]
 """A live tensor and what is copied into it."""
 
 
-def restore(learner: Learner, snapshot: Snapshot, *, keep: Callable[[StateKey], bool] | None = None) -> None:
+def restore(
+    learner: Learner, snapshot: Snapshot, *, keep: Callable[[StateKey], bool] | None = None
+) -> tuple[StateKey, ...]:
     """Put the learner back to a snapshot, in place.
 
     What only one of them has is left alone, but optimizer state that the snapshot lacks is removed.
@@ -26,15 +28,18 @@ def restore(learner: Learner, snapshot: Snapshot, *, keep: Callable[[StateKey], 
         learner: What to put back.
         snapshot: To what; it is not changed and may be used again.
         keep: Says which state keys to put back; all by default.
+
+    Returns:
+        The keys of the weights and buffers that both have and that could not be put back: their shape is another now.
     """
     snapshot.wait()
     saved = snapshot.leaves if keep is None else {key: leaf for key, leaf in snapshot.leaves.items() if keep(key)}
-    pairs = [(live, saved[key]) for key, live in learner.weights() if fits(live, saved.get(key))]
+    pairs, failed = _restore_weights(learner, saved)
     names = learner.parameter_names()
     for index, optimizer in enumerate(learner.optimizers):
         if keep is None or keep(("optimizer", index)):
-            pairs += _restore_state(optimizer, index, learner.stepped(index), names, saved, snapshot.homes)
-            pairs += _restore_groups(optimizer, index, saved, snapshot.homes)
+            pairs += _restore_state(optimizer, index, learner.stepped(index), names, saved, snapshot)
+            pairs += _restore_groups(optimizer, index, saved, snapshot)
     if keep is None:
         averages = ((key, live) for key, live in learner.averages() if fits(live, saved.get(key)))
         pairs += [(live, saved[key]) for key, live in averages]
@@ -42,6 +47,21 @@ def restore(learner: Learner, snapshot: Snapshot, *, keep: Callable[[StateKey], 
     learner.restored()
     if learner.scaler is not None and snapshot.scaler and keep is None:
         _restore_scaler(learner.scaler, snapshot.scaler)
+    return failed
+
+
+def _restore_weights(learner: Learner, saved: Mapping[StateKey, Any]) -> tuple[list[_Pair], tuple[StateKey, ...]]:
+    pairs: list[_Pair] = []
+    failed: list[StateKey] = []
+    for key, live in learner.weights():
+        value = saved.get(key)
+        if not isinstance(value, Tensor):
+            continue
+        if fits(live, value):
+            pairs.append((live, value))
+        elif not put(live, value) and not (is_strided(live) and not writable(live)):
+            failed.append(key)
+    return pairs, tuple(failed)
 
 
 def mend_averages(learner: Learner, corrupt: Callable[[Iterable[tuple[StateKey, Any]]], str | None]) -> None:
@@ -71,36 +91,37 @@ def _restore_state(
     stepped: Iterable[Tensor],
     names: Mapping[int, str],
     saved: Mapping[StateKey, Any],
-    homes: Mapping[StateKey, torch.device],
+    snapshot: Snapshot,
 ) -> list[_Pair]:
     wanted: dict[str, dict[Any, tuple[Any, torch.device | None]]] = {}
     for state_key, value in saved.items():
         if state_key[:2] == ("optimizer", index):
-            wanted.setdefault(state_key[2], {})[state_key[3]] = value, homes.get(state_key)
+            wanted.setdefault(state_key[2], {})[state_key[3]] = value, snapshot.homes.get(state_key)
     pairs: list[_Pair] = []
     for parameter in stepped:
-        entries = wanted.get(names.get(id(parameter), f"#{id(parameter)}"))
-        if not entries:
+        name = names.get(id(parameter), f"#{id(parameter)}")
+        entries, state = wanted.get(name, {}), optimizer.state.get(parameter, {})
+        left_out = {key for key in state if ("optimizer", index, name, key) in snapshot.left_out}
+        if not entries and not left_out:
             optimizer.state.pop(parameter, None)
             continue
         state = optimizer.state[parameter]
-        for key in [key for key in state if key not in entries]:
+        for key in [key for key in state if key not in entries and key not in left_out]:
             del state[key]
         for key, (value, home) in entries.items():
             pairs += _put(state, key, value, home, like=parameter)
     return pairs
 
 
-def _restore_groups(
-    optimizer: Optimizer, index: int, saved: Mapping[StateKey, Any], homes: Mapping[StateKey, torch.device]
-) -> list[_Pair]:
+def _restore_groups(optimizer: Optimizer, index: int, saved: Mapping[StateKey, Any], snapshot: Snapshot) -> list[_Pair]:
     pairs: list[_Pair] = []
     for number, group in enumerate(optimizer.param_groups):
         known = {state_key[3]: value for state_key, value in saved.items() if state_key[:3] == ("group", index, number)}
-        for key in [key for key in group if known and key not in known and key not in CLOCK_KEYS]:
+        kept = {*known, *CLOCK_KEYS, *(key[3] for key in snapshot.left_out if key[:3] == ("group", index, number))}
+        for key in [key for key in group if known and key not in kept]:
             del group[key]
         for key, value in known.items():
-            pairs += _put(group, key, value, homes.get(("group", index, number, key)))
+            pairs += _put(group, key, value, snapshot.homes.get(("group", index, number, key)))
     return pairs
 
 
@@ -111,6 +132,8 @@ def _put(
     live = owner.get(key)
     if isinstance(live, Tensor) and fits(live, value):
         return [(live, value)]
+    if isinstance(live, Tensor) and isinstance(value, Tensor) and not is_strided(live) and put(live, value):
+        return []
     made = clone(value, live.device if isinstance(live, Tensor) else home)
     owner[key] = made if like is None else _sharded_like(made, like)
     return []

@@ -3,32 +3,72 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from lightning_nanguard.measure.batches import nested_tensors
-from lightning_nanguard.measure.tensors import local, size
-from lightning_nanguard.state.learner import Learner, StateKey
+from lightning_nanguard.measure.tensors import is_strided, local, shape_of, size
+from lightning_nanguard.state.learner import Learner, StateKey, describe
+
+_logger = logging.getLogger("lightning_nanguard")
 
 
 def clone(value: Any, device: torch.device | None) -> Any:
     """A copy of a leaf of the learner on a device, ``None`` for where it lies; to the host without waiting for it."""
     if isinstance(value, Tensor):
         value = local(value).detach()
-        if device is None:
-            return value.clone()
-        if value.is_cuda and device.type == "cpu" and value.layout == torch.strided:
-            return _pinned_like(value).copy_(value, non_blocking=True)
-        return value.to(device, copy=True)
+        if is_strided(value):
+            if device is not None and value.is_cuda and device.type == "cpu":
+                return _pinned_like(value).copy_(value, non_blocking=True)
+            return value.clone() if device is None else value.to(device, copy=True)
+        return _clone_odd(value, None if value.is_meta else device)
     if isinstance(value, dict):
         return {key: clone(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(clone(item, device) for item in value)
     return copy.deepcopy(value)
+
+
+def _clone_odd(value: Tensor, device: torch.device | None) -> Tensor:
+    try:
+        return value.clone() if device is None else value.to(device, copy=True)
+    except NotImplementedError:  # a subclass that knows few operations: copy what it is made of
+        parts, context = _parts(value)
+        copies = {name: clone(part, device) for name, part in parts.items()}
+        made: Tensor = type(value).__tensor_unflatten__(copies, context, value.size(), value.stride())  # type: ignore[attr-defined]
+        return made
+
+
+def _parts(value: Any) -> tuple[dict[str, Tensor], Any]:
+    if not hasattr(value, "__tensor_flatten__"):
+        raise NotImplementedError(f"{type(value).__name__} has no __tensor_flatten__")
+    names, context = value.__tensor_flatten__()
+    return {name: getattr(value, name) for name in names}, context
+
+
+_NOTHING = object()
+
+
+def _cloned(key: StateKey, value: Any, device: torch.device | None) -> Any:
+    # What cannot be copied is not guarded; that must not cost the run.
+    try:
+        return clone(value, device)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        _say_left_out(describe(key), f"{type(value).__module__}.{type(value).__qualname__}", repr(error))
+        return _NOTHING
+
+
+@cache
+def _say_left_out(what: str, kind: str, why: str) -> None:
+    _logger.info("NaNGuard: %s, a %s, cannot be copied, so no rollback restores it: %s", what, kind, why)
 
 
 def _pinned_like(value: Tensor) -> Tensor:
@@ -40,22 +80,48 @@ def _pinned_like(value: Tensor) -> Tensor:
 
 
 def writable(tensor: Tensor) -> bool:
-    """Whether a tensor can be written in place: not an inference tensor, and no two elements in one place."""
+    """Whether a strided tensor can be written in place: none of inference mode, and no two elements in one place."""
     expanded = any(stride == 0 and length > 1 for stride, length in zip(tensor.stride(), tensor.shape, strict=True))
     return not tensor.is_inference() and not expanded
 
 
 def fits(live: Any, saved: Any) -> bool:
-    """Whether ``saved`` can be copied into ``live`` in place."""
+    """Whether ``saved`` can be copied into ``live`` in place, with others in one call."""
     if not isinstance(live, Tensor) or not isinstance(saved, Tensor):
         return False
     live = local(live)
     return (
-        live.shape == saved.shape
+        is_strided(live)
+        and is_strided(saved)
+        and live.shape == saved.shape
         and live.dtype == saved.dtype
-        and live.layout == saved.layout == torch.strided
         and writable(live)
     )
+
+
+def put(live: Tensor, saved: Tensor) -> bool:
+    """Copy a tensor that does not fit so into another of its kind; whether that could be done.
+
+    Sparse, nested and quantised tensors and those of subclasses are copied one by one.
+    """
+    if type(live.detach()) is not type(saved) or live.layout != saved.layout or shape_of(live) != shape_of(saved):
+        return False
+    try:
+        with torch.no_grad():
+            _put(live, saved)
+    except Exception as error:
+        _logger.debug("NaNGuard: a %s could not be copied in place: %r", type(live).__name__, error)
+        return False
+    return True
+
+
+def _put(live: Tensor, saved: Tensor) -> None:
+    try:
+        live.copy_(saved)
+    except NotImplementedError:
+        mine, theirs = _parts(live)[0], _parts(saved)[0]
+        for name, part in mine.items():
+            _put(part, theirs[name])
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -108,6 +174,7 @@ class Snapshot:
         typical: Root mean square of each tensor, from its :class:`~lightning_nanguard.state.norm_screen.NormScreen`.
         done: Events that say when a copy to the host has arrived.
         homes: Device of each original, if the copies lie elsewhere.
+        left_out: State keys of what could not be copied.
     """
 
     step: int
@@ -120,6 +187,7 @@ class Snapshot:
     typical: dict[StateKey, float] = field(default_factory=dict)
     done: list[Any] = field(default_factory=list)
     homes: dict[StateKey, torch.device] = field(default_factory=dict)
+    left_out: set[StateKey] = field(default_factory=set)
 
     def wait(self) -> None:
         """Let the host wait until the copy has arrived."""
@@ -165,6 +233,7 @@ def capture(
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     homes: dict[StateKey, torch.device] = {}
+    left_out: set[StateKey] = set()
     for key, live in learner.leaves() if leaves is None else leaves:
         memory = old.get(key)
         if device is not None and (home := next((one.device for one in nested_tensors(live)), None)) is not None:
@@ -173,8 +242,10 @@ def capture(
             targets.append(memory)
             sources.append(live)
             copied[key] = memory
+        elif (made := _cloned(key, live, device)) is not _NOTHING:
+            copied[key] = made
         else:
-            copied[key] = clone(live, device)
+            left_out.add(key)
     copy_all(targets, sources)
     scaler = dict(learner.scaler.state_dict()) if learner.scaler is not None else None
-    return Snapshot(step, global_step, copied, scaler, homes=homes)
+    return Snapshot(step, global_step, copied, scaler, homes=homes, left_out=left_out)

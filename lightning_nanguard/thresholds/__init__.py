@@ -19,6 +19,7 @@ from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 from lightning_nanguard.thresholds.rate_search import RateSearchThresholds
 from lightning_nanguard.thresholds.records import RecordsThresholds
 from lightning_nanguard.thresholds.snapshots import SnapshotsThresholds
+from lightning_nanguard.thresholds.trial import TrialThresholds
 
 __all__ = [
     "BatchesThresholds",
@@ -32,6 +33,7 @@ __all__ = [
     "RecordsThresholds",
     "SnapshotsThresholds",
     "Thresholds",
+    "TrialThresholds",
 ]
 
 
@@ -42,6 +44,7 @@ class Thresholds:
     Attributes:
         detection: When a reading counts as a fault.
         decision: When the batch, the learner or the state is blamed for a fault, and what follows.
+        trial: How a trial is made, and what it has to show before a finite suspicion is acted on.
         rate_search: How a learning rate is tried, cut and given back.
         snapshots: When snapshots are taken, certified and distrusted.
         batches: How many batches are kept, and when one is strange.
@@ -54,6 +57,7 @@ class Thresholds:
 
     detection: DetectionThresholds = field(default_factory=DetectionThresholds)
     decision: DecisionThresholds = field(default_factory=DecisionThresholds)
+    trial: TrialThresholds = field(default_factory=TrialThresholds)
     rate_search: RateSearchThresholds = field(default_factory=RateSearchThresholds)
     snapshots: SnapshotsThresholds = field(default_factory=SnapshotsThresholds)
     batches: BatchesThresholds = field(default_factory=BatchesThresholds)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["BatchUndoThresholds", "BatchesThresholds", "HealthyBatchesThresholds", "MicroBatchesThresholds"]
+__all__ = [
+    "BatchUndoThresholds",
+    "BatchesThresholds",
+    "HealthyBatchesThresholds",
+    "MicroBatchesThresholds",
+    "RandomStreamsThresholds",
+    "RepeatedStepsThresholds",
+]
 
 
 @dataclass(frozen=True)
@@ -18,8 +25,6 @@ class MicroBatchesThresholds:
         updates_small: Updates kept for an examination where batches are small: eight of them would say little.
         small: Samples up to which a batch is small.
         per_update: Micro-batches of one update that are kept, the newest ones; more would only hold memory.
-        random_checked_every: Micro-batches after which it is checked anew whether batches draw random numbers. To copy
-            the state of torch's generator, 5 KB, costs more than all else that is done before a batch.
     """
 
     updates: int = 1
@@ -28,7 +33,6 @@ class MicroBatchesThresholds:
     updates_small: int = 256
     small: int = 4
     per_update: int = 8
-    random_checked_every: int = 16
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,43 @@ class BatchUndoThresholds:
 
 
 @dataclass(frozen=True)
+class RandomStreamsThresholds:
+    """Which steps are checked for the random streams they draw from.
+
+    Attributes:
+        checked_every: Steps after which one more is checked, beside those whose number is a power of two. A check takes
+            80 µs, most of it for NumPy's stream.
+        quiet_checks: Checked steps in a row without a draw after which a stream is no longer remembered before steps.
+    """
+
+    checked_every: int = 256
+    quiet_checks: int = 4
+
+
+@dataclass(frozen=True)
+class RepeatedStepsThresholds:
+    """What is remembered before a step so that it can be run again, and when it is.
+
+    Attributes:
+        checked_every: Steps after which it is checked what one changes beside the gradients; steps whose number is a
+            power of two are checked, too.
+        copied_items: Items up to which a list, dictionary or set among the module's attributes is copied before each
+            step; of a longer list only the length is kept.
+        depth: Levels of nested containers of a batch that are put back before it is run again.
+        window_bytes: Bytes up to which the batches of a window of accumulation are kept until its end.
+        test_device: Number of transient faults at one place from which on the device is suspected.
+        message: Characters of an exception's text that are recorded.
+    """
+
+    checked_every: int = 256
+    copied_items: int = 256
+    depth: int = 3
+    window_bytes: int = 256 << 20
+    test_device: int = 3
+    message: int = 200
+
+
+@dataclass(frozen=True)
 class BatchesThresholds:
     """How many batches are kept, and when one is strange.
 
@@ -78,8 +119,12 @@ class BatchesThresholds:
         micro_batches: Micro-batches kept to be run again.
         healthy: Healthy batches kept.
         undo: What is copied before a batch.
+        random: When random streams are remembered before a step.
+        repeated: What else is remembered before a step, and when a step is run again.
     """
 
     micro_batches: MicroBatchesThresholds = field(default_factory=MicroBatchesThresholds)
     healthy: HealthyBatchesThresholds = field(default_factory=HealthyBatchesThresholds)
     undo: BatchUndoThresholds = field(default_factory=BatchUndoThresholds)
+    random: RandomStreamsThresholds = field(default_factory=RandomStreamsThresholds)
+    repeated: RepeatedStepsThresholds = field(default_factory=RepeatedStepsThresholds)

@@ -13,8 +13,11 @@ class CheckpointsThresholds:
         averaged_copy_share: Share (0 to 1) of the trained elements that tensors of a callback must cover to count as an
             averaged copy of the module, which is rewound with it. An average of a part that is fine-tuned covers most
             of them; a user's own tensors of some layer's shapes do not.
+        copies_looked_at_every: Batches after which copies of the weights that callbacks keep are looked at, for whether
+            they are averages: these change in nearly every batch.
         tensors_named: Number of bad tensors that an error names before it says how many more there are.
     """
 
     averaged_copy_share: float = 0.5
+    copies_looked_at_every: int = 16
     tensors_named: int = 5

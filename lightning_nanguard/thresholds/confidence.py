@@ -39,10 +39,7 @@ class Confidences:
         gradient_product: A product overflowed in the backward pass.
         gradient_large: A finite gradient far above the usual.
         gradient_initial: The gradient of an untrained model grows toward the input.
-        rate_exploded: The loss exploded, and the last good weights do better on the batch.
-        rate_exploded_signs: The loss exploded, and weights or losses grew before.
-        rate_fell_back: The loss is back at the untrained model's, and weights or losses grew before.
-        rate_trial: A trial of a lower rate, or the growth of the weights, blames the learner.
+        rate_trial: A trial of a lower rate, or the growth of the weights or the loss, blames the learner.
         rate_diverged: The learner diverged by any other sign.
         rate_worse: Nothing but the comparison with the last good weights speaks for it.
         rate_above_limit: The rate is above what the curvature allows, besides.
@@ -105,9 +102,6 @@ class Confidences:
     gradient_product: float = 0.75
     gradient_large: float = 0.7
     gradient_initial: float = 0.75
-    rate_exploded: float = 0.9
-    rate_exploded_signs: float = 0.7
-    rate_fell_back: float = 0.7
     rate_trial: float = 0.8
     rate_diverged: float = 0.9
     rate_worse: float = 0.6

@@ -22,16 +22,6 @@ class BlameThresholds:
         rate_risen: Ratio of two learning rates from which on the larger one has clearly risen.
         sane_loss: Loss units above the first loss; a batch whose loss is higher under good weights is itself at fault.
         worse_for_batch: Loss units by which the present weights must be worse than the good ones to clear the batch.
-        worse_for_suspicion: The same for a suspicion of the learner.
-        worse_share: Share of the loss under good weights by which the present weights must be worse.
-        better: Loss units by which the present weights must be better to conclude that the data changed.
-        no_better: Loss units below the first loss down to which a loss is no better than the first.
-        unsteady_share: Share of the first loss by which good weights may exceed it and be no worse than untrained.
-        grown: Ratio of a matrix's norm to its norm at the start beyond which weights are ruined. Good runs reached 9,
-            ruined ones 15 and more.
-        grown_after_rise: The same where the loss was far above the first one and is no better than it.
-        grown_unproven: The same where no batch can be run again to prove it. Good runs reached 12.
-        far_above: Times the first loss by which a loss must exceed it where losses may work against each other.
     """
 
     calm: int = 200
@@ -42,15 +32,6 @@ class BlameThresholds:
     rate_risen: float = 1.5
     sane_loss: float = 10.0
     worse_for_batch: float = 0.5
-    worse_for_suspicion: float = 0.1
-    worse_share: float = 0.5
-    better: float = 0.1
-    no_better: float = 0.1
-    unsteady_share: float = 0.1
-    grown: float = 12.0
-    grown_after_rise: float = 4.0
-    grown_unproven: float = 25.0
-    far_above: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -85,9 +66,6 @@ class EvidenceThresholds:
         known_batches: Consecutive verdicts against the batch after which most faults of that kind and place are not
             looked into.
         rate_risen: Ratio to the snapshot's learning rate from which on the rate has clearly risen.
-        grown: Growth of a matrix below which a loss that does not fall is a hard task, and no rate is tried.
-        grown_and_learned: The same where something was learned.
-        learned: Loss units below the first loss from which on something was learned.
         clearly_worse: Share of a loss (or of the loss unit, if smaller) by which another loss must exceed it to be
             clearly worse.
         nothing: Difference of losses that is ignored: in loss units and absolute, whichever is less.
@@ -96,9 +74,6 @@ class EvidenceThresholds:
     jump: float = 1e4
     known_batches: int = 4
     rate_risen: float = 1.5
-    grown: float = 2.5
-    grown_and_learned: float = 6.0
-    learned: float = 0.3
     clearly_worse: float = 0.3
     nothing: float = 0.01
 
@@ -134,6 +109,7 @@ class DecisionThresholds:
         deepest: Most snapshots by which it goes deeper.
         same_restores: Rollbacks for the same fault at the same place, without any correction and without a snapshot
             certified in between, after which a further one would be the same action with the same result.
+        corrected_restores: The same for rollbacks of which each comes with a larger correction than the one before.
         few_skips: Skips from which on ``Budget(max_skip_share=…)`` is applied; of fewer, a share means nothing.
     """
 
@@ -145,4 +121,5 @@ class DecisionThresholds:
     depth_by_state: int = 2
     deepest: int = 8
     same_restores: int = 2
+    corrected_restores: int = 6
     few_skips: int = 32

@@ -61,24 +61,20 @@ class RehearsalThresholds:
     """How a rate is tried on the newest batches.
 
     Attributes:
+        batches: Newest batches that a rate is tried on.
         updates: Updates of a try.
-        lower: Factors of the rate tried from the start's snapshot.
         momentum: Times as many updates with momentum, which shows its effect only once it has built up.
         adaptive: Times as many updates with an adaptive optimizer.
         diverged: Times the loss it began at, or the loss unit, by which the loss has risen in two batches in a row when
             the try is over: under clipping one update may go too far and the next ones come back.
-        clear: Loss units that make a clear difference between two rates.
-        times_the_gain: Times the present rate's gain that a lower rate must bring where the present state stands still.
         harmful: Loss units by which a rate makes the loss clearly worse.
     """
 
+    batches: int = 4
     updates: int = 8
-    lower: tuple[float, ...] = (1 / 16, 1 / 256)
     momentum: float = 2.0
     adaptive: float = 1.5
     diverged: float = 2.0
-    clear: float = 0.2
-    times_the_gain: float = 3.0
     harmful: float = 0.1
 
 

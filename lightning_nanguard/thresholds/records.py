@@ -16,8 +16,16 @@ class RecordsThresholds:
         seconds_between_syncs: Seconds in which at most one record waits for the disk, so that a burst of faults does
             not wait for it at every step.
         records_waiting_in_background: Records that wait for one slow sink; the oldest is dropped when one more comes.
-        shown_per_kind: Interventions of one kind shown on the console before they are thinned out; enough to read each.
+        shown_per_kind: Interventions of one kind shown on the console before only the 2nd, 4th, 8th … of them are; the
+            first says all that the others would.
         advice_per_fit: Pieces of advice taken in one fit; a module of many layers could give one a layer.
+        curve_rows: Rows that the file of curves has at most, about 60 bytes each; past that, neighbours are joined. It
+            is more than a screen has pixels.
+        seconds_between_curve_writes: Seconds that readings wait before they are written: what a killed run loses. A
+            write takes about a millisecond.
+        readings_waiting_for_curve: Readings that wait at most, where updates take less than a millisecond.
+        incidents_with_layer_norms: Incidents of one fit of which the norms of the layers are written.
+        layers_per_incident: Layers of which norms are written, those with the largest change; models have thousands.
         numbers_per_message: Line numbers or sample indices spelled out in one message; the rest is counted.
     """
 
@@ -25,8 +33,13 @@ class RecordsThresholds:
     records_waiting_for_file: int = 1000
     seconds_between_syncs: float = 1.0
     records_waiting_in_background: int = 100
-    shown_per_kind: int = 10
+    shown_per_kind: int = 1
     advice_per_fit: int = 100
+    curve_rows: int = 8192
+    seconds_between_curve_writes: float = 10.0
+    readings_waiting_for_curve: int = 4096
+    incidents_with_layer_norms: int = 20
+    layers_per_incident: int = 64
     numbers_per_message: int = 8
 
 

@@ -22,6 +22,7 @@ from lightning_nanguard.state.batch_history import BatchHistory, MicroBatch
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.thresholds.batches import BatchesThresholds
+from lightning_nanguard.trainer.numeric_errors import is_numeric
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.running_means import remember_running_means
 from lightning_nanguard.trainer.private.training_step import (
@@ -52,6 +53,7 @@ class TrainerBatchReplay:
         clipper: Clips gradients as the guard does now.
         delay: After how many further updates it is known that one was healthy.
         examined: Whether a loss that does not move is examined, on many batches.
+        most_healthy: Healthy batches kept; ``None`` for what the thresholds say.
         thresholds: How many batches are kept.
     """
 
@@ -65,6 +67,7 @@ class TrainerBatchReplay:
         *,
         delay: int,
         examined: bool,
+        most_healthy: int | None,
         thresholds: BatchesThresholds,
     ) -> None:
         self._trainer = trainer
@@ -77,16 +80,35 @@ class TrainerBatchReplay:
         self._distrusted = -1
         # Whether the hook at a batch's end is running, in which alone the module may log.
         self.may_log = False
+        # Index of the micro-batch that a diagnosis is of, where only one of its window is bad.
+        self.suspect: int | None = None
         self.batch: Any = None
         self.batch_idx = -1
         kept = thresholds.micro_batches
         updates = kept.updates_examined if examined else kept.updates_late if delay else kept.updates
-        self.batches = BatchHistory(module.device, updates, kept.updates_small if examined else 0, thresholds)
+        self.batches = BatchHistory(
+            module.device, updates, kept.updates_small if examined else 0, most_healthy, thresholds
+        )
         self._shown: list[MicroBatch] = []
 
-    def make_undo(self) -> BatchUndo:
-        """An object that remembers what a batch may change, and undoes it."""
-        return BatchUndo(self._module, [partial(remember_running_means, self._trainer)], thresholds=self._limits.undo)
+    def make_undo(self, *, thorough: bool = False) -> BatchUndo:
+        """An object that remembers what a batch may change, and undoes it; see :class:`BatchUndo`."""
+        others = [partial(remember_running_means, self._trainer)]
+        return BatchUndo(self._module, others, thorough=thorough, thresholds=self._limits.undo)
+
+    @contextmanager
+    def suspecting(self, batch_idx: int) -> Iterator[None]:
+        """Inside, one micro-batch of the window at hand is known to be the bad one.
+
+        Args:
+            batch_idx: Its index.
+        """
+        before = self.batch_idx
+        self.suspect = self.batch_idx = batch_idx
+        try:
+            yield
+        finally:
+            self.suspect, self.batch_idx = None, before
 
     def remember(self, update: int) -> None:
         """The batch at hand is over, in which update ``update`` was the last; keep what turned out healthy."""
@@ -221,6 +243,7 @@ class TrainerBatchReplay:
             # A second look must never cost the run that the first one would not have; and all ranks must learn of it,
             # or those where it went well would wait.
             _logger.debug("NaNGuard: a batch could not be run again: %r", error)
+            value = math.nan if is_numeric(error) else None
         return mean_over_ranks(self._ranks, value)
 
     def _average_gradients(self, optimizer: Optimizer) -> None:

@@ -17,6 +17,8 @@ from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
 from lightning_nanguard.guard.build import build_guard
 from lightning_nanguard.guard.context import GuardContext, Settings
 from lightning_nanguard.guard.readback import MAX_DELAY
+from lightning_nanguard.measure.norm_history import NormHistory
+from lightning_nanguard.record.curve import CURVE_FILE, CurveFile
 from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
@@ -25,14 +27,17 @@ from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.loop import TrainerLoop
-from lightning_nanguard.trainer.private.averages import averaged_copies
+from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.precision import grad_scaler
 from lightning_nanguard.trainer.private.strategies import is_sharded, what_steps
-from lightning_nanguard.trainer.sinks import fit_advice, fit_sinks, run_info
+from lightning_nanguard.trainer.run import open_run
+from lightning_nanguard.trainer.sinks import fit_advice, fit_sinks
 
 
-def build_fit(trainer: Trainer, module: LightningModule, arguments: Arguments, memory: Memory) -> Fit:
+def build_fit(
+    trainer: Trainer, module: LightningModule, arguments: Arguments, memory: Memory, run_id: str | None = None
+) -> Fit:
     """Make one fit and its guard.
 
     Args:
@@ -40,9 +45,11 @@ def build_fit(trainer: Trainer, module: LightningModule, arguments: Arguments, m
         module: Its module.
         arguments: What the user asks for.
         memory: Keeps interventions from one fit to the next.
+        run_id: Id of the run that is resumed.
     """
-    info = run_info(trainer, arguments.dirpath)
-    context, replay = _context(trainer, module, arguments)
+    info, folder = open_run(trainer, arguments.dirpath, run_id)
+    curve = CurveFile(folder.path / CURVE_FILE, arguments.thresholds.records) if folder.keeps_files else None
+    context, replay, averages = _context(trainer, module, arguments, curve)
     sinks = fit_sinks(trainer, module, info, memory, arguments.sinks, context, replay)
     advice = fit_advice(info, arguments.thresholds.records)
     keeps = arguments.bundle_dir is not None and trainer.is_global_zero
@@ -61,17 +68,23 @@ def build_fit(trainer: Trainer, module: LightningModule, arguments: Arguments, m
     )
     guard = build_guard(
         context,
-        TrainerLoop(trainer, module, replay, diagnostics, sinks),
-        policy=Policy(arguments.remedies, arguments.budget, arguments.thresholds.decision),
+        TrainerLoop(trainer, module, replay, diagnostics, sinks, info.run_id),
+        policy=Policy(arguments.remedies, arguments.budget, arguments.thresholds.decision, arguments.thresholds.trial),
         remedies=arguments.remedies,
         make_undo=replay.make_undo,
+        schedulers={
+            index: type(config.scheduler).__name__
+            for config in trainer.lr_scheduler_configs
+            for index, optimizer in enumerate(trainer.optimizers)
+            if getattr(config.scheduler, "optimizer", None) is optimizer
+        },
     )
-    return Fit(trainer, guard, replay, diagnostics, sinks, advice, info)
+    return Fit(trainer, guard, replay, diagnostics, sinks, advice, folder, averages)
 
 
 def _context(
-    trainer: Trainer, module: LightningModule, arguments: Arguments
-) -> tuple[GuardContext, TrainerBatchReplay]:
+    trainer: Trainer, module: LightningModule, arguments: Arguments, curve: CurveFile | None
+) -> tuple[GuardContext, TrainerBatchReplay, AveragedCopies]:
     sharded = is_sharded(trainer)
     ranks: Ranks = (
         Group(sharded=sharded, thresholds=arguments.thresholds.distributed)
@@ -79,11 +92,12 @@ def _context(
         else SingleProcess(sharded=sharded)
     )
     optimizers, partitions = what_steps(trainer, module)
+    averages = AveragedCopies(trainer, module, arguments.thresholds.checkpoints)
     learner = Learner(
         module,
         optimizers,
         scaler=grad_scaler(trainer),
-        averages=lambda: averaged_copies(trainer, module, arguments.thresholds.checkpoints),
+        averages=averages,
         partitions=partitions,
     )
     clipper = Clipper(arguments.thresholds.measurement)
@@ -98,9 +112,9 @@ def _context(
         clipper,
         delay=MAX_DELAY if late else 0,
         examined=arguments.examine_after is not None,
+        most_healthy=arguments.thresholds.trial.batches if arguments.act_on == "evidence" else None,
         thresholds=arguments.thresholds.batches,
     )
-    every = arguments.snapshot_every_n_steps
     context = GuardContext(
         learner=learner,
         replay=replay,
@@ -109,17 +123,24 @@ def _context(
         clipper=clipper,
         ring=Ring(arguments.max_snapshots, arguments.thresholds.snapshots.ring),
         ranks=ranks,
-        settings=Settings(
-            snapshot_every=None if isinstance(every, str) else every,
-            snapshot_device=torch.device("cpu") if arguments.snapshot_device == "cpu" else None,
-            choose_place=arguments.snapshot_device == "auto",
-            deferred=deferred,
-            observe=arguments.observe,
-            act_on=arguments.act_on,
-        ),
+        settings=_settings(arguments, deferred=deferred),
         thresholds=arguments.thresholds,
+        norms=NormHistory(arguments.thresholds.measurement),
+        curve=curve,
     )
-    return context, replay
+    return context, replay, averages
+
+
+def _settings(arguments: Arguments, *, deferred: bool) -> Settings:
+    every = arguments.snapshot_every_n_steps
+    return Settings(
+        snapshot_every=None if isinstance(every, str) else every,
+        snapshot_device=torch.device("cpu") if arguments.snapshot_device == "cpu" else None,
+        choose_place=arguments.snapshot_device == "auto",
+        deferred=deferred,
+        observe=arguments.observe,
+        act_on=arguments.act_on,
+    )
 
 
 def _deferred(readback: str, trainer: Trainer, module: LightningModule) -> bool:

@@ -100,6 +100,8 @@ class Diagnostics:
         if good is not None:
             good = self._ranks.join_snapshot(good)  # here, where all ranks come, and not where only some may
         micros = self._replay.batches.of(update)
+        if self._replay.suspect is not None:
+            micros = [micro for micro in micros if micro.index == self._replay.suspect] or micros
         finding = self._diagnostician.diagnose(fault, evidence, micros, look, good)
         wanted = self._bundles is not None and look != "nothing" and not self._ranks.sharded
         if self._bundles is not None and wanted and micros and self._bundles.due(fault, finding):

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import final
+from typing import Any, final
 
 import torch
 from torch.optim import Optimizer
 
 from lightning_nanguard.checkpoints.last_good import LastGood
 from lightning_nanguard.guard.guard import Guard
+from lightning_nanguard.measure.tensors import size
 from lightning_nanguard.metrics import NonFiniteRate
 from lightning_nanguard.record.advice import AdviceLog
-from lightning_nanguard.record.base import RunInfo
 from lightning_nanguard.record.dispatch import SinkDispatcher
-from lightning_nanguard.record.files import RECORDS_FILE
+from lightning_nanguard.record.run_folder import RunFolder
+from lightning_nanguard.record.summary import summary
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
+from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
 from lightning_nanguard.trainer.private.callbacks import after_every_batch
 from lightning_nanguard.trainer.private.checkpoint_files import catch_write_errors, write_checkpoint
+from lightning_nanguard.trainer.private.closures import run_micro_batches_by
 from lightning_nanguard.trainer.private.learning_rate_monitor import around_learning_rate_monitors
-from lightning_nanguard.trainer.private.packages import Trainer
+from lightning_nanguard.trainer.private.packages import Trainer, rank_zero_info
 from lightning_nanguard.trainer.private.saving import guard_saves
 from lightning_nanguard.trainer.private.strategies import accumulation, collects
+from lightning_nanguard.trainer.step_runner import StepRunner
 from lightning_nanguard.trainer.validation import ValidationWatch
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -42,7 +47,8 @@ class Fit:
         diagnostics: Finds causes and gives advice.
         sinks: Where records go.
         advice: Where advice goes.
-        info: Where the guard's files lie.
+        folder: The folder of the run.
+        averages: Averaged copies that callbacks keep.
     """
 
     def __init__(
@@ -53,7 +59,8 @@ class Fit:
         diagnostics: Diagnostics,
         sinks: SinkDispatcher,
         advice: AdviceLog,
-        info: RunInfo,
+        folder: RunFolder,
+        averages: AveragedCopies,
     ) -> None:
         self._trainer = trainer
         self.guard = guard
@@ -62,7 +69,8 @@ class Fit:
         self.diagnostics = diagnostics
         self._sinks = sinks
         self.advice = advice
-        self.records = info.dirpath / RECORDS_FILE
+        self.folder = folder
+        self.averages = averages
         self.validation = ValidationWatch(trainer, guard, replay)
         self.rank_zero = trainer.is_global_zero
         self.last_good: LastGood | None = None
@@ -70,21 +78,29 @@ class Fit:
         self._unknown: set[int] = set()
         self._patches = ExitStack()
 
-    def start(self, max_memory: float | None) -> None:
+    def start(self, max_memory: float | None, listens: Callable[[Any], bool]) -> None:
         """Look at the state before the first update, and put on the trainer what the guard needs.
 
         Args:
             max_memory: Limit in GiB for all snapshots; ``None`` for no limit.
+            listens: Says which callback is the guard's.
         """
         self._sinks.open()
+        self._say_what_is_not_guarded()
         self.guard.start()
         self._limit_memory(max_memory)
+        if self.context.curve is not None:
+            self.context.curve.offset = self._trainer.global_step - self.guard.updates
         rate, later = self.context.rate, self._patches.callback
+        module, limits = self._trainer.lightning_module, self.context.thresholds.batches.repeated
+        if module.automatic_optimization and self.context.learner.optimizers:
+            runner = StepRunner(self._trainer, module, self.guard, self.replay, listens, limits)
+            later(run_micro_batches_by(self._trainer, runner))
         later(
             guard_saves(
                 self._trainer,
                 self.guard.before_save,
-                self.guard.mend,
+                self._mend,
                 self.guard.after_save,
                 collects=collects(self._trainer),
             )
@@ -93,10 +109,16 @@ class Fit:
             later(around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw))
             later(keep_best_finite(self._trainer))
 
+    def _mend(self, checkpoint: dict[str, Any], path: str, *, checked: bool = False) -> dict[str, Any]:
+        kept = self.last_good
+        final = str(kept.path) if kept is not None and path == str(kept.pending) else path
+        self.folder.saved(final, self._trainer.global_step)
+        return self.guard.mend(checkpoint, path, checked=checked)
+
     def keep_last_good(self, every: int) -> None:
         """Write the last good checkpoint from now on, ``every`` updates."""
         trainer, guard = self._trainer, self.guard
-        folder, ring = self.records.parent, self.context.ring
+        folder, ring = self.folder.path, self.context.ring
         kept = LastGood(folder, every, ring, lambda path: write_checkpoint(trainer, path), leads=self.rank_zero)
         kept.begin(guard.updates)
         self._patches.callback(after_every_batch(trainer, lambda: kept.close_batch(guard.updates)))
@@ -110,7 +132,7 @@ class Fit:
             return
         # Moments come with the first steps: two for each parameter is what Adam needs.
         stepped = [one for index in range(len(learner.optimizers)) for one in learner.stepped(index)]
-        parameters = sum(one.nbytes for one in stepped if one.requires_grad)
+        parameters = sum(size(one) for one in stepped if one.requires_grad)
         each = (ring.pending.nbytes() + 2 * parameters) / 2**30
         # The pending one is whole, certified ones are shared among the ranks of a node.
         fitting = int((max_memory / each - 1) * ranks.snapshot_parts) if each else ring.capacity
@@ -134,7 +156,7 @@ class Fit:
 
     def optimizer_index(self, optimizer: Optimizer) -> int | None:
         """Index of an optimizer that steps next; ``None`` where it does not, or was not there when the fit began."""
-        if self._accumulates():
+        if self._accumulates() or not getattr(optimizer, "param_groups", True):
             return None
         for index, known in enumerate(self.context.learner.optimizers):
             if known is optimizer or getattr(optimizer, "optimizer", None) is known:
@@ -148,17 +170,53 @@ class Fit:
             )
         return None
 
+    def _say_what_is_not_guarded(self) -> None:
+        """At the start of training: say so if there is nothing to guard, or not yet."""
+        learner = self.context.learner
+        name = type(learner.module).__name__
+        if not learner.optimizers:
+            _logger.info("NaNGuard: %s has no optimizer, so there are no updates to guard.", name)
+        elif not any(p.requires_grad for index in range(len(learner.optimizers)) for p in learner.stepped(index)):
+            _logger.info("NaNGuard: no parameter of %s is trained yet; those that will be are guarded then.", name)
+
     def say_if_unseen(self) -> None:
         """At the end of training: say so if batches were trained on and the guard saw no optimizer step."""
-        if self.replay.batch_idx >= 0 and self.guard.updates == 0:
+        if self.replay.batch_idx >= 0 and self.guard.updates == 0 and self.context.learner.optimizers:
             _logger.warning(
                 "NaNGuard: batches were trained on, but no optimizer step was seen, so nothing was guarded. Under "
                 "manual optimization step the optimizers that self.optimizers() gives."
             )
 
+    def say_how_it_went(self, faults: Mapping[str, int], remedies: Mapping[str, int]) -> None:
+        """At the end: put in the log of the run what happened, and say it on rank 0 in one line.
+
+        Args:
+            faults: How often each fault was found in this fit.
+            remedies: How often each remedy was used in it.
+        """
+        updates, multiplier = self.guard.updates, self.context.rate.ratio()
+        self.folder.log("end", updates=updates, faults=dict(faults), lr_multiplier=multiplier)
+        if self.rank_zero:
+            settings = self.context.settings
+            rank_zero_info(
+                summary(
+                    updates,
+                    faults,
+                    remedies,
+                    lr_multiplier=multiplier,
+                    path=self.folder.path,
+                    observe=settings.observe,
+                    act_on=settings.act_on,
+                    advice=[one.finding.cause for one in self.advice.given],
+                )
+            )
+
     def close(self) -> None:
         """Take everything off the trainer again, whatever fails in between."""
         with ExitStack() as last:
+            last.callback(self.folder.close)
+            if self.context.curve is not None:
+                last.callback(self.context.curve.write, last=True)
             last.callback(self.advice.close)
             last.callback(self._sinks.close)
             last.push(self._patches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import final
 
 from lightning_nanguard.diagnosis.case import Look
@@ -23,6 +24,7 @@ class TrainerLoop:
         replay: Knows the batch at hand.
         diagnostics: Finds causes.
         sinks: Where records go.
+        run_id: Id of the run, which each record is given.
     """
 
     def __init__(
@@ -32,12 +34,14 @@ class TrainerLoop:
         replay: TrainerBatchReplay,
         diagnostics: Diagnostics,
         sinks: SinkDispatcher,
+        run_id: str = "",
     ) -> None:
         self._trainer = trainer
         self._module = module
         self._replay = replay
         self._diagnostics = diagnostics
         self._sinks = sinks
+        self._run_id = run_id
 
     def clock(self) -> Clock:
         """``global_step``, epoch and batch index of now."""
@@ -49,7 +53,7 @@ class TrainerLoop:
 
     def record(self, intervention: Intervention) -> None:
         """Give the record to every sink."""
-        self._sinks.write(intervention)
+        self._sinks.write(replace(intervention, run=self._run_id))
 
     def advise(self, finding: Finding) -> None:
         """Tell the user of a suspicion that the guard does not act on."""

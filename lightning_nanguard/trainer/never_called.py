@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from weakref import WeakKeyDictionary, finalize
+from weakref import WeakKeyDictionary, finalize, ref
 
 _logger = logging.getLogger("lightning_nanguard")
 
 _waiting: WeakKeyDictionary[object, finalize[[], object]] = WeakKeyDictionary()
+_originals: WeakKeyDictionary[object, ref[object]] = WeakKeyDictionary()
 
 
 def expect_hooks(guard: object) -> None:
@@ -16,10 +17,18 @@ def expect_hooks(guard: object) -> None:
 
 
 def hooks_called(guard: object) -> None:
-    """The guard is in use: a Trainer has called one of its hooks."""
+    """The guard is in use: a Trainer has called one of its hooks, or those of a copy of it."""
     waiting = _waiting.pop(guard, None)
     if waiting is not None:
         waiting.detach()
+    original = _originals.pop(guard, ref(guard))()
+    if original is not None and original is not guard:
+        hooks_called(original)
+
+
+def copied(guard: object, original: object) -> None:
+    """The guard is a copy of another one."""
+    _originals[guard] = ref(original)
 
 
 def _say() -> None:

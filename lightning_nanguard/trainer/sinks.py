@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import final
 
 from lightning_nanguard.guard.context import GuardContext
@@ -13,22 +13,12 @@ from lightning_nanguard.record.console import Console
 from lightning_nanguard.record.dispatch import SinkDispatcher
 from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE
 from lightning_nanguard.record.jsonl import JsonLines
+from lightning_nanguard.record.layer_norms import LAYER_NORMS_FILE, LayerNormsFile
 from lightning_nanguard.record.loggers import Loggers, RunNumbers
 from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, logged_at
-
-
-def run_info(trainer: Trainer, dirpath: Path | None) -> RunInfo:
-    """What sinks may know of a fit. All ranks have to call it, since Lightning broadcasts the log folder.
-
-    Args:
-        trainer: The trainer.
-        dirpath: Folder of the records; ``None`` for ``nanguard`` in the trainer's log folder.
-    """
-    folder = dirpath if dirpath is not None else Path(trainer.log_dir or trainer.default_root_dir) / "nanguard"
-    return RunInfo(trainer.global_rank, trainer.world_size, folder)
 
 
 def fit_sinks(
@@ -58,6 +48,9 @@ def fit_sinks(
         JsonLines(run.dirpath / RECORDS_FILE, thresholds),
         Console(thresholds),
         Loggers(metrics.numbers, metrics.log),
+        LayerNormsFile(
+            run.dirpath / LAYER_NORMS_FILE, partial(context.norms.read, context.learner.named_sizes), thresholds
+        ),
     ]
     return SinkDispatcher([*sinks, *own], run, thresholds)
 
@@ -69,7 +62,8 @@ def fit_advice(run: RunInfo, thresholds: RecordsThresholds = RECORDS) -> AdviceL
         run: What is known of the fit.
         thresholds: How much advice is taken.
     """
-    return AdviceLog(JsonLines(run.dirpath / ADVICE_FILE, thresholds) if run.rank == 0 else None, thresholds)
+    sink = JsonLines(run.dirpath / ADVICE_FILE, thresholds) if run.rank == 0 else None
+    return AdviceLog(sink, thresholds, run.run_id)
 
 
 @final

@@ -12,7 +12,7 @@ from lightning_nanguard import ClipGradients, Fault
 from lightning_nanguard.types import Clip, Evidence
 
 GRADIENT = Fault("gradient_spike", "batch", "gradient", 1e6, certain=False, clipping_helps=True)
-BAD_LOSS = Fault("collapsed", "learner", "loss", 2.3, certain=False, recovers=True)
+BAD_LOSS = Fault("collapsed", "learner", "loss", 2.3, certain=False)
 EVIDENCE = Evidence(step=100, usual_norm=2.0, lr=0.1)
 
 

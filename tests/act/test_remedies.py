@@ -23,7 +23,7 @@ from tests.act.run_control import RunControl
 
 GRADIENT = Fault("gradient_spike", "batch", "gradient", 1e6, certain=False, clipping_helps=True)
 LOSS = Fault("exploding_loss", "learner", "loss", 1e6, certain=False, clipping_helps=True)
-COLLAPSED = Fault("collapsed", "learner", "loss", 2.3, certain=False, recovers=True)
+COLLAPSED = Fault("collapsed", "learner", "loss", 2.3, certain=False)
 EVIDENCE = Evidence(step=100, usual_norm=2.0, lr=0.1)
 
 ROWS: list[tuple[Remedy, Fault, int, PlanStep | None, tuple[object, ...] | None]] = [

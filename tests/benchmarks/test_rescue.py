@@ -159,7 +159,7 @@ def test_the_command_writes_its_results(tmp_path, capsys):
         ("target_1e15:linear/sgd#512000", "implausible_state"),
     ],
 )
-@pytest.mark.parametrize("contender", ["nanguard", "deferred"])
+@pytest.mark.parametrize("contender", ["evidence", "deferred"])
 def test_what_was_lost_once_is_saved(name, fault, contender):
     """Units that died in a rehearsal, a rate that few batches chose, a matrix that saturated, a start corrupt twice."""
     form, _, seed = name.partition("#")
@@ -175,9 +175,9 @@ def test_the_guard_saves_what_it_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "FAILING", FAILING[::3])
     monkeypatch.setattr(command, "HEALTHY", HEALTHY[::3])
     output = tmp_path / "rescue.json"
-    arguments = ["--fast", "--seeds", "tune", "--jobs", "1", "--contenders", "nanguard", "--output", str(output)]
+    arguments = ["--fast", "--seeds", "tune", "--jobs", "1", "--contenders", "evidence", "--output", str(output)]
     assert command.main(arguments) == 0
-    guard = json.loads(output.read_text())["contenders"]["nanguard"]
+    guard = json.loads(output.read_text())["contenders"]["evidence"]
     assert guard["failing"] >= 12
     # When snapshots fall due depends on the time, so that single draws differ from run to run.
     assert guard["share"] >= 0.85
@@ -203,6 +203,6 @@ def test_an_ablation_says_what_a_rule_earns(tmp_path, capsys, monkeypatch):
     arguments = ["--cases", "^input_1e15:cnn/adam$", "--draws", "1", "--jobs", "1", "--only", "failing", "--ablation"]
     assert command.main([*arguments, "--output", str(tmp_path / "ablation.json")]) == 0
     written = json.loads((tmp_path / "ablation.json").read_text())["contenders"]
-    assert written["nanguard"]["rescued"] == 1
+    assert written["evidence"]["rescued"] == 1
     assert written["no plausibility"]["rescued"] == 0
     assert "What each rule earns" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_nanguard.checkpoints.inspection import Inspection, damage, inspect, newest_good
+from lightning_nanguard.checkpoints.inspection import Inspection, damage, inspect, newest_good, run_of_file
 from tests.checkpoints.training import BAD
 
 
@@ -20,7 +20,9 @@ from tests.checkpoints.training import BAD
 def test_what_is_wrong_with_a_file(kind: str, saved: Callable[..., Path]) -> None:
     """A good file is told from a poisoned and from a torn one, and what is wrong is said."""
     path = saved(9)
-    assert inspect(path) == Inspection(path, global_step=9, whole_run=True)
+    run = run_of_file(path)
+    assert run
+    assert inspect(path) == Inspection(path, global_step=9, whole_run=True, run=run)
     assert inspect(path).good()
     spoil, message = BAD[kind]
     spoil(path)

@@ -16,8 +16,9 @@ from pytorch_lightning.plugins.io import AsyncCheckpointIO
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import BadCheckpointError, Budget, NaNGuard, TrainingDivergedError
-from lightning_nanguard.checkpoints.inspection import LAST_GOOD, inspect
+from lightning_nanguard.checkpoints.inspection import inspect
 from lightning_nanguard.cli.main import main
+from lightning_nanguard.record.files import LAST_GOOD
 from tests.checkpoints.training import EPOCHS, PER_EPOCH, Net, cut, guard_with, train
 from tests.helpers import batches, copied, differences, learner_of, non_finite, words
 from tests.modules import Diverge, NaNWeight
@@ -63,7 +64,7 @@ def test_a_certified_state_is_kept(tmp_path: Path) -> None:
     kept = look.learners[content["global_step"]]
     assert differences(dict(content["state_dict"]), {**kept["parameters"], **kept["buffers"]}) == []
     assert differences(content["optimizer_states"], kept["optimizers"]) == []
-    assert [file.name for file in tmp_path.iterdir()] == [LAST_GOOD]
+    assert [file.name for file in tmp_path.glob("*.ckpt*")] == [LAST_GOOD]
     assert type(trainer.callbacks[-1]).__name__ != "_LastCallback"
 
 
@@ -209,7 +210,7 @@ def test_full_disk(
     assert found.good()
     assert 10 <= (found.global_step or 0) <= 20
     assert caplog.text.count("cannot write") == 1
-    assert [file.name for file in tmp_path.iterdir()] == [LAST_GOOD]
+    assert [file.name for file in tmp_path.glob("*.ckpt*")] == [LAST_GOOD]
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

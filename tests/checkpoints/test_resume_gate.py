@@ -13,8 +13,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import BadCheckpointError, NaNGuard
-from lightning_nanguard.checkpoints.inspection import LAST_GOOD
 from lightning_nanguard.checkpoints.resume_gate import ResumeGate
+from lightning_nanguard.record.files import LAST_GOOD
 from lightning_nanguard.thresholds.checkpoints import CheckpointsThresholds
 from tests.checkpoints.training import BAD, PER_EPOCH, Net, cosine_task, cut, guard_with, poison, train
 from tests.helpers import Positioned, batches, differences, learner_of, task, trainer_for

@@ -9,32 +9,58 @@ import pytest
 from lightning_nanguard import Intervention, NaNGuard
 from lightning_nanguard.cli.main import main
 from lightning_nanguard.record.jsonl import JsonLines
+from lightning_nanguard.record.run_log import append_event
 from tests.classifier import Model, Numbers
-from tests.helpers import trainer_for
+from tests.helpers import batches, fit, task, trainer_for
 
 
 def test_explain_tells_records_and_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`nanguard explain` prints every record of a run with its finding, and what the preflight said."""
+    """`nanguard explain` tells how the run went, every record with its cause, and what the preflight said."""
     guard = NaNGuard(preflight=True, dirpath=tmp_path / "run" / "nanguard")
     trainer = trainer_for(tmp_path, guard, max_epochs=1, limit_val_batches=0)
     trainer.fit(Model("softmax"), Numbers(bad=37))
     assert main(["explain", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
+    assert said.startswith(f"Run {guard.run_id} in {guard.run_dir}: ")
+    assert "updates, 1 intervention since it was last begun" in said.splitlines()[0]
     assert "step 0 (epoch 0), advice (preflight): non_finite_input in field 0 of the data set (sample 37)" in said
     assert "advice (preflight): double_softmax in training_step (softmax, classifier.py:" in said
-    assert "; skipped the batch; cause: non_finite_input in field 0 of the batch (sample " in said
-    assert len(said.splitlines()) == 2 + 2 + 1
+    assert "  why: non-finite input in field 0 of the batch: sample " in said
+    assert "  done: skipped the batch" in said
+    assert len(said.splitlines()) == 1 + 4 + 2
+
+
+def test_explain_tells_a_healthy_run_from_a_wrong_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run in which nothing happened is told as such; a folder without a run, or one that is not there, is an error
+    that says where runs lie; a run that was killed is told from one that ended."""
+    healthy = NaNGuard()
+    fit(task(), batches(count=5), healthy, folder=tmp_path / "healthy")
+    assert main(["explain", str(tmp_path / "healthy")]) == 0
+    said = capsys.readouterr().out
+    assert said == f"Run {healthy.run_id} in {healthy.run_dir}: 5 updates, nothing to do since it was last begun\n"
+    append_event(tmp_path / "healthy", "fit", {"run": "killed", "step": 0})
+    assert main(["explain", str(tmp_path / "healthy")]) == 0
+    assert f"Run killed in {tmp_path / 'healthy'}: it was killed" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    for folder, message in (("empty", "no run of NaNGuard lies in"), ("none", "there is no folder")):
+        assert main(["explain", str(tmp_path / folder)]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert f"{message} {tmp_path / folder}" in shown.err
 
 
 def test_explain_prints_every_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`nanguard explain` tells the records of a run in words, and says where it found none."""
+    """Every record is told, the first of a kind in full; records of version 0.1.0, which kept no log, too; and nothing
+    in one reaches the terminal as more than text."""
     sink = JsonLines(tmp_path / "version_0" / "nanguard" / "interventions.jsonl")
-    sink.write(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
-    sink.write(Intervention(9, 0, 9, "exploding_loss", "loss", ("restore", "scale"), 0.1, 0.05, 4))
-    assert main(["explain", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert "step 7" in shown
-    assert "went back to step 4" in shown
-    (tmp_path / "empty").mkdir()
-    assert main(["explain", str(tmp_path / "empty")]) == 2
-    assert "no interventions.jsonl" in capsys.readouterr().err
+    for step in (7, 8):
+        sink.write(Intervention(step, 0, step, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
+    sink.write(Intervention(9, 0, 9, "evil\x1b[2J\nkind", "loss", ("restore", "scale\x9b1m"), 0.1, 0.05, 4))
+    for where in (tmp_path, sink.path):
+        assert main(["explain", str(where)]) == 0
+        shown = capsys.readouterr().out
+        assert "step 7 (epoch 0, batch 7): non-finite loss\n  done: skipped the batch\n" in shown
+        assert "step 8 (epoch 0, batch 8): non-finite loss again; skipped the batch\n" in shown
+        assert "went back to step 4" in shown
+        assert all(line.isprintable() for line in shown.splitlines())
+        assert ("Run of version 0.1.0 in " in shown) == (where == tmp_path)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.checkpoints.inspection import LAST_GOOD
 from lightning_nanguard.cli.main import main
+from lightning_nanguard.record.files import LAST_GOOD
 from tests.helpers import batches, fit, task
 
 pytestmark = pytest.mark.usefixtures("own_folder")

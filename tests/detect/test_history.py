@@ -100,15 +100,19 @@ def test_norms_of_a_saturated_model_are_not_usual() -> None:
     assert resumed.usual_norm() == history.usual_norm()
 
 
-def test_a_loss_far_off_is_an_excursion() -> None:
-    """Far above the untrained model's loss: how long it is so up to now, and whether it was since the last rewind."""
+def test_the_unit_is_what_was_learned() -> None:
+    """How far the best level lies below the first loss; a rise does not make it larger, nor does a rollback smaller."""
     history = ReadingHistory()
-    assert (history.far_off(), history.excursion(), history.level(), history.learning()) == (0, False, None, False)
-    for step, loss in enumerate([1.0, 2.5, 0.5, 2.5, 2.5]):
-        history.accept(reading(step, loss))
-    assert (history.far_off(), history.excursion()) == (2, True)
-    history.rewind(0)
-    assert (history.far_off(), history.excursion(), history.losses()) == (0, False, [1.0])
+    assert (history.level(), history.learning()) == (None, False)
+    for step in range(40):
+        history.accept(reading(step, 1003.0 - 0.1 * min(step, 20)))
+    assert history.loss_unit() == pytest.approx(2.0)
+    assert history.learning()
+    for step in range(40, 60):
+        history.accept(reading(step, 1003.0))
+    history.rewind(50)
+    assert history.loss_unit() == pytest.approx(2.0)
+    assert not history.learning()
 
 
 def test_what_is_not_finite_or_not_there_is_left_out() -> None:

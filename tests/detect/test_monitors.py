@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_nanguard import Detector, DivergingLoss, Fault, GradientSpike, NonFinite, Reading
-from lightning_nanguard.detect.base import AT_ONCE
 from lightning_nanguard.detect.defaults import default_detectors
 from lightning_nanguard.detect.monitors import Monitors
-from lightning_nanguard.thresholds.detection import DetectionThresholds, HistoryThresholds, QuasiNewtonThresholds
+from lightning_nanguard.thresholds.detection import DetectionThresholds, HistoryThresholds
 from tests.detect.readings import reading
 
 
@@ -32,26 +31,11 @@ def until_found(monitors: Monitors, losses: Iterable[float], norms: Iterable[flo
     return found
 
 
-@pytest.mark.parametrize("steps", [20, 46])
-def test_a_quasi_newton_optimizer_may_come_back(steps: int) -> None:
-    """A loss far off and back again is a fault, but not of a quasi-Newton optimizer."""
-    losses = [1.0, 0.8, 0.5, 0.3] + [0.2] * 36 + [1e4] * steps + [0.2] * 40
-    norms = [1.0] * 40 + [1e5] * steps + [1.0] * 40
-    assert until_found(Monitors(default_detectors()), losses, norms, quasi_newton=False)
-    assert not until_found(Monitors(default_detectors()), losses, norms, quasi_newton=True)
-
-
-def test_a_quasi_newton_optimizer_may_have_left() -> None:
-    """A loss that stays far off is a fault of any optimizer; so is what is not finite, at once."""
-    far = [1.0] * 40 + [1e4] * 80
-    assert "overshoot" not in until_found(Monitors(default_detectors()), far, far, quasi_newton=True)
-    assert "exploding_loss" in until_found(Monitors(default_detectors()), far, far, quasi_newton=True)
-    assert until_found(Monitors(default_detectors()), [1.0, math.nan], [1.0, 1.0], quasi_newton=True) == [
-        "non_finite_loss"
-    ]
-    assert until_found(Monitors(default_detectors()), [1.0, 1.0], [1.0, 1e20], quasi_newton=True) == [
-        "gradient_overflow"
-    ]
+def test_what_is_not_finite_is_a_fault_of_any_optimizer() -> None:
+    """A quasi-Newton optimizer is told of it at once."""
+    bad = (([1.0, math.nan], [1.0, 1.0], "non_finite_loss"), ([1.0, 1.0], [1.0, 1e20], "gradient_overflow"))
+    for losses, norms, kind in bad:
+        assert until_found(Monitors(default_detectors()), losses, norms, quasi_newton=True) == [kind]
 
 
 def test_a_quasi_newton_optimizer_is_still_asked_about_its_batch() -> None:
@@ -107,18 +91,13 @@ def test_a_short_window_hides_no_spike() -> None:
     assert some_at_a_time([GradientSpike(window=4, warmup=4)], readings) == [(54, "gradient_spike")]
 
 
-@given(st.integers(5, 90), st.floats(0.02, 0.9), st.floats(1.0, 1e4), st.integers(0, 2**16))
+@given(st.integers(5, 90), st.floats(0.02, 0.9), st.floats(1.0, 1e4))
 @settings(max_examples=100)
-def test_limits_hide_no_divergence(left_at: int, learned: float, level: float, seed: int) -> None:
-    """A loss that leaves is found at the same reading, or some later where it lay about the limit."""
-    draw = random.Random(seed)
+def test_limits_hide_no_question(left_at: int, learned: float, level: float) -> None:
+    """DivergingLoss asks at the same readings, whether it looks at each or only above its limits."""
     losses = [1 - learned * min(1, step / 30) if step < left_at else level for step in range(200)]
-    readings = [reading(step, loss * (1 + 0.05 * draw.random())) for step, loss in enumerate(losses)]
-    alone = one_by_one([DivergingLoss()], readings)
-    together = some_at_a_time([DivergingLoss()], readings)
-    assert bool(alone) == bool(together)
-    if alone:
-        assert 0 <= together[0][0] - alone[0][0] <= AT_ONCE
+    readings = [reading(step, loss) for step, loss in enumerate(losses)]
+    assert some_at_a_time([DivergingLoss()], readings) == one_by_one([DivergingLoss()], readings)
 
 
 def test_a_detector_without_limits_sees_every_reading() -> None:
@@ -175,17 +154,16 @@ class Suspects(Detector):
     ("fault", "doubtful"),
     [
         ({"scope": "batch", "certain": False}, True),
-        ({"scope": "state", "certain": False}, True),
         ({"scope": "batch"}, False),
         ({"certain": False}, False),
-        ({"certain": False, "proof": "batches"}, None),
     ],
-    ids=["finite spike", "finite spike of the first batch", "certain", "loss", "swinging loss"],
+    ids=["finite spike", "certain", "loss"],
 )
-def test_traits_decide_about_a_quasi_newton_optimizer(fault: dict[str, Any], doubtful: bool | None) -> None:
-    """A fault of a user's own kind is treated by its traits alone: in doubt, told or (``None``) not told."""
+def test_traits_decide_about_a_quasi_newton_optimizer(fault: dict[str, Any], doubtful: bool) -> None:
+    """A fault of a user's own kind is treated by its traits alone: in doubt or told."""
     found = Monitors([Suspects(**fault)]).check(reading(0), quasi_newton=True)
-    assert (None if found is None else found.doubtful) == doubtful
+    assert found is not None
+    assert found.doubtful == doubtful
 
 
 def test_a_line_search_is_judged_by_those_that_say_so() -> None:
@@ -203,13 +181,8 @@ def test_a_line_search_is_judged_by_those_that_say_so() -> None:
 
 
 def test_thresholds() -> None:
-    """How long a quasi-Newton optimizer may be far off, and what the histories keep, are thresholds."""
-    thresholds = DetectionThresholds(
-        quasi_newton=QuasiNewtonThresholds(comes_back=5), history=HistoryThresholds(readings=8)
-    )
-    far = [1.0] * 40 + [1e4] * 20
-    assert "exploding_loss" in until_found(Monitors(default_detectors(), thresholds), far, far, quasi_newton=True)
-    assert not until_found(Monitors(default_detectors()), far, far, quasi_newton=True)
+    """What the histories keep is a threshold."""
+    thresholds = DetectionThresholds(history=HistoryThresholds(readings=8))
     monitors = Monitors([], thresholds)
     monitors.check(reading(0))
     for step in range(10):
@@ -228,14 +201,15 @@ def test_each_optimizer_has_a_history_of_its_own() -> None:
             if not monitors.passes(one):
                 assert monitors.check(one) is None
                 monitors.accept(one)
-    assert monitors.loss_unit() == 5.0
+    assert monitors.loss_unit() == pytest.approx(0.48)
     assert not monitors.learning()
-    assert monitors.uneasy([reading(20, 9.0)])
-    assert not monitors.uneasy([reading(20, 9.0, optimizer_index=1)])
+    monitors.accept(reading(20, 0.9))
+    assert monitors.uneasy([reading(21, 0.9)])
+    assert not monitors.uneasy([reading(21, 0.4), reading(20, 5.0, optimizer_index=1)])
     resumed = Monitors(default_detectors())
     resumed.load_state_dict(monitors.state_dict())
     assert resumed.state_dict() == monitors.state_dict()
-    assert list(resumed.state_dict()["0"]) == ["trend", "detectors"]
+    assert list(resumed.state_dict()["0"]) == ["trend", "detectors", "taken", "limits"]
     assert [name for name, _ in resumed.state_dict()["1"]["detectors"]] == [
         "NonFinite",
         "GradientSpike",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,7 @@ from lightning_nanguard.detect.trends import (
     has_burst,
     loss_falls,
     loss_level,
-    loss_unit,
-    updates_far_off,
+    loss_noise,
     usual_norm,
 )
 from lightning_nanguard.thresholds.detection import (
@@ -24,13 +24,17 @@ from lightning_nanguard.thresholds.detection import (
 
 
 @pytest.mark.parametrize(
-    ("losses", "first", "unit"),
-    [([], None, 1e-12), ([], -3.0, 3.0), ([0.0, 9.0] * 3, 2.0, 2.0), ([0.0, 9.0] * 4, 2.0, 1.4826 * 4.5)],
-    ids=["nothing known", "untrained model", "too few for noise", "noise"],
-)
-def test_loss_unit(losses: list[float], first: float | None, unit: float) -> None:
-    """The size of the untrained model's loss, or the noise of enough losses where that is larger."""
-    assert loss_unit(losses, first, HistoryThresholds()) == unit
+    ("losses", "noise"),
+    [([], 0.0), ([5.0], 0.0), ([1.0, 4.0, 2.0], 3.0),
+     ([0.0, 3.0, 9.0, 3.0, 9.0, 0.0, 3.0, 9.0], 1.4826 * 3.0 / math.sqrt(2)),
+     ([100.0 + step for step in range(8)], 0.0)],
+    ids=["nothing known", "one", "range of a few", "noise", "a trend is no noise"],
+)  # fmt: skip
+def test_loss_noise(losses: list[float], noise: float) -> None:
+    """Where zero lies does not matter, and the unit only as a factor."""
+    for shift, factor in ((0.0, 1.0), (-7.0, 1.0), (0.0, 8.0)):
+        moved = [factor * loss + shift for loss in losses]
+        assert loss_noise(moved, HistoryThresholds()) == pytest.approx(factor * noise)
 
 
 def test_loss_level() -> None:
@@ -42,13 +46,6 @@ def test_loss_falls() -> None:
     """The noise is that within the halves, so a clear fall is not taken for noise."""
     assert loss_falls([2.0, 2.1, 2.0, 2.1, 1.0, 1.1, 1.0, 1.1], errors=2.0)
     assert not loss_falls([2.0, 3.1, 1.0, 2.1, 1.9, 3.0, 0.9, 2.0], errors=2.0)
-
-
-def test_updates_far_off() -> None:
-    """Those in a row up to the newest."""
-    assert updates_far_off([9.0, 9.0, 1.0, 4.1, 9.0], 2.0, 1.0) == 2
-    assert updates_far_off([9.0, 3.9], 2.0, 1.0) == 0
-    assert updates_far_off([0.1], -2.0, 1.0) == 1
 
 
 @pytest.mark.parametrize(
@@ -64,7 +61,8 @@ def test_usual_norm(norms: list[float], first: float, usual: float | None) -> No
 
 def test_climbs() -> None:
     """All of the newest have to lie above the range of the others, and one before them may be part of the climb."""
-    thresholds = ClimbThresholds(noise=4.0)
+    thresholds = ClimbThresholds(noise=4.0, min_others=1)
+    assert not climbs([1.0, 1.0, 9.0, 9.0], 0.5, replace(thresholds, min_others=3))
     assert not climbs([1.0, 9.0], 0.5, thresholds)
     assert climbs([1.0, 9.0, 9.0], 0.5, thresholds)
     assert not climbs([1.0, 9.0, 9.0], 8.0, thresholds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from pytorch_lightning import Callback
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-from lightning_nanguard import NaNGuard, TrainingDivergedError
+from lightning_nanguard import Detector, DivergingLoss, NaNGuard, NonFinite, TrainingDivergedError
+from lightning_nanguard.types import ActOn
 from tests.helpers import Batch, FaultAt, Task, batches, fit, mlp
 from tests.modules import sgd
 
@@ -56,6 +58,8 @@ def made(
     prepare: Callable[[Tensor, Tensor], None] = lambda x, y: None,
     keys: bool = False,
     callbacks: Callable[[], list[Callback]] = list,
+    act_on: ActOn = "certain",
+    detectors: Callable[[], list[Detector] | None] = lambda: None,
     **options: Any,
 ) -> Callable[[Path], tuple[NaNGuard, Task]]:
     """A run of 30 steps, of which the data of step 24 is spoilt."""
@@ -70,7 +74,7 @@ def made(
                 spoil(x, y)
         if keys:
             data = [{"image": x, "label": y} for x, y in data]
-        guard = NaNGuard(snapshot_every_n_steps=5, act_on="evidence")
+        guard = NaNGuard(detectors(), snapshot_every_n_steps=5, act_on=act_on)
         try:
             fit(module, data, guard, folder=folder, callbacks=callbacks(), **options)
         except TrainingDivergedError as error:
@@ -78,6 +82,12 @@ def made(
         return guard, module
 
     return run
+
+
+# Of a run whose numbers stay finite.
+evident = partial(made, act_on="evidence")
+# A trial is made as early as there are batches for one.
+tried = partial(evident, detectors=lambda: [NonFinite(), DivergingLoss(patience=14)])
 
 
 def put(
@@ -215,16 +225,17 @@ RUNS: list[tuple[str, str, FailingRun, str, tuple[int, ...]]] = [
     ("corrupted_state", "moment", made(callbacks=lambda: [FaultAt("moment", NAN, AT)]), "net.0.weight", ()),
     ("corrupted_state", "flipped bit", made(callbacks=lambda: [FaultAt("weight", 1e30, AT)], net=lambda: nn.Sequential(
      nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))), "net.0.weight", ()),
-    ("exploding_gradient", "through time", made(lambda net, x, y: mse(net, x, y) + torch.where(
+    ("exploding_gradient", "through time", evident(lambda net, x, y: mse(net, x, y) + torch.where(
      x[:, :1] > 20, (net(x) - net(x).detach()) * 1e10, net(x)).mean(), put(25.0, 2, column=0)), "net.", ()),
-    ("exploding_gradient", "a steep term", made(lambda net, x, y: mse(net, x, y) + torch.where(
+    ("exploding_gradient", "a steep term", evident(lambda net, x, y: mse(net, x, y) + torch.where(
      x[:, :1] > 20, torch.sin(net(x) * 1e9), net(x)).mean(), put(25.0, 2, column=0)), "net.", ()),
-    ("exploding_gradient", "in one layer", made(mse, put(25.0, 0, column=0), net=lambda: nn.Sequential(
+    ("exploding_gradient", "in one layer", evident(mse, put(25.0, 0, column=0), net=lambda: nn.Sequential(
      nn.Linear(6, 8), Steep(), nn.Linear(8, 2))), "net.0.", ()),
     ("learning_rate_too_high", "sgd", made(optimizer=lambda p: sgd(p, lr=30.0), net=lambda: nn.Sequential(
      nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))), "", ()),
-    ("learning_rate_too_high", "linear", made(optimizer=lambda p: sgd(p, lr=3.0), net=lambda: nn.Linear(6, 2)), "", ()),
-    ("learning_rate_too_high", "adam", made(optimizer=lambda p: optim.Adam(p, lr=30.0)), "", ()),
+    ("learning_rate_too_high", "linear", tried(
+     optimizer=lambda p: sgd(p, lr=3.0), net=lambda: nn.Linear(6, 2)), "", ()),
+    ("learning_rate_too_high", "adam", tried(optimizer=lambda p: optim.Adam(p, lr=30.0)), "", ()),
     ("unnormalised_input", "pixels", made(prepare=lambda x, y: x.abs_().mul_(100), net=lambda: nn.Linear(6, 2),
      optimizer=sgd), "field 0", ()),
     ("unnormalised_input", "a large mean", made(prepare=lambda x, y: x.add_(500), net=lambda: nn.Linear(6, 2),

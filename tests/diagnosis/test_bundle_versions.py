@@ -76,4 +76,4 @@ def test_traits_that_were_written_stand(tmp_path: Path) -> None:
 def test_a_later_version_is_refused(tmp_path: Path) -> None:
     """The error says what to do."""
     with pytest.raises(ValueError, match="written by a later version: update lightning-nanguard"):
-        read(written(tmp_path / "later", schema=3))
+        read(written(tmp_path / "later", schema=4))

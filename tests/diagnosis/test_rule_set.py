@@ -19,7 +19,7 @@ from torch import nn
 from lightning_nanguard import Advice, BadField, Case, Clues, Evidence, Fault, Finding, NaNGuard
 from lightning_nanguard.diagnosis.rule_set import RuleSet, check_rules, rule_name
 from lightning_nanguard.record.files import read_records
-from tests.helpers import FaultAt, data_for, fit, task
+from tests.helpers import FaultAt, data_for, fit, folder_of, task
 
 NAN = math.nan
 BAD_INPUT = Case(
@@ -148,7 +148,7 @@ def test_rules_are_asked_at_faults_before_the_first_step_and_in_examinations(tmp
     (record,) = guard.interventions
     assert record.cause == "broken_sensor"
     assert record.finding == Finding("broken_sensor", 0.99, {"field": "0"}, suggestion="Mask the sensor.")
-    assert [one.finding for one in read_records(tmp_path / "nanguard" / "interventions.jsonl")] == [record.finding]
+    assert [one.finding for one in read_records(folder_of(guard) / "interventions.jsonl")] == [record.finding]
     assert [(one.occasion, one.finding.cause) for one in guard.advice] == [("asked", "quiet_channel")]
     assert isinstance(guard.advice[0], Advice)
     assert [case.course is not None for case in seen] == [False, False, True]

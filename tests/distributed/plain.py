@@ -251,7 +251,7 @@ def memory() -> dict[str, Any]:
     for name, node in (("one node", "a"), ("nodes", f"node {dist.get_rank()}")):
         module = net()
         loop = PlainLoop(module, Group(node=node), averaged(module))
-        loop.train(9)
+        loop.train(40)
         whole = sum(tensor.nbytes for tensor in loop.own())
         kept = loop.guard.context.ring.certified
         restored = [loop.ranks.join_snapshot(snapshot) for snapshot in kept]

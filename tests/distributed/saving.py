@@ -11,7 +11,8 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.checkpoints.inspection import LAST_GOOD, inspect
+from lightning_nanguard.checkpoints.inspection import inspect
+from lightning_nanguard.record.files import LAST_GOOD
 from tests.distributed.data import spoilt
 
 

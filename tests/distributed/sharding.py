@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.checkpoints.inspection import LAST_GOOD
 from lightning_nanguard.measure.tensors import local
+from lightning_nanguard.record.files import LAST_GOOD
 from tests.distributed.data import AT, spoilt, without
 from tests.distributed.further import further, healthy
 from tests.helpers import Task, TwoOptimizers
@@ -119,7 +119,8 @@ def one_kind(worker: Any, kind: str) -> None:
     fit("without window", guarded=False, data=without(AT - 1, AT), accumulate_grad_batches=2)
     for rank in range(worker.world):
         fit(f"sample {rank}", data=spoilt(rank))
-        fit(f"spike {rank}", InShard(rank, "loss", 1e12))
+        evident = NaNGuard(snapshot_every_n_steps=2, act_on="evidence")
+        fit(f"spike {rank}", InShard(rank, "loss", 1e12), guard=evident)
         for place in ("loss", "gradient", "weight"):
             fit(f"{place} {rank}", InShard(rank, place))
         fit(f"moment {rank}", InShard(rank, "moment", math.inf))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.checkpoints.inspection import LAST_GOOD
+from lightning_nanguard.record.files import LAST_GOOD
 from tests.distributed.data import AT, spoilt, without
 from tests.distributed.further import further, healthy
 from tests.distributed.sharding import SaveWithin, saved
@@ -147,7 +147,7 @@ def zero_alone(worker: Any) -> None:
         fit("loss", InPartition(0, "loss"))
         fit("weight", InPartition(0, "weight"), guard=NaNGuard(snapshot_every_n_steps=1000))
         ahead = partial(Lookahead, lr=0.1)  # it moves weights in every third step
-        fit("looking ahead", InPartition(0, "spike", at=8), optimizer=ahead)
+        fit("looking ahead", InPartition(0, "loss", at=8), optimizer=ahead)
         fit("looking ahead without", guarded=False, optimizer=ahead, data=without(8))
         fit("without all", guarded=False, data=without(*range(AT + 1)))
         clipped(worker, f"{kind}: clipped", fit)
@@ -174,7 +174,9 @@ def one_kind(worker: Any, kind: str) -> None:
     fit("without window", guarded=False, data=without(AT - 1, AT), accumulate_grad_batches=2)
     for rank in range(worker.world):
         for place in AMONG[kind]:
-            fit(f"{place} {rank}", InPartition(rank, place), data=spoilt(rank) if place == "sample" else None)
+            evident = {"guard": NaNGuard(snapshot_every_n_steps=2, act_on="evidence")} if place == "spike" else {}
+            data = spoilt(rank) if place == "sample" else None
+            fit(f"{place} {rank}", InPartition(rank, place), data=data, **evident)
         fit(f"accumulated {rank}", InPartition(rank, "loss", at=AT - 1), accumulate_grad_batches=2)
         lost, name = InPartition(rank, "weight"), f"saved {rank}"
         saved(worker, f"{kind}: {name}", partial(fit, name, lost), holds_only_numbers)

@@ -21,6 +21,8 @@ from lightning_nanguard.guard.loop import NoReplay
 from lightning_nanguard.types import Evidence, Finding
 
 Spoil = Callable[[int, Tensor], None]
+EVIDENCE = Settings(snapshot_every=4, act_on="evidence")
+"""For tests of finite suspicions that are acted on."""
 
 
 class PlainLoop(NoReplay):

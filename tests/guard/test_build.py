@@ -17,7 +17,7 @@ from lightning_nanguard.guard.step_readback import StepReadback
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.thresholds.detection import DetectionThresholds, NonFiniteThresholds
 from tests.guard.memory_ranks import memory_ranks
-from tests.guard.plain_loop import PlainLoop
+from tests.guard.plain_loop import EVIDENCE, PlainLoop
 
 DEFAULTS = Thresholds()
 
@@ -30,7 +30,7 @@ class BadLoss(PlainLoop):
 
 
 def test_a_threshold_is_set_without_patching() -> None:
-    """A run whose first updates are all bad ends after as many as the threshold says, instead of after 8."""
+    """A run whose first updates are all bad ends after as many as the threshold says, instead of after 64."""
     blame = replace(DEFAULTS.decision.blame, start_patience=3)
     thresholds = replace(DEFAULTS, decision=replace(DEFAULTS.decision, blame=blame))
     loop = BadLoss(thresholds=thresholds)
@@ -43,8 +43,8 @@ def test_thresholds_reach_the_default_detectors() -> None:
     """Where a user lists no detectors, the default ones go by the thresholds given."""
     detection = DetectionThresholds(non_finite=NonFiniteThresholds(max_norm=1e-6))
     loop = PlainLoop(thresholds=replace(DEFAULTS, detection=detection))
-    with pytest.raises(TrainingDivergedError, match="no update was ever good"):
-        loop.run(20)
+    with pytest.raises(TrainingDivergedError, match="no update was ever good: the first 64"):
+        loop.run(70)
 
 
 class Once(Detector):
@@ -62,7 +62,7 @@ class Once(Detector):
 def test_thresholds_reach_the_default_remedies(tries: int, cut: float) -> None:
     """Where a user lists no remedies, the cut is the planned one if no rate may be tried, and else the one found."""
     limits = replace(DEFAULTS.rate_search, cut=replace(DEFAULTS.rate_search.cut, tries=tries))
-    loop = PlainLoop(detectors=[Once(13)], thresholds=replace(DEFAULTS, rate_search=limits))
+    loop = PlainLoop(settings=EVIDENCE, detectors=[Once(13)], thresholds=replace(DEFAULTS, rate_search=limits))
     loop.run(14)
     assert loop.guard.context.rate.multiplier == cut
 

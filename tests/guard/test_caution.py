@@ -68,7 +68,7 @@ def test_only_an_update_that_reached_the_weights_counts() -> None:
     caution.update_undone(found(50), statistics=False)
     caution.update_undone(found(49), statistics=False)
     assert not caution.may_be_late(0)
-    assert caution.state_dict() == {"undone": 1, "careful_until": 70}
+    assert caution.state_dict() == {"undone": 1, "careful_until": 70, "never_late": False}
 
 
 def test_after_spoiled_statistics_every_update_is_read_in_time(caplog: pytest.LogCaptureFixture) -> None:
@@ -110,7 +110,7 @@ def test_without_deferred_readings_nothing_is_late(caplog: pytest.LogCaptureFixt
     _, caution = caution_of(Settings())
     assert not caution.may_be_late(0)
     caution.update_undone(found(5), statistics=True)
-    assert caution.state_dict() == {"undone": 0, "careful_until": 0}
+    assert caution.state_dict() == {"undone": 0, "careful_until": 0, "never_late": False}
     assert caplog.text == ""
 
 

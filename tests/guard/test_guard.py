@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from lightning_nanguard import Budget, Detector, Fault, Reading, TrainingDivergedError
 from lightning_nanguard.guard.build import guard_for
 from lightning_nanguard.guard.context import Settings
-from tests.guard.plain_loop import PlainLoop, is_finite, nan_at, remedies, state
+from tests.guard.plain_loop import EVIDENCE, PlainLoop, is_finite, nan_at, remedies, state
 from tests.helpers import copied, differences
 
 
@@ -85,7 +87,7 @@ def test_a_run_that_never_was_good_ends_soon() -> None:
 
 
 def test_non_finite_weights_at_the_start_are_named() -> None:
-    """A guard does not start from NaN."""
+    """The run ends with the first update that comes of them."""
     loop = PlainLoop()
     with torch.no_grad():
         loop.net.bias[0] = math.nan
@@ -235,7 +237,7 @@ class FindsAt(Detector):
 def trained(detectors: list[Detector], without: int | None = None) -> dict[str, object]:
     """What a run of 20 batches leaves."""
     torch.manual_seed(0)
-    loop = PlainLoop(detectors=detectors)
+    loop = PlainLoop(settings=EVIDENCE, detectors=detectors)
     loop.run(20, without=without)
     return copied({key: value for key, value in state(loop).items() if key != "gradients"})
 
@@ -260,7 +262,8 @@ class Strange(PlainLoop):
 @pytest.mark.parametrize(("strange", "done"), [(True, [("skip",)]), (False, []), (None, [])])
 def test_a_doubtful_fault_needs_a_strange_batch(strange: bool | None, done: list[tuple[str, ...]]) -> None:
     """Where the batch is like others, or that cannot be told, the reading is a healthy one."""
-    loop = Strange(detectors=[FindsAt(13, Fault("mine", "batch", "gradient", 1.0, doubtful=True, certain=False))])
+    doubtful = Fault("mine", "batch", "gradient", 1.0, doubtful=True, certain=False)
+    loop = Strange(settings=EVIDENCE, detectors=[FindsAt(13, doubtful)])
     loop.answer = strange
     loop.run(20)
     assert remedies(loop) == done
@@ -318,7 +321,7 @@ class Normalised(PlainLoop):
 
     def __init__(self) -> None:
         net = lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))  # noqa: E731
-        super().__init__(net=net, lr=0.01, settings=Settings(snapshot_every=4, observe=True))
+        super().__init__(net=net, lr=0.01, settings=replace(EVIDENCE, observe=True))
 
     def loss(self) -> Tensor:
         return self.net(self.batch).square().mean()
@@ -337,3 +340,22 @@ def test_an_observed_batch_that_spoils_statistics_is_not_blocked() -> None:
     assert differences(*ends) == []
     assert not any(record.applied for record in loop.records)
     assert {"implausible_state", "implausible_statistics"} <= {record.fault for record in loop.records}
+
+
+def test_a_guard_that_is_loaded_is_the_guard_that_was_saved() -> None:
+    """Rates, blame, spoiled statistics, caution and what was tried come back, from plain containers."""
+    loop = PlainLoop()
+    loop.run(30, nan_at(12, 20))
+    parts = loop.guard._parts
+    parts.plausibility.watches_statistics = True
+    parts.plausibility._jumps["parameter weight"] += 2
+    parts.caution._never_late = True
+    loop.guard.context.state.rates.append((30, 0.5))
+    saved = loop.guard.state_dict()
+    assert saved["rates"][-1] == [30, 0.5]
+    assert saved["blamed_batches"] == [["non_finite_loss", "loss", 2]]
+    assert saved["plausibility"] == {"jumps": {"parameter weight": 2}, "watches_statistics": True}
+    assert len(saved["tried"]) == 2
+    other = PlainLoop()
+    other.guard.load_state_dict(json.loads(json.dumps(saved)))
+    assert other.guard.state_dict() == json.loads(json.dumps(saved))

@@ -16,7 +16,7 @@ from lightning_nanguard import Detector, Fault, Reading, Remedy
 from lightning_nanguard.act.defaults import default_remedies
 from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.types import Evidence, PlanStep
-from tests.guard.plain_loop import PlainLoop, is_finite, nan_at, remedies
+from tests.guard.plain_loop import EVIDENCE, PlainLoop, is_finite, nan_at, remedies
 
 
 class FindsAt(Detector):
@@ -57,7 +57,7 @@ def test_a_users_detector_and_its_scope_route_the_remedy() -> None:
 def test_a_suspicion_without_evidence_changes_nothing() -> None:
     """It is not on record, the detector is told, and the reading counts as a healthy one after all."""
     suspicion = Fault("mine", "learner", "loss", 1.0, certain=False)
-    loop = PlainLoop(detectors=[FindsAt(13, suspicion)])
+    loop = PlainLoop(settings=EVIDENCE, detectors=[FindsAt(13, suspicion)])
     loop.run(20)
     loop.guard.state_dict()  # detectors are up to date then
     assert loop.records == []
@@ -68,7 +68,8 @@ def test_a_suspicion_without_evidence_changes_nothing() -> None:
 
 def test_a_suspicion_that_nothing_has_to_confirm_is_acted_on() -> None:
     """With ``proof="none"`` the detector's word is enough: the learner is restored and corrected."""
-    loop = PlainLoop(detectors=[FindsAt(13, Fault("mine", "learner", "loss", 1.0, certain=False, proof="none"))])
+    suspicion = Fault("mine", "learner", "loss", 1.0, certain=False, proof="none")
+    loop = PlainLoop(settings=EVIDENCE, detectors=[FindsAt(13, suspicion)])
     loop.run(20)
     assert remedies(loop) == [("restore", "scale")]
     assert DISMISSED == []
@@ -92,7 +93,7 @@ def test_some_faults_count_only_where_the_state_is_corrupt(corrupt: bool) -> Non
 
 def test_a_lasting_rise_of_the_gradient_is_accepted() -> None:
     """A task that changes for good costs a few skipped batches, not the run."""
-    loop = PlainLoop()
+    loop = PlainLoop(settings=EVIDENCE)
     loop.run(60)
 
     def switch(step: int, batch: Tensor) -> None:
@@ -107,7 +108,7 @@ def test_a_lasting_rise_of_the_gradient_is_accepted() -> None:
 
 def test_a_rise_that_lasts_becomes_what_is_usual() -> None:
     """After four bad batches in a row, none of them strange, norms like theirs are no spikes any more."""
-    loop = PlainLoop(lr=1e-7)
+    loop = PlainLoop(lr=1e-7, settings=EVIDENCE)
     loop.run(60)
     loop.run(60, lambda step, batch: batch.mul_(1000.0))
     assert remedies(loop) == [("skip",)] * 4

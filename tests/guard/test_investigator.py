@@ -18,14 +18,14 @@ from lightning_nanguard.state.snapshot import capture
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.types import Evidence
 from tests.guard.memory_ranks import memory_ranks
-from tests.guard.plain_loop import PlainLoop, remedies, state
+from tests.guard.plain_loop import EVIDENCE, PlainLoop, remedies, state
 from tests.helpers import copied, differences
 
 BATCH = Fault("non_finite_loss", "batch", "loss", math.nan)
-LEARNER = Fault("mine", "learner", "loss", 9.0, certain=False)
+WEIGHTS = Fault("mine", "batch", "loss", 9.0)
 
 
-def look(loop: PlainLoop, fault: Fault = LEARNER, *, loss: float = 9.0, **known: Any) -> Evidence:
+def look(loop: PlainLoop, fault: Fault = WEIGHTS, *, loss: float = 9.0, **known: Any) -> Evidence:
     """The evidence on a fault of the newest update."""
     step = loop.guard.updates
     reading = Reading(step, 0, loss, 1.0, math.isfinite(loss), math.isfinite(loss))
@@ -136,11 +136,10 @@ def test_a_fault_that_began_earlier_needs_an_older_snapshot() -> None:
     loop = trained()
     steps = [snapshot.step for snapshot in loop.guard.context.ring.certified]
     assert steps[:2] == [36, 32]
-    assert look(loop, replace(LEARNER, since=37)).sound == 0
-    assert look(loop, replace(LEARNER, since=36)).sound == 1
+    assert look(loop, replace(WEIGHTS, since=37)).sound == 0
+    assert look(loop, replace(WEIGHTS, since=36)).sound == 1
     assert look(loop).sound is None
-    assert look(loop, replace(LEARNER, since=0)).sound is None
-    assert look(loop, replace(LEARNER, proof="trial")).sound == len(steps) - 1
+    assert look(loop, replace(WEIGHTS, since=0)).sound is None
 
 
 @pytest.mark.parametrize("known", [2, 4])
@@ -166,11 +165,12 @@ def test_a_batch_that_comes_back_is_not_looked_into_each_time(known: int) -> Non
 
 
 def test_a_state_is_worse_where_the_newest_batches_fare_worse() -> None:
-    """By a clear difference; nobody asks among ranks, or where nothing may be tried."""
+    """By a clear difference; nobody asks among ranks, while observing, or where nothing finite may be tried."""
     for options, answers in (
-        ({}, [True, False, False]),
-        ({"settings": Settings(observe=True)}, [False] * 3),
-        ({"ranks": memory_ranks(2)[0]}, [False] * 3),
+        ({"settings": EVIDENCE}, [True, False, False]),
+        ({"settings": Settings()}, [False] * 3),
+        ({"settings": replace(EVIDENCE, observe=True)}, [False] * 3),
+        ({"settings": EVIDENCE, "ranks": memory_ranks(2)[0]}, [False] * 3),
     ):
         loop = PlainLoop(**options)
         monitors, seen = loop.guard.context.monitors, Reading(1, 0, 1.0, 1.0)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
-from lightning_nanguard import Reading
+import pytest
+
+from lightning_nanguard import Detector, Fault, Reading
 from lightning_nanguard.guard.readback import Arrived
-from tests.guard.plain_loop import PlainLoop
+from tests.guard.plain_loop import EVIDENCE, PlainLoop, remedies
 
 BAD = Reading(50, 0, math.nan, math.nan, finite=False, loss_finite=False)
 
@@ -59,3 +61,70 @@ def test_a_further_evaluation_of_one_step_is_no_history() -> None:
     judge, undo = loop.guard._parts.judge, loop.guard._parts.undos[0]
     judge.judge(Arrived(Reading(50, 0, 0.01, 0.01), undo, line_search=True), 0)
     assert judge.readings == []
+
+
+class FindsAt(Detector):
+    """Finds a fault at one step."""
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+
+    def check(self, reading: Reading) -> Fault | None:
+        return self.fault if reading.step == 13 else None
+
+
+class Asked(PlainLoop):
+    """Says of each batch how strange it is, and counts how often a batch was run again."""
+
+    def __init__(self, strange: bool, extreme: bool, **options: object) -> None:
+        super().__init__(**options)
+        self.answers = {False: strange, True: extreme}
+        self.probes = 0
+
+    def batch_strange(self, *, extreme: bool = False) -> bool | None:
+        return self.answers[extreme]
+
+    def probe(self) -> float | None:
+        self.probes += 1
+        return super().probe()
+
+
+LEARNER = Fault("mine", "learner", "loss", 1.0, "the loss is 1", certain=False, proof="none")
+SPIKE = Fault("mine", "batch", "gradient", 1.0, "the norm is 1", certain=False)
+EXTREME = Fault("mine", "batch", "gradient", 1.0, "the norm is 1", certain=False, extreme=True)
+DOUBTFUL = Fault("mine", "batch", "gradient", 1.0, "the norm is 1", certain=False, doubtful=True)
+OVER = Fault("mine", "learner", "loss", 1.0, "the loss rose", certain=False, since=3)
+
+
+@pytest.mark.parametrize(
+    ("fault", "strange", "done", "advised"),
+    [
+        (LEARNER, (True, True), [], ["mine"]),
+        (SPIKE, (True, True), [], ["mine"]),
+        (EXTREME, (True, False), [], ["mine"]),
+        (EXTREME, (True, True), [("skip",)], []),
+        (DOUBTFUL, (True, True), [], []),
+        (OVER, (True, True), [], []),
+    ],
+    ids=["learner", "batch", "gradient out of proportion", "inputs, too", "doubtful", "a rise that is over"],
+)
+def test_finite_suspicions_are_advice(
+    fault: Fault, strange: tuple[bool, bool], done: list[tuple[str, ...]], advised: list[str]
+) -> None:
+    """Under ``act_on="certain"`` only a gradient and inputs out of all proportion are acted on; of other suspicions the
+    user is told, their readings are healthy ones, and no batch is run again."""
+    loop = Asked(*strange, detectors=[FindsAt(fault)])
+    loop.run(20)
+    assert remedies(loop) == done
+    assert [one.cause for one in loop.advice] == advised
+    assert loop.guard.context.state.healthy_steps == 20 - len(done)
+    assert loop.probes == 0 or done
+    assert all(fault.message in one.suggestion and 'act_on="evidence"' in one.suggestion for one in loop.advice)
+
+
+@pytest.mark.parametrize("fault", [SPIKE, EXTREME])
+def test_evidence_acts_on_the_same_suspicions(fault: Fault) -> None:
+    """Under ``act_on="evidence"`` such a batch is skipped, and there is no advice."""
+    loop = Asked(False, False, settings=EVIDENCE, detectors=[FindsAt(fault)])
+    loop.run(20)
+    assert (remedies(loop), loop.advice) == ([("skip",)], [])

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_nanguard import Fault, Finding, TrainingDivergedError
+from lightning_nanguard import Budget, Fault, Finding, TrainingDivergedError
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from tests.guard.plain_loop import PlainLoop, nan_at
 
@@ -84,7 +84,7 @@ def test_the_error_that_ends_a_run_has_the_whole_context() -> None:
 
 def test_the_error_tells_what_was_done_before() -> None:
     """In a run: the skips before the stop, and the step of the weights left."""
-    loop = PlainLoop()
+    loop = PlainLoop(budget=Budget(max_bad_batches=32))
     with pytest.raises(TrainingDivergedError, match=r"Tried before: non_finite_loss: skip; .* weights of step 8"):
         loop.run(60, nan_at(*range(12, 60)))
 

@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning import Callback
 
 from benchmarks.plain import PlainHost
-from lightning_nanguard import NaNGuard
+from lightning_nanguard import NaNGuard, NonFinite
 from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.state.finite import FiniteCheck
@@ -155,7 +155,7 @@ def test_a_long_run_takes_bounded_memory_and_rare_looks(tmp_path: Path, monkeypa
     monkeypatch.setattr(FiniteCheck, "corrupt", looked)
     module = task("norm")
     module.net.register_buffer("table", torch.ones(2_000_000))
-    guard = NaNGuard(snapshot_every_n_steps=1)
+    guard = NaNGuard([NonFinite()], snapshot_every_n_steps=1, act_on="evidence")
     fit(module, data_for("norm", 130), guard, folder=tmp_path, callbacks=[Look()])
     assert len(guard.interventions) == 0
     assert len(steps) > 30

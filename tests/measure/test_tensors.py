@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_nanguard.measure.tensors import dense_gradients, dense_values, gradients, local, moved_to, size
+from lightning_nanguard.measure.tensors import (
+    dense_gradients,
+    dense_values,
+    gradients,
+    is_plain,
+    local,
+    moved_to,
+    size,
+)
+from tests.odd_tensors import ODD, QUIET, EightBit
+
+pytestmark = [pytest.mark.filterwarnings(one) for one in QUIET]
 
 SPARSE = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
 
@@ -82,3 +93,29 @@ def test_moved_to() -> None:
     """A tensor arrives with the values it had, in the dtype asked for."""
     moved = moved_to(torch.tensor(1.5, dtype=torch.float16), torch.device("cpu"), torch.float64)
     assert (moved.dtype, moved.item()) == (torch.float64, 1.5)
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_every_kind_of_tensor_gives_its_numbers(kind: str) -> None:
+    """They are plain, real and finite, and NaN among them is seen; a tensor on the meta device has none."""
+    values = dense_values(ODD[kind]())
+    assert is_plain(values)
+    assert not values.is_complex()
+    assert bool(values.isfinite().all())
+    assert (values.numel() == 0) == (kind == "meta")
+
+
+def test_a_type_whose_numbers_cannot_be_read_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Its numbers count as none."""
+
+    class Sealed(EightBit):
+        def __tensor_flatten__(self) -> tuple[list[str], None]:
+            raise NotImplementedError("sealed")
+
+        def dequantize(self) -> Tensor:
+            raise NotImplementedError
+
+    with caplog.at_level("INFO"):
+        for _ in range(3):
+            assert dense_values(Sealed.of(torch.ones(2))).numel() == 0
+    assert caplog.text.count(f"{Sealed.__qualname__} cannot be read, so they are not looked at") == 1

@@ -1,4 +1,4 @@
-"""The console shows every kind of intervention, and not every intervention."""
+"""The console shows every kind of intervention in full once, and not every intervention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_nanguard.record.console import Console
-from lightning_nanguard.record.messages import describe
+from lightning_nanguard.record.messages import tell, tell_again
 from lightning_nanguard.thresholds.records import RecordsThresholds
 from tests.record.data import ROLLBACK, SKIP, lines, step
 
@@ -21,20 +21,28 @@ def shown(caplog: pytest.LogCaptureFixture) -> list[int]:
 def test_speaks_through_the_logger(caplog: pytest.LogCaptureFixture) -> None:
     """One warning of the logger lightning_nanguard, no Python warning."""
     Console().write(SKIP)
-    assert caplog.record_tuples == [("lightning_nanguard", logging.WARNING, f"NaNGuard: {describe(SKIP)}")]
+    assert caplog.record_tuples == [("lightning_nanguard", logging.WARNING, f"NaNGuard: {tell(SKIP)}")]
 
 
 def test_thins_out_by_doubling(caplog: pytest.LogCaptureFixture) -> None:
-    """Ten are shown, then the 20th, 40th, 80th …, each with the number left out."""
+    """The first is told in full, then the 2nd, 4th, 8th … in one line with the count; closing adds nothing."""
     console = Console()
     for number in range(1, 101):
         console.write(step(number))
-    assert shown(caplog) == [*range(1, 11), 20, 40, 80]
-    assert "ever more rarely" in lines(caplog)[9]
-    assert [line.rpartition("(and ")[2].split()[0] for line in lines(caplog)[10:]] == ["9", "19", "39"]
-    caplog.clear()
     console.close()
-    assert lines(caplog) == ["NaNGuard: 87 of 100 interventions were not shown here."]
+    assert shown(caplog) == [1, 2, 4, 8, 16, 32, 64]
+    first, *later = lines(caplog)
+    assert first == f"NaNGuard: {tell(step(1))}"
+    assert later == [f"NaNGuard: {tell_again(step(n))} ({n} so far)" for n in (2, 4, 8, 16, 32, 64)]
+    assert all(len(line.splitlines()) == 1 for line in later)
+
+
+def test_another_cause_is_another_kind(caplog: pytest.LogCaptureFixture) -> None:
+    """The same fault with the same remedy is told in full again where its cause is another."""
+    console = Console()
+    for cause in ("non_finite_input", "non_finite_input", "log_of_zero"):
+        console.write(step(1, cause=cause))
+    assert [len(line.splitlines()) > 1 for line in lines(caplog)] == [True, False, True]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -42,18 +50,17 @@ def test_thins_out_by_doubling(caplog: pytest.LogCaptureFixture) -> None:
     show_first=st.integers(1, 12),
     kinds=st.lists(st.sampled_from(["a", "b", "stop"]), max_size=120),
 )
-def test_nothing_is_lost_in_total(caplog: pytest.LogCaptureFixture, show_first: int, kinds: list[str]) -> None:
-    """Lines shown and numbers left out add up to all interventions, and stops are always shown."""
+def test_little_is_shown_of_much(caplog: pytest.LogCaptureFixture, show_first: int, kinds: list[str]) -> None:
+    """Every kind is shown, stops always, and of the others no more than the logarithm of their number."""
     caplog.clear()
     console = Console(RecordsThresholds(shown_per_kind=show_first))
     for number, kind in enumerate(kinds):
         console.write(step(number, fault=kind, remedies=("stop",) if kind == "stop" else ("skip",)))
-    shown = len(caplog.records)
-    assert sum("; stopped the run" in line for line in lines(caplog)) == kinds.count("stop")
-    console.close()
-    hidden = int(lines(caplog)[-1].split()[1]) if len(caplog.records) > shown else 0
-    assert shown + hidden == len(kinds)
-    assert shown <= kinds.count("stop") + 2 * (show_first + 8)
+    assert sum("done: stopped the run" in line for line in lines(caplog)) == kinds.count("stop")
+    for kind in "ab":
+        of_kind = [line for line in lines(caplog) if f"): {kind} " in line]
+        assert bool(of_kind) == (kind in kinds)
+        assert len(of_kind) <= show_first + 8
 
 
 def test_rare_kind_is_shown_among_many_of_another(caplog: pytest.LogCaptureFixture) -> None:

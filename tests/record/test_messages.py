@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 
-from lightning_nanguard.record.messages import describe
+from lightning_nanguard.record.messages import describe, tell, tell_again
 from lightning_nanguard.types import Finding, Intervention
 from tests.record.data import ROLLBACK, SKIP, interventions
 
@@ -85,3 +85,40 @@ def test_is_one_line_for_anything(intervention: Intervention) -> None:
     text = describe(intervention)
     assert len(text.splitlines()) == 1
     assert text.startswith(f"step {intervention.global_step} (epoch {intervention.epoch}")
+    assert text.isprintable()
+
+
+def test_told_in_full() -> None:
+    """What happened, why, what was done, and what to do: a line each, in words; what is not known has none."""
+    finding = Finding(
+        "non_finite_input", 1.0, {}, "field 0", (3, 17), "samples 3 and 17 hold 1.5e9. Clean the data. Or leave it out."
+    )
+    known = replace(SKIP, message="the gradient is\nnan.", cause="non_finite_input", finding=finding)
+    assert tell(known).split("\n  ") == [
+        "step 412 (epoch 3, batch 12): non-finite gradient (gradient of net.0.weight): the gradient is nan",
+        "why: non-finite input in field 0: samples 3 and 17 hold 1.5e9",
+        "done: skipped the batch",
+        "to do: Clean the data. Or leave it out.",
+    ]
+    assert tell(replace(ROLLBACK, applied=False)).split("\n  ") == [
+        "step 430 (epoch 3, batch 30): exploding loss",
+        "done: would have gone back to step 400, changed the learning rate 0.1 → 0.05",
+    ]
+    assert "why: bad label" in tell(replace(SKIP, cause="bad_label"))
+    short = Finding("bad_label", 1.0, {}, "x", (4,), "Clean it.")
+    assert "why: bad label in x (sample 4): Clean it" in tell(replace(SKIP, finding=short))
+
+
+def test_told_again() -> None:
+    """Something that is back is told in one short line, with the samples."""
+    known = replace(SKIP, finding=Finding("non_finite_input", 1.0, {}, "field 0", (3,), "Clean the data."))
+    assert tell_again(known) == "step 412 (epoch 3, batch 12): non-finite gradient again (sample 3); skipped the batch"
+
+
+@given(interventions)
+def test_nothing_reaches_a_terminal_but_text(intervention: Intervention) -> None:
+    """Whatever a record holds, what is shown of it has no control character and no more lines than it has parts."""
+    for text in (tell(intervention), tell_again(intervention)):
+        lines = text.split("\n  ")
+        assert len(lines) <= 4
+        assert all(line.isprintable() for line in lines)

@@ -13,46 +13,49 @@ from lightning_nanguard.record.summary import summary
 @pytest.mark.parametrize(
     ("text", "arguments", "options"),
     [
-        ("1,200 updates watched, nothing to do", (1200,), {}),
-        ("1 update watched, nothing to do", (1, {}, {}), {"path": "records.jsonl"}),
+        ('1,200 updates watched (act_on="certain"), nothing to do', (1200,), {}),
+        ('1 update watched (act_on="certain"), nothing to do', (1, {}, {}), {"path": "records.jsonl"}),
         (
-            "10 updates watched, nothing to do; the learning rate ends at 0.5 times its schedule",
+            '10 updates watched (act_on="evidence"), nothing to do; the learning rate ends at 0.5 times its schedule',
             (10,),
-            {"lr_multiplier": 0.5},
+            {"lr_multiplier": 0.5, "act_on": "evidence"},
         ),
         (
             (
-                "10,000 updates watched, 1,004 interventions (gradient_spike 1,001, collapsed 2, exploding_loss "
+                "10,000 updates watched, 1,004 interventions (gradient spike 1,001, collapsed 2, exploding loss "
                 "1): 1,001 batches skipped, 3 rollbacks, 1 change of the learning rate; the learning rate ends at "
-                "0.25 times its schedule; records in logs/records.jsonl"
+                "0.25 times its schedule; read more with: nanguard explain 'logs/run 7'"
             ),
             (
                 10_000,
                 {"exploding_loss": 1, "collapsed": 2, "gradient_spike": 1001},
                 {"scale": 1, "restore": 3, "skip": 1001},
             ),
-            {"lr_multiplier": 0.25, "path": Path("logs/records.jsonl")},
+            {"lr_multiplier": 0.25, "path": Path("logs/run 7")},
         ),
         (
-            "5 updates watched, 1 fault found, only observed (spike 1): would have been 1 batch skipped",
+            (
+                '5 updates watched (act_on="certain"), 1 fault found, only observed (spike 1): '
+                "would have been 1 batch skipped"
+            ),
             (5, {"spike": 1}, {"skip": 1}),
             {"observe": True},
         ),
         (
-            "5 updates watched, 2 interventions (spike 2): 2 × reduce momentum",
+            '5 updates watched (act_on="certain"), 2 interventions (spike 2): 2 × reduce momentum',
             (5, {"spike": 2}, {"reduce momentum": 2}),
             {},
         ),
     ],
 )
 def test_text(text: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """One line: how long was watched, what was met, what was done, where it is written."""
-    assert summary(*arguments, **options) == f"NaNGuard: {text}"
+    """One line: how long was watched, for what the guard acts, what was met, what was done, where it is written."""
+    assert summary(*arguments, **options) == f"NaNGuard: {text}".replace("watched,", 'watched (act_on="certain"),')
 
 
 def test_the_causes_of_advice_are_named_once() -> None:
     """Advice is told of with and without interventions, each cause once."""
     assert summary(64, advice=["eval_mode", "dead_relu", "eval_mode"]).endswith(
-        "nothing to do; advice: dead_relu, eval_mode"
+        "nothing to do; advice: dead relu, eval mode"
     )
-    assert "; advice: eval_mode" in summary(64, {"non_finite_loss": 1}, {"skip": 1}, advice=["eval_mode"])
+    assert "; advice: eval mode" in summary(64, {"non_finite_loss": 1}, {"skip": 1}, advice=["eval_mode"])

@@ -41,11 +41,15 @@ FAULTS = [
 @pytest.mark.parametrize("way", WAYS)
 def test_bad_batch(way: str, kind: str, value: float, tmp_path: Path) -> None:
     """A bad loss, gradient, sample or target costs its batch and nothing else: one skip, no rollback, no cut; in the
-    first update, early, and in mid-run."""
+    first update, early, and in mid-run. Under accumulation it costs its micro-batch alone."""
     guard = NaNGuard(snapshot_every_n_steps=5)
     run = struck(way, FaultAt(kind, value, [batch_of(way, step) for step in AT]), guard, tmp_path)
     assert_sound(run, guard)
-    assert set(words(guard)) == {("skip",)}
+    # A gradient is looked at once a window, when the fault of an earlier micro-batch is gone; a finite loss that is far
+    # too large shows in it alone.
+    expected = {("skip",)} if way != "accumulation" else {("redo",)} if kind == "gradient" else {("leave out",)}
+    finite = {("skip",)} if kind == "loss" and math.isfinite(value) else set()
+    assert expected <= set(words(guard)) <= expected | finite
     # Each skip belongs to one of the updates; both optimizers of manual optimization may name the same batch.
     seen = [step for step in AT for found in guard.interventions if found.batch_idx // batch_of(way, 1) == step]
     assert len(seen) == len(guard.interventions)
@@ -75,12 +79,12 @@ def test_huge_input_that_does_not_show_in_the_loss(way: str, step: int, tmp_path
 
 @pytest.mark.parametrize("value", [NAN, INF, 1e30])
 def test_loss_that_is_bad_only_once(value: float, tmp_path: Path) -> None:
-    """A loss that is bad at its first look and fine at the second costs its batch, and not the learning rate."""
+    """A loss that is bad at its first look and fine at the second costs nothing: the step is made again."""
     guard = NaNGuard(snapshot_every_n_steps=5)
     run = struck("automatic", FaultAt("flash", value, AT), guard, tmp_path)
     assert_sound(run, guard)
     assert len(guard.interventions) == 3
-    assert set(words(guard)) <= {("skip",), ("restore",)}
+    assert set(words(guard)) == {("redo",)}
 
 
 @pytest.mark.parametrize("readback", ["step", "deferred"])
@@ -130,7 +134,7 @@ def test_a_finite_fault_in_the_first_batch(model: str, tmp_path: Path) -> None:
     as if the three had never been. When it comes back it is skipped."""
     data = data_for(model, 40)
     bad = (data[0][0], data[0][1] * 1e15)
-    guard = NaNGuard(snapshot_every_n_steps=5)
+    guard = NaNGuard(snapshot_every_n_steps=5, act_on="evidence")
     guarded = fit(task(model, adam), [bad, *data[1:20], bad, *data[20:]], guard, folder=tmp_path)
     assert words(guard)[0] == ("restore",)
     assert set(words(guard)[1:]) == {("skip",)}

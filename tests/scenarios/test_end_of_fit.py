@@ -13,7 +13,7 @@ import pytest
 import torch
 from pytorch_lightning import Callback, Trainer
 
-from lightning_nanguard import NaNGuard, Rollback, StopTraining, TrainingDivergedError
+from lightning_nanguard import Budget, NaNGuard, Rollback, StopTraining, TrainingDivergedError
 from tests.helpers import Batch, FaultAt, States, batches, copied, differences, fit, task, trainer_for, with_bad
 from tests.modules import NaNWeight
 
@@ -38,17 +38,22 @@ def told(log: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_one_line_says_what_happened_in_this_fit(log: pytest.LogCaptureFixture) -> None:
-    """It names faults, remedies and the file of records; a second fit with the same guard has a line of its own."""
+    """It names faults, remedies, the file of records and for what the guard acts; a second fit with the same guard
+    has a line of its own."""
     data = with_bad(12, count=20)
     guard = NaNGuard()
     assert guard.non_finite_rate is None
     fit(task(), data, guard)
     assert guard.non_finite_rate == pytest.approx(1 / 20)
+    folder = guard.run_dir
     fit(task(), batches(count=24), guard)
-    first, second = told(log)
-    assert first.startswith("NaNGuard: 20 updates watched, 1 intervention (non_finite_loss 1): 1 batch skipped")
-    assert first.endswith("interventions.jsonl")
-    assert second == "NaNGuard: 24 updates watched, nothing to do"
+    fit(task(), batches(count=4), NaNGuard(act_on="evidence"))
+    first, second, third = told(log)
+    expected = 'NaNGuard: 20 updates watched (act_on="certain"), 1 intervention (non-finite loss 1): 1 batch skipped'
+    assert first.startswith(expected)
+    assert first.endswith(f"nanguard explain {folder}")
+    assert second == 'NaNGuard: 24 updates watched (act_on="certain"), nothing to do'
+    assert third == 'NaNGuard: 4 updates watched (act_on="evidence"), nothing to do'
     assert guard.non_finite_rate == 0.0
 
 
@@ -63,7 +68,7 @@ def stopped(guard: NaNGuard, data: list[Batch], *callbacks: Callback) -> tuple[T
 
 def test_stop_says_what_why_and_what_to_do() -> None:
     """The error names fault, place, reason, what was tried, and what to do, in its text and as attributes."""
-    guard = NaNGuard(remedies=[Rollback(), StopTraining()], snapshot_every_n_steps=2)
+    guard = NaNGuard(remedies=[Rollback(), StopTraining()], snapshot_every_n_steps=2, budget=Budget(max_bad_batches=32))
     error, _, _ = stopped(guard, with_bad(6), FaultAt("loss", math.nan, range(14, 200)))
     text = str(error)
     assert error.fault is not None

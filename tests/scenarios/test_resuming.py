@@ -83,7 +83,7 @@ def test_resumed_run_equals_one_not_stopped(tmp_path: Path) -> None:
     """After a cut and clipping, a run that is stopped and resumed ends with the bits of one that is not stopped: the
     learner and the rates used and shown, wherever in an epoch it stopped, and the guard's windows, counts and clipping.
     """
-    stops = [16, PER_EPOCH, 2 * PER_EPOCH, 29]
+    stops = [12, 13, 16, PER_EPOCH, 2 * PER_EPOCH, 29]
     faults, last = (7, 10), PER_EPOCH * EPOCHS
     whole = guard_with()
     saves = [SaveAt(step, tmp_path / f"{step}.ckpt") for step in (*stops, last)]
@@ -100,8 +100,44 @@ def test_resumed_run_equals_one_not_stopped(tmp_path: Path) -> None:
         assert shown2 == shown[-len(shown2) :]
         assert trainer2.global_step == trainer.global_step == last
         assert differences(learner_of(trainer, module), learner_of(trainer2, module2)) == []
-        if stop_at in (16, 2 * PER_EPOCH):  # else snapshots, and the rates they prove, fall on other updates
-            assert differences(guard_state(tmp_path / f"{last}.ckpt")["guard"], guard_state(end)["guard"]) == []
+        assert differences(guard_state(tmp_path / f"{last}.ckpt")["guard"], guard_state(end)["guard"]) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"readback": "deferred"}, {"act_on": "evidence"}], ids=str)
+def test_interventions_after_resuming(options: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever the guard had counted and learned before the stop, it goes on to decide as it would have."""
+    faults, last = (2, 3, 7, 10, 11, 19, 23, 24, 31, 40), PER_EPOCH * EPOCHS
+    whole = guard_with(**options)
+    saves = [SaveAt(step, tmp_path / f"{step}.ckpt") for step in (9, 12, 25, last)]
+    train(whole, BadSteps(*faults), *saves)
+    expected = guard_state(tmp_path / f"{last}.ckpt")["guard"]
+    for stop_at in (9, 12, 25):
+        again, end = guard_with(**options), tmp_path / f"end of {stop_at}.ckpt"
+        train(again, BadSteps(*faults), SaveAt(last, end), resume=tmp_path / f"{stop_at}.ckpt")
+        after = [one for one in whole.interventions if one.global_step > stop_at]
+        assert [(one.global_step, one.fault, one.remedies, one.cause) for one in again.interventions] == [
+            (one.global_step, one.fault, one.remedies, one.cause) for one in after
+        ]
+        assert differences(expected, guard_state(end)["guard"]) == []
+
+
+NEW_KEYS = ("rates", "never_late", "blamed_batches", "tried", "plausibility", "snapshots")
+
+
+def test_a_checkpoint_of_the_version_before_is_resumed(stopped: tuple[NaNGuard, Path], tmp_path: Path) -> None:
+    """What it does not hold starts anew."""
+    content = torch.load(stopped[1], weights_only=True)
+    (state,) = (value["guard"] for key, value in content["callbacks"].items() if "NaNGuard" in key)
+    for name in NEW_KEYS:
+        del state[name]
+    for stream in state["streams"].values():
+        del stream["taken"], stream["limits"]
+    torch.save(content, tmp_path / "old.ckpt")
+    again = guard_with()
+    trainer, _, _, _ = train(again, resume=tmp_path / "old.ckpt")
+    assert trainer.global_step == PER_EPOCH * EPOCHS
+    assert again.lr_multiplier == stopped[0].lr_multiplier
+    assert list(again.interventions) == []
 
 
 def test_later_skip_after_resuming(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 from torchmetrics import CatMetric, MeanMetric, MeanSquaredError, MetricCollection
 
 from lightning_nanguard import NaNGuard
+from lightning_nanguard.thresholds import BatchesThresholds, Thresholds
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from tests.helpers import (
     Batch,
     Counting,
@@ -192,13 +194,17 @@ class SpoilsOneRow(Callback):
         self.at = batch_idx
         self.batch_idx = -1
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.net.embedding.weight.register_hook(self._spoiled)
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.batch_idx = batch_idx
 
-    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+    def _spoiled(self, gradient: Tensor) -> Tensor:
         if self.batch_idx == self.at:
-            grad = pl_module.net.embedding.weight.grad
-            (grad._values() if grad.is_sparse else grad)[3, 0] = self.value
+            gradient = gradient.clone()
+            (gradient._values() if gradient.is_sparse else gradient)[3, 0] = self.value
+        return gradient
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -274,6 +280,9 @@ def test_metrics_of_every_kind(bad: int, tmp_path: Path) -> None:
     assert differences(*ended) == []
 
 
+KEEPS_NO_WINDOW = Thresholds(batches=BatchesThresholds(repeated=RepeatedStepsThresholds(window_bytes=0)))
+
+
 @cache
 def never_accumulated(window: int) -> dict[str, Any]:
     data = without(data_for("norm"), *range(3 * window, 3 * window + 3))
@@ -284,10 +293,10 @@ def never_accumulated(window: int) -> dict[str, Any]:
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("window", [0, 2])
 def test_accumulation(kind: str, place: int, window: int, tmp_path: Path) -> None:
-    """One bad micro-batch costs its whole window, wherever in it it stands, and nothing more."""
+    """Where its batches are not kept, one bad micro-batch costs its whole window, wherever it stands, and no more."""
     data = data_for("norm")
     bad = 3 * window + place
-    guard = NaNGuard(snapshot_every_n_steps=2)
+    guard = NaNGuard(snapshot_every_n_steps=2, thresholds=KEEPS_NO_WINDOW)
     options: dict[str, Any] = {"folder": tmp_path, "accumulate_grad_batches": 3}
     fault = FaultAt(kind, math.nan, bad)
     guarded = fit(task("norm", metric=True), data, guard, callbacks=[fault], **options)
@@ -298,9 +307,9 @@ def test_accumulation(kind: str, place: int, window: int, tmp_path: Path) -> Non
 
 
 def test_window_cut_short_by_the_epochs_end(tmp_path: Path) -> None:
-    """The last window of an epoch may hold fewer micro-batches; a bad one costs that window only."""
+    """The last window of an epoch may hold fewer micro-batches; a bad one costs that window at most."""
     data = data_for("norm", 11)
-    guard = NaNGuard(snapshot_every_n_steps=2)
+    guard = NaNGuard(snapshot_every_n_steps=2, thresholds=KEEPS_NO_WINDOW)
     options: dict[str, Any] = {"folder": tmp_path, "accumulate_grad_batches": 3}
     guarded = fit(task("norm", metric=True), data, guard, callbacks=[FaultAt("input", math.nan, 10)], **options)
     never = fit(task("norm", metric=True), without(data, 9, 10), **options)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+
+import pytest
 import torch
 from torch import Tensor
 
-from lightning_nanguard.state.snapshot import Share, Snapshot, _pinned_like, capture, copy_all, fits
+from lightning_nanguard.measure.tensors import dense_values
+from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.snapshot import Share, Snapshot, _pinned_like, capture, clone, copy_all, fits, put
 from tests.helpers import copied, same_bits
+from tests.odd_tensors import ODD, QUIET, set_to_zero
 from tests.state.nets import made, train
+
+pytestmark = [pytest.mark.filterwarnings(one) for one in QUIET]
 
 
 def test_memory_is_taken_over() -> None:
@@ -61,3 +69,39 @@ def test_a_shared_snapshot_counts_its_own_part() -> None:
     taken = Snapshot(1, 1, {("parameter", "w"): share, ("buffer", "b"): torch.zeros(2)})
     assert taken.shared()
     assert taken.nbytes() == 16 + 8
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_tensors_of_every_kind_are_copied_and_put_back(kind: str) -> None:
+    """A copy keeps its numbers when the original changes, and puts them back in place."""
+    live = ODD[kind]()
+    if kind == "meta":
+        assert clone(live, None).is_meta
+        return
+    before = dense_values(live).clone()
+    copy = clone(live, None)
+    assert (type(copy), copy.layout) == (type(live), live.layout)
+    set_to_zero(live)
+    assert dense_values(copy).flatten().tolist() == before.flatten().tolist()
+    assert dense_values(live).flatten().tolist() != before.flatten().tolist()
+    if fits(live, copy):
+        copy_all([live], [copy])
+    else:
+        assert put(live, copy)
+    assert dense_values(live).flatten().tolist() == before.flatten().tolist()
+
+
+def test_a_leaf_that_cannot_be_copied_is_left_out_and_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """It is named once at INFO, and a restore neither removes it nor anything beside it."""
+    net, optimizer, learner = made("adam")
+    train(net, optimizer, 1, seed=0)
+    state = optimizer.state[net.first.weight]
+    state["lock"] = lock = threading.Lock()
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            snapshot = capture(learner, step=1, global_step=1)
+    assert caplog.text.count("optimizer state lock of first.weight, a _thread.lock, cannot be copied") == 1
+    state["exp_avg"].fill_(3.0)
+    restore(learner, snapshot)
+    assert state["lock"] is lock
+    assert not bool((state["exp_avg"] == 3.0).any())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lightning_nanguard import DivergingLoss
-from lightning_nanguard.thresholds.detection import DetectionThresholds, DivergingLossThresholds, StuckThresholds
+from lightning_nanguard.thresholds.detection import DetectionThresholds, DivergingLossThresholds
 
 
 def parts(whole: Any) -> Iterator[Any]:
@@ -33,12 +33,12 @@ def test_each_number_is_explained(part: Any) -> None:
 
 
 def test_one_number_can_be_set_from_yaml() -> None:
-    """The others keep their defaults, however deep the number lies."""
+    """The others keep their defaults."""
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(DivergingLoss, "detector")
-    config = parser.parse_string("detector: {factor: 5.0, thresholds: {stuck: {every: 2}}}")
+    config = parser.parse_string("detector: {patience: 50, thresholds: {readings: 20}}")
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
     detector = instantiate(config).detector
-    assert detector.factor == 5.0
-    assert detector.thresholds == DivergingLossThresholds(stuck=StuckThresholds(every=2))
+    assert detector.patience == 50
+    assert detector.thresholds == DivergingLossThresholds(readings=20)

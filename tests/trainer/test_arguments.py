@@ -30,6 +30,7 @@ VALID: dict[str, Any] = {
     "bundle_dir": None,
     "last_good_every_n_steps": None,
     "resume": "strict",
+    "act_on": "certain",
 }
 
 WRONG_VALUES: list[tuple[str, list[Any], str]] = [
@@ -41,6 +42,7 @@ WRONG_VALUES: list[tuple[str, list[Any], str]] = [
     ("examine_after", [0, 15, 16.0, True, "soon"], "None or an integer of at least 16"),
     ("last_good_every_n_steps", [0, -1, 2.5, True], "an integer of at least 1, or None"),
     ("resume", ["never", "last_good", None], "one of .*'last-good'"),
+    ("act_on", ["never", "Evidence", "", None], r"one of \('certain', 'evidence'\)"),
 ]
 
 RIGHT_VALUES: list[tuple[str, list[Any]]] = [
@@ -52,6 +54,7 @@ RIGHT_VALUES: list[tuple[str, list[Any]]] = [
     ("examine_after", [16]),
     ("last_good_every_n_steps", [1]),
     ("resume", ["last-good"]),
+    ("act_on", ["evidence"]),
     ("detectors", [[], ()]),
     ("remedies", [[], ()]),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,7 @@ class Wary(Detector):
         self.asked = 0
 
     def check(self, reading: Any) -> Fault | None:
-        # Before something is certified there is nothing to compare with, and a suspicion would count as confirmed.
-        return Fault("wary", "learner", "loss", reading.loss, "no reason at all") if reading.step > 4 else None
+        return Fault("wary", "learner", "loss", reading.loss, "no reason at all")
 
 
 @pytest.mark.parametrize("make", [DrawsEverywhere, lambda: task("cnn", metric=True)], ids=["draws", "cnn"])
@@ -122,9 +122,58 @@ def test_a_suspicion_that_proves_wrong_leaves_no_trace(make: Callable[[], Task],
 def test_noisy_loss_that_alarms_a_touchy_detector_is_left_alone(tmp_path: Path) -> None:
     """A loss that jumps by orders of magnitude from the data's side is looked into and the run stays the same."""
     data = [(x, y * (300.0 if i % 7 > 4 else 1.0)) for i, (x, y) in enumerate(data_for("mlp", 60))]
-    guard = NaNGuard([NonFinite(), DivergingLoss(factor=1.5, warmup=1)], snapshot_every_n_steps=3)
+    guard = NaNGuard([NonFinite(), DivergingLoss(patience=16)], snapshot_every_n_steps=3, act_on="evidence")
     adam = functools.partial(optim.Adam, lr=0.01)
     bare = fit(task("mlp", adam), data, folder=tmp_path)
     guarded = fit(task("mlp", adam), data, guard, folder=tmp_path)
     assert list(guard.interventions) == []
     assert differences(state_of(bare), state_of(guarded)) == []
+
+
+# Draw and loss of each run of a step; what a module holds itself is put back after a batch was run again.
+DRAWN: list[tuple[float, float]] = []
+
+
+class Still(optim.SGD):
+    """Changes nothing, whatever the gradient."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        return closure() if closure is not None else None
+
+
+class Draws(Task):
+    """Its loss depends on a random draw, and its gradient is not finite in half of the draws."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        draw = torch.rand(())
+        loss = super().training_step(batch, batch_idx) * (1 + draw)
+        DRAWN.append((float(draw), float(loss.detach())))
+        if draw > 0.5:
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+
+class RunsAgain(Callback):
+    """Runs each batch again before its update, and notes whether it came out as in the step."""
+
+    def __init__(self, guard: NaNGuard) -> None:
+        self.guard, self.same = guard, list[bool]()
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        assert self.guard._fit is not None
+        replay, stream, (draw, loss) = self.guard._fit.replay, torch.get_rng_state(), DRAWN[-1]
+        same = replay.probe() == loss and replay.gradient_finite() is (draw <= 0.5)
+        self.same.append(same and torch.equal(torch.get_rng_state(), stream))
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_batch_is_run_again_with_its_random_numbers(window: int, tmp_path: Path) -> None:
+    """Under the same weights its loss is that of the step, and its gradient is finite where that was; the stream of
+    the run goes on as before."""
+    DRAWN.clear()
+    torch.manual_seed(0)
+    guard = NaNGuard([], remedies=[], dirpath=tmp_path)
+    again, module = RunsAgain(guard), Draws(task().net, Still)
+    fit(module, data_for("mlp", 20), guard, callbacks=[again], folder=tmp_path, accumulate_grad_batches=window)
+    assert again.same == [True] * (20 // window)
+    assert {draw > 0.5 for draw, _ in DRAWN} == {True, False}

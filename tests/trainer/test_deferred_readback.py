@@ -35,7 +35,7 @@ from tests.helpers import (
     with_nan,
     words,
 )
-from tests.scenarios.test_skips import left_behind, without
+from tests.scenarios.test_skips import KEEPS_NO_WINDOW, left_behind, without
 
 
 def fused(parameters: list[nn.Parameter]) -> optim.Optimizer:
@@ -210,10 +210,25 @@ def test_spikes_that_keep_coming_with_a_fused_optimizer(tmp_path: Path) -> None:
     """The device holds back what is not finite only: after one finite spike that had to be undone the others are
     skipped, and no budget of rollbacks is used up."""
     bad = list(range(30, 400, 12))
-    guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
+    guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred", act_on="evidence")
     fault = FaultAt("input", 1e6, bad)
     run = fit(Task(rectified(), fused), data_for("mlp", 400), guard, folder=tmp_path, callbacks=[fault])
     assert words(guard) == [("restore",)] + [("skip",)] * (len(bad) - 1)
+    assert guard.lr_multiplier == 1.0
+    assert max(float(weight.abs().max()) for weight in state_of(run)["state_dict"].values()) < 10.0
+
+
+@pytest.mark.usefixtures("late")
+@pytest.mark.parametrize("make", [fused, plain], ids=["fused", "plain"])
+def test_batches_out_of_all_proportion_are_undone_by_default(make: Callable[..., Any], tmp_path: Path) -> None:
+    """Batches whose inputs and gradients are a million times as large as before are certainly bad, without any further
+    evidence: the first is undone, the others are skipped."""
+    bad = range(30, 200, 12)
+    data = [(x * 1e6, y) if index in bad else (x, y) for index, (x, y) in enumerate(data_for("mlp", 200))]
+    guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
+    run = fit(Task(rectified(), make), data, guard, folder=tmp_path)
+    assert words(guard) == [("restore",)] + [("skip",)] * (len(bad) - 1)
+    assert [found.batch_idx for found in guard.interventions] == [*bad]
     assert guard.lr_multiplier == 1.0
     assert max(float(weight.abs().max()) for weight in state_of(run)["state_dict"].values()) < 10.0
 
@@ -250,7 +265,7 @@ def test_a_stretch_of_corrupt_batches_early_in_a_run(tmp_path: Path) -> None:
     """Batches a thousand times too large in the first updates are told from a beginning by what is in them, though
     they are read late; behind the rollback they do not become what is usual."""
     data = [(x * 1e3, y) if 8 <= index < 30 else (x, y) for index, (x, y) in enumerate(data_for("mlp", 60))]
-    guard = NaNGuard(readback="deferred")
+    guard = NaNGuard(readback="deferred", act_on="evidence")
     run = fit(Task(rectified(), sgd), data, guard, folder=tmp_path)
     assert words(guard) == [("restore",)] + [("skip",)] * (len(guard.interventions) - 1)
     assert guard.interventions[0].batch_idx == 8
@@ -264,7 +279,7 @@ def test_a_corrupt_batch_is_not_kept_as_a_healthy_one(tmp_path: Path) -> None:
     """Batches that come soon after one that was skipped are compared with healthy ones, not with it."""
     bad = [8, 12, 15]
     data = [(x * 1e3, y) if index in bad else (x, y) for index, (x, y) in enumerate(data_for("mlp", 40))]
-    guard = NaNGuard(readback="deferred")
+    guard = NaNGuard(readback="deferred", act_on="evidence")
     fit(Task(rectified(), sgd), data, guard, folder=tmp_path)
     assert words(guard) == [("restore",), ("skip",), ("skip",)]
     assert [found.batch_idx for found in guard.interventions] == bad
@@ -287,7 +302,7 @@ def test_a_bad_batch_while_the_rate_rises(
 ) -> None:
     """The weights were sound before the update that had to be undone, so that the rate, which was rising, is not
     blamed; also where the fault does not come again, or lies in another batch of the window."""
-    guard = NaNGuard(snapshot_every_n_steps=20, readback="deferred")
+    guard = NaNGuard(snapshot_every_n_steps=20, readback="deferred", act_on="evidence")
     warm = functools.partial(optim.lr_scheduler.LinearLR, start_factor=0.01, total_iters=60)
     fault = FaultAt(kind, value, 38 * window + window // 4)
     data = data_for("mlp", 80 * window)
@@ -313,7 +328,7 @@ def test_the_first_batches_are_bad(bad: list[int], make: Callable[..., Any], tmp
 def test_bad_windows_that_keep_coming(tmp_path: Path) -> None:
     """So it is where an update is made of several batches: the batch shown for a late fault is one of its window."""
     bad = list(range(42, 400, 40))
-    guard = NaNGuard(snapshot_every_n_steps=2, readback="deferred")
+    guard = NaNGuard(snapshot_every_n_steps=2, readback="deferred", thresholds=KEEPS_NO_WINDOW)
     data = [with_nan(batch) if index in bad else batch for index, batch in enumerate(data_for("norm", 400))]
     run = fit(task("norm", plain), data, guard, folder=tmp_path, accumulate_grad_batches=4)
     assert words(guard) == [("restore",)] + [("skip",)] * (len(bad) - 1)

@@ -15,7 +15,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nanguard import NaNGuard
+from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.measure.host_copy import HostCopy
+from lightning_nanguard.state.step_start import StepMemory
+from lightning_nanguard.trainer.window import Window
 from tests.helpers import (
     data_for,
     fit,
@@ -72,6 +75,8 @@ class Scalars(TorchDispatchMode):
 
 
 HOOKS = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
+# What the guard does within Lightning's closure, around the user's step.
+PARTS = ((StepCheck, "fault"), (StepMemory, "open"), (StepMemory, "close"), (Window, "add"), (Window, "weigh"))
 
 
 @contextmanager
@@ -88,8 +93,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         kept.append(self)  # so that no other tensor takes its identity
 
     monkeypatch.setattr(HostCopy, "__init__", sent)
-    for name in HOOKS:
-        hook: Callable[..., Any] = getattr(NaNGuard, name)
+    for owner, name in (*((NaNGuard, name) for name in HOOKS), *PARTS):
+        hook: Callable[..., Any] = getattr(owner, name)
 
         def under(*args: Any, hook: Callable[..., Any] = hook, **kwargs: Any) -> Any:
             with ExitStack() as stack:
@@ -97,7 +102,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
                 stack.enter_context(Reads(landed, seen))
                 return hook(*args, **kwargs)
 
-        monkeypatch.setattr(NaNGuard, name, functools.wraps(hook)(under))
+        monkeypatch.setattr(owner, name, functools.wraps(hook)(under))
     yield seen
 
 

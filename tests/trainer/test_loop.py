@@ -41,7 +41,10 @@ def test_a_loss_is_divided_by_the_window(accumulated: Captures) -> None:
 def test_records_reach_the_sinks_with_their_cause(accumulated: Captures) -> None:
     """One of each epoch, under the clock of its batch's update, diagnosed from the batch itself."""
     records = list(accumulated.guard.interventions)
-    assert [(one.epoch, one.batch_idx, one.remedies) for one in records] == [(0, 5, ("skip",)), (1, 5, ("skip",))]
+    assert [(one.epoch, one.batch_idx, one.remedies) for one in records] == [
+        (0, 5, ("leave out",)),
+        (1, 5, ("leave out",)),
+    ]
     assert [one.cause for one in records] == ["non_finite_input"] * 2
     assert isinstance(accumulated.fit.guard._parts.loop, TrainerLoop)
 

@@ -21,8 +21,9 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_nanguard import Advice, Budget, Finding, Intervention, NaNGuard, RunInfo, Sink
 from lightning_nanguard.record.files import read_advice, read_records
-from lightning_nanguard.trainer.sinks import fit_advice, run_info
-from tests.helpers import MemoryLogger, batches, fit, task, trainer_for, with_bad, words
+from lightning_nanguard.record.run_log import read_run
+from lightning_nanguard.trainer.sinks import fit_advice
+from tests.helpers import MemoryLogger, batches, fit, task, with_bad, words
 from tests.modules import Diverge, NaNWeight
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -176,16 +177,23 @@ def test_dirpath(tmp_path: Path) -> None:
 
 
 def test_no_logger_and_a_healthy_run(tmp_path: Path) -> None:
-    """A Trainer without a logger has its records below its root folder; a run without a fault writes none. Without a
-    progress bar no metric is logged.
+    """A run without a logger has its records in a folder of its own below the root folder; one without a fault writes
+    none. Without a progress bar no metric is logged.
     """
     guard = NaNGuard()
     run = fit(task(), with_bad(4), guard, folder=tmp_path / "one", logger=False)
     assert words(guard) == [("skip",)]
-    assert len(lines(tmp_path / "one" / "nanguard" / "interventions.jsonl")) == 1
+    assert guard.run_dir == tmp_path / "one" / "nanguard" / str(guard.run_id)
+    assert [record["run"] for record in lines(guard.run_dir / "interventions.jsonl")] == [guard.run_id]
     assert "nanguard" not in run.trainer.callback_metrics
-    fit(task(), batches(), guard, folder=tmp_path / "two")
-    assert list(tmp_path.rglob("*nanguard*")) == [tmp_path / "one" / "nanguard"]
+    healthy = NaNGuard()
+    fit(task(), batches(), healthy, folder=tmp_path / "two", logger=False)
+    assert healthy.run_dir is not None
+    assert not list(healthy.run_dir.glob("interventions*"))
+    log = read_run(healthy.run_dir)
+    assert log is not None
+    assert log.ended is not None
+    assert (log.run_id, log.ended["updates"], log.ended["faults"]) == (healthy.run_id, 12, {})
 
 
 def test_unwritable_folder_does_not_end_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -283,7 +291,7 @@ def test_on_intervention(looked: Looked) -> None:
 def test_a_sink_of_the_users(looked: Looked) -> None:
     """It is opened once with the run, given each record when that is on disk, and closed once; a slow one, too."""
     for sink in (looked.sink, looked.slow):
-        assert sink.opened == [RunInfo(0, 1, looked.folder)]
+        assert sink.opened == [RunInfo(0, 1, looked.folder, looked.guard.run_id or "")]
         assert sink.got == looked.got
         assert sink.closed == 1
     assert looked.sink.on_disk == [1, 2, 3]
@@ -300,10 +308,15 @@ def test_a_function_that_raises(looked: Looked) -> None:
 
 
 def test_console(looked: Looked) -> None:
-    """An intervention is one readable warning: where, what, why, and what was done."""
-    first, *_ = [record.getMessage() for record in looked.log if "; skipped" in record.getMessage()]
-    for part in ("step 5", "epoch 0", "batch 4", "non_finite_loss", "skipped the batch", "non_finite_input"):
+    """An intervention is one readable warning: where, what, why, what was done, and what to do; one that is back is a
+    line, and the console says no more than that."""
+    told = [line for record in looked.log if (line := record.getMessage()).startswith("NaNGuard: step")]
+    first, second, rollback, *_ = told  # the logger is heard in later tests, too
+    for part in ("step 5", "epoch 0", "batch 4", "non-finite loss", "why: non-finite input", "done: skipped", "to do:"):
         assert part in first
+    again = "non-finite loss again (sample 0); skipped the batch (2 so far)"
+    assert second == f"NaNGuard: step 10 (epoch 0, batch 9): {again}"
+    assert "done: went back to step" in rollback
 
 
 # ---------------------------------------------------------------------------------------------------- from fit to fit
@@ -324,13 +337,12 @@ def test_copies_and_pickles(tmp_path: Path) -> None:
 
 
 def test_other_ranks_neither_write_nor_show_advice(tmp_path: Path) -> None:
-    """The folder is the same on all ranks, and only rank 0 has a file of advice there."""
-    info = run_info(trainer_for(tmp_path), None)
-    assert info == RunInfo(0, 1, tmp_path / "nanguard")
-    assert run_info(trainer_for(tmp_path), tmp_path) == RunInfo(0, 1, tmp_path)
+    """Advice carries the id of the run, and only rank 0 has a file of it."""
     advice = Advice(0, 0, "preflight", Finding("dead_relu", 0.9))
     for rank, written in ((1, []), (0, [advice])):
-        log = fit_advice(RunInfo(rank, 2, info.dirpath))
+        log = fit_advice(RunInfo(rank, 2, tmp_path, "one"))
         log.give(advice)
         assert log.given == [advice]
-        assert [one for path in tmp_path.rglob("advice.jsonl") for one in read_advice(path)] == written
+        found = [one for path in tmp_path.rglob("advice.jsonl") for one in read_advice(path)]
+        assert found == written
+        assert {one.run for one in (*found, *log.given)} == {"one"}

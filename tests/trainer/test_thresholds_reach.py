@@ -79,7 +79,12 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Groups that were read in three fits: bad batches, a rate that is too high, and a loss that stands still."""
     watched = WatchedThresholds()
     folder = tmp_path_factory.mktemp("thresholds")
-    common: dict[str, Any] = {"snapshot_every_n_steps": 5, "thresholds": watched.given, "preflight": True}
+    common: dict[str, Any] = {
+        "snapshot_every_n_steps": 5,
+        "thresholds": watched.given,
+        "preflight": True,
+        "act_on": "evidence",
+    }
     data = batches(count=90)
     bad = [with_nan(batch) if index in (40, 70) else batch for index, batch in enumerate(data)]
     guard = NaNGuard(dirpath=folder / "bad", bundle_dir=folder / "bundles", readback="deferred", **common)

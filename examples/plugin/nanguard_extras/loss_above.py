@@ -24,5 +24,5 @@ class LossAbove(Detector):
         if reading.loss is None or not self.limit < reading.loss < math.inf:
             return None
         message = f"the loss is {reading.loss:.4g}, above the limit of {self.limit:g}"
-        # The loss is finite, so the fault is not certain. The limit alone decides, so the scope stands.
-        return Fault("loss_above", "batch", "loss", reading.loss, message, certain=False, conclusive=True)
+        # The limit is the user's own, so the fault is certain. It alone decides, so the scope stands.
+        return Fault("loss_above", "batch", "loss", reading.loss, message, conclusive=True)

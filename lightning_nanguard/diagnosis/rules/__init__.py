@@ -14,7 +14,7 @@ Example:
     ...     return Finding("zero_rate", 0.6, {"lr": case.evidence.lr}, suggestion="Look at the learning rate schedule.")
     >>> case = Case(Fault("stuck_loss", "learner", "loss", certain=False, proof="trial"), Evidence(step=9, lr=0.0))
     >>> [finding.cause for finding in RuleSet([zero_rate]).findings(case)]
-    ['learning_rate_too_high', 'zero_rate']
+    ['zero_rate']
 
 A built-in rule is entered in :data:`RULES` and has a row in the tests of its file. It takes
 :class:`~lightning_nanguard.thresholds.DiagnosisThresholds` as a second argument. The identifiers of the causes are part

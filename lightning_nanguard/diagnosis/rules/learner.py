@@ -8,14 +8,13 @@ from lightning_nanguard.diagnosis.case import NO_FAULT, Case
 from lightning_nanguard.diagnosis.rules.layers import exploding_initial_gradient
 from lightning_nanguard.diagnosis.rules.signs import (
     PRODUCTS,
-    fell_back,
     gradient_not_finite,
     in_gradient,
     learner_diverged,
     learner_explains_it,
     worse_than_before,
 )
-from lightning_nanguard.record.messages import counted
+from lightning_nanguard.record.text import counted
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds, LearnerThresholds
 from lightning_nanguard.types import Finding
 
@@ -136,9 +135,9 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     if confidence == 0.0 or _operation_explains_it(case, rate, allowed, limits):
         return None
     above = rate is not None and allowed is not None and rate > allowed
-    if not above and allowed is not None and not case.evidence.lower_is_better:
+    if not above and allowed is not None and not (case.evidence.trial is not None and case.evidence.trial.lacks):
         return None  # the loss allows a higher rate than the one in use
-    if above and confidence >= limits.rate_likely and not fell_back(fault):
+    if above and confidence >= limits.rate_likely:
         confidence = max(confidence, thresholds.confidence.rate_above_limit)
     numbers, parts = _rate_evidence(case, thresholds)
     found = "; ".join(parts) or "the loss diverged"
@@ -157,13 +156,8 @@ def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
     fault, evidence, limits, known = case.fault, case.evidence, thresholds.learner, thresholds.confidence
     worse = worse_than_before(evidence, thresholds)
     signs = evidence.growth > limits.grown or evidence.climbing
-    if fell_back(fault):
-        return known.rate_fell_back if worse or signs else 0.0
     if fault.scope == "learner" and not fault.certain:
-        if fault.proof == "comparison":
-            return known.rate_exploded if worse else known.rate_exploded_signs if signs else 0.0
-        if fault.proof in ("trial", "growth"):
-            return known.rate_trial
+        return known.rate_trial if evidence.trial is not None or fault.proof == "none" or signs or worse else 0.0
     if learner_diverged(fault, evidence, thresholds):
         return known.rate_diverged
     blameless = evidence.corrupt is None and evidence.jump is None and case.clues.change is None
@@ -182,8 +176,10 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
     if curvature is not None and limit is not None and rate is not None and limit < rate:
         numbers |= {"slope": curvature.slope, "bend": curvature.bend, "largest_rate": limit}
         parts.append(f"along {curvature.along} the loss of this batch stops falling above {limit:.2g}")
-    if evidence.lower_is_better:
-        parts.append("a trial at a lower rate learned the newest batches, which this rate does not")
+    trial = evidence.trial
+    if trial is not None and trial.lacks:
+        numbers |= {"tried_rate_factor": trial.factor}
+        parts.append(f"a restart at {trial.factor:.3g} times the rate is ahead of the run after as many updates")
     comparison = evidence.comparison
     if comparison is not None and worse_than_before(evidence, thresholds):
         numbers |= {"loss_now": comparison.now, "loss_before": comparison.then}
@@ -206,7 +202,7 @@ def _operation_explains_it(case: Case, rate: float | None, limit: float | None, 
     # What an operation did here before it does again, where it was not looked for.
     before = any(one.finding.scope == "batch" for one in case.earlier_here())
     operation = unseen or before if clues.origin is None else clues.origin.operation not in PRODUCTS
-    signs = evidence.climbing or evidence.rate_rose or evidence.excursion
+    signs = evidence.climbing or evidence.rate_rose
     ruined = signs or evidence.growth > limits.ruined or bool(evidence.jump)
     now = evidence.comparison.now if evidence.comparison is not None else math.nan
     # One that is not finite is the operation's own, and says nothing of the model.

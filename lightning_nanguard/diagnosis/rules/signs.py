@@ -29,11 +29,6 @@ def number_format_exhausted(fault: Fault) -> bool:
     return fault.scope == "learner" and fault.certain and fault.proof == "none"
 
 
-def fell_back(fault: Fault) -> bool:
-    """Whether the loss is back where it once was, for which there may be a good reason."""
-    return fault.scope == "learner" and fault.recovers and fault.proof == "comparison"
-
-
 def learner_explains_it(evidence: Evidence, thresholds: BlameThresholds) -> bool:
     """Whether a fault is the learner's own doing; what comes out of nothing in a calm run is not."""
     return learner_did_it(evidence, thresholds)
@@ -54,7 +49,7 @@ def worse_than_before(evidence: Evidence, thresholds: DiagnosisThresholds) -> bo
     comparison = evidence.comparison
     if comparison is None or comparison.then_finite is False:
         return False  # of a batch that cannot be differentiated under good weights either, the loss says nothing
-    return worse(comparison, thresholds.learner.worse_units * evidence.loss_unit, thresholds.blame)
+    return worse(comparison, thresholds.learner.worse_units * evidence.loss_unit)
 
 
 def inputs_are_large(case: Case, thresholds: DataThresholds) -> bool:

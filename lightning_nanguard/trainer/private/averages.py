@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -13,43 +14,107 @@ from torchmetrics import Metric
 from lightning_nanguard.state.learner import unwrapped
 from lightning_nanguard.thresholds.checkpoints import CheckpointsThresholds
 
+_SHORT = frozenset({"ema", "avg", "swa"})
+_AVERAGES = ("averag", "polyak", "shadow", "teacher")
+# What an averaging callback keeps beside its average: the weights while they have changed places, or the best ones.
+_OTHERS = frozenset({"backup", "best", "collected", "initial", "last", "original", "previous", "saved", "stored"})
+
 
 def swaps_weights(trainer: Any) -> bool:
     """Whether a callback validates its average in the weights' place (WeightAveraging)."""
     return any(callable(getattr(callback, "_swap_models", None)) for callback in trainer.callbacks)
 
 
-def averaged_copies(
-    trainer: Any, module: nn.Module, thresholds: CheckpointsThresholds | None = None
-) -> dict[str, dict[str, Tensor]]:
-    """Copies of the module's weights that callbacks keep (EMA, SWA, WeightAveraging), by callback.
+@final
+class AveragedCopies:
+    """Finds the averaged copies of a module's weights that callbacks keep (EMA, SWA, WeightAveraging), by callback.
 
-    Lightning has no public name for them. A module, a dictionary or a list of tensors counts as a copy when it has the
-    shapes (and names) of all parameters of the module, or of a part that holds a large share of what is trained, or of
-    the trained ones among them; anything else a callback keeps is left alone.
+    Lightning has no public name for them. A module, a dictionary or a list of tensors may be one when it has the shapes
+    (and names) of all parameters of the module, or of a part that holds a large share of what is trained, or of the
+    trained ones among them. It is one where it is an ``AveragedModel`` or is called so, or once it was seen to change
+    from one batch to the next to something else than the weights. Anything else a callback keeps, such as the best
+    weights so far, is the user's and is left alone.
 
     Args:
         trainer: The trainer.
         module: Its module.
-        thresholds: How large that share is.
+        thresholds: How large that share is, and how often unknown copies are looked at.
     """
-    candidates = {
-        f"{type(callback).__name__}.{attribute} ({index})": tensors
-        for index, callback in enumerate(trainer.callbacks)
-        for attribute, value in vars(callback).items()
-        if (tensors := _tensors_of(value))
-    }
-    if not candidates:
-        return {}
-    share = (CheckpointsThresholds() if thresholds is None else thresholds).averaged_copy_share
-    shapes = list(_shapes_of_copies(module, share))
-    live = {id(parameter) for parameter in module.parameters()}
-    # The live module under another name holds the very same tensors, and those are rewound already.
-    return {
-        name: tensors
-        for name, tensors in candidates.items()
-        if not any(id(tensor) in live for tensor in tensors.values()) and _is_copy(tensors, shapes)
-    }
+
+    def __init__(self, trainer: Any, module: nn.Module, thresholds: CheckpointsThresholds | None = None) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._limits = CheckpointsThresholds() if thresholds is None else thresholds
+        self._seen: set[str] = set()
+        self._batches = 0
+        # Unknown copies at the start of the batch before: their tensors, each with its version.
+        self._before: dict[str, list[tuple[Tensor, int]]] = {}
+
+    def __call__(self) -> dict[str, dict[str, Tensor]]:
+        """The copies there are now."""
+        return {name: tensors for name, tensors, known in self._candidates() if known}
+
+    def watch(self) -> None:
+        """At the start of a batch: see whether an unknown copy changes as averages do."""
+        if self._before:
+            now = {name: tensors for name, tensors, known in self._candidates() if not known}
+            for name, before in self._before.items():
+                if name in now and _differ(before, now[name]) and not self._are_weights(now[name]):
+                    self._seen.add(name)
+            self._before = {}
+        elif self._batches % self._limits.copies_looked_at_every == 0:
+            self._before = {
+                name: [(tensor, _version(tensor)) for tensor in tensors.values()]
+                for name, tensors, known in self._candidates()
+                if not known
+            }
+        self._batches += 1
+
+    def _candidates(self) -> Iterator[tuple[str, dict[str, Tensor], bool]]:
+        found = [
+            (f"{type(callback).__name__}.{attribute} ({index})", value, tensors)
+            for index, callback in enumerate(self._trainer.callbacks)
+            for attribute, value in vars(callback).items()
+            if (tensors := _tensors_of(value))
+        ]
+        if not found:
+            return
+        shapes = list(_shapes_of_copies(self._module, self._limits.averaged_copy_share))
+        live = {id(parameter) for parameter in self._module.parameters()}
+        for name, value, tensors in found:
+            # The live module under another name holds the very same tensors, and those are rewound already.
+            if not any(id(tensor) in live for tensor in tensors.values()) and _is_copy(tensors, shapes):
+                yield name, tensors, name in self._seen or _is_called_average(name, value)
+
+    def _are_weights(self, tensors: dict[str, Tensor]) -> bool:
+        live = list(self._module.state_dict(keep_vars=True).values())
+        return all(
+            any(_equal(mine, theirs) for theirs in live) for mine in tensors.values() if mine.is_floating_point()
+        )
+
+
+def _is_called_average(name: str, value: Any) -> bool:
+    if isinstance(value, torch.optim.swa_utils.AveragedModel):
+        return True
+    # Words of CamelCase and snake_case: EMA, WeightAveraging, _average_model, shadow_params.
+    words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+    called = not _SHORT.isdisjoint(words) or any(word.startswith(_AVERAGES) for word in words)
+    return called and _OTHERS.isdisjoint(words)
+
+
+def _differ(before: list[tuple[Tensor, int]], now: dict[str, Tensor]) -> bool:
+    return len(before) == len(now) and any(
+        new is not old or _version(new) != version for (old, version), new in zip(before, now.values(), strict=True)
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _equal(one: Tensor, other: Any) -> bool:
+    same = isinstance(other, Tensor) and one.shape == other.shape and one.dtype == other.dtype
+    return same and bool(torch.equal(one.to(other.device), other))
 
 
 def _shapes_of_copies(module: nn.Module, share: float) -> Iterator[dict[str, torch.Size]]:

@@ -4,20 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import wraps
-from typing import Any
+from functools import update_wrapper
+from typing import Any, final
 
 _ABSENT = object()
 
 
-@dataclass
-class _Patch:
-    """One wrapper: what lay on the object before, and whether it still acts."""
+@final
+class _Wrapper:
+    """Lies on an object in the place of a method, and only passes calls on once it is undone.
 
-    before: Any
-    active: bool = True
-    function: Any = None
+    Copied and pickled it becomes the method of the copy: neither the wrapper nor whom it acts for goes along.
+    """
+
+    # What somebody wraps around it takes over the dictionary, with the method's name in it, and nothing else.
+    __slots__ = ("__dict__", "before", "original", "wrapper")
+
+    def __init__(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        self.before = vars(owner).get(name, _ABSENT)
+        self.original: Callable[..., Any] = getattr(owner, name)
+        self.wrapper: Callable[..., Any] | None = wrapper
+        update_wrapper(self, self.original, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original(*args, **kwargs) if self.wrapper is None else self.wrapper(self.original, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _same, (self.original,)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Callable[[], None]:
@@ -35,22 +52,14 @@ def wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Callable[
         are undone. Where somebody else has wrapped this wrapper since, theirs stays, and this one only passes calls on.
         Calling it again does nothing.
     """
-    original: Callable[..., Any] = getattr(owner, name)
-    patch = _Patch(vars(owner).get(name, _ABSENT))
-
-    @wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs) if patch.active else original(*args, **kwargs)
-
-    patch.function = wrapped
-    wrapped.__dict__["_nanguard_patch"] = patch
+    wrapped = _Wrapper(owner, name, wrapper)
     setattr(owner, name, wrapped)
 
     def undo() -> None:
-        patch.active = False
+        wrapped.wrapper = None
         there = current = vars(owner).get(name, _ABSENT)
-        while (own := _patch_of(current)) is not None and not own.active:
-            current = own.before
+        while isinstance(current, _Wrapper) and current.wrapper is None:
+            current = current.before
         if current is there:
             return
         if current is _ABSENT:
@@ -71,9 +80,3 @@ def undo_all(undos: list[Callable[[], None]]) -> Callable[[], None]:
             undos.clear()
 
     return undo
-
-
-def _patch_of(function: Any) -> _Patch | None:
-    # `functools.wraps` copies the mark to what somebody has wrapped around it, hence the second look.
-    patch = getattr(function, "_nanguard_patch", None)
-    return patch if isinstance(patch, _Patch) and patch.function is function else None

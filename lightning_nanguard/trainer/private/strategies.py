@@ -28,7 +28,8 @@ def is_sharded(trainer: Any) -> bool:
 def what_steps(trainer: Any, module: nn.Module) -> tuple[list[Optimizer], deepspeed.ZeroPartitions | None]:
     """The torch optimizers that step, and what they step where that is not the module's parameters themselves."""
     if not _is(trainer, _DEEPSPEED):
-        return list(trainer.optimizers), None
+        # One without groups stands for a module that configures none.
+        return [optimizer for optimizer in trainer.optimizers if optimizer.param_groups], None
     (zero,) = trainer.optimizers
     partitions = deepspeed.ZeroPartitions(zero, module)
     return [partitions.optimizer], partitions

@@ -15,11 +15,9 @@ GRADIENT = Fault("non_finite_gradient", "batch", "gradient of w", NAN, clipping_
 SPIKE = Fault("gradient_spike", "batch", "gradient", 1e9, certain=False, clipping_helps=True)
 OVERFLOW = Fault("gradient_overflow", "batch", "gradient", 1e20, clipping_helps=True)
 EXPLODING = Fault("exploding_loss", "learner", "loss", 1e6, certain=False, clipping_helps=True)
-STUCK = Fault("stuck_loss", "learner", "loss", 9.0, certain=False, recovers=True, proof="trial")
-OVERSHOOT = Fault("overshoot", "learner", "loss", 0.3, certain=False, proof="growth")
-UNSTEADY = Fault("unsteady_loss", "learner", "loss", 6.0, certain=False, proof="batches")
+STUCK = Fault("stuck_loss", "learner", "loss", 9.0, certain=False)
 SCALER = Fault("loss_scale_collapse", "learner", "gradient", 0.5, proof="none")
-BACK = Fault("collapsed", "learner", "loss", 2.31, certain=False, recovers=True)
+BACK = Fault("collapsed", "learner", "loss", 2.31, certain=False)
 FAR_OUT = Fault("implausible_state", "state", "buffer bn.running_var", rate_may_cause=True)
 CORRUPTED = Fault("corrupted_state", "state", "buffer b")
 

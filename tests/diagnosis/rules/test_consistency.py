@@ -30,7 +30,7 @@ from lightning_nanguard.decide.rate_limit import spare_rate, within_curvature
 from lightning_nanguard.diagnosis.case import NO_FAULT
 from lightning_nanguard.diagnosis.rules import findings
 from lightning_nanguard.record.messages import describe
-from lightning_nanguard.types import Clip, Restore, Scale
+from lightning_nanguard.types import Clip, Restore, Scale, Trial
 from tests.diagnosis.rules import faults
 
 FAULTS = [NO_FAULT, *(fault for fault in vars(faults).values() if isinstance(fault, Fault))]
@@ -100,8 +100,7 @@ evidences = st.builds(
     first=number,
     loss_unit=positive,
     growth=st.floats(1, 1e6),
-    lower_is_better=st.none() | st.booleans(),
-    excursion=st.booleans(),
+    trial=st.none() | st.builds(Trial, st.sampled_from([0.0, 0.4, 1.2]), st.just("start"), st.sampled_from([1 / 4])),
     climbing=st.booleans(),
     rate_rose=st.booleans(),
     levels=st.sampled_from([(), (None,), (0.4, None)]),
@@ -238,7 +237,7 @@ def check(finding: Finding, case: Case) -> None:
 
 
 def evidence_of_a_trial(case: Case) -> bool:
-    return case.evidence.lower_is_better is True
+    return case.evidence.trial is not None and case.evidence.trial.lacks > 0
 
 
 @settings(max_examples=1000, deadline=None)

@@ -8,6 +8,7 @@ import pytest
 
 from lightning_nanguard import Case, Clues, Comparison, Curvature, Evidence, Fault, Origin
 from lightning_nanguard.diagnosis.rules import diagnose
+from lightning_nanguard.types import Trial
 from tests.diagnosis.rules.faults import (
     BACK,
     CORRUPTED,
@@ -19,10 +20,8 @@ from tests.diagnosis.rules.faults import (
     LOSS,
     MOVED,
     OVERFLOW,
-    OVERSHOOT,
     SPIKE,
     STUCK,
-    UNSTEADY,
     WORSE,
     Row,
     rules_of,
@@ -49,11 +48,9 @@ ROWS: list[Row] = [
     ("learning_rate_too_high", EXPLODING, {"comparison": WORSE}, Clues()),
     ("learning_rate_too_high", EXPLODING, {"growth": 5.0}, Clues()),
     (None, EXPLODING, {}, Clues()),
-    ("learning_rate_too_high", STUCK, {"growth": 20.0, "lr": 0.5}, Clues()),
-    ("learning_rate_too_high", OVERSHOOT, {}, Clues()),
-    ("learning_rate_too_high", UNSTEADY, {}, Clues()),
+    ("learning_rate_too_high", STUCK, {"trial": Trial(1.2), "lr": 0.5}, Clues()),
     # A fault of a user's own kind is judged by its traits.
-    ("learning_rate_too_high", Fault("mine", "learner", "loss", certain=False, proof="growth"), {}, Clues()),
+    ("learning_rate_too_high", Fault("mine", "learner", "loss", certain=False), {"trial": Trial(0.4)}, Clues()),
     (None, Fault("mine", "learner", "loss", certain=False), {}, Clues()),
     ("exploding_gradient", Fault("mine", "batch", "gradient", 1e9, clipping_helps=True), {}, Clues()),
     ("collapsed", BACK, {"first": 2.3, "levels": (0.4, 0.9), "lr": 0.5}, Clues()),

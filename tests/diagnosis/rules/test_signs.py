@@ -9,7 +9,6 @@ import pytest
 
 from lightning_nanguard import Case, Clues, Evidence, Fault
 from lightning_nanguard.diagnosis.rules.signs import (
-    fell_back,
     gradient_not_finite,
     in_gradient,
     inputs_are_large,
@@ -29,7 +28,6 @@ ALL = {name: fault for name, fault in vars(faults).items() if isinstance(fault, 
         (in_gradient, {"GRADIENT", "SPIKE", "OVERFLOW"}),
         (gradient_not_finite, {"GRADIENT"}),
         (number_format_exhausted, {"SCALER"}),
-        (fell_back, {"BACK"}),
     ],
 )
 def test_faults_are_told_apart_by_their_traits(ask: Callable[[Fault], bool], true_of: set[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lightning_nanguard.thresholds.checkpoints import CheckpointsThresholds
-from lightning_nanguard.trainer.private.averages import averaged_copies, swaps_weights
+from lightning_nanguard.trainer.private.averages import AveragedCopies, swaps_weights
 
 
-class Keeps(Callback):
+class KeepsEMA(Callback):
     def __init__(self, value: Any) -> None:
         self.kept = value
 
@@ -59,23 +60,90 @@ NET = module()
 def test_what_counts_as_a_copy(value: Any, counts: bool) -> None:
     """A module, dictionary or list with the shapes of the module, or of a part that holds half of what is trained; not
     the live module under another name, and nothing else."""
-    found = averaged_copies(Holder(Callback(), Keeps(value)), NET)
-    assert list(found) == (["Keeps.kept (1)"] if counts else [])
+    found = AveragedCopies(Holder(Callback(), KeepsEMA(value)), NET)()
+    assert list(found) == (["KeepsEMA.kept (1)"] if counts else [])
+
+
+class Keeps(Callback):
+    def __init__(self, value: Any) -> None:
+        self.kept = value
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("MyEma", True),
+        ("WeightAveraging", True),
+        ("PolyakTeacher", True),
+        ("BestWeights", False),
+        ("Email", False),
+        ("EMABest", False),
+    ],
+)
+def test_what_is_called_an_average(name: str, counts: bool) -> None:
+    """By a word of its callback's name or of its own."""
+    callback = type(name, (Keeps,), {})(copies(NET))
+    assert bool(AveragedCopies(Holder(callback), NET)()) == counts
+    other = Keeps(None)
+    setattr(other, name, copies(NET))
+    assert bool(AveragedCopies(Holder(other), NET)()) == counts
+
+
+def watched(net: nn.Module, change: Any, batches: int = 40) -> bool:
+    """Whether what a callback keeps is taken for an average when ``change`` makes it anew at the end of each batch."""
+    callback = Keeps(copies(net))
+    known = AveragedCopies(Holder(callback), net)
+    for batch in range(batches):
+        known.watch()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        change(callback, batch)
+    return bool(known())
+
+
+def test_an_average_is_known_by_its_changes() -> None:
+    """In place or made anew, what changes from batch to batch and is not the weights is an average."""
+    net = module()
+
+    def in_place(callback: Keeps, batch: int) -> None:
+        for mine, theirs in zip(callback.kept.values(), net.parameters(), strict=True):
+            mine.lerp_(theirs.detach(), 0.1)
+
+    def anew(callback: Keeps, batch: int) -> None:
+        live = dict(net.named_parameters())
+        callback.kept = {name: value.lerp(live[name].detach(), 0.1) for name, value in callback.kept.items()}
+
+    assert watched(net, in_place)
+    assert watched(net, anew)
+
+
+def test_the_users_own_copies_are_none() -> None:
+    """Copies of the weights are left alone: of each batch, of every third, of the first."""
+    net = module()
+
+    def every(batches: int, callback: Keeps, batch: int) -> None:
+        if batch % batches == 0:
+            callback.kept = copies(net)
+
+    assert not watched(net, partial(every, 1))
+    assert not watched(net, partial(every, 3))
+    assert not watched(net, partial(every, 100))
 
 
 def test_how_large_a_part_must_be() -> None:
     """The share of what is trained that a copy must cover is a threshold."""
-    holder = Holder(Keeps(copies(NET[1])))
-    assert averaged_copies(holder, NET, CheckpointsThresholds(averaged_copy_share=0.2)) != {}
+    holder = Holder(KeepsEMA(copies(NET[1])))
+    assert AveragedCopies(holder, NET, CheckpointsThresholds(averaged_copy_share=0.2))() != {}
 
 
 def test_lazy_parameters_count_once_they_are_made() -> None:
     """Before the first forward a lazy layer has no shapes that a copy could have."""
     net = nn.Sequential(nn.Linear(1, 1), nn.LazyLinear(2))
-    holder = Holder(Keeps(copies(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 2)))))
-    assert averaged_copies(holder, net) != {}  # of what there is
+    holder = Holder(KeepsEMA(copies(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 2)))))
+    assert AveragedCopies(holder, net)() != {}  # of what there is
     net(torch.ones(1, 1))
-    assert averaged_copies(holder, net) != {}
+    assert AveragedCopies(holder, net)() != {}
 
 
 @pytest.mark.skipif(not hasattr(stock, "WeightAveraging"), reason="this Lightning has no WeightAveraging")

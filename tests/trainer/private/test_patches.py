@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
+from copy import deepcopy
 from functools import wraps
 from itertools import permutations
 from typing import Any
+from weakref import ref
 
 import pytest
 
@@ -78,6 +81,22 @@ def test_a_wrapper_that_is_gone_already() -> None:
     owner.say = str.upper
     undo()
     assert owner.say is str.upper
+
+
+def test_copies_and_pickles_are_without_wrappers() -> None:
+    """Of an object that is wrapped, or that somebody has put an undone wrapper back on, a copy has its own method."""
+    owner, acting = Owner(), adding("a")
+    undo = wrap_method(owner, "say", acting)
+    theirs = owner.say
+    for copy in (deepcopy(owner), pickle.loads(pickle.dumps(owner))):
+        assert copy.say("x") == "x"
+        assert copy.say.__self__ is copy
+    undo()
+    owner.say = theirs  # as somebody does who had wrapped it meanwhile
+    assert pickle.loads(pickle.dumps(owner)).say("x") == "x"
+    alive = ref(acting)
+    del acting, undo
+    assert alive() is None
 
 
 def test_undo_all_goes_backwards_once() -> None:

@@ -1,0 +1,106 @@
+"""Trains one draw bare and under each contender, and judges."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from benchmarks.rescue.arc import Arc
+from benchmarks.rescue.cases import Case
+from benchmarks.rescue.contenders import RIVALS, SETTINGS, Attempt, Contender
+from benchmarks.rescue.healthy import BY_NAME
+from benchmarks.rescue.running import Trained, train
+
+from .judging import TWINS, is_harmed, is_healthy, is_touched
+from .store import Outcome
+
+MOST_ACTS = 12
+"""Interventions that are kept in words; all are counted."""
+
+
+EVERYONE: dict[str, Contender] = SETTINGS | RIVALS | {Arc.name: Arc()}
+"""Whom a draw can be put to, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One draw, for one worker.
+
+    Attributes:
+        case: Form and seed.
+        contenders: Whom to put to it.
+    """
+
+    case: str
+    contenders: tuple[str, ...]
+
+
+def draw(name: str) -> Case:
+    """The case of that name.
+
+    Raises:
+        ValueError: When there is no such form, or no seed.
+    """
+    form, _, seed = name.rpartition("#")
+    if form not in BY_NAME or not seed.isdigit():
+        raise ValueError(f"{name!r} is no case; expected form#seed, such as {next(iter(BY_NAME))}#0")
+    return BY_NAME[form].draw(int(seed))
+
+
+def measure(job: Job) -> list[Outcome]:
+    """Outcomes of the bare run and of every contender; of the bare run alone where it is not healthy.
+
+    Reseeded twins are trained where a contender touched the run, once for all of them.
+    """
+    case = draw(job.case)
+    bare = train(case)
+    healthy = is_healthy(bare, BY_NAME[case.form].least_gain)
+    initial, final = (value if math.isfinite(value) else 0.0 for value in (bare.initial, bare.final))
+    outcomes = [Outcome(case.name, "bare", healthy, error=_error(bare), initial=initial, bare=final, final=final)]
+    if healthy:
+        attempts = {name: EVERYONE[name].attempt(case) for name in job.contenders}
+        differ = any(attempt.run.final != bare.final for attempt in attempts.values())
+        twins = reseeded(case) if differ else []
+        outcomes += [compare(case.name, bare, name, attempt, twins) for name, attempt in attempts.items()]
+    return outcomes
+
+
+def compare(case: str, bare: Trained, name: str, attempt: Attempt, twins: list[float]) -> Outcome:
+    """What a contender made of a healthy run."""
+    run, count = attempt.run, len(attempt.interventions)
+    ended = run.error is None and not run.poisoned and math.isfinite(run.final)
+    touched = is_touched(count, run.digest, bare.digest)
+    acts = attempt.interventions[:MOST_ACTS]
+    return Outcome(
+        case,
+        name,
+        healthy=True,
+        identical=run.digest == bare.digest,
+        interventions=count,
+        acts=[[act.get("global_step"), act.get("fault"), "+".join(act["remedies"])] for act in acts],
+        repeated=run.calls - bare.calls,
+        error=_error(run),
+        ended=ended,
+        initial=bare.initial,
+        bare=bare.final,
+        final=run.final if math.isfinite(run.final) else 0.0,
+        twins=twins if touched else [],
+        harmed=touched and is_harmed(run.final, ended, bare.initial, bare.final, twins),
+        time=round(run.cpu_seconds / bare.cpu_seconds, 3),
+    )
+
+
+def reseeded(case: Case) -> list[float]:
+    """Held-out losses of bare runs with other seeds that came to a finite end."""
+    losses: list[float] = []
+    for i in range(3 * TWINS):
+        run = train(replace(case, seed=case.seed + 1000 + i))
+        if run.error is None and not run.poisoned and math.isfinite(run.final):
+            losses.append(run.final)
+        if len(losses) == TWINS:
+            break
+    return losses
+
+
+def _error(run: Trained) -> str | None:
+    return None if run.error is None else ": ".join(run.error)[:200]

@@ -1,0 +1,94 @@
+"""``nanguard tail``: a live run, followed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, final
+
+from lightning_nanguard.cli.explain import headline
+from lightning_nanguard.cli.output import say
+from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE
+from lightning_nanguard.record.messages import describe_advice, tell, tell_again
+from lightning_nanguard.record.run_folder import is_alive
+from lightning_nanguard.record.run_log import find_runs, read_run
+from lightning_nanguard.types import Advice, Intervention
+
+NAME = "tail"
+HELP = "follow the newest run in a folder: what the guard does, as it does it"
+
+_Record = TypeVar("_Record")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("run_folder", metavar="run", type=Path, help="folder of the run, or of many: it is searched")
+    parser.add_argument("--seconds", type=float, default=1.0, help="how long to wait between two looks (1)")
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Print what is on record and what comes, until the run ends or Ctrl-C is pressed."""
+    runs = find_runs(chosen.run_folder)
+    if not runs:
+        say(f"nanguard: no run of NaNGuard lies in {chosen.run_folder} or below it", file=sys.stderr)
+        return 2
+    folder = runs[-1].folder
+    say(headline(runs[-1]))
+    records, advice = NewLines(folder / RECORDS_FILE), NewLines(folder / ADVICE_FILE)
+    seen: Counter[tuple[str, str | None, tuple[str, ...]]] = Counter()
+    try:
+        while True:
+            alive = is_alive(folder)  # asked first: what it wrote before its end is told
+            for record in records.take(Intervention.from_dict):
+                kind = (record.fault, record.cause, record.remedies)
+                seen[kind] += 1
+                say(tell(record) if seen[kind] == 1 else tell_again(record))
+            for piece in advice.take(Advice.from_dict):
+                say(describe_advice(piece))
+            if not alive:
+                break
+            time.sleep(max(chosen.seconds, 0.01))
+    except KeyboardInterrupt:
+        return 0
+    log = read_run(folder)
+    if log is not None and runs[-1].ended is None:
+        say(headline(log))
+    return 0
+
+
+@final
+class NewLines:
+    """Reads what is added to a file of records.
+
+    Args:
+        path: The file, which need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = 0
+
+    def take(self, parse: Callable[[Mapping[str, Any]], _Record]) -> Iterator[_Record]:
+        """The records that are new since the last call; one that is not whole yet is left for the next.
+
+        Args:
+            parse: Makes a record of its values.
+        """
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self._read)
+                data = file.read()
+        except OSError:
+            return
+        whole = data.rpartition(b"\n")[0]
+        self._read += len(whole) + bool(whole)
+        for line in whole.splitlines():
+            try:
+                yield parse(json.loads(line))
+            except (ValueError, TypeError, AttributeError, RecursionError):
+                continue  # `nanguard explain` says which lines cannot be read

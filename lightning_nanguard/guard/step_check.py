@@ -1,0 +1,152 @@
+"""Looks at an update after backward and before the optimizer's step, so that a bad one can be made again."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import final
+
+from torch import Tensor
+
+from lightning_nanguard.guard.caution import Caution
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.loop import TrainingLoop
+from lightning_nanguard.guard.meter import Meter
+from lightning_nanguard.guard.recorder import InterventionRecorder
+from lightning_nanguard.measure.tensors import is_on_host
+from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.types import Evidence, Fault, Finding, Reading
+
+
+@final
+class StepCheck:
+    """Tells a loop whether an update that is about to be made is certainly bad, and what to put back to make it again.
+
+    What is read here is what the guard judges before the optimizer's step: nothing is read twice.
+
+    Args:
+        context: What the parts of the guard share.
+        loop: Finds causes.
+        meter: Measures.
+        caution: Says which updates are read before they are made.
+        recorder: Records what was made again.
+        undos: The first one undoes what the batch at hand changed.
+    """
+
+    def __init__(
+        self,
+        context: GuardContext,
+        loop: TrainingLoop,
+        meter: Meter,
+        caution: Caution,
+        recorder: InterventionRecorder,
+        undos: deque[BatchUndo],
+    ) -> None:
+        self._context = context
+        self._loop = loop
+        self._meter = meter
+        self._caution = caution
+        self._recorder = recorder
+        self._undos = undos
+        self._limits = context.thresholds.batches.repeated
+        # How often a fault at a place was gone when its step was made again.
+        self.transient: Counter[str] = Counter()
+
+    def allowed(self) -> bool:
+        """Whether a step may be made again: by a single process, and not where the guard only observes."""
+        context = self._context
+        return not (context.many or context.ranks.sharded or context.settings.observe)
+
+    def fault(self, optimizer_index: int, *, careful: bool) -> Fault | None:
+        """The certain fault of the update that is about to be made; ``None`` without one, or where it is read late.
+
+        Args:
+            optimizer_index: Index of the optimizer.
+            careful: Whether others may change the gradients between now and the optimizer's step.
+        """
+        if self._caution.may_be_late(optimizer_index):
+            return None
+        reading = self._meter.measure_early(self._context.state.step + 1, optimizer_index, careful=careful)
+        if reading is None or (reading.finite and self._context.monitors.calm(reading)):
+            return None
+        if self._context.learner.scaler is not None and reading.loss_finite and not reading.finite:
+            return None  # an overflow, which the scaler skips
+        return self._fault_of(reading)
+
+    def _fault_of(self, reading: Reading) -> Fault | None:
+        index = reading.optimizer_index
+        line_search = self._meter.is_line_search(index)
+        fault = self._context.monitors.check(reading, line_search=line_search)
+        if fault is None or not fault.certain or fault.scope != "batch":
+            return None
+        named = self._meter.first_bad_gradient(index) if fault.place == "gradient" and not reading.finite else None
+        return fault if named is None else replace(fault, place=named)
+
+    def fault_of_loss(self, loss: Tensor | None, optimizer_index: int) -> Fault | None:
+        """The fault of the loss of one micro-batch, before its backward pass; ``None`` where reading it would wait."""
+        if loss is None or not is_on_host(loss) or loss.numel() != 1:
+            return None
+        value = float(loss.detach())
+        if value - value == 0.0:
+            return None
+        reading = Reading(self._context.state.step + 1, optimizer_index, value, None, finite=False, loss_finite=False)
+        return self._context.monitors.check(reading)
+
+    def fault_of_gradients(self, optimizer_index: int) -> Fault | None:
+        """The fault of the gradients accumulated so far; ``None`` where none is certain. Reads from the device."""
+        norm = self._meter.gradient_norm(optimizer_index)
+        finite = self._meter.first_bad_gradient(optimizer_index) is None
+        return self._fault_of(Reading(self._context.state.step + 1, optimizer_index, None, norm, finite=finite))
+
+    def rewind(self) -> None:
+        """Put back what the batch at hand, or the window of accumulation, has changed in buffers, metrics and means."""
+        self._undos[0].undo()
+
+    def undo_also(self, undo: Callable[[], None]) -> None:
+        """Have one more function called where the batch at hand, or the window, is left out."""
+        self._undos[0].also(undo)
+
+    def drop_losses(self) -> None:
+        """Forget the losses that were seen: their micro-batches are run again."""
+        self._meter.drop_early()
+        self._meter.drop_losses()
+
+    def drop_last_loss(self) -> None:
+        """Forget the newest loss that was seen: its micro-batch is left out."""
+        self._meter.drop_last_loss()
+
+    def state_is_finite(self) -> bool:
+        """Whether the learner is finite, so that the batch or the step is at fault."""
+        return self._context.corrupt()[0] is None
+
+    def raised(self, error: BaseException | None) -> None:
+        """The next loss that is not finite stands for an exception of ``training_step``; ``None`` where it does not."""
+        text = "" if error is None else " ".join(str(error).split())[: self._limits.message]
+        self._context.state.raised = None if error is None else f"training_step raised {type(error).__name__}: {text}"
+
+    def record_transient(self, fault: Fault) -> None:
+        """Put on record that a fault was gone when its step was made again."""
+        self.transient[fault.place] += 1
+        times = self.transient[fault.place]
+        suggestion = "The step was made again from its own state, batch and random numbers, and the fault was gone."
+        if times >= self._limits.test_device:
+            suggestion += " It keeps happening at this place: test the device."
+        finding = Finding("transient", 0.9, {"times": float(times)}, fault.place, suggestion=suggestion)
+        self._record(fault, "redo", finding)
+
+    def record_left_out(self, fault: Fault) -> None:
+        """Put on record that a micro-batch was left out of its window, whose update is made from the others."""
+        context = self._context
+        known = Evidence(step=context.state.step + 1, healthy_steps=context.state.healthy_steps)
+        finding = self._loop.diagnose(fault, known, "replay", context.state.step + 1)
+        self._record(fault, "leave out", finding)
+
+    def _record(self, fault: Fault, word: str, finding: Finding | None) -> None:
+        # The update is still to be made, and other records are made after it.
+        global_step, epoch, batch_idx = self._loop.clock()
+        clock = global_step + 1, epoch, batch_idx
+        self._context.state.restored = None
+        rates = self._context.rate.effective()
+        self._recorder.record(fault, fault.place, (word,), rates, finding, clock=clock)
+        self._recorder.tried(fault, (word,))

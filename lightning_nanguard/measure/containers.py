@@ -1,0 +1,164 @@
+"""Takes a value apart: containers, and objects that keep tensors in attributes or slots.
+
+How a type is taken apart is found when the first value of it is met, and remembered.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime as dt
+import enum
+import logging
+import numbers
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+_logger = logging.getLogger("lightning_nanguard")
+
+Parts: TypeAlias = list[tuple[Any, Any]]
+"""What a value holds, with the name, key or index of each part."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Anatomy:
+    """How values of one type are taken apart, and made anew of other parts in the same order."""
+
+    take: Callable[[Any], Parts]
+    make: Callable[[Any, list[Any]], Any]
+
+
+# What holds nothing that a batch is made of; an object may lead to a whole program.
+_WHOLE = (
+    Tensor, np.ndarray, np.generic, str, bytes, bytearray, range, numbers.Number, enum.Enum, type(None), type, slice,
+    types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, Iterator, PurePath,
+    dt.date, dt.time, dt.timedelta, weakref.ReferenceType, torch.dtype, torch.device, torch.Generator,
+    torch.Size, nn.Module, Optimizer, Dataset, DataLoader, Sampler,
+)  # fmt: skip
+
+_known: dict[type, _Anatomy | None] = {}
+_slots_known: dict[type, dict[str, Any]] = {}
+
+
+def parts_of(value: Any) -> Parts | None:
+    """The parts of a value with their names, keys or indices; ``None`` where it is whole.
+
+    A type that cannot be taken apart is logged once.
+    """
+    kind = type(value)
+    if kind not in _known:
+        _known[kind] = _anatomy(kind)
+    anatomy = _known[kind]
+    if anatomy is None:
+        return None
+    try:
+        return anatomy.take(value)
+    except Exception as error:
+        _known[kind] = None
+        _say_whole(kind, f": {error!r}")
+        return None
+
+
+def remade(value: Any, parts: list[Any]) -> Any:
+    """A copy of a value that has other parts, in the order in which :func:`parts_of` gives them."""
+    anatomy = _known[type(value)]
+    assert anatomy is not None
+    return anatomy.make(value, parts)
+
+
+def _anatomy(kind: type) -> _Anatomy | None:
+    if issubclass(kind, _WHOLE):
+        return None
+    if issubclass(kind, Mapping):
+        return _Anatomy(lambda value: list(value.items()), _make_mapping)
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        # Not the constructor: that of a PackedSequence checks what it is given.
+        return _Anatomy(_fields, lambda value, parts: value._make(parts))
+    if issubclass(kind, (list, tuple, set, frozenset, deque)):
+        return _Anatomy(lambda value: list(enumerate(value)), _make_sequence)
+    if kind.__dictoffset__ or _slots(kind):
+        return _Anatomy(attributes_of, _make_object)
+    _say_whole(kind)
+    return None
+
+
+def _say_whole(kind: type, why: str = "") -> None:
+    _logger.info(
+        "NaNGuard: values of type %s.%s cannot be taken apart, so numbers in them are not looked at%s",
+        kind.__module__,
+        kind.__qualname__,
+        why,
+    )
+
+
+def _fields(value: Any) -> Parts:
+    return list(zip(value._fields, value, strict=True))
+
+
+def _make_mapping(value: Any, parts: list[Any]) -> Any:
+    keys = list(value)
+    if type(value) is not dict:
+        try:
+            made = copy.copy(value)
+            for key, part in zip(keys, parts, strict=True):
+                made[key] = part
+            return made
+        except Exception as error:  # one that cannot be written to, or copied
+            _logger.debug("NaNGuard: %s becomes a dict: %r", type(value).__name__, error)
+    return dict(zip(keys, parts, strict=True))
+
+
+def _make_sequence(value: Any, parts: list[Any]) -> Any:
+    kind = type(value)
+    if isinstance(value, deque):
+        return deque(parts, value.maxlen)
+    try:
+        return kind(parts)
+    except Exception:  # a subclass whose constructor takes something else
+        return next(base for base in (list, tuple, set, frozenset) if isinstance(value, base))(parts)
+
+
+def attributes_of(value: Any) -> Parts:
+    """The attributes of an object by name, those in slots too."""
+    found: Parts = list(getattr(value, "__dict__", {}).items())
+    for name, slot in _slots(type(value)).items():
+        try:
+            found.append((name, slot.__get__(value)))
+        except AttributeError:  # never set
+            continue
+    return found
+
+
+def _make_object(value: Any, parts: list[Any]) -> Any:
+    made = copy.copy(value)
+    set_attributes(made, [(name, part) for (name, _), part in zip(attributes_of(value), parts, strict=True)])
+    return made
+
+
+def set_attributes(value: Any, parts: Parts) -> None:
+    """Set what :func:`attributes_of` gives, past the ``__setattr__`` that a frozen dataclass forbids."""
+    for name, part in parts:
+        object.__setattr__(value, name, part)
+
+
+def _slots(kind: type) -> dict[str, Any]:
+    if kind not in _slots_known:
+        # What Python classes declare as slots; classes written in C have members of other meanings.
+        _slots_known[kind] = {
+            name: member
+            for base in reversed(kind.__mro__)
+            if "__slots__" in vars(base)
+            for name, member in vars(base).items()
+            if isinstance(member, types.MemberDescriptorType)
+        }
+    return _slots_known[kind]

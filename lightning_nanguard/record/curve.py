@@ -1,0 +1,222 @@
+"""The curves of a run: loss, gradient norm and learning rate of every update, in a small file."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import NamedTuple, final
+
+from lightning_nanguard.errors import require
+from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
+from lightning_nanguard.types import Reading
+
+_logger = logging.getLogger("lightning_nanguard")
+
+CURVE_FILE = "curve.csv"
+"""Name of the file in a run's folder."""
+
+
+class CurvePoint(NamedTuple):
+    """What was measured of one update, or of several in a row.
+
+    Attributes:
+        step: ``global_step`` after the update, or after the last of several.
+        updates: Number of updates.
+        optimizer: Index of the optimizer.
+        loss: Mean of the finite losses; NaN or Inf where none is finite, ``None`` where there is none.
+        loss_max: The largest loss, NaN where one is NaN.
+        grad_norm: Mean of the finite gradient norms.
+        grad_norm_max: The largest gradient norm, NaN where one is NaN.
+        lr: Effective learning rate of the first group in the last update.
+        clip_val: The clipping value that the guard had turned on then.
+    """
+
+    step: int
+    updates: int
+    optimizer: int
+    loss: float | None
+    loss_max: float | None
+    grad_norm: float | None
+    grad_norm_max: float | None
+    lr: float | None
+    clip_val: float | None
+
+
+@final
+class CurveFile:
+    """Keeps the curves of a run in a file of bounded size, and writes to it rarely.
+
+    Readings wait in memory, a few seconds at most. Where the file has too many rows, neighbouring ones are joined, and
+    from then on each new row stands for twice as many updates: it keeps the largest values, so that no spike is lost.
+
+    Args:
+        path: The file. What it already holds is kept.
+        thresholds: How many rows it has, and how often it is written to.
+        clock: Seconds.
+
+    Attributes:
+        offset: What is added to a reading's step to give ``global_step``.
+    """
+
+    def __init__(
+        self, path: Path, thresholds: RecordsThresholds = RECORDS, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        require(thresholds.curve_rows >= 2, thresholds, "curve_rows", thresholds.curve_rows, "at least 2")
+        self._path = path
+        self._thresholds = thresholds
+        self._clock = clock
+        self._due = clock() + thresholds.seconds_between_curve_writes
+        self._waiting: list[tuple[Reading, float | None, float | None]] = []
+        self._unjoined: list[CurvePoint] = []
+        # Updates that one row stands for, and rows in the file; not known before the first write.
+        self._stride = 0
+        self._rows = 0
+        self._warned = False
+        self.offset = 0
+
+    def add(self, reading: Reading, lr: float | None, clip_val: float | None) -> None:
+        """Take the reading of an update; called in every update."""
+        self._waiting.append((reading, lr, clip_val))
+        if self._clock() >= self._due or len(self._waiting) >= self._thresholds.readings_waiting_for_curve:
+            self.write()
+
+    def write(self, *, last: bool = False) -> None:
+        """Write what waits; what cannot be written is lost, which is said once.
+
+        Args:
+            last: Whether nothing more comes, so that the last row may stand for fewer updates.
+        """
+        self._due = self._clock() + self._thresholds.seconds_between_curve_writes
+        try:
+            if self._stride == 0:
+                self._look_at_the_file()
+            points, self._unjoined = _joined([*self._unjoined, *self._take()], self._stride, keep_rest=not last)
+            self._append(points)
+            while self._rows > self._thresholds.curve_rows:
+                self._thin_out()
+        except OSError as error:
+            self._take()
+            if not self._warned:
+                self._warned = True
+                _logger.warning("NaNGuard: cannot write the curves of the run to %s: %s.", self._path, error)
+
+    def _take(self) -> list[CurvePoint]:
+        waiting, self._waiting = self._waiting, []
+        points = []
+        for reading, lr, clip_val in waiting:
+            loss, norm = reading.loss, reading.grad_norm
+            step = reading.step + self.offset
+            points.append(CurvePoint(step, 1, reading.optimizer_index, loss, loss, norm, norm, lr, clip_val))
+        return points
+
+    def _look_at_the_file(self) -> None:
+        points = read_curve(self._path) if self._path.exists() else []
+        self._stride = max((point.updates for point in points), default=1)
+        self._rows = len(points)
+
+    def _append(self, points: Sequence[CurvePoint]) -> None:
+        if not points:
+            return
+        with open(self._path, "ab") as file:
+            # A row that a killed run left without its end would spoil this one.
+            start = _line(CurvePoint._fields) if file.tell() == 0 else "\n"
+            file.write((start + "".join(map(_row, points))).encode())
+        self._rows += len(points)
+
+    def _thin_out(self) -> None:
+        self._stride *= 2
+        points, _ = _joined(read_curve(self._path), self._stride, keep_rest=False)
+        text = _line(CurvePoint._fields) + "".join(map(_row, points))
+        new = self._path.with_name(f"{self._path.name}.new")
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, self._path)
+        self._rows = len(points)
+
+
+def read_curve(path: Path) -> list[CurvePoint]:
+    """The rows of a file that :class:`CurveFile` wrote, in the order they were written; torn ones are left out.
+
+    A resumed run begins again at an earlier step: its rows come later.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: When there is no such file.
+    """
+    points = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            step, updates, optimizer, *numbers = line.split(",")
+            loss, loss_max, norm, norm_max, lr, clip_val = [float(cell) if cell else None for cell in numbers]
+            if updates == "1":
+                loss_max, norm_max = loss, norm
+            point = CurvePoint(int(step), int(updates), int(optimizer), loss, loss_max, norm, norm_max, lr, clip_val)
+        except ValueError:
+            continue
+        points.append(point)
+    return points
+
+
+def _joined(points: Sequence[CurvePoint], stride: int, *, keep_rest: bool) -> tuple[list[CurvePoint], list[CurvePoint]]:
+    """Points that stand for up to ``stride`` updates each, and those that still wait for more."""
+    if stride == 1:
+        return list(points), []
+    done: list[CurvePoint] = []
+    # By optimizer: points that will be one, and the number of their updates.
+    buckets: dict[int, tuple[list[CurvePoint], int]] = {}
+    for point in points:
+        bucket, updates = buckets.get(point.optimizer, ([], 0))
+        # Points of a resumed run, which begins again at an earlier step, are not joined with those before it.
+        if bucket and (updates + point.updates > stride or point.step <= bucket[-1].step):
+            done.append(_join(bucket))
+            bucket, updates = [], 0
+        bucket.append(point)
+        buckets[point.optimizer] = bucket, updates + point.updates
+    left = [bucket for bucket, _ in buckets.values() if bucket]
+    if not keep_rest:
+        return done + [_join(bucket) for bucket in left], []
+    return done, [point for bucket in left for point in bucket]
+
+
+def _join(points: Sequence[CurvePoint]) -> CurvePoint:
+    last = points[-1]
+    _, updates, _, losses, largest_losses, norms, largest_norms, _, _ = zip(*points, strict=True)
+    return last._replace(
+        updates=sum(updates),
+        loss=_mean(losses, updates),
+        loss_max=_largest(largest_losses),
+        grad_norm=_mean(norms, updates),
+        grad_norm_max=_largest(largest_norms),
+    )
+
+
+def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | None:
+    finite = [(value, w) for value, w in zip(values, weights, strict=True) if value is not None and isfinite(value)]
+    if not finite:
+        return next((value for value in values if value is not None), None)
+    total = sum(weight for _, weight in finite)
+    # Divided first: the sum of large numbers could overflow.
+    return sum(value * (weight / total) for value, weight in finite)
+
+
+def _largest(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.nan if any(map(math.isnan, known)) else max(known, default=None)
+
+
+def _row(point: CurvePoint) -> str:
+    step, updates, optimizer, loss, loss_max, norm, norm_max, lr, clip_val = point
+    if updates == 1:
+        loss_max = norm_max = None  # the same, and left out
+    numbers = (loss, loss_max, norm, norm_max, lr, clip_val)
+    return _line([step, updates, optimizer, *("" if number is None else f"{number:.7g}" for number in numbers)])
+
+
+def _line(cells: Iterable[object]) -> str:
+    return ",".join(map(str, cells)) + "\n"

@@ -1,0 +1,116 @@
+"""A sink that writes the gradient norms of the layers in the updates before an incident."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from lightning_nanguard.record.base import Sink
+from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
+from lightning_nanguard.types import SCHEMA_VERSION, Intervention, plain
+
+LAYER_NORMS_FILE = "layer_norms.jsonl"
+"""Name of the file in a run's folder."""
+
+Norms = tuple[list[int], dict[str, list[float | None]]]
+"""Numbers of updates, and the norm of each layer in each of them."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LayerNorms:
+    """The gradient norms of the layers in the newest updates when an intervention was recorded.
+
+    Attributes:
+        run: Id of the run.
+        global_step: That of the intervention.
+        fault: Kind of the fault.
+        updates: Numbers of the updates, oldest first.
+        layers: For each layer its norm in each of these updates, those that changed most first.
+    """
+
+    run: str
+    global_step: int
+    fault: str
+    updates: tuple[int, ...]
+    layers: dict[str, tuple[float | None, ...]]
+
+
+@final
+class LayerNormsFile(Sink):
+    """Appends the norms of the layers to a file, for the first intervention of each kind.
+
+    Args:
+        path: The file.
+        read: Gives the norms of the newest updates.
+        thresholds: Of how many incidents and layers they are written.
+    """
+
+    def __init__(self, path: Path, read: Callable[[], Norms], thresholds: RecordsThresholds = RECORDS) -> None:
+        self._path = path
+        self._read = read
+        self._thresholds = thresholds
+        self._seen: set[tuple[str, str | None, tuple[str, ...]]] = set()
+
+    def write(self, intervention: Intervention) -> None:
+        """Write the norms of the updates up to now, unless there are enough of this kind."""
+        kind = (intervention.fault, intervention.cause, intervention.remedies)
+        if kind in self._seen or len(self._seen) >= self._thresholds.incidents_with_layer_norms:
+            return
+        self._seen.add(kind)
+        updates, layers = self._read()
+        if not layers:
+            return
+        most_changed = sorted(layers, key=lambda layer: _change(layers[layer]), reverse=True)
+        entry = {
+            "schema": SCHEMA_VERSION,
+            "run": intervention.run,
+            "global_step": intervention.global_step,
+            "fault": intervention.fault,
+            "updates": updates,
+            "layers": {layer: layers[layer] for layer in most_changed[: self._thresholds.layers_per_incident]},
+        }
+        with contextlib.suppress(OSError):  # that nothing can be written is said of the records
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "ab") as file:
+                file.write(json.dumps(plain(entry), allow_nan=False).encode() + b"\n")
+
+    def close(self) -> None:
+        """The next fit is written like a first one."""
+        self._seen.clear()
+
+
+def read_layer_norms(path: Path) -> list[LayerNorms]:
+    """Read what :class:`LayerNormsFile` wrote, oldest first; lines that cannot be read are left out.
+
+    Args:
+        path: The file; it need not exist.
+    """
+    found: list[LayerNorms] = []
+    if not path.is_file():
+        return found
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            entry = json.loads(line)
+            layers = {str(name): tuple(map(_number, norms)) for name, norms in entry["layers"].items()}
+            updates = tuple(map(int, entry["updates"]))
+            found.append(LayerNorms(str(entry["run"]), int(entry["global_step"]), str(entry["fault"]), updates, layers))
+    return found
+
+
+def _number(value: float | str | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def _change(norms: Sequence[float | None]) -> float:
+    """How far the last norm is from the smallest; infinite where one is not finite."""
+    known = [norm for norm in norms if norm is not None]
+    if not known or not all(map(math.isfinite, known)):
+        return math.inf if known else 0.0
+    smallest, last = min(known), known[-1]
+    return last / smallest if smallest > 0 else math.inf if last > 0 else 0.0

@@ -1,0 +1,46 @@
+"""Text that is safe to show, whatever a record holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
+
+
+def printable(text: str) -> str:
+    r"""One line of text without characters that control a terminal or turn text around; they are shown as escapes.
+
+    Names and messages come from the user's code and data, or from a file that somebody sent.
+
+    Example:
+        >>> printable("a\x1b[2Jb\nc")
+        'a\\x1b[2Jb c'
+    """
+    line = " ".join(text.split())
+    if line.isprintable():
+        return line
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+
+
+def in_words(identifier: str) -> str:
+    """An identifier of a fault or a cause as words.
+
+    Example:
+        >>> in_words("non_finite_loss")
+        'non-finite loss'
+    """
+    return identifier.replace("_", " ").replace("non finite", "non-finite")
+
+
+def counted(number: int, noun: str, nouns: str | None = None) -> str:
+    """A number with its noun, such as ``"1 record"`` or ``"1,200 records"``."""
+    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
+
+
+def listed_numbers(noun: str, numbers: Sequence[int], thresholds: RecordsThresholds = RECORDS) -> str:
+    """Numbers with their noun, such as ``"lines 2, 5, 7"``; what is too many is counted."""
+    most = thresholds.numbers_per_message
+    more = len(numbers) - most
+    shown = ", ".join(str(number) for number in islice(numbers, most))
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {shown}{f' and {more:,} more' if more > 0 else ''}"

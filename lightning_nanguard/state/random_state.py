@@ -1,0 +1,134 @@
+"""Where the random streams stand: torch's, Python's and NumPy's, remembered before a step and put back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import eq
+from typing import Any, NamedTuple, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_nanguard.thresholds.batches import RandomStreamsThresholds
+
+_DEFAULTS = RandomStreamsThresholds()
+
+
+def is_checked(count: int, every: int) -> bool:
+    """Whether something that is done in each step is checked in this one: often at first, then now and then."""
+    return count & (count - 1) == 0 or count % every == 0
+
+
+_COSTLY = len(("Python", "NumPy"))
+
+
+class _Stream(NamedTuple):
+    """One global random stream: how to read its position, put it back, and compare two positions."""
+
+    get: Callable[[], Any]
+    set: Callable[[Any], Any]
+    same: Callable[[Any, Any], bool]
+
+
+def _same_in_numpy(one: Any, other: Any) -> bool:
+    return one[2:] == other[2:] and bool(np.array_equal(one[1], other[1]))
+
+
+def _streams(device: torch.device) -> list[_Stream]:
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    return [
+        *(_Stream(one.get_state, one.set_state, torch.equal) for one in generators),
+        _Stream(random.getstate, random.setstate, eq),
+        _Stream(np.random.get_state, np.random.set_state, _same_in_numpy),
+    ]
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class RandomState:
+    """Positions of random streams.
+
+    Attributes:
+        streams: The streams.
+        positions: The position of each of them; ``None`` where it was not remembered.
+    """
+
+    streams: Sequence[_Stream]
+    positions: Sequence[Any]
+
+    def restore(self) -> None:
+        """Put back every stream whose position was remembered."""
+        for stream, position in zip(self.streams, self.positions, strict=True):
+            if position is not None:
+                stream.set(position)
+
+    def now(self) -> RandomState:
+        """Where the same streams stand now, as far as they are remembered here."""
+        pairs = zip(self.streams, self.positions, strict=True)
+        return RandomState(self.streams, [None if position is None else stream.get() for stream, position in pairs])
+
+    @property
+    def torch(self) -> tuple[Tensor, ...]:
+        """Positions of torch's streams: of the CPU, and of the device where that has one."""
+        return tuple(self.positions[:-_COSTLY])
+
+
+@final
+class RandomStreams:
+    """Remembers the random streams before each step, at the cost of those that the steps draw from.
+
+    To copy NumPy's position takes 30 µs, Python's 7 µs, torch's 0.6 µs. So torch's is copied before every step, and the
+    other two only where one of the last checked steps drew from them; the first steps are checked, and further ones now
+    and then.
+
+    Args:
+        device: The device of the run, whose stream is remembered beside the CPU's.
+        thresholds: Which steps are checked.
+
+    Example:
+        >>> streams = RandomStreams(torch.device("cpu"))
+        >>> before = streams.open()
+        >>> drawn = torch.rand(3)
+        >>> streams.close()
+        >>> before.restore()
+        >>> torch.equal(torch.rand(3), drawn)
+        True
+    """
+
+    def __init__(self, device: torch.device, thresholds: RandomStreamsThresholds = _DEFAULTS) -> None:
+        self._streams = _streams(device)
+        self._limits = thresholds
+        self._opened = 0
+        self._checked: RandomState | None = None
+        # Of Python's and NumPy's stream, the number of checks since a step drew from it.
+        self._since = [thresholds.quiet_checks] * _COSTLY
+
+    def now(self) -> RandomState:
+        """Positions of all streams."""
+        return RandomState(self._streams, [stream.get() for stream in self._streams])
+
+    def open(self) -> RandomState:
+        """Remember the streams before a step, as far as steps draw from them."""
+        limits, count = self._limits, self._opened
+        self._opened += 1
+        if is_checked(count, limits.checked_every):
+            self._checked = self.now()
+            return self._checked
+        positions = [stream.get() for stream in self._streams[:-_COSTLY]]
+        for stream, since in zip(self._streams[-_COSTLY:], self._since, strict=True):
+            positions.append(stream.get() if since < limits.quiet_checks else None)
+        return RandomState(self._streams, positions)
+
+    def close(self) -> None:
+        """The step is over: note which streams it drew from, where it is a checked one."""
+        if self._checked is None:
+            return
+        before, self._checked = self._checked, None
+        for index in range(-_COSTLY, 0):
+            stream = self._streams[index]
+            self._since[index] = self._since[index] + 1 if stream.same(before.positions[index], stream.get()) else 0

@@ -1,0 +1,160 @@
+"""What a training step begins from, so that the same step can be made again."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, final
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_nanguard.measure.batches import nested_tensors
+from lightning_nanguard.state.attribute_memory import AttributeMemory, Attributes
+from lightning_nanguard.state.random_state import RandomState, is_checked
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
+
+_logger = logging.getLogger("lightning_nanguard")
+_DEFAULTS = RepeatedStepsThresholds()
+
+
+@final
+class StepClock:
+    """Random streams and counters after a step, which do not go back where the step is left out.
+
+    Args:
+        random: The random streams.
+        counters: Numbers, strings and flags among the module's attributes that the step has changed: the attributes
+            they lie in, name and value.
+    """
+
+    __slots__ = ("_counters", "_random")
+
+    def __init__(self, random: RandomState, counters: list[tuple[dict[str, Any], str, Any]]) -> None:
+        self._random = random
+        self._counters = counters
+
+    @property
+    def counted(self) -> bool:
+        """Whether the step has changed a counter."""
+        return bool(self._counters)
+
+    def restore(self) -> None:
+        """Put random streams and counters where they were after the step."""
+        self._random.restore()
+        self.restore_counters()
+
+    def restore_counters(self) -> None:
+        """Put the counters where they were after the step."""
+        for attributes, name, value in self._counters:
+            attributes[name] = value
+
+
+@final
+class StepStart:
+    """What one step began from, beside weights and buffers.
+
+    Args:
+        random: The random streams.
+        attributes: The module's plain attributes.
+        batch: The batch; steps take entries out of dictionaries and lists.
+        depth: Levels of nested containers of it that are kept.
+    """
+
+    __slots__ = ("_attributes", "_contents", "_random")
+
+    def __init__(self, random: RandomState, attributes: Attributes, batch: Any, depth: int) -> None:
+        self._random = random
+        self._attributes = attributes
+        self._contents = list(_containers(batch, depth))
+
+    def restore(self, *, attributes: bool = True) -> None:
+        """Put random streams and the batch's containers back.
+
+        Args:
+            attributes: Whether to put the module's attributes back too.
+        """
+        for container, held in self._contents:
+            container.clear()
+            (container.update if isinstance(container, dict) else container.extend)(held)
+        if attributes:
+            self._attributes.restore()
+        self._random.restore()
+
+    def carried_back(self) -> None:
+        """Put those attributes back that a batch which is left out may have spoilt: all but numbers, strings and flags.
+
+        Those count steps, and belong to the clock.
+        """
+        self._attributes.restore(plain=False)
+
+    def clock_now(self) -> StepClock:
+        """What of all this the clock has moved on by now."""
+        return StepClock(self._random.now(), self._attributes.plain_now())
+
+
+def _containers(batch: Any, depth: int) -> Iterator[tuple[Any, Any]]:
+    if depth == 0:
+        return
+    if type(batch) in (dict, list):
+        yield batch, copy.copy(batch)
+    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    for item in items:
+        if isinstance(item, (dict, list, tuple)):
+            yield from _containers(item, depth - 1)
+
+
+@final
+class StepMemory:
+    """Remembers before every step what it begins from, and finds steps that cannot be made again.
+
+    A step that writes into its batch or into parameters would not be the same a second time. The first steps are
+    checked for it, and further ones now and then.
+
+    Args:
+        module: The module trained.
+        thresholds: Which steps are checked, and what is copied.
+
+    Attributes:
+        repeatable: Whether steps can be made again, as far as was seen.
+    """
+
+    def __init__(self, module: nn.Module, thresholds: RepeatedStepsThresholds = _DEFAULTS) -> None:
+        self._module = module
+        self._limits = thresholds
+        self._attributes = AttributeMemory(module, thresholds)
+        self._opened = 0
+        self._written: list[tuple[Any, int]] = []
+        self.repeatable = True
+
+    def attributes_now(self) -> Attributes:
+        """The module's attributes as they are now."""
+        return self._attributes.now()
+
+    def open(self, batch: Any, random: RandomState) -> StepStart:
+        """Remember what the coming step begins from.
+
+        Args:
+            batch: Its batch.
+            random: The random streams.
+        """
+        limits, count = self._limits, self._opened
+        self._opened += 1
+        checked = is_checked(count, limits.checked_every)
+        if checked:
+            tensors = [*nested_tensors(batch), *self._module.parameters()]
+            self._written = [(tensor, tensor._version) for tensor in tensors if _has_version(tensor)]
+        return StepStart(random, self._attributes.open(checked=checked), batch, limits.depth)
+
+    def close(self) -> None:
+        """Forward and backward are over: look at what they changed, where this step is a checked one."""
+        self._attributes.close()
+        written, self._written = self._written, []
+        if self.repeatable and any(tensor._version != version for tensor, version in written):
+            self.repeatable = False
+            _logger.debug("NaNGuard: training_step writes into its batch or into parameters; no step is made again.")
+
+
+def _has_version(tensor: Tensor) -> bool:
+    return not (is_lazy(tensor) or tensor.is_inference())

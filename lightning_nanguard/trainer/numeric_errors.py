@@ -1,0 +1,135 @@
+"""Exceptions of ``training_step`` that the numbers in it have caused, told from those that are the user's business."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_nanguard.guard.guard import Guard
+from lightning_nanguard.measure.batches import mapped, nested_tensors
+from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.snapshot import capture
+from lightning_nanguard.state.step_start import StepStart
+from lightning_nanguard.trainer.private.closures import MicroBatchRun
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.private.training_step import loss_with_graph
+
+if TYPE_CHECKING:
+    from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+
+_ANOMALY = re.compile(r"Function '\w+' returned nan values")
+
+
+def is_numeric(error: BaseException) -> bool:
+    """Whether numbers can be the cause of an exception, by its type.
+
+    Checks of values raise ValueError, ArithmeticError or AssertionError, solvers LinAlgError, and
+    ``detect_anomaly`` a RuntimeError. Errors of memory, devices and communication are none of these.
+    """
+    unsolved = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+    if isinstance(error, (ArithmeticError, AssertionError, unsolved, np.linalg.LinAlgError)):
+        return True
+    if isinstance(error, ValueError):
+        return not isinstance(error, UnicodeError)
+    return isinstance(error, RuntimeError) and _ANOMALY.match(str(error)) is not None
+
+
+@final
+class NumericErrors:
+    """Finds out whether the numbers of a batch or of the weights are the cause of an exception.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        guard: Knows the last good state.
+        replay: Knows healthy batches.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, guard: Guard, replay: TrainerBatchReplay) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._context = guard.context
+        self._replay = replay
+
+    def caused_by_numbers(self, run: MicroBatchRun, start: StepStart, *, backward: bool) -> bool:
+        """Whether the step succeeds with the numbers of a healthy batch, or with the last good weights.
+
+        A batch of the same structure, shape and index is run, from the same random numbers and attributes, so that an
+        exception with another cause is raised again.
+
+        Args:
+            run: The micro-batch whose run raised.
+            start: What it began from.
+            backward: Whether the exception was raised in the backward pass.
+        """
+        healthy = self._replay.batches.healthy
+        other = with_values_of(run.batch, healthy[-1][0]) if healthy else None
+        if other is not None and self._succeeds(other, run.batch_idx, start, backward=backward):
+            return True
+        if not self._context.ring.certified:
+            return False
+        with self._last_good_weights():
+            return self._succeeds(run.batch, run.batch_idx, start, backward=backward)
+
+    def _succeeds(self, batch: Any, batch_idx: int, start: StepStart, *, backward: bool) -> bool:
+        try:
+            with self._replay.untraced():
+                start.restore()
+                loss = loss_with_graph(self._trainer, batch, batch_idx)
+                if loss is None:
+                    return True
+                if backward:
+                    parameters = [p for p in self._module.parameters() if p.requires_grad]
+                    torch.autograd.grad(loss, parameters, allow_unused=True)
+                return bool(torch.isfinite(loss.detach()).all())
+        except Exception:
+            return False
+
+    @contextmanager
+    def _last_good_weights(self) -> Iterator[None]:
+        learner = self._context.learner
+        mine = capture(learner, step=0, global_step=0, leaves=[*learner.weights()])
+        restore(learner, self._context.ring.certified[0], keep=_is_weight)
+        try:
+            yield
+        finally:
+            restore(learner, mine, keep=_is_weight)
+
+
+def with_values_of(batch: Any, healthy: Any) -> Any:
+    """The batch with the floating numbers of a healthy one, row by row; ``None`` where their structures differ.
+
+    Whole numbers, such as classes and indices, stay as they are.
+    """
+    mine, others = list(nested_tensors(batch)), list(nested_tensors(healthy))
+    if len(mine) != len(others) or not any(map(torch.is_floating_point, mine)):
+        return None
+    if not all(_comparable(*pair) for pair in zip(mine, others, strict=True)):
+        return None
+    source = iter(others)
+    made: Callable[[Tensor], Tensor] = lambda tensor: _filled(tensor, next(source))  # noqa: E731
+    return mapped(batch, made)
+
+
+def _comparable(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape[1:] == other.shape[1:] and one.dim() == other.dim()
+
+
+def _filled(tensor: Tensor, healthy: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    if not tensor.dim():
+        return healthy
+    if not len(healthy):
+        return tensor
+    return healthy[torch.arange(len(tensor), device=tensor.device) % len(healthy)]
+
+
+def _is_weight(key: Any) -> bool:
+    return key[0] in ("parameter", "buffer")

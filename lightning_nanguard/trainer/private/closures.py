@@ -1,0 +1,144 @@
+"""The closure of automatic optimization: forward, ``zero_grad`` and backward of one micro-batch, run once or again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, final
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_nanguard.trainer.private.patches import wrap_method
+
+
+@final
+@dataclass(slots=True, eq=False)
+class MicroBatchRun:
+    """One micro-batch, as Lightning runs it.
+
+    Attributes:
+        optimizer: The optimizer it is run for.
+        batch: The batch; ``None`` where ``training_step`` takes batches from the loader by itself.
+        batch_idx: Its index in the epoch.
+        repeatable: Whether Lightning gives the batch to ``training_step``, so that it can be given again.
+        forward: Runs ``training_step``; gives a result that holds the loss.
+        zero_grad: Empties the gradients before backward; ``None`` within a window of accumulation.
+        whole: Runs all three.
+    """
+
+    optimizer: Optimizer
+    batch: Any
+    batch_idx: int
+    repeatable: bool
+    forward: Callable[[], Any]
+    zero_grad: Callable[[], None] | None
+    whole: Callable[[], Any]
+
+
+class MicroBatchRunner(Protocol):
+    """Runs micro-batches in Lightning's place."""
+
+    def run(self, micro: MicroBatchRun) -> Any:
+        """Run a micro-batch, ``micro.whole()`` or more; gives the result."""
+
+    def forward(self, micro: MicroBatchRun) -> Any:
+        """Called by ``micro.whole()`` for the forward pass, ``micro.forward()`` or more; gives the result."""
+
+
+def run_micro_batches_by(trainer: Any, runner: MicroBatchRunner) -> Callable[[], None]:
+    """Have ``runner`` run every micro-batch under automatic optimization.
+
+    Returns:
+        A function that undoes this.
+    """
+    return wrap_method(
+        trainer.fit_loop.epoch_loop.automatic_optimization, "_make_closure", partial(_make_closure, runner)
+    )
+
+
+def _make_closure(
+    runner: MicroBatchRunner,
+    original: Callable[..., Any],
+    kwargs: dict[str, Any],
+    optimizer: Optimizer,
+    batch_idx: int,
+) -> Any:
+    closure = original(kwargs, optimizer, batch_idx)
+    micro = MicroBatchRun(
+        optimizer,
+        kwargs.get("batch"),
+        batch_idx,
+        "batch" in kwargs,
+        closure._step_fn,
+        closure._zero_grad_fn,
+        closure.closure,
+    )
+    closure._step_fn = partial(runner.forward, micro)
+    closure.closure = partial(_run, runner, micro)
+    return closure
+
+
+def _run(runner: MicroBatchRunner, micro: MicroBatchRun, *args: Any, **kwargs: Any) -> Any:
+    return runner.run(micro)
+
+
+def accumulates(trainer: Any) -> bool:
+    """Whether the micro-batch at hand is followed by more before the optimizer steps."""
+    return bool(trainer.accumulate_grad_batches > 1 and trainer.fit_loop._should_accumulate())
+
+
+def result_of(trainer: Any, loss: Tensor) -> Any:
+    """What the forward pass gives for a loss."""
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+    return loop.output_result_cls.from_training_step_output(loss, trainer.accumulate_grad_batches)
+
+
+@contextmanager
+def uncounted(trainer: Any, listens: Callable[[Any], bool]) -> Iterator[None]:
+    """Inside, a micro-batch is run that has been counted before: no callback is called, no progress is made.
+
+    Args:
+        trainer: The trainer.
+        listens: Says which callbacks are called all the same.
+    """
+    loop, callbacks = trainer.fit_loop.epoch_loop.automatic_optimization, trainer.callbacks
+    progress = copy.deepcopy(loop.optim_progress.state_dict())
+    trainer.callbacks = [one for one in callbacks if listens(one)]
+    try:
+        yield
+    finally:
+        trainer.callbacks = callbacks
+        loop.optim_progress.load_state_dict(progress)
+
+
+def call_after_backward(trainer: Any, listens: Callable[[Any], bool]) -> None:
+    """Call ``on_after_backward`` of the callbacks that have seen the loss, where a backward pass was made again."""
+    for callback in trainer.callbacks:
+        if not listens(callback):
+            callback.on_after_backward(trainer, trainer.lightning_module)
+
+
+@contextmanager
+def logging_for(trainer: Any, batch: Any) -> Iterator[None]:
+    """Inside, ``self.log`` takes the batch size from this batch rather than from the one at hand."""
+    results = trainer.fit_loop.epoch_loop._results
+    before = results.batch, results.batch_size
+    results.batch, results.batch_size = batch, None
+    try:
+        yield
+    finally:
+        results.batch, results.batch_size = before
+
+
+def changes_gradients(trainer: Any, module: Any) -> bool:
+    """Whether code that is not Lightning's may run between backward and ``on_before_optimizer_step``."""
+    own = type(module).optimizer_step.__module__.split(".")[0]
+    parts = (trainer.strategy, trainer.precision_plugin)
+    return any(type(part).__module__.split(".")[0] not in _PACKAGES for part in parts) or own not in _PACKAGES
+
+
+_PACKAGES = ("pytorch_lightning", "lightning", "lightning_fabric")

@@ -1,0 +1,61 @@
+"""Gives each fit its id and its folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from lightning_nanguard import __version__
+from lightning_nanguard.record.base import RunInfo
+from lightning_nanguard.record.run_folder import RunFolder, open_run_folder
+from lightning_nanguard.record.run_log import new_run_id
+from lightning_nanguard.trainer.private.packages import Trainer
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+def open_run(
+    trainer: Trainer, dirpath: Path | None, run_id: str | None = None, **settings: Any
+) -> tuple[RunInfo, RunFolder]:
+    """What sinks may know of a fit, and its folder. All ranks have to call it, since they take the folder of rank 0.
+
+    Args:
+        trainer: The trainer.
+        dirpath: The folder; ``None`` for ``nanguard`` beside the checkpoints of the trainer's first logger.
+        run_id: Id of the run that is resumed.
+        settings: What the log of the run says of this fit.
+    """
+    folder = None
+    if trainer.is_global_zero:
+        base, shared = (dirpath, False) if dirpath is not None else _beside_checkpoints(trainer)
+        if getattr(trainer, "fast_dev_run", False):  # leaves no files, unless there is something to record
+            name = new_run_id() if run_id is None else run_id
+            folder = RunFolder(base / name, name)
+        else:
+            begin = {"step": trainer.global_step, "version": __version__, **settings}
+            folder = open_run_folder(base, run_id, shared=shared, begin=begin)
+    path, name = trainer.strategy.broadcast((str(folder.path), folder.run_id) if folder is not None else ("", ""))
+    info = RunInfo(trainer.global_rank, trainer.world_size, Path(path), name)
+    return info, folder or RunFolder(info.dirpath, name)
+
+
+def _beside_checkpoints(trainer: Trainer) -> tuple[Path, bool]:
+    """The folder ``nanguard`` beside that of ModelCheckpoint, and whether several runs have it in common."""
+    root = _local(trainer.default_root_dir)
+    try:
+        logger = trainer.logger
+        log_dir = getattr(logger, "log_dir", None)
+        if isinstance(log_dir, (str, Path)):
+            return _local(log_dir) / "nanguard", False
+        if logger is not None and logger.name is not None and logger.version not in (None, ""):
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            return _local(logger.save_dir or root) / str(logger.name) / version / "nanguard", False
+    except Exception as error:  # a logger of the user's
+        _logger.warning("NaNGuard: %s does not say where its run lies: %s", type(trainer.logger).__name__, error)
+    return root / "nanguard", True
+
+
+def _local(path: Any) -> Path:
+    # Records do not go to a bucket.
+    return Path("." if "://" in str(path) else path)

@@ -1,0 +1,347 @@
+"""Runs each micro-batch under automatic optimization, and runs it again where its loss or gradient is certainly bad."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+
+from lightning_nanguard.guard.guard import Guard
+from lightning_nanguard.state.step_start import StepClock, StepMemory, StepStart
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
+from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.numeric_errors import NumericErrors, is_numeric
+from lightning_nanguard.trainer.private.closures import (
+    MicroBatchRun,
+    accumulates,
+    call_after_backward,
+    changes_gradients,
+    logging_for,
+    result_of,
+    uncounted,
+)
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.window import Micro, Window, gradients_of
+from lightning_nanguard.types import Fault
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+class _BadLossError(Exception):
+    """Ends the run of a micro-batch of a window before its backward pass, which would spoil the window's gradients."""
+
+    def __init__(self, fault: Fault, result: Any) -> None:
+        super().__init__(fault.message)
+        self.fault, self.result = fault, result
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What a run of a micro-batch gave.
+
+    Attributes:
+        result: What Lightning goes on with; ``None`` after an exception.
+        fault: What is wrong with it; ``None`` where nothing is.
+        error: The exception it ended in.
+        early: Whether it ended before its backward pass, and so before any gradient and any hook of it.
+    """
+
+    result: Any = None
+    fault: Fault | None = None
+    error: Exception | None = None
+    early: bool = False
+
+
+@final
+class StepRunner:
+    """Runs micro-batches; a :class:`~lightning_nanguard.trainer.private.closures.MicroBatchRunner`.
+
+    Where a loss or a gradient is certainly bad, or ``training_step`` raises an error that numbers can cause, the
+    micro-batch is run again from the state, the batch and the random numbers it began from. If the fault is gone, the
+    step counts as if it had never been there. A micro-batch of a window of accumulation that stays bad is left out, and
+    the update is made from the others: their mean. All else is left to the guard, as if nothing had been run again.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        guard: The guard.
+        replay: Keeps the batches.
+        listens: Says which callback is the guard's.
+        thresholds: What is remembered before a step.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        guard: Guard,
+        replay: TrainerBatchReplay,
+        listens: Callable[[Any], bool],
+        thresholds: RepeatedStepsThresholds,
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._guard = guard
+        self._check = guard.steps
+        self._allowed = guard.steps.allowed() and bool(guard.context.learner.optimizers)
+        self._replay = replay
+        self._listens = listens
+        self._careful = changes_gradients(trainer, module)
+        self._memory = StepMemory(module, thresholds)
+        self._errors = NumericErrors(trainer, module, guard, replay)
+        self._window = Window(trainer, guard.steps, thresholds)
+        # Whether a micro-batch is being run again, whether a bad loss may go on to its backward pass, whether the
+        # forward pass at hand is over, and what takes its place.
+        self._again = self._may_pass = self._forward_over = False
+        self._instead: Any = None
+
+    # ---------------------------------------------------------------------------------------- Lightning's side
+
+    def forward(self, run: MicroBatchRun) -> Any:
+        """Run the forward pass; in a window, end the run of a bad micro-batch before its backward pass."""
+        if self._instead is not None:
+            return self._instead
+        self._forward_over = False
+        result = run.forward()
+        self._forward_over = True
+        if self._accumulating() and self._may_repeat() and not self._may_pass:
+            fault = self._check.fault_of_loss(result.closure_loss, 0)
+            if fault is not None:
+                raise _BadLossError(fault, result)
+        return result
+
+    def run(self, run: MicroBatchRun) -> Any:
+        """Run a micro-batch, again where that is called for; gives what Lightning goes on with."""
+        if self._again:
+            return run.whole()
+        random = self._replay.batches.begin_step()
+        try:
+            start = self._memory.open(run.batch, random)
+            if run.zero_grad is not None:
+                self._check.undo_also(start.carried_back)
+            return self._guarded(run, start) if self._allowed and run.repeatable else run.whole()
+        finally:
+            self._replay.batches.end_step()
+            self._memory.close()
+
+    def _guarded(self, run: MicroBatchRun, start: StepStart) -> Any:
+        micro = self._window.add(run, start)
+        steps = not accumulates(self._trainer)
+        try:
+            outcome = self._attempt(micro, steps=steps)
+            if outcome.fault is None and outcome.error is None:
+                return self._over(outcome.result, steps=steps)
+            if not self._may_repeat():
+                return _given(outcome)
+            self._memory.close()
+            if len(self._window.micros) > 1 and not outcome.early:
+                return self._window_again(outcome, steps=steps)
+            return self._micro_again(micro, outcome, steps=steps)
+        finally:
+            if steps:
+                self._window.close()
+
+    def _accumulating(self) -> bool:
+        return len(self._window.micros) > 1 or accumulates(self._trainer)
+
+    def _may_repeat(self) -> bool:
+        return self._allowed and self._memory.repeatable and self._window.is_kept()
+
+    # ---------------------------------------------------------------------------------------- one run
+
+    def _attempt(self, micro: Micro, *, steps: bool) -> _Outcome:
+        """Run a micro-batch once, and look at what it gave."""
+        try:
+            result = micro.run.whole()
+        except _BadLossError as bad:
+            return _Outcome(bad.result, bad.fault, early=True)
+        except Exception as error:
+            if not (self._again or is_numeric(error)):
+                raise
+            return _Outcome(error=error, early=not self._forward_over)
+        if not steps:
+            return _Outcome(result)
+        self._window.weigh(self._gradients)
+        return _Outcome(result, self._check.fault(0, careful=self._careful))
+
+    @contextmanager
+    def _repeating(self, *, counted: bool, passing: bool = False, instead: Any = None) -> Iterator[None]:
+        """Inside, runs are repeated ones.
+
+        Args:
+            counted: Whether hooks have been called for the micro-batch, and progress was made.
+            passing: Whether a bad loss may go on to its backward pass.
+            instead: What takes the place of the forward pass.
+        """
+        self._again, self._may_pass, self._instead = True, passing, instead
+        try:
+            with uncounted(self._trainer, self._listens) if counted else nullcontext():
+                yield
+        finally:
+            self._again = self._may_pass = False
+            self._instead = None
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return self._guard.context.learner.gradients(0)
+
+    # ---------------------------------------------------------------------------------------- one micro-batch again
+
+    def _micro_again(self, micro: Micro, first: _Outcome, *, steps: bool) -> Any:
+        """Run a bad micro-batch again, where the gradients hold at most those of earlier micro-batches."""
+        after = micro.start.clock_now()
+        last, counted = first, False
+        # Some faults hang on a counter or flag that the first run has changed, and come back with it.
+        for keeps in (False, True) if after.counted and first.error is None else (False,):
+            counted = counted or not last.early
+            self._rewind(micro, last)
+            if keeps:
+                after.restore_counters()
+            with self._repeating(counted=counted):
+                last = self._attempt(micro, steps=steps)
+            if last.fault is None and last.error is None:
+                if keeps:
+                    after.restore_counters()
+                if first.error is not None and not first.early:
+                    call_after_backward(self._trainer, self._listens)
+                self._check.record_transient(_fault_of(first))
+                return self._over(last.result, steps=steps)
+            if last.error is not None and not is_numeric(last.error):
+                self._memory.repeatable = False
+                _logger.debug("NaNGuard: a step cannot be made again: %r", last.error)
+                break
+        return self._stays_bad(micro, first, last, after, counted=counted or not last.early, steps=steps)
+
+    def _rewind(self, micro: Micro, outcome: _Outcome) -> None:
+        if not outcome.early:
+            self._check.drop_losses()
+        self._window.rewind(micro)
+
+    def _stays_bad(
+        self, micro: Micro, first: _Outcome, last: _Outcome, after: StepClock, *, counted: bool, steps: bool
+    ) -> Any:
+        """The fault came back: leave the micro-batch out of its window, or give it to the guard as it is."""
+        if first.error is not None and not self._errors.caused_by_numbers(
+            micro.run, micro.start, backward=not first.early
+        ):
+            raise first.error
+        alone = steps and len(self._window.left_out()) == len(self._window.micros) - 1
+        if not self._accumulating() and first.error is None and last.error is None:
+            return last.result  # forward and backward have run, and the guard sees what they gave
+        self._rewind(micro, last)
+        if self._accumulating() and not alone and self._check.state_is_finite():
+            return self._leave_out(micro, first, after, counted=counted, steps=steps)
+        return self._pass_on(micro, first, counted=counted)
+
+    def _pass_on(self, micro: Micro, first: _Outcome, *, counted: bool) -> Any:
+        """Run a bad micro-batch through its backward pass, an exception as a loss of NaN."""
+        error = first.error
+        self._check.raised(error)
+        loss = None if error is None and first.result is None else first.result
+        stands = self._nan_result() if error is not None or not self._memory.repeatable else None
+        with (
+            self._repeating(counted=counted, passing=True, instead=stands),
+            torch.autograd.set_detect_anomaly(False) if stands is not None else nullcontext(),
+        ):
+            result = micro.run.whole()
+        return result if loss is None else loss
+
+    def _nan_result(self) -> Any:
+        trained = [p for p in self._module.parameters() if p.requires_grad]
+        with torch.enable_grad():
+            loss = torch.stack([p.sum().to(trained[0].device, torch.float32) for p in trained]).sum() * float("nan")
+        return result_of(self._trainer, loss)
+
+    # ---------------------------------------------------------------------------------------- windows
+
+    def _leave_out(self, micro: Micro, first: _Outcome, after: StepClock, *, counted: bool, steps: bool) -> Any:
+        """Go on as if a micro-batch, to whose start all has been put back, had not been in its window."""
+        if micro.run.zero_grad is not None:
+            with uncounted(self._trainer, self._listens) if counted else nullcontext():
+                micro.run.zero_grad()
+        after.restore()
+        micro.left_out = _fault_of(first)
+        result = self._nan_result() if first.result is None else first.result
+        if steps:
+            self._window.weigh(self._gradients)
+            fault = self._check.fault(0, careful=self._careful)
+            if fault is not None:
+                return self._window_again(_Outcome(result, fault), steps=steps)
+        return self._over(result, steps=steps)
+
+    def _window_again(self, first: _Outcome, *, steps: bool) -> Any:
+        """Run all micro-batches of the window again, one by one, and leave out those that are bad."""
+        window, result, fault = self._window, None, None
+        known = len(window.left_out())
+        self._check.drop_losses()
+        self._check.rewind()
+        with self._repeating(counted=True):
+            for micro in window.micros:
+                last = steps and micro is window.micros[-1]
+                result = self._one_of_window(micro, known, last=last)
+        if first.error is not None and window.micros[-1].left_out is not None:
+            micro = window.micros[-1]
+            if not self._errors.caused_by_numbers(micro.run, micro.start, backward=not first.early):
+                raise first.error
+        if steps:
+            window.weigh(self._gradients)
+            fault = self._check.fault(0, careful=self._careful)
+        if len(window.left_out()) == known and fault is None:
+            if first.error is not None:
+                call_after_backward(self._trainer, self._listens)
+            self._check.record_transient(_fault_of(first))
+        return self._over(first.result if result is None else result, steps=steps)
+
+    def _one_of_window(self, micro: Micro, known: int, *, last: bool) -> Any:
+        parameters = list(self._module.parameters())
+        if micro.left_out is not None:
+            if micro.run.zero_grad is not None:
+                micro.run.zero_grad()
+            return None
+        before = [None] * len(parameters) if micro.run.zero_grad is not None else gradients_of(parameters)
+        # What a micro-batch found bad meanwhile had left in attributes is gone, and must not come back.
+        micro.start.restore(attributes=len(self._window.left_out()) == known)
+        attributes = self._memory.attributes_now()
+        trace = self._replay.make_undo(thorough=True)
+        trace.open()
+        only = last and len(self._window.left_out()) == len(self._window.micros) - 1
+        self._may_pass = only
+        with logging_for(self._trainer, micro.run.batch):
+            outcome = self._attempt(micro, steps=False)
+        self._may_pass = False
+        if outcome.fault is None and outcome.error is None:
+            outcome.fault = self._check.fault_of_gradients(0)
+        if (outcome.fault is None and outcome.error is None) or (only and outcome.error is None):
+            return outcome.result
+        if not outcome.early and outcome.error is None:
+            self._check.drop_last_loss()
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+        trace.undo()
+        attributes.restore(plain=False)
+        micro.left_out = _fault_of(outcome)
+        return outcome.result
+
+    def _over(self, result: Any, *, steps: bool) -> Any:
+        """The micro-batch is over; where the update follows, record what was left out of it."""
+        if steps:
+            for micro, fault in self._window.left_out():
+                with self._replay.suspecting(micro.run.batch_idx):
+                    self._check.record_left_out(fault)
+        return result
+
+
+def _given(outcome: _Outcome) -> Any:
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.result
+
+
+def _fault_of(outcome: _Outcome) -> Fault:
+    if outcome.fault is not None:
+        return outcome.fault
+    text = " ".join(f"training_step raised {type(outcome.error).__name__}: {outcome.error}".split())
+    return Fault("non_finite_loss", "batch", "loss", None, text[:200])

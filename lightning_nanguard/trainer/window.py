@@ -1,0 +1,116 @@
+"""The micro-batches of one update: one, or those of a window of accumulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from lightning_nanguard.guard.step_check import StepCheck
+from lightning_nanguard.measure.batches import nested_tensors
+from lightning_nanguard.measure.tensors import size
+from lightning_nanguard.state.step_start import StepStart
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
+from lightning_nanguard.trainer.private.closures import MicroBatchRun, logging_for
+from lightning_nanguard.trainer.private.packages import Trainer
+from lightning_nanguard.types import Fault
+
+
+@final
+@dataclass(slots=True, eq=False)
+class Micro:
+    """A micro-batch of the update at hand.
+
+    Attributes:
+        run: Runs it.
+        start: What it began from, beside weights and buffers.
+        left_out: Why the update is made without it; ``None`` where it is a part of it.
+    """
+
+    run: MicroBatchRun
+    start: StepStart
+    left_out: Fault | None = None
+
+
+@final
+class Window:
+    """Keeps the micro-batches of the update at hand, so that they can be run again.
+
+    Args:
+        trainer: The trainer.
+        check: Puts back what the window has changed.
+        thresholds: Bytes up to which batches are kept.
+
+    Attributes:
+        micros: The micro-batches so far, the newest last.
+    """
+
+    def __init__(self, trainer: Trainer, check: StepCheck, thresholds: RepeatedStepsThresholds) -> None:
+        self._trainer = trainer
+        self._check = check
+        self._limits = thresholds
+        self._bytes = 0
+        self.micros: list[Micro] = []
+
+    def add(self, run: MicroBatchRun, start: StepStart) -> Micro:
+        """Take a micro-batch that is about to be run."""
+        micros = self.micros
+        if run.zero_grad is not None:
+            micros.clear()
+            self._bytes = 0
+        micros.append(Micro(run, start))
+        if len(micros) > 1 or self._trainer.accumulate_grad_batches > 1:
+            self._bytes += sum(map(size, nested_tensors(run.batch)))
+        return micros[-1]
+
+    def close(self) -> None:
+        """The update is about to be made: let go of the batches."""
+        self.micros.clear()
+        self._bytes = 0
+
+    def is_kept(self) -> bool:
+        """Whether every micro-batch of the update is at hand."""
+        micros = self.micros
+        return bool(micros) and micros[0].run.zero_grad is not None and self._bytes <= self._limits.window_bytes
+
+    def rewind(self, micro: Micro) -> None:
+        """Put everything but the gradients back to where a micro-batch began.
+
+        What the earlier ones have changed, such as running statistics, is made again by their forward passes.
+        """
+        self._check.rewind()
+        for earlier in self.micros:
+            if earlier is micro:
+                break
+            if earlier.left_out is None:
+                earlier.start.restore()
+                with logging_for(self._trainer, earlier.run.batch), torch.enable_grad():
+                    earlier.run.forward()
+        micro.start.restore()
+
+    def left_out(self) -> list[tuple[Micro, Fault]]:
+        """The micro-batches that are left out, and why."""
+        return [(micro, micro.left_out) for micro in self.micros if micro.left_out is not None]
+
+    def weigh(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
+        """Make the gradients those of the mean over the micro-batches that are not left out.
+
+        Lightning divides each loss by the length of a window.
+
+        Args:
+            gradients: Gives the gradients.
+        """
+        count = len(self.micros)
+        good = count - len(self.left_out()) if count > 1 else count
+        if 0 < good < count:
+            with torch.no_grad():
+                for gradient in gradients():
+                    gradient.mul_(count / good)
+
+
+def gradients_of(parameters: Sequence[Tensor]) -> list[Any]:
+    """Copies of the gradients of some parameters; ``None`` for one without."""
+    return [None if p.grad is None else p.grad.detach().clone() for p in parameters]

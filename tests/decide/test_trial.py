@@ -1,0 +1,75 @@
+"""What a trial shows: the share of what can be learned that a run lacks."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_nanguard.decide.trial import TrialLosses, judge_trial
+from lightning_nanguard.thresholds.trial import TrialThresholds
+from lightning_nanguard.types import Trial
+
+LIMITS = TrialThresholds()
+
+
+def losses(start: float, best: float, now: float, later: float, arm: float, *, noise: float = 0.0) -> TrialLosses:
+    """Sixteen batches under each state: each batch has a difficulty of its own, and each loss some noise."""
+    draw = random.Random(0)
+    hard = [draw.gauss(0, 0.5) for _ in range(16)]
+    made = [[level + one + noise * draw.gauss(0, 1) for one in hard] for level in (start, best, now, later, arm)]
+    return TrialLosses(*made, factor=1 / 16)
+
+
+@pytest.mark.parametrize(
+    ("levels", "lacks", "base"),
+    [
+        ((2.0, 2.0, 2.1, 2.2, 1.0), 1.1, "start"),
+        ((2.0, 2.0, 1e6, math.inf, 1.0), 1e6, "start"),
+        ((2.0, 1.9, 1.8, 1.5, 1.0), 0.5, "start"),
+        ((2.0, 1.05, 1.8, 1.5, 1.0), 0.5, "best"),
+        ((2.0, 1.05, 1.5, 1.09, 1.0), 0.0, "start"),
+        ((2.0, 1.5, 1.5, 0.9, 1.0), 0.0, "start"),
+        ((2.0, 2.0, 2.1, 2.2, 2.0), 0.0, "start"),
+        ((2.0, 2.0, 2.1, 2.2, math.nan), 0.0, "start"),
+    ],
+    ids=["ruined", "exploded", "behind", "behind what it was", "hardly behind", "ahead", "nothing learns", "arm lost"],
+)
+def test_the_share_decides(levels: tuple[float, float, float, float, float], lacks: float, base: str) -> None:
+    """A run that lacks a clear share of what the arm learned goes back to the state worth going back to."""
+    trial = judge_trial(losses(*levels), LIMITS)
+    assert trial.lacks == pytest.approx(lacks, rel=0.01)
+    assert trial.base == base
+    assert (trial.lacks > 0) == (lacks > 0)
+
+
+def test_worse_than_it_was() -> None:
+    """A run that lost a third of what it had learned goes back to its best state, if an arm does better."""
+    limits = replace(LIMITS, lacks=0.9)
+    assert judge_trial(losses(2.0, 1.2, 1.8, 1.7, 1.0), limits).base == "best"
+    assert judge_trial(losses(2.0, 1.6, 1.8, 1.7, 1.0), limits) == Trial()
+
+
+@given(st.integers(-60, 60), st.tuples(*[st.floats(0.1, 10.0)] * 5), st.floats(0.0, 0.5))
+@settings(max_examples=200)
+def test_the_unit_of_the_loss_does_not_matter(
+    exponent: int, levels: tuple[float, float, float, float, float], noise: float
+) -> None:
+    """Losses times a power of two give the same trial, bit for bit."""
+    one = losses(*levels, noise=noise)
+    states = (one.start, one.best, one.now, one.later, one.arm)
+    scaled = [[math.ldexp(loss, exponent) for loss in state] for state in states]
+    assert judge_trial(TrialLosses(*scaled, factor=one.factor), LIMITS) == judge_trial(one, LIMITS)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=300)
+def test_noise_alone_shows_nothing(seed: int) -> None:
+    """States that are equally good differ by chance, and no share is lacking where signs disagree."""
+    draw = random.Random(seed)
+    states = [[1.0 + draw.gauss(0, 1) for _ in range(16)] for _ in range(5)]
+    assert judge_trial(TrialLosses(*states, factor=0.25), LIMITS) == Trial()

@@ -1,0 +1,99 @@
+"""Batches as JSON and named tensors."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_nanguard.diagnosis.bundle_batch import put_together, take_apart
+from tests.batches import KINDS, Graph, Slots, packed, tensors_of
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning"),
+]
+
+
+def again(batch: Any) -> Any:
+    tensors: dict[str, Tensor] = {}
+    missing: list[str] = []
+    structure = take_apart(batch, "batch", tensors, missing)
+    assert missing == []
+    return put_together(json.loads(json.dumps(structure)), tensors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_comes_back(kind: str) -> None:
+    """The batch has the type it had, with the same tensors, and the rest of it too."""
+    batch = KINDS[kind](torch.ones(3, 2), torch.zeros(3))
+    back = again(batch)
+    assert type(back) is type(batch)
+    assert [tensor.tolist() for tensor in tensors_of(back)] == [tensor.tolist() for tensor in tensors_of(batch)]
+    if isinstance(batch, dict):
+        assert list(back) == list(batch)
+    if isinstance(batch, Graph):
+        assert back.itself is back
+        assert back.parent() is back
+
+
+EYE = torch.eye(3)
+ODD = {
+    "sparse": EYE.to_sparse,
+    "csr": EYE.to_sparse_csr,
+    "csc": EYE.to_sparse_csc,
+    "complex": lambda: EYE * 1j,
+    "float8": lambda: EYE.to(torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_tensors_come_back(kind: str) -> None:
+    """Sparse tensors have the layout they had, and every dtype is kept."""
+    tensor = ODD[kind]()
+    (back,) = again((tensor,))
+    assert (back.dtype, back.layout) == (tensor.dtype, tensor.layout)
+    assert torch.equal(back.to_dense().to(torch.complex64), tensor.to_dense().to(torch.complex64))
+
+
+def test_sequences_and_arrays_come_back() -> None:
+    """Packed sequences, nested tensors of both layouts, and arrays of numbers."""
+    sequence, array = packed(torch.arange(6.0).view(3, 2)), np.arange(3)
+    parts = [torch.ones(2, 3), torch.zeros(1, 3)]
+    nested = [torch.nested.nested_tensor(parts, layout=layout) for layout in (torch.strided, torch.jagged)]
+    back = again([sequence, *nested, array])
+    assert [part.tolist() for part in back[0]] == [part.tolist() for part in sequence]
+    for mine, theirs in zip(nested, back[1:3], strict=True):
+        assert mine.layout == theirs.layout
+        assert [part.tolist() for part in theirs.unbind()] == [part.tolist() for part in parts]
+    assert back[3].tolist() == [0, 1, 2]
+
+
+def test_what_cannot_be_kept_is_named() -> None:
+    """A class that no name leads to, a tensor without numbers, and an object that hides what it holds."""
+
+    class Local:
+        def __init__(self) -> None:
+            self.x = torch.ones(1)
+
+    missing: list[str] = []
+    batch = {"a": Local(), "b": torch.ones(1, device="meta"), "c": memoryview(b"1")}
+    assert take_apart(batch, "batch/0", {}, missing) == {"dict": [[key, {"value": None}] for key in batch]}
+    assert missing == [
+        f"batch/0/a ({__name__}.{Local.__qualname__})", "batch/0/b (torch.Tensor)", "batch/0/c (builtins.memoryview)",
+    ]  # fmt: skip
+
+
+def test_a_class_that_is_gone_is_named() -> None:
+    """The error says what is missing and where it could be replayed."""
+    structure = take_apart(Slots(torch.ones(1), torch.ones(1)), "batch", tensors := {}, [])
+    structure["object"][0] = "elsewhere.batches:Slots"
+    with pytest.raises(ValueError, match=r"holds a elsewhere\.batches:Slots, which is not found\. Replay it where"):
+        put_together(structure, tensors)
+    structure["object"][0] = "builtins:int"
+    with pytest.raises(ValueError, match="holds a builtins:int, which could not be made anew"):
+        put_together(structure, tensors)

@@ -1,0 +1,101 @@
+"""Plain attributes of a module, put back as they were before a step."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lightning_nanguard.state.attribute_memory import AttributeMemory
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
+
+
+class Carries(nn.Module):
+    """A module that carries a hidden state, counts and collects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.hidden: torch.Tensor | None = None
+        self.seen = 0
+        self.outputs: list[int] = []
+        self.table = {"a": 1}
+        self.last = deque([1, 2], maxlen=2)
+
+    def step(self, value: int) -> None:
+        self.hidden = torch.full((1,), float(value))
+        self.seen += 1
+        self.outputs.append(value)
+        self.table["b"] = value
+        self.last.append(value)
+        self.new = value
+
+
+def test_everything_is_put_back() -> None:
+    """Numbers, tensors and containers are what they were before the step; what it has added is gone."""
+    module = Carries()
+    memory = AttributeMemory(module)
+    module.outputs.append(7)
+    hidden = module.hidden = torch.ones(1)
+    before = memory.open(checked=True)
+    weight = module.inner.weight
+    module.step(3)
+    memory.close()
+    before.restore()
+    assert module.hidden is hidden
+    assert (module.seen, module.outputs, module.table, list(module.last)) == (0, [7], {"a": 1}, [1, 2])
+    assert not hasattr(module, "new")
+    assert module.inner.weight is weight
+
+
+def test_counters_may_stay() -> None:
+    """Where a step is left out its tensors and containers go back, numbers and flags do not."""
+    module = Carries()
+    before = AttributeMemory(module).open(checked=True)
+    module.step(3)
+    before.restore(plain=False)
+    assert (module.hidden, module.seen, module.new, module.outputs) == (None, 1, 3, [])
+
+
+def test_a_long_list_that_only_grows_is_cut() -> None:
+    """Its items are not copied before every step; those that the step has added go."""
+    module = Carries()
+    memory = AttributeMemory(module, replace(RepeatedStepsThresholds(), copied_items=3))
+    module.outputs = [*range(10)]
+    before = memory.open(checked=True)
+    module.step(3)
+    before.restore()
+    assert module.outputs == [*range(10)]
+
+
+def test_parts_whose_attributes_change_are_found() -> None:
+    """A module inside is remembered from the checked step on in which it was seen to change, others are not."""
+    root = nn.Sequential(Carries(), nn.Linear(2, 2))
+    part: Carries = root[0]  # type: ignore[assignment]
+    memory = AttributeMemory(root)
+    before = memory.open(checked=False)
+    part.step(1)
+    memory.close()
+    before.restore()
+    assert part.seen == 1, "not yet known"
+    memory.open(checked=True)
+    part.step(2)
+    memory.close()
+    assert len(memory._changing) == 2
+    before = memory.open(checked=False)
+    part.step(3)
+    memory.close()
+    before.restore()
+    assert (part.seen, part.outputs, part.new) == (2, [1, 2], 2)
+
+
+def test_plain_values_that_changed_are_named() -> None:
+    """Numbers and flags with another value than before; equal ones, tensors and containers are none."""
+    module = Carries()
+    before = AttributeMemory(module).open(checked=True)
+    module.table = dict(module.table)
+    assert before.plain_now() == []
+    module.step(5)
+    assert {(name, value) for _, name, value in before.plain_now()} == {("seen", 1), ("new", 5)}

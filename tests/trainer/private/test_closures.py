@@ -1,0 +1,187 @@
+"""The closure of automatic optimization, in Lightning's place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytorch_lightning import Callback
+from torch.optim import Optimizer
+
+from lightning_nanguard.trainer.private.closures import (
+    MicroBatchRun,
+    accumulates,
+    call_after_backward,
+    changes_gradients,
+    logging_for,
+    result_of,
+    run_micro_batches_by,
+    uncounted,
+)
+from tests.helpers import Batch, Task, batches, differences, fit, mlp, state_of, task
+
+
+class Runner:
+    """Passes everything on, or runs each micro-batch twice."""
+
+    def __init__(self, trainer: Any = None, *, twice: bool = False, listens: Callable[[Any], bool] = bool) -> None:
+        self.trainer, self.twice, self.listens = trainer, twice, listens
+        self.seen: list[tuple[MicroBatchRun, bool]] = []
+        self.forwards = 0
+
+    def run(self, run: MicroBatchRun) -> Any:
+        self.seen.append((run, accumulates(self.trainer)))
+        result = run.whole()
+        if self.twice:
+            gradients = [parameter.grad for parameter in self.trainer.lightning_module.parameters()]
+            with uncounted(self.trainer, self.listens):
+                run.whole()
+            for parameter, gradient in zip(self.trainer.lightning_module.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+        return result
+
+    def forward(self, run: MicroBatchRun) -> Any:
+        self.forwards += 1
+        return run.forward()
+
+
+class Installs(Callback):
+    """Has a runner run the micro-batches of a fit, and calls hooks of its own down."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.calls: list[str] = []
+        self.undo: Callable[[], None]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.runner.trainer = trainer
+        self.undo = run_micro_batches_by(trainer, self.runner)
+
+    def on_before_zero_grad(self, *args: Any) -> None:
+        self.calls.append("zero_grad")
+
+    def on_before_backward(self, *args: Any) -> None:
+        self.calls.append("backward")
+
+    def on_after_backward(self, *args: Any) -> None:
+        self.calls.append("after")
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.undo()
+        assert "_make_closure" not in vars(trainer.fit_loop.epoch_loop.automatic_optimization)
+
+
+def test_every_micro_batch_is_run_by_the_runner(tmp_path: Path) -> None:
+    """It is told batch, index and place in the window, and a runner that passes on changes nothing."""
+    runner, data = Runner(), batches(count=5)
+    options: dict[str, Any] = {"folder": tmp_path, "accumulate_grad_batches": 2, "max_epochs": 2}
+    run = fit(task(metric=True), data, callbacks=[Installs(runner)], **options)
+    assert [one.batch_idx for one, _ in runner.seen] == [*range(5)] * 2
+    assert [one.zero_grad is not None for one, _ in runner.seen] == [True, False, True, False, True] * 2
+    assert [waits for _, waits in runner.seen] == [True, False, True, False, False] * 2
+    assert all(one.repeatable and one.batch[0].equal(data[one.batch_idx][0]) for one, _ in runner.seen)
+    assert runner.forwards == 10
+    assert differences(state_of(run), state_of(fit(task(metric=True), data, **options))) == []
+
+
+def test_what_is_not_counted(tmp_path: Path) -> None:
+    """A repeated run calls no callback but those that listen, and makes no progress in Lightning's counts."""
+    progress, calls = [], []
+    for twice in (False, True):
+        runner = Runner(twice=twice, listens=lambda callback: False)
+        installs = Installs(runner)
+        run = fit(task(), batches(count=3), callbacks=[installs], folder=tmp_path)
+        loop = run.trainer.fit_loop.epoch_loop.automatic_optimization
+        progress.append(loop.optim_progress.state_dict())
+        calls.append(installs.calls)
+        assert runner.forwards == 3 * (1 + twice)
+        assert installs in run.trainer.callbacks
+    assert progress[0] == progress[1]
+    assert calls[0] == calls[1] == ["zero_grad", "backward", "after"] * 3
+    listening = Installs(Runner(twice=True, listens=lambda callback: isinstance(callback, Installs)))
+    fit(task(), batches(count=1), callbacks=[listening], folder=tmp_path)
+    assert len(listening.calls) == 6
+
+
+class Logs(Task):
+    """Logs without saying how many samples its batch has."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        loss = (self.net(batch[0]) - batch[1]).square().mean()
+        self.log("mean", float(batch_idx), on_epoch=True)
+        return loss
+
+
+def test_the_batch_size_of_what_is_logged(tmp_path: Path) -> None:
+    """``self.log`` counts the samples of the batch that is run, not of the one at hand."""
+    data = [*batches(count=1, size=2), *batches(count=1, size=6)]
+    seen = []
+
+    class Again(Installs):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            results = trainer.fit_loop.epoch_loop._results
+            with logging_for(trainer, data[0]):
+                assert results.batch is data[0]
+                assert results.batch_size is None
+            seen.append(results.batch is batch)
+
+    run = fit(Logs(mlp()), data, callbacks=[Again(Runner())], folder=tmp_path)
+    assert seen == [True, True]
+    assert float(run.trainer.callback_metrics["mean_epoch" if "mean_epoch" in run.trainer.callback_metrics else "mean"])
+
+
+def test_a_loss_becomes_a_result(tmp_path: Path) -> None:
+    """Divided by the length of the window, with a graph to go back through and a loss for the hooks."""
+
+    class Asks(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            weight = next(pl_module.parameters())
+            result = result_of(trainer, weight.sum() * 0 + 6.0)
+            assert float(result.loss) == 3.0
+            assert result.closure_loss.requires_grad
+            assert result.asdict()["loss"] is result.loss
+
+    fit(task(), batches(count=2), callbacks=[Asks()], folder=tmp_path, accumulate_grad_batches=2)
+
+
+def test_after_backward_is_called_for_those_that_did_not_hear_of_it(tmp_path: Path) -> None:
+    """A backward pass that raised and was made again is over for them once."""
+    installs = Installs(Runner())
+    run = fit(task(), batches(count=1), callbacks=[installs], folder=tmp_path)
+    installs.calls.clear()
+    call_after_backward(run.trainer, lambda callback: callback is installs)
+    assert installs.calls == []
+    call_after_backward(run.trainer, lambda callback: False)
+    assert installs.calls == ["after"]
+
+
+def test_who_changes_gradients_after_backward(tmp_path: Path) -> None:
+    """The user's ``optimizer_step`` may, and so may a plugin that is not Lightning's."""
+
+    class Steps(Task):
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            super().optimizer_step(*args, **kwargs)
+
+    answers = []
+    for module in (Task(mlp()), Steps(mlp())):
+        run = fit(module, batches(count=1), folder=tmp_path)
+        answers.append(changes_gradients(run.trainer, module))
+    assert answers == [False, True]
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument")
+def test_a_step_that_takes_its_batches_itself_cannot_be_given_one_again(tmp_path: Path) -> None:
+    """It would take the next one."""
+
+    class Takes(Task):
+        def training_step(self, dataloader_iter: Any) -> Any:
+            batch, _, _ = next(dataloader_iter)
+            return (self.net(batch[0]) - batch[1]).square().mean()
+
+    runner = Runner()
+    fit(Takes(mlp()), batches(count=2), callbacks=[Installs(runner)], folder=tmp_path)
+    assert [one.repeatable for one, _ in runner.seen] == [False, False]
+    assert isinstance(runner.seen[0][0].optimizer, Optimizer)
