@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_nanguard.record.messages import describe
 from lightning_nanguard.state.batch_history import BatchHistory, MicroBatch
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
+from lightning_nanguard.thresholds.diagnosis import DEFAULT
 from lightning_nanguard.types import Evidence
 from tests.diagnosis.failing_runs import AT, RUNS, STEPS, FailingRun, Lossy, mse
 from tests.helpers import (
@@ -257,7 +259,8 @@ def test_replays_become_rare() -> None:
 
     tape = BatchHistory(torch.device("cpu"))
     tape.add(1, 0, torch.ones(3, 2))
-    doctor = Diagnostician(Learner(net, []), Ring(), step, nullcontext)
+    limits = replace(DEFAULT, replay=replace(DEFAULT.replay, other_draws=0))
+    doctor = Diagnostician(Learner(net, []), Ring(), step, nullcontext, thresholds=limits)
     fault = Fault("non_finite_loss", "batch", "loss", NAN)
     seen = []
     for _ in range(20):
