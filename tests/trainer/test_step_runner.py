@@ -190,7 +190,7 @@ class Checks(Faulty):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.kind == "distribution":
             mean, scale = self.net(batch[0]).unbind(1)
-            normal = torch.distributions.Normal(mean, scale.exp())
+            normal = torch.distributions.Normal(mean, scale.exp(), validate_args=True)
             return -normal.log_prob(batch[1][:, 0]).mean()
         if self.kind == "solver":
             x = batch[0]
