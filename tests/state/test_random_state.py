@@ -70,7 +70,7 @@ def test_other_positions_give_other_numbers() -> None:
         return draw()
 
     try:
-        first, again, other = from_elsewhere(1), from_elsewhere(1), from_elsewhere(2)
+        first, again, other = from_elsewhere(101), from_elsewhere(101), from_elsewhere(102)
         before.restore()
         own = draw()
     finally:
