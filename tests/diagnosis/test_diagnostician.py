@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -293,3 +294,24 @@ def test_what_was_found_before_is_told_of_a_fault_that_is_not_run_again(tmp_path
     assert told[4].suggestion.startswith("not run again; most likely as at update ")
     assert told[4].confidence < told[0].confidence
     assert all(one.lr_before == one.lr_after for one in guard.interventions)
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: torch.rand(()), lambda: torch.tensor(random.random())], ids=["torch", "Python"]
+)
+def test_a_fault_that_depends_on_the_draw_is_told_as_such(draw: Any, tmp_path: Path) -> None:
+    """It is finite with other random numbers; the batch is skipped, and the rate is left alone."""
+
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return mse(net, x, y) - 0.01 * torch.log((draw() - 0.1).clamp(min=0.0))
+
+    random.seed(0)
+    torch.manual_seed(0)
+    guard = NaNGuard()
+    fit(Lossy(loss), batches(count=60), guard, folder=tmp_path)
+    assert {one.cause for one in guard.interventions} == {"random_draw"}
+    assert {one.remedies for one in guard.interventions} == {("skip",)}
+    finding = first(guard)
+    assert finding is not None
+    assert "training_step (log, test_diagnostician.py:" in finding.place
+    assert guard.lr_multiplier == 1.0
