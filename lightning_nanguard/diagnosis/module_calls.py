@@ -41,7 +41,6 @@ class ModuleCalls:
 
     def __init__(self, modules: Mapping[str, nn.Module], most: int) -> None:
         self._paths = {id(one): path for path, one in modules.items()}
-        self._compiled = any(map(_is_compiled, modules.values()))
         self._most = most
         self._calls: list[_Call] = []
         self._handle: RemovableHandle | None = None
@@ -49,12 +48,7 @@ class ModuleCalls:
         self._raw: set[int] = set()
 
     def begin(self, batch: Any) -> None:
-        """Note calls from now on, with a batch whose tensors need no graph; not of a compiled model.
-
-        A hook would become a part of what ``torch.compile`` traces.
-        """
-        if self._compiled:
-            return
+        """Note calls from now on, with a batch whose tensors need no graph."""
         self._raw = {storage_key(tensor) for _, tensor in tensor_fields(batch)}
         self._handle = register_module_forward_hook(self._see)
 
@@ -67,7 +61,7 @@ class ModuleCalls:
 
     def _see(self, module: nn.Module, given: Any, made: Any) -> None:
         if torch.compiler.is_compiling():
-            return
+            return  # the hook would become a part of what is compiled
         path = self._paths.get(id(module))
         if path is None or len(self._calls) >= self._most:
             return
@@ -114,10 +108,6 @@ class ModuleCalls:
             for place, shape in call.made:
                 places[place] = shapes[shape] = index
         return {call.path for call in self._calls[: last + 1] if call.graph}
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
 
 
 def _known(tensor: Tensor) -> _Known:
