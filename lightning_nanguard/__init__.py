@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         Range,
     )
     from lightning_nanguard.errors import BadCheckpointError, TrainingDivergedError
+    from lightning_nanguard.measure.sample_parts import sample_hash
     from lightning_nanguard.record.base import RunInfo, Sink
     from lightning_nanguard.record.wandb_alert import WandbAlert
     from lightning_nanguard.record.webhook import Webhook
@@ -99,6 +100,7 @@ _HOMES = {
     "WandbAlert": "record.wandb_alert",
     "Webhook": "record.webhook",
     "Window": "detect.window",
+    "sample_hash": "measure.sample_parts",
 }
 
 __all__ = [
@@ -149,6 +151,7 @@ __all__ = [
     "Webhook",
     "Window",
     "__version__",
+    "sample_hash",
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -35,7 +35,7 @@ from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.resuming import before_resuming
 from lightning_nanguard.trainer.private.strategies import check_strategy
 from lightning_nanguard.trainer.switch import switched
-from lightning_nanguard.types import ActOn, Advice, Fault, Intervention
+from lightning_nanguard.types import ActOn, Fault, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -176,16 +176,6 @@ class NaNGuard(DisplayedGuard):
     # ------------------------------------------------------------------------------------------------ what users read
 
     @property
-    def interventions(self) -> Sequence[Intervention]:
-        """The newest interventions, oldest first; all of them are on disk."""
-        return self._memory
-
-    @property
-    def advice(self) -> Sequence[Advice]:
-        """What was noticed in the last fit and left alone, such as by the preflight."""
-        return tuple(self._memory.advice)
-
-    @property
     def run_id(self) -> str | None:
         """Id of the run, which its records and checkpoints carry; ``None`` before the first fit."""
         return self._run_id
@@ -248,6 +238,7 @@ class NaNGuard(DisplayedGuard):
                 thresholds=given.thresholds.checkpoints,
             )
             self._undo_gate = before_resuming(trainer, self._gate)
+            self._watch_data(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the guard of this fit and look at the state before the first update."""
@@ -255,7 +246,8 @@ class NaNGuard(DisplayedGuard):
         if given is None:
             return
         resumed, self._resumed_run = self._resumed_run, None
-        fit = self._fit = build_fit(trainer, pl_module, given, self._memory, resumed)
+        order = self._order or self._watch_data(trainer)
+        fit = self._fit = build_fit(trainer, pl_module, given, self._memory, order, resumed)
         self._run_id, self._run_dir = fit.folder.run_id, str(fit.folder.path)
         self._memory.take_advice(fit.advice.given)
         fit.diagnostics.preflight_due = given.preflight and trainer.global_step == 0
@@ -286,7 +278,7 @@ class NaNGuard(DisplayedGuard):
         if fit.diagnostics.preflight_due:
             fit.diagnostics.preflight(batch)
         fit.averages.watch()
-        replay.batches.add(fit.guard.updates + 1, batch_idx, batch)
+        replay.batches.add(fit.guard.updates + 1, batch_idx, batch, fit.order.origin(batch_idx))
         if fit.diagnostics.first_updates is not None:
             fit.diagnostics.first_updates.see_batch(batch)
         fit.guard.open_batch()
@@ -365,6 +357,7 @@ class NaNGuard(DisplayedGuard):
         self._undo_gate()
         fit = self._fit
         if fit is None:
+            self._leave_data()
             return
         try:
             fit.context.rate.withdraw()
@@ -394,6 +387,7 @@ class NaNGuard(DisplayedGuard):
     def _end(self) -> None:
         self._undo_gate()
         self._undo_gate = nothing
+        self._leave_data()
         for name in ("log", "log_dict"):  # Lightning leaves the module's here, which would keep it alive
             vars(self).pop(name, None)
         fit, self._fit = self._fit, None
@@ -433,6 +427,7 @@ class NaNGuard(DisplayedGuard):
             )
             return
         self._resumed = state_dict.get("guard")
+        self._know_samples(self._resumed)
         self._memory.total = int(state_dict.get("interventions", 0))
 
     def _counts(self) -> tuple[Counter[str], Counter[str]]:

@@ -14,12 +14,14 @@ from typing import Any, Literal, NamedTuple
 SCHEMA_VERSION = 1
 """Version of the JSON written by :meth:`Intervention.to_dict`; raised when a field changes its meaning."""
 
-
 ActOn = Literal["certain", "evidence"]
 """For what the guard changes a run: only for what is certain, or also for finite suspicions that evidence confirms."""
 
 Scope = Literal["batch", "learner", "state"]
 """What is at fault: one batch, the learner (weights, rate, clipping), or state that went bad by itself."""
+
+Row = int | str
+"""A row of a data set: its index, or in words what a sampler of the user's draws."""
 
 
 class Reading(NamedTuple):
@@ -188,12 +190,13 @@ class Finding:
     Attributes:
         cause: Identifier of the cause, such as ``"non_finite_input"``.
         confidence: From 0 to 1.
-        evidence: The numbers it rests on.
+        evidence: The numbers it rests on; where ``rows`` are not known, ``position`` and ``hash`` of the samples.
         place: Module, operation or tensor.
         samples: Indices of the batch's samples concerned.
         suggestion: What the user should do.
         scope: What is at fault by this finding, as in :class:`Fault`; ``None`` where it does not say. The learning rate
             is not cut for a finding that blames the batch, unless the last good weights do better on it.
+        rows: Rows of the data set that ``samples`` are, in the same order; empty where they are not known.
     """
 
     cause: str
@@ -203,6 +206,7 @@ class Finding:
     samples: tuple[int, ...] = ()
     suggestion: str = ""
     scope: Scope | None = None
+    rows: tuple[Row, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,11 +269,9 @@ class Intervention:
         """
         values = {key: _number(key, value) for key, value in data.items() if key in _names(cls)}
         try:
-            values["remedies"] = tuple(values["remedies"])
-            values["ranks"] = tuple(int(rank) for rank in values.get("ranks", ()))
-            if values.get("finding") is not None:
-                values["finding"] = _finding(values["finding"])
-            return cls(**values)
+            finding, ranks = values.pop("finding", None), tuple(map(int, values.pop("ranks", ())))
+            values |= {"remedies": tuple(values["remedies"]), "ranks": ranks}
+            return cls(**values, finding=None if finding is None else _finding(finding))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a record of an intervention: {error}; its keys are {sorted(data)}") from error
 
@@ -317,9 +319,8 @@ class Advice:
 
 def _finding(data: Mapping[str, Any]) -> Finding:
     found = {key: _number(key, data[key]) for key in _names(Finding) & set(data)}
-    found["samples"] = tuple(found.get("samples", ()))
-    found["evidence"] = {key: _spelled(value) for key, value in found.get("evidence", {}).items()}
-    return Finding(**found)
+    found |= {key: tuple(found.get(key, ())) for key in ("samples", "rows")}
+    return Finding(**{**found, "evidence": {key: _spelled(value) for key, value in found.get("evidence", {}).items()}})
 
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -344,8 +345,7 @@ def _names(of: type[Intervention | Finding | Advice]) -> set[str]:
 
 
 def _number(key: str, value: Any) -> Any:
-    # Only fields that hold numbers are converted: a place or a message may be the word "NaN".
-    return _spelled(value) if key in _NUMBERS else value
+    return _spelled(value) if key in _NUMBERS else value  # a place or a message may be the word "NaN"
 
 
 def _spelled(value: Any) -> Any:

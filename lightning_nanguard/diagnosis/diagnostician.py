@@ -71,6 +71,8 @@ class Diagnostician:
         self._thresholds = thresholds
         self._times_seen: Counter[tuple[str, str]] = Counter()
         self._earlier: deque[EarlierFinding] = deque(maxlen=thresholds.replay.findings)
+        # The micro-batch that the last finding is about; None where none was looked at.
+        self.looked_at: MicroBatch | None = None
 
     def diagnose(
         self,
@@ -90,6 +92,7 @@ class Diagnostician:
             good: The state to run the batch again from; chosen from the ring by default.
         """
         case = Case(fault, evidence, earlier=tuple(self._earlier))
+        self.looked_at = None
         with _errors_logged(fault):
             if look != "nothing" and micros:
                 case = self._gather(case, micros, look, good)
@@ -115,6 +118,7 @@ class Diagnostician:
         clues = [batch_clues(micro.batch, module, data) for micro in micros]
         chosen = next((index for index, one in enumerate(clues) if one.bad_fields), len(micros) - 1)
         case = replace(case, clues=clues[chosen])
+        self.looked_at = micros[chosen]
         if look == "batch" or not self._replay_due(fault):
             return case
         good = self._ring.good(evidence.sound, evidence.loss_unit) if good is None else good
@@ -129,6 +133,7 @@ class Diagnostician:
                         case = replace(case, clues=replayed)
                     if _not_finite(replayed):
                         chosen = index
+                        self.looked_at = micros[chosen]
                         case = replace(case, clues=self._look_closer(replayed, micros[index]))
                         break
         if good is not None and usable and not case.clues.bad_fields:

@@ -122,4 +122,4 @@ def most_confident_over_ranks(ranks: Ranks, finding: Finding | None) -> Finding 
     if not found:
         return None
     best = max(found, key=lambda one: (float(one["confidence"]), bool(one["samples"])))
-    return Finding(**{**best, "samples": tuple(best["samples"])})
+    return Finding(**{**best, "samples": tuple(best["samples"]), "rows": tuple(best["rows"])})

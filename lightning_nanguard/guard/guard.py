@@ -414,6 +414,7 @@ class Guard:
             "plausibility": parts.plausibility.state_dict(),
             "snapshots": self._snapshots.state_dict(),
             "streams": self._monitors.state_dict(),
+            "samples": self._context.samples.state_dict(),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -429,3 +430,4 @@ class Guard:
         parts.plausibility.load_state_dict(saved.get("plausibility", {}))
         self._snapshots.load_state_dict(saved.get("snapshots"))
         self._monitors.load_state_dict(saved["streams"])
+        self._context.samples.load_state_dict(saved.get("samples", {}))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, final
 
 from lightning_nanguard.errors import require
+from lightning_nanguard.record.bad_samples import BadSample
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Advice, Intervention
@@ -57,7 +58,7 @@ class JsonLines(Sink):
         self._synced = -math.inf
         self._unsynced = False
 
-    def write(self, intervention: Intervention | Advice) -> None:
+    def write(self, intervention: Intervention | Advice | BadSample) -> None:
         """Append the record, or keep it for the next try."""
         line = json.dumps(intervention.to_dict(), allow_nan=False, default=_jsonable).encode()
         self._dropped += len(self._waiting) == self._waiting.maxlen

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from lightning_nanguard.record.sample_words import origin_in_words, samples_in_words
 from lightning_nanguard.record.text import in_words, listed_numbers, printable
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Advice, Finding, Intervention
@@ -63,6 +64,8 @@ def tell(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) ->
         samples = "" if named else f" ({listed_numbers('sample', finding.samples, thresholds)})"
         where = f" in {finding.place}" if finding.place else ""
         lines.append(f"why: {in_words(finding.cause)}{where}{samples}{f': {reason}' if reason else ''}")
+        origin = origin_in_words(finding, thresholds)
+        lines += [f"sample{'s' * (len(finding.samples) > 1)}: {origin}"] if origin else []
     elif intervention.cause:
         lines.append(f"why: {in_words(intervention.cause)}")
     lines.append(f"done: {_done(intervention)}")
@@ -82,8 +85,8 @@ def tell_again(intervention: Intervention, thresholds: RecordsThresholds = RECOR
         >>> tell_again(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
         'step 7 (epoch 0, batch 7): non-finite loss again; skipped the batch'
     """
-    numbers = () if intervention.finding is None else intervention.finding.samples
-    samples = f" ({listed_numbers('sample', numbers, thresholds)})" if numbers else ""
+    words = "" if intervention.finding is None else samples_in_words(intervention.finding, thresholds)
+    samples = f" ({words})" if words else ""
     return printable(f"{when(intervention)}: {in_words(intervention.fault)} again{samples}; {_done(intervention)}")
 
 
@@ -151,7 +154,7 @@ def describe_finding(finding: Finding, *, confidence: bool = False, thresholds: 
         'dead_relu in net.1 (ReLU): Lower the learning rate.'
     """
     place = f" in {finding.place}" if finding.place else ""
-    samples = f" ({listed_numbers('sample', finding.samples, thresholds)})" if finding.samples else ""
+    samples = f" ({words})" if (words := samples_in_words(finding, thresholds)) else ""
     suggestion = f": {finding.suggestion}" if finding.suggestion else ""
     text = printable(f"{finding.cause}{place}{samples}{suggestion}")
     return f"{text} (confidence {finding.confidence:.2g})" if confidence else text

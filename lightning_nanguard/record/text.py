@@ -38,7 +38,7 @@ def counted(number: int, noun: str, nouns: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
 
 
-def listed_numbers(noun: str, numbers: Sequence[int], thresholds: RecordsThresholds = RECORDS) -> str:
+def listed_numbers(noun: str, numbers: Sequence[int | str], thresholds: RecordsThresholds = RECORDS) -> str:
     """Numbers with their noun, such as ``"lines 2, 5, 7"``; what is too many is counted."""
     most = thresholds.numbers_per_message
     more = len(numbers) - most

@@ -11,6 +11,7 @@ from itertools import chain
 from lightning_nanguard.record.html import escaped, parts_of, table
 from lightning_nanguard.record.layer_norms import LayerNorms
 from lightning_nanguard.record.messages import describe_advice
+from lightning_nanguard.record.sample_words import origin_in_words
 from lightning_nanguard.record.text import counted, in_words
 from lightning_nanguard.report.data import RunData
 from lightning_nanguard.report.figure import draw, to_svg
@@ -160,6 +161,8 @@ def _intervention(one: Intervention, data: RunData, is_open: bool, thresholds: R
         lines.append(("cost", cost))
     if one.finding is not None and one.finding.samples:
         lines.append(("samples", ", ".join(map(str, one.finding.samples))))
+        if origin := origin_in_words(one.finding):
+            lines.append(("of the data", origin))
     if one.finding is not None and one.finding.evidence:
         evidence = ", ".join(f"{name} {_number(value)}" for name, value in one.finding.evidence.items())
         lines.append(("evidence", f"{evidence} (confidence {_number(one.finding.confidence)})"))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_nanguard.measure.batches import largest_magnitudes, nested_tensors
 from lightning_nanguard.measure.tensors import size
+from lightning_nanguard.state.batch_origin import BatchOrigin
 from lightning_nanguard.state.random_state import RandomState, RandomStreams
 from lightning_nanguard.thresholds.batches import BatchesThresholds
 
@@ -29,6 +30,7 @@ class MicroBatch:
         batch: The batch itself.
         random: torch's random states before it: on CPU, and on the device where that has one.
         streams: Positions of all random streams before it; ``None`` where they are not known.
+        origin: Where it came from; ``None`` where that is not known.
     """
 
     update: int
@@ -36,6 +38,7 @@ class MicroBatch:
     batch: Any
     random: tuple[Tensor, ...]
     streams: RandomState | None = None
+    origin: BatchOrigin | None = None
 
 
 @final
@@ -76,27 +79,27 @@ class BatchHistory:
         self._updates = updates
         self._updates_small = max(updates_small, updates)
         # What a MicroBatch is made of; one is made only where it is asked for, since this runs in every step.
-        self._micros: deque[tuple[int, int, Any, RandomState | None]] = deque()
+        self._micros: deque[tuple[int, int, Any, RandomState | None, BatchOrigin | None]] = deque()
         self._most = self._healthy_limits.most if most_healthy is None else most_healthy
         self._healthy: deque[tuple[Any, int]] = deque(maxlen=self._most)
         self._accepted = 0
 
-    def add(self, update: int, index: int, batch: Any) -> None:
+    def add(self, update: int, index: int, batch: Any, origin: BatchOrigin | None = None) -> None:
         """Take a micro-batch that is about to be run."""
         micros, updates, limits = self._micros, self._updates, self._limits
         if self._updates_small > updates and (_samples(batch) or limits.small + 1) <= limits.small:
             updates = self._updates_small
         while micros and (micros[0][0] <= update - updates or len(micros) >= updates * limits.per_update):
             micros.popleft()
-        micros.append((update, index, batch, None))
+        micros.append((update, index, batch, None, origin))
 
     def begin_step(self) -> RandomState:
         """The step of the newest micro-batch begins: remember the random streams for it, and give their positions."""
         state = self._streams.open()
         if self._micros:
-            update, index, batch, known = self._micros[-1]
+            update, index, batch, known, origin = self._micros[-1]
             if known is None:  # of several evaluations in one step (LBFGS), the first counts
-                self._micros[-1] = update, index, batch, state
+                self._micros[-1] = update, index, batch, state, origin
         return state
 
     def end_step(self) -> None:
@@ -116,7 +119,7 @@ class BatchHistory:
 
     def accept_update(self, update: int) -> None:
         """Keep the newest micro-batch of an update that turned out healthy, where it is still there."""
-        for known, index, batch, _ in reversed(self._micros):
+        for known, index, batch, *_ in reversed(self._micros):
             if known <= update:
                 self.accept(batch, index)
                 return
@@ -149,6 +152,10 @@ class BatchHistory:
         known = max((one[0] for one in self._micros if one[0] <= update), default=None)
         return self._made(() if known is None else (known,))
 
+    def since(self, update: int) -> list[MicroBatch]:
+        """The micro-batches of all updates after one."""
+        return self._made({one[0] for one in self._micros if one[0] > update})
+
     def newest(self, updates: int = 1) -> list[MicroBatch]:
         """The micro-batches of the last updates."""
         return self._made(sorted({one[0] for one in self._micros})[-updates:])
@@ -165,8 +172,8 @@ class BatchHistory:
 
     def _made(self, updates: Container[int]) -> list[MicroBatch]:
         return [
-            MicroBatch(update, index, batch, () if streams is None else streams.torch, streams)
-            for update, index, batch, streams in self._micros
+            MicroBatch(update, index, batch, () if streams is None else streams.torch, streams, origin)
+            for update, index, batch, streams, origin in self._micros
             if update in updates
         ]
 

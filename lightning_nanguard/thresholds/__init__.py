@@ -18,6 +18,7 @@ from lightning_nanguard.thresholds.distributed import DistributedThresholds
 from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 from lightning_nanguard.thresholds.rate_search import RateSearchThresholds
 from lightning_nanguard.thresholds.records import RecordsThresholds
+from lightning_nanguard.thresholds.samples import SamplesThresholds
 from lightning_nanguard.thresholds.snapshots import SnapshotsThresholds
 from lightning_nanguard.thresholds.trial import TrialThresholds
 
@@ -31,6 +32,7 @@ __all__ = [
     "MeasurementThresholds",
     "RateSearchThresholds",
     "RecordsThresholds",
+    "SamplesThresholds",
     "SnapshotsThresholds",
     "Thresholds",
     "TrialThresholds",
@@ -53,6 +55,7 @@ class Thresholds:
         records: How much is recorded, shown and kept.
         distributed: How long ranks wait, and what they share.
         diagnosis: When a number is evidence for a cause.
+        samples: When a single sample of a batch counts as bad, and how it is searched for.
     """
 
     detection: DetectionThresholds = field(default_factory=DetectionThresholds)
@@ -66,3 +69,4 @@ class Thresholds:
     records: RecordsThresholds = field(default_factory=RecordsThresholds)
     distributed: DistributedThresholds = field(default_factory=DistributedThresholds)
     diagnosis: DiagnosisThresholds = field(default_factory=DiagnosisThresholds)
+    samples: SamplesThresholds = field(default_factory=SamplesThresholds)

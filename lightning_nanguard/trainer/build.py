@@ -18,7 +18,10 @@ from lightning_nanguard.guard.build import build_guard
 from lightning_nanguard.guard.context import GuardContext, Settings
 from lightning_nanguard.guard.readback import MAX_DELAY
 from lightning_nanguard.measure.norm_history import NormHistory
+from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE
 from lightning_nanguard.record.curve import CURVE_FILE, CurveFile
+from lightning_nanguard.record.jsonl import JsonLines
+from lightning_nanguard.record.known_samples import KnownSamples
 from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
@@ -28,15 +31,22 @@ from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.loop import TrainerLoop
 from lightning_nanguard.trainer.private.averages import AveragedCopies
+from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.precision import grad_scaler
 from lightning_nanguard.trainer.private.strategies import is_sharded, what_steps
 from lightning_nanguard.trainer.run import open_run
+from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.trainer.sinks import fit_advice, fit_sinks
 
 
 def build_fit(
-    trainer: Trainer, module: LightningModule, arguments: Arguments, memory: Memory, run_id: str | None = None
+    trainer: Trainer,
+    module: LightningModule,
+    arguments: Arguments,
+    memory: Memory,
+    order: DataOrder,
+    run_id: str | None = None,
 ) -> Fit:
     """Make one fit and its guard.
 
@@ -45,13 +55,16 @@ def build_fit(
         module: Its module.
         arguments: What the user asks for.
         memory: Keeps interventions from one fit to the next.
+        order: Knows where batches come from, and which rows are known to be bad.
         run_id: Id of the run that is resumed.
     """
     info, folder = open_run(trainer, arguments.dirpath, run_id)
     curve = CurveFile(folder.path / CURVE_FILE, arguments.thresholds.records) if folder.keeps_files else None
-    context, replay, averages = _context(trainer, module, arguments, curve)
+    context, replay, averages = _context(trainer, module, arguments, curve, order.known)
     sinks = fit_sinks(trainer, module, info, memory, arguments.sinks, context, replay)
     advice = fit_advice(info, arguments.thresholds.records)
+    file = JsonLines(info.dirpath / BAD_SAMPLES_FILE, arguments.thresholds.records) if info.rank == 0 else None
+    samples = SampleFinder(trainer, module, context, replay, order, file, info.run_id)
     keeps = arguments.bundle_dir is not None and trainer.is_global_zero
     diagnostics = Diagnostics(
         trainer,
@@ -63,6 +76,7 @@ def build_fit(
         bundles=BundleStore(arguments.bundle_dir, arguments.thresholds.diagnosis.bundles)
         if keeps and arguments.bundle_dir is not None
         else None,
+        samples=samples,
         rules=arguments.rules,
         thresholds=replace(arguments.thresholds.diagnosis, blame=arguments.thresholds.decision.blame),
     )
@@ -79,11 +93,11 @@ def build_fit(
             if getattr(config.scheduler, "optimizer", None) is optimizer
         },
     )
-    return Fit(trainer, guard, replay, diagnostics, sinks, advice, folder, averages)
+    return Fit(trainer, guard, replay, diagnostics, sinks, advice, folder, averages, order, samples)
 
 
 def _context(
-    trainer: Trainer, module: LightningModule, arguments: Arguments, curve: CurveFile | None
+    trainer: Trainer, module: LightningModule, arguments: Arguments, curve: CurveFile | None, known: KnownSamples
 ) -> tuple[GuardContext, TrainerBatchReplay, AveragedCopies]:
     sharded = is_sharded(trainer)
     ranks: Ranks = (
@@ -127,6 +141,7 @@ def _context(
         thresholds=arguments.thresholds,
         norms=NormHistory(arguments.thresholds.measurement),
         curve=curve,
+        samples=known,
     )
     return context, replay, averages
 

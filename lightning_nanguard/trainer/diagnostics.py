@@ -27,6 +27,7 @@ from lightning_nanguard.trainer.private.loaders import readable_loader
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.precision import autocasts_to_half, grad_scaler
 from lightning_nanguard.trainer.private.training_step import loss_with_graph
+from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.types import Advice, Evidence, Fault, Finding
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -46,6 +47,7 @@ class Diagnostics:
         bundles: Keeps incidents; ``None`` keeps none.
         rules: The user's own diagnosis rules.
         thresholds: When a number is evidence for a cause, and how much a diagnosis may cost.
+        samples: Names the bad samples of a batch.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Diagnostics:
         advice: AdviceLog,
         examine_after: int | None,
         bundles: BundleStore | None,
+        samples: SampleFinder,
         rules: Sequence[Rule] = (),
         thresholds: DiagnosisThresholds = DEFAULT,
     ) -> None:
@@ -68,6 +71,7 @@ class Diagnostics:
         self._ranks = context.ranks
         self._advice = advice
         self._bundles = bundles
+        self._samples = samples
         self._thresholds = thresholds
         self._rules = RuleSet(rules, thresholds)
         self._diagnostician = Diagnostician(
@@ -103,6 +107,11 @@ class Diagnostics:
         if self._replay.suspect is not None:
             micros = [micro for micro in micros if micro.index == self._replay.suspect] or micros
         finding = self._diagnostician.diagnose(fault, evidence, micros, look, good)
+        # Batches that came after an update that was made on bad numbers were not measured.
+        later = self._replay.batches.since(update) if evidence.undo and look != "nothing" else []
+        looked = [] if look == "nothing" else [*micros, *later]
+        about, run = self._diagnostician.looked_at, look == "replay"
+        finding = self._samples.look(fault, evidence, finding, looked, about, good, run=run)
         wanted = self._bundles is not None and look != "nothing" and not self._ranks.sharded
         if self._bundles is not None and wanted and micros and self._bundles.due(fault, finding):
             self._bundles.keep(self._incident(fault, evidence, finding, micros, good), self._trainer.global_step)

@@ -27,10 +27,12 @@ from lightning_nanguard.trainer.private.best_model import keep_best_finite
 from lightning_nanguard.trainer.private.callbacks import after_every_batch
 from lightning_nanguard.trainer.private.checkpoint_files import catch_write_errors, write_checkpoint
 from lightning_nanguard.trainer.private.closures import run_micro_batches_by
+from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.learning_rate_monitor import around_learning_rate_monitors
 from lightning_nanguard.trainer.private.packages import Trainer, rank_zero_info
 from lightning_nanguard.trainer.private.saving import guard_saves
 from lightning_nanguard.trainer.private.strategies import accumulation, collects
+from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.trainer.step_runner import StepRunner
 from lightning_nanguard.trainer.validation import ValidationWatch
 
@@ -50,6 +52,8 @@ class Fit:
         advice: Where advice goes.
         folder: The folder of the run.
         averages: Averaged copies that callbacks keep.
+        order: Knows where batches come from.
+        samples: Finds bad samples.
     """
 
     def __init__(
@@ -62,6 +66,8 @@ class Fit:
         advice: AdviceLog,
         folder: RunFolder,
         averages: AveragedCopies,
+        order: DataOrder,
+        samples: SampleFinder,
     ) -> None:
         self._trainer = trainer
         self.guard = guard
@@ -72,6 +78,8 @@ class Fit:
         self.advice = advice
         self.folder = folder
         self.averages = averages
+        self.order = order
+        self.samples = samples
         self.validation = ValidationWatch(trainer, guard, replay)
         self.rank_zero = trainer.is_global_zero
         self.last_good: LastGood | None = None
@@ -221,6 +229,7 @@ class Fit:
                 last.callback(self.context.curve.write, last=True)
             last.callback(self.advice.close)
             last.callback(self._sinks.close)
+            last.callback(self.samples.close)
             last.push(self._patches)
             last.callback(self.guard.close)
             if self.diagnostics.first_updates is not None:

@@ -22,6 +22,7 @@ from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.never_called import copied, hooks_called
+from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.packages import GuardCallback
 from lightning_nanguard.types import Finding, Intervention
 
@@ -36,7 +37,7 @@ def nothing() -> None:
 
 
 # What belongs to the run at hand, and what a guard without one has in its place.
-_NO_RUN: dict[str, Any] = {"_fit": None, "_gate": None, "_undo_gate": nothing}
+_NO_RUN: dict[str, Any] = {"_fit": None, "_order": None, "_gate": None, "_undo_gate": nothing}
 # Lightning leaves the module's methods on every callback.
 _OF_A_RUN = frozenset({*_NO_RUN, "_given", "log", "log_dict"})
 
@@ -52,6 +53,8 @@ class CopyableGuard(GuardCallback):
     """The arguments as the environment has switched them, ``None`` where it has switched the guard off."""
     _memory: Memory
     _fit: Fit | None
+    _order: DataOrder | None
+    """Knows where the batches of the fit at hand come from; it is there before the fit."""
     _last_state: dict[str, Any]
 
     def __init__(self, arguments: Arguments) -> None:

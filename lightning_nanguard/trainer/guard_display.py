@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,26 @@ from lightning_nanguard.record.summary import summary
 from lightning_nanguard.report.data import read_run_data
 from lightning_nanguard.report.figure import draw, matplotlib
 from lightning_nanguard.trainer.arguments import Arguments
-from lightning_nanguard.trainer.guard_copies import CopyableGuard
+from lightning_nanguard.trainer.guard_data import DataWatchingGuard
+from lightning_nanguard.types import Advice, Intervention
 
 
-class DisplayedGuard(CopyableGuard):
+class DisplayedGuard(DataWatchingGuard):
     """What :class:`~lightning_nanguard.NaNGuard` shows of itself."""
 
     def __init__(self, arguments: Arguments) -> None:
         super().__init__(arguments)
         self._updates = 0
+
+    @property
+    def interventions(self) -> Sequence[Intervention]:
+        """The newest interventions, oldest first; all of them are on disk."""
+        return self._memory
+
+    @property
+    def advice(self) -> Sequence[Advice]:
+        """What was noticed in the last fit and left alone, such as by the preflight."""
+        return tuple(self._memory.advice)
 
     @property
     def run_dir(self) -> Path | None:

@@ -1,0 +1,160 @@
+"""Which samples of a batch are bad: by what they hold, and by what parts of the batch do when they are run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from lightning_nanguard.diagnosis.batch import samples, tensor_fields, true_indices
+from lightning_nanguard.thresholds.samples import SamplesThresholds
+
+NOT_FINITE, FAR = "not finite", "out of proportion"
+"""Causes that a sample shows by itself."""
+
+_DEFAULTS = SamplesThresholds()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SampleFault:
+    """Why one sample of a batch is bad.
+
+    Attributes:
+        cause: Why.
+        columns: Field of the batch to its columns that are concerned; no columns where all are.
+    """
+
+    cause: str
+    columns: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+Found = dict[int, SampleFault]
+"""Faults of samples by their index in the batch."""
+
+
+def non_finite_samples(batch: Any, thresholds: SamplesThresholds = _DEFAULTS) -> Found:
+    """Samples that hold NaN or Inf, in inputs or in targets."""
+    columns: dict[int, dict[str, tuple[int, ...]]] = {}
+    for name, tensor in _by_sample(batch).items():
+        bad = ~torch.isfinite(tensor)
+        for index in true_indices(bad.reshape(len(bad), -1).any(1)):
+            columns.setdefault(index, {})[name] = _columns(bad[index], thresholds)
+    return {index: SampleFault(NOT_FINITE, columns[index]) for index in sorted(columns)}
+
+
+def far_samples(batch: Any, healthy: Sequence[Any] = (), thresholds: SamplesThresholds = _DEFAULTS) -> Found:
+    """Samples whose numbers are out of all proportion to those of healthy batches, else to the batch's other samples.
+
+    Args:
+        batch: The batch.
+        healthy: Healthy batches.
+        thresholds: From which factor on.
+    """
+    others = [{name: largest(one) for name, one in _by_sample(kept).items()} for kept in healthy]
+    columns: dict[int, dict[str, tuple[int, ...]]] = {}
+    for name, tensor in _by_sample(batch).items():
+        mine = largest(tensor)
+        before = [float(one[name].max()) for one in others if name in one and len(one[name])]
+        if len(before) >= thresholds.least_compared and max(before) > 0:
+            limit = thresholds.far_factor * max(before)
+        elif len(mine) >= thresholds.least_compared:
+            limit = thresholds.far_factor_in_batch * float(mine.median())
+        else:
+            continue
+        for index in true_indices(mine > limit) if limit > 0 else ():
+            columns.setdefault(index, {})[name] = _columns(tensor[index].abs().double() > limit, thresholds)
+    return {index: SampleFault(FAR, columns[index]) for index in sorted(columns)}
+
+
+def _by_sample(batch: Any) -> dict[str, Tensor]:
+    count = samples(batch)
+    return {
+        name: tensor.detach()
+        for name, tensor in tensor_fields(batch)
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dim() and len(tensor) == count
+    }
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """Largest magnitude of each sample, on the CPU; 0 in place of what is not finite."""
+    if not tensor.numel():
+        return torch.zeros(len(tensor), dtype=torch.float64)
+    return tensor.abs().reshape(len(tensor), -1).double().nan_to_num(0.0, 0.0, 0.0).amax(1).cpu()
+
+
+def _columns(bad: Tensor, thresholds: SamplesThresholds) -> tuple[int, ...]:
+    """Columns of one sample; none where all are, or there are too many to name."""
+    if not bad.dim():
+        return ()
+    hit = true_indices(bad.reshape(len(bad), -1).any(1))
+    return () if len(hit) == len(bad) or len(hit) > thresholds.columns_named else hit
+
+
+Bad = Callable[[Sequence[int]], bool | None]
+"""Whether a part of the batch gives a loss or a gradient that is not finite; ``None`` where it cannot be run."""
+
+
+def search(
+    indices: Sequence[int], bad: Bad, share: float = 1.0, thresholds: SamplesThresholds = _DEFAULTS
+) -> tuple[int, ...] | None:
+    """Samples each of which spoils what it is a part of, found by halving; ``None`` where that explains no fault.
+
+    Args:
+        indices: The samples searched among.
+        bad: Runs a part of the batch.
+        share: Largest share of them that may be bad.
+        thresholds: How many parts are run.
+    """
+    found: list[int] = []
+    waiting, runs = [list(indices)], 0
+    while waiting:
+        part = waiting.pop()
+        runs += 1
+        verdict = bad(part)
+        if verdict is None or runs > thresholds.most_runs:
+            return None
+        if not verdict:
+            continue
+        if len(part) == 1:
+            found += part
+            if len(found) > share * len(indices) and len(indices) > 1:
+                return None
+            continue
+        middle = len(part) // 2
+        waiting += [part[middle:], part[:middle]]
+    rest = [index for index in indices if index not in set(found)]
+    explained = not found or not rest or bad(rest) is False
+    return tuple(found) if explained else None
+
+
+def judged(
+    batch: Any,
+    healthy: Sequence[Any],
+    bad: Bad | None,
+    cause: str,
+    thresholds: SamplesThresholds = _DEFAULTS,
+) -> Found:
+    """The bad samples of a batch.
+
+    Args:
+        batch: The batch.
+        healthy: Healthy batches.
+        bad: Runs a part of the batch; ``None`` where none can be run.
+        cause: The cause of what no sample shows by itself.
+        thresholds: When a sample counts as bad.
+    """
+    far, found = far_samples(batch, healthy, thresholds), non_finite_samples(batch, thresholds)
+    if bad is not None and found:
+        # Some models take NaN for what is missing.
+        spoiling = search(tuple(found), bad, thresholds=thresholds)
+        found = found if spoiling is None else {index: found[index] for index in spoiling}
+    found = {**far, **found}
+    count = samples(batch) or 0
+    rest = [index for index in range(count) if index not in found]
+    if bad is not None and rest:
+        found |= {index: SampleFault(cause) for index in search(rest, bad, thresholds.largest_share, thresholds) or ()}
+    return dict(sorted(found.items()))

@@ -1,0 +1,149 @@
+"""Bad samples of the data, as a run writes them down and as a person reads them."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, TextIO, final
+
+from lightning_nanguard.types import SCHEMA_VERSION, Row, plain
+
+BAD_SAMPLES_FILE = "bad_samples.jsonl"
+"""Name of the file in a run's folder of records."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class BadSample:
+    """One sample that spoiled a batch.
+
+    Attributes:
+        cause: Why it counts as bad: ``"not finite"``, ``"out of proportion"``, or the cause that the diagnosis found.
+        row: Row of the data set; ``None`` where the data have no rows.
+        hash: What :func:`~lightning_nanguard.sample_hash` gives for it.
+        columns: Field of the batch to its columns that are concerned; no columns where all are.
+        epoch: Epoch in which it was met.
+        batch: Position of its batch in that epoch.
+        index: Its place in that batch.
+        rank: The process that met it.
+        global_step: The trainer's ``global_step`` then.
+        times: How often it was met so far.
+        run: Id of the run.
+    """
+
+    cause: str
+    row: Row | None = None
+    hash: str = ""
+    columns: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    epoch: int = 0
+    batch: int = 0
+    index: int = 0
+    rank: int = 0
+    global_step: int = 0
+    times: int = 1
+    run: str = ""
+
+    @property
+    def key(self) -> Row:
+        """What it is recognised by: its row, else its hash."""
+        return f"hash {self.hash}" if self.row is None else self.row
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers that JSON accepts.
+
+        Example:
+            >>> BadSample("not finite", 100, columns={"0": (2,)}).to_dict()["columns"]
+            {'0': [2]}
+        """
+        return {"schema": SCHEMA_VERSION, **plain(asdict(self))}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BadSample:
+        """The inverse of :meth:`to_dict`; keys of later versions are ignored.
+
+        Raises:
+            ValueError: When ``data`` is no record of a sample.
+        """
+        try:
+            known = {one.name: data[one.name] for one in fields(cls) if one.name in data}
+            known["columns"] = {str(name): tuple(found) for name, found in known.get("columns", {}).items()}
+            return cls(**known)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a record of a bad sample: {error}; its keys are {sorted(data)}") from error
+
+
+def merged(samples: Iterable[BadSample]) -> list[BadSample]:
+    """Each sample once, as it was first met, with how often it was met; in the order of their rows.
+
+    Args:
+        samples: The samples as they were met, the oldest first.
+    """
+    found: dict[Row, BadSample] = {}
+    for one in samples:
+        first = found.setdefault(one.key, one)
+        found[one.key] = replace(first, times=max(first.times, one.times))
+    return sorted(found.values(), key=_order)
+
+
+def _order(sample: BadSample) -> tuple[bool, int, str, int, int]:
+    row = sample.row if isinstance(sample.row, int) else 0
+    return not isinstance(sample.row, int), row, str(sample.row or ""), sample.epoch, sample.batch
+
+
+def read_bad_samples(path: str | os.PathLike[str]) -> list[BadSample]:
+    """The bad samples of a file as they were met, the oldest first; lines that are no records are left out.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: When there is no such file. A run that met none writes none.
+    """
+    found: list[BadSample] = []
+    with open(path, "rb") as file:
+        for line in file:
+            # A run that was killed while it wrote leaves half a line.
+            with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+                found.append(BadSample.from_dict(json.loads(line)))
+    return found
+
+
+def describe_sample(sample: BadSample) -> str:
+    """One sample in one line.
+
+    Example:
+        >>> describe_sample(BadSample("not finite", 100, columns={"0": (2,)}, epoch=1, batch=6, index=4, times=3))
+        'row 100: not finite in field 0, column 2; met 3 times, first in epoch 1, batch 6, sample 4'
+    """
+    name = f"sample with hash {sample.hash}" if sample.row is None else f"row {sample.row}"
+    where = "; ".join(f"field {one}{_columns(found)}" for one, found in sample.columns.items())
+    rank = f", rank {sample.rank}" if sample.rank else ""
+    met = f"met {sample.times:,} times, first" if sample.times > 1 else "met"
+    return (
+        f"{name}: {sample.cause}{f' in {where}' if where else ''}; "
+        f"{met} in epoch {sample.epoch}, batch {sample.batch}, sample {sample.index}{rank}"
+    )
+
+
+def _columns(columns: tuple[int, ...]) -> str:
+    return f", column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))}" if columns else ""
+
+
+def write_csv(samples: Iterable[BadSample], file: TextIO) -> None:
+    """Write samples as CSV with a header.
+
+    Args:
+        samples: The samples.
+        file: Where to.
+    """
+    names = [one.name for one in fields(BadSample)]
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(names)
+    for one in samples:
+        columns = "; ".join(f"{name}: {' '.join(map(str, found))}".strip() for name, found in one.columns.items())
+        values = {**asdict(one), "columns": columns, "row": "" if one.row is None else one.row}
+        writer.writerow([values[name] for name in names])

@@ -1,0 +1,67 @@
+"""The bad samples that a run knows, and how often each was met."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+from lightning_nanguard.types import Row
+
+
+@final
+class KnownSamples:
+    """Counts how often each bad sample was met, in this run and in those it goes on from.
+
+    Args:
+        quarantine: Whether rows that are known to be bad are left out of later batches.
+
+    Attributes:
+        left_out: Rows that are left out of every batch drawn from now on.
+        hashes: Hashes of samples without rows that are left out.
+
+    Example:
+        >>> known = KnownSamples(quarantine=True)
+        >>> known.met(100), known.met(100), known.left_out
+        (1, 2, {100})
+    """
+
+    def __init__(self, *, quarantine: bool = False) -> None:
+        self._quarantine = quarantine
+        self._times: dict[Row, int] = {}
+        self.left_out: set[Row] = set()
+        self.hashes: set[str] = set()
+
+    def met(self, key: Row) -> int:
+        """Count a sample; gives how often it was met so far.
+
+        Args:
+            key: Its row, or ``"hash …"``.
+        """
+        times = self._times[key] = self._times.get(key, 0) + 1
+        if self._quarantine:
+            self._leave_out(key)
+        return times
+
+    def times(self, key: Row) -> int:
+        """How often a sample was met so far."""
+        return self._times.get(key, 0)
+
+    def _leave_out(self, key: Row) -> None:
+        if isinstance(key, str) and key.startswith(_HASH):
+            self.hashes.add(key.removeprefix(_HASH))
+        else:
+            self.left_out.add(key)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        return {"times": [[key, times] for key, times in self._times.items()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; earlier versions lack this."""
+        for key, times in state.get("times", ()):
+            self._times[key] = int(times)
+            if self._quarantine:
+                self._leave_out(key)
+
+
+_HASH = "hash "

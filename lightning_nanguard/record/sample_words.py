@@ -1,0 +1,50 @@
+"""Puts into words which samples a finding is about."""
+
+from __future__ import annotations
+
+from lightning_nanguard.record.text import listed_numbers
+from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
+from lightning_nanguard.types import Finding
+
+
+def origin_in_words(finding: Finding, thresholds: RecordsThresholds = RECORDS) -> str:
+    """Where the samples of a finding came from, how often they were met, and on which rank; empty where not known.
+
+    Args:
+        finding: The finding.
+        thresholds: How many rows one message lists.
+
+    Example:
+        >>> origin_in_words(Finding("bad_label", 1.0, {"times_met": 3.0, "rank": 1.0}, samples=(4,), rows=(100,)))
+        'row 100 of the data set, met 3 times, on rank 1'
+    """
+    known = finding.evidence
+    if finding.rows:
+        words = [f"{listed_numbers('row', finding.rows, thresholds)} of the data set"]
+    elif "hash" in known and "position" in known:
+        words = [f"batch {_number(known['position'])} of the epoch", f"hash {known['hash']}"]
+    else:
+        words = []
+    if "times_met" in known:
+        often = "up to " if len(finding.rows or finding.samples) > 1 else ""
+        words.append(f"met {often}{_number(known['times_met'])} times")
+    if "rank" in known:
+        words.append(f"on rank {_number(known['rank'])}")
+    return ", ".join(words)
+
+
+def samples_in_words(finding: Finding, thresholds: RecordsThresholds = RECORDS) -> str:
+    """The samples of a finding: where they came from if that is known, else their places in the batch.
+
+    Args:
+        finding: The finding.
+        thresholds: How many samples one message lists.
+    """
+    places = listed_numbers("sample", finding.samples, thresholds) if finding.samples else ""
+    if finding.rows:
+        return origin_in_words(finding, thresholds)
+    return ", ".join(part for part in (places, origin_in_words(finding, thresholds)) if part)
+
+
+def _number(value: float | str) -> str:
+    return f"{value:,.0f}" if isinstance(value, float) and value - value == 0.0 else str(value)

@@ -1,0 +1,183 @@
+"""Which rows of the data set the batch at hand holds, by watching what the loader's sampler draws."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, final
+
+from torch.utils.data import DataLoader, default_collate
+from torch.utils.data.dataloader import _DatasetKind
+
+from lightning_nanguard.record.known_samples import KnownSamples
+from lightning_nanguard.state.batch_origin import BatchOrigin, without
+from lightning_nanguard.trainer.private.patches import wrap_method
+from lightning_nanguard.types import Row
+
+
+@final
+class _Draws(Iterator[Any]):
+    """What a sampler draws in one epoch, passed on to the loader.
+
+    Args:
+        sampler: Draws the keys of a batch.
+        leave_out: Rows that are left out of every batch.
+        ahead: How many batches may have been drawn and not given yet.
+    """
+
+    def __init__(self, sampler: Any, leave_out: set[Row], ahead: int) -> None:
+        self._inner = iter(sampler)  # at once, as the loader does: some samplers draw random numbers here
+        self._leave_out = leave_out
+        self._kept: deque[tuple[tuple[Any, ...], bool]] = deque(maxlen=ahead)
+        self._count = 0
+
+    def __next__(self) -> Any:
+        keys = next(self._inner)
+        left = keys
+        if self._leave_out and isinstance(keys, (list, tuple)):
+            left = without(keys, self._leave_out)
+        # A loader cannot give an empty batch. It gives the whole one, which is then passed over.
+        nothing = not left
+        keys = keys if nothing or len(left) == len(keys) else left
+        self._kept.append((tuple(keys) if isinstance(keys, (list, tuple)) else (), nothing))
+        self._count += 1
+        return keys
+
+    def of(self, position: int) -> tuple[tuple[Any, ...], bool] | None:
+        """Keys of the batch at a position, and whether nothing of it is left; ``None`` where it is not kept."""
+        index = position - self._count
+        return self._kept[index] if -len(self._kept) <= index < 0 else None
+
+
+@final
+class _WatchedSampler:
+    """Takes a sampler's place in a loader's iterator, which draws from it as before.
+
+    Args:
+        sampler: The sampler.
+        leave_out: Rows that are left out of every batch.
+        ahead: How many batches may have been drawn and not given yet.
+    """
+
+    def __init__(self, sampler: Any, leave_out: set[Row], ahead: int) -> None:
+        self.sampler = sampler
+        self._leave_out = leave_out
+        self._ahead = ahead
+
+    def __iter__(self) -> _Draws:
+        return _Draws(self.sampler, self._leave_out, self._ahead)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sampler, name)
+
+
+@final
+class _Watch:
+    """Has the iterators of one loader draw from a watched sampler; the loader itself keeps its own.
+
+    Args:
+        loader: The loader.
+        leave_out: Rows that are left out of every batch.
+        waiting: How many batches Lightning may hold.
+    """
+
+    def __init__(self, loader: DataLoader[Any], leave_out: set[Row], waiting: int) -> None:
+        self._loader = loader
+        ahead = (loader.prefetch_factor or 0) * loader.num_workers + waiting
+        self._sampler = _WatchedSampler(loader.batch_sampler, leave_out, ahead)
+        # The iterator of persistent workers outlives a fit.
+        there = loader._iterator
+        if there is not None:
+            there._index_sampler = self._sampler
+        self._undo = wrap_method(loader, "_get_iterator", self._get_iterator)
+
+    def _get_iterator(self, original: Callable[[], Any]) -> Any:
+        # Past the loader's own way of setting, which refuses.
+        own = vars(self._loader)
+        own["batch_sampler"] = self._sampler
+        try:
+            return original()
+        finally:
+            own["batch_sampler"] = self._sampler.sampler
+
+    def undo(self) -> None:
+        self._undo()
+        there: Any = self._loader._iterator
+        if there is not None and there._index_sampler is self._sampler:
+            there._index_sampler = self._sampler.sampler
+
+
+def _can_be_watched(loader: Any) -> bool:
+    """Whether a loader's batches hold what its sampler draws, in this order."""
+    if not isinstance(loader, DataLoader) or loader._dataset_kind != _DatasetKind.Map or loader.batch_sampler is None:
+        return False
+    kind = type(loader)
+    own = kind.__iter__ is DataLoader.__iter__ and kind._get_iterator is DataLoader._get_iterator
+    return own and (loader.num_workers == 0 or getattr(loader, "in_order", True))
+
+
+@final
+class DataOrder:
+    """Knows where the batch at hand came from. Neither the order of batches nor any random number is changed.
+
+    Args:
+        trainer: The trainer.
+        known: The bad samples met so far; rows that it says are left out of every batch drawn from now on.
+        waiting: How many batches Lightning may hold that it has not trained on yet.
+    """
+
+    def __init__(self, trainer: Any, known: KnownSamples, waiting: int) -> None:
+        self._trainer = trainer
+        self.known = known
+        self._waiting = waiting
+        self._watches: dict[int, _Watch] = {}
+        # After Lightning has put its samplers in, and before the first iterator is made, at which no hook is called.
+        self._undo = wrap_method(trainer.strategy, "process_dataloader", self._process)
+
+    def _process(self, original: Callable[[Any], Any], loader: Any) -> Any:
+        loader = original(loader)
+        if self._trainer.training and _can_be_watched(loader):
+            known = self._watches.pop(id(loader), None)
+            if known is not None:
+                known.undo()
+            self._watches[id(loader)] = _Watch(loader, self.known.left_out, self._waiting)
+        return loader
+
+    def origin(self, batch_idx: int) -> BatchOrigin:
+        """Where the batch at hand came from.
+
+        Args:
+            batch_idx: Its index in the epoch, as Lightning counts.
+        """
+        loop, epoch = self._trainer.fit_loop, self._trainer.current_epoch
+        if hasattr(loop._data_fetcher, "iterator_wrapper"):
+            return BatchOrigin(batch_idx, epoch)  # the module takes batches by itself, as many as it likes
+        try:
+            combined, waiting = loop._combined_loader, len(getattr(loop._data_fetcher, "batches", ()))
+            position = combined._iterator._idx - 1 - waiting
+            [loader] = combined.flattened
+            [iterator] = combined._iterator.iterators
+        except (AttributeError, TypeError, ValueError):  # several loaders
+            return BatchOrigin(batch_idx, epoch)
+        collated = getattr(loader, "collate_fn", None) is default_collate
+        drawn = getattr(iterator, "_sampler_iter", None)
+        if id(loader) not in self._watches or not isinstance(drawn, _Draws):
+            return BatchOrigin(position, epoch, collated=collated)
+        found = drawn.of(iterator._num_yielded - 1 - waiting)
+        keys, nothing = (None, False) if found is None else found
+        return BatchOrigin(position, epoch, keys or None, collated, nothing)
+
+    def dataset(self) -> Any:
+        """The training data set, where there is one loader with rows; ``None`` else."""
+        loaders: Any = getattr(self._trainer.fit_loop._combined_loader, "flattened", ())
+        return loaders[0].dataset if len(loaders) == 1 and id(loaders[0]) in self._watches else None
+
+    def close(self) -> None:
+        """Take everything off the loaders again."""
+        self._undo()
+        for watch in self._watches.values():
+            watch.undo()
+        self._watches.clear()

@@ -1,0 +1,249 @@
+"""Names the bad samples of a faulty batch: by their rows in the data set, else by place and hash."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, final
+
+from torch.utils.data import default_collate
+
+from lightning_nanguard.diagnosis.bad_samples import NOT_FINITE, Bad, Found, SampleFault, judged, non_finite_samples
+from lightning_nanguard.diagnosis.batch import samples
+from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm
+from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.measure.sample_parts import hash_of, is_separable, part_of
+from lightning_nanguard.record.bad_samples import BadSample
+from lightning_nanguard.record.jsonl import JsonLines
+from lightning_nanguard.state.attributes import attributes_kept
+from lightning_nanguard.state.batch_history import MicroBatch
+from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.thresholds.diagnosis import DEFAULT
+from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.numeric_errors import is_numeric
+from lightning_nanguard.trainer.private.data_order import DataOrder
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.types import Evidence, Fault, Finding, Row
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+@final
+class SampleFinder:
+    """Finds the bad samples of faulty batches, counts them, writes them down and names them in findings.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        context: What the parts of the guard share.
+        replay: Runs batches again.
+        order: Knows where batches came from.
+        file: Where bad samples are written; ``None`` on other ranks than 0.
+        run_id: Id of the run.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        context: GuardContext,
+        replay: TrainerBatchReplay,
+        order: DataOrder,
+        file: JsonLines | None,
+        run_id: str = "",
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._context = context
+        self._replay = replay
+        self._order = order
+        self._file = file
+        self._run_id = run_id
+        self._known = context.samples
+        self._limits = context.thresholds.samples
+        # Batches that were looked into: several faults may be found of one.
+        self._seen: dict[tuple[int, int], None] = {}
+
+    def close(self) -> None:
+        """The fit is over."""
+        if self._file is not None:
+            self._file.close()
+
+    # ---------------------------------------------------------------------------------------- after a fault
+
+    def look(
+        self,
+        fault: Fault,
+        evidence: Evidence,
+        finding: Finding | None,
+        micros: Sequence[MicroBatch],
+        about: MicroBatch | None,
+        good: Snapshot | None,
+        *,
+        run: bool,
+    ) -> Finding | None:
+        """Find the bad samples of a faulty update, and name those in the finding; all ranks must call it.
+
+        Args:
+            fault: What was found.
+            evidence: What is known of it.
+            finding: Its cause.
+            micros: The micro-batches that may hold bad samples.
+            about: The one that the finding is about.
+            good: The last good state.
+            run: Whether parts of the batches may be run.
+        """
+        mine: list[BadSample] = []
+        if fault.scope == "batch" and (evidence.corrupt is None or evidence.undo):
+            # Names must never cost the run they are meant for.
+            try:
+                for micro in micros:
+                    mine += self._of(micro, self._state(evidence, good) if run else None, finding, about)
+            except Exception as error:
+                _logger.debug("NaNGuard: the samples of a bad batch could not be told: %r", error)
+        self._take(mine)
+        return finding if finding is None or about is None else self._named(finding, about, mine)
+
+    def _state(self, evidence: Evidence, good: Snapshot | None) -> AbstractContextManager[None] | None:
+        if good is not None:
+            return state_of_snapshot(self._context.learner, good)
+        return nullcontext() if evidence.corrupt is None and not evidence.undo else None
+
+    def _of(
+        self,
+        micro: MicroBatch,
+        state: AbstractContextManager[None] | None,
+        finding: Finding | None,
+        about: MicroBatch | None,
+    ) -> list[BadSample]:
+        origin = micro.origin
+        if origin is None or (origin.epoch, origin.position) in self._seen:
+            return []
+        self._seen[origin.epoch, origin.position] = None
+        if len(self._seen) > self._limits.batches_waiting:
+            del self._seen[next(iter(self._seen))]
+        with self.parts(micro, state) as bad:
+            healthy = [batch for batch, _ in self._replay.batches.healthy]
+            found = judged(micro.batch, healthy, bad, _cause(finding), self._limits)
+        if bad is None and finding is not None and micro is about and _blames_samples(finding):
+            found = {index: SampleFault(finding.cause) for index in finding.samples} | found
+        return self._samples(micro, found)
+
+    @contextmanager
+    def parts(self, micro: MicroBatch, state: AbstractContextManager[None] | None) -> Iterator[Bad | None]:
+        """Inside, parts of a batch can be run; gives ``None`` where they cannot.
+
+        Args:
+            micro: The batch.
+            state: The state they are run from.
+        """
+        origin, count = micro.origin, samples(micro.batch) or 0
+        if state is None or origin is None or not origin.collated or not is_separable(micro.batch, count):
+            yield None
+            return
+        with state:
+            yield partial(self._is_bad, micro)
+
+    def _is_bad(self, micro: MicroBatch, indices: Sequence[int]) -> bool | None:
+        # Batch norm refuses a batch of one.
+        part = part_of(micro.batch, indices if len(indices) > 1 else [*indices, *indices])
+        try:
+            with self._replay.untraced():
+                step = partial(self._replay.rerun, replace(micro, batch=part), False)
+                found = loss_and_gradient_norm(self._module, step)
+        except Exception as error:
+            return True if is_numeric(error) else None
+        return None if found is None else not all(one - one == 0.0 for one in found)
+
+    def _samples(self, micro: MicroBatch, found: Found) -> list[BadSample]:
+        origin, rank = micro.origin, self._context.ranks.rank
+        if origin is None:
+            return []
+        return [
+            BadSample(
+                cause=fault.cause,
+                row=self._row(micro, index, not_finite=fault.cause == NOT_FINITE),
+                hash=_hash(micro.batch, index),
+                columns=fault.columns,
+                epoch=origin.epoch,
+                batch=origin.position,
+                index=index,
+                rank=rank,
+                global_step=self._trainer.global_step,
+                run=self._run_id,
+            )
+            for index, fault in found.items()
+        ]
+
+    def _row(self, micro: MicroBatch, index: int, *, not_finite: bool) -> Row | None:
+        origin = micro.origin
+        rows = None if origin is None else origin.rows()
+        if origin is None or rows is None or origin.keys is None or len(rows) != samples(micro.batch):
+            return None
+        # A collate function of the user's may have put the samples into another order.
+        if not origin.collated and not (not_finite and self._holds_non_finite(origin.keys[index])):
+            return None
+        return rows[index]
+
+    def _holds_non_finite(self, key: Any) -> bool:
+        data = self._order.dataset()
+        with suppress(Exception), self._replay.untraced(), attributes_kept(data):
+            return bool(non_finite_samples(default_collate([data[key]])))
+        return False
+
+    # ---------------------------------------------------------------------------------------- what is known
+
+    def _take(self, mine: Sequence[BadSample]) -> None:
+        """Count and write down what all ranks have found."""
+        ranks = self._context.ranks
+        found = list(mine)
+        if self._context.many:
+            everywhere = ranks.gather([one.to_dict() for one in mine])
+            found = [BadSample.from_dict(one) for of_rank in everywhere for one in of_rank]
+        for one in found:
+            times = self._known.met(one.key)
+            if self._file is not None:
+                with suppress(Exception):
+                    self._file.write(replace(one, times=times))
+
+    def _named(self, finding: Finding, about: MicroBatch, mine: Sequence[BadSample]) -> Finding:
+        origin = about.origin
+        if origin is None:
+            return finding
+        here = {one.index: one for one in mine if (one.epoch, one.batch) == (origin.epoch, origin.position)}
+        indices = finding.samples or (tuple(here) if finding.scope == "batch" else ())
+        if not indices:
+            return finding
+        evidence = dict(finding.evidence)
+        if self._context.many:
+            evidence["rank"] = float(self._context.ranks.rank)
+        rows = [here[index].row if index in here else self._row(about, index, not_finite=True) for index in indices]
+        known = [row for row in rows if row is not None]
+        most = self._context.thresholds.records.numbers_per_message
+        hashes = [_hash(about.batch, index) for index in indices[:most]]
+        if len(known) < len(rows):
+            known = []
+            evidence |= {"position": float(origin.position), "hash": ", ".join(hashes)}
+        keys: list[Row] = [*known] or [f"hash {one}" for one in hashes]
+        times = max(map(self._known.times, keys), default=0)
+        if times > 1:
+            evidence["times_met"] = float(times)
+        return replace(finding, samples=tuple(indices), rows=tuple(known), evidence=evidence)
+
+
+def _cause(finding: Finding | None) -> str:
+    return finding.cause if finding is not None and finding.scope == "batch" else "loss or gradient not finite"
+
+
+def _blames_samples(finding: Finding) -> bool:
+    return finding.scope == "batch" and finding.confidence > DEFAULT.confidence.told
+
+
+def _hash(batch: Any, index: int) -> str:
+    with suppress(Exception):
+        return hash_of(batch, index)
+    return ""

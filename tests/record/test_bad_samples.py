@@ -1,0 +1,63 @@
+"""Bad samples are written, read, counted once each, and told."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lightning_nanguard.record.bad_samples import BadSample, describe_sample, merged, read_bad_samples, write_csv
+from lightning_nanguard.record.jsonl import JsonLines
+
+ONE = BadSample("not finite", 100, "ab12", {"x": (1, 2), "y": ()}, 1, 6, 4, 0, 30, run="r")
+
+
+def test_goes_to_a_file_and_back(tmp_path: Path) -> None:
+    """What is written is read again; half a line of a killed run is left out."""
+    sink = JsonLines(tmp_path / "bad_samples.jsonl")
+    sink.write(ONE)
+    sink.write(replace(ONE, row="cat.png"))
+    sink.close()
+    with sink.path.open("a") as file:
+        file.write('[1]\n{"cause": "ha')
+    assert read_bad_samples(sink.path) == [ONE, replace(ONE, row="cat.png")]
+
+
+def test_a_record_of_something_else_is_refused() -> None:
+    """A line without a cause says what it holds."""
+    with pytest.raises(ValueError, match=r"not a record of a bad sample: .*its keys are \['row'\]"):
+        BadSample.from_dict({"row": 1})
+    assert json.loads(json.dumps(ONE.to_dict()))["schema"] == 1
+
+
+def test_each_sample_once_in_the_order_of_rows() -> None:
+    """A sample that was met again is listed as first met, with how often; those without rows come last."""
+    stream = replace(ONE, row=None, hash="cd")
+    met = [stream, ONE, replace(ONE, row=7), replace(ONE, epoch=2, times=2), replace(stream, times=3, batch=9)]
+    assert merged(met) == [replace(ONE, row=7), replace(ONE, times=2), replace(stream, times=3)]
+
+
+def test_told_in_one_line() -> None:
+    """Row or hash, cause, columns, how often and where."""
+    assert describe_sample(replace(ONE, times=2, rank=1)) == (
+        "row 100: not finite in field x, columns 1, 2; field y; "
+        "met 2 times, first in epoch 1, batch 6, sample 4, rank 1"
+    )
+    assert describe_sample(BadSample("unknown_operation", hash="ab")) == (
+        "sample with hash ab: unknown_operation; met in epoch 0, batch 0, sample 0"
+    )
+
+
+def test_csv() -> None:
+    """A spreadsheet reads one line a sample, with a header."""
+    file = io.StringIO()
+    write_csv([ONE, replace(ONE, row=None, columns={})], file)
+    rows = list(csv.DictReader(io.StringIO(file.getvalue())))
+    assert [(row["row"], row["cause"], row["columns"], row["hash"]) for row in rows] == [
+        ("100", "not finite", "x: 1 2; y:", "ab12"),
+        ("", "not finite", "", "ab12"),
+    ]

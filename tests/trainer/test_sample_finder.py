@@ -1,0 +1,182 @@
+"""The bad samples of a run are named by their rows, else by hash and place, and no good one ever is."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from lightning_nanguard import NaNGuard, sample_hash
+from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE, BadSample, merged, read_bad_samples
+from tests.helpers import folder_of, trainer_for
+
+Sample = tuple[Tensor, Tensor]
+
+
+def rows(count: int = 96, **bad: Any) -> list[Sample]:
+    """Samples of a regression with positive targets; ``bad`` says in which rows what stands: ``x7=nan``, ``y9=-1``."""
+    source = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(count):
+        x = torch.randn(4, generator=source)
+        made.append((x, x[:1].abs() + 0.5))
+    for place, value in bad.items():
+        field, row = place[0], int(place[1:])
+        x, y = (part.clone() for part in made[row])
+        (x if field == "x" else y)[0] = value
+        made[row] = (x, y)
+    return made
+
+
+class LogTargets(LightningModule):
+    """Learns the logarithm of the target, which a negative one has not."""
+
+    def __init__(self, manual: bool = False, tolerant: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+        self.automatic_optimization = not manual
+        self.tolerant = tolerant
+
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        x, y = batch
+        if self.tolerant:
+            x = x.nan_to_num(0.0)
+        loss = (self.net(x) - y.log()).square().mean()
+        if self.automatic_optimization:
+            return loss
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return None
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+def trained(data: Any, folder: Path, module: LightningModule | None = None, **options: Any) -> NaNGuard:
+    guard = NaNGuard(dirpath=folder, **options.pop("guard", {}))
+    loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=8, shuffle=True)
+    torch.manual_seed(1)
+    trainer_for(folder, guard, **options).fit(module or LogTargets(), loader)
+    return guard
+
+
+def listed(guard: NaNGuard) -> list[BadSample]:
+    path = folder_of(guard) / BAD_SAMPLES_FILE
+    return merged(read_bad_samples(path)) if path.exists() else []
+
+
+BAD: Mapping[str, float] = {"x7": math.nan, "y20": math.inf, "x50": 1e15, "y33": -1.0, "y61": -2.0}
+
+
+def test_rows_are_named_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """NaN, Inf, and targets that only the loss shows to be bad are each listed by row, with how often they were met."""
+    with caplog.at_level(logging.WARNING, logger="lightning_nanguard"):
+        guard = trained(rows(**BAD), tmp_path, max_epochs=3)
+    found = listed(guard)
+    assert {7, 20, 33, 61} <= {one.row for one in found} <= {7, 20, 33, 50, 61}
+    assert [one.times for one in found if one.row != 50] == [3] * 4
+    assert [one.cause for one in found][:2] == ["not finite", "not finite"]
+    assert found[0].columns == {"0": (0,)}
+    assert all(one.run == guard.run_id and one.rank == 0 for one in found)
+    named = [one.finding for one in guard.interventions if one.finding is not None and 7 in one.finding.rows]
+    assert [one.evidence.get("times_met") for one in named] == [None, 2.0, 3.0]
+    assert all(len(one.rows) == len(one.samples) for one in named)
+    assert "row 7 of the data set" in caplog.text or "rows 7" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"accumulate_grad_batches": 3}, {"guard": {"readback": "deferred"}}],
+    ids=["accumulated", "deferred"],
+)
+def test_the_same_rows_however_it_is_trained(options: dict[str, Any], tmp_path: Path) -> None:
+    """Every row that is not finite is listed by the end of the first epoch, and no good one."""
+    found = {one.row for one in listed(trained(rows(x7=math.nan, y20=math.inf, x64=-math.inf), tmp_path, **options))}
+    assert found == {7, 20, 64}
+
+
+def test_manual_optimization(tmp_path: Path) -> None:
+    """Where no batch can be run again, rows are named by what they hold."""
+    found = listed(trained(rows(x7=math.nan, y20=math.inf), tmp_path, LogTargets(manual=True)))
+    assert [one.row for one in found] == [7, 20]
+
+
+def test_what_the_model_takes_is_not_bad(tmp_path: Path) -> None:
+    """Rows whose NaN stands for what is missing are not listed, not even from a batch that another row spoils."""
+    missing = {f"x{row}": math.nan for row in range(0, 96, 4)}
+    found = listed(trained(rows(**missing, y33=math.inf), tmp_path, LogTargets(tolerant=True)))
+    assert [one.row for one in found] == [33]
+
+
+def test_healthy_data_leave_no_file(tmp_path: Path) -> None:
+    """A run without a bad sample writes no list."""
+    assert not (folder_of(trained(rows(), tmp_path)) / BAD_SAMPLES_FILE).exists()
+
+
+class Stream(IterableDataset[Sample]):
+    def __init__(self, data: list[Sample]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.data)
+
+
+def test_a_stream_has_places_and_hashes(tmp_path: Path) -> None:
+    """Where there are no rows, place in the epoch and hash are recorded; the hash finds the sample again."""
+    data = rows(**BAD)
+    guard = trained(DataLoader(Stream(data), batch_size=8), tmp_path, max_epochs=2)
+    found = {one.hash: one for one in listed(guard)}
+    hashes = {row: sample_hash(data[row]) for row in (7, 20, 33, 61)}
+    assert set(hashes.values()) <= found.keys() <= {*hashes.values(), sample_hash(data[50])}
+    for row, name in hashes.items():
+        assert (found[name].row, found[name].batch, found[name].index) == (None, row // 8, row % 8)
+        assert found[name].times == 2
+    named = [one.finding for one in guard.interventions if one.finding is not None and one.batch_idx == 0]
+    assert [one.evidence["hash"] for one in named] == [hashes[7]] * 2
+    assert [(one.evidence["position"], one.evidence.get("times_met")) for one in named] == [(0.0, None), (0.0, 2.0)]
+
+
+def by_size(samples: list[Sample]) -> Any:
+    """What packs sequences: the largest first."""
+    return default_collate(sorted(samples, key=lambda one: -float(one[1])))
+
+
+def test_rows_under_a_collate_function_that_sorts(tmp_path: Path) -> None:
+    """Where samples change their places in the batch, a row is named only if it is seen to be bad itself."""
+    data = rows(x7=math.nan, x20=math.inf, y33=-1.0)
+    found = listed(trained(DataLoader(data, batch_size=8, shuffle=True, collate_fn=by_size), tmp_path))
+    assert {one.row for one in found} <= {7, 20, 33, None}
+    hashes = {sample_hash(data[row]): row for row in (7, 20, 33)}
+    assert all(one.hash in hashes for one in found)
+    assert len(found) >= 2
+
+
+def test_an_epoch_that_is_resumed(tmp_path: Path) -> None:
+    """After a resume in mid-epoch Lightning counts on and the loader begins anew: rows are right, counts go on."""
+    data = rows(x7=math.nan)
+    first = NaNGuard(dirpath=tmp_path / "first")
+    trainer = trainer_for(tmp_path, first, max_steps=6, max_epochs=-1)
+    trainer.fit(LogTargets(), DataLoader(data, batch_size=8))
+    trainer.save_checkpoint(tmp_path / "middle.ckpt")
+    again = NaNGuard(dirpath=tmp_path / "second")
+    with pytest.warns(UserWarning, match="not\n? resumable|before the epoch ended"):
+        trainer_for(tmp_path, again, max_steps=12, max_epochs=-1).fit(
+            LogTargets(), DataLoader(data, batch_size=8), ckpt_path=tmp_path / "middle.ckpt"
+        )
+    (found,) = listed(again)
+    assert (found.row, found.batch, found.index, found.times) == (7, 0, 7, 2)
+    (record,) = again.interventions
+    assert record.batch_idx == 6
+    assert record.finding is not None
+    assert record.finding.rows == (7,)
