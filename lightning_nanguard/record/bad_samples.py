@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TextIO, final
 
+from lightning_nanguard.record.text import printable
 from lightning_nanguard.types import SCHEMA_VERSION, Row, plain
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
@@ -146,4 +147,5 @@ def write_csv(samples: Iterable[BadSample], file: TextIO) -> None:
     for one in samples:
         columns = "; ".join(f"{name}: {' '.join(map(str, found))}".strip() for name, found in one.columns.items())
         values = {**asdict(one), "columns": columns, "row": "" if one.row is None else one.row}
-        writer.writerow([values[name] for name in names])
+        cells = (values[name] for name in names)
+        writer.writerow([printable(cell) if isinstance(cell, str) else cell for cell in cells])
