@@ -94,6 +94,9 @@ class NaNGuard(DisplayedGuard):
             or is out of all proportion to everything seen; a finite suspicion becomes advice, and ``training_step`` is
             never run again while every number is finite. ``"evidence"``: also for a finite loss that diverges or never
             falls, where the newest batches, run again under an earlier state or another rate, confirm it.
+        quarantine: Leave samples that were found to be bad out of every later batch, in this run and in those that go
+            on from its checkpoints. Batches that hold one get smaller; their number and the order of the other samples
+            stay. Where data have no rows, samples are recognised by their hash, in batches of ``default_collate``.
 
     Raises:
         ValueError: When an argument is out of its range or contradicts another.
@@ -128,6 +131,7 @@ class NaNGuard(DisplayedGuard):
         rules: list[Rule] | None = None,
         thresholds: Thresholds | None = None,
         act_on: ActOn = "certain",
+        quarantine: bool = False,
     ) -> None:
         if on_intervention is not None and not callable(on_intervention):
             raise TypeError(f"NaNGuard(on_intervention={on_intervention!r}): expected a callable.")
@@ -155,6 +159,7 @@ class NaNGuard(DisplayedGuard):
             last_good_every_n_steps=last_good_every_n_steps,
             resume=resume,
             act_on=act_on,
+            quarantine=quarantine,
             sinks=(*own, *as_sinks(self, sinks)),
             rules=check_rules(rules),
             thresholds=limits,

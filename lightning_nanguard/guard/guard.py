@@ -161,8 +161,8 @@ class Guard:
         self._parts.rates.look(optimizer_index)
         self._state.note_rate(self._context.rate.first())
         self._updated = True
-        if self._judge.weights_are_bad():
-            # The weights are bad already: nothing that comes of them is measured, or reaches them.
+        if self._judge.weights_are_bad() or self._state.passed_over:
+            # The weights are bad already, or the batch is known to be: nothing of it is measured, or reaches them.
             self._parts.meter.drop_losses()
             self._parts.skipper.skip(optimizer_index)
             return
@@ -182,7 +182,7 @@ class Guard:
         """Decide, act and record; else certify and take snapshots.
 
         Returns:
-            Whether nothing was found.
+            Whether nothing was found, and the batch is not known to be bad.
 
         Raises:
             TrainingDivergedError: When the run cannot be helped, or its first weights were not finite.
@@ -194,7 +194,7 @@ class Guard:
             return True
         if self._readback.end_batch():
             self._parts.recorder.mark()
-        found = self._judge.take_found()
+        found, passed_over = self._judge.take_found(), self._state.passed_over
         self._state.restored = None
         try:
             if found and self._bad_start is not None:
@@ -209,9 +209,10 @@ class Guard:
             self._open = self._updated = False
             self._judge.readings = []
             self._state.raised = None
+            self._state.passed_over = False
             self._parts.meter.end_batch()
             self._parts.skipper.skipped.clear()
-        return not found
+        return not found and not passed_over
 
     def _stop_if_lost_from_the_start(self, found: FoundFault) -> None:
         # Training may survive such a weight, and a batch may be bad by itself.

@@ -25,6 +25,7 @@ class GuardState:
         restored: The snapshot that the present intervention restored; ``None`` where it restored none.
         raised: The exception of ``training_step`` that the next non-finite loss stands for, in words.
         unrestored: What is still not finite after the present intervention has restored a snapshot, in words.
+        passed_over: Whether the update at hand is left out because every sample of it is known to be bad.
         rates: Step and effective learning rate of the first group, for each step at which it changed.
     """
 
@@ -36,6 +37,7 @@ class GuardState:
     restored: Snapshot | None = None
     raised: str | None = None
     unrestored: str | None = None
+    passed_over: bool = False
     rates: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=1024))
 
     def state_dict(self) -> dict[str, Any]:

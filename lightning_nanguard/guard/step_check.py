@@ -107,6 +107,10 @@ class StepCheck:
         """Have one more function called where the batch at hand, or the window, is left out."""
         self._undos[0].also(undo)
 
+    def pass_over(self) -> None:
+        """Leave the update at hand out without a record: every sample of it is known to be bad."""
+        self._context.state.passed_over = True
+
     def drop_losses(self) -> None:
         """Forget the losses that were seen: their micro-batches are run again."""
         self._meter.drop_early()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import zlib
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch.utils.data import default_collate
 
 from lightning_nanguard.measure.batches import mapped, named_tensors
 from lightning_nanguard.measure.tensors import is_plain
+from lightning_nanguard.thresholds.measurement import MeasurementThresholds
+
+_DEFAULTS = MeasurementThresholds()
 
 
 def is_separable(batch: Any, count: int) -> bool:
@@ -57,24 +61,51 @@ def _picked(value: Any, pick: Any) -> Any:
 
 
 def hash_of(batch: Any, index: int) -> str:
-    """The hash of one sample of a batch: of the bytes of its tensors.
+    """The hash of one sample of a batch, of the bytes of its tensors: first of a few numbers, then of all.
 
     Args:
         batch: The batch.
         index: The sample.
     """
+    one = [tensor[index : index + 1] for tensor in _by_sample(batch)]
     made = hashlib.sha256()
-    count: int | None = None
-    for _, tensor in named_tensors(batch):
-        if not is_plain(tensor) or not tensor.dim():
-            continue
-        count = len(tensor) if count is None else count
-        if len(tensor) != count:
-            continue
-        one = tensor[index].detach().cpu().contiguous()
-        made.update(f"{one.dtype} {tuple(one.shape)}".encode())
-        made.update(one.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return made.hexdigest()[:16]
+    for tensor in one:
+        made.update(f"{tensor.dtype} {tuple(tensor.shape[1:])}".encode())
+        made.update(_bytes(tensor).numpy().tobytes())
+    return _first_halves(one)[0] + made.hexdigest()[:8]
+
+
+def found_again(batch: Any, hashes: Collection[str]) -> list[int]:
+    """The samples of a batch that have one of some hashes.
+
+    Args:
+        batch: The batch.
+        hashes: What :func:`hash_of` gave.
+    """
+    firsts = {one[:8] for one in hashes}
+    likely = (index for index, first in enumerate(_first_halves(_by_sample(batch))) if first in firsts)
+    return [index for index in likely if hash_of(batch, index) in hashes]
+
+
+def _by_sample(batch: Any) -> list[Tensor]:
+    tensors = [one.detach() for _, one in named_tensors(batch) if is_plain(one) and one.dim()]
+    return [one for one in tensors if len(one) == len(tensors[0])]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """One row of bytes for each sample."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.cpu().reshape(len(tensor), -1).contiguous().view(torch.uint8)
+
+
+def _first_halves(tensors: Sequence[Tensor], thresholds: MeasurementThresholds = _DEFAULTS) -> list[str]:
+    # Of every batch, where samples are left out by their hashes: all of the numbers would take too long.
+    few = []
+    for tensor in tensors:
+        flat = tensor.reshape(len(tensor), -1)
+        size = flat.shape[1]
+        few.append(_bytes(flat[:, torch.arange(0, size, max(1, size // thresholds.hashed_first), device=flat.device)]))
+    return [f"{zlib.crc32(row.tobytes()):08x}" for row in torch.cat(few, 1).numpy()] if few else []
 
 
 def sample_hash(sample: Any) -> str:

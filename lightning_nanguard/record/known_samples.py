@@ -16,6 +16,7 @@ class KnownSamples:
         quarantine: Whether rows that are known to be bad are left out of later batches.
 
     Attributes:
+        quarantine: Whether rows are left out.
         left_out: Rows that are left out of every batch drawn from now on.
         hashes: Hashes of samples without rows that are left out.
 
@@ -26,7 +27,7 @@ class KnownSamples:
     """
 
     def __init__(self, *, quarantine: bool = False) -> None:
-        self._quarantine = quarantine
+        self.quarantine = quarantine
         self._times: dict[Row, int] = {}
         self.left_out: set[Row] = set()
         self.hashes: set[str] = set()
@@ -38,7 +39,7 @@ class KnownSamples:
             key: Its row, or ``"hash …"``.
         """
         times = self._times[key] = self._times.get(key, 0) + 1
-        if self._quarantine:
+        if self.quarantine:
             self._leave_out(key)
         return times
 
@@ -60,7 +61,7 @@ class KnownSamples:
         """The inverse of :meth:`state_dict`; earlier versions lack this."""
         for key, times in state.get("times", ()):
             self._times[key] = int(times)
-            if self._quarantine:
+            if self.quarantine:
                 self._leave_out(key)
 
 

@@ -119,8 +119,8 @@ class BatchHistory:
 
     def accept_update(self, update: int) -> None:
         """Keep the newest micro-batch of an update that turned out healthy, where it is still there."""
-        for known, index, batch, *_ in reversed(self._micros):
-            if known <= update:
+        for known, index, batch, _, origin in reversed(self._micros):
+            if known <= update and not (origin is not None and origin.nothing_left):
                 self.accept(batch, index)
                 return
 
@@ -151,6 +151,10 @@ class BatchHistory:
         """The micro-batches of an update, the newest last; a batch with several updates is found under each."""
         known = max((one[0] for one in self._micros if one[0] <= update), default=None)
         return self._made(() if known is None else (known,))
+
+    def at_hand(self) -> BatchOrigin | None:
+        """Where the newest micro-batch came from."""
+        return self._micros[-1][-1] if self._micros else None
 
     def since(self, update: int) -> list[MicroBatch]:
         """The micro-batches of all updates after one."""

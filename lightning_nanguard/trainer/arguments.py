@@ -54,6 +54,7 @@ class Arguments:
     last_good_every_n_steps: int | None
     resume: str
     act_on: ActOn = "certain"
+    quarantine: bool = False
     sinks: Sequence[Sink] = ()
     rules: Sequence[Rule] = ()
     thresholds: Thresholds = field(default_factory=Thresholds)
@@ -70,6 +71,7 @@ class Arguments:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             require(value in choices, _NAME, name, value, f"one of {choices}")
+        require(isinstance(self.quarantine, bool), _NAME, "quarantine", self.quarantine, "True or False")
         self._check_numbers()
         if self.bundle_dir is not None:
             safetensors()

@@ -17,8 +17,9 @@ class DataWatchingGuard(CopyableGuard):
     def _watch_data(self, trainer: Trainer) -> DataOrder:
         """Learn from now on which rows each batch holds."""
         self._leave_data()
-        waiting = self._arguments.thresholds.samples.batches_waiting
-        self._order = DataOrder(trainer, KnownSamples(), waiting)
+        given = self._given or self._arguments
+        known = KnownSamples(quarantine=given.quarantine and not given.observe)
+        self._order = DataOrder(trainer, known, given.thresholds.samples.batches_waiting)
         return self._order
 
     def _know_samples(self, state: Mapping[str, Any] | None) -> None:

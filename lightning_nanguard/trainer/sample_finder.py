@@ -65,6 +65,7 @@ class SampleFinder:
         self._run_id = run_id
         self._known = context.samples
         self._limits = context.thresholds.samples
+        self._said = False
         # Batches that were looked into: several faults may be found of one.
         self._seen: dict[tuple[int, int], None] = {}
 
@@ -204,6 +205,12 @@ class SampleFinder:
         if self._context.many:
             everywhere = ranks.gather([one.to_dict() for one in mine])
             found = [BadSample.from_dict(one) for of_rank in everywhere for one in of_rank]
+        if found and self._known.quarantine and not self._said and self._file is not None:
+            self._said = True
+            _logger.warning(
+                "NaNGuard: bad samples are left out from now on (quarantine=True); nanguard samples %s lists them.",
+                self._file.path.parent,
+            )
         for one in found:
             times = self._known.met(one.key)
             if self._file is not None:

@@ -31,6 +31,10 @@ from lightning_nanguard.types import Fault
 _logger = logging.getLogger("lightning_nanguard")
 
 
+_NOTHING_LEFT = Fault("quarantine", "batch", "batch", None, "every sample of the batch is known to be bad")
+"""Why a micro-batch is left out that was not run."""
+
+
 class _BadLossError(Exception):
     """Ends the run of a micro-batch of a window before its backward pass, which would spoil the window's gradients."""
 
@@ -119,10 +123,13 @@ class StepRunner:
         if self._again:
             return run.whole()
         random = self._replay.batches.begin_step()
+        origin = self._replay.batches.at_hand()
         try:
             start = self._memory.open(run.batch, random)
             if run.zero_grad is not None:
                 self._check.undo_also(start.carried_back)
+            if origin is not None and origin.nothing_left and self._allowed:
+                return self._pass_over(run, start)
             return self._guarded(run, start) if self._allowed and run.repeatable else run.whole()
         finally:
             self._replay.batches.end_step()
@@ -255,6 +262,28 @@ class StepRunner:
             loss = torch.stack([p.sum().to(trained[0].device, torch.float32) for p in trained]).sum() * float("nan")
         return result_of(self._trainer, loss)
 
+    def _pass_over(self, run: MicroBatchRun, start: StepStart) -> Any:
+        """Make no forward and no backward pass on a batch whose samples are all known to be bad."""
+        micro, steps = self._window.add(run, start), not accumulates(self._trainer)
+        micro.left_out, fault, result = _NOTHING_LEFT, None, self._nan_result()
+        if run.zero_grad is not None:
+            run.zero_grad()
+        try:
+            if steps and len(self._window.left_out()) == len(self._window.micros):
+                self._check.pass_over()
+                if self._guard.context.learner.scaler is not None:  # which has to find gradients
+                    for parameter in self._module.parameters():
+                        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            elif steps:
+                self._window.weigh(self._gradients)
+                fault = self._check.fault(0, careful=self._careful)
+            if fault is not None and self._may_repeat():
+                return self._window_again(_Outcome(result, fault), steps=steps)
+            return self._over(result, steps=steps)
+        finally:
+            if steps:
+                self._window.close()
+
     # ---------------------------------------------------------------------------------------- windows
 
     def _leave_out(self, micro: Micro, first: _Outcome, after: StepClock, *, counted: bool, steps: bool) -> Any:
@@ -329,6 +358,8 @@ class StepRunner:
         """The micro-batch is over; where the update follows, record what was left out of it."""
         if steps:
             for micro, fault in self._window.left_out():
+                if fault is _NOTHING_LEFT:
+                    continue
                 with self._replay.suspecting(micro.run.batch_idx):
                     self._check.record_left_out(fault)
         return result

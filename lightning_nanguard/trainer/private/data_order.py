@@ -9,9 +9,11 @@ from typing import Any, final
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.dataloader import _DatasetKind
 
+from lightning_nanguard.diagnosis.batch import samples
+from lightning_nanguard.measure.sample_parts import found_again, is_separable, part_of
 from lightning_nanguard.record.known_samples import KnownSamples
 from lightning_nanguard.state.batch_origin import BatchOrigin, without
-from lightning_nanguard.trainer.private.patches import wrap_method
+from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
 from lightning_nanguard.types import Row
 
 
@@ -135,7 +137,12 @@ class DataOrder:
         self._waiting = waiting
         self._watches: dict[int, _Watch] = {}
         # After Lightning has put its samplers in, and before the first iterator is made, at which no hook is called.
-        self._undo = wrap_method(trainer.strategy, "process_dataloader", self._process)
+        undos = [wrap_method(trainer.strategy, "process_dataloader", self._process)]
+        if known.quarantine:
+            undos.append(wrap_method(trainer.strategy, "batch_to_device", self._without_known))
+        self._undo = undo_all(undos)
+        # Whether every sample of the batch at hand has the hash of a bad one.
+        self._nothing_left = False
 
     def _process(self, original: Callable[[Any], Any], loader: Any) -> Any:
         loader = original(loader)
@@ -145,6 +152,18 @@ class DataOrder:
                 known.undo()
             self._watches[id(loader)] = _Watch(loader, self.known.left_out, self._waiting)
         return loader
+
+    def _without_known(self, original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Leave out samples by their hashes, where the data have no rows by which the sampler leaves them out."""
+        if self._trainer.training and self.known.hashes:
+            self._nothing_left = False
+            origin, count = self.origin(0), samples(batch) or 0
+            if origin.keys is None and origin.collated and is_separable(batch, count):
+                bad = set(found_again(batch, self.known.hashes))
+                self._nothing_left = len(bad) == count
+                if bad and not self._nothing_left:
+                    batch = part_of(batch, [index for index in range(count) if index not in bad])
+        return original(batch, *args, **kwargs)
 
     def origin(self, batch_idx: int) -> BatchOrigin:
         """Where the batch at hand came from.
@@ -165,7 +184,7 @@ class DataOrder:
         collated = getattr(loader, "collate_fn", None) is default_collate
         drawn = getattr(iterator, "_sampler_iter", None)
         if id(loader) not in self._watches or not isinstance(drawn, _Draws):
-            return BatchOrigin(position, epoch, collated=collated)
+            return BatchOrigin(position, epoch, collated=collated, nothing_left=self._nothing_left)
         found = drawn.of(iterator._num_yielded - 1 - waiting)
         keys, nothing = (None, False) if found is None else found
         return BatchOrigin(position, epoch, keys or None, collated, nothing)
