@@ -141,10 +141,17 @@ class StepCheck:
 
     def record_left_out(self, fault: Fault) -> None:
         """Put on record that a micro-batch was left out of its window, whose update is made from the others."""
-        context = self._context
-        known = Evidence(step=context.state.step + 1, healthy_steps=context.state.healthy_steps)
-        finding = self._loop.diagnose(fault, known, "replay", context.state.step + 1)
-        self._record(fault, "leave out", finding)
+        self._record(fault, "leave out", self.diagnosis(fault))
+
+    def record_kept(self, fault: Fault, finding: Finding | None) -> None:
+        """Put on record that an update is made from the good samples of a bad batch."""
+        self._record(fault, "keep good samples", finding)
+
+    def diagnosis(self, fault: Fault) -> Finding | None:
+        """The cause of a fault of the update at hand."""
+        state = self._context.state
+        known = Evidence(step=state.step + 1, healthy_steps=state.healthy_steps)
+        return self._loop.diagnose(fault, known, "replay", state.step + 1)
 
     def _record(self, fault: Fault, word: str, finding: Finding | None) -> None:
         # The update is still to be made, and other records are made after it.

@@ -43,6 +43,10 @@ class KnownSamples:
             self._leave_out(key)
         return times
 
+    def __len__(self) -> int:
+        """Number of samples met so far."""
+        return len(self._times)
+
     def times(self, key: Row) -> int:
         """How often a sample was met so far."""
         return self._times.get(key, 0)

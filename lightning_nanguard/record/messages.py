@@ -114,6 +114,7 @@ _PHRASES = {
     "hold rate": ("went on at the last valid learning rate", "gone on at the last valid learning rate"),
     "redo": ("made the step again", "made the step again"),
     "leave out": ("left the micro-batch out of its update", "left the micro-batch out of its update"),
+    "keep good samples": ("made the update from the good samples", "made the update from the good samples"),
     "stop": ("stopped the run", "stopped the run"),
 }
 

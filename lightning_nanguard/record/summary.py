@@ -21,6 +21,7 @@ _ACTIONS = {
     "hold rate": ("learning rate replaced by the last valid one", "learning rates replaced by the last valid ones"),
     "redo": ("step made again", "steps made again"),
     "leave out": ("micro-batch left out", "micro-batches left out"),
+    "keep good samples": ("update made from the good samples", "updates made from the good samples"),
     "stop": ("stop", "stops"),
 }
 

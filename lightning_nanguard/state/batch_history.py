@@ -83,6 +83,7 @@ class BatchHistory:
         self._most = self._healthy_limits.most if most_healthy is None else most_healthy
         self._healthy: deque[tuple[Any, int]] = deque(maxlen=self._most)
         self._accepted = 0
+        self._exchanged: tuple[Any, Any] = None, None
 
     def add(self, update: int, index: int, batch: Any, origin: BatchOrigin | None = None) -> None:
         """Take a micro-batch that is about to be run."""
@@ -106,9 +107,25 @@ class BatchHistory:
         """That step is over."""
         self._streams.close()
 
+    def exchange(self, batch: Any, part: Any, origin: BatchOrigin) -> None:
+        """Have a part of a micro-batch take its place: only that was learned from.
+
+        Args:
+            batch: The whole micro-batch.
+            part: The part.
+            origin: Where the part came from.
+        """
+        self._exchanged = batch, part
+        for place, (update, index, known, state, _) in enumerate(self._micros):
+            if known is batch:
+                self._micros[place] = update, index, part, state, origin
+
     def accept(self, batch: Any, index: int) -> None:
         """Keep a batch that turned out healthy, once."""
         healthy, limits = self._healthy, self._healthy_limits
+        whole, part = self._exchanged
+        if batch is whole:
+            batch, self._exchanged = part, (None, None)
         if healthy and healthy[-1][0] is batch:
             return
         if self._accepted % limits.measured_every == 0:

@@ -23,6 +23,7 @@ class SamplesThresholds:
         separable_error: Relative difference up to which the loss of a batch is the weighted mean of its parts' losses;
             32-bit sums in another order differ by less.
         skipped_share: Share of skipped updates from which on the advice names ``keep_good_samples``.
+        skipped_confidence: Confidence of that advice: a count of what was done.
         least_updates: Updates before that share is looked at.
         checked_factor: Times the usual largest number of a field from which on ``nanguard check --data`` names a
             sample.
@@ -37,5 +38,6 @@ class SamplesThresholds:
     batches_waiting: int = 8
     separable_error: float = 1e-3
     skipped_share: float = 0.1
+    skipped_confidence: float = 0.9
     least_updates: int = 20
     checked_factor: float = 1e3

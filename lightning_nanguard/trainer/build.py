@@ -9,6 +9,7 @@ import torch
 from lightning_nanguard.act.clipping import Clipper
 from lightning_nanguard.act.learning_rate import LearningRate
 from lightning_nanguard.act.skip import skips_on_device
+from lightning_nanguard.act.skip_step import SkipStep
 from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.detect.monitors import Monitors
 from lightning_nanguard.diagnosis.bundle_store import BundleStore
@@ -37,6 +38,7 @@ from lightning_nanguard.trainer.private.precision import grad_scaler
 from lightning_nanguard.trainer.private.strategies import is_sharded, what_steps
 from lightning_nanguard.trainer.run import open_run
 from lightning_nanguard.trainer.sample_finder import SampleFinder
+from lightning_nanguard.trainer.sample_keeper import SampleKeeper
 from lightning_nanguard.trainer.sinks import fit_advice, fit_sinks
 
 
@@ -93,7 +95,9 @@ def build_fit(
             if getattr(config.scheduler, "optimizer", None) is optimizer
         },
     )
-    return Fit(trainer, guard, replay, diagnostics, sinks, advice, folder, averages, order, samples)
+    keeps_good = any(isinstance(one, SkipStep) and one.keep_good_samples for one in arguments.remedies)
+    keeper = SampleKeeper(module, replay, samples, arguments.thresholds.samples) if keeps_good else None
+    return Fit(trainer, guard, replay, diagnostics, sinks, advice, folder, averages, order, samples, keeper)
 
 
 def _context(

@@ -28,7 +28,8 @@ from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.precision import autocasts_to_half, grad_scaler
 from lightning_nanguard.trainer.private.training_step import loss_with_graph
 from lightning_nanguard.trainer.sample_finder import SampleFinder
-from lightning_nanguard.types import Advice, Evidence, Fault, Finding
+from lightning_nanguard.trainer.skip_share import SkipShare
+from lightning_nanguard.types import Advice, Evidence, Fault, Finding, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -72,6 +73,7 @@ class Diagnostics:
         self._advice = advice
         self._bundles = bundles
         self._samples = samples
+        self._skips = SkipShare(context.thresholds.samples)
         self._thresholds = thresholds
         self._rules = RuleSet(rules, thresholds)
         self._diagnostician = Diagnostician(
@@ -196,6 +198,12 @@ class Diagnostics:
         for finding in self._examination.findings(micros, course, evidence, asked=asked):
             if finding.confidence > self._thresholds.confidence.told:
                 self.advise("asked" if asked else "loss does not move", finding)
+
+    def note(self, intervention: Intervention) -> None:
+        """Look at what was done, and say what to do where bad samples cost many updates."""
+        advice = self._skips.note(intervention, self._context.state.step) if self._context.samples else None
+        if advice is not None:
+            self.advise("skipped batches", advice)
 
     def advise(self, occasion: str, finding: Finding) -> None:
         """Give advice, once about one cause at one place, unless somebody asks again.

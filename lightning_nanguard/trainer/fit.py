@@ -29,10 +29,11 @@ from lightning_nanguard.trainer.private.checkpoint_files import catch_write_erro
 from lightning_nanguard.trainer.private.closures import run_micro_batches_by
 from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.learning_rate_monitor import around_learning_rate_monitors
-from lightning_nanguard.trainer.private.packages import Trainer, rank_zero_info
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, rank_zero_info
 from lightning_nanguard.trainer.private.saving import guard_saves
 from lightning_nanguard.trainer.private.strategies import accumulation, collects
 from lightning_nanguard.trainer.sample_finder import SampleFinder
+from lightning_nanguard.trainer.sample_keeper import SampleKeeper
 from lightning_nanguard.trainer.step_runner import StepRunner
 from lightning_nanguard.trainer.validation import ValidationWatch
 
@@ -54,6 +55,7 @@ class Fit:
         averages: Averaged copies that callbacks keep.
         order: Knows where batches come from.
         samples: Finds bad samples.
+        keeper: Gives the good samples of a bad batch; ``None`` where those are not to be kept.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Fit:
         averages: AveragedCopies,
         order: DataOrder,
         samples: SampleFinder,
+        keeper: SampleKeeper | None = None,
     ) -> None:
         self._trainer = trainer
         self.guard = guard
@@ -80,6 +83,7 @@ class Fit:
         self.averages = averages
         self.order = order
         self.samples = samples
+        self._keeper = keeper
         self.validation = ValidationWatch(trainer, guard, replay)
         self.rank_zero = trainer.is_global_zero
         self.last_good: LastGood | None = None
@@ -103,8 +107,9 @@ class Fit:
             self.context.curve.listener = LoggerCurves(self._trainer).take
         rate, later = self.context.rate, self._patches.callback
         module, limits = self._trainer.lightning_module, self.context.thresholds.batches.repeated
+        keeper = None if self._keeps_whole(module) else self._keeper
         if module.automatic_optimization and self.context.learner.optimizers:
-            runner = StepRunner(self._trainer, module, self.guard, self.replay, listens, limits)
+            runner = StepRunner(self._trainer, module, self.guard, self.replay, listens, limits, keeper)
             later(run_micro_batches_by(self._trainer, runner))
         later(
             guard_saves(
@@ -118,6 +123,14 @@ class Fit:
         if not self.context.settings.observe:
             later(around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw))
             later(keep_best_finite(self._trainer))
+
+    def _keeps_whole(self, module: LightningModule) -> bool:
+        """Whether bad batches are skipped as a whole, which is said where their good samples were to be kept."""
+        late = self.context.settings.deferred or not self.guard.steps.allowed() or not module.automatic_optimization
+        whole = late or bool(self.context.learner.quasi_newton)
+        if whole and self._keeper is not None and not self.context.settings.observe:
+            self._keeper.say("it needs automatic optimization without LBFGS, one process, and readback in the step")
+        return whole
 
     def _mend(self, checkpoint: dict[str, Any], path: str, *, checked: bool = False) -> dict[str, Any]:
         kept = self.last_good

@@ -54,6 +54,7 @@ class TrainerLoop:
     def record(self, intervention: Intervention) -> None:
         """Give the record to every sink."""
         self._sinks.write(replace(intervention, run=self._run_id))
+        self._diagnostics.note(intervention)
 
     def advise(self, finding: Finding) -> None:
         """Tell the user of a suspicion that the guard does not act on."""

@@ -21,6 +21,7 @@ from lightning_nanguard.record.bad_samples import BadSample
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.state.attributes import attributes_kept
 from lightning_nanguard.state.batch_history import MicroBatch
+from lightning_nanguard.state.batch_origin import BatchOrigin
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.thresholds.diagnosis import DEFAULT
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
@@ -67,7 +68,7 @@ class SampleFinder:
         self._limits = context.thresholds.samples
         self._said = False
         # Batches that were looked into: several faults may be found of one.
-        self._seen: dict[tuple[int, int], None] = {}
+        self._seen: dict[tuple[int, int], Found] = {}
 
     def close(self) -> None:
         """The fit is over."""
@@ -109,8 +110,12 @@ class SampleFinder:
         self._take(mine)
         return finding if finding is None or about is None else self._named(finding, about, mine)
 
+    def found(self, origin: BatchOrigin) -> Found:
+        """The bad samples of a batch that was looked into; none of one that was not."""
+        return self._seen.get((origin.epoch, origin.position), {})
+
     def _state(self, evidence: Evidence, good: Snapshot | None) -> AbstractContextManager[None] | None:
-        if good is not None:
+        if good is not None and not self._context.learner.quasi_newton:  # whose state may be in use
             return state_of_snapshot(self._context.learner, good)
         return nullcontext() if evidence.corrupt is None and not evidence.undo else None
 
@@ -124,14 +129,17 @@ class SampleFinder:
         origin = micro.origin
         if origin is None or (origin.epoch, origin.position) in self._seen:
             return []
-        self._seen[origin.epoch, origin.position] = None
+        self._seen[origin.epoch, origin.position] = {}
         if len(self._seen) > self._limits.batches_waiting:
             del self._seen[next(iter(self._seen))]
         with self.parts(micro, state) as bad:
-            healthy = [batch for batch, _ in self._replay.batches.healthy]
+            # Of a window that is not over, micro-batches are among the healthy ones already.
+            own = {id(one.batch) for one in self._replay.batches.newest()}
+            healthy = [batch for batch, _ in self._replay.batches.healthy if id(batch) not in own]
             found = judged(micro.batch, healthy, bad, _cause(finding), self._limits)
         if bad is None and finding is not None and micro is about and _blames_samples(finding):
             found = {index: SampleFault(finding.cause) for index in finding.samples} | found
+        self._seen[origin.epoch, origin.position] = found
         return self._samples(micro, found)
 
     @contextmanager

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
 
 from lightning_nanguard.guard.guard import Guard
+from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.step_start import StepClock, StepMemory, StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
@@ -25,39 +26,16 @@ from lightning_nanguard.trainer.private.closures import (
     uncounted,
 )
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.sample_keeper import GoodPart, SampleKeeper
+from lightning_nanguard.trainer.step_outcome import BadLossError, Outcome, fault_of, given
 from lightning_nanguard.trainer.window import Micro, Window, gradients_of
-from lightning_nanguard.types import Fault
+from lightning_nanguard.types import Fault, Finding
 
 _logger = logging.getLogger("lightning_nanguard")
 
 
 _NOTHING_LEFT = Fault("quarantine", "batch", "batch", None, "every sample of the batch is known to be bad")
 """Why a micro-batch is left out that was not run."""
-
-
-class _BadLossError(Exception):
-    """Ends the run of a micro-batch of a window before its backward pass, which would spoil the window's gradients."""
-
-    def __init__(self, fault: Fault, result: Any) -> None:
-        super().__init__(fault.message)
-        self.fault, self.result = fault, result
-
-
-@dataclass(slots=True)
-class _Outcome:
-    """What a run of a micro-batch gave.
-
-    Attributes:
-        result: What Lightning goes on with; ``None`` after an exception.
-        fault: What is wrong with it; ``None`` where nothing is.
-        error: The exception it ended in.
-        early: Whether it ended before its backward pass, and so before any gradient and any hook of it.
-    """
-
-    result: Any = None
-    fault: Fault | None = None
-    error: Exception | None = None
-    early: bool = False
 
 
 @final
@@ -76,6 +54,7 @@ class StepRunner:
         replay: Keeps the batches.
         listens: Says which callback is the guard's.
         thresholds: What is remembered before a step.
+        keeper: Gives the good samples of a bad batch; ``None`` where those are not to be kept.
     """
 
     def __init__(
@@ -86,6 +65,7 @@ class StepRunner:
         replay: TrainerBatchReplay,
         listens: Callable[[Any], bool],
         thresholds: RepeatedStepsThresholds,
+        keeper: SampleKeeper | None = None,
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -97,6 +77,7 @@ class StepRunner:
         self._careful = changes_gradients(trainer, module)
         self._memory = StepMemory(module, thresholds)
         self._errors = NumericErrors(trainer, module, guard, replay)
+        self._keeper = keeper
         self._window = Window(trainer, guard.steps, thresholds)
         # Whether a micro-batch is being run again, whether a bad loss may go on to its backward pass, whether the
         # forward pass at hand is over, and what takes its place.
@@ -115,7 +96,7 @@ class StepRunner:
         if self._accumulating() and self._may_repeat() and not self._may_pass:
             fault = self._check.fault_of_loss(result.closure_loss, 0)
             if fault is not None:
-                raise _BadLossError(fault, result)
+                raise BadLossError(fault, result)
         return result
 
     def run(self, run: MicroBatchRun) -> Any:
@@ -143,7 +124,7 @@ class StepRunner:
             if outcome.fault is None and outcome.error is None:
                 return self._over(outcome.result, steps=steps)
             if not self._may_repeat():
-                return _given(outcome)
+                return given(outcome)
             self._memory.close()
             if len(self._window.micros) > 1 and not outcome.early:
                 return self._window_again(outcome, steps=steps)
@@ -160,20 +141,20 @@ class StepRunner:
 
     # ---------------------------------------------------------------------------------------- one run
 
-    def _attempt(self, micro: Micro, *, steps: bool) -> _Outcome:
+    def _attempt(self, micro: Micro, *, steps: bool) -> Outcome:
         """Run a micro-batch once, and look at what it gave."""
         try:
             result = micro.run.whole()
-        except _BadLossError as bad:
-            return _Outcome(bad.result, bad.fault, early=True)
+        except BadLossError as bad:
+            return Outcome(bad.result, bad.fault, early=True)
         except Exception as error:
             if not (self._again or is_numeric(error)):
                 raise
-            return _Outcome(error=error, early=not self._forward_over)
+            return Outcome(error=error, early=not self._forward_over)
         if not steps:
-            return _Outcome(result)
+            return Outcome(result)
         self._window.weigh(self._gradients)
-        return _Outcome(result, self._check.fault(0, careful=self._careful))
+        return Outcome(result, self._check.fault(0, careful=self._careful))
 
     @contextmanager
     def _repeating(self, *, counted: bool, passing: bool = False, instead: Any = None) -> Iterator[None]:
@@ -197,7 +178,7 @@ class StepRunner:
 
     # ---------------------------------------------------------------------------------------- one micro-batch again
 
-    def _micro_again(self, micro: Micro, first: _Outcome, *, steps: bool) -> Any:
+    def _micro_again(self, micro: Micro, first: Outcome, *, steps: bool) -> Any:
         """Run a bad micro-batch again, where the gradients hold at most those of earlier micro-batches."""
         after = micro.start.clock_now()
         last, counted = first, False
@@ -214,7 +195,7 @@ class StepRunner:
                     after.restore_counters()
                 if first.error is not None and not first.early:
                     call_after_backward(self._trainer, self._listens)
-                self._check.record_transient(_fault_of(first))
+                self._check.record_transient(fault_of(first))
                 return self._over(last.result, steps=steps)
             if last.error is not None and not is_numeric(last.error):
                 self._memory.repeatable = False
@@ -222,28 +203,68 @@ class StepRunner:
                 break
         return self._stays_bad(micro, first, last, after, counted=counted or not last.early, steps=steps)
 
-    def _rewind(self, micro: Micro, outcome: _Outcome) -> None:
+    def _rewind(self, micro: Micro, outcome: Outcome) -> None:
         if not outcome.early:
             self._check.drop_losses()
         self._window.rewind(micro)
 
     def _stays_bad(
-        self, micro: Micro, first: _Outcome, last: _Outcome, after: StepClock, *, counted: bool, steps: bool
+        self, micro: Micro, first: Outcome, last: Outcome, after: StepClock, *, counted: bool, steps: bool
     ) -> Any:
-        """The fault came back: leave the micro-batch out of its window, or give it to the guard as it is."""
+        """The fault came back: keep the good samples, leave the micro-batch out, or give it to the guard as it is."""
+        kept = self._with_good_samples(micro, first, last, counted=counted, steps=steps)
+        if micro.kept is not None and kept is not None:
+            if first.error is not None and not first.early:
+                call_after_backward(self._trainer, self._listens)
+            return self._over(kept.result, steps=steps)
         if first.error is not None and not self._errors.caused_by_numbers(
             micro.run, micro.start, backward=not first.early
         ):
             raise first.error
         alone = steps and len(self._window.left_out()) == len(self._window.micros) - 1
-        if not self._accumulating() and first.error is None and last.error is None:
+        if kept is None and not self._accumulating() and first.error is None and last.error is None:
             return last.result  # forward and backward have run, and the guard sees what they gave
-        self._rewind(micro, last)
+        self._rewind(micro, last if kept is None else kept)
         if self._accumulating() and not alone and self._check.state_is_finite():
             return self._leave_out(micro, first, after, counted=counted, steps=steps)
         return self._pass_on(micro, first, counted=counted)
 
-    def _pass_on(self, micro: Micro, first: _Outcome, *, counted: bool) -> Any:
+    def _with_good_samples(
+        self, micro: Micro, first: Outcome, last: Outcome, *, counted: bool, steps: bool
+    ) -> Outcome | None:
+        """Run the good samples of a bad micro-batch, from where it began; ``None`` where those are not to be kept."""
+        if self._keeper is None or not self._memory.repeatable or micro.kept is not None:
+            return None
+        self._rewind(micro, last)
+        found = self._good_part(micro, fault_of(first))
+        if found is None:
+            return Outcome(early=True)
+        (part, finding), whole = found, micro.run.batch
+        micro.run.take(part.batch)
+        with self._repeating(counted=counted), logging_for(self._trainer, part.batch):
+            outcome = self._attempt(micro, steps=steps)
+        self._settle(micro, outcome, whole, part, (fault_of(first), finding))
+        return outcome
+
+    def _good_part(self, micro: Micro, fault: Fault) -> tuple[GoodPart, Finding | None] | None:
+        if self._keeper is None or micro.kept is not None or not self._check.state_is_finite():
+            return None
+        with self._replay.suspecting(micro.run.batch_idx):
+            finding = self._check.diagnosis(fault)
+        part = self._keeper.good_part(micro.run.batch)
+        return None if part is None else (part, finding)
+
+    def _settle(
+        self, micro: Micro, outcome: Outcome, whole: Any, part: GoodPart, why: tuple[Fault, Finding | None]
+    ) -> None:
+        """After a run of the good samples: go on with them where that went well, else with the whole batch."""
+        if outcome.fault is None and outcome.error is None:
+            micro.kept = why
+            self._replay.batches.exchange(whole, *part)
+        else:
+            micro.run.take(whole)
+
+    def _pass_on(self, micro: Micro, first: Outcome, *, counted: bool) -> Any:
         """Run a bad micro-batch through its backward pass, an exception as a loss of NaN."""
         error = first.error
         self._check.raised(error)
@@ -278,7 +299,7 @@ class StepRunner:
                 self._window.weigh(self._gradients)
                 fault = self._check.fault(0, careful=self._careful)
             if fault is not None and self._may_repeat():
-                return self._window_again(_Outcome(result, fault), steps=steps)
+                return self._window_again(Outcome(result, fault), steps=steps)
             return self._over(result, steps=steps)
         finally:
             if steps:
@@ -286,25 +307,25 @@ class StepRunner:
 
     # ---------------------------------------------------------------------------------------- windows
 
-    def _leave_out(self, micro: Micro, first: _Outcome, after: StepClock, *, counted: bool, steps: bool) -> Any:
+    def _leave_out(self, micro: Micro, first: Outcome, after: StepClock, *, counted: bool, steps: bool) -> Any:
         """Go on as if a micro-batch, to whose start all has been put back, had not been in its window."""
         if micro.run.zero_grad is not None:
             with uncounted(self._trainer, self._listens) if counted else nullcontext():
                 micro.run.zero_grad()
         after.restore()
-        micro.left_out = _fault_of(first)
+        micro.left_out = fault_of(first)
         result = self._nan_result() if first.result is None else first.result
         if steps:
             self._window.weigh(self._gradients)
             fault = self._check.fault(0, careful=self._careful)
             if fault is not None:
-                return self._window_again(_Outcome(result, fault), steps=steps)
+                return self._window_again(Outcome(result, fault), steps=steps)
         return self._over(result, steps=steps)
 
-    def _window_again(self, first: _Outcome, *, steps: bool) -> Any:
+    def _window_again(self, first: Outcome, *, steps: bool) -> Any:
         """Run all micro-batches of the window again, one by one, and leave out those that are bad."""
         window, result, fault = self._window, None, None
-        known = len(window.left_out())
+        known, kept = len(window.left_out()), len(window.kept())
         self._check.drop_losses()
         self._check.rewind()
         with self._repeating(counted=True):
@@ -318,10 +339,10 @@ class StepRunner:
         if steps:
             window.weigh(self._gradients)
             fault = self._check.fault(0, careful=self._careful)
-        if len(window.left_out()) == known and fault is None:
+        if len(window.left_out()) == known and len(window.kept()) == kept and fault is None:
             if first.error is not None:
                 call_after_backward(self._trainer, self._listens)
-            self._check.record_transient(_fault_of(first))
+            self._check.record_transient(fault_of(first))
         return self._over(first.result if result is None else result, steps=steps)
 
     def _one_of_window(self, micro: Micro, known: int, *, last: bool) -> Any:
@@ -337,22 +358,47 @@ class StepRunner:
         trace = self._replay.make_undo(thorough=True)
         trace.open()
         only = last and len(self._window.left_out()) == len(self._window.micros) - 1
-        self._may_pass = only
+        outcome = self._attempt_of_window(micro, passing=only)
+        good = outcome.fault is None and outcome.error is None
+        if good or (only and outcome.error is None and self._keeper is None):
+            return outcome.result
+        start = partial(micro.start.restore, attributes=len(self._window.left_out()) == known)
+        undo = partial(self._undo_of_window, parameters, before, trace, attributes)
+        undo(outcome)
+        found = self._good_part(micro, fault_of(outcome))
+        if found is not None:
+            (part, finding), whole = found, micro.run.batch
+            micro.run.take(part.batch)
+            start()
+            again = self._attempt_of_window(micro)
+            self._settle(micro, again, whole, part, (fault_of(outcome), finding))
+            if micro.kept is not None:
+                return again.result
+            undo(again)
+        if only and outcome.error is None:
+            start()
+            return self._attempt_of_window(micro, passing=True).result
+        micro.left_out = fault_of(outcome)
+        return outcome.result
+
+    def _attempt_of_window(self, micro: Micro, *, passing: bool = False) -> Outcome:
+        self._may_pass = passing
         with logging_for(self._trainer, micro.run.batch):
             outcome = self._attempt(micro, steps=False)
         self._may_pass = False
         if outcome.fault is None and outcome.error is None:
             outcome.fault = self._check.fault_of_gradients(0)
-        if (outcome.fault is None and outcome.error is None) or (only and outcome.error is None):
-            return outcome.result
+        return outcome
+
+    def _undo_of_window(
+        self, parameters: Sequence[Any], before: Sequence[Any], trace: BatchUndo, attributes: Any, outcome: Outcome
+    ) -> None:
         if not outcome.early and outcome.error is None:
             self._check.drop_last_loss()
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
         trace.undo()
         attributes.restore(plain=False)
-        micro.left_out = _fault_of(outcome)
-        return outcome.result
 
     def _over(self, result: Any, *, steps: bool) -> Any:
         """The micro-batch is over; where the update follows, record what was left out of it."""
@@ -362,17 +408,7 @@ class StepRunner:
                     continue
                 with self._replay.suspecting(micro.run.batch_idx):
                     self._check.record_left_out(fault)
+            for micro, (fault, finding) in self._window.kept():
+                with self._replay.suspecting(micro.run.batch_idx):
+                    self._check.record_kept(fault, finding)
         return result
-
-
-def _given(outcome: _Outcome) -> Any:
-    if outcome.error is not None:
-        raise outcome.error
-    return outcome.result
-
-
-def _fault_of(outcome: _Outcome) -> Fault:
-    if outcome.fault is not None:
-        return outcome.fault
-    text = " ".join(f"training_step raised {type(outcome.error).__name__}: {outcome.error}".split())
-    return Fault("non_finite_loss", "batch", "loss", None, text[:200])

@@ -16,7 +16,7 @@ from lightning_nanguard.state.step_start import StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.private.closures import MicroBatchRun, logging_for
 from lightning_nanguard.trainer.private.packages import Trainer
-from lightning_nanguard.types import Fault
+from lightning_nanguard.types import Fault, Finding
 
 
 @final
@@ -28,11 +28,13 @@ class Micro:
         run: Runs it.
         start: What it began from, beside weights and buffers.
         left_out: Why the update is made without it; ``None`` where it is a part of it.
+        kept: Why the update is made with a part of it only, and the cause; ``None`` where it is with all of it.
     """
 
     run: MicroBatchRun
     start: StepStart
     left_out: Fault | None = None
+    kept: tuple[Fault, Finding | None] | None = None
 
 
 @final
@@ -94,6 +96,10 @@ class Window:
     def left_out(self) -> list[tuple[Micro, Fault]]:
         """The micro-batches that are left out, and why."""
         return [(micro, micro.left_out) for micro in self.micros if micro.left_out is not None]
+
+    def kept(self) -> list[tuple[Micro, tuple[Fault, Finding | None]]]:
+        """The micro-batches of which only a part is learned from, and why."""
+        return [(micro, micro.kept) for micro in self.micros if micro.kept is not None]
 
     def weigh(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
         """Make the gradients those of the mean over the micro-batches that are not left out.

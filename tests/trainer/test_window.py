@@ -25,7 +25,7 @@ def window_of(*batches: Any, most: int = 1 << 20) -> Window:
     memory, streams = StepMemory(nn.Linear(1, 1)), RandomStreams(torch.device("cpu"))
     for index, batch in enumerate(batches):
         zero_grad = (lambda: None) if index == 0 else None
-        run = MicroBatchRun(None, batch, index, True, lambda: None, zero_grad, lambda: None)  # type: ignore[arg-type]
+        run = MicroBatchRun(None, batch, index, True, lambda: None, zero_grad, lambda: None, lambda batch: None)  # type: ignore[arg-type]
         window.add(run, memory.open(batch, streams.open()))
     return window
 

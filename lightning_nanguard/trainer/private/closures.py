@@ -30,6 +30,7 @@ class MicroBatchRun:
         forward: Runs ``training_step``; gives a result that holds the loss.
         zero_grad: Empties the gradients before backward; ``None`` within a window of accumulation.
         whole: Runs all three.
+        give: Has another batch run in its place from now on.
     """
 
     optimizer: Optimizer
@@ -39,6 +40,12 @@ class MicroBatchRun:
     forward: Callable[[], Any]
     zero_grad: Callable[[], None] | None
     whole: Callable[[], Any]
+    give: Callable[[Any], None]
+
+    def take(self, batch: Any) -> None:
+        """Run another batch from now on."""
+        self.batch = batch
+        self.give(batch)
 
 
 class MicroBatchRunner(Protocol):
@@ -78,6 +85,7 @@ def _make_closure(
         closure._step_fn,
         closure._zero_grad_fn,
         closure.closure,
+        partial(kwargs.__setitem__, "batch"),
     )
     closure._step_fn = partial(runner.forward, micro)
     closure.closure = partial(_run, runner, micro)

@@ -1,0 +1,136 @@
+"""Tells which part of a bad batch an update can be made from."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple, final
+
+from torch import nn
+
+from lightning_nanguard.diagnosis.batch import samples
+from lightning_nanguard.measure.sample_parts import is_separable, part_of
+from lightning_nanguard.state.batch_history import MicroBatch
+from lightning_nanguard.state.batch_origin import BatchOrigin
+from lightning_nanguard.thresholds.samples import SamplesThresholds
+from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.numeric_errors import is_numeric
+from lightning_nanguard.trainer.private.packages import LightningModule
+from lightning_nanguard.trainer.sample_finder import SampleFinder
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+@final
+class GoodPart(NamedTuple):
+    """The good samples of a batch.
+
+    Attributes:
+        batch: The batch that the loader would have given for them.
+        origin: Where it came from.
+    """
+
+    batch: Any
+    origin: BatchOrigin
+
+
+@final
+class SampleKeeper:
+    """Gives the good samples of a bad batch, where a loss is the mean over its samples.
+
+    Args:
+        module: What is trained.
+        replay: Runs batches again.
+        finder: Knows the bad samples.
+        thresholds: When a loss counts as a mean.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        replay: TrainerBatchReplay,
+        finder: SampleFinder,
+        thresholds: SamplesThresholds,
+    ) -> None:
+        self._module = module
+        self._replay = replay
+        self._finder = finder
+        self._limits = thresholds
+        # Whether the loss of a batch is the mean of its parts' losses; ``None`` before that was tried.
+        self._is_mean: bool | None = None
+        self._said = False
+
+    def good_part(self, batch: Any) -> GoodPart | None:
+        """The good samples of the batch at hand; ``None`` where it has none or must not be taken apart.
+
+        Args:
+            batch: The batch, whose bad samples have been looked for.
+        """
+        micro = next((one for one in reversed(self._replay.batches.newest()) if one.batch is batch), None)
+        if micro is None or micro.origin is None:
+            return None
+        count = samples(batch) or 0
+        if not micro.origin.collated or not is_separable(batch, count):
+            self.say("torch's default_collate did not put the batches together")
+            return None
+        bad = self._finder.found(micro.origin)
+        good = [index for index in range(count) if index not in bad]
+        if not bad or not good:
+            return None
+        keys = None if micro.origin.keys is None else tuple(micro.origin.keys[index] for index in good)
+        part = GoodPart(part_of(batch, good), replace(micro.origin, keys=keys))
+        if self._is_mean is None:
+            self._is_mean = self._try(replace(micro, batch=part.batch), len(good))
+        if self._is_mean is False:
+            self.say("the loss of a batch is not the mean of the losses of its parts")
+        return part if self._is_mean else None
+
+    def say(self, reason: str) -> None:
+        """Say once why bad batches are skipped as a whole."""
+        if not self._said:
+            self._said = True
+            _logger.warning(
+                "NaNGuard: SkipStep(keep_good_samples=True) cannot keep the good samples of a bad batch, and skips the "
+                "whole batch: %s.",
+                reason,
+            )
+
+    def _try(self, micro: MicroBatch, count: int) -> bool | None:
+        """Whether the loss of a batch is the weighted mean of the losses of two parts of it."""
+        if count <= 1:
+            return None
+        cut = max(1, count // 3)  # parts of the same size could not tell a mean by parts from a weighted one
+        try:
+            whole, one, other = (self._loss(micro, *part) for part in ((0, count), (0, cut), (cut, count)))
+        except Exception as error:
+            if not is_numeric(error):
+                _logger.debug("NaNGuard: a part of a batch could not be run: %r", error)
+                return False
+            return None
+        mean = (cut * one + (count - cut) * other) / count
+        if not math.isfinite(mean) or not math.isfinite(whole):
+            return None
+        return abs(whole - mean) <= self._limits.separable_error * max(abs(whole), abs(one), abs(other))
+
+    def _loss(self, micro: MicroBatch, start: int, end: int) -> float:
+        part = replace(micro, batch=part_of(micro.batch, range(start, end)))
+        # Dropout and batch norm join samples by chance and by their statistics, which is no reason to skip a batch.
+        with self._replay.untraced(), _evaluating(self._module):
+            loss = self._replay.rerun(part, True)
+            return math.nan if loss is None else float(loss.detach())
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    # The module itself is left as it is: what its training_step logs, and how, may depend on it.
+    modes = [(one, one.training) for one in module.modules() if one is not module]
+    for one, _ in modes:
+        one.training = False
+    try:
+        yield
+    finally:
+        for one, training in modes:
+            one.training = training

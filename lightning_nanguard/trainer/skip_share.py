@@ -1,0 +1,55 @@
+"""Notices that many updates are skipped for a few bad samples each."""
+
+from __future__ import annotations
+
+from typing import final
+
+from lightning_nanguard.thresholds.samples import SamplesThresholds
+from lightning_nanguard.types import Finding, Intervention
+
+_DEFAULTS = SamplesThresholds()
+
+
+@final
+class SkipShare:
+    """Counts skipped updates, and says once what to do where they are a large share.
+
+    Args:
+        thresholds: From which share on.
+
+    Example:
+        >>> share = SkipShare()
+        >>> skipped = Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1)
+        >>> [share.note(skipped, updates) is not None for updates in (7, 20, 25, 30)]
+        [False, False, True, False]
+    """
+
+    def __init__(self, thresholds: SamplesThresholds = _DEFAULTS) -> None:
+        self._limits = thresholds
+        self._skipped = 0
+        self._said = False
+
+    def note(self, intervention: Intervention, updates: int) -> Finding | None:
+        """Advice, where this intervention makes the share of skipped updates large.
+
+        Args:
+            intervention: What was done.
+            updates: Updates attempted so far.
+        """
+        if "skip" not in intervention.remedies or not intervention.applied:
+            return None
+        self._skipped += 1
+        share = self._skipped / max(1, updates)
+        if self._said or updates < self._limits.least_updates or share <= self._limits.skipped_share:
+            return None
+        self._said = True
+        return Finding(
+            "many_skipped_batches",
+            self._limits.skipped_confidence,
+            {"skipped": float(self._skipped), "updates": float(updates)},
+            suggestion=(
+                f"{self._skipped:,} of {updates:,} updates were skipped for bad samples in their batches. "
+                "SkipStep(keep_good_samples=True) among the remedies makes such an update from the good samples of its "
+                "batch; NaNGuard(quarantine=True) leaves samples out that were found to be bad."
+            ),
+        )

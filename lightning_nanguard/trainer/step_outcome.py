@@ -1,0 +1,48 @@
+"""What a run of a micro-batch gave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_nanguard.types import Fault
+
+
+class BadLossError(Exception):
+    """Ends the run of a micro-batch of a window before its backward pass, which would spoil the window's gradients."""
+
+    def __init__(self, fault: Fault, result: Any) -> None:
+        super().__init__(fault.message)
+        self.fault, self.result = fault, result
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run of a micro-batch gave.
+
+    Attributes:
+        result: What Lightning goes on with; ``None`` after an exception.
+        fault: What is wrong with it; ``None`` where nothing is.
+        error: The exception it ended in.
+        early: Whether it ended before its backward pass, and so before any gradient and any hook of it.
+    """
+
+    result: Any = None
+    fault: Fault | None = None
+    error: Exception | None = None
+    early: bool = False
+
+
+def given(outcome: Outcome) -> Any:
+    """What Lightning goes on with; raises the exception there was."""
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.result
+
+
+def fault_of(outcome: Outcome) -> Fault:
+    """What is wrong with it, an exception as a loss that is not finite."""
+    if outcome.fault is not None:
+        return outcome.fault
+    text = " ".join(f"training_step raised {type(outcome.error).__name__}: {outcome.error}".split())
+    return Fault("non_finite_loss", "batch", "loss", None, text[:200])

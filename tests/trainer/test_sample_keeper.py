@@ -1,0 +1,149 @@
+"""The update of a bad batch is made from its good samples, exactly as if the loader had given those alone."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+from torchmetrics import MeanSquaredError
+
+from lightning_nanguard import NaNGuard, SkipStep
+from lightning_nanguard.act.defaults import default_remedies
+from tests.helpers import Task, batches, differences, fit, mlp, samples, state_of, words
+
+BAD = {3: math.nan, 17: math.inf, 18: 1e30, 40: -math.inf}
+SIZE = 8
+
+
+def data(bad: dict[int, float]) -> list[Any]:
+    made = samples(batches(count=12, size=SIZE))
+    for row, value in bad.items():
+        x = made[row][0].clone()
+        x[2] = value
+        made[row] = (x, made[row][1])
+    return made
+
+
+def kept() -> NaNGuard:
+    return NaNGuard(remedies=[SkipStep(keep_good_samples=True), *default_remedies()])
+
+
+def dropping() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 2))
+
+
+def loader(*, good: bool, bad: dict[int, float] = BAD, **options: Any) -> DataLoader[Any]:
+    """The batches, or with ``good`` what a loader gives that leaves the bad rows out."""
+    if not good:
+        return DataLoader(data(bad), batch_size=SIZE, **options)
+    rows = [[row for row in range(start, start + SIZE) if row not in bad] for start in range(0, 96, SIZE)]
+    return DataLoader(data(bad), batch_sampler=rows, **options)
+
+
+def made(net: Callable[[], nn.Module], optimizer: Any = None) -> Task:
+    torch.manual_seed(0)
+    return Task(net(), optimizer, metric=MeanSquaredError())
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dropout and batch norm": {"net": dropping},
+    "clipped": {"gradient_clip_val": 0.1},
+    "two micro-batches": {"accumulate_grad_batches": 2},
+    "three micro-batches": {"accumulate_grad_batches": 3, "net": dropping},
+    "fp16": {"precision": "16-mixed", "bad": {3: math.nan, 17: math.nan, 40: math.nan}},
+    "momentum": {"optimizer": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9)},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_as_if_the_loader_had_given_the_good_samples(case: str, tmp_path: Path) -> None:
+    """Weights, optimizer, statistics, metrics, means and random numbers are bit by bit those of the smaller batch."""
+    options = {"max_epochs": 2} | CASES[case]
+    net, optimizer = options.pop("net", mlp), options.pop("optimizer", None)
+    guard, bad = kept(), options.pop("bad", BAD)
+    own = fit(made(net, optimizer), loader(good=False, bad=bad), guard, folder=tmp_path, **dict(options))
+    bare = fit(made(net, optimizer), loader(good=True, bad=bad), folder=tmp_path, **dict(options))
+    assert differences(state_of(own), state_of(bare)) == []
+    assert set(words(guard)) == {("keep good samples",)}
+    assert len(guard.interventions) == 6
+    assert [one.finding.rows for one in guard.interventions if one.finding is not None][:1] == [(3,)]
+
+
+class Coupled(Task):
+    """A loss that is no mean over samples."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(mlp())
+        self.kind = kind
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        x, y = batch
+        out = self.net(x)
+        if self.kind == "sum":
+            return (out - y).square().sum()
+        return torch.nn.functional.cross_entropy(out @ out.T, torch.arange(len(x)))
+
+
+def collate(items: list[Any]) -> Any:
+    return default_collate(items)
+
+
+WHOLE: dict[str, tuple[Callable[[], Task], dict[str, Any], dict[str, Any], str]] = {
+    "sum": (lambda: Coupled("sum"), {}, {}, "not the mean of the losses"),
+    "contrastive": (lambda: Coupled("contrastive"), {}, {}, "not the mean of the losses"),
+    "collate": (lambda: Task(mlp()), {"collate_fn": collate}, {}, "default_collate did not"),
+    "lbfgs": (lambda: Task(mlp(), lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3)), {}, {}, "without LBFGS"),
+    "deferred": (lambda: Task(mlp()), {}, {"readback": "deferred"}, "readback in the step"),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_else_the_batch_is_skipped(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where a batch must not be taken apart it is skipped as without the option, and that is said once."""
+    make, options, arguments, said = WHOLE[case]
+    guards = [NaNGuard(**arguments), NaNGuard(remedies=[SkipStep(True), *default_remedies()], **arguments)]
+    ends = []
+    for guard in guards:
+        torch.manual_seed(0)
+        with caplog.at_level(logging.WARNING, logger="lightning_nanguard"):
+            run = fit(make(), loader(good=False, **options), guard, folder=tmp_path / str(len(ends)), max_epochs=2)
+        ends.append(state_of(run))
+    assert differences(*ends) == []
+    assert words(guards[0]) == words(guards[1])
+    assert ("skip",) in words(guards[1])
+    assert caplog.text.count("cannot keep the good samples") == caplog.text.count(said) == 1
+
+
+class Checks(Task):
+    """Refuses what is not finite."""
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        if not bool(torch.isfinite(batch[0]).all()):
+            raise ValueError("the input is not finite")
+        return super().training_step(batch, index)
+
+
+def test_a_check_that_raises(tmp_path: Path) -> None:
+    """An exception that only the bad samples cause is treated like their NaN."""
+    torch.manual_seed(0)
+    guard = kept()
+    own = fit(Checks(mlp()), loader(good=False), guard, folder=tmp_path)
+    torch.manual_seed(0)
+    bare = fit(Task(mlp()), loader(good=True), folder=tmp_path)
+    assert differences(state_of(own), state_of(bare)) == []
+    assert all(one.remedies == ("keep good samples",) for one in guard.interventions)
+
+
+def test_off_by_default_and_checked() -> None:
+    """The option has to be asked for, by true or false."""
+    assert not SkipStep().keep_good_samples
+    with pytest.raises(ValueError, match="keep_good_samples=1"):
+        SkipStep(keep_good_samples=1)  # type: ignore[arg-type]
