@@ -58,12 +58,13 @@ class StepCheck:
         context = self._context
         return not (context.many or context.ranks.sharded or context.settings.observe)
 
-    def fault(self, optimizer_index: int, *, careful: bool) -> Fault | None:
+    def fault(self, optimizer_index: int, *, careful: bool, extreme: bool = False) -> Fault | None:
         """The certain fault of the update that is about to be made; ``None`` without one, or where it is read late.
 
         Args:
             optimizer_index: Index of the optimizer.
             careful: Whether others may change the gradients between now and the optimizer's step.
+            extreme: Whether a finite fault counts, too, where loss or gradient and batch are out of all proportion.
         """
         if self._caution.may_be_late(optimizer_index):
             return None
@@ -72,14 +73,17 @@ class StepCheck:
             return None
         if self._context.learner.scaler is not None and reading.loss_finite and not reading.finite:
             return None  # an overflow, which the scaler skips
-        return self._fault_of(reading)
+        return self._fault_of(reading, extreme=extreme)
 
-    def _fault_of(self, reading: Reading) -> Fault | None:
+    def _fault_of(self, reading: Reading, *, extreme: bool = False) -> Fault | None:
         index = reading.optimizer_index
         line_search = self._meter.is_line_search(index)
         fault = self._context.monitors.check(reading, line_search=line_search)
-        if fault is None or not fault.certain or fault.scope != "batch":
+        if fault is None or fault.scope != "batch":
             return None
+        if not fault.certain:
+            strange = extreme and fault.extreme and self._context.replay.batch_strange(extreme=True)
+            return fault if strange else None
         named = self._meter.first_bad_gradient(index) if fault.place == "gradient" and not reading.finite else None
         return fault if named is None else replace(fault, place=named)
 

@@ -154,7 +154,7 @@ class StepRunner:
         if not steps:
             return Outcome(result)
         self._window.weigh(self._gradients)
-        return Outcome(result, self._check.fault(0, careful=self._careful))
+        return Outcome(result, self._check.fault(0, careful=self._careful, extreme=self._keeper is not None))
 
     @contextmanager
     def _repeating(self, *, counted: bool, passing: bool = False, instead: Any = None) -> Iterator[None]:
@@ -216,7 +216,7 @@ class StepRunner:
         if micro.kept is not None and kept is not None:
             if first.error is not None and not first.early:
                 call_after_backward(self._trainer, self._listens)
-            return self._over(kept.result, steps=steps)
+            return self._window_over(kept.result, steps=steps)
         if first.error is not None and not self._errors.caused_by_numbers(
             micro.run, micro.start, backward=not first.early
         ):
@@ -242,7 +242,8 @@ class StepRunner:
         (part, finding), whole = found, micro.run.batch
         micro.run.take(part.batch)
         with self._repeating(counted=counted), logging_for(self._trainer, part.batch):
-            outcome = self._attempt(micro, steps=steps)
+            # What is wrong with the gradients of a window may come from its other micro-batches.
+            outcome = self._attempt(micro, steps=steps and len(self._window.micros) == 1)
         self._settle(micro, outcome, whole, part, (fault_of(first), finding))
         return outcome
 
@@ -314,8 +315,11 @@ class StepRunner:
                 micro.run.zero_grad()
         after.restore()
         micro.left_out = fault_of(first)
-        result = self._nan_result() if first.result is None else first.result
-        if steps:
+        return self._window_over(self._nan_result() if first.result is None else first.result, steps=steps)
+
+    def _window_over(self, result: Any, *, steps: bool) -> Any:
+        """A micro-batch was left out or made smaller: where the update follows, look at the gradients of the others."""
+        if steps and len(self._window.micros) > 1:
             self._window.weigh(self._gradients)
             fault = self._check.fault(0, careful=self._careful)
             if fault is not None:

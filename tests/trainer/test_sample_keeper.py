@@ -77,6 +77,22 @@ def test_as_if_the_loader_had_given_the_good_samples(case: str, tmp_path: Path) 
     assert [one.finding.rows for one in guard.interventions if one.finding is not None][:1] == [(3,)]
 
 
+def test_a_number_out_of_proportion(tmp_path: Path) -> None:
+    """A batch that would be skipped for a finite number far beyond all others is learned from without that sample."""
+
+    def linear() -> nn.Module:
+        return nn.Linear(6, 2)
+
+    far = {90: 1e6}
+    guards = [NaNGuard(), kept()]
+    skipped = fit(made(linear), loader(good=False, bad=far), guards[0], folder=tmp_path / "a")
+    own = fit(made(linear), loader(good=False, bad=far), guards[1], folder=tmp_path / "b")
+    bare = fit(made(linear), loader(good=True, bad=far), folder=tmp_path / "c")
+    assert [words(guard) for guard in guards] == [[("skip",)], [("keep good samples",)]]
+    assert differences(state_of(own), state_of(bare)) == []
+    assert differences(state_of(skipped), state_of(bare)) != []
+
+
 class Coupled(Task):
     """A loss that is no mean over samples."""
 
