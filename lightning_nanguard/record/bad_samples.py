@@ -120,14 +120,22 @@ def describe_sample(sample: BadSample) -> str:
         >>> describe_sample(BadSample("not finite", 100, columns={"0": (2,)}, epoch=1, batch=6, index=4, times=3))
         'row 100: not finite in field 0, column 2; met 3 times, first in epoch 1, batch 6, sample 4'
     """
-    name = f"sample with hash {sample.hash}" if sample.row is None else f"row {sample.row}"
-    where = "; ".join(f"field {one}{_columns(found)}" for one, found in sample.columns.items())
     rank = f", rank {sample.rank}" if sample.rank else ""
     met = f"met {sample.times:,} times, first" if sample.times > 1 else "met"
-    return (
-        f"{name}: {sample.cause}{f' in {where}' if where else ''}; "
-        f"{met} in epoch {sample.epoch}, batch {sample.batch}, sample {sample.index}{rank}"
-    )
+    return f"{describe_fault(sample)}; {met} in epoch {sample.epoch}, batch {sample.batch}, sample {sample.index}{rank}"
+
+
+def describe_fault(sample: BadSample) -> str:
+    """Which sample it is, and what is wrong with it.
+
+    Example:
+        >>> describe_fault(BadSample("not finite", 100, columns={"0": (2,)}))
+        'row 100: not finite in field 0, column 2'
+    """
+    name = f"sample with hash {sample.hash}" if sample.hash else f"sample {sample.index} of batch {sample.batch}"
+    where = "; ".join(f"field {one}{_columns(found)}" for one, found in sample.columns.items())
+    name = name if sample.row is None else f"row {sample.row}"
+    return f"{name}: {sample.cause}{f' in {where}' if where else ''}"
 
 
 def _columns(columns: tuple[int, ...]) -> str:

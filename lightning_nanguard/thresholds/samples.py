@@ -25,6 +25,7 @@ class SamplesThresholds:
         skipped_share: Share of skipped updates from which on the advice names ``keep_good_samples``.
         skipped_confidence: Confidence of that advice: a count of what was done.
         least_updates: Updates before that share is looked at.
+        usual_share: Share of the samples that have the same shapes and dtypes, from which on others are named.
         checked_factor: Times the usual largest number of a field from which on ``nanguard check --data`` names a
             sample.
     """
@@ -40,4 +41,5 @@ class SamplesThresholds:
     skipped_share: float = 0.1
     skipped_confidence: float = 0.9
     least_updates: int = 20
+    usual_share: float = 0.9
     checked_factor: float = 1e3

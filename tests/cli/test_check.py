@@ -52,3 +52,57 @@ def test_check_takes_the_classes_of_a_command_line(tmp_path: Path, capsys: pytes
     assert "double_softmax" in capsys.readouterr().out
     assert main(["check", "--config", str(path)]) == 2
     assert "names no class for the model" in capsys.readouterr().err
+
+
+DATA_FILE = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from tests.classifier import Numbers
+
+def loader(bad=3):
+    x = torch.ones(40, 2)
+    x[bad, 1] = float("nan")
+    x[7] = 1e9
+    return DataLoader(TensorDataset(x, torch.zeros(40)), batch_size=8, shuffle=True)
+
+made = loader()
+number = 3
+"""
+
+
+def test_check_reads_the_data_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a configuration all samples of a loader or data module are read once, and the bad ones told by row."""
+    path = tmp_path / "somedata.py"
+    path.write_text(DATA_FILE)
+    expected = [
+        "data, row 3: not finite in field 0, column 1",
+        "data, row 7: reaches 1e+09 where samples usually stay within 1 in field 0",
+        "data: 40 samples read, 2 findings",
+    ]
+    for name in ("made", "loader"):
+        assert main(["check", "--data", f"{path}:{name}"]) == 1
+        shown = capsys.readouterr()
+        assert shown.out.splitlines() == expected
+        assert shown.err == ""
+    assert main(["check", "--data", f"{path}:loader", "--args", '{"bad": 5}', "--factor", "1e12"]) == 1
+    assert capsys.readouterr().out.startswith("data, row 5: not finite in field 0, column 1\ndata: 40 samples read, 1")
+    assert main(["check", "--data", "tests.classifier:Numbers"]) == 0
+    assert capsys.readouterr().out == "train: 64 samples read, 0 findings\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "check needs --config, or --data alone"),
+        (["--data", "{}:number"], "3 is no data module, loader or data set"),
+        (["--data", "{}:made", "--factor", "0.5"], "--factor 0.5: expected a number above 1"),
+    ],
+)
+def test_check_says_what_it_lacks(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What cannot be read is named."""
+    path = tmp_path / "otherdata.py"
+    path.write_text(DATA_FILE)
+    assert main(["check", *(one.format(path) for one in arguments)]) == 2
+    assert said in capsys.readouterr().err
