@@ -27,7 +27,8 @@ def test_explain_tells_records_and_advice(tmp_path: Path, capsys: pytest.Capture
     assert "advice (preflight): double_softmax in training_step (softmax, classifier.py:" in said
     assert "  why: non-finite input in field 0 of the batch: sample " in said
     assert "  done: skipped the batch" in said
-    assert len(said.splitlines()) == 1 + 4 + 2
+    assert "  sample: row 37 of the data set" in said
+    assert len(said.splitlines()) == 1 + 5 + 2
 
 
 def test_explain_tells_a_healthy_run_from_a_wrong_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
