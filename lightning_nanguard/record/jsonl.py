@@ -36,6 +36,7 @@ class JsonLines(Sink):
     Args:
         path: The file. What it already holds is kept.
         thresholds: How many records wait in memory at most, and how often a record waits for the disk.
+        warns: Whether to say that the file cannot be written; not where another file of the folder says so.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -47,14 +48,17 @@ class JsonLines(Sink):
         [7]
     """
 
-    def __init__(self, path: str | os.PathLike[str], thresholds: RecordsThresholds = RECORDS) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], thresholds: RecordsThresholds = RECORDS, *, warns: bool = True
+    ) -> None:
         most = thresholds.records_waiting_for_file
         require(most >= 1, thresholds, "records_waiting_for_file", most, "at least 1")
         self.path = Path(path)
         self._seconds_between_syncs = thresholds.seconds_between_syncs
         self._waiting: deque[bytes] = deque(maxlen=most)
         self._dropped = 0
-        self._warned = False
+        self._warns = warns
+        self._warned = not warns
         self._synced = -math.inf
         self._unsynced = False
 
@@ -78,7 +82,7 @@ class JsonLines(Sink):
     def close(self) -> None:
         """Try once more to write what waits, and say so if it is lost."""
         error = self._flush(last=True)
-        if error is not None:
+        if error is not None and self._warns:
             _logger.warning(
                 "NaNGuard: %d of its records could not be written to %s: %s.",
                 len(self._waiting) + self._dropped,

@@ -65,8 +65,8 @@ def build_fit(
     context, replay, averages = _context(trainer, module, arguments, curve, order.known)
     sinks = fit_sinks(trainer, module, info, memory, arguments.sinks, context, replay)
     advice = fit_advice(info, arguments.thresholds.records)
-    file = JsonLines(info.dirpath / BAD_SAMPLES_FILE, arguments.thresholds.records) if info.rank == 0 else None
-    samples = SampleFinder(trainer, module, context, replay, order, file, info.run_id)
+    file = JsonLines(info.dirpath / BAD_SAMPLES_FILE, arguments.thresholds.records, warns=False)
+    samples = SampleFinder(trainer, module, context, replay, order, file if info.rank == 0 else None, info.run_id)
     keeps = arguments.bundle_dir is not None and trainer.is_global_zero
     diagnostics = Diagnostics(
         trainer,

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -312,8 +313,10 @@ def test_console(looked: Looked) -> None:
     first, second, rollback, *_ = told  # the logger is heard in later tests, too
     for part in ("step 5", "epoch 0", "batch 4", "non-finite loss", "why: non-finite input", "done: skipped", "to do:"):
         assert part in first
-    again = "non-finite loss again (sample 0); skipped the batch (2 so far)"
-    assert second == f"NaNGuard: step 10 (epoch 0, batch 9): {again}"
+    again = (
+        r"non-finite loss again \(sample 0, batch 9 of the epoch, hash [0-9a-f]{16}\); skipped the batch \(2 so far\)"
+    )
+    assert re.fullmatch(rf"NaNGuard: step 10 \(epoch 0, batch 9\): {again}", second)
     assert "done: went back to step" in rollback
 
 
