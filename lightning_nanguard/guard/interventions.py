@@ -142,8 +142,10 @@ class Interventions:
         mine = self._loop.diagnose(found.fault, evidence, look, found.reading.step)
         finding = most_confident_over_ranks(context.ranks, mine)
         plan = within_curvature(spare_rate(plan, finding, evidence), finding, before[0] if before else None)
+        state.went_on = False
         done = self._runner.apply(plan, found, known_until)
         words = tuple(self._remedies[type(step)].word for step in done)
+        words += ("redo",) if state.went_on else ()
         place = evidence.corrupt if evidence.corrupt is not None else found.fault.place
         # A late reading is recorded under its own batch, not under the present one.
         clock = self._recorder.clock_of(found.reading.step) if found.late else self._loop.clock()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, final
 
 from torch import Tensor
@@ -17,7 +17,8 @@ from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.remedy_actions import RemedyActions
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.restore import restore
-from lightning_nanguard.types import Plan, PlanStep, Scale, Skip, Stop
+from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.types import Plan, PlanStep, Restore, Scale, Skip, Stop
 
 
 class PlanRunner(Protocol):
@@ -28,6 +29,9 @@ class PlanRunner(Protocol):
 
     at_once: bool
     """Whether a bad batch is recorded before its update is made, rather than at the end of the batch."""
+
+    go_on: Callable[[Snapshot], bool] | None
+    """Makes the updates since a snapshot again after a rollback; gives whether that could be."""
 
     def block(self, optimizer_index: int) -> None:
         """Keep the update that an optimizer is about to make from the weights."""
@@ -76,6 +80,7 @@ class ActingRunner:
         self._skipper = skipper
         self._plausibility = plausibility
         self._readback = readback
+        self.go_on: Callable[[Snapshot], bool] | None = None
 
     def block(self, optimizer_index: int) -> None:
         """Keep the update that an optimizer is about to make from the weights."""
@@ -97,11 +102,16 @@ class ActingRunner:
         for step in plan:
             self._remedies[type(step)].apply(step, self._actions)
         # After a restore no reading is on its way any more.
-        if self._context.state.restored is not None:
+        restored = self._context.state.restored
+        if restored is not None:
             self._readback.update_undone(found, statistics=self._plausibility.watches_statistics)
         kept = self._context.rate.effective() == before
         # Where clipping alone is enough, a cut that was planned has not been made.
-        return [step for step in plan if not (kept and isinstance(step, Scale) and step.clipped)]
+        done = [step for step in plan if not (kept and isinstance(step, Scale) and step.clipped)]
+        if restored is not None and [type(step) for step in done] == [Restore] and self.go_on is not None:
+            self._skipper.skipped.clear()  # these updates must be made
+            self._context.state.went_on = self.go_on(restored)
+        return done
 
     def _leave_good(self) -> None:
         ring, learner = self._context.ring, self._context.learner
@@ -129,6 +139,7 @@ class ObservingRunner:
 
     def __init__(self, context: GuardContext) -> None:
         self._context = context
+        self.go_on: Callable[[Snapshot], bool] | None = None
 
     def block(self, optimizer_index: int) -> None:
         """Let the update be made."""

@@ -23,6 +23,7 @@ class GuardState:
         bad_in_a_row: Bad batches since the last healthy one.
         policy: What the policy remembers.
         restored: The snapshot that the present intervention restored; ``None`` where it restored none.
+        went_on: Whether the updates since it were made again in the present intervention.
         raised: The exception of ``training_step`` that the next non-finite loss stands for, in words.
         unrestored: What is still not finite after the present intervention has restored a snapshot, in words.
         rates: Step and effective learning rate of the first group, for each step at which it changed.
@@ -34,6 +35,7 @@ class GuardState:
     bad_in_a_row: int = 0
     policy: PolicyState = field(default_factory=PolicyState)
     restored: Snapshot | None = None
+    went_on: bool = False
     raised: str | None = None
     unrestored: str | None = None
     rates: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=1024))

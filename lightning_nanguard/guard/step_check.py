@@ -107,6 +107,15 @@ class StepCheck:
         """Have one more function called where the batch at hand, or the window, is left out."""
         self._undos[0].also(undo)
 
+    def begin_again(self, undo: Callable[[], None]) -> None:
+        """The batch at hand begins anew, from another state: remember what it may change.
+
+        Args:
+            undo: Called too where the batch is left out.
+        """
+        self._undos[0].open()
+        self._undos[0].also(undo)
+
     def drop_losses(self) -> None:
         """Forget the losses that were seen: their micro-batches are run again."""
         self._meter.drop_early()
@@ -116,37 +125,60 @@ class StepCheck:
         """Forget the newest loss that was seen: its micro-batch is left out."""
         self._meter.drop_last_loss()
 
+    def corrupt(self) -> str | None:
+        """A tensor of the learner that is not finite, in words; ``None`` where all are."""
+        return self._context.corrupt()[0]
+
     def state_is_finite(self) -> bool:
         """Whether the learner is finite, so that the batch or the step is at fault."""
-        return self._context.corrupt()[0] is None
+        return self.corrupt() is None
+
+    @property
+    def number(self) -> int:
+        """Number of the update that is about to be made."""
+        return self._context.state.step + 1
 
     def raised(self, error: BaseException | None) -> None:
         """The next loss that is not finite stands for an exception of ``training_step``; ``None`` where it does not."""
         text = "" if error is None else " ".join(str(error).split())[: self._limits.message]
         self._context.state.raised = None if error is None else f"training_step raised {type(error).__name__}: {text}"
 
-    def record_transient(self, fault: Fault) -> None:
-        """Put on record that a fault was gone when its step was made again."""
+    def record_transient(self, fault: Fault, *, place: str | None = None, since: int | None = None) -> None:
+        """Put on record that a fault was gone when its step was made again.
+
+        Args:
+            fault: The fault.
+            place: What of the state was not finite; ``None`` where all was.
+            since: Update from which all were made again, where the state had gone bad by itself; ``None`` where the
+                step alone was.
+        """
+        if place is not None:
+            fault = replace(fault, place=place)
         self.transient[fault.place] += 1
         times = self.transient[fault.place]
         suggestion = "The step was made again from its own state, batch and random numbers, and the fault was gone."
+        if since is not None:
+            suggestion = (
+                f"The state had gone bad by itself. The updates since the snapshot at update {since} were made again "
+                "from their own batches and random numbers, and the fault was gone."
+            )
         if times >= self._limits.test_device:
             suggestion += " It keeps happening at this place: test the device."
         finding = Finding("transient", 0.9, {"times": float(times)}, fault.place, suggestion=suggestion)
-        self._record(fault, "redo", finding)
+        self._record(fault, *(("redo",) if since is None else ("restore", "redo")), finding=finding)
 
     def record_left_out(self, fault: Fault) -> None:
         """Put on record that a micro-batch was left out of its window, whose update is made from the others."""
         context = self._context
         known = Evidence(step=context.state.step + 1, healthy_steps=context.state.healthy_steps)
         finding = self._loop.diagnose(fault, known, "replay", context.state.step + 1)
-        self._record(fault, "leave out", finding)
+        self._record(fault, "leave out", finding=finding)
 
-    def _record(self, fault: Fault, word: str, finding: Finding | None) -> None:
+    def _record(self, fault: Fault, *words: str, finding: Finding | None) -> None:
         # The update is still to be made, and other records are made after it.
         global_step, epoch, batch_idx = self._loop.clock()
         clock = global_step + 1, epoch, batch_idx
         self._context.state.restored = None
         rates = self._context.rate.effective()
-        self._recorder.record(fault, fault.place, (word,), rates, finding, clock=clock)
-        self._recorder.tried(fault, (word,))
+        self._recorder.record(fault, fault.place, words, rates, finding, clock=clock)
+        self._recorder.tried(fault, words)

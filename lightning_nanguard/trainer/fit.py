@@ -96,6 +96,7 @@ class Fit:
         if module.automatic_optimization:
             runner = StepRunner(self._trainer, module, self.guard, self.replay, listens, limits)
             later(run_micro_batches_by(self._trainer, runner))
+            self.guard.go_on_by(runner.go_on_from)
         later(
             guard_saves(
                 self._trainer,

@@ -122,6 +122,11 @@ def call_after_backward(trainer: Any, listens: Callable[[Any], bool]) -> None:
             callback.on_after_backward(trainer, trainer.lightning_module)
 
 
+def end_backward(trainer: Any, optimizer: Optimizer) -> None:
+    """What follows the backward pass before the optimizer steps: the hooks before it, and clipping as configured."""
+    trainer.precision_plugin._after_closure(trainer.lightning_module, optimizer)
+
+
 @contextmanager
 def logging_for(trainer: Any, batch: Any) -> Iterator[None]:
     """Inside, ``self.log`` takes the batch size from this batch rather than from the one at hand."""
