@@ -39,7 +39,6 @@ from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import describe
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.restore import mend_averages
-from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Fault, Reading
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -397,14 +396,6 @@ class Guard:
         """Lower quartile of the healthy gradient norms of the first optimizer."""
         history = self._monitors.history(0)
         return history.usual_norm() if history is not None else None
-
-    def go_on_by(self, function: Callable[[Snapshot], bool]) -> None:
-        """Have the updates since a snapshot made again after a rollback, where nothing else was called for.
-
-        Args:
-            function: Makes them; gives whether that could be.
-        """
-        self._parts.runner.go_on = function
 
     def say_where(self, on_disk: Callable[[], str]) -> None:
         """Have the error that ends a run say where a good state lies on the disk."""

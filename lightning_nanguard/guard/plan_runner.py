@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol, final
 
 from torch import Tensor
@@ -17,7 +17,6 @@ from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.remedy_actions import RemedyActions
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.restore import restore
-from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Plan, PlanStep, Restore, Scale, Skip, Stop
 
 
@@ -29,9 +28,6 @@ class PlanRunner(Protocol):
 
     at_once: bool
     """Whether a bad batch is recorded before its update is made, rather than at the end of the batch."""
-
-    go_on: Callable[[Snapshot], bool] | None
-    """Makes the updates since a snapshot again after a rollback; gives whether that could be."""
 
     def block(self, optimizer_index: int) -> None:
         """Keep the update that an optimizer is about to make from the weights."""
@@ -80,7 +76,6 @@ class ActingRunner:
         self._skipper = skipper
         self._plausibility = plausibility
         self._readback = readback
-        self.go_on: Callable[[Snapshot], bool] | None = None
 
     def block(self, optimizer_index: int) -> None:
         """Keep the update that an optimizer is about to make from the weights."""
@@ -108,9 +103,10 @@ class ActingRunner:
         kept = self._context.rate.effective() == before
         # Where clipping alone is enough, a cut that was planned has not been made.
         done = [step for step in plan if not (kept and isinstance(step, Scale) and step.clipped)]
-        if restored is not None and [type(step) for step in done] == [Restore] and self.go_on is not None:
+        go_on = self._context.state.go_on
+        if restored is not None and go_on is not None and [type(step) for step in done] == [Restore]:
             self._skipper.skipped.clear()  # these updates must be made
-            self._context.state.went_on = self.go_on(restored)
+            self._context.state.went_on = go_on(restored)
         return done
 
     def _leave_good(self) -> None:
@@ -139,7 +135,6 @@ class ObservingRunner:
 
     def __init__(self, context: GuardContext) -> None:
         self._context = context
-        self.go_on: Callable[[Snapshot], bool] | None = None
 
     def block(self, optimizer_index: int) -> None:
         """Let the update be made."""

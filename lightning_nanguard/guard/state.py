@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -23,6 +23,8 @@ class GuardState:
         bad_in_a_row: Bad batches since the last healthy one.
         policy: What the policy remembers.
         restored: The snapshot that the present intervention restored; ``None`` where it restored none.
+        go_on: Makes the updates since a snapshot again after a rollback, and gives whether that could be; ``None`` where
+            the loop cannot.
         went_on: Whether the updates since it were made again in the present intervention.
         raised: The exception of ``training_step`` that the next non-finite loss stands for, in words.
         unrestored: What is still not finite after the present intervention has restored a snapshot, in words.
@@ -35,6 +37,7 @@ class GuardState:
     bad_in_a_row: int = 0
     policy: PolicyState = field(default_factory=PolicyState)
     restored: Snapshot | None = None
+    go_on: Callable[[Snapshot], bool] | None = None
     went_on: bool = False
     raised: str | None = None
     unrestored: str | None = None

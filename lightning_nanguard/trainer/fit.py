@@ -96,7 +96,8 @@ class Fit:
         if module.automatic_optimization:
             runner = StepRunner(self._trainer, module, self.guard, self.replay, listens, limits)
             later(run_micro_batches_by(self._trainer, runner))
-            self.guard.go_on_by(runner.go_on_from)
+            self.context.state.go_on = runner.go_on_from
+            later(setattr, self.context.state, "go_on", None)
         later(
             guard_saves(
                 self._trainer,
