@@ -23,7 +23,7 @@ class GuardState:
         bad_in_a_row: Bad batches since the last healthy one.
         policy: What the policy remembers.
         restored: The snapshot that the present intervention restored; ``None`` where it restored none.
-        go_on: Makes the updates since a snapshot again after a rollback, and gives whether that could be; ``None`` where
+        go_on: Makes the updates since a snapshot again after a rollback, and gives whether it could; ``None`` where
             the loop cannot.
         went_on: Whether the updates since it were made again in the present intervention.
         raised: The exception of ``training_step`` that the next non-finite loss stands for, in words.
