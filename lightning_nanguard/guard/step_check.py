@@ -16,6 +16,7 @@ from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.measure.tensors import is_on_host
 from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Evidence, Fault, Finding, Reading
 
 
@@ -143,14 +144,14 @@ class StepCheck:
         text = "" if error is None else " ".join(str(error).split())[: self._limits.message]
         self._context.state.raised = None if error is None else f"training_step raised {type(error).__name__}: {text}"
 
-    def record_transient(self, fault: Fault, *, place: str | None = None, since: int | None = None) -> None:
+    def record_transient(self, fault: Fault, *, place: str | None = None, since: Snapshot | None = None) -> None:
         """Put on record that a fault was gone when its step was made again.
 
         Args:
             fault: The fault.
             place: What of the state was not finite; ``None`` where all was.
-            since: Update from which all were made again, where the state had gone bad by itself; ``None`` where the
-                step alone was.
+            since: The snapshot since which all updates were made again, where the state had gone bad by itself; ``None``
+                where the step alone was.
         """
         if place is not None:
             fault = replace(fault, place=place)
@@ -159,13 +160,14 @@ class StepCheck:
         suggestion = "The step was made again from its own state, batch and random numbers, and the fault was gone."
         if since is not None:
             suggestion = (
-                f"The state had gone bad by itself. The updates since the snapshot at update {since} were made again "
+                f"The state had gone bad by itself. The updates since the snapshot at update {since.step} were made again "
                 "from their own batches and random numbers, and the fault was gone."
             )
         if times >= self._limits.test_device:
             suggestion += " It keeps happening at this place: test the device."
         finding = Finding("transient", 0.9, {"times": float(times)}, fault.place, suggestion=suggestion)
-        self._record(fault, *(("redo",) if since is None else ("restore", "redo")), finding=finding)
+        words = ("redo",) if since is None else ("restore", "redo")
+        self._record(fault, *words, finding=finding, restored=since)
 
     def record_left_out(self, fault: Fault) -> None:
         """Put on record that a micro-batch was left out of its window, whose update is made from the others."""
@@ -174,11 +176,12 @@ class StepCheck:
         finding = self._loop.diagnose(fault, known, "replay", context.state.step + 1)
         self._record(fault, "leave out", finding=finding)
 
-    def _record(self, fault: Fault, *words: str, finding: Finding | None) -> None:
+    def _record(self, fault: Fault, *words: str, finding: Finding | None, restored: Snapshot | None = None) -> None:
         # The update is still to be made, and other records are made after it.
         global_step, epoch, batch_idx = self._loop.clock()
         clock = global_step + 1, epoch, batch_idx
-        self._context.state.restored = None
+        self._context.state.restored = restored
         rates = self._context.rate.effective()
         self._recorder.record(fault, fault.place, words, rates, finding, clock=clock)
         self._recorder.tried(fault, words)
+        self._context.state.restored = None

@@ -273,7 +273,7 @@ class StepRunner:
             if again.fault is None and again.error is None:
                 if first.error is not None and not first.early:
                     call_after_backward(self._trainer, self._listens)
-                self._check.record_transient(_fault_of(first), place=place, since=snapshot.step)
+                self._check.record_transient(_fault_of(first), place=place, since=snapshot)
                 return again
             self._rewind(micro, again)
             restore(self._guard.context.learner, before)

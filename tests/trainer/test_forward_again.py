@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_nanguard import NaNGuard
-from tests.helpers import Batch, batches, differences, fit, words
+from tests.helpers import Batch, batches, differences, fit
 from tests.trainer.faulty_steps import Fault, Faulty, Sees, left_behind
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -74,7 +74,7 @@ def test_state_that_went_bad_by_itself(way: str, kind: str, folder: Path, tmp_pa
     guard = NaNGuard(snapshot_every_n_steps=3)
     left = run(way, tmp_path, fault, guard)
     assert fault.hits == 2
-    assert {one[:2] for one in words(guard)} == {("restore", "redo")}
+    assert {one.remedies for one in guard.interventions} == {("restore", "redo")}
     found = differences(left, twin(way, folder))
     # Where losses stayed finite, what was logged until the fault was found is of the spoiled weights.
     late = kind in ("weight", "buffer")

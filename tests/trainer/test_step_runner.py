@@ -283,7 +283,7 @@ def test_an_exception_of_bad_weights(tmp_path: Path) -> None:
     guard = NaNGuard(snapshot_every_n_steps=2)
     module = Loses(None)
     fit(module, batches(count=12), guard, folder=tmp_path)
-    assert words(guard) == [("restore", "redo")]
+    assert [one.remedies for one in guard.interventions] == [("restore", "redo")]
     assert guard.interventions[0].place == "parameter net.0.weight"
 
 
