@@ -395,34 +395,28 @@ class Evidence:
         bad_in_a_row: Faulty updates in a row, this one included.
         corrupt: Name of the first tensor of the learner that is not finite but was at the start; ``None`` without one.
         jump: Name of a weight that is finite but far larger than any was in the snapshot; ``None`` if none is.
-        batch_strange: Whether the batch holds numbers far larger than the healthy batches kept; ``None`` where that
-            cannot be told.
+        batch_strange: Whether its numbers are far larger than those of the batches kept; ``None`` where not known.
         batch_finite: Whether every floating number in the batch is finite; ``None`` where it was not looked at.
         comparable: Whether a batch could be run again at all (automatic optimization).
-        clippable: Whether the optimizer works with clipped gradients; LBFGS does not, since clipping falsifies the
-            curvature it estimates.
-        comparison: Loss of the batch under the present weights and under those of the snapshot; ``None`` where not
-            measured.
+        clippable: Whether the optimizer works with clipped gradients; LBFGS, which estimates curvature, does not.
+        comparison: Loss of the batch under the present weights and the snapshot's; ``None`` where not measured.
         first: Loss of the first healthy update of the run ("the untrained model's loss"); 0 before it.
         loss_unit: Unit in which losses are compared: how far the loss has come down, or its noise if that is larger.
         growth: Largest ratio of a weight matrix's norm to its norm at the start.
         trial: What a trial showed; ``None`` where none was made.
         climbing: Whether losses or gradient norms were rising out of their usual range just before the fault.
-        burst: Whether, before a fault of the learner, one of the recent gradient norms was suddenly far above the norms
-            before it.
+        burst: Whether, before a fault of the learner, a recent gradient norm was suddenly far above those before it.
         rate_rose: Whether the effective learning rate is clearly above that of the snapshot.
         snapshots: Number of certified snapshots.
         levels: Loss level of every certified snapshot, newest first.
-        sound: Depth (0 is the newest) of the newest certified snapshot from before ``Fault.since``, or of the one that
-            a trial says to go back to. ``None`` where there is no such snapshot, or neither is known.
-        usual_norm: Lower quartile of the healthy gradient norms kept, the smallest of fewer than 20, at least 1 % of
-            the first; ``None`` with fewer than 4.
+        sound: Depth (0 is the newest) of the newest certified snapshot from before ``Fault.since``, or of a trial's
+            base; ``None`` without either.
+        usual_norm: A low quantile of the healthy gradient norms kept; ``None`` with too few.
         lr: Effective learning rate of the first group.
         highest_lr: Highest effective rate since the snapshot to go back to; ``None`` where it is not known.
         lowest_lr: Lowest effective rate so far; ``None`` where it is not known.
         multiplier: The learning-rate multiplier in force.
-        undo: True if the update of a batch's fault reached the weights before its reading arrived (deferred readback),
-            so that it has to be taken back by a restore.
+        undo: True if a batch's faulty update was made before its reading arrived, so that a restore has to undo it.
         ranks: Ranks whose state or batch is not finite; empty where all are concerned, or there is one process.
     """
 

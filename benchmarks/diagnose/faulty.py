@@ -835,6 +835,165 @@ def units_die(dice: Dice) -> Problem:
     return _collapsing(dice, change, every=True)
 
 
+class Speech(nn.Module):
+    """Scores of letters for each moment."""
+
+    def __init__(self, letters: int) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.GRU(8, 16, batch_first=True), nn.Linear(16, letters + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.inner(x)[0]).log_softmax(-1)  # type: ignore[no-any-return]
+
+
+def utterance_too_short(dice: Dice) -> Problem:
+    """CTC of an utterance that is shorter than its text."""
+    letters, length, moments = 5, 4, 12
+    at = _moment(dice)
+    batches: list[Any] = []
+    for _ in range(at + 8):
+        text = torch.randint(letters, (16, length))
+        sound = functional.pad(functional.one_hot(text.repeat_interleave(3, 1), letters).float(), (0, 8 - letters))
+        batches.append((sound + 0.3 * torch.randn_like(sound), (text, torch.full((16,), moments))))
+    rows = dice.some(16)
+    batches[at][1][1][list(rows)] = 2
+
+    def loss(net: nn.Module, x: Tensor, y: Any) -> Tensor:
+        text, size = y
+        return functional.ctc_loss(net(x).transpose(0, 1), text, size, torch.full((16,), length), blank=letters)
+
+    module = Net(Speech(letters), loss, dice.optimizer("adam"))
+    return Problem(module, batches, "unknown_operation", r"training_step \(ctc_loss, faulty.py", rows, at + 8)
+
+
+def pole_of_gamma(dice: Dice) -> Problem:
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        h = functional.softplus(net(x.clamp(-5, 5))) * (x[:, :1] < 14) + 1.0 * (x[:, :1] < 14)
+        return functional.mse_loss(torch.lgamma(h), y)
+
+    return _one_bad_batch(
+        dice, "unknown_operation", loss, _marked(dice, 15.0), place=r"training_step \(lgamma, faulty.py", samples=_same,
+        net=dice.mlp(8, 2, norm=False),
+    )  # fmt: skip
+
+
+def root_of_a_negative(dice: Dice) -> Problem:
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return functional.mse_loss(torch.sqrt(net(x.clamp(-5, 5)).abs() + 0.1 - 90.0 * (x[:, :1] > 14)), y)
+
+    return _one_bad_batch(
+        dice, "unknown_operation", loss, _marked(dice, 15.0), place=r"training_step \(sqrt, faulty.py", samples=_same,
+        net=dice.mlp(8, 2, norm=False),
+    )  # fmt: skip
+
+
+def every_label_ignored(dice: Dice) -> Problem:
+    at = _moment(dice)
+    batches = dice.digits(at + 6)
+    batches[at][1].fill_(-100)
+    module = Net(models.mlp(64, 32, 10), entropy, dice.optimizer("adam"))
+    return Problem(module, batches, "no_valid_target", r"training_step \(nll_loss", None, at + 6)
+
+
+def _masked_out(dice: Dice, loss: Loss, place: str) -> Problem:
+    """A batch of which no target is known: NaN stands for those that are missing, and is left out."""
+
+    def spoil(x: Tensor, y: Tensor) -> None:
+        y.fill_(-1000.0)
+
+    return _one_bad_batch(dice, "no_valid_target", loss, spoil, place=place)
+
+
+def no_target_selected(dice: Dice) -> Problem:
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        known = y > -999
+        return (net(x)[known] - y[known]).square().mean()
+
+    return _masked_out(dice, loss, r"training_step \(mean, faulty.py")
+
+
+def sum_of_an_empty_mask(dice: Dice) -> Problem:
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        known = (y > -999).float()
+        return ((net(x) - y).square() * known).sum() / known.sum()
+
+    return _masked_out(dice, loss, r"training_step \(div, faulty.py")
+
+
+def _by_chance(dice: Dice, loss: Loss, place: str) -> Problem:
+    module = Net(dice.mlp(8, 2, norm=False), loss, dice.optimizer())
+    return Problem(module, dice.regression(60), "random_draw", place, None, 60)
+
+
+def log_of_a_draw(dice: Dice) -> Problem:
+    share = dice.uniform(0.05, 0.3)
+
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        time = (torch.rand(()) - share).clamp(min=0.0)
+        return functional.mse_loss(net(x), y) - 0.01 * torch.log(time)
+
+    return _by_chance(dice, loss, r"training_step \(log, faulty.py")
+
+
+def noise_at_time_zero(dice: Dice) -> Problem:
+    steps = dice.randint(4, 16)
+
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        time = torch.randint(steps, ()) / steps
+        return functional.mse_loss(net(x), y) / time.sqrt() * time
+
+    return _by_chance(dice, loss, r"training_step \(div, faulty.py")
+
+
+def empty_sample(dice: Dice) -> Problem:
+    share = dice.uniform(0.92, 0.96)
+
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        chosen = torch.rand(len(x)) > share ** (32 / len(x))
+        return functional.mse_loss(net(x), y) + 0.1 * (net(x)[chosen] - y[chosen]).square().mean()
+
+    return _by_chance(dice, loss, r"training_step \(mean, faulty.py")
+
+
+class Weighted(nn.Module):
+    """A net with weights of its outputs in a buffer."""
+
+    weight: Tensor
+
+    def __init__(self, net: nn.Module, weight: Tensor) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)  # type: ignore[no-any-return]
+
+
+def _from_the_start(dice: Dice, loss: Callable[[Any, Tensor, Tensor], Tensor], weight: Tensor) -> Problem:
+    net = Weighted(models.mlp(64, 32, 10), weight)
+    module = Net(net, loss, dice.optimizer())
+    return Problem(module, dice.digits(40), "non_finite_from_start", "buffer net.weight", None, 40)
+
+
+def infinite_class_weight(dice: Dice) -> Problem:
+    """One over how often a class occurs, and one does not occur."""
+    weight = torch.ones(10)
+    weight[dice.randrange(10)] = INF
+    return _from_the_start(dice, lambda net, x, y: functional.cross_entropy(net(x), y, net.weight), weight)
+
+
+def undefined_class_weight(dice: Dice) -> Problem:
+    weight = torch.full((10,), NAN)
+    return _from_the_start(dice, lambda net, x, y: functional.cross_entropy(net(x), y, net.weight), weight)
+
+
+def infinite_scale(dice: Dice) -> Problem:
+    """One over a standard deviation of zero."""
+    weight = torch.ones(64)
+    weight[dice.randrange(64)] = INF
+    return _from_the_start(dice, lambda net, x, y: functional.cross_entropy(net(x * net.weight), y), weight)
+
+
 FAULTY: tuple[Form, ...] = tuple(
     Form(cause, make.__name__, make)
     for cause, makes in {
@@ -861,6 +1020,10 @@ FAULTY: tuple[Form, ...] = tuple(
         ),
         "ill_conditioned": (common_mean, uneven_features, copies),
         "collapsed": (started_anew, decayed_away, units_die),
+        "unknown_operation": (utterance_too_short, pole_of_gamma, root_of_a_negative),
+        "no_valid_target": (every_label_ignored, no_target_selected, sum_of_an_empty_mask),
+        "random_draw": (log_of_a_draw, noise_at_time_zero, empty_sample),
+        "non_finite_from_start": (infinite_class_weight, undefined_class_weight, infinite_scale),
     }.items()
     for make in makes
 )

@@ -71,7 +71,8 @@ def run(problem: Problem) -> Said:
         found = [one for one in checked(problem) if one.confidence > LOW]
         return Said(next(iter(found), None), "", len(found))
     examines = problem.look == "examine"
-    guard = NaNGuard(preflight=problem.look == "preflight", examine_after=problem.steps - 24 if examines else None)
+    patience = problem.steps - 24 if examines else None
+    guard = NaNGuard(preflight=problem.look == "preflight", examine_after=patience, act_on="evidence")
     fit(problem, [guard, Disturb(problem)])
     advised = [advice.finding for advice in guard.advice if advice.finding.confidence > LOW]
     if problem.look != "fit" and not len(guard.interventions):

@@ -601,6 +601,26 @@ def drawn_labels(dice: Dice) -> Problem:
     return _unrelated(dice, models.Recurrent(nn.GRU, 8, 24, 10), lambda y: torch.randint(10, (len(y),)))
 
 
+def _beyond_one(dice: Dice, low: float, high: float) -> Problem:
+    batches = [(x, torch.where(y > 0, high, low)) for x, y in dice.regression(40)]
+    loss = lambda net, x, y: functional.binary_cross_entropy_with_logits(net(x), y)  # noqa: E731
+    net = dice.mlp(8, 2, norm=False)
+    where = r"training_step \(binary_cross_entropy"
+    return _before(_stuck(dice, "unbounded_loss", net, loss, batches, _adam(1e-3), where))
+
+
+def signs_for_classes(dice: Dice) -> Problem:
+    return _beyond_one(dice, -1.0, 1.0)
+
+
+def classes_from_one(dice: Dice) -> Problem:
+    return _beyond_one(dice, 1.0, 2.0)
+
+
+def masks_in_bytes(dice: Dice) -> Problem:
+    return _beyond_one(dice, 0.0, 255.0)
+
+
 SLOW: tuple[Form, ...] = tuple(
     Form(cause, make.__name__, make)
     for cause, makes in {
@@ -615,6 +635,7 @@ SLOW: tuple[Form, ...] = tuple(
         "saddle_point": (all_zero, all_equal, monkey_saddle),
         "local_minimum": (wrong_frequency, double_well, one_cluster),
         "layer_update_abnormal": (layer_too_fast, loud_body, loud_head),
+        "unbounded_loss": (signs_for_classes, classes_from_one, masks_in_bytes),
         "labels_unrelated": (shuffled_labels, shifted_labels, drawn_labels),
         "batch_size": (one_sample, two_samples, few_samples),
     }.items()

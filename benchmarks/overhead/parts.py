@@ -19,6 +19,7 @@ from lightning_nanguard.guard import meter, snapshot_manager
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.learner import Learner
 
 from .contenders import in_mid_run
 from .models import Workload
@@ -32,7 +33,7 @@ _PARTS: tuple[tuple[str, Any, str], ...] = (
     ("measure and judge", NaNGuard, "on_before_optimizer_step"),
     ("  numbers of the update, and in step readback the wait for them", Meter, "measure_now"),
     ("  numbers of the update, and in step readback the wait for them", Meter, "measure_later"),
-    ("    list the gradients", Meter, "_gradients"),
+    ("    list the gradients", Learner, "gradients"),
     ("    their norms", meter, "partial_norms"),
     ("  detectors and history", ReadingJudge, "judge"),
     ("end of the batch", NaNGuard, "on_train_batch_end"),

@@ -155,6 +155,9 @@ class Clues:
         change: What no update explains of the difference between the state of now and the good one.
         norm: Norm of the gradient.
         norms: Gradient norm of every weight, by name, in the order of the module.
+        gone_otherwise: Whether loss and gradient are finite with other random numbers than the step's; ``None`` where
+            that was not tried.
+        bad_buffers: Buffers of the module that hold NaN or +Inf, where the loss is not finite.
         labels: Whether the labels have anything to do with the inputs; ``None`` where that was not looked at.
     """
 
@@ -174,6 +177,8 @@ class Clues:
     change: Change | None = None
     norm: float | None = None
     norms: tuple[tuple[str, float], ...] = ()
+    gone_otherwise: bool | None = None
+    bad_buffers: tuple[str, ...] = ()
     labels: LabelRelation | None = None
 
 
@@ -231,6 +236,8 @@ class Objective:
         lowest: Smallest class index of the target; ``None`` where it holds none.
         highest: Largest class index.
         outside: Samples whose class index is none of the classes.
+        least: Smallest number of a target that should lie within 0 and 1; ``None`` where none should.
+        most: Largest number of it.
     """
 
     function: str
@@ -243,6 +250,8 @@ class Objective:
     lowest: int | None = None
     highest: int | None = None
     outside: tuple[int, ...] = ()
+    least: float | None = None
+    most: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,13 @@ from dataclasses import replace
 from functools import partial
 from typing import final
 
+import torch
 from torch import Tensor
 
 from lightning_nanguard.diagnosis.batch import batch_clues
 from lightning_nanguard.diagnosis.case import Case, Clues, EarlierFinding, Look, Model
 from lightning_nanguard.diagnosis.curvature import curvature_along_update
-from lightning_nanguard.diagnosis.isolation import Untraced, uncompiled, untrained_kept
+from lightning_nanguard.diagnosis.isolation import Untraced, isolated, uncompiled, untrained_kept
 from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm, replay
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.diagnosis.rules.signs import learner_diverged, number_format_exhausted, worse_than_before
@@ -128,6 +129,7 @@ class Diagnostician:
                         case = replace(case, clues=replayed)
                     if _not_finite(replayed):
                         chosen = index
+                        case = replace(case, clues=self._look_closer(replayed, micros[index]))
                         break
         if good is not None and usable and not case.clues.bad_fields:
             with _errors_logged(fault):
@@ -160,6 +162,23 @@ class Diagnostician:
                     found = loss_and_gradient_norm(module, partial(step, True))
                 clues = replace(clues, finite_in_float32=None if found is None else all(map(math.isfinite, found)))
         return clues
+
+    def _look_closer(self, clues: Clues, micro: MicroBatch) -> Clues:
+        """Whether the fault depends on the random numbers of the step, or on buffers."""
+        module = self._learner.module
+        # A mask of -inf is no fault.
+        bad = [n for n, b in module.named_buffers() if b.is_floating_point() and not bool((b < torch.inf).all())]
+        if bad:
+            return replace(clues, bad_buffers=tuple(bad))
+        if clues.bad_fields or not micro.random:
+            return clues
+        for draw in range(self._thresholds.replay.other_draws):
+            other = replace(micro, random=tuple(_another(state, draw) for state in micro.random))
+            with isolated(module, self._untraced):
+                found = loss_and_gradient_norm(module, partial(self._step, other, False))
+            if found is not None and all(map(math.isfinite, found)):
+                return replace(clues, gone_otherwise=True)
+        return replace(clues, gone_otherwise=False)
 
     def _compare_with_snapshot(self, clues: Clues, micro: MicroBatch, good: Snapshot) -> Clues:
         change = unexplained_change(self._learner, good, self._thresholds.state)
@@ -195,6 +214,14 @@ class Diagnostician:
 
 def _not_finite(clues: Clues) -> bool:
     return clues.origin is not None or clues.gradient_finite is False
+
+
+def _another(state: Tensor, draw: int) -> Tensor:
+    """Another random state of the same kind of generator."""
+    generator = torch.Generator()
+    if len(state) != len(generator.get_state()):
+        generator = torch.Generator("cuda")
+    return generator.manual_seed(draw).get_state()
 
 
 @contextmanager

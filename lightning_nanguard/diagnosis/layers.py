@@ -365,8 +365,11 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             place = known.place if known.what == "log_softmax" else ""
         # A weighted sum, or a loss for each sample, has no such chance level.
         plain = value.dim() == 0 and len(inputs) == 2 and given.get("reduction", 1) == 1
+        least, most = (float(inputs[1].min()), float(inputs[1].max())) if binary and inputs[1].numel() else (None, None)
         self.objectives.append(
             Objective(
+                least=least,
+                most=most,
                 function="binary_cross_entropy" if binary else "cross_entropy",
                 line=user_line(),
                 classes=classes,

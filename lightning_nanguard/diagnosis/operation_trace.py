@@ -150,6 +150,8 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = operation_name(func)
         index = _DENOMINATOR.get(name, 0)
         operand = args[index] if len(args) > index else None
+        if index and isinstance(operand, Tensor):
+            labels = self._labels.get(storage_key(operand), _NONE)
         lowest, highest, smallest, empty = operand_range(operand)
         return Origin(
             operation=name,

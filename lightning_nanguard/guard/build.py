@@ -77,19 +77,15 @@ def build_guard(
     reduce, clip = carried_out_by[ReduceLR.step], carried_out_by[ClipGradients.step]
     may_lower = any(remedy.role == "rate" for remedy in remedies)
     recovery = Recovery(context, rehearsal, recorder, reduce, clip, may_lower=may_lower)
-    limits = context.thresholds.snapshots.plausibility
-    certain_only = context.settings.act_on == "certain"
     plausibility = PlausibilityCheck(
-        context.learner, context.ring, investigator.is_worse, limits, certain_only=certain_only
+        context.learner,
+        context.ring,
+        investigator.is_worse,
+        context.thresholds.snapshots.plausibility,
+        certain_only=context.settings.act_on == "certain",
     )
     snapshots = _snapshots(context, plausibility)
-    meter = Meter(
-        context.learner,
-        loop.micro_batches,
-        many_losses=not context.replay.comparable(),
-        thresholds=context.thresholds.measurement,
-        history=context.norms,
-    )
+    meter = _meter(context, loop)
     skipper = StepSkipper(context.learner)
     caution = Caution(context, skipper)
     readback = _readback(context, meter, caution, skipper, snapshots)
@@ -120,6 +116,16 @@ def build_guard(
             steps=StepCheck(context, loop, meter, caution, recorder, undos),
             undos=undos,
         )
+    )
+
+
+def _meter(context: GuardContext, loop: TrainingLoop) -> Meter:
+    return Meter(
+        context.learner,
+        loop.micro_batches,
+        many_losses=not context.replay.comparable(),
+        thresholds=context.thresholds.measurement,
+        history=context.norms,
     )
 
 

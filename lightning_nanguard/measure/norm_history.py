@@ -42,6 +42,8 @@ class NormHistory:
         """
         if norms and norms[0].requires_grad:
             norms = [norm.detach() for norm in norms]  # a graph would stay in memory
+        if self._newest and self._newest[-1][:2] == (step, optimizer_index):
+            self._newest.pop()  # the step was made again
         self._newest.append((step, optimizer_index, norms, which))
 
     def read(

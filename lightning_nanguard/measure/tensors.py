@@ -79,7 +79,11 @@ def is_strided(tensor: Tensor) -> bool:
 
 def shape_of(tensor: Tensor) -> tuple[Any, ...]:
     """The shape of a tensor; of a nested one those of its parts."""
-    return tuple(map(shape_of, tensor.unbind())) if tensor.is_nested else tuple(tensor.shape)
+    try:
+        nested = tensor.is_nested
+    except RuntimeError:
+        nested = False  # a ShardedTensor answers few questions
+    return tuple(map(shape_of, tensor.unbind())) if nested else tuple(tensor.shape)
 
 
 def _read(values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, final
 
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 
@@ -160,5 +161,6 @@ class AttributeMemory:
     def _all_others(self) -> Iterator[tuple[nn.Module, Attributes]]:
         known = {id(module) for module, _ in self._changing}
         for module in self._root.modules():
-            if id(module) not in known:
+            # The states of metrics are attributes that are written in place: BatchUndo copies them.
+            if id(module) not in known and not isinstance(module, Metric):
                 yield module, Attributes([(module, _containers(module))], self._limits.copied_items)

@@ -7,7 +7,8 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, final
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_nanguard.measure.batches import nested_tensors
 from lightning_nanguard.state.attribute_memory import AttributeMemory, Attributes
@@ -143,7 +144,7 @@ class StepMemory:
         checked = is_checked(count, limits.checked_every)
         if checked:
             tensors = [*nested_tensors(batch), *self._module.parameters()]
-            self._written = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+            self._written = [(tensor, tensor._version) for tensor in tensors if _has_version(tensor)]
         return StepStart(random, self._attributes.open(checked=checked), batch, limits.depth)
 
     def close(self) -> None:
@@ -153,3 +154,7 @@ class StepMemory:
         if self.repeatable and any(tensor._version != version for tensor, version in written):
             self.repeatable = False
             _logger.debug("NaNGuard: training_step writes into its batch or into parameters; no step is made again.")
+
+
+def _has_version(tensor: Tensor) -> bool:
+    return not (is_lazy(tensor) or tensor.is_inference())

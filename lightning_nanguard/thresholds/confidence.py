@@ -25,6 +25,9 @@ class Confidences:
         unnormalised: Large inputs alone.
         operation: A logarithm, exponential or division that was given what it is not defined for.
         unknown_operation: The operation that made the first non-finite value is known, and no rule fits it.
+        random_draw: The fault is gone with other random numbers.
+        non_finite_from_start: No loss was ever finite, and a buffer is not.
+        unbounded_loss: Targets for which the loss has no lower bound.
         sqrt_at_zero: A finite loss whose derivative is infinite at a root.
         low_precision_proven: The same batch is finite in float32.
         low_precision_float16: A float16 number overflowed, and float32 was not tried.
@@ -85,6 +88,9 @@ class Confidences:
     unnormalised: float = 0.5
     operation: float = 0.85
     unknown_operation: float = 0.3
+    random_draw: float = 0.96
+    non_finite_from_start: float = 0.92
+    unbounded_loss: float = 0.85
     sqrt_at_zero: float = 0.9
     low_precision_proven: float = 0.95
     low_precision_float16: float = 0.7

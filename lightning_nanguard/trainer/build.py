@@ -115,7 +115,6 @@ def _context(
         most_healthy=arguments.thresholds.trial.batches if arguments.act_on == "evidence" else None,
         thresholds=arguments.thresholds.batches,
     )
-    every = arguments.snapshot_every_n_steps
     context = GuardContext(
         learner=learner,
         replay=replay,
@@ -124,19 +123,24 @@ def _context(
         clipper=clipper,
         ring=Ring(arguments.max_snapshots, arguments.thresholds.snapshots.ring),
         ranks=ranks,
-        settings=Settings(
-            snapshot_every=None if isinstance(every, str) else every,
-            snapshot_device=torch.device("cpu") if arguments.snapshot_device == "cpu" else None,
-            choose_place=arguments.snapshot_device == "auto",
-            deferred=deferred,
-            observe=arguments.observe,
-            act_on=arguments.act_on,
-        ),
+        settings=_settings(arguments, deferred=deferred),
         thresholds=arguments.thresholds,
         norms=NormHistory(arguments.thresholds.measurement),
         curve=curve,
     )
     return context, replay, averages
+
+
+def _settings(arguments: Arguments, *, deferred: bool) -> Settings:
+    every = arguments.snapshot_every_n_steps
+    return Settings(
+        snapshot_every=None if isinstance(every, str) else every,
+        snapshot_device=torch.device("cpu") if arguments.snapshot_device == "cpu" else None,
+        choose_place=arguments.snapshot_device == "auto",
+        deferred=deferred,
+        observe=arguments.observe,
+        act_on=arguments.act_on,
+    )
 
 
 def _deferred(readback: str, trainer: Trainer, module: LightningModule) -> bool:

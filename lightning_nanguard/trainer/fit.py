@@ -93,7 +93,7 @@ class Fit:
             self.context.curve.offset = self._trainer.global_step - self.guard.updates
         rate, later = self.context.rate, self._patches.callback
         module, limits = self._trainer.lightning_module, self.context.thresholds.batches.repeated
-        if module.automatic_optimization:
+        if module.automatic_optimization and self.context.learner.optimizers:
             runner = StepRunner(self._trainer, module, self.guard, self.replay, listens, limits)
             later(run_micro_batches_by(self._trainer, runner))
             self.context.state.go_on = runner.go_on_from
@@ -158,7 +158,7 @@ class Fit:
 
     def optimizer_index(self, optimizer: Optimizer) -> int | None:
         """Index of an optimizer that steps next; ``None`` where it does not, or was not there when the fit began."""
-        if self._accumulates() or not optimizer.param_groups:
+        if self._accumulates() or not getattr(optimizer, "param_groups", True):
             return None
         for index, known in enumerate(self.context.learner.optimizers):
             if known is optimizer or getattr(optimizer, "optimizer", None) is known:

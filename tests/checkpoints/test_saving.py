@@ -112,7 +112,12 @@ def test_no_poisoned_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         guard = NaNGuard(snapshot_every_n_steps=2)
         _, module, files = train(SAVES[name], tmp_path / fault, fault, guard)
         assert_none_poisoned(files)
-        assert {file: content.get("global_step") for file, content in files.items()} == healthy, fault
+        saved = {file: content.get("global_step") for file, content in files.items()}
+        if "training_step" in name:
+            # A step that is made again saves again.
+            assert {*saved.values()} == {*healthy.values()}, fault
+        else:
+            assert saved == healthy, fault
         assert len(guard.interventions) >= 1, fault
         assert non_finite(dict(module.named_parameters())) == [], fault
 

@@ -25,7 +25,7 @@ def test_explain_tells_records_and_advice(tmp_path: Path, capsys: pytest.Capture
     assert "updates, 1 intervention since it was last begun" in said.splitlines()[0]
     assert "step 0 (epoch 0), advice (preflight): non_finite_input in field 0 of the data set (sample 37)" in said
     assert "advice (preflight): double_softmax in training_step (softmax, classifier.py:" in said
-    assert "  why: non-finite input in field 0 of the batch (sample " in said
+    assert "  why: non-finite input in field 0 of the batch: sample " in said
     assert "  done: skipped the batch" in said
     assert len(said.splitlines()) == 1 + 4 + 2
 

@@ -74,14 +74,24 @@ def test_a_healthy_run_has_no_finding(model: str, tmp_path: Path) -> None:
     assert [found.finding for found in guard.interventions] == []
 
 
-@pytest.mark.parametrize(("kind", "value"), [("loss", NAN), ("flash", NAN), ("gradient", INF), ("gradient", 1e12)])
+@pytest.mark.parametrize(
+    ("kind", "value", "cause"),
+    [
+        ("loss", NAN, None),
+        ("flash", NAN, "transient"),
+        ("gradient", INF, None),
+        ("gradient", 1e12, "exploding_gradient"),
+    ],
+)
 @pytest.mark.parametrize("model", ["mlp", "norm", "transformer"])
-def test_nothing_is_made_up(model: str, kind: str, value: float, tmp_path: Path) -> None:
-    """A fault that neither the batch, nor an operation, nor the weights explain has no finding."""
+def test_nothing_is_made_up(model: str, kind: str, value: float, cause: str | None, tmp_path: Path) -> None:
+    """A fault that neither the batch, nor an operation, nor the weights explain has no finding; one that is gone when
+    the step is made again is transient, and a finite gradient is told by its size."""
     guard = NaNGuard(snapshot_every_n_steps=5, act_on="evidence")
     fit(task(model), data_for(model, STEPS), guard, folder=tmp_path, callbacks=[FaultAt(kind, value, AT)])
     assert len(guard.interventions) == 1
-    assert first(guard) is None
+    finding = first(guard)
+    assert (None if finding is None else finding.cause) == cause
 
 
 @pytest.mark.parametrize("model", ["manual", "norm"])

@@ -54,6 +54,18 @@ class OnRank(FaultAt):
         if trainer.global_rank != self.rank:
             self.steps = set()
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.kind == "gradient" and self._undo is not None:
+            self._undo()  # what is spoilt before the all-reduce would be spoilt on every rank
+            self._undo = None
+
+    def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.armed and self.kind == "gradient":
+            self.armed = False
+            gradient = next(p.grad for p in pl_module.parameters() if p.grad is not None)
+            gradient.copy_(self._spoiled(gradient))
+
 
 class AfterInterventions(Callback):
     """A fingerprint of parameters and moments after every batch in which the guard acted."""

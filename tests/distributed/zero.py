@@ -174,7 +174,9 @@ def one_kind(worker: Any, kind: str) -> None:
     fit("without window", guarded=False, data=without(AT - 1, AT), accumulate_grad_batches=2)
     for rank in range(worker.world):
         for place in AMONG[kind]:
-            fit(f"{place} {rank}", InPartition(rank, place), data=spoilt(rank) if place == "sample" else None)
+            evident = {"guard": NaNGuard(snapshot_every_n_steps=2, act_on="evidence")} if place == "spike" else {}
+            data = spoilt(rank) if place == "sample" else None
+            fit(f"{place} {rank}", InPartition(rank, place), data=data, **evident)
         fit(f"accumulated {rank}", InPartition(rank, "loss", at=AT - 1), accumulate_grad_batches=2)
         lost, name = InPartition(rank, "weight"), f"saved {rank}"
         saved(worker, f"{kind}: {name}", partial(fit, name, lost), holds_only_numbers)

@@ -45,14 +45,15 @@ def test_bad_batch(way: str, kind: str, value: float, tmp_path: Path) -> None:
     guard = NaNGuard(snapshot_every_n_steps=5)
     run = struck(way, FaultAt(kind, value, [batch_of(way, step) for step in AT]), guard, tmp_path)
     assert_sound(run, guard)
-    # A gradient is looked at once a window, when the fault of an earlier micro-batch is gone.
-    assert set(words(guard)) == {
-        ("skip",) if way != "accumulation" else ("redo",) if kind == "gradient" else ("leave out",)
-    }
+    # A gradient is looked at once a window, when the fault of an earlier micro-batch is gone; a finite loss that is far
+    # too large shows in it alone.
+    expected = {("skip",)} if way != "accumulation" else {("redo",)} if kind == "gradient" else {("leave out",)}
+    finite = {("skip",)} if kind == "loss" and math.isfinite(value) else set()
+    assert expected <= set(words(guard)) <= expected | finite
     # Each skip belongs to one of the updates; both optimizers of manual optimization may name the same batch.
     seen = [step for step in AT for found in guard.interventions if found.batch_idx // batch_of(way, 1) == step]
     assert len(seen) == len(guard.interventions)
-    assert all(1 <= seen.count(step) <= (2 if way == "manual" else 1) for step in AT)
+    assert all(1 <= seen.count(step) <= (2 if way == "manual" or len(expected | finite) == 2 else 1) for step in AT)
     for found in guard.interventions:
         assert found.snapshot_step is None
         assert found.fault in ("non_finite_loss", "non_finite_gradient", "gradient_overflow", "gradient_spike")

@@ -14,7 +14,7 @@ Example:
     ...     return Finding("zero_rate", 0.6, {"lr": case.evidence.lr}, suggestion="Look at the learning rate schedule.")
     >>> case = Case(Fault("stuck_loss", "learner", "loss", certain=False, proof="trial"), Evidence(step=9, lr=0.0))
     >>> [finding.cause for finding in RuleSet([zero_rate]).findings(case)]
-    ['learning_rate_too_high', 'zero_rate']
+    ['zero_rate']
 
 A built-in rule is entered in :data:`RULES` and has a row in the tests of its file. It takes
 :class:`~lightning_nanguard.thresholds.DiagnosisThresholds` as a second argument. The identifiers of the causes are part
@@ -31,6 +31,8 @@ from lightning_nanguard.diagnosis.rules.arithmetic import (
     exp_overflow,
     log_of_zero,
     low_precision_overflow,
+    non_finite_from_start,
+    random_draw,
     sqrt_at_zero,
     unknown_operation,
 )
@@ -54,7 +56,12 @@ from lightning_nanguard.diagnosis.rules.learner import (
     ill_conditioned,
     learning_rate_too_high,
 )
-from lightning_nanguard.diagnosis.rules.loss_function import double_softmax, mse_for_classification, wrong_gradient
+from lightning_nanguard.diagnosis.rules.loss_function import (
+    double_softmax,
+    mse_for_classification,
+    unbounded_loss,
+    wrong_gradient,
+)
 from lightning_nanguard.diagnosis.rules.plateau import (
     batch_size,
     layer_update_abnormal,
@@ -76,11 +83,14 @@ RULES: tuple[Callable[[Case, DiagnosisThresholds], Finding | None], ...] = (
     division_by_zero,
     sqrt_at_zero,
     low_precision_overflow,
+    random_draw,
+    non_finite_from_start,
     corrupted_state,
     exploding_gradient,
     learning_rate_too_high,
     double_softmax,
     mse_for_classification,
+    unbounded_loss,
     unbalanced_initialisation,
     saturated_activation,
     dead_relu,

@@ -160,6 +160,45 @@ def low_precision_overflow(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     )
 
 
+def random_draw(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
+    """A fault that depends on the step's random numbers, and on neither batch nor weights alone."""
+    origin = case.clues.origin
+    if not case.clues.gone_otherwise or case.evidence.climbing or case.evidence.rate_rose:
+        return None
+    where = "" if origin is None else f" It begins in {origin.place}."
+    return Finding(
+        "random_draw",
+        thresholds.confidence.random_draw,
+        evidence={} if origin is None else origin_evidence(origin),
+        place=case.fault.place if origin is None else origin.place,
+        samples=() if origin is None else origin.samples,
+        suggestion=(
+            "the same batch is finite under the same weights with other random numbers than those of the step: the "
+            f"fault depends on the draw.{where} Keep what is drawn away from values that the operation is not defined "
+            "for."
+        ),
+        scope="batch",
+    )
+
+
+def non_finite_from_start(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
+    """A buffer that is not finite since before the first update, such as a weight of a class."""
+    bad = case.clues.bad_buffers
+    # One that was finite at the start is corrupted state.
+    if not bad or case.evidence.corrupt is not None or case.evidence.undo:
+        return None
+    names = ", ".join(bad[: thresholds.mistakes.named_parts])
+    return Finding(
+        "non_finite_from_start",
+        thresholds.confidence.non_finite_from_start,
+        evidence={"buffers": float(len(bad))},
+        place=f"buffer {bad[0]}",
+        suggestion=f"{names} held NaN or Inf before the first update, and the loss is not finite. Look at what "
+        "computes it (one over a count or a deviation of zero?) and start again.",
+        scope="state",
+    )
+
+
 _ADVICE = {
     "ctc_loss": "It is infinite for a sample whose target is longer than its input allows: leave such samples out, or "
     "use zero_infinity=True",

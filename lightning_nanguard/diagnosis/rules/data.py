@@ -84,12 +84,14 @@ def no_valid_target(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
     origin, target = case.clues.origin, case.clues.target
     if origin is None or origin.backward:
         return None
+    # Where every target is the same one, it stands for those that are missing.
+    same = target is not None and target.lowest == target.highest
+    told = f" ({target.lowest:.4g})" if same and target is not None else ""
     nothing = origin.operation in _DIVISIONS and origin.lowest == origin.highest == 0.0
     if origin.operation.startswith(_CLASS_LOSSES):
-        same = "" if target is None or target.lowest != target.highest else f" ({target.lowest:.4g})"
-        text = f"every target of the batch is ignored{same}, and {origin.operation} takes the mean over none"
-    elif origin.from_target and ((origin.operation == "mean" and origin.empty) or nothing):
-        text = f"nothing of the batch's targets is left for {origin.operation}: a mask or a selection of them is empty"
+        text = f"every target of the batch is ignored{told} or has a weight of zero: a mean over nothing"
+    elif same and origin.from_target and ((origin.operation == "mean" and origin.empty) or nothing):
+        text = f"every target of the batch is the same{told}, and a mask or a selection leaves nothing of them"
     else:
         return None
     remedy = "Leave such batches out, or the term where nothing is selected"

@@ -92,6 +92,26 @@ def class_out_of_range(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
     )
 
 
+def unbounded_loss(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
+    """Targets for which the loss has no lower bound: outside of 0 and 1 under a binary cross-entropy."""
+    objective = None if case.model is None else case.model.objective
+    if objective is None or objective.least is None or objective.most is None:
+        return None
+    if objective.least >= 0.0 and objective.most <= 1.0:
+        return None
+    return Finding(
+        "unbounded_loss",
+        thresholds.confidence.unbounded_loss,
+        evidence={"lowest": objective.least, "highest": objective.most},
+        place=_place(objective),
+        suggestion=(
+            f"targets run from {objective.least:.4g} to {objective.most:.4g}, and a binary cross-entropy of targets "
+            "outside of 0 and 1 falls without end as the scores grow. Scale the targets to 0 and 1, or use another "
+            "loss."
+        ),
+    )
+
+
 def above_chance(model: Model | None, thresholds: ModelThresholds) -> bool:
     """Whether the loss of an untrained model is far above that of a model that knows nothing."""
     objective = None if model is None or model.updates else model.objective

@@ -48,6 +48,11 @@ ROWS: list[Row] = [
     ("sqrt_at_zero", GRADIENT, {}, Clues(origin=Origin("sqrt", backward=True), gradient_finite=False)),
     ("low_precision_overflow", LOSS, {}, Clues(origin=Origin("exp", dtype="float16"), finite_in_float32=True)),
     ("low_precision_overflow", SCALER, {}, Clues()),
+    ("random_draw", LOSS, {}, Clues(origin=LOG, gone_otherwise=True)),
+    ("random_draw", LOSS, {}, Clues(gone_otherwise=True)),
+    ("log_of_zero", LOSS, {}, Clues(origin=LOG, gone_otherwise=False)),
+    ("non_finite_from_start", LOSS, {}, Clues(bad_buffers=("weight",))),
+    ("corrupted_state", LOSS, {"corrupt": "buffer weight"}, Clues(bad_buffers=("weight",))),
 ]
 
 
@@ -59,4 +64,4 @@ def test_the_surest_cause(cause: str | None, fault: Fault, known: dict[str, Any]
 
 def test_every_rule_has_a_row() -> None:
     """A rule is called as the cause it finds, and each has a row."""
-    assert {row[0] for row in ROWS} - {None} == rules_of("arithmetic")
+    assert rules_of("arithmetic") <= {row[0] for row in ROWS}

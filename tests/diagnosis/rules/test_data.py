@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lightning_nanguard import BadField, Case, Clues, Evidence, Fault, LabelRelation, Origin
+from lightning_nanguard import BadField, Case, Clues, Evidence, Fault, LabelRelation, Origin, Range
 from lightning_nanguard.diagnosis.case import NO_FAULT
 from lightning_nanguard.diagnosis.rules import diagnose
 from tests.diagnosis.rules.faults import (
@@ -23,6 +23,7 @@ from tests.diagnosis.rules.faults import (
     surest_cause,
 )
 
+MISSING = Range("1", "float32", -100.0, -100.0, -100.0, 0.0)
 BAD_TARGET = Origin("log1p", lowest=-3.0, highest=1.0, from_weights=False, from_target=True)
 
 ROWS: list[Row] = [
@@ -37,9 +38,10 @@ ROWS: list[Row] = [
         Clues(origin=BAD_TARGET),
     ),
     ("no_valid_target", LOSS, {}, Clues(origin=Origin("nll_loss_forward"))),
-    ("no_valid_target", LOSS, {}, Clues(origin=Origin("mean", empty=True, from_target=True))),
+    ("no_valid_target", LOSS, {}, Clues(origin=Origin("mean", empty=True, from_target=True), target=MISSING)),
     ("labels_unrelated", NO_FAULT, {}, Clues(labels=LabelRelation(1200, 0.11, 0.1, False))),
     (None, NO_FAULT, {}, Clues(labels=LabelRelation(1200, 0.3, 0.1, True))),
+    ("division_by_zero", LOSS, {}, Clues(origin=Origin("mean", empty=True, from_target=True), target=NORMAL)),
     ("target_out_of_domain", SPIKE, {}, Clues(target=FAR)),
     ("unnormalised_input", EXPLODING, {"comparison": WORSE}, Clues(inputs=PIXELS)),
     ("learning_rate_too_high", EXPLODING, {"comparison": WORSE}, Clues(inputs=PIXELS, normalises=True)),

@@ -14,6 +14,8 @@ ROWS: list[tuple[str | None, Model]] = [
     ("mse_for_classification", Model(objective=Objective("mse_loss", classes=10))),
     (None, Model(objective=Objective("mse_loss"))),
     ("target_out_of_domain", Model(objective=Objective("cross_entropy", classes=7, lowest=0, highest=9, outside=(3,)))),
+    ("unbounded_loss", Model(objective=Objective("binary_cross_entropy", least=-1.0, most=1.0))),
+    (None, Model(objective=Objective("binary_cross_entropy", least=0.0, most=1.0))),
     ("wrong_gradient", Model(checks=(GradientCheck("Mine", 0.5, 1.0, 2.0, custom=True),))),
     (None, Model(checks=(GradientCheck("Mine", 1e-6, 1.0, 1.0, custom=True),))),
 ]
