@@ -150,8 +150,8 @@ class StepCheck:
         Args:
             fault: The fault.
             place: What of the state was not finite; ``None`` where all was.
-            since: The snapshot since which all updates were made again, where the state had gone bad by itself; ``None``
-                where the step alone was.
+            since: The snapshot since which all updates were made again, where the state had gone bad by itself;
+                ``None`` where the step alone was.
         """
         if place is not None:
             fault = replace(fault, place=place)
@@ -160,8 +160,8 @@ class StepCheck:
         suggestion = "The step was made again from its own state, batch and random numbers, and the fault was gone."
         if since is not None:
             suggestion = (
-                f"The state had gone bad by itself. The updates since the snapshot at update {since.step} were made again "
-                "from their own batches and random numbers, and the fault was gone."
+                f"The state had gone bad by itself. The updates since the snapshot at update {since.step} were made "
+                "again from their own batches and random numbers, and the fault was gone."
             )
         if times >= self._limits.test_device:
             suggestion += " It keeps happening at this place: test the device."

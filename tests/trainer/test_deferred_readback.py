@@ -179,7 +179,7 @@ def test_late_rollbacks_say_what_they_cost(kind: str, tmp_path: Path) -> None:
     guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
     run = fit(task("norm", plain), data, guard, folder=tmp_path, callbacks=[FaultAt(kind, math.nan, 15)])
     (found,) = guard.interventions
-    assert found.remedies == ("restore",)
+    assert found.remedies[0] == "restore"
     assert (found.global_step, found.batch_idx) == (16, 15)
     assert found.snapshot_step is not None
     assert found.snapshot_step <= 15
