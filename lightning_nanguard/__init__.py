@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     )
     from lightning_nanguard.errors import BadCheckpointError, TrainingDivergedError
     from lightning_nanguard.record.base import RunInfo, Sink
+    from lightning_nanguard.record.wandb_alert import WandbAlert
+    from lightning_nanguard.record.webhook import Webhook
     from lightning_nanguard.thresholds import Thresholds
     from lightning_nanguard.types import Advice, Comparison, Evidence, Fault, Finding, Intervention, PlanStep, Reading
 
@@ -94,6 +96,8 @@ _HOMES = {
     "StopTraining": "act.stop_training",
     "Thresholds": "thresholds",
     "TrainingDivergedError": "errors",
+    "WandbAlert": "record.wandb_alert",
+    "Webhook": "record.webhook",
     "Window": "detect.window",
 }
 
@@ -141,6 +145,8 @@ __all__ = [
     "StopTraining",
     "Thresholds",
     "TrainingDivergedError",
+    "WandbAlert",
+    "Webhook",
     "Window",
     "__version__",
 ]

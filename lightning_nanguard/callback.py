@@ -25,7 +25,9 @@ from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.build import build_fit
 from lightning_nanguard.trainer.fit import Fit
-from lightning_nanguard.trainer.guard_copies import CopyableGuard, allow_in_checkpoints, nothing
+from lightning_nanguard.trainer.guard_copies import allow_in_checkpoints, nothing
+from lightning_nanguard.trainer.guard_display import DisplayedGuard
+from lightning_nanguard.trainer.logger_curves import log_settings
 from lightning_nanguard.trainer.never_called import expect_hooks, hooks_called
 from lightning_nanguard.trainer.private.averages import swaps_weights
 from lightning_nanguard.trainer.private.callbacks import put_first
@@ -42,7 +44,7 @@ STATE_SCHEMA = 1
 
 
 @final
-class NaNGuard(CopyableGuard):
+class NaNGuard(DisplayedGuard):
     """Keeps a training run alive through NaN and divergence.
 
     It sees a non-finite or diverging loss or gradient, keeps it from the weights, goes back to the last good state if
@@ -235,6 +237,7 @@ class NaNGuard(CopyableGuard):
                 return
             check_strategy(trainer, pl_module)
             put_first(trainer, self)
+            log_settings(trainer, self._settings())
             self._undo_gate()
             folders = [] if given.dirpath is None else [given.dirpath]
             self._gate = ResumeGate(
@@ -397,7 +400,7 @@ class NaNGuard(CopyableGuard):
         if fit is None:
             return
         try:
-            self._multiplier = fit.context.rate.ratio()
+            self._multiplier, self._updates = fit.context.rate.ratio(), fit.guard.updates
             self._last_state = fit.guard.state_dict()
             faults, remedies = (now - then for now, then in zip(self._counts(), self._before, strict=True))
             fit.say_how_it_went(faults, remedies)

@@ -460,7 +460,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "callback_metrics": dict(run.trainer.callback_metrics),
         "logged_metrics": dict(run.trainer.logged_metrics),
         "progress_bar_metrics": dict(run.trainer.progress_bar_metrics),
-        "logged": run.logger.rows,
+        "logged": [row for row in run.logger.rows if not all(name.startswith("nanguard/") for name in row[1])],
         "clock": [run.trainer.global_step, run.trainer.current_epoch],
     }
 

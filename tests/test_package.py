@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decide": BASE,
     "record": BASE,
     "metrics": BASE | {"measure"},
+    "report": BASE | {"record"},
     "act": BASE | {"measure", "detect", "decide", "record", "state"},
     "state": BASE | {"measure", "detect", "decide", "record"},
     "distributed": BASE | {"measure", "state"},

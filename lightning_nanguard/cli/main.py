@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from lightning_nanguard import __version__
-from lightning_nanguard.cli import check, explain, last_good, replay, tail
+from lightning_nanguard.cli import check, explain, last_good, replay, report, tail
 from lightning_nanguard.cli.output import say
 
 
@@ -30,7 +30,7 @@ class Command(Protocol):
 
 
 # Each imports what takes time (torch, Lightning) only when it runs.
-COMMANDS: tuple[Command, ...] = (explain, tail, last_good, check, replay)
+COMMANDS: tuple[Command, ...] = (explain, report, tail, last_good, check, replay)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

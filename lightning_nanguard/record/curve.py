@@ -61,6 +61,7 @@ class CurveFile:
 
     Attributes:
         offset: What is added to a reading's step to give ``global_step``.
+        listener: Called with each reading and its learning rate; ``None`` for nobody.
     """
 
     def __init__(
@@ -78,10 +79,13 @@ class CurveFile:
         self._rows = 0
         self._warned = False
         self.offset = 0
+        self.listener: Callable[[Reading, float | None], None] | None = None
 
     def add(self, reading: Reading, lr: float | None, clip_val: float | None) -> None:
         """Take the reading of an update; called in every update."""
         self._waiting.append((reading, lr, clip_val))
+        if self.listener is not None:
+            self.listener(reading, lr)
         if self._clock() >= self._due or len(self._waiting) >= self._thresholds.readings_waiting_for_curve:
             self.write()
 
@@ -161,6 +165,24 @@ def read_curve(path: Path) -> list[CurvePoint]:
             continue
         points.append(point)
     return points
+
+
+def thinned(points: Sequence[CurvePoint], rows: int) -> list[CurvePoint]:
+    """At most as many points as asked for, neighbours joined; the largest values are kept.
+
+    Args:
+        points: Points of one optimizer.
+        rows: How many points are wanted at most; a few more come where a run was resumed.
+
+    Example:
+        >>> points = [CurvePoint(step, 1, 0, 1.0, float(step), None, None, None, None) for step in range(100)]
+        >>> [point.loss_max for point in thinned(points, 4)]
+        [31.0, 63.0, 95.0, 99.0]
+    """
+    stride = max((point.updates for point in points), default=1)
+    while sum(point.updates for point in points) > stride * rows:
+        stride *= 2
+    return _joined(points, stride, keep_rest=False)[0]
 
 
 def _joined(points: Sequence[CurvePoint], stride: int, *, keep_rest: bool) -> tuple[list[CurvePoint], list[CurvePoint]]:

@@ -15,13 +15,11 @@ class RunNumbers(NamedTuple):
     Attributes:
         interventions: Number of all interventions so far.
         lr_multiplier: What the scheduled learning rates are multiplied by.
-        grad_norm: Median of the healthy gradient norms.
         clip_val: The clipping value the guard has turned on.
     """
 
     interventions: int
     lr_multiplier: float
-    grad_norm: float | None = None
     clip_val: float | None = None
 
 

@@ -8,6 +8,7 @@ from typing import Any, final, overload
 
 from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import Sink
+from lightning_nanguard.record.html import interventions_table
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Advice, Intervention
 
@@ -111,6 +112,9 @@ class Memory(Sink, Sequence[Intervention]):
         return NotImplemented
 
     __hash__ = None  # type: ignore[assignment]
+
+    def _repr_html_(self) -> str:
+        return interventions_table(tuple(self), self.total)
 
     def __repr__(self) -> str:
         older = self.total - len(self)

@@ -26,6 +26,7 @@ class RecordsThresholds:
         readings_waiting_for_curve: Readings that wait at most, where updates take less than a millisecond.
         incidents_with_layer_norms: Incidents of one fit of which the norms of the layers are written.
         layers_per_incident: Layers of which norms are written, those with the largest change; models have thousands.
+        interventions_in_table: Interventions in the table that a notebook shows, the newest.
         numbers_per_message: Line numbers or sample indices spelled out in one message; the rest is counted.
     """
 
@@ -40,6 +41,7 @@ class RecordsThresholds:
     readings_waiting_for_curve: int = 4096
     incidents_with_layer_norms: int = 20
     layers_per_incident: int = 64
+    interventions_in_table: int = 20
     numbers_per_message: int = 8
 
 

@@ -21,6 +21,7 @@ from lightning_nanguard.record.run_folder import RunFolder
 from lightning_nanguard.record.summary import summary
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
+from lightning_nanguard.trainer.logger_curves import LoggerCurves
 from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
 from lightning_nanguard.trainer.private.callbacks import after_every_batch
@@ -91,6 +92,7 @@ class Fit:
         self._limit_memory(max_memory)
         if self.context.curve is not None:
             self.context.curve.offset = self._trainer.global_step - self.guard.updates
+            self.context.curve.listener = LoggerCurves(self._trainer).take
         rate, later = self.context.rate, self._patches.callback
         module, limits = self._trainer.lightning_module, self.context.thresholds.batches.repeated
         if module.automatic_optimization and self.context.learner.optimizers:

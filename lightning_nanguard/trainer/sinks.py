@@ -18,6 +18,7 @@ from lightning_nanguard.record.loggers import Loggers, RunNumbers
 from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.logger_curves import LoggerWords
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, logged_at
 
 
@@ -48,6 +49,7 @@ def fit_sinks(
         JsonLines(run.dirpath / RECORDS_FILE, thresholds),
         Console(thresholds),
         Loggers(metrics.numbers, metrics.log),
+        LoggerWords(trainer),
         LayerNormsFile(
             run.dirpath / LAYER_NORMS_FILE, partial(context.norms.read, context.learner.named_sizes), thresholds
         ),
@@ -85,10 +87,7 @@ class _TrainerMetrics:
         self._replay = replay
 
     def numbers(self) -> RunNumbers:
-        context = self._context
-        history = context.monitors.history(0)
-        norm = None if history is None else history.usual_norm()
-        return RunNumbers(self._memory.total, context.rate.ratio(), norm, context.clipper.value)
+        return RunNumbers(self._memory.total, self._context.rate.ratio(), self._context.clipper.value)
 
     def log(self, values: Mapping[str, float]) -> None:
         for logger in self._trainer.loggers:

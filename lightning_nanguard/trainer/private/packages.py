@@ -30,7 +30,16 @@ else:
 
     GuardCallback = _base()
 
-__all__ = ["Callback", "GuardCallback", "LightningModule", "Trainer", "logged_at", "package_of", "rank_zero_info"]
+__all__ = [
+    "Callback",
+    "GuardCallback",
+    "LightningModule",
+    "Trainer",
+    "logged_at",
+    "logs_every",
+    "package_of",
+    "rank_zero_info",
+]
 
 
 def logged_at(trainer: Any) -> int:
@@ -38,6 +47,11 @@ def logged_at(trainer: Any) -> int:
     loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
     step = getattr(loop, "_batches_that_stepped", None)
     return int(step) if step is not None else int(trainer.global_step)
+
+
+def logs_every(trainer: Any) -> int:
+    """How many steps lie between two that are logged; 0 where none is."""
+    return int(getattr(trainer, "log_every_n_steps", 0))
 
 
 def package_of(module_class: Any) -> ModuleType:

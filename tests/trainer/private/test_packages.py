@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from lightning_nanguard.trainer.private.packages import GuardCallback, logged_at, package_of
-from tests.helpers import batches, fit, task
+from lightning_nanguard.trainer.private.packages import GuardCallback, logged_at, logs_every, package_of
+from tests.helpers import batches, fit, task, trainer_for
 
 
 def test_a_callback_of_both_packages() -> None:
@@ -39,3 +40,9 @@ def test_the_step_loggers_are_told() -> None:
         global_step = 7
 
     assert logged_at(Bare()) == 7
+
+
+def test_logs_every(tmp_path: Path) -> None:
+    """It is the trainer's own number, and 0 where it has none."""
+    assert logs_every(trainer_for(tmp_path, log_every_n_steps=7)) == 7
+    assert logs_every(object()) == 0

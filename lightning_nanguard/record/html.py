@@ -1,0 +1,58 @@
+"""Puts interventions into HTML that is safe to show, whatever a record holds."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+from lightning_nanguard.record.messages import tell
+from lightning_nanguard.record.text import printable
+from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
+from lightning_nanguard.types import Intervention
+
+
+def escaped(text: object) -> str:
+    """Text for a page: no markup, no control characters.
+
+    Example:
+        >>> escaped("<script>\\x1b[2J")
+        '&lt;script&gt;\\\\x1b[2J'
+    """
+    return html.escape(printable(str(text)))
+
+
+def parts_of(intervention: Intervention) -> list[tuple[str, str]]:
+    """What the console tells of an intervention, by what each line is: ``seen``, ``why``, ``done``, ``to do``."""
+    seen, *lines = tell(intervention).split("\n")
+    return [("seen", seen), *((line.strip().partition(": ")[0], line.partition(": ")[2]) for line in lines)]
+
+
+def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A table; every cell is escaped.
+
+    Args:
+        head: Titles of the columns.
+        rows: The cells of each row.
+    """
+    titles = "".join(f"<th>{escaped(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def interventions_table(
+    interventions: Sequence[Intervention], total: int, thresholds: RecordsThresholds = RECORDS
+) -> str:
+    """A table of the newest interventions, with their words.
+
+    Args:
+        interventions: Those that are kept.
+        total: How many there were.
+        thresholds: How many are shown.
+    """
+    if not total:
+        return "<p>No interventions.</p>"
+    shown = interventions[-thresholds.interventions_in_table :]
+    older = total - len(shown)
+    names = ("seen", "why", "done", "to do")
+    rows = [[dict(parts_of(one)).get(name, "") for name in names] for one in shown]
+    return table(names, rows) + (f"<p>and {older:,} before these</p>" if older else "")

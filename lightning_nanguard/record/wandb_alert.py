@@ -1,0 +1,56 @@
+"""A sink that sends interventions as alerts of Weights & Biases."""
+
+from __future__ import annotations
+
+from collections import Counter
+from importlib import import_module
+from types import ModuleType
+from typing import Any, final
+
+from lightning_nanguard.record.base import Sink
+from lightning_nanguard.record.messages import tell
+from lightning_nanguard.record.text import in_words
+from lightning_nanguard.types import Intervention
+
+
+@final
+class WandbAlert(Sink):
+    """Sends the first intervention of each kind, and one that stops the run, as an alert of the W&B run at hand.
+
+    Raises:
+        ModuleNotFoundError: When wandb is not installed, with the name of the extra.
+    """
+
+    def __init__(self) -> None:
+        _wandb()
+        self._seen: Counter[tuple[str, str | None, tuple[str, ...]]] = Counter()
+
+    def write(self, intervention: Intervention) -> None:
+        """Send the intervention, if it is the first of its kind.
+
+        Raises:
+            RuntimeError: When no W&B run is at hand.
+        """
+        kind = (intervention.fault, intervention.cause, intervention.remedies)
+        self._seen[kind] += 1
+        stops = "stop" in intervention.remedies
+        if self._seen[kind] > 1 and not stops:
+            return
+        wandb: Any = _wandb()
+        if wandb.run is None:
+            raise RuntimeError("WandbAlert: there is no W&B run to alert from; give the Trainer a WandbLogger.")
+        level = wandb.AlertLevel.ERROR if stops else wandb.AlertLevel.WARN
+        wandb.run.alert(title=f"NaNGuard: {in_words(intervention.fault)}", text=tell(intervention), level=level)
+
+    def close(self) -> None:
+        """The next fit is told like a first one."""
+        self._seen.clear()
+
+
+def _wandb() -> ModuleType:
+    try:
+        return import_module("wandb")
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "WandbAlert needs wandb, which is not installed: pip install 'lightning-nanguard[wandb]'."
+        ) from None

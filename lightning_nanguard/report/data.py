@@ -1,0 +1,111 @@
+"""Reads what a run has left in its folder."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import final
+
+from lightning_nanguard.record.curve import CURVE_FILE, CurvePoint, read_curve
+from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_advice, read_records
+from lightning_nanguard.record.layer_norms import LAYER_NORMS_FILE, LayerNorms, read_layer_norms
+from lightning_nanguard.record.run_folder import is_alive
+from lightning_nanguard.record.run_log import RunLog, find_runs, read_run
+from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
+from lightning_nanguard.types import Advice, Intervention
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """What is known of a run.
+
+    Attributes:
+        folder: The folder of the run.
+        log: What its log says; ``None`` for a run of version 0.1.0.
+        alive: Whether it goes on in another process.
+        curve: Its curves, in the order they were written.
+        interventions: Its interventions, oldest first.
+        advice: What was noticed and left alone.
+        layer_norms: Norms of the layers at incidents.
+    """
+
+    folder: Path
+    log: RunLog | None = None
+    alive: bool = False
+    curve: Sequence[CurvePoint] = ()
+    interventions: Sequence[Intervention] = ()
+    advice: Sequence[Advice] = ()
+    layer_norms: Sequence[LayerNorms] = ()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the guard ended the run."""
+        last = self.interventions[-1] if self.interventions else None
+        return last is not None and last.applied and "stop" in last.remedies
+
+    @property
+    def updates_lost(self) -> int:
+        """Updates that rollbacks undid."""
+        return sum(one.updates_lost for one in self.interventions if one.applied)
+
+    @property
+    def remedies(self) -> Counter[str]:
+        """How often each remedy was used."""
+        return Counter(word for one in self.interventions for word in one.remedies)
+
+    @property
+    def rate_now(self) -> float | None:
+        """The effective learning rate of the newest update of the first optimizer."""
+        return next((point.lr for point in reversed(self.curve) if point.optimizer == 0 and point.lr is not None), None)
+
+    def losses_around(
+        self, intervention: Intervention, thresholds: ReportThresholds = REPORT
+    ) -> tuple[float | None, float | None]:
+        """Median loss before an intervention and after it; ``None`` where there is no finite one.
+
+        Args:
+            intervention: The intervention.
+            thresholds: How many rows of the curves are looked at.
+        """
+        step, rows = intervention.global_step, thresholds.rows_around
+        known = [(one.step, one.loss) for one in self.curve if one.loss is not None and math.isfinite(one.loss)]
+        before = [loss for at, loss in known if at <= step][-rows:]
+        after = [loss for at, loss in known if at > step + 1][:rows]
+        return (median(before) if before else None), (median(after) if after else None)
+
+
+def read_run_data(folder: Path) -> RunData:
+    """Read what a run has left in its folder; what is not there is left empty.
+
+    Args:
+        folder: The folder of the run.
+    """
+    records, advice, curve = folder / RECORDS_FILE, folder / ADVICE_FILE, folder / CURVE_FILE
+    return RunData(
+        folder,
+        read_run(folder),
+        is_alive(folder),
+        read_curve(curve) if curve.is_file() else (),
+        read_records(records) if records.is_file() else (),
+        read_advice(advice) if advice.is_file() else (),
+        read_layer_norms(folder / LAYER_NORMS_FILE),
+    )
+
+
+def find_run(where: Path) -> Path | None:
+    """The folder of a run: the one given, or that of the newest run below it; ``None`` where there is none.
+
+    Args:
+        where: The folder of the run, or of many.
+    """
+    if read_run(where) is not None or (where / RECORDS_FILE).is_file():
+        return where
+    runs = find_runs(where)
+    if runs:
+        return runs[-1].folder
+    return max((path.parent for path in where.rglob(RECORDS_FILE)), default=None)

@@ -1,0 +1,213 @@
+"""Draws a run with matplotlib: its interventions and rollbacks above its curves."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from lightning_nanguard.record.curve import CurvePoint, thinned
+from lightning_nanguard.report.data import RunData
+from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
+from lightning_nanguard.types import Intervention
+
+# Readable on light and on dark ground. In the page each is replaced by the variable of its name.
+COLOURS = {"ink": "#6b7280", "first": "#2f80d0", "second": "#c77700", "bad": "#d6404f", "back": "#9a5fd0"}
+"""The colours of the figure, by what they show."""
+
+_STYLE: dict[str, Any] = {
+    "axes.edgecolor": COLOURS["ink"],
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.labelcolor": COLOURS["ink"],
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.facecolor": "none",
+    "font.size": 10,
+    "grid.alpha": 0.25,
+    "grid.color": COLOURS["ink"],
+    "legend.frameon": False,
+    "legend.labelcolor": COLOURS["ink"],
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "nanguard",
+    "text.color": COLOURS["ink"],
+    "text.parse_math": False,
+    "xtick.color": COLOURS["ink"],
+    "ytick.color": COLOURS["ink"],
+}
+
+
+def matplotlib(name: str = "matplotlib") -> ModuleType:
+    """A module of matplotlib.
+
+    Args:
+        name: The module.
+
+    Raises:
+        ModuleNotFoundError: When it is not installed, with the name of the extra.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "Reports and plots need matplotlib, which is not installed: pip install 'lightning-nanguard[report]'."
+        ) from None
+
+
+def draw(data: RunData, figure: Any = None, thresholds: ReportThresholds = REPORT) -> Any:
+    """Draw a run: loss, gradient norm with the clipping value, and learning rate, over the steps.
+
+    Each intervention is a mark above the curves and a line through them, each rollback an arc to where it went back to.
+
+    Args:
+        data: The run.
+        figure: A ``matplotlib.figure.Figure`` to draw on; ``None`` for a new one.
+        thresholds: How much is drawn.
+
+    Returns:
+        The figure.
+    """
+    library = matplotlib()
+    with library.rc_context(_STYLE):
+        if figure is None:
+            figure = matplotlib("matplotlib.figure").Figure()
+        figure.set_size_inches(8.0, 7.2)
+        figure.set_layout_engine("constrained")
+        marks, losses, norms, rates = figure.subplots(4, 1, sharex=True, height_ratios=[1, 3, 3, 2])
+        points = {
+            index: thinned([one for one in data.curve if one.optimizer == index], thresholds.points_per_curve)
+            for index in sorted({one.optimizer for one in data.curve})
+        }
+        for number, (index, rows) in enumerate(points.items()):
+            colour = COLOURS["first" if number == 0 else "second"]
+            name = f"optimizer {index}" if len(points) > 1 else None
+            _curve(losses, rows, "loss", colour, name)
+            _curve(norms, rows, "grad_norm", colour, name)
+            _line(rates, rows, [one.lr for one in rows], color=colour, label=name)
+        clipped = [row.clip_val for rows in points.values() for row in rows]
+        if any(value is not None for value in clipped):
+            rows = next(iter(points.values()))
+            _line(
+                norms, rows, [one.clip_val for one in rows], color=COLOURS["back"], linestyle="--", label="clipped at"
+            )
+        for axes, label in ((losses, "loss"), (norms, "gradient norm"), (rates, "learning rate")):
+            axes.set_ylabel(label)
+            _scale(axes, thresholds)
+            if axes.get_legend_handles_labels()[1]:
+                axes.legend(loc="upper right")
+        shown = list(spread(data.interventions, thresholds.marks))
+        _mark(marks, shown, library)
+        for axes in (losses, norms, rates):
+            for one in shown:
+                axes.axvline(one.global_step, color=_colour(one), linewidth=0.8, alpha=0.45)
+        rates.set_xlabel("step")
+    return figure
+
+
+def to_svg(figure: Any) -> str:
+    """The figure as an SVG element to stand in a page, with the variables of the page for colours.
+
+    Args:
+        figure: What :func:`draw` made.
+    """
+    buffer = io.StringIO()
+    with matplotlib().rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    for name, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
+    return text.replace("<svg ", '<svg role="img" aria-label="The curves of the run and its interventions" ', 1)
+
+
+def spread(interventions: Sequence[Intervention], most: int) -> Iterator[Intervention]:
+    """Some of the interventions, spread over the run, those with a rollback or a stop before others.
+
+    Args:
+        interventions: All of them.
+        most: How many at most.
+    """
+    rare = [one for one in interventions if one.snapshot_step is not None or "stop" in one.remedies]
+    common = [one for one in interventions if one.snapshot_step is None and "stop" not in one.remedies]
+    rare = _every(rare, most)
+    yield from rare
+    yield from _every(common, most - len(rare))
+
+
+def _every(items: list[Intervention], most: int) -> list[Intervention]:
+    if most <= 0:
+        return []
+    stride = -(-len(items) // most)
+    return items[::stride] if stride else []
+
+
+def _colour(intervention: Intervention) -> str:
+    return COLOURS["back" if intervention.snapshot_step is not None else "bad"]
+
+
+def _curve(axes: Any, rows: Sequence[CurvePoint], field: str, colour: str, name: str | None) -> None:
+    """A curve, the largest values of joined rows behind it, and a mark where a value was not finite."""
+    largest = [getattr(one, f"{field}_max") for one in rows]
+    if any(one.updates > 1 for one in rows):
+        _line(axes, rows, largest, color=colour, alpha=0.3, linewidth=0.7)
+    _line(axes, rows, [getattr(one, field) for one in rows], color=colour, label=name)
+    bad = [one.step for one, value in zip(rows, largest, strict=True) if value is not None and not math.isfinite(value)]
+    if bad:
+        at_top = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        axes.plot(
+            bad, [1.0] * len(bad), linestyle="none", marker="x", color=COLOURS["bad"], label="not finite", **at_top
+        )
+
+
+def _line(axes: Any, rows: Sequence[CurvePoint], values: Sequence[float | None], **style: Any) -> None:
+    """A line that is broken where a resumed run begins again at an earlier step, and where there is no finite value."""
+    xs: list[float] = []
+    ys: list[float] = []
+    for row, value in zip(rows, values, strict=True):
+        if xs and row.step <= xs[-1]:
+            xs.append(row.step)
+            ys.append(math.nan)
+        xs.append(row.step)
+        # What float64 holds and matplotlib's scales do not survive is no more than a spike, either.
+        ys.append(value if value is not None and abs(value) < 1e300 else math.nan)
+    if any(map(math.isfinite, ys)):
+        # A single value between two that are not finite would be a line of no length.
+        alone = {"marker": ".", "markersize": 4} if len(ys) < 30 else {}
+        axes.plot(xs, ys, **{"linewidth": 1.2, **alone, **style})
+
+
+def _scale(axes: Any, thresholds: ReportThresholds) -> None:
+    lines = [line for line in axes.get_lines() if line.get_linestyle() != "None"]
+    values = [y for line in lines for y in line.get_ydata() if math.isfinite(y)]
+    positive = [value for value in values if value > 0]
+    if values and len(positive) == len(values) and max(values) > thresholds.logarithmic_from * min(values):
+        axes.set_yscale("log")
+
+
+def _mark(axes: Any, interventions: Sequence[Intervention], library: ModuleType) -> None:
+    """The marks of interventions, with an arc from each rollback to the step it went back to."""
+    patches = matplotlib("matplotlib.patches")
+    axes.set_ylim(-0.3, 1.3)
+    axes.set_yticks([])
+    axes.set_ylabel("guard")
+    axes.grid(False)
+    axes.spines["left"].set_visible(False)
+    for one in interventions:
+        step, back = one.global_step, one.snapshot_step
+        axes.plot([step], [0.0], marker="^" if back is None else "s", markersize=5, color=_colour(one))
+        if back is not None and back != step:
+            path = library.path.Path([(step, 0.0), ((step + back) / 2, 2.0), (back, 0.0)], [1, 3, 3])
+            style = {"arrowstyle": "-|>", "mutation_scale": 8, "linewidth": 1.2, "fill": False}
+            axes.add_patch(patches.FancyArrowPatch(path=path, color=_colour(one), **style))
+    axes.set_title(_legend(interventions), fontsize=10, loc="left")
+
+
+def _legend(interventions: Sequence[Intervention]) -> str:
+    if not interventions:
+        return "no interventions"
+    return "▲ intervention, ■ rollback, with an arc to the step it went back to"

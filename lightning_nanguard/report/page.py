@@ -1,0 +1,212 @@
+"""The page of a run: one HTML file without scripts, which loads nothing."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from itertools import chain
+
+from lightning_nanguard.record.html import escaped, parts_of, table
+from lightning_nanguard.record.layer_norms import LayerNorms
+from lightning_nanguard.record.messages import describe_advice
+from lightning_nanguard.record.text import counted, in_words
+from lightning_nanguard.report.data import RunData
+from lightning_nanguard.report.figure import draw, to_svg
+from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
+from lightning_nanguard.types import Intervention
+
+_STYLE = """
+:root { color-scheme: light dark; --ground: #fff; --text: #1c2430; --soft: #f3f5f8; --line: #d9dee6;
+  --ink: #5b6572; --first: #1f6fbf; --second: #b06a00; --bad: #c42b3a; --back: #7d3fc0; --good: #1d7f4c }
+@media (prefers-color-scheme: dark) { :root { --ground: #12161c; --text: #e4e8ee; --soft: #1c222b; --line: #333c48;
+  --ink: #9aa5b3; --first: #62a8f0; --second: #f0a848; --bad: #ff7a86; --back: #c39af0; --good: #5fcf95 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 62rem; padding: 1rem; background: var(--ground); color: var(--text);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1 { font-size: 1.4rem; line-height: 1.3; margin: .5rem 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
+.good { color: var(--good) } .bad { color: var(--bad) } .quiet { color: var(--ink); font-size: .9rem }
+.numbers { display: flex; flex-wrap: wrap; gap: .5rem; padding: 0; list-style: none }
+.numbers li { flex: 1 1 9rem; padding: .5rem .75rem; border-radius: .5rem; background: var(--soft) }
+.numbers b { display: block; font-size: 1.15rem }
+.wide { overflow-x: auto } .wide svg { display: block; width: 100%; min-width: 30rem; height: auto }
+svg text { fill: var(--ink) }
+details { margin: .5rem 0; padding: .5rem .75rem; border: 1px solid var(--line); border-radius: .5rem }
+summary { cursor: pointer }
+dl { display: grid; grid-template-columns: 5rem 1fr; gap: .25rem .75rem; margin: .5rem 0 } dt { color: var(--ink) }
+dd { margin: 0 }
+table { border-collapse: collapse; font-size: .85rem; white-space: nowrap } th, td { padding: .2rem .5rem;
+  text-align: left; border-bottom: 1px solid var(--line) }
+"""
+# Even a name that got past the escaping could neither run nor load anything.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def page(data: RunData, thresholds: ReportThresholds = REPORT) -> str:
+    """The page of a run.
+
+    Args:
+        data: The run.
+        thresholds: How much is shown.
+
+    Returns:
+        HTML that needs nothing else.
+
+    Raises:
+        ModuleNotFoundError: When matplotlib is not installed.
+    """
+    name = data.folder.name if data.log is None else data.log.run_id
+    parts = [
+        _headline(data),
+        "<h2>Curves</h2>",
+        f'<div class="wide">{to_svg(draw(data, thresholds=thresholds))}</div>'
+        if data.curve or data.interventions
+        else "",
+        "" if data.curve else '<p class="quiet">No curves were recorded in this folder.</p>',
+        *_interventions(data, thresholds),
+        *_advice(data, thresholds),
+    ]
+    body = "\n".join(part for part in parts if part)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>NaNGuard: {escaped(name)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def verdict(data: RunData) -> tuple[str, bool]:
+    """How the run went, in one sentence, and whether that is good.
+
+    Args:
+        data: The run.
+    """
+    count = counted(len(data.interventions), "intervention")
+    ended = data.log is None or data.log.ended is not None
+    losses = [one.loss for one in data.curve if one.loss is not None]
+    if data.stopped:
+        return f"Lost: the guard stopped the run after {count}, with the last good weights in place.", False
+    if data.interventions and not any(one.applied for one in data.interventions):
+        return f"Only observed: the guard would have made {count}.", True
+    if not ended and not data.alive:
+        return f"Killed: the run did not come to its end; {count} until then.", False
+    if losses and not math.isfinite(losses[-1]):
+        return f"In trouble: the newest loss is not finite; {count}.", False
+    if not data.interventions:
+        return "Healthy: there was nothing to do.", True
+    return f"{'Kept alive so far' if data.alive else 'Saved'}: {count}.", True
+
+
+def _headline(data: RunData) -> str:
+    sentence, good = verdict(data)
+    remedies, rate = data.remedies, data.rate_now
+    steps = max((one.step for one in data.curve), default=0)
+    numbers = [
+        (f"{len(data.interventions):,}", "interventions"),
+        (f"{remedies['skip']:,}", "batches skipped"),
+        (f"{remedies['restore']:,}", "rollbacks"),
+        (f"{data.updates_lost:,}", "updates undone by rollbacks"),
+        ("–" if rate is None else f"{rate:.4g}", "learning rate now"),
+        (f"{steps:,}", "steps"),
+    ]
+    multiplier = None if data.log is None or data.log.ended is None else data.log.ended.get("lr_multiplier")
+    if isinstance(multiplier, (int, float)) and multiplier != 1:
+        numbers.append((f"{multiplier:.4g}", "times the scheduled rate at the end"))
+    items = "".join(f"<li><b>{escaped(value)}</b>{escaped(label)}</li>" for value, label in numbers)
+    title = f'<h1 class="{"good" if good else "bad"}">{escaped(sentence)}</h1>'
+    return f'{title}\n{_which(data)}\n<ul class="numbers">{items}</ul>'
+
+
+def _which(data: RunData) -> str:
+    words = [f"Folder {data.folder}"]
+    if data.log is not None:
+        words.insert(0, f"Run {data.log.run_id}")
+        began = data.log.fits[0].get("time") if data.log.fits else None
+        if isinstance(began, (int, float)) and 0 <= began < 1e11:
+            words.append(f"begun {datetime.fromtimestamp(began, timezone.utc):%Y-%m-%d %H:%M} UTC")
+        if len(data.log.fits) > 1:
+            words.append(f"resumed {counted(len(data.log.fits) - 1, 'time')}")
+    return f'<p class="quiet">{escaped("; ".join(words))}</p>'
+
+
+def _interventions(data: RunData, thresholds: ReportThresholds) -> list[str]:
+    if not data.interventions:
+        return []
+    kinds: dict[tuple[str, str | None, tuple[str, ...]], list[int]] = {}
+    for number, one in enumerate(data.interventions):
+        kinds.setdefault((one.fault, one.cause, one.remedies), []).append(number)
+    # The first of each kind, then the others in their order.
+    wanted = chain((numbers[0] for numbers in kinds.values()), range(len(data.interventions)))
+    shown = sorted(list(dict.fromkeys(wanted))[: thresholds.interventions_in_full])
+    parts = ["<h2>Interventions</h2>"]
+    if len(shown) < len(data.interventions):
+        counts = Counter({in_words(fault): 0 for fault, _, _ in kinds})
+        for (fault, _, _), numbers in kinds.items():
+            counts[in_words(fault)] += len(numbers)
+        told = f"{len(shown):,} of {len(data.interventions):,} are told here; all are in interventions.jsonl."
+        parts.append(
+            f'<p class="quiet">{told}</p><div class="wide">{table(("fault", "times"), counts.most_common())}</div>'
+        )
+    first = {numbers[0] for numbers in kinds.values()}
+    return parts + [_intervention(data.interventions[number], data, number in first, thresholds) for number in shown]
+
+
+def _intervention(one: Intervention, data: RunData, is_open: bool, thresholds: ReportThresholds) -> str:
+    lines = parts_of(one)
+    cost = _receipt(one, data, thresholds)
+    if cost:
+        lines.append(("cost", cost))
+    if one.finding is not None and one.finding.samples:
+        lines.append(("samples", ", ".join(map(str, one.finding.samples))))
+    if one.finding is not None and one.finding.evidence:
+        evidence = ", ".join(f"{name} {_number(value)}" for name, value in one.finding.evidence.items())
+        lines.append(("evidence", f"{evidence} (confidence {_number(one.finding.confidence)})"))
+    if one.ranks:
+        lines.append(("ranks", ", ".join(map(str, one.ranks))))
+    (_, seen), *rest = lines
+    described = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(text)}</dd>" for name, text in rest)
+    return (
+        f"<details{' open' if is_open else ''}><summary>{escaped(seen)}</summary><dl>{described}</dl>"
+        f"{_layers(one, data.layer_norms, thresholds)}</details>"
+    )
+
+
+def _receipt(one: Intervention, data: RunData, thresholds: ReportThresholds) -> str:
+    """What an intervention cost, and what came of it."""
+    words = []
+    if "skip" in one.remedies:
+        words.append("1 batch not learned from")
+    if one.updates_lost:
+        words.append(f"{counted(one.updates_lost, 'update')} undone")
+    before, after = data.losses_around(one, thresholds)
+    if before is not None and after is not None:
+        words.append(f"loss {before:.4g} before, {after:.4g} after (medians of up to {thresholds.rows_around} points)")
+    return "; ".join(words)
+
+
+def _layers(one: Intervention, norms: Sequence[LayerNorms], thresholds: ReportThresholds) -> str:
+    found = next((n for n in norms if (n.run, n.global_step, n.fault) == (one.run, one.global_step, one.fault)), None)
+    if found is None or not found.layers:
+        return ""
+    layers = list(found.layers.items())[: thresholds.layers]
+    rows = [[name, *("–" if norm is None else f"{norm:.3g}" for norm in values)] for name, values in layers]
+    more = len(found.layers) - len(layers)
+    rest = f'<p class="quiet">and {counted(more, "layer")} more</p>' if more else ""
+    head = ("update", *found.updates)
+    title = "Gradient norms of the layers, those that changed most first"
+    return f'<p class="quiet">{title}</p><div class="wide">{table(head, rows)}</div>{rest}'
+
+
+def _advice(data: RunData, thresholds: ReportThresholds) -> list[str]:
+    if not data.advice:
+        return []
+    items = "".join(f"<li>{escaped(describe_advice(one))}</li>" for one in data.advice[: thresholds.advice])
+    more = len(data.advice) - thresholds.advice
+    rest = f'<p class="quiet">and {more:,} more in advice.jsonl</p>' if more > 0 else ""
+    return [f"<h2>Advice</h2><ul>{items}</ul>{rest}"]
+
+
+def _number(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) else value

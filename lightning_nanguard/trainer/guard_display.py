@@ -1,0 +1,110 @@
+"""What a guard shows of itself and of its run: in a line, in a notebook, as a figure."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning_nanguard.record.html import escaped, interventions_table, table
+from lightning_nanguard.record.messages import describe_advice
+from lightning_nanguard.record.summary import summary
+from lightning_nanguard.report.data import read_run_data
+from lightning_nanguard.report.figure import draw, matplotlib
+from lightning_nanguard.trainer.arguments import Arguments
+from lightning_nanguard.trainer.guard_copies import CopyableGuard
+
+
+class DisplayedGuard(CopyableGuard):
+    """What :class:`~lightning_nanguard.NaNGuard` shows of itself."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        super().__init__(arguments)
+        self._updates = 0
+
+    @property
+    def run_dir(self) -> Path | None:
+        """Folder with the records of the run; ``None`` before the first fit."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """In one line: the updates of the fit at hand or the last one, and the interventions of all fits."""
+        memory, fit, given = self._memory, self._fit, self._given or self._arguments
+        updates = fit.guard.updates if fit is not None else self._updates
+        return summary(
+            updates,
+            memory.faults,
+            memory.remedies,
+            lr_multiplier=self.lr_multiplier,
+            path=self.run_dir,
+            observe=given.observe,
+            act_on=given.act_on,
+        )
+
+    def plot(self) -> Any:
+        """Draw the curves of the run with the interventions and rollbacks of the guard.
+
+        Returns:
+            A ``matplotlib.figure.Figure``; save it with ``figure.savefig("run.png")``.
+
+        Raises:
+            RuntimeError: Before the first fit.
+            ModuleNotFoundError: When matplotlib is not installed.
+        """
+        folder = self.run_dir
+        if folder is None:
+            raise RuntimeError("NaNGuard.plot() draws a run: call it in a fit or after one.")
+        if self._fit is not None and self._fit.context.curve is not None:
+            self._fit.context.curve.write()
+        data = read_run_data(folder)
+        if not data.interventions:  # on other ranks, or where nothing can be written
+            data = replace(data, interventions=tuple(self._memory))
+        pyplot = matplotlib("matplotlib.pyplot")
+        figure = draw(data, pyplot.figure())
+        if "inline" in pyplot.get_backend():
+            pyplot.close(figure)  # a notebook shows what a cell returns, and would show what is open once more
+        return figure
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings of the guard that are not the defaults, and those that say most about it."""
+        given = self._given or self._arguments  # as the environment has switched them
+        defaults = {name: one.default for name, one in inspect.signature(type(self)).parameters.items()}
+        shown: dict[str, Any] = {"act_on": given.act_on, "observe": given.observe}
+        for name, default in defaults.items():
+            value = getattr(given, name, default)
+            if name in ("detectors", "remedies", "sinks", "rules"):
+                if value:
+                    shown[name] = [_named(one) for one in value]
+                elif name == "remedies":
+                    shown[name] = []
+            elif name in ("budget", "thresholds"):
+                if value != type(value)():
+                    shown[name] = value
+            elif value != default:
+                shown[name] = str(value) if isinstance(value, Path) else value
+        return shown
+
+    def __repr__(self) -> str:
+        """The guard with its settings."""
+        words = ", ".join(
+            f"{name}=[{', '.join(value)}]" if isinstance(value, list) else f"{name}={value!r}"
+            for name, value in self._settings().items()
+        )
+        return f"{type(self).__name__}({words})"
+
+    def _repr_html_(self) -> str:
+        given = self._settings().items()
+        settings = [(name, ", ".join(value) if isinstance(value, list) else value) for name, value in given]
+        advice = "".join(f"<li>{escaped(describe_advice(one))}</li>" for one in self._memory.advice)
+        return (
+            f"<p><b>{escaped(self.summary())}</b></p>"
+            f"{interventions_table(tuple(self._memory), self._memory.total)}"
+            f"{f'<p>Advice</p><ul>{advice}</ul>' if advice else ''}"
+            f"<details><summary>Settings</summary>{table(('setting', 'value'), settings)}</details>"
+        )
+
+
+def _named(part: Any) -> str:
+    part = getattr(part, "function", part)
+    return str(getattr(part, "__name__", type(part).__name__))

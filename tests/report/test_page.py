@@ -1,0 +1,106 @@
+"""The page of a run can be read anywhere, and nothing in a record can do harm there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lightning_nanguard import Intervention
+from lightning_nanguard.record.curve import CurvePoint
+from lightning_nanguard.record.run_log import RunLog
+from lightning_nanguard.report.data import RunData, read_run_data
+from lightning_nanguard.report.page import page, verdict
+from tests.report.runs import HOSTILE, write_run
+
+pytest.importorskip("matplotlib")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SKIP = Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1)
+
+
+def test_what_the_page_tells(tmp_path: Path) -> None:
+    """It has the verdict, the numbers, the figure, and each intervention with its cause, cost, samples and norms."""
+    text = page(read_run_data(write_run(tmp_path)))
+    for words in (
+        "Saved: 2 interventions.",
+        "<b>20</b>updates undone by rollbacks",
+        "<b>0.05</b>learning rate now",
+        "<svg role=",
+        "the loss is nan",
+        "went back to step 40 (20 updates lost)",
+        "<dt>cost</dt><dd>20 updates undone; loss 0.5",
+        "<dt>samples</dt><dd>5, 7</dd>",
+        "<dt>to do</dt><dd>Clean the data.</dd>",
+        "<td>net.0</td><td>0.5</td><td>nan</td>",
+        "<h2>Advice</h2>",
+    ):
+        assert words in text
+    assert '"width=device-width' in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_nothing_is_loaded_and_hostile_names_are_text(tmp_path: Path) -> None:
+    """The page names no address to load from, and a name with markup and control characters is only shown."""
+    text = page(read_run_data(write_run(tmp_path, HOSTILE)))
+    assert "&lt;script&gt;" in text
+    assert "<script" not in text
+    assert "<img" not in text
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert not re.findall(r'(?:href|src)\s*=\s*"(?!#)', text)
+    assert not re.findall(r"url\((?!#)|@import", text)
+    assert text.count("</svg>") == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "said", "good"),
+    [
+        ({}, "Healthy", True),
+        ({"interventions": [SKIP]}, "Saved: 1 intervention", True),
+        ({"interventions": [SKIP], "alive": True}, "Kept alive so far", True),
+        ({"interventions": [replace(SKIP, applied=False)]}, "Only observed", True),
+        ({"interventions": [replace(SKIP, remedies=("stop",))]}, "Lost: the guard stopped", False),
+        ({"log": RunLog(Path(), "killed", ({},))}, "Killed", False),
+        ({"curve": [CurvePoint(1, 1, 0, float("nan"), None, None, None, None, None)]}, "In trouble", False),
+    ],
+)
+def test_verdict(data: dict[str, object], said: str, good: bool) -> None:
+    """The first sentence tells a saved run from one that is lost, was killed, only observed, or healthy."""
+    sentence, is_good = verdict(RunData(Path(), **data))  # type: ignore[arg-type]
+    assert sentence.startswith(said)
+    assert is_good == good
+
+
+def test_a_long_run_stays_small(tmp_path: Path) -> None:
+    """A million updates and thousands of interventions make a page of less than a megabyte, which tells each kind."""
+    points = [CurvePoint(step * 128, 128, 0, 1.0, 2.0, 1.0, 2.0, 0.1, None) for step in range(1, 7900)]
+    many = [replace(SKIP, global_step=step * 200) for step in range(5000)]
+    rare = replace(SKIP, global_step=999_999, fault="rare_kind")
+    text = page(RunData(tmp_path, curve=points, interventions=[*many, rare]))
+    assert len(text) < 1_000_000
+    assert "60 of 5,001 are told here" in text
+    assert "rare kind" in text
+    assert text.count("<details") == 60
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_in_a_browser(tmp_path: Path) -> None:
+    """Chromium renders it with an empty console, and no script of a hostile name runs."""
+    file = tmp_path / "report.html"
+    file.write_text(page(read_run_data(write_run(tmp_path / "run", HOSTILE))), encoding="utf-8")
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr", "--v=0", "--dump-dom", file.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0
+    assert "CONSOLE" not in done.stderr
+    assert "<title>NaNGuard: 20261128-220000-abcdef</title>" in done.stdout
+    assert "Saved: 2 interventions." in done.stdout
+    assert done.stdout.count("<path") > 10
+    assert "<script" not in done.stdout
