@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ settings.load_profile("no deadline")
 
 @pytest.fixture(autouse=True)
 def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test starts from one thread and one seed, in a folder of its own, whatever ran before it."""
+    """Every test starts from one thread, one seed and one import path, in a folder of its own."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    # The commands add the folder of a user's file to the import path.
+    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
 
 

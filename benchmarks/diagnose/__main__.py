@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import platform
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -20,6 +18,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from benchmarks.processes import results as results_of
 
 from .healthy import NAMES
 from .measuring import FORMS, Job, Result, Seen, measure
@@ -170,18 +170,9 @@ def _measured(jobs: list[Job], workers: int, console: Console) -> Iterator[Seen]
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("diagnose", total=len(jobs))
-        for seen in _each(jobs, workers):
+        for seen in results_of(measure, jobs, workers):
             progress.advance(bar)
             yield seen
-
-
-def _each(jobs: list[Job], workers: int) -> Iterator[Seen]:
-    if workers <= 1:
-        yield from map(measure, jobs)
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(measure, job) for job in jobs]):
-            yield future.result()
 
 
 if __name__ == "__main__":

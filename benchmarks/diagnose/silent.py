@@ -759,6 +759,11 @@ def said(make: Make, seed: int) -> NaNGuard:
     return guard
 
 
+def named(guard: NaNGuard) -> set[str]:
+    """The mistakes that the first updates of a run have shown."""
+    return {one.finding.cause for one in guard.advice if one.occasion == "first updates"}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Draw models, make each mistake, and print what is said, and what of that which is meant."""
     parser = argparse.ArgumentParser(prog="benchmarks.diagnose.silent", description=main.__doc__)
@@ -769,7 +774,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = {**MISTAKES, "": MEANT}
     print(f"{'mistake':30}  runs  right  said instead")
     for cause, makes in rows.items():
-        told = [tuple({one.finding.cause for one in said(make, seed).advice}) for make in makes for seed in seeds]
+        told = [tuple(sorted(named(said(make, seed)))) for make in makes for seed in seeds]
         wanted = (cause,) if cause else ()
         instead = Counter(" + ".join(one) or "nothing" for one in told if one != wanted)
         words = ", ".join(f"{name} {count}" for name, count in instead.items())

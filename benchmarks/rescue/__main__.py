@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import re
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarks.processes import results as results_of
+
 from . import report
 from .ablation import ABLATIONS, EVERYONE
 from .arc import Arc, arc_python
 from .cases import FAILING, HEALTHY
 from .contenders import CONTENDERS, MODES
-from .measuring import Job, Result, jobs, measure, prepare
+from .measuring import Result, jobs, measure, prepare
 
 FIRST_SEED = {"tune": 0, "report": 505_000}
 """Where each set of seeds begins; ``--seed`` moves on by a thousand, so that the sets never meet."""
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("rescue", total=len(todo))
         lines = arguments.jsonl.open("w") if arguments.jsonl else None
-        for result in _measured(todo, arguments.jobs):
+        for result in results_of(measure, todo, arguments.jobs, prepare):
             results.append(result)
             progress.advance(bar)
             if lines:
@@ -77,16 +76,6 @@ def main(argv: list[str] | None = None) -> int:
     report.plot(results, summary, arguments.output.with_suffix(".png"))
     console.print(f"{arguments.output} and {arguments.output.with_suffix('.png').name} written")
     return 0
-
-
-def _measured(todo: list[Job], workers: int) -> Iterator[Result]:
-    if workers <= 1:
-        prepare()
-        yield from map(measure, todo)
-        return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), prepare) as pool:
-        for future in as_completed([pool.submit(measure, job) for job in todo]):
-            yield future.result()
 
 
 def _contenders(names: str) -> list[str]:

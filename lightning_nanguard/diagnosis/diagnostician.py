@@ -170,10 +170,10 @@ class Diagnostician:
         bad = [n for n, b in module.named_buffers() if b.is_floating_point() and not bool((b < torch.inf).all())]
         if bad:
             return replace(clues, bad_buffers=tuple(bad))
-        if clues.bad_fields or not micro.random:
+        if clues.bad_fields or micro.streams is None:
             return clues
         for draw in range(self._thresholds.replay.other_draws):
-            other = replace(micro, random=tuple(_another(state, draw) for state in micro.random))
+            other = replace(micro, streams=micro.streams.elsewhere(draw))
             with isolated(module, self._untraced):
                 found = loss_and_gradient_norm(module, partial(self._step, other, False))
             if found is not None and all(map(math.isfinite, found)):
@@ -214,14 +214,6 @@ class Diagnostician:
 
 def _not_finite(clues: Clues) -> bool:
     return clues.origin is not None or clues.gradient_finite is False
-
-
-def _another(state: Tensor, draw: int) -> Tensor:
-    """Another random state of the same kind of generator."""
-    generator = torch.Generator()
-    if len(state) != len(generator.get_state()):
-        generator = torch.Generator("cuda")
-    return generator.manual_seed(draw).get_state()
 
 
 @contextmanager

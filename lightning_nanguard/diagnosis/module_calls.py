@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
@@ -59,6 +60,8 @@ class ModuleCalls:
             self._handle = None
 
     def _see(self, module: nn.Module, given: Any, made: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # the hook would become a part of what is compiled
         path = self._paths.get(id(module))
         if path is None or len(self._calls) >= self._most:
             return

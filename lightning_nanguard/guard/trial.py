@@ -69,9 +69,9 @@ class TrialRunner:
                 return None
             if not _mean(arm) < _mean(now):
                 return Trial()
-            rest = [losses(start, 1.0, 0, judged), losses(best, 1.0, 0, judged)]
+            untrained = losses(start, 1.0, 0, judged)
+            level = untrained if best is start else losses(best, 1.0, 0, judged)
             later = losses(present, 1.0, limits.updates, judged)
-        untrained, level = rest
         if untrained is None or level is None or later is None:
             return None
         return judge_trial(TrialLosses(untrained, level, now, later, arm, factor), limits)

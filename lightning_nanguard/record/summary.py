@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lightning_nanguard.record.text import counted, in_words, printable
 from lightning_nanguard.types import ActOn
@@ -34,6 +34,7 @@ def summary(
     path: str | os.PathLike[str] | None = None,
     observe: bool = False,
     act_on: ActOn = "certain",
+    advice: Sequence[str] = (),
 ) -> str:
     """Say in one line what happened in a fit.
 
@@ -45,6 +46,7 @@ def summary(
         path: The folder of the run.
         observe: Whether the guard only observed.
         act_on: For what the guard changes the run.
+        advice: Causes that advice was given about.
 
     Example:
         >>> summary(1200)
@@ -55,8 +57,9 @@ def summary(
     rate = f"; the learning rate ends at {lr_multiplier:.4g} times its schedule" if lr_multiplier != 1.0 else ""
     watched = f'NaNGuard: {counted(updates, "update")} watched (act_on="{act_on}")'
     total = sum((faults or {}).values())
+    advised = f"; advice: {', '.join(sorted(map(in_words, set(advice))))}" if advice else ""
     if not total:
-        return f"{watched}, nothing to do{rate}"
+        return f"{watched}, nothing to do{rate}{advised}"
     # Sorted, since the order in which faults came must not change the line.
     met = ", ".join(f"{in_words(kind)} {count:,}" for kind, count in sorted((faults or {}).items(), key=_most_first))
     used = sorted((remedies or {}).items(), key=_most_first)
@@ -66,7 +69,7 @@ def summary(
     where = f"; read more with: nanguard explain {shlex.quote(os.fspath(path))}" if path is not None else ""
     noun = "fault found, only observed" if observe else "intervention"
     nouns = "faults found, only observed" if observe else "interventions"
-    return printable(f"{watched}, {counted(total, noun, nouns)} ({met}){acted}{rate}{where}")
+    return printable(f"{watched}, {counted(total, noun, nouns)} ({met}){acted}{rate}{advised}{where}")
 
 
 def _most_first(item: tuple[str, int]) -> tuple[int, str]:

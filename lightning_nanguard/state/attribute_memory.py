@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, final
 
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_nanguard.state.attributes import CONTAINERS, MISSING, OWN, refill
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 
 _DEFAULTS = RepeatedStepsThresholds()
-_CONTAINERS = (list, dict, set, deque, bytearray)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_MISSING = object()
-
-# What torch keeps in every module itself: parameters, buffers, hooks. Others put it back.
-_OWN = frozenset(vars(nn.Module()))
 
 
 @final
@@ -43,7 +38,7 @@ class Attributes:
             self._owners.append((attributes, attributes.copy()))
             for name in names:
                 value: Any = attributes.get(name)
-                if type(value) in _CONTAINERS:
+                if type(value) in CONTAINERS:
                     held = copy.copy(value) if len(value) <= copied_items else len(value)
                     self._contents.append((value, held))
 
@@ -54,21 +49,20 @@ class Attributes:
             plain: Whether to put numbers, strings and flags back too, and not only tensors, containers and objects.
         """
         for attributes, before in self._owners:
-            for name in [name for name in attributes if name not in before and name not in _OWN]:
+            for name in [name for name in attributes if name not in before and name not in OWN]:
                 if plain or not isinstance(attributes[name], _PLAIN):
                     del attributes[name]
             for name, value in before.items():
-                now = attributes.get(name, _MISSING)
+                now = attributes.get(name, MISSING)
                 kept = not plain and isinstance(now, _PLAIN) and isinstance(value, _PLAIN) and None not in (now, value)
-                if name not in _OWN and now is not value and not kept:
+                if name not in OWN and now is not value and not kept:
                     attributes[name] = value
         for value, held in self._contents:
             if isinstance(held, int):
                 if isinstance(value, (list, bytearray)):
                     del value[held:]
                 continue
-            value.clear()
-            (value.update if isinstance(value, (dict, set)) else value.extend)(held)
+            refill(value, held)
 
     def plain_now(self) -> list[tuple[dict[str, Any], str, Any]]:
         """Numbers, strings and flags with another value by now: the attributes they lie in, name and value."""
@@ -76,13 +70,13 @@ class Attributes:
             (attributes, name, value)
             for attributes, before in self._owners
             for name, value in attributes.items()
-            if name not in _OWN and isinstance(value, _PLAIN) and not _same(value, before.get(name, _MISSING))
+            if name not in OWN and isinstance(value, _PLAIN) and not _same(value, before.get(name, MISSING))
         ]
 
     def changed(self) -> bool:
         """Whether any of them is another by now."""
         return any(
-            (name not in _OWN and before.get(name, _MISSING) is not value)
+            (name not in OWN and before.get(name, MISSING) is not value)
             for attributes, before in self._owners
             for name, value in attributes.items()
         ) or any(
@@ -92,7 +86,7 @@ class Attributes:
 
 
 def _containers(module: nn.Module) -> list[str]:
-    return [name for name, value in vars(module).items() if name not in _OWN and type(value) in _CONTAINERS]
+    return [name for name, value in vars(module).items() if name not in OWN and type(value) in CONTAINERS]
 
 
 def _same(value: Any, before: Any) -> bool:
@@ -103,7 +97,7 @@ def _holds_the_same(one: Any, other: Any) -> bool:
     if len(one) != len(other):
         return False
     if isinstance(one, dict):
-        return all(other.get(key, _MISSING) is value for key, value in one.items())
+        return all(other.get(key, MISSING) is value for key, value in one.items())
     if isinstance(one, set):
         return bool(one == other)
     return all(left is right or _same_plain(left, right) for left, right in zip(one, other, strict=True))

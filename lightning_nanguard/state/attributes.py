@@ -14,14 +14,20 @@ import numpy as np
 import torch
 from torch import nn
 
-_CONTAINERS = (list, dict, set, deque, bytearray)
+CONTAINERS = (list, dict, set, deque, bytearray)
+"""What is put back one level deep; a subclass of the user's may do more than hold things."""
+
+MISSING: Any = object()
+"""Stands for an attribute that is not there."""
+
+OWN = frozenset(vars(nn.Module()))
+"""What torch keeps in every module itself: parameters, buffers, hooks. Who copies tensors puts it back."""
 
 
-_MISSING = object()
-
-
-# What torch and Lightning keep in a module themselves; tensors among it are the business of whoever copies tensors.
-_OWN = frozenset(vars(nn.Module()))
+def refill(container: Any, held: Any) -> None:
+    """Put back what a container held; the container itself stays the same object."""
+    container.clear()
+    (container.update if isinstance(container, (dict, set)) else container.extend)(held)
 
 
 @contextmanager
@@ -61,14 +67,14 @@ def _remember(owner: Any) -> Iterator[Callable[[], None]]:
     attributes = getattr(owner, "__dict__", None)
     if not isinstance(attributes, dict):
         return
-    skipped = _OWN if isinstance(owner, nn.Module) else frozenset()
+    skipped = OWN if isinstance(owner, nn.Module) else frozenset()
     before = {name: value for name, value in attributes.items() if name not in skipped}
 
     def rebind() -> None:
         for name in [name for name in attributes if name not in before and name not in skipped]:
             del attributes[name]
         for name, value in before.items():
-            if attributes.get(name, _MISSING) is not value:
+            if attributes.get(name, MISSING) is not value:
                 attributes[name] = value
 
     yield rebind
@@ -88,16 +94,7 @@ def _content(value: Any) -> Callable[[], None] | None:
         return partial(value.setstate, value.getstate())
     if isinstance(value, np.random.RandomState):
         return partial(value.set_state, value.get_state())
-    # A subclass of the user's may do more than hold things.
-    if type(value) not in _CONTAINERS:
-        return None
-    held = copy.copy(value)
-
-    def refill() -> None:
-        value.clear()
-        (value.update if isinstance(value, (dict, set)) else value.extend)(held)
-
-    return refill
+    return partial(refill, value, copy.copy(value)) if type(value) in CONTAINERS else None
 
 
 def _set_state(generator: torch.Generator, state: torch.Tensor) -> None:

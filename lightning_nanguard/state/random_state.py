@@ -37,6 +37,14 @@ def _same_in_numpy(one: Any, other: Any) -> bool:
     return one[2:] == other[2:] and bool(np.array_equal(one[1], other[1]))
 
 
+def _seeded(position: Tensor, seed: int) -> Tensor:
+    """The state of a generator of the same kind, from a seed on."""
+    generator = torch.Generator()
+    if len(position) != len(generator.get_state()):
+        generator = torch.Generator("cuda")
+    return generator.manual_seed(seed).get_state()
+
+
 def _streams(device: torch.device) -> list[_Stream]:
     generators = [torch.default_generator]
     if device.type == "cuda":
@@ -71,6 +79,13 @@ class RandomState:
         """Where the same streams stand now, as far as they are remembered here."""
         pairs = zip(self.streams, self.positions, strict=True)
         return RandomState(self.streams, [None if position is None else stream.get() for stream, position in pairs])
+
+    def elsewhere(self, seed: int) -> RandomState:
+        """Other positions of the same streams, for a step that is to draw other numbers."""
+        positions: list[Any] = [_seeded(position, seed) for position in self.torch]
+        return RandomState(
+            self.streams, [*positions, random.Random(seed).getstate(), np.random.RandomState(seed).get_state()]
+        )
 
     @property
     def torch(self) -> tuple[Tensor, ...]:

@@ -189,12 +189,15 @@ class Diagnostics:
                 self.advise("asked" if asked else "loss does not move", finding)
 
     def advise(self, occasion: str, finding: Finding) -> None:
-        """Give advice.
+        """Give advice, once about one cause at one place, unless somebody asks again.
 
         Args:
             occasion: Why the guard looked.
             finding: What it found.
         """
+        about = {(one.finding.cause, one.finding.place) for one in self._advice.given}
+        if occasion != "asked" and (finding.cause, finding.place) in about:
+            return
         self._advice.give(Advice(self._trainer.global_step, self._trainer.current_epoch, occasion, finding))
 
     def _is_whole(self) -> bool:

@@ -21,6 +21,7 @@ from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.thresholds.mistakes import MistakeThresholds
 from lightning_nanguard.trainer.private.callbacks import unfreezes
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.private.training_step import compiled_by_lightning
 
 _COMPILED = frozenset({"OptimizedModule", "ScriptModule", "RecursiveScriptModule"})
 _logger = logging.getLogger("lightning_nanguard")
@@ -326,7 +327,8 @@ def _drops(module: nn.Module) -> bool:
 
 def _is_compiled(module: nn.Module) -> bool:
     # A hook would have a compiled module compiled again.
-    return module._compiled_call_impl is not None or type(module).__name__ in _COMPILED
+    whole = module._compiled_call_impl is not None or type(module).__name__ in _COMPILED
+    return whole or compiled_by_lightning(module)
 
 
 def _part_apart_from(name: str, other: str) -> str:

@@ -211,6 +211,7 @@ class Fit:
                     path=self.folder.path,
                     observe=settings.observe,
                     act_on=settings.act_on,
+                    advice=[one.finding.cause for one in self.advice.given],
                 )
             )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,8 @@ import pytest
 from lightning_nanguard.cli.importing import load
 
 
-def test_by_module_and_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_module_and_by_file(tmp_path: Path) -> None:
     """A name is looked up in its module, also within a class; the folder of a file becomes importable."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "nanguard_names.py").write_text("class Outer:\n    class Inner:\n        pass\n")
     assert load("pathlib:Path") is Path
     assert load(f"{tmp_path}/nanguard_names.py:Outer.Inner").__qualname__ == "Outer.Inner"

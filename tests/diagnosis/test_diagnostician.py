@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from lightning_nanguard.record.messages import describe
 from lightning_nanguard.state.batch_history import BatchHistory, MicroBatch
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
+from lightning_nanguard.thresholds.diagnosis import DEFAULT
 from lightning_nanguard.types import Evidence
 from tests.diagnosis.failing_runs import AT, RUNS, STEPS, FailingRun, Lossy, mse
 from tests.helpers import (
@@ -257,7 +260,8 @@ def test_replays_become_rare() -> None:
 
     tape = BatchHistory(torch.device("cpu"))
     tape.add(1, 0, torch.ones(3, 2))
-    doctor = Diagnostician(Learner(net, []), Ring(), step, nullcontext)
+    limits = replace(DEFAULT, replay=replace(DEFAULT.replay, other_draws=0))
+    doctor = Diagnostician(Learner(net, []), Ring(), step, nullcontext, thresholds=limits)
     fault = Fault("non_finite_loss", "batch", "loss", NAN)
     seen = []
     for _ in range(20):
@@ -290,3 +294,24 @@ def test_what_was_found_before_is_told_of_a_fault_that_is_not_run_again(tmp_path
     assert told[4].suggestion.startswith("not run again; most likely as at update ")
     assert told[4].confidence < told[0].confidence
     assert all(one.lr_before == one.lr_after for one in guard.interventions)
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: torch.rand(()), lambda: torch.tensor(random.random())], ids=["torch", "Python"]
+)
+def test_a_fault_that_depends_on_the_draw_is_told_as_such(draw: Any, tmp_path: Path) -> None:
+    """It is finite with other random numbers; the batch is skipped, and the rate is left alone."""
+
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return mse(net, x, y) - 0.01 * torch.log((draw() - 0.1).clamp(min=0.0))
+
+    random.seed(0)
+    torch.manual_seed(0)
+    guard = NaNGuard()
+    fit(Lossy(loss), batches(count=60), guard, folder=tmp_path)
+    assert {one.cause for one in guard.interventions} == {"random_draw"}
+    assert {one.remedies for one in guard.interventions} == {("skip",)}
+    finding = first(guard)
+    assert finding is not None
+    assert "training_step (log, test_diagnostician.py:" in finding.place
+    assert guard.lr_multiplier == 1.0

@@ -21,12 +21,12 @@ def spoilt(rank: int, *at: int, count: int = STEPS) -> Callable[[int], list[Any]
     return data
 
 
-def far_off(rank: int, *at: int, count: int) -> Callable[[int], list[Any]]:
+def far_off(rank: int, *at: int, count: int, factor: float = 1e15) -> Callable[[int], list[Any]]:
     """Data of which one rank's reach much too far in some batches, and are finite."""
 
     def data(which: int) -> list[Any]:
         made = batches(count=count, seed=which)
-        return [(1e15 * x, y) if i in at and which == rank else (x, y) for i, (x, y) in enumerate(made)]
+        return [(factor * x, y) if i in at and which == rank else (x, y) for i, (x, y) in enumerate(made)]
 
     return data
 

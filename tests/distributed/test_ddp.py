@@ -37,6 +37,7 @@ FAULTS = {
     "loss": ("non_finite_loss", ["skip"], 0, 2),
     "infinite": ("non_finite_loss", ["skip"], 0, 2),
     "spike": ("gradient_spike", ["skip"], 0, 2),
+    "proportion": ("gradient_spike", ["skip"], 0, 2),
     "norm": ("non_finite_loss", ["skip"], 0, 2),
     "accumulated loss": ("non_finite_loss", ["skip"], 0, 2),
     "accumulated gradient": ("non_finite_gradient", ["skip"], 0, NEVER),

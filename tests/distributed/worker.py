@@ -203,6 +203,8 @@ def one_rank(worker: Worker, rank: int) -> None:
     fit("loss", "loss", nan, AT)
     fit("infinite", "loss", inf, AT)
     fit("spike", "loss", 1e12, AT, guard=NaNGuard(snapshot_every_n_steps=2, act_on="evidence"))
+    torch.manual_seed(4)
+    worker.fit(f"proportion {rank}", Task(nn.Linear(6, 2)), data=far_off(rank, AT, count=STEPS, factor=1e6))
     fit("gradient", "gradient", nan, AT)
     fit("weight", "weight", nan, AT)
     fit("flip", "weight", 0.125, AT)

@@ -51,3 +51,11 @@ from lightning_nanguard.record.summary import summary
 def test_text(text: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     """One line: how long was watched, for what the guard acts, what was met, what was done, where it is written."""
     assert summary(*arguments, **options) == f"NaNGuard: {text}".replace("watched,", 'watched (act_on="certain"),')
+
+
+def test_the_causes_of_advice_are_named_once() -> None:
+    """Advice is told of with and without interventions, each cause once."""
+    assert summary(64, advice=["eval_mode", "dead_relu", "eval_mode"]).endswith(
+        "nothing to do; advice: dead relu, eval mode"
+    )
+    assert "; advice: eval mode" in summary(64, {"non_finite_loss": 1}, {"skip": 1}, advice=["eval_mode"])

@@ -59,3 +59,21 @@ def test_a_step_that_begins_to_draw_is_noticed() -> None:
         if step > 8:
             before.restore()
             assert random.random() == drawn, step
+
+
+def test_other_positions_give_other_numbers() -> None:
+    """Every stream draws other numbers from elsewhere, the same for the same seed."""
+    before = RandomStreams(CPU).now()
+
+    def from_elsewhere(seed: int) -> list[float]:
+        before.elsewhere(seed).restore()
+        return draw()
+
+    try:
+        first, again, other = from_elsewhere(101), from_elsewhere(101), from_elsewhere(102)
+        before.restore()
+        own = draw()
+    finally:
+        before.restore()
+    assert first == again
+    assert all(len({a, b, c}) == 3 for a, b, c in zip(first, other, own, strict=True))

@@ -29,7 +29,7 @@ def anomaly() -> None:
 @pytest.mark.parametrize(
     ("run", "numeric"),
     [
-        (lambda: torch.distributions.Normal(torch.tensor(np.nan), 1.0), True),
+        (lambda: torch.distributions.Normal(torch.tensor(np.nan), 1.0, validate_args=True), True),
         (lambda: torch.linalg.cholesky(-torch.eye(2)), True),
         (lambda: torch.linalg.eigvalsh(torch.full((6, 6), np.nan)), True),
         (lambda: np.linalg.inv(np.zeros((2, 2))), True),

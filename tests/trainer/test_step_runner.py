@@ -68,6 +68,23 @@ def test_a_fault_that_is_gone_costs_nothing(way: str, kind: str, folder: Path, t
     assert differences(left, twin(way, folder)) == []
 
 
+def test_the_callbacks_stay_in_their_list(tmp_path: Path) -> None:
+    """While a step is made again, the thread of a progress bar and ``training_step`` find every callback there is."""
+
+    class Looks(Faulty):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            found.append((list(self.trainer.callbacks), self.trainer.progress_bar_callback))
+            return super().training_step(batch, batch_idx)
+
+    found: list[tuple[list[Callback], Any]] = []
+    module = Looks(Fault("gradient", (3,)))
+    run = fit(module, batches(), NaNGuard(), folder=tmp_path, callbacks=[Sees()], enable_progress_bar=True)
+    assert len(found) == len(batches()) + 1
+    assert all(one == found[0] for one in found)
+    assert found[0][1] is run.trainer.progress_bar_callback is not None
+    assert not {"on_before_backward", "on_after_backward"} & vars(found[0][1]).keys()
+
+
 def test_what_is_recorded_of_it(tmp_path: Path) -> None:
     """The place, how often, and from the third time on the advice to test the device."""
     guard = NaNGuard()
@@ -190,7 +207,7 @@ class Checks(Faulty):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.kind == "distribution":
             mean, scale = self.net(batch[0]).unbind(1)
-            normal = torch.distributions.Normal(mean, scale.exp())
+            normal = torch.distributions.Normal(mean, scale.exp(), validate_args=True)
             return -normal.log_prob(batch[1][:, 0]).mean()
         if self.kind == "solver":
             x = batch[0]

@@ -69,8 +69,6 @@ ELSEWHERE = {
     "diagnosis.gradients",  # `nanguard check`
     "diagnosis.labels",  # class labels
     "diagnosis.blame",  # `decision.blame` stands in its place
-    "detection.quasi_newton",  # LBFGS
-    "detection.diverging_loss.dismissal",  # a suspicion that is dismissed
 }
 
 

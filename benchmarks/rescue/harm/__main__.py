@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import random
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarks.processes import results as results_of
 from benchmarks.rescue import report as rescue_report
 from benchmarks.rescue.arc import Arc, arc_python
 from benchmarks.rescue.contenders import RIVALS, SETTINGS
@@ -95,19 +94,9 @@ def _gather(store: Store, wanted: Sequence[str], contenders: Sequence[str], work
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("harm", total=len(todo))
-        for outcomes in _measured(todo, workers):
+        for outcomes in results_of(measure, todo, min(workers, len(todo)), prepare):
             store.add(outcomes)
             progress.advance(bar)
-
-
-def _measured(todo: Sequence[Job], workers: int) -> Iterator[list[Outcome]]:
-    if workers <= 1 or len(todo) <= 1:
-        prepare()
-        yield from map(measure, todo)
-        return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), prepare) as pool:
-        for future in as_completed([pool.submit(measure, job) for job in todo]):
-            yield future.result()
 
 
 def _one(name: str, contenders: Sequence[str], console: Console) -> int:

@@ -250,7 +250,7 @@ def collapsed(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding 
     # The words below are true of this kind alone.
     if fault.kind != "collapsed":
         return None
-    now = evidence.first if fault.value is None or math.isnan(fault.value) else fault.value
+    now = fault.value if fault.value is not None and math.isfinite(fault.value) else evidence.first
     best = min((level for level in evidence.levels if level is not None), default=None)
     numbers: dict[str, float | str] = {"untrained": evidence.first}
     was = ""

@@ -12,7 +12,9 @@ from typing import Any, Protocol, final
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nanguard.trainer.private.patches import wrap_method
+from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
+
+_CLOSURE_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward")
 
 
 @final
@@ -105,14 +107,20 @@ def uncounted(trainer: Any, listens: Callable[[Any], bool]) -> Iterator[None]:
         trainer: The trainer.
         listens: Says which callbacks are called all the same.
     """
-    loop, callbacks = trainer.fit_loop.epoch_loop.automatic_optimization, trainer.callbacks
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
     progress = copy.deepcopy(loop.optim_progress.state_dict())
-    trainer.callbacks = [one for one in callbacks if listens(one)]
+    # The callbacks stay in the trainer's list: the thread of a progress bar looks itself up there.
+    silenced = [one for one in trainer.callbacks if not listens(one)]
+    undo = undo_all([wrap_method(one, name, _call_nothing) for one in silenced for name in _CLOSURE_HOOKS])
     try:
         yield
     finally:
-        trainer.callbacks = callbacks
+        undo()
         loop.optim_progress.load_state_dict(progress)
+
+
+def _call_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 def call_after_backward(trainer: Any, listens: Callable[[Any], bool]) -> None:

@@ -95,3 +95,8 @@ def clip_as_configured(trainer: Any, optimizer: Optimizer) -> None:
     clip_by_value = str(trainer.gradient_clip_algorithm or "norm") in ("value", "GradClipAlgorithmType.VALUE")
     own = torch.nn.utils.clip_grad_value_ if clip_by_value else torch.nn.utils.clip_grad_norm_
     own(parameters, trainer.gradient_clip_val)
+
+
+def compiled_by_lightning(module: Any) -> bool:
+    """Whether a LightningModule's steps were compiled: ``fit`` unpacks what ``torch.compile`` gave into the module."""
+    return getattr(module, "_compiler_ctx", None) is not None

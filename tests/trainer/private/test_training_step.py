@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.utilities.compile import from_compiled
 from torch import nn
 
 from lightning_nanguard.distributed.forbid_collectives import ForbidCollectives
 from lightning_nanguard.trainer.private.training_step import (
     alone,
     clip_as_configured,
+    compiled_by_lightning,
     forward_backward,
     run_training_step,
 )
@@ -80,3 +82,10 @@ def test_a_step_without_a_loss(tmp_path: Path) -> None:
 
     fit(Gives(mlp()), batches(count=2), callbacks=[Reruns()], folder=tmp_path)
     assert seen == [2.0, 2.0, None, None]
+
+
+def test_a_compiled_module_is_known() -> None:
+    """What Lightning leaves on a module that ``torch.compile`` was given, before anything is compiled."""
+    module = task("mlp")
+    assert not compiled_by_lightning(module)
+    assert compiled_by_lightning(from_compiled(torch.compile(module, backend="eager")))  # type: ignore[arg-type]
