@@ -477,9 +477,8 @@ def non_finite(state: Any, where: str = "") -> list[str]:
 
 
 def words(guard: NaNGuard) -> list[tuple[str, ...]]:
-    """The remedies of every intervention, in order; whether a rollback could go forward again is left out."""
-    found = [intervention.remedies for intervention in guard.interventions]
-    return [one[:1] if one == ("restore", "redo") else one for one in found]
+    """The remedies of every intervention, in order."""
+    return [intervention.remedies for intervention in guard.interventions]
 
 
 def folder_of(guard: NaNGuard) -> Path:

@@ -106,7 +106,7 @@ class ActingRunner:
         go_on = self._context.state.go_on
         if restored is not None and go_on is not None and [type(step) for step in done] == [Restore]:
             self._skipper.skipped.clear()  # these updates must be made
-            self._context.state.went_on = go_on(restored)
+            self._context.state.went_on = go_on(restored, found.reading if found.reached else None)
         return done
 
     def _leave_good(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, final
 
 from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.types import Reading
 
 
 @final
@@ -23,8 +24,8 @@ class GuardState:
         bad_in_a_row: Bad batches since the last healthy one.
         policy: What the policy remembers.
         restored: The snapshot that the present intervention restored; ``None`` where it restored none.
-        go_on: Makes the updates since a snapshot again after a rollback, and gives whether it could; ``None`` where
-            the loop cannot.
+        go_on: Makes the updates since a snapshot again after a rollback, and gives whether it could; it is given the
+            reading of the update that was bad, where one was made. ``None`` where the loop cannot.
         went_on: Whether the updates since it were made again in the present intervention.
         raised: The exception of ``training_step`` that the next non-finite loss stands for, in words.
         unrestored: What is still not finite after the present intervention has restored a snapshot, in words.
@@ -37,7 +38,7 @@ class GuardState:
     bad_in_a_row: int = 0
     policy: PolicyState = field(default_factory=PolicyState)
     restored: Snapshot | None = None
-    go_on: Callable[[Snapshot], bool] | None = None
+    go_on: Callable[[Snapshot, Reading | None], bool] | None = None
     went_on: bool = False
     raised: str | None = None
     unrestored: str | None = None

@@ -89,6 +89,10 @@ class StepStart:
         """
         self._attributes.restore(plain=False)
 
+    def not_in(self, other: StepStart) -> list[Any]:
+        """What attributes are kept alive for this step, and not for another one."""
+        return self._attributes.not_in(other._attributes)
+
     def clock_now(self) -> StepClock:
         """What of all this the clock has moved on by now."""
         return StepClock(self._random.now(), self._attributes.plain_now())

@@ -103,10 +103,11 @@ class RepeatedStepsThresholds:
         message: Characters of an exception's text that are recorded.
         bytes_again: Bytes that the batches since the last certified snapshot may hold, to make their updates again
             where the state goes bad by itself.
-        updates_again: Updates up to which this is done; more would take too long.
+        updates_again: Updates up to which this is done; more would take too long. 0 does without.
         measured_every: Updates after which the size of one is measured anew.
         same_losses: Losses that must be the bits seen the first time before another one may differ: the second one
             shows that a whole update was made again as it was.
+        gone_below: Share of a bad update's gradient norm below which it is no longer bad when it is made again.
     """
 
     checked_every: int = 256
@@ -119,6 +120,7 @@ class RepeatedStepsThresholds:
     updates_again: int = 512
     measured_every: int = 16
     same_losses: int = 2
+    gone_below: float = 0.5
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, final
 
 import torch
@@ -13,8 +15,10 @@ from torch import Tensor
 
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.measure.batches import nested_tensors
+from lightning_nanguard.measure.norms import norms
 from lightning_nanguard.measure.tensors import size
 from lightning_nanguard.state.learner import CLOCK_KEYS
+from lightning_nanguard.state.random_state import is_checked
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
 from lightning_nanguard.state.step_start import StepMemory
@@ -24,6 +28,7 @@ from lightning_nanguard.trainer.private.averages import RepeatedAverages
 from lightning_nanguard.trainer.private.closures import end_backward, logging_for, uncounted
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.window import Micro
+from lightning_nanguard.types import Reading
 
 _logger = logging.getLogger("lightning_nanguard")
 _SCHEDULED = tuple(sorted(CLOCK_KEYS - {"params"}))
@@ -60,6 +65,9 @@ class ForwardAgain:
         context: What the parts of the guard share.
         replay: Undoes what the repeated batches touch.
         thresholds: How much is kept.
+
+    Attributes:
+        futile: Whether updates were made again for nothing.
     """
 
     def __init__(
@@ -79,10 +87,11 @@ class ForwardAgain:
         self._kept: deque[_Update] = deque()
         self._counted = 0
         self._room = 0
+        self.futile = False
         learner = context.learner
         alone = not (context.many or context.ranks.sharded or context.settings.observe)
         plain = len(learner.optimizers) == 1 and not learner.quasi_newton and learner.scaler is None
-        self._possible = alone and plain
+        self._possible = alone and plain and thresholds.updates_again > 0
 
     def keep(self, number: int, micros: list[Micro]) -> None:
         """An update is about to be made: keep what it is made from.
@@ -94,9 +103,12 @@ class ForwardAgain:
         if not self._possible:
             return
         kept, limits, ring = self._kept, self._limits, self._context.ring
-        if self._counted % limits.measured_every == 0:
-            each = sum(size(tensor) for micro in micros for tensor in nested_tensors(micro.run.batch))
-            self._room = min(limits.updates_again, limits.bytes_again // max(1, each))
+        state = self._context.state
+        if state.healthy_since_restore == 0 and not state.went_on:
+            kept.clear()  # the run has gone on from another state than these led to
+        if is_checked(self._counted, limits.measured_every):
+            held = self._bytes_of(micros)
+            self._room = 0 if held is None else min(limits.updates_again, limits.bytes_again // max(1, held))
         self._counted += 1
         while kept and ring.certified and kept[0].number <= ring.certified[-1].step:
             kept.popleft()
@@ -110,6 +122,16 @@ class ForwardAgain:
             groups = self._context.learner.optimizers[0].param_groups
             scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
             kept.append(_Update(number, list(micros), scheduled, self._trainer.global_step))
+
+    def _bytes_of(self, micros: list[Micro]) -> int | None:
+        """Bytes that are kept for an update alone; ``None`` where attributes hold graphs, whose size is not known."""
+        before = [one.micros[-1] for one in list(self._kept)[-1:]]
+        starts = [micro.start for micro in (*before, *micros)]
+        values = [value for one, other in pairwise(starts) for value in other.not_in(one)]
+        tensors = [tensor for value in values for tensor in nested_tensors(value)]
+        if any(tensor.grad_fn is not None for tensor in tensors):
+            return None
+        return sum(map(size, [*tensors, *(one for micro in micros for one in nested_tensors(micro.run.batch))]))
 
     def since(self, snapshot: Snapshot, number: int) -> list[_Update] | None:
         """The updates after a snapshot up to one of them; ``None`` where one is not at hand, or cannot be repeated."""
@@ -131,6 +153,7 @@ class ForwardAgain:
         then: Micro | None = None,
         attributes: StepMemory | None = None,
         ended: bool = True,
+        bad: Reading | None = None,
     ) -> Snapshot | None:
         """Bring the learner from a snapshot to where it should be after an update.
 
@@ -140,6 +163,7 @@ class ForwardAgain:
             then: The micro-batch that follows: nothing is made again where its loss is bad under the snapshot, too.
             attributes: Reads the module's attributes, where those that the last update leaves are to be kept.
             ended: Whether callbacks have seen the end of the last update, and have averaged it.
+            bad: The reading of an update that was bad: nothing is made again where its gradient is as large again.
 
         Returns:
             The learner as it was before; ``None`` where it is so still, since this was of no use.
@@ -156,11 +180,11 @@ class ForwardAgain:
             with ExitStack() as inside:
                 inside.enter_context(self._replay.rehearsing())
                 restore(learner, snapshot)
-                if (then is None or self._is_finite(then)) and any(
-                    self._make(updates, start, ended=ended) for start, updates in ways
-                ):
-                    after = self._capture()
-                    left = None if attributes is None else attributes.attributes_now()
+                if then is None or self._is_finite(then):
+                    if any(self._make(updates, start, ended=ended, bad=bad) for start, updates in ways):
+                        after = self._capture()
+                        left = None if attributes is None else attributes.attributes_now()
+                    self.futile = after is None
         except Exception as error:  # a second look never costs the run what the first one would not have
             _logger.debug("NaNGuard: the updates since the snapshot could not be made again: %r", error)
         for group, values in zip(optimizer.param_groups, scheduled, strict=True):
@@ -180,7 +204,7 @@ class ForwardAgain:
             loss = micro.run.forward().closure_loss
         return loss is None or bool(torch.isfinite(loss).all())
 
-    def _make(self, updates: list[_Update], snapshot: Snapshot, *, ended: bool) -> bool:
+    def _make(self, updates: list[_Update], snapshot: Snapshot, *, ended: bool, bad: Reading | None) -> bool:
         restore(self._context.learner, snapshot)
         if updates:  # the snapshot was taken before callbacks saw the end of its update
             self._averages.make_again(snapshot.global_step - 1)
@@ -194,6 +218,9 @@ class ForwardAgain:
                 same += not differs
             if differs and same < self._limits.same_losses:
                 return False  # these updates are not the same a second time
+            if bad is not None and update.number >= bad.step and self._is_as_large(bad):
+                return False  # its batch is bad
+            self._step(update)
             if ended or update is not updates[-1]:
                 self._averages.make_again(update.global_step)
         return self._context.corrupt()[0] is None
@@ -210,6 +237,15 @@ class ForwardAgain:
                     result = micro.run.whole()
                 if result.loss is not None:
                     losses.append((micro.loss, result.loss))
+        return losses
+
+    def _is_as_large(self, bad: Reading) -> bool:
+        norm = math.hypot(*norms(self._context.learner.gradients(0)))
+        usual = math.inf if bad.grad_norm is None or not bad.finite else bad.grad_norm * self._limits.gone_below
+        return not norm < usual
+
+    def _step(self, update: _Update) -> None:
+        optimizer = update.micros[0].run.optimizer
+        with uncounted(self._trainer, lambda callback: False):
             end_backward(self._trainer, optimizer)
             optimizer.step()
-        return losses

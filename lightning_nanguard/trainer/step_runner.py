@@ -29,7 +29,7 @@ from lightning_nanguard.trainer.private.closures import (
 )
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.window import Micro, Window, gradients_of
-from lightning_nanguard.types import Fault
+from lightning_nanguard.types import Fault, Reading
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -98,8 +98,6 @@ class StepRunner:
         self._errors = NumericErrors(trainer, module, guard, replay)
         self._window = Window(trainer, guard.steps, thresholds)
         self._forward = ForwardAgain(trainer, module, guard.context, replay, thresholds)
-        # Whether the updates since the snapshot were made again for nothing.
-        self._futile = False
         # Whether a micro-batch is being run again, whether a bad loss may go on to its backward pass, whether the
         # forward pass at hand is over, and what takes its place.
         self._again = self._may_pass = self._forward_over = False
@@ -253,7 +251,7 @@ class StepRunner:
             return False
         if self._forward.since(ring.certified[0], self._check.number - 1) is None:
             return False
-        return not (self._futile and self._check.state_is_finite())
+        return not (self._forward.futile and self._check.state_is_finite())
 
     def _from_snapshot(self, micro: Micro, first: _Outcome, last: _Outcome, *, counted: bool, steps: bool) -> _Outcome:
         """The state may be at fault: make the updates since the snapshot again, and then this micro-batch."""
@@ -279,16 +277,21 @@ class StepRunner:
             restore(self._guard.context.learner, before)
             self._check.begin_again(earliest.carried_back)
             _give_gradients(parameters, gradients)
+            self._forward.futile = True
         self._window.rewind(micro)
-        self._futile = True
         return again
 
-    def go_on_from(self, snapshot: Snapshot) -> bool:
-        """After a rollback at the end of a batch: make the updates since the snapshot again; whether that could be."""
+    def go_on_from(self, snapshot: Snapshot, bad: Reading | None) -> bool:
+        """After a rollback at the end of a batch: make the updates since the snapshot again; whether that could be.
+
+        Args:
+            snapshot: What the rollback restored.
+            bad: The reading of an update that was bad, where it was made.
+        """
         if self._guard.swapped:
             return False
-        ended = not self._guard.in_window
-        return self._forward.go(snapshot, self._guard.updates, attributes=self._memory, ended=ended) is not None
+        last, ended = self._guard.updates, not self._guard.in_window
+        return self._forward.go(snapshot, last, attributes=self._memory, ended=ended, bad=bad) is not None
 
     def _pass_on(self, micro: Micro, first: _Outcome, *, counted: bool) -> Any:
         """Run a bad micro-batch through its backward pass, an exception as a loss of NaN."""

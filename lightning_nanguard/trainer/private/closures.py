@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
 
-_CLOSURE_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward")
+_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
 
 
 @final
@@ -111,7 +111,7 @@ def uncounted(trainer: Any, listens: Callable[[Any], bool]) -> Iterator[None]:
     progress = copy.deepcopy(loop.optim_progress.state_dict())
     # The callbacks stay in the trainer's list: the thread of a progress bar looks itself up there.
     silenced = [one for one in trainer.callbacks if not listens(one)]
-    undo = undo_all([wrap_method(one, name, _call_nothing) for one in silenced for name in _CLOSURE_HOOKS])
+    undo = undo_all([wrap_method(one, name, _call_nothing) for one in silenced for name in _HOOKS])
     try:
         yield
     finally:
