@@ -27,6 +27,8 @@ class GuardState:
         go_on: Makes the updates since a snapshot again after a rollback, and gives whether it could; it is given the
             reading of the update that was bad, where one was made. ``None`` where the loop cannot.
         went_on: Whether the updates since it were made again in the present intervention.
+        again: What spoilt the state when updates were made again, as in :attr:`Evidence.again`.
+        told: Update and words of the last finite suspicion that the user was told of; ``None`` before.
         raised: The exception of ``training_step`` that the next non-finite loss stands for, in words.
         unrestored: What is still not finite after the present intervention has restored a snapshot, in words.
         rates: Step and effective learning rate of the first group, for each step at which it changed.
@@ -40,6 +42,8 @@ class GuardState:
     restored: Snapshot | None = None
     go_on: Callable[[Snapshot, Reading | None], bool] | None = None
     went_on: bool = False
+    again: tuple[str, str] = ("", "")
+    told: tuple[int, str] | None = None
     raised: str | None = None
     unrestored: str | None = None
     rates: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=1024))

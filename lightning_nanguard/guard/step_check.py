@@ -9,6 +9,7 @@ from typing import final
 
 from torch import Tensor
 
+from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.loop import TrainingLoop
@@ -32,6 +33,7 @@ class StepCheck:
         meter: Measures.
         caution: Says which updates are read before they are made.
         recorder: Records what was made again.
+        policy: Says whether a rollback is allowed.
         undos: The first one undoes what the batch at hand changed.
     """
 
@@ -42,6 +44,7 @@ class StepCheck:
         meter: Meter,
         caution: Caution,
         recorder: InterventionRecorder,
+        policy: Policy,
         undos: deque[BatchUndo],
     ) -> None:
         self._context = context
@@ -49,6 +52,7 @@ class StepCheck:
         self._meter = meter
         self._caution = caution
         self._recorder = recorder
+        self._policy = policy
         self._undos = undos
         self._limits = context.thresholds.batches.repeated
         # How often a fault at a place was gone when its step was made again.
@@ -130,6 +134,10 @@ class StepCheck:
         """A tensor of the learner that is not finite, in words; ``None`` where all are."""
         return self._context.corrupt()[0]
 
+    def may_go_back(self, fault: Fault) -> bool:
+        """Whether a rollback for a fault is allowed."""
+        return self._policy.may_go_forward_again(fault, self.number, self._context.state.policy)
+
     def state_is_finite(self) -> bool:
         """Whether the learner is finite, so that the batch or the step is at fault."""
         return self.corrupt() is None
@@ -153,6 +161,9 @@ class StepCheck:
             since: The snapshot since which all updates were made again, where the state had gone bad by itself;
                 ``None`` where the step alone was.
         """
+        state = self._context.state
+        if since is not None:
+            state.policy = self._policy.count_forward_again(fault, self.number, state.policy)
         if place is not None:
             fault = replace(fault, place=place)
         self.transient[fault.place] += 1

@@ -107,6 +107,8 @@ class RepeatedStepsThresholds:
         measured_every: Updates after which the size of one is measured anew.
         same_losses: Losses that must be the bits seen the first time before another one may differ: the second one
             shows that a whole update was made again as it was.
+        squared: Gradient norm from which on the square of a gradient overflows in moments of 32 bits. An update that is
+            bad below it is the optimizer's doing.
         gone_below: Share of a bad update's gradient norm below which it is no longer bad when it is made again.
     """
 
@@ -120,6 +122,7 @@ class RepeatedStepsThresholds:
     updates_again: int = 512
     measured_every: int = 16
     same_losses: int = 2
+    squared: float = 1e18
     gone_below: float = 0.5
 
 

@@ -23,6 +23,7 @@ from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
 from lightning_nanguard.state.step_start import StepMemory
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
+from lightning_nanguard.trainer.bad_again import buffer_in_words, update_in_words
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.averages import RepeatedAverages
 from lightning_nanguard.trainer.private.closures import end_backward, logging_for, uncounted
@@ -87,6 +88,8 @@ class ForwardAgain:
         self._kept: deque[_Update] = deque()
         self._counted = 0
         self._room = 0
+        # The snapshot that a rollback has left the run at, and the first update after it.
+        self._gone_on = -1, -1
         self.futile = False
         learner = context.learner
         alone = not (context.many or context.ranks.sharded or context.settings.observe)
@@ -105,7 +108,8 @@ class ForwardAgain:
         kept, limits, ring = self._kept, self._limits, self._context.ring
         state = self._context.state
         if state.healthy_since_restore == 0 and not state.went_on:
-            kept.clear()  # the run has gone on from another state than these led to
+            kept.clear()  # the run has gone on from the newest snapshot, and not from the state these led to
+            self._gone_on = ring.certified[0].step if ring.certified else -1, number
         if is_checked(self._counted, limits.measured_every):
             held = self._bytes_of(micros)
             self._room = 0 if held is None else min(limits.updates_again, limits.bytes_again // max(1, held))
@@ -116,12 +120,17 @@ class ForwardAgain:
             kept.clear()  # what lies before a gap leads nowhere
         while len(kept) >= max(1, self._room):
             kept.popleft()
-        if kept and ring.certified and kept[0].number > ring.certified[0].step + 1:
+        if kept and ring.certified and kept[0].number > self._first_after(ring.certified[0]):
             kept.clear()  # snapshots are too far apart for this
         if self._room:
             groups = self._context.learner.optimizers[0].param_groups
             scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
             kept.append(_Update(number, list(micros), scheduled, self._trainer.global_step))
+
+    def _first_after(self, snapshot: Snapshot) -> int:
+        """Number of the first update that was made from a snapshot."""
+        step, number = self._gone_on
+        return number if snapshot.step == step else snapshot.step + 1
 
     def _bytes_of(self, micros: list[Micro]) -> int | None:
         """Bytes that are kept for an update alone; ``None`` where attributes hold graphs, whose size is not known."""
@@ -141,9 +150,9 @@ class ForwardAgain:
         if not self._averages.can_be_made_again(context.learner.averages()):
             return None
         updates = [one for one in self._kept if snapshot.step < one.number <= number]
-        numbers = [one.number for one in updates]
+        numbers, first = [one.number for one in updates], self._first_after(snapshot)
         tensors = any(isinstance(value, Tensor) for one in updates for group in one.groups for value in group.values())
-        return None if tensors or numbers != list(range(snapshot.step + 1, number + 1)) else updates
+        return None if tensors or numbers != list(range(first, number + 1)) else updates
 
     def go(
         self,
@@ -175,6 +184,7 @@ class ForwardAgain:
             return None
         learner, optimizer = self._context.learner, self._context.learner.optimizers[0]
         before, after, left = self._capture(), None, None
+        self._context.state.again = "", ""
         scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in optimizer.param_groups]
         try:
             with ExitStack() as inside:
@@ -184,7 +194,7 @@ class ForwardAgain:
                     if any(self._make(updates, start, ended=ended, bad=bad) for start, updates in ways):
                         after = self._capture()
                         left = None if attributes is None else attributes.attributes_now()
-                    self.futile = after is None
+                    self.futile = after is None and not self._context.state.again[0]
         except Exception as error:  # a second look never costs the run what the first one would not have
             _logger.debug("NaNGuard: the updates since the snapshot could not be made again: %r", error)
         for group, values in zip(optimizer.param_groups, scheduled, strict=True):
@@ -220,10 +230,24 @@ class ForwardAgain:
                 return False  # these updates are not the same a second time
             if bad is not None and update.number >= bad.step and self._is_as_large(bad):
                 return False  # its batch is bad
-            self._step(update)
+            if not self._stays_finite(update):
+                return False
             if ended or update is not updates[-1]:
                 self._averages.make_again(update.global_step)
         return self._context.corrupt()[0] is None
+
+    def _stays_finite(self, update: _Update) -> bool:
+        """Make the update of finite losses; whether the state stays finite. If not, note what spoils it each time."""
+        state, module = self._context.state, self._module
+        written = self._context.corrupt()[0]
+        if written is not None:
+            state.again = "forward_writes_buffer", buffer_in_words(module, written)
+            return False
+        sizes = self._step(update)
+        spoilt = self._context.corrupt()[0]
+        if spoilt is not None and max(sizes, default=0.0) < self._limits.squared:
+            state.again = "optimizer_update", update_in_words(module, update.micros[0].run.optimizer, spoilt)
+        return spoilt is None
 
     def _losses(self, update: _Update, *, spoilt: bool) -> list[tuple[Tensor | None, Tensor]]:
         optimizer = update.micros[0].run.optimizer
@@ -244,8 +268,11 @@ class ForwardAgain:
         usual = math.inf if bad.grad_norm is None or not bad.finite else bad.grad_norm * self._limits.gone_below
         return not norm < usual
 
-    def _step(self, update: _Update) -> None:
+    def _step(self, update: _Update) -> list[float]:
+        """Let the optimizer step; gives the norms of the gradients it steps by."""
         optimizer = update.micros[0].run.optimizer
         with uncounted(self._trainer, lambda callback: False):
             end_backward(self._trainer, optimizer)
+            sizes = norms(self._context.learner.gradients(0))
             optimizer.step()
+        return sizes

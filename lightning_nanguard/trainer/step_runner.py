@@ -232,7 +232,7 @@ class StepRunner:
             micro.run, micro.start, backward=not first.early
         ):
             raise first.error
-        if self._may_go_back():
+        if self._may_go_back(_fault_of(first)):
             again = self._from_snapshot(micro, first, last, counted=counted, steps=steps)
             if again.fault is None and again.error is None:
                 return self._over(again.result, steps=steps)
@@ -245,9 +245,11 @@ class StepRunner:
             return self._leave_out(micro, first, after, counted=counted, steps=steps)
         return self._pass_on(micro, first, counted=counted)
 
-    def _may_go_back(self) -> bool:
+    def _may_go_back(self, fault: Fault) -> bool:
         ring = self._guard.context.ring
-        if not ring.certified or self._window.left_out() or self._replay.batch_finite() is False:
+        if not ring.certified or self._window.left_out():
+            return False
+        if not self._check.may_go_back(fault) or self._replay.batch_finite() is False:
             return False
         if self._forward.since(ring.certified[0], self._check.number - 1) is None:
             return False

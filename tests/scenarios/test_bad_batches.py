@@ -16,6 +16,7 @@ from lightning_nanguard import (
     NaNGuard,
 )
 from tests.helpers import (
+    ONCE,
     FaultAt,
     data_for,
     differences,
@@ -134,7 +135,7 @@ def test_a_finite_fault_in_the_first_batch(model: str, tmp_path: Path) -> None:
     as if the three had never been. When it comes back it is skipped."""
     data = data_for(model, 40)
     bad = (data[0][0], data[0][1] * 1e15)
-    guard = NaNGuard(snapshot_every_n_steps=5, act_on="evidence")
+    guard = NaNGuard(thresholds=ONCE, snapshot_every_n_steps=5, act_on="evidence")
     guarded = fit(task(model, adam), [bad, *data[1:20], bad, *data[20:]], guard, folder=tmp_path)
     assert words(guard)[0] == ("restore",)
     assert set(words(guard)[1:]) == {("skip",)}

@@ -16,6 +16,7 @@ from lightning_nanguard import (
     NaNGuard,
 )
 from tests.helpers import (
+    ONCE,
     FaultAt,
     States,
     Task,
@@ -115,7 +116,11 @@ def test_saturated_weights_early_on(readback: str, tmp_path: Path) -> None:
     guard = NaNGuard(snapshot_every_n_steps=5, readback=readback, act_on="evidence")
     run = fit(task("mlp", adam), data_for("mlp", 80), guard, folder=tmp_path, callbacks=[Enlarges()])
     [found] = guard.interventions
-    assert (found.fault, found.place, found.remedies) == ("implausible_state", "parameter net.0.weight", ("restore", "redo"))
+    assert (found.fault, found.place, found.remedies) == (
+        "implausible_state",
+        "parameter net.0.weight",
+        ("restore", "redo"),
+    )
     assert 41 <= found.global_step <= 52
     assert float(run.module.net[0].weight.detach().abs().max()) < 100
 
@@ -163,7 +168,7 @@ def test_restored_state_is_that_of_the_snapshot(
 ) -> None:
     """After a rollback weights, buffers and moments are bit by bit those of the step it went back to."""
     window = WAYS[way].get("accumulate_grad_batches", 1)
-    states, guard = States(), NaNGuard(snapshot_every_n_steps=5)
+    states, guard = States(), NaNGuard(thresholds=ONCE, snapshot_every_n_steps=5)
     fault = FaultAt("weight", NAN, 30 * window)
     data = data_for("norm", STEPS * window)
     fit(task("norm", optimizer), data, guard, folder=tmp_path, callbacks=[states, fault], **WAYS[way])
@@ -176,7 +181,7 @@ def test_restored_state_is_that_of_the_snapshot(
 
 def test_restore_is_repeatable_from_one_snapshot(tmp_path: Path) -> None:
     """Going back twice to the same snapshot gives the same bits each time: training on did not change it."""
-    states, guard = States(), NaNGuard(snapshot_every_n_steps=15)
+    states, guard = States(), NaNGuard(thresholds=ONCE, snapshot_every_n_steps=15)
     fault = FaultAt("weight", NAN, [24, 27])
     fit(task("norm", adam), data_for("norm", STEPS), guard, folder=tmp_path, callbacks=[states, fault])
     assert words(guard) == [("restore",)] * 2
