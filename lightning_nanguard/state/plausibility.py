@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_nanguard.measure.norms import norms
 from lightning_nanguard.state.learner import Learner, StateKey, describe
+from lightning_nanguard.state.moment_bound import MomentBound
 from lightning_nanguard.state.norm_screen import NormScreen
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.state.snapshot import Snapshot
@@ -74,6 +75,8 @@ class PlausibilityCheck:
         self._jumps: Counter[str] = Counter()
         self.watches_statistics = False
         """Whether a batch may have spoiled running statistics, so that each batch's are worth a look."""
+        self.moments = MomentBound(learner, limits.moments)
+        """Finds first moments that are out of bounds."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""
@@ -112,6 +115,11 @@ class PlausibilityCheck:
         """
         if not self._ring.certified:
             return None
+        beyond = self.moments.screen(leaves).beyond()
+        if beyond:
+            first = describe(next(key for key in leaves if key in beyond))
+            message = f"{first} is larger than its second moment allows, whatever the gradients were"
+            return Fault("implausible_state", "state", first, None, message, conclusive=True)
         newest = self._ring.certified[0]
         weights = {key for key in leaves if key[0] == "parameter"}
         statistics = set(self._learner.statistics(leaves))
