@@ -73,6 +73,13 @@ class Attributes:
             if name not in OWN and isinstance(value, _PLAIN) and not _same(value, before.get(name, MISSING))
         ]
 
+    def restore_plain(self) -> None:
+        """Put numbers, strings and flags back, and leave tensors, containers and objects as they are."""
+        for attributes, before in self._owners:
+            for name, value in before.items():
+                if name not in OWN and isinstance(value, _PLAIN) and isinstance(attributes.get(name), _PLAIN):
+                    attributes[name] = value
+
     def not_in(self, other: Attributes) -> list[Any]:
         """What is held here, one level deep, and not by the attributes of another moment."""
         known = {id(value) for value in other._held()}

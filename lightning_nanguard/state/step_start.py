@@ -69,17 +69,17 @@ class StepStart:
         self._attributes = attributes
         self._contents = list(_containers(batch, depth))
 
-    def restore(self, *, attributes: bool = True) -> None:
-        """Put random streams and the batch's containers back.
+    def restore(self, *, carried: bool = True) -> None:
+        """Put random streams, the batch's containers and the module's attributes back.
 
         Args:
-            attributes: Whether to put the module's attributes back too.
+            carried: Whether to put back more of the attributes than numbers, strings and flags: what is carried from
+                step to step may have come of a bad one.
         """
         for container, held in self._contents:
             container.clear()
             (container.update if isinstance(container, dict) else container.extend)(held)
-        if attributes:
-            self._attributes.restore()
+        (self._attributes.restore if carried else self._attributes.restore_plain)()
         self._random.restore()
 
     def carried_back(self) -> None:

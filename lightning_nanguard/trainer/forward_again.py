@@ -256,7 +256,7 @@ class ForwardAgain:
         losses: list[tuple[Tensor | None, Tensor]] = []
         with uncounted(self._trainer, lambda callback: False):
             for micro in update.micros:
-                micro.start.restore(attributes=not spoilt)  # else they came of spoilt weights
+                micro.start.restore(carried=not spoilt)  # else they came of spoilt weights
                 with logging_for(self._trainer, micro.run.batch):
                     result = micro.run.whole()
                 if result.loss is not None:

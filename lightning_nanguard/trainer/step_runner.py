@@ -362,7 +362,7 @@ class StepRunner:
             return None
         before = [None] * len(parameters) if micro.run.zero_grad is not None else gradients_of(parameters)
         # What a micro-batch found bad meanwhile had left in attributes is gone, and must not come back.
-        micro.start.restore(attributes=len(self._window.left_out()) == known)
+        micro.start.restore(carried=len(self._window.left_out()) == known)
         attributes = self._memory.attributes_now()
         trace = self._replay.make_undo(thorough=True)
         trace.open()
