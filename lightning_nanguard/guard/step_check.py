@@ -10,6 +10,7 @@ from typing import final
 from torch import Tensor
 
 from lightning_nanguard.decide.policy import Policy
+from lightning_nanguard.diagnosis.state_comparison import unexplained_change
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.loop import TrainingLoop
@@ -152,31 +153,44 @@ class StepCheck:
         text = "" if error is None else " ".join(str(error).split())[: self._limits.message]
         self._context.state.raised = None if error is None else f"training_step raised {type(error).__name__}: {text}"
 
-    def record_transient(self, fault: Fault, *, place: str | None = None, since: Snapshot | None = None) -> None:
+    def spoilt_since(self, snapshot: Snapshot) -> tuple[str, str]:
+        """The tensor that has gone bad by itself since a snapshot, and how; empty where that cannot be told."""
+        corrupt = self.corrupt()
+        if corrupt is not None:
+            return corrupt, "is no longer finite"
+        change = unexplained_change(self._context.learner, snapshot)
+        return ("", "") if change is None else (change.name, f"went from {change.before:.4g} to {change.now:.4g}")
+
+    def record_transient(
+        self, fault: Fault, *, spoilt: tuple[str, str] = ("", ""), since: Snapshot | None = None
+    ) -> None:
         """Put on record that a fault was gone when its step was made again.
 
         Args:
             fault: The fault.
-            place: What of the state was not finite; ``None`` where all was.
+            spoilt: What of the state had gone bad, and how.
             since: The snapshot since which all updates were made again, where the state had gone bad by itself;
                 ``None`` where the step alone was.
         """
         state = self._context.state
         if since is not None:
             state.policy = self._policy.count_forward_again(fault, self.number, state.policy)
-        if place is not None:
-            fault = replace(fault, place=place)
+        tensor, how = spoilt
+        if tensor:
+            fault = replace(fault, place=tensor)
         self.transient[fault.place] += 1
         times = self.transient[fault.place]
         suggestion = "The step was made again from its own state, batch and random numbers, and the fault was gone."
         if since is not None:
+            what = f"{tensor} {how}" if tensor else "The state had gone bad"
             suggestion = (
-                f"The state had gone bad by itself. The updates since the snapshot at update {since.step} were made "
+                f"{what} by itself. The updates since the snapshot at update {since.step} were made "
                 "again from their own batches and random numbers, and the fault was gone."
             )
         if times >= self._limits.test_device:
             suggestion += " It keeps happening at this place: test the device."
-        finding = Finding("transient", 0.9, {"times": float(times)}, fault.place, suggestion=suggestion)
+        cause = "corrupted_state" if tensor else "transient"
+        finding = Finding(cause, 0.9, {"times": float(times)}, fault.place, suggestion=suggestion)
         words = ("redo",) if since is None else ("restore", "redo")
         self._record(fault, *words, finding=finding, restored=since)
 

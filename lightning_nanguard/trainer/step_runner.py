@@ -257,7 +257,8 @@ class StepRunner:
 
     def _from_snapshot(self, micro: Micro, first: _Outcome, last: _Outcome, *, counted: bool, steps: bool) -> _Outcome:
         """The state may be at fault: make the updates since the snapshot again, and then this micro-batch."""
-        snapshot, place = self._guard.context.ring.certified[0], self._check.corrupt()
+        snapshot = self._guard.context.ring.certified[0]
+        spoilt = self._check.spoilt_since(snapshot)
         parameters, earliest = list(self._module.parameters()), self._window.micros[0].start
         self._rewind(micro, last)
         gradients = gradients_of(parameters)
@@ -273,7 +274,7 @@ class StepRunner:
             if again.fault is None and again.error is None:
                 if first.error is not None and not first.early:
                     call_after_backward(self._trainer, self._listens)
-                self._check.record_transient(_fault_of(first), place=place, since=snapshot)
+                self._check.record_transient(_fault_of(first), spoilt=spoilt, since=snapshot)
                 return again
             self._rewind(micro, again)
             restore(self._guard.context.learner, before)
