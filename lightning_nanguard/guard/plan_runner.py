@@ -94,20 +94,31 @@ class ActingRunner:
             self._actions.skip()  # a restore, too, leaves nothing of the batch behind
         if any(isinstance(step, Stop) for step in plan):
             self._leave_good()
+        made: list[PlanStep] = []
         for step in plan:
             self._remedies[type(step)].apply(step, self._actions)
+            made.append(step)
+            alone = found.fault.scope == "state" or len(plan) == 1
+            if isinstance(step, Restore) and alone and self._go_on(found):
+                break  # the state had gone bad by itself, and nothing has to be corrected
         # After a restore no reading is on its way any more.
-        restored = self._context.state.restored
-        if restored is not None:
+        if self._context.state.restored is not None:
             self._readback.update_undone(found, statistics=self._plausibility.watches_statistics)
         kept = self._context.rate.effective() == before
         # Where clipping alone is enough, a cut that was planned has not been made.
-        done = [step for step in plan if not (kept and isinstance(step, Scale) and step.clipped)]
-        go_on = self._context.state.go_on
-        if restored is not None and go_on is not None and [type(step) for step in done] == [Restore]:
-            self._skipper.skipped.clear()  # these updates must be made
-            self._context.state.went_on = go_on(restored, found.reading if found.reached else None)
-        return done
+        return [step for step in made if not (kept and isinstance(step, Scale) and step.clipped)]
+
+    def _go_on(self, found: FoundFault) -> bool:
+        """After a restore: make the updates since the snapshot again; whether they ended in a good state."""
+        state, learner = self._context.state, self._context.learner
+        if state.restored is None or state.go_on is None:
+            return False
+        self._skipper.skipped.clear()  # these updates must be made
+        state.went_on = state.go_on(state.restored, found.reading if found.reached else None)
+        if state.went_on and self._plausibility.is_far(found.fault.place):
+            restore(learner, state.restored)
+            state.went_on = False
+        return state.went_on
 
     def _leave_good(self) -> None:
         ring, learner = self._context.ring, self._context.learner

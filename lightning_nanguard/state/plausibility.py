@@ -145,6 +145,19 @@ class PlausibilityCheck:
             return Fault("implausible_state", "state", far, None, message, rate_may_cause=True)
         return None
 
+    def is_far(self, place: str) -> bool:
+        """Whether a tensor is far out of range now; nothing is noted.
+
+        Args:
+            place: The tensor, as :func:`~lightning_nanguard.state.learner.describe` names it.
+        """
+        now, limits = dict(self._learner.leaves()), self._limits
+        keys = [key for key in now if describe(key) == place]
+        if not (keys and self._ring.certified):
+            return False
+        far = first_jump(now, self._ring.certified[0].leaves, keys, limits.weight_growth, limits.least_magnitude)
+        return far is not None
+
     def strange_statistics(self, before: Mapping[str, Tensor], healthy_steps: int) -> Fault | None:
         """What the batch at hand has just done to running statistics, ``None`` if it is within range.
 

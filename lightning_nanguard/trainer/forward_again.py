@@ -88,6 +88,10 @@ class ForwardAgain:
         self._kept: deque[_Update] = deque()
         self._counted = 0
         self._room = 0
+        self._started = context.state.step
+        # The epoch of the newest update; the last update of each epoch before.
+        self._epoch = -1
+        self._ends: deque[tuple[int, int]] = deque(maxlen=thresholds.updates_again or 1)
         # The snapshot that a rollback has left the run at, and the first update after it.
         self._gone_on = -1, -1
         self.futile = False
@@ -114,6 +118,10 @@ class ForwardAgain:
             held = self._bytes_of(micros)
             self._room = 0 if held is None else min(limits.updates_again, limits.bytes_again // max(1, held))
         self._counted += 1
+        if self._trainer.current_epoch != self._epoch:
+            if self._epoch >= 0:
+                self._ends.append((number - 1, self._epoch))
+            self._epoch = self._trainer.current_epoch
         while kept and ring.certified and kept[0].number <= ring.certified[-1].step:
             kept.popleft()
         if kept and kept[-1].number != number - 1:
@@ -161,7 +169,6 @@ class ForwardAgain:
         *,
         then: Micro | None = None,
         attributes: StepMemory | None = None,
-        ended: bool = True,
         bad: Reading | None = None,
     ) -> Snapshot | None:
         """Bring the learner from a snapshot to where it should be after an update.
@@ -171,7 +178,6 @@ class ForwardAgain:
             number: The last update to make again.
             then: The micro-batch that follows: nothing is made again where its loss is bad under the snapshot, too.
             attributes: Reads the module's attributes, where those that the last update leaves are to be kept.
-            ended: Whether callbacks have seen the end of the last update, and have averaged it.
             bad: The reading of an update that was bad: nothing is made again where its gradient is as large again.
 
         Returns:
@@ -191,7 +197,7 @@ class ForwardAgain:
                 inside.enter_context(self._replay.rehearsing())
                 restore(learner, snapshot)
                 if then is None or self._is_finite(then):
-                    if any(self._make(updates, start, ended=ended, bad=bad) for start, updates in ways):
+                    if any(self._make(updates, start, bad=bad) for start, updates in ways):
                         after = self._capture()
                         left = None if attributes is None else attributes.attributes_now()
                     self.futile = after is None and not self._context.state.again[0]
@@ -214,10 +220,10 @@ class ForwardAgain:
             loss = micro.run.forward().closure_loss
         return loss is None or bool(torch.isfinite(loss).all())
 
-    def _make(self, updates: list[_Update], snapshot: Snapshot, *, ended: bool, bad: Reading | None) -> bool:
+    def _make(self, updates: list[_Update], snapshot: Snapshot, *, bad: Reading | None) -> bool:
         restore(self._context.learner, snapshot)
-        if updates:  # the snapshot was taken before callbacks saw the end of its update
-            self._averages.make_again(snapshot.global_step - 1)
+        if snapshot.step > self._started:  # it was taken before callbacks saw the end of its update
+            self._average_again(snapshot.step, snapshot.global_step - 1)
         same, differs = 0, False
         for update in updates:
             for known, now in self._losses(update, spoilt=differs):
@@ -232,9 +238,14 @@ class ForwardAgain:
                 return False  # its batch is bad
             if not self._stays_finite(update):
                 return False
-            if ended or update is not updates[-1]:
-                self._averages.make_again(update.global_step)
+            self._average_again(update.number, update.global_step)
         return self._context.corrupt()[0] is None
+
+    def _average_again(self, number: int, global_step: int) -> None:
+        self._averages.make_again(global_step)
+        for last, epoch in (*self._ends, (self._context.state.step, self._epoch)):
+            if last == number:
+                self._averages.end_epoch_again(epoch)
 
     def _stays_finite(self, update: _Update) -> bool:
         """Make the update of finite losses; whether the state stays finite. If not, note what spoils it each time."""

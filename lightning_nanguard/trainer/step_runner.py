@@ -291,10 +291,9 @@ class StepRunner:
             snapshot: What the rollback restored.
             bad: The reading of an update that was bad, where it was made.
         """
-        if self._guard.swapped:
-            return False
-        last, ended = self._guard.updates, not self._guard.in_window
-        return self._forward.go(snapshot, last, attributes=self._memory, ended=ended, bad=bad) is not None
+        if self._guard.swapped or not self._trainer.training:
+            return False  # weights are averages, or modules are in evaluation mode
+        return self._forward.go(snapshot, self._guard.updates, attributes=self._memory, bad=bad) is not None
 
     def _pass_on(self, micro: Micro, first: _Outcome, *, counted: bool) -> Any:
         """Run a bad micro-batch through its backward pass, an exception as a loss of NaN."""

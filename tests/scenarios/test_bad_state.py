@@ -51,7 +51,7 @@ def test_state_that_went_bad(way: str, kind: str, value: float, tmp_path: Path) 
     guard = NaNGuard(snapshot_every_n_steps=5)
     run = struck(way, FaultAt(kind, value, [batch_of(way, step) for step in (12, 30)]), guard, tmp_path)
     assert_sound(run, guard)
-    assert words(guard) == [("restore",)] * 2
+    assert words(guard) == [("restore", "redo")] * 2
     optimizers = 2 if way == "manual" else 1
     for found, step in zip(guard.interventions, (12, 30), strict=True):
         assert found.place in PLACES[kind]
@@ -73,7 +73,7 @@ def test_state_that_is_huge_but_finite(way: str, kind: str, tmp_path: Path) -> N
     assert non_finite(learner_of(run.trainer, run.module)) == []
     assert guard.lr_multiplier == 1.0
     if kind == "weight":
-        assert set(words(guard)) == {("restore",)}
+        assert set(words(guard)) == {("restore", "redo")}
         largest = max(float(p.detach().abs().max()) for p in run.module.parameters())
         assert largest < 100
 
@@ -91,7 +91,7 @@ def test_flipped_state_that_training_does_not_show(kind: str, every: int, last: 
     data = data_for("norm", 160)
     run = fit(task("norm", adam), data, guard, folder=tmp_path, callbacks=[fault])
     assert fault.hits == 1
-    assert words(guard) == [("restore",)]
+    assert words(guard) == [("restore", "redo")]
     found = guard.interventions[0]
     assert (found.fault, found.cause, found.place) == ("implausible_state", "corrupted_state", PLACES[kind][0])
     assert 130 <= found.global_step <= last
@@ -157,7 +157,7 @@ def test_state_that_was_bad_in_the_first_step(kind: str, tmp_path: Path) -> None
     guard = NaNGuard(snapshot_every_n_steps=5)
     run = struck("automatic", FaultAt(kind, NAN, 1), guard, tmp_path)
     assert_sound(run, guard)
-    assert words(guard) == [("restore",)]
+    assert words(guard) == [("restore", "redo")]
     assert guard.interventions[0].snapshot_step == 0
 
 

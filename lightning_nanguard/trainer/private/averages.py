@@ -54,9 +54,21 @@ class RepeatedAverages:
         Args:
             global_step: The trainer's clock before the update.
         """
+        self._update("_latest_update_step", global_step + 1, step_idx=global_step)
+
+    def end_epoch_again(self, epoch: int) -> None:
+        """The updates of an epoch have been made again: average them where they were averaged at its end.
+
+        Args:
+            epoch: Its index.
+        """
+        self._update("_latest_update_epoch", epoch, epoch_idx=epoch)
+
+    def _update(self, latest: str, least: int, **index: int) -> None:
         for callback in self._known:
             model = getattr(callback, "_average_model", None)
-            if model is not None and callback.should_update(step_idx=global_step):
+            # What the callback has yet to average it will average by itself.
+            if model is not None and getattr(callback, latest, -1) >= least and callback.should_update(**index):
                 model.update_parameters(self._trainer.lightning_module)
 
 
