@@ -17,7 +17,9 @@ from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.remedy_actions import RemedyActions
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.restore import restore
-from lightning_nanguard.types import Plan, PlanStep, Restore, Scale, Skip, Stop
+from lightning_nanguard.types import Clip, DropMoments, Plan, PlanStep, Restore, Scale, Skip, Stop
+
+_CORRECTIONS = (Clip, DropMoments, Scale)
 
 
 class PlanRunner(Protocol):
@@ -95,12 +97,14 @@ class ActingRunner:
         if any(isinstance(step, Stop) for step in plan):
             self._leave_good()
         made: list[PlanStep] = []
+        may_go_on = found.fault.scope == "state" or not any(isinstance(step, _CORRECTIONS) for step in plan)
+        went_on = False
         for step in plan:
+            if went_on and isinstance(step, _CORRECTIONS):
+                continue  # the state had gone bad by itself, and nothing has to be corrected
             self._remedies[type(step)].apply(step, self._actions)
             made.append(step)
-            alone = found.fault.scope == "state" or len(plan) == 1
-            if isinstance(step, Restore) and alone and self._go_on(found):
-                break  # the state had gone bad by itself, and nothing has to be corrected
+            went_on |= isinstance(step, Restore) and may_go_on and self._go_on(found)
         # After a restore no reading is on its way any more.
         if self._context.state.restored is not None:
             self._readback.update_undone(found, statistics=self._plausibility.watches_statistics)
