@@ -47,7 +47,7 @@ def run(chosen: argparse.Namespace) -> int:
         say(f"versions then: {', '.join(f'{name} {was}' for name, was in other.items())}")
     if chosen.module is None:
         raise ValueError(
-            "Which module? An incident never chooses the code that is run: give its class, or a function that makes it. "
+            "Which module? An incident never chooses the code that runs: give its class, or a function that makes it. "
             f"The run's was {incident.module}: if you trust that, --module {shlex.quote(incident.module)}"
         )
     build = load(chosen.module)

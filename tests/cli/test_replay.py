@@ -72,8 +72,8 @@ def test_a_replay_needs_the_same_module(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_an_incident_never_chooses_the_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The module that an incident names is only printed, what it holds is given to a module's class alone, and what is no
-    module is refused."""
+    """The module that an incident names is only printed, what it holds is given to a module's class alone, and what is
+    no module is refused."""
     _, path = incident(tmp_path, (-60.0, 14), log=True)
     text, ran = (path / "bundle.json").read_text(), tmp_path / "ran"
     rest = json.loads(text) | {"module": "os:system", "hparams": {"command": f"touch {ran}"}}
