@@ -223,7 +223,7 @@ def _how(kind: type[Any]) -> str:
     return "items" if issubclass(kind, (list, tuple, set, frozenset, deque)) else "attributes"
 
 
-def _class(home: str) -> type[Any] | None:
+def _class(home: str) -> Any:
     """The class of that name where it has been imported and may be made; ``None`` otherwise."""
     package, _, name = home.partition(":")
     found: Any = sys.modules.get(package)
