@@ -21,6 +21,9 @@ from matplotlib.figure import Figure
 
 from lightning_nanguard import Intervention, NaNGuard
 
+HIGHEST = 100.0
+"""Where the axis of the loss ends."""
+
 
 class Losses(pl.Callback):
     """Keeps the training loss of every batch."""
@@ -51,19 +54,21 @@ def train(epochs: int, guard: NaNGuard | None) -> list[float]:
 
 
 def draw(bare: Sequence[float], guarded: Sequence[float], interventions: Sequence[Intervention]) -> Figure:
-    """Both losses over the batches, and where the guard went back."""
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(guarded, color="tab:blue", lw=1, label="with NaNGuard")
-    last = next((batch for batch, loss in enumerate(bare) if not math.isfinite(loss)), len(bare))
-    axes.plot(bare[:last], color="tab:red", lw=1.5, label="without: NaN from here to the end")
-    if last < len(bare):
-        axes.plot(last - 1, bare[last - 1], "x", color="tab:red", ms=9, mew=2.5)
+    """Both losses over the batches, and where the guard stepped in."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.add_subplot(yscale="log", xlabel="batch", ylabel="training loss", ylim=(0.01, HIGHEST))
+    axes.plot(guarded, color="tab:blue", lw=1, label="with NaNGuard: learns on")
+    end = next((batch for batch, loss in enumerate(bare) if not loss < HIGHEST), len(bare))
+    lost = [*bare[:end], HIGHEST] if end < len(bare) else bare
+    axes.plot(lost, color="tab:red", lw=2, label="without: NaN, to the end of the run")
     for one in interventions:
-        axes.axvline(one.global_step - 1, color="0.6", lw=0.8, ls=":", zorder=0)
-    axes.set(xlabel="batch", ylabel="training loss", yscale="symlog", ylim=(0, None), xlim=(0, len(guarded)))
+        axes.axvline(one.global_step - 1, color="0.5", lw=0.8, ls=":", zorder=0)
+        axes.annotate(
+            ", ".join(one.remedies), (one.global_step - 1, 0.012), (4, 0), textcoords="offset points", fontsize=8
+        )
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.set_xlim(0, len(guarded))
+    axes.legend(frameon=False, loc="upper right")
     return figure
 
 
