@@ -9,7 +9,7 @@ import math
 import os
 import random
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -51,7 +51,7 @@ REMEDIES: list[tuple[Remedy, ...]] = [
 class World:
     """A run as the policy sees it; plans change it."""
 
-    policy: PolicyState = PolicyState()
+    policy: PolicyState = field(default_factory=PolicyState)
     step: int = 0
     healthy: int = 0
     since_restore: int | None = None
@@ -74,9 +74,8 @@ def healthy(world: World, updates: int, *, certified: bool) -> World:
         since_restore=None if world.since_restore is None else world.since_restore + updates,
     )
     if certified:
-        world = replace(
-            world, snapshots=min(3, world.snapshots + 1), plain=(), policy=replace(world.policy, unproven=())
-        )
+        policy = replace(world.policy, unproven=())
+        world = replace(world, snapshots=min(3, world.snapshots + 1), plain=(), policy=policy)
     plan, policy = give_back(
         world.policy, multiplier=world.multiplier, healthy_steps=now, scheduled_lr=0.1, factor=0.5, after=50,
         learning=True, limits=RecoveryThresholds(),
@@ -133,6 +132,8 @@ def check(plan: Plan, evidence: Evidence, world: World, event: str) -> None:
 def tell(world: World, decides: Policy, event: str) -> World:
     """The world after an event."""
     if event in FAULTS:
+        if FAULTS[event][0] is STUCK and world.healthy < 40:
+            return world  # a trial needs updates to compare with
         return faulty(world, decides, event)[0]
     return healthy(world, 8, certified=event == "a certified snapshot")
 
