@@ -167,7 +167,7 @@ class PlausibilityCheck:
         """
         then = {("buffer", name): tensor for name, tensor in before.items()}
         now = dict(self._learner.weights())
-        usual = self._limits.state_growth
+        usual = self._state_growth
         far = self._first_jump(now, then, self._learner.statistics(now), self._growth(healthy_steps, usual))
         if far is None:
             return None

@@ -141,7 +141,7 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     if confidence == 0.0 or _operation_explains_it(case, rate, allowed, limits):
         return None
     above = rate is not None and allowed is not None and rate > allowed
-    if not above and allowed is not None and not (case.evidence.trial is not None and case.evidence.trial.lacks):
+    if allowed is not None and not above and not _rate_is_shown(case, limits):
         return None  # the loss allows a higher rate than the one in use
     if above and confidence >= limits.rate_likely:
         confidence = max(confidence, thresholds.confidence.rate_above_limit)
@@ -155,6 +155,17 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
         suggestion=f"{found}. Lower the learning rate{_to(case, thresholds)}, or warm it up.",
         scope="learner",
     )
+
+
+def _rate_is_shown(case: Case, limits: LearnerThresholds) -> bool:
+    """Whether it shows that the rate is too high, whatever the bend of the loss under the good weights allows.
+
+    Momentum, and a loss that bends more elsewhere, bring weights out of range at rates that the bend allows.
+    """
+    trial = case.evidence.trial
+    if trial is not None and trial.lacks:
+        return True
+    return case.fault.certain and case.evidence.growth > limits.ruined
 
 
 def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
