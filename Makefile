@@ -11,7 +11,7 @@ OLDEST := pytorch-lightning==2.4.0
 ARC_TRAINING := arc-training==5.2.0.post1
 ARC ?= $(HOME)/.cache/lightning-nanguard/arc
 
-.PHONY: diagnose demo test oldest rescue arc bench kills lint types clean
+.PHONY: diagnose demo test oldest rescue arc bench kills transient lint types clean
 
 # Torch goes first and alone: what depends on it must find it in place and not choose another build. DeepSpeed goes last:
 # it is built with the torch that is there, and compiles nothing.
@@ -57,6 +57,9 @@ bench: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.overhead $(if $(FAST),--fast)
 
 # Kills 200 runs at random moments and looks at what they leave; about three minutes.
+transient: .venv/.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.transient --seed 1 --runs 500 --output benchmarks/results/transient.json
+
 kills: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kills
 

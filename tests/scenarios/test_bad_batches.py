@@ -75,7 +75,8 @@ def test_huge_input_that_does_not_show_in_the_loss(way: str, step: int, tmp_path
     guard = NaNGuard(snapshot_every_n_steps=5)
     run = struck(way, FaultAt("input", 1e30, batch_of(way, step)), guard, tmp_path)
     assert_sound(run, guard)
-    assert words(guard) == ([] if way == "manual" else [("restore", "redo")])
+    # Updates since the state of the start cannot be made again before a second loss was the same.
+    assert words(guard) == ([] if way == "manual" else [("restore",) if step == 0 else ("restore", "redo")])
 
 
 @pytest.mark.parametrize("value", [NAN, INF, 1e30])

@@ -39,6 +39,9 @@ PLACES = {
 }
 
 
+# Under manual optimization no update is made again.
+BACK = {way: ("restore",) if way == "manual" else ("restore", "redo") for way in WAYS}
+
 # The module trained by hand has no buffer.
 WHERE = [(way, kind) for way in WAYS for kind in PLACES if (way, kind) != ("manual", "buffer")]
 
@@ -51,7 +54,7 @@ def test_state_that_went_bad(way: str, kind: str, value: float, tmp_path: Path) 
     guard = NaNGuard(snapshot_every_n_steps=5)
     run = struck(way, FaultAt(kind, value, [batch_of(way, step) for step in (12, 30)]), guard, tmp_path)
     assert_sound(run, guard)
-    assert words(guard) == [("restore", "redo")] * 2
+    assert words(guard) == [BACK[way]] * 2
     optimizers = 2 if way == "manual" else 1
     for found, step in zip(guard.interventions, (12, 30), strict=True):
         assert found.place in PLACES[kind]
@@ -73,7 +76,7 @@ def test_state_that_is_huge_but_finite(way: str, kind: str, tmp_path: Path) -> N
     assert non_finite(learner_of(run.trainer, run.module)) == []
     assert guard.lr_multiplier == 1.0
     if kind == "weight":
-        assert set(words(guard)) == {("restore", "redo")}
+        assert set(words(guard)) == {BACK[way]}
         largest = max(float(p.detach().abs().max()) for p in run.module.parameters())
         assert largest < 100
 
