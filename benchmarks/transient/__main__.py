@@ -16,13 +16,18 @@ from .running import Outcome, outcome
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign; gives 1 where fewer runs than wanted ended bit for bit as without their fault."""
+    """Run the campaign; gives 1 where fewer runs than wanted ended as without their fault."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transient", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="what is drawn")
     parser.add_argument("--runs", type=int, default=500, help="runs drawn")
     parser.add_argument("--only", type=int, help="number of the one run to make")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--wanted", type=float, default=0.85, help="share that is to end bit for bit the same")
+    parser.add_argument(
+        "--wanted",
+        type=float,
+        default=0.99,
+        help="share that is to end bit for bit the same, but for values logged meanwhile",
+    )
     parser.add_argument("--output", type=Path, help="where figures go, as JSON")
     given = parser.parse_args(arguments)
     numbers = range(given.runs) if given.only is None else [given.only]
@@ -43,9 +48,9 @@ def is_same(one: Outcome) -> bool:
 
 
 def share(found: Sequence[Outcome]) -> float:
-    """Share of the runs that were struck that ended as they would have without their fault."""
+    """Share of the runs that were struck that ended as without their fault, but for what was logged meanwhile."""
     struck = [one for one in found if one.hits]
-    return sum(map(is_same, struck)) / max(1, len(struck))
+    return sum(map(learner_is_same, struck)) / max(1, len(struck))
 
 
 def learner_is_same(one: Outcome) -> bool:

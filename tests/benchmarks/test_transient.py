@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.mark.parametrize("number", range(12))
 def test_a_transient_fault_costs_nothing(number: int) -> None:
-    """A run that meets one ends bit for bit as without it; what was logged of bad state until that showed may differ."""
+    """A run that meets one ends bit for bit as without it, but for what was logged of bad state until that showed."""
     one = outcome((6, number))
     assert one.hits == 1
     assert one.records
