@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--wanted",
         type=float,
         default=0.99,
-        help="share that is to end bit for bit the same, but for values logged meanwhile",
+        help="least share of the last column",
     )
     parser.add_argument("--output", type=Path, help="where figures go, as JSON")
     given = parser.parse_args(arguments)
