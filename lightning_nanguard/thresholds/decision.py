@@ -124,5 +124,5 @@ class DecisionThresholds:
     deepest: int = 8
     same_restores: int = 2
     corrected_restores: int = 6
-    same_updates: int = 3
+    same_updates: int = 6
     few_skips: int = 32
