@@ -140,8 +140,9 @@ def read(folder: Path, *, with_batch: bool = True) -> Bundle:
         ValueError: When it was written by a later version or is damaged, or its batch holds objects of a class that has
             not been imported.
     """
-    if not (folder / _REST).is_file():
-        raise FileNotFoundError(f"{folder} holds no incident: there is no {_REST} in it.")
+    for name in (_REST, _TENSORS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no incident: there is no {name} in it.")
     library = safetensors()
     try:
         rest = json.loads((folder / _REST).read_text(encoding="utf-8"))
