@@ -96,7 +96,7 @@ def build_fit(
         },
     )
     keeps_good = any(isinstance(one, SkipStep) and one.keep_good_samples for one in arguments.remedies)
-    keeper = SampleKeeper(module, replay, samples, arguments.thresholds.samples) if keeps_good else None
+    keeper = SampleKeeper(module, replay, samples, guard.steps, arguments.thresholds.samples) if keeps_good else None
     return Fit(trainer, guard, replay, diagnostics, sinks, advice, folder, averages, order, samples, keeper)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, final
 from torch import nn
 
 from lightning_nanguard.diagnosis.batch import samples
+from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.measure.sample_parts import is_separable, part_of
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.batch_origin import BatchOrigin
@@ -20,6 +21,9 @@ from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.numeric_errors import is_numeric
 from lightning_nanguard.trainer.private.packages import LightningModule
 from lightning_nanguard.trainer.sample_finder import SampleFinder
+from lightning_nanguard.trainer.step_outcome import Outcome
+from lightning_nanguard.trainer.window import Micro
+from lightning_nanguard.types import Fault, Finding
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -31,10 +35,14 @@ class GoodPart(NamedTuple):
     Attributes:
         batch: The batch that the loader would have given for them.
         origin: Where it came from.
+        whole: The whole batch.
+        why: What is wrong with the whole batch, and the cause.
     """
 
     batch: Any
     origin: BatchOrigin
+    whole: Any
+    why: tuple[Fault, Finding | None]
 
 
 @final
@@ -45,6 +53,7 @@ class SampleKeeper:
         module: What is trained.
         replay: Runs batches again.
         finder: Knows the bad samples.
+        check: Finds causes, and looks at the state.
         thresholds: When a loss counts as a mean.
     """
 
@@ -53,40 +62,60 @@ class SampleKeeper:
         module: LightningModule,
         replay: TrainerBatchReplay,
         finder: SampleFinder,
+        check: StepCheck,
         thresholds: SamplesThresholds,
     ) -> None:
         self._module = module
         self._replay = replay
         self._finder = finder
+        self._check = check
         self._limits = thresholds
         # Whether the loss of a batch is the mean of its parts' losses; ``None`` before that was tried.
         self._is_mean: bool | None = None
         self._said = False
 
-    def good_part(self, batch: Any) -> GoodPart | None:
-        """The good samples of the batch at hand; ``None`` where it has none or must not be taken apart.
+    def good_part(self, micro: Micro, fault: Fault) -> GoodPart | None:
+        """Have the good samples of a micro-batch run in its place; ``None`` where it must not be taken apart.
 
         Args:
-            batch: The batch, whose bad samples have been looked for.
+            micro: The micro-batch, to whose start all has been put back.
+            fault: What is wrong with it.
         """
-        micro = next((one for one in reversed(self._replay.batches.newest()) if one.batch is batch), None)
-        if micro is None or micro.origin is None:
+        if micro.kept is not None or not self._check.state_is_finite():
+            return None
+        batch = micro.run.batch
+        with self._replay.suspecting(micro.run.batch_idx):
+            finding = self._check.diagnosis(fault)
+        known = next((one for one in reversed(self._replay.batches.newest()) if one.batch is batch), None)
+        if known is None or known.origin is None:
             return None
         count = samples(batch) or 0
-        if not micro.origin.collated or not is_separable(batch, count):
+        if not known.origin.collated or not is_separable(batch, count):
             self.say("torch's default_collate did not put the batches together")
             return None
-        bad = self._finder.found(micro.origin)
+        bad = self._finder.found(known.origin)
         good = [index for index in range(count) if index not in bad]
         if not bad or not good:
             return None
-        keys = None if micro.origin.keys is None else tuple(micro.origin.keys[index] for index in good)
-        part = GoodPart(part_of(batch, good), replace(micro.origin, keys=keys))
+        keys = None if known.origin.keys is None else tuple(known.origin.keys[index] for index in good)
+        part = GoodPart(part_of(batch, good), replace(known.origin, keys=keys), batch, (fault, finding))
         if self._is_mean is None:
-            self._is_mean = self._try(replace(micro, batch=part.batch), len(good))
+            self._is_mean = self._try(replace(known, batch=part.batch), len(good))
         if self._is_mean is False:
             self.say("the loss of a batch is not the mean of the losses of its parts")
-        return part if self._is_mean else None
+        if not self._is_mean:
+            return None
+        micro.run.take(part.batch)
+        return part
+
+    def settle(self, micro: Micro, outcome: Outcome, part: GoodPart) -> bool:
+        """After a run of the good samples: whether to go on with them, else the whole batch takes its place again."""
+        if outcome.fault is not None or outcome.error is not None:
+            micro.run.take(part.whole)
+            return False
+        micro.kept = part.why
+        self._replay.batches.exchange(part.whole, part.batch, part.origin)
+        return True
 
     def say(self, reason: str) -> None:
         """Say once why bad batches are skipped as a whole."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from lightning_nanguard.types import Fault
 
 
@@ -46,3 +49,10 @@ def fault_of(outcome: Outcome) -> Fault:
         return outcome.fault
     text = " ".join(f"training_step raised {type(outcome.error).__name__}: {outcome.error}".split())
     return Fault("non_finite_loss", "batch", "loss", None, text[:200])
+
+
+def nan_loss(module: nn.Module) -> Tensor:
+    """A loss of NaN whose gradient is NaN in each trained parameter."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        return torch.stack([p.sum().to(trained[0].device, torch.float32) for p in trained]).sum() * float("nan")

@@ -12,9 +12,12 @@ import torch
 
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.state.step_start import StepClock, StepMemory, StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.forward_again import ForwardAgain
 from lightning_nanguard.trainer.numeric_errors import NumericErrors, is_numeric
 from lightning_nanguard.trainer.private.closures import (
     MicroBatchRun,
@@ -26,16 +29,12 @@ from lightning_nanguard.trainer.private.closures import (
     uncounted,
 )
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.sample_keeper import GoodPart, SampleKeeper
-from lightning_nanguard.trainer.step_outcome import BadLossError, Outcome, fault_of, given
-from lightning_nanguard.trainer.window import Micro, Window, gradients_of
-from lightning_nanguard.types import Fault, Finding
+from lightning_nanguard.trainer.sample_keeper import SampleKeeper
+from lightning_nanguard.trainer.step_outcome import BadLossError, Outcome, fault_of, given, nan_loss
+from lightning_nanguard.trainer.window import NOTHING_LEFT, Micro, Window, give_gradients, gradients_of
+from lightning_nanguard.types import Fault, Reading
 
 _logger = logging.getLogger("lightning_nanguard")
-
-
-_NOTHING_LEFT = Fault("quarantine", "batch", "batch", None, "every sample of the batch is known to be bad")
-"""Why a micro-batch is left out that was not run."""
 
 
 @final
@@ -79,6 +78,7 @@ class StepRunner:
         self._errors = NumericErrors(trainer, module, guard, replay)
         self._keeper = keeper
         self._window = Window(trainer, guard.steps, thresholds)
+        self._forward = ForwardAgain(trainer, module, guard.context, replay, thresholds)
         # Whether a micro-batch is being run again, whether a bad loss may go on to its backward pass, whether the
         # forward pass at hand is over, and what takes its place.
         self._again = self._may_pass = self._forward_over = False
@@ -221,10 +221,17 @@ class StepRunner:
             micro.run, micro.start, backward=not first.early
         ):
             raise first.error
+        if kept is not None:
+            last, counted = kept, counted or kept.fault is not None
+        if self._may_go_back(fault_of(first)):
+            again = self._from_snapshot(micro, first, last, counted=counted, steps=steps)
+            if again.fault is None and again.error is None:
+                return self._over(again.result, steps=steps)
+            last = Outcome(early=True)  # all has been put back to where the micro-batch began
         alone = steps and len(self._window.left_out()) == len(self._window.micros) - 1
-        if kept is None and not self._accumulating() and first.error is None and last.error is None:
+        if not self._accumulating() and first.error is None and last.error is None and not last.early:
             return last.result  # forward and backward have run, and the guard sees what they gave
-        self._rewind(micro, last if kept is None else kept)
+        self._rewind(micro, last)
         if self._accumulating() and not alone and self._check.state_is_finite():
             return self._leave_out(micro, first, after, counted=counted, steps=steps)
         return self._pass_on(micro, first, counted=counted)
@@ -232,38 +239,70 @@ class StepRunner:
     def _with_good_samples(
         self, micro: Micro, first: Outcome, last: Outcome, *, counted: bool, steps: bool
     ) -> Outcome | None:
-        """Run the good samples of a bad micro-batch, from where it began; ``None`` where those are not to be kept."""
+        """Run the good samples of a bad micro-batch; ``None`` where nothing was run, not even put back."""
         if self._keeper is None or not self._memory.repeatable or micro.kept is not None:
             return None
         self._rewind(micro, last)
-        found = self._good_part(micro, fault_of(first))
-        if found is None:
+        part = self._keeper.good_part(micro, fault_of(first))
+        if part is None:
             return Outcome(early=True)
-        (part, finding), whole = found, micro.run.batch
-        micro.run.take(part.batch)
-        with self._repeating(counted=counted), logging_for(self._trainer, part.batch):
+        with self._repeating(counted=counted), logging_for(self._trainer, micro.run.batch):
             # What is wrong with the gradients of a window may come from its other micro-batches.
             outcome = self._attempt(micro, steps=steps and len(self._window.micros) == 1)
-        self._settle(micro, outcome, whole, part, (fault_of(first), finding))
-        return outcome
+        if self._keeper.settle(micro, outcome, part):
+            return outcome
+        self._rewind(micro, outcome)
+        return Outcome(fault=None if outcome.early else fault_of(outcome), early=True)
 
-    def _good_part(self, micro: Micro, fault: Fault) -> tuple[GoodPart, Finding | None] | None:
-        if self._keeper is None or micro.kept is not None or not self._check.state_is_finite():
-            return None
-        with self._replay.suspecting(micro.run.batch_idx):
-            finding = self._check.diagnosis(fault)
-        part = self._keeper.good_part(micro.run.batch)
-        return None if part is None else (part, finding)
+    def _may_go_back(self, fault: Fault) -> bool:
+        ring = self._guard.context.ring
+        if not ring.certified or self._window.left_out():
+            return False
+        if not self._check.may_go_back(fault) or self._replay.batch_finite() is False:
+            return False
+        if self._forward.since(ring.certified[0], self._check.number - 1) is None:
+            return False
+        return not (self._forward.futile and self._check.state_is_finite())
 
-    def _settle(
-        self, micro: Micro, outcome: Outcome, whole: Any, part: GoodPart, why: tuple[Fault, Finding | None]
-    ) -> None:
-        """After a run of the good samples: go on with them where that went well, else with the whole batch."""
-        if outcome.fault is None and outcome.error is None:
-            micro.kept = why
-            self._replay.batches.exchange(whole, *part)
-        else:
-            micro.run.take(whole)
+    def _from_snapshot(self, micro: Micro, first: Outcome, last: Outcome, *, counted: bool, steps: bool) -> Outcome:
+        """The state may be at fault: make the updates since the snapshot again, and then this micro-batch."""
+        snapshot = self._guard.context.ring.certified[0]
+        spoilt = self._check.spoilt_since(snapshot)
+        parameters, earliest = list(self._module.parameters()), self._window.micros[0].start
+        self._rewind(micro, last)
+        gradients = gradients_of(parameters)
+        self._check.rewind()
+        before = self._forward.go(snapshot, self._check.number - 1, then=micro)
+        give_gradients(parameters, gradients)
+        again = last
+        if before is not None:
+            self._check.begin_again(earliest.carried_back)
+            self._window.rewind(micro)
+            with self._repeating(counted=counted):
+                again = self._attempt(micro, steps=steps)
+            if again.fault is None and again.error is None:
+                if first.error is not None and not first.early:
+                    call_after_backward(self._trainer, self._listens)
+                self._check.record_transient(fault_of(first), spoilt=spoilt, since=snapshot)
+                return again
+            self._rewind(micro, again)
+            restore(self._guard.context.learner, before)
+            self._check.begin_again(earliest.carried_back)
+            give_gradients(parameters, gradients)
+            self._forward.futile = True
+        self._window.rewind(micro)
+        return again
+
+    def go_on_from(self, snapshot: Snapshot, bad: Reading | None) -> bool:
+        """After a rollback at the end of a batch: make the updates since the snapshot again; whether that could be.
+
+        Args:
+            snapshot: What the rollback restored.
+            bad: The reading of an update that was bad, where it was made.
+        """
+        if self._guard.swapped or not self._trainer.training:
+            return False  # weights are averages, or modules are in evaluation mode
+        return self._forward.go(snapshot, self._guard.updates, attributes=self._memory, bad=bad) is not None
 
     def _pass_on(self, micro: Micro, first: Outcome, *, counted: bool) -> Any:
         """Run a bad micro-batch through its backward pass, an exception as a loss of NaN."""
@@ -279,15 +318,12 @@ class StepRunner:
         return result if loss is None else loss
 
     def _nan_result(self) -> Any:
-        trained = [p for p in self._module.parameters() if p.requires_grad]
-        with torch.enable_grad():
-            loss = torch.stack([p.sum().to(trained[0].device, torch.float32) for p in trained]).sum() * float("nan")
-        return result_of(self._trainer, loss)
+        return result_of(self._trainer, nan_loss(self._module))
 
     def _pass_over(self, run: MicroBatchRun, start: StepStart) -> Any:
         """Make no forward and no backward pass on a batch whose samples are all known to be bad."""
         micro, steps = self._window.add(run, start), not accumulates(self._trainer)
-        micro.left_out, fault, result = _NOTHING_LEFT, None, self._nan_result()
+        micro.left_out, result = NOTHING_LEFT, self._nan_result()
         if run.zero_grad is not None:
             run.zero_grad()
         try:
@@ -296,12 +332,8 @@ class StepRunner:
                 if self._guard.context.learner.scaler is not None:  # which has to find gradients
                     for parameter in self._module.parameters():
                         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-            elif steps:
-                self._window.weigh(self._gradients)
-                fault = self._check.fault(0, careful=self._careful)
-            if fault is not None and self._may_repeat():
-                return self._window_again(Outcome(result, fault), steps=steps)
-            return self._over(result, steps=steps)
+                return self._over(result, steps=steps)
+            return self._window_over(result, steps=steps)
         finally:
             if steps:
                 self._window.close()
@@ -322,7 +354,7 @@ class StepRunner:
         if steps and len(self._window.micros) > 1:
             self._window.weigh(self._gradients)
             fault = self._check.fault(0, careful=self._careful)
-            if fault is not None:
+            if fault is not None and self._may_repeat():
                 return self._window_again(Outcome(result, fault), steps=steps)
         return self._over(result, steps=steps)
 
@@ -357,7 +389,7 @@ class StepRunner:
             return None
         before = [None] * len(parameters) if micro.run.zero_grad is not None else gradients_of(parameters)
         # What a micro-batch found bad meanwhile had left in attributes is gone, and must not come back.
-        micro.start.restore(attributes=len(self._window.left_out()) == known)
+        micro.start.restore(carried=len(self._window.left_out()) == known)
         attributes = self._memory.attributes_now()
         trace = self._replay.make_undo(thorough=True)
         trace.open()
@@ -366,17 +398,14 @@ class StepRunner:
         good = outcome.fault is None and outcome.error is None
         if good or (only and outcome.error is None and self._keeper is None):
             return outcome.result
-        start = partial(micro.start.restore, attributes=len(self._window.left_out()) == known)
+        start = partial(micro.start.restore, carried=len(self._window.left_out()) == known)
         undo = partial(self._undo_of_window, parameters, before, trace, attributes)
         undo(outcome)
-        found = self._good_part(micro, fault_of(outcome))
-        if found is not None:
-            (part, finding), whole = found, micro.run.batch
-            micro.run.take(part.batch)
+        part = None if self._keeper is None else self._keeper.good_part(micro, fault_of(outcome))
+        if self._keeper is not None and part is not None:
             start()
             again = self._attempt_of_window(micro)
-            self._settle(micro, again, whole, part, (fault_of(outcome), finding))
-            if micro.kept is not None:
+            if self._keeper.settle(micro, again, part):
                 return again.result
             undo(again)
         if only and outcome.error is None:
@@ -399,16 +428,19 @@ class StepRunner:
     ) -> None:
         if not outcome.early and outcome.error is None:
             self._check.drop_last_loss()
-        for parameter, gradient in zip(parameters, before, strict=True):
-            parameter.grad = gradient
+        give_gradients(parameters, before)
         trace.undo()
         attributes.restore(plain=False)
 
     def _over(self, result: Any, *, steps: bool) -> Any:
-        """The micro-batch is over; where the update follows, record what was left out of it."""
+        """The micro-batch is over; where the update follows, keep it, and record what was left out of it."""
+        if self._window.micros:
+            self._window.micros[-1].loss = getattr(result, "loss", None)
         if steps:
+            if not self._window.left_out():
+                self._forward.keep(self._check.number, self._window.micros)
             for micro, fault in self._window.left_out():
-                if fault is _NOTHING_LEFT:
+                if fault is NOTHING_LEFT:
                     continue
                 with self._replay.suspecting(micro.run.batch_idx):
                     self._check.record_left_out(fault)

@@ -18,6 +18,9 @@ from lightning_nanguard.trainer.private.closures import MicroBatchRun, logging_f
 from lightning_nanguard.trainer.private.packages import Trainer
 from lightning_nanguard.types import Fault, Finding
 
+NOTHING_LEFT = Fault("quarantine", "batch", "batch", None, "every sample of the batch is known to be bad")
+"""Why a micro-batch is left out that was not run."""
+
 
 @final
 @dataclass(slots=True, eq=False)
@@ -29,12 +32,14 @@ class Micro:
         start: What it began from, beside weights and buffers.
         left_out: Why the update is made without it; ``None`` where it is a part of it.
         kept: Why the update is made with a part of it only, and the cause; ``None`` where it is with all of it.
+        loss: Its loss; ``None`` where it is not known.
     """
 
     run: MicroBatchRun
     start: StepStart
     left_out: Fault | None = None
     kept: tuple[Fault, Finding | None] | None = None
+    loss: Tensor | None = None
 
 
 @final
@@ -120,3 +125,9 @@ class Window:
 def gradients_of(parameters: Sequence[Tensor]) -> list[Any]:
     """Copies of the gradients of some parameters; ``None`` for one without."""
     return [None if p.grad is None else p.grad.detach().clone() for p in parameters]
+
+
+def give_gradients(parameters: Sequence[Tensor], gradients: Sequence[Any]) -> None:
+    """Give some parameters other gradients."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient

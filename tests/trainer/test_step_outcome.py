@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
-from lightning_nanguard.trainer.step_outcome import Outcome, fault_of, given
+from lightning_nanguard.trainer.step_outcome import Outcome, fault_of, given, nan_loss
 from lightning_nanguard.types import Fault
 
 
@@ -18,3 +20,12 @@ def test_an_exception_is_raised_or_stands_for_a_loss() -> None:
     assert told.message.startswith("training_step raised ValueError: bad bad")
     fault = Fault("odd", "batch", "loss")
     assert fault_of(Outcome(fault=fault)) is fault
+
+
+def test_a_loss_of_nan() -> None:
+    """Its gradient is NaN in each parameter that is trained."""
+    net = nn.Linear(2, 2)
+    net.bias.requires_grad = False
+    nan_loss(net).backward()
+    assert bool(torch.isnan(net.weight.grad).all())
+    assert net.bias.grad is None
