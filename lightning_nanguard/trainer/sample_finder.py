@@ -11,7 +11,15 @@ from typing import Any, final
 
 from torch.utils.data import default_collate
 
-from lightning_nanguard.diagnosis.bad_samples import NOT_FINITE, Bad, Found, SampleFault, judged, non_finite_samples
+from lightning_nanguard.diagnosis.bad_samples import (
+    FAR,
+    NOT_FINITE,
+    Bad,
+    Found,
+    SampleFault,
+    judged,
+    non_finite_samples,
+)
 from lightning_nanguard.diagnosis.batch import samples
 from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm
 from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot
@@ -104,7 +112,7 @@ class SampleFinder:
             # Names must never cost the run they are meant for.
             try:
                 for micro in micros:
-                    mine += self._of(micro, self._state(evidence, good) if run else None, finding, about)
+                    mine += self._of(micro, evidence, finding, about, good, run=run)
             except Exception as error:
                 _logger.debug("NaNGuard: the samples of a bad batch could not be told: %r", error)
         self._take(mine)
@@ -114,17 +122,20 @@ class SampleFinder:
         """The bad samples of a batch that was looked into; none of one that was not."""
         return self._seen.get((origin.epoch, origin.position), {})
 
-    def _state(self, evidence: Evidence, good: Snapshot | None) -> AbstractContextManager[None] | None:
-        if good is not None and not self._context.learner.quasi_newton:  # whose state may be in use
-            return state_of_snapshot(self._context.learner, good)
-        return nullcontext() if evidence.corrupt is None and not evidence.undo else None
+    def _at(self, good: Snapshot | None) -> AbstractContextManager[None] | None:
+        # The state of LBFGS is in use while it runs closures.
+        usable = good is not None and not self._context.learner.quasi_newton
+        return state_of_snapshot(self._context.learner, good) if usable and good is not None else None
 
     def _of(
         self,
         micro: MicroBatch,
-        state: AbstractContextManager[None] | None,
+        evidence: Evidence,
         finding: Finding | None,
         about: MicroBatch | None,
+        good: Snapshot | None,
+        *,
+        run: bool,
     ) -> list[BadSample]:
         origin = micro.origin
         if origin is None or (origin.epoch, origin.position) in self._seen:
@@ -132,18 +143,31 @@ class SampleFinder:
         self._seen[origin.epoch, origin.position] = {}
         if len(self._seen) > self._limits.batches_waiting:
             del self._seen[next(iter(self._seen))]
-        with self.parts(micro, state) as bad:
+        usable = evidence.corrupt is None and not evidence.undo
+        state = (nullcontext() if usable else self._at(good)) if run else None
+        with self._parts(micro, state) as bad:
             # Of a window that is not over, micro-batches are among the healthy ones already.
             own = {id(one.batch) for one in self._replay.batches.newest()}
             healthy = [batch for batch, _ in self._replay.batches.healthy if id(batch) not in own]
             found = judged(micro.batch, healthy, bad, _cause(finding), self._limits)
         if bad is None and finding is not None and micro is about and _blames_samples(finding):
             found = {index: SampleFault(finding.cause) for index in finding.samples} | found
+        elif bad is not None and usable:
+            found = self._confirmed(micro, found, good)
         self._seen[origin.epoch, origin.position] = found
         return self._samples(micro, found)
 
+    def _confirmed(self, micro: MicroBatch, found: Found, good: Snapshot | None) -> Found:
+        """Without the samples that are bad under the weights of now alone: those are at fault there."""
+        doubtful = [index for index, fault in found.items() if fault.cause not in (NOT_FINITE, FAR)]
+        if not doubtful:
+            return found  # the state of a snapshot takes a copy of the learner
+        with self._parts(micro, self._at(good)) as bad:
+            innocent = {index for index in doubtful if bad is not None and bad([index]) is False}
+        return {index: fault for index, fault in found.items() if index not in innocent}
+
     @contextmanager
-    def parts(self, micro: MicroBatch, state: AbstractContextManager[None] | None) -> Iterator[Bad | None]:
+    def _parts(self, micro: MicroBatch, state: AbstractContextManager[None] | None) -> Iterator[Bad | None]:
         """Inside, parts of a batch can be run; gives ``None`` where they cannot.
 
         Args:

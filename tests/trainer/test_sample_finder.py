@@ -14,7 +14,8 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from lightning_nanguard import NaNGuard, sample_hash
+from lightning_nanguard import NaNGuard, SkipStep, sample_hash
+from lightning_nanguard.act.defaults import default_remedies
 from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE, BadSample, merged, read_bad_samples
 from tests.helpers import folder_of, trainer_for
 
@@ -180,3 +181,35 @@ def test_an_epoch_that_is_resumed(tmp_path: Path) -> None:
     assert record.batch_idx == 6
     assert record.finding is not None
     assert record.finding.rows == (7,)
+
+
+class Overflows(LightningModule):
+    """Its weight is made so large in one batch that the largest samples overflow; nothing is wrong with those."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.at = at
+
+    def on_train_batch_start(self, batch: Any, index: int) -> None:
+        if index == self.at:
+            with torch.no_grad():
+                self.weight.fill_(1e17)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return (self.weight * batch[0].abs().amax(1) ** 6).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 1e-12)
+
+
+def test_samples_are_not_blamed_for_the_weights(tmp_path: Path) -> None:
+    """Samples that overflow under weights gone wrong, and do not under the last good ones, are not listed."""
+    data = rows(400)
+    large = [sum(float(x.abs().max()) > 2.5 for x, _ in data[start : start + 8]) for start in range(0, 400, 8)]
+    at = next(index for index, count in enumerate(large) if index >= 20 and count == 1)
+    # Where good samples are to be kept, samples are looked for before the state is suspected.
+    options = {"snapshot_every_n_steps": 2, "remedies": [SkipStep(keep_good_samples=True), *default_remedies()]}
+    guard = trained(DataLoader(data, batch_size=8), tmp_path, Overflows(at), guard=options)
+    assert len(guard.interventions) > 0
+    assert listed(guard) == []
