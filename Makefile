@@ -11,7 +11,7 @@ OLDEST := pytorch-lightning==2.4.0
 ARC_TRAINING := arc-training==5.2.0.post1
 ARC ?= $(HOME)/.cache/lightning-nanguard/arc
 
-.PHONY: diagnose demo test oldest rescue arc bench kills lint types clean
+.PHONY: diagnose demo test oldest rescue arc packages upstream bench kills lint types clean
 
 # Torch goes first and alone: what depends on it must find it in place and not choose another build. DeepSpeed goes last:
 # it is built with the torch that is there, and compiles nothing.
@@ -64,6 +64,12 @@ kills: .venv/.stamp
 # seed a form, RESUME=1 goes on where an interrupted run ended.
 diagnose: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.diagnose --show-failures $(if $(FAST),--draws 1 --healthy 0) $(if $(RESUME),--resume)
+
+# Lightning's own tests with the guard in every Trainer, against the same with an empty callback. SOURCES is a checkout of
+# Lightning's repository at the tag of the installed version, TESTS what of it to run.
+TESTS ?= tests/tests_pytorch/trainer
+upstream: .venv/.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.upstream $(SOURCES) $(TESTS)
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .

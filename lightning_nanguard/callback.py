@@ -25,7 +25,7 @@ from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.build import build_fit
 from lightning_nanguard.trainer.fit import Fit
-from lightning_nanguard.trainer.guard_copies import allow_in_checkpoints, nothing
+from lightning_nanguard.trainer.guard_copies import NO_RUN, allow_in_checkpoints
 from lightning_nanguard.trainer.guard_display import DisplayedGuard
 from lightning_nanguard.trainer.logger_curves import log_settings
 from lightning_nanguard.trainer.never_called import expect_hooks, hooks_called
@@ -168,7 +168,6 @@ class NaNGuard(DisplayedGuard):
         self._run_dir: str | None = None
         self._unwatched = False
         self._gate: ResumeGate | None = None
-        self._undo_gate: Callable[[], None]
         self._multiplier = 1.0
         self._non_finite_rate: float | None = None
         self._before: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
@@ -236,13 +235,13 @@ class NaNGuard(DisplayedGuard):
             if given is None:
                 return
             check_strategy(trainer, pl_module)
-            put_first(trainer, self)
+            self._put_back()
+            self._put_back = put_first(trainer, self)
             log_settings(trainer, self._settings())
             self._undo_gate()
-            folders = [] if given.dirpath is None else [given.dirpath]
             self._gate = ResumeGate(
                 pl_module,
-                folders,
+                [] if given.dirpath is None else [given.dirpath],
                 take=given.resume == "last-good",
                 observe=given.observe,
                 thresholds=given.thresholds.checkpoints,
@@ -393,10 +392,11 @@ class NaNGuard(DisplayedGuard):
 
     def _end(self) -> None:
         self._undo_gate()
-        self._undo_gate = nothing
+        self._put_back()
         for name in ("log", "log_dict"):  # Lightning leaves the module's here, which would keep it alive
             vars(self).pop(name, None)
-        fit, self._fit = self._fit, None
+        fit = self._fit
+        vars(self).update(NO_RUN)
         if fit is None:
             return
         try:
