@@ -165,11 +165,9 @@ class NaNGuard(DisplayedGuard):
         self._loaded: Mapping[str, Any] = {}
         self._resumed_run: str | None = None
         self._run_id: str | None = None
-        self._run_dir: str | None = None
         self._unwatched = False
         self._gate: ResumeGate | None = None
         self._multiplier = 1.0
-        self._non_finite_rate: float | None = None
         self._before: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
 
     # ------------------------------------------------------------------------------------------------ what users read
@@ -187,22 +185,18 @@ class NaNGuard(DisplayedGuard):
     @property
     def run_id(self) -> str | None:
         """Id of the run, which its records and checkpoints carry; ``None`` before the first fit."""
-        return self._run_id
-
-    @property
-    def run_dir(self) -> Path | None:
-        """Folder with the records of the run; ``None`` before the first fit."""
-        return None if self._run_dir is None else Path(self._run_dir)
+        return self._memory.run.get("id")
 
     @property
     def lr_multiplier(self) -> float:
         """What the scheduled learning rates are multiplied by now."""
-        return self._fit.context.rate.ratio() if self._fit is not None else self._multiplier
+        known: float = self._memory.run.get("lr_multiplier", self._multiplier)
+        return self._fit.context.rate.ratio() if self._fit is not None else known
 
     @property
     def non_finite_rate(self) -> float | None:
         """Share of the updates, over all ranks, whose loss or gradient was not finite; ``None`` before a fit's end."""
-        return self._non_finite_rate
+        return self._memory.run.get("non_finite_rate")
 
     @property
     def clip_val(self) -> float | None:
@@ -255,7 +249,8 @@ class NaNGuard(DisplayedGuard):
             return
         resumed, self._resumed_run = self._resumed_run, None
         fit = self._fit = build_fit(trainer, pl_module, given, self._memory, resumed)
-        self._run_id, self._run_dir = fit.folder.run_id, str(fit.folder.path)
+        self._run_id = fit.folder.run_id
+        self._memory.take_run({"id": fit.folder.run_id, "folder": str(fit.folder.path)})
         self._memory.take_advice(fit.advice.given)
         fit.diagnostics.preflight_due = given.preflight and trainer.global_step == 0
         self._before = self._counts()
@@ -384,7 +379,7 @@ class NaNGuard(DisplayedGuard):
             self._fit.guard.finish()
             self._fit.diagnostics.judge_first_updates()
             self._fit.say_if_unseen()
-            self._non_finite_rate = self._fit.non_finite_rate()
+            self._memory.add_to_run(non_finite_rate=self._fit.non_finite_rate())
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say in one line what happened, and let go of the fit."""
@@ -400,7 +395,8 @@ class NaNGuard(DisplayedGuard):
         if fit is None:
             return
         try:
-            self._multiplier, self._updates = fit.context.rate.ratio(), fit.guard.updates
+            self._multiplier = fit.context.rate.ratio()
+            self._memory.add_to_run(updates=fit.guard.updates, lr_multiplier=self._multiplier)
             self._last_state = fit.guard.state_dict()
             faults, remedies = (now - then for now, then in zip(self._counts(), self._before, strict=True))
             fit.say_how_it_went(faults, remedies)

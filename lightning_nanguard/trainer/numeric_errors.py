@@ -23,21 +23,28 @@ from lightning_nanguard.trainer.private.training_step import loss_with_graph
 if TYPE_CHECKING:
     from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 
-_ANOMALY = re.compile(r"Function '\w+' returned nan values")
+# A check of the user's or of a package, or anomaly mode.
+_NOT_FINITE = re.compile(r"\b(nans?|infs?|infinite|infinity|non-?finite|not finite)\b", re.IGNORECASE)
+# Some packages put a constant in the place of a loss that is not finite.
+_NO_GRAPH = "element 0 of tensors does not require grad"
 
 
 def is_numeric(error: BaseException) -> bool:
-    """Whether numbers can be the cause of an exception, by its type.
+    """Whether numbers can be the cause of an exception, by its type and message.
 
-    Checks of values raise ValueError, ArithmeticError or AssertionError, solvers LinAlgError, and
-    ``detect_anomaly`` a RuntimeError. Errors of memory, devices and communication are none of these.
+    Checks of values raise ValueError, ArithmeticError or AssertionError, solvers LinAlgError. ``detect_anomaly`` raises
+    a RuntimeError, and so do checks of the user's own, or an Exception without a type: these name what they found.
+    Errors of memory, devices and communication are none of these.
     """
     unsolved = torch.linalg.LinAlgError  # type: ignore[attr-defined]
     if isinstance(error, (ArithmeticError, AssertionError, unsolved, np.linalg.LinAlgError)):
         return True
     if isinstance(error, ValueError):
         return not isinstance(error, UnicodeError)
-    return isinstance(error, RuntimeError) and _ANOMALY.match(str(error)) is not None
+    if type(error) not in (Exception, RuntimeError):
+        return False
+    message = str(error)
+    return message.startswith(_NO_GRAPH) or _NOT_FINITE.search(message) is not None
 
 
 @final
