@@ -65,10 +65,11 @@ class NumericErrors:
         self._replay = replay
 
     def caused_by_numbers(self, run: MicroBatchRun, start: StepStart, *, backward: bool) -> bool:
-        """Whether the step succeeds with the numbers of a healthy batch, or with the last good weights.
+        """Whether the step succeeds with other numbers in the batch, or with the last good weights.
 
-        A batch of the same structure, shape and index is run, from the same random numbers and attributes, so that an
-        exception with another cause is raised again.
+        The numbers are those of a healthy batch, or zeros in the place of what is not finite. The batch keeps its
+        structure, shape and index, and is run from the same random numbers and attributes, so that an exception with
+        another cause is raised again.
 
         Args:
             run: The micro-batch whose run raised.
@@ -77,12 +78,15 @@ class NumericErrors:
         """
         healthy = self._replay.batches.healthy
         other = with_values_of(run.batch, healthy[-1][0]) if healthy else None
-        if other is not None and self._succeeds(other, run.batch_idx, start, backward=backward):
+        # What a healthy batch holds without harm, such as NaN in a row that was not drawn, may be the cause here.
+        others = [one for one in (other, finite_in(other), finite_in(run.batch)) if one is not None]
+        if any(self._succeeds(one, run.batch_idx, start, backward=backward) for one in others):
             return True
         if not self._context.ring.certified:
             return False
         with self._last_good_weights():
-            return self._succeeds(run.batch, run.batch_idx, start, backward=backward)
+            # Batch and weights may both be bad.
+            return any(self._succeeds(one, run.batch_idx, start, backward=backward) for one in (run.batch, *others))
 
     def _succeeds(self, batch: Any, batch_idx: int, start: StepStart, *, backward: bool) -> bool:
         try:
@@ -122,6 +126,14 @@ def with_values_of(batch: Any, healthy: Any) -> Any:
     source = iter(others)
     made: Callable[[Tensor], Tensor] = lambda tensor: _filled(tensor, next(source))  # noqa: E731
     return mapped(batch, made)
+
+
+def finite_in(batch: Any) -> Any:
+    """The batch with zeros in the place of what is not finite; ``None`` where all of it is finite."""
+    floating = [tensor for tensor in nested_tensors(batch) if tensor.is_floating_point()]
+    if all(bool(torch.isfinite(tensor).all()) for tensor in floating):
+        return None
+    return mapped(batch, lambda one: one.nan_to_num(0.0, 0.0, 0.0) if one.is_floating_point() else one)
 
 
 def _comparable(one: Tensor, other: Tensor) -> bool:

@@ -234,9 +234,9 @@ class StepRunner:
         self._rewind(micro, last)
         if self._accumulating() and not alone and self._check.state_is_finite():
             return self._leave_out(micro, first, after, counted=counted, steps=steps)
-        return self._pass_on(micro, first, counted=counted)
+        return self._pass_on(micro, first, after, counted=counted)
 
-    def _pass_on(self, micro: Micro, first: _Outcome, *, counted: bool) -> Any:
+    def _pass_on(self, micro: Micro, first: _Outcome, after: StepClock, *, counted: bool) -> Any:
         """Run a bad micro-batch through its backward pass, an exception as a loss of NaN."""
         error = first.error
         self._check.raised(error)
@@ -247,6 +247,8 @@ class StepRunner:
             torch.autograd.set_detect_anomaly(False) if stands is not None else nullcontext(),
         ):
             result = micro.run.whole()
+        if stands is not None:
+            after.restore()  # or the next step would draw the same random numbers
         return result if loss is None else loss
 
     def _nan_result(self) -> Any:

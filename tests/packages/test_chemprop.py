@@ -17,7 +17,8 @@ from tests.packages.package import Package, PackageTests
 
 
 def molecules(bad: bool) -> data.MoleculeDataset:
-    """Chains of carbon with other atoms; descriptors of two are NaN, and one is far out."""
+    """Chains of carbon with other atoms; descriptors of two are Inf, and one is far out: NaN is a missing value to
+    the package."""
     random = np.random.default_rng(0)
     made = []
     for index in range(192):
@@ -25,7 +26,7 @@ def molecules(bad: bool) -> data.MoleculeDataset:
         descriptors = random.normal(size=3)
         target = [0.3 * len(chain) + descriptors[0]]
         if bad and index in (60, 61):
-            descriptors[1] = np.nan
+            descriptors[1] = np.inf
         if bad and index == 120:
             descriptors[2] = 1e7
         made.append(data.MoleculeDatapoint.from_smi(f"C{chain}C", y=np.array(target), x_d=descriptors))

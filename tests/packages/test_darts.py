@@ -15,7 +15,7 @@ from darts import TimeSeries
 from darts.models import NBEATSModel
 from darts.utils.serialization import safe_globals
 
-from tests.packages.package import Package, PackageTests
+from tests.packages.package import Package, PackageTests, Seen
 
 
 def series(bad: bool) -> list[TimeSeries]:
@@ -69,7 +69,7 @@ class Darts(Package):
         ours = [
             one for one in torch.serialization.get_safe_globals() if one.__module__.startswith("lightning_nanguard")
         ]
-        with safe_globals([*ours, deque]):
+        with safe_globals([*ours, deque, Seen]):
             return NBEATSModel.load(str(folder / "model.pt"))
 
 

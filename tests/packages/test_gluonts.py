@@ -15,6 +15,7 @@ import pandas as pd
 from gluonts.dataset.common import ListDataset
 from gluonts.model.predictor import Predictor
 from gluonts.torch import SimpleFeedForwardEstimator
+from gluonts.torch.distributions import NormalOutput
 from gluonts.torch.model.simple_feedforward.lightning_module import SimpleFeedForwardLightningModule
 
 from tests.packages.package import Package, PackageTests
@@ -58,6 +59,7 @@ class GluonTS(Package):
             prediction_length=6,
             context_length=24,
             hidden_dimensions=[16],
+            distr_output=NormalOutput(),
             lr=rate,
             batch_size=16,
             num_batches_per_epoch=10,

@@ -35,7 +35,7 @@ def frame(bad: bool) -> pd.DataFrame:
 
 class NeuralForecastPackage(Package):
     lightning = "pytorch_lightning"
-    rate = 1e-2
+    rate = 3e-2
 
     def fit(self, callbacks: list[Any], rate: float, epochs: int, *, bad: bool, folder: Path) -> Any:
         model = MLP(

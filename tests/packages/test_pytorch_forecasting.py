@@ -42,7 +42,7 @@ def data(bad: bool) -> TimeSeriesDataSet:
 
 class PytorchForecasting(Package):
     lightning = "lightning.pytorch"
-    rate = 1e-2
+    rate = 1e-1
     monitor = "train_loss_epoch"
 
     def fit(self, callbacks: list[Any], rate: float, epochs: int, *, bad: bool, folder: Path) -> Any:

@@ -31,15 +31,17 @@ def counts(bad: bool) -> anndata.AnnData:
 
 class Scvi(Package):
     lightning = "lightning.pytorch"
-    rate = 1e-4
+    rate = 1e-3
     monitor = "train_loss_epoch"
 
     def fit(self, callbacks: list[Any], rate: float, epochs: int, *, bad: bool, folder: Path) -> Any:
+        scvi.settings.seed = 1
         model = scvi.model.SCVI(counts(bad), n_hidden=16, n_latent=4)
         model.train(
             max_epochs=epochs,
             accelerator="cpu",
-            train_size=1.0,
+            train_size=0.9,
+            shuffle_set_split=False,
             batch_size=24,
             plan_kwargs={
                 "optimizer": "Custom",

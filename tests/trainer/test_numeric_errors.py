@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.trainer.numeric_errors import is_numeric, with_values_of
-from tests.helpers import Task, fit, mlp, with_bad
+from lightning_nanguard.trainer.numeric_errors import finite_in, is_numeric, with_values_of
+from tests.helpers import Task, batches, fit, mlp, with_bad, with_nan
 
 
 def raised(run: Any) -> BaseException:
@@ -84,6 +85,35 @@ def test_a_batch_with_the_values_of_another() -> None:
 def test_batches_that_cannot_lend_values(bad: Any, good: Any) -> None:
     """Another number of tensors, other shapes or types; and where there are only whole numbers there is nothing."""
     assert with_values_of(bad, good) is None
+
+
+def test_a_batch_without_what_is_not_finite() -> None:
+    """NaN and Inf become zeros, all else stays; there is nothing to be made of a finite batch."""
+    made = finite_in({"x": torch.tensor([1.0, math.nan, -math.inf]), "y": torch.tensor([1])})
+    assert made["x"].tolist() == [1.0, 0.0, 0.0]
+    assert made["y"].tolist() == [1]
+    assert finite_in({"x": torch.zeros(2), "y": torch.tensor([1])}) is None
+    assert finite_in(None) is None
+
+
+class DrawsRows(Task):
+    """Trains on one row of each batch, drawn by chance, and raises where its loss is not finite."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        row = int(torch.randint(len(batch[0]), ()))
+        loss = super().training_step((batch[0][row : row + 1], batch[1][row : row + 1]), batch_idx)
+        if not torch.isfinite(loss):
+            raise Exception("Loss is NaN, training stopped.")
+        return loss
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_bad_rows_that_lie_in_healthy_batches_too() -> None:
+    """Where every batch holds the bad row and few steps draw it, these steps alone are skipped."""
+    guard = NaNGuard()
+    fit(DrawsRows(mlp()), [with_nan(batch, row=3) for batch in batches(count=40)], guard)
+    assert 0 < len(guard.interventions) < 20
+    assert {one.remedies for one in guard.interventions} == {("skip",)}
 
 
 class ChecksItsLoss(Task):
