@@ -1,4 +1,4 @@
-"""A pytest plugin that adds one callback to every Trainer, where Lightning adds those of entry points."""
+"""A pytest plugin that adds one callback to every Trainer, behind those that the test gives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback
-from lightning.pytorch.trainer.connectors import callback_connector
+from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
 
 from lightning_nanguard import NaNGuard
 
@@ -36,10 +36,11 @@ def pytest_runtest_teardown() -> None:
 
 @pytest.fixture(autouse=True)
 def _callback_in_every_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    load = callback_connector._load_external_callbacks
+    init = _CallbackConnector.on_trainer_init
     make = MAKE[os.environ[VARIABLE]]
 
-    def load_with_ours(group: str) -> list[Any]:
-        return [*load(group), make()]
+    def init_with_ours(self: Any, callbacks: Any, *args: Any, **options: Any) -> None:
+        given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+        init(self, [*given, make()], *args, **options)
 
-    monkeypatch.setattr(callback_connector, "_load_external_callbacks", load_with_ours)
+    monkeypatch.setattr(_CallbackConnector, "on_trainer_init", init_with_ours)

@@ -90,7 +90,7 @@ class Memory(Sink, Sequence[Intervention]):
         self._newest = deque(state["newest"], maxlen=state["kept"])
         self.total = int(state["total"])
         self.faults, self.remedies = Counter(state["faults"]), Counter(state["remedies"])
-        self.run = state["run"]
+        self.run = state.get("run", {})  # what earlier versions have pickled has none
 
     @property
     def maxlen(self) -> int:

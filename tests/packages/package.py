@@ -33,6 +33,9 @@ class Seen(Callback):
     def __deepcopy__(self, memo: Any) -> Seen:
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Seen, ()
+
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         self.losses.append(math.nan if loss is None else float(loss))
@@ -52,9 +55,9 @@ class Fitted:
     guard: NaNGuard | None = field(default=None)
 
     def level(self) -> float:
-        """Median of the finite losses in the last quarter of the run."""
+        """Lower quartile of the finite losses in the last quarter of the run: that of batches without an outlier."""
         last = self.seen.losses[-len(self.seen.losses) // 4 :]
-        return float(np.median([loss for loss in last if math.isfinite(loss)]))
+        return float(np.quantile([loss for loss in last if math.isfinite(loss)], 0.25))
 
 
 class Package(ABC):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -69,7 +69,7 @@ class Darts(Package):
         ours = [
             one for one in torch.serialization.get_safe_globals() if one.__module__.startswith("lightning_nanguard")
         ]
-        with safe_globals([*ours, deque, Seen]):
+        with safe_globals([*ours, Counter, deque, Seen]):
             return NBEATSModel.load(str(folder / "model.pt"))
 
 

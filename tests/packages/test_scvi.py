@@ -31,8 +31,7 @@ def counts(bad: bool) -> anndata.AnnData:
 
 class Scvi(Package):
     lightning = "lightning.pytorch"
-    rate = 1e-3
-    monitor = "train_loss_epoch"
+    rate = 1e-2
 
     def fit(self, callbacks: list[Any], rate: float, epochs: int, *, bad: bool, folder: Path) -> Any:
         scvi.settings.seed = 1
