@@ -77,9 +77,11 @@ class NumericErrors:
             backward: Whether the exception was raised in the backward pass.
         """
         healthy = self._replay.batches.healthy
-        other = with_values_of(run.batch, healthy[-1][0]) if healthy else None
-        # What a healthy batch holds without harm, such as NaN in a row that was not drawn, may be the cause here.
-        others = [one for one in (other, finite_in(other), finite_in(run.batch)) if one is not None]
+        others: list[Any] = []
+        if healthy:  # before, an exception is the user's
+            # What a healthy batch holds without harm, such as NaN in a row that was not drawn, may be the cause here.
+            other = with_values_of(run.batch, healthy[-1][0])
+            others = [one for one in (other, finite_in(other), finite_in(run.batch)) if one is not None]
         if any(self._succeeds(one, run.batch_idx, start, backward=backward) for one in others):
             return True
         if not self._context.ring.certified:
