@@ -11,7 +11,7 @@ OLDEST := pytorch-lightning==2.4.0
 ARC_TRAINING := arc-training==5.2.0.post1
 ARC ?= $(HOME)/.cache/lightning-nanguard/arc
 
-.PHONY: diagnose demo test oldest rescue arc packages upstream bench kills lint types clean
+.PHONY: diagnose demo test oldest rescue arc packages upstream bench kills transient lint types clean
 
 # Torch goes first and alone: what depends on it must find it in place and not choose another build. DeepSpeed goes last:
 # it is built with the torch that is there, and compiles nothing.
@@ -72,6 +72,10 @@ packages:
 # What the guard costs, beside clipping and other checks; a quarter of an hour on the CPU, FAST=1 takes a tenth of the rounds.
 bench: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.overhead $(if $(FAST),--fast)
+
+# Strikes 500 runs once each and compares what they leave with the same runs without a fault; about five minutes.
+transient: .venv/.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.transient --seed 1 --runs 500 --output benchmarks/results/transient.json
 
 # Kills 200 runs at random moments and looks at what they leave; about three minutes.
 kills: .venv/.stamp

@@ -25,7 +25,7 @@ Scope = Literal["batch", "learner", "state"]
 class Reading(NamedTuple):
     """What was measured about one update, on the host.
 
-    Made in every step, and so a named tuple, which is the cheapest record that cannot be changed.
+    Made in every step, and so a named tuple: the cheapest record that cannot be changed.
 
     Attributes:
         step: The guard's own count of attempted updates; it never goes back.
@@ -293,12 +293,7 @@ class Advice:
     run: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings.
-
-        Example:
-            >>> Advice(0, 0, "preflight", Finding("dead_relu", 0.9)).to_dict()["finding"]["cause"]
-            'dead_relu'
-        """
+        """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings."""
         return {"schema": SCHEMA_VERSION, **plain(asdict(self))}
 
     @classmethod
@@ -357,8 +352,7 @@ class Comparison:
     """Loss of a batch under the present weights and under the last good ones, with the same random numbers.
 
     Attributes:
-        now: Loss under the present weights. If the faulty update was already made, the lower of this loss and the one
-            read before that update.
+        now: Loss under the present weights; the lower of it and the one read where the faulty update was made.
         then: Loss under the last good weights.
         then_finite: Whether the gradient is finite under the last good weights; ``None`` where it was not computed.
     """
@@ -418,6 +412,9 @@ class Evidence:
         multiplier: The learning-rate multiplier in force.
         undo: True if a batch's faulty update was made before its reading arrived, so that a restore has to undo it.
         ranks: Ranks whose state or batch is not finite; empty where all are concerned, or there is one process.
+        again: Cause of bad state where it came back when the updates since the last good state were made again:
+            ``"optimizer_update"`` or ``"forward_writes_buffer"``, else ``""``; and where it did.
+        told: A finite suspicion since the last good state of which the user was told; ``""`` without one.
     """
 
     step: int
@@ -448,3 +445,5 @@ class Evidence:
     multiplier: float = 1.0
     undo: bool = False
     ranks: tuple[int, ...] = ()
+    again: tuple[str, str] = ("", "")
+    told: str = ""

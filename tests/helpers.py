@@ -24,6 +24,8 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanSquaredError, Metric
 
 from lightning_nanguard import NaNGuard
+from lightning_nanguard.thresholds import Thresholds
+from lightning_nanguard.thresholds.batches import BatchesThresholds, RepeatedStepsThresholds
 
 Batch = tuple[Tensor, Tensor]
 OUTPUTS = 2
@@ -474,6 +476,10 @@ def non_finite(state: Any, where: str = "") -> list[str]:
     if isinstance(state, (list, tuple)):
         return [name for i, value in enumerate(state) for name in non_finite(value, f"{where}/{i}")]
     return []
+
+
+ONCE = Thresholds(batches=BatchesThresholds(repeated=RepeatedStepsThresholds(updates_again=0)))
+"""A rollback stays where it is: the updates since the snapshot are not made again."""
 
 
 def words(guard: NaNGuard) -> list[tuple[str, ...]]:

@@ -994,6 +994,97 @@ def infinite_scale(dice: Dice) -> Problem:
     return _from_the_start(dice, lambda net, x, y: functional.cross_entropy(net(x * net.weight), y), weight)
 
 
+class _ByItsNorm(optim.SGD):
+    """Divides each gradient by its norm."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(group["lr"] * parameter.grad / parameter.grad.norm())
+        return loss
+
+
+def _rests(dice: Dice, make: Callable[[nn.Module], Optimizer], name: str) -> Problem:
+    """From some batch on all inputs are zero, and so is the gradient of the first layer's weight."""
+    at = _moment(dice)
+    batches = dice.regression(at + 8)
+    for x, _ in batches[at:]:
+        x.zero_()
+    net = dice.mlp(8, 2, norm=False, dropout=False)
+    place = rf"^{name} \(float32.*\), (parameter net\.\d\.weight|optimizer state)"
+    return Problem(Net(net, squared, make), batches, "optimizer_update", place, None, at + 8)
+
+
+def adam_without_eps(dice: Dice) -> Problem:
+    eps, rate = dice.choice([0.0, 1e-50]), dice.near(1e-3)
+    kind = dice.choice([optim.Adam, optim.AdamW])
+    return _rests(dice, lambda net: kind(net.parameters(), rate, betas=(0.9, 0.0), eps=eps), kind.__name__)
+
+
+def rmsprop_without_eps(dice: Dice) -> Problem:
+    rate = dice.near(1e-3)
+    return _rests(dice, lambda net: optim.RMSprop(net.parameters(), rate, alpha=0.0, eps=0.0), "RMSprop")
+
+
+def by_the_norm(dice: Dice) -> Problem:
+    rate = dice.near(0.01)
+    return _rests(dice, lambda net: _ByItsNorm(net.parameters(), rate), "_ByItsNorm")
+
+
+class _Written(nn.Module):
+    """Subtracts what it has written into a buffer at the batch before."""
+
+    seen: Tensor
+
+    def __init__(self, width: int, make: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.make = make
+        self.register_buffer("seen", torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shifted = x - self.seen
+        if self.training:
+            self.seen.copy_(self.make(x.detach()))
+        return shifted
+
+
+def _writes(dice: Dice, make: Callable[[Tensor], Tensor], spoil: Callable[[Tensor, Tensor], Pair]) -> Problem:
+    at = _moment(dice)
+    batches = dice.regression(at + 8)
+    batches[at] = spoil(*batches[at])
+    net = nn.Sequential(_Written(8, make), dice.mlp(8, 2, norm=False))
+    module = Net(net, squared, dice.optimizer())
+    place = r"buffer net.0.seen of _Written \(faulty.py:\d+\)"
+    return Problem(module, batches, "forward_writes_buffer", place, None, at + 8)
+
+
+def empty_cluster(dice: Dice) -> Problem:
+    """The mean of the samples near a point, of which there are none in one batch."""
+
+    def make(x: Tensor) -> Tensor:
+        near = x[:, 0] > -9
+        return x[near].sum(0) / near.sum() / 10
+
+    return _writes(dice, make, lambda x, y: (torch.cat([x[:, :1].clamp(-1, 1) - 10, x[:, 1:]], 1), y))
+
+
+def variance_of_one(dice: Dice) -> Problem:
+    """The spread over a batch of one sample."""
+    return _writes(dice, lambda x: x.std(0) / 10, lambda x, y: (x[:1], y[:1]))
+
+
+def unused_feature(dice: Dice) -> Problem:
+    """Shares of the features' sums, one of which is zero in one batch."""
+    return _writes(
+        dice, lambda x: (x / x.abs().sum(0)).mean(0),
+        lambda x, y: (torch.cat([torch.zeros(len(x), 1), x[:, 1:]], 1), y),
+    )  # fmt: skip
+
+
 FAULTY: tuple[Form, ...] = tuple(
     Form(cause, make.__name__, make)
     for cause, makes in {
@@ -1012,6 +1103,8 @@ FAULTY: tuple[Form, ...] = tuple(
         "division_by_zero": (standardised_by_hand, empty_mask, mean_of_nothing, masked_row, cosine_by_hand),
         "sqrt_at_zero": (distance, root_behind_where, power),
         "low_precision_overflow": (half_square, half_cast, half_scores),
+        "optimizer_update": (adam_without_eps, rmsprop_without_eps, by_the_norm),
+        "forward_writes_buffer": (empty_cluster, variance_of_one, unused_feature),
         "corrupted_state": (nan_weight, flipped_weight, bad_statistics, bad_moment),
         "exploding_gradient": (steep_layer, steep_term, through_time),
         "learning_rate_too_high": (

@@ -80,6 +80,8 @@ def damage(path: Path) -> str:
     checked = getattr(torch.serialization, "get_crc32_options", lambda: True)()
     try:
         with zipfile.ZipFile(path) as file:
+            if any(one.compress_type != zipfile.ZIP_STORED for one in file.infolist()):
+                return "it is no checkpoint (it holds compressed records, which torch does not write)"
             record = file.testzip() if checked else None
     except (OSError, zipfile.BadZipFile) as error:
         return f"it cannot be read ({error})"
@@ -111,6 +113,8 @@ def inspect(
     """
     if path.is_dir():
         return Inspection(path, "it is a folder of shards, whose index is a pickle and is not opened here")
+    if path.exists() and not path.is_file():
+        return Inspection(path, "it is no file")
     try:
         wrong = damage(path)
         if wrong:

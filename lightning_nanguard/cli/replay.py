@@ -1,9 +1,13 @@
-"""``nanguard replay``: the batch of an incident, run again."""
+"""``nanguard replay``: the batch of an incident, run again.
+
+An incident may come from somebody else: only code that the command line names is run.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", type=Path, help="folder of the incident")
     parser.add_argument("--module", help="class of the module, or a function that makes it: package.file:Class")
-    parser.add_argument("--args", type=json.loads, metavar="JSON", help="its arguments; else those it saved itself")
+    parser.add_argument(
+        "--args", type=json.loads, metavar="JSON", help="its arguments; else a class gets those it saved itself"
+    )
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -32,15 +38,27 @@ def run(chosen: argparse.Namespace) -> int:
     from lightning_nanguard.diagnosis.bundle import describe, read, versions
     from lightning_nanguard.trainer.offline_replay import replay_bundle
     from lightning_nanguard.trainer.private.messages import without_messages
+    from lightning_nanguard.trainer.private.packages import is_module_class
 
-    bundle = read(chosen.bundle)
-    say(describe(bundle))
-    other = {name: was for name, was in bundle.versions.items() if versions().get(name) != was}
+    incident = read(chosen.bundle, with_batch=False)
+    say(describe(incident))
+    other = {name: was for name, was in incident.versions.items() if versions().get(name) != was}
     if other:
         say(f"versions then: {', '.join(f'{name} {was}' for name, was in other.items())}")
-    build = load(chosen.module or bundle.module)
+    if chosen.module is None:
+        raise ValueError(
+            "Which module? An incident never chooses the code that runs: give its class, or a function that makes it. "
+            f"The run's was {incident.module}: if you trust that, --module {shlex.quote(incident.module)}"
+        )
+    build = load(chosen.module)
     with without_messages():
-        replayed = replay_bundle(bundle, build(**(bundle.hparams if chosen.args is None else chosen.args)))
+        # What the incident holds is given to the class of a module alone.
+        saved = incident.hparams if is_module_class(build) else {}
+        module = build(**(saved if chosen.args is None else chosen.args))
+        if not is_module_class(type(module)):
+            raise ValueError(f"{chosen.module} made a {type(module).__name__}, which is no LightningModule.")
+        bundle = read(chosen.bundle)
+        replayed = replay_bundle(bundle, module)
     _show(replayed)
     found = replayed.finding
     same = found is not None and (bundle.finding is None or bundle.finding.cause == found.cause)

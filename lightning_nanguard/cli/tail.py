@@ -13,7 +13,7 @@ from typing import Any, TypeVar, final
 
 from lightning_nanguard.cli.explain import headline
 from lightning_nanguard.cli.output import say
-from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE
+from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_whole
 from lightning_nanguard.record.messages import describe_advice, tell, tell_again
 from lightning_nanguard.record.run_folder import is_alive
 from lightning_nanguard.record.run_log import find_runs, read_run
@@ -80,9 +80,7 @@ class NewLines:
             parse: Makes a record of its values.
         """
         try:
-            with open(self._path, "rb") as file:
-                file.seek(self._read)
-                data = file.read()
+            data = read_whole(self._path, self._read)
         except OSError:
             return
         whole = data.rpartition(b"\n")[0]

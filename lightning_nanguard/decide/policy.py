@@ -78,11 +78,29 @@ class Policy:
                 return (), state
         if scope is None:
             return (), state
-        if scope == "state" and state.unproven.count(_where(fault)) >= self.thresholds.same_restores:
+        if evidence.again[0]:
+            where, scope = _where(fault, evidence), "state"
+            times = sum(place == where for _, place in state.restores)
+            if times >= self.thresholds.same_updates:
+                return (Stop(f"{times} rollbacks did not help: an update of finite numbers makes {where}"),), state
+        elif scope == "state" and state.unproven.count(_where(fault)) >= self.thresholds.same_restores:
             scope = "learner"  # the same action would have the same result
         if scope == "batch":
             return self._skip(fault, evidence, state)
         return self._go_back(fault, evidence, state, scope)
+
+    def may_go_forward_again(self, fault: Fault, step: int, state: PolicyState) -> bool:
+        """Whether a rollback for a fault is allowed, after which the updates since the snapshot are made again."""
+        state, budget, where = within_window(state, step - self.budget.window), self.budget, _where(fault)
+        here = sum(place == where for _, place in state.restores)
+        within = len(state.restores) < budget.max_rollbacks and here < budget.max_rollbacks_per_place
+        useful = state.unproven.count(where) < self.thresholds.same_restores
+        return within and useful and any(one.role == "restore" for one in self.remedies)
+
+    def count_forward_again(self, fault: Fault, step: int, state: PolicyState) -> PolicyState:
+        """Count such a rollback like any other."""
+        state, where = within_window(state, step - self.budget.window), _where(fault)
+        return replace(state, restores=(*state.restores, (step, where)), unproven=(*state.unproven, where))
 
     def _most_in_a_row(self, *, start: bool = False) -> int:
         budget = self.budget
@@ -197,7 +215,7 @@ class Policy:
     def _count_restore(
         self, fault: Fault, evidence: Evidence, state: PolicyState, plan: Plan
     ) -> tuple[Plan, PolicyState]:
-        where = _where(fault)
+        where = _where(fault, evidence)
         state = replace(state, restores=(*state.restores, (evidence.step, where)))
         failed = state.unproven.count(where)
         state = replace(state, unproven=(*state.unproven, where))
@@ -212,5 +230,6 @@ class Policy:
         return plan, state
 
 
-def _where(fault: Fault) -> str:
-    return f"{fault.kind} at {fault.place}"
+def _where(fault: Fault, evidence: Evidence | None = None) -> str:
+    cause, place = ("", "") if evidence is None else evidence.again
+    return f"{place} bad ({cause})" if cause else f"{fault.kind} at {fault.place}"

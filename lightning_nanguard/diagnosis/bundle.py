@@ -53,7 +53,7 @@ class Bundle:
     """An incident: a faulty update with all that running it again takes.
 
     Attributes:
-        module: Class of the module, ``"package.file:Class"``.
+        module: Class of the module, ``"package.file:Class"``: a hint for people, which is never imported.
         hparams: What the module saved of its arguments (``save_hyperparameters``), as far as JSON knows it.
         fault: What was found.
         evidence: What was known about it.
@@ -126,21 +126,39 @@ def write(bundle: Bundle, folder: Path) -> None:
     (folder / _REST).write_text(json.dumps(rest, indent=2, allow_nan=False), encoding="utf-8")
 
 
-def read(folder: Path) -> Bundle:
+def read(folder: Path, *, with_batch: bool = True) -> Bundle:
     """Read an incident, also one that an earlier version wrote.
+
+    Nothing is imported for it: the classes of its batch must have been imported before.
+
+    Args:
+        folder: Where it is.
+        with_batch: Whether the batch is put together, too; else there is none.
 
     Raises:
         FileNotFoundError: When the folder holds none.
-        ValueError: When it was written by a later version.
+        ValueError: When it was written by a later version or is damaged, or its batch holds objects of a class that has
+            not been imported.
     """
-    if not (folder / _REST).is_file():
-        raise FileNotFoundError(f"{folder} holds no incident: there is no {_REST} in it.")
-    rest = json.loads((folder / _REST).read_text(encoding="utf-8"))
-    if rest["schema"] > _SCHEMA:
-        raise ValueError(f"{folder} was written by a later version: update lightning-nanguard to read it.")
-    tensors: dict[str, Tensor] = safetensors().load_file(folder / _TENSORS)
+    for name in (_REST, _TENSORS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no incident: there is no {name} in it.")
+    library = safetensors()
+    try:
+        rest = json.loads((folder / _REST).read_text(encoding="utf-8"))
+        if rest["schema"] > _SCHEMA:
+            raise ValueError(f"{folder} was written by a later version: update lightning-nanguard to read it.")
+        return _bundle(rest, library.load_file(folder / _TENSORS), with_batch=with_batch)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # the file may hold anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder} is damaged, or was not written by lightning-nanguard ({reason}).") from error
+
+
+def _bundle(rest: Mapping[str, Any], tensors: Mapping[str, Tensor], *, with_batch: bool) -> Bundle:
     micros = []
-    for number, micro in enumerate(rest["batches"]):
+    for number, micro in enumerate(rest["batches"] if with_batch else ()):
         random = tuple(tensors[name] for name in sorted(tensors) if name.startswith(f"random/{number}/"))
         micros.append(MicroBatch(micro["update"], micro["index"], put_together(micro["structure"], tensors), random))
     return Bundle(

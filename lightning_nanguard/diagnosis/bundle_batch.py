@@ -1,12 +1,18 @@
-"""A batch of an incident as JSON and named tensors, without pickle."""
+"""A batch of an incident as JSON and named tensors, without pickle.
+
+An incident may come from somebody else, and what it says must not run code. So a class that it names is never imported,
+only looked up among what the program has imported. Of Python's own classes only containers are made, and no constructor
+gets an argument but the items of a container.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 import weakref
-from collections import deque
+from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Mapping
-from importlib import import_module
+from types import SimpleNamespace
 from typing import Any, final
 
 import numpy as np
@@ -19,6 +25,7 @@ from lightning_nanguard.measure.tensors import local
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _BY_ROWS = (torch.sparse_csr, torch.sparse_bsr)
 _BY_COLUMNS = (torch.sparse_csc, torch.sparse_bsc)
+_OF_PYTHON = (set, frozenset, deque, OrderedDict, defaultdict, Counter, UserDict, UserList, SimpleNamespace)
 
 
 def take_apart(batch: Any, name: str, tensors: dict[str, Tensor], missing: list[str]) -> dict[str, Any]:
@@ -37,7 +44,7 @@ def put_together(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     """The batch of a structure.
 
     Raises:
-        ValueError: When a class in it is not found, or cannot be made.
+        ValueError: When a class in it has not been imported, or cannot be made.
     """
     return _Maker(tensors).make(structure)
 
@@ -71,7 +78,7 @@ class _Taker:
         if plain:
             return {"dict": self._pairs(parts, name)}
         self._objects[id(value)] = len(self._objects), value
-        how = _how(value)
+        how = _how(kind)
         return {"object": [home, how, self._pairs(attributes_of(value) if how == "attributes" else parts, name)]}
 
     def _pairs(self, parts: Parts, name: str) -> list[Any]:
@@ -119,8 +126,11 @@ class _Maker:
 
     def _object(self, home: str, how: str, pairs: list[Any]) -> Any:
         kind, number = _class(home), len(self._objects)
-        if kind is None:
-            raise ValueError(f"The batch holds a {home}, which is not found. Replay it where that can be imported.")
+        if kind is None or how != _how(kind):
+            raise ValueError(
+                f"The batch holds a {home}, which is not found: classes that an incident names are not imported. Give "
+                "--module a file that imports it."
+            )
         self._objects.append(None)
         try:
             # Without the constructor, whose arguments are not known; what it leads to may lead back to it.
@@ -197,25 +207,29 @@ def _odd_tensor(kind: str, content: Any, tensors: Mapping[str, Tensor]) -> Tenso
     )
 
 
-def _layout(name: str) -> Any:
-    return getattr(torch, name.removeprefix("torch."))
+def _layout(name: str) -> torch.layout:
+    layout = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(layout, torch.layout):
+        raise ValueError(f"there is no layout {name!r} of tensors.")
+    return layout
 
 
-def _how(value: Any) -> str:
+def _how(kind: type[Any]) -> str:
     """How an object is made anew: of its items by key, of its items in their order, or of its attributes."""
-    if isinstance(value, dict):
+    if issubclass(kind, dict):
         return "mapping"
-    if hasattr(value, "_fields") and isinstance(value, tuple):
+    if hasattr(kind, "_fields") and issubclass(kind, tuple):
         return "named"
-    return "items" if isinstance(value, (list, tuple, set, frozenset, deque)) else "attributes"
+    return "items" if issubclass(kind, (list, tuple, set, frozenset, deque)) else "attributes"
 
 
 def _class(home: str) -> Any:
+    """The class of that name where it has been imported and may be made; ``None`` otherwise."""
     package, _, name = home.partition(":")
-    try:
-        found: Any = import_module(package)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError):
+    found: Any = sys.modules.get(package)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, type) or hasattr(found, "__del__"):
         return None
-    return found if isinstance(found, type) else None
+    of_python = found.__module__.partition(".")[0] in sys.stdlib_module_names
+    return None if of_python and found not in _OF_PYTHON else found

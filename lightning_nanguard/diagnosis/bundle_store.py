@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -59,7 +60,8 @@ class BundleStore:
                 error,
             )
             return None
-        _logger.warning("NaNGuard: the batch and the state before the step are in %s: nanguard replay %s", path, path)
+        command = shlex.join(["nanguard", "replay", str(path), "--module", bundle.module])
+        _logger.warning("NaNGuard: the batch and the state before the step are in %s: %s", path, command)
         return path
 
 

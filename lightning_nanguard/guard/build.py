@@ -113,7 +113,7 @@ def build_guard(
             rates=RateWatch(context, skipper, recorder, schedulers or {}),
             recorder=recorder,
             saving=_saving(context, recorder),
-            steps=StepCheck(context, loop, meter, caution, recorder, undos),
+            steps=StepCheck(context, loop, meter, caution, recorder, policy, undos),
             undos=undos,
         )
     )

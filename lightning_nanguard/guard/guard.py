@@ -208,7 +208,7 @@ class Guard:
         finally:
             self._open = self._updated = False
             self._judge.readings = []
-            self._state.raised = None
+            self._state.raised, self._state.again = None, ("", "")
             self._parts.meter.end_batch()
             self._parts.skipper.skipped.clear()
         return not found

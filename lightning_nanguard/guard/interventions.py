@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import final
 
 from lightning_nanguard.act.base import Remedy
@@ -108,6 +109,7 @@ class Interventions:
     def _tell(self, fault: Fault) -> None:
         if fault.since is not None:
             return  # the rise is over, and nothing else speaks against the weights
+        self._context.state.told = self._context.state.step, f"at update {self._context.state.step} {fault.message}"
         evidence = {} if fault.value is None else {"value": fault.value}
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
         suggestion = (
@@ -142,8 +144,13 @@ class Interventions:
         mine = self._loop.diagnose(found.fault, evidence, look, found.reading.step)
         finding = most_confident_over_ranks(context.ranks, mine)
         plan = within_curvature(spare_rate(plan, finding, evidence), finding, before[0] if before else None)
+        state.went_on = False
         done = self._runner.apply(plan, found, known_until)
+        if state.again != evidence.again:  # found out by a rollback
+            known = replace(evidence, again=state.again)
+            finding = self._loop.diagnose(found.fault, known, "nothing", found.reading.step) or finding
         words = tuple(self._remedies[type(step)].word for step in done)
+        words += ("redo",) if state.went_on else ()
         place = evidence.corrupt if evidence.corrupt is not None else found.fault.place
         # A late reading is recorded under its own batch, not under the present one.
         clock = self._recorder.clock_of(found.reading.step) if found.late else self._loop.clock()

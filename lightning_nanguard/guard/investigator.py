@@ -176,7 +176,7 @@ class Investigator:
         rate = next(iter(self._context.rate.effective()), None)
         since = target.step if target is not None else 0
         before = None if target is None else target.rate
-        rates = self._context.state.rates
+        rates, told = self._context.state.rates, self._context.state.told
         return replace(
             known,
             first=history.first if history.first is not None else 0.0,
@@ -189,6 +189,8 @@ class Investigator:
             highest_lr=max((one for step, one in rates if step >= since), default=rate),
             lowest_lr=min((one for _, one in rates), default=rate),
             multiplier=self._context.rate.ratio(),
+            again=self._context.state.again,
+            told="" if told is None or told[0] < since else told[1],
         )
 
     def _sound(self, fault: Fault) -> int | None:

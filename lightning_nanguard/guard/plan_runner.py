@@ -17,7 +17,9 @@ from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.remedy_actions import RemedyActions
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.restore import restore
-from lightning_nanguard.types import Plan, PlanStep, Scale, Skip, Stop
+from lightning_nanguard.types import Clip, DropMoments, Plan, PlanStep, Restore, Scale, Skip, Stop
+
+_CORRECTIONS = (Clip, DropMoments, Scale)
 
 
 class PlanRunner(Protocol):
@@ -94,14 +96,33 @@ class ActingRunner:
             self._actions.skip()  # a restore, too, leaves nothing of the batch behind
         if any(isinstance(step, Stop) for step in plan):
             self._leave_good()
+        made: list[PlanStep] = []
+        may_go_on = found.fault.scope == "state" or not any(isinstance(step, _CORRECTIONS) for step in plan)
+        went_on = False
         for step in plan:
+            if went_on and isinstance(step, _CORRECTIONS):
+                continue  # the state had gone bad by itself, and nothing has to be corrected
             self._remedies[type(step)].apply(step, self._actions)
+            made.append(step)
+            went_on |= isinstance(step, Restore) and may_go_on and self._go_on(found)
         # After a restore no reading is on its way any more.
         if self._context.state.restored is not None:
             self._readback.update_undone(found, statistics=self._plausibility.watches_statistics)
         kept = self._context.rate.effective() == before
         # Where clipping alone is enough, a cut that was planned has not been made.
-        return [step for step in plan if not (kept and isinstance(step, Scale) and step.clipped)]
+        return [step for step in made if not (kept and isinstance(step, Scale) and step.clipped)]
+
+    def _go_on(self, found: FoundFault) -> bool:
+        """After a restore: make the updates since the snapshot again; whether they ended in a good state."""
+        state, learner = self._context.state, self._context.learner
+        if state.restored is None or state.go_on is None:
+            return False
+        self._skipper.skipped.clear()  # these updates must be made
+        state.went_on = state.go_on(state.restored, found.reading if found.reached else None)
+        if state.went_on and self._plausibility.is_far(found.fault.place):
+            restore(learner, state.restored)
+            state.went_on = False
+        return state.went_on
 
     def _leave_good(self) -> None:
         ring, learner = self._context.ring, self._context.learner

@@ -16,6 +16,7 @@ from lightning_nanguard.state.device import DeviceTimer, cuda_device
 from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.interval import Interval
 from lightning_nanguard.state.learner import Learner, StateKey
+from lightning_nanguard.state.moment_bound import MomentScreen
 from lightning_nanguard.state.norm_screen import NormScreen
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.ring import Ring
@@ -72,7 +73,7 @@ class SnapshotManager:
         )
         self._agreement = SnapshotAgreement(self._ranks, self._interval.updates)
         self._device_timer = DeviceTimer()
-        self._screen = NormScreen(())
+        self._screen, self._moments = NormScreen(()), MomentScreen({})
         # State keys of tensors whose norm is larger than one element may be.
         self._wide: set[StateKey] = set()
         self._resumed: Mapping[str, Any] | None = None
@@ -121,6 +122,7 @@ class SnapshotManager:
             return False
         first = capture()
         first.typical, first.level = self._screen.typical, level
+        self._plausibility.moments.exempt(self._moments)
         self._ring.certify()
         if resumed["pending"] is not None:
             pending = capture()
@@ -157,6 +159,7 @@ class SnapshotManager:
         self._ring.add(snapshot)
         # Of the live state, whose values the snapshot has: the snapshot may lie far away, and not be there yet.
         self._screen = NormScreen(self._finite.to_be_finite(leaves.items()), self._wide)
+        self._moments = self._plausibility.moments.screen(leaves)
         if self._many:
             snapshot.wait()
             self._agreement.judge(snapshot, self._check(snapshot, healthy_steps))
@@ -182,7 +185,7 @@ class SnapshotManager:
 
     def judged(self, pending: Snapshot) -> bool:
         """Whether it is known, on all ranks, without waiting, what to think of ``pending``."""
-        return self._agreement.judged(pending) if self._many else self._screen.arrived()
+        return self._agreement.judged(pending) if self._many else self._screen.arrived() and self._moments.arrived()
 
     def objection(self, pending: Snapshot, healthy_steps: int) -> tuple[Fault | None, tuple[int, ...]]:
         """Why ``pending`` cannot be certified, ``None`` where it can, and the ranks concerned."""
@@ -211,7 +214,9 @@ class SnapshotManager:
         self._placement.unchanged = {key for key, size in pending.typical.items() if before.get(key) == size}
         beyond = self._plausibility.screen(self._screen, before, healthy_steps)
         self._wide |= beyond
-        return self._look_into(pending, healthy_steps) if beyond else None
+        if not self._ring.certified:
+            self._plausibility.moments.exempt(self._moments)
+        return self._look_into(pending, healthy_steps) if beyond or self._moments.beyond() else None
 
     def _look_into(self, pending: Snapshot, healthy_steps: int) -> Fault | None:
         pending.wait()

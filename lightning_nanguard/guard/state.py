@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
 from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.types import Reading
 
 
 @final
@@ -23,6 +24,11 @@ class GuardState:
         bad_in_a_row: Bad batches since the last healthy one.
         policy: What the policy remembers.
         restored: The snapshot that the present intervention restored; ``None`` where it restored none.
+        go_on: Makes the updates since a snapshot again after a rollback, and gives whether it could; it is given the
+            reading of the update that was bad, where one was made. ``None`` where the loop cannot.
+        went_on: Whether the updates since it were made again in the present intervention.
+        again: What spoilt the state when updates were made again, as in :attr:`Evidence.again`.
+        told: Update and words of the last finite suspicion that the user was told of; ``None`` before.
         raised: The exception of ``training_step`` that the next non-finite loss stands for, in words.
         unrestored: What is still not finite after the present intervention has restored a snapshot, in words.
         rates: Step and effective learning rate of the first group, for each step at which it changed.
@@ -34,6 +40,10 @@ class GuardState:
     bad_in_a_row: int = 0
     policy: PolicyState = field(default_factory=PolicyState)
     restored: Snapshot | None = None
+    go_on: Callable[[Snapshot, Reading | None], bool] | None = None
+    went_on: bool = False
+    again: tuple[str, str] = ("", "")
+    told: tuple[int, str] | None = None
     raised: str | None = None
     unrestored: str | None = None
     rates: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=1024))

@@ -9,6 +9,8 @@ from typing import final
 
 from torch import Tensor
 
+from lightning_nanguard.decide.policy import Policy
+from lightning_nanguard.diagnosis.state_comparison import unexplained_change
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.loop import TrainingLoop
@@ -16,6 +18,7 @@ from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.measure.tensors import is_on_host
 from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Evidence, Fault, Finding, Reading
 
 
@@ -31,6 +34,7 @@ class StepCheck:
         meter: Measures.
         caution: Says which updates are read before they are made.
         recorder: Records what was made again.
+        policy: Says whether a rollback is allowed.
         undos: The first one undoes what the batch at hand changed.
     """
 
@@ -41,6 +45,7 @@ class StepCheck:
         meter: Meter,
         caution: Caution,
         recorder: InterventionRecorder,
+        policy: Policy,
         undos: deque[BatchUndo],
     ) -> None:
         self._context = context
@@ -48,6 +53,7 @@ class StepCheck:
         self._meter = meter
         self._caution = caution
         self._recorder = recorder
+        self._policy = policy
         self._undos = undos
         self._limits = context.thresholds.batches.repeated
         # How often a fault at a place was gone when its step was made again.
@@ -107,6 +113,15 @@ class StepCheck:
         """Have one more function called where the batch at hand, or the window, is left out."""
         self._undos[0].also(undo)
 
+    def begin_again(self, undo: Callable[[], None]) -> None:
+        """The batch at hand begins anew, from another state: remember what it may change.
+
+        Args:
+            undo: Called too where the batch is left out.
+        """
+        self._undos[0].open()
+        self._undos[0].also(undo)
+
     def drop_losses(self) -> None:
         """Forget the losses that were seen: their micro-batches are run again."""
         self._meter.drop_early()
@@ -116,37 +131,82 @@ class StepCheck:
         """Forget the newest loss that was seen: its micro-batch is left out."""
         self._meter.drop_last_loss()
 
+    def corrupt(self) -> str | None:
+        """A tensor of the learner that is not finite, in words; ``None`` where all are."""
+        return self._context.corrupt()[0]
+
+    def may_go_back(self, fault: Fault) -> bool:
+        """Whether a rollback for a fault is allowed."""
+        return self._policy.may_go_forward_again(fault, self.number, self._context.state.policy)
+
     def state_is_finite(self) -> bool:
         """Whether the learner is finite, so that the batch or the step is at fault."""
-        return self._context.corrupt()[0] is None
+        return self.corrupt() is None
+
+    @property
+    def number(self) -> int:
+        """Number of the update that is about to be made."""
+        return self._context.state.step + 1
 
     def raised(self, error: BaseException | None) -> None:
         """The next loss that is not finite stands for an exception of ``training_step``; ``None`` where it does not."""
         text = "" if error is None else " ".join(str(error).split())[: self._limits.message]
         self._context.state.raised = None if error is None else f"training_step raised {type(error).__name__}: {text}"
 
-    def record_transient(self, fault: Fault) -> None:
-        """Put on record that a fault was gone when its step was made again."""
+    def spoilt_since(self, snapshot: Snapshot) -> tuple[str, str]:
+        """The tensor that has gone bad by itself since a snapshot, and how; empty where that cannot be told."""
+        corrupt = self.corrupt()
+        if corrupt is not None:
+            return corrupt, "is no longer finite"
+        change = unexplained_change(self._context.learner, snapshot)
+        return ("", "") if change is None else (change.name, f"went from {change.before:.4g} to {change.now:.4g}")
+
+    def record_transient(
+        self, fault: Fault, *, spoilt: tuple[str, str] = ("", ""), since: Snapshot | None = None
+    ) -> None:
+        """Put on record that a fault was gone when its step was made again.
+
+        Args:
+            fault: The fault.
+            spoilt: What of the state had gone bad, and how.
+            since: The snapshot since which all updates were made again, where the state had gone bad by itself;
+                ``None`` where the step alone was.
+        """
+        state = self._context.state
+        if since is not None:
+            state.policy = self._policy.count_forward_again(fault, self.number, state.policy)
+        tensor, how = spoilt
+        if tensor:
+            fault = replace(fault, place=tensor)
         self.transient[fault.place] += 1
         times = self.transient[fault.place]
         suggestion = "The step was made again from its own state, batch and random numbers, and the fault was gone."
+        if since is not None:
+            what = f"{tensor} {how}" if tensor else "The state had gone bad"
+            suggestion = (
+                f"{what} by itself. The updates since the snapshot at update {since.step} were made "
+                "again from their own batches and random numbers, and the fault was gone."
+            )
         if times >= self._limits.test_device:
             suggestion += " It keeps happening at this place: test the device."
-        finding = Finding("transient", 0.9, {"times": float(times)}, fault.place, suggestion=suggestion)
-        self._record(fault, "redo", finding)
+        cause = "corrupted_state" if tensor else "transient"
+        finding = Finding(cause, 0.9, {"times": float(times)}, fault.place, suggestion=suggestion)
+        words = ("redo",) if since is None else ("restore", "redo")
+        self._record(fault, *words, finding=finding, restored=since)
 
     def record_left_out(self, fault: Fault) -> None:
         """Put on record that a micro-batch was left out of its window, whose update is made from the others."""
         context = self._context
         known = Evidence(step=context.state.step + 1, healthy_steps=context.state.healthy_steps)
         finding = self._loop.diagnose(fault, known, "replay", context.state.step + 1)
-        self._record(fault, "leave out", finding)
+        self._record(fault, "leave out", finding=finding)
 
-    def _record(self, fault: Fault, word: str, finding: Finding | None) -> None:
+    def _record(self, fault: Fault, *words: str, finding: Finding | None, restored: Snapshot | None = None) -> None:
         # The update is still to be made, and other records are made after it.
         global_step, epoch, batch_idx = self._loop.clock()
         clock = global_step + 1, epoch, batch_idx
-        self._context.state.restored = None
+        self._context.state.restored = restored
         rates = self._context.rate.effective()
-        self._recorder.record(fault, fault.place, (word,), rates, finding, clock=clock)
-        self._recorder.tried(fault, (word,))
+        self._recorder.record(fault, fault.place, words, rates, finding, clock=clock)
+        self._recorder.tried(fault, words)
+        self._context.state.restored = None

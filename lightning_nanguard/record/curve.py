@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, final
 
 from lightning_nanguard.errors import require
+from lightning_nanguard.record.files import read_whole
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Reading
 
@@ -154,7 +155,7 @@ def read_curve(path: Path) -> list[CurvePoint]:
         FileNotFoundError: When there is no such file.
     """
     points = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_whole(path).decode("utf-8", "replace").splitlines():
         try:
             step, updates, optimizer, *numbers = line.split(",")
             loss, loss_max, norm, norm_max, lr, clip_val = [float(cell) if cell else None for cell in numbers]

@@ -22,6 +22,23 @@ LAST_GOOD = "nanguard-last-good.ckpt"
 _Record = TypeVar("_Record", Intervention, Advice)
 
 
+def read_whole(path: str | os.PathLike[str], begin: int = 0) -> bytes:
+    """All bytes of a file.
+
+    Args:
+        path: The file.
+        begin: How many to leave out.
+
+    Raises:
+        OSError: When there is no such file, or it is a pipe, a device or a folder, which might never end.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"{os.fspath(path)} is no file.")
+    with open(path, "rb") as file:
+        file.seek(begin)
+        return file.read()
+
+
 def read_records(path: str | os.PathLike[str]) -> list[Intervention]:
     """Read the records of a file that :class:`JsonLines` wrote, oldest first.
 
@@ -53,17 +70,16 @@ def _read(path: str | os.PathLike[str], parse: Callable[[Mapping[str, Any]], _Re
     records: list[_Record] = []
     unreadable: list[int] = []
     later = False
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                data = json.loads(line)
-                later = later or (isinstance(data, dict) and _is_later(data.get("schema")))
-                records.append(parse(data))
-            # A torn or overwritten line may hold wrong bytes, another type, or more brackets than can be parsed.
-            except (ValueError, TypeError, AttributeError, RecursionError):
-                unreadable.append(number)
+    for number, line in enumerate(read_whole(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+            later = later or (isinstance(data, dict) and _is_later(data.get("schema")))
+            records.append(parse(data))
+        # A torn or overwritten line may hold wrong bytes, another type, or more brackets than can be parsed.
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            unreadable.append(number)
     if unreadable:
         _logger.warning(
             "NaNGuard: %s: left out %s, no readable record there; %s.",

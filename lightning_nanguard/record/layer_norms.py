@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import final
 
 from lightning_nanguard.record.base import Sink
+from lightning_nanguard.record.files import read_whole
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import SCHEMA_VERSION, Intervention, plain
 
@@ -94,7 +95,7 @@ def read_layer_norms(path: Path) -> list[LayerNorms]:
     found: list[LayerNorms] = []
     if not path.is_file():
         return found
-    for line in path.read_bytes().splitlines():
+    for line in read_whole(path).splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
             entry = json.loads(line)
             layers = {str(name): tuple(map(_number, norms)) for name, norms in entry["layers"].items()}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
+from lightning_nanguard.record.files import read_whole
 from lightning_nanguard.types import SCHEMA_VERSION, plain
 
 RUN_FILE = "run.jsonl"
@@ -81,7 +82,7 @@ def read_run(folder: Path) -> RunLog | None:
         folder: The folder of a run.
     """
     try:
-        lines = (folder / RUN_FILE).read_bytes().splitlines()
+        lines = read_whole(folder / RUN_FILE).splitlines()
     except OSError:
         return None
     run_id = ""

@@ -73,6 +73,25 @@ class Attributes:
             if name not in OWN and isinstance(value, _PLAIN) and not _same(value, before.get(name, MISSING))
         ]
 
+    def restore_plain(self) -> None:
+        """Put numbers, strings and flags back, and leave tensors, containers and objects as they are."""
+        for attributes, before in self._owners:
+            for name, value in before.items():
+                if name not in OWN and isinstance(value, _PLAIN) and isinstance(attributes.get(name), _PLAIN):
+                    attributes[name] = value
+
+    def not_in(self, other: Attributes) -> list[Any]:
+        """What is held here, one level deep, and not by the attributes of another moment."""
+        known = {id(value) for value in other._held()}
+        return [value for value in self._held() if id(value) not in known]
+
+    def _held(self) -> Iterator[Any]:
+        for _, before in self._owners:
+            yield from (value for name, value in before.items() if name not in OWN)
+        for _, held in self._contents:
+            if not isinstance(held, int):
+                yield from held.values() if isinstance(held, dict) else held
+
     def changed(self) -> bool:
         """Whether any of them is another by now."""
         return any(

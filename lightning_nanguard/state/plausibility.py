@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_nanguard.measure.norms import norms
 from lightning_nanguard.state.learner import Learner, StateKey, describe
+from lightning_nanguard.state.moment_bound import MomentBound
 from lightning_nanguard.state.norm_screen import NormScreen
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.state.snapshot import Snapshot
@@ -74,6 +75,8 @@ class PlausibilityCheck:
         self._jumps: Counter[str] = Counter()
         self.watches_statistics = False
         """Whether a batch may have spoiled running statistics, so that each batch's are worth a look."""
+        self.moments = MomentBound(learner, limits.moments)
+        """Finds first moments that are out of bounds."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""
@@ -112,6 +115,11 @@ class PlausibilityCheck:
         """
         if not self._ring.certified:
             return None
+        beyond = self.moments.screen(leaves).beyond()
+        if beyond:
+            first = describe(next(key for key in leaves if key in beyond))
+            message = f"{first} is larger than its second moment allows, whatever the gradients were"
+            return Fault("implausible_state", "state", first, None, message, conclusive=True)
         newest = self._ring.certified[0]
         weights = {key for key in leaves if key[0] == "parameter"}
         statistics = set(self._learner.statistics(leaves))
@@ -137,6 +145,19 @@ class PlausibilityCheck:
             return Fault("implausible_state", "state", far, None, message, rate_may_cause=True)
         return None
 
+    def is_far(self, place: str) -> bool:
+        """Whether a tensor is far out of range now; nothing is noted.
+
+        Args:
+            place: The tensor, as :func:`~lightning_nanguard.state.learner.describe` names it.
+        """
+        now, limits = dict(self._learner.leaves()), self._limits
+        keys = [key for key in now if describe(key) == place]
+        if not (keys and self._ring.certified):
+            return False
+        far = first_jump(now, self._ring.certified[0].leaves, keys, limits.weight_growth, limits.least_magnitude)
+        return far is not None
+
     def strange_statistics(self, before: Mapping[str, Tensor], healthy_steps: int) -> Fault | None:
         """What the batch at hand has just done to running statistics, ``None`` if it is within range.
 
@@ -146,7 +167,7 @@ class PlausibilityCheck:
         """
         then = {("buffer", name): tensor for name, tensor in before.items()}
         now = dict(self._learner.weights())
-        usual = self._limits.state_growth
+        usual = self._state_growth
         far = self._first_jump(now, then, self._learner.statistics(now), self._growth(healthy_steps, usual))
         if far is None:
             return None

@@ -69,17 +69,17 @@ class StepStart:
         self._attributes = attributes
         self._contents = list(_containers(batch, depth))
 
-    def restore(self, *, attributes: bool = True) -> None:
-        """Put random streams and the batch's containers back.
+    def restore(self, *, carried: bool = True) -> None:
+        """Put random streams, the batch's containers and the module's attributes back.
 
         Args:
-            attributes: Whether to put the module's attributes back too.
+            carried: Whether to put back more of the attributes than numbers, strings and flags: what is carried from
+                step to step may have come of a bad one.
         """
         for container, held in self._contents:
             container.clear()
             (container.update if isinstance(container, dict) else container.extend)(held)
-        if attributes:
-            self._attributes.restore()
+        (self._attributes.restore if carried else self._attributes.restore_plain)()
         self._random.restore()
 
     def carried_back(self) -> None:
@@ -88,6 +88,10 @@ class StepStart:
         Those count steps, and belong to the clock.
         """
         self._attributes.restore(plain=False)
+
+    def not_in(self, other: StepStart) -> list[Any]:
+        """What attributes are kept alive for this step, and not for another one."""
+        return self._attributes.not_in(other._attributes)
 
     def clock_now(self) -> StepClock:
         """What of all this the clock has moved on by now."""

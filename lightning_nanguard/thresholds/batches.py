@@ -101,6 +101,15 @@ class RepeatedStepsThresholds:
         window_bytes: Bytes up to which the batches of a window of accumulation are kept until its end.
         test_device: Number of transient faults at one place from which on the device is suspected.
         message: Characters of an exception's text that are recorded.
+        bytes_again: Bytes that the batches since the last certified snapshot may hold, to make their updates again
+            where the state goes bad by itself.
+        updates_again: Updates up to which this is done; more would take too long. 0 does without.
+        measured_every: Updates after which the size of one is measured anew.
+        same_losses: Losses that must be the bits seen the first time before another one may differ: the second one
+            shows that a whole update was made again as it was.
+        squared: Gradient norm from which on the square of a gradient overflows in moments of 32 bits. An update that is
+            bad below it is the optimizer's doing.
+        gone_below: Share of a bad update's gradient norm below which it is no longer bad when it is made again.
     """
 
     checked_every: int = 256
@@ -109,6 +118,12 @@ class RepeatedStepsThresholds:
     window_bytes: int = 256 << 20
     test_device: int = 3
     message: int = 200
+    bytes_again: int = 64 << 20
+    updates_again: int = 512
+    measured_every: int = 16
+    same_losses: int = 2
+    squared: float = 1e18
+    gone_below: float = 0.5
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ class Confidences:
         state_non_finite: A tensor of the learner is not finite.
         state_element: An element of a weight moved out of all proportion to its neighbours.
         state_jump: A weight is far larger than any was in the snapshot.
+        update_again: State is not finite whenever an update is made again from the good state.
+        update_before: The same was found of this tensor before.
         state_implausible: A buffer is far larger than it was.
         gradient_product: A product overflowed in the backward pass.
         gradient_large: A finite gradient far above the usual.
@@ -98,6 +100,8 @@ class Confidences:
     state_non_finite: float = 0.97
     state_element: float = 0.95
     state_jump: float = 0.9
+    update_again: float = 0.99
+    update_before: float = 0.975
     state_implausible: float = 0.7
     gradient_product: float = 0.75
     gradient_large: float = 0.7

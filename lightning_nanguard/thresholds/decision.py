@@ -110,6 +110,8 @@ class DecisionThresholds:
         same_restores: Rollbacks for the same fault at the same place, without any correction and without a snapshot
             certified in between, after which a further one would be the same action with the same result.
         corrected_restores: The same for rollbacks of which each comes with a larger correction than the one before.
+        same_updates: Rollbacks within the budget's window for a tensor that comes out bad each time an update is made
+            again, after which a further one would be of no use.
         few_skips: Skips from which on ``Budget(max_skip_share=…)`` is applied; of fewer, a share means nothing.
     """
 
@@ -122,4 +124,5 @@ class DecisionThresholds:
     deepest: int = 8
     same_restores: int = 2
     corrected_restores: int = 6
+    same_updates: int = 6
     few_skips: int = 32

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 __all__ = [
     "IntervalThresholds",
+    "MomentThresholds",
     "PlacementThresholds",
     "PlausibilityThresholds",
     "RingThresholds",
@@ -65,6 +66,24 @@ class RingThresholds:
 
 
 @dataclass(frozen=True)
+class MomentThresholds:
+    """When a first moment is out of the bound that its second moment gives.
+
+    Attributes:
+        slack: Factor on the bound, for what rounding adds up to in 32 bits: less than a thousandth.
+        underflows: Smallest normal numbers that a step may lose of a second moment, where the square of a gradient
+            underflows; of more steps it is this over 1 − β₂.
+        least_decay: Smallest 1 − β₂ for which rounding is small beside it.
+        piece: Elements compared at a time; more would take room on the device.
+    """
+
+    slack: float = 1.1
+    underflows: float = 4.0
+    least_decay: float = 1e-5
+    piece: int = 1 << 24
+
+
+@dataclass(frozen=True)
 class PlausibilityThresholds:
     """When a finite tensor is far out of range, compared with the newest certified snapshot.
 
@@ -77,6 +96,7 @@ class PlausibilityThresholds:
         early_growth: The same factor for all of them before ``settled_after``.
         least_magnitude: Magnitude up to which growth does not count: below it any number may be a usual one.
         trials: How often one tensor that is found again and again is still tried on the newest batches.
+        moments: When a first moment is out of its bound.
     """
 
     settled_after: int = 100
@@ -86,6 +106,7 @@ class PlausibilityThresholds:
     early_growth: float = 1e12
     least_magnitude: float = 1.0
     trials: int = 3
+    moments: MomentThresholds = field(default_factory=MomentThresholds)
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,8 @@ class Fit:
         if module.automatic_optimization and self.context.learner.optimizers:
             runner = StepRunner(self._trainer, module, self.guard, self.replay, listens, limits)
             later(run_micro_batches_by(self._trainer, runner))
+            self.context.state.go_on = runner.go_on_from
+            later(setattr, self.context.state, "go_on", None)
         later(
             guard_saves(
                 self._trainer,

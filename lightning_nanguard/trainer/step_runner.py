@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, final
@@ -11,9 +11,12 @@ from typing import Any, final
 import torch
 
 from lightning_nanguard.guard.guard import Guard
+from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.state.step_start import StepClock, StepMemory, StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.forward_again import ForwardAgain
 from lightning_nanguard.trainer.numeric_errors import NumericErrors, is_numeric
 from lightning_nanguard.trainer.private.closures import (
     MicroBatchRun,
@@ -26,7 +29,7 @@ from lightning_nanguard.trainer.private.closures import (
 )
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.window import Micro, Window, gradients_of
-from lightning_nanguard.types import Fault
+from lightning_nanguard.types import Fault, Reading
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -94,6 +97,7 @@ class StepRunner:
         self._memory = StepMemory(module, thresholds)
         self._errors = NumericErrors(trainer, module, guard, replay)
         self._window = Window(trainer, guard.steps, thresholds)
+        self._forward = ForwardAgain(trainer, module, guard.context, replay, thresholds)
         # Whether a micro-batch is being run again, whether a bad loss may go on to its backward pass, whether the
         # forward pass at hand is over, and what takes its place.
         self._again = self._may_pass = self._forward_over = False
@@ -228,13 +232,68 @@ class StepRunner:
             micro.run, micro.start, backward=not first.early
         ):
             raise first.error
+        if self._may_go_back(_fault_of(first)):
+            again = self._from_snapshot(micro, first, last, counted=counted, steps=steps)
+            if again.fault is None and again.error is None:
+                return self._over(again.result, steps=steps)
+            last = _Outcome(early=True)  # all has been put back to where the micro-batch began
         alone = steps and len(self._window.left_out()) == len(self._window.micros) - 1
-        if not self._accumulating() and first.error is None and last.error is None:
+        if not self._accumulating() and first.error is None and last.error is None and not last.early:
             return last.result  # forward and backward have run, and the guard sees what they gave
         self._rewind(micro, last)
         if self._accumulating() and not alone and self._check.state_is_finite():
             return self._leave_out(micro, first, after, counted=counted, steps=steps)
         return self._pass_on(micro, first, after, counted=counted)
+
+    def _may_go_back(self, fault: Fault) -> bool:
+        ring = self._guard.context.ring
+        if not ring.certified or self._window.left_out():
+            return False
+        if not self._check.may_go_back(fault) or self._replay.batch_finite() is False:
+            return False
+        if self._forward.since(ring.certified[0], self._check.number - 1) is None:
+            return False
+        return not (self._forward.futile and self._check.state_is_finite())
+
+    def _from_snapshot(self, micro: Micro, first: _Outcome, last: _Outcome, *, counted: bool, steps: bool) -> _Outcome:
+        """The state may be at fault: make the updates since the snapshot again, and then this micro-batch."""
+        snapshot = self._guard.context.ring.certified[0]
+        spoilt = self._check.spoilt_since(snapshot)
+        parameters, earliest = list(self._module.parameters()), self._window.micros[0].start
+        self._rewind(micro, last)
+        gradients = gradients_of(parameters)
+        self._check.rewind()
+        before = self._forward.go(snapshot, self._check.number - 1, then=micro)
+        _give_gradients(parameters, gradients)
+        again = last
+        if before is not None:
+            self._check.begin_again(earliest.carried_back)
+            self._window.rewind(micro)
+            with self._repeating(counted=counted):
+                again = self._attempt(micro, steps=steps)
+            if again.fault is None and again.error is None:
+                if first.error is not None and not first.early:
+                    call_after_backward(self._trainer, self._listens)
+                self._check.record_transient(_fault_of(first), spoilt=spoilt, since=snapshot)
+                return again
+            self._rewind(micro, again)
+            restore(self._guard.context.learner, before)
+            self._check.begin_again(earliest.carried_back)
+            _give_gradients(parameters, gradients)
+            self._forward.futile = True
+        self._window.rewind(micro)
+        return again
+
+    def go_on_from(self, snapshot: Snapshot, bad: Reading | None) -> bool:
+        """After a rollback at the end of a batch: make the updates since the snapshot again; whether that could be.
+
+        Args:
+            snapshot: What the rollback restored.
+            bad: The reading of an update that was bad, where it was made.
+        """
+        if self._guard.swapped or not self._trainer.training:
+            return False  # weights are averages, or modules are in evaluation mode
+        return self._forward.go(snapshot, self._guard.updates, attributes=self._memory, bad=bad) is not None
 
     def _pass_on(self, micro: Micro, first: _Outcome, after: StepClock, *, counted: bool) -> Any:
         """Run a bad micro-batch through its backward pass, an exception as a loss of NaN."""
@@ -305,7 +364,7 @@ class StepRunner:
             return None
         before = [None] * len(parameters) if micro.run.zero_grad is not None else gradients_of(parameters)
         # What a micro-batch found bad meanwhile had left in attributes is gone, and must not come back.
-        micro.start.restore(attributes=len(self._window.left_out()) == known)
+        micro.start.restore(carried=len(self._window.left_out()) == known)
         attributes = self._memory.attributes_now()
         trace = self._replay.make_undo(thorough=True)
         trace.open()
@@ -320,20 +379,28 @@ class StepRunner:
             return outcome.result
         if not outcome.early and outcome.error is None:
             self._check.drop_last_loss()
-        for parameter, gradient in zip(parameters, before, strict=True):
-            parameter.grad = gradient
+        _give_gradients(parameters, before)
         trace.undo()
         attributes.restore(plain=False)
         micro.left_out = _fault_of(outcome)
         return outcome.result
 
     def _over(self, result: Any, *, steps: bool) -> Any:
-        """The micro-batch is over; where the update follows, record what was left out of it."""
+        """The micro-batch is over; where the update follows, keep it, and record what was left out of it."""
+        if self._window.micros:
+            self._window.micros[-1].loss = getattr(result, "loss", None)
         if steps:
+            if not self._window.left_out():
+                self._forward.keep(self._check.number, self._window.micros)
             for micro, fault in self._window.left_out():
                 with self._replay.suspecting(micro.run.batch_idx):
                     self._check.record_left_out(fault)
         return result
+
+
+def _give_gradients(parameters: Sequence[torch.nn.Parameter], gradients: Sequence[Any]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
 
 
 def _given(outcome: _Outcome) -> Any:

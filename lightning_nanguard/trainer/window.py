@@ -28,11 +28,13 @@ class Micro:
         run: Runs it.
         start: What it began from, beside weights and buffers.
         left_out: Why the update is made without it; ``None`` where it is a part of it.
+        loss: Its loss; ``None`` where it is not known.
     """
 
     run: MicroBatchRun
     start: StepStart
     left_out: Fault | None = None
+    loss: Tensor | None = None
 
 
 @final

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard, ReduceLR, Rollback
 from tests.act.rates import BATCHES, EPOCHS, SCHEDULERS
-from tests.helpers import Positioned, batches, differences, learner_of, task, trainer_for
+from tests.helpers import ONCE, Positioned, batches, differences, learner_of, task, trainer_for
 from tests.modules import Diverge, SaveAt
 
 pytestmark = [
@@ -57,7 +57,7 @@ def train(
 ) -> tuple[Used, Any, NaNGuard]:
     module = task(optimizer=groups, scheduler=scheduler)
     used = Used()
-    guard = NaNGuard(remedies=[Rollback(), ReduceLR(rehearse=False)], snapshot_every_n_steps=1)
+    guard = NaNGuard(thresholds=ONCE, remedies=[Rollback(), ReduceLR(rehearse=False)], snapshot_every_n_steps=1)
     trainer = trainer_for(
         None, guard, [Diverge(*BLOWN_UP_AFTER), used, *callbacks], max_epochs=EPOCHS, enable_checkpointing=True
     )

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard
-from tests.helpers import OUTPUTS, MemoryLogger, Positioned, Task, batches, task, trainer_for
+from tests.helpers import ONCE, OUTPUTS, MemoryLogger, Positioned, Task, batches, task, trainer_for
 from tests.modules import Rates
 
 PER_EPOCH = 12
@@ -43,7 +43,7 @@ def cosine_task() -> Task:
 
 
 def guard_with(**options: Any) -> NaNGuard:
-    return NaNGuard(**{"snapshot_every_n_steps": 3, **options})
+    return NaNGuard(**{"snapshot_every_n_steps": 3, "thresholds": ONCE, **options})
 
 
 def train(

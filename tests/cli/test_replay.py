@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def test_an_incident_is_reproduced(kind: str, tmp_path: Path, capsys: pytest.Cap
     options, fault, cause = INCIDENTS[kind]
     guard, path = incident(tmp_path, fault, **options)
     assert guard.interventions[0].cause == cause
-    assert main(["replay", str(path)]) == 0
+    assert main(["replay", str(path), "--module", "tests.classifier:Model"]) == 0
     said = capsys.readouterr().out
     assert f"cause then: {cause}" in said
     assert f"\ncause: {cause}" in said
@@ -68,6 +69,46 @@ def test_a_replay_needs_the_same_module(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["replay", str(path), "--module", "tests.classifier:Model", "--args", '{"log": false}']) == 1
     with pytest.raises(ValueError, match=r"net.0.bias is \(16,\) there and missing here \(4 such\)"):
         put_into(nn.Linear(2, 2), read(path).state)
+
+
+def test_an_incident_never_chooses_the_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The module that an incident names is only printed, what it holds is given to a module's class alone, and what is
+    no module is refused."""
+    _, path = incident(tmp_path, (-60.0, 14), log=True)
+    text, ran = (path / "bundle.json").read_text(), tmp_path / "ran"
+    rest = json.loads(text) | {"module": "os:system", "hparams": {"command": f"touch {ran}"}}
+    (path / "bundle.json").write_text(json.dumps(rest))
+    for module, said in (
+        ((), "The run's was os:system: if you trust that, --module os:system"),
+        (("--module", "os:system"), "TypeError"),
+        (("--module", "tests.classifier:OPTIONS"), "AttributeError"),
+        (("--module", "builtins:dict"), "builtins:dict made a dict, which is no LightningModule"),
+    ):
+        assert main(["replay", str(path), *module]) == 2
+        assert said in capsys.readouterr().err
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("rest", "said"),
+    [
+        ("{}", "KeyError: 'schema'"),
+        ("[]", "TypeError"),
+        ("[" * 100_000, "RecursionError"),
+        ('{"schema": 9}', "was written by a later version"),
+        ("", "JSONDecodeError"),
+    ],
+)
+def test_a_damaged_incident_is_one_line(
+    rest: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the file holds, the error is one line."""
+    _, path = incident(tmp_path, (-60.0, 14), log=True)
+    (path / "bundle.json").write_text(rest)
+    assert main(["replay", str(path)]) == 2
+    line = capsys.readouterr().err
+    assert said in line
+    assert line.count("\n") == 1
 
 
 def test_layer_table() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta:UserWarning"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning"),
 ]
+
+
+class Deletes:
+    """Runs code when it is let go of."""
+
+    def __del__(self) -> None:
+        pass
 
 
 def again(batch: Any) -> Any:
@@ -88,12 +96,30 @@ def test_what_cannot_be_kept_is_named() -> None:
     ]  # fmt: skip
 
 
-def test_a_class_that_is_gone_is_named() -> None:
-    """The error says what is missing and where it could be replayed."""
+@pytest.mark.parametrize(
+    ("home", "how"),
+    [
+        ("elsewhere.batches:Slots", "attributes"),  # not there
+        ("this:s", "attributes"),  # there, and not imported
+        ("subprocess:Popen", "items"),
+        ("builtins:exec", "items"),
+        ("os:system", "items"),
+        ("builtins:int", "attributes"),
+        ("tests.diagnosis.test_bundle_batch:Slots", "items"),  # its constructor would be called
+        ("tests.diagnosis.test_bundle_batch:Deletes", "attributes"),
+    ],
+)
+def test_a_class_is_neither_imported_nor_called(home: str, how: str) -> None:
+    """Only containers, and classes that the program has imported itself, are made; the error says what to do."""
     structure = take_apart(Slots(torch.ones(1), torch.ones(1)), "batch", tensors := {}, [])
-    structure["object"][0] = "elsewhere.batches:Slots"
-    with pytest.raises(ValueError, match=r"holds a elsewhere\.batches:Slots, which is not found\. Replay it where"):
+    structure["object"][:2] = home, how
+    before = set(sys.modules)
+    with pytest.raises(ValueError, match=rf"holds a {home}, which is not found: .* Give --module a file that imports"):
         put_together(structure, tensors)
-    structure["object"][0] = "builtins:int"
-    with pytest.raises(ValueError, match="holds a builtins:int, which could not be made anew"):
-        put_together(structure, tensors)
+    assert set(sys.modules) == before
+
+
+def test_a_layout_that_is_none_is_refused() -> None:
+    """What stands for a layout of tensors is looked up among layouts alone."""
+    with pytest.raises(ValueError, match=r"there is no layout 'torch\.load' of tensors"):
+        put_together({"nested": ["torch.load", []]}, {})

@@ -73,6 +73,13 @@ def test_demo(tmp_path: Path) -> None:
     assert corrupt["lr_lowest"] == corrupt["lr_before"], "a corrupt image is no reason to lower the rate"
 
 
+def test_picture(tmp_path: Path) -> None:
+    """The picture of the README is drawn of a run that the guard saved."""
+    out = run_example("picture.py", "--fast", "--output", "run.png", package="pytorch_lightning", cwd=tmp_path)
+    assert re.search(r"run\.png written: [1-9] intervention", out)
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
 def test_train_from_yaml(package: str, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from lightning_nanguard import (
     NaNGuard,
 )
 from tests.helpers import (
+    ONCE,
     FaultAt,
     data_for,
     differences,
@@ -74,7 +75,8 @@ def test_huge_input_that_does_not_show_in_the_loss(way: str, step: int, tmp_path
     guard = NaNGuard(snapshot_every_n_steps=5)
     run = struck(way, FaultAt("input", 1e30, batch_of(way, step)), guard, tmp_path)
     assert_sound(run, guard)
-    assert words(guard) == ([] if way == "manual" else [("restore",)])
+    # Updates since the state of the start cannot be made again before a second loss was the same.
+    assert words(guard) == ([] if way == "manual" else [("restore",) if step == 0 else ("restore", "redo")])
 
 
 @pytest.mark.parametrize("value", [NAN, INF, 1e30])
@@ -134,7 +136,7 @@ def test_a_finite_fault_in_the_first_batch(model: str, tmp_path: Path) -> None:
     as if the three had never been. When it comes back it is skipped."""
     data = data_for(model, 40)
     bad = (data[0][0], data[0][1] * 1e15)
-    guard = NaNGuard(snapshot_every_n_steps=5, act_on="evidence")
+    guard = NaNGuard(thresholds=ONCE, snapshot_every_n_steps=5, act_on="evidence")
     guarded = fit(task(model, adam), [bad, *data[1:20], bad, *data[20:]], guard, folder=tmp_path)
     assert words(guard)[0] == ("restore",)
     assert set(words(guard)[1:]) == {("skip",)}

@@ -75,7 +75,7 @@ def test_lost_state_is_restored_and_nothing_else(remedies: list[Any], tmp_path: 
     guard = NaNGuard(remedies=remedies, snapshot_every_n_steps=5)
     run = struck("automatic", FaultAt("weight", NAN, 17), guard, tmp_path)
     assert_sound(run, guard)
-    assert words(guard) == [("restore",)]
+    assert words(guard) == [("restore", "redo")]
 
 
 def test_without_detectors_nothing_is_found_but_in_the_state(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning import Callback, Trainer
 
 from lightning_nanguard import Budget, NaNGuard, Rollback, StopTraining, TrainingDivergedError
-from tests.helpers import Batch, FaultAt, States, batches, copied, differences, fit, task, trainer_for, with_bad
+from tests.helpers import ONCE, Batch, FaultAt, States, batches, copied, differences, fit, task, trainer_for, with_bad
 from tests.modules import NaNWeight
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -84,7 +84,7 @@ def test_stop_leaves_the_last_good_weights(tmp_path: Path, log: pytest.LogCaptur
     is on disk when the error is raised, and the run has its line at the end as well.
     """
     states = States()
-    guard = NaNGuard(remedies=[StopTraining()], dirpath=tmp_path, snapshot_every_n_steps=2)
+    guard = NaNGuard(thresholds=ONCE, remedies=[StopTraining()], dirpath=tmp_path, snapshot_every_n_steps=2)
     error, module, _ = stopped(guard, batches(count=24), NaNWeight(15), states)
     assert error.snapshot_step is not None
     assert error.snapshot_step <= 15

@@ -291,7 +291,7 @@ def test_an_inf_that_becomes_nan_is_corrupt(tmp_path: Path) -> None:
 
     guard = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=5)
     module = run(Lost, guard, max_epochs=1)
-    assert [(one.remedies, one.cause) for one in guard.interventions] == [(("restore",), "corrupted_state")]
+    assert [(one.remedies, one.cause) for one in guard.interventions] == [(("restore", "redo"), "corrupted_state")]
     assert module.logits[2] == -math.inf
 
 

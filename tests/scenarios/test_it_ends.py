@@ -101,7 +101,7 @@ def test_budget_for_rollbacks(tmp_path: Path) -> None:
     module = task("mlp", adam)
     with pytest.raises(TrainingDivergedError, match=r"(?s)budget is used up: 2 rollbacks within 1000 updates") as error:
         fit(module, data_for("mlp", STEPS), guard, folder=tmp_path, callbacks=[states, fault])
-    assert words(guard) == [("restore",), ("restore",), ("stop",)]
+    assert words(guard) == [("restore", "redo"), ("restore", "redo"), ("stop",)]
     assert error.value.snapshot_step == guard.interventions[-1].snapshot_step
     assert error.value.snapshot_step is not None
     good = states.after[error.value.snapshot_step]["parameters"]
@@ -114,7 +114,7 @@ def test_budget_for_one_place(tmp_path: Path) -> None:
     faults = [FaultAt("weight", NAN, [12, 24]), FaultAt("buffer", NAN, 6)]
     with pytest.raises(TrainingDivergedError, match=r"(?s)budget is used up: 2 rollbacks .*, 1 of them for this"):
         fit(task("norm", adam), data_for("norm", STEPS), guard, folder=tmp_path, callbacks=faults)
-    assert words(guard) == [("restore",), ("restore",), ("stop",)]
+    assert words(guard) == [("restore", "redo"), ("restore", "redo"), ("stop",)]
 
 
 def test_budget_for_bad_batches_in_a_row(tmp_path: Path) -> None:
@@ -146,6 +146,6 @@ def test_a_rollback_without_effect_is_not_made_a_third_time(corrects: bool, tmp_
     with pytest.raises(TrainingDivergedError, match=f"it came back after each of {failed} rollbacks"):
         fit(task("mlp", adam), data_for("mlp", STEPS), guard, folder=tmp_path, callbacks=[fault])
     done = words(guard)
-    assert done[:2] + done[-1:] == [("restore",)] * 2 + [("stop",)]
+    assert done[:2] + done[-1:] == [("restore", "redo")] * 2 + [("stop",)]
     assert len(done) == failed + 1
     assert all({"clip", "scale"} & {*one} for one in done[2:-1])

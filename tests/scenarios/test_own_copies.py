@@ -10,7 +10,7 @@ from pytorch_lightning import Callback
 from torch import Tensor
 
 from lightning_nanguard import NaNGuard
-from tests.helpers import batches, copied, fit, task
+from tests.helpers import ONCE, batches, copied, fit, task
 from tests.modules import NaNWeight
 
 
@@ -30,7 +30,7 @@ class Best(Callback):
 @pytest.mark.parametrize("hit", [6, 14, 22])
 def test_the_best_weights_survive_a_rollback(hit: int, tmp_path: Path) -> None:
     """A restore rewinds the learner and not what the user keeps of it."""
-    guard, best = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=4), Best()
+    guard, best = NaNGuard(thresholds=ONCE, dirpath=tmp_path, snapshot_every_n_steps=4), Best()
     fit(task(), batches(count=24), guard, callbacks=[best, NaNWeight(hit)])
     assert [one.remedies for one in guard.interventions] == [("restore",)]
     assert [value.tolist() for value in best.best.values()] == best.written

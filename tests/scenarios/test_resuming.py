@@ -25,6 +25,7 @@ from lightning_nanguard import (
 )
 from tests.checkpoints.training import EPOCHS, PER_EPOCH, cosine_task, guard_with, train
 from tests.helpers import (
+    ONCE,
     Task,
     batches,
     copied,
@@ -312,12 +313,12 @@ def test_saved_after_the_fit(tmp_path: Path) -> None:
 
 def test_two_fits_with_one_guard() -> None:
     """A second fit of another module with the same guard starts anew, as with a new guard."""
-    used = NaNGuard(snapshot_every_n_steps=3)
+    used = NaNGuard(thresholds=ONCE, snapshot_every_n_steps=3)
     fit(cosine_task(), batches(count=24), used, callbacks=[Diverge(7, 10)])
     assert used.lr_multiplier < 1.0
     first = len(used.interventions)
     second = fit(cosine_task(), batches(count=24), used)
-    fresh = fit(cosine_task(), batches(count=24), NaNGuard(snapshot_every_n_steps=3))
+    fresh = fit(cosine_task(), batches(count=24), NaNGuard(thresholds=ONCE, snapshot_every_n_steps=3))
     assert used.lr_multiplier == 1.0
     assert len(used.interventions) == first
     assert differences(state_of(second), state_of(fresh)) == []
@@ -325,7 +326,7 @@ def test_two_fits_with_one_guard() -> None:
 
 def test_a_fit_after_one_that_was_stopped() -> None:
     """A guard and a monitor whose run ended in an error serve another fit, as new ones would."""
-    used = NaNGuard(snapshot_every_n_steps=3, budget=Budget(max_rollbacks=2))
+    used = NaNGuard(thresholds=ONCE, snapshot_every_n_steps=3, budget=Budget(max_rollbacks=2))
     monitor = LearningRateMonitor("step")
     data = batches(count=24)
     with pytest.raises(TrainingDivergedError, match="the budget is used up"):

@@ -47,7 +47,7 @@ def test_lazy_layers(bad: str) -> None:
     data = with_bad(*{"batch": [BAD_BATCH], "first batch": [0]}.get(bad, []))
     callbacks = [NaNWeight(6)] if bad == "weight" else []
     done = fit(make(modules.lazy)(), data, guard, callbacks=callbacks)
-    assert words(guard) == [("restore",) if bad == "weight" else ("skip",)]
+    assert words(guard) == [("restore", "redo") if bad == "weight" else ("skip",)]
     assert_alive(done)
 
 
@@ -55,7 +55,7 @@ def test_minus_inf_mask() -> None:
     """A mask of −inf is no fault, through snapshots, certifications and a restore, and stays as it is."""
     guard = NaNGuard(snapshot_every_n_steps=1)
     done = fit(make(modules.Masked)(), batches(count=24), guard, callbacks=[NaNWeight(BAD_WEIGHT, "net.key.weight")])
-    assert words(guard) == [("restore",)]
+    assert words(guard) == [("restore", "redo")]
     assert guard.interventions[0].place == "parameter net.key.weight"
     assert done.module.net.mask.isinf().sum() == 15
 
@@ -65,7 +65,7 @@ def test_mask_that_goes_bad_elsewhere() -> None:
     guard = NaNGuard(snapshot_every_n_steps=1)
     fit(make(modules.Masked)(), batches(count=24), guard, callbacks=[NaNWeight(BAD_WEIGHT, "net.mask")])
     # The element was finite when fit began.
-    assert words(guard) == [("restore",)]
+    assert words(guard) == [("restore", "redo")]
     assert guard.interventions[0].place == "buffer net.mask"
 
 
@@ -73,7 +73,7 @@ def test_non_persistent_buffer() -> None:
     """A buffer that no state_dict holds is rewound with the rest."""
     guard = NaNGuard(snapshot_every_n_steps=1)
     done = fit(make(modules.Masked)(), batches(count=24), guard, callbacks=[NaNWeight(BAD_WEIGHT, "net.running")])
-    assert words(guard) == [("restore",)]
+    assert words(guard) == [("restore", "redo")]
     assert guard.interventions[0].place == "buffer net.running"
     assert bool(done.module.net.running.isfinite().all())
 
@@ -82,7 +82,7 @@ def test_tied_weights_stay_tied() -> None:
     """A restore keeps two names of one parameter one parameter."""
     guard = NaNGuard(snapshot_every_n_steps=1)
     done = fit(make(modules.Tied)(), batches(count=24), guard, callbacks=[NaNWeight(BAD_WEIGHT)])
-    assert words(guard) == [("restore",)]
+    assert words(guard) == [("restore", "redo")]
     assert done.module.net.one.weight is done.module.net.two.weight
 
 
@@ -100,7 +100,7 @@ def test_unfreezing(after: int) -> None:
         max_epochs=3,
     )
     assert fault.hits == 1
-    assert words(guard) == [("restore",)]
+    assert words(guard) == [("restore", "redo")]
     assert_alive(done)
     assert all(p.requires_grad for p in done.module.parameters())
     assert len(done.trainer.optimizers[0].param_groups) == 2
@@ -177,6 +177,6 @@ def test_plain_sgd_without_state() -> None:
     """An optimizer without any state is restored as one without any state."""
     guard = NaNGuard(snapshot_every_n_steps=2)
     done = fit(make(optimizer=lambda p: SGD(p, lr=0.05))(), batches(count=24), guard, callbacks=[NaNWeight(BAD_WEIGHT)])
-    assert words(guard) == [("restore",)]
+    assert words(guard) == [("restore", "redo")]
     assert_alive(done)
     assert isinstance(done.module, nn.Module)

@@ -99,3 +99,14 @@ def test_plain_values_that_changed_are_named() -> None:
     assert before.plain_now() == []
     module.step(5)
     assert {(name, value) for _, name, value in before.plain_now()} == {("seen", 1), ("new", 5)}
+
+
+def test_plain_values_alone_are_put_back() -> None:
+    """What else a step has left in attributes stays as it is."""
+    module = Carries()
+    before = AttributeMemory(module).open(checked=True)
+    module.step(5)
+    outputs = module.outputs
+    before.restore_plain()
+    assert (module.seen, module.outputs) == (0, outputs)
+    assert outputs == [5]

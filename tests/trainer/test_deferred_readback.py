@@ -142,7 +142,7 @@ def test_gone_on_with_a_fused_optimizer(tmp_path: Path) -> None:
     trainer, module = trainer_for(tmp_path, guard, [fault], max_epochs=2, limit_val_batches=0), task("norm", fused)
     loader = DataLoader(data_for("norm", 12), batch_size=None)
     trainer.fit(module, loader, loader, ckpt_path=kept)
-    assert words(guard) == [("restore",)]
+    assert words(guard) == [("restore", "redo")]
     assert non_finite(learner_of(trainer, module)) == []
 
 
@@ -165,7 +165,7 @@ def test_statistics_that_batches_spoil_are_watched_before_updates(
     guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
     fault = FaultAt("input", 1e15, [130, 145, 160])
     run = fit(task("norm", plain), data_for("norm", 180), guard, folder=tmp_path, callbacks=[fault])
-    assert words(guard) == [("restore",), ("skip",), ("skip",)]
+    assert words(guard) == [("restore", "redo"), ("skip",), ("skip",)]
     assert caplog.text.count("a batch spoiled running statistics") == 1
     assert max(float(buffer.abs().max()) for buffer in run.module.buffers()) < 1e6
 
@@ -179,7 +179,8 @@ def test_late_rollbacks_say_what_they_cost(kind: str, tmp_path: Path) -> None:
     guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
     run = fit(task("norm", plain), data, guard, folder=tmp_path, callbacks=[FaultAt(kind, math.nan, 15)])
     (found,) = guard.interventions
-    assert found.remedies == ("restore",)
+    # The callback that spoils the input or the gradient is not called when the step is made again.
+    assert found.remedies == (("restore",) if kind == "loss" else ("restore", "redo"))
     assert (found.global_step, found.batch_idx) == (16, 15)
     assert found.snapshot_step is not None
     assert found.snapshot_step <= 15
@@ -213,7 +214,7 @@ def test_spikes_that_keep_coming_with_a_fused_optimizer(tmp_path: Path) -> None:
     guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred", act_on="evidence")
     fault = FaultAt("input", 1e6, bad)
     run = fit(Task(rectified(), fused), data_for("mlp", 400), guard, folder=tmp_path, callbacks=[fault])
-    assert words(guard) == [("restore",)] + [("skip",)] * (len(bad) - 1)
+    assert words(guard) == [("restore", "redo")] + [("skip",)] * (len(bad) - 1)
     assert guard.lr_multiplier == 1.0
     assert max(float(weight.abs().max()) for weight in state_of(run)["state_dict"].values()) < 10.0
 
@@ -241,7 +242,7 @@ def test_after_a_while_updates_are_read_late_again(tmp_path: Path, caplog: pytes
     guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred", thresholds=thresholds)
     fault = FaultAt("input", math.nan, [10, 25, 50, 85, 110])
     run = fit(task("norm", plain), data_for("norm", 130), guard, folder=tmp_path, callbacks=[fault])
-    assert words(guard) == [("restore",), ("skip",), ("restore",), ("skip",), ("restore",)]
+    assert words(guard) == [("restore", "redo"), ("skip",), ("restore",), ("skip",), ("restore",)]
     assert [f"The next {count} are read before they are made" in caplog.text for count in (20, 40, 80)] == [True] * 3
     assert non_finite(state_of(run)["state_dict"]) == []
 
@@ -257,7 +258,7 @@ def test_a_resumed_run_is_as_careful_as_the_one_it_goes_on_from(tmp_path: Path) 
     trainer = trainer_for(tmp_path, guard, [FaultAt("input", math.nan, 10)], max_epochs=2, limit_val_batches=0)
     loader = DataLoader(data_for("norm", 20), batch_size=None)
     trainer.fit(task("norm", plain), loader, loader, ckpt_path=kept)
-    assert (words(first), words(guard)) == ([("restore",)], [("skip",)])
+    assert (words(first), words(guard)) == ([("restore", "redo")], [("skip",)])
 
 
 @pytest.mark.usefixtures("late")
@@ -307,7 +308,8 @@ def test_a_bad_batch_while_the_rate_rises(
     fault = FaultAt(kind, value, 38 * window + window // 4)
     data = data_for("mlp", 80 * window)
     fit(Task(rectified(), make, warm), data, guard, folder=tmp_path, callbacks=[fault], accumulate_grad_batches=window)
-    assert words(guard) == [("restore",)]
+    # The loss is bad through an attribute of the module, which a step made again begins with, too.
+    assert words(guard) == [("restore",) if kind == "flash" else ("restore", "redo")]
     assert guard.lr_multiplier == 1.0
 
 

@@ -23,7 +23,7 @@ from lightning_nanguard import Advice, Budget, Finding, Intervention, NaNGuard, 
 from lightning_nanguard.record.files import read_advice, read_records
 from lightning_nanguard.record.run_log import read_run
 from lightning_nanguard.trainer.sinks import fit_advice
-from tests.helpers import MemoryLogger, batches, fit, task, with_bad, words
+from tests.helpers import ONCE, MemoryLogger, batches, fit, task, with_bad, words
 from tests.modules import Diverge, NaNWeight
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -243,7 +243,7 @@ def test_numbers_in_the_loggers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     loggers = [CSVLogger(tmp_path, "csv", "0"), TensorBoardLogger(str(tmp_path), "tb", "0")]
-    guard = NaNGuard(snapshot_every_n_steps=2)
+    guard = NaNGuard(snapshot_every_n_steps=2, thresholds=ONCE)
     # A batch is skipped and, before that, the learner slowed and clipped.
     fit(task(), with_bad(20), guard, logger=loggers, callbacks=[Diverge(7, 10)])
     assert guard.lr_multiplier < 1.0

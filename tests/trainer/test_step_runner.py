@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
 from lightning_nanguard import NaNGuard
-from tests.helpers import OUTPUTS, Batch, batches, differences, fit, learner_of, with_nan, words
+from tests.helpers import OUTPUTS, Batch, FaultAt, batches, differences, fit, learner_of, task, with_nan, words
 from tests.modules import Diverge
 from tests.trainer.faulty_steps import NAN, Fault, Faulty, Sees, left_behind, train
 
@@ -300,7 +300,7 @@ def test_an_exception_of_bad_weights(tmp_path: Path) -> None:
     guard = NaNGuard(snapshot_every_n_steps=2)
     module = Loses(None)
     fit(module, batches(count=12), guard, folder=tmp_path)
-    assert words(guard) == [("restore",)]
+    assert [one.remedies for one in guard.interventions] == [("restore", "redo")]
     assert guard.interventions[0].place == "parameter net.0.weight"
 
 
@@ -424,3 +424,13 @@ def test_a_window_that_is_too_large_to_keep_is_skipped(tmp_path: Path) -> None:
     guard = NaNGuard(thresholds=Thresholds(batches=few))
     fit(Faulty(None), data, guard, folder=tmp_path, accumulate_grad_batches=3)
     assert words(guard) == [("skip",)]
+
+
+@pytest.mark.parametrize("at", [40, 41, 43])
+def test_a_huge_finite_micro_batch_is_left_out_alone(at: int, tmp_path: Path) -> None:
+    """A loss of 1e30 in a window costs its micro-batch: the others begin with the numbers and flags they began with."""
+    guard = NaNGuard(snapshot_every_n_steps=3)
+    fault = FaultAt("loss", 1e30, at)
+    fit(task(), batches(count=60), guard, folder=tmp_path, callbacks=[fault], accumulate_grad_batches=4)
+    assert words(guard) == [("leave out",)]
+    assert guard.interventions[0].batch_idx == at

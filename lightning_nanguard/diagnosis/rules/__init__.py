@@ -69,6 +69,7 @@ from lightning_nanguard.diagnosis.rules.plateau import (
     oscillation,
     saddle_point,
 )
+from lightning_nanguard.diagnosis.rules.updates import forward_writes_buffer, optimizer_update
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.types import Finding
 
@@ -85,6 +86,8 @@ RULES: tuple[Callable[[Case, DiagnosisThresholds], Finding | None], ...] = (
     low_precision_overflow,
     random_draw,
     non_finite_from_start,
+    optimizer_update,
+    forward_writes_buffer,
     corrupted_state,
     exploding_gradient,
     learning_rate_too_high,

@@ -22,7 +22,7 @@ from lightning_nanguard.types import Finding
 def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """Weights, buffers or moments went bad though no batch was: the fault is gone on good state."""
     fault, evidence, change, known = case.fault, case.evidence, case.clues.change, thresholds.confidence
-    if evidence.undo or evidence.climbing or evidence.rate_rose:
+    if evidence.undo or evidence.climbing or evidence.rate_rose or evidence.again[0]:
         return None
     if fault.rate_may_cause:
         # Running statistics also jump where a batch far out of range passes a normalisation.
@@ -31,6 +31,8 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
         if fault.scope == "learner":
             return None
         return _corrupted(case, thresholds, known.state_non_finite, evidence.corrupt, "is no longer finite")
+    if fault.scope == "state" and fault.conclusive:
+        return _corrupted(case, thresholds, known.state_implausible, fault.place, "is out of all proportion")
     if change is not None and case.clues.good_finite is not False and not _bad_there_too(case, thresholds.learner):
         moved = (
             f"has an element that went from {change.before:.4g} to {change.now:.4g}, where the others moved by "
@@ -57,7 +59,11 @@ def _corrupted(
     soon = since is not None and since < thresholds.blame.calm_when_late
     # A fault of memory is gone on the good state, and does not come back as soon as that is restored.
     gone = case.clues.change is None or case.clues.good_finite is True
-    if times == 1 or not gone:
+    if case.evidence.told:
+        text = (
+            f"and before, {case.evidence.told}, which was finite and left alone. Clip gradients, or look at that batch."
+        )
+    elif times == 1 or not gone:
         text = (
             "though no reading before it was bad. Look for code that writes into it: a hook, a callback, an operation "
             "in place."
@@ -135,7 +141,7 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     if confidence == 0.0 or _operation_explains_it(case, rate, allowed, limits):
         return None
     above = rate is not None and allowed is not None and rate > allowed
-    if not above and allowed is not None and not (case.evidence.trial is not None and case.evidence.trial.lacks):
+    if allowed is not None and not above and not _rate_is_shown(case, limits):
         return None  # the loss allows a higher rate than the one in use
     if above and confidence >= limits.rate_likely:
         confidence = max(confidence, thresholds.confidence.rate_above_limit)
@@ -149,6 +155,17 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
         suggestion=f"{found}. Lower the learning rate{_to(case, thresholds)}, or warm it up.",
         scope="learner",
     )
+
+
+def _rate_is_shown(case: Case, limits: LearnerThresholds) -> bool:
+    """Whether it shows that the rate is too high, whatever the bend of the loss under the good weights allows.
+
+    Momentum, and a loss that bends more elsewhere, bring weights out of range at rates that the bend allows.
+    """
+    trial = case.evidence.trial
+    if trial is not None and trial.lacks:
+        return True
+    return case.fault.certain and case.evidence.growth > limits.ruined
 
 
 def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:

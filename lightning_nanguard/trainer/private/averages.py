@@ -26,6 +26,53 @@ def swaps_weights(trainer: Any) -> bool:
 
 
 @final
+class RepeatedAverages:
+    """Has Lightning's ``WeightAveraging`` callbacks average an update that is made again.
+
+    Args:
+        trainer: The trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._known: list[Any] = []
+
+    def can_be_made_again(self, averages: Iterator[tuple[Any, Tensor]]) -> bool:
+        """Whether every averaged copy is one of a callback that averages when it is told to."""
+        self._known = [one for one in self._trainer.callbacks if callable(getattr(one, "should_update", None))]
+        held = {
+            id(tensor)
+            for callback in self._known
+            if isinstance(model := getattr(callback, "_average_model", None), torch.optim.swa_utils.AveragedModel)
+            for tensor in (*model.parameters(), *model.buffers())
+        }
+        return all(id(tensor) in held for _, tensor in averages)
+
+    def make_again(self, global_step: int) -> None:
+        """An update has been made again: average it where it was averaged before.
+
+        Args:
+            global_step: The trainer's clock before the update.
+        """
+        self._update("_latest_update_step", global_step + 1, step_idx=global_step)
+
+    def end_epoch_again(self, epoch: int) -> None:
+        """The updates of an epoch have been made again: average them where they were averaged at its end.
+
+        Args:
+            epoch: Its index.
+        """
+        self._update("_latest_update_epoch", epoch, epoch_idx=epoch)
+
+    def _update(self, latest: str, least: int, **index: int) -> None:
+        for callback in self._known:
+            model = getattr(callback, "_average_model", None)
+            # What the callback has yet to average it will average by itself.
+            if model is not None and getattr(callback, latest, -1) >= least and callback.should_update(**index):
+                model.update_parameters(self._trainer.lightning_module)
+
+
+@final
 class AveragedCopies:
     """Finds the averaged copies of a module's weights that callbacks keep (EMA, SWA, WeightAveraging), by callback.
 

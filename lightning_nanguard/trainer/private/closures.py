@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
 
-_CLOSURE_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward")
+_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
 
 
 @final
@@ -111,7 +111,7 @@ def uncounted(trainer: Any, listens: Callable[[Any], bool]) -> Iterator[None]:
     progress = copy.deepcopy(loop.optim_progress.state_dict())
     # The callbacks stay in the trainer's list: the thread of a progress bar looks itself up there.
     silenced = [one for one in trainer.callbacks if not listens(one)]
-    undo = undo_all([wrap_method(one, name, _call_nothing) for one in silenced for name in _CLOSURE_HOOKS])
+    undo = undo_all([wrap_method(one, name, _call_nothing) for one in silenced for name in _HOOKS])
     try:
         yield
     finally:
@@ -128,6 +128,11 @@ def call_after_backward(trainer: Any, listens: Callable[[Any], bool]) -> None:
     for callback in trainer.callbacks:
         if not listens(callback):
             callback.on_after_backward(trainer, trainer.lightning_module)
+
+
+def end_backward(trainer: Any, optimizer: Optimizer) -> None:
+    """What follows the backward pass before the optimizer steps: the hooks before it, and clipping as configured."""
+    trainer.precision_plugin._after_closure(trainer.lightning_module, optimizer)
 
 
 @contextmanager

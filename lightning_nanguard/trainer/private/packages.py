@@ -35,6 +35,7 @@ __all__ = [
     "GuardCallback",
     "LightningModule",
     "Trainer",
+    "is_module_class",
     "logged_at",
     "logs_every",
     "package_of",
@@ -58,3 +59,8 @@ def package_of(module_class: Any) -> ModuleType:
     """The one of the two packages that a class belongs to."""
     names = {cls.__module__.split(".")[0] for cls in getattr(module_class, "__mro__", ())}
     return import_module("lightning.pytorch" if "lightning" in names else "pytorch_lightning")
+
+
+def is_module_class(value: Any) -> bool:
+    """Whether it is a class of LightningModules, of either package."""
+    return isinstance(value, type) and issubclass(value, package_of(value).LightningModule)

@@ -30,6 +30,7 @@ from lightning_nanguard.decide.rate_limit import spare_rate, within_curvature
 from lightning_nanguard.diagnosis.case import NO_FAULT
 from lightning_nanguard.diagnosis.rules import findings
 from lightning_nanguard.record.messages import describe
+from lightning_nanguard.thresholds.diagnosis import DEFAULT
 from lightning_nanguard.types import Clip, Restore, Scale, Trial
 from tests.diagnosis.rules import faults
 
@@ -212,7 +213,7 @@ def check(finding: Finding, case: Case) -> None:
     if asks_for_a_lower_rate(text) and isinstance(lr, float):
         assert all(0 < one < lr * 1.01 for one in suggested_rates(text)), text
     if finding.cause == "learning_rate_too_high" and case.curvature is not None and isinstance(lr, float):
-        assert case.curvature.largest_rate is None or case.curvature.largest_rate < lr or evidence_of_a_trial(case)
+        assert case.curvature.largest_rate is None or case.curvature.largest_rate < lr or rate_is_shown(case)
     compared = re.search(r"loss of this batch is (\S+), under the last good weights (\S+?)(?:;|\. )", text)
     if compared:
         assert not float(compared[1]) <= float(compared[2]), text
@@ -236,8 +237,10 @@ def check(finding: Finding, case: Case) -> None:
         assert int(size[2]) > int(size[1]), text
 
 
-def evidence_of_a_trial(case: Case) -> bool:
-    return case.evidence.trial is not None and case.evidence.trial.lacks > 0
+def rate_is_shown(case: Case) -> bool:
+    """Whether a trial, or weights that grew until numbers gave out, show that the rate is too high."""
+    tried = case.evidence.trial is not None and case.evidence.trial.lacks > 0
+    return tried or (case.fault.certain and case.evidence.growth > DEFAULT.learner.ruined)
 
 
 @settings(max_examples=1000, deadline=None)

@@ -19,6 +19,7 @@ from tests.diagnosis.rules.faults import (
     LOG,
     LOSS,
     MOVED,
+    NAN,
     OVERFLOW,
     SPIKE,
     STUCK,
@@ -84,6 +85,19 @@ def test_the_curvature_says_which_rate_is_allowed() -> None:
     assert "along the gradient the loss of this batch stops falling above 0.031" in finding.suggestion
     assert "below 0.031; 0.015 lowers this batch's loss most" in finding.suggestion
     assert finding.evidence["largest_rate"] == pytest.approx(0.031)
+
+
+@pytest.mark.parametrize(
+    ("fault", "growth", "cause"),
+    [(LOSS, 1e6, "learning_rate_too_high"), (LOSS, 3.0, "unknown_operation"), (EXPLODING, 1e6, None)],
+)
+def test_weights_that_grew_until_numbers_gave_out(fault: Fault, growth: float, cause: str | None) -> None:
+    """The rate is to blame although the bend of the loss under the good weights allows it, as with momentum; not for a
+    finite suspicion, and not where the weights hardly grew."""
+    overflow = Clues(origin=Origin("addmm")) if fault.certain else Clues()
+    known = Evidence(step=16, healthy_steps=15, comparison=Comparison(NAN, 2.3), climbing=True, growth=growth, lr=1.0)
+    finding = diagnose(Case(fault, known, overflow, curvature=Curvature(slope=0.4, bend=0.28)))
+    assert (None if finding is None else finding.cause) == cause
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import pytorch_lightning.callbacks as stock
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lightning_nanguard.thresholds.checkpoints import CheckpointsThresholds
-from lightning_nanguard.trainer.private.averages import AveragedCopies, swaps_weights
+from lightning_nanguard.trainer.private.averages import AveragedCopies, RepeatedAverages, swaps_weights
+from tests.helpers import batches, fit, task
 
 
 class KeepsEMA(Callback):
@@ -151,3 +153,29 @@ def test_who_swaps_weights() -> None:
     """WeightAveraging validates its average in the weights' place; other callbacks do not."""
     assert swaps_weights(Holder(Callback(), stock.WeightAveraging()))
     assert not swaps_weights(Holder(Callback()))
+
+
+@pytest.mark.skipif(not hasattr(stock, "WeightAveraging"), reason="this Lightning has no WeightAveraging")
+def test_averages_are_made_again_where_they_were_made(tmp_path: Path) -> None:
+    """An update, or the end of an epoch, that the callback has averaged is averaged again, and no other one."""
+
+    class Again(Callback):
+        counts: ClassVar[list[int]] = []
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            again = RepeatedAverages(trainer)
+            assert again.can_be_made_again(iter(()))
+            for repeat, index in ((again.make_again, 3), (again.make_again, 4), (again.end_epoch_again, 0)):
+                repeat(index)
+                self.counts.append(int(average._average_model.n_averaged))
+            again.end_epoch_again(1)
+            self.counts.append(int(average._average_model.n_averaged))
+
+    class Both(stock.WeightAveraging):
+        def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+            return True
+
+    average, sees = Both(), Again()
+    fit(task(), batches(count=4), folder=tmp_path, callbacks=[sees, average])
+    # Four updates and the end of the epoch; there was no update 5 and no second epoch.
+    assert sees.counts == [6, 6, 7, 7]

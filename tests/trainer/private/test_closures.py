@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
 from pytorch_lightning import Callback
 from torch.optim import Optimizer
 
@@ -15,6 +16,7 @@ from lightning_nanguard.trainer.private.closures import (
     accumulates,
     call_after_backward,
     changes_gradients,
+    end_backward,
     logging_for,
     result_of,
     run_micro_batches_by,
@@ -185,3 +187,26 @@ def test_a_step_that_takes_its_batches_itself_cannot_be_given_one_again(tmp_path
     fit(Takes(mlp()), batches(count=2), callbacks=[Installs(runner)], folder=tmp_path)
     assert [one.repeatable for one, _ in runner.seen] == [False, False]
     assert isinstance(runner.seen[0][0].optimizer, Optimizer)
+
+
+def test_what_follows_the_backward_pass(tmp_path: Path) -> None:
+    """The hooks before the optimizer's step are called, and gradients are clipped as the Trainer was told."""
+
+    class Ends(Callback):
+        steps = 0
+        norms: ClassVar[list[float]] = []
+
+        def on_before_optimizer_step(self, *args: Any) -> None:
+            self.steps += 1
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            for parameter in pl_module.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            end_backward(trainer, trainer.optimizers[0])
+            gradients = [parameter.grad for parameter in pl_module.parameters()]
+            self.norms.append(float(torch.linalg.vector_norm(torch.cat([one.flatten() for one in gradients]))))
+
+    ends = Ends()
+    fit(task(), batches(count=2), folder=tmp_path, callbacks=[ends], gradient_clip_val=0.5)
+    assert ends.steps == 4
+    assert ends.norms == pytest.approx([0.5, 0.5], rel=1e-4)

@@ -1,0 +1,284 @@
+"""Runs a draw without a fault and without a guard, and with both, and compares what is left."""
+
+from __future__ import annotations
+
+import logging
+import random
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers.logger import Logger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanSquaredError
+
+from lightning_nanguard import NaNGuard
+
+from .draws import (
+    AVERAGES,
+    BATCHES,
+    EPOCHS,
+    INPUTS,
+    OPTIMIZERS,
+    OUTPUTS,
+    SCHEDULES,
+    SIZE,
+    VALUES,
+    Draw,
+    draw,
+    network,
+)
+
+
+class Strike:
+    """Strikes once. It lies outside of the module, and knows of no guard.
+
+    Args:
+        one: The draw; ``None`` never strikes.
+    """
+
+    def __init__(self, one: Draw | None) -> None:
+        self.one = one
+        self.batch = -1
+        self.hits = 0
+
+    def due(self, kind: str) -> bool:
+        """Whether it strikes now; it has struck then."""
+        if self.one is None or self.hits or (kind, self.batch) != (self.one.kind, self.one.at):
+            return False
+        self.hits += 1
+        return True
+
+    def spoil(self, tensor: Tensor) -> Tensor:
+        """Spoil one element of a tensor, in place."""
+        assert self.one is not None
+        with torch.no_grad():
+            flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()
+            # A zero, such as a dead unit's gradient, would flip to a usual number.
+            index = int(flat.abs().argmax()) if self.one.value == "flip" else _index(self.one, flat.numel())
+            VALUES[self.one.value](flat[index : index + 1])
+        return tensor
+
+
+def _index(one: Draw, count: int) -> int:
+    return random.Random(one.seed).randrange(count)
+
+
+class StrikeState(pl.Callback):
+    """Spoils the state between two batches.
+
+    Args:
+        strike: When, and how.
+    """
+
+    def __init__(self, strike: Strike) -> None:
+        self.strike = strike
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        strike = self.strike
+        strike.batch += 1
+        dice = random.Random(0 if strike.one is None else strike.one.seed + 1)
+        if strike.due("weight"):
+            strike.spoil(dice.choice(list(module.parameters())).data)
+        if strike.due("buffer"):
+            strike.spoil(dice.choice([one for one in module.net.buffers() if one.is_floating_point()]))
+        if strike.due("moment"):
+            states = trainer.optimizers[0].state.values()
+            moments = [one for state in states for one in state.values() if isinstance(one, Tensor) and one.dim()]
+            strike.spoil(dice.choice(moments))
+
+
+class Trained(pl.LightningModule):
+    """A regression that draws from every random stream, and logs its loss and a metric.
+
+    Args:
+        one: The draw.
+        strike: Spoils it.
+    """
+
+    def __init__(self, one: Draw, strike: Strike) -> None:
+        super().__init__()
+        torch.manual_seed(one.seed)
+        self.one, self.net, self.metric, self._strike = one, network(one), MeanSquaredError(), [strike]
+        dice = random.Random(one.seed + 2)
+        layers = list(self.net)
+        dice.choice(layers).register_forward_hook(self._activation)
+        dice.choice(list(self.parameters())).register_hook(self._gradient)
+
+    def _activation(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        (strike,) = self._strike
+        return output + strike.spoil(torch.zeros_like(output)) if strike.due("activation") else None
+
+    def _gradient(self, gradient: Tensor) -> Tensor | None:
+        (strike,) = self._strike
+        return strike.spoil(gradient.clone()) if strike.due("gradient") else None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        made = self.net(x + 0.01 * random.random() + 0.01 * float(np.random.rand()))
+        loss = (made - y).square().mean()
+        (strike,) = self._strike
+        if strike.due("loss"):
+            loss = loss * strike.spoil(torch.ones(()))
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.metric(made.detach().float(), y)
+        self.log("metric", self.metric, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = OPTIMIZERS[self.one.optimizer](self.parameters())
+        schedule = SCHEDULES[self.one.schedule]
+        if schedule is None:
+            return optimizer
+        interval, make = schedule
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": make(optimizer, self.one.steps), "interval": interval},
+        }
+
+
+class Rows(Logger):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    @property
+    def name(self) -> str:
+        return "rows"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        mine = {name: value for name, value in metrics.items() if "nanguard" not in name}
+        if mine:
+            self.rows.append((step, mine))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a draw went.
+
+    Attributes:
+        number: Its number.
+        one: The draw.
+        hits: How often it was struck.
+        different: What is not bit for bit that of the run without the fault.
+        records: What the guard did.
+        error: What ended the run; empty where it reached its end.
+    """
+
+    number: int
+    one: Draw
+    hits: int
+    different: tuple[str, ...]
+    records: tuple[str, ...]
+    error: str = ""
+
+
+def outcome(job: tuple[int, int]) -> Outcome:
+    """Run a draw.
+
+    Args:
+        job: The seed of the campaign, and the draw's number.
+    """
+    torch.set_num_threads(1)
+    seed, number = job
+    one = draw(seed, number)
+    strike, guard, error = Strike(one), NaNGuard(snapshot_every_n_steps=one.every, readback="step"), ""
+    with _quiet():
+        expected, left = _left_behind(one, Strike(None), None), {}
+        try:
+            left = _left_behind(one, strike, guard)
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}"
+    names = sorted({*expected, *left})
+    different = tuple(name for name in names if expected.get(name) != left.get(name))
+    records = tuple(f"{one.fault} at {one.place}: {', '.join(one.remedies)}" for one in guard.interventions)
+    return Outcome(number, one, strike.hits, different, records, error)
+
+
+def _left_behind(one: Draw, strike: Strike, guard: NaNGuard | None) -> dict[str, bytes]:
+    """All that a run leaves, but for what the guard adds; name and bits."""
+    generator = torch.Generator().manual_seed(one.seed)
+    x = torch.randn(BATCHES * SIZE, INPUTS, generator=generator)
+    y = torch.tanh(x @ torch.randn(INPUTS, OUTPUTS, generator=generator))
+    module, rows = Trained(one, strike), Rows()
+    average = AVERAGES[one.average]
+    averages = [] if average is None else [average()]
+    with tempfile.TemporaryDirectory(prefix="transient-") as folder:
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=1, max_epochs=EPOCHS, precision=one.precision, logger=rows,
+            accumulate_grad_batches=one.accumulate, gradient_clip_val=one.clip, log_every_n_steps=1,
+            callbacks=[StrikeState(strike), *averages, *([] if guard is None else [guard])],
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=folder,
+        )  # fmt: skip
+        torch.manual_seed(one.seed)
+        np.random.seed(one.seed % (1 << 32))
+        random.seed(one.seed)
+        trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=SIZE, shuffle=True))
+    metrics = {name: value for name, value in trainer.callback_metrics.items() if "nanguard" not in name}
+    return dict(
+        _bits(
+            "",
+            {
+                "weights": dict(module.named_parameters()),
+                "buffers": dict(module.named_buffers()),
+                "optimizer": trainer.optimizers[0].state_dict(),
+                "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+                "averages": [one.state_dict() for one in averages],
+                "average weights": [dict(one._average_model.named_parameters()) for one in averages],
+                "metrics": metrics,
+                "logged": rows.rows,
+                "random": [torch.get_rng_state(), np.random.get_state(), random.getstate()],
+                "progress": trainer.fit_loop.state_dict(),
+                "clock": [trainer.global_step, trainer.current_epoch],
+            },
+        )
+    )
+
+
+def _bits(name: str, value: Any) -> Iterator[tuple[str, bytes]]:
+    if isinstance(value, Tensor):
+        yield name, value.detach().contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else _of_one(value)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _bits(f"{name}/{key}", item)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _bits(f"{name}/{index}", item)
+    else:
+        yield name, repr(value).encode() if not callable(value) else b""
+
+
+def _of_one(value: Tensor) -> bytes:
+    return value.detach().reshape(1).view(torch.uint8).numpy().tobytes()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    names = ("lightning_nanguard", "lightning.pytorch", "pytorch_lightning")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

@@ -1,0 +1,43 @@
+"""Causes that come back whenever an update is made again from the good state."""
+
+from __future__ import annotations
+
+from lightning_nanguard.diagnosis.case import Case
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
+from lightning_nanguard.types import Finding
+
+
+def optimizer_update(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
+    """Loss, gradient and state are finite, and the optimizer's step makes a weight or a moment that is not."""
+    cure = (
+        "Look at what its step divides by: an eps that is 0 or too small for this dtype, the norm of an update that is "
+        "zero, a second moment that has faded. Raise eps, keep the weights in float32, or use another optimizer."
+    )
+    what = "loss and gradient were finite, and the optimizer's step made it so each time the update was made"
+    return _comes_back(case, thresholds, "optimizer_update", what, cure)
+
+
+def forward_writes_buffer(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
+    """The loss is finite, and the forward pass writes a number into a buffer that is not."""
+    cure = (
+        "Look at what the forward pass writes there: a division by a count or a sum that may be zero, the variance of "
+        "one value."
+    )
+    what = "the loss was finite, and the forward pass wrote it each time it was run"
+    return _comes_back(case, thresholds, "forward_writes_buffer", what, cure)
+
+
+def _comes_back(case: Case, thresholds: DiagnosisThresholds, cause: str, what: str, cure: str) -> Finding | None:
+    known, place = case.evidence.again
+    confidence = thresholds.confidence.update_again
+    if not known and case.evidence.corrupt is not None:
+        # Where updates can no longer be made again, such as at a lower rate: what was found of this tensor before.
+        tensor = case.evidence.corrupt
+        places = [one.finding.place for one in case.earlier if one.finding.cause == cause]
+        place = next((one for one in reversed(places) if tensor in one), "")
+        known, confidence = cause if place else "", thresholds.confidence.update_before
+    if known != cause:
+        return None
+    times = 1 + sum((one.finding.cause, one.finding.place) == (cause, place) for one in case.earlier)
+    suggestion = f"{place} is no longer finite: {what}. {cure}"
+    return Finding(cause, confidence, {"times": float(times)}, place, suggestion=suggestion, scope="state")

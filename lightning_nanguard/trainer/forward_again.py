@@ -1,0 +1,289 @@
+"""Makes the updates since a snapshot again, where the state has gone bad by itself."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.measure.batches import nested_tensors
+from lightning_nanguard.measure.norms import norms
+from lightning_nanguard.measure.tensors import size
+from lightning_nanguard.state.learner import CLOCK_KEYS
+from lightning_nanguard.state.random_state import is_checked
+from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.snapshot import Snapshot, capture
+from lightning_nanguard.state.step_start import StepMemory
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
+from lightning_nanguard.trainer.bad_again import buffer_in_words, update_in_words
+from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.private.averages import RepeatedAverages
+from lightning_nanguard.trainer.private.closures import end_backward, logging_for, uncounted
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.window import Micro
+from lightning_nanguard.types import Reading
+
+_logger = logging.getLogger("lightning_nanguard")
+_SCHEDULED = tuple(sorted(CLOCK_KEYS - {"params"}))
+
+
+@final
+@dataclass(slots=True, eq=False)
+class _Update:
+    """An update that was made.
+
+    Attributes:
+        number: Its number.
+        micros: Its micro-batches.
+        groups: What schedulers had written into the optimizer's groups.
+        global_step: The trainer's clock before it.
+    """
+
+    number: int
+    micros: list[Micro]
+    groups: list[dict[str, Any]]
+    global_step: int
+
+
+@final
+class ForwardAgain:
+    """Keeps references to the batches since the last certified snapshot, and makes their updates again.
+
+    Each update is made from its own batches, random numbers, attributes and rates. Where the losses are the bits that
+    were seen the first time, the run can be made again, and a loss that differs later tells when the state went bad.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        context: What the parts of the guard share.
+        replay: Undoes what the repeated batches touch.
+        thresholds: How much is kept.
+
+    Attributes:
+        futile: Whether updates were made again for nothing.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        context: GuardContext,
+        replay: TrainerBatchReplay,
+        thresholds: RepeatedStepsThresholds,
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._context = context
+        self._replay = replay
+        self._limits = thresholds
+        self._averages = RepeatedAverages(trainer)
+        self._kept: deque[_Update] = deque()
+        self._counted = 0
+        self._room = 0
+        self._started = context.state.step
+        # The epoch of the newest update; the last update of each epoch before.
+        self._epoch = -1
+        self._ends: deque[tuple[int, int]] = deque(maxlen=thresholds.updates_again or 1)
+        # The snapshot that a rollback has left the run at, and the first update after it.
+        self._gone_on = -1, -1
+        self.futile = False
+        learner = context.learner
+        alone = not (context.many or context.ranks.sharded or context.settings.observe)
+        plain = len(learner.optimizers) == 1 and not learner.quasi_newton and learner.scaler is None
+        self._possible = alone and plain and thresholds.updates_again > 0
+
+    def keep(self, number: int, micros: list[Micro]) -> None:
+        """An update is about to be made: keep what it is made from.
+
+        Args:
+            number: Its number.
+            micros: Its micro-batches.
+        """
+        if not self._possible:
+            return
+        kept, limits, ring = self._kept, self._limits, self._context.ring
+        state = self._context.state
+        if state.healthy_since_restore == 0 and not state.went_on:
+            kept.clear()  # the run has gone on from the newest snapshot, and not from the state these led to
+            self._gone_on = ring.certified[0].step if ring.certified else -1, number
+        if is_checked(self._counted, limits.measured_every):
+            held = self._bytes_of(micros)
+            self._room = 0 if held is None else min(limits.updates_again, limits.bytes_again // max(1, held))
+        self._counted += 1
+        if self._trainer.current_epoch != self._epoch:
+            if self._epoch >= 0:
+                self._ends.append((number - 1, self._epoch))
+            self._epoch = self._trainer.current_epoch
+        while kept and ring.certified and kept[0].number <= ring.certified[-1].step:
+            kept.popleft()
+        if kept and kept[-1].number != number - 1:
+            kept.clear()  # what lies before a gap leads nowhere
+        while len(kept) >= max(1, self._room):
+            kept.popleft()
+        if kept and ring.certified and kept[0].number > self._first_after(ring.certified[0]):
+            kept.clear()  # snapshots are too far apart for this
+        if self._room:
+            groups = self._context.learner.optimizers[0].param_groups
+            scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
+            kept.append(_Update(number, list(micros), scheduled, self._trainer.global_step))
+
+    def _first_after(self, snapshot: Snapshot) -> int:
+        """Number of the first update that was made from a snapshot."""
+        step, number = self._gone_on
+        return number if snapshot.step == step else snapshot.step + 1
+
+    def _bytes_of(self, micros: list[Micro]) -> int | None:
+        """Bytes that are kept for an update alone; ``None`` where attributes hold graphs, whose size is not known."""
+        before = [one.micros[-1] for one in list(self._kept)[-1:]]
+        starts = [micro.start for micro in (*before, *micros)]
+        values = [value for one, other in pairwise(starts) for value in other.not_in(one)]
+        tensors = [tensor for value in values for tensor in nested_tensors(value)]
+        if any(tensor.grad_fn is not None for tensor in tensors):
+            return None
+        return sum(map(size, [*tensors, *(one for micro in micros for one in nested_tensors(micro.run.batch))]))
+
+    def since(self, snapshot: Snapshot, number: int) -> list[_Update] | None:
+        """The updates after a snapshot up to one of them; ``None`` where one is not at hand, or cannot be repeated."""
+        context = self._context
+        if not self._possible or context.rate.is_on() or context.clipper.value is not None:
+            return None
+        if not self._averages.can_be_made_again(context.learner.averages()):
+            return None
+        updates = [one for one in self._kept if snapshot.step < one.number <= number]
+        numbers, first = [one.number for one in updates], self._first_after(snapshot)
+        tensors = any(isinstance(value, Tensor) for one in updates for group in one.groups for value in group.values())
+        return None if tensors or numbers != list(range(first, number + 1)) else updates
+
+    def go(
+        self,
+        snapshot: Snapshot,
+        number: int,
+        *,
+        then: Micro | None = None,
+        attributes: StepMemory | None = None,
+        bad: Reading | None = None,
+    ) -> Snapshot | None:
+        """Bring the learner from a snapshot to where it should be after an update.
+
+        Args:
+            snapshot: Where to begin.
+            number: The last update to make again.
+            then: The micro-batch that follows: nothing is made again where its loss is bad under the snapshot, too.
+            attributes: Reads the module's attributes, where those that the last update leaves are to be kept.
+            bad: The reading of an update that was bad: nothing is made again where its gradient is as large again.
+
+        Returns:
+            The learner as it was before; ``None`` where it is so still, since this was of no use.
+        """
+        # Where too little is the same after the newest snapshot to be sure, an older one may tell.
+        starts = [snapshot, *(one for one in self._context.ring.certified if one.step < snapshot.step)]
+        ways = [(one, updates) for one in starts if (updates := self.since(one, number)) is not None]
+        if not ways or ways[0][0] is not snapshot:
+            return None
+        learner, optimizer = self._context.learner, self._context.learner.optimizers[0]
+        before, after, left = self._capture(), None, None
+        self._context.state.again = "", ""
+        scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in optimizer.param_groups]
+        try:
+            with ExitStack() as inside:
+                inside.enter_context(self._replay.rehearsing())
+                restore(learner, snapshot)
+                if then is None or self._is_finite(then):
+                    if any(self._make(updates, start, bad=bad) for start, updates in ways):
+                        after = self._capture()
+                        left = None if attributes is None else attributes.attributes_now()
+                    self.futile = after is None and not self._context.state.again[0]
+        except Exception as error:  # a second look never costs the run what the first one would not have
+            _logger.debug("NaNGuard: the updates since the snapshot could not be made again: %r", error)
+        for group, values in zip(optimizer.param_groups, scheduled, strict=True):
+            group.update(values)
+        optimizer.zero_grad(set_to_none=True)
+        restore(learner, before if after is None else after)
+        if after is not None and left is not None:
+            left.restore(plain=False)
+        return None if after is None else before
+
+    def _capture(self) -> Snapshot:
+        return capture(self._context.learner, step=self._context.state.step, global_step=self._trainer.global_step)
+
+    def _is_finite(self, micro: Micro) -> bool:
+        micro.start.restore()
+        with uncounted(self._trainer, lambda callback: False):
+            loss = micro.run.forward().closure_loss
+        return loss is None or bool(torch.isfinite(loss).all())
+
+    def _make(self, updates: list[_Update], snapshot: Snapshot, *, bad: Reading | None) -> bool:
+        restore(self._context.learner, snapshot)
+        if snapshot.step > self._started:  # it was taken before callbacks saw the end of its update
+            self._average_again(snapshot.step, snapshot.global_step - 1)
+        same, differs = 0, False
+        for update in updates:
+            for known, now in self._losses(update, spoilt=differs):
+                if not bool(torch.isfinite(now).all()):
+                    return False
+                if known is None or not torch.equal(known, now):
+                    differs = True
+                same += not differs
+            if differs and same < self._limits.same_losses:
+                return False  # these updates are not the same a second time
+            if bad is not None and update.number >= bad.step and self._is_as_large(bad):
+                return False  # its batch is bad
+            if not self._stays_finite(update):
+                return False
+            self._average_again(update.number, update.global_step)
+        return self._context.corrupt()[0] is None
+
+    def _average_again(self, number: int, global_step: int) -> None:
+        self._averages.make_again(global_step)
+        for last, epoch in (*self._ends, (self._context.state.step, self._epoch)):
+            if last == number:
+                self._averages.end_epoch_again(epoch)
+
+    def _stays_finite(self, update: _Update) -> bool:
+        """Make the update of finite losses; whether the state stays finite. If not, note what spoils it each time."""
+        state, module = self._context.state, self._module
+        written = self._context.corrupt()[0]
+        if written is not None:
+            state.again = "forward_writes_buffer", buffer_in_words(module, written)
+            return False
+        sizes = self._step(update)
+        spoilt = self._context.corrupt()[0]
+        if spoilt is not None and max(sizes, default=0.0) < self._limits.squared:
+            state.again = "optimizer_update", update_in_words(module, update.micros[0].run.optimizer, spoilt)
+        return spoilt is None
+
+    def _losses(self, update: _Update, *, spoilt: bool) -> list[tuple[Tensor | None, Tensor]]:
+        optimizer = update.micros[0].run.optimizer
+        for group, values in zip(optimizer.param_groups, update.groups, strict=True):
+            group.update(values)
+        losses: list[tuple[Tensor | None, Tensor]] = []
+        with uncounted(self._trainer, lambda callback: False):
+            for micro in update.micros:
+                micro.start.restore(carried=not spoilt)  # else they came of spoilt weights
+                with logging_for(self._trainer, micro.run.batch):
+                    result = micro.run.whole()
+                if result.loss is not None:
+                    losses.append((micro.loss, result.loss))
+        return losses
+
+    def _is_as_large(self, bad: Reading) -> bool:
+        norm = math.hypot(*norms(self._context.learner.gradients(0)))
+        usual = math.inf if bad.grad_norm is None or not bad.finite else bad.grad_norm * self._limits.gone_below
+        return not norm < usual
+
+    def _step(self, update: _Update) -> list[float]:
+        """Let the optimizer step; gives the norms of the gradients it steps by."""
+        optimizer = update.micros[0].run.optimizer
+        with uncounted(self._trainer, lambda callback: False):
+            end_backward(self._trainer, optimizer)
+            sizes = norms(self._context.learner.gradients(0))
+            optimizer.step()
+        return sizes

@@ -1,0 +1,53 @@
+"""Causes that come back whenever an update is made again from the good state."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_nanguard import Case, Evidence, Finding
+from lightning_nanguard.diagnosis.case import EarlierFinding
+from lightning_nanguard.diagnosis.rules import diagnose
+from tests.diagnosis.rules.faults import LOSS, rules_of
+
+ROWS = [
+    ("optimizer_update", "AdamW (float32, eps 0.0), parameter w"),
+    ("forward_writes_buffer", "buffer vq.mean of Quantizer (model.py:12)"),
+]
+
+
+@pytest.mark.parametrize(("cause", "place"), ROWS)
+def test_what_comes_back_is_named(cause: str, place: str) -> None:
+    """What an update made again has shown is surer than bad state alone; later faults of the tensor have the cause."""
+    tensor = "parameter w" if "parameter" in place else "buffer vq.mean"
+    first = diagnose(Case(LOSS, Evidence(step=50, corrupt=tensor, again=(cause, place))))
+    assert first is not None
+    assert (first.cause, first.place, first.scope) == (cause, place, "state")
+    assert first.suggestion.startswith(f"{place} is no longer finite")
+    assert "device" not in first.suggestion
+    earlier = (EarlierFinding(50, LOSS.kind, LOSS.place, first),)
+    later = diagnose(Case(LOSS, Evidence(step=60, corrupt=tensor), earlier=earlier))
+    assert later is not None
+    assert (later.cause, later.place, later.evidence["times"]) == (cause, place, 2.0)
+    other = diagnose(Case(LOSS, Evidence(step=60, corrupt="parameter other"), earlier=earlier))
+    assert other is not None
+    assert other.cause == "corrupted_state"
+
+
+def test_every_rule_has_a_row() -> None:
+    """A rule is called as the cause it finds, and each has a row."""
+    assert rules_of("updates") == {row[0] for row in ROWS}
+
+
+def test_bad_state_after_a_suspicion_is_not_said_to_come_from_nowhere() -> None:
+    """Where the user was told of a huge finite gradient since the last good state, that is what is said."""
+    told = "at update 48 the gradient norm is 1e+25, usually 1.3"
+    earlier = tuple(
+        EarlierFinding(step, LOSS.kind, LOSS.place, Finding("corrupted_state", 0.9, place="parameter w"))
+        for step in (10, 30)
+    )
+    finding = diagnose(Case(LOSS, Evidence(step=50, corrupt="parameter w", told=told), earlier=earlier))
+    assert finding is not None
+    assert finding.cause == "corrupted_state"
+    assert told in finding.suggestion
+    assert "though no reading" not in finding.suggestion
+    assert "device" not in finding.suggestion
