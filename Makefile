@@ -11,7 +11,7 @@ OLDEST := pytorch-lightning==2.4.0
 ARC_TRAINING := arc-training==5.2.0.post1
 ARC ?= $(HOME)/.cache/lightning-nanguard/arc
 
-.PHONY: diagnose demo test oldest rescue arc bench kills transient lint types clean
+.PHONY: diagnose demo test oldest rescue arc packages upstream bench kills transient lint types clean
 
 # Torch goes first and alone: what depends on it must find it in place and not choose another build. DeepSpeed goes last:
 # it is built with the torch that is there, and compiles nothing.
@@ -52,6 +52,23 @@ arc:
 	$(ARC)/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements-dev.txt \
 		pytorch-lightning scikit-learn $(ARC_TRAINING)
 
+# Packages that build on Lightning, each as far as it can be installed beside the others, in an environment outside the
+# repository, and the guard inside each of them; a quarter of an hour. torch goes first, as above.
+PACKAGES ?= $(HOME)/.cache/lightning-nanguard/packages
+PACKAGE_LIST := darts==0.48.1 neuralforecast==3.3.0 pytorch-forecasting==1.8.0 chemprop==2.3.1 gluonts[torch]==0.17.0 \
+	"scvi-tools>=1.4.2,<1.6"
+PACKAGES_PIP := $(PACKAGES)/bin/python -m pip install --quiet --disable-pip-version-check
+packages:
+	$(PYTHON) -m venv $(PACKAGES)
+	grep '^torch==' requirements-dev.txt > $(PACKAGES)/constraints.txt
+	grep -E '^(pytest|pytest-timeout|hypothesis)==' requirements-dev.txt > $(PACKAGES)/tests.txt
+	$(PACKAGES_PIP) -r $(PACKAGES)/constraints.txt
+	$(PACKAGES_PIP) -r $(PACKAGES)/tests.txt
+	for package in $(PACKAGE_LIST); do \
+		timeout 600 $(PACKAGES_PIP) --constraint $(PACKAGES)/constraints.txt $$package || echo "$$package: skipped"; \
+	done
+	NANGUARD_PACKAGES=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(PACKAGES)/bin/python -m pytest -p no:cacheprovider tests/packages
+
 # What the guard costs, beside clipping and other checks; a quarter of an hour on the CPU, FAST=1 takes a tenth of the rounds.
 bench: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.overhead $(if $(FAST),--fast)
@@ -68,6 +85,13 @@ kills: .venv/.stamp
 # seed a form, RESUME=1 goes on where an interrupted run ended.
 diagnose: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.diagnose --show-failures $(if $(FAST),--draws 1 --healthy 0) $(if $(RESUME),--resume)
+
+# Lightning's own tests with the guard in every Trainer, against the same with an empty callback. SOURCES is a checkout of
+# Lightning's repository at the tag of the installed version, TESTS what of it to run.
+TESTS ?= tests/tests_pytorch/trainer
+upstream: .venv/.stamp
+	@test -n "$(SOURCES)" || { echo "make upstream SOURCES=/path/to/pytorch-lightning TESTS=tests/tests_pytorch/trainer"; exit 2; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.upstream $(SOURCES) $(TESTS)
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .

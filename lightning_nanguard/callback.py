@@ -25,7 +25,7 @@ from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.build import build_fit
 from lightning_nanguard.trainer.fit import Fit
-from lightning_nanguard.trainer.guard_copies import allow_in_checkpoints, nothing
+from lightning_nanguard.trainer.guard_copies import NO_RUN, allow_in_checkpoints
 from lightning_nanguard.trainer.guard_display import DisplayedGuard
 from lightning_nanguard.trainer.logger_curves import log_settings
 from lightning_nanguard.trainer.never_called import expect_hooks, hooks_called
@@ -170,12 +170,9 @@ class NaNGuard(DisplayedGuard):
         self._loaded: Mapping[str, Any] = {}
         self._resumed_run: str | None = None
         self._run_id: str | None = None
-        self._run_dir: str | None = None
         self._unwatched = False
         self._gate: ResumeGate | None = None
-        self._undo_gate: Callable[[], None]
         self._multiplier = 1.0
-        self._non_finite_rate: float | None = None
         self._before: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
 
     # ------------------------------------------------------------------------------------------------ what users read
@@ -183,22 +180,18 @@ class NaNGuard(DisplayedGuard):
     @property
     def run_id(self) -> str | None:
         """Id of the run, which its records and checkpoints carry; ``None`` before the first fit."""
-        return self._run_id
-
-    @property
-    def run_dir(self) -> Path | None:
-        """Folder with the records of the run; ``None`` before the first fit."""
-        return None if self._run_dir is None else Path(self._run_dir)
+        return self._memory.run.get("id")
 
     @property
     def lr_multiplier(self) -> float:
         """What the scheduled learning rates are multiplied by now."""
-        return self._fit.context.rate.ratio() if self._fit is not None else self._multiplier
+        known: float = self._memory.run.get("lr_multiplier", self._multiplier)
+        return self._fit.context.rate.ratio() if self._fit is not None else known
 
     @property
     def non_finite_rate(self) -> float | None:
         """Share of the updates, over all ranks, whose loss or gradient was not finite; ``None`` before a fit's end."""
-        return self._non_finite_rate
+        return self._memory.run.get("non_finite_rate")
 
     @property
     def clip_val(self) -> float | None:
@@ -231,13 +224,13 @@ class NaNGuard(DisplayedGuard):
             if given is None:
                 return
             check_strategy(trainer, pl_module)
-            put_first(trainer, self)
+            self._put_back()
+            self._put_back = put_first(trainer, self)
             log_settings(trainer, self._settings())
             self._undo_gate()
-            folders = [] if given.dirpath is None else [given.dirpath]
             self._gate = ResumeGate(
                 pl_module,
-                folders,
+                [] if given.dirpath is None else [given.dirpath],
                 take=given.resume == "last-good",
                 observe=given.observe,
                 thresholds=given.thresholds.checkpoints,
@@ -253,7 +246,8 @@ class NaNGuard(DisplayedGuard):
         resumed, self._resumed_run = self._resumed_run, None
         order = self._order or self._watch_data(trainer)
         fit = self._fit = build_fit(trainer, pl_module, given, self._memory, order, resumed)
-        self._run_id, self._run_dir = fit.folder.run_id, str(fit.folder.path)
+        self._run_id = fit.folder.run_id
+        self._memory.take_run({"id": fit.folder.run_id, "folder": str(fit.folder.path)})
         self._memory.take_advice(fit.advice.given)
         fit.diagnostics.preflight_due = given.preflight and trainer.global_step == 0
         self._before = self._counts()
@@ -383,7 +377,7 @@ class NaNGuard(DisplayedGuard):
             self._fit.guard.finish()
             self._fit.diagnostics.judge_first_updates()
             self._fit.say_if_unseen()
-            self._non_finite_rate = self._fit.non_finite_rate()
+            self._memory.add_to_run(non_finite_rate=self._fit.non_finite_rate())
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say in one line what happened, and let go of the fit."""
@@ -391,15 +385,17 @@ class NaNGuard(DisplayedGuard):
 
     def _end(self) -> None:
         self._undo_gate()
-        self._undo_gate = nothing
+        self._put_back()
         self._leave_data()
         for name in ("log", "log_dict"):  # Lightning leaves the module's here, which would keep it alive
             vars(self).pop(name, None)
-        fit, self._fit = self._fit, None
+        fit = self._fit
+        vars(self).update(NO_RUN)
         if fit is None:
             return
         try:
-            self._multiplier, self._updates = fit.context.rate.ratio(), fit.guard.updates
+            self._multiplier = fit.context.rate.ratio()
+            self._memory.add_to_run(updates=fit.guard.updates, lr_multiplier=self._multiplier)
             self._last_state = fit.guard.state_dict()
             faults, remedies = (now - then for now, then in zip(self._counts(), self._before, strict=True))
             fit.say_how_it_went(faults, remedies)

@@ -28,6 +28,7 @@ class Memory(Sink, Sequence[Intervention]):
         faults: How often each fault was written.
         remedies: How often each remedy was written.
         advice: The advice of the last fit.
+        run: What users read of the last fit beside its interventions, such as its folder and the number of updates.
 
     Example:
         >>> memory = Memory(RecordsThresholds(interventions_in_memory=2))
@@ -47,6 +48,7 @@ class Memory(Sink, Sequence[Intervention]):
         self.faults: Counter[str] = Counter()
         self.remedies: Counter[str] = Counter()
         self.advice: Sequence[Advice] = ()
+        self.run: Mapping[str, Any] = {}
         self._original: Memory | None = None
 
     def take_advice(self, advice: Sequence[Advice]) -> None:
@@ -54,6 +56,16 @@ class Memory(Sink, Sequence[Intervention]):
         self.advice = advice
         if self._original is not None:
             self._original.take_advice(advice)
+
+    def take_run(self, run: Mapping[str, Any]) -> None:
+        """Show what is known of a fit in the place of what was."""
+        self.run = run
+        if self._original is not None:
+            self._original.take_run(run)
+
+    def add_to_run(self, **values: Any) -> None:
+        """Show more of the same fit."""
+        self.take_run({**self.run, **values})
 
     def copy(self) -> Memory:
         """A memory of the same interventions; what is written to it later is found in this one, too."""
@@ -70,6 +82,7 @@ class Memory(Sink, Sequence[Intervention]):
             "total": self.total,
             "faults": dict(self.faults),
             "remedies": dict(self.remedies),
+            "run": dict(self.run),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -77,6 +90,7 @@ class Memory(Sink, Sequence[Intervention]):
         self._newest = deque(state["newest"], maxlen=state["kept"])
         self.total = int(state["total"])
         self.faults, self.remedies = Counter(state["faults"]), Counter(state["remedies"])
+        self.run = state.get("run", {})  # what earlier versions have pickled has none
 
     @property
     def maxlen(self) -> int:

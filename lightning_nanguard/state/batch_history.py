@@ -169,9 +169,10 @@ class BatchHistory:
         known = max((one[0] for one in self._micros if one[0] <= update), default=None)
         return self._made(() if known is None else (known,))
 
-    def at_hand(self) -> BatchOrigin | None:
-        """Where the newest micro-batch came from."""
-        return self._micros[-1][-1] if self._micros else None
+    def nothing_left(self) -> bool:
+        """Whether every sample of the newest micro-batch is known to be bad."""
+        origin = self._micros[-1][-1] if self._micros else None
+        return origin is not None and origin.nothing_left
 
     def since(self, update: int) -> list[MicroBatch]:
         """The micro-batches of all updates after one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,9 +38,9 @@ def nothing() -> None:
 
 
 # What belongs to the run at hand, and what a guard without one has in its place.
-_NO_RUN: dict[str, Any] = {"_fit": None, "_order": None, "_gate": None, "_undo_gate": nothing}
+NO_RUN: dict[str, Any] = {"_fit": None, "_order": None, "_gate": None, "_undo_gate": nothing, "_put_back": nothing}
 # Lightning leaves the module's methods on every callback.
-_OF_A_RUN = frozenset({*_NO_RUN, "_given", "log", "log_dict"})
+_OF_A_RUN = frozenset({*NO_RUN, "_given", "log", "log_dict"})
 
 
 class CopyableGuard(GuardCallback):
@@ -55,6 +56,9 @@ class CopyableGuard(GuardCallback):
     _fit: Fit | None
     _order: DataOrder | None
     """Knows where the batches of the fit at hand come from; it is there before the fit."""
+    _undo_gate: Callable[[], None]
+    _put_back: Callable[[], None]
+    """Gives the guard the place among the callbacks that the user gave it."""
     _last_state: dict[str, Any]
 
     def __init__(self, arguments: Arguments) -> None:
@@ -62,7 +66,7 @@ class CopyableGuard(GuardCallback):
         self._arguments = self._given = arguments
         self._memory = Memory(arguments.thresholds.records)
         self._last_state = {}
-        vars(self).update(_NO_RUN)
+        vars(self).update(NO_RUN)
 
     @property
     def lr_multiplier(self) -> float:
@@ -75,7 +79,7 @@ class CopyableGuard(GuardCallback):
         # Detectors and remedies are copied for each fit, and a copied sink would not be the user's.
         shared = {"_arguments": self._arguments, "_given": self._given, "_memory": self._memory.copy()}
         own = {name: value for name, value in self._without_run().items() if name not in shared}
-        vars(made).update({**copy.deepcopy(own, memo), **shared, **_NO_RUN})
+        vars(made).update({**copy.deepcopy(own, memo), **shared, **NO_RUN})
         copied(made, self)
         return made
 

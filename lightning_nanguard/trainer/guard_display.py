@@ -13,17 +13,12 @@ from lightning_nanguard.record.messages import describe_advice
 from lightning_nanguard.record.summary import summary
 from lightning_nanguard.report.data import read_run_data
 from lightning_nanguard.report.figure import draw, matplotlib
-from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.guard_data import DataWatchingGuard
 from lightning_nanguard.types import Advice, Intervention
 
 
 class DisplayedGuard(DataWatchingGuard):
     """What :class:`~lightning_nanguard.NaNGuard` shows of itself."""
-
-    def __init__(self, arguments: Arguments) -> None:
-        super().__init__(arguments)
-        self._updates = 0
 
     @property
     def interventions(self) -> Sequence[Intervention]:
@@ -38,12 +33,13 @@ class DisplayedGuard(DataWatchingGuard):
     @property
     def run_dir(self) -> Path | None:
         """Folder with the records of the run; ``None`` before the first fit."""
-        raise NotImplementedError
+        folder = self._memory.run.get("folder")
+        return None if folder is None else Path(folder)
 
     def summary(self) -> str:
         """In one line: the updates of the fit at hand or the last one, and the interventions of all fits."""
         memory, fit, given = self._memory, self._fit, self._given or self._arguments
-        updates = fit.guard.updates if fit is not None else self._updates
+        updates = fit.guard.updates if fit is not None else self._memory.run.get("updates", 0)
         return summary(
             updates,
             memory.faults,

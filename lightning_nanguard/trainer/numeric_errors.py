@@ -23,21 +23,28 @@ from lightning_nanguard.trainer.private.training_step import loss_with_graph
 if TYPE_CHECKING:
     from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 
-_ANOMALY = re.compile(r"Function '\w+' returned nan values")
+# A check of the user's or of a package, or anomaly mode.
+_NOT_FINITE = re.compile(r"\b(nans?|infs?|infinite|infinity|non-?finite|not finite)\b", re.IGNORECASE)
+# Some packages put a constant in the place of a loss that is not finite.
+_NO_GRAPH = "element 0 of tensors does not require grad"
 
 
 def is_numeric(error: BaseException) -> bool:
-    """Whether numbers can be the cause of an exception, by its type.
+    """Whether numbers can be the cause of an exception, by its type and message.
 
-    Checks of values raise ValueError, ArithmeticError or AssertionError, solvers LinAlgError, and
-    ``detect_anomaly`` a RuntimeError. Errors of memory, devices and communication are none of these.
+    Checks of values raise ValueError, ArithmeticError or AssertionError, solvers LinAlgError. ``detect_anomaly`` raises
+    a RuntimeError, and so do checks of the user's own, or an Exception without a type: these name what they found.
+    Errors of memory, devices and communication are none of these.
     """
     unsolved = torch.linalg.LinAlgError  # type: ignore[attr-defined]
     if isinstance(error, (ArithmeticError, AssertionError, unsolved, np.linalg.LinAlgError)):
         return True
     if isinstance(error, ValueError):
         return not isinstance(error, UnicodeError)
-    return isinstance(error, RuntimeError) and _ANOMALY.match(str(error)) is not None
+    if type(error) not in (Exception, RuntimeError):
+        return False
+    message = str(error)
+    return message.startswith(_NO_GRAPH) or _NOT_FINITE.search(message) is not None
 
 
 @final
@@ -58,10 +65,11 @@ class NumericErrors:
         self._replay = replay
 
     def caused_by_numbers(self, run: MicroBatchRun, start: StepStart, *, backward: bool) -> bool:
-        """Whether the step succeeds with the numbers of a healthy batch, or with the last good weights.
+        """Whether the step succeeds with other numbers in the batch, or with the last good weights.
 
-        A batch of the same structure, shape and index is run, from the same random numbers and attributes, so that an
-        exception with another cause is raised again.
+        The numbers are those of a healthy batch, or zeros in the place of what is not finite. The batch keeps its
+        structure, shape and index, and is run from the same random numbers and attributes, so that an exception with
+        another cause is raised again.
 
         Args:
             run: The micro-batch whose run raised.
@@ -69,13 +77,18 @@ class NumericErrors:
             backward: Whether the exception was raised in the backward pass.
         """
         healthy = self._replay.batches.healthy
-        other = with_values_of(run.batch, healthy[-1][0]) if healthy else None
-        if other is not None and self._succeeds(other, run.batch_idx, start, backward=backward):
+        others: list[Any] = []
+        if healthy:  # before, an exception is the user's
+            # What a healthy batch holds without harm, such as NaN in a row that was not drawn, may be the cause here.
+            other = with_values_of(run.batch, healthy[-1][0])
+            others = [one for one in (other, finite_in(other), finite_in(run.batch)) if one is not None]
+        if any(self._succeeds(one, run.batch_idx, start, backward=backward) for one in others):
             return True
         if not self._context.ring.certified:
             return False
         with self._last_good_weights():
-            return self._succeeds(run.batch, run.batch_idx, start, backward=backward)
+            # Batch and weights may both be bad.
+            return any(self._succeeds(one, run.batch_idx, start, backward=backward) for one in (run.batch, *others))
 
     def _succeeds(self, batch: Any, batch_idx: int, start: StepStart, *, backward: bool) -> bool:
         try:
@@ -115,6 +128,14 @@ def with_values_of(batch: Any, healthy: Any) -> Any:
     source = iter(others)
     made: Callable[[Tensor], Tensor] = lambda tensor: _filled(tensor, next(source))  # noqa: E731
     return mapped(batch, made)
+
+
+def finite_in(batch: Any) -> Any:
+    """The batch with zeros in the place of what is not finite; ``None`` where all of it is finite."""
+    floating = [tensor for tensor in nested_tensors(batch) if tensor.is_floating_point()]
+    if all(bool(torch.isfinite(tensor).all()) for tensor in floating):
+        return None
+    return mapped(batch, lambda one: one.nan_to_num(0.0, 0.0, 0.0) if one.is_floating_point() else one)
 
 
 def _comparable(one: Tensor, other: Tensor) -> bool:

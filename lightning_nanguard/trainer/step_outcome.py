@@ -35,6 +35,11 @@ class Outcome:
     error: Exception | None = None
     early: bool = False
 
+    @property
+    def good(self) -> bool:
+        """Whether nothing is wrong with it."""
+        return self.fault is None and self.error is None
+
 
 def given(outcome: Outcome) -> Any:
     """What Lightning goes on with; raises the exception there was."""

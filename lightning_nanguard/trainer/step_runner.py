@@ -104,12 +104,11 @@ class StepRunner:
         if self._again:
             return run.whole()
         random = self._replay.batches.begin_step()
-        origin = self._replay.batches.at_hand()
         try:
             start = self._memory.open(run.batch, random)
             if run.zero_grad is not None:
                 self._check.undo_also(start.carried_back)
-            if origin is not None and origin.nothing_left and self._allowed:
+            if self._allowed and self._replay.batches.nothing_left():
                 return self._pass_over(run, start)
             return self._guarded(run, start) if self._allowed and run.repeatable else run.whole()
         finally:
@@ -234,7 +233,7 @@ class StepRunner:
         self._rewind(micro, last)
         if self._accumulating() and not alone and self._check.state_is_finite():
             return self._leave_out(micro, first, after, counted=counted, steps=steps)
-        return self._pass_on(micro, first, counted=counted)
+        return self._pass_on(micro, first, after, counted=counted)
 
     def _with_good_samples(
         self, micro: Micro, first: Outcome, last: Outcome, *, counted: bool, steps: bool
@@ -304,7 +303,7 @@ class StepRunner:
             return False  # weights are averages, or modules are in evaluation mode
         return self._forward.go(snapshot, self._guard.updates, attributes=self._memory, bad=bad) is not None
 
-    def _pass_on(self, micro: Micro, first: Outcome, *, counted: bool) -> Any:
+    def _pass_on(self, micro: Micro, first: Outcome, after: StepClock, *, counted: bool) -> Any:
         """Run a bad micro-batch through its backward pass, an exception as a loss of NaN."""
         error = first.error
         self._check.raised(error)
@@ -315,6 +314,8 @@ class StepRunner:
             torch.autograd.set_detect_anomaly(False) if stands is not None else nullcontext(),
         ):
             result = micro.run.whole()
+        if stands is not None:
+            after.restore()  # or the next step would draw the same random numbers
         return result if loss is None else loss
 
     def _nan_result(self) -> Any:
@@ -395,8 +396,7 @@ class StepRunner:
         trace.open()
         only = last and len(self._window.left_out()) == len(self._window.micros) - 1
         outcome = self._attempt_of_window(micro, passing=only)
-        good = outcome.fault is None and outcome.error is None
-        if good or (only and outcome.error is None and self._keeper is None):
+        if outcome.good or (only and outcome.error is None and self._keeper is None):
             return outcome.result
         start = partial(micro.start.restore, carried=len(self._window.left_out()) == known)
         undo = partial(self._undo_of_window, parameters, before, trace, attributes)

@@ -82,3 +82,15 @@ def test_rejects_no_room() -> None:
     """A wrong argument is named with its value."""
     with pytest.raises(ValueError, match="interventions_in_memory=0"):
         Memory(RecordsThresholds(interventions_in_memory=0))
+
+
+def test_what_is_told_of_a_fit_is_found_from_the_original() -> None:
+    """A copy's fit shows on both, a new fit takes the place of the last one, and a state holds it."""
+    memory = Memory()
+    made = memory.copy()
+    made.take_run({"id": "a", "updates": 3})
+    made.add_to_run(updates=4)
+    assert memory.run == made.run == {"id": "a", "updates": 4}
+    made.take_run({"id": "b"})
+    assert memory.run == {"id": "b"}
+    assert memory.copy().run == {"id": "b"}

@@ -65,7 +65,8 @@ def test_copies_guard_like_the_original(way: str, when: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("way", ["deep copy", "copy"])
 def test_the_records_of_copies_are_found_from_the_original(way: str, tmp_path: Path) -> None:
-    """Packages copy a model with its callbacks and train the copy: its records and advice are on the user's guard."""
+    """Packages copy a model with its callbacks and train the copy: its records, advice, folder and figures are on the
+    user's guard."""
     told: list[Intervention] = []
     guard = NaNGuard(dirpath=tmp_path, on_intervention=told.append, preflight=True)
     made = WAYS[way](WAYS[way](guard))
@@ -73,6 +74,9 @@ def test_the_records_of_copies_are_found_from_the_original(way: str, tmp_path: P
     assert [one.batch_idx for one in guard.interventions] == [one.batch_idx for one in told] == [0, 7]
     assert guard.advice == made.advice
     assert guard.advice != ()
+    assert (guard.run_id, guard.run_dir, guard.summary()) == (made.run_id, made.run_dir, made.summary())
+    assert "NaNGuard: 24 updates" in guard.summary()
+    assert guard.non_finite_rate == made.non_finite_rate == pytest.approx(2 / 24)
     other = WAYS[way](guard)
     fit(task(), with_bad(3), other)
     assert len(made.interventions) == 2

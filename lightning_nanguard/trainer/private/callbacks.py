@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any, final
 
 from lightning_nanguard.trainer.private.packages import Callback
@@ -10,16 +11,34 @@ from lightning_nanguard.trainer.private.packages import Callback
 _TUNERS = frozenset({"BatchSizeFinder", "LearningRateFinder"})
 
 
-def put_first(trainer: Any, guard: Any) -> None:
+def put_first(trainer: Any, guard: Any) -> Callable[[], None]:
     """Move the guard ahead of all callbacks but the tuners, so that none sees a state the guard is about to undo.
 
     The list is replaced rather than changed: Lightning may be walking over it.
+
+    Returns:
+        A function that undoes this: the guard goes back behind those it stood behind. All others stay where they are
+        then, with those that were added meanwhile.
     """
-    others = [callback for callback in trainer.callbacks if callback is not guard]
+    ahead = {id(callback) for callback in takewhile(lambda one: one is not guard, trainer.callbacks)}
+    others = _without(trainer.callbacks, guard)
     split = 0
     while split < len(others) and any(cls.__name__ in _TUNERS for cls in type(others[split]).__mro__):
         split += 1
     trainer.callbacks = [*others[:split], guard, *others[split:]]
+
+    def undo() -> None:
+        others = _without(trainer.callbacks, guard)
+        if len(others) == len(trainer.callbacks):
+            return  # somebody has taken the guard out
+        place = max((index for index, callback in enumerate(others, 1) if id(callback) in ahead), default=0)
+        trainer.callbacks = [*others[:place], guard, *others[place:]]
+
+    return undo
+
+
+def _without(callbacks: list[Any], guard: Any) -> list[Any]:
+    return [callback for callback in callbacks if callback is not guard]
 
 
 def unfreezes(trainer: Any) -> bool:
