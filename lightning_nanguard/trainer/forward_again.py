@@ -188,6 +188,7 @@ class ForwardAgain:
         ways = [(one, updates) for one in starts if (updates := self.since(one, number)) is not None]
         if not ways or ways[0][0] is not snapshot:
             return None
+        _logger.info("NaNGuard: making the %d updates since the snapshot again.", len(ways[0][1]))
         learner, optimizer = self._context.learner, self._context.learner.optimizers[0]
         before, after, left = self._capture(), None, None
         self._context.state.again = "", ""
