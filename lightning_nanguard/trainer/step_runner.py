@@ -19,6 +19,7 @@ from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.forward_again import ForwardAgain
 from lightning_nanguard.trainer.numeric_errors import NumericErrors, is_numeric
+from lightning_nanguard.trainer.private.callbacks import is_from_callback
 from lightning_nanguard.trainer.private.closures import (
     MicroBatchRun,
     accumulates,
@@ -147,7 +148,7 @@ class StepRunner:
         except BadLossError as bad:
             return Outcome(bad.result, bad.fault, early=True)
         except Exception as error:
-            if not (self._again or is_numeric(error)):
+            if is_from_callback(error, self._listens) or not (self._again or is_numeric(error)):
                 raise
             return Outcome(error=error, early=not self._forward_over)
         if not steps:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import LambdaCallback
 from torch import Tensor
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
@@ -83,6 +84,24 @@ def test_the_callbacks_stay_in_their_list(tmp_path: Path) -> None:
     assert all(one == found[0] for one in found)
     assert found[0][1] is run.trainer.progress_bar_callback is not None
     assert not {"on_before_backward", "on_after_backward"} & vars(found[0][1]).keys()
+
+
+@pytest.mark.parametrize("hook", ["on_before_zero_grad", "on_before_backward", "on_after_backward"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_an_error_of_a_callback_is_raised_as_it_was(hook: str, accumulated: int, tmp_path: Path) -> None:
+    """It ends the run at once with its traceback, whatever its type, and no step is made again for it."""
+
+    def fails(trainer: Any, *args: Any) -> None:
+        if trainer.fit_loop.batch_idx == 2:
+            raise ValueError("a mistake of the callback's")
+
+    guard, module = NaNGuard(), Faulty(None)
+    callback = LambdaCallback(**{hook: fails})
+    with pytest.raises(ValueError, match="mistake of the callback's") as raised:
+        fit(module, batches(), guard, folder=tmp_path, callbacks=[callback], accumulate_grad_batches=accumulated)
+    assert raised.traceback[-1].name == "fails"
+    assert module.steps == 3
+    assert guard.interventions == []
 
 
 def test_what_is_recorded_of_it(tmp_path: Path) -> None:

@@ -46,6 +46,22 @@ def unfreezes(trainer: Any) -> bool:
     return any(cls.__name__ == "BaseFinetuning" for one in trainer.callbacks for cls in type(one).__mro__)
 
 
+def is_from_callback(error: BaseException, listens: Callable[[Any], bool]) -> bool:
+    """Whether an exception was raised in a hook of a callback.
+
+    Args:
+        error: The exception.
+        listens: Says which callback is the guard's, which does not count.
+    """
+    trace = error.__traceback__
+    while trace is not None:
+        frame, trace = trace.tb_frame, trace.tb_next
+        # Hooks may be plain functions (LambdaCallback), so that their own frames do not say whose they are.
+        if frame.f_code.co_name == "_call_callback_hooks" and not listens(frame.f_locals.get("callback")):
+            return True
+    return False
+
+
 def after_every_batch(trainer: Any, function: Callable[[], None]) -> Callable[[], None]:
     """Call ``function`` at the end of every training batch, behind all callbacks: an average is then up to date.
 
