@@ -106,6 +106,8 @@ class StepRunner:
             return run.whole()
         random = self._replay.batches.begin_step()
         try:
+            if self._guard.context.settings.observe:  # nothing is undone or made again
+                return run.whole()
             start = self._memory.open(run.batch, random)
             if run.zero_grad is not None:
                 self._check.undo_also(start.carried_back)
@@ -256,11 +258,10 @@ class StepRunner:
 
     def _may_go_back(self, fault: Fault) -> bool:
         ring = self._guard.context.ring
-        if not ring.certified or self._window.left_out():
+        if not ring.certified or self._window.left_out() or not self._check.may_go_back(fault):
             return False
-        if not self._check.may_go_back(fault) or self._replay.batch_finite() is False:
-            return False
-        if self._forward.since(ring.certified[0], self._check.number - 1) is None:
+        last = self._check.number - 1
+        if self._replay.batch_finite() is False or self._forward.since(ring.certified[0], last) is None:
             return False
         return not (self._forward.futile and self._check.state_is_finite())
 
@@ -306,10 +307,8 @@ class StepRunner:
 
     def _pass_on(self, micro: Micro, first: Outcome, after: StepClock, *, counted: bool) -> Any:
         """Run a bad micro-batch through its backward pass, an exception as a loss of NaN."""
-        error = first.error
-        self._check.raised(error)
-        loss = None if error is None and first.result is None else first.result
-        stands = self._nan_result() if error is not None or not self._memory.repeatable else None
+        self._check.raised(first.error)
+        stands = self._nan_result() if first.error is not None or not self._memory.repeatable else None
         with (
             self._repeating(counted=counted, passing=True, instead=stands),
             torch.autograd.set_detect_anomaly(False) if stands is not None else nullcontext(),
@@ -317,7 +316,7 @@ class StepRunner:
             result = micro.run.whole()
         if stands is not None:
             after.restore()  # or the next step would draw the same random numbers
-        return result if loss is None else loss
+        return result if first.result is None else first.result
 
     def _nan_result(self) -> Any:
         return result_of(self._trainer, nan_loss(self._module))

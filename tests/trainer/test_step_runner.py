@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import weakref
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -148,6 +149,23 @@ def test_observing_changes_nothing(tmp_path: Path, folder: Path) -> None:
     _, run = train(fault, tmp_path, guard=guard)
     assert run.module.steps == 24  # type: ignore[attr-defined]
     assert ("redo",) not in words(guard)
+
+
+@pytest.mark.parametrize("observe", [False, True])
+def test_nothing_is_remembered_of_a_step_where_nothing_is_undone(observe: bool, tmp_path: Path) -> None:
+    """With ``observe=True`` what a step replaces among the module's attributes is let go of at once."""
+
+    class Replaces(Faulty):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            before = None if self.carried is None else weakref.ref(self.carried)
+            loss = super().training_step(batch, batch_idx).detach()
+            if before is not None:
+                kept.append(before() is not None)
+            return loss + self.net[4].weight.sum()
+
+    kept: list[bool] = []
+    fit(Replaces(None), batches(count=4), NaNGuard(observe=observe), folder=tmp_path)
+    assert kept == [not observe] * 3
 
 
 @pytest.mark.parametrize("way", ["adamw", "accumulated"])
