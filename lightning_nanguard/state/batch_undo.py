@@ -56,7 +56,7 @@ class BatchUndo:
         self._owners: list[tuple[str, bool, dict[str, Tensor | None]]] = []
         # Buffers of the modules that have none so far.
         self._empty: list[dict[str, Tensor | None]] = []
-        self._metrics: list[Metric] = []
+        self._metrics: list[_MetricMemory] = []
         # The plan: the buffers it was made for, the copies by name, and targets, sources and versions of what is
         # copied, by dtype and device.
         self._planned: list[Tensor | None] | None = None
@@ -77,7 +77,7 @@ class BatchUndo:
         if self._owners or self._thorough or self._planned:
             self._open_buffers()
         self._undo = [other() for other in self._others]
-        self._undo += [_remember(metric) for metric in self._metrics]
+        self._undo += [metric.open() for metric in self._metrics]
 
     def also(self, undo: Undo) -> None:
         """Have this batch undone by one more function."""
@@ -110,8 +110,9 @@ class BatchUndo:
     def _list_modules(self) -> None:
         named = list(self._module.named_modules())
         # The guard's own metrics count skipped batches and are not undone.
+        known = {id(memory.metric): memory for memory in self._metrics}
         self._metrics = [
-            module
+            known.get(id(module)) or _MetricMemory(module)
             for _, module in named
             if isinstance(module, Metric) and not getattr(type(module), "keep_when_skipped", False)
         ]
@@ -213,18 +214,50 @@ def _odd_copy(buffer: Tensor) -> tuple[Tensor, Any, int]:
         return buffer, None, -1
 
 
-def _remember(metric: Metric) -> Undo:
-    states = {name: _copy_state(getattr(metric, name)) for name in metric._defaults}
-    count = metric._update_count
-    computed = metric._computed
+@final
+class _MetricMemory:
+    """Remembers the states of a metric, and copies them only where they have changed since they were copied last.
 
-    def undo() -> None:
-        for name, value in states.items():
-            setattr(metric, name, _copy_state(value))
-        metric._update_count = count
-        metric._computed = computed
+    Args:
+        metric: The metric.
+    """
 
-    return undo
+    __slots__ = ("_marks", "_states", "metric")
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        self._marks: list[tuple[Any, Any]] = []
+        self._states: dict[str, Any] = {}
+
+    def open(self) -> Undo:
+        """Remember the states before a batch; gives what puts them back."""
+        metric = self.metric
+        live = {name: getattr(metric, name) for name in metric._defaults}
+        count, computed = metric._update_count, metric._computed
+        # Of tensors that have no version, and of lists, the count of updates says whether they have changed.
+        marks = [(value, (count, _mark(value))) for value in live.values()]
+        if len(marks) != len(self._marks) or not all(map(_same, marks, self._marks)):
+            self._marks, self._states = marks, {name: _copy_state(value) for name, value in live.items()}
+        states = self._states
+
+        def undo() -> None:
+            for name, value in states.items():
+                setattr(metric, name, _copy_state(value))
+            metric._update_count = count
+            metric._computed = computed
+
+        return undo
+
+
+def _mark(state: Any) -> Any:
+    """What changes where a state is written in place."""
+    if isinstance(state, Tensor):
+        return None if state.is_inference() else state._version
+    return len(state), id(state[-1]) if state else None
+
+
+def _same(mark: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
+    return mark[0] is other[0] and mark[1] == other[1]
 
 
 def _copy_state(value: Any) -> Any:

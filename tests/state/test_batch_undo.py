@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torchmetrics import MeanMetric
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchmetrics import CatMetric, MaxMetric, MeanMetric, Metric
 
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.thresholds.batches import BatchUndoThresholds
@@ -76,6 +79,88 @@ def test_metrics_and_what_others_remember_go_back() -> None:
     undo.undo(buffers=False)
     assert float(net.metric.compute()) == 3.0
     assert seen == []
+
+
+class Clones(TorchDispatchMode):
+    """Counts clones of tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.clone.default
+        return func(*args, **(kwargs or {}))
+
+
+class Walked(list[Any]):
+    """Counts how often it is copied."""
+
+    copies = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.copies += 1
+        return super().__iter__()
+
+
+def test_only_metrics_that_have_changed_are_copied() -> None:
+    """Those of validation are copied once, also where inference mode made their states; lists of states too."""
+    net = nn.Module()
+    net.train_metric, net.val_metric, net.val_list = MeanMetric(), MeanMetric(), CatMetric()
+    with torch.inference_mode():
+        net.val_metric.reset()
+        net.val_metric.update(3.0)
+        net.val_list.update(torch.arange(3.0))
+    net.val_list.value = walked = Walked(net.val_list.value)
+    undo = BatchUndo(net)
+    undo.open()
+    copies = walked.copies
+    net.train_metric.update(1.0)
+    with Clones() as clones:
+        undo.open()
+        undo.open()
+    assert clones.count == len(net.train_metric._defaults)
+    assert walked.copies == copies
+
+
+def everything(metric: Metric) -> None:
+    metric.update(torch.tensor([9.0]))
+
+
+def in_inference_mode(metric: Metric) -> None:
+    with torch.inference_mode():
+        metric.update(torch.tensor([9.0]))
+
+
+def in_place(metric: Metric) -> None:
+    value = getattr(metric, next(iter(metric._defaults)))
+    (value[-1:] if isinstance(value, list) else value.view(-1)[:1])[:] = [] if isinstance(value, list) else 7.0
+
+
+@pytest.mark.parametrize("make", [MeanMetric, CatMetric, MaxMetric])
+@pytest.mark.parametrize("made_in_inference_mode", [False, True])
+@pytest.mark.parametrize("change", [everything, in_inference_mode, Metric.reset, Metric.__call__, in_place])
+def test_a_metric_goes_back_whatever_changed_it(
+    make: Callable[[], Metric], made_in_inference_mode: bool, change: Callable[..., Any]
+) -> None:
+    """Also in the batch after one that was undone, and after one whose change is kept."""
+    if made_in_inference_mode and change is in_place:
+        pytest.skip("a state without a version is written by updates alone")
+    net = nn.Module()
+    net.metric = metric = make()
+    with torch.inference_mode(made_in_inference_mode):
+        metric.reset()
+        metric.update(torch.tensor([3.0, 5.0]))
+    changed = partial(change, metric, *([torch.tensor([4.0])] if change is Metric.__call__ else []))
+    undo = BatchUndo(net)
+    for _ in range(3):
+        undo.open()
+        before = copied(metric.metric_state), metric.update_count, copied(metric._computed)
+        with torch.inference_mode(made_in_inference_mode):
+            changed()
+        undo.undo()
+        assert same_bits((metric.metric_state, metric.update_count, metric._computed), before)
+        undo.open()
+        with torch.inference_mode(made_in_inference_mode):
+            changed()
 
 
 def test_a_buffer_of_another_shape_is_left_alone() -> None:
