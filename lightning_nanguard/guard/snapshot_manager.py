@@ -216,7 +216,8 @@ class SnapshotManager:
         self._wide |= beyond
         if not self._ring.certified:
             self._plausibility.moments.exempt(self._moments)
-        return self._look_into(pending, healthy_steps) if beyond or self._moments.beyond() else None
+        flipped = self._plausibility.moments.beyond(self._moments)
+        return self._look_into(pending, healthy_steps) if beyond or flipped else None
 
     def _look_into(self, pending: Snapshot, healthy_steps: int) -> Fault | None:
         pending.wait()

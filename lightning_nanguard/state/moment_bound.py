@@ -36,15 +36,15 @@ def largest_ratio(beta1: float, beta2: float) -> float | None:
 
 @final
 class MomentScreen:
-    """By how much first moments exceed their bound, on the way to the host.
+    """How many elements of first moments exceed their bound, on the way to the host.
 
     Args:
-        excess: For each first moment the largest excess of an element; positive where it is out of bounds.
+        counts: For each first moment the number of its elements that are out of bounds.
     """
 
-    def __init__(self, excess: Mapping[StateKey, Tensor]) -> None:
+    def __init__(self, counts: Mapping[StateKey, Tensor]) -> None:
         devices: dict[torch.device, dict[StateKey, Tensor]] = {}
-        for key, value in excess.items():
+        for key, value in counts.items():
             devices.setdefault(value.device, {})[key] = value
         self._sent = [(list(one), HostCopy(torch.stack(list(one.values())))) for one in devices.values()]
 
@@ -52,9 +52,10 @@ class MomentScreen:
         """Whether reading it would not wait for a device."""
         return all(copy.arrived() for _, copy in self._sent)
 
-    def beyond(self) -> set[StateKey]:
-        """State keys of the first moments that are out of bounds."""
-        return {key for keys, copy in self._sent for key, value in zip(keys, copy.read(), strict=True) if value > 0}
+    def beyond(self) -> dict[StateKey, int]:
+        """State keys of the first moments that are out of bounds, with how many of their elements are."""
+        counts = (pair for keys, copy in self._sent for pair in zip(keys, copy.read(), strict=True))
+        return {key: int(count) for key, count in counts if count > 0}
 
 
 @final
@@ -62,7 +63,8 @@ class MomentBound:
     """Looks at the first moments of torch's Adam, AdamW, NAdam and RAdam.
 
     Moments that begin out of bounds, such as those of a checkpoint that was trained with other betas, are left alone.
-    So are all of an optimizer whose betas change.
+    So are all of an optimizer whose betas change, and those that go out of bounds in many elements at once: somebody
+    has rewritten moments.
 
     Args:
         learner: What is trained.
@@ -78,17 +80,25 @@ class MomentBound:
 
     def screen(self, leaves: Mapping[StateKey, Any]) -> MomentScreen:
         """Measure a state of the learner, without waiting for a device."""
-        excess = {}
+        counts = {}
         for key, ratio, least in self._bounded():
             moments = [leaves.get((*key[:-1], name)) for name in ("exp_avg", "exp_avg_sq")]
             first, second = (local(one) if isinstance(one, Tensor) else None for one in moments)
             if key not in self._exempt and first is not None and second is not None and _are_exact(first, second):
-                excess[key] = self._excess(first, second, ratio, least)
-        return MomentScreen(excess)
+                counts[key] = self._beyond(first, second, ratio, least)
+        return MomentScreen(counts)
+
+    def beyond(self, screen: MomentScreen) -> set[StateKey]:
+        """State keys of the first moments that something other than a gradient has changed in a few elements."""
+        found = screen.beyond()
+        if sum(found.values()) > self._limits.most_elements:
+            self._exempt |= found.keys()
+            return set()
+        return set(found)
 
     def exempt(self, screen: MomentScreen) -> None:
         """Leave those alone from now on that are out of bounds."""
-        self._exempt |= screen.beyond()
+        self._exempt |= screen.beyond().keys()
 
     def _bounded(self) -> Iterator[tuple[StateKey, float, float]]:
         names = self._learner.parameter_names()
@@ -113,13 +123,17 @@ class MomentBound:
                 self._changed.add(index)
         return index in self._changed
 
-    def _excess(self, first: Tensor, second: Tensor, ratio: float, least: float) -> Tensor:
+    def _beyond(self, first: Tensor, second: Tensor, ratio: float, least: float) -> Tensor:
         limits = self._limits
         ratio *= limits.slack**2
         floor = least * torch.finfo(first.dtype).tiny
         pieces = zip(*(torch.split(one.reshape(-1), limits.piece) for one in (first, second)), strict=True)
-        excess = [one.square().sub_(other, alpha=ratio).max() for one, other in pieces]
-        return (torch.stack(excess).max() - ratio * floor).float()
+        # A second moment of exactly 0 was reset or pruned, which no flipped bit does.
+        counts = [
+            (one.square().sub_(other, alpha=ratio) > ratio * floor).logical_and_(other > 0).sum()
+            for one, other in pieces
+        ]
+        return torch.stack(counts).sum()
 
 
 def _are_exact(first: Tensor, second: Tensor) -> bool:

@@ -115,7 +115,7 @@ class PlausibilityCheck:
         """
         if not self._ring.certified:
             return None
-        beyond = self.moments.screen(leaves).beyond()
+        beyond = self.moments.beyond(self.moments.screen(leaves))
         if beyond:
             first = describe(next(key for key in leaves if key in beyond))
             message = f"{first} is larger than its second moment allows, whatever the gradients were"

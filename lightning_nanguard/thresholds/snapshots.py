@@ -74,12 +74,15 @@ class MomentThresholds:
         underflows: Smallest normal numbers that a step may lose of a second moment, where the square of a gradient
             underflows; of more steps it is this over 1 − β₂.
         least_decay: Smallest 1 − β₂ for which rounding is small beside it.
+        most_elements: Elements of all first moments that may be out of bounds where something flipped them; where it is
+            more at once, somebody rewrote moments.
         piece: Elements compared at a time; more would take room on the device.
     """
 
     slack: float = 1.1
     underflows: float = 4.0
     least_decay: float = 1e-5
+    most_elements: int = 8
     piece: int = 1 << 24
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import Callback
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 from torch.optim.lr_scheduler import OneCycleLR
@@ -39,7 +40,7 @@ def made(make: Any = Adam, size: int = 64) -> tuple[nn.Linear, Any, MomentBound]
 def beyond(net: nn.Module, optimizer: Optimizer, bound: MomentBound) -> set[Any]:
     screen = bound.screen(dict(Learner(net, [optimizer]).leaves()))
     assert screen.arrived()
-    return screen.beyond()
+    return bound.beyond(screen)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -89,30 +90,61 @@ def spoilt(make: Any = Adam) -> tuple[nn.Linear, Any, MomentBound]:
 def test_moments_that_begin_out_of_bounds_are_left_alone() -> None:
     """So are those of an optimizer whose betas change, and those of optimizers that keep something else."""
     net, optimizer, bound = spoilt()
-    optimizer.state[net.weight]["exp_avg"].fill_(1e6)
+    optimizer.state[net.weight]["exp_avg"][0, :4] = 1e6
     bound.exempt(bound.screen(dict(Learner(net, [optimizer]).leaves())))
     assert beyond(net, optimizer, bound) == set()
 
     net, optimizer, bound = spoilt()
     assert beyond(net, optimizer, bound) == set()
     optimizer.param_groups[0]["betas"] = (0.5, 0.999)
-    optimizer.state[net.weight]["exp_avg"].fill_(1e6)
+    optimizer.state[net.weight]["exp_avg"][0, :4] = 1e6
     assert beyond(net, optimizer, bound) == set()
 
     net, optimizer, bound = spoilt()
     OneCycleLR(optimizer, 0.1, total_steps=10)
-    optimizer.state[net.weight]["exp_avg"].fill_(1e6)
+    optimizer.state[net.weight]["exp_avg"][0, :4] = 1e6
     assert beyond(net, optimizer, bound) == set()
 
     class Other(Adam):
         """Keeps something else."""
 
     net, optimizer, bound = spoilt(Other)
-    optimizer.state[net.weight]["exp_avg"].fill_(1e6)
+    optimizer.state[net.weight]["exp_avg"][0, :4] = 1e6
     assert beyond(net, optimizer, bound) == set()
 
     net, optimizer, bound = spoilt(partial(SGD, momentum=0.9))
     assert beyond(net, optimizer, bound) == set()
+
+
+def test_moments_that_somebody_rewrote_are_left_alone() -> None:
+    """A second moment that was set to zero says nothing; nor do those that go out of bounds in many elements at once,
+    until the last of them is back."""
+    net, optimizer, bound = spoilt()
+    optimizer.state[net.weight]["exp_avg_sq"][0, :8] = 0.0
+    assert beyond(net, optimizer, bound) == set()
+    optimizer.state[net.weight]["exp_avg_sq"].zero_()
+    assert beyond(net, optimizer, bound) == set()
+    sizes = 10.0 ** -torch.linspace(0, 6, 64)
+    for _ in range(100):
+        net.weight.grad = sizes.reshape(1, -1).clone()
+        optimizer.step()
+        assert beyond(net, optimizer, bound) == set()
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_run_whose_moments_are_reset_is_left_alone(share: float, tmp_path: Path) -> None:
+    """A callback that prunes the second moments, as some methods do, costs no rollback."""
+
+    class Resets(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if trainer.global_step in (15, 16, 27):
+                for state in trainer.optimizers[0].state.values():
+                    second = state["exp_avg_sq"].view(-1)
+                    second[: math.ceil(share * len(second))] = 0.0
+
+    guard = NaNGuard(snapshot_every_n_steps=4)
+    fit(task("mlp", partial(AdamW, lr=1e-7)), batches(count=60), guard, folder=tmp_path, callbacks=[Resets()])
+    assert guard.interventions == []
 
 
 @pytest.mark.parametrize("count", [18, 40])
