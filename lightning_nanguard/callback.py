@@ -272,12 +272,11 @@ class NaNGuard(DisplayedGuard):
         if fit is None:
             self._say_unwatched()
             return
-        replay = fit.replay
-        replay.batch, replay.batch_idx = batch, batch_idx
+        fit.replay.batch, fit.replay.batch_idx = batch, batch_idx
         if fit.diagnostics.preflight_due:
             fit.diagnostics.preflight(batch)
         fit.averages.watch()
-        replay.batches.add(fit.guard.updates + 1, batch_idx, batch, fit.order.origin(batch_idx))
+        fit.replay.batches.add(fit.guard.updates + 1, batch_idx, batch, fit.order.origin(batch_idx))
         if fit.diagnostics.first_updates is not None:
             fit.diagnostics.first_updates.see_batch(batch)
         fit.guard.open_batch()
@@ -325,6 +324,11 @@ class NaNGuard(DisplayedGuard):
             replay.batch = None
             if not guard.in_window:
                 replay.batches.clear()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget a batch that ``on_train_batch_start`` has refused with -1, which ends the epoch."""
+        if self._fit is not None:
+            self._fit.end_epoch()
 
     def on_validation_batch_end(
         self,

@@ -114,6 +114,7 @@ class Guard:
         self._bad_start: str | None = None
         # What belongs to the batch at hand.
         self._open = False
+        self._running = False
         self._updated = False
 
     # ---------------------------------------------------------------------------------------- the order of a step
@@ -138,6 +139,7 @@ class Guard:
 
     def open_batch(self) -> None:
         """Remember what the coming batch may change; a window of accumulation counts as one batch."""
+        self._running = True
         if not self._open:
             self._open = True
             self._undos.rotate(1)
@@ -187,6 +189,7 @@ class Guard:
         Raises:
             TrainingDivergedError: When the run cannot be helped, or its first weights were not finite.
         """
+        self._running = False
         if not self._updated:
             if self._parts.loop.micro_batches() == 1 or not self._context.learner.optimizers:
                 self._open = False
@@ -223,6 +226,14 @@ class Guard:
             f"{self._bad_start} holds NaN or Inf before the first update, so there is no good state to guard. Look at "
             "how it was initialised, or at the checkpoint it came from, and start again."
         )
+
+    def end_epoch(self) -> bool:
+        """The epoch is over: forget a batch that began and was not run; whether there is one."""
+        if not self._running or self._updated:
+            return False
+        self._open = self._running = False
+        self._parts.meter.drop_losses()
+        return True
 
     def report(self, fault: Fault) -> None:
         """Take a fault that was found outside a step, such as in validation.

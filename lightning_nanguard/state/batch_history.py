@@ -94,6 +94,11 @@ class BatchHistory:
             micros.popleft()
         micros.append((update, index, batch, None, origin))
 
+    def withdraw(self) -> None:
+        """The newest micro-batch is not run after all."""
+        if self._micros:
+            self._micros.pop()
+
     def begin_step(self) -> RandomState:
         """The step of the newest micro-batch begins: remember the random streams for it, and give their positions."""
         state = self._streams.open()

@@ -236,6 +236,12 @@ class Fit:
                 )
             )
 
+    def end_epoch(self) -> None:
+        """Forget a batch that began and was not run."""
+        if self.guard.end_epoch():
+            self.replay.batch = None
+            self.replay.batches.withdraw()
+
     def close(self) -> None:
         """Take everything off the trainer again, whatever fails in between."""
         with ExitStack() as last:

@@ -28,6 +28,7 @@ from tests.helpers import (
     Task,
     TwoOptimizers,
     batches,
+    copied,
     data_for,
     differences,
     fit,
@@ -377,6 +378,42 @@ def test_several_bad_batches(tmp_path: Path) -> None:
     assert [i.batch_idx for i in guard.interventions] == bad
     assert [i.remedies for i in guard.interventions] == [("skip",)] * len(bad)
     assert differences(left_behind(guarded), left_behind(never)) == []
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_a_batch_that_is_refused(accumulated: int, tmp_path: Path) -> None:
+    """Where ``on_train_batch_start`` gives -1, which ends the epoch, nothing is left open; a bad batch at the beginning
+    of the next epoch is undone to there, and not to the epoch before."""
+
+    class Sees(Callback):
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            fit_of_guard = guard._fit
+            assert fit_of_guard is not None
+            in_window.append(fit_of_guard.guard.in_window)
+
+        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+            if trainer.current_epoch:
+                module.metric.reset()  # behind what Lightning does on its own
+                module.metric.update(torch.ones(3, 1), torch.zeros(3, 1))
+                seen.append(copied(learner_of(trainer, module)["metrics"]))
+
+        def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+            if trainer.current_epoch and trainer.fit_loop.batch_idx == accumulated - 1:
+                seen.append(copied(learner_of(trainer, module)["metrics"]))
+
+    guard = NaNGuard(snapshot_every_n_steps=3)
+    in_window: list[bool] = []
+    seen: list[Any] = []
+    module = task("norm", metric=True)
+    refused = 5  # within a window, where there are windows
+    module.on_train_batch_start = lambda batch, index: -1 if index == refused and not module.current_epoch else None
+    bad = FaultAt("input", math.nan, range(refused + 1, refused + 1 + accumulated))
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulated, "max_epochs": 2, "callbacks": [Sees(), bad]}
+    fit(module, data_for("norm"), guard, folder=tmp_path, **options)
+    assert in_window == [False, False]
+    assert {i.batch_idx for i in guard.interventions} <= set(range(accumulated))
+    assert guard.interventions
+    assert differences(seen[0], seen[1]) == []
 
 
 def test_global_step_on_record_is_the_trainers_after_the_batch(tmp_path: Path) -> None:
