@@ -123,7 +123,10 @@ class Guard:
         """Look at the state before the first update, and keep it."""
         context = self._context
         context.finite.begin(context.learner)
-        bad, _ = first_over_ranks(context.ranks, self._bad_from_the_start())
+        # Frozen ones may be masks of -inf.
+        trained = (key for key, leaf in context.learner.weights() if key[0] == "parameter" and leaf.requires_grad)
+        mine = next((describe(key) for key in trained if key in context.finite.allowed), None)
+        bad, _ = first_over_ranks(context.ranks, mine)
         if bad is not None:
             _logger.info("NaNGuard: %s holds NaN or Inf before the first update; these elements are not guarded.", bad)
             self._bad_start = None if context.settings.observe else bad
@@ -131,11 +134,6 @@ class Guard:
             # The same hook scales the rate and takes the gradients of blocked steps away.
             context.rate.attach(self._parts.skipper.remove_gradients)
         self._parts.certification.start()
-
-    def _bad_from_the_start(self) -> str | None:
-        # Frozen ones may be masks of -inf.
-        trained = (key for key, leaf in self._context.learner.weights() if key[0] == "parameter" and leaf.requires_grad)
-        return next((describe(key) for key in trained if key in self._context.finite.allowed), None)
 
     def open_batch(self) -> None:
         """Remember what the coming batch may change; a window of accumulation counts as one batch."""
