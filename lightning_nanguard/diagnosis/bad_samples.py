@@ -110,7 +110,7 @@ def search(
         thresholds: How many parts are run.
     """
     found: list[int] = []
-    waiting, runs = [list(indices)], 0
+    waiting, runs, any_good = [list(indices)], 0, False
     while waiting:
         part = waiting.pop()
         runs += 1
@@ -118,43 +118,65 @@ def search(
         if verdict is None or runs > thresholds.most_runs:
             return None
         if not verdict:
+            any_good = True
             continue
         if len(part) == 1:
             found += part
             if len(found) > share * len(indices) and len(indices) > 1:
                 return None
+            if share < 1.0 and not any_good and len(found) == thresholds.all_bad_after:
+                return None
             continue
-        middle = len(part) // 2
-        waiting += [part[middle:], part[:middle]]
+        # Every other one, so that the first single samples looked at lie all over the batch.
+        waiting += [part[1::2], part[::2]]
     rest = [index for index in indices if index not in set(found)]
     explained = not found or not rest or bad(rest) is False
-    return tuple(found) if explained else None
+    return tuple(sorted(found)) if explained else None
 
 
-def judged(
-    batch: Any,
-    healthy: Sequence[Any],
-    bad: Bad | None,
-    cause: str,
-    thresholds: SamplesThresholds = _DEFAULTS,
-) -> Found:
-    """The bad samples of a batch.
+@final
+class SampleSearch:
+    """Finds the bad samples of batches; parts are run more rarely where they have explained nothing several times.
 
     Args:
-        batch: The batch.
-        healthy: Healthy batches.
-        bad: Runs a part of the batch; ``None`` where none can be run.
-        cause: The cause of what no sample shows by itself.
-        thresholds: When a sample counts as bad.
+        thresholds: When a sample counts as bad, and how often is searched.
     """
-    far, found = far_samples(batch, healthy, thresholds), non_finite_samples(batch, thresholds)
-    if bad is not None and found:
-        # Some models take NaN for what is missing.
-        spoiling = search(tuple(found), bad, thresholds=thresholds)
-        found = found if spoiling is None else {index: found[index] for index in spoiling}
-    found = {**far, **found}
-    count = samples(batch) or 0
-    rest = [index for index in range(count) if index not in found]
-    if bad is not None and rest:
-        found |= {index: SampleFault(cause) for index in search(rest, bad, thresholds.largest_share, thresholds) or ()}
-    return dict(sorted(found.items()))
+
+    def __init__(self, thresholds: SamplesThresholds = _DEFAULTS) -> None:
+        self._limits = thresholds
+        # Batches in a row that no single samples explain, as far as is known.
+        self._unexplained = 0
+
+    def judged(self, batch: Any, healthy: Sequence[Any], bad: Bad | None, cause: str) -> Found:
+        """The bad samples of a batch.
+
+        Args:
+            batch: The batch.
+            healthy: Healthy batches.
+            bad: Runs a part of the batch; ``None`` where none can be run.
+            cause: The cause of what no sample shows by itself.
+        """
+        limits = self._limits
+        far, found = far_samples(batch, healthy, limits), non_finite_samples(batch, limits)
+        if bad is not None and found:
+            # Some models take NaN for what is missing.
+            spoiling = search(tuple(found), bad, thresholds=limits)
+            found = found if spoiling is None else {index: found[index] for index in spoiling}
+        found = {**far, **found}
+        count = samples(batch) or 0
+        rest = [index for index in range(count) if index not in found]
+        if bad is not None and rest:
+            found |= {index: SampleFault(cause) for index in self._search(rest, bad)}
+        return dict(sorted(found.items()))
+
+    def _search(self, rest: Sequence[int], bad: Bad) -> tuple[int, ...]:
+        limits, time = self._limits, self._unexplained + 1
+        if time > limits.searches_in_vain and time & (time - 1):
+            self._unexplained = time
+            return ()
+        spoiling = search(rest, bad, limits.largest_share, limits)
+        if spoiling is None:
+            self._unexplained = time
+        elif spoiling:
+            self._unexplained = 0
+        return spoiling or ()

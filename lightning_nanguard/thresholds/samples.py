@@ -17,6 +17,8 @@ class SamplesThresholds:
         least_compared: Healthy batches, or samples of one batch, needed to compare with.
         most_runs: Passes over parts of one batch in which bad samples are searched for; 64 single ones among 1,024
             samples take more, a handful takes about 20 each.
+        all_bad_after: Single samples, all over a batch, after which a search ends where nothing looked at was good.
+        searches_in_vain: Searches in a row that explain nothing, after which only the 4th, 8th, 16th, … is made.
         largest_share: Share of a batch from which on not its samples are bad but something that all have in common.
         columns_named: Columns of one sample that are named at most.
         batches_waiting: Batches that Lightning may have taken from the loader and not trained on yet.
@@ -34,6 +36,8 @@ class SamplesThresholds:
     far_factor_in_batch: float = 1e6
     least_compared: int = 3
     most_runs: int = 256
+    all_bad_after: int = 8
+    searches_in_vain: int = 3
     largest_share: float = 0.5
     columns_named: int = 32
     batches_waiting: int = 8

@@ -17,7 +17,7 @@ from lightning_nanguard.diagnosis.bad_samples import (
     Bad,
     Found,
     SampleFault,
-    judged,
+    SampleSearch,
     non_finite_samples,
 )
 from lightning_nanguard.diagnosis.batch import samples
@@ -74,6 +74,7 @@ class SampleFinder:
         self._run_id = run_id
         self._known = context.samples
         self._limits = context.thresholds.samples
+        self._search = SampleSearch(self._limits)
         self._said = False
         # Batches that were looked into: several faults may be found of one.
         self._seen: dict[tuple[int, int], Found] = {}
@@ -149,7 +150,7 @@ class SampleFinder:
             # Of a window that is not over, micro-batches are among the healthy ones already.
             own = {id(one.batch) for one in self._replay.batches.newest()}
             healthy = [batch for batch, _ in self._replay.batches.healthy if id(batch) not in own]
-            found = judged(micro.batch, healthy, bad, _cause(finding), self._limits)
+            found = self._search.judged(micro.batch, healthy, bad, _cause(finding))
         if bad is None and finding is not None and micro is about and _blames_samples(finding):
             found = {index: SampleFault(finding.cause) for index in finding.samples} | found
         elif bad is not None and usable:

@@ -13,8 +13,8 @@ from lightning_nanguard.diagnosis.bad_samples import (
     FAR,
     NOT_FINITE,
     SampleFault,
+    SampleSearch,
     far_samples,
-    judged,
     non_finite_samples,
     search,
 )
@@ -84,9 +84,40 @@ def test_judged_together() -> None:
     """What samples hold comes first; only the rest is searched; NaN that the model takes is left alone."""
     x, y = batch(16)
     x[1, 2], x[4] = nan, 1e15
-    found = judged((x, y), (), bad_with(1, 9), "log_of_negative")
+    found = SampleSearch().judged((x, y), (), bad_with(1, 9), "log_of_negative")
     assert {index: one.cause for index, one in found.items()} == {1: NOT_FINITE, 4: FAR, 9: "log_of_negative"}
     x[3] = nan
-    assert list(judged((x, y), (), bad_with(1, 9), "x")) == [1, 4, 9]
+    assert list(SampleSearch().judged((x, y), (), bad_with(1, 9), "x")) == [1, 4, 9]
     x[3] = 0.0
-    assert list(judged((x, y), (), None, "x")) == [1, 4]
+    assert list(SampleSearch().judged((x, y), (), None, "x")) == [1, 4]
+
+
+def test_a_search_ends_where_all_samples_are_bad() -> None:
+    """What all have in common is known after few single samples; bad ones that lie beside each other are all found."""
+    runs: list[Sequence[int]] = []
+    assert search(range(256), bad_with(*range(256), runs=runs), share=0.5) is None
+    assert len(runs) <= 32
+    assert search(range(64), bad_with(*range(12)), share=0.5) == tuple(range(12))
+    assert search(range(64), bad_with(*range(64))) == tuple(range(64))
+
+
+def test_searches_that_explain_nothing_become_rare() -> None:
+    """After three in a row only the 4th, 8th, 16th is made; one that finds a sample begins anew."""
+    limited, searched = SampleSearch(), []
+    for time in range(1, 34):
+        runs: list[Sequence[int]] = []
+        assert limited.judged(batch(32), (), bad_with(*range(32), runs=runs), "x") == {}
+        searched += [time] if runs else []
+    assert searched == [1, 2, 3, 4, 8, 16, 32]
+    for time in range(34, 65):
+        found = limited.judged(batch(32), (), bad_with(5), "x")
+        assert list(found) == ([5] if time == 64 else [])
+    assert list(limited.judged(batch(32), (), bad_with(5), "x")) == [5]
+
+
+def test_parts_that_are_good_again_do_not_count() -> None:
+    """Where a batch is good when it is run again, later batches are searched all the same."""
+    limited = SampleSearch()
+    for _ in range(6):
+        assert limited.judged(batch(), (), bad_with(), "x") == {}
+    assert list(limited.judged(batch(), (), bad_with(5), "x")) == [5]

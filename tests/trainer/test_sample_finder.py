@@ -213,3 +213,21 @@ def test_samples_are_not_blamed_for_the_weights(tmp_path: Path) -> None:
     guard = trained(DataLoader(data, batch_size=8), tmp_path, Overflows(at), guard=options)
     assert len(guard.interventions) > 0
     assert listed(guard) == []
+
+
+def test_a_cause_common_to_all_samples_costs_few_passes(tmp_path: Path) -> None:
+    """Where whole batches are bad, parts of the first few are run, and then of one now and then."""
+    passes: list[int] = []
+
+    class Whole(LogTargets):
+        def training_step(self, batch: Any, index: int) -> Tensor | None:
+            passes.append(index)
+            loss = super().training_step(batch, index)
+            return loss * math.nan if loss is not None and index % 2 else loss
+
+    guard = trained(DataLoader(rows(1280), batch_size=64), tmp_path, Whole())
+    assert len(guard.interventions) == 10
+    assert listed(guard) == []
+    parts = [passes.count(index) - passes.count(0) for index in range(1, 20, 2)]
+    assert sum(parts) < 250, parts
+    assert max(parts[4:7] + parts[8:]) < 5, parts
