@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, final, overload
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_nanguard.act.valid_rates import ValidRates
@@ -132,7 +132,7 @@ class LearningRate:
 
         Args:
             before_update: Called in each step once its gradients are there: after the closure, or at the beginning of
-                a step without one.
+                a step without one. Whoever gives it has ``valid`` look at the rates before each of these calls.
         """
         if self._handles:
             return
@@ -183,7 +183,9 @@ class LearningRate:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # The closure is wrapped even at a multiplier of 1.0: the guard may change the multiplier inside it.
-        self.valid.look(optimizer)
+        # Whoever is called before the update looks at the rates then; LBFGS reads them before its closure.
+        if self._before_update is _nothing or isinstance(optimizer, LBFGS):
+            self.valid.look(optimizer)
         closure = kwargs.get("closure")
         if closure is not None:
             kwargs = {**kwargs, "closure": partial(self._run_closure, optimizer, closure)}

@@ -92,3 +92,24 @@ def test_observing_changes_no_rate(tmp_path: Path) -> None:
     assert differences(learner_of(guarded.trainer, guarded.module), learner_of(bare.trainer, bare.module)) == []
     assert words(guard)[0] == ("hold rate",)
     assert not guard.interventions[0].applied
+
+
+def test_rates_are_looked_at_once_an_update(tmp_path: Path) -> None:
+    """Optimizers may have hundreds of groups."""
+
+    class Counted(dict[str, Any]):
+        looks = 0
+
+        def get(self, key: str, default: Any = None) -> Any:
+            Counted.looks += key == "lr"
+            return super().get(key, default)
+
+    def make(parameters: Any) -> Optimizer:
+        optimizer = SGD([{"params": [one]} for one in parameters], lr=0.05)
+        optimizer.param_groups = [Counted(group) for group in optimizer.param_groups]
+        return optimizer
+
+    module = Task(mlp(), make)
+    groups = len(list(module.parameters()))
+    fit(module, batches(count=12), NaNGuard(snapshot_every_n_steps=100), folder=tmp_path)
+    assert 12 * groups <= Counted.looks < 24 * groups
