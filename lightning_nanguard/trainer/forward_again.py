@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.guard.context import GuardContext
-from lightning_nanguard.measure.batches import nested_tensors
+from lightning_nanguard.measure.batches import bytes_of
 from lightning_nanguard.measure.norms import norms
-from lightning_nanguard.measure.tensors import size
 from lightning_nanguard.state.learner import CLOCK_KEYS
 from lightning_nanguard.state.random_state import is_checked
 from lightning_nanguard.state.restore import restore
@@ -141,14 +140,11 @@ class ForwardAgain:
         return number if snapshot.step == step else snapshot.step + 1
 
     def _bytes_of(self, micros: list[Micro]) -> int | None:
-        """Bytes that are kept for an update alone; ``None`` where attributes hold graphs, whose size is not known."""
+        """Bytes that are kept for an update alone; ``None`` where they are not known."""
         before = [one.micros[-1] for one in list(self._kept)[-1:]]
         starts = [micro.start for micro in (*before, *micros)]
         values = [value for one, other in pairwise(starts) for value in other.not_in(one)]
-        tensors = [tensor for value in values for tensor in nested_tensors(value)]
-        if any(tensor.grad_fn is not None for tensor in tensors):
-            return None
-        return sum(map(size, [*tensors, *(one for micro in micros for one in nested_tensors(micro.run.batch))]))
+        return bytes_of([*values, *(micro.run.batch for micro in micros)], _holds_more)
 
     def since(self, snapshot: Snapshot, number: int) -> list[_Update] | None:
         """The updates after a snapshot up to one of them; ``None`` where one is not at hand, or cannot be repeated."""
@@ -288,3 +284,11 @@ class ForwardAgain:
             sizes = norms(self._context.learner.gradients(0))
             optimizer.step()
         return sizes
+
+
+def _holds_more(tensor: Tensor) -> bool:
+    """Whether a tensor keeps more than its numbers: a graph, or the open file of memory that processes share."""
+    try:
+        return tensor.grad_fn is not None or (tensor.is_cpu and tensor.is_shared())  # type: ignore[no-untyped-call]
+    except NotImplementedError:  # a sparse one cannot be asked
+        return True

@@ -86,12 +86,12 @@ class StepRunner:
 
     # ---------------------------------------------------------------------------------------- Lightning's side
 
-    def forward(self, run: MicroBatchRun) -> Any:
+    def forward(self, forward: Callable[[], Any]) -> Any:
         """Run the forward pass; in a window, end the run of a bad micro-batch before its backward pass."""
         if self._instead is not None:
             return self._instead
         self._forward_over = False
-        result = run.forward()
+        result = forward()
         self._forward_over = True
         if self._accumulating() and self._may_repeat() and not self._may_pass:
             fault = self._check.fault_of_loss(result.closure_loss, 0)

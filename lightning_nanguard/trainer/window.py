@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -10,8 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.guard.step_check import StepCheck
-from lightning_nanguard.measure.batches import nested_tensors
-from lightning_nanguard.measure.tensors import size
+from lightning_nanguard.measure.batches import bytes_of
 from lightning_nanguard.state.step_start import StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.private.closures import MicroBatchRun, logging_for
@@ -59,7 +59,7 @@ class Window:
         self._trainer = trainer
         self._check = check
         self._limits = thresholds
-        self._bytes = 0
+        self._bytes = 0.0
         self.micros: list[Micro] = []
 
     def add(self, run: MicroBatchRun, start: StepStart) -> Micro:
@@ -67,16 +67,17 @@ class Window:
         micros = self.micros
         if run.zero_grad is not None:
             micros.clear()
-            self._bytes = 0
+            self._bytes = 0.0
         micros.append(Micro(run, start))
         if len(micros) > 1 or self._trainer.accumulate_grad_batches > 1:
-            self._bytes += sum(map(size, nested_tensors(run.batch)))
+            held = bytes_of(run.batch)
+            self._bytes += math.inf if held is None else held
         return micros[-1]
 
     def close(self) -> None:
         """The update is about to be made: let go of the batches."""
         self.micros.clear()
-        self._bytes = 0
+        self._bytes = 0.0
 
     def is_kept(self) -> bool:
         """Whether every micro-batch of the update is at hand."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from array import array
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -9,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import Callback
 from pytorch_lightning import callbacks as stock
 from torch.optim import SGD, AdamW, Optimizer
+from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard
-from tests.helpers import Batch, batches, differences, fit
+from tests.helpers import Batch, Task, batches, differences, fit, mlp
 from tests.trainer.faulty_steps import Fault, Faulty, Sees, left_behind
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -81,3 +85,43 @@ def test_state_that_went_bad_by_itself(way: str, kind: str, folder: Path, tmp_pa
     # Where losses stayed finite, what was logged until the fault was found is of the spoiled weights.
     late = kind in ("weight", "buffer")
     assert [one for one in found if not late or one.split("/")[1] in LEARNER] == []
+
+
+class Alive(Callback):
+    """Counts the batches that are kept alive."""
+
+    def __init__(self) -> None:
+        self.batches: list[weakref.ref[Any]] = []
+        self.most = 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append(weakref.ref(batch[0]))
+        self.most = max(self.most, sum(one() is not None for one in self.batches))
+
+
+class Takes(Task):
+    """Trains on a batch with more in it than it needs."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch[:2], batch_idx)
+
+
+class Picture:
+    """Holds its pixels where Python cannot look, as those of most libraries do."""
+
+    def __init__(self) -> None:
+        self.pixels = array("B", bytes(8))
+
+
+def with_picture(batch: Batch) -> Any:
+    return [*(tensor.clone() for tensor in batch), Picture()]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("options", [{"collate_fn": with_picture}, {"num_workers": 1}], ids=["pictures", "workers"])
+def test_batches_that_may_hold_more_than_is_counted_are_not_kept(options: dict[str, Any], tmp_path: Path) -> None:
+    """A picture may be large, and what a worker made holds a file and memory that processes share."""
+    alive = Alive()
+    data = DataLoader(batches(count=40), batch_size=None, **options)
+    fit(Takes(mlp()), data, NaNGuard(), folder=tmp_path, callbacks=[alive])
+    assert alive.most < 10
