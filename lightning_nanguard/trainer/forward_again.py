@@ -104,7 +104,7 @@ class ForwardAgain:
 
         Args:
             number: Its number.
-            micros: Its micro-batches.
+            micros: Its micro-batches; none where it cannot be made again.
         """
         if not self._possible:
             return
@@ -113,7 +113,7 @@ class ForwardAgain:
         if state.healthy_since_restore == 0 and not state.went_on:
             kept.clear()  # the run has gone on from the newest snapshot, and not from the state these led to
             self._gone_on = ring.certified[0].step if ring.certified else -1, number
-        if is_checked(self._counted, limits.measured_every):
+        if micros and is_checked(self._counted, limits.measured_every):
             held = self._bytes_of(micros)
             self._room = 0 if held is None else min(limits.updates_again, limits.bytes_again // max(1, held))
         self._counted += 1
@@ -129,7 +129,7 @@ class ForwardAgain:
             kept.popleft()
         if kept and ring.certified and kept[0].number > self._first_after(ring.certified[0]):
             kept.clear()  # snapshots are too far apart for this
-        if self._room:
+        if self._room and micros:
             groups = self._context.learner.optimizers[0].param_groups
             scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
             kept.append(_Update(number, list(micros), scheduled, self._trainer.global_step))

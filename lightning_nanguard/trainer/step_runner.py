@@ -437,8 +437,7 @@ class StepRunner:
         if self._window.micros:
             self._window.micros[-1].loss = getattr(result, "loss", None)
         if steps:
-            if not self._window.left_out():
-                self._forward.keep(self._check.number, self._window.micros)
+            self._forward.keep(self._check.number, self._window.whole())
             for micro, fault in self._window.left_out():
                 if fault is NOTHING_LEFT:
                     continue

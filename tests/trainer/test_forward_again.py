@@ -13,11 +13,14 @@ import pytest
 import torch
 from pytorch_lightning import Callback
 from pytorch_lightning import callbacks as stock
+from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard
-from tests.helpers import Batch, Task, batches, differences, fit, mlp
+from lightning_nanguard.thresholds import BatchesThresholds, Thresholds
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
+from tests.helpers import OUTPUTS, Batch, Task, batches, differences, fit, mlp
 from tests.trainer.faulty_steps import Fault, Faulty, Sees, left_behind
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -92,11 +95,12 @@ class Alive(Callback):
 
     def __init__(self) -> None:
         self.batches: list[weakref.ref[Any]] = []
-        self.most = 0
+        self.left = self.most = 0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.batches.append(weakref.ref(batch[0]))
-        self.most = max(self.most, sum(one() is not None for one in self.batches))
+        self.left = sum(one() is not None for one in self.batches)
+        self.most = max(self.most, self.left)
 
 
 class Takes(Task):
@@ -125,3 +129,17 @@ def test_batches_that_may_hold_more_than_is_counted_are_not_kept(options: dict[s
     data = DataLoader(batches(count=40), batch_size=None, **options)
     fit(Takes(mlp()), data, NaNGuard(), folder=tmp_path, callbacks=[alive])
     assert alive.most < 10
+
+
+@pytest.mark.filterwarnings("ignore:Swapping scheduler")
+def test_averaging_over_an_epoch_does_not_keep_its_batches(tmp_path: Path) -> None:
+    """The last pass of stochastic weight averaging is one window of accumulation, which never begins."""
+    alive = Alive()
+    data = DataLoader(batches(count=40), batch_size=None, collate_fn=lambda batch: [one.clone() for one in batch])
+    swa = stock.StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=1)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, OUTPUTS))
+    none = Thresholds(batches=BatchesThresholds(repeated=RepeatedStepsThresholds(updates_again=0)))
+    guard = NaNGuard(thresholds=none)
+    fit(Takes(net), data, guard, folder=tmp_path, callbacks=[swa, alive], max_epochs=2)
+    assert len(alive.batches) == 120
+    assert alive.left < 20
