@@ -20,7 +20,7 @@ from lightning_nanguard.state.learner import CLOCK_KEYS
 from lightning_nanguard.state.random_state import is_checked
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
-from lightning_nanguard.state.step_start import StepMemory
+from lightning_nanguard.state.step_start import StepMemory, StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.bad_again import buffer_in_words, update_in_words
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
@@ -87,6 +87,8 @@ class ForwardAgain:
         self._kept: deque[_Update] = deque()
         self._counted = 0
         self._room = 0
+        # What the last update began from, where the size of the next one is measured.
+        self._before: StepStart | None = None
         self._started = context.state.step
         # The epoch of the newest update; the last update of each epoch before.
         self._epoch = -1
@@ -117,6 +119,8 @@ class ForwardAgain:
             held = self._bytes_of(micros)
             self._room = 0 if held is None else min(limits.updates_again, limits.bytes_again // max(1, held))
         self._counted += 1
+        measures = micros and is_checked(self._counted, limits.measured_every)
+        self._before = micros[-1].start if measures else None
         if self._trainer.current_epoch != self._epoch:
             if self._epoch >= 0:
                 self._ends.append((number - 1, self._epoch))
@@ -127,9 +131,10 @@ class ForwardAgain:
             kept.clear()  # what lies before a gap leads nowhere
         while len(kept) >= max(1, self._room):
             kept.popleft()
-        if kept and ring.certified and kept[0].number > self._first_after(ring.certified[0]):
+        first = self._first_after(ring.certified[0]) if ring.certified else number
+        if kept and kept[0].number > first:
             kept.clear()  # snapshots are too far apart for this
-        if self._room and micros:
+        if self._room and micros and (kept or number <= first):
             groups = self._context.learner.optimizers[0].param_groups
             scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
             kept.append(_Update(number, list(micros), scheduled, self._trainer.global_step))
@@ -141,8 +146,7 @@ class ForwardAgain:
 
     def _bytes_of(self, micros: list[Micro]) -> int | None:
         """Bytes that are kept for an update alone; ``None`` where they are not known."""
-        before = [one.micros[-1] for one in list(self._kept)[-1:]]
-        starts = [micro.start for micro in (*before, *micros)]
+        starts = [*([] if self._before is None else [self._before]), *(micro.start for micro in micros)]
         values = [value for one, other in pairwise(starts) for value in other.not_in(one)]
         return bytes_of([*values, *(micro.run.batch for micro in micros)], _holds_more)
 
