@@ -190,7 +190,10 @@ class ForwardAgain:
             return None
         _logger.info("NaNGuard: making the %d updates since the snapshot again.", len(ways[0][1]))
         learner, optimizer = self._context.learner, self._context.learner.optimizers[0]
-        before, after, left = self._capture(), None, None
+        try:
+            before, after, left = self._capture(snapshot), None, None
+        except torch.cuda.OutOfMemoryError:
+            return None
         self._context.state.again = "", ""
         scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in optimizer.param_groups]
         try:
@@ -199,7 +202,7 @@ class ForwardAgain:
                 restore(learner, snapshot)
                 if then is None or self._is_finite(then):
                     if any(self._make(updates, start, bad=bad) for start, updates in ways):
-                        after = self._capture()
+                        after = self._capture(snapshot)
                         left = None if attributes is None else attributes.attributes_now()
                     self.futile = after is None and not self._context.state.again[0]
         except Exception as error:  # a second look never costs the run what the first one would not have
@@ -212,8 +215,9 @@ class ForwardAgain:
             left.restore(plain=False)
         return None if after is None else before
 
-    def _capture(self) -> Snapshot:
-        return capture(self._context.learner, step=self._context.state.step, global_step=self._trainer.global_step)
+    def _capture(self, beside: Snapshot) -> Snapshot:
+        step, clock = self._context.state.step, self._trainer.global_step
+        return capture(self._context.learner, step=step, global_step=clock, device=beside.device())
 
     def _is_finite(self, micro: Micro) -> bool:
         micro.start.restore()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.measure.batches import bytes_of
+from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.step_start import StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.private.closures import MicroBatchRun, logging_for
@@ -136,6 +137,22 @@ class Window:
 def gradients_of(parameters: Sequence[Tensor]) -> list[Any]:
     """Copies of the gradients of some parameters; ``None`` for one without."""
     return [None if p.grad is None else p.grad.detach().clone() for p in parameters]
+
+
+def undo_if_room(make_undo: Callable[..., BatchUndo], parameters: Sequence[Tensor]) -> BatchUndo | None:
+    """What undoes a micro-batch; ``None`` where memory is too short for it and for copies of the gradients.
+
+    Args:
+        make_undo: Makes it.
+        parameters: Those with gradients.
+    """
+    try:
+        undo = make_undo(thorough=True)
+        undo.open()
+        gradients_of(parameters)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    return undo
 
 
 def give_gradients(parameters: Sequence[Tensor], gradients: Sequence[Any]) -> None:
