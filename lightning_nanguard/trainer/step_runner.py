@@ -169,8 +169,7 @@ class StepRunner:
             with uncounted(self._trainer, self._listens) if counted else nullcontext():
                 yield
         finally:
-            self._again = self._may_pass = False
-            self._instead = None
+            self._again, self._may_pass, self._instead = False, False, None
 
     def _gradients(self) -> list[torch.Tensor]:
         return self._guard.context.learner.gradients(0)
