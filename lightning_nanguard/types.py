@@ -229,7 +229,7 @@ class Intervention:
         value: The number by which the fault was detected; NaN and Inf are kept.
         applied: ``False`` where ``observe=True`` kept the guard from acting.
         ranks: Ranks that saw the fault, where not all of them did; empty with one process.
-        updates_lost: Number of updates that a rollback undid, the faulty one included.
+        updates_lost: Updates that a rollback undid, the faulty one included; 0 where they were made again.
         run: Id of the run; ``""`` in records of version 0.1.0. Two records of different runs may be equal.
     """
 

@@ -112,6 +112,8 @@ _PHRASES = {
     "resume": ("went on from another checkpoint", "gone on from another checkpoint"),
     "rewrite": ("wrote the last good state in its place", "written the last good state in its place"),
     "hold rate": ("went on at the last valid learning rate", "gone on at the last valid learning rate"),
+    "give back": ("took a part of the cut back", "taken a part of the cut back"),
+    "end clipping": ("turned gradient clipping off", "turned gradient clipping off"),
     "redo": ("made the step again", "made the step again"),
     "leave out": ("left the micro-batch out of its update", "left the micro-batch out of its update"),
     "keep good samples": ("made the update from the good samples", "made the update from the good samples"),
@@ -130,6 +132,8 @@ def _done(intervention: Intervention) -> str:
     if known and "scale" not in words:
         # A remedy of the user's own may change the rate under another word.
         words.append("scale")
+    if {"restore", "redo"} <= set(words):  # not the step alone
+        words[words.index("redo")] = "made the updates since then again"
     parts = [_PHRASES[word][not applied].format(to=to, lr=rate).strip() if word in _PHRASES else word for word in words]
     text = ", ".join(parts) or ("did nothing" if applied else "done nothing")
     return text if applied else f"would have {text}"

@@ -93,7 +93,7 @@ class FirstUpdates:
         if updates % self._limits.updates_between_rates == 0 or updates == self._limits.updates - 1:
             groups = self._context.learner.optimizers[optimizer_index].param_groups
             for rates, group in zip(self._rates[optimizer_index], groups, strict=False):
-                rates.see(group["lr"])
+                rates.see(group.get("lr"))
         if updates in (0, self._limits.least_updates, self._limits.updates - 1):
             self._note_modes()
 

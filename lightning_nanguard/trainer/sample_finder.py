@@ -116,7 +116,13 @@ class SampleFinder:
             except Exception as error:
                 _logger.debug("NaNGuard: the samples of a bad batch could not be told: %r", error)
         self._take(mine)
-        return finding if finding is None or about is None else self._named(finding, about, mine)
+        if finding is None or about is None:
+            return finding
+        try:
+            return self._named(finding, about, mine)
+        except Exception as error:
+            _logger.debug("NaNGuard: the samples of a bad batch could not be named: %r", error)
+            return finding
 
     def found(self, origin: BatchOrigin) -> Found:
         """The bad samples of a batch that was looked into; none of one that was not."""
@@ -217,6 +223,8 @@ class SampleFinder:
         rows = None if origin is None else origin.rows()
         if origin is None or rows is None or origin.keys is None or len(rows) != samples(micro.batch):
             return None
+        if index >= len(rows):
+            return None  # an index into a field that has another length, such as the boxes of all images
         # A collate function of the user's may have put the samples into another order.
         if not origin.collated and not (not_finite and self._holds_non_finite(origin.keys[index])):
             return None

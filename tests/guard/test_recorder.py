@@ -44,12 +44,14 @@ def test_a_record_says_what_was_done_and_why() -> None:
 
 
 def test_a_record_says_what_a_restore_cost() -> None:
-    """The step of the state gone back to, and the updates made since, the faulty one among them."""
+    """The step of the state gone back to, and the updates made since, the faulty one among them; none are lost where
+    they were made again."""
     loop = PlainLoop()
     loop.run(20)
     loop.guard.context.state.restored = loop.guard.context.ring.certified[0]
-    recorder_of(loop).record(FAULT, "loss", ("restore",), [])
-    assert (loop.records[0].snapshot_step, loop.records[0].updates_lost) == (16, 4)
+    for words in (("restore",), ("restore", "redo")):
+        recorder_of(loop).record(FAULT, "loss", words, [])
+    assert [(one.snapshot_step, one.updates_lost) for one in loop.records] == [(16, 4), (16, 0)]
 
 
 def test_what_is_done_outside_a_step_restores_nothing() -> None:

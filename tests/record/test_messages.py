@@ -26,6 +26,17 @@ FINDING = Finding("non_finite_input", 1.0, {}, "input", (3, 17), "clean the data
             "step 430 (epoch 3, batch 30): exploding_loss in loss; went back to step 400, learning rate 0.1 → 0.05",
         ),
         (
+            replace(ROLLBACK, remedies=("restore", "redo"), lr_after=0.1),
+            (
+                "step 430 (epoch 3, batch 30): exploding_loss in loss; went back to step 400, made the updates since "
+                "then again"
+            ),
+        ),
+        (
+            replace(SKIP, fault="healthy", place="", remedies=("give back",), lr_before=0.1, lr_after=0.2),
+            "step 412 (epoch 3, batch 12): healthy; took a part of the cut back, learning rate 0.1 → 0.2",
+        ),
+        (
             replace(ROLLBACK, applied=False),
             (
                 "step 430 (epoch 3, batch 30): exploding_loss in loss; would have gone back to step 400, changed "

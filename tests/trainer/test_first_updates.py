@@ -41,3 +41,25 @@ def test_advice_is_given_once_and_on_record(tmp_path: Path) -> None:
     assert advice.global_step == 64
     assert read_advice(tmp_path / "advice.jsonl") == list(guard.advice)
     assert not len(guard.interventions)
+
+
+def test_groups_without_a_rate(tmp_path: Path) -> None:
+    """An optimizer whose groups have no ``lr`` trains under the guard as it does without."""
+
+    class Rateless(torch.optim.Optimizer):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            loss = closure()
+            for group in self.param_groups:
+                for one in group["params"]:
+                    one.add_(one.grad, alpha=-0.01)
+            return loss
+
+    ends = []
+    for guard in (None, NaNGuard(dirpath=tmp_path)):
+        run = fit(task("mlp", Rateless), batches(count=9), guard, folder=tmp_path)
+        ends.append([one.tolist() for one in run.module.parameters()])
+    assert ends[0] == ends[1]

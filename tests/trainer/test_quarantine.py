@@ -148,3 +148,19 @@ def test_off_by_default_and_only_observed(tmp_path: Path) -> None:
         assert all(len(batch) == 8 for batch in held.batches)
     with pytest.raises(ValueError, match="quarantine='yes'"):
         NaNGuard(quarantine="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1, "persistent_workers": True}], ids=["here", "worker"])
+def test_validation_keeps_all_samples(options: dict[str, Any], tmp_path: Path) -> None:
+    """Where one loader serves for training and validation, only training leaves samples out."""
+
+    class Counts(LogTargets):
+        def validation_step(self, batch: Any, index: int) -> None:
+            counted.append(len(batch[0]))
+
+    counted: list[int] = []
+    both, guard = loader(shuffle=False, **options), NaNGuard(dirpath=tmp_path, quarantine=True)
+    held = Held()
+    trainer_for(tmp_path, guard, [held], max_epochs=2).fit(Counts(), both, both)
+    assert sum(map(len, held.batches[-len(both) :])) == len(DATA) - len(BAD)
+    assert sum(counted) == 2 * len(DATA)

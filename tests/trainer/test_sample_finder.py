@@ -213,3 +213,29 @@ def test_samples_are_not_blamed_for_the_weights(tmp_path: Path) -> None:
     guard = trained(DataLoader(data, batch_size=8), tmp_path, Overflows(at), guard=options)
     assert len(guard.interventions) > 0
     assert listed(guard) == []
+
+
+def test_a_field_that_is_longer_than_the_batch(tmp_path: Path) -> None:
+    """An index into a field of another length, such as the boxes of all images, names no row and harms nothing."""
+
+    class Boxes(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Linear(3, 1)
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            images, boxes = batch
+            return self.net(images).square().mean() + boxes.square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    def collated(items: Any) -> Any:
+        return torch.stack([image for image, _ in items]), torch.cat([boxes for _, boxes in items])
+
+    data = [(torch.randn(3), torch.randn(5, 4)) for _ in range(16)]
+    data[9][1][4, 0] = math.nan
+    guard = NaNGuard(dirpath=tmp_path)
+    loader = torch.utils.data.DataLoader(data, batch_size=4, collate_fn=collated)  # type: ignore[arg-type]
+    trainer_for(tmp_path, guard, max_epochs=2).fit(Boxes(), loader)
+    assert [one.remedies for one in guard.interventions] == [("skip",)] * 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, final
 
 from torch.utils.data import DataLoader, default_collate
@@ -35,13 +35,15 @@ class _Draws(Iterator[Any]):
 
     def __next__(self) -> Any:
         keys = next(self._inner)
-        left = keys
-        if self._leave_out and isinstance(keys, (list, tuple)):
-            left = without(keys, self._leave_out)
-        # A loader cannot give an empty batch. It gives the whole one, which is then passed over.
-        nothing = not left
-        keys = keys if nothing or len(left) == len(keys) else left
-        self._kept.append((tuple(keys) if isinstance(keys, (list, tuple)) else (), nothing))
+        nothing, rows = False, ()
+        # A sampler may give anything that its data set takes, such as a tensor or a slice.
+        if isinstance(keys, (list, tuple)):
+            left = without(keys, self._leave_out) if self._leave_out else keys
+            # A loader cannot give an empty batch. It gives the whole one, which is then passed over.
+            nothing = len(keys) > 0 and not left
+            keys = keys if nothing or len(left) == len(keys) else left
+            rows = tuple(keys)
+        self._kept.append((rows, nothing))
         self._count += 1
         return keys
 
@@ -57,17 +59,19 @@ class _WatchedSampler:
 
     Args:
         sampler: The sampler.
-        leave_out: Rows that are left out of every batch.
+        leave_out: Rows that are left out of every training batch.
         ahead: How many batches may have been drawn and not given yet.
+        trainer: Says whether it trains: the same loader may serve for validation.
     """
 
-    def __init__(self, sampler: Any, leave_out: set[Row], ahead: int) -> None:
+    def __init__(self, sampler: Any, leave_out: set[Row], ahead: int, trainer: Any) -> None:
         self.sampler = sampler
         self._leave_out = leave_out
         self._ahead = ahead
+        self._trainer = trainer
 
     def __iter__(self) -> _Draws:
-        return _Draws(self.sampler, self._leave_out, self._ahead)
+        return _Draws(self.sampler, self._leave_out if self._trainer.training else set(), self._ahead)
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -84,12 +88,13 @@ class _Watch:
         loader: The loader.
         leave_out: Rows that are left out of every batch.
         waiting: How many batches Lightning may hold.
+        trainer: The trainer.
     """
 
-    def __init__(self, loader: DataLoader[Any], leave_out: set[Row], waiting: int) -> None:
+    def __init__(self, loader: DataLoader[Any], leave_out: set[Row], waiting: int, trainer: Any) -> None:
         self._loader = loader
         ahead = (loader.prefetch_factor or 0) * loader.num_workers + waiting
-        self._sampler = _WatchedSampler(loader.batch_sampler, leave_out, ahead)
+        self._sampler = _WatchedSampler(loader.batch_sampler, leave_out, ahead, trainer)
         # The iterator of persistent workers outlives a fit.
         there = loader._iterator
         if there is not None:
@@ -150,7 +155,7 @@ class DataOrder:
             known = self._watches.pop(id(loader), None)
             if known is not None:
                 known.undo()
-            self._watches[id(loader)] = _Watch(loader, self.known.left_out, self._waiting)
+            self._watches[id(loader)] = _Watch(loader, self.known.left_out, self._waiting, self._trainer)
         return loader
 
     def _without_known(self, original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -177,6 +182,8 @@ class DataOrder:
         try:
             combined, waiting = loop._combined_loader, len(getattr(loop._data_fetcher, "batches", ()))
             position = combined._iterator._idx - 1 - waiting
+            if batch_idx == 0:
+                self._forget_all_but(combined.flattened)
             [loader] = combined.flattened
             [iterator] = combined._iterator.iterators
         except (AttributeError, TypeError, ValueError):  # several loaders
@@ -188,6 +195,11 @@ class DataOrder:
         found = drawn.of(iterator._num_yielded - 1 - waiting)
         keys, nothing = (None, False) if found is None else found
         return BatchOrigin(position, epoch, keys or None, collated, nothing)
+
+    def _forget_all_but(self, loaders: Iterable[Any]) -> None:
+        """Let go of loaders that were replaced, with their data and workers (``reload_dataloaders_every_n_epochs``)."""
+        for other in self._watches.keys() - set(map(id, loaders)):
+            self._watches.pop(other).undo()
 
     def dataset(self) -> Any:
         """The training data set, where there is one loader with rows; ``None`` else."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,3 +156,75 @@ def test_several_loaders_have_no_rows(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, guard, [seen])
     trainer.fit(Simple(), {"a": loader_of("in order"), "b": loader_of("shuffled")})
     assert [(one.position, one.rows()) for one in seen.told] == [(place, None) for place in range(7)]
+
+
+class Draws:
+    """A batch sampler that gives what data sets take, which need not be lists of rows."""
+
+    def __init__(self, make: Any) -> None:
+        self.make = make
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.make, torch.randperm(ROWS).split(4))
+
+    def __len__(self) -> int:
+        return ROWS // 4
+
+
+class Indexed(Dataset[Any]):
+    """Takes a whole batch of keys at once."""
+
+    def __getitems__(self, keys: Any) -> list[Any]:
+        return [Numbered()[int(row)] for row in keys]
+
+    def __getitem__(self, row: int) -> Any:
+        return Numbered()[row]
+
+    def __len__(self) -> int:
+        return ROWS
+
+
+KEYS: dict[str, Any] = {
+    "tensors": lambda keys: keys,
+    "arrays": lambda keys: keys.numpy(),
+    "one row": lambda keys: keys[:1],
+    "iterators": iter,
+}
+
+
+@pytest.mark.parametrize("quarantine", [False, True])
+@pytest.mark.parametrize("kind", KEYS)
+def test_keys_of_any_kind(kind: str, quarantine: bool, tmp_path: Path) -> None:
+    """A sampler may draw tensors, arrays or iterators: the run is the same with and without the guard."""
+    ends = []
+    for guard in (None, NaNGuard(dirpath=tmp_path, quarantine=quarantine)):
+        torch.manual_seed(0)
+        module, seen = Simple(), Plain()
+        trainer = trainer_for(tmp_path, guard, [seen], max_epochs=2)
+        trainer.fit(module, DataLoader(Indexed(), batch_sampler=Draws(KEYS[kind])))  # type: ignore[arg-type]
+        ends.append((seen.held, module.net.weight.tolist()))
+        assert trainer.global_step == 2 * ROWS // 4
+    assert ends[0] == ends[1]
+
+
+def test_loaders_that_are_replaced_are_let_go(tmp_path: Path) -> None:
+    """Where each epoch has a loader of its own, only that of the epoch at hand is kept."""
+
+    class Reloads(Simple):
+        def train_dataloader(self) -> Any:
+            made.append(weakref.ref(loader := loader_of("shuffled")))
+            return loader
+
+    class Counts(Callback):
+        def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
+            alive.append(sum(one() is not None for one in made))
+
+    made: list[Any] = []
+    alive: list[int] = []
+    guard = NaNGuard(dirpath=tmp_path)
+    trainer = trainer_for(tmp_path, guard, [Counts()], max_epochs=5, reload_dataloaders_every_n_epochs=1)
+    trainer.fit(Reloads())
+    gc.collect()
+    assert len(made) == 5
+    assert max(alive) <= 3, "the cycle of the loader before may not be collected yet"
+    assert sum(one() is not None for one in made) <= 1

@@ -1,0 +1,102 @@
+"""The glossary explains every word that a record or a configuration may hold."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lightning_nanguard import NaNGuard
+from lightning_nanguard.act.defaults import executors
+from lightning_nanguard.diagnosis.mistakes import MISTAKES
+from lightning_nanguard.diagnosis.rules import RULES
+from lightning_nanguard.record import messages, summary
+
+ROOT = Path(__file__).parents[2]
+TREES = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "lightning_nanguard").rglob("*.py"))]
+
+
+def explained() -> dict[str, set[str]]:
+    """The words in the first column of the tables, by the section of the glossary."""
+    sections = re.split(r"^## ", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    rows = re.compile(r"^\| ([^|]+) \|", re.MULTILINE)
+    return {
+        section.splitlines()[0]: {word for cell in rows.findall(section) for word in re.findall(r"`([^`]+)`", cell)}
+        for section in sections
+    }
+
+
+def calls(*names: str) -> Iterator[ast.Call]:
+    """Every call in the package of a function or method of one of these names."""
+    for tree in TREES:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                called = node.func
+                name = called.id if isinstance(called, ast.Name) else getattr(called, "attr", "")
+                if name in names:
+                    yield node
+
+
+def literals(*nodes: ast.AST) -> set[str]:
+    """The words among these expressions: literals, also within tuples and conditions."""
+    return {
+        part.value
+        for node in nodes
+        for part in ast.walk(node)
+        if isinstance(part, ast.Constant) and isinstance(part.value, str) and re.fullmatch("[a-z_ ]+", part.value)
+    }
+
+
+def faults() -> set[str]:
+    """Every kind of fault that the package makes."""
+    return literals(*(call.args[0] for call in calls("Fault", "_suspicion") if call.args))
+
+
+def causes() -> set[str]:
+    """Every cause that a built-in rule names, and every other one that the package makes."""
+    found = {rule.__name__ for rule in (*RULES, *MISTAKES)}
+    found |= literals(*(call.args[0] for call in calls("Finding", "finding_at", "outlier_finding") if call.args))
+    assigned = [node for tree in TREES for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    return found | literals(
+        *(node.value.body for node in assigned if _is_cause(node) and isinstance(node.value, ast.IfExp)),
+        *(node.value.orelse for node in assigned if _is_cause(node) and isinstance(node.value, ast.IfExp)),
+    )
+
+
+def _is_cause(node: ast.Assign) -> bool:
+    return any(isinstance(target, ast.Name) and target.id == "cause" for target in node.targets)
+
+
+def remedies() -> set[str]:
+    """Every word that a record may hold for what was done."""
+    found = {*messages._PHRASES, *summary._ACTIONS, *(remedy.word for remedy in executors(()).values())}
+    recorded = (arg for call in calls("record", "_record", "note", "_note") for arg in call.args[1:])
+    return found | literals(*(arg for arg in recorded if not isinstance(arg, (ast.Call, ast.JoinedStr))))
+
+
+def arguments() -> set[str]:
+    """Every argument of the constructor."""
+    return set(inspect.signature(NaNGuard).parameters)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ("Faults", faults()),
+        ("Causes", causes()),
+        ("What was done", remedies()),
+        ("Arguments of NaNGuard", arguments()),
+    ],
+)
+def test_every_word_is_explained(section: str, words: set[str]) -> None:
+    """The glossary has a row for each word, and none for a word that is gone."""
+    assert len(words) > 10
+    assert not words - explained()[section], "words without a row in docs/glossary.md"
+    gone = explained()[section] - words
+    if section == "Causes":
+        gone -= faults()  # advice about a suspicion has the fault as its cause
+    assert not gone, "rows of docs/glossary.md for words that the package does not use"
