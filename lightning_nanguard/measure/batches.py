@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import enum
+import numbers
+import sys
+import types
+import weakref
 from collections.abc import Callable, Iterator
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -10,10 +17,16 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.measure.containers import parts_of, remade
-from lightning_nanguard.measure.tensors import dense_values
+from lightning_nanguard.measure.tensors import dense_values, size
 from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 
 _DEFAULTS = MeasurementThresholds()
+# What leads to no other value that a batch would keep alive.
+_LEAVES = (
+    int, float, str, bytes, bytearray, numbers.Number, np.generic, type(None), enum.Enum, range, slice, type, PurePath,
+    dt.date, dt.time, dt.timedelta, dt.tzinfo, torch.dtype, torch.device, torch.Size, weakref.ReferenceType,
+    types.FunctionType, types.BuiltinFunctionType, types.ModuleType,
+)  # fmt: skip
 
 
 def largest_magnitudes(batch: Any) -> list[float]:
@@ -73,6 +86,40 @@ def _floating_array(array: np.ndarray[Any, Any]) -> Iterator[Tensor]:
             yield torch.from_numpy(np.array(array))  # a copy: the original may not be writable
         except TypeError:  # a type that torch has not
             return
+
+
+def bytes_of(
+    value: Any, unknown: Callable[[Tensor], bool] = lambda tensor: False, thresholds: MeasurementThresholds = _DEFAULTS
+) -> int | None:
+    """Bytes of the tensors, arrays, texts and numbers that a value keeps alive, each counted once.
+
+    Args:
+        value: The value.
+        unknown: Whether a tensor holds more than can be measured.
+        thresholds: How deep the value is looked into.
+
+    Returns:
+        The bytes; ``None`` where a part of the value is of a type that cannot be measured, such as an image.
+    """
+    total, seen, left = 0, dict[int, Any](), [(value, thresholds.deepest_part)]
+    while left:
+        one, depth = left.pop()
+        if id(one) in seen:
+            continue
+        seen[id(one)] = one
+        if isinstance(one, Tensor):
+            if unknown(one):
+                return None
+            total += size(one)
+        elif isinstance(one, _LEAVES):
+            total += sys.getsizeof(one)
+        elif isinstance(one, np.ndarray) and not one.dtype.hasobject:
+            total += one.nbytes
+        elif not depth or (parts := parts_of(one)) is None:
+            return None
+        else:
+            left += [(part, depth - 1) for _, part in parts]
+    return total
 
 
 def mapped(

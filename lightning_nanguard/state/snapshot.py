@@ -194,6 +194,11 @@ class Snapshot:
         while self.done:
             self.done.pop().synchronize()
 
+    def device(self) -> torch.device | None:
+        """Where the copies lie; ``None`` for beside the originals."""
+        tensors = (leaf for leaf in self.leaves.values() if isinstance(leaf, Tensor))
+        return next((leaf.device for leaf in tensors), None) if self.homes else None
+
     def shared(self) -> bool:
         """Whether several ranks keep it together, a part each."""
         return any(isinstance(leaf, Share) for leaf in self.leaves.values())

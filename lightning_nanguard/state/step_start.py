@@ -93,6 +93,10 @@ class StepStart:
         """What attributes are kept alive for this step, and not for another one."""
         return self._attributes.not_in(other._attributes)
 
+    def emptied(self) -> StepStart:
+        """The same without the batch and the attributes, whose tensors may be large."""
+        return StepStart(self._random, Attributes((), 0), None, 0)
+
     def clock_now(self) -> StepClock:
         """What of all this the clock has moved on by now."""
         return StepClock(self._random.now(), self._attributes.plain_now())

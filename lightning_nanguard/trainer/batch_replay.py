@@ -149,18 +149,16 @@ class TrainerBatchReplay:
         """Loss of the batch at hand under the weights of now, with the random numbers it had; leaves no trace."""
         if not self._repeatable():
             return None
-        with self.rehearsing():
-            self._draw_again()
-            return self._loss(self.batch, self.batch_idx)
+        run = partial(run_training_step, self._trainer, self.batch, self.batch_idx)
+        return self._attempt(partial(self._rehearsed, run))
 
     def gradient_finite(self) -> bool | None:
         """Whether the batch at hand has a finite gradient under the weights of now; gradients are gone afterwards."""
         if not self._repeatable():
             return None
         optimizer = self._learner.optimizers[0]
-        with self.rehearsing():
-            self._draw_again()
-            loss = self._gradients(optimizer, self.batch, self.batch_idx)
+        run = partial(forward_backward, self._trainer, optimizer, self.batch, self.batch_idx)
+        loss = self._averaged(optimizer, partial(self._rehearsed, run))
         found = gradients(p for group in optimizer.param_groups for p in group["params"])
         finite = None if loss is None else math.isfinite(loss) and not non_finite_indices(found)
         optimizer.zero_grad(set_to_none=True)
@@ -226,13 +224,22 @@ class TrainerBatchReplay:
         return [*healthy, (self.batch, self.batch_idx)]
 
     def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
-        value = self._attempt(partial(forward_backward, self._trainer, optimizer, batch, batch_idx))
+        return self._averaged(optimizer, partial(forward_backward, self._trainer, optimizer, batch, batch_idx))
+
+    def _averaged(self, optimizer: Optimizer, run: Callable[[], float | None]) -> float | None:
+        value = self._attempt(run)
         if value is not None:
             self._average_gradients(optimizer)
         return value
 
     def _loss(self, batch: Any, batch_idx: int) -> float | None:
         return self._attempt(partial(run_training_step, self._trainer, batch, batch_idx))
+
+    def _rehearsed(self, run: Callable[[], float | None]) -> float | None:
+        """Run the batch at hand in a rehearsal of its own, which takes memory."""
+        with self.rehearsing():
+            self._draw_again()
+            return run()
 
     def _attempt(self, run: Callable[[], float | None]) -> float | None:
         value = None

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.guard.context import GuardContext
-from lightning_nanguard.measure.batches import nested_tensors
+from lightning_nanguard.measure.batches import bytes_of
 from lightning_nanguard.measure.norms import norms
-from lightning_nanguard.measure.tensors import size
 from lightning_nanguard.state.learner import CLOCK_KEYS
 from lightning_nanguard.state.random_state import is_checked
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
-from lightning_nanguard.state.step_start import StepMemory
+from lightning_nanguard.state.step_start import StepMemory, StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.bad_again import buffer_in_words, update_in_words
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
@@ -88,6 +87,8 @@ class ForwardAgain:
         self._kept: deque[_Update] = deque()
         self._counted = 0
         self._room = 0
+        # What the last update began from, where the size of the next one is measured.
+        self._before: StepStart | None = None
         self._started = context.state.step
         # The epoch of the newest update; the last update of each epoch before.
         self._epoch = -1
@@ -105,7 +106,7 @@ class ForwardAgain:
 
         Args:
             number: Its number.
-            micros: Its micro-batches.
+            micros: Its micro-batches; none where it cannot be made again.
         """
         if not self._possible:
             return
@@ -114,10 +115,12 @@ class ForwardAgain:
         if state.healthy_since_restore == 0 and not state.went_on:
             kept.clear()  # the run has gone on from the newest snapshot, and not from the state these led to
             self._gone_on = ring.certified[0].step if ring.certified else -1, number
-        if is_checked(self._counted, limits.measured_every):
+        if micros and is_checked(self._counted, limits.measured_every):
             held = self._bytes_of(micros)
             self._room = 0 if held is None else min(limits.updates_again, limits.bytes_again // max(1, held))
         self._counted += 1
+        measures = micros and is_checked(self._counted, limits.measured_every)
+        self._before = micros[-1].start if measures else None
         if self._trainer.current_epoch != self._epoch:
             if self._epoch >= 0:
                 self._ends.append((number - 1, self._epoch))
@@ -128,9 +131,10 @@ class ForwardAgain:
             kept.clear()  # what lies before a gap leads nowhere
         while len(kept) >= max(1, self._room):
             kept.popleft()
-        if kept and ring.certified and kept[0].number > self._first_after(ring.certified[0]):
+        first = self._first_after(ring.certified[0]) if ring.certified else number
+        if kept and kept[0].number > first:
             kept.clear()  # snapshots are too far apart for this
-        if self._room:
+        if self._room and micros and (kept or number <= first):
             groups = self._context.learner.optimizers[0].param_groups
             scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
             kept.append(_Update(number, list(micros), scheduled, self._trainer.global_step))
@@ -141,14 +145,10 @@ class ForwardAgain:
         return number if snapshot.step == step else snapshot.step + 1
 
     def _bytes_of(self, micros: list[Micro]) -> int | None:
-        """Bytes that are kept for an update alone; ``None`` where attributes hold graphs, whose size is not known."""
-        before = [one.micros[-1] for one in list(self._kept)[-1:]]
-        starts = [micro.start for micro in (*before, *micros)]
+        """Bytes that are kept for an update alone; ``None`` where they are not known."""
+        starts = [*([] if self._before is None else [self._before]), *(micro.start for micro in micros)]
         values = [value for one, other in pairwise(starts) for value in other.not_in(one)]
-        tensors = [tensor for value in values for tensor in nested_tensors(value)]
-        if any(tensor.grad_fn is not None for tensor in tensors):
-            return None
-        return sum(map(size, [*tensors, *(one for micro in micros for one in nested_tensors(micro.run.batch))]))
+        return bytes_of([*values, *(micro.run.batch for micro in micros)], _holds_more)
 
     def since(self, snapshot: Snapshot, number: int) -> list[_Update] | None:
         """The updates after a snapshot up to one of them; ``None`` where one is not at hand, or cannot be repeated."""
@@ -190,7 +190,10 @@ class ForwardAgain:
             return None
         _logger.info("NaNGuard: making the %d updates since the snapshot again.", len(ways[0][1]))
         learner, optimizer = self._context.learner, self._context.learner.optimizers[0]
-        before, after, left = self._capture(), None, None
+        try:
+            before, after, left = self._capture(snapshot), None, None
+        except torch.cuda.OutOfMemoryError:
+            return None
         self._context.state.again = "", ""
         scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in optimizer.param_groups]
         try:
@@ -199,7 +202,7 @@ class ForwardAgain:
                 restore(learner, snapshot)
                 if then is None or self._is_finite(then):
                     if any(self._make(updates, start, bad=bad) for start, updates in ways):
-                        after = self._capture()
+                        after = self._capture(snapshot)
                         left = None if attributes is None else attributes.attributes_now()
                     self.futile = after is None and not self._context.state.again[0]
         except Exception as error:  # a second look never costs the run what the first one would not have
@@ -212,8 +215,9 @@ class ForwardAgain:
             left.restore(plain=False)
         return None if after is None else before
 
-    def _capture(self) -> Snapshot:
-        return capture(self._context.learner, step=self._context.state.step, global_step=self._trainer.global_step)
+    def _capture(self, beside: Snapshot) -> Snapshot:
+        step, clock = self._context.state.step, self._trainer.global_step
+        return capture(self._context.learner, step=step, global_step=clock, device=beside.device())
 
     def _is_finite(self, micro: Micro) -> bool:
         micro.start.restore()
@@ -288,3 +292,11 @@ class ForwardAgain:
             sizes = norms(self._context.learner.gradients(0))
             optimizer.step()
         return sizes
+
+
+def _holds_more(tensor: Tensor) -> bool:
+    """Whether a tensor keeps more than its numbers: a graph, or the open file of memory that processes share."""
+    try:
+        return tensor.grad_fn is not None or (tensor.is_cpu and tensor.is_shared())  # type: ignore[no-untyped-call]
+    except NotImplementedError:  # a sparse one cannot be asked
+        return True

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
@@ -86,9 +85,17 @@ class NumericErrors:
             return True
         if not self._context.ring.certified:
             return False
-        with self._last_good_weights():
+        learner, good = self._context.learner, self._context.ring.certified[0]
+        try:
+            mine = capture(learner, step=0, global_step=0, leaves=[*learner.weights()], device=good.device())
+        except torch.cuda.OutOfMemoryError:
+            return False
+        restore(learner, good, keep=_is_weight)
+        try:
             # Batch and weights may both be bad.
             return any(self._succeeds(one, run.batch_idx, start, backward=backward) for one in (run.batch, *others))
+        finally:
+            restore(learner, mine, keep=_is_weight)
 
     def _succeeds(self, batch: Any, batch_idx: int, start: StepStart, *, backward: bool) -> bool:
         try:
@@ -103,16 +110,6 @@ class NumericErrors:
                 return bool(torch.isfinite(loss.detach()).all())
         except Exception:
             return False
-
-    @contextmanager
-    def _last_good_weights(self) -> Iterator[None]:
-        learner = self._context.learner
-        mine = capture(learner, step=0, global_step=0, leaves=[*learner.weights()])
-        restore(learner, self._context.ring.certified[0], keep=_is_weight)
-        try:
-            yield
-        finally:
-            restore(learner, mine, keep=_is_weight)
 
 
 def with_values_of(batch: Any, healthy: Any) -> Any:

@@ -32,7 +32,7 @@ from lightning_nanguard.trainer.private.closures import (
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
 from lightning_nanguard.trainer.step_outcome import BadLossError, Outcome, fault_of, given, nan_loss
-from lightning_nanguard.trainer.window import NOTHING_LEFT, Micro, Window, give_gradients, gradients_of
+from lightning_nanguard.trainer.window import NOTHING_LEFT, Micro, Window, give_gradients, gradients_of, undo_if_room
 from lightning_nanguard.types import Fault, Reading
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -87,12 +87,12 @@ class StepRunner:
 
     # ---------------------------------------------------------------------------------------- Lightning's side
 
-    def forward(self, run: MicroBatchRun) -> Any:
+    def forward(self, forward: Callable[[], Any]) -> Any:
         """Run the forward pass; in a window, end the run of a bad micro-batch before its backward pass."""
         if self._instead is not None:
             return self._instead
         self._forward_over = False
-        result = run.forward()
+        result = forward()
         self._forward_over = True
         if self._accumulating() and self._may_repeat() and not self._may_pass:
             fault = self._check.fault_of_loss(result.closure_loss, 0)
@@ -172,8 +172,7 @@ class StepRunner:
             with uncounted(self._trainer, self._listens) if counted else nullcontext():
                 yield
         finally:
-            self._again = self._may_pass = False
-            self._instead = None
+            self._again, self._may_pass, self._instead = False, False, None
 
     def _gradients(self) -> list[torch.Tensor]:
         return self._guard.context.learner.gradients(0)
@@ -271,11 +270,13 @@ class StepRunner:
         spoilt = self._check.spoilt_since(snapshot)
         parameters, earliest = list(self._module.parameters()), self._window.micros[0].start
         self._rewind(micro, last)
+        if undo_if_room(self._replay.make_undo, parameters) is None:
+            return first
         gradients = gradients_of(parameters)
         self._check.rewind()
         before = self._forward.go(snapshot, self._check.number - 1, then=micro)
         give_gradients(parameters, gradients)
-        again = last
+        again = first
         if before is not None:
             self._check.begin_again(earliest.carried_back)
             self._window.rewind(micro)
@@ -362,13 +363,16 @@ class StepRunner:
     def _window_again(self, first: Outcome, *, steps: bool) -> Any:
         """Run all micro-batches of the window again, one by one, and leave out those that are bad."""
         window, result, fault = self._window, None, None
+        trace = undo_if_room(self._replay.make_undo, [*self._module.parameters()])
+        if trace is None:
+            return self._over(given(first), steps=steps)
         known, kept = len(window.left_out()), len(window.kept())
         self._check.drop_losses()
         self._check.rewind()
         with self._repeating(counted=True):
             for micro in window.micros:
                 last = steps and micro is window.micros[-1]
-                result = self._one_of_window(micro, known, last=last)
+                result = self._one_of_window(micro, known, trace, last=last)
         if first.error is not None and window.micros[-1].left_out is not None:
             micro = window.micros[-1]
             if not self._errors.caused_by_numbers(micro.run, micro.start, backward=not first.early):
@@ -382,7 +386,7 @@ class StepRunner:
             self._check.record_transient(fault_of(first))
         return self._over(first.result if result is None else result, steps=steps)
 
-    def _one_of_window(self, micro: Micro, known: int, *, last: bool) -> Any:
+    def _one_of_window(self, micro: Micro, known: int, trace: BatchUndo, *, last: bool) -> Any:
         parameters = list(self._module.parameters())
         if micro.left_out is not None:
             if micro.run.zero_grad is not None:
@@ -392,7 +396,6 @@ class StepRunner:
         # What a micro-batch found bad meanwhile had left in attributes is gone, and must not come back.
         micro.start.restore(carried=len(self._window.left_out()) == known)
         attributes = self._memory.attributes_now()
-        trace = self._replay.make_undo(thorough=True)
         trace.open()
         only = last and len(self._window.left_out()) == len(self._window.micros) - 1
         outcome = self._attempt_of_window(micro, passing=only)
@@ -437,13 +440,11 @@ class StepRunner:
         if self._window.micros:
             self._window.micros[-1].loss = getattr(result, "loss", None)
         if steps:
-            if not self._window.left_out():
-                self._forward.keep(self._check.number, self._window.micros)
+            self._forward.keep(self._check.number, self._window.whole())
             for micro, fault in self._window.left_out():
-                if fault is NOTHING_LEFT:
-                    continue
-                with self._replay.suspecting(micro.run.batch_idx):
-                    self._check.record_left_out(fault)
+                if fault is not NOTHING_LEFT:
+                    with self._replay.suspecting(micro.run.batch_idx):
+                        self._check.record_left_out(fault)
             for micro, (fault, finding) in self._window.kept():
                 with self._replay.suspecting(micro.run.batch_idx):
                     self._check.record_kept(fault, finding)

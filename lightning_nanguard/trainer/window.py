@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.guard.step_check import StepCheck
-from lightning_nanguard.measure.batches import nested_tensors
-from lightning_nanguard.measure.tensors import size
+from lightning_nanguard.measure.batches import bytes_of
+from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.step_start import StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.private.closures import MicroBatchRun, logging_for
@@ -59,29 +60,40 @@ class Window:
         self._trainer = trainer
         self._check = check
         self._limits = thresholds
-        self._bytes = 0
+        # Bytes of the micro-batches so far, and how many of them have been let go of, since they are too many.
+        self._bytes, self._let_go = 0.0, 0
         self.micros: list[Micro] = []
 
     def add(self, run: MicroBatchRun, start: StepStart) -> Micro:
         """Take a micro-batch that is about to be run."""
         micros = self.micros
         if run.zero_grad is not None:
-            micros.clear()
-            self._bytes = 0
+            self.close()
         micros.append(Micro(run, start))
         if len(micros) > 1 or self._trainer.accumulate_grad_batches > 1:
-            self._bytes += sum(map(size, nested_tensors(run.batch)))
+            carried = [] if len(micros) == 1 else start.not_in(micros[-2].start)
+            held = bytes_of([run.batch, *(one for one in carried if isinstance(one, Tensor))])
+            self._bytes += math.inf if held is None else held
+        if not self.is_kept():
+            for earlier in micros[self._let_go : -1]:
+                earlier.run.take(None)
+                earlier.start = earlier.start.emptied()
+            self._let_go = len(micros) - 1
         return micros[-1]
 
     def close(self) -> None:
         """The update is about to be made: let go of the batches."""
         self.micros.clear()
-        self._bytes = 0
+        self._bytes, self._let_go = 0.0, 0
 
     def is_kept(self) -> bool:
         """Whether every micro-batch of the update is at hand."""
         micros = self.micros
         return bool(micros) and micros[0].run.zero_grad is not None and self._bytes <= self._limits.window_bytes
+
+    def whole(self) -> list[Micro]:
+        """The micro-batches of an update that can be made again as it is; none where it cannot."""
+        return [] if self.left_out() or not self.is_kept() else self.micros
 
     def rewind(self, micro: Micro) -> None:
         """Put everything but the gradients back to where a micro-batch began.
@@ -125,6 +137,22 @@ class Window:
 def gradients_of(parameters: Sequence[Tensor]) -> list[Any]:
     """Copies of the gradients of some parameters; ``None`` for one without."""
     return [None if p.grad is None else p.grad.detach().clone() for p in parameters]
+
+
+def undo_if_room(make_undo: Callable[..., BatchUndo], parameters: Sequence[Tensor]) -> BatchUndo | None:
+    """What undoes a micro-batch; ``None`` where memory is too short for it and for copies of the gradients.
+
+    Args:
+        make_undo: Makes it.
+        parameters: Those with gradients.
+    """
+    try:
+        undo = make_undo(thorough=True)
+        undo.open()
+        gradients_of(parameters)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    return undo
 
 
 def give_gradients(parameters: Sequence[Tensor], gradients: Sequence[Any]) -> None:

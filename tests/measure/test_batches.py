@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import UserDict
+from sys import getsizeof
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_nanguard.measure import containers
 from lightning_nanguard.measure.batches import (
+    bytes_of,
     floating_tensors,
     largest_magnitudes,
     mapped,
@@ -111,3 +114,16 @@ def test_a_type_that_cannot_be_taken_apart_is_named_once(
     assert "values of type builtins.memoryview cannot be taken apart, so numbers in them are not" in caplog.text
     assert f"{Broken.__qualname__} cannot be taken apart" in caplog.text
     assert "not looked at: OSError('the file is gone')" in caplog.text
+
+
+def test_bytes_that_a_batch_keeps_alive() -> None:
+    """Tensors and arrays of every dtype and texts count, each once, wherever they lie."""
+    picture, words = np.zeros((10, 10), dtype=np.uint8), b"0" * 500
+    batch = {"x": torch.zeros(5, dtype=torch.int64), "again": [picture, [picture]], "graph": Pair(words, (None,))}  # type: ignore[arg-type]
+    assert bytes_of(batch) == 40 + 100 + getsizeof(words) + getsizeof(None)
+
+
+@pytest.mark.parametrize("part", [array("B", bytes(9)), np.array([object()]), iter([1]), torch.zeros(1)])
+def test_a_batch_whose_bytes_are_not_known(part: Any) -> None:
+    """A part of a type that cannot be taken apart, and a tensor that holds more than its numbers, may be large."""
+    assert bytes_of([torch.zeros(2), (part,)], lambda tensor: len(tensor) == 1) is None

@@ -54,8 +54,8 @@ class MicroBatchRunner(Protocol):
     def run(self, micro: MicroBatchRun) -> Any:
         """Run a micro-batch, ``micro.whole()`` or more; gives the result."""
 
-    def forward(self, micro: MicroBatchRun) -> Any:
-        """Called by ``micro.whole()`` for the forward pass, ``micro.forward()`` or more; gives the result."""
+    def forward(self, forward: Callable[[], Any]) -> Any:
+        """Called by ``micro.whole()`` for the forward pass, ``forward()`` or more; gives the result."""
 
 
 def run_micro_batches_by(trainer: Any, runner: MicroBatchRunner) -> Callable[[], None]:
@@ -77,6 +77,9 @@ def _make_closure(
     batch_idx: int,
 ) -> Any:
     closure = original(kwargs, optimizer, batch_idx)
+    # A cycle of references would keep the batch until Python collects garbage.
+    inner = copy.copy(closure)
+    inner._step_fn = partial(runner.forward, closure._step_fn)
     micro = MicroBatchRun(
         optimizer,
         kwargs.get("batch"),
@@ -84,10 +87,9 @@ def _make_closure(
         "batch" in kwargs,
         closure._step_fn,
         closure._zero_grad_fn,
-        closure.closure,
+        inner.closure,
         partial(kwargs.__setitem__, "batch"),
     )
-    closure._step_fn = partial(runner.forward, micro)
     closure.closure = partial(_run, runner, micro)
     return closure
 
