@@ -141,8 +141,6 @@ class StepRunner:
     def _may_repeat(self) -> bool:
         return self._allowed and self._memory.repeatable and self._window.is_kept()
 
-    # ---------------------------------------------------------------------------------------- one run
-
     def _attempt(self, micro: Micro, *, steps: bool) -> Outcome:
         """Run a micro-batch once, and look at what it gave."""
         try:
