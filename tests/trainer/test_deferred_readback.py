@@ -174,7 +174,7 @@ def test_statistics_that_batches_spoil_are_watched_before_updates(
 @pytest.mark.parametrize("kind", ["input", "loss", "gradient"])
 def test_late_rollbacks_say_what_they_cost(kind: str, tmp_path: Path) -> None:
     """With any other optimizer the run ends in a certified state from before the fault, and says how many updates that
-    cost."""
+    cost: none where they were made again."""
     data = data_for("norm", 24)
     guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred")
     run = fit(task("norm", plain), data, guard, folder=tmp_path, callbacks=[FaultAt(kind, math.nan, 15)])
@@ -185,7 +185,7 @@ def test_late_rollbacks_say_what_they_cost(kind: str, tmp_path: Path) -> None:
     assert found.snapshot_step is not None
     assert found.snapshot_step <= 15
     # Read two updates later, when those have been made on lost weights.
-    assert found.updates_lost == 18 - found.snapshot_step
+    assert found.updates_lost == (18 - found.snapshot_step if kind == "loss" else 0)
     assert non_finite(state_of(run)["state_dict"]) == []
     assert guard.lr_multiplier == 1.0
 
