@@ -38,12 +38,15 @@ oldest: .venv/.stamp
 	PYTHONPATH=.venv/oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS) \
 		tests/trainer tests/checkpoints tests/scenarios/test_skips.py tests/scenarios/test_resuming.py
 
-# Which failing runs are saved, and which healthy ones are left alone; FAST=1 takes a few of the forms. What was measured
-# of the healthy draws is kept, and a run that was interrupted goes on. arc-training takes part after `make arc`.
+# Which failing runs are saved, and which healthy ones are left alone; FAST=1 takes a few of the forms under the guard's two
+# settings alone, and keeps no results. What was measured of the healthy draws is kept, and a run that was interrupted goes
+# on. arc-training takes part after `make arc`.
+RESCUE_FAST := --contenders certain,evidence --output build/rescue.json
 rescue: .venv/.stamp
-	ARC_PYTHON=$(wildcard $(ARC)/bin/python) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rescue $(if $(FAST),--fast)
+	ARC_PYTHON=$(wildcard $(ARC)/bin/python) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rescue \
+		$(if $(FAST),--fast $(RESCUE_FAST))
 	ARC_PYTHON=$(wildcard $(ARC)/bin/python) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rescue.harm \
-		$(if $(FAST),--fast,--rivals all --output benchmarks/results/harm.json)
+		$(if $(FAST),--fast --results build/harm,--rivals all --output benchmarks/results/harm.json)
 
 # arc-training's own release, with this project's versions of everything else, in an environment outside the repository.
 arc:
