@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TextIO
 
 from lightning_nanguard.record.text import printable
@@ -20,3 +21,9 @@ def say(text: str, file: TextIO | None = None) -> None:
     for line in text.split("\n") if text else [""]:
         indent = " " * (len(line) - len(line.lstrip(" ")))
         print((indent + printable(line)).encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+def say_no_run(where: Path) -> int:
+    """Say that a folder holds no run; gives the exit status."""
+    say(f"nanguard: no run of NaNGuard lies in {where} or below it", file=sys.stderr)
+    return 2

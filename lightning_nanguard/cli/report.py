@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
-from lightning_nanguard.cli.output import say
+from lightning_nanguard.cli.output import say, say_no_run
 from lightning_nanguard.report.data import find_run, read_run_data
 from lightning_nanguard.report.page import page
 
@@ -27,8 +26,7 @@ def run(chosen: argparse.Namespace) -> int:
     """Write the page, and say where."""
     folder = find_run(chosen.run_folder)
     if folder is None:
-        say(f"nanguard: no run of NaNGuard lies in {chosen.run_folder} or below it", file=sys.stderr)
-        return 2
+        return say_no_run(chosen.run_folder)
     text = page(read_run_data(folder))
     output: Path = chosen.output or folder / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lightning_nanguard.cli.output import say
+from lightning_nanguard.cli.output import say, say_no_run
 from lightning_nanguard.record.bad_samples import (
     BAD_SAMPLES_FILE,
     describe_sample,
@@ -37,8 +37,7 @@ def run(chosen: argparse.Namespace) -> int:
     where: Path = chosen.run_folder
     files = [where] if where.is_file() else sorted(where.rglob(BAD_SAMPLES_FILE))
     if not files and not any(where.rglob(RUN_FILE)):
-        say(f"nanguard: no run of NaNGuard lies in {where} or below it", file=sys.stderr)
-        return 2
+        return say_no_run(where)
     if chosen.csv:
         write_csv(merged(one for file in files for one in read_bad_samples(file)), sys.stdout)
         return 0

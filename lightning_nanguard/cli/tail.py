@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, final
 
 from lightning_nanguard.cli.explain import headline
-from lightning_nanguard.cli.output import say
+from lightning_nanguard.cli.output import say, say_no_run
 from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_whole
 from lightning_nanguard.record.messages import describe_advice, tell, tell_again
 from lightning_nanguard.record.run_folder import is_alive
@@ -35,8 +34,7 @@ def run(chosen: argparse.Namespace) -> int:
     """Print what is on record and what comes, until the run ends or Ctrl-C is pressed."""
     runs = find_runs(chosen.run_folder)
     if not runs:
-        say(f"nanguard: no run of NaNGuard lies in {chosen.run_folder} or below it", file=sys.stderr)
-        return 2
+        return say_no_run(chosen.run_folder)
     folder = runs[-1].folder
     say(headline(runs[-1]))
     records, advice = NewLines(folder / RECORDS_FILE), NewLines(folder / ADVICE_FILE)

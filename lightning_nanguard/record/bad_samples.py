@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TextIO, final
 
+from lightning_nanguard.record.files import read_whole
 from lightning_nanguard.record.text import printable
 from lightning_nanguard.types import SCHEMA_VERSION, Row, plain
 
@@ -105,11 +106,10 @@ def read_bad_samples(path: str | os.PathLike[str]) -> list[BadSample]:
         FileNotFoundError: When there is no such file. A run that met none writes none.
     """
     found: list[BadSample] = []
-    with open(path, "rb") as file:
-        for line in file:
-            # A run that was killed while it wrote leaves half a line.
-            with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
-                found.append(BadSample.from_dict(json.loads(line)))
+    for line in read_whole(path).splitlines():
+        # A run that was killed while it wrote leaves half a line.
+        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+            found.append(BadSample.from_dict(json.loads(line)))
     return found
 
 

@@ -79,6 +79,7 @@ def commands(folder: Path) -> list[list[str]]:
     incident = str(next((folder / "incidents").iterdir()))
     return [
         ["explain", str(folder)],
+        ["samples", str(folder)],
         ["tail", str(folder)],
         ["last-good", str(folder)],
         ["report", str(folder), "-o", str(folder / "report.html")],
@@ -110,7 +111,9 @@ def test_spoilt_files(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[st
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("name", ["interventions.jsonl", "curve.csv", "run.jsonl", "nanguard-last-good.ckpt"])
+@pytest.mark.parametrize(
+    "name", ["interventions.jsonl", "curve.csv", "run.jsonl", "bad_samples.jsonl", "nanguard-last-good.ckpt"]
+)
 def test_what_is_no_file(name: str, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A folder or a pipe in the place of a file is told, and waited for by nobody."""
     for make in (Path.mkdir, os.mkfifo):
@@ -119,6 +122,6 @@ def test_what_is_no_file(name: str, run: Path, tmp_path: Path, capfd: pytest.Cap
         found = next(folder.rglob(name))
         found.unlink()
         make(found)
-        for command in commands(folder)[:4]:
+        for command in commands(folder)[:5]:
             assert main(command) in (0, 1, 2)
             assert "Traceback" not in capfd.readouterr().err
