@@ -199,6 +199,7 @@ class ForwardAgain:
         try:
             with ExitStack() as inside:
                 inside.enter_context(self._replay.rehearsing())
+                inside.enter_context(uncounted(self._trainer, lambda callback: False))
                 restore(learner, snapshot)
                 if then is None or self._is_finite(then):
                     if any(self._make(updates, start, bad=bad) for start, updates in ways):
@@ -221,8 +222,7 @@ class ForwardAgain:
 
     def _is_finite(self, micro: Micro) -> bool:
         micro.start.restore()
-        with uncounted(self._trainer, lambda callback: False):
-            loss = micro.run.forward().closure_loss
+        loss = micro.run.forward().closure_loss
         return loss is None or bool(torch.isfinite(loss).all())
 
     def _make(self, updates: list[_Update], snapshot: Snapshot, *, bad: Reading | None) -> bool:
@@ -270,13 +270,12 @@ class ForwardAgain:
         for group, values in zip(optimizer.param_groups, update.groups, strict=True):
             group.update(values)
         losses: list[tuple[Tensor | None, Tensor]] = []
-        with uncounted(self._trainer, lambda callback: False):
-            for micro in update.micros:
-                micro.start.restore(carried=not spoilt)  # else they came of spoilt weights
-                with logging_for(self._trainer, micro.run.batch):
-                    result = micro.run.whole()
-                if result.loss is not None:
-                    losses.append((micro.loss, result.loss))
+        for micro in update.micros:
+            micro.start.restore(carried=not spoilt)  # else they came of spoilt weights
+            with logging_for(self._trainer, micro.run.batch):
+                result = micro.run.whole()
+            if result.loss is not None:
+                losses.append((micro.loss, result.loss))
         return losses
 
     def _is_as_large(self, bad: Reading) -> bool:
@@ -287,10 +286,9 @@ class ForwardAgain:
     def _step(self, update: _Update) -> list[float]:
         """Let the optimizer step; gives the norms of the gradients it steps by."""
         optimizer = update.micros[0].run.optimizer
-        with uncounted(self._trainer, lambda callback: False):
-            end_backward(self._trainer, optimizer)
-            sizes = norms(self._context.learner.gradients(0))
-            optimizer.step()
+        end_backward(self._trainer, optimizer)
+        sizes = norms(self._context.learner.gradients(0))
+        optimizer.step()
         return sizes
 
 

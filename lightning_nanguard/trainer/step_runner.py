@@ -32,7 +32,15 @@ from lightning_nanguard.trainer.private.closures import (
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
 from lightning_nanguard.trainer.step_outcome import BadLossError, Outcome, fault_of, given, nan_loss
-from lightning_nanguard.trainer.window import NOTHING_LEFT, Micro, Window, give_gradients, gradients_of, undo_if_room
+from lightning_nanguard.trainer.window import (
+    NOTHING_LEFT,
+    Micro,
+    Window,
+    give_gradients,
+    gradients_if_room,
+    gradients_of,
+    undo_if_room,
+)
 from lightning_nanguard.types import Fault, Reading
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -123,7 +131,7 @@ class StepRunner:
         steps = not accumulates(self._trainer)
         try:
             outcome = self._attempt(micro, steps=steps)
-            if outcome.fault is None and outcome.error is None:
+            if outcome.good:
                 return self._over(outcome.result, steps=steps)
             if not self._may_repeat():
                 return given(outcome)
@@ -189,7 +197,7 @@ class StepRunner:
                 after.restore_counters()
             with self._repeating(counted=counted):
                 last = self._attempt(micro, steps=steps)
-            if last.fault is None and last.error is None:
+            if last.good:
                 if keeps:
                     after.restore_counters()
                 if first.error is not None and not first.early:
@@ -224,7 +232,7 @@ class StepRunner:
             last, counted = kept, counted or kept.fault is not None
         if self._may_go_back(fault_of(first)):
             again = self._from_snapshot(micro, first, last, counted=counted, steps=steps)
-            if again.fault is None and again.error is None:
+            if again.good:
                 return self._over(again.result, steps=steps)
             last = Outcome(early=True)  # all has been put back to where the micro-batch began
         alone = steps and len(self._window.left_out()) == len(self._window.micros) - 1
@@ -268,9 +276,9 @@ class StepRunner:
         spoilt = self._check.spoilt_since(snapshot)
         parameters, earliest = list(self._module.parameters()), self._window.micros[0].start
         self._rewind(micro, last)
-        if undo_if_room(self._replay.make_undo, parameters) is None:
+        gradients = gradients_if_room(parameters)
+        if gradients is None:
             return first
-        gradients = gradients_of(parameters)
         self._check.rewind()
         before = self._forward.go(snapshot, self._check.number - 1, then=micro)
         give_gradients(parameters, gradients)
@@ -280,7 +288,7 @@ class StepRunner:
             self._window.rewind(micro)
             with self._repeating(counted=counted):
                 again = self._attempt(micro, steps=steps)
-            if again.fault is None and again.error is None:
+            if again.good:
                 if first.error is not None and not first.early:
                     call_after_backward(self._trainer, self._listens)
                 self._check.record_transient(fault_of(first), spoilt=spoilt, since=snapshot)
@@ -420,7 +428,7 @@ class StepRunner:
         with logging_for(self._trainer, micro.run.batch):
             outcome = self._attempt(micro, steps=False)
         self._may_pass = False
-        if outcome.fault is None and outcome.error is None:
+        if outcome.good:
             outcome.fault = self._check.fault_of_gradients(0)
         return outcome
 

@@ -139,6 +139,14 @@ def gradients_of(parameters: Sequence[Tensor]) -> list[Any]:
     return [None if p.grad is None else p.grad.detach().clone() for p in parameters]
 
 
+def gradients_if_room(parameters: Sequence[Tensor]) -> list[Any] | None:
+    """Copies of the gradients of some parameters; ``None`` where memory is too short for them."""
+    try:
+        return gradients_of(parameters)
+    except torch.cuda.OutOfMemoryError:
+        return None
+
+
 def undo_if_room(make_undo: Callable[..., BatchUndo], parameters: Sequence[Tensor]) -> BatchUndo | None:
     """What undoes a micro-batch; ``None`` where memory is too short for it and for copies of the gradients.
 
@@ -149,10 +157,9 @@ def undo_if_room(make_undo: Callable[..., BatchUndo], parameters: Sequence[Tenso
     try:
         undo = make_undo(thorough=True)
         undo.open()
-        gradients_of(parameters)
     except torch.cuda.OutOfMemoryError:
         return None
-    return undo
+    return None if gradients_if_room(parameters) is None else undo
 
 
 def give_gradients(parameters: Sequence[Tensor], gradients: Sequence[Any]) -> None:
