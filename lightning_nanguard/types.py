@@ -352,7 +352,8 @@ class Comparison:
     """Loss of a batch under the present weights and under the last good ones, with the same random numbers.
 
     Attributes:
-        now: Loss under the present weights; the lower of it and the one read where the faulty update was made.
+        now: Loss under the present weights. If the faulty update was already made, the lower of this loss and the one
+            read before that update.
         then: Loss under the last good weights.
         then_finite: Whether the gradient is finite under the last good weights; ``None`` where it was not computed.
     """

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TextIO, final
 
 from lightning_nanguard.record.files import read_whole
+from lightning_nanguard.record.known_samples import hash_key
 from lightning_nanguard.record.text import printable
 from lightning_nanguard.types import SCHEMA_VERSION, Row, plain
 
@@ -52,7 +53,7 @@ class BadSample:
     @property
     def key(self) -> Row:
         """What it is recognised by: its row, else its hash."""
-        return f"hash {self.hash}" if self.row is None else self.row
+        return hash_key(self.hash) if self.row is None else self.row
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers that JSON accepts.

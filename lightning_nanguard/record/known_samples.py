@@ -7,6 +7,17 @@ from typing import Any, final
 
 from lightning_nanguard.types import Row
 
+_HASH = "hash "
+
+
+def hash_key(name: str) -> str:
+    """The key of a sample without a row.
+
+    Args:
+        name: Its hash.
+    """
+    return f"{_HASH}{name}"
+
 
 @final
 class KnownSamples:
@@ -36,7 +47,7 @@ class KnownSamples:
         """Count a sample; gives how often it was met so far.
 
         Args:
-            key: Its row, or ``"hash …"``.
+            key: Its row, or what :func:`hash_key` gives.
         """
         times = self._times[key] = self._times.get(key, 0) + 1
         if self.quarantine:
@@ -67,6 +78,3 @@ class KnownSamples:
             self._times[key] = int(times)
             if self.quarantine:
                 self._leave_out(key)
-
-
-_HASH = "hash "

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_nanguard.measure.batches import nested_tensors
 from lightning_nanguard.state.attribute_memory import AttributeMemory, Attributes
+from lightning_nanguard.state.attributes import refill
 from lightning_nanguard.state.random_state import RandomState, is_checked
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 
@@ -77,8 +78,7 @@ class StepStart:
                 step to step may have come of a bad one.
         """
         for container, held in self._contents:
-            container.clear()
-            (container.update if isinstance(container, dict) else container.extend)(held)
+            refill(container, held)
         (self._attributes.restore if carried else self._attributes.restore_plain)()
         self._random.restore()
 

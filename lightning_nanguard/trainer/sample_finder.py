@@ -27,11 +27,11 @@ from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.measure.sample_parts import hash_of, is_separable, part_of
 from lightning_nanguard.record.bad_samples import BadSample
 from lightning_nanguard.record.jsonl import JsonLines
+from lightning_nanguard.record.known_samples import hash_key
 from lightning_nanguard.state.attributes import attributes_kept
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.batch_origin import BatchOrigin
 from lightning_nanguard.state.snapshot import Snapshot
-from lightning_nanguard.thresholds.diagnosis import DEFAULT
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.numeric_errors import is_numeric
 from lightning_nanguard.trainer.private.data_order import DataOrder
@@ -157,12 +157,16 @@ class SampleFinder:
             own = {id(one.batch) for one in self._replay.batches.newest()}
             healthy = [batch for batch, _ in self._replay.batches.healthy if id(batch) not in own]
             found = self._search.judged(micro.batch, healthy, bad, _cause(finding))
-        if bad is None and finding is not None and micro is about and _blames_samples(finding):
+        if bad is None and finding is not None and micro is about and self._blames_samples(finding):
             found = {index: SampleFault(finding.cause) for index in finding.samples} | found
         elif bad is not None and usable:
             found = self._confirmed(micro, found, good)
         self._seen[origin.epoch, origin.position] = found
         return self._samples(micro, found)
+
+    def _blames_samples(self, finding: Finding) -> bool:
+        told = self._context.thresholds.diagnosis.confidence.told
+        return finding.scope == "batch" and finding.confidence > told
 
     def _confirmed(self, micro: MicroBatch, found: Found, good: Snapshot | None) -> Found:
         """Without the samples that are bad under the weights of now alone: those are at fault there."""
@@ -276,7 +280,7 @@ class SampleFinder:
         if len(known) < len(rows):
             known = []
             evidence |= {"position": float(origin.position), "hash": ", ".join(hashes)}
-        keys: list[Row] = [*known] or [f"hash {one}" for one in hashes]
+        keys: list[Row] = [*known] or [hash_key(one) for one in hashes]
         times = max(map(self._known.times, keys), default=0)
         if times > 1:
             evidence["times_met"] = float(times)
@@ -285,10 +289,6 @@ class SampleFinder:
 
 def _cause(finding: Finding | None) -> str:
     return finding.cause if finding is not None and finding.scope == "batch" else "loss or gradient not finite"
-
-
-def _blames_samples(finding: Finding) -> bool:
-    return finding.scope == "batch" and finding.confidence > DEFAULT.confidence.told
 
 
 def _hash(batch: Any, index: int) -> str:

@@ -18,6 +18,7 @@ from lightning_nanguard.state.step_start import StepClock, StepMemory, StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.forward_again import ForwardAgain
+from lightning_nanguard.trainer.gradient_copies import give_gradients, gradients_if_room, gradients_of, undo_if_room
 from lightning_nanguard.trainer.numeric_errors import NumericErrors, is_numeric
 from lightning_nanguard.trainer.private.callbacks import is_from_callback
 from lightning_nanguard.trainer.private.closures import (
@@ -32,15 +33,7 @@ from lightning_nanguard.trainer.private.closures import (
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
 from lightning_nanguard.trainer.step_outcome import BadLossError, Outcome, fault_of, given, nan_loss
-from lightning_nanguard.trainer.window import (
-    NOTHING_LEFT,
-    Micro,
-    Window,
-    give_gradients,
-    gradients_if_room,
-    gradients_of,
-    undo_if_room,
-)
+from lightning_nanguard.trainer.window import NOTHING_LEFT, Micro, Window
 from lightning_nanguard.types import Fault, Reading
 
 _logger = logging.getLogger("lightning_nanguard")

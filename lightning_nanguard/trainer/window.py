@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.measure.batches import bytes_of
-from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.step_start import StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.private.closures import MicroBatchRun, logging_for
@@ -132,37 +131,3 @@ class Window:
             with torch.no_grad():
                 for gradient in gradients():
                     gradient.mul_(count / good)
-
-
-def gradients_of(parameters: Sequence[Tensor]) -> list[Any]:
-    """Copies of the gradients of some parameters; ``None`` for one without."""
-    return [None if p.grad is None else p.grad.detach().clone() for p in parameters]
-
-
-def gradients_if_room(parameters: Sequence[Tensor]) -> list[Any] | None:
-    """Copies of the gradients of some parameters; ``None`` where memory is too short for them."""
-    try:
-        return gradients_of(parameters)
-    except torch.cuda.OutOfMemoryError:
-        return None
-
-
-def undo_if_room(make_undo: Callable[..., BatchUndo], parameters: Sequence[Tensor]) -> BatchUndo | None:
-    """What undoes a micro-batch; ``None`` where memory is too short for it and for copies of the gradients.
-
-    Args:
-        make_undo: Makes it.
-        parameters: Those with gradients.
-    """
-    try:
-        undo = make_undo(thorough=True)
-        undo.open()
-    except torch.cuda.OutOfMemoryError:
-        return None
-    return None if gradients_if_room(parameters) is None else undo
-
-
-def give_gradients(parameters: Sequence[Tensor], gradients: Sequence[Any]) -> None:
-    """Give some parameters other gradients."""
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient

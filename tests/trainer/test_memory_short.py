@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.state import batch_undo
-from lightning_nanguard.trainer import forward_again, numeric_errors, window
+from lightning_nanguard.trainer import forward_again, gradient_copies, numeric_errors
 from tests.helpers import FaultAt, batches, fit, task, words
 from tests.trainer.faulty_steps import Fault, Faulty
 from tests.trainer.test_forward_again import Struck
@@ -49,7 +49,7 @@ def test_a_window_is_skipped(where: str, tmp_path: Path, monkeypatch: pytest.Mon
     if where == "undo":
         short_of_undo(monkeypatch)
     else:
-        monkeypatch.setattr(window, "gradients_of", out_of_memory)
+        monkeypatch.setattr(gradient_copies, "gradients_of", out_of_memory)
     guard = NaNGuard()
     fit(Faulty(Fault("gradient", (10,))), batches(count=24), guard, folder=tmp_path, accumulate_grad_batches=3)
     assert words(guard) == [("skip",)]

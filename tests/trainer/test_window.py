@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,7 @@ from lightning_nanguard.state.random_state import RandomStreams
 from lightning_nanguard.state.step_start import StepMemory, StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.private.closures import MicroBatchRun
-from lightning_nanguard.trainer.window import Window, gradients_of
+from lightning_nanguard.trainer.window import Window
 from lightning_nanguard.types import Fault
 
 
@@ -94,13 +93,3 @@ def test_the_mean_of_the_good_ones() -> None:
         micro.left_out = Fault("non_finite_loss", "batch", "loss")
     window.weigh(lambda: gradients)
     assert gradients[0].tolist() == [2.0, 2.0], "nothing is left"
-
-
-def test_copies_of_gradients(tmp_path: Path) -> None:
-    """None for a parameter without one."""
-    one, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
-    one.grad = torch.ones(1)
-    copies = gradients_of([one, other])
-    one.grad.fill_(2.0)
-    assert copies[1] is None
-    assert float(copies[0]) == 1.0

@@ -12,7 +12,7 @@ from typing import Any, Protocol, final
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
+from lightning_nanguard.trainer.private.patches import call_nothing, undo_all, wrap_method
 
 _HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
 
@@ -30,7 +30,7 @@ class MicroBatchRun:
         forward: Runs ``training_step``; gives a result that holds the loss.
         zero_grad: Empties the gradients before backward; ``None`` within a window of accumulation.
         whole: Runs all three.
-        give: Has another batch run in its place from now on.
+        give: Gives Lightning another batch to run; :meth:`take` calls it.
     """
 
     optimizer: Optimizer
@@ -121,16 +121,12 @@ def uncounted(trainer: Any, listens: Callable[[Any], bool]) -> Iterator[None]:
     progress = copy.deepcopy(loop.optim_progress.state_dict())
     # The callbacks stay in the trainer's list: the thread of a progress bar looks itself up there.
     silenced = [one for one in trainer.callbacks if not listens(one)]
-    undo = undo_all([wrap_method(one, name, _call_nothing) for one in silenced for name in _HOOKS])
+    undo = undo_all([wrap_method(one, name, call_nothing) for one in silenced for name in _HOOKS])
     try:
         yield
     finally:
         undo()
         loop.optim_progress.load_state_dict(progress)
-
-
-def _call_nothing(*args: Any, **kwargs: Any) -> None:
-    pass
 
 
 def call_after_backward(trainer: Any, listens: Callable[[Any], bool]) -> None:

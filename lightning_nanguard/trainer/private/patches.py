@@ -80,3 +80,7 @@ def undo_all(undos: list[Callable[[], None]]) -> Callable[[], None]:
             undos.clear()
 
     return undo
+
+
+def call_nothing(*args: Any, **kwargs: Any) -> None:
+    """A wrapper under which a method does nothing."""

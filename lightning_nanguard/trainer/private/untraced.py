@@ -15,7 +15,7 @@ from lightning_nanguard.state.attributes import attributes_kept
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.thresholds.batches import BatchUndoThresholds
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
+from lightning_nanguard.trainer.private.patches import call_nothing, undo_all, wrap_method
 from lightning_nanguard.trainer.private.running_means import remember_running_means
 
 _DEFAULTS = BatchUndoThresholds()
@@ -65,15 +65,11 @@ def _same_randomness(device: torch.device) -> Iterator[None]:
 def _without_saves(trainer: Any) -> Iterator[None]:
     """Write no checkpoint inside, whoever asks for one."""
     owners = (trainer, trainer.strategy)
-    undo = undo_all([wrap_method(owner, "save_checkpoint", _save_nothing) for owner in owners])
+    undo = undo_all([wrap_method(owner, "save_checkpoint", call_nothing) for owner in owners])
     try:
         yield
     finally:
         undo()
-
-
-def _save_nothing(*args: Any, **kwargs: Any) -> None:
-    pass
 
 
 @contextmanager
