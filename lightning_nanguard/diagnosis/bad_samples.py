@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.diagnosis.batch import samples, tensor_fields, true_indices
+from lightning_nanguard.thresholds.batches import HealthyBatchesThresholds
 from lightning_nanguard.thresholds.samples import SamplesThresholds
 
 NOT_FINITE, FAR = "not finite", "out of proportion"
 """Causes that a sample shows by itself."""
 
 _DEFAULTS = SamplesThresholds()
+_EXTREME = HealthyBatchesThresholds().extreme_factor
 
 
 @final
@@ -46,13 +48,16 @@ def non_finite_samples(batch: Any, thresholds: SamplesThresholds = _DEFAULTS) ->
     return {index: SampleFault(NOT_FINITE, columns[index]) for index in sorted(columns)}
 
 
-def far_samples(batch: Any, healthy: Sequence[Any] = (), thresholds: SamplesThresholds = _DEFAULTS) -> Found:
+def far_samples(
+    batch: Any, healthy: Sequence[Any] = (), thresholds: SamplesThresholds = _DEFAULTS, extreme: float = _EXTREME
+) -> Found:
     """Samples whose numbers are out of all proportion to those of healthy batches, else to the batch's other samples.
 
     Args:
         batch: The batch.
         healthy: Healthy batches.
-        thresholds: From which factor on.
+        thresholds: From which factor on, beside the other samples.
+        extreme: From which factor on, beside healthy batches: that by which the guard calls a whole batch so.
     """
     others = [{name: largest(one) for name, one in _by_sample(kept).items()} for kept in healthy]
     columns: dict[int, dict[str, tuple[int, ...]]] = {}
@@ -60,7 +65,7 @@ def far_samples(batch: Any, healthy: Sequence[Any] = (), thresholds: SamplesThre
         mine = largest(tensor)
         before = [float(one[name].max()) for one in others if name in one and len(one[name])]
         if len(before) >= thresholds.least_compared and max(before) > 0:
-            limit = thresholds.far_factor * max(before)
+            limit = extreme * max(before)
         elif len(mine) >= thresholds.least_compared:
             limit = thresholds.far_factor_in_batch * float(mine.median())
         else:
@@ -140,10 +145,12 @@ class SampleSearch:
 
     Args:
         thresholds: When a sample counts as bad, and how often is searched.
+        extreme: As in :func:`far_samples`.
     """
 
-    def __init__(self, thresholds: SamplesThresholds = _DEFAULTS) -> None:
+    def __init__(self, thresholds: SamplesThresholds = _DEFAULTS, extreme: float = _EXTREME) -> None:
         self._limits = thresholds
+        self._extreme = extreme
         # Batches in a row that no single samples explain, as far as is known.
         self._unexplained = 0
 
@@ -157,7 +164,7 @@ class SampleSearch:
             cause: The cause of what no sample shows by itself.
         """
         limits = self._limits
-        far, found = far_samples(batch, healthy, limits), non_finite_samples(batch, limits)
+        far, found = far_samples(batch, healthy, limits, self._extreme), non_finite_samples(batch, limits)
         if bad is not None and found:
             # Some models take NaN for what is missing.
             spoiling = search(tuple(found), bad, thresholds=limits)

@@ -198,7 +198,8 @@ class StepCheck:
         if times >= self._limits.test_device:
             suggestion += " It keeps happening at this place: test the device."
         cause = "corrupted_state" if tensor else "transient"
-        finding = Finding(cause, 0.9, {"times": float(times)}, fault.place, suggestion=suggestion)
+        confidence = self._context.thresholds.diagnosis.confidence.transient
+        finding = Finding(cause, confidence, {"times": float(times)}, fault.place, suggestion=suggestion)
         words = ("redo",) if since is None else ("restore", "redo")
         self._record(fault, *words, finding=finding, restored=since)
 

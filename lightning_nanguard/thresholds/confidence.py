@@ -35,6 +35,7 @@ class Confidences:
         state_non_finite: A tensor of the learner is not finite.
         state_element: An element of a weight moved out of all proportion to its neighbours.
         state_jump: A weight is far larger than any was in the snapshot.
+        transient: A fault was gone when its step, or the updates since a snapshot, were made again.
         update_again: State is not finite whenever an update is made again from the good state.
         update_before: The same was found of this tensor before.
         state_implausible: A buffer is far larger than it was.
@@ -100,6 +101,7 @@ class Confidences:
     state_non_finite: float = 0.97
     state_element: float = 0.95
     state_jump: float = 0.9
+    transient: float = 0.9
     update_again: float = 0.99
     update_before: float = 0.975
     state_implausible: float = 0.7

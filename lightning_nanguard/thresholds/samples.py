@@ -10,8 +10,6 @@ class SamplesThresholds:
     """When a single sample of a batch counts as bad, and how it is searched for.
 
     Attributes:
-        far_factor: Times the largest number in any healthy batch from which on a sample of a skipped batch is out of
-            all proportion; the factor by which the guard calls a whole batch so.
         far_factor_in_batch: Times the usual largest number of a sample from which on one is out of all proportion,
             where no healthy batches are there to compare with; heavy tails reach thousands.
         least_compared: Healthy batches, or samples of one batch, needed to compare with.
@@ -32,7 +30,6 @@ class SamplesThresholds:
             sample.
     """
 
-    far_factor: float = 1e4
     far_factor_in_batch: float = 1e6
     least_compared: int = 3
     most_runs: int = 256

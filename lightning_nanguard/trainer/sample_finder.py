@@ -74,7 +74,7 @@ class SampleFinder:
         self._run_id = run_id
         self._known = context.samples
         self._limits = context.thresholds.samples
-        self._search = SampleSearch(self._limits)
+        self._search = SampleSearch(self._limits, context.thresholds.batches.healthy.extreme_factor)
         self._said = False
         # Batches that were looked into: several faults may be found of one.
         self._seen: dict[tuple[int, int], Found] = {}

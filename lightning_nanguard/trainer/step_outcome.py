@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.types import Fault
+
+_DEFAULTS = RepeatedStepsThresholds()
 
 
 class BadLossError(Exception):
@@ -48,12 +51,17 @@ def given(outcome: Outcome) -> Any:
     return outcome.result
 
 
-def fault_of(outcome: Outcome) -> Fault:
-    """What is wrong with it, an exception as a loss that is not finite."""
+def fault_of(outcome: Outcome, thresholds: RepeatedStepsThresholds = _DEFAULTS) -> Fault:
+    """What is wrong with it, an exception as a loss that is not finite.
+
+    Args:
+        outcome: What a run gave.
+        thresholds: How much of an exception's text is told.
+    """
     if outcome.fault is not None:
         return outcome.fault
     text = " ".join(f"training_step raised {type(outcome.error).__name__}: {outcome.error}".split())
-    return Fault("non_finite_loss", "batch", "loss", None, text[:200])
+    return Fault("non_finite_loss", "batch", "loss", None, text[: thresholds.message])
 
 
 def nan_loss(module: nn.Module) -> Tensor:
