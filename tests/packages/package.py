@@ -22,6 +22,34 @@ from tests.helpers import copied, differences, learner_of, non_finite, random_st
 TOO_HIGH = 300.0
 
 
+def waves(bad: float | None, far: float = 1e7, level: float = 0.0) -> list[np.ndarray]:
+    """Four waves of 120 values.
+
+    Args:
+        bad: What the last two values of one wave are; another one ends far out then. ``None`` for neither.
+        far: How far out.
+        level: What the waves lie about.
+    """
+    random = np.random.default_rng(0)
+    made = [level + np.sin(np.arange(120) / 5 + index) + 0.1 * random.normal(size=120) for index in range(4)]
+    if bad is not None:
+        made[1][-2:] = bad
+        made[2][-1] = far
+    return made
+
+
+def trainer_for(callbacks: list[Any], epochs: int, folder: Path) -> Any:
+    """A trainer for a module that a package leaves to the user to train."""
+    return import_module("lightning.pytorch").Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+
+
 class Seen(Callback):
     """Keeps what a fit did and left behind; a package that copies its callbacks gets this one again."""
 

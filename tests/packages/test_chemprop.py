@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("chemprop")
 from chemprop import data, models, nn
 
-from tests.packages.package import Package, PackageTests
+from tests.packages.package import Package, PackageTests, trainer_for
 
 
 def molecules(bad: bool) -> data.MoleculeDataset:
@@ -49,14 +49,7 @@ class Chemprop(Package):
         message_passing = nn.BondMessagePassing(d_h=16, depth=2)
         predictor = nn.RegressionFFN(input_dim=16 + 3, hidden_dim=16)
         model = Descent(message_passing, nn.MeanAggregation(), predictor, init_lr=rate)
-        trainer = lightning.pytorch.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            callbacks=callbacks,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-        )
+        trainer = trainer_for(callbacks, epochs, folder)
         trainer.fit(model, data.build_dataloader(molecules(bad), batch_size=16))
         return model
 

@@ -15,21 +15,12 @@ from darts import TimeSeries
 from darts.models import NBEATSModel
 from darts.utils.serialization import safe_globals
 
-from tests.packages.package import Package, PackageTests, Seen
+from tests.packages.package import Package, PackageTests, Seen, waves
 
 
 def series(bad: bool) -> list[TimeSeries]:
     """Four waves; the last values of two are NaN, or far out."""
-    random = np.random.default_rng(0)
-    made = []
-    for index in range(4):
-        values = np.sin(np.arange(120) / 5 + index) + 0.1 * random.normal(size=120)
-        if bad and index == 1:
-            values[-2:] = np.nan
-        if bad and index == 2:
-            values[-1] = 1e7
-        made.append(TimeSeries.from_values(values.astype(np.float32)))
-    return made
+    return [TimeSeries.from_values(values.astype(np.float32)) for values in waves(np.nan if bad else None)]
 
 
 class Darts(Package):

@@ -18,21 +18,14 @@ from gluonts.torch import SimpleFeedForwardEstimator
 from gluonts.torch.distributions import NormalOutput
 from gluonts.torch.model.simple_feedforward.lightning_module import SimpleFeedForwardLightningModule
 
-from tests.packages.package import Package, PackageTests
+from tests.packages.package import Package, PackageTests, waves
 
 
 def series(bad: bool) -> ListDataset:
     """Four waves; the last values of two are Inf, or far out: NaN is a missing value to the package."""
-    random = np.random.default_rng(0)
-    made = []
-    for index in range(4):
-        values = 3 + np.sin(np.arange(120) / 5 + index) + 0.1 * random.normal(size=120)
-        if bad and index == 1:
-            values[-2:] = np.inf
-        if bad and index == 2:
-            values[-1] = 1e12
-        made.append({"target": values, "start": pd.Period("2020-01-01", freq="D")})
-    return ListDataset(made, freq="D")
+    start = pd.Period("2020-01-01", freq="D")
+    known = waves(np.inf if bad else None, far=1e12, level=3.0)
+    return ListDataset([{"target": values, "start": start} for values in known], freq="D")
 
 
 class Descent(SimpleFeedForwardLightningModule):

@@ -15,21 +15,16 @@ from neuralforecast import NeuralForecast
 from neuralforecast.losses.pytorch import MSE
 from neuralforecast.models import MLP
 
-from tests.packages.package import Package, PackageTests
+from tests.packages.package import Package, PackageTests, waves
 
 
 def frame(bad: bool) -> pd.DataFrame:
     """Four waves; the last values of two are Inf, or far out: NaN is refused by the package itself."""
-    random = np.random.default_rng(0)
-    parts = []
-    for index in range(4):
-        values = np.sin(np.arange(120) / 5 + index) + 0.1 * random.normal(size=120)
-        if bad and index == 1:
-            values[-2:] = np.inf
-        if bad and index == 2:
-            values[-1] = 1e7
-        times = pd.date_range("2020-01-01", periods=120, freq="D")
-        parts.append(pd.DataFrame({"unique_id": f"s{index}", "ds": times, "y": values}))
+    times = pd.date_range("2020-01-01", periods=120, freq="D")
+    parts = [
+        pd.DataFrame({"unique_id": f"s{index}", "ds": times, "y": values})
+        for index, values in enumerate(waves(np.inf if bad else None))
+    ]
     return pd.concat(parts, ignore_index=True)
 
 

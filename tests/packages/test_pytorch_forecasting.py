@@ -9,21 +9,19 @@ import numpy as np
 import pytest
 
 pytest.importorskip("pytorch_forecasting")
-import lightning.pytorch
 import pandas as pd
 from pytorch_forecasting import NHiTS, TimeSeriesDataSet
 from pytorch_forecasting.metrics import RMSE
 
-from tests.packages.package import Package, PackageTests
+from tests.packages.package import Package, PackageTests, trainer_for, waves
 
 
 def data(bad: bool) -> TimeSeriesDataSet:
     """Four waves; the last values of two are NaN, or far out, as after a faulty preparation."""
-    random = np.random.default_rng(0)
-    parts = []
-    for index in range(4):
-        values = np.sin(np.arange(120) / 5 + index) + 0.1 * random.normal(size=120)
-        parts.append(pd.DataFrame({"series": f"s{index}", "time": np.arange(120), "value": values}))
+    parts = [
+        pd.DataFrame({"series": f"s{index}", "time": np.arange(120), "value": values})
+        for index, values in enumerate(waves(None))
+    ]
     made = TimeSeriesDataSet(
         pd.concat(parts, ignore_index=True),
         time_idx="time",
@@ -50,14 +48,7 @@ class PytorchForecasting(Package):
         model = NHiTS.from_dataset(
             known, hidden_size=16, learning_rate=rate, optimizer="sgd", loss=RMSE(), log_interval=0
         )
-        trainer = lightning.pytorch.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            callbacks=callbacks,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-        )
+        trainer = trainer_for(callbacks, epochs, folder)
         trainer.fit(model, known.to_dataloader(train=True, batch_size=32))
         return model, trainer
 
