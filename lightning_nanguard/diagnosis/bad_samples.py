@@ -106,7 +106,7 @@ Bad = Callable[[Sequence[int]], bool | None]
 def search(
     indices: Sequence[int], bad: Bad, share: float = 1.0, thresholds: SamplesThresholds = _DEFAULTS
 ) -> tuple[int, ...] | None:
-    """Samples each of which spoils what it is a part of, found by halving; ``None`` where that explains no fault.
+    """Find by halving the samples that spoil every part that holds them; ``None`` where they do not explain the fault.
 
     Args:
         indices: The samples searched among.

@@ -10,14 +10,14 @@ class SamplesThresholds:
     """When a single sample of a batch counts as bad, and how it is searched for.
 
     Attributes:
-        far_factor_in_batch: Times the usual largest number of a sample from which on one is out of all proportion,
-            where no healthy batches are there to compare with; heavy tails reach thousands.
+        far_factor_in_batch: How many times the usual largest number of its batch's samples puts a sample out of all
+            proportion, where there are no healthy batches to compare with. Heavy tails reach thousands.
         least_compared: Healthy batches, or samples of one batch, needed to compare with.
-        most_runs: Passes over parts of one batch in which bad samples are searched for; 64 single ones among 1,024
-            samples take more, a handful takes about 20 each.
-        all_bad_after: Single samples, all over a batch, after which a search ends where nothing looked at was good.
+        most_runs: Passes over parts of one batch after which a search for its bad samples is given up. One bad sample
+            takes about 20; 64 of 1,024 take more than this.
+        all_bad_after: Bad single samples, spread over the batch, after which a search ends if no part was good so far.
         searches_in_vain: Searches in a row that explain nothing, after which only the 4th, 8th, 16th, … is made.
-        largest_share: Share of a batch from which on not its samples are bad but something that all have in common.
+        largest_share: Share of bad samples from which on the fault is not theirs, but of something all have in common.
         columns_named: Columns of one sample that are named at most.
         batches_waiting: Batches that Lightning may have taken from the loader and not trained on yet.
         separable_error: Relative difference up to which the loss of a batch is the weighted mean of its parts' losses;

@@ -71,8 +71,8 @@ class MomentThresholds:
 
     Attributes:
         slack: Factor on the bound, for what rounding adds up to in 32 bits: less than a thousandth.
-        underflows: Smallest normal numbers that a step may lose of a second moment, where the square of a gradient
-            underflows; of more steps it is this over 1 − β₂.
+        underflows: How many times the smallest normal number a second moment may lose in one step, where the square of
+            a gradient underflows. Over many steps this adds up to it divided by 1 − β₂.
         least_decay: Smallest 1 − β₂ for which rounding is small beside it.
         most_elements: Elements of all first moments that may be out of bounds where something flipped them; where it is
             more at once, somebody rewrote moments.

@@ -56,8 +56,8 @@ class _Update:
 class ForwardAgain:
     """Keeps references to the batches since the last certified snapshot, and makes their updates again.
 
-    Each update is made from its own batches, random numbers, attributes and rates. Where the losses are the bits that
-    were seen the first time, the run can be made again, and a loss that differs later tells when the state went bad.
+    Each update is made from its own batches, random numbers, attributes and rates. If the first losses are the same bit
+    for bit, the updates can be repeated. The first loss that differs then shows when the state went bad.
 
     Args:
         trainer: The trainer.

@@ -45,7 +45,7 @@ class StepRunner:
 
     Where a loss or a gradient is certainly bad, or ``training_step`` raises an error that numbers can cause, the
     micro-batch is run again from the state, the batch and the random numbers it began from. If the fault is gone, the
-    step counts as if it had never been there. A micro-batch of a window of accumulation that stays bad is left out, and
+    step counts as if there had been no fault. A micro-batch of a window of accumulation that stays bad is left out, and
     the update is made from the others: their mean. All else is left to the guard, as if nothing had been run again.
 
     Args:
