@@ -35,6 +35,7 @@ class Scvi(Package):
 
     def fit(self, callbacks: list[Any], rate: float, epochs: int, *, bad: bool, folder: Path) -> Any:
         scvi.settings.seed = 1
+        scvi.settings.logging_dir = str(folder)  # else checkpoints go to the working directory
         model = scvi.model.SCVI(counts(bad), n_hidden=16, n_latent=4)
         model.train(
             max_epochs=epochs,
