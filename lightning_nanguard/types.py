@@ -55,6 +55,9 @@ class Reading(NamedTuple):
         return self.optimizer_index
 
 
+Verdict = Literal["gained", "cost", "no difference", "not measured"]
+"""What came of an intervention on finite evidence."""
+
 Proof = Literal["trial", "none"]
 """What confirms the suspicion that the learner diverged, before anything is changed.
 

@@ -53,7 +53,7 @@ def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
         Trial(lacks=1.0, base='start', factor=0.0625)
     """
     pairs = ((losses.start, losses.arm), (losses.now, losses.arm), (losses.later, losses.arm))
-    if not all(_share_above(*pair) >= limits.signs for pair in pairs):
+    if not all(share_above(*pair) >= limits.signs for pair in pairs):
         return Trial()
     start, best, arm = median(losses.start), median(losses.best), median(losses.arm)
     level = min(median(losses.now), median(losses.later))
@@ -61,12 +61,13 @@ def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
     lacks = (level - arm) / (start - arm)
     if lacks > limits.lacks:
         return Trial(lacks, "best" if as_good else "start", losses.factor)
-    lost = all(_share_above(one, losses.best) >= limits.signs for one in (losses.now, losses.later))
+    lost = all(share_above(one, losses.best) >= limits.signs for one in (losses.now, losses.later))
     if lost and level - best > limits.lost * (start - best):
         return Trial(lacks, "best", losses.factor)
     return Trial()
 
 
-def _share_above(higher: Sequence[float], lower: Sequence[float]) -> float:
+def share_above(higher: Sequence[float], lower: Sequence[float]) -> float:
+    """Share of the batches of which one loss is higher than another."""
     # NaN counts as higher than any number.
     return fmean(math.isfinite(low) and not high <= low for high, low in zip(higher, lower, strict=True))

@@ -22,6 +22,8 @@ from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.detect.defaults import default_detectors
 from lightning_nanguard.detect.monitors import Monitors
 from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
+from lightning_nanguard.guard.beside import Beside
+from lightning_nanguard.guard.branch import Branches
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.certification import Certification
 from lightning_nanguard.guard.context import GuardContext, Settings
@@ -29,6 +31,7 @@ from lightning_nanguard.guard.deferred_readback import DeferredReadback, Deferre
 from lightning_nanguard.guard.guard import Guard, GuardParts
 from lightning_nanguard.guard.interventions import Interventions
 from lightning_nanguard.guard.investigator import Investigator
+from lightning_nanguard.guard.live_trial import LiveTrial
 from lightning_nanguard.guard.loop import BatchReplay, NoReplay, TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.plan_runner import ActingRunner, ObservingRunner, PlanRunner
@@ -36,6 +39,7 @@ from lightning_nanguard.guard.rank_readback import RankReadback
 from lightning_nanguard.guard.rate_watch import RateWatch
 from lightning_nanguard.guard.readback import MAX_DELAY, Readback
 from lightning_nanguard.guard.reading_judge import ReadingJudge
+from lightning_nanguard.guard.receipts import Receipts
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.rehearsal import Rehearsal
@@ -72,7 +76,9 @@ def build_guard(
     """
     carried_out_by = executors(remedies)
     rehearsal = Rehearsal(context)
-    investigator = Investigator(context, rehearsal, TrialRunner(context, rehearsal))
+    branches = Branches(context, rehearsal)
+    live = LiveTrial(context, branches)
+    investigator = Investigator(context, rehearsal, TrialRunner(context, rehearsal), live)
     recorder = InterventionRecorder(context, loop, memory=MAX_DELAY + 2)
     reduce, clip = carried_out_by[ReduceLR.step], carried_out_by[ClipGradients.step]
     may_lower = any(remedy.role == "rate" for remedy in remedies)
@@ -93,7 +99,8 @@ def build_guard(
     if not context.settings.observe:
         actions = RemedyActions(context, recovery, rehearsal, skipper, snapshots, readback)
         runner = ActingRunner(context, actions, carried_out_by, recovery, skipper, plausibility, readback)
-    interventions = Interventions(context, loop, policy, investigator, recorder, runner, carried_out_by)
+    receipts = Receipts(context, branches, recorder, snapshots)
+    interventions = Interventions(context, loop, policy, investigator, recorder, runner, carried_out_by, receipts)
     undos = deque(make_undo() for _ in range(readback.open_batches()))
     return Guard(
         GuardParts(
@@ -113,6 +120,7 @@ def build_guard(
             rates=RateWatch(context, skipper, recorder, schedulers or {}),
             recorder=recorder,
             saving=_saving(context, recorder),
+            beside=Beside(live, receipts),
             steps=StepCheck(context, loop, meter, caution, recorder, policy, undos),
             undos=undos,
         )

@@ -20,6 +20,7 @@ from lightning_nanguard.checkpoints.saving import SaveGuard
 from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.errors import TrainingDivergedError
+from lightning_nanguard.guard.beside import Beside
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.certification import Certification
 from lightning_nanguard.guard.context import GuardContext
@@ -66,6 +67,7 @@ class GuardParts:
         rates: Keeps updates from being made at a rate that is none.
         recorder: Makes records.
         saving: Looks at checkpoints before they are written.
+        beside: Trains other states beside the run, to compare them with it.
         steps: Looks at an update while it can still be made again.
         undos: One object for each batch that may still have to be undone.
     """
@@ -86,6 +88,7 @@ class GuardParts:
     rates: RateWatch
     recorder: InterventionRecorder
     saving: SaveGuard
+    beside: Beside
     steps: StepCheck
     undos: deque[BatchUndo]
 
@@ -206,6 +209,7 @@ class Guard:
                     break  # what else was found belonged to the state just left
             if self._judge.readings and not found:
                 self._healthy()
+            self._go_on_beside()
         finally:
             self._open = self._updated = False
             self._judge.readings = []
@@ -273,6 +277,7 @@ class Guard:
     def close(self) -> None:
         """Let go of the optimizers and of all memory."""
         self._readback.end_batch()
+        self._parts.beside.close()
         self._context.rate.detach()
         self._context.ring.clear()
         self._state.restored = None
@@ -370,6 +375,13 @@ class Guard:
             self._judge.handle(objection)
         self._parts.certification.capture_if_due()
         self._runner.give_back()
+
+    def _go_on_beside(self) -> None:
+        if not self._judge.readings or self._state.restored is not None:
+            return
+        shown = self._parts.beside.after(self._judge.readings)
+        if shown is not None:
+            self._judge.handle(shown)
 
     # ---------------------------------------------------------------------------------------- what others read
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.live_trial import LiveTrial
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.measure.norms import norms
@@ -35,9 +36,10 @@ class Investigator:
         context: What the parts of the guard share.
         rehearsal: Tries learning rates on the newest batches.
         trials: Finds out whether a lower rate learns what the run does not.
+        live: Does so beside the run, where too few batches can be kept.
     """
 
-    def __init__(self, context: GuardContext, rehearsal: Rehearsal, trials: TrialRunner) -> None:
+    def __init__(self, context: GuardContext, rehearsal: Rehearsal, trials: TrialRunner, live: LiveTrial) -> None:
         self._context = context
         self._learner = context.learner
         self._ring = context.ring
@@ -45,12 +47,18 @@ class Investigator:
         self._ranks = context.ranks
         self._rehearsal = rehearsal
         self._trials = trials
+        self._live = live
         self._limits = context.thresholds.decision.evidence
         self._compare_allowed = not context.settings.observe
         self._finite_compared = self._compare_allowed and context.settings.act_on == "evidence"
         self.initial_norms: dict[str, float] = {}
         # How often in a row the batch was blamed, by kind and place of the fault.
         self._batches: Counter[tuple[str, str]] = Counter()
+
+    @property
+    def trial_runs(self) -> bool:
+        """Whether a trial goes on beside the run."""
+        return self._live.running
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""
@@ -153,7 +161,7 @@ class Investigator:
         if not self._compare_allowed:
             return known
         if fault.scope == "learner":
-            return known if fault.proof == "none" else self._try(known, target)
+            return known if fault.proof == "none" else self._try(fault, known, target)
         if (
             fault.since is None  # else the present batch is not the faulty one
             and known.batch_finite is not False  # else its loss says nothing about the weights
@@ -162,11 +170,19 @@ class Investigator:
             return replace(known, comparison=self._compare(fault, reading, target, undo=known.undo))
         return known
 
-    def _try(self, known: Evidence, best: Snapshot) -> Evidence:
+    def _try(self, fault: Fault, known: Evidence, best: Snapshot) -> Evidence:
         certified = self._ring.certified
-        trial = self._trials.run(self._ranks.join_snapshot(certified[-1]), best)
+        trial, arm = self._live.take_shown()
+        if trial is None and not self._live.running:
+            self._rehearsal.kept = None
+            trial = self._trials.run(self._ranks.join_snapshot(certified[-1]), best)
+            arm, self._rehearsal.kept = self._rehearsal.kept, None
+            if trial is None:
+                self._live.begin(fault, certified[-1], best)
         if trial is None:
             return known
+        if trial.lacks > 0 and trial.base == "start":
+            self._context.state.arm = arm
         sound = certified.index(self._ring.good(None, known.loss_unit) or best) if trial.base == "best" else None
         return replace(known, trial=trial, sound=len(certified) - 1 if sound is None else sound)
 

@@ -67,6 +67,12 @@ class BatchReplay(Protocol):
     def loss_on(self, index: int) -> float | None:
         """Loss of a recent batch under the weights of now."""
 
+    def trainable(self) -> bool:
+        """Whether the batch at hand is all that its update is made of, so that a branch can make the same update."""
+
+    def train_at_hand(self) -> float | None:
+        """Make one plain update on the batch at hand, with the random numbers it had; gives its loss before it."""
+
 
 class TrainingLoop(Protocol):
     """What the guard asks of the loop around it."""
@@ -129,4 +135,12 @@ class NoReplay:
 
     def loss_on(self, index: int) -> float | None:
         """Not known."""
+        return None
+
+    def trainable(self) -> bool:
+        """Never."""
+        return False
+
+    def train_at_hand(self) -> float | None:
+        """Not possible."""
         return None

@@ -42,6 +42,10 @@ class InterventionRecorder:
         """A batch ends: what is found late in it is on record under its clock."""
         self._clocks.append((self._context.state.step, self._loop.clock()))
 
+    def now(self) -> Clock:
+        """The clock of now."""
+        return self._loop.clock()
+
     def clock_of(self, step: int) -> Clock:
         """The clock of the batch of an update, that of now where it is not remembered."""
         past = (clock for last, clock in self._clocks if last >= step)

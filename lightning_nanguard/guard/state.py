@@ -30,6 +30,7 @@ class GuardState:
         again: What spoilt the state when updates were made again, as in :attr:`Evidence.again`.
         told: Update and words of the last finite suspicion that the user was told of; ``None`` before.
         raised: The exception of ``training_step`` that the next non-finite loss stands for, in words.
+        arm: What a trial has trained from the start, where it is to be gone on from there; ``None`` without one.
         unrestored: What is still not finite after the present intervention has restored a snapshot, in words.
         passed_over: Whether the update at hand is left out because every sample of it is known to be bad.
         rates: Step and effective learning rate of the first group, for each step at which it changed.
@@ -46,6 +47,7 @@ class GuardState:
     again: tuple[str, str] = ("", "")
     told: tuple[int, str] | None = None
     raised: str | None = None
+    arm: Snapshot | None = None
     unrestored: str | None = None
     passed_over: bool = False
     rates: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=1024))
@@ -70,6 +72,10 @@ class GuardState:
         self.policy = PolicyState.from_dict(state["policy"])
         self.rates.clear()
         self.rates.extend((int(step), float(rate)) for step, rate in state.get("rates", ()))
+
+    def rolled_back_since(self, step: int) -> bool:
+        """Whether the run was rolled back after an update."""
+        return any(at > step for at, _ in self.policy.restores)
 
     def note_rate(self, rate: float | None) -> None:
         """Remember the effective learning rate of this step, where it changed."""

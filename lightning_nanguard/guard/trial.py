@@ -31,7 +31,7 @@ class TrialRunner:
         self._limits = context.thresholds.trial
 
     def run(self, start: Snapshot, best: Snapshot) -> Trial | None:
-        """Make a trial.
+        """Make a trial; ``Rehearsal.kept`` is then what its best arm has learned.
 
         Args:
             start: The oldest certified snapshot.
@@ -51,8 +51,10 @@ class TrialRunner:
             if present is None:
                 return None
 
-            def losses(base: Snapshot, factor: float, updates: int, measured: range) -> Sequence[float] | None:
-                return rehearsal.losses_after(base, factor, updates, trained, measured)
+            def losses(
+                base: Snapshot, factor: float, updates: int, measured: range, *, keep: bool = False
+            ) -> Sequence[float] | None:
+                return rehearsal.losses_after(base, factor, updates, trained, measured, keep=keep)
 
             before = losses(start, 1.0, 0, chosen)
             if before is None:
@@ -64,7 +66,8 @@ class TrialRunner:
             picked, factor = min(arms)
             if not picked < _mean(before):
                 return Trial()  # no arm learns, so there is nothing that the run could lack
-            arm, now = losses(start, factor, limits.updates, judged), losses(present, 1.0, 0, judged)
+            arm = losses(start, factor, limits.updates, judged, keep=True)
+            now = losses(present, 1.0, 0, judged)
             if arm is None or now is None:
                 return None
             if not _mean(arm) < _mean(now):

@@ -178,11 +178,24 @@ class TrainerBatchReplay:
 
     def train_on(self, index: int) -> float | None:
         """One plain update on a batch; its loss before the update."""
+        return self._train_on(*self._at_hand()[index])
+
+    def trainable(self) -> bool:
+        """Whether the batch at hand is all that its update is made of."""
+        return self._repeatable() and self._trainer.accumulate_grad_batches == 1
+
+    def train_at_hand(self) -> float | None:
+        """One plain update on the batch at hand, with the random numbers it had; its loss before the update."""
+        with self.rehearsing():
+            self._draw_again()
+            return self._train_on(self.batch, self.batch_idx)
+
+    def _train_on(self, batch: Any, batch_idx: int) -> float | None:
         optimizer = self._learner.optimizers[0]
         seen: list[float] = []
 
         def closure() -> float:
-            value = self._gradients(optimizer, *self._at_hand()[index])
+            value = self._gradients(optimizer, batch, batch_idx)
             if value is None:
                 raise _RehearsalError
             self._clipper.clip(self._learner.gradients(0))

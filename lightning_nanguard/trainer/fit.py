@@ -249,6 +249,7 @@ class Fit:
             if self.context.curve is not None:
                 last.callback(self.context.curve.write, last=True)
             last.callback(self.advice.close)
+            last.callback(self.context.receipts.close)
             last.callback(self._sinks.close)
             last.callback(self.samples.close)
             last.push(self._patches)

@@ -1,0 +1,43 @@
+"""What goes on beside a run: the trial of other learning rates, and the branch that an intervention gave up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from lightning_nanguard.guard.found import FoundFault
+from lightning_nanguard.guard.live_trial import LiveTrial
+from lightning_nanguard.guard.receipts import Receipts
+from lightning_nanguard.types import Reading
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Other states that are trained beside the run, to compare them with it.
+
+    Attributes:
+        trial: Tries lower rates where batches are too large to keep enough of them.
+        receipts: Finds out what interventions on finite evidence have gained or cost.
+    """
+
+    trial: LiveTrial
+    receipts: Receipts
+
+    def after(self, readings: Sequence[Reading]) -> FoundFault | None:
+        """Go on after a healthy update.
+
+        Args:
+            readings: Its readings.
+
+        Returns:
+            A suspicion about which a trial has just shown something.
+        """
+        self.receipts.after(readings)
+        return self.trial.after(readings)
+
+    def close(self) -> None:
+        """The run is over."""
+        self.receipts.close("the run ended first")
+        self.trial.cancel()

@@ -1,0 +1,121 @@
+"""Branches of a run: other states of the learner that take the same batches as the run, without a trace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.rehearsal import Rehearsal
+from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.snapshot import Snapshot, capture
+
+
+@final
+@dataclass(slots=True)
+class Branch:
+    """A state that is trained beside the run.
+
+    Attributes:
+        state: The learner.
+        rate: State of the learning rate's multiplier.
+        clipping: State of the guard's clipping.
+    """
+
+    state: Snapshot
+    rate: Mapping[str, Any]
+    clipping: Mapping[str, Any]
+
+
+@final
+class Branches:
+    """Makes branches and trains them on the batch at hand; learner, rate, clipping and gradients are put back.
+
+    Args:
+        context: What the parts of the guard share.
+        rehearsal: Keeps the present state meanwhile.
+    """
+
+    def __init__(self, context: GuardContext, rehearsal: Rehearsal) -> None:
+        self._context = context
+        self._rehearsal = rehearsal
+
+    def possible(self) -> bool:
+        """Whether the batch at hand can be run again as the run trains on it."""
+        context = self._context
+        learner = context.learner
+        one = len(learner.optimizers) == 1 and 0 not in learner.quasi_newton
+        return one and not context.many and not context.settings.observe and context.replay.trainable()
+
+    def of(self, base: Snapshot | None = None, factor: float = 1.0) -> Branch | None:
+        """A branch that begins at a state, with the rate of now times a factor; ``None`` without room for a copy.
+
+        Args:
+            base: The state; ``None`` for the present one.
+            factor: What the rate is multiplied by.
+        """
+        rate, context = self._context.rate, self._context
+        with self._rehearsal.present() as present:
+            if present is None:
+                return None
+            if base is not None:
+                restore(context.learner, base)
+            state = capture(context.learner, step=context.state.step, global_step=0)
+        known = rate.state_dict()
+        if factor != 1.0:
+            known |= {"multiplier": rate.ratio() * factor, "max_lr": math.inf}
+        return Branch(state, known, context.clipper.state_dict())
+
+    def train(self, branch: Branch) -> float | None:
+        """Make an update of a branch on the batch at hand.
+
+        Args:
+            branch: The branch.
+
+        Returns:
+            Its loss before the update; ``None`` where it could not be made.
+        """
+        context = self._context
+        with self._rehearsal.present() as present:
+            if present is None:
+                return None
+            restore(context.learner, branch.state)
+            with self._rate_of(branch):
+                loss = context.replay.train_at_hand()
+            if loss is not None:
+                branch.state = capture(context.learner, step=context.state.step, global_step=0, reuse=branch.state)
+        return loss
+
+    def loss(self, state: Snapshot) -> float | None:
+        """Loss of the batch at hand under a state."""
+        with self._rehearsal.present() as present:
+            if present is None:
+                return None
+            restore(self._context.learner, state)
+            return self._context.replay.probe()
+
+    def take(self, branch: Branch) -> None:
+        """Have the run go on from a branch.
+
+        Args:
+            branch: The branch; it must not be used any more.
+        """
+        context = self._context
+        restore(context.learner, branch.state)
+        context.rate.load_state_dict(branch.rate)
+        context.clipper.load_state_dict(branch.clipping)
+
+    @contextmanager
+    def _rate_of(self, branch: Branch) -> Iterator[None]:
+        rate, clipper = self._context.rate, self._context.clipper
+        mine = rate.state_dict(), clipper.state_dict()
+        rate.load_state_dict(branch.rate)
+        clipper.load_state_dict(branch.clipping)
+        try:
+            yield
+        finally:
+            rate.load_state_dict(mine[0])
+            clipper.load_state_dict(mine[1])
