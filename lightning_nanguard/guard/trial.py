@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from collections.abc import Sequence
 from statistics import fmean
 from typing import final
@@ -75,9 +76,20 @@ class TrialRunner:
             untrained = losses(start, 1.0, 0, judged)
             level = untrained if best is start else losses(best, 1.0, 0, judged)
             later = losses(present, 1.0, limits.updates, judged)
-        if untrained is None or level is None or later is None:
-            return None
-        return judge_trial(TrialLosses(untrained, level, now, later, arm, factor), limits)
+            if untrained is None or level is None or later is None:
+                return None
+            trial = judge_trial(TrialLosses(untrained, level, now, later, arm, factor), limits)
+            if trial.lacks > 0:
+                base, kept = best if trial.base == "best" else start, rehearsal.kept
+                first = _mean(arm) if base is start else math.inf
+                lowest = _mean(losses(base, factor, limits.updates, chosen, keep=True))
+                kept = rehearsal.kept
+                for other in (2 * factor, factor / 2):
+                    level_ = _mean(losses(base, other, limits.updates, chosen, keep=True))
+                    if level_ < lowest:
+                        lowest, kept, trial = level_, rehearsal.kept, replace(trial, factor=other)
+                rehearsal.kept = kept
+        return trial
 
 
 def _mean(losses: Sequence[float] | None) -> float:
