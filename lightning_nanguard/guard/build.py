@@ -28,12 +28,13 @@ from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.certification import Certification
 from lightning_nanguard.guard.context import GuardContext, Settings
 from lightning_nanguard.guard.deferred_readback import DeferredReadback, DeferredReadings
-from lightning_nanguard.guard.guard import Guard, GuardParts
+from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.guard.interventions import Interventions
 from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.live_trial import LiveTrial
 from lightning_nanguard.guard.loop import BatchReplay, NoReplay, TrainingLoop
 from lightning_nanguard.guard.meter import Meter
+from lightning_nanguard.guard.parts import GuardParts
 from lightning_nanguard.guard.plan_runner import ActingRunner, ObservingRunner, PlanRunner
 from lightning_nanguard.guard.rank_readback import RankReadback
 from lightning_nanguard.guard.rate_watch import RateWatch
@@ -77,19 +78,13 @@ def build_guard(
     carried_out_by = executors(remedies)
     rehearsal = Rehearsal(context)
     branches = Branches(context, rehearsal)
-    live = LiveTrial(context, branches)
-    investigator = Investigator(context, rehearsal, TrialRunner(context, rehearsal), live)
+    trial = LiveTrial(context, branches)
+    investigator = Investigator(context, rehearsal, TrialRunner(context, rehearsal), trial)
     recorder = InterventionRecorder(context, loop, memory=MAX_DELAY + 2)
     reduce, clip = carried_out_by[ReduceLR.step], carried_out_by[ClipGradients.step]
     may_lower = any(remedy.role == "rate" for remedy in remedies)
     recovery = Recovery(context, rehearsal, recorder, reduce, clip, may_lower=may_lower)
-    plausibility = PlausibilityCheck(
-        context.learner,
-        context.ring,
-        investigator.is_worse,
-        context.thresholds.snapshots.plausibility,
-        certain_only=context.settings.act_on == "certain",
-    )
+    plausibility = _plausibility(context, investigator)
     snapshots = _snapshots(context, plausibility)
     meter = _meter(context, loop)
     skipper = StepSkipper(context.learner)
@@ -120,10 +115,20 @@ def build_guard(
             rates=RateWatch(context, skipper, recorder, schedulers or {}),
             recorder=recorder,
             saving=_saving(context, recorder),
-            beside=Beside(live, receipts),
+            beside=Beside(trial, receipts),
             steps=StepCheck(context, loop, meter, caution, recorder, policy, undos),
             undos=undos,
         )
+    )
+
+
+def _plausibility(context: GuardContext, investigator: Investigator) -> PlausibilityCheck:
+    return PlausibilityCheck(
+        context.learner,
+        context.ring,
+        investigator.is_worse,
+        context.thresholds.snapshots.plausibility,
+        certain_only=context.settings.act_on == "certain",
     )
 
 

@@ -179,6 +179,9 @@ class Investigator:
             arm, self._rehearsal.kept = self._rehearsal.kept, None
             if trial is None:
                 self._live.begin(fault, certified[-1], best)
+            elif 0 < trial.lacks <= self._context.thresholds.trial.plain:
+                # One trial is not enough: its arm goes on beside the run, which goes on from it if it stays ahead.
+                self._live.begin(fault, certified[-1], best, arm=arm, factor=trial.factor)
         if trial is None:
             return known
         if trial.lacks > 0 and trial.base == "start":

@@ -63,27 +63,34 @@ class LiveTrial:
         shown, self._shown = self._shown, (None, None)
         return shown
 
-    def begin(self, fault: Fault, start: Snapshot, best: Snapshot) -> bool:
+    def begin(
+        self, fault: Fault, start: Snapshot, best: Snapshot, *, arm: Snapshot | None = None, factor: float = 1.0
+    ) -> bool:
         """Begin a trial, unless one runs already.
 
         Args:
             fault: The suspicion.
             start: The oldest certified snapshot.
             best: The certified snapshot of the lowest loss level.
+            arm: What an earlier trial has trained from the start: the arms go on from there, at about its rate.
+            factor: What the rate was multiplied by for it.
 
         Returns:
             Whether one runs now.
         """
         if self._running is not None or not self._branches.possible():
             return self._running is not None
+        limits, factors = self._limits, self._limits.factors_by_use
+        if arm is not None:
+            factors = tuple(factor * near for near in limits.near)
         # Copies of the start, the best and the present state are kept to compare with, and one while an arm is trained.
-        room = self._limits.live_bytes // max(1, start.nbytes()) - 4
+        room = limits.live_bytes // max(1, start.nbytes()) - 4
         if room < 1:
             return False
         bases = {"start": start, "best": best, "now": None}
         states = {name: branch.state for name, base in bases.items() if (branch := self._branches.of(base)) is not None}
-        tried = {factor: self._branches.of(start, factor) for factor in self._limits.factors_by_use[:room]}
-        arms = [_Arm(factor, branch) for factor, branch in tried.items() if branch is not None]
+        tried = {one: self._branches.of(arm or start, one) for one in factors[:room]}
+        arms = [_Arm(one, branch) for one, branch in tried.items() if branch is not None]
         if len(states) < len(bases) or len(arms) < len(tried):
             return False
         self._running = _Running(fault, self._context.state.step, states, arms, under={name: [] for name in states})

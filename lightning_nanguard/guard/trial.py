@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import final
 
-from lightning_nanguard.decide.trial import TrialLosses, judge_trial
+from lightning_nanguard.decide.trial import TrialLosses, judge_trial, share_above
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.state.snapshot import Snapshot
@@ -79,17 +79,23 @@ class TrialRunner:
             if untrained is None or level is None or later is None:
                 return None
             trial = judge_trial(TrialLosses(untrained, level, now, later, arm, factor), limits)
-            if trial.lacks > 0:
-                base, kept = best if trial.base == "best" else start, rehearsal.kept
-                first = _mean(arm) if base is start else math.inf
-                lowest = _mean(losses(base, factor, limits.updates, chosen, keep=True))
-                kept = rehearsal.kept
-                for other in (2 * factor, factor / 2):
-                    level_ = _mean(losses(base, other, limits.updates, chosen, keep=True))
-                    if level_ < lowest:
-                        lowest, kept, trial = level_, rehearsal.kept, replace(trial, factor=other)
-                rehearsal.kept = kept
-        return trial
+            return self._refined(trial, best if trial.base == "best" else start, trained, range(chosen.start, count))
+
+    def _refined(self, trial: Trial, base: Snapshot, trained: range, measured: range) -> Trial:
+        """The trial with the best rate about that of its arm; ``Rehearsal.kept`` is what was learned at that rate."""
+        limits, rehearsal = self._limits, self._rehearsal
+        if trial.lacks <= limits.plain:
+            return trial
+        lowest: Sequence[float] | None = None
+        kept, factor = rehearsal.kept, trial.factor
+        for near in limits.near:
+            tried = near * trial.factor
+            losses = rehearsal.losses_after(base, tried, limits.updates, trained, measured, keep=True)
+            # Of two rates that do equally well, the first one is nearer to what the trial has judged.
+            if losses is not None and (lowest is None or share_above(lowest, losses) >= limits.signs):
+                lowest, kept, factor = losses, rehearsal.kept, tried
+        rehearsal.kept = kept
+        return replace(trial, factor=factor)
 
 
 def _mean(losses: Sequence[float] | None) -> float:

@@ -28,6 +28,7 @@ class TrialThresholds:
         lost: Share of what was learned that a run has to have lost, to be worse than it was.
         in_a_row: Trials in a row that have to speak against the run.
         plain: Share of what can be learned that is so large that one trial is enough.
+        near: Factors of the best arm's rate, among which the rate to go on with is chosen.
         live_bytes: Bytes that a trial beside the run may take for the states it compares, those of its arms included.
         factors_by_use: The factors of such a trial, those first that were best most often: it has as many arms as fit.
     """
@@ -45,5 +46,6 @@ class TrialThresholds:
     lost: float = 0.3
     in_a_row: int = 2
     plain: float = 0.5
+    near: tuple[float, ...] = (1.0, 2.0, 1 / 2)
     live_bytes: int = 2 << 30
     factors_by_use: tuple[float, ...] = (1 / 64, 1 / 16, 1 / 256, 1 / 4)

@@ -204,12 +204,12 @@ class TrainerBatchReplay:
             return value
 
         try:
-            if 0 in self._learner.quasi_newton:
-                optimizer.step(closure)
-            else:
-                closure()
-                optimizer.step()
+            with torch.enable_grad():
+                optimizer.step(closure)  # as Lightning does: some optimizers evaluate more than once
         except _RehearsalError:
+            return None
+        except Exception as error:
+            _logger.debug("NaNGuard: an update could not be made again: %r", error)
             return None
         return seen[0]
 
