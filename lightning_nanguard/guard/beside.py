@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.live_trial import LiveTrial
 from lightning_nanguard.guard.receipts import Receipts
@@ -18,22 +19,26 @@ class Beside:
     """Other states that are trained beside the run, to compare them with it.
 
     Attributes:
+        context: What the parts of the guard share.
         trial: Tries lower rates where batches are too large to keep enough of them.
         receipts: Finds out what interventions on finite evidence have gained or cost.
     """
 
+    context: GuardContext
     trial: LiveTrial
     receipts: Receipts
 
     def after(self, readings: Sequence[Reading]) -> FoundFault | None:
-        """Go on after a healthy update.
+        """Go on after a healthy update, unless the run was rolled back.
 
         Args:
-            readings: Its readings.
+            readings: Healthy readings of the batch that has just ended.
 
         Returns:
             A suspicion about which a trial has just shown something.
         """
+        if not readings or self.context.state.restored is not None:
+            return None
         self.receipts.after(readings)
         return self.trial.after(readings)
 

@@ -115,7 +115,7 @@ def build_guard(
             rates=RateWatch(context, skipper, recorder, schedulers or {}),
             recorder=recorder,
             saving=_saving(context, recorder),
-            beside=Beside(trial, receipts),
+            beside=Beside(context, trial, receipts),
             steps=StepCheck(context, loop, meter, caution, recorder, policy, undos),
             undos=undos,
         )

@@ -144,7 +144,9 @@ class Guard:
                     break  # what else was found belonged to the state just left
             if self._judge.readings and not found:
                 self._healthy()
-            self._go_on_beside()
+            shown = self._parts.beside.after(self._judge.readings)
+            if shown is not None:
+                self._judge.handle(shown)
         finally:
             self._open = self._updated = False
             self._judge.readings = []
@@ -310,13 +312,6 @@ class Guard:
             self._judge.handle(objection)
         self._parts.certification.capture_if_due()
         self._runner.give_back()
-
-    def _go_on_beside(self) -> None:
-        if not self._judge.readings or self._state.restored is not None:
-            return
-        shown = self._parts.beside.after(self._judge.readings)
-        if shown is not None:
-            self._judge.handle(shown)
 
     # ---------------------------------------------------------------------------------------- what others read
 
