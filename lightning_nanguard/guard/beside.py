@@ -8,8 +8,8 @@ from typing import final
 
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
-from lightning_nanguard.guard.live_trial import LiveTrial
 from lightning_nanguard.guard.receipts import Receipts
+from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.types import Reading
 
 
@@ -20,12 +20,12 @@ class Beside:
 
     Attributes:
         context: What the parts of the guard share.
-        trial: Tries lower rates where batches are too large to keep enough of them.
+        trials: Finds out whether a lower rate learns what the run does not.
         receipts: Finds out what interventions on finite evidence have gained or cost.
     """
 
     context: GuardContext
-    trial: LiveTrial
+    trials: TrialRunner
     receipts: Receipts
 
     def after(self, readings: Sequence[Reading]) -> FoundFault | None:
@@ -40,9 +40,9 @@ class Beside:
         if not readings or self.context.state.restored is not None:
             return None
         self.receipts.after(readings)
-        return self.trial.after(readings)
+        return self.trials.after(readings)
 
     def close(self) -> None:
         """The run is over."""
         self.receipts.close("the run ended first")
-        self.trial.cancel()
+        self.trials.cancel()

@@ -46,9 +46,7 @@ class Branches:
     def possible(self) -> bool:
         """Whether the batch at hand can be run again as the run trains on it."""
         context = self._context
-        learner = context.learner
-        one = len(learner.optimizers) == 1 and 0 not in learner.quasi_newton
-        return one and not context.many and not context.settings.observe and context.replay.trainable()
+        return len(context.learner.optimizers) == 1 and not context.settings.observe and context.replay.trainable()
 
     def of(self, base: Snapshot | None = None, factor: float = 1.0) -> Branch | None:
         """A branch that begins at a state, with the rate of now times a factor; ``None`` without room for a copy.

@@ -31,7 +31,6 @@ from lightning_nanguard.guard.deferred_readback import DeferredReadback, Deferre
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.guard.interventions import Interventions
 from lightning_nanguard.guard.investigator import Investigator
-from lightning_nanguard.guard.live_trial import LiveTrial
 from lightning_nanguard.guard.loop import BatchReplay, NoReplay, TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.parts import GuardParts
@@ -78,8 +77,8 @@ def build_guard(
     carried_out_by = executors(remedies)
     rehearsal = Rehearsal(context)
     branches = Branches(context, rehearsal)
-    trial = LiveTrial(context, branches)
-    investigator = Investigator(context, rehearsal, TrialRunner(context, rehearsal), trial)
+    trials = TrialRunner(context, branches)
+    investigator = Investigator(context, rehearsal, trials)
     recorder = InterventionRecorder(context, loop, memory=MAX_DELAY + 2)
     reduce, clip = carried_out_by[ReduceLR.step], carried_out_by[ClipGradients.step]
     may_lower = any(remedy.role == "rate" for remedy in remedies)
@@ -115,7 +114,7 @@ def build_guard(
             rates=RateWatch(context, skipper, recorder, schedulers or {}),
             recorder=recorder,
             saving=_saving(context, recorder),
-            beside=Beside(context, trial, receipts),
+            beside=Beside(context, trials, receipts),
             steps=StepCheck(context, loop, meter, caution, recorder, policy, undos),
             undos=undos,
         )

@@ -15,7 +15,6 @@ from torch import Tensor
 from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.guard.context import GuardContext
-from lightning_nanguard.guard.live_trial import LiveTrial
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.measure.norms import norms
@@ -36,10 +35,9 @@ class Investigator:
         context: What the parts of the guard share.
         rehearsal: Tries learning rates on the newest batches.
         trials: Finds out whether a lower rate learns what the run does not.
-        live: Does so beside the run, where too few batches can be kept.
     """
 
-    def __init__(self, context: GuardContext, rehearsal: Rehearsal, trials: TrialRunner, live: LiveTrial) -> None:
+    def __init__(self, context: GuardContext, rehearsal: Rehearsal, trials: TrialRunner) -> None:
         self._context = context
         self._learner = context.learner
         self._ring = context.ring
@@ -47,7 +45,6 @@ class Investigator:
         self._ranks = context.ranks
         self._rehearsal = rehearsal
         self._trials = trials
-        self._live = live
         self._limits = context.thresholds.decision.evidence
         self._compare_allowed = not context.settings.observe
         self._finite_compared = self._compare_allowed and context.settings.act_on == "evidence"
@@ -58,7 +55,7 @@ class Investigator:
     @property
     def trial_runs(self) -> bool:
         """Whether a trial goes on beside the run."""
-        return self._live.running
+        return self._trials.running
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""
@@ -171,21 +168,17 @@ class Investigator:
         return known
 
     def _try(self, fault: Fault, known: Evidence, best: Snapshot) -> Evidence:
-        certified = self._ring.certified
-        trial, arm = self._live.take_shown()
-        if trial is None and not self._live.running:
-            self._rehearsal.kept = None
-            trial = self._trials.run(self._ranks.join_snapshot(certified[-1]), best)
-            arm, self._rehearsal.kept = self._rehearsal.kept, None
-            if trial is None:
-                self._live.begin(fault, certified[-1], best)
-            elif 0 < trial.lacks <= self._context.thresholds.trial.plain:
-                # One trial is not enough: its arm goes on beside the run, which goes on from it if it stays ahead.
-                self._live.begin(fault, certified[-1], best, arm=arm, factor=trial.factor)
+        state, certified, limits = self._context.state, self._ring.certified, self._context.thresholds.trial
+        start = self._ranks.join_snapshot(certified[-1])
+        trial, arm = self._trials.take_shown()
         if trial is None:
+            self._trials.begin(fault, start, best)
             return known
+        if 0 < trial.lacks <= limits.plain and state.policy.trials_failed + 1 < limits.in_a_row:
+            # One trial is not enough: its arm goes on beside the run, which goes on from it if it stays ahead.
+            self._trials.begin(fault, start, best, arm=arm, factor=trial.factor)
         if trial.lacks > 0 and trial.base == "start":
-            self._context.state.arm = arm
+            state.arm = arm
         sound = certified.index(self._ring.good(None, known.loss_unit) or best) if trial.base == "best" else None
         return replace(known, trial=trial, sound=len(certified) - 1 if sound is None else sound)
 

@@ -68,10 +68,10 @@ class BatchReplay(Protocol):
         """Loss of a recent batch under the weights of now."""
 
     def trainable(self) -> bool:
-        """Whether the batch at hand is all that its update is made of, so that a branch can make the same update."""
+        """Whether all that the update at hand is made of is kept, so that another state can make the same update."""
 
     def train_at_hand(self) -> float | None:
-        """Make one plain update on the batch at hand, with the random numbers it had; gives its loss before it."""
+        """Make the update at hand with the random numbers it had, from the state of now; gives the loss before it."""
 
 
 class TrainingLoop(Protocol):

@@ -56,9 +56,6 @@ class Rehearsal:
 
     Args:
         context: What the parts of the guard share.
-
-    Attributes:
-        kept: The state that :meth:`losses_after` was last told to keep.
     """
 
     def __init__(self, context: GuardContext) -> None:
@@ -69,7 +66,6 @@ class Rehearsal:
         self._limits = context.thresholds.rate_search.rehearsal
         self._reviews = context.thresholds.rate_search.review
         # The loss of each batch under the state last rehearsed from, where measured: losses of batches may differ.
-        self.kept: Snapshot | None = None
         self._base: tuple[int, int] = (0, 0)
         self._began: dict[int, float] = {}
 
@@ -99,24 +95,6 @@ class Rehearsal:
             self._began = dict(zip(measured, losses, strict=True))
         return None if losses is None else fmean(losses)
 
-    def losses_after(
-        self, base: Snapshot, factor: float, updates: int, trained: range, measured: range, *, keep: bool = False
-    ) -> list[float] | None:
-        """Loss of each of some batches after ``updates`` on others, from ``base`` with the rate times ``factor``.
-
-        Infinite where it is not finite; ``None`` where a batch cannot be run. The learner is left at ``base``, without
-        gradients.
-
-        Args:
-            base: State to begin at.
-            factor: Number that the rate is multiplied by.
-            updates: Number of updates.
-            trained: Indices of the batches that the updates take in turn.
-            measured: Indices of the batches whose loss is measured.
-            keep: Whether :attr:`kept` is to hold the state that the losses are of.
-        """
-        return self._after(base, factor, updates, trained, measured, watched=False, keep=keep)
-
     def _after(
         self,
         base: Snapshot,
@@ -126,17 +104,13 @@ class Rehearsal:
         measured: Sequence[int],
         *,
         watched: bool,
-        keep: bool = False,
     ) -> list[float] | None:
         rate = self._rate
         multiplier, min_lr, max_lr = rate.multiplier, rate.min_lr, rate.max_lr
         restore(self._learner, base)
         rate.set_multiplier(rate.ratio() * factor)
         try:
-            losses = self._play(trained, measured, updates, watched=watched)
-            if keep:
-                self.kept = capture(self._learner, step=base.step, global_step=base.global_step)
-            return losses
+            return self._play(trained, measured, updates, watched=watched)
         finally:
             rate.set_multiplier(multiplier, min_lr=min_lr, max_lr=max_lr)
             restore(self._learner, base)

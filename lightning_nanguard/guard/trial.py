@@ -1,103 +1,185 @@
-"""Makes a trial: trains arms on the newest batches from an early snapshot, and undoes them."""
+"""Makes a trial: restarts with lower rates take the batches of the run beside it, and are compared with it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import final
 
-from lightning_nanguard.decide.trial import TrialLosses, judge_trial, share_above
+from lightning_nanguard.decide.trial import TrialLosses, judge_trial
+from lightning_nanguard.guard.branch import Branch, Branches
 from lightning_nanguard.guard.context import GuardContext
-from lightning_nanguard.guard.rehearsal import Rehearsal
+from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.state.snapshot import Snapshot
-from lightning_nanguard.types import Trial
+from lightning_nanguard.types import Fault, Reading, Trial
+
+
+@dataclass(slots=True)
+class _Arm:
+    factor: float
+    branch: Branch
+    losses: list[float] = field(default_factory=list)
+
+    def newest(self) -> float:
+        mean = fmean(self.losses[len(self.losses) // 2 :])
+        return mean if math.isfinite(mean) else math.inf
+
+
+@dataclass(slots=True)
+class _Running:
+    """A trial that has begun, with the losses so far.
+
+    Attributes:
+        fault: The suspicion that it is about.
+        begun: The update after which it began.
+        states: What is compared with the arm on the last batches: the start, the best state and the present one.
+        arms: The arms; one from the pick on.
+        updates: Updates of each arm.
+        later: Losses of the run.
+        under: Losses under each of the states.
+    """
+
+    fault: Fault
+    begun: int
+    states: dict[str, Snapshot]
+    arms: list[_Arm]
+    updates: int = 0
+    later: list[float] = field(default_factory=list)
+    under: dict[str, list[float]] = field(default_factory=dict)
 
 
 @final
 class TrialRunner:
-    """Finds out whether a lower rate learns what the run does not. What a trial changes is put back.
+    """Finds out whether a lower rate learns what the run does not.
 
+    The arms take the batches of the run as they come, with the same random numbers. Each loss is measured before the
+    update on its batch, so that every batch is new to the run and to the arms alike. The run itself is not touched.
     With several processes each trains on its own batches, and all continue from the mean.
 
     Args:
         context: What the parts of the guard share.
-        rehearsal: Runs the newest batches.
+        branches: Trains the arms.
     """
 
-    def __init__(self, context: GuardContext, rehearsal: Rehearsal) -> None:
+    def __init__(self, context: GuardContext, branches: Branches) -> None:
         self._context = context
-        self._rehearsal = rehearsal
+        self._branches = branches
         self._limits = context.thresholds.trial
+        self._running: _Running | None = None
+        self._shown: tuple[Trial | None, Snapshot | None] = None, None
 
-    def run(self, start: Snapshot, best: Snapshot) -> Trial | None:
-        """Make a trial; ``Rehearsal.kept`` is then what its best arm has learned.
+    @property
+    def running(self) -> bool:
+        """Whether a trial runs."""
+        return self._running is not None
+
+    def take_shown(self) -> tuple[Trial | None, Snapshot | None]:
+        """What the trial that has just ended showed, and the state of its arm; once."""
+        shown, self._shown = self._shown, (None, None)
+        return shown
+
+    def begin(
+        self, fault: Fault, start: Snapshot, best: Snapshot, *, arm: Snapshot | None = None, factor: float = 1.0
+    ) -> bool:
+        """Begin a trial, unless one runs already.
 
         Args:
+            fault: The suspicion.
             start: The oldest certified snapshot.
             best: The certified snapshot of the lowest loss level.
+            arm: What an earlier trial has trained from the start: the arms go on from there, at about its rate.
+            factor: What the rate was multiplied by for it.
 
         Returns:
-            What it showed; ``None`` where there are too few batches, or one could not be run again.
+            Whether one runs now.
         """
-        limits, rehearsal = self._limits, self._rehearsal
-        count = self._context.replay.rehearsal_batches()
-        if count < limits.least_batches:
+        if self._running is not None or not self._branches.possible():
+            return self._running is not None
+        limits, base = self._limits, arm or start
+        room = self._room(base)
+        factors = limits.factors if arm is None else tuple(factor * near for near in limits.near)
+        if room < 1:
+            return False
+        bases = {"start": start, "best": best, "now": None}
+        states = {name: branch.state for name, one in bases.items() if (branch := self._branches.of(one)) is not None}
+        arms = self._arms(base, factors[:room])
+        if len(states) < len(bases) or not arms:
+            return False
+        self._running = _Running(fault, self._context.state.step, states, arms, under={name: [] for name in states})
+        return True
+
+    def cancel(self) -> None:
+        """The run is over."""
+        self._running = None
+
+    def after(self, readings: Sequence[Reading]) -> FoundFault | None:
+        """Go on with the trial after a healthy update.
+
+        Args:
+            readings: Its readings.
+
+        Returns:
+            The suspicion that it is about, where it ends with this update; :meth:`take_shown` gives what it showed.
+        """
+        running, reading = self._running, readings[-1]
+        if running is None or reading.step <= running.begun:
             return None
-        judged = range(count - count // limits.judged_part, count)
-        chosen = range(judged.start - count // limits.chosen_part, judged.start)
-        trained = range(chosen.start)
-        with rehearsal.present() as present:
-            if present is None:
+        if self._context.state.rolled_back_since(running.begun):
+            self._running = None  # it is about a state that the run has left
+            return None
+        with self._context.replay.showing(reading.step) as shown:
+            at_hand = shown and reading.loss is not None
+            if not all(self._context.ranks.gather(at_hand)) or not self._advance(running, reading.loss or 0.0):
+                self._running = None
                 return None
+        if running.updates < self._limits.updates:
+            return None
+        self._running = None
+        (arm,) = running.arms
+        judged = -self._judged()
+        start, best, now = (running.under[name] for name in ("start", "best", "now"))
+        losses = TrialLosses(start, best, now, running.later[judged:], arm.losses[judged:], arm.factor)
+        self._shown = judge_trial(losses, self._limits), arm.branch.state
+        return FoundFault(running.fault, reading)
 
-            def losses(
-                base: Snapshot, factor: float, updates: int, measured: range, *, keep: bool = False
-            ) -> Sequence[float] | None:
-                return rehearsal.losses_after(base, factor, updates, trained, measured, keep=keep)
+    def _advance(self, running: _Running, loss: float) -> bool:
+        limits = self._limits
+        if running.updates >= limits.updates - self._judged():
+            for name, state in running.states.items():
+                found = self._branches.loss(state)
+                if found is None:
+                    return False
+                running.under[name].append(found)
+        for arm in running.arms:
+            found = self._branches.train(arm.branch)
+            if found is None:
+                return False
+            arm.losses.append(found)
+        running.later.append(loss)
+        running.updates += 1
+        return self._pick(running) if running.updates == limits.picked_after else True
 
-            before = losses(start, 1.0, 0, chosen)
-            if before is None:
-                return None
-            arms = [(_mean(losses(start, factor, limits.picked_after, chosen)), factor) for factor in limits.factors]
-            while arms[-1][0] > _mean(before) and arms[-1][1] > limits.least_factor:
-                factor = arms[-1][1] * limits.factors[-1] / limits.factors[-2]
-                arms.append((_mean(losses(start, factor, limits.picked_after, chosen)), factor))
-            picked, factor = min(arms)
-            if not picked < _mean(before):
-                return Trial()  # no arm learns, so there is nothing that the run could lack
-            arm = losses(start, factor, limits.updates, judged, keep=True)
-            now = losses(present, 1.0, 0, judged)
-            if arm is None or now is None:
-                return None
-            if not _mean(arm) < _mean(now):
-                return Trial()
-            untrained = losses(start, 1.0, 0, judged)
-            level = untrained if best is start else losses(best, 1.0, 0, judged)
-            later = losses(present, 1.0, limits.updates, judged)
-            if untrained is None or level is None or later is None:
-                return None
-            trial = judge_trial(TrialLosses(untrained, level, now, later, arm, factor), limits)
-            return self._refined(trial, best if trial.base == "best" else start, trained, range(chosen.start, count))
+    def _pick(self, running: _Running) -> bool:
+        """Keep the best arm; try lower rates where even the lowest one makes the loss worse."""
+        limits, lowest = self._limits, min(arm.factor for arm in running.arms)
+        best = min(running.arms, key=_Arm.newest)
+        running.arms = [best]
+        if not best.newest() < best.losses[0] and lowest > limits.least_factor:
+            start = running.states["start"]
+            running.arms = self._arms(start, [lowest * factor for factor in limits.factors[: self._room(start)]])
+            running.updates, running.later = 0, []
+        return bool(running.arms)
 
-    def _refined(self, trial: Trial, base: Snapshot, trained: range, measured: range) -> Trial:
-        """The trial with the best rate about that of its arm; ``Rehearsal.kept`` is what was learned at that rate."""
-        limits, rehearsal = self._limits, self._rehearsal
-        if trial.lacks <= limits.plain:
-            return trial
-        lowest: Sequence[float] | None = None
-        kept, factor = rehearsal.kept, trial.factor
-        for near in limits.near:
-            tried = near * trial.factor
-            losses = rehearsal.losses_after(base, tried, limits.updates, trained, measured, keep=True)
-            # Of two rates that do equally well, the first one is nearer to what the trial has judged.
-            if losses is not None and (lowest is None or share_above(lowest, losses) >= limits.signs):
-                lowest, kept, factor = losses, rehearsal.kept, tried
-        rehearsal.kept = kept
-        return replace(trial, factor=factor)
+    def _arms(self, base: Snapshot, factors: Sequence[float]) -> list[_Arm]:
+        branches = [(factor, self._branches.of(base, factor)) for factor in factors]
+        arms = [_Arm(factor, branch) for factor, branch in branches if branch is not None]
+        return arms if len(arms) == len(factors) else []
 
+    def _room(self, state: Snapshot) -> int:
+        # Copies of the start, the best and the present state are kept to compare with, and one while an arm is trained.
+        return self._limits.bytes // max(1, state.nbytes()) - 4
 
-def _mean(losses: Sequence[float] | None) -> float:
-    mean = math.inf if losses is None else fmean(losses)
-    return mean if math.isfinite(mean) else math.inf
+    def _judged(self) -> int:
+        return self._limits.updates // self._limits.judged_part

@@ -138,7 +138,6 @@ def _context(
         clipper,
         delay=MAX_DELAY if late else 0,
         examined=arguments.examine_after is not None,
-        most_healthy=arguments.thresholds.trial.batches if arguments.act_on == "evidence" else None,
         thresholds=arguments.thresholds.batches,
     )
     context = GuardContext(

@@ -18,5 +18,5 @@ def test_a_trial_and_a_comparison_go_on_together() -> None:
     first, *others = loop.guard.context.receipts.given
     assert first.reason == "" or first.verdict == "not measured"
     loop.guard.close()
-    assert not beside.trial.running
+    assert not beside.trials.running
     assert len(loop.guard.context.receipts.given) == len(others) + 1 + (not others)
