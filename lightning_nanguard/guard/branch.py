@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, final
+
+import torch
 
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.rehearsal import Rehearsal
@@ -48,27 +50,42 @@ class Branches:
         context = self._context
         return len(context.learner.optimizers) == 1 and not context.settings.observe and context.replay.trainable()
 
+    @contextmanager
+    def beside(self) -> Iterator[bool]:
+        """Inside, branches are made, trained and measured; at its end the run is as it was.
+
+        Yields:
+            Whether there is room for it.
+        """
+        with self._rehearsal.present() as present:
+            if present is None:
+                yield False
+                return
+            with self._context.replay.rehearsing():
+                yield True
+
     def of(self, base: Snapshot | None = None, factor: float = 1.0) -> Branch | None:
         """A branch that begins at a state, with the rate of now times a factor; ``None`` without room for a copy.
 
         Args:
-            base: The state; ``None`` for the present one.
+            base: The state; ``None`` for the present one, before any other is trained or measured.
             factor: What the rate is multiplied by.
         """
         rate, context = self._context.rate, self._context
-        with self._rehearsal.present() as present:
-            if present is None:
-                return None
-            if base is not None:
-                restore(context.learner, base)
+        if base is not None:
+            restore(context.learner, base)
+        state: Snapshot | None = None
+        with suppress(torch.cuda.OutOfMemoryError):
             state = capture(context.learner, step=context.state.step, global_step=0)
         known = rate.state_dict()
         if factor != 1.0:
             known |= {"multiplier": rate.ratio() * factor, "max_lr": math.inf}
+        if not all(context.ranks.gather(state is not None)) or state is None:
+            return None
         return Branch(state, known, context.clipper.state_dict())
 
     def train(self, branch: Branch) -> float | None:
-        """Make an update of a branch on the batch at hand.
+        """Make the update at hand from a branch.
 
         Args:
             branch: The branch.
@@ -77,23 +94,17 @@ class Branches:
             Its loss before the update; ``None`` where it could not be made.
         """
         context = self._context
-        with self._rehearsal.present() as present:
-            if present is None:
-                return None
-            restore(context.learner, branch.state)
-            with self._rate_of(branch):
-                loss = context.replay.train_at_hand()
-            if loss is not None:
-                branch.state = capture(context.learner, step=context.state.step, global_step=0, reuse=branch.state)
+        restore(context.learner, branch.state)
+        with self._rate_of(branch):
+            loss = context.replay.train_at_hand()
+        if loss is not None:
+            branch.state = capture(context.learner, step=context.state.step, global_step=0, reuse=branch.state)
         return loss
 
     def loss(self, state: Snapshot) -> float | None:
         """Loss of the batch at hand under a state."""
-        with self._rehearsal.present() as present:
-            if present is None:
-                return None
-            restore(self._context.learner, state)
-            return self._context.replay.probe()
+        restore(self._context.learner, state)
+        return self._context.replay.probe()
 
     def take(self, branch: Branch) -> None:
         """Have the run go on from a branch.

@@ -59,9 +59,12 @@ class Receipts:
         """
         self.close("another intervention was made")
         branches, state = self._branches, self._context.state
-        branch = branches.of() if branches.possible() else None
-        if branch is not None and skipped and branches.train(branch) is None:
-            branch = None
+        branch: Branch | None = None
+        if branches.possible():
+            with branches.beside() as possible:
+                branch = branches.of() if possible else None
+                if branch is not None and skipped and branches.train(branch) is None:
+                    branch = None
         if branch is None:
             self._not_measured(global_step, 0, "the batches of this run cannot be run again, or there is no room")
             return
@@ -92,8 +95,9 @@ class Receipts:
         if self._context.state.rolled_back_since(known.step):
             self.close("the run was rolled back again")
             return
-        with self._context.replay.showing(reading.step) as shown:
-            found = self._branches.train(known.branch) if shown else None
+        with self._context.replay.showing(reading.step) as shown, self._branches.beside() as possible:
+            at_hand = all(self._context.ranks.gather(shown and reading.loss is not None))
+            found = self._branches.train(known.branch) if at_hand and possible else None
         if found is None or reading.loss is None:
             self.close("a batch could not be run again")
             return

@@ -102,9 +102,13 @@ class TrialRunner:
         factors = limits.factors if arm is None else tuple(factor * near for near in limits.near)
         if room < 1:
             return False
-        bases = {"start": start, "best": best, "now": None}
-        states = {name: branch.state for name, one in bases.items() if (branch := self._branches.of(one)) is not None}
-        arms = self._arms(base, factors[:room])
+        bases = {"now": None, "start": start, "best": best}
+        with self._branches.beside() as possible:
+            if not possible:
+                return False
+            made = {name: self._branches.of(one) for name, one in bases.items()}
+            arms = self._arms(base, factors[:room])
+        states = {name: branch.state for name, branch in made.items() if branch is not None}
         if len(states) < len(bases) or not arms:
             return False
         self._running = _Running(fault, self._context.state.step, states, arms, under={name: [] for name in states})
@@ -130,10 +134,11 @@ class TrialRunner:
             self._running = None  # it is about a state that the run has left
             return None
         with self._context.replay.showing(reading.step) as shown:
-            at_hand = shown and reading.loss is not None
-            if not all(self._context.ranks.gather(at_hand)) or not self._advance(running, reading.loss or 0.0):
-                self._running = None
-                return None
+            at_hand = all(self._context.ranks.gather(shown and reading.loss is not None))
+            with self._branches.beside() as possible:
+                if not (at_hand and possible and self._advance(running, reading.loss or 0.0)):
+                    self._running = None
+                    return None
         if running.updates < self._limits.updates:
             return None
         self._running = None

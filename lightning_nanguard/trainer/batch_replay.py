@@ -189,8 +189,7 @@ class TrainerBatchReplay:
     def train_at_hand(self) -> float | None:
         """The update at hand, with the random numbers of its micro-batches; its loss before the update."""
         micros, optimizer = self._shown or self.batches.newest(), self._learner.optimizers[0]
-        with self.rehearsing():
-            return self._update(optimizer, lambda: self._window(optimizer, micros))
+        return self._update(optimizer, lambda: self._window(optimizer, micros))
 
     def _window(self, optimizer: Optimizer, micros: Sequence[MicroBatch]) -> float | None:
         losses: list[float] = []

@@ -23,16 +23,19 @@ def test_a_branch_makes_the_updates_that_the_run_would_make() -> None:
     loop.run(20)
     alone.run(20)
     beside = branches(loop)
-    equal, slower = beside.of(), beside.of(factor=0.5)
+    with beside.beside():
+        equal, slower = beside.of(), beside.of(factor=0.5)
     assert equal is not None
     assert slower is not None
     for batch in torch.randn(5, 8, 3, generator=torch.Generator().manual_seed(2)):
         loop.batch = batch
-        assert all(beside.train(one) is not None for one in (equal, slower))
+        with beside.beside():
+            assert all(beside.train(one) is not None for one in (equal, slower))
         loop.train(batch)
         alone.train(batch)
     assert differences(copied(state(loop)), copied(state(alone))) == []
-    now = beside.of()
+    with beside.beside():
+        now = beside.of()
     assert now is not None
     assert all(torch.equal(one, other) for one, other in zip(weights(equal.state), weights(now.state), strict=True))
     assert not torch.equal(weights(slower.state)[0], weights(now.state)[0])
@@ -45,9 +48,12 @@ def test_a_branch_of_an_earlier_state_can_be_gone_on_from() -> None:
     context = loop.guard.context
     start = context.ring.certified[-1]
     beside = branches(loop)
-    branch = beside.of(start, 0.25)
+    before = copied(state(loop))
+    with beside.beside():
+        branch = beside.of(start, 0.25)
+        assert beside.loss(start) != beside.loss(context.ring.certified[0])
     assert branch is not None
-    assert beside.loss(start) != beside.loss(context.ring.certified[0])
+    assert differences(copied(state(loop)), before) == []
     context.clipper.set(1.0, "norm")
     beside.take(branch)
     assert torch.equal(loop.net.weight, start.leaves["parameter", "weight"])

@@ -9,7 +9,7 @@ import torch
 
 from lightning_nanguard.guard.receipts import Receipts
 from lightning_nanguard.record.receipts import Receipt
-from tests.guard.branching import BranchingLoop, branches
+from tests.guard.branching import BranchingLoop
 from tests.guard.plain_loop import remedies
 from tests.helpers import copied
 
@@ -99,8 +99,6 @@ def test_the_run_is_not_touched_while_it_is_compared() -> None:
     loop, alone = BranchingLoop(lr=0.05), BranchingLoop(lr=0.05)
     loop.run(10)
     alone.run(10)
-    branch = branches(loop).of()
-    assert branch is not None
     receipts_of(loop).before(loop.step, skipped=False)
     loop.run(40)
     alone.run(40)
