@@ -12,6 +12,7 @@ import torch
 from .ablation import EVERYONE
 from .cases import FAILING, HEALTHY, Case, Form
 from .contenders import SETTINGS, Attempt
+from .realistic.catalogue import REALISTIC, TWINS
 from .running import Trained, train
 
 REGAINED = 0.9
@@ -109,7 +110,7 @@ class Result:
     survivors: list[tuple[str, Verdict | None]] = field(default_factory=list)
 
 
-FORMS: dict[str, Form] = {f.name: f for f in (*FAILING, *HEALTHY)}
+FORMS: dict[str, Form] = {f.name: f for f in (*FAILING, *HEALTHY, *REALISTIC, *TWINS)}
 
 
 def prepare() -> None:

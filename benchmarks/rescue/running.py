@@ -27,6 +27,7 @@ from torch.optim import lr_scheduler as schedulers
 
 from .data import Batch, loader
 from .models import DONE, Task
+from .optimizers import OWN
 
 if TYPE_CHECKING:
     from .cases import Case
@@ -113,8 +114,10 @@ class Learner(pl.LightningModule):
 
 
 def make_optimizer(name: str, parameters: Iterable[Tensor], rate: float) -> torch.optim.Optimizer:
-    """One of seven optimizers at ``rate``, all else as it is by default."""
+    """One of seven optimizers of PyTorch's at ``rate``, all else as it is by default, or one of :mod:`.optimizers`."""
     optim = torch.optim
+    if name in OWN:
+        return OWN[name](parameters, rate)
     match name:
         case "sgd":
             return optim.SGD(parameters, rate)
@@ -139,6 +142,7 @@ SHAPES = {
     "warmup": lambda t: min(1.0, 0.02 + t * 8),
     "step": lambda t: 0.3 ** int(t * 3),
     "onecycle": lambda t: max(0.04, t / 0.3 if t < 0.3 else 0.5 + 0.5 * math.cos(math.pi * (t - 0.3) / 0.7)),
+    "warmup_cosine": lambda t: min(1.0, 0.02 + 10 * t) * (0.55 + 0.45 * math.cos(math.pi * t)),
     "restarts": lambda t: 0.5 + 0.5 * math.cos(math.pi * ((4 * t) % 1)),
     "exponential": lambda t: 0.1**t,
 }
@@ -159,6 +163,8 @@ def make_schedule(case: Case, optimizer: torch.optim.Optimizer) -> Any:
             return schedulers.CosineAnnealingLR(optimizer, steps)
         case "warmup":
             return schedulers.LinearLR(optimizer, 0.02, total_iters=max(1, steps // 8))
+        case "warmup_cosine":
+            return schedulers.LambdaLR(optimizer, lambda n: SHAPES["warmup_cosine"](min(n / steps, 1)))
         case "step":
             return schedulers.StepLR(optimizer, max(1, steps // 3), 0.3)
         case "onecycle":
