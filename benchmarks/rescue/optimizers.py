@@ -112,9 +112,11 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Closure = None) -> Any:  # type: ignore[override]
+        if closure is None:
+            raise RuntimeError("SAM evaluates the batch twice and needs a closure")
         loss = _evaluate(closure)
         moved = [(g, p, p.clone()) for g in self.param_groups for p in g["params"] if p.grad is not None]
-        if closure is None or not moved:
+        if not moved:
             return loss
         norm = torch.stack([p.grad.norm() for _, p, _ in moved]).norm() + 1e-12
         for group, p, _ in moved:
