@@ -43,6 +43,7 @@ class Case:
         average: Whether an exponential average of the weights is kept and used in the end.
         savable: Whether anything can be learned; if not, a clear error is what counts.
         own_task: A task that the seed drew, for a form whose task is not in the table.
+        processes: Ranks that share each batch.
         heading: Heading of a failing run in the report, where it is not its fault's.
     """
 
@@ -62,6 +63,7 @@ class Case:
     average: bool = False
     savable: bool = True
     own_task: Task | None = field(default=None, repr=False)
+    processes: int = 1
     heading: str = ""
 
     @property

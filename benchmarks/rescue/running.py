@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from datetime import timedelta
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.plugins.precision import MixedPrecision
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
@@ -235,7 +237,7 @@ def train(
         if len({case.fault.rate(n, case.steps) for n in range(case.steps)}) == 1:
             rate *= case.fault.rate(0, case.steps)
     shuffle = task.shuffle if case.shuffle is None else case.shuffle
-    batches = loader(rows, batch_size, shuffle=shuffle, seed=case.seed)
+    batches = loader(rows, max(1, batch_size // case.processes), shuffle=shuffle, seed=case.seed)
     learner = Learner(case, task, net, rate)
     learner.quits_when_lost = quits_when_lost
     initial = held_out_loss(task, net)
@@ -246,7 +248,8 @@ def train(
     with _quiet():
         trainer = pl.Trainer(
             accelerator="cpu",
-            devices=1,
+            devices=case.processes,
+            **_strategy(case.processes),
             max_steps=case.steps * (2 if task.adversarial else 1),
             max_epochs=-1,
             accumulate_grad_batches=case.accumulate,
@@ -343,6 +346,12 @@ def _precision(name: str) -> dict[str, Any]:
     if name == "fp16":  # precision="16-mixed" would silently become bf16 on CPU
         return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
     return {"precision": "bf16-mixed"} if name == "bf16" else {}
+
+
+def _strategy(processes: int) -> dict[str, Any]:
+    if processes == 1:
+        return {}
+    return {"strategy": DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=TIME_LIMIT))}
 
 
 @contextmanager
