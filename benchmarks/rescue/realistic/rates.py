@@ -19,6 +19,6 @@ RATES: dict[str, float] = {
     "ctc/adamw/warmup/clip": 1e-3,
     "vae/adam/ema": 2e-3,
     "vae/decay_groups/warmup_cosine/clip": 5e-3,
-    "flow/adam/clip": 5e-4,
-    "flow/decay_groups/warmup_cosine/x2": 1e-3,
+    "flow/adam/clip": 1e-3,
+    "flow/decay_groups/warmup_cosine/x2": 5e-3,
 }
