@@ -102,12 +102,16 @@ def draw(seed: int, number: int) -> Draw:
     accumulate = 1 if by_hand else dice.choice([1, 1, 2, 4])
     moment = dice.choice(_moments(kind, accumulate))
     companions = [one for one in COMPANIONS if dice.random() < 0.3 and not (by_hand and one == "weight averaging")]
+    if moment == "save" and "last good" in companions:
+        companions.remove("last good")  # which saves more often, so that another save would be struck
     if moment == "save" and "checkpoint" not in companions:
         companions.append("checkpoint")
     every = dice.choice([2, 4, 8])
     average = dice.choice([one for one in AVERAGES if one != "none" or kind != "average"])
     if task == "transformer" and average != "none":
         task = "gru"  # an average of −inf, which its mask holds, is NaN
+    if average != "none" and precision == "64-true":
+        precision = "32-true"  # Lightning's averages have 32 bits, to which each validation then rounds the weights
     return Draw(
         seed=dice.randrange(1 << 30),
         kind=kind,
