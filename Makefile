@@ -11,7 +11,7 @@ OLDEST := pytorch-lightning==2.4.0
 ARC_TRAINING := arc-training==5.2.0.post1
 ARC ?= $(HOME)/.cache/lightning-nanguard/arc
 
-.PHONY: diagnose demo test oldest rescue arc packages upstream bench kills transient lint types clean
+.PHONY: diagnose demo docs test oldest rescue arc packages upstream bench kills transient lint types clean
 
 # Torch goes first and alone: what depends on it must find it in place and not choose another build. DeepSpeed goes last:
 # it is built with the torch that is there, and compiles nothing.
@@ -25,6 +25,17 @@ ARC ?= $(HOME)/.cache/lightning-nanguard/arc
 
 .PHONY: .venv
 .venv: .venv/.stamp
+
+# The site, in build/site: every warning is an error, and nothing may be loaded from another host. It needs no torch, and has
+# an environment of its own.
+.venv/docs/.stamp: requirements-docs.txt
+	$(PYTHON) -m venv .venv/docs
+	.venv/docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
+docs: .venv/docs/.stamp
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/python -m mkdocs build --quiet --strict
+	.venv/docs/bin/python -m website.offline build/site
 
 demo: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py
