@@ -1,7 +1,8 @@
 """Gives the package index a README whose links work there; everything else is in pyproject.toml.
 
 A link to a file of the repository means nothing on a package index. With the address of the repository in
-``project.urls`` it becomes an absolute one. Without an address the words of a link stay, and the link and the pictures go.
+``project.urls`` it becomes an absolute one. Without an address the words of a link stay, and the link and the pictures
+go.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ def import_time() -> float:
     """Milliseconds of the import, the best of five."""
     code = (
         "import sys, time; start = time.perf_counter(); import lightning_nanguard; "
-        "print(1000 * (time.perf_counter() - start)); assert not {'torch', 'pytorch_lightning', 'lightning'} & {*sys.modules}"
+        "print(1000 * (time.perf_counter() - start)); "
+        "assert not {'torch', 'pytorch_lightning', 'lightning'} & {*sys.modules}"
     )
     tries = [subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, check=True) for _ in range(5)]
     return min(float(one.stdout) for one in tries)

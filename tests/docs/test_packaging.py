@@ -30,7 +30,7 @@ def test_the_versions_agree() -> None:
 
 
 def test_links_of_the_readme_on_an_index_with_an_address() -> None:
-    """Every link is absolute, leads to a file of the repository at the tag of the version, and pictures are raw files."""
+    """Every link is absolute and leads to a file at the tag of the version; pictures are raw files."""
     shown = for_index(README, "https://example.org/team/project", "1.2.3")
     links = [link for link in LINK.findall(shown) if not link.startswith("#")]
     assert len(links) > 15
