@@ -18,6 +18,7 @@ PAGES = {
 """Files outside docs/ that are pages of the site."""
 
 _LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)")
+_NAMED_BY_FILE = re.compile(r"\[[\w/]+\.md\]\(([^)\s#]+\.md)(#[^)]*)?\)")
 _ITEM = re.compile(r"( *)(?:[-*]|\d+\.) +")
 
 
@@ -58,7 +59,14 @@ def relink(markdown: str, folder: str, page: str) -> str:
             return match[1]
         return posixpath.relpath(site_path(path), posixpath.dirname(page) or ".")
 
-    return _LINK.sub(replace, markdown)
+    return _LINK.sub(replace, _NAMED_BY_FILE.sub(lambda match: _titled(match, folder), markdown))
+
+
+def _titled(match: re.Match[str], folder: str) -> str:
+    """A link whose words are the name of a file, with the title of that page in their place."""
+    path = ROOT / folder / match[1]
+    heading = re.match(r"# (.+)\n", path.read_text(encoding="utf-8")) if path.exists() else None
+    return f"[{heading[1]}]({match[1]}{match[2] or ''})" if heading else match[0]
 
 
 def indent_lists(markdown: str) -> str:

@@ -130,11 +130,11 @@ def test_what_is_done_fits_what_is_blamed() -> None:
 
 
 def test_links_lead_to_pages_of_the_site() -> None:
-    """Links between files of the repository become links between pages, and other links stay."""
-    text = "[a](../README.md#limits) [b](glossary.md) [c](../examples/digits.py) [d](https://x.org) [e](#here)"
-    assert relink(text, "docs", "start.md") == (
-        "[a](index.md#limits) [b](glossary.md) [c](source/examples/digits.py.md) [d](https://x.org) [e](#here)"
-    )
+    """Links between files of the repository become links between pages, named by their titles; other links stay."""
+    text = "[a](../README.md#limits) [glossary.md](glossary.md#ideas) [c](../examples/digits.py)"
+    site = "[a](index.md#limits) [Glossary](glossary.md#ideas) [c](source/examples/digits.py.md)"
+    assert relink(text, "docs", "start.md") == site
+    assert relink("[d](https://x.org) [e](#here)", "docs", "start.md") == "[d](https://x.org) [e](#here)"
     assert relink("![p](docs/rescued.png)", "", "index.md") == "![p](rescued.png)"
     assert targets("[c](../examples/digits.py) [n](nowhere.md)", "docs") == {"examples/digits.py"}
     assert site_path("examples/plugin") == "source/examples/plugin/index.md"
