@@ -27,7 +27,7 @@ def given(loop: BranchingLoop) -> list[Receipt]:
 def test_an_intervention_that_gained() -> None:
     """A run that was ruined by its rate is compared with itself without the rollback, on the same batches."""
     loop = BranchingLoop(lr=2.0)
-    loop.run(200)
+    loop.run(260)
     (receipt,) = given(loop)
     assert (receipt.verdict, receipt.updates, receipt.taken_back) == ("gained", 64, False)
     assert receipt.intervention_step == loop.records[0].global_step

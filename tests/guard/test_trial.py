@@ -33,10 +33,10 @@ def test_a_rate_that_ruins_is_found(lr: float, acts: bool) -> None:
     """At a rate far too high the run goes on from what a restart at a lower rate has learned meanwhile; at a good rate
     and at one that is too low nothing is done, and the run is the same bit by bit."""
     loop, alone = BranchingLoop(lr=lr), BranchingLoop(lr=lr, detectors=[])
-    loop.run(180)
+    loop.run(250)
     assert bool(loop.records) == acts
     if not acts:
-        alone.run(180)
+        alone.run(250)
         assert differences(copied(state(loop)), copied(state(alone))) == []
         return
     assert remedies(loop)[0] == ("restore", "scale")
