@@ -129,7 +129,7 @@ class Receipts:
         state.restored = None
         message = f"the intervention of step {known.global_step} {receipt.in_words()}"
         fault = Fault("intervention_cost", "learner", "loss", receipt.loss, message)
-        self._recorder.record(fault, "loss", ("take back",), before)
+        self._recorder.record(fault, fault.place, ("take back",), before)
 
     def _not_measured(self, global_step: int, updates: int, reason: str) -> None:
         now = self._recorder.now()[0]
