@@ -36,6 +36,7 @@ class _Running:
         begun: The update after which it began.
         states: What is compared with the arm on the last batches: the start, the best state and the present one.
         arms: The arms; one from the pick on.
+        before: Updates that an earlier trial has made from the start, where the arms go on from its arm.
         updates: Updates of each arm.
         later: Losses of the run.
         under: Losses under each of the states.
@@ -45,6 +46,7 @@ class _Running:
     begun: int
     states: dict[str, Snapshot]
     arms: list[_Arm]
+    before: int = 0
     updates: int = 0
     later: list[float] = field(default_factory=list)
     under: dict[str, list[float]] = field(default_factory=dict)
@@ -76,7 +78,7 @@ class TrialRunner:
         return self._running is not None
 
     def take_shown(self) -> tuple[Trial | None, Snapshot | None]:
-        """What the trial that has just ended showed, and the state of its arm; once."""
+        """What the trial that has just ended showed, and the state of its arm with the number of its updates; once."""
         shown, self._shown = self._shown, (None, None)
         return shown
 
@@ -111,7 +113,14 @@ class TrialRunner:
         states = {name: branch.state for name, branch in made.items() if branch is not None}
         if len(states) < len(bases) or not arms:
             return False
-        self._running = _Running(fault, self._context.state.step, states, arms, under={name: [] for name in states})
+        self._running = _Running(
+            fault,
+            self._context.state.step,
+            states,
+            arms,
+            0 if arm is None else arm.healthy,
+            under={name: [] for name in states},
+        )
         return True
 
     def cancel(self) -> None:
@@ -146,6 +155,7 @@ class TrialRunner:
         judged = -self._judged()
         start, best, now = (running.under[name] for name in ("start", "best", "now"))
         losses = TrialLosses(start, best, now, running.later[judged:], arm.losses[judged:], arm.factor)
+        arm.branch.state.healthy = running.before + len(arm.losses)
         self._shown = judge_trial(losses, self._limits), arm.branch.state
         return FoundFault(running.fault, reading)
 
