@@ -146,6 +146,8 @@ def _snapshots(context: GuardContext, plausibility: PlausibilityCheck) -> Snapsh
         every=settings.snapshot_every,
         device=settings.snapshot_device,
         choose=settings.choose_place,
+        limit=settings.snapshot_bytes,
+        others=context.replay.bytes_kept,
         ranks=context.ranks,
         thresholds=context.thresholds.snapshots,
         clock=settings.clock,

@@ -274,7 +274,7 @@ class Guard:
         """Let go of the optimizers and of all memory."""
         self._readback.end_batch()
         self._context.rate.detach()
-        self._context.ring.clear()
+        self._snapshots.close()
         self._state.restored = None
         self._context.ranks.close()
 
@@ -326,6 +326,7 @@ class Guard:
         """Look at the state of now, and go back to the last good one if it is bad."""
         self._snapshots.settle()  # whoever asks may write to it next
         self.flush()
+        self._snapshots.look_at_room()
         context = self._context
         bad, ranks = context.corrupt()
         if bad is None:

@@ -67,6 +67,9 @@ class BatchReplay(Protocol):
     def loss_on(self, index: int) -> float | None:
         """Loss of a recent batch under the weights of now."""
 
+    def bytes_kept(self) -> int:
+        """Bytes of the batches that are kept to be run again."""
+
 
 class TrainingLoop(Protocol):
     """What the guard asks of the loop around it."""
@@ -130,3 +133,7 @@ class NoReplay:
     def loss_on(self, index: int) -> float | None:
         """Not known."""
         return None
+
+    def bytes_kept(self) -> int:
+        """None."""
+        return 0

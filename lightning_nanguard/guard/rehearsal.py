@@ -8,9 +8,8 @@ from contextlib import contextmanager, suppress
 from statistics import fmean
 from typing import final
 
-import torch
-
 from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
 from lightning_nanguard.thresholds.rate_search import ReviewThresholds
@@ -215,7 +214,7 @@ class Rehearsal:
         gradients = [(p, p.grad) for p in self._learner.module.parameters()]
         self._began = {}
         present: Snapshot | None = None
-        with suppress(torch.cuda.OutOfMemoryError):
+        with suppress(OutOfMemory):
             present = capture(self._learner, step=0, global_step=0)
         if not all(self._context.ranks.gather(present is not None)) or present is None:
             yield None
