@@ -127,16 +127,22 @@ class LearningRate:
         """What the user's scheduler or configuration says, in the same order as :meth:`effective`."""
         return [float(rate) for rate in self._scheduled_rates()]
 
-    def attach(self, before_update: Callable[[Optimizer], None] | None = None) -> None:
+    def attach(
+        self,
+        before_update: Callable[[Optimizer], None] | None = None,
+        after_update: Callable[[], None] | None = None,
+    ) -> None:
         """Registers the hooks around every optimizer's ``step``; does nothing when they are there already.
 
         Args:
             before_update: Called in each step once its gradients are there: after the closure, or at the beginning of
                 a step without one. Whoever gives it has ``valid`` look at the rates before each of these calls.
+            after_update: Called after each step.
         """
         if self._handles:
             return
         self._before_update = before_update or _nothing
+        self._after_update = after_update
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
@@ -208,6 +214,8 @@ class LearningRate:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._scaled:
             self._withdraw(optimizer)
+        if self._after_update is not None:
+            self._after_update()
 
     # ---- groups
 

@@ -86,7 +86,7 @@ def build_guard(
     )
     snapshots = _snapshots(context, plausibility)
     meter = _meter(context, loop)
-    skipper = StepSkipper(context.learner)
+    skipper = StepSkipper(context.learner, snapshots.where)
     caution = Caution(context, skipper)
     readback = _readback(context, meter, caution, skipper, snapshots)
     runner: PlanRunner = ObservingRunner(context)

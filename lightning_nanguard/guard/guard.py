@@ -132,7 +132,7 @@ class Guard:
             self._bad_start = None if context.settings.observe else bad
         if not context.settings.observe:
             # The same hook scales the rate and takes the gradients of blocked steps away.
-            context.rate.attach(self._parts.skipper.remove_gradients)
+            context.rate.attach(self._parts.skipper.remove_gradients, self._parts.skipper.return_gradients)
         self._parts.certification.start()
 
     def open_batch(self) -> None:
@@ -212,6 +212,7 @@ class Guard:
             self._state.raised, self._state.again = None, ("", "")
             self._state.passed_over = False
             self._parts.meter.end_batch()
+            self._parts.skipper.return_gradients()  # where the step raised
             self._parts.skipper.skipped.clear()
         return not found and not passed_over
 

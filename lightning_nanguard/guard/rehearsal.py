@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from statistics import fmean
 from typing import final
 
@@ -13,6 +15,13 @@ from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
 from lightning_nanguard.thresholds.rate_search import ReviewThresholds
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+@cache
+def _say_no_room() -> None:
+    _logger.info("NaNGuard: the device has no room to try a learning rate, so the rate is cut without trying.")
 
 
 @final
@@ -127,6 +136,9 @@ class Rehearsal:
         rate.set_multiplier(rate.ratio() * factor)
         try:
             return self._play(trained, measured, updates, watched=watched)
+        except OutOfMemory:
+            _say_no_room()
+            return None
         finally:
             rate.set_multiplier(multiplier, min_lr=min_lr, max_lr=max_lr)
             restore(self._learner, base)

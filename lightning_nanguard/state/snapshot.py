@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any, final
 
 import torch
@@ -237,9 +237,9 @@ def capture(
         device: Where the copy lies; ``None`` beside the original.
         reuse: A snapshot no longer needed, whose memory is used again.
         leaves: Copy only these leaves.
-        copy: Copies tensors into others that are like them; by default it does so at once.
+        copy: Copies tensors into others that are like them, and says itself when they have arrived; by default they are
+            copied in the order of the run's work.
     """
-    copy = partial(copy_all, device=learner.device) if copy is None else copy
     old = reuse.leaves if reuse is not None else {}
     copied: dict[StateKey, Any] = {}
     targets: list[Tensor] = []
@@ -258,9 +258,14 @@ def capture(
             copied[key] = made
         else:
             left_out.add(key)
-    copy(targets, sources)
+    done: list[Event] = []
+    if copy is not None:
+        copy(targets, sources)
+    else:
+        copy_all(targets, sources, learner.device)
+        done = learner.device.mark(sources) if device is not None else []
     scaler = dict(learner.scaler.state_dict()) if learner.scaler is not None else None
-    return Snapshot(step, global_step, copied, scaler, homes=homes, left_out=left_out)
+    return Snapshot(step, global_step, copied, scaler, done=done, homes=homes, left_out=left_out)
 
 
 def _memory_for(live: Any, old: Any, device: torch.device | None, source: Device) -> Tensor | None:

@@ -257,7 +257,6 @@ class SnapshotPlacement:
         snapshot = take(leaves=[(key, leaf) for key, leaf in leaves.items() if key not in later])
         if later:
             self._copy_beside(take, later, snapshot)
-        snapshot.done += device.mark(leaves.values())
         return snapshot
 
     def _copy_beside(self, take: Callable[..., Snapshot], later: Mapping[StateKey, Any], snapshot: Snapshot) -> None:
