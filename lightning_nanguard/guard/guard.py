@@ -198,6 +198,8 @@ class Guard:
         found, passed_over = self._judge.take_found(), self._state.passed_over
         self._state.restored = None
         try:
+            if found:
+                self._snapshots.settle()  # what is done about it may write to the learner
             if found and self._bad_start is not None:
                 self._stop_if_lost_from_the_start(found[0])
             for one in found:
