@@ -21,6 +21,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_nanguard.act.valid_rates import ValidRates
+from lightning_nanguard.measure.norms import widest_dtype
 
 __all__ = ["LearningRate"]
 
@@ -83,6 +84,10 @@ class LearningRate:
     def max_lr(self) -> float:
         """Largest effective rate of the first group; where its rate would be larger, all are scaled down with it."""
         return self._max_lr
+
+    def has_tensors(self) -> bool:
+        """Whether a rate is a tensor, which may lie on a device: to read it the host waits."""
+        return any(isinstance(rate, Tensor) for rate in self._scheduled_rates())
 
     def ratio(self) -> float:
         """Effective rate over scheduled rate of the first group: the multiplier in effect, limits included."""
@@ -222,7 +227,7 @@ class LearningRate:
     def _apply(self, optimizer: Optimizer) -> None:
         if not self.is_on():
             return
-        factor = self._factor()
+        factor = self._factor_where_it_is()
         for group in optimizer.param_groups:
             rate = group.get("lr")
             if rate is None or self._find(group, rate) is not None:
@@ -235,7 +240,7 @@ class LearningRate:
                     rate.copy_(torch.as_tensor(self._scale(scheduled if base is rate else base, factor)))
                 self._scaled[id(rate)] = _Scaled(optimizer, group, rate, scheduled, rate._version)
             else:
-                written = group["lr"] = self._scale(base, factor)
+                written = group["lr"] = self._scale(base, float(factor))
                 self._scaled[id(group)] = _Scaled(optimizer, group, written, rate)
 
     def _withdraw(self, optimizer: Optimizer) -> None:
@@ -280,15 +285,26 @@ class LearningRate:
         first = float(next(self._bases(), 0.0))
         return min(self._multiplier, self._max_lr / first) if first > 0 else self._multiplier
 
+    def _factor_where_it_is(self) -> _Rate:
+        """The same; where the first group's rate is a tensor, as a tensor, so that the host does not wait for it."""
+        first = next(self._bases(), None) if self._max_lr != math.inf else None
+        if not isinstance(first, Tensor):
+            return self._factor()
+        with torch.no_grad():
+            wide = first.to(widest_dtype(first.device))
+            within = (self._max_lr / wide).clamp(max=self._multiplier)
+            return torch.where(first > 0, within, self._multiplier)
+
     @overload
-    def _scale(self, rate: Tensor, factor: float) -> Tensor: ...
+    def _scale(self, rate: Tensor, factor: _Rate) -> Tensor: ...
     @overload
     def _scale(self, rate: float, factor: float) -> float: ...
-    def _scale(self, rate: _Rate, factor: float) -> _Rate:
-        if factor == 1.0:
+    def _scale(self, rate: _Rate, factor: _Rate) -> _Rate:
+        if not isinstance(factor, Tensor) and factor == 1.0:
             return rate
         if isinstance(rate, Tensor):
-            return torch.maximum(rate * factor, rate.clamp(max=self._min_lr))
+            return torch.maximum((rate * factor).to(rate.dtype), rate.clamp(max=self._min_lr))
+        factor = float(factor)
         return max(rate * factor, min(self._min_lr, rate))
 
 
