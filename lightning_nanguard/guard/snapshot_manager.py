@@ -222,10 +222,12 @@ class SnapshotManager:
             self.count_from(self._last)
 
     def judged(self, pending: Snapshot) -> bool:
-        """Whether it is known, on all ranks, without waiting, what to think of ``pending``."""
+        """Whether it is known, on all ranks, what to think of ``pending``; at first only where that needs no wait."""
         if self._many:
             return self._agreement.judged(pending)
-        return self._screen.arrived() and self._moments.arrived() and pending.check.arrived()
+        # Updates later it is there, or is worth a wait: a run without a certified state cannot be helped.
+        overdue = pending.healthy > self._ring.certify_after + 1
+        return overdue or (self._screen.arrived() and self._moments.arrived() and pending.check.arrived())
 
     def is_whole(self, pending: Snapshot) -> bool:
         """Whether nobody wrote to the learner while it was copied; where somebody has, another one is due at once."""
