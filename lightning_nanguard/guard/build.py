@@ -49,6 +49,7 @@ from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.guard.step_readback import StepReadback
 from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.device import Device
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.ring import Ring
@@ -86,7 +87,7 @@ def build_guard(
     plausibility = _plausibility(context, investigator)
     snapshots = _snapshots(context, plausibility)
     meter = _meter(context, loop)
-    skipper = StepSkipper(context.learner)
+    skipper = StepSkipper(context.learner, snapshots.where)
     caution = Caution(context, skipper)
     readback = _readback(context, meter, caution, skipper, snapshots)
     runner: PlanRunner = ObservingRunner(context)
@@ -158,6 +159,8 @@ def _snapshots(context: GuardContext, plausibility: PlausibilityCheck) -> Snapsh
         every=settings.snapshot_every,
         device=settings.snapshot_device,
         choose=settings.choose_place,
+        limit=settings.snapshot_bytes,
+        others=context.replay.bytes_kept,
         ranks=context.ranks,
         thresholds=context.thresholds.snapshots,
         clock=settings.clock,
@@ -176,6 +179,7 @@ def guard_for(
     settings: Settings | None = None,
     ranks: Ranks | None = None,
     thresholds: Thresholds | None = None,
+    device: Device | None = None,
 ) -> Guard:
     """Make a guard for a loop of your own; ``None`` stands for what ``NaNGuard()`` takes.
 
@@ -190,12 +194,13 @@ def guard_for(
         settings: How the guard works.
         ranks: All processes; one by default.
         thresholds: All thresholds.
+        device: The device of the run.
     """
     limits = thresholds or Thresholds()
     remedies = default_remedies(limits.rate_search.cut) if remedies is None else remedies
     detectors = default_detectors(limits.detection) if detectors is None else detectors
     context = GuardContext(
-        learner=Learner(module, optimizers),
+        learner=Learner(module, optimizers, device=device),
         replay=replay or NoReplay(),
         monitors=Monitors(detectors, limits.detection),
         rate=LearningRate(optimizers),

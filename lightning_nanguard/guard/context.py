@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class Settings:
     Attributes:
         snapshot_every: Updates between snapshots; ``None`` chooses so that they take at most 1 % of the time.
         snapshot_device: Where snapshots lie; ``None`` beside the originals.
+        snapshot_bytes: Bytes that snapshots, and the batches that are kept, may take together.
         choose_place: Whether they go to host memory by themselves where the device has no room.
         deferred: Read late, without waiting for the device.
         observe: Record what would be done, change nothing.
@@ -43,6 +45,7 @@ class Settings:
 
     snapshot_every: int | None = None
     snapshot_device: torch.device | None = None
+    snapshot_bytes: float = math.inf
     choose_place: bool = False
     deferred: bool = False
     observe: bool = False

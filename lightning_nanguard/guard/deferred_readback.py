@@ -48,7 +48,7 @@ class DeferredReadings:
             self._flagged = True
             undo.undo_where(bad)  # now: the next batch builds on the buffers of this one
             pending.held_back = True
-        pending.send()
+        pending.send(self._learner.device.read_later)
         self._queue.append((pending, undo))
 
     def drop_flags(self) -> None:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from lightning_nanguard.detect.history import ReadingHistory
@@ -19,6 +18,7 @@ from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.measure.norms import norms
 from lightning_nanguard.measure.tensors import is_strided, local
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import StateKey, describe
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
@@ -223,7 +223,7 @@ class Investigator:
             now = min(filter(math.isfinite, (now, reading.loss)), default=now)
         try:
             mine = capture(self._learner, step=0, global_step=0, leaves=[*self._learner.weights()])
-        except torch.cuda.OutOfMemoryError:
+        except OutOfMemory:
             mine = None
         if not all(self._ranks.gather(mine is not None)) or mine is None:
             return None

@@ -73,6 +73,9 @@ class BatchReplay(Protocol):
     def train_at_hand(self) -> float | None:
         """Make the update at hand with the random numbers it had, from the state of now; gives the loss before it."""
 
+    def bytes_kept(self) -> int:
+        """Bytes of the batches that are kept to be run again."""
+
 
 class TrainingLoop(Protocol):
     """What the guard asks of the loop around it."""
@@ -144,3 +147,7 @@ class NoReplay:
     def train_at_hand(self) -> float | None:
         """Not possible."""
         return None
+
+    def bytes_kept(self) -> int:
+        """None."""
+        return 0

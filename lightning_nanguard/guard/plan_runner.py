@@ -128,9 +128,9 @@ class ActingRunner:
         ring, learner = self._context.ring, self._context.learner
         if ring.certified:
             self._actions.restore(0)
-        elif ring.pending is not None and self._context.corrupt()[0]:
+        elif (pending := ring.newest()) is not None and self._context.corrupt()[0]:
             # Nothing was ever proven good, but what the fit began with is at least finite.
-            restore(learner, ring.pending)
+            restore(learner, pending)
 
     def give_back(self) -> None:
         """Give back a cut or end clipping, where it is time."""

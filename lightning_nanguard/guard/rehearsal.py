@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from statistics import fmean
 from typing import final
 
-import torch
-
 from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
 from lightning_nanguard.thresholds.rate_search import ReviewThresholds
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+@cache
+def _say_no_room() -> None:
+    _logger.info("NaNGuard: the device has no room to try a learning rate, so the rate is cut without trying.")
 
 
 @final
@@ -111,6 +119,9 @@ class Rehearsal:
         rate.set_multiplier(rate.ratio() * factor)
         try:
             return self._play(trained, measured, updates, watched=watched)
+        except OutOfMemory:
+            _say_no_room()
+            return None
         finally:
             rate.set_multiplier(multiplier, min_lr=min_lr, max_lr=max_lr)
             restore(self._learner, base)
@@ -198,7 +209,7 @@ class Rehearsal:
         gradients = [(p, p.grad) for p in self._learner.module.parameters()]
         self._began = {}
         present: Snapshot | None = None
-        with suppress(torch.cuda.OutOfMemoryError):
+        with suppress(OutOfMemory):
             present = capture(self._learner, step=0, global_step=0)
         if not all(self._context.ranks.gather(present is not None)) or present is None:
             yield None

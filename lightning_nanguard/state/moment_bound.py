@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
 
-from lightning_nanguard.measure.host_copy import HostCopy
 from lightning_nanguard.measure.tensors import is_strided, local
+from lightning_nanguard.state.device import Device
 from lightning_nanguard.state.learner import Learner, StateKey
 from lightning_nanguard.thresholds.snapshots import MomentThresholds
 
@@ -40,13 +40,15 @@ class MomentScreen:
 
     Args:
         counts: For each first moment the number of its elements that are out of bounds.
+        device: Sends them.
     """
 
-    def __init__(self, counts: Mapping[StateKey, Tensor]) -> None:
+    def __init__(self, counts: Mapping[StateKey, Tensor], device: Device | None = None) -> None:
+        device = Device() if device is None else device
         devices: dict[torch.device, dict[StateKey, Tensor]] = {}
         for key, value in counts.items():
             devices.setdefault(value.device, {})[key] = value
-        self._sent = [(list(one), HostCopy(torch.stack(list(one.values())))) for one in devices.values()]
+        self._sent = [(list(one), device.read_later(torch.stack(list(one.values())))) for one in devices.values()]
 
     def arrived(self) -> bool:
         """Whether reading it would not wait for a device."""
@@ -86,7 +88,7 @@ class MomentBound:
             first, second = (local(one) if isinstance(one, Tensor) else None for one in moments)
             if key not in self._exempt and first is not None and second is not None and _are_exact(first, second):
                 counts[key] = self._beyond(first, second, ratio, least)
-        return MomentScreen(counts)
+        return MomentScreen(counts, self._learner.device)
 
     def beyond(self, screen: MomentScreen) -> set[StateKey]:
         """State keys of the first moments that something other than a gradient has changed in a few elements."""

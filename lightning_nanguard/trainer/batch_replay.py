@@ -139,6 +139,10 @@ class TrainerBatchReplay:
         """Whether the batch at hand reaches far beyond those before it, or is out of all proportion to them."""
         return None if self.batch is None else self.batches.strange(self.batch, extreme=extreme)
 
+    def bytes_kept(self) -> int:
+        """Bytes of the batches that are kept to be run again."""
+        return self.batches.bytes_kept()
+
     def comparable(self) -> bool:
         """Whether a batch can be run again at all: under automatic optimization."""
         return bool(self._module.automatic_optimization)

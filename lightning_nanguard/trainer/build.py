@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -159,10 +160,11 @@ def _context(
 
 
 def _settings(arguments: Arguments, *, deferred: bool) -> Settings:
-    every = arguments.snapshot_every_n_steps
+    every, limit = arguments.snapshot_every_n_steps, arguments.max_snapshot_memory
     return Settings(
         snapshot_every=None if isinstance(every, str) else every,
         snapshot_device=torch.device("cpu") if arguments.snapshot_device == "cpu" else None,
+        snapshot_bytes=math.inf if limit is None else limit * 2**30,
         choose_place=arguments.snapshot_device == "auto",
         deferred=deferred,
         observe=arguments.observe,

@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.checkpoints.last_good import LastGood
 from lightning_nanguard.guard.guard import Guard
-from lightning_nanguard.measure.tensors import size
 from lightning_nanguard.metrics import NonFiniteRate
 from lightning_nanguard.record.advice import AdviceLog
 from lightning_nanguard.record.dispatch import SinkDispatcher
 from lightning_nanguard.record.run_folder import RunFolder
 from lightning_nanguard.record.summary import summary
+from lightning_nanguard.state.snapshot_room import SnapshotSize
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.logger_curves import LoggerCurves
@@ -152,13 +152,10 @@ class Fit:
         self.last_good = kept
 
     def _limit_memory(self, max_memory: float | None) -> None:
-        ring, learner, ranks = self.context.ring, self.context.learner, self.context.ranks
+        ring, ranks = self.context.ring, self.context.ranks
         if max_memory is None or ring.pending is None:
             return
-        # Moments come with the first steps: two for each parameter is what Adam needs.
-        stepped = [one for index in range(len(learner.optimizers)) for one in learner.stepped(index)]
-        parameters = sum(size(one) for one in stepped if one.requires_grad)
-        each = (ring.pending.nbytes() + 2 * parameters) / 2**30
+        each = SnapshotSize.expected(self.context.learner).total(beside=True) / 2**30
         # The pending one is whole, certified ones are shared among the ranks of a node.
         fitting = int((max_memory / each - 1) * ranks.snapshot_parts) if each else ring.capacity
         fitting = min(ranks.gather(fitting))

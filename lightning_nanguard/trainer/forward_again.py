@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.measure.batches import bytes_of
 from lightning_nanguard.measure.norms import norms
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import CLOCK_KEYS
 from lightning_nanguard.state.random_state import is_checked
 from lightning_nanguard.state.restore import restore
@@ -192,7 +193,7 @@ class ForwardAgain:
         learner, optimizer = self._context.learner, self._context.learner.optimizers[0]
         try:
             before, after, left = self._capture(snapshot), None, None
-        except torch.cuda.OutOfMemoryError:
+        except OutOfMemory:
             return None
         self._context.state.again = "", ""
         scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in optimizer.param_groups]

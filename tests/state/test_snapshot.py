@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.measure.tensors import dense_values
+from lightning_nanguard.state.device import Device
 from lightning_nanguard.state.restore import restore
-from lightning_nanguard.state.snapshot import Share, Snapshot, _pinned_like, capture, clone, copy_all, fits, put
+from lightning_nanguard.state.snapshot import Share, Snapshot, capture, clone, copy_all, fits, put
 from tests.helpers import copied, same_bits
 from tests.odd_tensors import ODD, QUIET, set_to_zero
 from tests.state.nets import made, train
@@ -33,7 +34,7 @@ def test_memory_is_taken_over() -> None:
 
 def test_where_nothing_can_be_pinned_a_copy_is_made_all_the_same() -> None:
     """A host without pinned memory left, or without a device as here, gives ordinary memory."""
-    copy = _pinned_like(torch.ones(3, 2).T)
+    copy = Device().pinned_like(torch.ones(3, 2).T)
     assert copy.device.type == "cpu"
     assert copy.shape == (2, 3)
     assert not copy.is_pinned()
@@ -59,7 +60,7 @@ def test_tensors_of_several_dtypes_are_copied_at_once() -> None:
     """Each target has its source's values afterwards, whatever the dtypes."""
     sources = [torch.arange(3.0), torch.arange(3), torch.ones(2, dtype=torch.float16)]
     targets = [torch.empty_like(source) for source in sources]
-    copy_all(targets, sources)
+    copy_all(targets, sources, Device())
     assert same_bits(targets, sources)
 
 
@@ -85,7 +86,7 @@ def test_tensors_of_every_kind_are_copied_and_put_back(kind: str) -> None:
     assert dense_values(copy).flatten().tolist() == before.flatten().tolist()
     assert dense_values(live).flatten().tolist() != before.flatten().tolist()
     if fits(live, copy):
-        copy_all([live], [copy])
+        copy_all([live], [copy], Device())
     else:
         assert put(live, copy)
     assert dense_values(live).flatten().tolist() == before.flatten().tolist()
