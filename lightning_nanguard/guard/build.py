@@ -29,6 +29,7 @@ from lightning_nanguard.guard.deferred_readback import DeferredReadback, Deferre
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.guard.interventions import Interventions
 from lightning_nanguard.guard.investigator import Investigator
+from lightning_nanguard.guard.late_redo import LateRedo
 from lightning_nanguard.guard.loop import BatchReplay, NoReplay, TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.parts import GuardParts
@@ -96,6 +97,8 @@ def build_guard(
         runner = ActingRunner(context, actions, carried_out_by, recovery, skipper, plausibility, readback)
     interventions = Interventions(context, loop, policy, investigator, recorder, runner, carried_out_by)
     undos = deque(make_undo() for _ in range(readback.open_batches()))
+    steps = StepCheck(context, loop, meter, caution, recorder, policy, undos)
+    late = LateRedo(context, steps, skipper, snapshots, readback)
     return Guard(
         GuardParts(
             context=context,
@@ -108,13 +111,13 @@ def build_guard(
             plausibility=plausibility,
             certification=Certification(context, loop, investigator, snapshots),
             investigator=investigator,
-            judge=ReadingJudge(context, meter, runner, interventions, plausibility),
+            judge=ReadingJudge(context, meter, runner, interventions, plausibility, late),
             runner=runner,
             recovery=recovery,
             rates=RateWatch(context, skipper, recorder, schedulers or {}),
             recorder=recorder,
             saving=_saving(context, recorder),
-            steps=StepCheck(context, loop, meter, caution, recorder, policy, undos),
+            steps=steps,
             undos=undos,
         )
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import final
 
@@ -17,7 +17,7 @@ from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.measure.tensors import is_on_host
-from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.batch_undo import BatchUndo, Undo
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Evidence, Fault, Finding, Reading
 
@@ -113,6 +113,10 @@ class StepCheck:
         """Put back what the batch at hand, or the window of accumulation, has changed in buffers, metrics and means."""
         self._undos[0].undo()
 
+    def measures(self) -> Sequence[Undo]:
+        """What puts metrics and means back to before the batch at hand, or the window; still when others have begun."""
+        return self._undos[0].measures()
+
     def undo_also(self, undo: Callable[[], None]) -> None:
         """Have one more function called where the batch at hand, or the window, is left out."""
         self._undos[0].also(undo)
@@ -170,7 +174,12 @@ class StepCheck:
         return ("", "") if change is None else (change.name, f"went from {change.before:.4g} to {change.now:.4g}")
 
     def record_transient(
-        self, fault: Fault, *, spoilt: tuple[str, str] = ("", ""), since: Snapshot | None = None
+        self,
+        fault: Fault,
+        *,
+        spoilt: tuple[str, str] = ("", ""),
+        since: Snapshot | None = None,
+        late: int | None = None,
     ) -> None:
         """Put on record that a fault was gone when its step was made again.
 
@@ -179,6 +188,7 @@ class StepCheck:
             spoilt: What of the state had gone bad, and how.
             since: The snapshot since which all updates were made again, where the state had gone bad by itself;
                 ``None`` where the step alone was.
+            late: Number of the update that was bad, where its reading arrived after it was made.
         """
         state = self._context.state
         if since is not None:
@@ -190,10 +200,11 @@ class StepCheck:
         times = self.transient[fault.place]
         suggestion = "The step was made again from its own state, batch and random numbers, and the fault was gone."
         if since is not None:
-            what = f"{tensor} {how}" if tensor else "The state had gone bad"
+            what = f"{tensor} {how} by itself." if tensor else "The state had gone bad by itself."
+            what = what if late is None else f"Update {late} was read when others had been made."
             suggestion = (
-                f"{what} by itself. The updates since the snapshot at update {since.step} were made "
-                "again from their own batches and random numbers, and the fault was gone."
+                f"{what} The updates since the snapshot at update {since.step} were made again from their own batches "
+                "and random numbers, and the fault was gone."
             )
         if times >= self._limits.test_device:
             suggestion += " It keeps happening at this place: test the device."
@@ -201,7 +212,7 @@ class StepCheck:
         confidence = self._context.thresholds.diagnosis.confidence.transient
         finding = Finding(cause, confidence, {"times": float(times)}, fault.place, suggestion=suggestion)
         words = ("redo",) if since is None else ("restore", "redo")
-        self._record(fault, *words, finding=finding, restored=since)
+        self._record(fault, *words, finding=finding, restored=since, late=late)
 
     def record_left_out(self, fault: Fault) -> None:
         """Put on record that a micro-batch was left out of its window, whose update is made from the others."""
@@ -217,10 +228,19 @@ class StepCheck:
         known = Evidence(step=state.step + 1, healthy_steps=state.healthy_steps)
         return self._loop.diagnose(fault, known, "replay", state.step + 1)
 
-    def _record(self, fault: Fault, *words: str, finding: Finding | None, restored: Snapshot | None = None) -> None:
-        # The update is still to be made, and other records are made after it.
-        global_step, epoch, batch_idx = self._loop.clock()
-        clock = global_step + 1, epoch, batch_idx
+    def _record(
+        self,
+        fault: Fault,
+        *words: str,
+        finding: Finding | None,
+        restored: Snapshot | None = None,
+        late: int | None = None,
+    ) -> None:
+        if late is None:  # the update is still to be made, and other records are made after it
+            global_step, epoch, batch_idx = self._loop.clock()
+            clock = global_step + 1, epoch, batch_idx
+        else:
+            clock = self._recorder.clock_of(late)
         self._context.state.restored = restored
         rates = self._context.rate.effective()
         self._recorder.record(fault, fault.place, words, rates, finding, clock=clock)

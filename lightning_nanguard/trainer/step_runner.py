@@ -10,7 +10,6 @@ from typing import Any, final
 import torch
 
 from lightning_nanguard.guard.guard import Guard
-from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.state.step_start import StepClock, StepMemory, StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
@@ -238,7 +237,7 @@ class StepRunner:
                 self._check.record_transient(fault_of(first), spoilt=spoilt, since=snapshot)
                 return again
             self._runs.rewind(micro, again)
-            restore(self._guard.context.learner, before)
+            before()
             self._check.begin_again(earliest.carried_back)
             give_gradients(parameters, gradients)
             self._forward.futile = True
@@ -314,7 +313,7 @@ class StepRunner:
         if self._window.micros:
             self._window.micros[-1].loss = getattr(result, "loss", None)
         if steps:
-            self._forward.keep(self._check.number, self._window.whole())
+            self._forward.keep(self._check.number, self._window.whole(), self._check.measures)
             for micro, fault in self._window.left_out():
                 if fault is not NOTHING_LEFT:
                     with self._replay.suspecting(micro.run.batch_idx):
