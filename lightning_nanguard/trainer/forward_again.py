@@ -151,8 +151,8 @@ class ForwardAgain:
             begins = opens_epoch or not kept or number - 1 in after
             if begins:
                 self._forget_measures(after)
-            held = measures() if begins else ()
-            kept.append(_Update(number, list(micros), scheduled, self._trainer.global_step, held, opens_epoch))
+            before = measures() if begins else ()
+            kept.append(_Update(number, list(micros), scheduled, self._trainer.global_step, before, opens_epoch))
 
     def _forget_measures(self, after: set[int]) -> None:
         """Let go of what no snapshot that is left, and no epoch, begins with."""

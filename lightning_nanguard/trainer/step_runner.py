@@ -27,6 +27,7 @@ from lightning_nanguard.trainer.private.closures import (
     uncounted,
 )
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.ranks_again import RanksAgain
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
 from lightning_nanguard.trainer.step_outcome import Outcome, fault_of, given, nan_loss
 from lightning_nanguard.trainer.window import NOTHING_LEFT, Micro, Window
@@ -90,6 +91,8 @@ class StepRunner:
             listens,
         )
 
+        self._ranks = RanksAgain(trainer, module, guard, replay, self._window, self._runs, self._memory, self._errors)
+
     # ---------------------------------------------------------------------------------------- Lightning's side
 
     def forward(self, forward: Callable[[], Any]) -> Any:
@@ -107,7 +110,7 @@ class StepRunner:
             start = self._memory.open(run.batch, random)
             if run.zero_grad is not None:
                 self._check.undo_also(start.carried_back)
-            if self._runs.allowed and self._replay.batches.nothing_left():
+            if self._check.allowed() and self._replay.batches.nothing_left():
                 return self._pass_over(run, start)
             return self._guarded(run, start) if self._runs.allowed and run.repeatable else run.whole()
         finally:
@@ -121,7 +124,9 @@ class StepRunner:
             outcome = self._runs.attempt(micro, steps=steps)
             if outcome.good:
                 return self._over(outcome.result, steps=steps)
-            if not self._runs.may_repeat():
+            if self._runs.together and outcome.error is None:
+                return self._ranks.run(outcome)
+            if self._runs.together or not self._runs.may_repeat():
                 return given(outcome)
             self._memory.close()
             if len(self._window.micros) > 1 and not outcome.early:
@@ -317,7 +322,7 @@ class StepRunner:
             for micro, fault in self._window.left_out():
                 if fault is not NOTHING_LEFT:
                     with self._replay.suspecting(micro.run.batch_idx):
-                        self._check.record_left_out(fault)
+                        self._check.record_left_out(fault, self._check.diagnosis(fault))
             for micro, (fault, finding) in self._window.kept():
                 with self._replay.suspecting(micro.run.batch_idx):
                     self._check.record_kept(fault, finding)
