@@ -97,8 +97,7 @@ def build_guard(
         runner = ActingRunner(context, actions, carried_out_by, recovery, skipper, plausibility, readback)
     interventions = Interventions(context, loop, policy, investigator, recorder, runner, carried_out_by)
     undos = deque(make_undo() for _ in range(readback.open_batches()))
-    told = readback if isinstance(readback, RankReadback) else None
-    steps = StepCheck(context, loop, meter, caution, recorder, policy, undos, told)
+    steps = StepCheck(context, loop, meter, caution, recorder, policy, undos, readback)
     late = LateRedo(context, steps, skipper, snapshots, readback)
     return Guard(
         GuardParts(

@@ -55,9 +55,7 @@ class LateRedo:
         if not state.go_on(snapshot, found.reading):
             self._skipper.skipped |= skipped
             return False
-        self._context.ring.drop_pending()  # it is of a state that this update was missing from
         self._snapshots.count_from(state.step)
-        self._readback.clear()
         self._readback.update_undone(found, statistics=False)
         self._steps.record_transient(found.fault, since=snapshot, late=found.reading.step)
         state.restored = snapshot

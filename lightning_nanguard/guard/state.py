@@ -31,6 +31,7 @@ class GuardState:
         told: Update and words of the last finite suspicion that the user was told of; ``None`` before.
         raised: The exception of ``training_step`` that the next non-finite loss stands for, in words.
         unrestored: What is still not finite after the present intervention has restored a snapshot, in words.
+        skipped: Numbers of the newest updates that were skipped.
         passed_over: Whether the update at hand is left out because every sample of it is known to be bad.
         rates: Step and effective learning rate of the first group, for each step at which it changed.
     """
@@ -47,6 +48,7 @@ class GuardState:
     told: tuple[int, str] | None = None
     raised: str | None = None
     unrestored: str | None = None
+    skipped: deque[int] = field(default_factory=lambda: deque(maxlen=1024))
     passed_over: bool = False
     rates: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=1024))
 

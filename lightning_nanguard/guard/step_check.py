@@ -18,6 +18,7 @@ from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.rank_readback import RankReadback
+from lightning_nanguard.guard.readback import Readback
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.measure.tensors import is_on_host
 from lightning_nanguard.state.batch_undo import BatchUndo, Undo
@@ -39,7 +40,7 @@ class StepCheck:
         recorder: Records what was made again.
         policy: Says whether a rollback is allowed.
         undos: The first one undoes what the batch at hand changed.
-        ranks: Tells other ranks of an update that looks bad; ``None`` with one process.
+        readback: Forgets readings of states that are gone; with several ranks it tells the others of a bad update.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class StepCheck:
         recorder: InterventionRecorder,
         policy: Policy,
         undos: deque[BatchUndo],
-        ranks: RankReadback | None = None,
+        readback: Readback,
     ) -> None:
         self._context = context
         self._loop = loop
@@ -60,7 +61,8 @@ class StepCheck:
         self._recorder = recorder
         self._policy = policy
         self._undos = undos
-        self._ranks = ranks
+        self._readback = readback
+        self._ranks = readback if isinstance(readback, RankReadback) else None
         self._seen_by: tuple[int, ...] = ()
         self._limits = context.thresholds.batches.repeated
         # How often a fault at a place was gone when its step was made again.
@@ -239,6 +241,8 @@ class StepCheck:
         state = self._context.state
         if since is not None:
             state.policy = self._policy.count_forward_again(fault, self.number, state.policy)
+            self._readback.clear()  # readings of states that are gone, as is that of a pending snapshot
+            self._context.ring.drop_pending()
         tensor, how = spoilt
         if tensor:
             fault = replace(fault, place=tensor)

@@ -44,7 +44,7 @@ class _Update:
 
     Attributes:
         number: Its number.
-        micros: Its micro-batches.
+        micros: Its micro-batches; none where it was skipped, or cannot be made again.
         groups: What schedulers had written into the optimizer's groups.
         global_step: The trainer's clock before it.
         measures: What puts metrics and means back to before it; empty where an earlier update has that.
@@ -144,7 +144,7 @@ class ForwardAgain:
         first = self._first_after(ring.certified[0]) if ring.certified else number
         if kept and kept[0].number > first:
             kept.clear()  # snapshots are too far apart for this
-        if self._room and micros and (kept or number <= first):
+        if self._room and (kept or number <= first):
             groups = self._context.learner.optimizers[0].param_groups
             scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
             after = {one.step for one in (*ring.certified, ring.pending) if one is not None}
@@ -181,7 +181,13 @@ class ForwardAgain:
         updates = [one for one in self._kept if snapshot.step < one.number <= number]
         numbers, first = [one.number for one in updates], self._first_after(snapshot)
         tensors = any(isinstance(value, Tensor) for one in updates for group in one.groups for value in group.values())
+        if not all(one.micros or self._was_skipped(one, number) for one in updates):
+            return None
         return None if tensors or numbers != list(range(first, number + 1)) else updates
+
+    def _was_skipped(self, update: _Update, number: int) -> bool:
+        """Whether the run did not make an update; the last one is that of the fault at hand."""
+        return update.number < number and update.number in self._context.state.skipped
 
     def go(
         self,
@@ -266,12 +272,15 @@ class ForwardAgain:
         return not all(bool(torch.isfinite(loss).all()) for loss in losses) or self._is_as_large(bad)
 
     def _make(self, updates: list[_Update], snapshot: Snapshot, *, bad: Reading | None) -> bool:
+        number = updates[-1].number if updates else 0
         restore(self._context.learner, snapshot)
         if snapshot.step > self._started:  # it was taken before callbacks saw the end of its update
             self._average_again(snapshot.step, snapshot.global_step - 1)
         same, differs = 0, False
         for update in updates:
             self._measure_from(update, first=update is updates[0])
+            if self._was_skipped(update, number):
+                continue
             for known, now in self._losses(update, spoilt=differs or (bad is not None and update.number > bad.step)):
                 if not bool(torch.isfinite(now).all()):
                     return False

@@ -185,10 +185,12 @@ class StepRunner:
             last = Outcome(early=True)  # all has been put back to where the micro-batch began
         alone = steps and len(self._window.left_out()) == len(self._window.micros) - 1
         if not self._runs.accumulating() and first.error is None and last.error is None and not last.early:
+            self._keep(steps=steps)
             return last.result  # forward and backward have run, and the guard sees what they gave
         self._runs.rewind(micro, last)
         if self._runs.accumulating() and not alone and self._check.state_is_finite():
             return self._leave_out(micro, first, after, counted=counted, steps=steps)
+        self._keep(steps=steps)
         return self._pass_on(micro, first, after, counted=counted)
 
     def _with_good_samples(
@@ -317,8 +319,8 @@ class StepRunner:
         """The micro-batch is over; where the update follows, keep it, and record what was left out of it."""
         if self._window.micros:
             self._window.micros[-1].loss = getattr(result, "loss", None)
+        self._keep(steps=steps)
         if steps:
-            self._forward.keep(self._check.number, self._window.whole(), self._check.measures)
             for micro, fault in self._window.left_out():
                 if fault is not NOTHING_LEFT:
                     with self._replay.suspecting(micro.run.batch_idx):
@@ -327,3 +329,8 @@ class StepRunner:
                 with self._replay.suspecting(micro.run.batch_idx):
                     self._check.record_kept(fault, finding)
         return result
+
+    def _keep(self, *, steps: bool) -> None:
+        """Keep the update that follows, so that it can be made again."""
+        if steps:
+            self._forward.keep(self._check.number, self._window.whole(), self._check.measures)
