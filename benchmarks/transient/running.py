@@ -9,12 +9,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-<<<<<<< HEAD
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from unittest.mock import patch
-=======
-from typing import Any, Protocol
->>>>>>> main
 
 import numpy as np
 import pytorch_lightning as pl
@@ -222,13 +218,8 @@ def outcome(job: tuple[int, int, Readback]) -> Outcome:
     torch.set_num_threads(1)
     seed, number, readback = job
     one = draw(seed, number)
-<<<<<<< HEAD
     strike, guard, error = Strike(one), NaNGuard(snapshot_every_n_steps=one.every, readback=readback), ""
-    with _quiet(), patch.object(PendingReading, "arrived", lambda reading: False):
-=======
-    strike, guard, error = Strike(one), NaNGuard(snapshot_every_n_steps=one.every, readback="step"), ""
-    with quiet():
->>>>>>> main
+    with quiet(), patch.object(PendingReading, "arrived", lambda reading: False):
         expected, left = _left_behind(one, Strike(None), None), {}
         try:
             left = _left_behind(one, strike, guard)
