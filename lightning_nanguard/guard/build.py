@@ -31,6 +31,7 @@ from lightning_nanguard.guard.deferred_readback import DeferredReadback, Deferre
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.guard.interventions import Interventions
 from lightning_nanguard.guard.investigator import Investigator
+from lightning_nanguard.guard.late_redo import LateRedo
 from lightning_nanguard.guard.loop import BatchReplay, NoReplay, TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.parts import GuardParts
@@ -97,6 +98,8 @@ def build_guard(
     receipts = Receipts(context, branches, recorder, snapshots)
     interventions = Interventions(context, loop, policy, investigator, recorder, runner, carried_out_by, receipts)
     undos = deque(make_undo() for _ in range(readback.open_batches()))
+    steps = StepCheck(context, loop, meter, caution, recorder, policy, undos, readback)
+    late = LateRedo(context, steps, skipper, snapshots, readback)
     return Guard(
         GuardParts(
             context=context,
@@ -109,14 +112,14 @@ def build_guard(
             plausibility=plausibility,
             certification=Certification(context, loop, investigator, snapshots),
             investigator=investigator,
-            judge=ReadingJudge(context, meter, runner, interventions, plausibility),
+            judge=ReadingJudge(context, meter, runner, interventions, plausibility, late),
             runner=runner,
             recovery=recovery,
             rates=RateWatch(context, skipper, recorder, schedulers or {}),
             recorder=recorder,
             saving=_saving(context, recorder),
             beside=Beside(context, trials, receipts),
-            steps=StepCheck(context, loop, meter, caution, recorder, policy, undos),
+            steps=steps,
             undos=undos,
         )
     )

@@ -10,6 +10,7 @@ from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.interventions import Interventions
+from lightning_nanguard.guard.late_redo import LateRedo
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.plan_runner import PlanRunner
 from lightning_nanguard.guard.readback import Arrived
@@ -28,6 +29,7 @@ class ReadingJudge:
         runner: Blocks updates.
         interventions: Handle faults.
         plausibility: Looks at running statistics.
+        late: Makes updates again whose fault was chance.
 
     Attributes:
         readings: Healthy readings since the last batch ended.
@@ -41,6 +43,7 @@ class ReadingJudge:
         runner: PlanRunner,
         interventions: Interventions,
         plausibility: PlausibilityCheck,
+        late: LateRedo,
     ) -> None:
         self._context = context
         self._monitors = context.monitors
@@ -49,6 +52,7 @@ class ReadingJudge:
         self._runner = runner
         self._interventions = interventions
         self._plausibility = plausibility
+        self._late = late
         self._found: list[FoundFault] = []
         self.readings: list[Reading] = []
         self.non_finite = 0
@@ -154,7 +158,9 @@ class ReadingJudge:
 
     def handle(self, found: FoundFault) -> None:
         """Handle a fault; if it turns out to be none, its reading is a healthy one."""
-        if self._interventions.handle(found):
+        if self._late.made_again(found):
+            self.non_finite -= 1
+        elif self._interventions.handle(found):
             self._accept(found.reading)
 
     def _accept(self, reading: Reading) -> None:

@@ -32,6 +32,7 @@ class GuardState:
         raised: The exception of ``training_step`` that the next non-finite loss stands for, in words.
         arm: What a trial has trained from the start, where it is to be gone on from there; ``None`` without one.
         unrestored: What is still not finite after the present intervention has restored a snapshot, in words.
+        skipped: Numbers of the newest updates that were skipped.
         passed_over: Whether the update at hand is left out because every sample of it is known to be bad.
         rates: Step and effective learning rate of the first group, for each step at which it changed.
     """
@@ -49,6 +50,7 @@ class GuardState:
     raised: str | None = None
     arm: Snapshot | None = None
     unrestored: str | None = None
+    skipped: deque[int] = field(default_factory=lambda: deque(maxlen=1024))
     passed_over: bool = False
     rates: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=1024))
 

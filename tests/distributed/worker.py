@@ -34,6 +34,7 @@ from lightning_nanguard import NaNGuard
 from lightning_nanguard.distributed.group import Group
 from lightning_nanguard.measure.tensors import local
 from lightning_nanguard.trainer import build
+from tests.distributed.again import again, mistaken
 from tests.distributed.data import AT, STEPS, far_off, spoilt, without
 from tests.distributed.further import NaNValidation
 from tests.distributed.plain import plain
@@ -186,7 +187,7 @@ def faults(worker: Worker) -> None:
     worker.fit("healthy")
     worker.fit("bare", guarded=False)
     worker.fit("without", guarded=False, data=without(AT))
-    worker.fit("without window", guarded=False, data=without(AT - 1, AT), accumulate_grad_batches=2)
+    worker.fit("window", guarded=False, accumulate_grad_batches=2)
     for rank in range(worker.world):
         one_rank(worker, rank)
 
@@ -294,7 +295,8 @@ def uneven(worker: Worker) -> None:
     worker.fit("uneven", data=lambda rank: batches(count=STEPS - 3 * rank, seed=rank))
 
 
-SUITES = {one.__name__: one for one in (faults, behaviour, plain, saves, sharded, raising, uneven, zero, zero_alone)}
+_ALL = (again, mistaken, faults, behaviour, plain, saves, sharded, raising, uneven, zero, zero_alone)
+SUITES = {one.__name__: one for one in _ALL}
 
 
 def quiet() -> None:
