@@ -135,7 +135,12 @@ def _cost(twin: Left, left: Left) -> float:
 
 def _known_to_the_bit(one: Draw, records: Sequence[Any], guarded: Left) -> bool:
     """Whether the end of the guarded run follows from that of a run without the fault, or without the batch."""
-    if not any(record.remedies for record in records) or guarded.error or one.precision == "fp16" or "early stopping" in one.companions:
+    if (
+        not any(record.remedies for record in records)
+        or guarded.error
+        or one.precision == "fp16"
+        or "early stopping" in one.companions
+    ):
         return False
     for record in records:
         remedies = set(record.remedies)
