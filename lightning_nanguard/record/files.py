@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning_nanguard.record.receipts import Receipt
@@ -38,6 +39,23 @@ def read_whole(path: str | os.PathLike[str], begin: int = 0) -> bytes:
     with open(path, "rb") as file:
         file.seek(begin)
         return file.read()
+
+
+def put_aside(path: str | os.PathLike[str]) -> Path:
+    """Where :class:`JsonLines` puts a file of records that has grown too large.
+
+    Example:
+        >>> put_aside("interventions.jsonl").name
+        'interventions.1.jsonl'
+    """
+    path = Path(path)
+    return path.with_name(f"{path.stem}.1{path.suffix}")
+
+
+def with_put_aside(path: str | os.PathLike[str]) -> list[Path]:
+    """The files in which the records of a path lie, the oldest first."""
+    older = put_aside(path)
+    return [older, Path(path)] if older.is_file() else [Path(path)]
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Intervention]:
@@ -80,6 +98,10 @@ def read_receipts(path: str | os.PathLike[str]) -> list[Receipt]:
 
 
 def _read(path: str | os.PathLike[str], parse: Callable[[Mapping[str, Any]], _Record]) -> list[_Record]:
+    return [record for one in with_put_aside(path) for record in _read_file(one, parse)]
+
+
+def _read_file(path: Path, parse: Callable[[Mapping[str, Any]], _Record]) -> list[_Record]:
     records: list[_Record] = []
     unreadable: list[int] = []
     later = False

@@ -16,6 +16,7 @@ from typing import Any, Protocol, final
 
 from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import Sink
+from lightning_nanguard.record.files import put_aside
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -36,7 +37,9 @@ class JsonLines(Sink):
     has to be synchronised with the disk: at most once a second, and with :meth:`close`.
 
     The folder is made with the first record, so a healthy run leaves nothing behind. While the file cannot be written,
-    the newest records wait in memory and are tried again with every next record and with :meth:`close`.
+    the newest records wait in memory and are tried again with every next record and with :meth:`close`. A file that has
+    grown to ``thresholds.bytes_per_file`` is put aside as ``NAME.1.jsonl``, in the place of the one before, and readers
+    take both.
 
     Args:
         path: The file. What it already holds is kept.
@@ -60,6 +63,7 @@ class JsonLines(Sink):
         most = thresholds.records_waiting_for_file
         require(most >= 1, thresholds, "records_waiting_for_file", most, "at least 1")
         self.path = Path(path)
+        self._bytes_per_file = thresholds.bytes_per_file
         self._seconds_between_syncs = thresholds.seconds_between_syncs
         self._waiting: deque[bytes] = deque(maxlen=most)
         self._dropped = 0
@@ -103,6 +107,9 @@ class JsonLines(Sink):
         lasting = last or now >= self._synced + self._seconds_between_syncs
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.is_file() and self.path.stat().st_size >= self._bytes_per_file:
+                with contextlib.suppress(OSError):  # a folder that takes no new name still takes more lines
+                    os.replace(self.path, put_aside(self.path))
             # Unbuffered, since a buffer left over from a full disk would be written again when the file is closed.
             with open(self.path, "a+b", buffering=0) as file:
                 while self._waiting:

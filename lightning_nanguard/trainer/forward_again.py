@@ -142,7 +142,9 @@ class ForwardAgain:
             kept.clear()  # what lies before a gap leads nowhere
         while len(kept) >= max(1, self._room):
             kept.popleft()
-        first = self._first_after(ring.certified[0]) if ring.certified else number
+        # One that is pending may be certified before the updates since are needed: after a gap they begin there.
+        newest = ring.pending or (ring.certified[0] if ring.certified else None)
+        first = number if newest is None else self._first_after(newest)
         if kept and kept[0].number > first:
             kept.clear()  # snapshots are too far apart for this
         if self._room and (kept or number <= first):
