@@ -11,7 +11,7 @@ OLDEST := pytorch-lightning==2.4.0
 ARC_TRAINING := arc-training==5.2.0.post1
 ARC ?= $(HOME)/.cache/lightning-nanguard/arc
 
-.PHONY: diagnose demo test oldest rescue arc packages upstream bench kills transient lint types clean
+.PHONY: diagnose demo docs dist install-check test oldest rescue arc packages upstream bench kills transient lint types clean
 
 # Torch goes first and alone: what depends on it must find it in place and not choose another build. DeepSpeed goes last:
 # it is built with the torch that is there, and compiles nothing.
@@ -25,6 +25,33 @@ ARC ?= $(HOME)/.cache/lightning-nanguard/arc
 
 .PHONY: .venv
 .venv: .venv/.stamp
+
+# Tools that need no torch, in an environment of their own.
+.venv/tools/.stamp: requirements-tools.txt
+	$(PYTHON) -m venv .venv/tools
+	.venv/tools/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-tools.txt
+	touch $@
+
+# The site, in build/site: every warning is an error, and nothing may be loaded from another host.
+docs: .venv/tools/.stamp
+	NO_MKDOCS_2_WARNING=1 .venv/tools/bin/python -m mkdocs build --quiet --strict
+	.venv/tools/bin/python -m website.offline build/site
+
+# The packages, in dist, with a strict look at their metadata.
+dist: .venv/tools/.stamp
+	rm -rf dist build/lib
+	.venv/tools/bin/python -m build --outdir dist
+	.venv/tools/bin/python -m twine check --strict dist/*
+
+# Installs the wheel into an empty environment beside each of Lightning's two packages, and trains there; a few minutes.
+install-check: dist
+	for package in pytorch-lightning lightning; do \
+		rm -rf build/empty && $(PYTHON) -m venv build/empty && \
+		build/empty/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements-dev.txt)" && \
+		build/empty/bin/python -m pip install --quiet --disable-pip-version-check $$package dist/*.whl && \
+		build/empty/bin/python -I tests/installed.py $$package || exit 1; \
+	done
+	rm -rf build/empty
 
 demo: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py

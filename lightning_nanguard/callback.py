@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -38,9 +37,6 @@ from lightning_nanguard.trainer.switch import switched
 from lightning_nanguard.types import ActOn, Fault, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
-
-STATE_SCHEMA = 1
-"""Version of what :meth:`NaNGuard.state_dict` gives; raised when an entry changes its meaning."""
 
 
 @final
@@ -166,37 +162,10 @@ class NaNGuard(DisplayedGuard):
         )
         super().__init__(arguments)
         expect_hooks(self)
-        self._resumed: Mapping[str, Any] | None = None
-        self._loaded: Mapping[str, Any] = {}
-        self._resumed_run: str | None = None
-        self._run_id: str | None = None
         self._unwatched = False
         self._gate: ResumeGate | None = None
-        self._multiplier = 1.0
-        self._before: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
 
-    # ------------------------------------------------------------------------------------------------ what users read
-
-    @property
-    def run_id(self) -> str | None:
-        """Id of the run, which its records and checkpoints carry; ``None`` before the first fit."""
-        return self._memory.run.get("id")
-
-    @property
-    def lr_multiplier(self) -> float:
-        """What the scheduled learning rates are multiplied by now."""
-        known: float = self._memory.run.get("lr_multiplier", self._multiplier)
-        return self._fit.context.rate.ratio() if self._fit is not None else known
-
-    @property
-    def non_finite_rate(self) -> float | None:
-        """Share of the updates, over all ranks, whose loss or gradient was not finite; ``None`` before a fit's end."""
-        return self._memory.run.get("non_finite_rate")
-
-    @property
-    def clip_val(self) -> float | None:
-        """The clipping value the guard has turned on, ``None`` without one."""
-        return self._fit.context.clipper.value if self._fit is not None else None
+    # ------------------------------------------------------------------------------------------------ what users call
 
     def examine(self) -> None:
         """Examine the run at the end of the batch at hand; what is found is in :attr:`advice` then, and on record.
@@ -405,38 +374,6 @@ class NaNGuard(DisplayedGuard):
             fit.say_how_it_went(faults, remedies)
         finally:
             fit.close()
-
-    # ------------------------------------------------------------------------------------------------ state
-
-    def state_dict(self) -> dict[str, Any]:
-        """Multiplier, clipping, windows, budgets and counts, in plain containers."""
-        if self._given is None:
-            return dict(self._loaded)  # for a later run with the guard
-        state = self._fit.guard.state_dict() if self._fit is not None else dict(self._last_state)
-        if not state:
-            return {}
-        return {"schema": STATE_SCHEMA, "guard": state, "interventions": self._memory.total, "run": self._run_id}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Taken up when the fit starts: optimizers do not exist yet."""
-        self._loaded = state_dict
-        self._resumed_run = state_dict.get("run")
-        schema = state_dict.get("schema", STATE_SCHEMA)
-        if schema != STATE_SCHEMA:
-            _logger.warning(
-                "NaNGuard: the checkpoint holds the guard's state in version %s, and this lightning-nanguard reads "
-                "version %s: the run goes on, but multiplier, clipping, budgets and windows start anew. Install the "
-                "version that wrote it to take them up.",
-                schema,
-                STATE_SCHEMA,
-            )
-            return
-        self._resumed = state_dict.get("guard")
-        self._know_samples(self._resumed)
-        self._memory.total = int(state_dict.get("interventions", 0))
-
-    def _counts(self) -> tuple[Counter[str], Counter[str]]:
-        return Counter(self._memory.faults), Counter(self._memory.remedies)
 
     def _say_unwatched(self) -> None:
         if self._given is not None and not self._unwatched:

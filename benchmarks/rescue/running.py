@@ -261,11 +261,11 @@ def train(
             enable_model_summary=False,
             limit_val_batches=0,
             default_root_dir=folder,
-            **_precision(case.precision),
+            **precision_options(case.precision),
         )
         wall, cpu = time.perf_counter(), time.process_time()
         try:
-            with _deadline(TIME_LIMIT):
+            with deadline(TIME_LIMIT):
                 trainer.fit(learner, batches)
         except Exception as e:
             error = (type(e).__name__, str(e))
@@ -342,7 +342,8 @@ def _is_poisoned(tensor: Tensor, before: Tensor | None) -> bool:
     return bool(bad.any())
 
 
-def _precision(name: str) -> dict[str, Any]:
+def precision_options(name: str) -> dict[str, Any]:
+    """Arguments of a Trainer for a precision by its short name."""
     if name == "fp16":  # precision="16-mixed" would silently become bf16 on CPU
         return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
     return {"precision": "bf16-mixed"} if name == "bf16" else {}
@@ -370,7 +371,9 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _deadline(seconds: int) -> Iterator[None]:
+def deadline(seconds: int) -> Iterator[None]:
+    """End what runs within with a TimeoutError after so many seconds."""
+
     def give_up(*_: object) -> None:
         raise TimeoutError(f"fit took more than {seconds} s")
 

@@ -26,11 +26,12 @@ from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.certification import Certification
 from lightning_nanguard.guard.context import GuardContext, Settings
 from lightning_nanguard.guard.deferred_readback import DeferredReadback, DeferredReadings
-from lightning_nanguard.guard.guard import Guard, GuardParts
+from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.guard.interventions import Interventions
 from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.loop import BatchReplay, NoReplay, TrainingLoop
 from lightning_nanguard.guard.meter import Meter
+from lightning_nanguard.guard.parts import GuardParts
 from lightning_nanguard.guard.plan_runner import ActingRunner, ObservingRunner, PlanRunner
 from lightning_nanguard.guard.rank_readback import RankReadback
 from lightning_nanguard.guard.rate_watch import RateWatch

@@ -7,87 +7,25 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from lightning_nanguard.act.skip import StepSkipper, unscales_itself
-from lightning_nanguard.checkpoints.saving import SaveGuard
+from lightning_nanguard.act.skip import unscales_itself
 from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.errors import TrainingDivergedError
-from lightning_nanguard.guard.caution import Caution
-from lightning_nanguard.guard.certification import Certification
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
-from lightning_nanguard.guard.investigator import Investigator
-from lightning_nanguard.guard.loop import TrainingLoop
-from lightning_nanguard.guard.meter import Meter
-from lightning_nanguard.guard.plan_runner import PlanRunner
-from lightning_nanguard.guard.rate_watch import RateWatch
-from lightning_nanguard.guard.readback import Readback
-from lightning_nanguard.guard.reading_judge import ReadingJudge
-from lightning_nanguard.guard.recorder import InterventionRecorder
-from lightning_nanguard.guard.recovery import Recovery
-from lightning_nanguard.guard.snapshot_manager import SnapshotManager
+from lightning_nanguard.guard.parts import GuardParts
 from lightning_nanguard.guard.step_check import StepCheck
-from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import describe
-from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.restore import mend_averages
 from lightning_nanguard.types import Fault, Reading
 
 _logger = logging.getLogger("lightning_nanguard")
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class GuardParts:
-    """The parts of a guard, as :func:`~lightning_nanguard.guard.build.build_guard` puts them together.
-
-    Attributes:
-        context: What all of them share.
-        loop: The loop around.
-        meter: Measures loss and gradient norm.
-        readback: How readings arrive.
-        caution: When an update is read before it is made although readings are deferred.
-        skipper: Keeps updates from the weights.
-        snapshots: Takes snapshots and looks at them.
-        plausibility: Finds what is finite and far out of range.
-        certification: When a state counts as good.
-        investigator: Gathers evidence.
-        judge: Tells healthy readings from faults.
-        runner: Carries plans out.
-        recovery: Lower rates and clipping.
-        rates: Keeps updates from being made at a rate that is none.
-        recorder: Makes records.
-        saving: Looks at checkpoints before they are written.
-        steps: Looks at an update while it can still be made again.
-        undos: One object for each batch that may still have to be undone.
-    """
-
-    context: GuardContext
-    loop: TrainingLoop
-    meter: Meter
-    readback: Readback
-    caution: Caution
-    skipper: StepSkipper
-    snapshots: SnapshotManager
-    plausibility: PlausibilityCheck
-    certification: Certification
-    investigator: Investigator
-    judge: ReadingJudge
-    runner: PlanRunner
-    recovery: Recovery
-    rates: RateWatch
-    recorder: InterventionRecorder
-    saving: SaveGuard
-    steps: StepCheck
-    undos: deque[BatchUndo]
 
 
 @final

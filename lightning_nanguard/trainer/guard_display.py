@@ -13,11 +13,11 @@ from lightning_nanguard.record.messages import describe_advice
 from lightning_nanguard.record.summary import summary
 from lightning_nanguard.report.data import read_run_data
 from lightning_nanguard.report.figure import draw, matplotlib
-from lightning_nanguard.trainer.guard_data import DataWatchingGuard
+from lightning_nanguard.trainer.guard_state import StatefulGuard
 from lightning_nanguard.types import Advice, Intervention
 
 
-class DisplayedGuard(DataWatchingGuard):
+class DisplayedGuard(StatefulGuard):
     """What :class:`~lightning_nanguard.NaNGuard` shows of itself."""
 
     @property

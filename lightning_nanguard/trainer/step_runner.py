@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, final
 
 import torch
 
 from lightning_nanguard.guard.guard import Guard
-from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.state.step_start import StepClock, StepMemory, StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.forward_again import ForwardAgain
-from lightning_nanguard.trainer.gradient_copies import give_gradients, gradients_if_room, gradients_of, undo_if_room
+from lightning_nanguard.trainer.gradient_copies import give_gradients, gradients_if_room
+from lightning_nanguard.trainer.micro_runs import MicroRuns
 from lightning_nanguard.trainer.numeric_errors import NumericErrors, is_numeric
-from lightning_nanguard.trainer.private.callbacks import is_from_callback
 from lightning_nanguard.trainer.private.closures import (
     MicroBatchRun,
     accumulates,
     call_after_backward,
-    changes_gradients,
     logging_for,
     result_of,
     uncounted,
 )
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
-from lightning_nanguard.trainer.step_outcome import BadLossError, Outcome, fault_of, given, nan_loss
+from lightning_nanguard.trainer.step_outcome import Outcome, fault_of, given, nan_loss
 from lightning_nanguard.trainer.window import NOTHING_LEFT, Micro, Window
+from lightning_nanguard.trainer.window_again import WindowAgain
 from lightning_nanguard.types import Fault, Reading
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -72,38 +70,36 @@ class StepRunner:
         self._module = module
         self._guard = guard
         self._check = guard.steps
-        self._allowed = guard.steps.allowed()
         self._replay = replay
         self._listens = listens
-        self._careful = changes_gradients(trainer, module)
         self._memory = StepMemory(module, thresholds)
         self._errors = NumericErrors(trainer, module, guard, replay)
         self._keeper = keeper
         self._window = Window(trainer, guard.steps, thresholds)
         self._forward = ForwardAgain(trainer, module, guard.context, replay, thresholds)
-        # Whether a micro-batch is being run again, whether a bad loss may go on to its backward pass, whether the
-        # forward pass at hand is over, and what takes its place.
-        self._again = self._may_pass = self._forward_over = False
-        self._instead: Any = None
+        self._runs = MicroRuns(trainer, module, guard, self._window, self._memory, listens, extreme=keeper is not None)
+        self._windows = WindowAgain(
+            trainer,
+            module,
+            guard.steps,
+            replay,
+            self._window,
+            self._runs,
+            self._memory,
+            self._errors,
+            keeper,
+            listens,
+        )
 
     # ---------------------------------------------------------------------------------------- Lightning's side
 
     def forward(self, forward: Callable[[], Any]) -> Any:
         """Run the forward pass; in a window, end the run of a bad micro-batch before its backward pass."""
-        if self._instead is not None:
-            return self._instead
-        self._forward_over = False
-        result = forward()
-        self._forward_over = True
-        if self._accumulating() and self._may_repeat() and not self._may_pass:
-            fault = self._check.fault_of_loss(result.closure_loss, 0)
-            if fault is not None:
-                raise BadLossError(fault, result)
-        return result
+        return self._runs.forward(forward)
 
     def run(self, run: MicroBatchRun) -> Any:
         """Run a micro-batch, again where that is called for; gives what Lightning goes on with."""
-        if self._again:
+        if self._runs.repeats:
             return run.whole()
         random = self._replay.batches.begin_step()
         try:
@@ -112,9 +108,9 @@ class StepRunner:
             start = self._memory.open(run.batch, random)
             if run.zero_grad is not None:
                 self._check.undo_also(start.carried_back)
-            if self._allowed and self._replay.batches.nothing_left():
+            if self._runs.allowed and self._replay.batches.nothing_left():
                 return self._pass_over(run, start)
-            return self._guarded(run, start) if self._allowed and run.repeatable else run.whole()
+            return self._guarded(run, start) if self._runs.allowed and run.repeatable else run.whole()
         finally:
             self._replay.batches.end_step()
             self._memory.close()
@@ -123,58 +119,18 @@ class StepRunner:
         micro = self._window.add(run, start)
         steps = not accumulates(self._trainer)
         try:
-            outcome = self._attempt(micro, steps=steps)
+            outcome = self._runs.attempt(micro, steps=steps)
             if outcome.good:
                 return self._over(outcome.result, steps=steps)
-            if not self._may_repeat():
+            if not self._runs.may_repeat():
                 return given(outcome)
             self._memory.close()
             if len(self._window.micros) > 1 and not outcome.early:
-                return self._window_again(outcome, steps=steps)
+                return self._over(self._windows.run(outcome, steps=steps), steps=steps)
             return self._micro_again(micro, outcome, steps=steps)
         finally:
             if steps:
                 self._window.close()
-
-    def _accumulating(self) -> bool:
-        return len(self._window.micros) > 1 or accumulates(self._trainer)
-
-    def _may_repeat(self) -> bool:
-        return self._allowed and self._memory.repeatable and self._window.is_kept()
-
-    def _attempt(self, micro: Micro, *, steps: bool) -> Outcome:
-        """Run a micro-batch once, and look at what it gave."""
-        try:
-            result = micro.run.whole()
-        except BadLossError as bad:
-            return Outcome(bad.result, bad.fault, early=True)
-        except Exception as error:
-            if is_from_callback(error, self._listens) or not (self._again or is_numeric(error)):
-                raise
-            return Outcome(error=error, early=not self._forward_over)
-        if not steps:
-            return Outcome(result)
-        self._window.weigh(self._gradients)
-        return Outcome(result, self._check.fault(0, careful=self._careful, extreme=self._keeper is not None))
-
-    @contextmanager
-    def _repeating(self, *, counted: bool, passing: bool = False, instead: Any = None) -> Iterator[None]:
-        """Inside, runs are repeated ones.
-
-        Args:
-            counted: Whether hooks have been called for the micro-batch, and progress was made.
-            passing: Whether a bad loss may go on to its backward pass.
-            instead: What takes the place of the forward pass.
-        """
-        self._again, self._may_pass, self._instead = True, passing, instead
-        try:
-            with uncounted(self._trainer, self._listens) if counted else nullcontext():
-                yield
-        finally:
-            self._again, self._may_pass, self._instead = False, False, None
-
-    def _gradients(self) -> list[torch.Tensor]:
-        return self._guard.context.learner.gradients(0)
 
     # ---------------------------------------------------------------------------------------- one micro-batch again
 
@@ -185,11 +141,11 @@ class StepRunner:
         # Some faults hang on a counter or flag that the first run has changed, and come back with it.
         for keeps in (False, True) if after.counted and first.error is None else (False,):
             counted = counted or not last.early
-            self._rewind(micro, last)
+            self._runs.rewind(micro, last)
             if keeps:
                 after.restore_counters()
-            with self._repeating(counted=counted):
-                last = self._attempt(micro, steps=steps)
+            with self._runs.repeating(counted=counted):
+                last = self._runs.attempt(micro, steps=steps)
             if last.good:
                 if keeps:
                     after.restore_counters()
@@ -202,11 +158,6 @@ class StepRunner:
                 _logger.debug("NaNGuard: a step cannot be made again: %r", last.error)
                 break
         return self._stays_bad(micro, first, last, after, counted=counted or not last.early, steps=steps)
-
-    def _rewind(self, micro: Micro, outcome: Outcome) -> None:
-        if not outcome.early:
-            self._check.drop_losses()
-        self._window.rewind(micro)
 
     def _stays_bad(
         self, micro: Micro, first: Outcome, last: Outcome, after: StepClock, *, counted: bool, steps: bool
@@ -229,10 +180,10 @@ class StepRunner:
                 return self._over(again.result, steps=steps)
             last = Outcome(early=True)  # all has been put back to where the micro-batch began
         alone = steps and len(self._window.left_out()) == len(self._window.micros) - 1
-        if not self._accumulating() and first.error is None and last.error is None and not last.early:
+        if not self._runs.accumulating() and first.error is None and last.error is None and not last.early:
             return last.result  # forward and backward have run, and the guard sees what they gave
-        self._rewind(micro, last)
-        if self._accumulating() and not alone and self._check.state_is_finite():
+        self._runs.rewind(micro, last)
+        if self._runs.accumulating() and not alone and self._check.state_is_finite():
             return self._leave_out(micro, first, after, counted=counted, steps=steps)
         return self._pass_on(micro, first, after, counted=counted)
 
@@ -242,16 +193,16 @@ class StepRunner:
         """Run the good samples of a bad micro-batch; ``None`` where nothing was run, not even put back."""
         if self._keeper is None or not self._memory.repeatable or micro.kept is not None:
             return None
-        self._rewind(micro, last)
+        self._runs.rewind(micro, last)
         part = self._keeper.good_part(micro, fault_of(first))
         if part is None:
             return Outcome(early=True)
-        with self._repeating(counted=counted), logging_for(self._trainer, micro.run.batch):
+        with self._runs.repeating(counted=counted), logging_for(self._trainer, micro.run.batch):
             # What is wrong with the gradients of a window may come from its other micro-batches.
-            outcome = self._attempt(micro, steps=steps and len(self._window.micros) == 1)
+            outcome = self._runs.attempt(micro, steps=steps and len(self._window.micros) == 1)
         if self._keeper.settle(micro, outcome, part):
             return outcome
-        self._rewind(micro, outcome)
+        self._runs.rewind(micro, outcome)
         return Outcome(fault=None if outcome.early else fault_of(outcome), early=True)
 
     def _may_go_back(self, fault: Fault) -> bool:
@@ -268,7 +219,7 @@ class StepRunner:
         snapshot = self._guard.context.ring.certified[0]
         spoilt = self._check.spoilt_since(snapshot)
         parameters, earliest = list(self._module.parameters()), self._window.micros[0].start
-        self._rewind(micro, last)
+        self._runs.rewind(micro, last)
         gradients = gradients_if_room(parameters)
         if gradients is None:
             return first
@@ -279,14 +230,14 @@ class StepRunner:
         if before is not None:
             self._check.begin_again(earliest.carried_back)
             self._window.rewind(micro)
-            with self._repeating(counted=counted):
-                again = self._attempt(micro, steps=steps)
+            with self._runs.repeating(counted=counted):
+                again = self._runs.attempt(micro, steps=steps)
             if again.good:
                 if first.error is not None and not first.early:
                     call_after_backward(self._trainer, self._listens)
                 self._check.record_transient(fault_of(first), spoilt=spoilt, since=snapshot)
                 return again
-            self._rewind(micro, again)
+            self._runs.rewind(micro, again)
             restore(self._guard.context.learner, before)
             self._check.begin_again(earliest.carried_back)
             give_gradients(parameters, gradients)
@@ -310,7 +261,7 @@ class StepRunner:
         self._check.raised(first.error)
         stands = self._nan_result() if first.error is not None or not self._memory.repeatable else None
         with (
-            self._repeating(counted=counted, passing=True, instead=stands),
+            self._runs.repeating(counted=counted, passing=True, instead=stands),
             torch.autograd.set_detect_anomaly(False) if stands is not None else nullcontext(),
         ):
             result = micro.run.whole()
@@ -353,86 +304,10 @@ class StepRunner:
     def _window_over(self, result: Any, *, steps: bool) -> Any:
         """A micro-batch was left out or made smaller: where the update follows, look at the gradients of the others."""
         if steps and len(self._window.micros) > 1:
-            self._window.weigh(self._gradients)
-            fault = self._check.fault(0, careful=self._careful)
-            if fault is not None and self._may_repeat():
-                return self._window_again(Outcome(result, fault), steps=steps)
+            fault = self._runs.weighed_fault()
+            if fault is not None and self._runs.may_repeat():
+                result = self._windows.run(Outcome(result, fault), steps=steps)
         return self._over(result, steps=steps)
-
-    def _window_again(self, first: Outcome, *, steps: bool) -> Any:
-        """Run all micro-batches of the window again, one by one, and leave out those that are bad."""
-        window, result, fault = self._window, None, None
-        trace = undo_if_room(self._replay.make_undo, [*self._module.parameters()])
-        if trace is None:
-            return self._over(given(first), steps=steps)
-        known, kept = len(window.left_out()), len(window.kept())
-        self._check.drop_losses()
-        self._check.rewind()
-        with self._repeating(counted=True):
-            for micro in window.micros:
-                last = steps and micro is window.micros[-1]
-                result = self._one_of_window(micro, known, trace, last=last)
-        if first.error is not None and window.micros[-1].left_out is not None:
-            micro = window.micros[-1]
-            if not self._errors.caused_by_numbers(micro.run, micro.start, backward=not first.early):
-                raise first.error
-        if steps:
-            window.weigh(self._gradients)
-            fault = self._check.fault(0, careful=self._careful)
-        if len(window.left_out()) == known and len(window.kept()) == kept and fault is None:
-            if first.error is not None:
-                call_after_backward(self._trainer, self._listens)
-            self._check.record_transient(fault_of(first))
-        return self._over(first.result if result is None else result, steps=steps)
-
-    def _one_of_window(self, micro: Micro, known: int, trace: BatchUndo, *, last: bool) -> Any:
-        parameters = list(self._module.parameters())
-        if micro.left_out is not None:
-            if micro.run.zero_grad is not None:
-                micro.run.zero_grad()
-            return None
-        before = [None] * len(parameters) if micro.run.zero_grad is not None else gradients_of(parameters)
-        # What a micro-batch found bad meanwhile had left in attributes is gone, and must not come back.
-        micro.start.restore(carried=len(self._window.left_out()) == known)
-        attributes = self._memory.attributes_now()
-        trace.open()
-        only = last and len(self._window.left_out()) == len(self._window.micros) - 1
-        outcome = self._attempt_of_window(micro, passing=only)
-        if outcome.good or (only and outcome.error is None and self._keeper is None):
-            return outcome.result
-        start = partial(micro.start.restore, carried=len(self._window.left_out()) == known)
-        undo = partial(self._undo_of_window, parameters, before, trace, attributes)
-        undo(outcome)
-        part = None if self._keeper is None else self._keeper.good_part(micro, fault_of(outcome))
-        if self._keeper is not None and part is not None:
-            start()
-            again = self._attempt_of_window(micro)
-            if self._keeper.settle(micro, again, part):
-                return again.result
-            undo(again)
-        if only and outcome.error is None:
-            start()
-            return self._attempt_of_window(micro, passing=True).result
-        micro.left_out = fault_of(outcome)
-        return outcome.result
-
-    def _attempt_of_window(self, micro: Micro, *, passing: bool = False) -> Outcome:
-        self._may_pass = passing
-        with logging_for(self._trainer, micro.run.batch):
-            outcome = self._attempt(micro, steps=False)
-        self._may_pass = False
-        if outcome.good:
-            outcome.fault = self._check.fault_of_gradients(0)
-        return outcome
-
-    def _undo_of_window(
-        self, parameters: Sequence[Any], before: Sequence[Any], trace: BatchUndo, attributes: Any, outcome: Outcome
-    ) -> None:
-        if not outcome.early and outcome.error is None:
-            self._check.drop_last_loss()
-        give_gradients(parameters, before)
-        trace.undo()
-        attributes.restore(plain=False)
 
     def _over(self, result: Any, *, steps: bool) -> Any:
         """The micro-batch is over; where the update follows, keep it, and record what was left out of it."""

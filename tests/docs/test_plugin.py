@@ -1,4 +1,4 @@
-"""The plugin in examples/plugin, which CONTRIBUTING.md describes step by step, works from YAML."""
+"""The plugin in examples/plugin, which docs/plugins.md describes step by step, works from YAML."""
 
 from __future__ import annotations
 

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import FrozenInstanceError
 
 import pytest
 
-from lightning_nanguard.types import Advice, Fault, Finding, Intervention, Reading
+from lightning_nanguard.types import Advice, Finding, Intervention
 
 FINDING = Finding("dead_relu", 0.9, {"share": 0.98}, "net.0", (1, 3), "lower the rate")
-
-
-def test_a_reading_knows_its_former_name() -> None:
-    """A detector written for version 0.1.0 reads the optimizer's index as ``stream``."""
-    assert Reading(4, 1, 0.5, None).stream == 1
 
 
 @pytest.mark.parametrize("value", [1.5, math.inf, -math.inf, None])
@@ -40,10 +34,3 @@ def test_what_is_no_record_is_refused(kind: type[Intervention | Advice]) -> None
     """A line that lacks what every version has says which keys it holds."""
     with pytest.raises(ValueError, match=r"not a record of .*its keys are \['a'\]"):
         kind.from_dict({"a": 1})
-
-
-def test_a_fault_cannot_be_changed() -> None:
-    """Once found, what was found stands."""
-    fault = Fault("odd", "batch", "loss")
-    with pytest.raises(FrozenInstanceError, match="cannot assign to field 'kind'"):
-        fault.kind = "even"  # type: ignore[misc]

@@ -1,0 +1,80 @@
+"""What a guard keeps from fit to fit and in checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_nanguard.trainer.arguments import Arguments
+from lightning_nanguard.trainer.guard_data import DataWatchingGuard
+
+_logger = logging.getLogger("lightning_nanguard")
+
+STATE_SCHEMA = 1
+"""Version of what :meth:`StatefulGuard.state_dict` gives; raised when an entry changes its meaning."""
+
+
+class StatefulGuard(DataWatchingGuard):
+    """What :class:`~lightning_nanguard.NaNGuard` takes along into checkpoints and into a later fit."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        super().__init__(arguments)
+        self._resumed: Mapping[str, Any] | None = None
+        self._loaded: Mapping[str, Any] = {}
+        self._resumed_run: str | None = None
+        self._run_id: str | None = None
+        self._multiplier = 1.0
+        self._before: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run, which its records and checkpoints carry; ``None`` before the first fit."""
+        return self._memory.run.get("id")
+
+    @property
+    def lr_multiplier(self) -> float:
+        """What the scheduled learning rates are multiplied by now."""
+        known: float = self._memory.run.get("lr_multiplier", self._multiplier)
+        return self._fit.context.rate.ratio() if self._fit is not None else known
+
+    @property
+    def non_finite_rate(self) -> float | None:
+        """Share of the updates, over all ranks, whose loss or gradient was not finite; ``None`` before a fit's end."""
+        return self._memory.run.get("non_finite_rate")
+
+    @property
+    def clip_val(self) -> float | None:
+        """The clipping value the guard has turned on, ``None`` without one."""
+        return self._fit.context.clipper.value if self._fit is not None else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Multiplier, clipping, windows, budgets and counts, in plain containers."""
+        if self._given is None:
+            return dict(self._loaded)  # for a later run with the guard
+        state = self._fit.guard.state_dict() if self._fit is not None else dict(self._last_state)
+        if not state:
+            return {}
+        return {"schema": STATE_SCHEMA, "guard": state, "interventions": self._memory.total, "run": self._run_id}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Taken up when the fit starts: optimizers do not exist yet."""
+        self._loaded = state_dict
+        self._resumed_run = state_dict.get("run")
+        schema = state_dict.get("schema", STATE_SCHEMA)
+        if schema != STATE_SCHEMA:
+            _logger.warning(
+                "NaNGuard: the checkpoint holds the guard's state in version %s, and this lightning-nanguard reads "
+                "version %s: the run goes on, but multiplier, clipping, budgets and windows start anew. Install the "
+                "version that wrote it to take them up.",
+                schema,
+                STATE_SCHEMA,
+            )
+            return
+        self._resumed = state_dict.get("guard")
+        self._know_samples(self._resumed)
+        self._memory.total = int(state_dict.get("interventions", 0))
+
+    def _counts(self) -> tuple[Counter[str], Counter[str]]:
+        return Counter(self._memory.faults), Counter(self._memory.remedies)

@@ -1,0 +1,144 @@
+"""Runs all micro-batches of a window of accumulation again, and leaves out those that are bad."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, final
+
+from lightning_nanguard.guard.step_check import StepCheck
+from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.step_start import StepMemory
+from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.gradient_copies import give_gradients, gradients_of, undo_if_room
+from lightning_nanguard.trainer.micro_runs import MicroRuns
+from lightning_nanguard.trainer.numeric_errors import NumericErrors
+from lightning_nanguard.trainer.private.closures import call_after_backward, logging_for
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.sample_keeper import SampleKeeper
+from lightning_nanguard.trainer.step_outcome import Outcome, fault_of, given
+from lightning_nanguard.trainer.window import Micro, Window
+
+
+@final
+class WindowAgain:
+    """Makes a window again whose gradient is bad: which of its micro-batches is at fault, the sum does not say.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        check: Looks at losses and gradients.
+        replay: Makes what undoes a micro-batch.
+        window: The micro-batches.
+        runs: Runs them.
+        memory: What is remembered before a step.
+        errors: Says which exceptions are made of numbers.
+        keeper: Gives the good samples of a bad batch; ``None`` where those are not to be kept.
+        listens: Says which callback is the guard's.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        check: StepCheck,
+        replay: TrainerBatchReplay,
+        window: Window,
+        runs: MicroRuns,
+        memory: StepMemory,
+        errors: NumericErrors,
+        keeper: SampleKeeper | None,
+        listens: Callable[[Any], bool],
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._check = check
+        self._replay = replay
+        self._window = window
+        self._runs = runs
+        self._memory = memory
+        self._errors = errors
+        self._keeper = keeper
+        self._listens = listens
+
+    def run(self, first: Outcome, *, steps: bool) -> Any:
+        """Run all micro-batches of the window again, one by one, and leave out those that are bad.
+
+        Args:
+            first: What the newest of them gave.
+            steps: Whether the update follows.
+
+        Returns:
+            What Lightning goes on with.
+        """
+        window, result, fault = self._window, None, None
+        trace = undo_if_room(self._replay.make_undo, [*self._module.parameters()])
+        if trace is None:
+            return given(first)
+        known, kept = len(window.left_out()), len(window.kept())
+        self._check.drop_losses()
+        self._check.rewind()
+        with self._runs.repeating(counted=True):
+            for micro in window.micros:
+                last = steps and micro is window.micros[-1]
+                result = self._one(micro, known, trace, last=last)
+        if first.error is not None and window.micros[-1].left_out is not None:
+            micro = window.micros[-1]
+            if not self._errors.caused_by_numbers(micro.run, micro.start, backward=not first.early):
+                raise first.error
+        if steps:
+            fault = self._runs.weighed_fault()
+        if len(window.left_out()) == known and len(window.kept()) == kept and fault is None:
+            if first.error is not None:
+                call_after_backward(self._trainer, self._listens)
+            self._check.record_transient(fault_of(first))
+        return first.result if result is None else result
+
+    def _one(self, micro: Micro, known: int, trace: BatchUndo, *, last: bool) -> Any:
+        parameters = list(self._module.parameters())
+        if micro.left_out is not None:
+            if micro.run.zero_grad is not None:
+                micro.run.zero_grad()
+            return None
+        before = [None] * len(parameters) if micro.run.zero_grad is not None else gradients_of(parameters)
+        # What a micro-batch found bad meanwhile had left in attributes is gone, and must not come back.
+        micro.start.restore(carried=len(self._window.left_out()) == known)
+        attributes = self._memory.attributes_now()
+        trace.open()
+        only = last and len(self._window.left_out()) == len(self._window.micros) - 1
+        outcome = self._attempt(micro, passing=only)
+        if outcome.good or (only and outcome.error is None and self._keeper is None):
+            return outcome.result
+        start = partial(micro.start.restore, carried=len(self._window.left_out()) == known)
+        undo = partial(self._undo, parameters, before, trace, attributes)
+        undo(outcome)
+        part = None if self._keeper is None else self._keeper.good_part(micro, fault_of(outcome))
+        if self._keeper is not None and part is not None:
+            start()
+            again = self._attempt(micro)
+            if self._keeper.settle(micro, again, part):
+                return again.result
+            undo(again)
+        if only and outcome.error is None:
+            start()
+            return self._attempt(micro, passing=True).result
+        micro.left_out = fault_of(outcome)
+        return outcome.result
+
+    def _attempt(self, micro: Micro, *, passing: bool = False) -> Outcome:
+        self._runs.may_pass = passing
+        with logging_for(self._trainer, micro.run.batch):
+            outcome = self._runs.attempt(micro, steps=False)
+        self._runs.may_pass = False
+        if outcome.good:
+            outcome.fault = self._check.fault_of_gradients(0)
+        return outcome
+
+    def _undo(
+        self, parameters: Sequence[Any], before: Sequence[Any], trace: BatchUndo, attributes: Any, outcome: Outcome
+    ) -> None:
+        if not outcome.early and outcome.error is None:
+            self._check.drop_last_loss()
+        give_gradients(parameters, before)
+        trace.undo()
+        attributes.restore(plain=False)

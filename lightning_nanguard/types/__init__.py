@@ -1,0 +1,38 @@
+"""The data that the folders of the package hand to each other: frozen, standard library only.
+
+The order of a step is measure → detect → decide → act → record. A :class:`Reading` leaves *measure*, a
+:class:`Fault` leaves *detect*, a :data:`Plan` leaves *decide*, and an :class:`Intervention` is what *record* keeps.
+"""
+
+from __future__ import annotations
+
+from lightning_nanguard.types.evidence import Comparison, Evidence, Trial
+from lightning_nanguard.types.faults import Fault, Proof, Reading, Scope
+from lightning_nanguard.types.plan import ActOn, Clip, DropMoments, Plan, PlanStep, Restore, Role, Scale, Skip, Stop
+from lightning_nanguard.types.records import SCHEMA_VERSION, Advice, Finding, Intervention, Row, plain
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "ActOn",
+    "Advice",
+    "Clip",
+    "Comparison",
+    "DropMoments",
+    "Evidence",
+    "Fault",
+    "Finding",
+    "Intervention",
+    "Plan",
+    "PlanStep",
+    "Proof",
+    "Reading",
+    "Restore",
+    "Role",
+    "Row",
+    "Scale",
+    "Scope",
+    "Skip",
+    "Stop",
+    "Trial",
+    "plain",
+]

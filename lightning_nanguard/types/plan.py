@@ -1,0 +1,81 @@
+"""The steps of a plan: what is to be done about a fault."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+ActOn = Literal["certain", "evidence"]
+"""For what the guard changes a run: only for what is certain, or also for finite suspicions that evidence confirms."""
+
+Role = Literal["skip", "restore", "rate", "clip", "moments", "notify", "stop"]
+"""What a remedy is for. The policy asks a remedy whenever its verdict on a fault calls for this role."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanStep:
+    """One entry of a plan. Subclass it to give a remedy of your own something to carry out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skip(PlanStep):
+    """Leave the update out, and undo what its batch changed (such as running statistics)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restore(PlanStep):
+    """Go back to a certified snapshot; ``depth`` 0 is the newest."""
+
+    depth: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Scale(PlanStep):
+    """Multiply the learning rate by ``factor``; the product never falls below ``min_lr``.
+
+    Attributes:
+        factor: The factor that is planned. A remedy that tries rates may choose another one.
+        min_lr: Lowest learning rate that may result.
+        least: Factor at which the rate was proven before. A remedy that tries rates goes below it only where its trials
+            find a far lower rate.
+        limit: True if the resulting rate becomes the largest that is allowed, below which the schedule goes on; for a
+            rate that its schedule has just raised.
+        most: Largest factor at which the curvature of the loss lets the loss fall. It bounds the factor where no rates
+            can be tried.
+        firm: True if ``most`` bounds the factor also where rates are tried.
+        tried: True if a trial has found the factor, so that no rate has to be tried.
+        clipped: True if the plan also clips gradients, so that the rate may stay if clipping suffices.
+    """
+
+    factor: float
+    min_lr: float = 0.0
+    least: float = 0.0
+    limit: bool = False
+    most: float = math.inf
+    firm: bool = False
+    tried: bool = False
+    clipped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Clip(PlanStep):
+    """Clip gradients from now on."""
+
+    value: float
+    algorithm: Literal["norm", "value"] = "norm"
+
+
+@dataclass(frozen=True, slots=True)
+class DropMoments(PlanStep):
+    """Forget the optimizer's state, as if it had been made anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop(PlanStep):
+    """End the run with a :class:`~lightning_nanguard.TrainingDivergedError`."""
+
+    reason: str
+
+
+Plan = tuple[PlanStep, ...]

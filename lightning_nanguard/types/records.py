@@ -1,0 +1,180 @@
+"""What is kept of a run: interventions and advice, each with its finding, as plain containers where asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from lightning_nanguard.types.faults import Scope
+
+SCHEMA_VERSION = 1
+"""Version of the JSON written by :meth:`Intervention.to_dict`; raised when a field changes its meaning."""
+
+Row = int | str
+"""A row of a data set: its index, or in words what a sampler of the user's draws."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A cause that the diagnosis found, with its evidence.
+
+    Attributes:
+        cause: Identifier of the cause, such as ``"non_finite_input"``.
+        confidence: From 0 to 1.
+        evidence: The numbers it rests on; where ``rows`` are not known, ``position`` and ``hash`` of the samples.
+        place: Module, operation or tensor.
+        samples: Indices of the batch's samples concerned.
+        suggestion: What the user should do.
+        scope: What is at fault by this finding, as in :class:`Fault`; ``None`` where it does not say. The learning rate
+            is not cut for a finding that blames the batch, unless the last good weights do better on it.
+        rows: Rows of the data set that ``samples`` are, in the same order; empty where they are not known.
+    """
+
+    cause: str
+    confidence: float
+    evidence: Mapping[str, float | str] = field(default_factory=dict)
+    place: str = ""
+    samples: tuple[int, ...] = ()
+    suggestion: str = ""
+    scope: Scope | None = None
+    rows: tuple[Row, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Intervention:
+    """One thing the guard did, or with ``observe=True`` would have done.
+
+    Attributes:
+        global_step: The trainer's ``global_step`` when the fault was found.
+        epoch: The trainer's ``current_epoch``.
+        batch_idx: Index of the batch in its epoch, ``-1`` outside a batch.
+        fault: Kind of the fault.
+        place: Where it showed.
+        remedies: What was done, in order, as short words (``"skip"``, ``"restore"``, ``"scale"``, ``"clip"``, …).
+        lr_before: Effective learning rate of the first group before.
+        lr_after: Effective learning rate of the first group after.
+        snapshot_step: ``global_step`` of the state gone back to, ``None`` without a rollback.
+        cause: Identifier of the cause found, ``None`` where none was.
+        finding: The whole finding, ``None`` where there is none.
+        message: The fault in one sentence.
+        value: The number by which the fault was detected; NaN and Inf are kept.
+        applied: ``False`` where ``observe=True`` kept the guard from acting.
+        ranks: Ranks that saw the fault, where not all of them did; empty with one process.
+        updates_lost: Updates that a rollback undid, the faulty one included; 0 where they were made again.
+        run: Id of the run; ``""`` in records of version 0.1.0. Two records of different runs may be equal.
+    """
+
+    global_step: int
+    epoch: int
+    batch_idx: int
+    fault: str
+    place: str
+    remedies: tuple[str, ...]
+    lr_before: float | None
+    lr_after: float | None
+    snapshot_step: int | None = None
+    cause: str | None = None
+    finding: Finding | None = None
+    message: str = ""
+    value: float | None = None
+    applied: bool = True
+    ranks: tuple[int, ...] = ()
+    updates_lost: int = 0
+    run: str = field(default="", compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings.
+
+        Example:
+            >>> Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1).to_dict()["remedies"]
+            ['skip']
+        """
+        return {"schema": SCHEMA_VERSION, **plain(asdict(self))}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Intervention:
+        """The inverse of :meth:`to_dict`; keys of later versions are ignored.
+
+        Raises:
+            ValueError: When ``data`` lacks a field that every version has.
+        """
+        values = {key: _number(key, value) for key, value in data.items() if key in _names(cls)}
+        try:
+            finding, ranks = values.pop("finding", None), tuple(map(int, values.pop("ranks", ())))
+            values |= {"remedies": tuple(values["remedies"]), "ranks": ranks}
+            return cls(**values, finding=None if finding is None else _finding(finding))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a record of an intervention: {error}; its keys are {sorted(data)}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Something the guard noticed and only reports; it is no intervention and not counted as one.
+
+    Attributes:
+        global_step: The trainer's ``global_step`` when it was noticed.
+        epoch: The trainer's ``current_epoch``.
+        occasion: Why the guard looked: ``"preflight"``, …
+        finding: What it found.
+        run: Id of the run; ``""`` in advice of version 0.1.0.
+    """
+
+    global_step: int
+    epoch: int
+    occasion: str
+    finding: Finding
+    run: str = field(default="", compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings."""
+        return {"schema": SCHEMA_VERSION, **plain(asdict(self))}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Advice:
+        """The inverse of :meth:`to_dict`; keys of later versions are ignored.
+
+        Raises:
+            ValueError: When ``data`` lacks a field.
+        """
+        try:
+            values = {key: data[key] for key in _names(cls) & set(data)}
+            return cls(**{**values, "finding": _finding(values["finding"])})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a record of advice: {error}; its keys are {sorted(data)}") from error
+
+
+def _finding(data: Mapping[str, Any]) -> Finding:
+    found = {key: _number(key, data[key]) for key in _names(Finding) & set(data)}
+    found |= {key: tuple(found.get(key, ())) for key in ("samples", "rows")}
+    return Finding(**{**found, "evidence": {key: _spelled(value) for key, value in found.get("evidence", {}).items()}})
+
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def plain(value: Any) -> Any:
+    """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+_NUMBERS = frozenset({"lr_before", "lr_after", "value", "confidence"})
+
+
+def _names(of: type[Intervention | Finding | Advice]) -> set[str]:
+    return {f.name for f in fields(of)}
+
+
+def _number(key: str, value: Any) -> Any:
+    return _spelled(value) if key in _NUMBERS else value  # a place or a message may be the word "NaN"
+
+
+def _spelled(value: Any) -> Any:
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
