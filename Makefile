@@ -65,13 +65,17 @@ oldest: .venv/.stamp
 	PYTHONPATH=.venv/oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS) \
 		tests/trainer tests/checkpoints tests/scenarios/test_skips.py tests/scenarios/test_resuming.py
 
-# Which failing runs are saved, and which healthy ones are left alone; FAST=1 takes a few of the forms under the guard's two
-# settings alone, and keeps no results. What was measured of the healthy draws is kept, and a run that was interrupted goes
-# on. arc-training takes part after `make arc`.
+# Which failing runs are saved, and which healthy ones are left alone: small models, realistic ones, and small ones in two
+# processes; FAST=1 takes a few of the forms under the guard's two settings alone, and keeps no results. What was measured of
+# the healthy draws is kept, and a run that was interrupted goes on. arc-training takes part after `make arc`.
 RESCUE_FAST := --contenders certain,evidence --output build/rescue.json
 rescue: .venv/.stamp
 	ARC_PYTHON=$(wildcard $(ARC)/bin/python) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rescue \
 		$(if $(FAST),--fast $(RESCUE_FAST))
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rescue --group realistic --contenders certain,evidence \
+		$(if $(FAST),--fast --output build/realistic.json,--output benchmarks/results/realistic.json)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rescue --processes 2 --jobs 1 --contenders certain,evidence \
+		$(if $(FAST),--fast --output build/two-processes.json,--output benchmarks/results/two-processes.json)
 	ARC_PYTHON=$(wildcard $(ARC)/bin/python) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rescue.harm \
 		$(if $(FAST),--fast --results build/harm,--rivals all --output benchmarks/results/harm.json)
 

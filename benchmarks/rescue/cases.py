@@ -43,6 +43,8 @@ class Case:
         average: Whether an exponential average of the weights is kept and used in the end.
         savable: Whether anything can be learned; if not, a clear error is what counts.
         own_task: A task that the seed drew, for a form whose task is not in the table.
+        processes: Ranks that share each batch.
+        heading: Heading of a failing run in the report, where it is not its fault's.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Case:
     average: bool = False
     savable: bool = True
     own_task: Task | None = field(default=None, repr=False)
+    processes: int = 1
+    heading: str = ""
 
     @property
     def recipe(self) -> Task:
@@ -81,7 +85,7 @@ class Case:
     @property
     def group(self) -> str:
         """Heading in the report."""
-        return "healthy" if self.fault is None else self.fault.group
+        return "healthy" if self.fault is None else self.heading or self.fault.group
 
 
 TAMER = {("mlp", "sgd"): 0.7}
@@ -138,7 +142,8 @@ class Form:
     def draw(self, seed: int) -> Case:
         """The case of this form that ``seed`` stands for."""
         dice = random.Random(f"{self.name} {seed}")
-        steps, batch = steps_of(self.task, self.optimizer)
+        own: Task | None = self.options.get("own_task")
+        steps, batch = (own.steps, None) if own else steps_of(self.task, self.optimizer)
         steps = self.steps or steps
         unknown = (self.rate or math.nan, self.rate or math.nan, 0.0)
         good, largest, _ = RATES.get(self.task, {}).get(self.optimizer, unknown)

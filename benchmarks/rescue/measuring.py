@@ -12,6 +12,8 @@ import torch
 from .ablation import EVERYONE
 from .cases import FAILING, HEALTHY, Case, Form
 from .contenders import SETTINGS, Attempt
+from .ranks import on_ranks
+from .realistic.catalogue import REALISTIC, TWINS
 from .running import Trained, train
 
 REGAINED = 0.9
@@ -34,11 +36,17 @@ class Job:
         form: Name of the form.
         seeds: Seeds to try in turn until a draw fails without help; a healthy form takes the first.
         contenders: Whom to put to it.
+        processes: Ranks of each run.
     """
 
     form: str
     seeds: tuple[int, ...]
     contenders: tuple[str, ...]
+    processes: int = 1
+
+    def draw(self, seed: int) -> Case:
+        """The case of a seed."""
+        return replace(FORMS[self.form].draw(seed), processes=self.processes)
 
 
 @dataclass(slots=True)
@@ -109,20 +117,20 @@ class Result:
     survivors: list[tuple[str, Verdict | None]] = field(default_factory=list)
 
 
-FORMS: dict[str, Form] = {f.name: f for f in (*FAILING, *HEALTHY)}
+FORMS: dict[str, Form] = {f.name: f for f in (*FAILING, *HEALTHY, *REALISTIC, *TWINS)}
 
 
 def prepare() -> None:
     """Make a worker ready: one thread, everything imported and warm."""
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # saturated recurrent nets make numbers that take twenty times as long
     for name in ("plain:linear/sgd", "plain:mlp/adam"):
         train(replace(FORMS[name].draw(0), steps=20))
 
 
 def measure(job: Job) -> Result:
     """Train twin, bare run and every contender on one case."""
-    form = FORMS[job.form]
-    return _healthy(form.draw(job.seeds[0]), job) if form.fault is None else _failing(form, job)
+    return _healthy(job.draw(job.seeds[0]), job) if FORMS[job.form].fault is None else _failing(job)
 
 
 def judge(case: Case, attempt: Attempt, name: str, twin: Trained) -> Verdict:
@@ -153,18 +161,26 @@ def learns(twin: Trained) -> bool:
     return good and twin.initial - twin.final > 0.1 * abs(twin.initial)
 
 
-def _failing(form: Form, job: Job) -> Result:
+def _trained(case: Case) -> Trained:
+    return on_ranks(case, lambda: train(case))
+
+
+def _attempt(name: str, case: Case) -> Attempt:
+    return on_ranks(case, lambda: EVERYONE[name].attempt(case))
+
+
+def _failing(job: Job) -> Result:
     survivors: list[tuple[str, Verdict | None]] = []
     for seed in job.seeds:
-        case = form.draw(seed)
-        twin, bare = train(case.twin), train(case, quits_when_lost=True)
-        verdict = judge(case, Attempt(bare), "bare", twin)
+        case = job.draw(seed)
+        twin, tried = _trained(case.twin), _attempt("bare", case)
+        bare, verdict = tried.run, judge(case, tried, "bare", twin)
         fails = not verdict.rescued and (bool(bare.error or bare.poisoned) or verdict.regained < STILL_FAILS)
         if fails and (learns(twin) or not case.savable):
             break
         if not fails:
             guard = verdict.rescued and "evidence" in job.contenders and not survivors
-            kept = judge(case, EVERYONE["evidence"].attempt(case), "evidence", twin) if guard else None
+            kept = judge(case, _attempt("evidence", case), "evidence", twin) if guard else None
             survivors.append((case.name, kept))
     result = _result(case, twin, fails, survivors)
     for name in job.contenders:
@@ -173,8 +189,7 @@ def _failing(form: Form, job: Job) -> Result:
             continue
         if not fails:
             continue
-        attempt = EVERYONE[name].attempt(case)
-        result.verdicts[name] = judge(case, attempt, name, twin)
+        result.verdicts[name] = judge(case, _attempt(name, case), name, twin)
     short = [v for n, v in result.verdicts.items() if n in SETTINGS and v.regained < REGAINED_DATA]
     if short and result.harms_data:
         worst = max(t.final for t in _other_twins(case))
@@ -184,14 +199,14 @@ def _failing(form: Form, job: Job) -> Result:
 
 
 def _other_twins(case: Case, count: int = 4) -> list[Trained]:
-    return [train(replace(case.twin, seed=case.seed + 1000 + i)) for i in range(count)]
+    return [_trained(replace(case.twin, seed=case.seed + 1000 + i)) for i in range(count)]
 
 
 def _healthy(case: Case, job: Job) -> Result:
-    bare = train(case)
+    bare = _trained(case)
     result = _result(case, bare, False, [])
     for name in job.contenders:
-        attempt = Attempt(bare) if name == "bare" else EVERYONE[name].attempt(case)
+        attempt = Attempt(bare) if name == "bare" else _attempt(name, case)
         verdict = judge(case, attempt, name, bare)
         verdict.rescued = attempt.run.digest == bare.digest
         result.verdicts[name] = verdict
@@ -206,11 +221,18 @@ def _result(case: Case, twin: Trained, fails: bool, survivors: list[tuple[str, V
     )  # fmt: skip
 
 
-def jobs(failing: Sequence[Form], healthy: Sequence[Form], draws: int, first: int, names: Sequence[str]) -> list[Job]:
+def jobs(
+    failing: Sequence[Form],
+    healthy: Sequence[Form],
+    draws: int,
+    first: int,
+    names: Sequence[str],
+    processes: int = 1,
+) -> list[Job]:
     """``draws`` of the failing forms in turn, and every healthy form once, with seeds from ``first`` on."""
     contenders = tuple(names)
     made = [
-        Job(form.name, tuple(first + 10 * (i // len(failing)) + k for k in range(5)), contenders)
+        Job(form.name, tuple(first + 10 * (i // len(failing)) + k for k in range(5)), contenders, processes)
         for i, form in ((i, failing[i % len(failing)]) for i in range(draws if failing else 0))
     ]
-    return made + [Job(form.name, (first,), contenders) for form in healthy]
+    return made + [Job(form.name, (first,), contenders, processes) for form in healthy]

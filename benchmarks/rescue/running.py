@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from datetime import timedelta
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,13 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.plugins.precision import MixedPrecision
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
 from .data import Batch, loader
 from .models import DONE, Task
+from .optimizers import OWN
 
 if TYPE_CHECKING:
     from .cases import Case
@@ -113,8 +116,10 @@ class Learner(pl.LightningModule):
 
 
 def make_optimizer(name: str, parameters: Iterable[Tensor], rate: float) -> torch.optim.Optimizer:
-    """One of seven optimizers at ``rate``, all else as it is by default."""
+    """One of seven optimizers of PyTorch's at ``rate``, all else as it is by default, or one of :mod:`.optimizers`."""
     optim = torch.optim
+    if name in OWN:
+        return OWN[name](parameters, rate)
     match name:
         case "sgd":
             return optim.SGD(parameters, rate)
@@ -139,6 +144,7 @@ SHAPES = {
     "warmup": lambda t: min(1.0, 0.02 + t * 8),
     "step": lambda t: 0.3 ** int(t * 3),
     "onecycle": lambda t: max(0.04, t / 0.3 if t < 0.3 else 0.5 + 0.5 * math.cos(math.pi * (t - 0.3) / 0.7)),
+    "warmup_cosine": lambda t: min(1.0, 0.02 + 10 * t) * (0.55 + 0.45 * math.cos(math.pi * t)),
     "restarts": lambda t: 0.5 + 0.5 * math.cos(math.pi * ((4 * t) % 1)),
     "exponential": lambda t: 0.1**t,
 }
@@ -159,6 +165,8 @@ def make_schedule(case: Case, optimizer: torch.optim.Optimizer) -> Any:
             return schedulers.CosineAnnealingLR(optimizer, steps)
         case "warmup":
             return schedulers.LinearLR(optimizer, 0.02, total_iters=max(1, steps // 8))
+        case "warmup_cosine":
+            return schedulers.LambdaLR(optimizer, lambda n: SHAPES["warmup_cosine"](min(n / steps, 1)))
         case "step":
             return schedulers.StepLR(optimizer, max(1, steps // 3), 0.3)
         case "onecycle":
@@ -229,7 +237,7 @@ def train(
         if len({case.fault.rate(n, case.steps) for n in range(case.steps)}) == 1:
             rate *= case.fault.rate(0, case.steps)
     shuffle = task.shuffle if case.shuffle is None else case.shuffle
-    batches = loader(rows, batch_size, shuffle=shuffle, seed=case.seed)
+    batches = loader(rows, max(1, batch_size // case.processes), shuffle=shuffle, seed=case.seed)
     learner = Learner(case, task, net, rate)
     learner.quits_when_lost = quits_when_lost
     initial = held_out_loss(task, net)
@@ -240,7 +248,8 @@ def train(
     with _quiet():
         trainer = pl.Trainer(
             accelerator="cpu",
-            devices=1,
+            devices=case.processes,
+            **_strategy(case.processes),
             max_steps=case.steps * (2 if task.adversarial else 1),
             max_epochs=-1,
             accumulate_grad_batches=case.accumulate,
@@ -252,11 +261,11 @@ def train(
             enable_model_summary=False,
             limit_val_batches=0,
             default_root_dir=folder,
-            **_precision(case.precision),
+            **precision_options(case.precision),
         )
         wall, cpu = time.perf_counter(), time.process_time()
         try:
-            with _deadline(TIME_LIMIT):
+            with deadline(TIME_LIMIT):
                 trainer.fit(learner, batches)
         except Exception as e:
             error = (type(e).__name__, str(e))
@@ -333,15 +342,22 @@ def _is_poisoned(tensor: Tensor, before: Tensor | None) -> bool:
     return bool(bad.any())
 
 
-def _precision(name: str) -> dict[str, Any]:
+def precision_options(name: str) -> dict[str, Any]:
+    """Arguments of a Trainer for a precision by its short name."""
     if name == "fp16":  # precision="16-mixed" would silently become bf16 on CPU
         return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
     return {"precision": "bf16-mixed"} if name == "bf16" else {}
 
 
+def _strategy(processes: int) -> dict[str, Any]:
+    if processes == 1:
+        return {}
+    return {"strategy": DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=TIME_LIMIT))}
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch")]
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -355,7 +371,9 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _deadline(seconds: int) -> Iterator[None]:
+def deadline(seconds: int) -> Iterator[None]:
+    """End what runs within with a TimeoutError after so many seconds."""
+
     def give_up(*_: object) -> None:
         raise TimeoutError(f"fit took more than {seconds} s")
 

@@ -6,10 +6,10 @@ import logging
 import random
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytorch_lightning as pl
@@ -37,6 +37,19 @@ from .draws import (
 )
 
 
+class Struck(Protocol):
+    """What a strike needs to know of a draw."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def value(self) -> str: ...
+    @property
+    def at(self) -> int: ...
+
+
 class Strike:
     """Strikes once. It lies outside of the module, and knows of no guard.
 
@@ -44,7 +57,9 @@ class Strike:
         one: The draw; ``None`` never strikes.
     """
 
-    def __init__(self, one: Draw | None) -> None:
+    values: Mapping[str, Callable[[Tensor], Any]] = VALUES
+
+    def __init__(self, one: Struck | None) -> None:
         self.one = one
         self.batch = -1
         self.hits = 0
@@ -63,11 +78,11 @@ class Strike:
             flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()
             # A zero, such as a dead unit's gradient, would flip to a usual number.
             index = int(flat.abs().argmax()) if self.one.value == "flip" else _index(self.one, flat.numel())
-            VALUES[self.one.value](flat[index : index + 1])
+            self.values[self.one.value](flat[index : index + 1])
         return tensor
 
 
-def _index(one: Draw, count: int) -> int:
+def _index(one: Struck, count: int) -> int:
     return random.Random(one.seed).randrange(count)
 
 
@@ -199,7 +214,7 @@ def outcome(job: tuple[int, int]) -> Outcome:
     seed, number = job
     one = draw(seed, number)
     strike, guard, error = Strike(one), NaNGuard(snapshot_every_n_steps=one.every, readback="step"), ""
-    with _quiet():
+    with quiet():
         expected, left = _left_behind(one, Strike(None), None), {}
         try:
             left = _left_behind(one, strike, guard)
@@ -231,14 +246,27 @@ def _left_behind(one: Draw, strike: Strike, guard: NaNGuard | None) -> dict[str,
         np.random.seed(one.seed % (1 << 32))
         random.seed(one.seed)
         trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=SIZE, shuffle=True))
+    return ending(trainer, module, rows, averages)
+
+
+def ending(trainer: pl.Trainer, module: Any, rows: Rows, averages: list[Any]) -> dict[str, bytes]:
+    """All that a run has left, but for what the guard adds; name and bits.
+
+    Args:
+        trainer: Its trainer.
+        module: Its module.
+        rows: Its logger.
+        averages: Its callbacks that keep averages.
+    """
     metrics = {name: value for name, value in trainer.callback_metrics.items() if "nanguard" not in name}
     return dict(
-        _bits(
+        bits(
             "",
             {
                 "weights": dict(module.named_parameters()),
                 "buffers": dict(module.named_buffers()),
                 "optimizer": trainer.optimizers[0].state_dict(),
+                "further optimizers": [one.state_dict() for one in trainer.optimizers[1:]],
                 "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
                 "averages": [one.state_dict() for one in averages],
                 "average weights": [dict(one._average_model.named_parameters()) for one in averages],
@@ -252,15 +280,16 @@ def _left_behind(one: Draw, strike: Strike, guard: NaNGuard | None) -> dict[str,
     )
 
 
-def _bits(name: str, value: Any) -> Iterator[tuple[str, bytes]]:
+def bits(name: str, value: Any) -> Iterator[tuple[str, bytes]]:
+    """Name and bits of all that is in a nested value."""
     if isinstance(value, Tensor):
         yield name, value.detach().contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else _of_one(value)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _bits(f"{name}/{key}", item)
+            yield from bits(f"{name}/{key}", item)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from _bits(f"{name}/{index}", item)
+            yield from bits(f"{name}/{index}", item)
     else:
         yield name, repr(value).encode() if not callable(value) else b""
 
@@ -270,7 +299,8 @@ def _of_one(value: Tensor) -> bytes:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Without warnings and without what Lightning and the guard say."""
     names = ("lightning_nanguard", "lightning.pytorch", "pytorch_lightning")
     levels = {name: logging.getLogger(name).level for name in names}
     with warnings.catch_warnings():

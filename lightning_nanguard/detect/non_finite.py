@@ -18,7 +18,8 @@ class NonFinite(Detector):
     """A loss or a gradient that holds NaN or Inf, or a gradient so large that its square would overflow.
 
     An fp16 overflow that the GradScaler skips by itself is left to it, until ``overflow_patience`` of them come in a
-    row or its scale falls below ``min_loss_scale``: then no scale helps, and the learner is at fault.
+    row or its scale falls below ``min_loss_scale``: then no scale helps, and the learner is at fault. A scale that is
+    not finite itself never comes back by itself, and is a fault of the state.
 
     Args:
         overflow_patience: Number of overflows in a row from which on they are a fault; fewer are left to the scaler.
@@ -52,7 +53,11 @@ class NonFinite(Detector):
 
     def check(self, reading: Reading) -> Fault | None:
         """The fault of this reading, or ``None``."""
-        norm = reading.grad_norm
+        norm, scale = reading.grad_norm, reading.loss_scale
+        if not reading.finite and scale is not None and not math.isfinite(scale):
+            # The scaler halves it after an overflow, which does not change it.
+            message = f"the scale of the GradScaler is {scale}"
+            return Fault("corrupted_state", "state", "scale of the GradScaler", scale, message)
         if not reading.loss_finite:
             message = f"the loss is {reading.loss}"
             return Fault("non_finite_loss", "batch", "loss", reading.loss, message, clipping_helps=True)

@@ -48,9 +48,13 @@ def origin_of_bad_gradient(loss: Tensor, module: nn.Module, modules: RunningModu
         if bad and not non_finite([one for one in given if one is not None]):
             first.append(_node_origin(node, bad[0], modules.of_node(node), size))
 
-    for node in autograd_nodes(loss.grad_fn):
-        node.register_hook(partial(look, node))
-    gradients_by_name(loss, module)
+    hooks = [node.register_hook(partial(look, node)) for node in autograd_nodes(loss.grad_fn)]
+    try:
+        gradients_by_name(loss, module)
+    finally:
+        # A node and a hook that holds it keep each other, the graph and the module alive for good.
+        for hook in hooks:
+            hook.remove()
     return first[0] if first else None
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import os
+import secrets
 import shutil
 import socket
 import struct
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -78,7 +81,7 @@ class SocketChannel:
 
     def _read_next(self, other: int, size: int) -> None:
         # A socket delivers messages in the order in which they were posted.
-        data = _receive(self._sockets[other], other, size, self._thresholds.patience)
+        data = _receive(self._sockets[other], other, size, self._thresholds)
         self._unread[other].popleft().parts[other] = data
 
     def close(self) -> None:
@@ -108,17 +111,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_in_fork)
 
 
-def _receive(connection: socket.socket, other: int, size: int, patience: float) -> bytes:
+def _receive(connection: socket.socket, other: int, size: int, thresholds: DistributedThresholds) -> bytes:
+    data = b""
     try:
         data = connection.recv(size)
-        while 0 < len(data) < size:
-            more = connection.recv(size - len(data))
-            data = data + more if more else b""
+        if 0 < len(data) < size:
+            _set_timeout(connection, thresholds.seconds_for_rest)
+            while len(data) < size and (more := connection.recv(size - len(data))):
+                data += more
+            _set_timeout(connection, thresholds.patience)
     except BlockingIOError as error:
-        raise RuntimeError(f"rank {other} has sent nothing for {patience:g} seconds") from error
+        if data:
+            raise RuntimeError(f"rank {other} has sent {len(data)} of the {size} bytes of a message") from error
+        raise RuntimeError(f"rank {other} has sent nothing for {thresholds.patience:g} seconds") from error
     except ConnectionError as error:
         raise RuntimeError(f"Connection reset by peer: rank {other} has gone") from error
-    if not data:
+    if len(data) < size:
         raise RuntimeError(f"Connection closed by peer: rank {other} has gone")
     return data
 
@@ -128,34 +136,66 @@ def connect(
 ) -> SocketChannel | None:
     """A channel among all processes, ``None`` where they cannot all reach each other; all ranks must call it.
 
+    Every process makes a secret, which ``gather`` takes to the others. A process that calls sends the secret of the one
+    that listens; one that does not know it is turned away.
+
     Args:
         rank: This process.
         gather: Returns the values of all ranks, in order.
-        thresholds: How long a read waits, and how many messages may stay unread.
+        thresholds: How long a connection and a read wait, and how many messages may stay unread.
     """
     folder = Path(tempfile.mkdtemp())  # only this user may connect to a socket in it
-    path = str(folder / "socket")
-    listener = _open_socket(partial(_listen, path), thresholds.patience)
-    sockets: dict[int, socket.socket] = {}
+    path, secret = str(folder / "socket"), secrets.token_hex()
+    listener = _open_socket(partial(_listen, path), thresholds.seconds_to_connect)
+    connections: dict[int, socket.socket] = {}
     try:
-        for other, address in enumerate(gather(path)[:rank]):
-            connection = _open_socket(partial(_call, address, rank), thresholds.patience)
+        told = gather([path, secret])
+        for other, (address, theirs) in enumerate(told[:rank]):
+            hello = bytes.fromhex(theirs) + rank.to_bytes(8, "big")
+            connection = _open_socket(partial(_call, address, hello), thresholds.seconds_to_connect)
             if connection is not None:
-                sockets[other] = connection
-        reached = gather(listener is not None and len(sockets) == rank)
-        if listener is None or not all(reached):
-            for connection in sockets.values():
+                connections[other] = connection
+        if all(gather(listener is not None and len(connections) == rank)) and listener is not None:
+            callers = set(range(rank + 1, len(told)))
+            connections |= _accept(listener, bytes.fromhex(secret), callers, thresholds)
+        if not all(gather(len(connections) == len(told) - 1)):
+            for connection in connections.values():
                 connection.close()
             return None
-        while len(sockets) < len(reached) - 1:
-            connection = listener.accept()[0]
+        for connection in connections.values():
             _set_timeout(connection, thresholds.patience)
-            sockets[int.from_bytes(_receive(connection, -1, 8, thresholds.patience), "big")] = connection
-        return SocketChannel(rank, sockets, thresholds)
+        return SocketChannel(rank, connections, thresholds)
     finally:
         if listener is not None:
             listener.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _accept(
+    listener: socket.socket, secret: bytes, callers: set[int], thresholds: DistributedThresholds
+) -> dict[int, socket.socket]:
+    """The connections of the ranks that call; fewer where one of them has not called in time."""
+    accepted: dict[int, socket.socket] = {}
+    ends = time.monotonic() + thresholds.seconds_to_connect
+    while callers - set(accepted) and (left := ends - time.monotonic()) > 0:
+        _set_timeout(listener, left)
+        try:
+            connection = listener.accept()[0]
+        except OSError:
+            break
+        # A rank of this run has said who it is before it was waited for.
+        connection.setblocking(False)
+        try:
+            hello = connection.recv(len(secret) + 8)
+        except OSError:
+            hello = b""
+        connection.setblocking(True)
+        caller = int.from_bytes(hello[len(secret) :], "big")
+        if hmac.compare_digest(hello[: len(secret)], secret) and caller in callers - set(accepted):
+            accepted[caller] = connection
+        else:
+            connection.close()
+    return accepted
 
 
 def _open_socket(prepare: Callable[[socket.socket], None], patience: float) -> socket.socket | None:
@@ -176,13 +216,13 @@ def _listen(path: str, made: socket.socket) -> None:
     made.listen()
 
 
-def _call(path: str, rank: int, made: socket.socket) -> None:
+def _call(path: str, hello: bytes, made: socket.socket) -> None:
     made.connect(path)
-    made.sendall(rank.to_bytes(8, "big"))
+    made.sendall(hello)
 
 
 def _set_timeout(made: socket.socket, seconds: float) -> None:
-    # Python's own timeout would make two system calls for each message.
-    limit = struct.pack("ll", int(seconds), round(seconds % 1 * 1e6))
+    # Python's own timeout would make two system calls for each message. Zero would wait without end.
+    limit = struct.pack("ll", *divmod(max(1, round(seconds * 1e6)), 1_000_000))
     for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         made.setsockopt(socket.SOL_SOCKET, option, limit)

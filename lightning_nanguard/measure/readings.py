@@ -87,8 +87,11 @@ class PendingReading:
             if exact is not None:
                 norm, finite_gradient = exact, True
         if scale is not None:
-            loss = None if loss is None else loss / scale
-            norm = norm / scale if norm is not None and self.gradients_scaled else norm
+            # Of what was multiplied by zero nothing is known; the scaler skips such a step.
+            loss = None if loss is None or scale == 0 else loss / scale
+            if norm is not None and self.gradients_scaled:
+                norm = norm / abs(scale) if scale else math.nan
+                finite_gradient = finite_gradient and scale != 0
         loss_finite = loss is None or math.isfinite(loss)
         return Reading(
             step=self.step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -156,5 +157,8 @@ def _restore_scaler(scaler: Scaler, saved: Mapping[str, Any]) -> None:
     now = scaler.state_dict()
     if not now:
         return
-    # Never back to a larger scale: the present one is what the scaler learned from the overflows since.
-    scaler.load_state_dict({**saved, "scale": min(float(now["scale"]), float(saved["scale"]))})
+    scale = float(now["scale"])
+    # Never back to a larger scale: the present one is what the scaler learned from the overflows since. One that is not
+    # finite was not learned.
+    scale = min(scale, float(saved["scale"])) if math.isfinite(scale) else float(saved["scale"])
+    scaler.load_state_dict({**saved, "scale": scale})

@@ -11,6 +11,9 @@ class DistributedThresholds:
 
     Attributes:
         patience: Seconds that a rank waits for a message of another rank; gloo's collectives wait as long.
+        seconds_to_connect: Seconds in which the processes of a machine connect to each other when a fit begins. All
+            of them have called by then, so only a process that is not of the run is waited for.
+        seconds_for_rest: Seconds that the rest of a message may take once its first bytes are there; it is sent whole.
         unread_messages: Messages of another rank that may wait in its socket before they are read ahead of time; a
             socket holds several times as many, so that sending never blocks.
         min_split_bytes: Tensors with fewer bytes are kept whole in a shared snapshot, since a collective to join them
@@ -19,6 +22,8 @@ class DistributedThresholds:
     """
 
     patience: float = 1800.0
+    seconds_to_connect: float = 5.0
+    seconds_for_rest: float = 5.0
     unread_messages: int = 16
     min_split_bytes: int = 1024
     outlier_loss_ratio: float = 10.0

@@ -21,7 +21,7 @@ from benchmarks.rescue.healthy.forms import forms
 from benchmarks.rescue.running import Trained, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-KINDS = ("units", "order", "plateau", "largest_rate", "language", "small_gain", "noise", "chance")
+KINDS = ("units", "order", "plateau", "largest_rate", "language", "small_gain", "noise", "chance", "realistic")
 CHEAP = "small_gain:weak_signal/sgd"
 
 

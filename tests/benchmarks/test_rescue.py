@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from benchmarks.rescue.contenders import CONTENDERS, Attempt
 from benchmarks.rescue.faults import BadLoss, BadWeight
 from benchmarks.rescue.measuring import FORMS, Job, jobs, judge, measure
 from benchmarks.rescue.models import TASKS
+from benchmarks.rescue.ranks import on_ranks
 from benchmarks.rescue.running import train
 
 WARNINGS = pytest.mark.filterwarnings("ignore")
@@ -105,6 +107,24 @@ def test_twin_is_judged_rescued():
     verdict = judge(case, Attempt(twin), "bare", twin)
     assert verdict.rescued
     assert verdict.regained == pytest.approx(1.0)
+
+
+def test_a_run_in_two_processes():
+    """With two processes each rank trains on half of a batch; the judge sees the first rank's end and interventions."""
+    result = measure(Job("loss_nan:linear/sgd", (1,), ("bare", "certain"), processes=2))
+    assert result.fails
+    assert result.learns
+    assert result.verdicts["certain"].rescued
+    assert result.verdicts["certain"].interventions == 1
+    alone = FORMS["loss_nan:linear/sgd"].draw(1)
+    assert train(alone.twin).final != pytest.approx(result.twin, rel=1e-9)
+
+
+def test_ranks_that_end_are_said():
+    """A rank that dies leaves an error, not a benchmark that waits."""
+    case = replace(FORMS["plain:linear/sgd"].draw(1), processes=2)
+    with pytest.raises(RuntimeError, match="a rank of plain:linear/sgd#1 ended without a result"):
+        on_ranks(case, lambda: os._exit(1))
 
 
 def test_a_mask_is_no_poison():

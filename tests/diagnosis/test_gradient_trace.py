@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import torch
 from torch import nn
 
@@ -39,3 +42,14 @@ def test_a_finite_gradient_has_no_origin() -> None:
         }
         assert "SumBackward0" in [node.name() for node in autograd_nodes(loss.grad_fn)]
         assert origin_of_bad_gradient(loss, net, modules, 2) is None
+
+
+def test_nothing_keeps_the_graph() -> None:
+    """Once the origin is known, module, activations and graph can be freed."""
+    net = nn.Linear(1, 1, bias=False)
+    module = weakref.ref(net)
+    with RunningModules(net) as modules:
+        assert origin_of_bad_gradient(net(torch.zeros(2, 1)).abs().sqrt().sum(), net, modules, 2) is not None
+    del net, modules
+    gc.collect()
+    assert module() is None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -22,15 +24,26 @@ from lightning_nanguard.thresholds import DistributedThresholds
 pytestmark = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="there are no such sockets here")
 
 
-def connected(world: int, patience: float = 20.0) -> list[SocketChannel | None]:
-    """What each of several threads gets."""
-    thresholds = DistributedThresholds(patience=patience)
+def connected(
+    world: int, patience: float = 20.0, meet: Callable[[list[Any]], None] = lambda told: None, **options: float
+) -> list[SocketChannel | None]:
+    """What each of several threads gets.
+
+    Args:
+        world: How many.
+        patience: Seconds that a read waits.
+        meet: Called once by one of them with what each has told the others first, before anybody goes on.
+        options: Further thresholds.
+    """
+    thresholds = DistributedThresholds(patience=patience, **options)
     values: list[list[Any]] = [[] for _ in range(world)]
     meeting = threading.Barrier(world)
 
     def gather_of(rank: int) -> Callable[[Any], list[Any]]:
         def gather(value: Any) -> list[Any]:
             values[rank].append(value)
+            if meeting.wait(20) == 0 and len(values[rank]) == 1:
+                meet([told[0] for told in values])
             meeting.wait(20)
             return [told[len(values[rank]) - 1] for told in values]
 
@@ -91,6 +104,65 @@ def test_a_silent_rank_is_not_waited_for_without_end() -> None:
     with pytest.raises(RuntimeError, match=r"rank 1 has sent nothing for 0\.05 seconds"):
         one.read(one.post(b"?"))
     one.close()
+    other.close()
+
+
+def strangers_at(hellos: list[Callable[[bytes], bytes]], opened: list[socket.socket]) -> Callable[[list[Any]], None]:
+    """Processes that are not of the run, each of which calls the first rank and sends something, or nothing."""
+
+    def call(told: list[Any]) -> None:
+        path, secret = told[0]
+        for hello in hellos:
+            opened.append(made := socket.socket(socket.AF_UNIX))
+            made.connect(path)
+            made.sendall(hello(bytes.fromhex(secret)))
+
+    return call
+
+
+def test_a_stranger_is_turned_away() -> None:
+    """Who does not know the secret of the run, says nothing, or says that he is a rank that there is not, gets no
+    connection, and the ranks of the run get theirs.
+    """
+    one = (1).to_bytes(8, "big")
+    opened: list[socket.socket] = []
+    hellos: list[Callable[[bytes], bytes]] = [
+        lambda secret: b"",
+        lambda secret: one,
+        lambda secret: bytes(len(secret)) + one,
+        lambda secret: secret,
+        lambda secret: secret + (7).to_bytes(8, "big"),
+    ]
+    channels = [one for one in connected(2, meet=strangers_at(hellos, opened)) if one is not None]
+    assert len(channels) == 2
+    messages = [channel.post(bytes([rank, 7])) for rank, channel in enumerate(channels)]
+    assert channels[0].read(messages[0]) == [bytes([0, 7]), bytes([1, 7])]
+    for stranger in opened:
+        stranger.settimeout(5)
+        with contextlib.suppress(ConnectionResetError):  # what it sent was not read to its end
+            assert stranger.recv(1) == b""
+    for made in (*channels, *opened):
+        made.close()
+
+
+def test_ranks_that_cannot_connect_know_it_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a rank's call does not arrive, no rank gets a channel, and none waits longer than `seconds_to_connect`."""
+    called = sockets._call
+    monkeypatch.setattr(sockets, "_call", lambda path, hello, made: called(path, hello[::-1], made))
+    begin = time.monotonic()
+    assert connected(3, patience=60.0, seconds_to_connect=0.2) == [None, None, None]
+    assert time.monotonic() - begin < 5
+
+
+def test_a_message_that_breaks_off_is_an_error_in_seconds() -> None:
+    """However long a read may wait for a message, the rest of one that has begun is not waited for as long."""
+    mine, other = socket.socketpair()
+    channel = SocketChannel(0, {1: mine}, DistributedThresholds(patience=60.0, seconds_for_rest=0.1))
+    other.sendall(b"half")
+    message = channel.post(b"a message")
+    with pytest.raises(RuntimeError, match="rank 1 has sent 4 of the 9 bytes of a message"):
+        channel.read(message)
+    channel.close()
     other.close()
 
 

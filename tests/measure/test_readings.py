@@ -48,6 +48,15 @@ def test_norms_are_unscaled_where_gradients_are_scaled(scaled: bool) -> None:
     assert reading.grad_norm == (2.0 if scaled else 8.0)
 
 
+def test_a_scale_of_zero_or_below() -> None:
+    """A norm has no sign; of what was multiplied by zero nothing is known, and the update counts as an overflow."""
+    options: dict[str, Any] = {"losses": [torch.tensor(-8.0)], "norms": [torch.tensor(8.0)], "gradients_scaled": True}
+    reading = pending(**options, loss_scale=torch.tensor(-4.0)).read()
+    assert (reading.loss, reading.grad_norm, reading.finite) == (2.0, 2.0, True)
+    reading = pending(**options, loss_scale=torch.tensor(0.0)).read()
+    assert (reading.loss, reading.loss_finite, reading.finite) == (None, True, False)
+
+
 def test_nothing_measured_is_no_reading() -> None:
     """Without a loss and without a gradient there is nothing to read."""
     assert pending_reading(step=0, optimizer_index=0, losses=[], loss_factor=1.0, norms=[]) is None

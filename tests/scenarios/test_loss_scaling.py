@@ -116,3 +116,36 @@ def test_nan_loss_under_a_scaler() -> None:
     done = fit(make()(), with_bad(BAD_BATCH), guard, precision="16-mixed")
     assert [i.fault for i in guard.interventions] == ["non_finite_loss"]
     assert_alive(done)
+
+
+class SpoilScale(Callback):
+    """Puts a number into the scale before a batch."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == BAD_BATCH:
+            trainer.precision_plugin.scaler._scale.fill_(self.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_scale_that_is_not_finite(value: float) -> None:
+    """It never comes back by itself, so it is brought back with the last good state; nothing is cut or clipped."""
+    guard, scale = NaNGuard(snapshot_every_n_steps=3), Scale()
+    run = fit(make(optimizer=adam())(), batches(count=24), guard, callbacks=[SpoilScale(value), scale], **scaled(64.0))
+    assert [(one.fault, one.place, one.remedies) for one in guard.interventions] == [
+        ("corrupted_state", "scale of the GradScaler", ("restore",))
+    ]
+    assert scale.after[BAD_BATCH:] == [64.0] * (24 - BAD_BATCH)
+    assert_alive(run)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("value", [-64.0, 0.0])
+def test_a_scale_without_a_meaning_is_no_error(value: float, fused: bool) -> None:
+    """A run that ends without the guard ends with it, whatever has become of the scale."""
+    spoil = SpoilScale(value)
+    run = fit(make(optimizer=adam(fused=fused))(), batches(count=14), NaNGuard(), callbacks=[spoil], **scaled(64.0))
+    assert run.trainer.global_step == 14
+    assert_alive(run)

@@ -121,8 +121,9 @@ def store_for(seeds: str, folder: Path = RESULTS, *, rivals: bool = False) -> St
 def version(*, package: bool = True) -> str:
     """Hash of what draws, trains and judges the runs, and of the package."""
     rescue = Path(benchmarks.__path__[0]) / "rescue"
-    names = ("cases", "data", "models", "rates", "running", "contenders", "harm/judging", "harm/measuring")
-    files = [*(rescue / "healthy").glob("*.py"), *(rescue / f"{name}.py" for name in names)]
+    names = ("cases", "data", "models", "optimizers", "rates", "running", "contenders", "harm/judging",
+             "harm/measuring", "healthy/*", "realistic/*")  # fmt: skip
+    files = [file for name in names for file in rescue.glob(f"{name}.py")]
     if package:
         files += Path(lightning_nanguard.__path__[0]).rglob("*.py")
     digest = hashlib.sha256()

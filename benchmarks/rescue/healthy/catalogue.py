@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import chance, language, largest_rates, noise, order, plateaus, small_gains, units
+from . import chance, language, largest_rates, noise, order, plateaus, realistic, small_gains, units
 from .forms import DrawnForm
 
 DRAWN: tuple[DrawnForm, ...] = (
@@ -14,6 +14,7 @@ DRAWN: tuple[DrawnForm, ...] = (
     *small_gains.FORMS,
     *noise.FORMS,
     *chance.FORMS,
+    *realistic.FORMS,
 )
 """Every form, in the order of the report's groups."""
 
