@@ -19,7 +19,7 @@ from lightning_nanguard.guard.state import GuardState
 from lightning_nanguard.measure.norm_history import NormHistory
 from lightning_nanguard.record.curve import CurveFile
 from lightning_nanguard.record.known_samples import KnownSamples
-from lightning_nanguard.record.receipts import ReceiptLog
+from lightning_nanguard.record.receipt_log import ReceiptLog
 from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring

@@ -25,7 +25,7 @@ from lightning_nanguard.record.curve import CURVE_FILE, CurveFile
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.known_samples import KnownSamples
 from lightning_nanguard.record.memory import Memory
-from lightning_nanguard.record.receipts import ReceiptLog
+from lightning_nanguard.record.receipt_log import ReceiptLog
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.trainer.arguments import Arguments

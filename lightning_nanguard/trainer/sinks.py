@@ -16,7 +16,8 @@ from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.layer_norms import LAYER_NORMS_FILE, LayerNormsFile
 from lightning_nanguard.record.loggers import Loggers, RunNumbers
 from lightning_nanguard.record.memory import Memory
-from lightning_nanguard.record.receipts import RECEIPTS_FILE, ReceiptLog
+from lightning_nanguard.record.receipt_log import ReceiptLog
+from lightning_nanguard.record.receipts import RECEIPTS_FILE
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.logger_curves import LoggerWords
