@@ -8,12 +8,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, final
 
-import torch
-
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.rehearsal import Rehearsal
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.restore import restore
-from lightning_nanguard.state.snapshot import Snapshot, capture
+from lightning_nanguard.state.snapshot import Snapshot, capture, tensor_bytes
 
 
 @final
@@ -50,6 +49,15 @@ class Branches:
         context = self._context
         return len(context.learner.optimizers) == 1 and not context.settings.observe and context.replay.trainable()
 
+    def room(self) -> int:
+        """How many states there is room for, at the share of the free memory that they may take together."""
+        context = self._context
+        device, leaves = context.learner.device, dict(context.learner.leaves())
+        places = device.devices(leaves.values())
+        left = [device.driver.memory(place).free for place in places] or [device.host_memory() // context.ranks.world]
+        most = int(context.thresholds.trial.memory_share * min(left)) // max(1, tensor_bytes(leaves))
+        return int(min(context.ranks.gather(most)))
+
     @contextmanager
     def beside(self) -> Iterator[bool]:
         """Inside, branches are made, trained and measured; at its end the run is as it was.
@@ -75,7 +83,7 @@ class Branches:
         if base is not None:
             restore(context.learner, base)
         state: Snapshot | None = None
-        with suppress(torch.cuda.OutOfMemoryError):
+        with suppress(OutOfMemory):
             state = capture(context.learner, step=context.state.step, global_step=0)
         known = rate.state_dict()
         if factor != 1.0:

@@ -100,7 +100,7 @@ class TrialRunner:
         if self._running is not None or not self._branches.possible():
             return self._running is not None
         limits, base = self._limits, arm or start
-        room = self._room(base)
+        room = self._room()
         factors = limits.factors if arm is None else tuple(factor * near for near in limits.near)
         if room < 1:
             return False
@@ -183,7 +183,7 @@ class TrialRunner:
         running.arms = [best]
         if not best.newest() < best.losses[0] and lowest > limits.least_factor:
             start = running.states["start"]
-            running.arms = self._arms(start, [lowest * factor for factor in limits.factors[: self._room(start)]])
+            running.arms = self._arms(start, [lowest * factor for factor in limits.factors[: self._room()]])
             running.updates, running.later = 0, []
         return bool(running.arms)
 
@@ -192,9 +192,9 @@ class TrialRunner:
         arms = [_Arm(factor, branch) for factor, branch in branches if branch is not None]
         return arms if len(arms) == len(factors) else []
 
-    def _room(self, state: Snapshot) -> int:
+    def _room(self) -> int:
         # Copies of the start, the best and the present state are kept to compare with, and one while an arm is trained.
-        return self._limits.bytes // max(1, state.nbytes()) - 4
+        return self._branches.room() - 4
 
     def _judged(self) -> int:
         return self._limits.updates // self._limits.judged_part

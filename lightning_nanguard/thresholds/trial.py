@@ -26,7 +26,7 @@ class TrialThresholds:
         lost: Share of what was learned that a run has to have lost, to be worse than it was.
         in_a_row: Trials in a row that have to speak against the run.
         near: Factors of the best arm's rate with which a second trial goes on, so that the best of them is taken.
-        bytes: Bytes that the states compared in a trial may take together, those of its arms included.
+        memory_share: Share of the free memory that the states compared in a trial may take together, its arms included.
     """
 
     factors: tuple[float, ...] = (1 / 64, 1 / 16, 1 / 256, 1 / 4)
@@ -39,4 +39,4 @@ class TrialThresholds:
     lost: float = 0.3
     in_a_row: int = 2
     near: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 2.0)
-    bytes: int = 2 << 30
+    memory_share: float = 0.25

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_nanguard.guard.trial import TrialRunner
-from lightning_nanguard.thresholds import Thresholds
+from lightning_nanguard.state.snapshot import tensor_bytes
 from lightning_nanguard.types import Fault
 from tests.guard.branching import BranchingLoop, branches
 from tests.guard.plain_loop import nan_at, remedies, state
@@ -18,11 +16,9 @@ from tests.helpers import copied, differences
 SUSPICION = Fault("stuck_loss", "learner", "loss", certain=False)
 
 
-def with_trial(loop: BranchingLoop, thresholds: Thresholds | None = None) -> tuple[TrialRunner, bool]:
+def with_trial(loop: BranchingLoop) -> tuple[TrialRunner, bool]:
     """A trial of a loop that has trained, and whether it began."""
     context = loop.guard.context
-    if thresholds is not None:
-        context = replace(context, thresholds=thresholds)
     trial = TrialRunner(context, branches(loop))
     certified = context.ring.certified
     return trial, trial.begin(SUSPICION, certified[-1], certified[0])
@@ -58,14 +54,15 @@ def test_a_rollback_ends_a_trial() -> None:
     assert not loop.guard._parts.beside.trials.running
 
 
-def test_memory_bounds_the_arms() -> None:
+def test_memory_bounds_the_arms(monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for one arm there is one, and with room for none there is no trial."""
     loop = BranchingLoop(lr=0.05)
     loop.run(30)
-    size = loop.guard.context.ring.certified[-1].nbytes()
-    limits = Thresholds()
+    learner = loop.guard.context.learner
+    size = tensor_bytes(dict(learner.leaves()))
     for states, arms in ((4, 0), (5, 1), (100, 4)):
-        trial, began = with_trial(loop, replace(limits, trial=replace(limits.trial, bytes=states * size)))
+        monkeypatch.setattr(learner.device, "host_memory", lambda states=states: 4 * states * size)
+        trial, began = with_trial(loop)
         assert began == bool(arms)
         assert trial._running is None if not arms else len(trial._running.arms) == arms
 
