@@ -74,7 +74,7 @@ class Policy:
         if trial is not None:
             shown = state.trials_failed + 1 if trial.lacks > 0 else 0
             state = replace(state, trials_failed=shown)
-            if 0 < shown < self.trials.in_a_row:
+            if 0 < shown < self.trials.in_a_row and trial.lacks <= self.trials.plain:
                 return (), state
         if scope is None:
             return (), state

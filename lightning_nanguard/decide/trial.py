@@ -29,6 +29,8 @@ class TrialLosses:
         now: Under the present state.
         later: Under the present state after as many updates as the arm made.
         arm: Under the arm.
+        earlier_now: Losses of batches from before the trial, under the state in which it began.
+        earlier_arm: The same under the arm.
         factor: What the arm multiplied the learning rate by.
     """
 
@@ -38,6 +40,8 @@ class TrialLosses:
     later: Sequence[float]
     arm: Sequence[float]
     factor: float
+    earlier_now: Sequence[float] = ()
+    earlier_arm: Sequence[float] = ()
 
 
 def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
@@ -54,6 +58,9 @@ def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
     """
     pairs = ((losses.start, losses.arm), (losses.now, losses.arm), (losses.later, losses.arm))
     if not all(share_above(*pair) >= limits.signs for pair in pairs):
+        return Trial()
+    # On data in an order, what comes may be new to the run. What it knows already it must have lost as well.
+    if losses.earlier_arm and share_above(losses.earlier_now, losses.earlier_arm) < limits.signs:
         return Trial()
     start, best, arm = median(losses.start), median(losses.best), median(losses.arm)
     level = min(median(losses.now), median(losses.later))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, final
@@ -113,6 +113,13 @@ class Branches:
         """Loss of the batch at hand under a state."""
         restore(self._context.learner, state)
         return self._context.replay.probe()
+
+    def losses_of(self, earlier: Sequence[Callable[[], float | None]], state: Snapshot) -> list[float] | None:
+        """Losses of batches from before under a state; ``None`` where one cannot be run again."""
+        restore(self._context.learner, state)
+        losses = [one() for one in earlier]
+        known = [one for one in losses if one is not None]
+        return known if len(known) == len(losses) else None
 
     def take(self, branch: Branch) -> None:
         """Have the run go on from a branch.

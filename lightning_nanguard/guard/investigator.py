@@ -174,7 +174,7 @@ class Investigator:
         if trial is None:
             self._trials.begin(fault, start, best)
             return known
-        if trial.lacks > 0 and state.policy.trials_failed + 1 < limits.in_a_row:
+        if 0 < trial.lacks <= limits.plain and state.policy.trials_failed + 1 < limits.in_a_row:
             # One trial is not enough: its arm goes on beside the run, which goes on from it if it stays ahead.
             self._trials.begin(fault, start, best, arm=arm, factor=trial.factor)
         if trial.lacks > 0 and trial.base == "start":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import final
@@ -38,6 +38,7 @@ class _Running:
         arms: The arms; one from the pick on.
         before: Updates that an earlier trial has made from the start, where the arms go on from its arm.
         updates: Updates of each arm.
+        earlier: For some batches from before the trial what gives their loss.
         later: Losses of the run.
         under: Losses under each of the states.
     """
@@ -47,6 +48,7 @@ class _Running:
     states: dict[str, Snapshot]
     arms: list[_Arm]
     before: int = 0
+    earlier: Sequence[Callable[[], float | None]] = ()
     updates: int = 0
     later: list[float] = field(default_factory=list)
     under: dict[str, list[float]] = field(default_factory=dict)
@@ -113,12 +115,14 @@ class TrialRunner:
         states = {name: branch.state for name, branch in made.items() if branch is not None}
         if len(states) < len(bases) or not arms:
             return False
+        earlier = self._context.replay.earlier()
         self._running = _Running(
             fault,
             self._context.state.step,
             states,
             arms,
-            0 if arm is None else arm.healthy,
+            before=0 if arm is None else arm.healthy,
+            earlier=earlier[: min(self._context.ranks.gather(len(earlier)))],
             under={name: [] for name in states},
         )
         return True
@@ -148,16 +152,27 @@ class TrialRunner:
                 if not (at_hand and possible and self._advance(running, reading.loss or 0.0)):
                     self._running = None
                     return None
-        if running.updates < self._limits.updates:
-            return None
+            if running.updates < self._limits.updates:
+                return None
+            with self._branches.beside() as possible:
+                losses = self._losses(running) if possible else None
         self._running = None
+        if losses is None:
+            return None
         (arm,) = running.arms
-        judged = -self._judged()
-        start, best, now = (running.under[name] for name in ("start", "best", "now"))
-        losses = TrialLosses(start, best, now, running.later[judged:], arm.losses[judged:], arm.factor)
         arm.branch.state.healthy = running.before + len(arm.losses)
         self._shown = judge_trial(losses, self._limits), arm.branch.state
         return FoundFault(running.fault, reading)
+
+    def _losses(self, running: _Running) -> TrialLosses | None:
+        (arm,), judged = running.arms, -self._judged()
+        now = self._branches.losses_of(running.earlier, running.states["now"])
+        then = self._branches.losses_of(running.earlier, arm.branch.state)
+        if now is None or then is None:
+            return None
+        start, best, begun = (running.under[name] for name in ("start", "best", "now"))
+        newest = running.later[judged:], arm.losses[judged:]
+        return TrialLosses(start, best, begun, *newest, arm.factor, now, then)
 
     def _advance(self, running: _Running, loss: float) -> bool:
         limits = self._limits

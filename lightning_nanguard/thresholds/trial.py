@@ -25,6 +25,7 @@ class TrialThresholds:
         lacks: Share of what can be learned that a run has to lack.
         lost: Share of what was learned that a run has to have lost, to be worse than it was.
         in_a_row: Trials in a row that have to speak against the run.
+        plain: Share of what can be learned that is so large that one trial is enough.
         near: Factors of the best arm's rate with which a second trial goes on, so that the best of them is taken.
         memory_share: Share of the free memory that the states compared in a trial may take together, its arms included.
     """
@@ -38,5 +39,6 @@ class TrialThresholds:
     lacks: float = 0.1
     lost: float = 0.3
     in_a_row: int = 2
+    plain: float = 0.5
     near: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 2.0)
     memory_share: float = 0.25

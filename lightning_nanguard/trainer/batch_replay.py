@@ -184,6 +184,15 @@ class TrainerBatchReplay:
         optimizer = self._learner.optimizers[0]
         return self._update(optimizer, lambda: self._gradients(optimizer, batch, batch_idx))
 
+    def earlier(self) -> Sequence[Callable[[], float | None]]:
+        """For each healthy batch that is kept what gives its loss under the weights of then."""
+
+        def loss(batch: Any, batch_idx: int) -> float | None:
+            with torch.no_grad():
+                return self._loss(batch, batch_idx)
+
+        return [partial(loss, batch, batch_idx) for batch, batch_idx in self.batches.healthy]
+
     def trainable(self) -> bool:
         """Whether all that the update at hand is made of is kept."""
         kept = self._limits.micro_batches.per_update

@@ -13,10 +13,11 @@ def test_a_trial_and_a_comparison_go_on_together() -> None:
     loop.run(50)
     beside = loop.guard._parts.beside
     beside.receipts.before(loop.step, skipped=False)
-    loop.run(130)
+    loop.run(120)
     assert remedies(loop) == [("restore", "scale")]
     given = loop.guard.context.receipts.given
-    assert [one.verdict for one in given] == ["no difference"]
+    assert [one.verdict for one in given] == ["not measured", "gained"]
+    assert given[0].reason == "another intervention was made"
     beside.receipts.before(loop.step, skipped=False)
     loop.guard.close()
     assert not beside.trials.running
