@@ -227,7 +227,8 @@ def _readback(
     context: GuardContext, meter: Meter, caution: Caution, skipper: StepSkipper, snapshots: SnapshotManager
 ) -> Readback:
     # By the loss only where there is one process: among ranks losses differ.
-    readings = DeferredReadings(context.learner, by_loss=not context.many, observe=context.settings.observe)
+    observe = context.settings.observe
+    readings = DeferredReadings(context.learner, context.state, by_loss=not context.many, observe=observe)
     if context.many:
         return RankReadback(context, meter, readings, caution, skipper, snapshots)
     if context.settings.deferred:

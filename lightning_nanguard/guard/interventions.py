@@ -124,6 +124,16 @@ class Interventions:
         )
         self._loop.advise(Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion))
 
+    def tell_of_overflow(self) -> None:
+        """Tell the user once that the loss overflows where the gradient does not."""
+        suggestion = (
+            "the loss of several updates in a row is infinite, and their gradients are finite. From now on such "
+            "updates are made, since nothing bad reaches the weights by them. Compute the loss in float32, or look at "
+            "which of its terms overflows."
+        )
+        confidence = self._context.thresholds.diagnosis.confidence.suspicion
+        self._loop.advise(Finding("infinite_loss", confidence, {}, "loss", suggestion=suggestion))
+
     def _dismiss(self, found: FoundFault) -> bool:
         return self._context.monitors.dismiss(found.reading) and found.reading.loss is not None
 

@@ -93,6 +93,8 @@ class ReadingJudge:
         reading, learner = arrived.reading, self._context.learner
         if learner.scaler is not None and reading.loss_finite and not reading.finite:
             reading = reading._replace(scaler_skips=True)
+        if self._overflow_is_usual(reading):
+            reading = reading._replace(loss=None, loss_finite=True, finite=True)
         self.non_finite += not reading.finite and not reading.scaler_skips
         quasi_newton = reading.optimizer_index in learner.quasi_newton
         fault = self._monitors.check(reading, line_search=arrived.line_search, quasi_newton=quasi_newton)
@@ -118,6 +120,14 @@ class ReadingJudge:
         self._found.append(found)
         if stepping is not None and not suspicion and (not arrived.late or arrived.reached):
             self._runner.block(stepping)
+
+    def _overflow_is_usual(self, reading: Reading) -> bool:
+        state = self._context.state
+        if reading.loss_finite or not state.is_overflow_alone(reading):
+            return False
+        if not state.losses_overflow and state.note_overflow(reading.step, self._interventions.patience):
+            self._interventions.tell_of_overflow()
+        return state.losses_overflow
 
     def _is_pursued(self, fault: Fault, arrived: Arrived) -> bool:
         certain_only = self._context.settings.act_on == "certain"

@@ -98,6 +98,8 @@ class StepCheck:
             return None
         if self._context.learner.scaler is not None and reading.loss_finite and not reading.finite:
             return None  # an overflow, which the scaler skips
+        if self._context.state.losses_overflow and self._context.state.is_overflow_alone(reading):
+            return None
         return self._fault_of(reading, extreme=extreme) if self._ranks is None else self._fault_of_all(reading)
 
     def _fault_of_all(self, reading: Reading) -> Fault | None:
@@ -132,7 +134,7 @@ class StepCheck:
         if loss is None or not is_on_host(loss) or loss.numel() != 1:
             return None
         value = float(loss.detach())
-        if value - value == 0.0:
+        if value - value == 0.0 or (math.isinf(value) and self._context.state.losses_overflow):
             return None
         reading = Reading(self._context.state.step + 1, optimizer_index, value, None, finite=False, loss_finite=False)
         return self._context.monitors.check(reading)

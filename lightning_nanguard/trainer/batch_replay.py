@@ -273,7 +273,7 @@ class TrainerBatchReplay:
     def _averaged(self, optimizer: Optimizer, run: Callable[[], float | None]) -> float | None:
         value = self._attempt(run)
         if value is not None:
-            self._average_gradients(optimizer)
+            _average_gradients(self._ranks, optimizer)
         return value
 
     def _loss(self, batch: Any, batch_idx: int) -> float | None:
@@ -297,15 +297,6 @@ class TrainerBatchReplay:
             value = math.nan if is_numeric(error) else None
         return mean_over_ranks(self._ranks, value)
 
-    def _average_gradients(self, optimizer: Optimizer) -> None:
-        if self._ranks.world == 1:
-            return
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self._ranks.average([parameter.grad for parameter in parameters if parameter.grad is not None])
-
     def rerun(self, micro: MicroBatch, full_precision: bool) -> Tensor | None:
         """Loss of a micro-batch with its graph, with the random numbers it had."""
         self.batches.rewind(micro)
@@ -322,3 +313,13 @@ class TrainerBatchReplay:
         # Each rank for itself: one on which this fails must not leave others waiting for it.
         with alone(self._trainer, ForbidCollectives()) if self._ranks.world > 1 else nullcontext():
             yield
+
+
+def _average_gradients(ranks: Ranks, optimizer: Optimizer) -> None:
+    if ranks.world == 1:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    ranks.average([parameter.grad for parameter in parameters if parameter.grad is not None])
