@@ -17,7 +17,7 @@ from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import Learner, StateKey
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.state.side_copy import SideCopy
-from lightning_nanguard.state.snapshot import Snapshot, capture
+from lightning_nanguard.state.snapshot import Snapshot, capture, copy_all
 from lightning_nanguard.state.snapshot_room import NOWHERE, DevicePeaks, Place, Room, SnapshotSize, choose_place
 from lightning_nanguard.thresholds.snapshots import PlacementThresholds
 
@@ -277,7 +277,12 @@ class SnapshotPlacement:
     def _copy_beside(self, take: Callable[..., Snapshot], later: Mapping[StateKey, Any], snapshot: Snapshot) -> None:
         def send(targets: list[Tensor], sources: list[Tensor]) -> None:
             values = [local(source).detach() for source in sources]
-            snapshot.check = self._side_copy.send(targets, values)
+            try:
+                snapshot.check = self._side_copy.send(targets, values)
+            except OutOfMemory:  # not even for the little memory that the copy goes through
+                self._overlap, self._side_copy = False, SideCopy(self._learner.device, self._limits)
+                copy_all(targets, values, self._learner.device)
+                snapshot.done += self._learner.device.mark(values)
 
         rest = take(leaves=later.items(), copy=send)
         snapshot.leaves.update(rest.leaves)

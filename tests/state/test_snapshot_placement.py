@@ -224,3 +224,22 @@ def test_a_frozen_tensor_is_copied_beside_the_run_once_it_was_seen_to_stay() -> 
     assert frozen not in waiting(placement, leaves)
     placement.unchanged = {frozen}
     assert frozen in waiting(placement, leaves)
+
+
+def test_a_card_without_room_for_a_side_copy_copies_on_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The snapshot is taken all the same, and is whole."""
+    net, learner, driver = on_device()
+    placement = SnapshotPlacement(learner, Ring(), HOST)
+
+    def full(*args: Any) -> Any:
+        raise OutOfMemory("no room for the staging memory")
+
+    monkeypatch.setattr(placement._side_copy, "_staging_on", full, raising=False)
+    expected = copied(leaves_of(learner))
+    for _ in range(2):
+        taken = placement.copy(1, 1, leaves_of(learner))
+        assert taken is not None
+        net.last.weight.data.mul_(1.0)
+        driver.finish()
+        assert taken.intact()
+        assert same_bits(taken.leaves, expected)
