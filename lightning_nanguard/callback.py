@@ -58,9 +58,10 @@ class NaNGuard(DisplayedGuard):
             time at most, and at less and less as a run goes on without a fault.
         snapshot_device: Where snapshots lie: ``"same"`` beside the weights; ``"cpu"`` in host memory (pinned, where the
             weights are on a CUDA device: the copy goes on beside the next forward and backward); ``"auto"`` beside the
-            weights where the first updates have left room for them, else in host memory.
+            weights as far as the run leaves room there at its peak, else in host memory.
         max_snapshots: Certified snapshots kept (one more is always pending).
-        max_snapshot_memory: Limit in GiB for all snapshots; fewer are kept where they do not fit, at least one.
+        max_snapshot_memory: Limit in GiB for what all snapshots take, and batches that are kept; fewer snapshots are
+            kept where they do not fit, at least one.
         budget: Bounds on interventions, past which the run is stopped.
         dirpath: Folder of the records and of the last good checkpoint; ``None`` for ``nanguard`` beside the checkpoints
             of the trainer's logger, or ``nanguard/<run id>`` without one. A folder that belongs to another run is left

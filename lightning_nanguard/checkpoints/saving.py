@@ -16,7 +16,7 @@ from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.learner import Learner, StateKey
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.ring import Ring
-from lightning_nanguard.state.snapshot import Snapshot, capture
+from lightning_nanguard.state.snapshot import Snapshot, capture_whole
 from lightning_nanguard.types import Fault
 
 
@@ -76,7 +76,7 @@ class SaveGuard:
         if not self._observe:
             message = f"{bad} is not finite while a checkpoint is about to be written"
             self._note(Fault("poisoned_checkpoint", "state", bad, None, message), "rewrite")
-            self._set_aside = capture(self._learner, step=0, global_step=0)
+            self._set_aside = capture_whole(self._learner)
             self._put(good)
 
     def end(self) -> None:

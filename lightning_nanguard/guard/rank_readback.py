@@ -231,6 +231,7 @@ class RankReadback:
             parameter_checksum=parameters,
             optimizer_checksum=moments,
             outside_fault=self._outside is not None,
+            snapshot_place=self._snapshots.wanted_place(),
         )
         posted = self._context.ranks.post(report)
         return Sent(posted, reading.optimizer_index, undo, held_back, line_search)

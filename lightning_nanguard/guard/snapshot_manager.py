@@ -78,7 +78,7 @@ class SnapshotManager:
             ring,
             device,
             choose=choose,
-            gather=self._ranks.gather,
+            alone=not self._many,
             sharers=self._ranks.sharers,
             parts=self._ranks.snapshot_parts,
             limit=limit,
@@ -164,8 +164,12 @@ class SnapshotManager:
         """Where a copy of a part of the learner goes: where snapshots go; ``None`` for beside it."""
         return self._placement.where()
 
+    def wanted_place(self) -> int:
+        """For a :class:`Report`: where snapshots would lie if this process were alone; ``-1`` where that is open."""
+        return self._placement.wanted()
+
     def look_at_room(self) -> None:
-        """Keep fewer snapshots, or keep them elsewhere, where the run needs more memory than before; all must call it.
+        """Keep fewer snapshots, or keep them elsewhere, where the run needs more memory than before.
 
         Before the first measured snapshot nothing is decided.
         """
@@ -218,6 +222,7 @@ class SnapshotManager:
 
     def hear(self, reports: Sequence[Report]) -> None:
         """Take what all ranks say of their snapshots."""
+        self._placement.hear([one.snapshot_place for one in reports])
         if self._agreement.hear(reports):
             self.count_from(self._last)
 

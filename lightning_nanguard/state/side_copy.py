@@ -70,8 +70,9 @@ class SideCopy:
         self._limits = thresholds
         self._staging: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._under_way: list[tuple[torch.device, Event]] = []
-        # While these are kept, the allocator gives their memory to nobody else.
-        self._sources: list[Tensor] = []
+        # Sources, and what the run's own stream has made for the side stream: while they are kept, the allocator gives
+        # their memory to nobody else.
+        self._in_use: list[Tensor] = []
         self._waits: list[tuple[Event, Event]] = []
 
     @staticmethod
@@ -83,7 +84,7 @@ class SideCopy:
     def send(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> CopyCheck:
         """Begin to copy; each target lies in host memory and is like its source, which lies on a device."""
         self.settle()
-        self._waits, self._sources = [], list(sources)
+        self._waits, self._in_use = [], list(sources)
         pairs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         for target, source in zip(targets, sources, strict=True):
             where = self._device.where(source)
@@ -108,7 +109,7 @@ class SideCopy:
             driver.to_host(side, pack.targets, _slices(pack, staging))
         driver.launch(side, partial(_compare, before, after, verdict))
         driver.to_host(side, [answer], [verdict])
-        self._sources.append(verdict)
+        self._in_use += [*before, verdict]
         event = driver.record(side)
         self._under_way.append((where, event))
         return event, answer
@@ -129,7 +130,7 @@ class SideCopy:
             before = driver.record(own, timed=True)
             driver.wait(own, event)
             self._waits.append((before, driver.record(own, timed=True)))
-        self._under_way, self._sources = [], []
+        self._under_way, self._in_use = [], []
 
     def waited(self) -> float | None:
         """Seconds that the run waited for the last copy, ``None`` where that is not known yet."""

@@ -268,6 +268,14 @@ def capture(
     return Snapshot(step, global_step, copied, scaler, done=done, homes=homes, left_out=left_out)
 
 
+def capture_whole(learner: Learner) -> Snapshot:
+    """Copy the learner for a moment: beside it, or in host memory where the device has no room."""
+    try:
+        return capture(learner, step=0, global_step=0)
+    except OutOfMemory:
+        return capture(learner, step=0, global_step=0, device=torch.device("cpu"))
+
+
 def _memory_for(live: Any, old: Any, device: torch.device | None, source: Device) -> Tensor | None:
     """Memory to copy a leaf into: that of an older copy if it fits, else new memory where the host waits for no copy.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any, final
@@ -17,17 +17,13 @@ from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import Learner, StateKey
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.state.side_copy import SideCopy
-from lightning_nanguard.state.snapshot import Snapshot, capture
+from lightning_nanguard.state.snapshot import Snapshot, capture, copy_all
 from lightning_nanguard.state.snapshot_room import NOWHERE, DevicePeaks, Place, Room, SnapshotSize, choose_place
 from lightning_nanguard.thresholds.snapshots import PlacementThresholds
 
 _logger = logging.getLogger("lightning_nanguard")
 _DEFAULTS = PlacementThresholds()
 _HOST = torch.device("cpu")
-
-
-def _alone(value: Any) -> list[Any]:
-    return [value]
 
 
 @final
@@ -41,7 +37,8 @@ class SnapshotPlacement:
         ring: Where snapshots go; its memory is used again.
         device: Where snapshots lie; ``None`` beside the originals.
         choose: Whether host memory is chosen where a device has no room for snapshots.
-        gather: Gives the values of all processes. They keep the same snapshots, so all take the same place.
+        alone: Whether this is the only process. Several keep the same snapshots, so that a place is taken only when all
+            have told theirs (:meth:`hear`).
         sharers: Number of processes on this host.
         parts: Number of them that keep a certified snapshot together.
         limit: Bytes that all snapshots together may take.
@@ -56,7 +53,7 @@ class SnapshotPlacement:
         device: torch.device | None = None,
         *,
         choose: bool = False,
-        gather: Callable[[Any], list[Any]] = _alone,
+        alone: bool = True,
         sharers: int = 1,
         parts: int = 1,
         limit: float = math.inf,
@@ -67,7 +64,7 @@ class SnapshotPlacement:
         self._ring = ring
         self._choose = choose and device is None
         self._in_host = device is not None
-        self._gather = gather
+        self._alone = alone
         self._sharers = sharers
         self._parts = parts
         self._limit = limit
@@ -76,8 +73,10 @@ class SnapshotPlacement:
         self._peaks = DevicePeaks(thresholds)
         self._side_copy = SideCopy(learner.device, thresholds)
         self._overlap = True
-        # The place of now, and the least bytes that snapshots held beside the weights since the last look.
+        # The place of now and the one wanted, and the least bytes that snapshots held beside the weights since the last
+        # look.
         self._place: Place | None = None
+        self._wanted: Place | None = None
         self._held: float = math.inf
         self.unchanged: AbstractSet[StateKey] = frozenset()
         """State keys of tensors that did not change between the last two snapshots."""
@@ -99,7 +98,6 @@ class SnapshotPlacement:
         """Take a place with less room where the present one has become too large; nothing is moved to a larger one.
 
         Call it after the first updates, when activations have had their peak and moments exist, and then now and then.
-        All processes have to call it at the same point.
 
         Args:
             leaves: The learner's leaves, where they are at hand.
@@ -121,7 +119,23 @@ class SnapshotPlacement:
             wanted = Place(True, 1)  # as the user wants it; where memory runs out, they go to the host
         elif fixed_host:
             wanted = Place(False, wanted.certified)
-        self._take(min(Place(*place) for place in self._gather(wanted)))
+        self._wanted = wanted
+        if self._alone:
+            self._take(wanted)
+
+    def wanted(self) -> int:
+        """Where snapshots would lie if this process were alone, as :meth:`Place.code`; ``-1`` where that is open."""
+        return -1 if self._wanted is None else self._wanted.code()
+
+    def hear(self, wanted: Sequence[int]) -> None:
+        """Take the place of the process with the least room; all have to be told the same at the same point.
+
+        Args:
+            wanted: What :meth:`wanted` gives in each process.
+        """
+        code = min(wanted)
+        if code >= 0 and (self._place is None or code != self._place.code()):
+            self._take(Place.of_code(code))
 
     def _room(self, one: SnapshotSize) -> Room:
         device, limits = self._learner.device, self._limits
@@ -161,10 +175,11 @@ class SnapshotPlacement:
             )
 
     def _to_host(self) -> None:
-        # The device needs the room: only the newest state is brought over.
-        self._ring.shed()
-        for snapshot in self._ring.certified:
-            self._move(snapshot)
+        if self._alone:  # the device needs the room: only the newest state is brought over
+            self._ring.shed()
+        for snapshot in (*self._ring.certified, self._ring.pending):
+            if snapshot is not None:
+                self._move(snapshot)
 
     def _move(self, snapshot: Snapshot) -> None:
         device = self._learner.device
@@ -198,7 +213,7 @@ class SnapshotPlacement:
                 "memory; set snapshot_device='cpu' or max_snapshot_memory to choose this from the start.",
                 global_step,
             )
-        if not all(self._gather(snapshot is not None)):
+        if snapshot is None:
             self._to_host()
             self._in_host, self._choose = True, False
             self._place = Place(False, self._ring.capacity)
@@ -262,7 +277,12 @@ class SnapshotPlacement:
     def _copy_beside(self, take: Callable[..., Snapshot], later: Mapping[StateKey, Any], snapshot: Snapshot) -> None:
         def send(targets: list[Tensor], sources: list[Tensor]) -> None:
             values = [local(source).detach() for source in sources]
-            snapshot.check = self._side_copy.send(targets, values)
+            try:
+                snapshot.check = self._side_copy.send(targets, values)
+            except OutOfMemory:  # not even for the little memory that the copy goes through
+                self._overlap, self._side_copy = False, SideCopy(self._learner.device, self._limits)
+                copy_all(targets, values, self._learner.device)
+                snapshot.done += self._learner.device.mark(values)
 
         rest = take(leaves=later.items(), copy=send)
         snapshot.leaves.update(rest.leaves)

@@ -18,6 +18,9 @@ from lightning_nanguard.thresholds.snapshots import PlacementThresholds
 _DEFAULTS = PlacementThresholds()
 
 
+_MANY = 1 << 6
+
+
 @final
 class Place(NamedTuple):
     """Where snapshots lie and how many are kept.
@@ -29,6 +32,15 @@ class Place(NamedTuple):
 
     beside: bool
     certified: int
+
+    def code(self) -> int:
+        """The place as a number of seven bits; the lower one of two has less room."""
+        return min(self.certified, _MANY - 1) + _MANY * self.beside
+
+    @classmethod
+    def of_code(cls, code: int) -> Place:
+        """The inverse of :meth:`code`."""
+        return cls(code >= _MANY, code % _MANY)
 
 
 NOWHERE = Place(False, 0)

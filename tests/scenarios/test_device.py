@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,13 @@ from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.measure.readings import PendingReading
 from lightning_nanguard.state.device import Device, OutOfMemory
 from lightning_nanguard.state.learner import Learner
+from lightning_nanguard.thresholds import Thresholds
+from lightning_nanguard.thresholds.batches import (
+    BatchesThresholds,
+    HealthyBatchesThresholds,
+    MicroBatchesThresholds,
+    RepeatedStepsThresholds,
+)
 from lightning_nanguard.trainer import build
 from tests.fake_device import FakeDriver, When, fake_device
 from tests.helpers import copied, same_bits
@@ -341,3 +349,50 @@ def test_a_device_that_is_given_is_the_one_that_is_used() -> None:
     device, _ = fake_device()
     assert Learner(net, [], device=device).device is device
     assert isinstance(Learner(net, []).device, Device)
+
+
+class Held(Callback):
+    """Counts the batches that are alive while a backward pass runs."""
+
+    def __init__(self) -> None:
+        self.alive: list[weakref.ref[Tensor]] = []
+        self.most = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
+        self.alive.append(weakref.ref(batch))
+
+    def on_before_backward(self, *args: Any) -> None:
+        self.alive = [one for one in self.alive if one() is not None]
+        self.most = max(self.most, len(self.alive))
+
+
+class Fresh(torch.utils.data.Dataset[Tensor]):
+    """Makes each batch anew, so that nothing else keeps one alive."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> Tensor:
+        return data(1)[0] + index * 1e-3
+
+
+@pytest.mark.parametrize(("most_bytes", "held"), [(1 << 30, 32), (5 * 16 * 8 * 4, 7), (0, 2)])
+@pytest.mark.parametrize("readback", ["step", "deferred"])
+def test_batches_that_are_kept_are_capped_in_bytes(most_bytes: int, held: int, readback: Any, tmp_path: Path) -> None:
+    """Under accumulation in deferred readback, too: small batches are kept, large ones are not."""
+    limits = BatchesThresholds(
+        micro_batches=MicroBatchesThresholds(most_bytes=most_bytes),
+        healthy=HealthyBatchesThresholds(most_bytes=0),
+        repeated=RepeatedStepsThresholds(window_bytes=0, bytes_again=0),
+    )
+    seen = Held()
+    guard = NaNGuard(
+        readback=readback, dirpath=tmp_path, snapshot_every_n_steps=1000, thresholds=Thresholds(batches=limits)
+    )
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[guard, seen], accumulate_grad_batches=8, limit_val_batches=0,
+    )  # fmt: skip
+    loader = DataLoader(Fresh(), batch_size=None)
+    trainer.fit(seeded(), loader, loader)
+    assert seen.most <= held

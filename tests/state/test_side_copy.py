@@ -114,3 +114,15 @@ def test_tensors_with_gaps_are_left_to_others() -> None:
     assert not copies.can_take(torch.zeros(4, 4)[:, ::2])
     assert not copies.can_take(torch.zeros(3).expand(2, 3))
     assert not copies.can_take(torch.zeros(0))
+
+
+def test_what_the_side_stream_reads_is_kept_until_the_run_waits_for_it() -> None:
+    """Memory that is let go of earlier would be given to the next forward pass."""
+    device, _ = fake_device()
+    live = torch.arange(40.0)
+    copies = SideCopy(device, SMALL)
+    copies.send([device.pinned_like(live)], [live])
+    pieces = 4  # of 40 bytes each
+    assert len(copies._in_use) == 1 + pieces + 1
+    copies.settle()
+    assert copies._in_use == []

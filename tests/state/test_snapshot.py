@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_nanguard.measure.tensors import dense_values
-from lightning_nanguard.state.device import Device
+from lightning_nanguard.state import snapshot as snapshot_module
+from lightning_nanguard.state.device import Device, OutOfMemory
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Share, Snapshot, capture, clone, copy_all, fits, put
 from tests.helpers import copied, same_bits
@@ -106,3 +108,23 @@ def test_a_leaf_that_cannot_be_copied_is_left_out_and_left_alone(caplog: pytest.
     restore(learner, snapshot)
     assert state["lock"] is lock
     assert not bool((state["exp_avg"] == 3.0).any())
+
+
+def test_a_copy_for_a_moment_goes_to_the_host_where_the_device_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is put aside for a save or a look is put back from there."""
+    net, optimizer, learner = made("adam")
+    train(net, optimizer, 1, seed=0)
+    real = snapshot_module.capture
+
+    def full(*args: Any, device: torch.device | None = None, **options: Any) -> Snapshot:
+        if device is None:
+            raise OutOfMemory("CUDA out of memory")
+        return real(*args, device=device, **options)
+
+    monkeypatch.setattr(snapshot_module, "capture", full)
+    before = copied(dict(learner.leaves()))
+    aside = snapshot_module.capture_whole(learner)
+    assert aside.homes
+    train(net, optimizer, 1, seed=1)
+    restore(learner, aside)
+    assert same_bits(dict(learner.leaves()), before)

@@ -15,7 +15,7 @@ from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.state.snapshot_placement import SnapshotPlacement
-from lightning_nanguard.state.snapshot_room import SnapshotSize
+from lightning_nanguard.state.snapshot_room import Place, SnapshotSize
 from tests.fake_device import FakeDriver, GiB, fake_device
 from tests.helpers import copied, same_bits
 from tests.state.nets import made, train
@@ -47,23 +47,19 @@ def certify(ring: Ring, snapshot: Snapshot | None) -> Snapshot:
 def test_without_room_snapshots_go_to_the_host(
     many: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They do from then on, and older ones are dropped but for the newest; among ranks, all do where one has to."""
+    """They do from then on, and older ones are dropped but for the newest; among ranks, all of them are moved."""
     _, learner, _ = on_device()
     real, places = snapshot_placement.capture, []
 
     def capture(*args: Any, **options: Any) -> Snapshot:
         places.append(options["device"])
-        if len(places) == 3 and not many:
+        if len(places) == 3:
             raise OutOfMemory("no room")
         return real(*args, **options)
 
-    def gather(value: Any) -> list[Any]:
-        full = many and isinstance(value, bool) and len(places) == 3
-        return [value, False if full else value]
-
     monkeypatch.setattr(snapshot_placement, "capture", capture)
     ring = Ring()
-    placement = SnapshotPlacement(learner, ring, gather=gather)
+    placement = SnapshotPlacement(learner, ring, alone=not many)
     for step in (1, 2):
         certify(ring, placement.copy(step, step, leaves_of(learner)))
     assert placement.beside
@@ -74,14 +70,15 @@ def test_without_room_snapshots_go_to_the_host(
     assert set(places[:3]) == {None}
     assert set(places[3:]) == {HOST}
     assert placement.where() == HOST
-    (kept,) = ring.certified
+    assert [one.step for one in ring.certified] == ([2, 1] if many else [2])
+    assert placement.wanted() == Place(False, 3).code()
+    kept = ring.certified[-1]
     kept.wait()
-    assert kept.step == 2
     assert same_bits(kept.leaves, leaves_of(learner))
     weight = kept.leaves[("parameter", "last.weight")]
     assert learner.device.where(weight) is None
     assert kept.homes[("parameter", "last.weight")] == HOST
-    assert caplog.text.count("no room for another snapshot at step 3") == (not many)
+    assert caplog.text.count("no room for another snapshot at step 3") == 1
 
 
 def test_snapshots_make_way_when_the_run_needs_more(caplog: pytest.LogCaptureFixture) -> None:
@@ -136,9 +133,20 @@ def test_all_ranks_take_the_place_of_the_one_with_the_least_room() -> None:
     """Their snapshots are the same ones."""
     _, learner, _ = on_device()
     ring = Ring()
-    placement = SnapshotPlacement(learner, ring, choose=True, gather=lambda place: [place, (False, 2)])
+    placement = SnapshotPlacement(learner, ring, choose=True, alone=False)
+    certify(ring, placement.copy(1, 1, leaves_of(learner)))
+    assert placement.wanted() == -1
+    placement.hear([-1, Place(False, 2).code()])
     placement.look_at_room(leaves_of(learner))
-    assert (placement.beside, ring.capacity) == (False, 2)
+    placement.hear([placement.wanted(), -1])
+    assert (placement.beside, ring.capacity) == (True, 3), "not all have told"
+    for _ in range(2):
+        placement.hear([placement.wanted(), Place(False, 2).code()])
+        assert (placement.beside, ring.capacity) == (False, 2)
+    assert ring.certified[0].homes
+    placement.hear([placement.wanted(), Place(False, 0).code()])
+    assert placement.is_nowhere()
+    assert ring.certified == []
 
 
 def test_the_start_goes_to_the_host_where_it_is_not_negligible() -> None:
@@ -216,3 +224,22 @@ def test_a_frozen_tensor_is_copied_beside_the_run_once_it_was_seen_to_stay() -> 
     assert frozen not in waiting(placement, leaves)
     placement.unchanged = {frozen}
     assert frozen in waiting(placement, leaves)
+
+
+def test_a_card_without_room_for_a_side_copy_copies_on_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The snapshot is taken all the same, and is whole."""
+    net, learner, driver = on_device()
+    placement = SnapshotPlacement(learner, Ring(), HOST)
+
+    def full(*args: Any) -> Any:
+        raise OutOfMemory("no room for the staging memory")
+
+    monkeypatch.setattr(placement._side_copy, "_staging_on", full, raising=False)
+    expected = copied(leaves_of(learner))
+    for _ in range(2):
+        taken = placement.copy(1, 1, leaves_of(learner))
+        assert taken is not None
+        net.last.weight.data.mul_(1.0)
+        driver.finish()
+        assert taken.intact()
+        assert same_bits(taken.leaves, expected)

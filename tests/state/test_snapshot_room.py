@@ -90,3 +90,13 @@ def test_room_is_what_the_peak_leaves() -> None:
     assert peaks.room(CARD, DeviceMemory(100, 10, 60, 60), held=30) == 35
     # Somebody has reset the count; what was needed once may be needed again.
     assert peaks.room(CARD, DeviceMemory(100, 10, 60, 40), held=30) == 35
+
+
+def test_a_place_is_told_as_a_number() -> None:
+    """The lower one has less room, and each comes back as it was, up to as many snapshots as anybody keeps."""
+    places = [NOWHERE, Place(False, 1), Place(False, 63), Place(True, 1), Place(True, 3)]
+    codes = [place.code() for place in places]
+    assert codes == sorted(codes)
+    assert [Place.of_code(code) for code in codes] == places
+    assert max(codes) <= 127
+    assert Place.of_code(Place(False, 1000).code()) == Place(False, 63)
