@@ -90,7 +90,7 @@ arc:
 # repository, and the guard inside each of them; a quarter of an hour. torch goes first, as above.
 PACKAGES ?= $(HOME)/.cache/lightning-nanguard/packages
 PACKAGE_LIST := darts==0.48.1 neuralforecast==3.3.0 pytorch-forecasting==1.8.0 chemprop==2.3.1 gluonts[torch]==0.17.0 \
-	"scvi-tools>=1.4.2,<1.6"
+	"scvi-tools>=1.4.2,<1.6" torchao==0.18.0 bitsandbytes==0.50.2
 PACKAGES_PIP := $(PACKAGES)/bin/python -m pip install --quiet --disable-pip-version-check
 packages:
 	$(PYTHON) -m venv $(PACKAGES)
