@@ -150,15 +150,17 @@ class ForwardAgain:
         if self._room and (kept or number <= first):
             groups = self._context.learner.optimizers[0].param_groups
             scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
-            after = {one.step for one in (*ring.certified, ring.pending) if one is not None}
-            begins = opens_epoch or not kept or number - 1 in after
-            if begins:
-                self._forget_measures(after)
-            before = measures() if begins else ()
+            newest = ring.pending or next(iter(ring.certified), None)
+            before: Sequence[Callable[[], None]] = ()
+            if opens_epoch or not kept or (newest is not None and newest.step == number - 1):
+                self._forget_measures()
+                before = measures()
             kept.append(_Update(number, list(micros), scheduled, self._trainer.global_step, before, opens_epoch))
 
-    def _forget_measures(self, after: set[int]) -> None:
+    def _forget_measures(self) -> None:
         """Let go of what no snapshot that is left, and no epoch, begins with."""
+        ring = self._context.ring
+        after = {one.step for one in (*ring.certified, ring.pending) if one is not None}
         for update in self._kept:
             if not update.opens_epoch and update.number - 1 not in after:
                 update.measures = ()

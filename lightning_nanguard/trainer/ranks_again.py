@@ -91,7 +91,7 @@ class RanksAgain:
             if keeps:
                 after.restore_counters()
             with self._runs.repeating(counted=True):
-                last = self._runs.attempt(micro, steps=True)
+                last = self._attempt(micro, steps=True)
             if last.good:
                 if keeps:
                     after.restore_counters()
@@ -154,7 +154,7 @@ class RanksAgain:
         attributes = self._memory.attributes_now()
         trace.open()
         with logging_for(self._trainer, micro.run.batch):
-            outcome = self._runs.attempt(micro, steps=False)
+            outcome = self._attempt(micro, steps=False)
         loss = getattr(outcome.result, "closure_loss", None)
         fault = self._check.fault_of_loss(loss, 0) or self._check.fault_of_gradients(0)
         if fault is None and outcome.caught is None:
@@ -171,14 +171,20 @@ class RanksAgain:
             micro.start.restore(carried=clean)
             with logging_for(self._trainer, micro.run.batch):
                 if micro is good[-1]:
-                    return self._runs.attempt(micro, steps=True)
+                    return self._attempt(micro, steps=True)
                 with self._trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
-                    self._runs.attempt(micro, steps=False)
+                    self._attempt(micro, steps=False)
         # This rank has nothing to learn from, and the others wait for its part of the sum.
         micro = self._window.micros[-1]
         micro.start.restore()
         with self._runs.in_place_of_step(partial(no_loss, self._module)):
-            return self._runs.attempt(micro, steps=True)
+            return self._attempt(micro, steps=True)
+
+    def _attempt(self, micro: Micro, *, steps: bool) -> Outcome:
+        outcome = self._runs.attempt(micro, steps=steps)
+        if outcome.error is not None:
+            raise outcome.error  # this rank's part of the sum is missing, and no further pass can make up for it
+        return outcome
 
     def _spoil(self, first: Outcome, parameters: Sequence[Any]) -> None:
         """Nothing is left to learn from: the guard sees a bad gradient on every rank, and skips the update."""

@@ -70,6 +70,7 @@ class StepRunner:
         self._module = module
         self._guard = guard
         self._check = guard.steps
+        self._alone = guard.steps.allowed()
         self._replay = replay
         self._listens = listens
         self._memory = StepMemory(module, thresholds)
@@ -110,7 +111,7 @@ class StepRunner:
             start = self._memory.open(run.batch, random)
             if run.zero_grad is not None:
                 self._check.undo_also(start.carried_back)
-            if self._check.allowed() and self._replay.batches.nothing_left():
+            if self._alone and self._replay.batches.nothing_left():
                 return self._pass_over(run, start)
             return self._guarded(run, start) if self._runs.allowed and run.repeatable else run.whole()
         finally:

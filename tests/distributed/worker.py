@@ -114,6 +114,18 @@ def finite(trainer: Trainer, module: Any) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor.is_floating_point())
 
 
+class Said(logging.Handler):
+    """Keeps what the guard says in a fit."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+        logging.getLogger("lightning_nanguard").setLevel(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 class Worker:
     """One rank: runs fits and keeps what it saw of each.
 
@@ -152,12 +164,14 @@ class Worker:
         made = data(rank) if data is not None else batches(count=STEPS, seed=rank)
         loader = DataLoader(made, batch_size=None)
         val = DataLoader(batches(count=2, seed=50 + rank), batch_size=None)
-        error = None
+        error, said = None, Said()
+        logging.getLogger("lightning_nanguard").addHandler(said)
         try:
             trainer.fit(module, loader, val, ckpt_path=ckpt_path)
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
             traceback.print_exc()
+        logging.getLogger("lightning_nanguard").removeHandler(said)
         self.results[name] = {
             "records": [record.to_dict() for record in guard.interventions] if guard is not None else [],
             "after": watch[0].prints if watch else [],
@@ -169,6 +183,7 @@ class Worker:
             "batches": len(made),
             "lr_multiplier": guard.lr_multiplier if guard is not None else 1.0,
             "error": error,
+            "said": said.lines,
             "hits": sum(callback.hits for callback in callbacks if isinstance(callback, FaultAt)),
         }
         return trainer, module
