@@ -83,7 +83,7 @@ def interpreter(version: str) -> str | None:
     return shutil.which(f"python{version}") or (str(pyenv[-1]) if pyenv else None)
 
 
-def run_row(name: str, row: Row, python: str, torch: str, tests: Sequence[str]) -> Result:
+def run_row(name: str, row: Row, python: str, torch: str, tests: Sequence[str], *, keep: bool = False) -> Result:
     """Build the environment of a row and run the tests in it.
 
     Args:
@@ -92,22 +92,17 @@ def run_row(name: str, row: Row, python: str, torch: str, tests: Sequence[str]) 
         python: Version of Python.
         torch: What pip is asked for first.
         tests: Arguments of pytest.
+        keep: Whether to take the environment that an earlier run has left.
     """
     result = Result(name, time.strftime("%Y-%m-%d"), python)
     made, found = CACHE / name, interpreter(python)
     if found is None:
         result.outcome = f"left out: there is no Python {python}"
         return result
-    if made.exists():
-        shutil.rmtree(made)
-    subprocess.run([found, "-m", "venv", str(made)], check=True)
     inside = str(made / "bin" / "python")
-    pip = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    index = ["--index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
-    for asked in ([torch, *index], [torch, *row.packages, *TOOLS], ["--no-deps", "-e", str(ROOT)]):
-        done = subprocess.run([*pip, *asked], capture_output=True, text=True, check=False)
-        if done.returncode:
-            result.outcome = f"left out: {done.stderr.strip().splitlines()[-1][:200]}"
+    if not (keep and made.exists()):
+        result.outcome = _install(found, made, inside, row, torch)
+        if result.outcome:
             return result
     result.versions = versions(inside)
     # Older and newer versions of others warn of things of their own.
@@ -120,6 +115,19 @@ def run_row(name: str, row: Row, python: str, torch: str, tests: Sequence[str]) 
     result.outcome = re.sub(r"[=\s]*\b(in [\d.]+s.*)$", "", lines[-1]).strip("= ") if lines else done.stderr[-200:]
     result.passed = done.returncode == 0
     return result
+
+
+def _install(python: str, made: Path, inside: str, row: Row, torch: str) -> str:
+    if made.exists():
+        shutil.rmtree(made)
+    subprocess.run([python, "-m", "venv", str(made)], check=True)
+    pip = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    index = ["--index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
+    for asked in ([torch, *index], [torch, *row.packages, *TOOLS], ["--no-deps", "-e", str(ROOT)]):
+        done = subprocess.run([*pip, *asked], capture_output=True, text=True, check=False)
+        if done.returncode:
+            return f"left out: {done.stderr.strip().splitlines()[-1][:200]}"
+    return ""
 
 
 def versions(python: str) -> dict[str, str]:
@@ -147,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)} (default: all)")
     parser.add_argument("--python", help="version of Python in the place of the rows' own")
     parser.add_argument("--torch", help="what pip is asked for in the place of the rows' own, such as torch==2.13.0")
+    parser.add_argument("--keep", action="store_true", help="take the environments that an earlier run has left")
     parser.add_argument("--tests", nargs="+", default=list(TESTS), help="arguments of pytest")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where results are kept, as JSON")
     given = parser.parse_args(arguments)
@@ -157,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = False
     for name in given.rows or ROWS:
         row = ROWS[name]
-        result = run_row(name, row, given.python or row.python, given.torch or row.torch, given.tests)
+        result = run_row(name, row, given.python or row.python, given.torch or row.torch, given.tests, keep=given.keep)
         print(table([result]).splitlines()[-1], flush=True)
         failed = failed or result.passed is False
         kept = [one for one in kept if one["row"] != name] + [asdict(result)]

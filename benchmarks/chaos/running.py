@@ -172,7 +172,8 @@ def _different(expected: Left, left: Left, but: tuple[str, ...], what: str) -> I
 
 def _broken(one: Draw, twin: Left, bare: Left, guarded: Left, guard: NaNGuard) -> Iterator[str]:
     stopped = guarded.error.startswith("TrainingDivergedError")
-    if guarded.error and not stopped and guarded.error != bare.error:
+    # Some combinations raise without a fault, too, such as SWA over batch norm with a GradScaler.
+    if guarded.error and not stopped and guarded.error not in (bare.error, twin.error):
         yield f"it raised {guarded.error}"
     if one.kind == "exception" and bare.error and guarded.error != bare.error:
         yield f"{bare.error} came out as {guarded.error or 'nothing'}"

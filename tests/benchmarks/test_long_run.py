@@ -43,5 +43,5 @@ def test_the_long_run_that_was_made() -> None:
     """The figures that the documents name."""
     figures = json.loads((ROOT / "benchmarks" / "results" / "long-run.json").read_text())
     assert figures["grown"] == []
-    assert figures["readings"][-1]["interventions"] == figures["steps"] // figures["every"] >= 1000
+    assert figures["readings"][-1]["interventions"] >= figures["steps"] // figures["every"] >= 1000
     assert max(figures["seconds"].values()) < 20
