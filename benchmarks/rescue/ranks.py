@@ -16,7 +16,7 @@ from .cases import Case
 
 _Result = TypeVar("_Result")
 
-PATIENCE = 300
+PATIENCE = 900
 """Seconds after which ranks that gave no result are ended."""
 
 

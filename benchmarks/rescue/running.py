@@ -35,7 +35,7 @@ from .optimizers import OWN
 if TYPE_CHECKING:
     from .cases import Case
 
-TIME_LIMIT = 90
+TIME_LIMIT = 300
 """Seconds after which a run is given up."""
 
 
