@@ -183,12 +183,15 @@ class SnapshotPlacement:
 
     def _move(self, snapshot: Snapshot) -> None:
         device = self._learner.device
-        for key, leaf in snapshot.leaves.items():
-            if isinstance(leaf, Tensor) and is_strided(leaf) and device.where(leaf) is not None:
-                snapshot.homes[key] = leaf.device
-                memory = device.pinned_like(leaf)
-                device.to_host([memory], [leaf])
-                snapshot.leaves[key] = memory
+        moved = [
+            (key, leaf)
+            for key, leaf in snapshot.leaves.items()
+            if isinstance(leaf, Tensor) and is_strided(leaf) and device.where(leaf) is not None
+        ]
+        for (key, leaf), memory in zip(moved, device.pinned_alike([leaf for _, leaf in moved]), strict=True):
+            snapshot.homes[key] = leaf.device
+            device.to_host([memory], [leaf])
+            snapshot.leaves[key] = memory
         snapshot.done += device.mark(leaf for _, leaf in self._learner.weights())
 
     def copy(
