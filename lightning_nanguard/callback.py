@@ -218,7 +218,7 @@ class NaNGuard(DisplayedGuard):
         fit = self._fit = build_fit(trainer, pl_module, given, self._memory, order, resumed)
         self._run_id = fit.folder.run_id
         self._memory.take_run({"id": fit.folder.run_id, "folder": str(fit.folder.path)})
-        self._memory.take_advice(fit.advice.given)
+        self._memory.take_advice(fit.advice.given, fit.context.receipts.given)
         fit.diagnostics.preflight_due = given.preflight and trainer.global_step == 0
         self._before = self._counts()
         if self._resumed is not None:

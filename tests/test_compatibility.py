@@ -61,7 +61,8 @@ def test_a_checkpoint_is_resumed_from(tmp_path: Path) -> None:
     assert [place for place in changed if not place.endswith(("only in one", "items"))] == []
     assert first.state["rate"]["multiplier"] == MULTIPLIER
     assert first.state["clipper"]["value"] == pytest.approx(0.386, abs=1e-3)
-    assert trainer.global_step == 90
+    # Lightning before 2.5 begins a batch earlier with this checkpoint, which a later one has saved.
+    assert trainer.global_step in (90, 91)
     assert [(found.global_step, found.remedies) for found in guard.interventions] == [(86, ("skip",))]
     assert guard.interventions[0].lr_before == pytest.approx(0.05 * MULTIPLIER)
     assert guard.lr_multiplier == MULTIPLIER

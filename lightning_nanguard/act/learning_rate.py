@@ -92,7 +92,8 @@ class LearningRate:
     def ratio(self) -> float:
         """Effective rate over scheduled rate of the first group: the multiplier in effect, limits included."""
         scheduled, effective = next(self._bases(), None), self.effective()[:1]
-        return effective[0] / float(scheduled) if scheduled else self._multiplier
+        # There is no ratio to a rate of zero, nor to one that is not finite.
+        return effective[0] / float(scheduled) if scheduled and math.isfinite(scheduled) else self._multiplier
 
     def set_multiplier(self, value: float, *, min_lr: float = 0.0, max_lr: float = math.inf) -> None:
         """Changes the multiplier, starting with the update that is being prepared.

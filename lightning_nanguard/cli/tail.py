@@ -12,7 +12,7 @@ from typing import Any, TypeVar, final
 
 from lightning_nanguard.cli.explain import headline
 from lightning_nanguard.cli.output import say, say_no_run
-from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_whole
+from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, put_aside, read_whole
 from lightning_nanguard.record.messages import describe_advice, tell, tell_again
 from lightning_nanguard.record.run_folder import is_alive
 from lightning_nanguard.record.run_log import find_runs, read_run
@@ -70,6 +70,7 @@ class NewLines:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._read = 0
+        self._file: int | None = None
 
     def take(self, parse: Callable[[Mapping[str, Any]], _Record]) -> Iterator[_Record]:
         """The records that are new since the last call; one that is not whole yet is left for the next.
@@ -77,13 +78,19 @@ class NewLines:
         Args:
             parse: Makes a record of its values.
         """
+        older, path = put_aside(self._path), self._path
         try:
-            data = read_whole(self._path, self._read)
+            lines: list[bytes] = []
+            file = path.stat().st_ino
+            if file != self._file and older.is_file():
+                lines += read_whole(older, self._read).splitlines()  # it was put aside, and a new one has begun
+                self._read = 0
+            self._file = file
+            whole = read_whole(path, self._read).rpartition(b"\n")[0]
         except OSError:
             return
-        whole = data.rpartition(b"\n")[0]
         self._read += len(whole) + bool(whole)
-        for line in whole.splitlines():
+        for line in (*lines, *whole.splitlines()):
             try:
                 yield parse(json.loads(line))
             except (ValueError, TypeError, AttributeError, RecursionError):

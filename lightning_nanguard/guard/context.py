@@ -19,6 +19,7 @@ from lightning_nanguard.guard.state import GuardState
 from lightning_nanguard.measure.norm_history import NormHistory
 from lightning_nanguard.record.curve import CurveFile
 from lightning_nanguard.record.known_samples import KnownSamples
+from lightning_nanguard.record.receipt_log import ReceiptLog
 from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
@@ -72,6 +73,7 @@ class GuardContext:
         norms: Gradient norms of the newest updates, layer by layer.
         curve: Keeps the readings of all updates in a file; ``None`` keeps none.
         samples: The bad samples met so far.
+        receipts: What interventions on finite evidence have gained or cost.
     """
 
     learner: Learner
@@ -88,6 +90,7 @@ class GuardContext:
     norms: NormHistory = field(default_factory=NormHistory)
     curve: CurveFile | None = None
     samples: KnownSamples = field(default_factory=KnownSamples)
+    receipts: ReceiptLog = field(default_factory=ReceiptLog)
 
     def corrupt(self) -> tuple[str | None, tuple[int, ...]]:
         """The first tensor of the learner that is not finite and was at the start, and the ranks where it is so.

@@ -146,6 +146,9 @@ class Guard:
                     break  # what else was found belonged to the state just left
             if self._judge.readings and not found:
                 self._healthy()
+            shown = self._parts.beside.after(self._judge.readings)
+            if shown is not None:
+                self._judge.handle(shown)
         finally:
             self._open = self._updated = False
             self._judge.readings = []
@@ -214,6 +217,7 @@ class Guard:
     def close(self) -> None:
         """Let go of the optimizers and of all memory."""
         self._readback.end_batch()
+        self._parts.beside.close()
         self._context.rate.detach()
         self._snapshots.close()
         self._state.restored = None

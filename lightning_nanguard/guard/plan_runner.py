@@ -92,7 +92,9 @@ class ActingRunner:
         """Carry out a plan; gives the steps that were made."""
         before = self._context.rate.effective()
         self._actions.begin(found, known_until)
-        if not any(isinstance(step, Skip) for step in plan):
+        if any(isinstance(step, Skip) for step in plan):
+            self._context.state.skipped.append(found.reading.step)
+        else:
             self._actions.skip()  # a restore, too, leaves nothing of the batch behind
         if any(isinstance(step, Stop) for step in plan):
             self._leave_good()

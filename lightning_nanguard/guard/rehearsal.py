@@ -103,23 +103,6 @@ class Rehearsal:
             self._began = dict(zip(measured, losses, strict=True))
         return None if losses is None else fmean(losses)
 
-    def losses_after(
-        self, base: Snapshot, factor: float, updates: int, trained: range, measured: range
-    ) -> list[float] | None:
-        """Loss of each of some batches after ``updates`` on others, from ``base`` with the rate times ``factor``.
-
-        Infinite where it is not finite; ``None`` where a batch cannot be run. The learner is left at ``base``, without
-        gradients.
-
-        Args:
-            base: State to begin at.
-            factor: Number that the rate is multiplied by.
-            updates: Number of updates.
-            trained: Indices of the batches that the updates take in turn.
-            measured: Indices of the batches whose loss is measured.
-        """
-        return self._after(base, factor, updates, trained, measured, watched=False)
-
     def _after(
         self,
         base: Snapshot,

@@ -86,7 +86,10 @@ class RemedyActions:
                 return
             snapshot = pending
         context.state.restored = snapshot
-        self._look_at_restored(restore(context.learner, snapshot))
+        left = restore(context.learner, snapshot)
+        if context.state.arm is not None:
+            left = restore(context.learner, context.state.arm)  # what the trial has learned from there is not lost
+        self._look_at_restored(left)
         context.state.healthy_since_restore = 0
         self._forget(snapshot)
         for optimizer in context.learner.optimizers:

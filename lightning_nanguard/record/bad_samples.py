@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TextIO, final
 
-from lightning_nanguard.record.files import read_whole
+from lightning_nanguard.record.files import read_whole, with_put_aside
 from lightning_nanguard.record.known_samples import hash_key
 from lightning_nanguard.record.text import printable
 from lightning_nanguard.types import SCHEMA_VERSION, Row, plain
@@ -107,7 +107,7 @@ def read_bad_samples(path: str | os.PathLike[str]) -> list[BadSample]:
         FileNotFoundError: When there is no such file. A run that met none writes none.
     """
     found: list[BadSample] = []
-    for line in read_whole(path).splitlines():
+    for line in b"\n".join(map(read_whole, with_put_aside(path))).splitlines():
         # A run that was killed while it wrote leaves half a line.
         with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
             found.append(BadSample.from_dict(json.loads(line)))

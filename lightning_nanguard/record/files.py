@@ -6,8 +6,10 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
+from lightning_nanguard.record.receipts import Receipt
 from lightning_nanguard.record.text import listed_numbers
 from lightning_nanguard.types import SCHEMA_VERSION, Advice, Intervention
 
@@ -19,7 +21,7 @@ RECORDS_FILE, ADVICE_FILE = "interventions.jsonl", "advice.jsonl"
 LAST_GOOD = "nanguard-last-good.ckpt"
 """Name of the checkpoint file that the guard itself writes."""
 
-_Record = TypeVar("_Record", Intervention, Advice)
+_Record = TypeVar("_Record", Intervention, Advice, Receipt)
 
 
 def read_whole(path: str | os.PathLike[str], begin: int = 0) -> bytes:
@@ -37,6 +39,23 @@ def read_whole(path: str | os.PathLike[str], begin: int = 0) -> bytes:
     with open(path, "rb") as file:
         file.seek(begin)
         return file.read()
+
+
+def put_aside(path: str | os.PathLike[str]) -> Path:
+    """Where :class:`JsonLines` puts a file of records that has grown too large.
+
+    Example:
+        >>> put_aside("interventions.jsonl").name
+        'interventions.1.jsonl'
+    """
+    path = Path(path)
+    return path.with_name(f"{path.stem}.1{path.suffix}")
+
+
+def with_put_aside(path: str | os.PathLike[str]) -> list[Path]:
+    """The files in which the records of a path lie, the oldest first."""
+    older = put_aside(path)
+    return [older, Path(path)] if older.is_file() else [Path(path)]
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Intervention]:
@@ -66,7 +85,23 @@ def read_advice(path: str | os.PathLike[str]) -> list[Advice]:
     return _read(path, Advice.from_dict)
 
 
+def read_receipts(path: str | os.PathLike[str]) -> list[Receipt]:
+    """Read what interventions on finite evidence have gained or cost, oldest first; see :func:`read_records`.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: When there is no such file. A run without such an intervention writes none.
+    """
+    return _read(path, Receipt.from_dict)
+
+
 def _read(path: str | os.PathLike[str], parse: Callable[[Mapping[str, Any]], _Record]) -> list[_Record]:
+    return [record for one in with_put_aside(path) for record in _read_file(one, parse)]
+
+
+def _read_file(path: Path, parse: Callable[[Mapping[str, Any]], _Record]) -> list[_Record]:
     records: list[_Record] = []
     unreadable: list[int] = []
     later = False

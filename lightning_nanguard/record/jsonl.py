@@ -12,15 +12,21 @@ import time
 from collections import deque
 from io import FileIO
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, final
 
 from lightning_nanguard.errors import require
-from lightning_nanguard.record.bad_samples import BadSample
 from lightning_nanguard.record.base import Sink
+from lightning_nanguard.record.files import put_aside
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
-from lightning_nanguard.types import Advice, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
+
+
+class Record(Protocol):
+    """What can be written as one line."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts."""
 
 
 @final
@@ -31,7 +37,9 @@ class JsonLines(Sink):
     has to be synchronised with the disk: at most once a second, and with :meth:`close`.
 
     The folder is made with the first record, so a healthy run leaves nothing behind. While the file cannot be written,
-    the newest records wait in memory and are tried again with every next record and with :meth:`close`.
+    the newest records wait in memory and are tried again with every next record and with :meth:`close`. A file that has
+    grown to ``thresholds.bytes_per_file`` is put aside as ``NAME.1.jsonl``, in the place of the one before, and readers
+    take both.
 
     Args:
         path: The file. What it already holds is kept.
@@ -41,6 +49,7 @@ class JsonLines(Sink):
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> from lightning_nanguard.record.files import read_records
+        >>> from lightning_nanguard.types import Intervention
         >>> with TemporaryDirectory() as folder:
         ...     sink = JsonLines(f"{folder}/logs/nanguard.jsonl")
         ...     sink.write(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
@@ -54,6 +63,7 @@ class JsonLines(Sink):
         most = thresholds.records_waiting_for_file
         require(most >= 1, thresholds, "records_waiting_for_file", most, "at least 1")
         self.path = Path(path)
+        self._bytes_per_file = thresholds.bytes_per_file
         self._seconds_between_syncs = thresholds.seconds_between_syncs
         self._waiting: deque[bytes] = deque(maxlen=most)
         self._dropped = 0
@@ -62,7 +72,7 @@ class JsonLines(Sink):
         self._synced = -math.inf
         self._unsynced = False
 
-    def write(self, intervention: Intervention | Advice | BadSample) -> None:
+    def write(self, intervention: Record) -> None:
         """Append the record, or keep it for the next try."""
         line = json.dumps(intervention.to_dict(), allow_nan=False, default=_jsonable).encode()
         self._dropped += len(self._waiting) == self._waiting.maxlen
@@ -97,6 +107,9 @@ class JsonLines(Sink):
         lasting = last or now >= self._synced + self._seconds_between_syncs
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.is_file() and self.path.stat().st_size >= self._bytes_per_file:
+                with contextlib.suppress(OSError):  # a folder that takes no new name still takes more lines
+                    os.replace(self.path, put_aside(self.path))
             # Unbuffered, since a buffer left over from a full disk would be written again when the file is closed.
             with open(self.path, "a+b", buffering=0) as file:
                 while self._waiting:

@@ -52,7 +52,6 @@ class BatchHistory:
         device: The device of the run, whose random state is kept beside the CPU's.
         updates: Updates whose micro-batches are kept; 1 for the one at hand.
         updates_small: The same where batches are small; ``updates`` if that is more.
-        most_healthy: Healthy batches kept; ``None`` for what the thresholds say.
         thresholds: How many batches are kept, and when one is strange.
 
     Example:
@@ -70,7 +69,6 @@ class BatchHistory:
         device: torch.device,
         updates: int = 1,
         updates_small: int = 0,
-        most_healthy: int | None = None,
         thresholds: BatchesThresholds = _DEFAULTS,
     ) -> None:
         self._streams = RandomStreams(device, thresholds.random)
@@ -82,7 +80,7 @@ class BatchHistory:
         self._micros: deque[tuple[int, int, Any, RandomState | None, BatchOrigin | None]] = deque()
         # Bytes of each of them but the newest.
         self._sizes: deque[int] = deque()
-        self._most = self._healthy_limits.most if most_healthy is None else most_healthy
+        self._most = self._healthy_limits.most
         self._healthy: deque[tuple[Any, int]] = deque(maxlen=self._most)
         self._accepted = 0
         self._exchanged: tuple[Any, Any] = None, None

@@ -69,6 +69,7 @@ class BatchUndo:
         self._watched: list[tuple[str, Tensor, int]] = []
         self._live: set[str] = set()
         self._undo: list[Undo] = []
+        self._also: list[Undo] = []
 
     def open(self) -> None:
         """Remember the state before a batch."""
@@ -79,10 +80,16 @@ class BatchUndo:
             self._open_buffers()
         self._undo = [other() for other in self._others]
         self._undo += [metric.open() for metric in self._metrics]
+        if self._also:
+            self._also = []
+
+    def measures(self) -> Sequence[Undo]:
+        """What puts metrics, and what the caller remembers, back to before the batch; still when others have begun."""
+        return self._undo
 
     def also(self, undo: Undo) -> None:
         """Have this batch undone by one more function."""
-        self._undo.append(undo)
+        self._also.append(undo)
 
     def _open_buffers(self) -> None:
         buffers = [buffer for _, _, owned in self._owners for buffer in owned.values()]
@@ -182,7 +189,7 @@ class BatchUndo:
         """
         if buffers:
             self._undo_buffers()
-        for undo in self._undo:
+        for undo in (*self._undo, *self._also):
             undo()
 
     def _undo_buffers(self) -> None:

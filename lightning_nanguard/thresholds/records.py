@@ -12,6 +12,8 @@ class RecordsThresholds:
     Attributes:
         interventions_in_memory: Interventions that ``NaNGuard.interventions`` holds; a record takes about 1 kB, and all
             of them are on disk.
+        bytes_per_file: Bytes after which a file of records is put aside and a new one begun; the one put aside before
+            is dropped. A record has about 1 kB, so at least the newest 16,000 are on the disk.
         records_waiting_for_file: Records kept while the file cannot be written, about 1 kB each.
         seconds_between_syncs: Seconds in which at most one record waits for the disk, so that a burst of faults does
             not wait for it at every step.
@@ -31,6 +33,7 @@ class RecordsThresholds:
     """
 
     interventions_in_memory: int = 1000
+    bytes_per_file: int = 1 << 24
     records_waiting_for_file: int = 1000
     seconds_between_syncs: float = 1.0
     records_waiting_in_background: int = 100

@@ -200,6 +200,18 @@ class Fit:
             _logger.info("NaNGuard: %s has no optimizer, so there are no updates to guard.", name)
         elif not any(p.requires_grad for index in range(len(learner.optimizers)) for p in learner.stepped(index)):
             _logger.info("NaNGuard: no parameter of %s is trained yet; those that will be are guarded then.", name)
+        elif self._skips_windows(learner.module):
+            _logger.info(
+                "NaNGuard: with %s a bad micro-batch costs its whole window of gradient accumulation: the update is "
+                "skipped.",
+                type(self._trainer.strategy).__name__,
+            )
+
+    def _skips_windows(self, module: Any) -> bool:
+        """Whether no micro-batch can be left out of its window, though there are windows."""
+        steps, accumulates = self.guard.steps, self._trainer.accumulate_grad_batches > 1
+        apart = self.context.many or self.context.ranks.sharded
+        return accumulates and apart and module.automatic_optimization and not steps.together()
 
     def say_if_unseen(self) -> None:
         """At the end of training: say so if batches were trained on and the guard saw no optimizer step."""
@@ -246,6 +258,7 @@ class Fit:
             if self.context.curve is not None:
                 last.callback(self.context.curve.write, last=True)
             last.callback(self.advice.close)
+            last.callback(self.context.receipts.close)
             last.callback(self._sinks.close)
             last.callback(self.samples.close)
             last.push(self._patches)

@@ -34,6 +34,16 @@ def one_group(lr: Any, **options: Any) -> tuple[Optimizer, LearningRate]:
     return optimizer, LearningRate([optimizer])
 
 
+@pytest.mark.parametrize("lr", [0.1, 0.0, float("inf"), float("nan"), torch.tensor(float("inf"))])
+def test_the_ratio_is_a_multiplier(lr: Any) -> None:
+    """Whatever the rate is, the ratio can be set as a multiplier again."""
+    optimizer, rate = one_group(0.1)
+    rate.set_multiplier(0.5)
+    optimizer.param_groups[0]["lr"] = lr
+    rate.set_multiplier(rate.ratio())
+    assert rate.ratio() == pytest.approx(0.5)
+
+
 def test_effective_is_never_counted_twice() -> None:
     """effective() and scheduled() say the same whether the rates are applied or not."""
     _, rate = one_group(0.1)

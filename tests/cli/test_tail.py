@@ -16,6 +16,7 @@ from lightning_nanguard.cli.tail import NewLines
 from lightning_nanguard.record.files import RECORDS_FILE
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.run_folder import open_run_folder
+from lightning_nanguard.thresholds.records import RecordsThresholds
 from tests.record.data import SKIP, step
 
 
@@ -39,6 +40,21 @@ def test_what_is_new(tmp_path: Path) -> None:
     with open(path, "ab") as file:
         file.write(whole[len(whole) // 4 : len(whole) // 2])
     assert new() == [1]
+
+
+def test_a_file_that_was_put_aside(tmp_path: Path) -> None:
+    """Records of a file that was full come before those of the new one, each once, also to who looks later."""
+    path = tmp_path / RECORDS_FILE
+    sink, lines = JsonLines(path, RecordsThresholds(bytes_per_file=1)), NewLines(path)
+
+    def new(lines: NewLines) -> list[int]:
+        return [record.global_step for record in lines.take(Intervention.from_dict)]
+
+    sink.write(step(1))
+    assert new(lines) == [1]
+    sink.write(step(2))
+    assert new(lines) == [2]
+    assert new(NewLines(path)) == [1, 2]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks there")

@@ -12,6 +12,7 @@ import pytest
 
 from lightning_nanguard.record.bad_samples import BadSample, describe_sample, merged, read_bad_samples, write_csv
 from lightning_nanguard.record.jsonl import JsonLines
+from lightning_nanguard.thresholds.records import RecordsThresholds
 
 ONE = BadSample("not finite", 100, "ab12", {"x": (1, 2), "y": ()}, 1, 6, 4, 0, 30, run="r")
 
@@ -25,6 +26,14 @@ def test_goes_to_a_file_and_back(tmp_path: Path) -> None:
     with sink.path.open("a") as file:
         file.write('[1]\n{"cause": "ha')
     assert read_bad_samples(sink.path) == [ONE, replace(ONE, row="cat.png")]
+
+
+def test_a_file_that_was_put_aside_is_read_too(tmp_path: Path) -> None:
+    """Samples of a file that was full come before those of the one that took its place."""
+    sink = JsonLines(tmp_path / "bad_samples.jsonl", RecordsThresholds(bytes_per_file=1))
+    sink.write(ONE)
+    sink.write(replace(ONE, row=7))
+    assert [one.row for one in read_bad_samples(sink.path)] == [100, 7]
 
 
 def test_a_record_of_something_else_is_refused() -> None:

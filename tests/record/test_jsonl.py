@@ -157,6 +157,18 @@ def test_close_tries_again_and_tells_what_is_lost(tmp_path: Path, caplog: pytest
     assert "3 older records were lost" in lines(caplog)[1]
 
 
+def test_a_file_does_not_grow_without_end(tmp_path: Path) -> None:
+    """One that is full is put aside in the place of the one before; what is read is the newest, in order."""
+    sink = JsonLines(tmp_path / "records.jsonl", RecordsThresholds(bytes_per_file=2000))
+    for number in range(100):
+        sink.write(step(number))
+    assert {path.name for path in tmp_path.iterdir()} == {"records.jsonl", "records.1.jsonl"}
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2 * 2000 + 2 * 500
+    kept = steps(sink.path)
+    assert kept == list(range(100 - len(kept), 100))
+    assert len(kept) > 4
+
+
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
 def test_full_disk_does_not_end_training(caplog: pytest.LogCaptureFixture) -> None:
     """A disk without space is one warning."""
