@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lightning_nanguard.state.device import DeviceMemory, pinned_bytes
+from lightning_nanguard.state.device import DeviceMemory, host_blocks
 from lightning_nanguard.state.snapshot_room import DevicePeaks, Place, Room, SnapshotSize, choose_place
 from lightning_nanguard.thresholds.snapshots import PlacementThresholds
 
@@ -42,7 +42,7 @@ MODELS = {
 def snapshot_size(elements: list[int], width: int) -> SnapshotSize:
     """What one snapshot of weights and Adam's two moments takes."""
     tensors = [count * width for count in elements] * 3
-    return SnapshotSize({CARD: sum(tensors)}, in_host=sum(map(pinned_bytes, tensors)))
+    return SnapshotSize({CARD: sum(tensors)}, in_host=sum(nbytes for nbytes, _ in host_blocks(tensors)))
 
 
 def place(

@@ -7,7 +7,6 @@ side stream does everything later: when somebody waits for it, or when the test 
 from __future__ import annotations
 
 import random
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -75,6 +74,7 @@ class FakeDriver:
         self._draw = random.Random(seed)
         self._number = 0
         self._host: set[int] = set()
+        self._kept: list[Tensor] = []
         self._placed: dict[int, torch.device] = {}
         self._own = {device: FakeStream(f"own {device}") for device in self.memories}
         self._side = {device: FakeStream(f"side {device}") for device in self.memories}
@@ -147,7 +147,7 @@ class FakeDriver:
     def pinned_like(self, tensor: Tensor) -> Tensor:
         if not self.pins:
             raise RuntimeError("CUDA error: out of memory (pinned)")
-        made = torch.empty_like(tensor, requires_grad=False)
+        made = torch.empty_like(tensor, device="cpu", requires_grad=False)
         made.view(-1).view(torch.uint8).fill_(0xAB) if made.is_contiguous() else made.zero_()
         self._mark_host(made)
         self.pinned.append(made.nbytes)
@@ -167,7 +167,7 @@ class FakeDriver:
     def _mark_host(self, tensor: Tensor) -> None:
         address = tensor.untyped_storage().data_ptr()
         self._host.add(address)
-        weakref.finalize(tensor, self._host.discard, address)
+        self._kept.append(tensor)  # or another tensor might get its address
 
 
 def _write(target: Tensor, value: Tensor) -> None:

@@ -243,7 +243,7 @@ def typical(hessian: Hessian, top: Vector, probes: int = _CURVATURE.probes) -> f
     values = []
     for seed in range(probes):
         draw = torch.Generator().manual_seed(seed)  # of its own: the run's streams stay as they are
-        probe = [torch.randn(one.shape, generator=draw).to(one.device, one.dtype) for one in top]
+        probe = [torch.randn(one.shape, generator=draw, device=draw.device).to(one.device, one.dtype) for one in top]
         share = dot(probe, top)
         probe = unit([p - share * t for p, t in zip(probe, top, strict=True)])
         values.append(abs(dot(probe, hessian.times(probe))))

@@ -98,7 +98,9 @@ class _DifferenceCheck:
 
     def _along(self, name: str, values: Tensor, gradient: Tensor, size: float) -> GradientCheck:
         # Half of the direction lies along the gradient, so that there is something to see.
-        random = torch.randn(values.shape, generator=self._generator, dtype=torch.float64).to(values.device)
+        random = torch.randn(
+            values.shape, generator=self._generator, dtype=torch.float64, device=self._generator.device
+        ).to(values.device)
         direction = _unit(_unit(random) + _unit(gradient))
         kept = values.clone()
         ends = []
@@ -201,7 +203,11 @@ def _worst_input(
         made = call(*inputs)
         outputs = [one for one in (made if isinstance(made, tuple) else (made,)) if isinstance(one, Tensor)]
         weights = torch.Generator().manual_seed(1)
-        terms = [(o * torch.randn(o.shape, generator=weights, dtype=o.dtype)).sum() for o in outputs if o.requires_grad]
+        terms = [
+            (o * torch.randn(o.shape, generator=weights, dtype=o.dtype, device=weights.device)).sum()
+            for o in outputs
+            if o.requires_grad
+        ]
         return torch.stack(terms).sum()
 
     made: Sequence[Tensor | None] = torch.autograd.grad(weighted_sum(), inputs, allow_unused=True)

@@ -30,7 +30,7 @@ def label_relation(batches: Sequence[Any], thresholds: LabelThresholds) -> Label
         return None
     inputs, labels = found
     own = torch.Generator().manual_seed(0)  # the run's own random stream is left alone
-    orders = [torch.randperm(len(labels), generator=own) for _ in range(thresholds.orders)]
+    orders = [torch.randperm(len(labels), generator=own, device=own.device) for _ in range(thresholds.orders)]
     best, exceeds = 0.0, False
     chance = 0.0
     for view in _views(inputs):

@@ -22,6 +22,7 @@ from lightning_nanguard.state.learner import StateKey
 from lightning_nanguard.state.snapshot import Share, Snapshot
 from lightning_nanguard.thresholds import DistributedThresholds
 
+_HOST = torch.device("cpu")  # whatever device the user has made the default
 _DEFAULTS = DistributedThresholds()
 
 
@@ -91,7 +92,7 @@ class Group:
         if self._channel is not None:
             return _PostedReports(partial(self._channel.read, self._channel.post(data)))
         # Each rank fills a row of its own, so the sum is exact for any bits.
-        rows = torch.zeros(self.world, len(data) // 8, dtype=torch.int64)
+        rows = torch.zeros(self.world, len(data) // 8, dtype=torch.int64, device=_HOST)
         rows[self.rank] = torch.frombuffer(bytearray(data), dtype=torch.int64)
         # A user's profile that ends while the all-reduce is in flight must not hold it: torch 2.13 then crashes.
         torch._C._autograd._enable_record_function(False)
@@ -111,10 +112,10 @@ class Group:
         if self._left:
             return [value]
         data = json.dumps(value).encode()
-        sizes = torch.zeros(self.world, dtype=torch.int64)
+        sizes = torch.zeros(self.world, dtype=torch.int64, device=_HOST)
         sizes[self.rank] = len(data)
         dist.all_reduce(sizes, group=self._group)
-        table = torch.zeros(self.world, int(sizes.max()), dtype=torch.uint8)
+        table = torch.zeros(self.world, int(sizes.max()), dtype=torch.uint8, device=_HOST)
         table[self.rank, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         dist.all_reduce(table, group=self._group)
         rows = zip(table, sizes.tolist(), strict=True)

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.state.host_memory import available_host_memory
+from lightning_nanguard.thresholds.snapshots import PlacementThresholds
+
+_DEFAULTS = PlacementThresholds()
 
 OutOfMemory = torch.cuda.OutOfMemoryError
 """What torch raises where a device has no memory left."""
@@ -218,6 +221,19 @@ class Device:
         finally:
             self.pinning += self._clock() - started
 
+    def pinned_alike(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Host memory like each of some tensors, pinned where the host has enough, in few blocks."""
+        found: dict[int, Tensor] = {}
+        for nbytes, places in host_blocks([tensor.nbytes for tensor in tensors]):
+            block = self.pinned_like(torch.empty(nbytes, dtype=torch.uint8, device="meta"))
+            for index, start in places.items():
+                like = tensors[index]
+                # Of the same strides where the tensor has no gaps.
+                strides = torch.empty_like(like, device="meta").stride()
+                part = block[start : start + like.nbytes].view(like.dtype)
+                found[index] = part.as_strided(like.shape, strides, part.storage_offset())
+        return [found[index] for index in range(len(tensors))]
+
     def to_host(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         """Copy tensors of one device to the host in the order of the run's work, without waiting for it."""
         device = self.where(sources[0])
@@ -269,6 +285,41 @@ def pinned_bytes(nbytes: int) -> int:
         (0, 8, 16)
     """
     return 1 << (nbytes - 1).bit_length() if nbytes else 0
+
+
+def host_blocks(sizes: Sequence[int], thresholds: PlacementThresholds = _DEFAULTS) -> list[tuple[int, dict[int, int]]]:
+    """How tensors share blocks of pinned memory, each of which is a power of two, so that none is rounded up.
+
+    Args:
+        sizes: Bytes of the tensors.
+        thresholds: How large a block may be.
+
+    Returns:
+        For each block its bytes, and the places of the tensors in it: which tensor, and at what byte it begins.
+
+    Example:
+        >>> [nbytes for nbytes, _ in host_blocks([3 << 20, 3 << 20, 2 << 20])], pinned_bytes(3 << 20)
+        ([8388608], 4194304)
+    """
+    unit = thresholds.host_alignment
+    left = sorted(((-(-size // unit) * unit, index) for index, size in enumerate(sizes)), reverse=True)
+    blocks: list[tuple[int, dict[int, int]]] = []
+    while left:
+        rest = sum(size for size, _ in left)
+        # The largest block that is filled; the last one may be filled in part.
+        full = 1 << (max(rest, 1).bit_length() - 1)
+        wanted = full if full >= thresholds.least_block else pinned_bytes(rest)
+        nbytes = max(min(wanted, thresholds.largest_block), pinned_bytes(left[0][0]))
+        places, used, others = {}, 0, []
+        for size, index in left:
+            if used + size <= nbytes:
+                places[index] = used
+                used += size
+            else:
+                others.append((size, index))
+        blocks.append((nbytes, places))
+        left = others
+    return blocks
 
 
 def random_generator(device: torch.device) -> torch.Generator | None:

@@ -246,18 +246,27 @@ def capture(
     sources: list[Tensor] = []
     homes: dict[StateKey, torch.device] = {}
     left_out: set[StateKey] = set()
+    fresh: list[tuple[StateKey, Tensor]] = []
     for key, live in learner.leaves() if leaves is None else leaves:
         if device is not None and (home := next((one.device for one in nested_tensors(live)), None)) is not None:
             homes[key] = home
-        memory = _memory_for(live, old.get(key), device, learner.device)
+        memory = _memory_for(live, old.get(key), device)
         if memory is not None:
             targets.append(memory)
             sources.append(live)
             copied[key] = memory
+        elif _goes_without_wait(live, device, learner.device):
+            fresh.append((key, live))
         elif (made := _cloned(key, live, device)) is not _NOTHING:
             copied[key] = made
         else:
             left_out.add(key)
+    for (key, live), memory in zip(
+        fresh, learner.device.pinned_alike([local(live).detach() for _, live in fresh]), strict=True
+    ):
+        targets.append(memory)
+        sources.append(live)
+        copied[key] = memory
     done: list[Event] = []
     if copy is not None:
         copy(targets, sources)
@@ -276,16 +285,16 @@ def capture_whole(learner: Learner) -> Snapshot:
         return capture(learner, step=0, global_step=0, device=torch.device("cpu"))
 
 
-def _memory_for(live: Any, old: Any, device: torch.device | None, source: Device) -> Tensor | None:
-    """Memory to copy a leaf into: that of an older copy if it fits, else new memory where the host waits for no copy.
-
-    ``None`` for a leaf that is cloned.
-    """
+def _memory_for(live: Any, old: Any, device: torch.device | None) -> Tensor | None:
+    """The memory of an older copy of a leaf, if the leaf fits there."""
     fitting = isinstance(old, Tensor) and fits(live, old) and old.stride() == local(live).stride()
-    if fitting and old.device == (device or live.device):
-        memory: Tensor = old
-        return memory
-    if device is None or device.type != "cpu" or not isinstance(live, Tensor) or not is_strided(local(live)):
+    if not fitting or old.device != (device or live.device):
         return None
-    values = local(live).detach()
-    return None if source.where(values) is None else source.pinned_like(values)
+    memory: Tensor = old
+    return memory
+
+
+def _goes_without_wait(live: Any, device: torch.device | None, source: Device) -> bool:
+    """Whether a leaf lies on a device and its copy in host memory, so that nobody waits for the copy."""
+    to_host = device is not None and device.type == "cpu"
+    return to_host and isinstance(live, Tensor) and is_strided(local(live)) and source.where(local(live)) is not None

@@ -78,6 +78,8 @@ class SnapshotPlacement:
         self._place: Place | None = None
         self._wanted: Place | None = None
         self._held: float = math.inf
+        self._one: SnapshotSize | None = None
+        self._settled = 0
         self.unchanged: AbstractSet[StateKey] = frozenset()
         """State keys of tensors that did not change between the last two snapshots."""
 
@@ -100,12 +102,14 @@ class SnapshotPlacement:
         Call it after the first updates, when activations have had their peak and moments exist, and then now and then.
 
         Args:
-            leaves: The learner's leaves, where they are at hand.
+            leaves: The learner's leaves, where they are at hand; else they are as large as at the last call.
         """
         if self.is_nowhere():
             return
-        leaves = dict(self._learner.leaves()) if leaves is None else leaves
-        one = SnapshotSize.of(leaves, self._learner.device)
+        one = self._one
+        if one is None or leaves is not None:
+            one = SnapshotSize.of(dict(self._learner.leaves()) if leaves is None else leaves, self._learner.device)
+            self._one = one
         most = self._ring.capacity if self._place is None else self._place.certified
         fixed_host = self._in_host or (self._place is not None and not self._place.beside)
         wanted = choose_place(
@@ -183,12 +187,15 @@ class SnapshotPlacement:
 
     def _move(self, snapshot: Snapshot) -> None:
         device = self._learner.device
-        for key, leaf in snapshot.leaves.items():
-            if isinstance(leaf, Tensor) and is_strided(leaf) and device.where(leaf) is not None:
-                snapshot.homes[key] = leaf.device
-                memory = device.pinned_like(leaf)
-                device.to_host([memory], [leaf])
-                snapshot.leaves[key] = memory
+        moved = [
+            (key, leaf)
+            for key, leaf in snapshot.leaves.items()
+            if isinstance(leaf, Tensor) and is_strided(leaf) and device.where(leaf) is not None
+        ]
+        for (key, leaf), memory in zip(moved, device.pinned_alike([leaf for _, leaf in moved]), strict=True):
+            snapshot.homes[key] = leaf.device
+            device.to_host([memory], [leaf])
+            snapshot.leaves[key] = memory
         snapshot.done += device.mark(leaf for _, leaf in self._learner.weights())
 
     def copy(
@@ -228,8 +235,12 @@ class SnapshotPlacement:
         self._learner.device.driver.release()
 
     def settle(self) -> None:
-        """Before an update: let it wait for copies under way."""
+        """Before an update: let it wait for copies under way; now and then look whether a device is too full."""
         self._side_copy.settle()
+        self._settled += 1
+        on_device = self._place is not None and self._one is not None and self._one.beside
+        if on_device and self._settled % self._limits.looked_every == 0:
+            self.look_at_room()
 
     def torn(self) -> None:
         """Somebody has written to a source while it was copied: later copies are not made beside the run."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.measure.tensors import local, size
-from lightning_nanguard.state.device import Device, DeviceMemory, pinned_bytes
+from lightning_nanguard.state.device import Device, DeviceMemory, host_blocks
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.thresholds.snapshots import PlacementThresholds
 
@@ -66,18 +66,18 @@ class SnapshotSize:
     def of(cls, leaves: Mapping[Any, Any], device: Device) -> SnapshotSize:
         """What a copy of some leaves takes."""
         beside: dict[torch.device, int] = {}
-        at_home = in_host = 0
+        sizes: list[int] = []
+        at_home = 0
         for leaf in leaves.values():
             if not isinstance(leaf, Tensor):
                 continue
             nbytes, where = size(local(leaf)), device.where(leaf)
             if where is None:
                 at_home += nbytes
-                in_host += nbytes
             else:
                 beside[where] = beside.get(where, 0) + nbytes
-                in_host += pinned_bytes(nbytes)
-        return cls(beside, in_host, at_home)
+                sizes.append(nbytes)
+        return cls(beside, at_home + sum(nbytes for nbytes, _ in host_blocks(sizes)), at_home)
 
     @classmethod
     def expected(cls, learner: Learner) -> SnapshotSize:

@@ -46,14 +46,23 @@ class PlacementThresholds:
             do not fit exactly.
         negligible_share: Share of a device's memory below which a snapshot is put there without knowing the peak.
         host_reserve: Share of the host's free memory that is left free: loaders and other programs grow.
+        looked_every: Updates after which the room on a device is looked at again: a longer sequence or a first
+            validation raises the peak, and snapshots may be thousands of updates apart. A look takes less than 1 ms.
         staging_bytes: Bytes of the device through which copies beside the run go. Each piece of that size costs about
             twenty launches.
+        largest_block: Bytes of the largest block of pinned memory that several tensors share.
+        least_block: Bytes of the smallest block that is to be full.
+        host_alignment: Bytes at whose multiples a tensor begins in a block: vectorised copies need it.
     """
 
     memory_reserve: float = 0.05
     negligible_share: float = 0.05
     host_reserve: float = 0.1
+    looked_every: int = 64
     staging_bytes: int = 64 << 20
+    largest_block: int = 4 << 30
+    least_block: int = 1 << 20
+    host_alignment: int = 64
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch
+import torch.distributed as dist
 
+from lightning_nanguard.distributed.group import Group
 from tests.distributed.conftest import Launch, Results
 
 pytestmark = [
@@ -67,3 +71,20 @@ def test_ranks_of_a_node_share_snapshots(seen: Results) -> None:
         assert all(alone["restored"])
         assert alone["kept"][0] == alone["whole"]
         assert shared["kept"][0] == pytest.approx(shared["whole"] / 2, rel=0.01)
+
+
+def test_a_default_device_is_no_place_for_what_ranks_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo works in host memory, wherever ``torch.set_default_device`` puts the user's tensors."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    for name, value in {**address, "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    dist.init_process_group("gloo")
+    try:
+        with torch.device("meta"):
+            group = Group()
+            assert group.gather(["a", 1, None]) == [["a", 1, None]]
+            group.close()
+    finally:
+        dist.destroy_process_group()

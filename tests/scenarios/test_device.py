@@ -396,3 +396,24 @@ def test_batches_that_are_kept_are_capped_in_bytes(most_bytes: int, held: int, r
     loader = DataLoader(Fresh(), batch_size=None)
     trainer.fit(seeded(), loader, loader)
     assert seen.most <= held
+
+
+@pytest.mark.filterwarnings("ignore")  # of a package that is not ours
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+@pytest.mark.parametrize("bad", [None, 20])
+def test_moments_of_few_bits_are_guarded(
+    name: str, bad: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchao's moments are tensors that know few operations: a healthy run is the same, a bad batch is skipped."""
+    optimizers = pytest.importorskip("torchao.optim")
+    monkeypatch.setattr(torch, "compile", lambda function=None, **options: function or (lambda other: other))
+    ends = []
+    for guard in (None, NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=4)):
+        torch.manual_seed(0)
+        module = Net(getattr(optimizers, name))
+        batches = [batch for i, batch in enumerate(data(bad=bad)) if guard is not None or i != bad]
+        train(module, batches, *([] if guard is None else [guard]))
+        ends.append(copied(module.state_dict()))
+        if guard is not None:
+            assert [record.remedies for record in guard.interventions] == ([] if bad is None else [("skip",)])
+    assert same_bits(*ends)

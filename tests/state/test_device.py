@@ -6,8 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lightning_nanguard.state.device import Device, HostCopy, TorchDriver, pinned_bytes, random_generator
+from lightning_nanguard.state.device import (
+    Device,
+    HostCopy,
+    TorchDriver,
+    host_blocks,
+    pinned_bytes,
+    random_generator,
+)
+from lightning_nanguard.thresholds.snapshots import PlacementThresholds
 from tests.fake_device import fake_device
 
 
@@ -100,3 +110,44 @@ def test_devices_are_timed_without_waiting() -> None:
 def test_only_a_device_has_a_random_generator_of_its_own() -> None:
     """The host's is torch's default generator."""
     assert random_generator(torch.device("cpu")) is None
+
+
+@given(st.lists(st.integers(0, 5000), max_size=30), st.sampled_from([64, 1024, 1 << 20]))
+def test_blocks_hold_every_tensor_once(sizes: list[int], largest: int) -> None:
+    """Each has room of its own at an aligned place, and a block is a power of two, which torch does not round up."""
+    blocks = host_blocks(sizes, PlacementThresholds(largest_block=largest, least_block=256))
+    assert sorted(index for _, places in blocks for index in places) == list(range(len(sizes)))
+    for nbytes, places in blocks:
+        assert nbytes == pinned_bytes(nbytes)
+        ends = 0
+        for index, start in sorted(places.items(), key=lambda one: one[1]):
+            assert start % 64 == 0
+            assert start >= ends
+            ends = start + sizes[index]
+        assert ends <= nbytes
+
+
+def test_blocks_waste_little_of_a_large_model() -> None:
+    """Of many tensors a little larger than a power of two, alone each would take nearly twice as much."""
+    sizes = [90_177_536] * 300 + [16_384] * 200
+    taken = sum(nbytes for nbytes, _ in host_blocks(sizes))
+    assert taken < 1.05 * sum(sizes)
+    assert sum(map(pinned_bytes, sizes)) > 1.4 * sum(sizes)
+
+
+def test_memory_in_blocks_is_like_its_tensors() -> None:
+    """Dtype, shape and order of memory are kept, and all of it lies in the host."""
+    device, driver = fake_device()
+    live = [torch.zeros(3, 5), torch.zeros(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)]
+    live += [torch.zeros((), dtype=torch.bfloat16), torch.zeros(4, 3).t(), torch.zeros(0), torch.zeros(6)[::2]]
+    made = device.pinned_alike(live)
+    for one, other in zip(made, live, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        assert device.where(one) is None
+    assert [one.stride() for one in made[:4]] == [one.stride() for one in live[:4]]
+    assert len(driver.pinned) == 1
+    for index, one in enumerate(made):
+        one.fill_(index)
+    assert [float(one.float().mean()) for one in made if one.numel()] == [0.0, 1.0, 2.0, 3.0, 5.0]
+    driver.pins = False
+    assert [one.shape for one in device.pinned_alike(live)] == [one.shape for one in live]

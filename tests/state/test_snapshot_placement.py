@@ -243,3 +243,22 @@ def test_a_card_without_room_for_a_side_copy_copies_on_its_own_stream(monkeypatc
         driver.finish()
         assert taken.intact()
         assert same_bits(taken.leaves, expected)
+
+
+def test_a_peak_that_grows_between_snapshots_is_seen() -> None:
+    """Snapshots may be thousands of updates apart; the first validation is not."""
+    _, learner, driver = on_device()
+    (card,) = driver.memories
+    ring = Ring()
+    placement = SnapshotPlacement(learner, ring, choose=True)
+    placement.look_at_room(leaves_of(learner))
+    certify(ring, placement.copy(1, 1, leaves_of(learner)))
+    driver.memories[card] = FULL
+    for _ in range(63):
+        placement.settle()
+    assert placement.beside
+    placement.settle()
+    assert not placement.beside
+    (kept,) = ring.certified
+    kept.wait()
+    assert same_bits(kept.leaves, leaves_of(learner))

@@ -69,14 +69,15 @@ def test_the_place_may_be_given() -> None:
 
 
 def test_sizes_are_those_of_what_is_taken() -> None:
-    """Tensors on a device are rounded up in the host, others are as they are; values take nothing."""
+    """In the host tensors of a device lie in blocks of pinned memory, others are as they are; values take nothing."""
     device, driver = fake_device(devices=2)
     leaves = {"a": torch.zeros(3), "b": torch.zeros(5), "c": torch.zeros(9), "n": 3}
     driver.put(leaves["b"], 1)  # type: ignore[arg-type]
     driver.put(leaves["c"], None)  # type: ignore[arg-type]
     size = SnapshotSize.of(leaves, device)
-    assert size == SnapshotSize({CARD: 12, OTHER: 20}, in_host=16 + 32 + 36, at_home=36)
-    assert (size.total(beside=True), size.total(beside=False)) == (68, 84)
+    # Two blocks of 64 bytes make one of 128.
+    assert size == SnapshotSize({CARD: 12, OTHER: 20}, in_host=128 + 36, at_home=36)
+    assert (size.total(beside=True), size.total(beside=False)) == (68, 164)
 
 
 def test_room_is_what_the_peak_leaves() -> None:
