@@ -48,6 +48,8 @@ class Investigator:
         self._limits = context.thresholds.decision.evidence
         self._compare_allowed = not context.settings.observe
         self._finite_compared = self._compare_allowed and context.settings.act_on == "evidence"
+        # Whether a trial fell due while one was running.
+        self._asked_again = False
         self.initial_norms: dict[str, float] = {}
         # How often in a row the batch was blamed, by kind and place of the fault.
         self._batches: Counter[tuple[str, str]] = Counter()
@@ -172,8 +174,12 @@ class Investigator:
         start = self._ranks.join_snapshot(certified[-1])
         trial, arm = self._trials.take_shown()
         if trial is None:
+            self._asked_again = self._trials.running
             self._trials.begin(fault, start, best)
             return known
+        if trial.lacks == 0 and self._asked_again:
+            self._trials.begin(fault, start, best)  # it fell due while the last one was running
+        self._asked_again = False
         if 0 < trial.lacks <= limits.plain and state.policy.trials_failed + 1 < limits.in_a_row:
             # One trial is not enough: its arm goes on beside the run, which goes on from it if it stays ahead.
             self._trials.begin(fault, start, best, arm=arm, factor=trial.factor)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import final
+from typing import Any, final
 
 from lightning_nanguard.decide.trial import TrialLosses, judge_trial
 from lightning_nanguard.guard.branch import Branch, Branches
@@ -34,6 +34,7 @@ class _Running:
     Attributes:
         fault: The suspicion that it is about.
         begun: The update after which it began.
+        rate: State of the learning rate's multiplier then.
         states: What is compared with the arm on the last batches: the start, the best state and the present one.
         arms: The arms; one from the pick on.
         before: Updates that an earlier trial has made from the start, where the arms go on from its arm.
@@ -45,6 +46,7 @@ class _Running:
 
     fault: Fault
     begun: int
+    rate: Mapping[str, Any]
     states: dict[str, Snapshot]
     arms: list[_Arm]
     before: int = 0
@@ -119,6 +121,7 @@ class TrialRunner:
         self._running = _Running(
             fault,
             self._context.state.step,
+            self._context.rate.state_dict(),
             states,
             arms,
             before=0 if arm is None else arm.healthy,
@@ -143,8 +146,8 @@ class TrialRunner:
         running, reading = self._running, readings[-1]
         if running is None or reading.step <= running.begun:
             return None
-        if self._context.state.rolled_back_since(running.begun):
-            self._running = None  # it is about a state that the run has left
+        if self._context.rate.state_dict() != running.rate:
+            self._running = None  # the factors of the arms are those of a rate that the run has left
             return None
         with self._context.replay.showing(reading.step) as shown:
             at_hand = all(self._context.ranks.gather(shown and reading.loss is not None))

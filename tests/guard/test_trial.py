@@ -40,18 +40,33 @@ def test_a_rate_that_ruins_is_found(lr: float, acts: bool) -> None:
     assert (loop.probe() or 0.0) < 0.1
 
 
-def test_a_rollback_ends_a_trial() -> None:
-    """After the run went back, what a trial showed of the state before is not used."""
+def test_what_ends_a_trial() -> None:
+    """A skipped batch and a rollback to an earlier state do not, since the arms do not depend on the run; another
+    learning rate does."""
     loop = BranchingLoop(lr=2.0)
     loop.run(50)
     assert loop.guard._parts.beside.trials.running
-    loop.run(1, nan_at(50))  # skipped: the trial goes on
-    assert loop.guard._parts.beside.trials.running
+    loop.run(1, nan_at(50))
     with torch.no_grad():
         loop.net.weight.fill_(float("nan"))
     loop.run(3)
     assert "restore" in loop.records[-1].remedies
+    assert loop.guard._parts.beside.trials.running
+    loop.guard.context.rate.set_multiplier(0.5)
+    loop.run(1)
     assert not loop.guard._parts.beside.trials.running
+
+
+def test_a_trial_that_falls_due_meanwhile_follows() -> None:
+    """The second one falls due after 80 updates, while the first one runs, and begins when that has ended."""
+    loop = BranchingLoop(lr=0.05)
+    loop.run(100)
+    trials = loop.guard._parts.beside.trials
+    first = trials._running
+    loop.run(30)
+    assert first is not None
+    assert trials.running
+    assert trials._running is not first
 
 
 def test_memory_bounds_the_arms(monkeypatch: pytest.MonkeyPatch) -> None:
