@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from lightning_nanguard.errors import BadCheckpointError, TrainingDivergedError
     from lightning_nanguard.measure.sample_parts import sample_hash
     from lightning_nanguard.record.base import RunInfo, Sink
+    from lightning_nanguard.record.receipts import Receipt
     from lightning_nanguard.record.wandb_alert import WandbAlert
     from lightning_nanguard.record.webhook import Webhook
     from lightning_nanguard.thresholds import Thresholds
@@ -86,6 +87,7 @@ _HOMES = {
     "PlanStep": "types",
     "Range": "diagnosis.case",
     "Reading": "types",
+    "Receipt": "record.receipts",
     "ReduceLR": "act.reduce_lr",
     "Remedy": "act.base",
     "ResetMoments": "act.reset_moments",
@@ -136,6 +138,7 @@ __all__ = [
     "PlanStep",
     "Range",
     "Reading",
+    "Receipt",
     "ReduceLR",
     "Remedy",
     "ResetMoments",

@@ -58,9 +58,10 @@ class NaNGuard(DisplayedGuard):
             time at most, and at less and less as a run goes on without a fault.
         snapshot_device: Where snapshots lie: ``"same"`` beside the weights; ``"cpu"`` in host memory (pinned, where the
             weights are on a CUDA device: the copy goes on beside the next forward and backward); ``"auto"`` beside the
-            weights where the first updates have left room for them, else in host memory.
+            weights as far as the run leaves room there at its peak, else in host memory.
         max_snapshots: Certified snapshots kept (one more is always pending).
-        max_snapshot_memory: Limit in GiB for all snapshots; fewer are kept where they do not fit, at least one.
+        max_snapshot_memory: Limit in GiB for what all snapshots take, and batches that are kept; fewer snapshots are
+            kept where they do not fit, at least one.
         budget: Bounds on interventions, past which the run is stopped.
         dirpath: Folder of the records and of the last good checkpoint; ``None`` for ``nanguard`` beside the checkpoints
             of the trainer's logger, or ``nanguard/<run id>`` without one. A folder that belongs to another run is left
@@ -217,7 +218,7 @@ class NaNGuard(DisplayedGuard):
         fit = self._fit = build_fit(trainer, pl_module, given, self._memory, order, resumed)
         self._run_id = fit.folder.run_id
         self._memory.take_run({"id": fit.folder.run_id, "folder": str(fit.folder.path)})
-        self._memory.take_advice(fit.advice.given)
+        self._memory.take_advice(fit.advice.given, fit.context.receipts.given)
         fit.diagnostics.preflight_due = given.preflight and trainer.global_step == 0
         self._before = self._counts()
         if self._resumed is not None:

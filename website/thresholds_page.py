@@ -25,7 +25,7 @@ from dataclasses import replace
 from lightning_nanguard import NaNGuard, Thresholds
 
 defaults = Thresholds()
-guard = NaNGuard(thresholds=replace(defaults, trial=replace(defaults.trial, batches=96)))
+guard = NaNGuard(thresholds=replace(defaults, trial=replace(defaults.trial, updates=96)))
 ```
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from sklearn import datasets
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 Batch = tuple[Tensor, ...]
 
@@ -44,12 +44,17 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def loader(tensors: Batch, batch_size: int, *, shuffle: bool, seed: int) -> DataLoader[Batch]:
-    """A loader whose order depends on ``seed`` alone."""
+def loader(
+    tensors: Batch, batch_size: int, *, shuffle: bool, seed: int, rank: int = 0, ranks: int = 1
+) -> DataLoader[Batch]:
+    """A loader whose order depends on ``seed`` alone; each rank takes every ``ranks``-th row."""
+    rows = Rows(tensors)
+    share = DistributedSampler(rows, ranks, rank, shuffle, seed, drop_last=True) if ranks > 1 else None
     return DataLoader(
-        Rows(tensors),
-        batch_size=min(batch_size, len(tensors[0])),
-        shuffle=shuffle,
+        rows,
+        batch_size=max(1, min(batch_size, len(rows)) // ranks),
+        shuffle=shuffle and share is None,
+        sampler=share,
         drop_last=True,
         collate_fn=_as_it_is,
         generator=torch.Generator().manual_seed(seed),

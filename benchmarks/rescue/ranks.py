@@ -16,7 +16,7 @@ from .cases import Case
 
 _Result = TypeVar("_Result")
 
-PATIENCE = 300
+PATIENCE = 900
 """Seconds after which ranks that gave no result are ended."""
 
 
@@ -50,8 +50,7 @@ def on_ranks(case: Case, work: Callable[[], _Result]) -> _Result:
 
 
 def _rank(rank: int, port: int, case: Case, work: Callable[[], _Result], result: Connection) -> None:
-    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "PL_GLOBAL_SEED": str(case.seed % 2**32)}  # fmt: skip
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)  # a pool of threads does not outlive a fork
     result.send(work())
     if dist.is_initialized():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import random
 import shutil
 import signal
@@ -34,7 +35,7 @@ from .optimizers import OWN
 if TYPE_CHECKING:
     from .cases import Case
 
-TIME_LIMIT = 90
+TIME_LIMIT = 300
 """Seconds after which a run is given up."""
 
 
@@ -237,7 +238,8 @@ def train(
         if len({case.fault.rate(n, case.steps) for n in range(case.steps)}) == 1:
             rate *= case.fault.rate(0, case.steps)
     shuffle = task.shuffle if case.shuffle is None else case.shuffle
-    batches = loader(rows, max(1, batch_size // case.processes), shuffle=shuffle, seed=case.seed)
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    batches = loader(rows, batch_size, shuffle=shuffle, seed=case.seed, rank=rank, ranks=case.processes)
     learner = Learner(case, task, net, rate)
     learner.quits_when_lost = quits_when_lost
     initial = held_out_loss(task, net)
@@ -352,7 +354,8 @@ def precision_options(name: str) -> dict[str, Any]:
 def _strategy(processes: int) -> dict[str, Any]:
     if processes == 1:
         return {}
-    return {"strategy": DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=TIME_LIMIT))}
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=TIME_LIMIT))
+    return {"strategy": strategy, "use_distributed_sampler": False}  # Lightning's would shuffle rows that have an order
 
 
 @contextmanager

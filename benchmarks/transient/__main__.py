@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="what is drawn")
     parser.add_argument("--runs", type=int, default=500, help="runs drawn")
     parser.add_argument("--only", type=int, help="number of the one run to make")
+    parser.add_argument("--readback", choices=("step", "deferred"), default="step", help="when readings are read")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument(
         "--wanted",
@@ -32,13 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     numbers = range(given.runs) if given.only is None else [given.only]
     found: list[Outcome] = []
-    for one in results(outcome, [(given.seed, number) for number in numbers], given.jobs):
+    for one in results(outcome, [(given.seed, number, given.readback) for number in numbers], given.jobs):
         found.append(one)
         if one.different or one.error or not one.hits:
-            _tell(given.seed, one, details=given.only is not None)
+            _tell(given.seed, one, given.readback, details=given.only is not None)
     print(table(found))
     if given.output is not None:
-        given.output.write_text(json.dumps(figures(given.seed, found), indent=1) + "\n")
+        given.output.write_text(json.dumps(figures(given.seed, given.readback, found), indent=1) + "\n")
     return int(share(found) < given.wanted)
 
 
@@ -68,11 +69,12 @@ def table(found: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def figures(seed: int, found: Sequence[Outcome]) -> dict[str, object]:
+def figures(seed: int, readback: str, found: Sequence[Outcome]) -> dict[str, object]:
     """What the documents name."""
     struck = [one for one in found if one.hits]
     return {
         "seed": seed,
+        "readback": readback,
         "runs": len(found),
         "struck": len(struck),
         "same": sum(map(is_same, struck)),
@@ -91,11 +93,12 @@ def figures(seed: int, found: Sequence[Outcome]) -> dict[str, object]:
     }
 
 
-def _tell(seed: int, one: Outcome, *, details: bool) -> None:
+def _tell(seed: int, one: Outcome, readback: str, *, details: bool) -> None:
     most = None if details else 4
     what = "never struck" if not one.hits else f"{len(one.different)} differ: {', '.join(one.different[:most])}"
     print(
-        f"python -m benchmarks.transient --seed {seed} --only {one.number}  # {one.one.kind} {one.one.value}, {what}; "
+        f"python -m benchmarks.transient --seed {seed} --readback {readback} --only {one.number}  "
+        f"# {one.one.kind} {one.one.value}, {what}; "
         f"{'; '.join(one.records[:most]) or 'nothing done'} {one.error[:200]}",
         flush=True,
     )

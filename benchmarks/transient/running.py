@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+from unittest.mock import patch
 
 import numpy as np
 import pytorch_lightning as pl
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 
 from lightning_nanguard import NaNGuard
+from lightning_nanguard.measure.readings import PendingReading
 
 from .draws import (
     AVERAGES,
@@ -35,6 +37,8 @@ from .draws import (
     draw,
     network,
 )
+
+Readback = Literal["step", "deferred"]
 
 
 class Struck(Protocol):
@@ -204,17 +208,18 @@ class Outcome:
     error: str = ""
 
 
-def outcome(job: tuple[int, int]) -> Outcome:
+def outcome(job: tuple[int, int, Readback]) -> Outcome:
     """Run a draw.
 
     Args:
-        job: The seed of the campaign, and the draw's number.
+        job: The seed of the campaign, the draw's number, and when readings are read; deferred ones arrive as late as
+            they may, as from a device that is far behind.
     """
     torch.set_num_threads(1)
-    seed, number = job
+    seed, number, readback = job
     one = draw(seed, number)
-    strike, guard, error = Strike(one), NaNGuard(snapshot_every_n_steps=one.every, readback="step"), ""
-    with quiet():
+    strike, guard, error = Strike(one), NaNGuard(snapshot_every_n_steps=one.every, readback=readback), ""
+    with quiet(), patch.object(PendingReading, "arrived", lambda reading: False):
         expected, left = _left_behind(one, Strike(None), None), {}
         try:
             left = _left_behind(one, strike, guard)

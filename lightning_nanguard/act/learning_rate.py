@@ -21,6 +21,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_nanguard.act.valid_rates import ValidRates
+from lightning_nanguard.measure.norms import widest_dtype
 
 __all__ = ["LearningRate"]
 
@@ -84,6 +85,10 @@ class LearningRate:
         """Largest effective rate of the first group; where its rate would be larger, all are scaled down with it."""
         return self._max_lr
 
+    def has_tensors(self) -> bool:
+        """Whether a rate is a tensor, which may lie on a device: to read it the host waits."""
+        return any(isinstance(rate, Tensor) for rate in self._scheduled_rates())
+
     def ratio(self) -> float:
         """Effective rate over scheduled rate of the first group: the multiplier in effect, limits included."""
         scheduled, effective = next(self._bases(), None), self.effective()[:1]
@@ -128,16 +133,22 @@ class LearningRate:
         """What the user's scheduler or configuration says, in the same order as :meth:`effective`."""
         return [float(rate) for rate in self._scheduled_rates()]
 
-    def attach(self, before_update: Callable[[Optimizer], None] | None = None) -> None:
+    def attach(
+        self,
+        before_update: Callable[[Optimizer], None] | None = None,
+        after_update: Callable[[], None] | None = None,
+    ) -> None:
         """Registers the hooks around every optimizer's ``step``; does nothing when they are there already.
 
         Args:
             before_update: Called in each step once its gradients are there: after the closure, or at the beginning of
                 a step without one. Whoever gives it has ``valid`` look at the rates before each of these calls.
+            after_update: Called after each step.
         """
         if self._handles:
             return
         self._before_update = before_update or _nothing
+        self._after_update = after_update
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
@@ -209,13 +220,15 @@ class LearningRate:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._scaled:
             self._withdraw(optimizer)
+        if self._after_update is not None:
+            self._after_update()
 
     # ---- groups
 
     def _apply(self, optimizer: Optimizer) -> None:
         if not self.is_on():
             return
-        factor = self._factor()
+        factor = self._factor_where_it_is()
         for group in optimizer.param_groups:
             rate = group.get("lr")
             if rate is None or self._find(group, rate) is not None:
@@ -228,7 +241,7 @@ class LearningRate:
                     rate.copy_(torch.as_tensor(self._scale(scheduled if base is rate else base, factor)))
                 self._scaled[id(rate)] = _Scaled(optimizer, group, rate, scheduled, rate._version)
             else:
-                written = group["lr"] = self._scale(base, factor)
+                written = group["lr"] = self._scale(base, float(factor))
                 self._scaled[id(group)] = _Scaled(optimizer, group, written, rate)
 
     def _withdraw(self, optimizer: Optimizer) -> None:
@@ -273,15 +286,26 @@ class LearningRate:
         first = float(next(self._bases(), 0.0))
         return min(self._multiplier, self._max_lr / first) if first > 0 else self._multiplier
 
+    def _factor_where_it_is(self) -> _Rate:
+        """The same; where the first group's rate is a tensor, as a tensor, so that the host does not wait for it."""
+        first = next(self._bases(), None) if self._max_lr != math.inf else None
+        if not isinstance(first, Tensor):
+            return self._factor()
+        with torch.no_grad():
+            wide = first.to(widest_dtype(first.device))
+            within = (self._max_lr / wide).clamp(max=self._multiplier)
+            return torch.where(first > 0, within, self._multiplier)
+
     @overload
-    def _scale(self, rate: Tensor, factor: float) -> Tensor: ...
+    def _scale(self, rate: Tensor, factor: _Rate) -> Tensor: ...
     @overload
     def _scale(self, rate: float, factor: float) -> float: ...
-    def _scale(self, rate: _Rate, factor: float) -> _Rate:
-        if factor == 1.0:
+    def _scale(self, rate: _Rate, factor: _Rate) -> _Rate:
+        if not isinstance(factor, Tensor) and factor == 1.0:
             return rate
         if isinstance(rate, Tensor):
-            return torch.maximum(rate * factor, rate.clamp(max=self._min_lr))
+            return torch.maximum((rate * factor).to(rate.dtype), rate.clamp(max=self._min_lr))
+        factor = float(factor)
         return max(rate * factor, min(self._min_lr, rate))
 
 

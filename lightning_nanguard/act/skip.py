@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import math
+import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any, final
 
-from torch.optim import SGD, Optimizer
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import Learner, StateKey
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
+
+_logger = logging.getLogger("lightning_nanguard")
+_READ_FOUND_INF = (Adam, AdamW, SGD, Adagrad)
+_HOST = torch.device("cpu")
 
 
 def unscales_itself(optimizer: Optimizer) -> bool:
@@ -19,29 +27,44 @@ def unscales_itself(optimizer: Optimizer) -> bool:
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:
-    """Whether the optimizer skips a step when a ``found_inf`` flag on the device says so, as torch's fused ones do."""
+    """Whether the optimizer skips a step when a ``found_inf`` flag on the device says so, as torch's fused ones do.
+
+    An optimizer of another type may say that it works with a GradScaler and read no such flag, and a subclass may have
+    a step of its own.
+    """
     # The state of a run without fused steps, loaded into an optimizer with them, turns them off in the groups alone.
-    return unscales_itself(optimizer) and all(group.get("fused", True) for group in optimizer.param_groups)
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return type(optimizer) in _READ_FOUND_INF and unscales_itself(optimizer) and fused
+
+
+def _beside() -> torch.device | None:
+    return None
 
 
 @final
 class StepSkipper:
     """Skips updates, and puts back what an optimizer changes in a skipped step all the same.
 
-    The gradients are removed at the last moment (:meth:`remove_gradients`), after clipping and the user's hooks, some
-    of which fail without gradients. Torch's own optimizers then change nothing, except LBFGS: by that moment it has
-    changed its state and the weights between the closures of the step. Optimizers that are not torch's may count steps
-    in their groups, or move the weights without a gradient. For LBFGS and for these a copy of the state is kept.
+    The gradients are removed at the last moment (:meth:`remove_gradients`), after clipping, a GradScaler's check and
+    the user's hooks, some of which fail without gradients. After the step they are there again
+    (:meth:`return_gradients`), since a captured graph writes to the same ones each time. Torch's own optimizers then
+    change nothing, except LBFGS: by that moment it has changed its state and the weights between the closures of the
+    step. Optimizers that are not torch's may count steps in their groups, or move the weights without a gradient. For
+    LBFGS and for these a copy of the state is kept.
 
     Args:
         learner: What is trained.
+        where: Gives where a copy lies, ``None`` for beside the original.
 
     Attributes:
         skipped: Indices of the optimizers whose update in this batch is skipped.
     """
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: Learner, where: Callable[[], torch.device | None] = _beside) -> None:
         self._learner = learner
+        self._where = where
+        self._taken: list[tuple[Tensor, Tensor]] = []
+        self._said = False
         self._copies: dict[int, Snapshot] = {}
         self._without_momentum: dict[int, tuple[tuple[int, int], list[Any]]] = {}
         self.skipped: set[int] = set()
@@ -58,11 +81,6 @@ class StepSkipper:
         self.skipped.add(optimizer_index)
         if optimizer_index not in self._copies and not type(optimizer).__module__.startswith("torch.optim"):
             self._copy(optimizer_index)
-        if self._scaler_skips(optimizer):
-            # This scaler needs gradients to be there, and skips the step by itself when one is not finite.
-            gradient = next((p.grad for p in self._parameters(optimizer_index) if p.grad is not None), None)
-            if gradient is not None:
-                gradient.fill_(math.inf)
 
     def device_cannot_skip(self, optimizer_index: int) -> bool:
         """Whether the next update must not be left to the device to skip, though the optimizer can skip there.
@@ -95,12 +113,18 @@ class StepSkipper:
     def remove_gradients(self, optimizer: Optimizer) -> None:
         """Remove the gradients of an optimizer that steps next, if its update is skipped."""
         for optimizer_index in self.skipped:
-            if self._learner.optimizers[optimizer_index] is optimizer and not self._scaler_skips(optimizer):
+            if self._learner.optimizers[optimizer_index] is optimizer:
                 for parameter in self._parameters(optimizer_index):
-                    parameter.grad = None
+                    if parameter.grad is not None:
+                        self._taken.append((parameter, parameter.grad))
+                        parameter.grad = None
 
-    def _scaler_skips(self, optimizer: Optimizer) -> bool:
-        return self._learner.scaler is not None and unscales_itself(optimizer)
+    def return_gradients(self) -> None:
+        """Give the gradients back that were removed, unless there are new ones."""
+        while self._taken:  # of several evaluations in one step, the last one counts
+            parameter, gradient = self._taken.pop()
+            if parameter.grad is None:
+                parameter.grad = gradient
 
     def _parameters(self, optimizer_index: int) -> list[Any]:
         return [p for group in self._learner.optimizers[optimizer_index].param_groups for p in group["params"]]
@@ -108,8 +132,22 @@ class StepSkipper:
     def _copy(self, optimizer_index: int) -> None:
         # Only the weights of this optimizer: others may have made good steps since. The batch's undo restores buffers.
         leaves = [*self._learner.weights_of(optimizer_index), *self._learner.optimizer_leaves(optimizer_index)]
-        reuse = self._copies.get(optimizer_index)
-        self._copies[optimizer_index] = capture(self._learner, step=0, global_step=0, leaves=leaves, reuse=reuse)
+        reuse = self._copies.pop(optimizer_index, None)
+        for device in dict.fromkeys((self._where(), _HOST)):
+            try:
+                self._copies[optimizer_index] = capture(
+                    self._learner, step=0, global_step=0, leaves=leaves, reuse=reuse, device=device
+                )
+                return
+            except (OutOfMemory, MemoryError):
+                continue
+        if not self._said:
+            self._said = True
+            _logger.warning(
+                "NaNGuard: memory is too short for a copy of what %s may change in a skipped step, so nothing of that "
+                "is put back. Torch's own optimizers need no copy.",
+                type(self._learner.optimizers[optimizer_index]).__name__,
+            )
 
 
 def _belongs_to(optimizer_index: int, key: StateKey) -> bool:

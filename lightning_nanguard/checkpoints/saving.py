@@ -16,7 +16,7 @@ from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.learner import Learner, StateKey
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.ring import Ring
-from lightning_nanguard.state.snapshot import Snapshot, capture
+from lightning_nanguard.state.snapshot import Snapshot, capture_whole
 from lightning_nanguard.types import Fault
 
 
@@ -64,7 +64,7 @@ class SaveGuard:
         Where one rank alone writes, all put the snapshot together for it. Sharded parameters and moments are collected
         by all ranks: there the good state takes the place of the state of now until :meth:`end`.
         """
-        good = self._ring.certified[0] if self._ring.certified else self._ring.pending
+        good = self._ring.newest()
         if good is None or (self._ranks.world == 1 and not self._ranks.sharded):
             return
         bad, _ = first_over_ranks(self._ranks, self._finite.corrupt(self._learner.leaves()))
@@ -76,7 +76,7 @@ class SaveGuard:
         if not self._observe:
             message = f"{bad} is not finite while a checkpoint is about to be written"
             self._note(Fault("poisoned_checkpoint", "state", bad, None, message), "rewrite")
-            self._set_aside = capture(self._learner, step=0, global_step=0)
+            self._set_aside = capture_whole(self._learner)
             self._put(good)
 
     def end(self) -> None:
@@ -124,11 +124,10 @@ class SaveGuard:
         if self._finite.corrupt(live.items()) is None:
             return live
         kept = [*self._ring.certified[:1], *([] if self._ring.pending is None else [self._ring.pending])]
+        kept = [one for one in kept if one.intact()]
         if self._whole is not None:
             kept.insert(0, self._whole)
         kept = [one for one in kept if not one.shared()]
-        for one in kept:
-            one.wait()
         return next((one.leaves for one in kept if self._finite.corrupt(one.leaves.items()) is None), None)
 
 

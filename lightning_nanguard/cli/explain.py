@@ -8,8 +8,9 @@ from collections import Counter
 from pathlib import Path
 
 from lightning_nanguard.cli.output import say
-from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_advice, read_records
+from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_advice, read_receipts, read_records
 from lightning_nanguard.record.messages import describe_advice, tell, tell_again
+from lightning_nanguard.record.receipts import RECEIPTS_FILE, receipt_of
 from lightning_nanguard.record.run_folder import is_alive
 from lightning_nanguard.record.run_log import RUN_FILE, RunLog, read_run
 from lightning_nanguard.record.text import counted
@@ -76,7 +77,12 @@ def _tell_file(file: Path) -> None:
             say(describe_advice(advice))
         return
     seen: Counter[tuple[str, str | None, tuple[str, ...]]] = Counter()
+    beside = file.with_name(RECEIPTS_FILE)
+    receipts = read_receipts(beside) if beside.is_file() else []
     for record in read_records(file):
         kind = (record.fault, record.cause, record.remedies)
         seen[kind] += 1
         say(tell(record) if seen[kind] == 1 else tell_again(record))
+        receipt = receipt_of(record, receipts)
+        if receipt is not None:
+            say(f"  what came of it: {receipt.in_words()}")

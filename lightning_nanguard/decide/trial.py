@@ -29,6 +29,8 @@ class TrialLosses:
         now: Under the present state.
         later: Under the present state after as many updates as the arm made.
         arm: Under the arm.
+        earlier_now: Losses of batches from before the trial, under the state in which it began.
+        earlier_arm: The same under the arm.
         factor: What the arm multiplied the learning rate by.
     """
 
@@ -38,6 +40,8 @@ class TrialLosses:
     later: Sequence[float]
     arm: Sequence[float]
     factor: float
+    earlier_now: Sequence[float] = ()
+    earlier_arm: Sequence[float] = ()
 
 
 def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
@@ -53,7 +57,10 @@ def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
         Trial(lacks=1.0, base='start', factor=0.0625)
     """
     pairs = ((losses.start, losses.arm), (losses.now, losses.arm), (losses.later, losses.arm))
-    if not all(_share_above(*pair) >= limits.signs for pair in pairs):
+    if not all(share_above(*pair) >= limits.signs for pair in pairs):
+        return Trial()
+    # On data in an order, what comes may be new to the run. What it knows already it must have lost as well.
+    if losses.earlier_arm and share_above(losses.earlier_now, losses.earlier_arm) < limits.signs:
         return Trial()
     start, best, arm = median(losses.start), median(losses.best), median(losses.arm)
     level = min(median(losses.now), median(losses.later))
@@ -61,12 +68,13 @@ def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
     lacks = (level - arm) / (start - arm)
     if lacks > limits.lacks:
         return Trial(lacks, "best" if as_good else "start", losses.factor)
-    lost = all(_share_above(one, losses.best) >= limits.signs for one in (losses.now, losses.later))
+    lost = all(share_above(one, losses.best) >= limits.signs for one in (losses.now, losses.later))
     if lost and level - best > limits.lost * (start - best):
         return Trial(lacks, "best", losses.factor)
     return Trial()
 
 
-def _share_above(higher: Sequence[float], lower: Sequence[float]) -> float:
+def share_above(higher: Sequence[float], lower: Sequence[float]) -> float:
+    """Share of the batches of which one loss is higher than another."""
     # NaN counts as higher than any number.
     return fmean(math.isfinite(low) and not high <= low for high, low in zip(higher, lower, strict=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_nanguard.diagnosis.case import Change
 from lightning_nanguard.state.learner import Learner, StateKey, describe
 from lightning_nanguard.state.restore import restore
-from lightning_nanguard.state.snapshot import Snapshot, capture
+from lightning_nanguard.state.snapshot import Snapshot, capture_whole
 from lightning_nanguard.thresholds.diagnosis import StateChangeThresholds
 
 _STATE = StateChangeThresholds()
@@ -25,7 +25,7 @@ def state_of_snapshot(learner: Learner, snapshot: Snapshot) -> Iterator[None]:
         learner: Whose state it is.
         snapshot: The state inside; the snapshot is not changed.
     """
-    own = capture(learner, step=0, global_step=0)
+    own = capture_whole(learner)
     restore(learner, snapshot, keep=_is_state)
     try:
         yield

@@ -81,7 +81,8 @@ class Group:
                 if name == mine:
                     self._node_group = group
         self._channel = connect(self.rank, self.gather, thresholds) if len(set(nodes)) == 1 else None
-        self.snapshot_parts = 1 if sharded else nodes.count(mine)
+        self.sharers = nodes.count(mine)
+        self.snapshot_parts = 1 if sharded else self.sharers
         self._node_rank = nodes[: self.rank].count(mine)
 
     def post(self, report: Report) -> PendingReports:

@@ -28,12 +28,14 @@ class Ranks(Protocol):
         world: Number of processes.
         sharded: Whether each rank holds a shard of the parameters; else all ranks hold the same parameters.
         snapshot_parts: Number of ranks on this node that keep one snapshot together.
+        sharers: Number of ranks on this node, which share its memory.
     """
 
     rank: int
     world: int
     sharded: bool
     snapshot_parts: int
+    sharers: int
 
     def post(self, report: Report) -> PendingReports:
         """Send a report to all ranks, without waiting. Every rank posts the same number of reports."""
@@ -68,6 +70,7 @@ class SingleProcess:
     rank = 0
     world = 1
     snapshot_parts = 1
+    sharers = 1
 
     def __init__(self, *, sharded: bool = False) -> None:
         self.sharded = sharded

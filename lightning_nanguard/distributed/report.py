@@ -12,7 +12,7 @@ from lightning_nanguard.thresholds import DistributedThresholds
 from lightning_nanguard.types import Reading
 
 # 72 bytes: whole words of eight bytes, so that a collective can sum them as integers.
-_FORMAT = struct.Struct("<3dq5?2q?2q?x")
+_FORMAT = struct.Struct("<3dq5?2q?2q?b")
 
 
 @final
@@ -35,6 +35,8 @@ class Report(NamedTuple):
         parameter_checksum: Checksum of the pending snapshot's parameters.
         optimizer_checksum: Checksum of the pending snapshot's optimizer state.
         outside_fault: Whether this rank found a fault outside an update, such as in validation, since its last report.
+        snapshot_place: Where this rank would keep how many snapshots, as
+            :meth:`~lightning_nanguard.state.snapshot_room.Place.code` gives it; ``-1`` where that is open.
     """
 
     loss: float
@@ -52,6 +54,7 @@ class Report(NamedTuple):
     parameter_checksum: int
     optimizer_checksum: int
     outside_fault: bool = False
+    snapshot_place: int = -1
 
     def pack(self) -> bytes:
         """The report as 72 bytes."""

@@ -22,6 +22,8 @@ from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.detect.defaults import default_detectors
 from lightning_nanguard.detect.monitors import Monitors
 from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
+from lightning_nanguard.guard.beside import Beside
+from lightning_nanguard.guard.branch import Branches
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.certification import Certification
 from lightning_nanguard.guard.context import GuardContext, Settings
@@ -29,6 +31,7 @@ from lightning_nanguard.guard.deferred_readback import DeferredReadback, Deferre
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.guard.interventions import Interventions
 from lightning_nanguard.guard.investigator import Investigator
+from lightning_nanguard.guard.late_redo import LateRedo
 from lightning_nanguard.guard.loop import BatchReplay, NoReplay, TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.parts import GuardParts
@@ -37,6 +40,7 @@ from lightning_nanguard.guard.rank_readback import RankReadback
 from lightning_nanguard.guard.rate_watch import RateWatch
 from lightning_nanguard.guard.readback import MAX_DELAY, Readback
 from lightning_nanguard.guard.reading_judge import ReadingJudge
+from lightning_nanguard.guard.receipts import Receipts
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.rehearsal import Rehearsal
@@ -46,6 +50,7 @@ from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.guard.step_readback import StepReadback
 from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.device import Device
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.ring import Ring
@@ -73,29 +78,28 @@ def build_guard(
     """
     carried_out_by = executors(remedies)
     rehearsal = Rehearsal(context)
-    investigator = Investigator(context, rehearsal, TrialRunner(context, rehearsal))
+    branches = Branches(context, rehearsal)
+    trials = TrialRunner(context, branches)
+    investigator = Investigator(context, rehearsal, trials)
     recorder = InterventionRecorder(context, loop, memory=MAX_DELAY + 2)
     reduce, clip = carried_out_by[ReduceLR.step], carried_out_by[ClipGradients.step]
     may_lower = any(remedy.role == "rate" for remedy in remedies)
     recovery = Recovery(context, rehearsal, recorder, reduce, clip, may_lower=may_lower)
-    plausibility = PlausibilityCheck(
-        context.learner,
-        context.ring,
-        investigator.is_worse,
-        context.thresholds.snapshots.plausibility,
-        certain_only=context.settings.act_on == "certain",
-    )
+    plausibility = _plausibility(context, investigator)
     snapshots = _snapshots(context, plausibility)
     meter = _meter(context, loop)
-    skipper = StepSkipper(context.learner)
+    skipper = StepSkipper(context.learner, snapshots.where)
     caution = Caution(context, skipper)
     readback = _readback(context, meter, caution, skipper, snapshots)
     runner: PlanRunner = ObservingRunner(context)
     if not context.settings.observe:
         actions = RemedyActions(context, recovery, rehearsal, skipper, snapshots, readback)
         runner = ActingRunner(context, actions, carried_out_by, recovery, skipper, plausibility, readback)
-    interventions = Interventions(context, loop, policy, investigator, recorder, runner, carried_out_by)
+    receipts = Receipts(context, branches, recorder, snapshots)
+    interventions = Interventions(context, loop, policy, investigator, recorder, runner, carried_out_by, receipts)
     undos = deque(make_undo() for _ in range(readback.open_batches()))
+    steps = StepCheck(context, loop, meter, caution, recorder, policy, undos, readback)
+    late = LateRedo(context, steps, skipper, snapshots, readback)
     return Guard(
         GuardParts(
             context=context,
@@ -108,15 +112,26 @@ def build_guard(
             plausibility=plausibility,
             certification=Certification(context, loop, investigator, snapshots),
             investigator=investigator,
-            judge=ReadingJudge(context, meter, runner, interventions, plausibility),
+            judge=ReadingJudge(context, meter, runner, interventions, plausibility, late),
             runner=runner,
             recovery=recovery,
             rates=RateWatch(context, skipper, recorder, schedulers or {}),
             recorder=recorder,
             saving=_saving(context, recorder),
-            steps=StepCheck(context, loop, meter, caution, recorder, policy, undos),
+            beside=Beside(context, trials, receipts),
+            steps=steps,
             undos=undos,
         )
+    )
+
+
+def _plausibility(context: GuardContext, investigator: Investigator) -> PlausibilityCheck:
+    return PlausibilityCheck(
+        context.learner,
+        context.ring,
+        investigator.is_worse,
+        context.thresholds.snapshots.plausibility,
+        certain_only=context.settings.act_on == "certain",
     )
 
 
@@ -147,6 +162,8 @@ def _snapshots(context: GuardContext, plausibility: PlausibilityCheck) -> Snapsh
         every=settings.snapshot_every,
         device=settings.snapshot_device,
         choose=settings.choose_place,
+        limit=settings.snapshot_bytes,
+        others=context.replay.bytes_kept,
         ranks=context.ranks,
         thresholds=context.thresholds.snapshots,
         clock=settings.clock,
@@ -165,6 +182,7 @@ def guard_for(
     settings: Settings | None = None,
     ranks: Ranks | None = None,
     thresholds: Thresholds | None = None,
+    device: Device | None = None,
 ) -> Guard:
     """Make a guard for a loop of your own; ``None`` stands for what ``NaNGuard()`` takes.
 
@@ -179,12 +197,13 @@ def guard_for(
         settings: How the guard works.
         ranks: All processes; one by default.
         thresholds: All thresholds.
+        device: The device of the run.
     """
     limits = thresholds or Thresholds()
     remedies = default_remedies(limits.rate_search.cut) if remedies is None else remedies
     detectors = default_detectors(limits.detection) if detectors is None else detectors
     context = GuardContext(
-        learner=Learner(module, optimizers),
+        learner=Learner(module, optimizers, device=device),
         replay=replay or NoReplay(),
         monitors=Monitors(detectors, limits.detection),
         rate=LearningRate(optimizers),
@@ -208,7 +227,8 @@ def _readback(
     context: GuardContext, meter: Meter, caution: Caution, skipper: StepSkipper, snapshots: SnapshotManager
 ) -> Readback:
     # By the loss only where there is one process: among ranks losses differ.
-    readings = DeferredReadings(context.learner, by_loss=not context.many, observe=context.settings.observe)
+    observe = context.settings.observe
+    readings = DeferredReadings(context.learner, context.state, by_loss=not context.many, observe=observe)
     if context.many:
         return RankReadback(context, meter, readings, caution, skipper, snapshots)
     if context.settings.deferred:

@@ -55,7 +55,9 @@ class Certification:
         history = context.monitors.history(0)
         level = None if history is None else history.level()
         if not self._snapshots.resume(level, partial(self._capture, step)):
-            self._capture(step).healthy = context.ring.certify_after - 1
+            first = self._capture(step)
+            if first is not None:
+                first.healthy = context.ring.certify_after - 1
 
     def start_again_if_lazy(self) -> None:
         """Take the snapshot of the start again where the first forward pass has made parameters."""
@@ -98,6 +100,9 @@ class Certification:
         uneasy = context.monitors.uneasy(readings)
         if (uneasy and pending.healthy < self._limits.certify_anyway) or not self._snapshots.judged(pending):
             return None
+        if not self._snapshots.is_whole(pending):
+            context.ring.drop_pending()
+            return None
         fault, ranks = self._snapshots.objection(pending, state.healthy_steps)
         if fault is not None:
             context.ring.drop_pending()
@@ -125,7 +130,7 @@ class Certification:
         if self._context.ring.pending is None and self._snapshots.due(self._context.state.step):
             self._capture(self._context.state.step)
 
-    def _capture(self, step: int) -> Snapshot:
+    def _capture(self, step: int) -> Snapshot | None:
         global_step, _, _ = self._loop.clock()
         state = self._context.state
         return self._snapshots.capture(step, global_step, self._context.rate.first(), state.healthy_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from lightning_nanguard.guard.state import GuardState
 from lightning_nanguard.measure.norm_history import NormHistory
 from lightning_nanguard.record.curve import CurveFile
 from lightning_nanguard.record.known_samples import KnownSamples
+from lightning_nanguard.record.receipt_log import ReceiptLog
 from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
@@ -33,6 +35,7 @@ class Settings:
     Attributes:
         snapshot_every: Updates between snapshots; ``None`` chooses so that they take at most 1 % of the time.
         snapshot_device: Where snapshots lie; ``None`` beside the originals.
+        snapshot_bytes: Bytes that snapshots, and the batches that are kept, may take together.
         choose_place: Whether they go to host memory by themselves where the device has no room.
         deferred: Read late, without waiting for the device.
         observe: Record what would be done, change nothing.
@@ -42,6 +45,7 @@ class Settings:
 
     snapshot_every: int | None = None
     snapshot_device: torch.device | None = None
+    snapshot_bytes: float = math.inf
     choose_place: bool = False
     deferred: bool = False
     observe: bool = False
@@ -69,6 +73,7 @@ class GuardContext:
         norms: Gradient norms of the newest updates, layer by layer.
         curve: Keeps the readings of all updates in a file; ``None`` keeps none.
         samples: The bad samples met so far.
+        receipts: What interventions on finite evidence have gained or cost.
     """
 
     learner: Learner
@@ -85,6 +90,7 @@ class GuardContext:
     norms: NormHistory = field(default_factory=NormHistory)
     curve: CurveFile | None = None
     samples: KnownSamples = field(default_factory=KnownSamples)
+    receipts: ReceiptLog = field(default_factory=ReceiptLog)
 
     def corrupt(self) -> tuple[str | None, tuple[int, ...]]:
         """The first tensor of the learner that is not finite and was at the start, and the ranks where it is so.

@@ -24,12 +24,14 @@ class DeferredReadings:
 
     Args:
         learner: What is trained.
+        state: Knows whether an infinite loss is usual.
         by_loss: Whether the device may judge by the loss as well as by the gradient: among ranks losses differ.
         observe: Whether nothing may be held back.
     """
 
-    def __init__(self, learner: Learner, *, by_loss: bool, observe: bool) -> None:
+    def __init__(self, learner: Learner, state: GuardState, *, by_loss: bool, observe: bool) -> None:
         self._learner = learner
+        self._state = state
         self._by_loss = by_loss
         self._observe = observe
         self._flagged = False
@@ -43,12 +45,12 @@ class DeferredReadings:
         optimizer = self._learner.optimizers[pending.optimizer_index]
         if self._learner.scaler is None and skips_on_device(optimizer) and not self._observe:
             # Fused optimizers leave their state alone where this flag is set: decided without the host.
-            bad = pending.is_bad(by_loss=self._by_loss)
+            bad = pending.is_bad(by_loss=self._by_loss and not self._state.losses_overflow)
             optimizer.found_inf, optimizer.grad_scale = bad, None  # type: ignore[attr-defined]
             self._flagged = True
             undo.undo_where(bad)  # now: the next batch builds on the buffers of this one
             pending.held_back = True
-        pending.send()
+        pending.send(self._learner.device.read_later)
         self._queue.append((pending, undo))
 
     def drop_flags(self) -> None:

@@ -70,7 +70,7 @@ class Guard:
             self._bad_start = None if context.settings.observe else bad
         if not context.settings.observe:
             # The same hook scales the rate and takes the gradients of blocked steps away.
-            context.rate.attach(self._parts.skipper.remove_gradients)
+            context.rate.attach(self._parts.skipper.remove_gradients, self._parts.skipper.return_gradients)
         self._parts.certification.start()
 
     def open_batch(self) -> None:
@@ -136,6 +136,8 @@ class Guard:
         found, passed_over = self._judge.take_found(), self._state.passed_over
         self._state.restored = None
         try:
+            if found:
+                self._snapshots.settle()  # what is done about it may write to the learner
             if found and self._bad_start is not None:
                 self._stop_if_lost_from_the_start(found[0])
             for one in found:
@@ -144,12 +146,16 @@ class Guard:
                     break  # what else was found belonged to the state just left
             if self._judge.readings and not found:
                 self._healthy()
+            shown = self._parts.beside.after(self._judge.readings)
+            if shown is not None:
+                self._judge.handle(shown)
         finally:
             self._open = self._updated = False
             self._judge.readings = []
             self._state.raised, self._state.again = None, ("", "")
             self._state.passed_over = False
             self._parts.meter.end_batch()
+            self._parts.skipper.return_gradients()  # where the step raised
             self._parts.skipper.skipped.clear()
         return not found and not passed_over
 
@@ -211,8 +217,9 @@ class Guard:
     def close(self) -> None:
         """Let go of the optimizers and of all memory."""
         self._readback.end_batch()
+        self._parts.beside.close()
         self._context.rate.detach()
-        self._context.ring.clear()
+        self._snapshots.close()
         self._state.restored = None
         self._context.ranks.close()
 
@@ -264,6 +271,7 @@ class Guard:
         """Look at the state of now, and go back to the last good one if it is bad."""
         self._snapshots.settle()  # whoever asks may write to it next
         self.flush()
+        self._snapshots.look_at_room()
         context = self._context
         bad, ranks = context.corrupt()
         if bad is None:

@@ -16,6 +16,7 @@ from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.plan_runner import PlanRunner
+from lightning_nanguard.guard.receipts import Receipts
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.types import Evidence, Fault, Finding, Plan, PlanStep, Reading, Skip, Stop
 
@@ -32,6 +33,7 @@ class Interventions:
         recorder: Records the intervention.
         runner: Carries the plan out.
         remedies: The remedy for each kind of plan step; it gives the word for the record.
+        receipts: Compares what is done on finite evidence with the branch given up.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Interventions:
         recorder: InterventionRecorder,
         runner: PlanRunner,
         remedies: Mapping[type[PlanStep], Remedy],
+        receipts: Receipts,
     ) -> None:
         self._context = context
         self._loop = loop
@@ -51,6 +54,7 @@ class Interventions:
         self._recorder = recorder
         self._runner = runner
         self._remedies = remedies
+        self._receipts = receipts
 
     @property
     def patience(self) -> int:
@@ -88,12 +92,14 @@ class Interventions:
         plan, policy = self._policy.decide(fault, evidence, state.policy)
         state.policy = policy
         if not plan:
-            if evidence.trial is None and not fault.certain and not fault.doubtful:
+            state.arm = None
+            if evidence.trial is None and not (fault.certain or fault.doubtful or self._investigator.trial_runs):
                 self._tell(fault)  # nothing could be tried
             return self._dismiss(found)
         skipped = any(isinstance(step, Skip) for step in plan)
         self._investigator.conclude(fault, batch=skipped)
         self._act(found, evidence, plan)
+        state.arm = None
         lasts = state.bad_in_a_row >= self.patience and not evidence.batch_strange
         if fault.scope == "batch" and not fault.certain and lasts:
             context.monitors.accept(reading)  # a rise that lasts is the new usual level
@@ -117,6 +123,16 @@ class Interventions:
             'lower learning rate, or with NaNGuard(act_on="evidence"), which looks for evidence and acts on it.'
         )
         self._loop.advise(Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion))
+
+    def tell_of_overflow(self) -> None:
+        """Tell the user once that the loss overflows where the gradient does not."""
+        suggestion = (
+            "the loss of several updates in a row is infinite, and their gradients are finite. From now on such "
+            "updates are made, since nothing bad reaches the weights by them. Compute the loss in float32, or look at "
+            "which of its terms overflows."
+        )
+        confidence = self._context.thresholds.diagnosis.confidence.suspicion
+        self._loop.advise(Finding("infinite_loss", confidence, {}, "loss", suggestion=suggestion))
 
     def _dismiss(self, found: FoundFault) -> bool:
         return self._context.monitors.dismiss(found.reading) and found.reading.loss is not None
@@ -145,6 +161,8 @@ class Interventions:
         finding = most_confident_over_ranks(context.ranks, mine)
         plan = within_curvature(spare_rate(plan, finding, evidence), finding, before[0] if before else None)
         state.went_on = False
+        if stop is None and not found.fault.certain and context.settings.act_on == "evidence":
+            self._receipts.before(self._loop.clock()[0], skipped=any(isinstance(step, Skip) for step in plan))
         done = self._runner.apply(plan, found, known_until)
         if state.again != evidence.again:  # found out by a rollback
             known = replace(evidence, again=state.again)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from lightning_nanguard.detect.history import ReadingHistory
@@ -19,6 +18,7 @@ from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.measure.norms import norms
 from lightning_nanguard.measure.tensors import is_strided, local
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import StateKey, describe
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
@@ -51,6 +51,11 @@ class Investigator:
         self.initial_norms: dict[str, float] = {}
         # How often in a row the batch was blamed, by kind and place of the fault.
         self._batches: Counter[tuple[str, str]] = Counter()
+
+    @property
+    def trial_runs(self) -> bool:
+        """Whether a trial goes on beside the run."""
+        return self._trials.running
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""
@@ -153,7 +158,7 @@ class Investigator:
         if not self._compare_allowed:
             return known
         if fault.scope == "learner":
-            return known if fault.proof == "none" else self._try(known, target)
+            return known if fault.proof == "none" else self._try(fault, known, target)
         if (
             fault.since is None  # else the present batch is not the faulty one
             and known.batch_finite is not False  # else its loss says nothing about the weights
@@ -162,11 +167,18 @@ class Investigator:
             return replace(known, comparison=self._compare(fault, reading, target, undo=known.undo))
         return known
 
-    def _try(self, known: Evidence, best: Snapshot) -> Evidence:
-        certified = self._ring.certified
-        trial = self._trials.run(self._ranks.join_snapshot(certified[-1]), best)
+    def _try(self, fault: Fault, known: Evidence, best: Snapshot) -> Evidence:
+        state, certified, limits = self._context.state, self._ring.certified, self._context.thresholds.trial
+        start = self._ranks.join_snapshot(certified[-1])
+        trial, arm = self._trials.take_shown()
         if trial is None:
+            self._trials.begin(fault, start, best)
             return known
+        if 0 < trial.lacks <= limits.plain and state.policy.trials_failed + 1 < limits.in_a_row:
+            # One trial is not enough: its arm goes on beside the run, which goes on from it if it stays ahead.
+            self._trials.begin(fault, start, best, arm=arm, factor=trial.factor)
+        if trial.lacks > 0 and trial.base == "start":
+            state.arm = arm
         sound = certified.index(self._ring.good(None, known.loss_unit) or best) if trial.base == "best" else None
         return replace(known, trial=trial, sound=len(certified) - 1 if sound is None else sound)
 
@@ -211,7 +223,7 @@ class Investigator:
             now = min(filter(math.isfinite, (now, reading.loss)), default=now)
         try:
             mine = capture(self._learner, step=0, global_step=0, leaves=[*self._learner.weights()])
-        except torch.cuda.OutOfMemoryError:
+        except OutOfMemory:
             mine = None
         if not all(self._ranks.gather(mine is not None)) or mine is None:
             return None

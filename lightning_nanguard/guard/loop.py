@@ -19,7 +19,7 @@ uses the loop's :class:`BatchReplay`; a loop that cannot gives :class:`NoReplay`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
@@ -66,6 +66,18 @@ class BatchReplay(Protocol):
 
     def loss_on(self, index: int) -> float | None:
         """Loss of a recent batch under the weights of now."""
+
+    def earlier(self) -> Sequence[Callable[[], float | None]]:
+        """For some recent batches each what gives its loss under the weights of then, also when others have come."""
+
+    def trainable(self) -> bool:
+        """Whether all that the update at hand is made of is kept, so that another state can make the same update."""
+
+    def train_at_hand(self) -> float | None:
+        """Make the update at hand with the random numbers it had, from the state of now; gives the loss before it."""
+
+    def bytes_kept(self) -> int:
+        """Bytes of the batches that are kept to be run again."""
 
 
 class TrainingLoop(Protocol):
@@ -130,3 +142,19 @@ class NoReplay:
     def loss_on(self, index: int) -> float | None:
         """Not known."""
         return None
+
+    def earlier(self) -> Sequence[Callable[[], float | None]]:
+        """None."""
+        return ()
+
+    def trainable(self) -> bool:
+        """Never."""
+        return False
+
+    def train_at_hand(self) -> float | None:
+        """Not possible."""
+        return None
+
+    def bytes_kept(self) -> int:
+        """None."""
+        return 0

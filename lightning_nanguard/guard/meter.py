@@ -9,7 +9,6 @@ from functools import partial
 from operator import methodcaller
 from typing import final
 
-import torch
 from torch import Tensor
 
 from lightning_nanguard.act.skip import unscales_itself
@@ -18,6 +17,7 @@ from lightning_nanguard.measure.norm_history import NormHistory
 from lightning_nanguard.measure.norms import exact_norm, partial_norms, total_norm
 from lightning_nanguard.measure.readings import PendingReading, pending_reading
 from lightning_nanguard.measure.tensors import WIDER, dense_gradients, dense_values, is_on_host
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 from lightning_nanguard.types import Reading
@@ -188,7 +188,7 @@ class Meter:
             values = dense_gradients(gradients)
             norms = partial_norms(values, self._thresholds)
         except (NotImplementedError, TypeError, RuntimeError) as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
+            if isinstance(error, OutOfMemory):
                 raise
             # Of an unusual kind; to look at the kind of each gradient in every step would cost more than their norm.
             values = [one for gradient in gradients if (one := dense_values(gradient)).numel()]

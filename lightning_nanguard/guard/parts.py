@@ -8,6 +8,7 @@ from typing import final
 
 from lightning_nanguard.act.skip import StepSkipper
 from lightning_nanguard.checkpoints.saving import SaveGuard
+from lightning_nanguard.guard.beside import Beside
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.certification import Certification
 from lightning_nanguard.guard.context import GuardContext
@@ -48,6 +49,7 @@ class GuardParts:
         rates: Keeps updates from being made at a rate that is none.
         recorder: Makes records.
         saving: Looks at checkpoints before they are written.
+        beside: Trains other states beside the run, to compare them with it.
         steps: Looks at an update while it can still be made again.
         undos: One object for each batch that may still have to be undone.
     """
@@ -68,5 +70,6 @@ class GuardParts:
     rates: RateWatch
     recorder: InterventionRecorder
     saving: SaveGuard
+    beside: Beside
     steps: StepCheck
     undos: deque[BatchUndo]

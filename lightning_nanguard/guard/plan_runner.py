@@ -92,7 +92,9 @@ class ActingRunner:
         """Carry out a plan; gives the steps that were made."""
         before = self._context.rate.effective()
         self._actions.begin(found, known_until)
-        if not any(isinstance(step, Skip) for step in plan):
+        if any(isinstance(step, Skip) for step in plan):
+            self._context.state.skipped.append(found.reading.step)
+        else:
             self._actions.skip()  # a restore, too, leaves nothing of the batch behind
         if any(isinstance(step, Stop) for step in plan):
             self._leave_good()
@@ -128,9 +130,9 @@ class ActingRunner:
         ring, learner = self._context.ring, self._context.learner
         if ring.certified:
             self._actions.restore(0)
-        elif ring.pending is not None and self._context.corrupt()[0]:
+        elif (pending := ring.newest()) is not None and self._context.corrupt()[0]:
             # Nothing was ever proven good, but what the fit began with is at least finite.
-            restore(learner, ring.pending)
+            restore(learner, pending)
 
     def give_back(self) -> None:
         """Give back a cut or end clipping, where it is time."""

@@ -52,6 +52,19 @@ class Sent(NamedTuple):
 
 
 @final
+class Told(NamedTuple):
+    """What was told early of an update.
+
+    Attributes:
+        reading: What this rank has read of it.
+        sent: What the other ranks were told.
+    """
+
+    reading: Reading
+    sent: Sent
+
+
+@final
 class RankReadback:
     """Readings that all ranks have told; a :class:`~lightning_nanguard.guard.readback.Readback`.
 
@@ -83,6 +96,8 @@ class RankReadback:
         self._late = False
         # A fault that this rank found outside a step, of which the others hear with the next update.
         self._outside: Fault | None = None
+        # What was told of the update that is about to be made, where it looked bad before the loop could make it.
+        self._told: Told | None = None
         self.at_hand: Reading | None = None
 
     def open_batches(self) -> int:
@@ -94,9 +109,35 @@ class RankReadback:
         self._late = self._caution.may_be_late(optimizer_index)
         return self._heard()
 
+    def tell_early(self, reading: Reading, undo: BatchUndo) -> tuple[Reading, tuple[int, ...]] | None:
+        """Tell of an update that looks bad to this rank, right after its backward pass.
+
+        Args:
+            reading: What this rank has read of it.
+            undo: Undoes its batch.
+
+        Returns:
+            The reading of all ranks and those that stand out, if it looks bad to all, and so all have told of it here;
+            ``None`` if to this rank alone.
+        """
+        sent = self._tell(reading, undo, suspects=True)
+        self._told = Told(reading, sent)
+        if not sent.suspected_by_all():
+            return None
+        reports, context = sent.posted.reports(), self._context
+        combined = combined_reading(reports, optimizer_index=reading.optimizer_index, sharded=context.ranks.sharded)
+        return combined, outlier_ranks(reports, context.thresholds.distributed)
+
+    def forget_told(self) -> None:
+        """The update is made again: what was told of it is over."""
+        self._told = None
+
     def submit(self, optimizer_index: int, undo: BatchUndo) -> Arrived | None:
         """Tell of this update; gives its reading only where it looks bad to all ranks."""
-        context, step = self._context, self._context.state.step
+        step = self._context.state.step
+        told, self._told = self._told, None
+        if told is not None and (told.reading.step, told.reading.optimizer_index) == (step, optimizer_index):
+            return self._wait_or_skip(told.reading, told.sent)
         measured = (self._meter.measure_later if self._late else self._meter.measure_now)(step, optimizer_index)
         if isinstance(measured, PendingReading):
             self._readings.defer(measured, undo)
@@ -107,10 +148,17 @@ class RankReadback:
         reading = Reading(step, optimizer_index, None, None) if measured is None else measured
         suspects = self._suspects(reading)
         sent = self._tell(reading, undo, suspects=suspects, line_search=line_search)
-        if suspects and sent.suspected_by_all():
+        if suspects:
+            return self._wait_or_skip(reading, sent)
+        self._sent.append(sent)
+        return None
+
+    def _wait_or_skip(self, reading: Reading, sent: Sent) -> Arrived | None:
+        """An update looks bad to this rank: hear of it now if it does to all, else keep it from this rank's weights."""
+        if sent.suspected_by_all():
             return self._hear(sent, late=False)
-        if suspects and not _gradient_finite(reading) and not context.settings.observe:
-            self._skipper.skip(optimizer_index)  # others do not: they hear of it later, and all go back
+        if not _gradient_finite(reading) and not self._context.settings.observe:
+            self._skipper.skip(reading.optimizer_index)  # others do not: they hear of it later, and all go back
         self._sent.append(sent)
         return None
 
@@ -183,6 +231,7 @@ class RankReadback:
             parameter_checksum=parameters,
             optimizer_checksum=moments,
             outside_fault=self._outside is not None,
+            snapshot_place=self._snapshots.wanted_place(),
         )
         posted = self._context.ranks.post(report)
         return Sent(posted, reading.optimizer_index, undo, held_back, line_search)

@@ -10,6 +10,7 @@ from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.interventions import Interventions
+from lightning_nanguard.guard.late_redo import LateRedo
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.plan_runner import PlanRunner
 from lightning_nanguard.guard.readback import Arrived
@@ -28,6 +29,7 @@ class ReadingJudge:
         runner: Blocks updates.
         interventions: Handle faults.
         plausibility: Looks at running statistics.
+        late: Makes updates again whose fault was chance.
 
     Attributes:
         readings: Healthy readings since the last batch ended.
@@ -41,6 +43,7 @@ class ReadingJudge:
         runner: PlanRunner,
         interventions: Interventions,
         plausibility: PlausibilityCheck,
+        late: LateRedo,
     ) -> None:
         self._context = context
         self._monitors = context.monitors
@@ -49,6 +52,7 @@ class ReadingJudge:
         self._runner = runner
         self._interventions = interventions
         self._plausibility = plausibility
+        self._late = late
         self._found: list[FoundFault] = []
         self.readings: list[Reading] = []
         self.non_finite = 0
@@ -89,6 +93,8 @@ class ReadingJudge:
         reading, learner = arrived.reading, self._context.learner
         if learner.scaler is not None and reading.loss_finite and not reading.finite:
             reading = reading._replace(scaler_skips=True)
+        if self._overflow_is_usual(reading):
+            reading = reading._replace(loss=None, loss_finite=True, finite=True)
         self.non_finite += not reading.finite and not reading.scaler_skips
         quasi_newton = reading.optimizer_index in learner.quasi_newton
         fault = self._monitors.check(reading, line_search=arrived.line_search, quasi_newton=quasi_newton)
@@ -114,6 +120,14 @@ class ReadingJudge:
         self._found.append(found)
         if stepping is not None and not suspicion and (not arrived.late or arrived.reached):
             self._runner.block(stepping)
+
+    def _overflow_is_usual(self, reading: Reading) -> bool:
+        state = self._context.state
+        if reading.loss_finite or not state.is_overflow_alone(reading):
+            return False
+        if not state.losses_overflow and state.note_overflow(reading.step, self._interventions.patience):
+            self._interventions.tell_of_overflow()
+        return state.losses_overflow
 
     def _is_pursued(self, fault: Fault, arrived: Arrived) -> bool:
         certain_only = self._context.settings.act_on == "certain"
@@ -154,7 +168,9 @@ class ReadingJudge:
 
     def handle(self, found: FoundFault) -> None:
         """Handle a fault; if it turns out to be none, its reading is a healthy one."""
-        if self._interventions.handle(found):
+        if self._late.made_again(found):
+            self.non_finite -= 1
+        elif self._interventions.handle(found):
             self._accept(found.reading)
 
     def _accept(self, reading: Reading) -> None:

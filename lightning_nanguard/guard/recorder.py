@@ -42,6 +42,10 @@ class InterventionRecorder:
         """A batch ends: what is found late in it is on record under its clock."""
         self._clocks.append((self._context.state.step, self._loop.clock()))
 
+    def now(self) -> Clock:
+        """The clock of now."""
+        return self._loop.clock()
+
     def clock_of(self, step: int) -> Clock:
         """The clock of the batch of an update, that of now where it is not remembered."""
         past = (clock for last, clock in self._clocks if last >= step)
@@ -71,7 +75,8 @@ class InterventionRecorder:
         global_step, epoch, batch_idx = self._loop.clock() if clock is None else clock
         self._note_finding(fault, finding)
         after, restored = self._context.rate.effective(), self._context.state.restored
-        kept = restored is None or "redo" in words
+        kept, state = restored is None or "redo" in words, self._context.state
+        made = 0 if state.arm is None else state.arm.healthy  # by the restart that the run goes on from
         self._loop.record(
             Intervention(
                 global_step=global_step,
@@ -89,7 +94,7 @@ class InterventionRecorder:
                 value=fault.value,
                 applied=not self._context.settings.observe,
                 ranks=ranks,
-                updates_lost=0 if kept or restored is None else self._context.state.step - restored.step,
+                updates_lost=0 if kept or restored is None else max(0, state.step - restored.step - made),
             )
         )
 

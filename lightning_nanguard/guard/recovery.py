@@ -86,6 +86,9 @@ class Recovery:
             return
         state, reduce = self._state, self._reduce
         state.restored = None
+        if self._rate.has_tensors() and state.healthy_steps % self._limits.tensor_rate_every:
+            self._end_clipping()
+            return
         before = self._rate.effective() if self._rate.is_on() else []
         ratio = self._rate.ratio() if before else 1.0
         if ratio < 1.0 and isinstance(reduce, ReduceLR):

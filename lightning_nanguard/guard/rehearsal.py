@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from statistics import fmean
 from typing import final
 
-import torch
-
 from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
 from lightning_nanguard.thresholds.rate_search import ReviewThresholds
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+@cache
+def _say_no_room() -> None:
+    _logger.info("NaNGuard: the device has no room to try a learning rate, so the rate is cut without trying.")
 
 
 @final
@@ -95,23 +103,6 @@ class Rehearsal:
             self._began = dict(zip(measured, losses, strict=True))
         return None if losses is None else fmean(losses)
 
-    def losses_after(
-        self, base: Snapshot, factor: float, updates: int, trained: range, measured: range
-    ) -> list[float] | None:
-        """Loss of each of some batches after ``updates`` on others, from ``base`` with the rate times ``factor``.
-
-        Infinite where it is not finite; ``None`` where a batch cannot be run. The learner is left at ``base``, without
-        gradients.
-
-        Args:
-            base: State to begin at.
-            factor: Number that the rate is multiplied by.
-            updates: Number of updates.
-            trained: Indices of the batches that the updates take in turn.
-            measured: Indices of the batches whose loss is measured.
-        """
-        return self._after(base, factor, updates, trained, measured, watched=False)
-
     def _after(
         self,
         base: Snapshot,
@@ -128,6 +119,9 @@ class Rehearsal:
         rate.set_multiplier(rate.ratio() * factor)
         try:
             return self._play(trained, measured, updates, watched=watched)
+        except OutOfMemory:
+            _say_no_room()
+            return None
         finally:
             rate.set_multiplier(multiplier, min_lr=min_lr, max_lr=max_lr)
             restore(self._learner, base)
@@ -215,7 +209,7 @@ class Rehearsal:
         gradients = [(p, p.grad) for p in self._learner.module.parameters()]
         self._began = {}
         present: Snapshot | None = None
-        with suppress(torch.cuda.OutOfMemoryError):
+        with suppress(OutOfMemory):
             present = capture(self._learner, step=0, global_step=0)
         if not all(self._context.ranks.gather(present is not None)) or present is None:
             yield None

@@ -79,16 +79,22 @@ class RemedyActions:
         if ring.certified:
             ring.drop_pending()
             snapshot = context.ranks.join_snapshot(ring.discard_newer(depth))
-        elif ring.pending is not None:
-            snapshot = ring.pending
         else:
-            return
+            pending = ring.newest()
+            if pending is None:
+                context.state.unrestored, _ = context.corrupt()
+                return
+            snapshot = pending
         context.state.restored = snapshot
-        self._look_at_restored(restore(context.learner, snapshot))
+        left = restore(context.learner, snapshot)
+        if context.state.arm is not None:
+            left = restore(context.learner, context.state.arm)  # what the trial has learned from there is not lost
+        self._look_at_restored(left)
         context.state.healthy_since_restore = 0
         self._forget(snapshot)
         for optimizer in context.learner.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+            # Where batches cannot be run again, the gradients may be where a captured graph writes them.
+            optimizer.zero_grad(set_to_none=context.replay.comparable())
 
     def _look_at_restored(self, left: Sequence[StateKey]) -> None:
         context, state = self._context, self._context.state

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
 from lightning_nanguard.distributed.checksum import checksums
 from lightning_nanguard.distributed.ranks import Ranks
 from lightning_nanguard.distributed.report import Report, minority_ranks
+from lightning_nanguard.state.learner import StateKey
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Fault
 
@@ -51,9 +52,15 @@ class SnapshotAgreement:
         self._were_equal: set[str] = set()
         self._parted_before: set[str] = set()
 
-    def judge(self, pending: Snapshot, objection: Fault | None) -> None:
-        """Note what this rank found out about the pending snapshot; the next report tells the others."""
-        sums = (0, 0) if self._ranks.sharded else checksums(pending.leaves)
+    def judge(self, pending: Snapshot, leaves: Mapping[StateKey, Any], objection: Fault | None) -> None:
+        """Note what this rank found out about the pending snapshot; the next report tells the others.
+
+        Args:
+            pending: The snapshot.
+            leaves: The learner's leaves of now, whose values it has: it may not have arrived in host memory yet.
+            objection: Why it cannot be certified.
+        """
+        sums = (0, 0) if self._ranks.sharded else checksums(leaves)
         self._verdict = SnapshotVerdict(pending.step, objection, sums)
 
     def tell(self) -> tuple[int, bool, int, int]:

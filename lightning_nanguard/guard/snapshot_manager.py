@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
@@ -12,7 +13,7 @@ import torch
 from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
 from lightning_nanguard.distributed.report import Report
 from lightning_nanguard.guard.snapshot_agreement import SnapshotAgreement
-from lightning_nanguard.state.device import DeviceTimer, cuda_device
+from lightning_nanguard.state.device import DeviceTimer
 from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.interval import Interval
 from lightning_nanguard.state.learner import Learner, StateKey
@@ -40,7 +41,9 @@ class SnapshotManager:
         plausibility: Finds finite tensors that are far out of range.
         every: Updates between snapshots; ``None`` chooses so that they take at most 1 % of the time, and less later.
         device: Where snapshots lie; ``None`` beside the originals.
-        choose: Whether they go to host memory by themselves where a CUDA device has no room for them.
+        choose: Whether they go to host memory by themselves where a device has no room for them.
+        limit: Bytes that all of them together may take.
+        others: Bytes that count in the limit beside snapshots.
         ranks: All processes: they take and certify the same snapshots.
         thresholds: When snapshots are taken, and where they lie.
         clock: Gives the time in seconds.
@@ -56,6 +59,8 @@ class SnapshotManager:
         every: int | None = None,
         device: torch.device | None = None,
         choose: bool = False,
+        limit: float = math.inf,
+        others: Callable[[], int] = int,
         ranks: Ranks | None = None,
         thresholds: SnapshotsThresholds = _DEFAULTS,
         clock: Callable[[], float] = time.perf_counter,
@@ -69,10 +74,19 @@ class SnapshotManager:
         self._clock = clock
         self._interval = Interval(every, thresholds.interval, clock)
         self._placement = SnapshotPlacement(
-            learner, ring, device, choose=choose, alone=not self._many, thresholds=thresholds.placement
+            learner,
+            ring,
+            device,
+            choose=choose,
+            alone=not self._many,
+            sharers=self._ranks.sharers,
+            parts=self._ranks.snapshot_parts,
+            limit=limit,
+            others=others,
+            thresholds=thresholds.placement,
         )
         self._agreement = SnapshotAgreement(self._ranks, self._interval.updates)
-        self._device_timer = DeviceTimer()
+        self._device_timer = DeviceTimer(learner.device)
         self._screen, self._moments = NormScreen(()), MomentScreen({})
         # State keys of tensors whose norm is larger than one element may be.
         self._wide: set[StateKey] = set()
@@ -105,7 +119,7 @@ class SnapshotManager:
         if state is not None:
             self._interval.resume(int(state["interval"]))
 
-    def resume(self, level: float | None, capture: Callable[[], Snapshot]) -> bool:
+    def resume(self, level: float | None, capture: Callable[[], Snapshot | None]) -> bool:
         """At the start: go on with the snapshots as the run that was stopped would have; whether it was one.
 
         The state that was saved is certified at once, since it was looked at then. It also takes the place of the
@@ -121,12 +135,15 @@ class SnapshotManager:
         if resumed is None or self._many:
             return False
         first = capture()
+        if first is None:
+            return False
         first.typical, first.level = self._screen.typical, level
         self._plausibility.moments.exempt(self._moments)
         self._ring.certify()
         if resumed["pending"] is not None:
             pending = capture()
-            pending.rate, pending.healthy = resumed["pending"]
+            if pending is not None:
+                pending.rate, pending.healthy = resumed["pending"]
         self._last, self._next = map(int, resumed["due"])
         return True
 
@@ -138,8 +155,29 @@ class SnapshotManager:
         """Whether a snapshot should be taken after update ``step``, if none is pending."""
         return self._wanted or step >= self._next
 
-    def capture(self, step: int, global_step: int, rate: float | None, healthy_steps: int = 0) -> Snapshot:
-        """Take a snapshot, which is then pending.
+    def close(self) -> None:
+        """Let go of all snapshots, and give their memory back."""
+        self._ring.clear()
+        self._placement.close()
+
+    def where(self) -> torch.device | None:
+        """Where a copy of a part of the learner goes: where snapshots go; ``None`` for beside it."""
+        return self._placement.where()
+
+    def wanted_place(self) -> int:
+        """For a :class:`Report`: where snapshots would lie if this process were alone; ``-1`` where that is open."""
+        return self._placement.wanted()
+
+    def look_at_room(self) -> None:
+        """Keep fewer snapshots, or keep them elsewhere, where the run needs more memory than before.
+
+        Before the first measured snapshot nothing is decided.
+        """
+        if self._measured:
+            self._placement.look_at_room()
+
+    def capture(self, step: int, global_step: int, rate: float | None, healthy_steps: int = 0) -> Snapshot | None:
+        """Take a snapshot, which is then pending; ``None`` where there is no room for one.
 
         Args:
             step: The guard's clock.
@@ -152,26 +190,30 @@ class SnapshotManager:
         self._wanted = False
         leaves = dict(self._learner.leaves())
         if since > 0:
-            self._placement.choose(leaves)
-        self._device_timer.start(cuda_device(leaves))
-        snapshot = self._placement.copy(step, global_step, leaves)
+            self._placement.look_at_room(leaves)
+        pinned = self._learner.device.pinning
+        self._device_timer = self._learner.device.timer(leaves.values())
+        # Among ranks, of which one alone may see that its copy was disturbed, no copy goes on beside the run.
+        snapshot = self._placement.copy(step, global_step, leaves, beside_run=since > 0 and not self._many)
+        if snapshot is None:
+            self.count_from(step)
+            return None
         snapshot.rate = rate
         self._ring.add(snapshot)
         # Of the live state, whose values the snapshot has: the snapshot may lie far away, and not be there yet.
-        self._screen = NormScreen(self._finite.to_be_finite(leaves.items()), self._wide)
+        self._screen = NormScreen(self._finite.to_be_finite(leaves.items()), self._wide, self._learner.device)
         self._moments = self._plausibility.moments.screen(leaves)
         if self._many:
-            snapshot.wait()
-            self._agreement.judge(snapshot, self._check(snapshot, healthy_steps))
+            self._agreement.judge(snapshot, leaves, self._check(snapshot, healthy_steps))
         self._device_timer.stop()
         if since > 0:
-            self._interval.measure(started, since, step)
+            self._interval.measure(started, since, step, self._learner.device.pinning - pinned)
             self._announce(snapshot)
         self.count_from(step)
         return snapshot
 
     def settle(self) -> None:
-        """Before an update: what is still being copied must be, and must not have been written to."""
+        """Before an update, and before anything else that writes to the learner: it waits for copies under way."""
         self._placement.settle()
 
     def tell(self) -> tuple[int, int, bool, int, int]:
@@ -180,12 +222,25 @@ class SnapshotManager:
 
     def hear(self, reports: Sequence[Report]) -> None:
         """Take what all ranks say of their snapshots."""
+        self._placement.hear([one.snapshot_place for one in reports])
         if self._agreement.hear(reports):
             self.count_from(self._last)
 
     def judged(self, pending: Snapshot) -> bool:
-        """Whether it is known, on all ranks, without waiting, what to think of ``pending``."""
-        return self._agreement.judged(pending) if self._many else self._screen.arrived() and self._moments.arrived()
+        """Whether it is known, on all ranks, what to think of ``pending``; at first only where that needs no wait."""
+        if self._many:
+            return self._agreement.judged(pending)
+        # Updates later it is there, or is worth a wait: a run without a certified state cannot be helped.
+        overdue = pending.healthy > self._ring.certify_after + 1
+        return overdue or (self._screen.arrived() and self._moments.arrived() and pending.check.arrived())
+
+    def is_whole(self, pending: Snapshot) -> bool:
+        """Whether nobody wrote to the learner while it was copied; where somebody has, another one is due at once."""
+        whole = pending.intact() if pending.check.events else True
+        if not whole:
+            self._placement.torn()
+            self._wanted = True
+        return whole
 
     def objection(self, pending: Snapshot, healthy_steps: int) -> tuple[Fault | None, tuple[int, ...]]:
         """Why ``pending`` cannot be certified, ``None`` where it can, and the ranks concerned."""
@@ -204,6 +259,7 @@ class SnapshotManager:
         if not self._agreement.share():
             return pending
         started = self._clock()
+        pending.wait()
         shared = self._ranks.split_snapshot(pending)
         self._interval.certified(self._clock() - started)
         return shared

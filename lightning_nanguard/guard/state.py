@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +31,11 @@ class GuardState:
         again: What spoilt the state when updates were made again, as in :attr:`Evidence.again`.
         told: Update and words of the last finite suspicion that the user was told of; ``None`` before.
         raised: The exception of ``training_step`` that the next non-finite loss stands for, in words.
+        infinite: Step of the newest update whose loss alone was infinite, and how many were so in a row.
+        losses_overflow: Whether such losses are usual in this run: its loss overflows, and its gradients do not.
+        arm: What a trial has trained from the start, where it is to be gone on from there; ``None`` without one.
         unrestored: What is still not finite after the present intervention has restored a snapshot, in words.
+        skipped: Numbers of the newest updates that were skipped.
         passed_over: Whether the update at hand is left out because every sample of it is known to be bad.
         rates: Step and effective learning rate of the first group, for each step at which it changed.
     """
@@ -46,7 +51,11 @@ class GuardState:
     again: tuple[str, str] = ("", "")
     told: tuple[int, str] | None = None
     raised: str | None = None
+    infinite: tuple[int, int] = (-1, 0)
+    losses_overflow: bool = False
+    arm: Snapshot | None = None
     unrestored: str | None = None
+    skipped: deque[int] = field(default_factory=lambda: deque(maxlen=1024))
     passed_over: bool = False
     rates: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=1024))
 
@@ -59,6 +68,7 @@ class GuardState:
             "bad_in_a_row": self.bad_in_a_row,
             "policy": self.policy.to_dict(),
             "rates": [list(one) for one in self.rates],
+            "losses_overflow": self.losses_overflow,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -68,8 +78,26 @@ class GuardState:
         self.healthy_since_restore = state["healthy_since_restore"]
         self.bad_in_a_row = int(state["bad_in_a_row"])
         self.policy = PolicyState.from_dict(state["policy"])
+        self.losses_overflow = bool(state.get("losses_overflow", False))
         self.rates.clear()
         self.rates.extend((int(step), float(rate)) for step, rate in state.get("rates", ()))
+
+    def rolled_back_since(self, step: int) -> bool:
+        """Whether the run was rolled back after an update."""
+        return any(at > step for at, _ in self.policy.restores)
+
+    def is_overflow_alone(self, reading: Reading) -> bool:
+        """Whether nothing but the loss of an update is out of the number format: its gradient is finite."""
+        infinite = reading.loss is not None and math.isinf(reading.loss)
+        return infinite and reading.grad_norm is not None and math.isfinite(reading.grad_norm)
+
+    def note_overflow(self, step: int, patience: int) -> bool:
+        """Note an update whose loss alone was infinite; whether so many in a row were that it is usual from now on."""
+        last, times = self.infinite
+        self.infinite = step, times + 1 if step == last + 1 else 1
+        usual = self.infinite[1] >= patience
+        self.losses_overflow |= usual
+        return usual
 
     def note_rate(self, rate: float | None) -> None:
         """Remember the effective learning rate of this step, where it changed."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import final
 
@@ -11,13 +12,16 @@ from torch import Tensor
 
 from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.diagnosis.state_comparison import unexplained_change
+from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.meter import Meter
+from lightning_nanguard.guard.rank_readback import RankReadback
+from lightning_nanguard.guard.readback import Readback
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.measure.tensors import is_on_host
-from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.batch_undo import BatchUndo, Undo
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Evidence, Fault, Finding, Reading
 
@@ -36,6 +40,7 @@ class StepCheck:
         recorder: Records what was made again.
         policy: Says whether a rollback is allowed.
         undos: The first one undoes what the batch at hand changed.
+        readback: Forgets readings of states that are gone; with several ranks it tells the others of a bad update.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class StepCheck:
         recorder: InterventionRecorder,
         policy: Policy,
         undos: deque[BatchUndo],
+        readback: Readback,
     ) -> None:
         self._context = context
         self._loop = loop
@@ -55,6 +61,9 @@ class StepCheck:
         self._recorder = recorder
         self._policy = policy
         self._undos = undos
+        self._readback = readback
+        self._ranks = readback if isinstance(readback, RankReadback) else None
+        self._seen_by: tuple[int, ...] = ()
         self._limits = context.thresholds.batches.repeated
         # How often a fault at a place was gone when its step was made again.
         self.transient: Counter[str] = Counter()
@@ -64,6 +73,16 @@ class StepCheck:
         context = self._context
         return not (context.many or context.ranks.sharded or context.settings.observe)
 
+    def together(self) -> bool:
+        """Whether several ranks make steps again together: with whole parameters, one optimizer and no GradScaler."""
+        context, learner = self._context, self._context.learner
+        plain = len(learner.optimizers) == 1 and not learner.quasi_newton and learner.scaler is None
+        return context.many and not (context.ranks.sharded or context.settings.observe) and plain
+
+    def reads_in_time(self, optimizer_index: int) -> bool:
+        """Whether the next update of an optimizer is read before it is made."""
+        return not self._caution.may_be_late(optimizer_index)
+
     def fault(self, optimizer_index: int, *, careful: bool, extreme: bool = False) -> Fault | None:
         """The certain fault of the update that is about to be made; ``None`` without one, or where it is read late.
 
@@ -72,14 +91,31 @@ class StepCheck:
             careful: Whether others may change the gradients between now and the optimizer's step.
             extreme: Whether a finite fault counts, too, where loss or gradient and batch are out of all proportion.
         """
-        if self._caution.may_be_late(optimizer_index):
+        if not self.reads_in_time(optimizer_index):
             return None
         reading = self._meter.measure_early(self._context.state.step + 1, optimizer_index, careful=careful)
         if reading is None or (reading.finite and self._context.monitors.calm(reading)):
             return None
         if self._context.learner.scaler is not None and reading.loss_finite and not reading.finite:
             return None  # an overflow, which the scaler skips
-        return self._fault_of(reading, extreme=extreme)
+        if self._context.state.losses_overflow and self._context.state.is_overflow_alone(reading):
+            return None
+        return self._fault_of(reading, extreme=extreme) if self._ranks is None else self._fault_of_all(reading)
+
+    def _fault_of_all(self, reading: Reading) -> Fault | None:
+        """The fault of an update whose gradient is bad on all ranks; ``None`` where only some can know of it."""
+        assert self._ranks is not None
+        if reading.grad_norm is None or math.isfinite(reading.grad_norm):
+            return None
+        heard = self._ranks.tell_early(reading, self._undos[0])
+        if heard is None:
+            return None
+        combined, self._seen_by = heard
+        fault = self._context.monitors.check(combined)
+        if fault is None or fault.place != "gradient":
+            return fault
+        named = self._meter.first_bad_gradient(reading.optimizer_index)
+        return replace(fault, place=first_over_ranks(self._context.ranks, named)[0] or fault.place)
 
     def _fault_of(self, reading: Reading, *, extreme: bool = False) -> Fault | None:
         index = reading.optimizer_index
@@ -98,7 +134,7 @@ class StepCheck:
         if loss is None or not is_on_host(loss) or loss.numel() != 1:
             return None
         value = float(loss.detach())
-        if value - value == 0.0:
+        if value - value == 0.0 or (math.isinf(value) and self._context.state.losses_overflow):
             return None
         reading = Reading(self._context.state.step + 1, optimizer_index, value, None, finite=False, loss_finite=False)
         return self._context.monitors.check(reading)
@@ -112,6 +148,10 @@ class StepCheck:
     def rewind(self) -> None:
         """Put back what the batch at hand, or the window of accumulation, has changed in buffers, metrics and means."""
         self._undos[0].undo()
+
+    def measures(self) -> Sequence[Undo]:
+        """What puts metrics and means back to before the batch at hand, or the window; still when others have begun."""
+        return self._undos[0].measures()
 
     def undo_also(self, undo: Callable[[], None]) -> None:
         """Have one more function called where the batch at hand, or the window, is left out."""
@@ -134,6 +174,8 @@ class StepCheck:
         """Forget the losses that were seen: their micro-batches are run again."""
         self._meter.drop_early()
         self._meter.drop_losses()
+        if self._ranks is not None:
+            self._ranks.forget_told()
 
     def drop_last_loss(self) -> None:
         """Forget the newest loss that was seen: its micro-batch is left out."""
@@ -158,8 +200,20 @@ class StepCheck:
 
     def raised(self, error: BaseException | None) -> None:
         """The next loss that is not finite stands for an exception of ``training_step``; ``None`` where it does not."""
-        text = "" if error is None else " ".join(str(error).split())[: self._limits.message]
-        self._context.state.raised = None if error is None else f"training_step raised {type(error).__name__}: {text}"
+        self._context.state.raised = None if error is None else self.in_words(error)
+
+    def in_words(self, error: BaseException) -> str:
+        """What a record says of an exception of ``training_step``."""
+        text = " ".join(str(error).split())[: self._limits.message]
+        return f"training_step raised {type(error).__name__}: {text}"
+
+    def raised_elsewhere(self, words: str | None) -> None:
+        """The same as :meth:`raised`, where another rank may have raised.
+
+        Args:
+            words: What :meth:`in_words` gave there; ``None`` without an exception.
+        """
+        self._context.state.raised = words
 
     def spoilt_since(self, snapshot: Snapshot) -> tuple[str, str]:
         """The tensor that has gone bad by itself since a snapshot, and how; empty where that cannot be told."""
@@ -170,7 +224,12 @@ class StepCheck:
         return ("", "") if change is None else (change.name, f"went from {change.before:.4g} to {change.now:.4g}")
 
     def record_transient(
-        self, fault: Fault, *, spoilt: tuple[str, str] = ("", ""), since: Snapshot | None = None
+        self,
+        fault: Fault,
+        *,
+        spoilt: tuple[str, str] = ("", ""),
+        since: Snapshot | None = None,
+        late: int | None = None,
     ) -> None:
         """Put on record that a fault was gone when its step was made again.
 
@@ -179,10 +238,13 @@ class StepCheck:
             spoilt: What of the state had gone bad, and how.
             since: The snapshot since which all updates were made again, where the state had gone bad by itself;
                 ``None`` where the step alone was.
+            late: Number of the update that was bad, where its reading arrived after it was made.
         """
         state = self._context.state
         if since is not None:
             state.policy = self._policy.count_forward_again(fault, self.number, state.policy)
+            self._readback.clear()  # readings of states that are gone, as is that of a pending snapshot
+            self._context.ring.drop_pending()
         tensor, how = spoilt
         if tensor:
             fault = replace(fault, place=tensor)
@@ -190,10 +252,11 @@ class StepCheck:
         times = self.transient[fault.place]
         suggestion = "The step was made again from its own state, batch and random numbers, and the fault was gone."
         if since is not None:
-            what = f"{tensor} {how}" if tensor else "The state had gone bad"
+            what = f"{tensor} {how} by itself." if tensor else "The state had gone bad by itself."
+            what = what if late is None else f"Update {late} was read when others had been made."
             suggestion = (
-                f"{what} by itself. The updates since the snapshot at update {since.step} were made "
-                "again from their own batches and random numbers, and the fault was gone."
+                f"{what} The updates since the snapshot at update {since.step} were made again from their own batches "
+                "and random numbers, and the fault was gone."
             )
         if times >= self._limits.test_device:
             suggestion += " It keeps happening at this place: test the device."
@@ -201,11 +264,18 @@ class StepCheck:
         confidence = self._context.thresholds.diagnosis.confidence.transient
         finding = Finding(cause, confidence, {"times": float(times)}, fault.place, suggestion=suggestion)
         words = ("redo",) if since is None else ("restore", "redo")
-        self._record(fault, *words, finding=finding, restored=since)
+        self._record(fault, *words, finding=finding, restored=since, late=late)
 
-    def record_left_out(self, fault: Fault) -> None:
-        """Put on record that a micro-batch was left out of its window, whose update is made from the others."""
-        self._record(fault, "leave out", finding=self.diagnosis(fault))
+    def record_left_out(self, fault: Fault, finding: Finding | None, ranks: tuple[int, ...] = ()) -> None:
+        """Put on record that a micro-batch was left out of its window, whose update is made from the others.
+
+        Args:
+            fault: Why.
+            finding: The cause.
+            ranks: Whose it was, among several ranks.
+        """
+        self._seen_by = ranks
+        self._record(fault, "leave out", finding=finding)
 
     def record_kept(self, fault: Fault, finding: Finding | None) -> None:
         """Put on record that an update is made from the good samples of a bad batch."""
@@ -217,12 +287,22 @@ class StepCheck:
         known = Evidence(step=state.step + 1, healthy_steps=state.healthy_steps)
         return self._loop.diagnose(fault, known, "replay", state.step + 1)
 
-    def _record(self, fault: Fault, *words: str, finding: Finding | None, restored: Snapshot | None = None) -> None:
-        # The update is still to be made, and other records are made after it.
-        global_step, epoch, batch_idx = self._loop.clock()
-        clock = global_step + 1, epoch, batch_idx
+    def _record(
+        self,
+        fault: Fault,
+        *words: str,
+        finding: Finding | None,
+        restored: Snapshot | None = None,
+        late: int | None = None,
+    ) -> None:
+        if late is None:  # the update is still to be made, and other records are made after it
+            global_step, epoch, batch_idx = self._loop.clock()
+            clock = global_step + 1, epoch, batch_idx
+        else:
+            clock = self._recorder.clock_of(late)
         self._context.state.restored = restored
         rates = self._context.rate.effective()
-        self._recorder.record(fault, fault.place, words, rates, finding, clock=clock)
+        ranks, self._seen_by = self._seen_by, ()
+        self._recorder.record(fault, fault.place, words, rates, finding, ranks, clock=clock)
         self._recorder.tried(fault, words)
         self._context.state.restored = None

@@ -1,82 +1,215 @@
-"""Makes a trial: trains arms on the newest batches from an early snapshot, and undoes them."""
+"""Makes a trial: restarts with lower rates take the batches of the run beside it, and are compared with it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import final
 
 from lightning_nanguard.decide.trial import TrialLosses, judge_trial
+from lightning_nanguard.guard.branch import Branch, Branches
 from lightning_nanguard.guard.context import GuardContext
-from lightning_nanguard.guard.rehearsal import Rehearsal
+from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.state.snapshot import Snapshot
-from lightning_nanguard.types import Trial
+from lightning_nanguard.types import Fault, Reading, Trial
+
+
+@dataclass(slots=True)
+class _Arm:
+    factor: float
+    branch: Branch
+    losses: list[float] = field(default_factory=list)
+
+    def newest(self) -> float:
+        mean = fmean(self.losses[len(self.losses) // 2 :])
+        return mean if math.isfinite(mean) else math.inf
+
+
+@dataclass(slots=True)
+class _Running:
+    """A trial that has begun, with the losses so far.
+
+    Attributes:
+        fault: The suspicion that it is about.
+        begun: The update after which it began.
+        states: What is compared with the arm on the last batches: the start, the best state and the present one.
+        arms: The arms; one from the pick on.
+        before: Updates that an earlier trial has made from the start, where the arms go on from its arm.
+        updates: Updates of each arm.
+        earlier: For some batches from before the trial what gives their loss.
+        later: Losses of the run.
+        under: Losses under each of the states.
+    """
+
+    fault: Fault
+    begun: int
+    states: dict[str, Snapshot]
+    arms: list[_Arm]
+    before: int = 0
+    earlier: Sequence[Callable[[], float | None]] = ()
+    updates: int = 0
+    later: list[float] = field(default_factory=list)
+    under: dict[str, list[float]] = field(default_factory=dict)
 
 
 @final
 class TrialRunner:
-    """Finds out whether a lower rate learns what the run does not. What a trial changes is put back.
+    """Finds out whether a lower rate learns what the run does not.
 
+    The arms take the batches of the run as they come, with the same random numbers. Each loss is measured before the
+    update on its batch, so that every batch is new to the run and to the arms alike. The run itself is not touched.
     With several processes each trains on its own batches, and all continue from the mean.
 
     Args:
         context: What the parts of the guard share.
-        rehearsal: Runs the newest batches.
+        branches: Trains the arms.
     """
 
-    def __init__(self, context: GuardContext, rehearsal: Rehearsal) -> None:
+    def __init__(self, context: GuardContext, branches: Branches) -> None:
         self._context = context
-        self._rehearsal = rehearsal
+        self._branches = branches
         self._limits = context.thresholds.trial
+        self._running: _Running | None = None
+        self._shown: tuple[Trial | None, Snapshot | None] = None, None
 
-    def run(self, start: Snapshot, best: Snapshot) -> Trial | None:
-        """Make a trial.
+    @property
+    def running(self) -> bool:
+        """Whether a trial runs."""
+        return self._running is not None
+
+    def take_shown(self) -> tuple[Trial | None, Snapshot | None]:
+        """What the trial that has just ended showed, and the state of its arm with the number of its updates; once."""
+        shown, self._shown = self._shown, (None, None)
+        return shown
+
+    def begin(
+        self, fault: Fault, start: Snapshot, best: Snapshot, *, arm: Snapshot | None = None, factor: float = 1.0
+    ) -> bool:
+        """Begin a trial, unless one runs already.
 
         Args:
+            fault: The suspicion.
             start: The oldest certified snapshot.
             best: The certified snapshot of the lowest loss level.
+            arm: What an earlier trial has trained from the start: the arms go on from there, at about its rate.
+            factor: What the rate was multiplied by for it.
 
         Returns:
-            What it showed; ``None`` where there are too few batches, or one could not be run again.
+            Whether one runs now.
         """
-        limits, rehearsal = self._limits, self._rehearsal
-        count = self._context.replay.rehearsal_batches()
-        if count < limits.least_batches:
+        if self._running is not None or not self._branches.possible():
+            return self._running is not None
+        limits, base = self._limits, arm or start
+        room = self._room()
+        factors = limits.factors if arm is None else tuple(factor * near for near in limits.near)
+        if room < 1:
+            return False
+        bases = {"now": None, "start": start, "best": best}
+        with self._branches.beside() as possible:
+            if not possible:
+                return False
+            made = {name: self._branches.of(one) for name, one in bases.items()}
+            arms = self._arms(base, factors[:room])
+        states = {name: branch.state for name, branch in made.items() if branch is not None}
+        if len(states) < len(bases) or not arms:
+            return False
+        earlier = self._context.replay.earlier()
+        self._running = _Running(
+            fault,
+            self._context.state.step,
+            states,
+            arms,
+            before=0 if arm is None else arm.healthy,
+            earlier=earlier[: min(self._context.ranks.gather(len(earlier)))],
+            under={name: [] for name in states},
+        )
+        return True
+
+    def cancel(self) -> None:
+        """The run is over."""
+        self._running = None
+
+    def after(self, readings: Sequence[Reading]) -> FoundFault | None:
+        """Go on with the trial after a healthy update.
+
+        Args:
+            readings: Its readings.
+
+        Returns:
+            The suspicion that it is about, where it ends with this update; :meth:`take_shown` gives what it showed.
+        """
+        running, reading = self._running, readings[-1]
+        if running is None or reading.step <= running.begun:
             return None
-        judged = range(count - count // limits.judged_part, count)
-        chosen = range(judged.start - count // limits.chosen_part, judged.start)
-        trained = range(chosen.start)
-        with rehearsal.present() as present:
-            if present is None:
-                return None
-
-            def losses(base: Snapshot, factor: float, updates: int, measured: range) -> Sequence[float] | None:
-                return rehearsal.losses_after(base, factor, updates, trained, measured)
-
-            before = losses(start, 1.0, 0, chosen)
-            if before is None:
-                return None
-            arms = [(_mean(losses(start, factor, limits.picked_after, chosen)), factor) for factor in limits.factors]
-            while arms[-1][0] > _mean(before) and arms[-1][1] > limits.least_factor:
-                factor = arms[-1][1] * limits.factors[-1] / limits.factors[-2]
-                arms.append((_mean(losses(start, factor, limits.picked_after, chosen)), factor))
-            picked, factor = min(arms)
-            if not picked < _mean(before):
-                return Trial()  # no arm learns, so there is nothing that the run could lack
-            arm, now = losses(start, factor, limits.updates, judged), losses(present, 1.0, 0, judged)
-            if arm is None or now is None:
-                return None
-            if not _mean(arm) < _mean(now):
-                return Trial()
-            untrained = losses(start, 1.0, 0, judged)
-            level = untrained if best is start else losses(best, 1.0, 0, judged)
-            later = losses(present, 1.0, limits.updates, judged)
-        if untrained is None or level is None or later is None:
+        if self._context.state.rolled_back_since(running.begun):
+            self._running = None  # it is about a state that the run has left
             return None
-        return judge_trial(TrialLosses(untrained, level, now, later, arm, factor), limits)
+        with self._context.replay.showing(reading.step) as shown:
+            at_hand = all(self._context.ranks.gather(shown and reading.loss is not None))
+            with self._branches.beside() as possible:
+                if not (at_hand and possible and self._advance(running, reading.loss or 0.0)):
+                    self._running = None
+                    return None
+            if running.updates < self._limits.updates:
+                return None
+            with self._branches.beside() as possible:
+                losses = self._losses(running) if possible else None
+        self._running = None
+        if losses is None:
+            return None
+        (arm,) = running.arms
+        arm.branch.state.healthy = running.before + len(arm.losses)
+        self._shown = judge_trial(losses, self._limits), arm.branch.state
+        return FoundFault(running.fault, reading)
 
+    def _losses(self, running: _Running) -> TrialLosses | None:
+        (arm,), judged = running.arms, -self._judged()
+        now = self._branches.losses_of(running.earlier, running.states["now"])
+        then = self._branches.losses_of(running.earlier, arm.branch.state)
+        if now is None or then is None:
+            return None
+        start, best, begun = (running.under[name] for name in ("start", "best", "now"))
+        newest = running.later[judged:], arm.losses[judged:]
+        return TrialLosses(start, best, begun, *newest, arm.factor, now, then)
 
-def _mean(losses: Sequence[float] | None) -> float:
-    mean = math.inf if losses is None else fmean(losses)
-    return mean if math.isfinite(mean) else math.inf
+    def _advance(self, running: _Running, loss: float) -> bool:
+        limits = self._limits
+        if running.updates >= limits.updates - self._judged():
+            for name, state in running.states.items():
+                found = self._branches.loss(state)
+                if found is None:
+                    return False
+                running.under[name].append(found)
+        for arm in running.arms:
+            found = self._branches.train(arm.branch)
+            if found is None:
+                return False
+            arm.losses.append(found)
+        running.later.append(loss)
+        running.updates += 1
+        return self._pick(running) if running.updates == limits.picked_after else True
+
+    def _pick(self, running: _Running) -> bool:
+        """Keep the best arm; try lower rates where even the lowest one makes the loss worse."""
+        limits, lowest = self._limits, min(arm.factor for arm in running.arms)
+        best = min(running.arms, key=_Arm.newest)
+        running.arms = [best]
+        if not best.newest() < best.losses[0] and lowest > limits.least_factor:
+            start = running.states["start"]
+            running.arms = self._arms(start, [lowest * factor for factor in limits.factors[: self._room()]])
+            running.updates, running.later = 0, []
+        return bool(running.arms)
+
+    def _arms(self, base: Snapshot, factors: Sequence[float]) -> list[_Arm]:
+        branches = [(factor, self._branches.of(base, factor)) for factor in factors]
+        arms = [_Arm(factor, branch) for factor, branch in branches if branch is not None]
+        return arms if len(arms) == len(factors) else []
+
+    def _room(self) -> int:
+        # Copies of the start, the best and the present state are kept to compare with, and one while an arm is trained.
+        return self._branches.room() - 4
+
+    def _judged(self) -> int:
+        return self._limits.updates // self._limits.judged_part

@@ -12,6 +12,9 @@ from torch import Tensor
 from lightning_nanguard.measure.batches import floating_tensors
 from lightning_nanguard.measure.norms import partial_norms, total_norm
 from lightning_nanguard.measure.tensors import WIDER, dense_values
+from lightning_nanguard.thresholds.measurement import MeasurementThresholds
+
+_DEFAULTS = MeasurementThresholds()
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -40,14 +43,22 @@ def non_finite_indices(tensors: Sequence[Tensor]) -> list[int]:
     return sorted(bad)
 
 
-def _non_finite_among(indices: Sequence[int], values: Sequence[Tensor]) -> list[int]:
+def _non_finite_among(
+    indices: Sequence[int], values: Sequence[Tensor], thresholds: MeasurementThresholds = _DEFAULTS
+) -> list[int]:
     sums = torch.stack([value.sum(dtype=WIDER.get(value.dtype)).to(torch.float32) for value in values]).tolist()
     # The sum alone may have overflowed: look at every element then.
     return [
         index
         for index, value, total in zip(indices, values, sums, strict=True)
-        if not math.isfinite(total) and not bool(torch.isfinite(value).all())
+        if not math.isfinite(total) and not _each_finite(value, thresholds.elements_at_once)
     ]
+
+
+def _each_finite(value: Tensor, most: int) -> bool:
+    # Piece by piece: the answers for all elements at once take room on a device that may be full.
+    pieces = torch.split(value.flatten(), most)
+    return bool(torch.stack([torch.isfinite(piece).all() for piece in pieces]).all())
 
 
 def batch_finite(batch: Any) -> bool | None:

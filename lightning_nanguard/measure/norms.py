@@ -12,8 +12,6 @@ from torch import Tensor
 from lightning_nanguard.measure.tensors import WIDER, dense_values, is_on_host, is_plain, local, moved_to, stored_values
 from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 
-_UP_TO_FLOAT = {torch.float16, torch.bfloat16, torch.float32}
-
 _DEFAULTS = MeasurementThresholds()
 
 # Applied with `map`: a loop in Python costs more than the norms on a model of many small parameters.
@@ -44,14 +42,26 @@ def partial_norms(values: list[Tensor], thresholds: MeasurementThresholds = _DEF
         norms.append(_norm(values[0]))
     elif values:
         dtypes = set(map(_dtype, values))
-        if len(dtypes) == 1 and dtypes.isdisjoint(WIDER):
-            norms += torch._foreach_norm(values)
-        elif dtypes <= _UP_TO_FLOAT:
-            # Half precision overflows at 65,504, which is no unusual norm.
-            norms += torch._foreach_norm(values, 2, torch.float32)
-        else:
-            norms += map(_norm, values)
+        norms += _norms_of(values, dtypes) if len(dtypes) == 1 else _norms_by_kind(values)
     return norms
+
+
+def _norms_of(values: list[Tensor], dtypes: set[torch.dtype]) -> Sequence[Tensor]:
+    if dtypes.isdisjoint(WIDER):
+        return torch._foreach_norm(values)
+    # Half precision overflows at 65,504, which is no unusual norm.
+    return torch._foreach_norm(values, 2, torch.float32)
+
+
+def _norms_by_kind(values: list[Tensor]) -> list[Tensor]:
+    # Of several dtypes or devices at once torch takes each norm by itself.
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for index, value in enumerate(values):
+        kinds.setdefault((value.dtype, value.device), []).append(index)
+    found: dict[int, Tensor] = {}
+    for (dtype, _), indices in kinds.items():
+        found.update(zip(indices, _norms_of([values[index] for index in indices], {dtype}), strict=True))
+    return [found[index] for index in range(len(values))]
 
 
 def joined_as(sizes: Sequence[int], thresholds: MeasurementThresholds = _DEFAULTS) -> tuple[list[int], list[int]]:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
 
-from lightning_nanguard.measure.host_copy import HostCopy
 from lightning_nanguard.measure.norms import total_norm
 from lightning_nanguard.measure.tensors import moved_to
 from lightning_nanguard.types import Reading
+
+
+class SentNumbers(Protocol):
+    """Numbers on their way from the device to the host."""
+
+    def arrived(self) -> bool:
+        """Whether :meth:`read` would not wait for the device."""
+
+    def read(self) -> list[float]:
+        """The numbers; waits until they are there."""
 
 
 @final
@@ -40,7 +49,7 @@ class PendingReading:
     loss_factor: float = 1.0
     gradients_scaled: bool = False
     held_back: bool = False
-    _copy: HostCopy | None = field(default=None, init=False)
+    _copy: SentNumbers | None = field(default=None, init=False)
     _packed: Tensor | None = field(default=None, init=False)
 
     def packed(self) -> Tensor:
@@ -53,9 +62,13 @@ class PendingReading:
             self._packed = torch.stack([moved_to(part, device, dtype) for part in parts])
         return self._packed
 
-    def send(self) -> None:
-        """Start the copy to the host without waiting for the device."""
-        self._copy = HostCopy(self.packed())
+    def send(self, read_later: Callable[[Tensor], SentNumbers]) -> None:
+        """Start the copy to the host without waiting for the device.
+
+        Args:
+            read_later: Sends numbers to the host.
+        """
+        self._copy = read_later(self.packed())
 
     def is_bad(self, *, by_loss: bool = True) -> Tensor:
         """1.0 where loss or norm is not finite, else 0.0; a 0-dim float32 tensor on the device.

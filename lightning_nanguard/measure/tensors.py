@@ -33,6 +33,9 @@ def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor (``DTensor``, ``ShardedTensor``), on the same memory; any other as it is."""
     if type(tensor) in _WHOLE:
         return tensor
+    mine = getattr(tensor, "_local_tensor", None)
+    if type(mine) is Tensor:
+        return mine  # `to_local` goes through torch's dispatcher, which takes longer than the norm of a small shard
     part = tensor
     if hasattr(tensor, "local_shards"):
         part = next((shard.tensor for shard in tensor.local_shards()), torch.empty(0))

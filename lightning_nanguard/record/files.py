@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightning_nanguard.record.receipts import Receipt
 from lightning_nanguard.record.text import listed_numbers
 from lightning_nanguard.types import SCHEMA_VERSION, Advice, Intervention
 
@@ -20,7 +21,7 @@ RECORDS_FILE, ADVICE_FILE = "interventions.jsonl", "advice.jsonl"
 LAST_GOOD = "nanguard-last-good.ckpt"
 """Name of the checkpoint file that the guard itself writes."""
 
-_Record = TypeVar("_Record", Intervention, Advice)
+_Record = TypeVar("_Record", Intervention, Advice, Receipt)
 
 
 def read_whole(path: str | os.PathLike[str], begin: int = 0) -> bytes:
@@ -82,6 +83,18 @@ def read_advice(path: str | os.PathLike[str]) -> list[Advice]:
         FileNotFoundError: When there is no such file. A run in which nothing was noticed writes none.
     """
     return _read(path, Advice.from_dict)
+
+
+def read_receipts(path: str | os.PathLike[str]) -> list[Receipt]:
+    """Read what interventions on finite evidence have gained or cost, oldest first; see :func:`read_records`.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: When there is no such file. A run without such an intervention writes none.
+    """
+    return _read(path, Receipt.from_dict)
 
 
 def _read(path: str | os.PathLike[str], parse: Callable[[Mapping[str, Any]], _Record]) -> list[_Record]:

@@ -12,16 +12,21 @@ import time
 from collections import deque
 from io import FileIO
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, final
 
 from lightning_nanguard.errors import require
-from lightning_nanguard.record.bad_samples import BadSample
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.record.files import put_aside
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
-from lightning_nanguard.types import Advice, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
+
+
+class Record(Protocol):
+    """What can be written as one line."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts."""
 
 
 @final
@@ -44,6 +49,7 @@ class JsonLines(Sink):
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> from lightning_nanguard.record.files import read_records
+        >>> from lightning_nanguard.types import Intervention
         >>> with TemporaryDirectory() as folder:
         ...     sink = JsonLines(f"{folder}/logs/nanguard.jsonl")
         ...     sink.write(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
@@ -66,7 +72,7 @@ class JsonLines(Sink):
         self._synced = -math.inf
         self._unsynced = False
 
-    def write(self, intervention: Intervention | Advice | BadSample) -> None:
+    def write(self, intervention: Record) -> None:
         """Append the record, or keep it for the next try."""
         line = json.dumps(intervention.to_dict(), allow_nan=False, default=_jsonable).encode()
         self._dropped += len(self._waiting) == self._waiting.maxlen

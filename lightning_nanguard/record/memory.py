@@ -9,6 +9,7 @@ from typing import Any, final, overload
 from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.record.html import interventions_table
+from lightning_nanguard.record.receipts import Receipt
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Advice, Intervention
 
@@ -28,6 +29,7 @@ class Memory(Sink, Sequence[Intervention]):
         faults: How often each fault was written.
         remedies: How often each remedy was written.
         advice: The advice of the last fit.
+        receipts: What interventions of the last fit on finite evidence have gained or cost.
         run: What users read of the last fit beside its interventions, such as its folder and the number of updates.
 
     Example:
@@ -48,14 +50,15 @@ class Memory(Sink, Sequence[Intervention]):
         self.faults: Counter[str] = Counter()
         self.remedies: Counter[str] = Counter()
         self.advice: Sequence[Advice] = ()
+        self.receipts: Sequence[Receipt] = ()
         self.run: Mapping[str, Any] = {}
         self._original: Memory | None = None
 
-    def take_advice(self, advice: Sequence[Advice]) -> None:
-        """Show the advice of a fit that begins, now and while it grows."""
-        self.advice = advice
+    def take_advice(self, advice: Sequence[Advice], receipts: Sequence[Receipt] = ()) -> None:
+        """Show the advice and the receipts of a fit that begins, now and while they grow."""
+        self.advice, self.receipts = advice, receipts
         if self._original is not None:
-            self._original.take_advice(advice)
+            self._original.take_advice(advice, receipts)
 
     def take_run(self, run: Mapping[str, Any]) -> None:
         """Show what is known of a fit in the place of what was."""

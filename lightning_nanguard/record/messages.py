@@ -113,6 +113,7 @@ _PHRASES = {
     "rewrite": ("wrote the last good state in its place", "written the last good state in its place"),
     "hold rate": ("went on at the last valid learning rate", "gone on at the last valid learning rate"),
     "give back": ("took a part of the cut back", "taken a part of the cut back"),
+    "take back": ("went on as if that had not been done", "gone on as if that had not been done"),
     "end clipping": ("turned gradient clipping off", "turned gradient clipping off"),
     "redo": ("made the step again", "made the step again"),
     "leave out": ("left the micro-batch out of its update", "left the micro-batch out of its update"),

@@ -11,8 +11,9 @@ from statistics import median
 from typing import final
 
 from lightning_nanguard.record.curve import CURVE_FILE, CurvePoint, read_curve
-from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_advice, read_records
+from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_advice, read_receipts, read_records
 from lightning_nanguard.record.layer_norms import LAYER_NORMS_FILE, LayerNorms, read_layer_norms
+from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
 from lightning_nanguard.record.run_folder import is_alive
 from lightning_nanguard.record.run_log import RunLog, find_runs, read_run
 from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
@@ -32,6 +33,7 @@ class RunData:
         interventions: Its interventions, oldest first.
         advice: What was noticed and left alone.
         layer_norms: Norms of the layers at incidents.
+        receipts: What interventions on finite evidence have gained or cost.
     """
 
     folder: Path
@@ -41,6 +43,7 @@ class RunData:
     interventions: Sequence[Intervention] = ()
     advice: Sequence[Advice] = ()
     layer_norms: Sequence[LayerNorms] = ()
+    receipts: Sequence[Receipt] = ()
 
     @property
     def stopped(self) -> bool:
@@ -86,6 +89,7 @@ def read_run_data(folder: Path) -> RunData:
         folder: The folder of the run.
     """
     records, advice, curve = folder / RECORDS_FILE, folder / ADVICE_FILE, folder / CURVE_FILE
+    receipts = folder / RECEIPTS_FILE
     return RunData(
         folder,
         read_run(folder),
@@ -94,6 +98,7 @@ def read_run_data(folder: Path) -> RunData:
         read_records(records) if records.is_file() else (),
         read_advice(advice) if advice.is_file() else (),
         read_layer_norms(folder / LAYER_NORMS_FILE),
+        read_receipts(receipts) if receipts.is_file() else (),
     )
 
 

@@ -11,6 +11,7 @@ from itertools import chain
 from lightning_nanguard.record.html import escaped, parts_of, table
 from lightning_nanguard.record.layer_norms import LayerNorms
 from lightning_nanguard.record.messages import describe_advice
+from lightning_nanguard.record.receipts import receipt_of
 from lightning_nanguard.record.sample_words import origin_in_words
 from lightning_nanguard.record.text import counted, in_words
 from lightning_nanguard.report.data import RunData
@@ -186,7 +187,8 @@ def _receipt(one: Intervention, data: RunData, thresholds: ReportThresholds) -> 
     before, after = data.losses_around(one, thresholds)
     if before is not None and after is not None:
         words.append(f"loss {before:.4g} before, {after:.4g} after (medians of up to {thresholds.rows_around} points)")
-    return "; ".join(words)
+    receipt = receipt_of(one, data.receipts)
+    return "; ".join([*words, receipt.in_words()] if receipt is not None else words)
 
 
 def _layers(one: Intervention, norms: Sequence[LayerNorms], thresholds: ReportThresholds) -> str:

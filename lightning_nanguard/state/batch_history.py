@@ -52,7 +52,6 @@ class BatchHistory:
         device: The device of the run, whose random state is kept beside the CPU's.
         updates: Updates whose micro-batches are kept; 1 for the one at hand.
         updates_small: The same where batches are small; ``updates`` if that is more.
-        most_healthy: Healthy batches kept; ``None`` for what the thresholds say.
         thresholds: How many batches are kept, and when one is strange.
 
     Example:
@@ -70,7 +69,6 @@ class BatchHistory:
         device: torch.device,
         updates: int = 1,
         updates_small: int = 0,
-        most_healthy: int | None = None,
         thresholds: BatchesThresholds = _DEFAULTS,
     ) -> None:
         self._streams = RandomStreams(device, thresholds.random)
@@ -80,7 +78,9 @@ class BatchHistory:
         self._updates_small = max(updates_small, updates)
         # What a MicroBatch is made of; one is made only where it is asked for, since this runs in every step.
         self._micros: deque[tuple[int, int, Any, RandomState | None, BatchOrigin | None]] = deque()
-        self._most = self._healthy_limits.most if most_healthy is None else most_healthy
+        # Bytes of each of them but the newest.
+        self._sizes: deque[int] = deque()
+        self._most = self._healthy_limits.most
         self._healthy: deque[tuple[Any, int]] = deque(maxlen=self._most)
         self._accepted = 0
         self._exchanged: tuple[Any, Any] = None, None
@@ -91,13 +91,31 @@ class BatchHistory:
         if self._updates_small > updates and (_samples(batch) or limits.small + 1) <= limits.small:
             updates = self._updates_small
         while micros and (micros[0][0] <= update - updates or len(micros) >= updates * limits.per_update):
-            micros.popleft()
+            self._let_go()
+        if micros:
+            if len(self._sizes) < len(micros):  # one alone is not measured
+                self._sizes.append(_bytes(micros[-1][2]))
+            while micros and sum(self._sizes) > limits.most_bytes:
+                self._let_go()
         micros.append((update, index, batch, None, origin))
+
+    def _let_go(self) -> None:
+        self._micros.popleft()
+        if self._sizes:
+            self._sizes.popleft()
+
+    def bytes_kept(self) -> int:
+        """Bytes of the tensors that batches keep alive, each counted once."""
+        batches = [one[2] for one in self._micros] + [batch for batch, _ in self._healthy]
+        tensors = {id(tensor): tensor for batch in batches for tensor in nested_tensors(batch)}
+        return sum(map(size, tensors.values()))
 
     def withdraw(self) -> None:
         """The newest micro-batch is not run after all."""
         if self._micros:
             self._micros.pop()
+            while len(self._sizes) > len(self._micros):
+                self._sizes.pop()
 
     def begin_step(self) -> RandomState:
         """The step of the newest micro-batch begins: remember the random streams for it, and give their positions."""
@@ -134,7 +152,7 @@ class BatchHistory:
         if healthy and healthy[-1][0] is batch:
             return
         if self._accepted % limits.measured_every == 0:
-            room = limits.most_bytes // max(1, sum(map(size, nested_tensors(batch))))
+            room = limits.most_bytes // max(1, _bytes(batch))
             self._healthy = healthy = deque(healthy, maxlen=min(self._most, room))
         self._accepted += 1
         healthy.append((batch, index))
@@ -191,6 +209,7 @@ class BatchHistory:
         """Let go of the micro-batches of an update that is over, where those of no earlier update are needed."""
         if self._updates == 1:
             self._micros.clear()
+            self._sizes.clear()
 
     def rewind(self, micro: MicroBatch) -> None:
         """Put the random streams where they were before a micro-batch."""
@@ -203,6 +222,10 @@ class BatchHistory:
             for update, index, batch, streams, origin in self._micros
             if update in updates
         ]
+
+
+def _bytes(batch: Any) -> int:
+    return sum(map(size, nested_tensors(batch)))
 
 
 def _samples(batch: Any) -> int | None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from operator import is_
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
@@ -57,17 +59,17 @@ class BatchUndo:
         # Buffers of the modules that have none so far.
         self._empty: list[dict[str, Tensor | None]] = []
         self._metrics: list[_MetricMemory] = []
-        # The plan: the buffers it was made for, the copies by name, and targets, sources and versions of what is
-        # copied, by dtype and device.
+        # The plan: the buffers it was made for, the copies by name, and what is copied, by dtype and device.
         self._planned: list[Tensor | None] | None = None
         self._saved: dict[str, Tensor] = {}
-        self._copies: list[tuple[list[Tensor], list[Tensor], list[int]]] = []
+        self._copies: list[_Copies] = []
         # Copies of sparse, nested and other odd buffers, with the version they were copied at.
         self._odd: list[tuple[Tensor, Any, int]] = []
         # Large buffers that have not changed so far, with their versions, and names of those that have.
         self._watched: list[tuple[str, Tensor, int]] = []
         self._live: set[str] = set()
         self._undo: list[Undo] = []
+        self._also: list[Undo] = []
 
     def open(self) -> None:
         """Remember the state before a batch."""
@@ -78,10 +80,16 @@ class BatchUndo:
             self._open_buffers()
         self._undo = [other() for other in self._others]
         self._undo += [metric.open() for metric in self._metrics]
+        if self._also:
+            self._also = []
+
+    def measures(self) -> Sequence[Undo]:
+        """What puts metrics, and what the caller remembers, back to before the batch; still when others have begun."""
+        return self._undo
 
     def also(self, undo: Undo) -> None:
         """Have this batch undone by one more function."""
-        self._undo.append(undo)
+        self._also.append(undo)
 
     def _open_buffers(self) -> None:
         buffers = [buffer for _, _, owned in self._owners for buffer in owned.values()]
@@ -104,8 +112,8 @@ class BatchUndo:
 
     def _copy(self) -> None:
         with torch.no_grad():
-            for targets, sources, _ in self._copies:
-                torch._foreach_copy_(targets, sources)
+            for copies in self._copies:
+                torch._foreach_copy_(copies.saved, copies.buffers)
 
     def _list_modules(self) -> None:
         named = list(self._module.named_modules())
@@ -127,24 +135,22 @@ class BatchUndo:
         # A lazy buffer keeps its identity when forward makes it, so the plan does not last.
         lazy = any(buffer is not None and is_lazy(buffer) for buffer in buffers)
         self._planned = None if lazy else buffers
-        old, self._saved, self._watched = self._saved, {}, []
+        self._saved, self._watched = {}, []
         made = (buffer for buffer in buffers if buffer is not None and not is_lazy(buffer))
         self._odd = [_odd_copy(one) for one in made if not is_strided(one) and not one.is_inference()]
-        groups: dict[Any, tuple[list[Tensor], list[Tensor], list[int]]] = {}
+        groups: dict[Any, tuple[list[str], list[Tensor], list[int]]] = {}
         for name, buffer, normalises in self._touchable():
             if buffer.nbytes > self._limits.copied_bytes and not (normalises or name in self._live or self._thorough):
                 self._watched.append((name, buffer, buffer._version))
                 continue
-            memory = old.get(name)
-            if memory is None or memory.shape != buffer.shape or memory.dtype != buffer.dtype:
-                memory = torch.empty_like(buffer)
-            self._saved[name] = memory
-            targets, sources, versions = groups.setdefault((buffer.dtype, buffer.device), ([], [], []))
-            targets.append(memory)
-            sources.append(buffer)
+            names, among, versions = groups.setdefault((buffer.dtype, buffer.device), ([], [], []))
+            names.append(name)
+            among.append(buffer)
             # Batch norm writes its statistics without changing their version.
             versions.append(-1 if normalises else buffer._version)
-        self._copies = list(groups.values())
+        self._copies = [_Copies(among, versions) for _, among, versions in groups.values()]
+        for (names, _, _), copies in zip(groups.values(), self._copies, strict=True):
+            self._saved.update(zip(names, copies.saved, strict=True))
 
     def _touchable(self) -> Iterator[tuple[str, Tensor, bool]]:
         seen: set[int] = set()
@@ -165,19 +171,15 @@ class BatchUndo:
 
     def undo_where(self, bad: Tensor) -> None:
         """Put buffers back if ``bad``, 0-dim, is not 0; decided on the device, which nothing waits for."""
+        conditions: dict[torch.device, Tensor] = {}
         with torch.no_grad():
-            for memories, buffers, versions in self._copies:
-                changed = [i for i, buffer in enumerate(buffers) if buffer._version != versions[i]]
-                if not changed:
-                    continue  # a mask, never written
-                live = [buffers[i] for i in changed]
-                before = torch._C._nn.flatten_dense_tensors([memories[i] for i in changed])
-                now = torch._C._nn.flatten_dense_tensors(live)
-                # A copy to the host must be waited for, or something else would be read.
-                right = torch.where(bad.to(now.device, non_blocking=now.is_cuda) != 0, before, now)
-                # Without changing the version: a backward still to come may need them, and finds them as they were.
-                behind = [buffer.data for buffer in live]
-                torch._foreach_copy_(behind, torch._C._nn.unflatten_dense_tensors(right, live))
+            for copies in self._copies:
+                if changed := copies.changed():
+                    device = copies.flat.device
+                    if device not in conditions:
+                        # A copy to the host must be waited for, or something else would be read.
+                        conditions[device] = bad.to(device, non_blocking=device.type == "cuda") != 0
+                    copies.put_back_where(conditions[device], changed)
 
     def undo(self, *, buffers: bool = True) -> None:
         """Put back what the batch changed; may be called again.
@@ -187,7 +189,7 @@ class BatchUndo:
         """
         if buffers:
             self._undo_buffers()
-        for undo in self._undo:
+        for undo in (*self._undo, *self._also):
             undo()
 
     def _undo_buffers(self) -> None:
@@ -200,6 +202,50 @@ class BatchUndo:
         for buffer, copy, version in self._odd:
             if buffer._version != version and copy is not None:
                 put(buffer, copy)
+
+
+@final
+class _Copies:
+    """Copies of buffers of one dtype and device, one behind the other, so that few calls serve all of them.
+
+    Args:
+        buffers: The buffers.
+        versions: Their versions at the time of the copy; −1 where writes do not change it.
+    """
+
+    __slots__ = ("_now", "buffers", "flat", "saved", "versions")
+
+    def __init__(self, buffers: list[Tensor], versions: list[int]) -> None:
+        self.buffers = buffers
+        self.versions = versions
+        self.flat, self.saved = self._memory()
+        # What the buffers hold now; made when it is first needed.
+        self._now: tuple[Tensor, list[Tensor]] | None = None
+
+    def _memory(self) -> tuple[Tensor, list[Tensor]]:
+        sizes = [buffer.numel() for buffer in self.buffers]
+        flat = self.buffers[0].new_empty(sum(sizes))
+        parts = flat.split(sizes)  # type: ignore[no-untyped-call]
+        return flat, [part.view(buffer.shape) for part, buffer in zip(parts, self.buffers, strict=True)]
+
+    def changed(self) -> list[int]:
+        """Which buffers may have changed since they were copied: a mask is never written."""
+        pairs = zip(self.buffers, self.versions, strict=True)
+        return [index for index, (buffer, version) in enumerate(pairs) if buffer._version != version]
+
+    def put_back_where(self, condition: Tensor, changed: list[int]) -> None:
+        """Put buffers back where a condition on their device holds."""
+        if self._now is None:
+            self._now = self._memory()
+        flat, now = self._now
+        live, behind = [self.buffers[i] for i in changed], [now[i] for i in changed]
+        torch._foreach_copy_(behind, live)
+        torch.where(condition, self.flat, flat, out=flat)
+        # Without changing the version: a backward still to come may need them, and finds them as they were.
+        with ExitStack() as versions:
+            for buffer in live:
+                versions.enter_context(_unsafe_preserve_version_counter(buffer))
+            torch._foreach_copy_(live, behind)
 
 
 def _copied(tensor: Tensor) -> bool:

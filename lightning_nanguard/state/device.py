@@ -1,24 +1,32 @@
-"""All that snapshots need to know of CUDA devices: room, time, and copies on a stream of their own."""
+"""The device of a run: streams, events, pinned memory and room. Nothing else in the package names ``torch.cuda``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
 
-from lightning_nanguard.measure.tensors import local
-from lightning_nanguard.thresholds.snapshots import PlacementThresholds
+from lightning_nanguard.state.host_memory import available_host_memory
 
-_DEFAULTS = PlacementThresholds()
+OutOfMemory = torch.cuda.OutOfMemoryError
+"""What torch raises where a device has no memory left."""
 
 
-def cuda_device(leaves: Mapping[Any, Any]) -> torch.device | None:
-    """The CUDA device of the first tensor that lies on one, ``None`` if none does."""
-    return next((leaf.device for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.is_cuda), None)
+class Event(Protocol):
+    """A point in the work of a stream."""
+
+    def query(self) -> bool:
+        """Whether the work before it is done."""
+
+    def synchronize(self) -> None:
+        """Wait on the host until it is."""
+
+    def elapsed_time(self, other: Any) -> float:
+        """Milliseconds from this event to another one; both were recorded with ``timed``."""
 
 
 @final
@@ -31,139 +39,241 @@ class DeviceMemory:
         free: What no process has taken.
         cached: What this process has taken.
         peak: The most of it that was in use at once so far.
-        thresholds: What counts as room.
     """
 
     total: int
     free: int
     cached: int
     peak: int
-    thresholds: PlacementThresholds = _DEFAULTS
 
-    @classmethod
-    def of(cls, device: torch.device, thresholds: PlacementThresholds = _DEFAULTS) -> DeviceMemory:
-        """The memory of a CUDA device now."""
+
+class Driver(Protocol):
+    """What a :class:`Device` needs of the hardware; a test gives one of its own."""
+
+    def where(self, tensor: Tensor) -> torch.device | None:
+        """The device a tensor lies on, if that works while the host goes on; ``None`` for the host and all others."""
+
+    def own_stream(self, device: torch.device) -> Any:
+        """The stream that the run works on."""
+
+    def side_stream(self, device: torch.device) -> Any:
+        """A stream that works beside it."""
+
+    def launch(self, stream: Any, work: Callable[[], None]) -> None:
+        """Do something on a stream."""
+
+    def to_host(self, stream: Any, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        """Copy tensors to pinned memory on a stream, without waiting."""
+
+    def record(self, stream: Any, *, timed: bool = False) -> Event:
+        """An event behind all that a stream was given so far."""
+
+    def wait(self, stream: Any, event: Any) -> None:
+        """Have a stream wait for an event; the host does not."""
+
+    def pinned_like(self, tensor: Tensor) -> Tensor:
+        """Uninitialised pinned memory of a tensor's dtype, shape and strides; RuntimeError where there is none."""
+
+    def memory(self, device: torch.device) -> DeviceMemory:
+        """Memory of a device now."""
+
+    def release(self) -> None:
+        """Give pinned memory that is no longer used back to the host."""
+
+
+@final
+class TorchDriver:
+    """CUDA, by torch. Copies from other devices are waited for."""
+
+    def __init__(self) -> None:
+        self._sides: dict[torch.device, Any] = {}
+
+    def where(self, tensor: Tensor) -> torch.device | None:
+        """The CUDA device of a tensor."""
+        return tensor.device if tensor.is_cuda else None
+
+    def own_stream(self, device: torch.device) -> Any:
+        """The current stream."""
+        return torch.cuda.current_stream(device)
+
+    def side_stream(self, device: torch.device) -> Any:
+        """One stream for each device, made when it is first needed."""
+        if device not in self._sides:
+            self._sides[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self._sides[device]
+
+    def launch(self, stream: Any, work: Callable[[], None]) -> None:
+        """Do something on a stream."""
+        with torch.cuda.stream(stream):
+            work()
+
+    def to_host(self, stream: Any, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        """Copy tensors to pinned memory on a stream, without waiting."""
+        with torch.cuda.stream(stream), torch.no_grad():
+            torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
+
+    def record(self, stream: Any, *, timed: bool = False) -> Event:
+        """An event behind all that a stream was given so far."""
+        event: Event = stream.record_event(torch.cuda.Event(enable_timing=timed))  # type: ignore[no-untyped-call]
+        return event
+
+    def wait(self, stream: Any, event: Any) -> None:
+        """Have a stream wait for an event."""
+        stream.wait_event(event)
+
+    def pinned_like(self, tensor: Tensor) -> Tensor:
+        """Uninitialised pinned memory like a tensor."""
+        return torch.empty_like(tensor, device="cpu", pin_memory=True, requires_grad=False)
+
+    def memory(self, device: torch.device) -> DeviceMemory:
+        """Memory of a device now."""
         free, total = torch.cuda.mem_get_info(device)
-        cached, peak = torch.cuda.memory_reserved(device), torch.cuda.max_memory_allocated(device)
-        return cls(total, free, cached, peak, thresholds)
+        return DeviceMemory(
+            total, free, torch.cuda.memory_reserved(device), torch.cuda.max_memory_allocated(device)
+        )  # fmt: skip
 
-    def fits(self, nbytes: float) -> bool:
-        """Whether so much more would have been free even at the peak.
+    def release(self) -> None:
+        """Give pinned memory that is no longer used back to the host, where this torch can."""
+        empty = getattr(torch._C, "_host_emptyCache", None)
+        if empty is not None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            empty()
 
-        Example:
-            >>> DeviceMemory(total=100, free=30, cached=70, peak=60).fits(30), DeviceMemory(100, 30, 70, 60).fits(36)
-            (True, False)
-        """
-        return nbytes <= self.free + self.cached - self.peak - self.thresholds.memory_reserve * self.total
 
-    def is_negligible(self, nbytes: float) -> bool:
-        """Whether so much makes no difference."""
-        return nbytes <= self.thresholds.negligible_share * self.total
+@final
+class HostCopy:
+    """Brings a few numbers to the host without waiting for the device until they are read.
+
+    Args:
+        numbers: One-dimensional, on any device.
+        driver: Copies them.
+    """
+
+    def __init__(self, numbers: Tensor, driver: Driver) -> None:
+        numbers = numbers.detach()
+        self._done: Event | None = None
+        device = driver.where(numbers)
+        if device is None:
+            # On a device without events the copy is made when it is read: nothing else tells when one has arrived.
+            self._numbers = numbers.clone()
+            return
+        self._numbers = driver.pinned_like(numbers)
+        stream = driver.own_stream(device)
+        driver.to_host(stream, [self._numbers], [numbers])
+        self._done = driver.record(stream)
+
+    def arrived(self) -> bool:
+        """Whether :meth:`read` would not wait for the device."""
+        return self._done is None or self._done.query()
+
+    def read(self) -> list[float]:
+        """The numbers; waits until they are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        numbers: list[float] = self._numbers.tolist()
+        return numbers
+
+
+@final
+class Device:
+    """All that the guard does with the device of a run, beside computing.
+
+    Args:
+        driver: The hardware.
+        host_memory: Gives the bytes that processes of this host can still take.
+        clock: Gives the time in seconds.
+    """
+
+    def __init__(
+        self,
+        driver: Driver | None = None,
+        host_memory: Callable[[], int] = available_host_memory,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.driver: Driver = TorchDriver() if driver is None else driver
+        self.host_memory = host_memory
+        self._clock = clock
+        self.pinning = 0.0
+        """Seconds spent on allocating pinned memory so far; what was allocated once is used again."""
+
+    def where(self, tensor: Tensor) -> torch.device | None:
+        """The device a tensor lies on, if that works while the host goes on."""
+        return self.driver.where(tensor)
+
+    def devices(self, values: Iterable[Any]) -> list[torch.device]:
+        """The devices that the tensors among some values lie on."""
+        found = (self.where(value) for value in values if isinstance(value, Tensor))
+        return list(dict.fromkeys(one for one in found if one is not None))
+
+    def read_later(self, numbers: Tensor) -> HostCopy:
+        """Send a few numbers to the host without waiting for them."""
+        return HostCopy(numbers, self.driver)
+
+    def pinned_like(self, tensor: Tensor) -> Tensor:
+        """Host memory like a tensor, pinned where the host has enough: a copy goes on beside the run only into such."""
+        started = self._clock()
+        try:
+            return self.driver.pinned_like(tensor)
+        except RuntimeError:
+            return torch.empty_like(tensor, device="cpu", requires_grad=False)
+        finally:
+            self.pinning += self._clock() - started
+
+    def to_host(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        """Copy tensors of one device to the host in the order of the run's work, without waiting for it."""
+        device = self.where(sources[0])
+        assert device is not None
+        self.driver.to_host(self.driver.own_stream(device), targets, sources)
+
+    def mark(self, values: Iterable[Any], *, timed: bool = False) -> list[Event]:
+        """Events behind what the run was given so far, one for each device that holds some of the values."""
+        driver = self.driver
+        return [driver.record(driver.own_stream(one), timed=timed) for one in self.devices(values)]
+
+    def timer(self, values: Iterable[Any]) -> DeviceTimer:
+        """Begin to measure for how long the devices of some tensors work."""
+        return DeviceTimer(self, list(values))
 
 
 @final
 class DeviceTimer:
-    """Measures for how long a CUDA device works on something, without waiting for it."""
+    """Measures for how long devices work on something, without waiting for them.
 
-    def __init__(self) -> None:
-        self._device: torch.device | None = None
-        self._began: Any = None
-        self._events: tuple[Any, Any] | None = None
+    Args:
+        device: The device.
+        values: Tensors whose devices are measured; nothing is measured where they lie on none.
+    """
 
-    def start(self, device: torch.device | None) -> None:
-        """What is measured begins; nothing is where there is no device."""
+    def __init__(self, device: Device, values: Sequence[Any] = ()) -> None:
         self._device = device
-        self._began = None if device is None else _timed_event(device)
+        self._values = values
+        self._began = device.mark(values, timed=True)
+        self._ended: list[Event] = []
 
     def stop(self) -> None:
         """What is measured has been launched."""
-        if self._device is not None:
-            self._events = self._began, _timed_event(self._device)
+        self._ended = self._device.mark(self._values, timed=True)
+        self._values = ()
 
     def seconds(self) -> float | None:
-        """How long it took; ``None`` where that is not known yet, or nothing was measured."""
-        if self._events is None or not self._events[1].query():
+        """How long the slowest device took; ``None`` where that is not known yet, or nothing was measured."""
+        if not self._ended or not all(event.query() for event in self._ended):
             return None
-        began, ended = self._events
-        return float(began.elapsed_time(ended)) / 1e3
+        return max(began.elapsed_time(ended) / 1e3 for began, ended in zip(self._began, self._ended, strict=True))
 
 
-@final
-class SideStreamCopy:
-    """Copies from a device to the host on a stream of its own, while the run goes on.
+def pinned_bytes(nbytes: int) -> int:
+    """What torch takes of the host for pinned memory: its allocator rounds each block up to a power of two.
 
-    The next update waits for the copy, on the device; forward and backward do not. What forward and others may write
-    to before then (buffers, averaged copies) must be copied on the run's own stream.
+    Example:
+        >>> pinned_bytes(0), pinned_bytes(8), pinned_bytes(9)
+        (0, 8, 16)
     """
-
-    def __init__(self) -> None:
-        self._streams: dict[torch.device, Any] = {}
-        self._under_way: list[tuple[Any, torch.device]] = []
-        self._sources: list[_Source] = []
-        self._waits: list[tuple[Any, Any]] = []
-
-    def send(self, copy: Callable[[], Any], tensors: Collection[Tensor]) -> list[Any]:
-        """Launch ``copy``, which reads ``tensors`` of CUDA devices; gives the events that say when it is done."""
-        self._sources = [_Source.of(tensor) for tensor in tensors]
-        self._waits = []
-        with ExitStack() as stack:
-            for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-                side = self._stream(device)
-                side.wait_stream(torch.cuda.current_stream(device))
-                stack.enter_context(torch.cuda.stream(side))
-                stack.callback(self._mark, side, device)
-            copy()
-        return [event for event, _ in self._under_way]
-
-    def _stream(self, device: torch.device) -> Any:
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return self._streams[device]
-
-    def _mark(self, side: Any, device: torch.device) -> None:
-        self._under_way.append((side.record_event(), device))
-
-    def settle(self) -> bool:
-        """Let the run's stream wait for copies under way, without the host; whether nobody wrote to their sources."""
-        if not self._sources:
-            return True
-        for event, device in self._under_way:
-            before = _timed_event(device)
-            torch.cuda.current_stream(device).wait_event(event)
-            self._waits.append((before, _timed_event(device)))
-        intact = all(source.is_unchanged() for source in self._sources)
-        self._under_way, self._sources = [], []
-        return intact
-
-    def waited(self) -> float | None:
-        """Seconds that the run's stream waited for the last copy, ``None`` where that is not known yet."""
-        if self._sources or not all(after.query() for _, after in self._waits):
-            return None
-        return max([before.elapsed_time(after) / 1e3 for before, after in self._waits], default=0.0)
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
 
 
-def _timed_event(device: torch.device) -> Any:
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    return torch.cuda.current_stream(device).record_event(event)
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A tensor that is being copied.
-
-    Attributes:
-        tensor: The tensor itself.
-        memory: Its numbers; while this exists, the allocator gives their memory to nobody else.
-        version: Version of its numbers when the copy began. Writes through ``.data`` do not change it.
-    """
-
-    tensor: Tensor
-    memory: Tensor
-    version: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Source:
-        return cls(tensor, local(tensor).detach(), tensor._version)
-
-    def is_unchanged(self) -> bool:
-        return self.tensor._version == self.version and local(self.tensor).data_ptr() == self.memory.data_ptr()
+def random_generator(device: torch.device) -> torch.Generator | None:
+    """The random generator that modules on a device draw from, where that is not the host's."""
+    if device.type != "cuda":
+        return None
+    generator: torch.Generator = torch.cuda.default_generators[device.index or 0]
+    return generator

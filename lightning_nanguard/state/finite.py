@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_nanguard.measure.batches import nested_tensors
 from lightning_nanguard.measure.finite import non_finite_indices
 from lightning_nanguard.measure.tensors import dense_values, shape_of
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import Learner, StateKey, describe, unwrapped
 
 # Parts of the names of buffers that are averages: Inf in one of them is no value that anybody sets.
@@ -80,7 +81,12 @@ class FiniteCheck:
         flat = list(self._checked(leaves))
         for index in non_finite_indices([tensor for _, tensor in flat]):
             key, tensor = flat[index]
-            if self._is_corrupt(key, dense_values(tensor)):
+            values = dense_values(tensor)
+            try:
+                corrupt = self._is_corrupt(key, values)
+            except OutOfMemory:  # it takes masks as large as a quarter of the tensor
+                corrupt = self._is_corrupt(key, values.cpu())
+            if corrupt:
                 return describe(key)
         return None
 

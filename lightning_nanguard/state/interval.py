@@ -57,13 +57,14 @@ class Interval:
         every = self.updates if every is None else every
         return every if self._fixed else min(every, max(self._limits.first, every // self._limits.early_factor, last))
 
-    def measure(self, started: float, since: int, made: int) -> None:
+    def measure(self, started: float, since: int, made: int, once: float = 0.0) -> None:
         """Take note that a capture has just ended.
 
         Args:
             started: When it began.
             since: Updates since the one before.
             made: Updates made so far.
+            once: Seconds of it that later captures do not take, such as those for allocating memory.
         """
         ended = self._clock()
         update = (started - self._mark) / max(1, since)
@@ -71,12 +72,14 @@ class Interval:
         if self._fixed or update <= 0:
             return
         self._update = _least(update, self._update)
-        self._capturing = _least(ended - started, self._capturing)
+        self._capturing = _least(max(0.0, ended - started - once), self._capturing)
         cost = (self._capturing + self._certifying + self._on_device) / self._update
         wanted = max(cost / self._limits.time_share, math.sqrt(2 * cost * made))
         # In powers of two, so that small differences do not move it.
         power = 1 << max(0, math.ceil(math.log2(max(wanted, 1.0))))
-        self.updates = min(max(self._limits.first, power), self._limits.longest)
+        # The first captures may take long for reasons that are not known here.
+        longest = min(self._limits.longest, self.updates * self._limits.most_growth)
+        self.updates = min(max(self._limits.first, power), longest)
 
     def certified(self, seconds: float) -> None:
         """Take note of the time in which a pending snapshot was checked."""

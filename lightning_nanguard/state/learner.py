@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import LBFGS, Optimizer
 
 from lightning_nanguard.measure.tensors import local
+from lightning_nanguard.state.device import Device
 
 StateKey = tuple[Any, ...]
 """Names one leaf of the learner: ``("parameter", name)``, ``("buffer", name)``, ``("average", owner, name)``,
@@ -78,6 +79,7 @@ class Learner:
         averages: Gives averaged copies of the module kept elsewhere (EMA, SWA), by name; asked anew each time, since
             such copies come and go.
         partitions: What is stepped in the place of the parameters, if a strategy keeps partitions of them.
+        device: The device of the run.
     """
 
     def __init__(
@@ -87,12 +89,14 @@ class Learner:
         scaler: Scaler | None = None,
         averages: Callable[[], Mapping[str, Mapping[str, Tensor]]] = dict,
         partitions: Partitions | None = None,
+        device: Device | None = None,
     ) -> None:
         self.module = module
         self.optimizers = list(optimizers)
         # Indices of optimizers that evaluate their closure several times in one step, as a line search does.
         self.quasi_newton = frozenset(i for i, one in enumerate(self.optimizers) if isinstance(one, LBFGS))
         self.scaler = scaler
+        self.device = Device() if device is None else device
         self._averages = averages
         self._partitions = partitions
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, final
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
 
-from lightning_nanguard.measure.host_copy import HostCopy
 from lightning_nanguard.measure.tensors import is_strided, local
+from lightning_nanguard.state.device import Device, OutOfMemory
 from lightning_nanguard.state.learner import Learner, StateKey
 from lightning_nanguard.thresholds.snapshots import MomentThresholds
 
 _DEFAULTS = MomentThresholds()
+_logger = logging.getLogger("lightning_nanguard")
 # Others may keep something else under the same names.
 _KNOWN = (Adam, AdamW, NAdam, RAdam)
 _EXACT = (torch.float32, torch.float64)
@@ -40,13 +42,15 @@ class MomentScreen:
 
     Args:
         counts: For each first moment the number of its elements that are out of bounds.
+        device: Sends them.
     """
 
-    def __init__(self, counts: Mapping[StateKey, Tensor]) -> None:
+    def __init__(self, counts: Mapping[StateKey, Tensor], device: Device | None = None) -> None:
+        device = Device() if device is None else device
         devices: dict[torch.device, dict[StateKey, Tensor]] = {}
         for key, value in counts.items():
             devices.setdefault(value.device, {})[key] = value
-        self._sent = [(list(one), HostCopy(torch.stack(list(one.values())))) for one in devices.values()]
+        self._sent = [(list(one), device.read_later(torch.stack(list(one.values())))) for one in devices.values()]
 
     def arrived(self) -> bool:
         """Whether reading it would not wait for a device."""
@@ -79,14 +83,21 @@ class MomentBound:
         self._exempt: set[StateKey] = set()
 
     def screen(self, leaves: Mapping[StateKey, Any]) -> MomentScreen:
-        """Measure a state of the learner, without waiting for a device."""
+        """Measure a state of the learner, without waiting for a device; nothing where the device has no room for it."""
+        try:
+            return MomentScreen(self._counts(leaves), self._learner.device)
+        except OutOfMemory as error:
+            _logger.debug("NaNGuard: the device has no room to look at first moments: %r", error)
+            return MomentScreen({}, self._learner.device)
+
+    def _counts(self, leaves: Mapping[StateKey, Any]) -> dict[StateKey, Tensor]:
         counts = {}
         for key, ratio, least in self._bounded():
             moments = [leaves.get((*key[:-1], name)) for name in ("exp_avg", "exp_avg_sq")]
             first, second = (local(one) if isinstance(one, Tensor) else None for one in moments)
             if key not in self._exempt and first is not None and second is not None and _are_exact(first, second):
                 counts[key] = self._beyond(first, second, ratio, least)
-        return MomentScreen(counts)
+        return counts
 
     def beyond(self, screen: MomentScreen) -> set[StateKey]:
         """State keys of the first moments that something other than a gradient has changed in a few elements."""

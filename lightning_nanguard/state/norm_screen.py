@@ -10,9 +10,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_nanguard.measure.host_copy import HostCopy
 from lightning_nanguard.measure.norms import each_norm
 from lightning_nanguard.measure.tensors import dense_values
+from lightning_nanguard.state.device import Device
 from lightning_nanguard.state.learner import StateKey
 
 
@@ -24,9 +24,16 @@ class NormScreen:
         tensors: What must be finite, and may not have grown too far since an older screen.
         wide: State keys of tensors with so many elements that their norm does not tell whether one has grown: their
             largest element is sent too.
+        device: Sends them.
     """
 
-    def __init__(self, tensors: Iterable[tuple[StateKey, Tensor]], wide: Collection[StateKey] = ()) -> None:
+    def __init__(
+        self,
+        tensors: Iterable[tuple[StateKey, Tensor]],
+        wide: Collection[StateKey] = (),
+        device: Device | None = None,
+    ) -> None:
+        device = Device() if device is None else device
         groups: dict[tuple[torch.device, torch.dtype], list[tuple[StateKey, Tensor]]] = {}
         for key, tensor in tensors:
             if (tensor.is_floating_point() or tensor.is_complex()) and (values := dense_values(tensor)).numel():
@@ -34,7 +41,7 @@ class NormScreen:
         self._sent = [
             (
                 [(key, values.numel(), key in wide) for key, values in group],
-                HostCopy(
+                device.read_later(
                     torch.stack(
                         each_norm([values for _, values in group])
                         + each_norm([values for key, values in group if key in wide], math.inf)

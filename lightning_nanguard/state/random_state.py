@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_nanguard.state.device import random_generator
 from lightning_nanguard.thresholds.batches import RandomStreamsThresholds
 
 _DEFAULTS = RandomStreamsThresholds()
@@ -47,8 +48,9 @@ def _seeded(position: Tensor, seed: int) -> Tensor:
 
 def _streams(device: torch.device) -> list[_Stream]:
     generators = [torch.default_generator]
-    if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index or 0])
+    other = random_generator(device)
+    if other is not None:
+        generators.append(other)
     return [
         *(_Stream(one.get_state, one.set_state, torch.equal) for one in generators),
         _Stream(random.getstate, random.setstate, eq),

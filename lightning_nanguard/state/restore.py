@@ -44,7 +44,7 @@ def restore(
     if keep is None:
         averages = ((key, live) for key, live in learner.averages() if fits(live, saved.get(key)))
         pairs += [(live, saved[key]) for key, live in averages]
-    copy_all([live for live, _ in pairs], [value for _, value in pairs])
+    copy_all([live for live, _ in pairs], [value for _, value in pairs], learner.device)
     learner.restored()
     if learner.scaler is not None and snapshot.scaler and keep is None:
         _restore_scaler(learner.scaler, snapshot.scaler)

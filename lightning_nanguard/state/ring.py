@@ -46,10 +46,14 @@ class Ring:
         self.pending = snapshot
 
     def shed(self) -> None:
-        """Free all but the newest certified snapshot, and keep only one from now on: there is too little memory."""
+        """Free all but the newest certified snapshot: there is too little memory."""
         self.pending = self._spare = None
         del self.certified[1:]
-        self.capacity = 1
+
+    def shrink(self, capacity: int) -> None:
+        """Keep fewer certified snapshots from now on, the newest ones; give the memory of all others back."""
+        self.capacity, self._spare = capacity, None
+        del self.certified[capacity:]
 
     def drop_pending(self) -> None:
         """Drop the pending snapshot, because its state may be bad."""
@@ -84,6 +88,12 @@ class Ring:
         if len(self.certified) > self.capacity:
             margin = self._limits.about_best * loss_unit
             self._recycle(self.certified.pop(self._least_worth(margin, keep_oldest)))
+
+    def newest(self) -> Snapshot | None:
+        """The newest certified snapshot; where nothing was certified yet, the pending one if it is whole."""
+        if self.certified:
+            return self.certified[0]
+        return self.pending if self.pending is not None and self.pending.intact() else None
 
     def clear(self) -> None:
         """Free all snapshots."""

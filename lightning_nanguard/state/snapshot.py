@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, final
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from lightning_nanguard.measure.batches import nested_tensors
 from lightning_nanguard.measure.tensors import is_strided, local, shape_of, size
+from lightning_nanguard.state.device import Device, Event, OutOfMemory
 from lightning_nanguard.state.learner import Learner, StateKey, describe
+from lightning_nanguard.state.side_copy import CopyCheck
 
 _logger = logging.getLogger("lightning_nanguard")
 
 
 def clone(value: Any, device: torch.device | None) -> Any:
-    """A copy of a leaf of the learner on a device, ``None`` for where it lies; to the host without waiting for it."""
+    """A copy of a leaf of the learner on a device, ``None`` for where it lies; waits for it."""
     if isinstance(value, Tensor):
         value = local(value).detach()
         if is_strided(value):
-            if device is not None and value.is_cuda and device.type == "cpu":
-                return _pinned_like(value).copy_(value, non_blocking=True)
             return value.clone() if device is None else value.to(device, copy=True)
         return _clone_odd(value, None if value.is_meta else device)
     if isinstance(value, dict):
@@ -59,7 +59,7 @@ def _cloned(key: StateKey, value: Any, device: torch.device | None) -> Any:
     # What cannot be copied is not guarded; that must not cost the run.
     try:
         return clone(value, device)
-    except torch.cuda.OutOfMemoryError:
+    except OutOfMemory:
         raise
     except Exception as error:
         _say_left_out(describe(key), f"{type(value).__module__}.{type(value).__qualname__}", repr(error))
@@ -69,14 +69,6 @@ def _cloned(key: StateKey, value: Any, device: torch.device | None) -> Any:
 @cache
 def _say_left_out(what: str, kind: str, why: str) -> None:
     _logger.info("NaNGuard: %s, a %s, cannot be copied, so no rollback restores it: %s", what, kind, why)
-
-
-def _pinned_like(value: Tensor) -> Tensor:
-    # A copy goes on beside the run only into pinned memory, which a host may have too little of.
-    try:
-        return torch.empty_like(value, device="cpu", pin_memory=True)
-    except RuntimeError:
-        return torch.empty_like(value, device="cpu")
 
 
 def writable(tensor: Tensor) -> bool:
@@ -124,17 +116,22 @@ def _put(live: Tensor, saved: Tensor) -> None:
             _put(part, theirs[name])
 
 
-def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy each source into its target; towards the host without waiting where the target is pinned."""
+def copy_all(targets: list[Tensor], sources: list[Tensor], device: Device) -> None:
+    """Copy each source into its target; from a device to the host without waiting for it."""
     # One call for all tensors of a dtype and device pair: a loop of copy_ costs three times as much on small ones.
     groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
-        left, right = groups.setdefault((target.dtype, target.device, source.device), ([], []))
-        left.append(local(target).detach())
-        right.append(local(source).detach())
-    with torch.no_grad():
-        for left, right in groups.values():
-            torch._foreach_copy_(left, right, non_blocking=left[0].is_pinned() and right[0].is_cuda)
+        mine, its = local(target).detach(), local(source).detach()
+        comes = device.where(its) if device.where(mine) is None else None
+        left, right = groups.setdefault((mine.dtype, mine.device, its.device, comes), ([], []))
+        left.append(mine)
+        right.append(its)
+    for (*_, comes), (left, right) in groups.items():
+        if comes is None:
+            with torch.no_grad():
+                torch._foreach_copy_(left, right)
+        else:
+            device.to_host(left, right)
 
 
 @final
@@ -173,6 +170,7 @@ class Snapshot:
         healthy: Healthy readings seen since.
         typical: Root mean square of each tensor, from its :class:`~lightning_nanguard.state.norm_screen.NormScreen`.
         done: Events that say when a copy to the host has arrived.
+        check: Whether what was copied beside the run is what was there.
         homes: Device of each original, if the copies lie elsewhere.
         left_out: State keys of what could not be copied.
     """
@@ -185,7 +183,8 @@ class Snapshot:
     level: float | None = None
     healthy: int = 0
     typical: dict[StateKey, float] = field(default_factory=dict)
-    done: list[Any] = field(default_factory=list)
+    done: list[Event] = field(default_factory=list)
+    check: CopyCheck = field(default_factory=CopyCheck)
     homes: dict[StateKey, torch.device] = field(default_factory=dict)
     left_out: set[StateKey] = field(default_factory=set)
 
@@ -193,6 +192,11 @@ class Snapshot:
         """Let the host wait until the copy has arrived."""
         while self.done:
             self.done.pop().synchronize()
+
+    def intact(self) -> bool:
+        """Whether nobody wrote to the learner while it was copied; waits for the copy."""
+        self.wait()
+        return self.check.intact()
 
     def device(self) -> torch.device | None:
         """Where the copies lie; ``None`` for beside the originals."""
@@ -211,7 +215,7 @@ class Snapshot:
 
 def tensor_bytes(leaves: Mapping[StateKey, Any]) -> int:
     """Bytes of the tensors among some leaves."""
-    return sum(size(leaf) for leaf in leaves.values() if isinstance(leaf, Tensor))
+    return sum(size(local(leaf)) for leaf in leaves.values() if isinstance(leaf, Tensor))
 
 
 def capture(
@@ -222,6 +226,7 @@ def capture(
     device: torch.device | None = None,
     reuse: Snapshot | None = None,
     leaves: Iterable[tuple[StateKey, Any]] | None = None,
+    copy: Callable[[list[Tensor], list[Tensor]], None] | None = None,
 ) -> Snapshot:
     """Copy the learner.
 
@@ -232,6 +237,8 @@ def capture(
         device: Where the copy lies; ``None`` beside the original.
         reuse: A snapshot no longer needed, whose memory is used again.
         leaves: Copy only these leaves.
+        copy: Copies tensors into others that are like them, and says itself when they have arrived; by default they are
+            copied in the order of the run's work.
     """
     old = reuse.leaves if reuse is not None else {}
     copied: dict[StateKey, Any] = {}
@@ -240,10 +247,10 @@ def capture(
     homes: dict[StateKey, torch.device] = {}
     left_out: set[StateKey] = set()
     for key, live in learner.leaves() if leaves is None else leaves:
-        memory = old.get(key)
         if device is not None and (home := next((one.device for one in nested_tensors(live)), None)) is not None:
             homes[key] = home
-        if isinstance(memory, Tensor) and fits(live, memory) and memory.device == (device or live.device):
+        memory = _memory_for(live, old.get(key), device, learner.device)
+        if memory is not None:
             targets.append(memory)
             sources.append(live)
             copied[key] = memory
@@ -251,6 +258,34 @@ def capture(
             copied[key] = made
         else:
             left_out.add(key)
-    copy_all(targets, sources)
+    done: list[Event] = []
+    if copy is not None:
+        copy(targets, sources)
+    else:
+        copy_all(targets, sources, learner.device)
+        done = learner.device.mark(sources) if device is not None else []
     scaler = dict(learner.scaler.state_dict()) if learner.scaler is not None else None
-    return Snapshot(step, global_step, copied, scaler, homes=homes, left_out=left_out)
+    return Snapshot(step, global_step, copied, scaler, done=done, homes=homes, left_out=left_out)
+
+
+def capture_whole(learner: Learner) -> Snapshot:
+    """Copy the learner for a moment: beside it, or in host memory where the device has no room."""
+    try:
+        return capture(learner, step=0, global_step=0)
+    except OutOfMemory:
+        return capture(learner, step=0, global_step=0, device=torch.device("cpu"))
+
+
+def _memory_for(live: Any, old: Any, device: torch.device | None, source: Device) -> Tensor | None:
+    """Memory to copy a leaf into: that of an older copy if it fits, else new memory where the host waits for no copy.
+
+    ``None`` for a leaf that is cloned.
+    """
+    fitting = isinstance(old, Tensor) and fits(live, old) and old.stride() == local(live).stride()
+    if fitting and old.device == (device or live.device):
+        memory: Tensor = old
+        return memory
+    if device is None or device.type != "cpu" or not isinstance(live, Tensor) or not is_strided(local(live)):
+        return None
+    values = local(live).detach()
+    return None if source.where(values) is None else source.pinned_like(values)

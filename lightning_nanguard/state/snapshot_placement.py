@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any, final
@@ -11,27 +12,37 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lightning_nanguard.state.device import DeviceMemory, SideStreamCopy, cuda_device
+from lightning_nanguard.measure.tensors import is_strided, local
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import Learner, StateKey
 from lightning_nanguard.state.ring import Ring
-from lightning_nanguard.state.snapshot import Snapshot, capture, tensor_bytes
+from lightning_nanguard.state.side_copy import SideCopy
+from lightning_nanguard.state.snapshot import Snapshot, capture, copy_all
+from lightning_nanguard.state.snapshot_room import NOWHERE, DevicePeaks, Place, Room, SnapshotSize, choose_place
 from lightning_nanguard.thresholds.snapshots import PlacementThresholds
 
 _logger = logging.getLogger("lightning_nanguard")
 _DEFAULTS = PlacementThresholds()
+_HOST = torch.device("cpu")
 
 
 @final
 class SnapshotPlacement:
     """Copies the learner to where snapshots lie: beside the weights, or in host memory.
 
+    Place and number follow from the room there is, and only ever shrink: the run's peak grows.
+
     Args:
         learner: What is copied.
         ring: Where snapshots go; its memory is used again.
         device: Where snapshots lie; ``None`` beside the originals.
-        choose: Whether host memory is chosen where a CUDA device has no room for snapshots. Among several processes it
-            never is: they would choose differently.
-        alone: Whether this is the only process. Several keep the same snapshots: none drops one for lack of memory.
+        choose: Whether host memory is chosen where a device has no room for snapshots.
+        alone: Whether this is the only process. Several keep the same snapshots, so that a place is taken only when all
+            have told theirs (:meth:`hear`).
+        sharers: Number of processes on this host.
+        parts: Number of them that keep a certified snapshot together.
+        limit: Bytes that all snapshots together may take.
+        others: Bytes that are taken from the limit for other things.
         thresholds: What counts as room.
     """
 
@@ -43,106 +54,247 @@ class SnapshotPlacement:
         *,
         choose: bool = False,
         alone: bool = True,
+        sharers: int = 1,
+        parts: int = 1,
+        limit: float = math.inf,
+        others: Callable[[], int] = int,
         thresholds: PlacementThresholds = _DEFAULTS,
     ) -> None:
         self._learner = learner
         self._ring = ring
-        self._device = device
-        self._choose = choose and alone and device is None
+        self._choose = choose and device is None
+        self._in_host = device is not None
         self._alone = alone
+        self._sharers = sharers
+        self._parts = parts
+        self._limit = limit
+        self._others = others
         self._limits = thresholds
-        self._side_copy = SideStreamCopy()
+        self._peaks = DevicePeaks(thresholds)
+        self._side_copy = SideCopy(learner.device, thresholds)
         self._overlap = True
+        # The place of now and the one wanted, and the least bytes that snapshots held beside the weights since the last
+        # look.
+        self._place: Place | None = None
+        self._wanted: Place | None = None
+        self._held: float = math.inf
         self.unchanged: AbstractSet[StateKey] = frozenset()
         """State keys of tensors that did not change between the last two snapshots."""
 
     @property
     def beside(self) -> bool:
         """Whether snapshots lie beside the weights."""
-        return self._device is None
+        return not self._in_host if self._place is None else self._place.beside
 
-    def choose(self, leaves: Mapping[StateKey, Any]) -> None:
-        """Choose the place for good, if that is still to be done.
+    def is_nowhere(self) -> bool:
+        """Whether there is room for no snapshot."""
+        return self._place is not None and self._place.certified == 0
 
-        Call it after the first updates: activations have had their peak by then, and moments exist.
+    def where(self) -> torch.device | None:
+        """Where a copy of a part of the learner goes: where snapshots go."""
+        return None if self.beside else _HOST
+
+    def look_at_room(self, leaves: Mapping[StateKey, Any] | None = None) -> None:
+        """Take a place with less room where the present one has become too large; nothing is moved to a larger one.
+
+        Call it after the first updates, when activations have had their peak and moments exist, and then now and then.
+
+        Args:
+            leaves: The learner's leaves, where they are at hand.
         """
-        chooses, self._choose = self._choose, False
-        device = cuda_device(leaves)
-        if not chooses or device is None:
+        if self.is_nowhere():
             return
-        # One more is pending, and the one the fit began with may be there already, without its moments.
-        there = sum(snapshot.nbytes() for snapshot in self._ring.certified if not snapshot.homes)
-        if not self._memory(device).fits(tensor_bytes(leaves) * (self._ring.capacity + 1) - there):
-            self._device = torch.device("cpu")
+        leaves = dict(self._learner.leaves()) if leaves is None else leaves
+        one = SnapshotSize.of(leaves, self._learner.device)
+        most = self._ring.capacity if self._place is None else self._place.certified
+        fixed_host = self._in_host or (self._place is not None and not self._place.beside)
+        wanted = choose_place(
+            one,
+            self._room(one),
+            most,
+            beside=not fixed_host or not one.beside,
+            in_host=self._in_host or self._choose,
+        )
+        if wanted == NOWHERE and one.beside and not fixed_host and not self._choose:
+            wanted = Place(True, 1)  # as the user wants it; where memory runs out, they go to the host
+        elif fixed_host:
+            wanted = Place(False, wanted.certified)
+        self._wanted = wanted
+        if self._alone:
+            self._take(wanted)
 
-    def copy(self, step: int, global_step: int, leaves: Mapping[StateKey, Any]) -> Snapshot:
-        """Copy the learner; to host memory from now on where the device has no room left.
+    def wanted(self) -> int:
+        """Where snapshots would lie if this process were alone, as :meth:`Place.code`; ``-1`` where that is open."""
+        return -1 if self._wanted is None else self._wanted.code()
+
+    def hear(self, wanted: Sequence[int]) -> None:
+        """Take the place of the process with the least room; all have to be told the same at the same point.
+
+        Args:
+            wanted: What :meth:`wanted` gives in each process.
+        """
+        code = min(wanted)
+        if code >= 0 and (self._place is None or code != self._place.code()):
+            self._take(Place.of_code(code))
+
+    def _room(self, one: SnapshotSize) -> Room:
+        device, limits = self._learner.device, self._limits
+        kept = [*self._ring.certified, *filter(None, (self._ring.pending,))]
+        held = sum(snapshot.nbytes() for snapshot in kept if not snapshot.homes)
+        in_host = sum(SnapshotSize.of(snapshot.leaves, device).in_host for snapshot in kept if snapshot.homes)
+        share = 1 / max(1, len(one.beside))
+        on = {
+            where: self._peaks.room(where, device.driver.memory(where), int(share * min(held, self._held)))
+            for where in one.beside
+        }
+        self._held = held
+        if not one.beside:
+            in_host = held
+        available = device.host_memory() * (1 - limits.host_reserve) / self._sharers
+        return Room(on, available + in_host, self._parts, self._limit, self._others())
+
+    def _take(self, place: Place) -> None:
+        before, self._place = self._place, place
+        if place.certified == 0:
+            self._ring.clear()
+            _logger.warning(
+                "NaNGuard: neither the device nor the host has room for two snapshots, so none are kept. Bad batches "
+                "are still skipped, but weights that are lost cannot be restored: the run stops then, and the last "
+                "good checkpoint on disk is what is left (last_good_every_n_steps writes one)."
+            )
+            return
+        was_beside = not self._in_host if before is None else before.beside
+        if was_beside and not place.beside:
+            self._to_host()
+        if place.certified < self._ring.capacity or place.beside != was_beside:
+            self._ring.shrink(place.certified)
+            _logger.info(
+                "NaNGuard: from now on up to %d snapshots %s: there is no room for more.",
+                place.certified + 1,
+                "lie beside the weights" if place.beside else "lie in host memory",
+            )
+
+    def _to_host(self) -> None:
+        if self._alone:  # the device needs the room: only the newest state is brought over
+            self._ring.shed()
+        for snapshot in (*self._ring.certified, self._ring.pending):
+            if snapshot is not None:
+                self._move(snapshot)
+
+    def _move(self, snapshot: Snapshot) -> None:
+        device = self._learner.device
+        for key, leaf in snapshot.leaves.items():
+            if isinstance(leaf, Tensor) and is_strided(leaf) and device.where(leaf) is not None:
+                snapshot.homes[key] = leaf.device
+                memory = device.pinned_like(leaf)
+                device.to_host([memory], [leaf])
+                snapshot.leaves[key] = memory
+        snapshot.done += device.mark(leaf for _, leaf in self._learner.weights())
+
+    def copy(
+        self, step: int, global_step: int, leaves: Mapping[StateKey, Any], *, beside_run: bool = True
+    ) -> Snapshot | None:
+        """Copy the learner, to host memory from now on where the device has no room left; ``None`` where neither has.
 
         Args:
             step: The guard's clock.
             global_step: The trainer's.
             leaves: The learner's leaves.
+            beside_run: Whether a copy to the host may go on beside the run.
         """
+        if self.is_nowhere():
+            return None
+        snapshot: Snapshot | None = None
         try:
-            return self._copy(step, global_step, leaves, self._place(leaves))
-        except torch.cuda.OutOfMemoryError:
+            snapshot = self._copy(step, global_step, leaves, self._goes_to_host(leaves), beside_run)
+        except OutOfMemory:
             _logger.warning(
                 "NaNGuard: the device has no room for another snapshot at step %d. From now on snapshots lie in host "
                 "memory; set snapshot_device='cpu' or max_snapshot_memory to choose this from the start.",
                 global_step,
             )
-            if self._alone:
-                self._ring.shed()
-            self._device, self._choose = torch.device("cpu"), False
-            return self._copy(step, global_step, leaves, self._device)
+        if snapshot is None:
+            self._to_host()
+            self._in_host, self._choose = True, False
+            self._place = Place(False, self._ring.capacity)
+            self.look_at_room(leaves)
+            snapshot = None if self.is_nowhere() else self._copy(step, global_step, leaves, True, False)
+        return snapshot
+
+    def close(self) -> None:
+        """Give all memory back that is not the snapshots' own."""
+        self._side_copy.settle()
+        self._side_copy = SideCopy(self._learner.device, self._limits)
+        self._learner.device.driver.release()
 
     def settle(self) -> None:
-        """Before an update: let it wait for copies under way; one whose source was written to meanwhile is dropped."""
-        if not self._side_copy.settle():
-            self._ring.drop_pending()
-            # Whatever has written once, in forward or in a callback, does so again.
-            self._overlap, self._side_copy = False, SideStreamCopy()
+        """Before an update: let it wait for copies under way."""
+        self._side_copy.settle()
+
+    def torn(self) -> None:
+        """Somebody has written to a source while it was copied: later copies are not made beside the run."""
+        if self._overlap:
+            _logger.info(
+                "NaNGuard: weights or moments were written to between two updates, so a snapshot was dropped. From now "
+                "on the run waits for each copy of them."
+            )
+        self._overlap, self._side_copy = False, SideCopy(self._learner.device, self._limits)
 
     def waited(self) -> float | None:
         """Seconds that the run waited for the last copy, ``None`` where that is not known yet."""
         return self._side_copy.waited()
 
-    def _place(self, leaves: Mapping[StateKey, Any]) -> torch.device | None:
-        device = cuda_device(leaves)
-        if device is None or not self._choose:
-            return self._device
+    def _goes_to_host(self, leaves: Mapping[StateKey, Any]) -> bool:
+        if self._place is not None or not self._choose:
+            return not self.beside
         # What room there is shows only after the first updates, which may need it all.
-        return None if self._memory(device).is_negligible(tensor_bytes(leaves)) else torch.device("cpu")
-
-    def _memory(self, device: torch.device) -> DeviceMemory:
-        return DeviceMemory.of(device, self._limits)
+        device = self._learner.device
+        return any(
+            nbytes > self._limits.negligible_share * device.driver.memory(where).total
+            for where, nbytes in SnapshotSize.of(leaves, device).beside.items()
+        )
 
     def _copy(
-        self, step: int, global_step: int, leaves: Mapping[StateKey, Any], device: torch.device | None
+        self, step: int, global_step: int, leaves: Mapping[StateKey, Any], in_host: bool, beside_run: bool
     ) -> Snapshot:
+        device = self._learner.device
         take = partial(
-            capture, self._learner, step=step, global_step=global_step, device=device, reuse=self._ring.spare()
+            capture,
+            self._learner,
+            step=step,
+            global_step=global_step,
+            device=_HOST if in_host else None,
+            reuse=self._ring.spare(),
         )
-        on_cuda = {leaf.device for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.is_cuda}
-        if device is None or device.type != "cpu" or not on_cuda:
+        if not in_host or not device.devices(leaves.values()):
             return take(leaves=leaves.items())
-        if not self._overlap:
-            snapshot = take(leaves=leaves.items())
-            snapshot.done = [torch.cuda.current_stream(one).record_event() for one in on_cuda]
-            return snapshot
-        soon = [(key, leaf) for key, leaf in leaves.items() if self._changes_soon(key, leaf)]
-        later = [(key, leaf) for key, leaf in leaves.items() if not self._changes_soon(key, leaf)]
-        snapshot = take(leaves=soon)
-
-        def copy() -> None:
-            rest = take(leaves=later)
-            snapshot.leaves.update(rest.leaves)
-            snapshot.homes.update(rest.homes)
-
-        snapshot.done = self._side_copy.send(copy, [leaf for _, leaf in later if isinstance(leaf, Tensor)])
+        later = {key: leaf for key, leaf in leaves.items() if beside_run and self._can_wait(key, leaf)}
+        snapshot = take(leaves=[(key, leaf) for key, leaf in leaves.items() if key not in later])
+        if later:
+            self._copy_beside(take, later, snapshot)
         return snapshot
 
-    def _changes_soon(self, key: StateKey, leaf: Any) -> bool:
+    def _copy_beside(self, take: Callable[..., Snapshot], later: Mapping[StateKey, Any], snapshot: Snapshot) -> None:
+        def send(targets: list[Tensor], sources: list[Tensor]) -> None:
+            values = [local(source).detach() for source in sources]
+            try:
+                snapshot.check = self._side_copy.send(targets, values)
+            except OutOfMemory:  # not even for the little memory that the copy goes through
+                self._overlap, self._side_copy = False, SideCopy(self._learner.device, self._limits)
+                copy_all(targets, values, self._learner.device)
+                snapshot.done += self._learner.device.mark(values)
+
+        rest = take(leaves=later.items(), copy=send)
+        snapshot.leaves.update(rest.leaves)
+        snapshot.homes.update(rest.homes)
+        snapshot.left_out |= rest.left_out
+        snapshot.done += snapshot.check.events
+
+    def _can_wait(self, key: StateKey, leaf: Any) -> bool:
+        if not self._overlap or not isinstance(leaf, Tensor) or self._learner.device.where(leaf) is None:
+            return False
         # Before the next update, forward writes to buffers, and others write to averages and to a teacher.
         frozen = key[0] == "parameter" and not leaf.requires_grad
-        return key[0] in ("buffer", "average") or (frozen and key not in self.unchanged)
+        if key[0] in ("buffer", "average") or (frozen and key not in self.unchanged):
+            return False
+        return is_strided(local(leaf)) and self._side_copy.can_take(local(leaf).detach())

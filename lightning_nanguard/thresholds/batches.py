@@ -25,6 +25,8 @@ class MicroBatchesThresholds:
         updates_small: Updates kept for an examination where batches are small: eight of them would say little.
         small: Samples up to which a batch is small.
         per_update: Micro-batches of one update that are kept, the newest ones; more would only hold memory.
+        most_bytes: Bytes that all of them may hold, beside the newest one, which the loop holds anyway. Batches of
+            which three do not fit are too large to be kept longer as healthy ones, too.
     """
 
     updates: int = 1
@@ -33,6 +35,7 @@ class MicroBatchesThresholds:
     updates_small: int = 256
     small: int = 4
     per_update: int = 8
+    most_bytes: int = 256 << 20
 
 
 @dataclass(frozen=True)

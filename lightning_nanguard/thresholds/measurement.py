@@ -23,6 +23,7 @@ class MeasurementThresholds:
         deepest_part: Levels down to which a batch is taken apart: an object may lead to a whole program.
         hashed_first: Numbers of each tensor of a sample, spread over it, that go into the first half of its hash. Of a
             batch in which samples are looked for only these are hashed, which takes about 0.1 ms.
+        elements_at_once: Elements that are looked at one by one at a time, since the answers take memory.
     """
 
     fewest_tensors_joined: int = 100
@@ -31,3 +32,4 @@ class MeasurementThresholds:
     updates_with_layer_norms: int = 8
     deepest_part: int = 32
     hashed_first: int = 16
+    elements_at_once: int = 1 << 24

@@ -92,6 +92,7 @@ class ReviewThresholds:
         forgotten: Share of all that was learned that learning some batches may cost others.
         lowered: Factor by which the rate is lowered beyond that.
         most_lowered: How often in a row it is lowered.
+        tensor_rate_every: Healthy updates after which a rate that is a tensor is looked at: to read it the host waits.
     """
 
     first_after: int = 50
@@ -103,6 +104,7 @@ class ReviewThresholds:
     forgotten: float = 0.1
     lowered: float = 0.25
     most_lowered: int = 3
+    tensor_rate_every: int = 16
 
 
 @dataclass(frozen=True)

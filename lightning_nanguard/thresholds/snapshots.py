@@ -24,14 +24,17 @@ class IntervalThresholds:
         time_share: Share of the run's time that snapshots may take.
         early_factor: How many times as often as measured snapshots come early in a run, where a long interval would
             lose most of what was learned. The additional ones take a twentieth of the first interval's time at most.
-        announced_after: Measured snapshots after which the interval is logged: the second measurement stands.
+        most_growth: How many times as long an interval may be as the one before: what the first snapshot took, with
+            memory to allocate, must not keep the second one away for a thousand updates.
+        announced_after: Measured snapshots after which the interval is logged: the third measurement stands.
     """
 
     first: int = 16
     longest: int = 1 << 14
     time_share: float = 0.01
     early_factor: int = 8
-    announced_after: int = 2
+    most_growth: int = 8
+    announced_after: int = 3
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,15 @@ class PlacementThresholds:
         memory_reserve: Share of a device's memory that is left free: batches differ in size, and the allocator's blocks
             do not fit exactly.
         negligible_share: Share of a device's memory below which a snapshot is put there without knowing the peak.
+        host_reserve: Share of the host's free memory that is left free: loaders and other programs grow.
+        staging_bytes: Bytes of the device through which copies beside the run go. Each piece of that size costs about
+            twenty launches.
     """
 
     memory_reserve: float = 0.05
     negligible_share: float = 0.05
+    host_reserve: float = 0.1
+    staging_bytes: int = 64 << 20
 
 
 @dataclass(frozen=True)

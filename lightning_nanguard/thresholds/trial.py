@@ -15,31 +15,30 @@ class TrialThresholds:
     which one was touched and none harmed).
 
     Attributes:
-        batches: Newest healthy batches that are kept for trials.
-        least_batches: Fewest batches with which a trial is made; fewer do not tell a share from noise.
-        judged_part: The newest batches, one in so many, judge the states; no arm is trained on them.
-        chosen_part: One in so many of the batches before them chooses among the arms; no arm is trained on them either.
-        factors: What the learning rate is multiplied by in each arm.
+        factors: What the learning rate is multiplied by in each arm, those first that were best most often: there are
+            as many arms as there is room for.
         least_factor: The lowest factor that is tried where even the lowest of these makes the loss worse.
         picked_after: Updates after which the best arm is picked.
         updates: Updates after which it is judged.
+        judged_part: The newest batches, one in so many, judge the states.
         signs: Share of the batches that have to agree on which of two states is better.
         lacks: Share of what can be learned that a run has to lack.
         lost: Share of what was learned that a run has to have lost, to be worse than it was.
         in_a_row: Trials in a row that have to speak against the run.
         plain: Share of what can be learned that is so large that one trial is enough.
+        near: Factors of the best arm's rate with which a second trial goes on, so that the best of them is taken.
+        memory_share: Share of the free memory that the states compared in a trial may take together, its arms included.
     """
 
-    batches: int = 48
-    least_batches: int = 12
-    judged_part: int = 3
-    chosen_part: int = 6
-    factors: tuple[float, ...] = (1 / 4, 1 / 16, 1 / 64, 1 / 256)
+    factors: tuple[float, ...] = (1 / 64, 1 / 16, 1 / 256, 1 / 4)
     least_factor: float = 1 / 65536
     picked_after: int = 16
     updates: int = 64
+    judged_part: int = 3
     signs: float = 0.8
     lacks: float = 0.1
     lost: float = 0.3
     in_a_row: int = 2
     plain: float = 0.5
+    near: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 2.0)
+    memory_share: float = 0.25

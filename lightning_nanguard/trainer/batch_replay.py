@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from statistics import fmean
 from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_nanguard.act.clipping import Clipper
@@ -53,7 +55,6 @@ class TrainerBatchReplay:
         clipper: Clips gradients as the guard does now.
         delay: After how many further updates it is known that one was healthy.
         examined: Whether a loss that does not move is examined, on many batches.
-        most_healthy: Healthy batches kept; ``None`` for what the thresholds say.
         thresholds: How many batches are kept.
     """
 
@@ -67,7 +68,6 @@ class TrainerBatchReplay:
         *,
         delay: int,
         examined: bool,
-        most_healthy: int | None,
         thresholds: BatchesThresholds,
     ) -> None:
         self._trainer = trainer
@@ -86,9 +86,7 @@ class TrainerBatchReplay:
         self.batch_idx = -1
         kept = thresholds.micro_batches
         updates = kept.updates_examined if examined else kept.updates_late if delay else kept.updates
-        self.batches = BatchHistory(
-            module.device, updates, kept.updates_small if examined else 0, most_healthy, thresholds
-        )
+        self.batches = BatchHistory(module.device, updates, kept.updates_small if examined else 0, thresholds)
         self._shown: list[MicroBatch] = []
 
     def make_undo(self, *, thorough: bool = False) -> BatchUndo:
@@ -141,6 +139,10 @@ class TrainerBatchReplay:
         """Whether the batch at hand reaches far beyond those before it, or is out of all proportion to them."""
         return None if self.batch is None else self.batches.strange(self.batch, extreme=extreme)
 
+    def bytes_kept(self) -> int:
+        """Bytes of the batches that are kept to be run again."""
+        return self.batches.bytes_kept()
+
     def comparable(self) -> bool:
         """Whether a batch can be run again at all: under automatic optimization."""
         return bool(self._module.automatic_optimization)
@@ -178,11 +180,53 @@ class TrainerBatchReplay:
 
     def train_on(self, index: int) -> float | None:
         """One plain update on a batch; its loss before the update."""
+        batch, batch_idx = self._at_hand()[index]
         optimizer = self._learner.optimizers[0]
+        return self._update(optimizer, lambda: self._gradients(optimizer, batch, batch_idx))
+
+    def earlier(self) -> Sequence[Callable[[], float | None]]:
+        """For each healthy batch that is kept what gives its loss under the weights of then."""
+
+        def loss(batch: Any, batch_idx: int) -> float | None:
+            with torch.no_grad():
+                return self._loss(batch, batch_idx)
+
+        return [partial(loss, batch, batch_idx) for batch, batch_idx in self.batches.healthy]
+
+    def trainable(self) -> bool:
+        """Whether all that the update at hand is made of is kept."""
+        kept = self._limits.micro_batches.per_update
+        alone = self._ranks.world == 1 or 0 not in self._learner.quasi_newton
+        return self._repeatable() and alone and self._trainer.accumulate_grad_batches <= kept
+
+    def train_at_hand(self) -> float | None:
+        """The update at hand, with the random numbers of its micro-batches; its loss before the update."""
+        micros, optimizer = self._shown or self.batches.newest(), self._learner.optimizers[0]
+        return self._update(optimizer, lambda: self._window(optimizer, micros))
+
+    def _window(self, optimizer: Optimizer, micros: Sequence[MicroBatch]) -> float | None:
+        losses: list[float] = []
+        found: dict[Parameter, Tensor] = {}
+        for micro in micros:
+            self.batches.rewind(micro)
+            value = self._gradients(optimizer, micro.batch, micro.index)
+            if value is None:
+                return None
+            losses.append(value)
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        share = p.grad / len(micros) if len(micros) > 1 else p.grad
+                        found[p] = found[p] + share if p in found else share
+        for parameter, gradient in found.items():
+            parameter.grad = gradient
+        return fmean(losses) if losses else None
+
+    def _update(self, optimizer: Optimizer, gradients: Callable[[], float | None]) -> float | None:
         seen: list[float] = []
 
         def closure() -> float:
-            value = self._gradients(optimizer, *self._at_hand()[index])
+            value = gradients()
             if value is None:
                 raise _RehearsalError
             self._clipper.clip(self._learner.gradients(0))
@@ -191,12 +235,12 @@ class TrainerBatchReplay:
             return value
 
         try:
-            if 0 in self._learner.quasi_newton:
-                optimizer.step(closure)
-            else:
-                closure()
-                optimizer.step()
+            with torch.enable_grad():
+                optimizer.step(closure)  # as Lightning does: some optimizers evaluate more than once
         except _RehearsalError:
+            return None
+        except Exception as error:
+            _logger.debug("NaNGuard: an update could not be made again: %r", error)
             return None
         return seen[0]
 
@@ -229,7 +273,7 @@ class TrainerBatchReplay:
     def _averaged(self, optimizer: Optimizer, run: Callable[[], float | None]) -> float | None:
         value = self._attempt(run)
         if value is not None:
-            self._average_gradients(optimizer)
+            _average_gradients(self._ranks, optimizer)
         return value
 
     def _loss(self, batch: Any, batch_idx: int) -> float | None:
@@ -253,15 +297,6 @@ class TrainerBatchReplay:
             value = math.nan if is_numeric(error) else None
         return mean_over_ranks(self._ranks, value)
 
-    def _average_gradients(self, optimizer: Optimizer) -> None:
-        if self._ranks.world == 1:
-            return
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self._ranks.average([parameter.grad for parameter in parameters if parameter.grad is not None])
-
     def rerun(self, micro: MicroBatch, full_precision: bool) -> Tensor | None:
         """Loss of a micro-batch with its graph, with the random numbers it had."""
         self.batches.rewind(micro)
@@ -278,3 +313,13 @@ class TrainerBatchReplay:
         # Each rank for itself: one on which this fails must not leave others waiting for it.
         with alone(self._trainer, ForbidCollectives()) if self._ranks.world > 1 else nullcontext():
             yield
+
+
+def _average_gradients(ranks: Ranks, optimizer: Optimizer) -> None:
+    if ranks.world == 1:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    ranks.average([parameter.grad for parameter in parameters if parameter.grad is not None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -24,6 +25,7 @@ from lightning_nanguard.record.curve import CURVE_FILE, CurveFile
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.known_samples import KnownSamples
 from lightning_nanguard.record.memory import Memory
+from lightning_nanguard.record.receipt_log import ReceiptLog
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.trainer.arguments import Arguments
@@ -39,7 +41,7 @@ from lightning_nanguard.trainer.private.strategies import is_sharded, what_steps
 from lightning_nanguard.trainer.run import open_run
 from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
-from lightning_nanguard.trainer.sinks import fit_advice, fit_sinks
+from lightning_nanguard.trainer.sinks import fit_advice, fit_receipts, fit_sinks
 
 
 def build_fit(
@@ -62,7 +64,9 @@ def build_fit(
     """
     info, folder = open_run(trainer, arguments.dirpath, run_id)
     curve = CurveFile(folder.path / CURVE_FILE, arguments.thresholds.records) if folder.keeps_files else None
-    context, replay, averages = _context(trainer, module, arguments, curve, order.known)
+    context, replay, averages = _context(
+        trainer, module, arguments, curve, order.known, fit_receipts(info, arguments.thresholds.records)
+    )
     sinks = fit_sinks(trainer, module, info, memory, arguments.sinks, context, replay)
     advice = fit_advice(info, arguments.thresholds.records)
     file = JsonLines(info.dirpath / BAD_SAMPLES_FILE, arguments.thresholds.records, warns=False)
@@ -101,7 +105,12 @@ def build_fit(
 
 
 def _context(
-    trainer: Trainer, module: LightningModule, arguments: Arguments, curve: CurveFile | None, known: KnownSamples
+    trainer: Trainer,
+    module: LightningModule,
+    arguments: Arguments,
+    curve: CurveFile | None,
+    known: KnownSamples,
+    receipts: ReceiptLog,
 ) -> tuple[GuardContext, TrainerBatchReplay, AveragedCopies]:
     sharded = is_sharded(trainer)
     ranks: Ranks = (
@@ -130,7 +139,6 @@ def _context(
         clipper,
         delay=MAX_DELAY if late else 0,
         examined=arguments.examine_after is not None,
-        most_healthy=arguments.thresholds.trial.batches if arguments.act_on == "evidence" else None,
         thresholds=arguments.thresholds.batches,
     )
     context = GuardContext(
@@ -146,15 +154,17 @@ def _context(
         norms=NormHistory(arguments.thresholds.measurement),
         curve=curve,
         samples=known,
+        receipts=receipts,
     )
     return context, replay, averages
 
 
 def _settings(arguments: Arguments, *, deferred: bool) -> Settings:
-    every = arguments.snapshot_every_n_steps
+    every, limit = arguments.snapshot_every_n_steps, arguments.max_snapshot_memory
     return Settings(
         snapshot_every=None if isinstance(every, str) else every,
         snapshot_device=torch.device("cpu") if arguments.snapshot_device == "cpu" else None,
+        snapshot_bytes=math.inf if limit is None else limit * 2**30,
         choose_place=arguments.snapshot_device == "auto",
         deferred=deferred,
         observe=arguments.observe,

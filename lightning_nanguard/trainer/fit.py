@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.checkpoints.last_good import LastGood
 from lightning_nanguard.guard.guard import Guard
-from lightning_nanguard.measure.tensors import size
 from lightning_nanguard.metrics import NonFiniteRate
 from lightning_nanguard.record.advice import AdviceLog
 from lightning_nanguard.record.dispatch import SinkDispatcher
 from lightning_nanguard.record.run_folder import RunFolder
 from lightning_nanguard.record.summary import summary
+from lightning_nanguard.state.snapshot_room import SnapshotSize
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.logger_curves import LoggerCurves
@@ -152,13 +152,10 @@ class Fit:
         self.last_good = kept
 
     def _limit_memory(self, max_memory: float | None) -> None:
-        ring, learner, ranks = self.context.ring, self.context.learner, self.context.ranks
+        ring, ranks = self.context.ring, self.context.ranks
         if max_memory is None or ring.pending is None:
             return
-        # Moments come with the first steps: two for each parameter is what Adam needs.
-        stepped = [one for index in range(len(learner.optimizers)) for one in learner.stepped(index)]
-        parameters = sum(size(one) for one in stepped if one.requires_grad)
-        each = (ring.pending.nbytes() + 2 * parameters) / 2**30
+        each = SnapshotSize.expected(self.context.learner).total(beside=True) / 2**30
         # The pending one is whole, certified ones are shared among the ranks of a node.
         fitting = int((max_memory / each - 1) * ranks.snapshot_parts) if each else ring.capacity
         fitting = min(ranks.gather(fitting))
@@ -203,6 +200,18 @@ class Fit:
             _logger.info("NaNGuard: %s has no optimizer, so there are no updates to guard.", name)
         elif not any(p.requires_grad for index in range(len(learner.optimizers)) for p in learner.stepped(index)):
             _logger.info("NaNGuard: no parameter of %s is trained yet; those that will be are guarded then.", name)
+        elif self._skips_windows(learner.module):
+            _logger.info(
+                "NaNGuard: with %s a bad micro-batch costs its whole window of gradient accumulation: the update is "
+                "skipped.",
+                type(self._trainer.strategy).__name__,
+            )
+
+    def _skips_windows(self, module: Any) -> bool:
+        """Whether no micro-batch can be left out of its window, though there are windows."""
+        steps, accumulates = self.guard.steps, self._trainer.accumulate_grad_batches > 1
+        apart = self.context.many or self.context.ranks.sharded
+        return accumulates and apart and module.automatic_optimization and not steps.together()
 
     def say_if_unseen(self) -> None:
         """At the end of training: say so if batches were trained on and the guard saw no optimizer step."""
@@ -249,6 +258,7 @@ class Fit:
             if self.context.curve is not None:
                 last.callback(self.context.curve.write, last=True)
             last.callback(self.advice.close)
+            last.callback(self.context.receipts.close)
             last.callback(self._sinks.close)
             last.callback(self.samples.close)
             last.push(self._patches)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, final
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.measure.batches import bytes_of
 from lightning_nanguard.measure.norms import norms
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import CLOCK_KEYS
 from lightning_nanguard.state.random_state import is_checked
 from lightning_nanguard.state.restore import restore
@@ -27,6 +30,7 @@ from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.averages import RepeatedAverages
 from lightning_nanguard.trainer.private.closures import end_backward, logging_for, uncounted
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.repeated_measures import RepeatedMeasures
 from lightning_nanguard.trainer.window import Micro
 from lightning_nanguard.types import Reading
 
@@ -41,15 +45,19 @@ class _Update:
 
     Attributes:
         number: Its number.
-        micros: Its micro-batches.
+        micros: Its micro-batches; none where it was skipped, or cannot be made again.
         groups: What schedulers had written into the optimizer's groups.
         global_step: The trainer's clock before it.
+        measures: What puts metrics and means back to before it; empty where an earlier update has that.
+        opens_epoch: Whether it is the first of its epoch.
     """
 
     number: int
     micros: list[Micro]
     groups: list[dict[str, Any]]
     global_step: int
+    measures: Sequence[Callable[[], None]]
+    opens_epoch: bool
 
 
 @final
@@ -84,6 +92,7 @@ class ForwardAgain:
         self._replay = replay
         self._limits = thresholds
         self._averages = RepeatedAverages(trainer)
+        self._measures = RepeatedMeasures(trainer, module)
         self._kept: deque[_Update] = deque()
         self._counted = 0
         self._room = 0
@@ -101,12 +110,13 @@ class ForwardAgain:
         plain = len(learner.optimizers) == 1 and not learner.quasi_newton and learner.scaler is None
         self._possible = alone and plain and thresholds.updates_again > 0
 
-    def keep(self, number: int, micros: list[Micro]) -> None:
+    def keep(self, number: int, micros: list[Micro], measures: Callable[[], Sequence[Callable[[], None]]]) -> None:
         """An update is about to be made: keep what it is made from.
 
         Args:
             number: Its number.
             micros: Its micro-batches; none where it cannot be made again.
+            measures: Gives what puts metrics and means back to before it.
         """
         if not self._possible:
             return
@@ -119,9 +129,10 @@ class ForwardAgain:
             held = self._bytes_of(micros)
             self._room = 0 if held is None else min(limits.updates_again, limits.bytes_again // max(1, held))
         self._counted += 1
-        measures = micros and is_checked(self._counted, limits.measured_every)
-        self._before = micros[-1].start if measures else None
-        if self._trainer.current_epoch != self._epoch:
+        weighs_next = micros and is_checked(self._counted, limits.measured_every)
+        self._before = micros[-1].start if weighs_next else None
+        opens_epoch = self._trainer.current_epoch != self._epoch
+        if opens_epoch:
             if self._epoch >= 0:
                 self._ends.append((number - 1, self._epoch))
             self._epoch = self._trainer.current_epoch
@@ -136,10 +147,23 @@ class ForwardAgain:
         first = number if newest is None else self._first_after(newest)
         if kept and kept[0].number > first:
             kept.clear()  # snapshots are too far apart for this
-        if self._room and micros and (kept or number <= first):
+        if self._room and (kept or number <= first):
             groups = self._context.learner.optimizers[0].param_groups
             scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
-            kept.append(_Update(number, list(micros), scheduled, self._trainer.global_step))
+            newest = ring.pending or next(iter(ring.certified), None)
+            before: Sequence[Callable[[], None]] = ()
+            if opens_epoch or not kept or (newest is not None and newest.step == number - 1):
+                self._forget_measures()
+                before = measures()
+            kept.append(_Update(number, list(micros), scheduled, self._trainer.global_step, before, opens_epoch))
+
+    def _forget_measures(self) -> None:
+        """Let go of what no snapshot that is left, and no epoch, begins with."""
+        ring = self._context.ring
+        after = {one.step for one in (*ring.certified, ring.pending) if one is not None}
+        for update in self._kept:
+            if not update.opens_epoch and update.number - 1 not in after:
+                update.measures = ()
 
     def _first_after(self, snapshot: Snapshot) -> int:
         """Number of the first update that was made from a snapshot."""
@@ -162,7 +186,13 @@ class ForwardAgain:
         updates = [one for one in self._kept if snapshot.step < one.number <= number]
         numbers, first = [one.number for one in updates], self._first_after(snapshot)
         tensors = any(isinstance(value, Tensor) for one in updates for group in one.groups for value in group.values())
+        if not all(one.micros or self._was_skipped(one, number) for one in updates):
+            return None
         return None if tensors or numbers != list(range(first, number + 1)) else updates
+
+    def _was_skipped(self, update: _Update, number: int) -> bool:
+        """Whether the run did not make an update; the last one is that of the fault at hand."""
+        return update.number < number and update.number in self._context.state.skipped
 
     def go(
         self,
@@ -172,7 +202,7 @@ class ForwardAgain:
         then: Micro | None = None,
         attributes: StepMemory | None = None,
         bad: Reading | None = None,
-    ) -> Snapshot | None:
+    ) -> Callable[[], None] | None:
         """Bring the learner from a snapshot to where it should be after an update.
 
         Args:
@@ -180,10 +210,12 @@ class ForwardAgain:
             number: The last update to make again.
             then: The micro-batch that follows: nothing is made again where its loss is bad under the snapshot, too.
             attributes: Reads the module's attributes, where those that the last update leaves are to be kept.
-            bad: The reading of an update that was bad: nothing is made again where its gradient is as large again.
+            bad: The reading of an update that was bad: nothing is made again where it is as bad under the snapshot, or
+                where its gradient is as large again.
 
         Returns:
-            The learner as it was before; ``None`` where it is so still, since this was of no use.
+            Puts learner, metrics and means back to what they were before; ``None`` where they are so still, since this
+            was of no use.
         """
         # Where too little is the same after the newest snapshot to be sure, an older one may tell.
         starts = [snapshot, *(one for one in self._context.ring.certified if one.step < snapshot.step)]
@@ -194,7 +226,8 @@ class ForwardAgain:
         learner, optimizer = self._context.learner, self._context.learner.optimizers[0]
         try:
             before, after, left = self._capture(snapshot), None, None
-        except torch.cuda.OutOfMemoryError:
+            measured = measures = self._measures.now()
+        except OutOfMemory:
             return None
         self._context.state.again = "", ""
         scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in optimizer.param_groups]
@@ -203,10 +236,11 @@ class ForwardAgain:
                 inside.enter_context(self._replay.rehearsing())
                 inside.enter_context(uncounted(self._trainer, lambda callback: False))
                 restore(learner, snapshot)
-                if then is None or self._is_finite(then):
+                if (then is None or self._is_finite(then)) and not self._stays_bad(bad, ways[0][1]):
                     if any(self._make(updates, start, bad=bad) for start, updates in ways):
                         after = self._capture(snapshot)
                         left = None if attributes is None else attributes.attributes_now()
+                        measures = self._measures.now()
                     self.futile = after is None and not self._context.state.again[0]
         except Exception as error:  # a second look never costs the run what the first one would not have
             _logger.debug("NaNGuard: the updates since the snapshot could not be made again: %r", error)
@@ -216,7 +250,14 @@ class ForwardAgain:
         restore(learner, before if after is None else after)
         if after is not None and left is not None:
             left.restore(plain=False)
-        return None if after is None else before
+        if after is None:
+            return None
+        self._measures.take(measures)
+        return partial(self._put_back, before, measured)
+
+    def _put_back(self, before: Snapshot, measures: Sequence[tuple[Any, dict[str, Any]]]) -> None:
+        restore(self._context.learner, before)
+        self._measures.put(measures)
 
     def _capture(self, beside: Snapshot) -> Snapshot:
         step, clock = self._context.state.step, self._trainer.global_step
@@ -227,17 +268,28 @@ class ForwardAgain:
         loss = micro.run.forward().closure_loss
         return loss is None or bool(torch.isfinite(loss).all())
 
+    def _stays_bad(self, bad: Reading | None, updates: list[_Update]) -> bool:
+        """Whether an update that was not finite is so again: then the others need not be made again to see it."""
+        update = next((one for one in updates if bad is not None and not bad.finite and one.number == bad.step), None)
+        if bad is None or update is None:
+            return False
+        losses = [loss for _, loss in self._losses(update, spoilt=False)]
+        return not all(bool(torch.isfinite(loss).all()) for loss in losses) or self._is_as_large(bad)
+
     def _make(self, updates: list[_Update], snapshot: Snapshot, *, bad: Reading | None) -> bool:
+        number = updates[-1].number if updates else 0
         restore(self._context.learner, snapshot)
         if snapshot.step > self._started:  # it was taken before callbacks saw the end of its update
             self._average_again(snapshot.step, snapshot.global_step - 1)
         same, differs = 0, False
         for update in updates:
-            for known, now in self._losses(update, spoilt=differs):
+            self._measure_from(update, first=update is updates[0])
+            if self._was_skipped(update, number):
+                continue
+            for known, now in self._losses(update, spoilt=differs or (bad is not None and update.number > bad.step)):
                 if not bool(torch.isfinite(now).all()):
                     return False
-                if known is None or not torch.equal(known, now):
-                    differs = True
+                differs = differs or not _is_same(known, now)
                 same += not differs
             if differs and same < self._limits.same_losses:
                 return False  # these updates are not the same a second time
@@ -247,6 +299,16 @@ class ForwardAgain:
                 return False
             self._average_again(update.number, update.global_step)
         return self._context.corrupt()[0] is None
+
+    def _measure_from(self, update: _Update, *, first: bool) -> None:
+        """Begin with the metrics and means of the first update; others follow those of the repeated run."""
+        if not (first or update.opens_epoch):
+            return
+        repeated = self._measures.now()
+        for undo in update.measures:
+            undo()
+        if not first:
+            self._measures.take(repeated)  # what was not reset at the end of the epoch
 
     def _average_again(self, number: int, global_step: int) -> None:
         self._averages.make_again(global_step)
@@ -278,6 +340,7 @@ class ForwardAgain:
                 result = micro.run.whole()
             if result.loss is not None:
                 losses.append((micro.loss, result.loss))
+                spoilt = spoilt or not _is_same(*losses[-1])
         return losses
 
     def _is_as_large(self, bad: Reading) -> bool:
@@ -292,6 +355,10 @@ class ForwardAgain:
         sizes = norms(self._context.learner.gradients(0))
         optimizer.step()
         return sizes
+
+
+def _is_same(known: Tensor | None, now: Tensor) -> bool:
+    return known is not None and torch.equal(known, now)
 
 
 def _holds_more(tensor: Tensor) -> bool:

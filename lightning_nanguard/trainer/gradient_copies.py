@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.device import OutOfMemory
 
 
 def gradients_of(parameters: Sequence[Tensor]) -> list[Any]:
@@ -20,7 +20,7 @@ def gradients_if_room(parameters: Sequence[Tensor]) -> list[Any] | None:
     """Copies of the gradients of some parameters; ``None`` where memory is too short for them."""
     try:
         return gradients_of(parameters)
-    except torch.cuda.OutOfMemoryError:
+    except OutOfMemory:
         return None
 
 
@@ -34,7 +34,7 @@ def undo_if_room(make_undo: Callable[..., BatchUndo], parameters: Sequence[Tenso
     try:
         undo = make_undo(thorough=True)
         undo.open()
-    except torch.cuda.OutOfMemoryError:
+    except OutOfMemory:
         return None
     return None if gradients_if_room(parameters) is None else undo
 

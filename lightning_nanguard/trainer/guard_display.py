@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_nanguard.record.html import escaped, interventions_table, table
 from lightning_nanguard.record.messages import describe_advice
+from lightning_nanguard.record.receipts import Receipt
 from lightning_nanguard.record.summary import summary
 from lightning_nanguard.report.data import read_run_data
 from lightning_nanguard.report.figure import draw, matplotlib
@@ -29,6 +30,11 @@ class DisplayedGuard(StatefulGuard):
     def advice(self) -> Sequence[Advice]:
         """What was noticed in the last fit and left alone, such as by the preflight."""
         return tuple(self._memory.advice)
+
+    @property
+    def receipts(self) -> Sequence[Receipt]:
+        """What interventions of the last fit on finite evidence have gained or cost, as was found out afterwards."""
+        return tuple(self._memory.receipts)
 
     @property
     def run_dir(self) -> Path | None:

@@ -14,7 +14,8 @@ from lightning_nanguard.trainer.numeric_errors import is_numeric
 from lightning_nanguard.trainer.private.callbacks import is_from_callback
 from lightning_nanguard.trainer.private.closures import accumulates, changes_gradients, uncounted
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.step_outcome import BadLossError, Outcome
+from lightning_nanguard.trainer.private.patches import wrap_method
+from lightning_nanguard.trainer.step_outcome import BadLossError, Outcome, nan_loss
 from lightning_nanguard.trainer.window import Micro, Window
 from lightning_nanguard.types import Fault
 
@@ -34,6 +35,7 @@ class MicroRuns:
 
     Attributes:
         allowed: Whether steps may be made again in this run.
+        together: Whether several ranks make them again together.
         repeats: Whether a micro-batch is being run again.
         may_pass: Whether a bad loss may go on to its backward pass.
     """
@@ -57,24 +59,58 @@ class MicroRuns:
         self._listens = listens
         self._extreme = extreme
         self._careful = changes_gradients(trainer, module)
-        self.allowed = guard.steps.allowed()
+        self._module = module
+        self.together = guard.steps.together()
+        self.allowed = guard.steps.allowed() or self.together
         self.repeats = self.may_pass = False
         # Whether the forward pass at hand is over, and what takes its place.
         self._forward_over = False
         self._instead: Any = None
+        # Among ranks: what takes the place of training_step, and the exception that a loss of NaN stands for.
+        self._step: Callable[[], Any] | None = None
+        self._caught: Exception | None = None
 
     def forward(self, forward: Callable[[], Any]) -> Any:
         """Run the forward pass; in a window, end the run of a bad micro-batch before its backward pass."""
         if self._instead is not None:
             return self._instead
         self._forward_over = False
-        result = forward()
+        result = self._forward_among_ranks(forward) if self.together else forward()
         self._forward_over = True
-        if self.accumulating() and self.may_repeat() and not self.may_pass:
+        if not self.together and self.accumulating() and self.may_repeat() and not self.may_pass:
             fault = self._check.fault_of_loss(result.closure_loss, 0)
             if fault is not None:
                 raise BadLossError(fault, result)
         return result
+
+    def _forward_among_ranks(self, forward: Callable[[], Any]) -> Any:
+        """Run the forward pass so that this rank goes on to its backward pass, for which the others wait."""
+        undo = wrap_method(self._module, "training_step", self._training_step)
+        try:
+            return forward()
+        finally:
+            undo()
+
+    def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._step is not None:
+            return self._step()
+        try:
+            return original(*args, **kwargs)
+        except Exception as error:
+            numeric = is_numeric(error) and not is_from_callback(error, self._listens)
+            if not (self.repeats or (numeric and self.may_repeat() and self._check.reads_in_time(0))):
+                raise
+            self._caught = error
+            return nan_loss(self._module)
+
+    @contextmanager
+    def in_place_of_step(self, step: Callable[[], Any]) -> Iterator[None]:
+        """Inside, something else takes the place of ``training_step``, within whatever the strategy puts around it."""
+        self._step = step
+        try:
+            yield
+        finally:
+            self._step = None
 
     def accumulating(self) -> bool:
         """Whether the update at hand has more than one micro-batch."""
@@ -91,6 +127,7 @@ class MicroRuns:
             micro: The micro-batch.
             steps: Whether its update follows.
         """
+        self._caught = None
         try:
             result = micro.run.whole()
         except BadLossError as bad:
@@ -99,9 +136,11 @@ class MicroRuns:
             if is_from_callback(error, self._listens) or not (self.repeats or is_numeric(error)):
                 raise
             return Outcome(error=error, early=not self._forward_over)
+        if not self.repeats:
+            micro.raised = self._caught
         if not steps:
-            return Outcome(result)
-        return Outcome(result, self.weighed_fault(extreme=self._extreme))
+            return Outcome(result, caught=self._caught)
+        return Outcome(result, self.weighed_fault(extreme=self._extreme), caught=self._caught)
 
     def weighed_fault(self, *, extreme: bool = False) -> Fault | None:
         """What is wrong with the update at hand, once its gradients are those of the mean over what is left of it.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.measure.batches import mapped, nested_tensors
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import capture
 from lightning_nanguard.state.step_start import StepStart
@@ -88,7 +89,7 @@ class NumericErrors:
         learner, good = self._context.learner, self._context.ring.certified[0]
         try:
             mine = capture(learner, step=0, global_step=0, leaves=[*learner.weights()], device=good.device())
-        except torch.cuda.OutOfMemoryError:
+        except OutOfMemory:
             return False
         restore(learner, good, keep=_is_weight)
         try:

@@ -16,6 +16,8 @@ from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.layer_norms import LAYER_NORMS_FILE, LayerNormsFile
 from lightning_nanguard.record.loggers import Loggers, RunNumbers
 from lightning_nanguard.record.memory import Memory
+from lightning_nanguard.record.receipt_log import ReceiptLog
+from lightning_nanguard.record.receipts import RECEIPTS_FILE
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.logger_curves import LoggerWords
@@ -66,6 +68,17 @@ def fit_advice(run: RunInfo, thresholds: RecordsThresholds = RECORDS) -> AdviceL
     """
     sink = JsonLines(run.dirpath / ADVICE_FILE, thresholds) if run.rank == 0 else None
     return AdviceLog(sink, thresholds, run.run_id)
+
+
+def fit_receipts(run: RunInfo, thresholds: RecordsThresholds = RECORDS) -> ReceiptLog:
+    """Where receipts of a fit go; on other ranks than 0 they are kept in memory only.
+
+    Args:
+        run: What is known of the fit.
+        thresholds: How many wait in memory while the file cannot be written.
+    """
+    sink = JsonLines(run.dirpath / RECEIPTS_FILE, thresholds, warns=False) if run.rank == 0 else None
+    return ReceiptLog(sink, run.run_id)
 
 
 @final

@@ -31,12 +31,14 @@ class Outcome:
         fault: What is wrong with it; ``None`` where nothing is.
         error: The exception it ended in.
         early: Whether it ended before its backward pass, and so before any gradient and any hook of it.
+        caught: The exception in whose place a loss of NaN stands, so that other ranks do not wait for this one.
     """
 
     result: Any = None
     fault: Fault | None = None
     error: Exception | None = None
     early: bool = False
+    caught: Exception | None = None
 
     @property
     def good(self) -> bool:
@@ -66,6 +68,16 @@ def fault_of(outcome: Outcome, thresholds: RepeatedStepsThresholds = _DEFAULTS) 
 
 def nan_loss(module: nn.Module) -> Tensor:
     """A loss of NaN whose gradient is NaN in each trained parameter."""
+    return _loss_of(module, float("nan"))
+
+
+def no_loss(module: nn.Module) -> Tensor:
+    """A loss of 0 whose gradient is 0 in each trained parameter."""
+    return _loss_of(module, 0.0)
+
+
+def _loss_of(module: nn.Module, factor: float) -> Tensor:
     trained = [p for p in module.parameters() if p.requires_grad]
     with torch.enable_grad():
-        return torch.stack([p.sum().to(trained[0].device, torch.float32) for p in trained]).sum() * float("nan")
+        each = [(p * factor).sum().to(trained[0].device, torch.float32) for p in trained]
+        return torch.stack(each).sum()

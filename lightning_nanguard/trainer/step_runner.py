@@ -10,7 +10,6 @@ from typing import Any, final
 import torch
 
 from lightning_nanguard.guard.guard import Guard
-from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.state.step_start import StepClock, StepMemory, StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
@@ -28,6 +27,7 @@ from lightning_nanguard.trainer.private.closures import (
     uncounted,
 )
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.ranks_again import RanksAgain
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
 from lightning_nanguard.trainer.step_outcome import Outcome, fault_of, given, nan_loss
 from lightning_nanguard.trainer.window import NOTHING_LEFT, Micro, Window
@@ -70,6 +70,7 @@ class StepRunner:
         self._module = module
         self._guard = guard
         self._check = guard.steps
+        self._alone = guard.steps.allowed()
         self._replay = replay
         self._listens = listens
         self._memory = StepMemory(module, thresholds)
@@ -91,6 +92,8 @@ class StepRunner:
             listens,
         )
 
+        self._ranks = RanksAgain(trainer, module, guard, replay, self._window, self._runs, self._memory, self._errors)
+
     # ---------------------------------------------------------------------------------------- Lightning's side
 
     def forward(self, forward: Callable[[], Any]) -> Any:
@@ -108,7 +111,7 @@ class StepRunner:
             start = self._memory.open(run.batch, random)
             if run.zero_grad is not None:
                 self._check.undo_also(start.carried_back)
-            if self._runs.allowed and self._replay.batches.nothing_left():
+            if self._alone and self._replay.batches.nothing_left():
                 return self._pass_over(run, start)
             return self._guarded(run, start) if self._runs.allowed and run.repeatable else run.whole()
         finally:
@@ -122,7 +125,9 @@ class StepRunner:
             outcome = self._runs.attempt(micro, steps=steps)
             if outcome.good:
                 return self._over(outcome.result, steps=steps)
-            if not self._runs.may_repeat():
+            if self._runs.together and outcome.error is None:
+                return self._ranks.run(outcome)
+            if self._runs.together or not self._runs.may_repeat():
                 return given(outcome)
             self._memory.close()
             if len(self._window.micros) > 1 and not outcome.early:
@@ -181,10 +186,12 @@ class StepRunner:
             last = Outcome(early=True)  # all has been put back to where the micro-batch began
         alone = steps and len(self._window.left_out()) == len(self._window.micros) - 1
         if not self._runs.accumulating() and first.error is None and last.error is None and not last.early:
+            self._keep(steps=steps)
             return last.result  # forward and backward have run, and the guard sees what they gave
         self._runs.rewind(micro, last)
         if self._runs.accumulating() and not alone and self._check.state_is_finite():
             return self._leave_out(micro, first, after, counted=counted, steps=steps)
+        self._keep(steps=steps)
         return self._pass_on(micro, first, after, counted=counted)
 
     def _with_good_samples(
@@ -238,7 +245,7 @@ class StepRunner:
                 self._check.record_transient(fault_of(first), spoilt=spoilt, since=snapshot)
                 return again
             self._runs.rewind(micro, again)
-            restore(self._guard.context.learner, before)
+            before()
             self._check.begin_again(earliest.carried_back)
             give_gradients(parameters, gradients)
             self._forward.futile = True
@@ -313,13 +320,18 @@ class StepRunner:
         """The micro-batch is over; where the update follows, keep it, and record what was left out of it."""
         if self._window.micros:
             self._window.micros[-1].loss = getattr(result, "loss", None)
+        self._keep(steps=steps)
         if steps:
-            self._forward.keep(self._check.number, self._window.whole())
             for micro, fault in self._window.left_out():
                 if fault is not NOTHING_LEFT:
                     with self._replay.suspecting(micro.run.batch_idx):
-                        self._check.record_left_out(fault)
+                        self._check.record_left_out(fault, self._check.diagnosis(fault))
             for micro, (fault, finding) in self._window.kept():
                 with self._replay.suspecting(micro.run.batch_idx):
                     self._check.record_kept(fault, finding)
         return result
+
+    def _keep(self, *, steps: bool) -> None:
+        """Keep the update that follows, so that it can be made again."""
+        if steps:
+            self._forward.keep(self._check.number, self._window.whole(), self._check.measures)

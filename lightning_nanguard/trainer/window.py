@@ -33,6 +33,7 @@ class Micro:
         left_out: Why the update is made without it; ``None`` where it is a part of it.
         kept: Why the update is made with a part of it only, and the cause; ``None`` where it is with all of it.
         loss: Its loss; ``None`` where it is not known.
+        raised: The exception that its first run has raised, where a loss of NaN stands for it among ranks.
     """
 
     run: MicroBatchRun
@@ -40,6 +41,7 @@ class Micro:
     left_out: Fault | None = None
     kept: tuple[Fault, Finding | None] | None = None
     loss: Tensor | None = None
+    raised: Exception | None = None
 
 
 @final
@@ -53,6 +55,7 @@ class Window:
 
     Attributes:
         micros: The micro-batches so far, the newest last.
+        shares: Over all ranks, the micro-batches of the update and the good ones among them; ``None`` with one process.
     """
 
     def __init__(self, trainer: Trainer, check: StepCheck, thresholds: RepeatedStepsThresholds) -> None:
@@ -62,6 +65,7 @@ class Window:
         # Bytes of the micro-batches so far, and how many of them have been let go of, since they are too many.
         self._bytes, self._let_go = 0.0, 0
         self.micros: list[Micro] = []
+        self.shares: tuple[int, int] | None = None
 
     def add(self, run: MicroBatchRun, start: StepStart) -> Micro:
         """Take a micro-batch that is about to be run."""
@@ -83,6 +87,7 @@ class Window:
     def close(self) -> None:
         """The update is about to be made: let go of the batches."""
         self.micros.clear()
+        self.shares = None
         self._bytes, self._let_go = 0.0, 0
 
     def is_kept(self) -> bool:
@@ -127,6 +132,8 @@ class Window:
         """
         count = len(self.micros)
         good = count - len(self.left_out()) if count > 1 else count
+        if self.shares is not None:
+            count, good = self.shares
         if 0 < good < count:
             with torch.no_grad():
                 for gradient in gradients():

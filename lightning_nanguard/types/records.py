@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from lightning_nanguard.types.faults import Scope
+
+Verdict = Literal["gained", "cost", "no difference", "not measured"]
+"""What came of an intervention on finite evidence."""
 
 SCHEMA_VERSION = 1
 """Version of the JSON written by :meth:`Intervention.to_dict`; raised when a field changes its meaning."""

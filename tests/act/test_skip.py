@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
+from lightning_nanguard.act import skip
+from lightning_nanguard.act.learning_rate import LearningRate
 from lightning_nanguard.act.skip import StepSkipper, skips_on_device, unscales_itself
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import Learner
+from tests.fake_device import fake_device
 from tests.helpers import Counting, Lookahead, copied, differences
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
@@ -70,33 +74,119 @@ class Loop:
 def test_a_skipped_step_leaves_nothing_behind(name: str) -> None:
     """Weights, moments and step counts are those of before, at the first step and later, and the next one is made."""
     loop = Loop(OPTIMIZERS[name])
-    for skip in (True, False, True, True, False):
+    for skipped in (True, False, True, True, False):
         before = loop.state()
-        loop.step(skip=skip)
+        loop.step(skip=skipped)
         changed = differences(loop.state()["weights"], before["weights"]) != []
-        assert changed is not skip
-        if skip:
+        assert changed is not skipped
+        if skipped:
             assert differences(loop.state(), before) == []
 
 
+class Graph:
+    """Writes gradients in place, as a captured graph does: it never looks whether ``grad`` is still there."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.places = [torch.zeros_like(p) for p in loop.net.parameters()]
+        for parameter, place in zip(loop.net.parameters(), self.places, strict=True):
+            parameter.grad = place
+
+    def replay(self, value: float) -> None:
+        for place in self.places:
+            place.fill_(value)
+
+
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_gradscaler_skips_the_step_itself(fused: bool) -> None:
-    """With a GradScaler the step is skipped too: where it insists on gradients, one of them is made infinite."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    loop = Loop(lambda p: optim.Adam(p, lr=0.1, fused=fused), scaler)
+def test_a_gradscaler_learns_nothing_from_a_skip(fused: bool) -> None:
+    """A finite gradient that is kept from the weights is no overflow: the loss scale stays, and so do the gradients."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    loop = Loop(lambda p: optim.AdamW(p, lr=0.1, fused=fused), scaler)
+    learning_rate = LearningRate([loop.optimizer])
+    learning_rate.attach(loop.skipper.remove_gradients, loop.skipper.return_gradients)
     loop.step()
-    before = loop.state()
-    loop.closure()
-    loop.skipper.open()
-    loop.skipper.skip(0)
-    loop.skipper.remove_gradients(loop.optimizer)
-    assert (loop.net.weight.grad is not None) is fused
-    if fused:
-        assert math.isinf(float(loop.net.weight.grad.flatten()[0]))
+    for unscale in (False, True):
+        before = loop.state()
+        loop.closure()
+        gradient = loop.net.weight.grad
+        loop.skipper.open()
+        loop.skipper.skip(0)
+        if unscale and not fused:
+            scaler.unscale_(loop.optimizer)
         scaler.step(loop.optimizer)
-    else:
+        scaler.update()
+        assert differences(loop.state(), before) == []
+        assert loop.net.weight.grad is gradient
+        assert scaler.get_scale() == 1024.0
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "fused", "counts steps"])
+def test_gradients_are_where_they_were_after_a_skip(name: str) -> None:
+    """Training goes on where gradients are written in place; without them the optimizer would do nothing at all."""
+    loop = Loop(OPTIMIZERS[name])
+    LearningRate([loop.optimizer]).attach(loop.skipper.remove_gradients, loop.skipper.return_gradients)
+    graph = Graph(loop)
+    for skipped in (False, True, False, True, True, False):
+        before = loop.state()["weights"]
+        loop.skipper.open()
+        graph.replay(math.nan if skipped else 0.5)
+        if skipped:
+            loop.skipper.skip(0)
         loop.optimizer.step()
-    assert differences(loop.state(), before) == []
+        loop.skipper.undo()
+        assert (differences(loop.state()["weights"], before) == []) is skipped
+        assert [id(p.grad) for p in loop.net.parameters()] == [id(place) for place in graph.places]
+
+
+def test_new_gradients_stay() -> None:
+    """What a closure has made since a removal is not replaced by what was removed."""
+    loop = Loop(OPTIMIZERS["sgd"])
+    for _ in range(2):
+        loop.closure()
+        loop.skipper.skipped.add(0)
+        loop.skipper.remove_gradients(loop.optimizer)
+    loop.net.weight.grad = newest = torch.ones(2, 3)
+    loop.skipper.return_gradients()
+    assert loop.net.weight.grad is newest
+    assert loop.net.bias.grad is not None
+
+
+@pytest.mark.parametrize(("fails", "said"), [((None,), False), ((None, "cpu"), True)])
+def test_a_full_device_does_not_end_a_skip(
+    fails: tuple[Any, ...], said: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The copy that an unknown optimizer needs goes to the host then; where that is full too, it is left out once."""
+    real = skip.capture
+
+    def capture(*args: Any, device: torch.device | None, **options: Any) -> Any:
+        if (device if device is None else device.type) in fails:
+            raise OutOfMemory("no room")
+        return real(*args, device=device, **options)
+
+    monkeypatch.setattr(skip, "capture", capture)
+    loop = Loop(OPTIMIZERS["counts steps"])
+    for skipped in (False, True, True, False):
+        before = loop.state()
+        loop.step(skip=skipped)
+        assert (differences(loop.state()["weights"], before["weights"]) == []) is skipped
+        if skipped and not said:
+            assert differences(loop.state(), before) == []
+    assert caplog.text.count("memory is too short for a copy of what Counting may change") == said
+
+
+def test_copies_go_where_snapshots_go() -> None:
+    """A copy that a skip needs takes no room on a device that is full."""
+    loop = Loop(OPTIMIZERS["counts steps"])
+    loop.learner.device, driver = fake_device()
+    skipper = StepSkipper(loop.learner, lambda: torch.device("cpu"))
+    loop.closure()
+    before = loop.state()
+    skipper.skip(0)
+    assert driver.pinned
+    loop.optimizer.param_groups[0]["lr"] = 0.1
+    skipper.remove_gradients(loop.optimizer)
+    loop.optimizer.step()
+    skipper.undo()
+    assert differences(loop.state()["weights"], before["weights"]) == []
 
 
 def test_only_the_skipped_optimizer_loses_its_gradients() -> None:
@@ -116,12 +206,26 @@ def test_only_the_skipped_optimizer_loses_its_gradients() -> None:
 
 
 def test_which_optimizers_skip_on_the_device() -> None:
-    """Fused optimizers do, unless a checkpoint has turned their fused steps off."""
+    """Torch's own fused ones do, unless a checkpoint has turned their fused steps off; nobody else is known to."""
     net = nn.Linear(2, 2)
     fused, plain = (optim.AdamW(net.parameters(), fused=fused) for fused in (True, False))
     assert skips_on_device(fused)
     assert not skips_on_device(plain)
     assert not unscales_itself(plain)
+    for kind in (optim.Adam, optim.SGD, optim.Adagrad):
+        assert skips_on_device(kind(net.parameters(), lr=0.1, fused=True))
+
+    class Own(optim.AdamW):
+        pass
+
+    class Foreign(optim.Optimizer):  # as those of TransformerEngine, which take a scaler and read no flag
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {"lr": 0.1})
+            self._step_supports_amp_scaling = True
+
+    assert not skips_on_device(Own(net.parameters(), fused=True))
+    assert unscales_itself(Foreign(net.parameters()))
+    assert not skips_on_device(Foreign(net.parameters()))
     fused.load_state_dict(plain.state_dict())
     assert unscales_itself(fused)
     assert not skips_on_device(fused)

@@ -14,6 +14,7 @@ from benchmarks.rescue import __main__ as command
 from benchmarks.rescue.ablation import ABLATIONS, EVERYONE
 from benchmarks.rescue.cases import FAILING, HEALTHY, Case, form
 from benchmarks.rescue.contenders import CONTENDERS, Attempt
+from benchmarks.rescue.data import loader
 from benchmarks.rescue.faults import BadLoss, BadWeight
 from benchmarks.rescue.measuring import FORMS, Job, jobs, judge, measure
 from benchmarks.rescue.models import TASKS
@@ -118,6 +119,18 @@ def test_a_run_in_two_processes():
     assert result.verdicts["certain"].interventions == 1
     alone = FORMS["loss_nan:linear/sgd"].draw(1)
     assert train(alone.twin).final != pytest.approx(result.twin, rel=1e-9)
+
+
+def test_ranks_share_rows_in_their_order():
+    """Two ranks' batches make up the batch of one process; rows that have an order keep it."""
+    rows = (torch.arange(40),)
+    alone = [batch[0].tolist() for batch in loader(rows, 8, shuffle=False, seed=1)]
+    shares = [loader(rows, 8, shuffle=False, seed=1, rank=rank, ranks=2) for rank in range(2)]
+    assert [sorted([*a[0].tolist(), *b[0].tolist()]) for a, b in zip(*shares, strict=True)] == alone
+    mixed = [[row for batch in loader(rows, 8, shuffle=True, seed=1, rank=rank, ranks=2) for row in batch[0].tolist()]
+             for rank in range(2)]  # fmt: skip
+    assert sorted(mixed[0] + mixed[1]) == list(range(40))
+    assert mixed[0] != list(range(0, 40, 2))
 
 
 def test_ranks_that_end_are_said():

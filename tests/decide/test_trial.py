@@ -73,3 +73,10 @@ def test_noise_alone_shows_nothing(seed: int) -> None:
     draw = random.Random(seed)
     states = [[1.0 + draw.gauss(0, 1) for _ in range(16)] for _ in range(5)]
     assert judge_trial(TrialLosses(*states, factor=0.25), LIMITS) == Trial()
+
+
+def test_what_the_run_knows_already_counts_too() -> None:
+    """On batches from before the trial the arm has to be better as well: what comes may be new to the run alone."""
+    ruined = losses(2.0, 2.0, 2.1, 2.2, 1.0)
+    assert judge_trial(replace(ruined, earlier_now=[2.0] * 4, earlier_arm=[1.0] * 4), LIMITS).lacks > 0
+    assert judge_trial(replace(ruined, earlier_now=[0.5] * 4, earlier_arm=[1.0] * 4), LIMITS) == Trial()

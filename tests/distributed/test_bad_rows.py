@@ -38,9 +38,12 @@ def test_every_bad_row_is_listed_in_the_first_epoch(seen: list[dict[str, Any]], 
 
 @pytest.mark.parametrize("name", ["small", "accumulated", "large"])
 def test_later_epochs_are_clean_on_all_ranks(seen: list[dict[str, Any]], name: str) -> None:
-    """No intervention after the first epoch; as many batches as before, of fewer samples; the same weights."""
+    """No intervention after the first epoch but for a finite row that is far off and gets out of proportion only then;
+    as many batches as before, of fewer samples; the same weights."""
+    later = {row for row, epoch, _ in seen[0][name]["listed"] if epoch > 0}
+    assert later <= set(BAD) - NOT_FINITE
     for one in seen:
-        assert set(one[name]["epochs"]) == {0}
+        assert sum(epoch > 0 for epoch in one[name]["epochs"]) <= len(later) <= 1
         assert one[name]["weights"] == seen[0][name]["weights"]
         assert one[name]["sizes"]["1"][0] == one[name]["sizes"]["0"][0]
     left = sum(one[name]["sizes"]["2"][1] for one in seen)

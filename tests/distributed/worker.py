@@ -34,6 +34,7 @@ from lightning_nanguard import NaNGuard
 from lightning_nanguard.distributed.group import Group
 from lightning_nanguard.measure.tensors import local
 from lightning_nanguard.trainer import build
+from tests.distributed.again import again, mistaken
 from tests.distributed.data import AT, STEPS, far_off, spoilt, without
 from tests.distributed.further import NaNValidation
 from tests.distributed.plain import plain
@@ -113,6 +114,18 @@ def finite(trainer: Trainer, module: Any) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor.is_floating_point())
 
 
+class Said(logging.Handler):
+    """Keeps what the guard says in a fit."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+        logging.getLogger("lightning_nanguard").setLevel(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 class Worker:
     """One rank: runs fits and keeps what it saw of each.
 
@@ -151,12 +164,14 @@ class Worker:
         made = data(rank) if data is not None else batches(count=STEPS, seed=rank)
         loader = DataLoader(made, batch_size=None)
         val = DataLoader(batches(count=2, seed=50 + rank), batch_size=None)
-        error = None
+        error, said = None, Said()
+        logging.getLogger("lightning_nanguard").addHandler(said)
         try:
             trainer.fit(module, loader, val, ckpt_path=ckpt_path)
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
             traceback.print_exc()
+        logging.getLogger("lightning_nanguard").removeHandler(said)
         self.results[name] = {
             "records": [record.to_dict() for record in guard.interventions] if guard is not None else [],
             "after": watch[0].prints if watch else [],
@@ -168,6 +183,7 @@ class Worker:
             "batches": len(made),
             "lr_multiplier": guard.lr_multiplier if guard is not None else 1.0,
             "error": error,
+            "said": said.lines,
             "hits": sum(callback.hits for callback in callbacks if isinstance(callback, FaultAt)),
         }
         return trainer, module
@@ -186,7 +202,7 @@ def faults(worker: Worker) -> None:
     worker.fit("healthy")
     worker.fit("bare", guarded=False)
     worker.fit("without", guarded=False, data=without(AT))
-    worker.fit("without window", guarded=False, data=without(AT - 1, AT), accumulate_grad_batches=2)
+    worker.fit("window", guarded=False, accumulate_grad_batches=2)
     for rank in range(worker.world):
         one_rank(worker, rank)
 
@@ -294,7 +310,8 @@ def uneven(worker: Worker) -> None:
     worker.fit("uneven", data=lambda rank: batches(count=STEPS - 3 * rank, seed=rank))
 
 
-SUITES = {one.__name__: one for one in (faults, behaviour, plain, saves, sharded, raising, uneven, zero, zero_alone)}
+_ALL = (again, mistaken, faults, behaviour, plain, saves, sharded, raising, uneven, zero, zero_alone)
+SUITES = {one.__name__: one for one in _ALL}
 
 
 def quiet() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
 import re
@@ -13,6 +14,7 @@ import yaml
 
 import lightning_nanguard
 from lightning_nanguard.act.defaults import executors
+from lightning_nanguard.cli.main import COMMANDS
 from lightning_nanguard.record.base import Sink
 from tests.docs.test_glossary import TREES, causes, literals
 from website.hooks import notebook, sources
@@ -98,6 +100,18 @@ def test_every_sink_is_described() -> None:
     wrappers = {"BackgroundSink", "CallableSink", "IsolatedSink", "SinkDispatcher"}
     for name in own - wrappers:
         assert re.search(rf"^(## |\| ){name}\b", text, re.MULTILINE), name
+
+
+def test_every_command_is_described() -> None:
+    """Each command has a section with all its options, and no other option."""
+    found = {heading.split()[1]: text for heading, text in sections("cli.md").items() if heading.startswith("nanguard")}
+    assert found.keys() == {command.NAME for command in COMMANDS}
+    for command in COMMANDS:
+        parser = argparse.ArgumentParser(add_help=False)
+        command.add_arguments(parser)
+        options = {option for action in parser._actions for option in action.option_strings}
+        rows = re.findall(r"^\| (`-[^|]+) \|", found[command.NAME], re.MULTILINE)
+        assert options == {option for row in rows for option in re.findall(r"`([^`]+)`", row)}, command.NAME
 
 
 PARTS = ("How it shows", "What the guard does", "How to fix it for good")

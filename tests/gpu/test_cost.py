@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
-from lightning_nanguard.state.device import DeviceMemory
+from lightning_nanguard.state.snapshot_room import DevicePeaks
 from tests.gpu.test_cuda import Net, data, train
 from tests.helpers import same_bits
 
@@ -152,7 +152,7 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
 
 def test_the_place_is_chosen_from_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the first updates leave no room, snapshots go to host memory by themselves."""
-    monkeypatch.setattr(DeviceMemory, "fits", lambda self, nbytes: False)
+    monkeypatch.setattr(DevicePeaks, "room", lambda self, where, memory, held: 0.0)
     kept: list[str] = []
 
     class Look(Callback):

@@ -64,6 +64,7 @@ class MemoryRanks:
 
     sharded = False
     snapshot_parts = 1
+    sharers = 1
 
     def __init__(self, rank: int, board: Board) -> None:
         self.rank = rank

@@ -21,7 +21,7 @@ def pending(step: int, loss: float = 1.0, norm: float = 1.0) -> PendingReading:
 
 
 def readings_of(loop: PlainLoop, *, by_loss: bool = True, observe: bool = False) -> DeferredReadings:
-    return DeferredReadings(loop.guard.context.learner, by_loss=by_loss, observe=observe)
+    return DeferredReadings(loop.guard.context.learner, loop.guard.context.state, by_loss=by_loss, observe=observe)
 
 
 @pytest.mark.usefixtures("late")

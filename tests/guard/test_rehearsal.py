@@ -13,7 +13,9 @@ import torch
 
 from lightning_nanguard import Reading
 from lightning_nanguard.detect.monitors import Monitors
+from lightning_nanguard.guard import rehearsal as rehearsal_module
 from lightning_nanguard.guard.rehearsal import Rehearsal, Reviews
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.snapshot import capture
 from lightning_nanguard.thresholds.rate_search import ReviewThresholds
 from tests.guard.plain_loop import PlainLoop, state
@@ -191,3 +193,29 @@ def test_reviews_come_at_growing_intervals() -> None:
     resumed = Reviews(ReviewThresholds())
     resumed.load_state_dict(reviews.state_dict())
     assert [step for step in range(1000, 2100) if resumed.due(step)] == [1050, 1250, 2050]
+
+
+@pytest.mark.parametrize("fails", ["copy", "updates"])
+def test_a_rate_that_cannot_be_tried_for_lack_of_memory_is_not(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full device gives no answer, and the learner, the rate and the gradients are as they were."""
+    loop = PlainLoop(lr=0.1)
+    loop.batch = torch.randn(8, 3)
+    loop.loss().backward()
+    rehearsal = rehearsal_of(loop)
+    before, gradient = copied(state(loop)), loop.net.weight.grad
+
+    def full(*args: object, **options: object) -> float:
+        raise OutOfMemory("CUDA out of memory")
+
+    if fails == "copy":
+        monkeypatch.setattr(rehearsal_module, "capture", full)
+    else:
+        monkeypatch.setattr(loop, "train_on", full)
+        with rehearsal.present() as present:
+            assert present is not None
+            assert rehearsal.loss_after(present, 0.5, 5) is None
+    assert rehearsal.harmful(2.0) is False
+    assert rehearsal.review(10.0, at_most=2.0) == 1.0
+    assert same_bits(state(loop), before)
+    assert loop.net.weight.grad is gradient
+    assert loop.guard.context.rate.multiplier == 1.0

@@ -21,7 +21,7 @@ OBJECTION = Fault("implausible_state", "state", "parameter w", None, "w is far o
 class ThreeRanks:
     """Three ranks as seen from the first; what the two others say when values are gathered is given."""
 
-    rank, world, snapshot_parts = 0, 3, 3
+    rank, world, snapshot_parts, sharers = 0, 3, 3, 3
 
     def __init__(self, *others: Any, sharded: bool = False) -> None:
         self.others = others
@@ -59,9 +59,9 @@ def test_what_is_told_of_a_snapshot() -> None:
     """Its step, whether this rank objects, and checksums, which are equal where the bits are."""
     one, other, sharded = (SnapshotAgreement(ThreeRanks(sharded=sharded), 16) for sharded in (False, False, True))
     assert one.tell() == (-1, False, 0, 0)
-    one.judge(snapshot(), None)
-    other.judge(snapshot(2.0), OBJECTION)
-    sharded.judge(snapshot(), None)
+    one.judge(snapshot(), snapshot().leaves, None)
+    other.judge(snapshot(2.0), snapshot(2.0).leaves, OBJECTION)
+    sharded.judge(snapshot(), snapshot().leaves, None)
     step, objects, parameters, moments = one.tell()
     assert (step, objects) == (5, False)
     assert other.tell()[:2] == (5, True)
@@ -94,7 +94,7 @@ def test_all_ranks_take_the_objection_of_the_first_that_has_one() -> None:
     agreement.hear([report(), report(objects=True), report()])
     assert agreement.objection(snapshot()) == (OBJECTION, (1,))
     agreement = SnapshotAgreement(ThreeRanks(None, None), 16)
-    agreement.judge(snapshot(), OBJECTION)
+    agreement.judge(snapshot(), snapshot().leaves, OBJECTION)
     agreement.hear([report(objects=True), report(), report()])
     assert agreement.objection(snapshot()) == (OBJECTION, (0,))
 

@@ -18,6 +18,8 @@ from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.ring import Ring
+from lightning_nanguard.state.side_copy import SideCopy
+from tests.fake_device import fake_device
 from tests.helpers import data_for, fit, task
 from tests.state.nets import made, train
 
@@ -112,19 +114,35 @@ def test_whoever_looks_at_the_state_waits_for_copies_first() -> None:
     net, optimizer, _ = made("adam")
     guard = PlainHost().make_guard(net, optimizer, Settings())
     guard.start()
-    copies = guard._parts.snapshots._placement._side_copy
-    copies.send(lambda: None, list(net.parameters()))
+    learner = guard.context.learner
+    learner.device, driver = fake_device()
+    copies = SideCopy(learner.device)
+    guard._parts.snapshots._placement._side_copy = copies
+    live = net.last.weight.detach()
+    check = copies.send([learner.device.pinned_like(live)], [live])
     guard.check()
-    with torch.no_grad():
-        net.last.weight.add_(1.0)
-    assert copies.settle()
-    # Who writes in between has the copies made on the run's own stream from then on.
-    copies.send(lambda: None, list(net.parameters()))
-    with torch.no_grad():
-        net.last.weight.add_(1.0)
-    guard._parts.snapshots.settle()
-    assert guard.context.ring.pending is None
-    assert not guard._parts.snapshots._placement._overlap
+    net.last.weight.data.add_(1.0)
+    driver.finish()
+    assert check.intact()
+
+
+def test_a_torn_snapshot_is_replaced() -> None:
+    """Where somebody wrote to the weights while they were copied, another snapshot is due at once."""
+    managed = Managed(every=5)
+    managed.learner.device, driver = fake_device()
+    manager = SnapshotManager(
+        managed.learner, managed.ring, FiniteCheck(), managed.manager._plausibility, every=5, device=torch.device("cpu")
+    )
+    for step, writes in ((5, False), (10, True)):
+        pending = manager.capture(step, step, 0.1)
+        assert pending is not None
+        assert not manager.judged(pending)
+        if writes:
+            managed.net.last.weight.data.add_(1.0)
+        driver.finish()
+        assert manager.judged(pending)
+        assert manager.is_whole(pending) is not writes
+        assert manager.due(step + 1) is writes
 
 
 def test_a_long_run_takes_bounded_memory_and_rare_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

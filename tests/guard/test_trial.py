@@ -1,4 +1,4 @@
-"""A trial trains restarts with lower rates on the newest batches, and leaves no trace."""
+"""A trial beside the run finds a rate that ruins, where batches are too large to keep enough of them."""
 
 from __future__ import annotations
 
@@ -6,95 +6,114 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.guard.trial import TrialRunner
-from lightning_nanguard.types import Trial
-from tests.guard.plain_loop import PlainLoop, remedies, state
+from lightning_nanguard.state.snapshot import tensor_bytes
+from lightning_nanguard.types import Fault
+from tests.guard.branching import BranchingLoop, branches
+from tests.guard.plain_loop import nan_at, remedies, state
 from tests.helpers import copied, differences
 
-
-class Keeps(PlainLoop):
-    """A loop that can run its newest batches again.
-
-    Args:
-        lr: Learning rate.
-        options: What else :class:`PlainLoop` takes.
-    """
-
-    def __init__(self, lr: float, **options: object) -> None:
-        super().__init__(lr=lr, **options)
-        self.kept: list[Tensor] = []
-
-    def train(self, batch: Tensor) -> None:
-        super().train(batch)
-        self.kept = [*self.kept, batch][-48:]
-
-    def rehearsal_batches(self) -> int:
-        return len(self.kept)
-
-    def loss_on(self, index: int) -> float | None:
-        self.batch = self.kept[index]
-        return super().loss_on(index)
-
-    def train_on(self, index: int) -> float | None:
-        self.batch = self.kept[index]
-        return super().train_on(index)
+SUSPICION = Fault("stuck_loss", "learner", "loss", certain=False)
 
 
-class Bounded(Keeps):
-    """Its loss is at most 10, so that a rate too high ruins it without a number that is not finite."""
-
-    def loss(self) -> Tensor:
-        return 10 * torch.tanh(super().loss() / 10)
-
-
-def tried(loop: PlainLoop) -> Trial | None:
-    """What a trial shows now."""
+def with_trial(loop: BranchingLoop) -> tuple[TrialRunner, bool]:
+    """A trial of a loop that has trained, and whether it began."""
     context = loop.guard.context
+    trial = TrialRunner(context, branches(loop))
     certified = context.ring.certified
-    return TrialRunner(context, loop.guard._parts.investigator._rehearsal).run(certified[-1], certified[0])
-
-
-def test_a_trial_leaves_no_trace() -> None:
-    """Weights, moments, rates, gradients and random numbers are bit by bit as before, whatever it shows."""
-    loop = Keeps(lr=0.05)
-    loop.run(50)
-    before = copied(state(loop))
-    assert tried(loop) == Trial()
-    assert differences(copied(state(loop)), before) == []
+    return trial, trial.begin(SUSPICION, certified[-1], certified[0])
 
 
 @pytest.mark.parametrize(("lr", "acts"), [(2.0, True), (0.05, False), (1e-5, False)])
 def test_a_rate_that_ruins_is_found(lr: float, acts: bool) -> None:
-    """At a rate far too high a restart with a lower one learns what the run does not, and the guard goes back and takes
-    that rate; at a good rate or one that is too low none does better."""
-    loop = Bounded(lr=lr, settings=Settings(snapshot_every=4, act_on="evidence"))
-    torch.manual_seed(0)
-    loop.net.reset_parameters()
-    loop.run(100)
+    """At a rate far too high the run goes on from what a restart at a lower rate has learned meanwhile; at a good rate
+    and at one that is too low nothing is done, and the run is the same bit by bit."""
+    loop, alone = BranchingLoop(lr=lr), BranchingLoop(lr=lr, detectors=[])
+    loop.run(250)
     assert bool(loop.records) == acts
-    if acts:
-        assert remedies(loop)[0] == ("restore", "scale")
-        assert loop.records[0].cause == "learning_rate_too_high"
-        assert loop.guard.context.rate.ratio() < 1
-        assert (loop.probe() or 0.0) < 0.1
+    if not acts:
+        alone.run(250)
+        assert differences(copied(state(loop)), copied(state(alone))) == []
+        return
+    assert remedies(loop)[0] == ("restore", "scale")
+    assert loop.guard.context.rate.ratio() < 1
+    assert (loop.probe() or 0.0) < 0.1
 
 
-def test_too_few_batches_show_nothing() -> None:
-    """A share is not told from noise by eight batches, and the guard leaves the run alone."""
-    loop = Bounded(lr=20.0, settings=Settings(snapshot_every=4, act_on="evidence"))
-    loop.run(100)
-    loop.kept = loop.kept[:8]
-    assert tried(loop) is None
-
-
-def test_a_batch_that_cannot_be_run_again_shows_nothing() -> None:
-    """Where the loop cannot give a loss there is no trial."""
-
-    class Refuses(Keeps):
-        def loss_on(self, index: int) -> float | None:
-            return None
-
-    loop = Refuses(lr=0.05)
+def test_a_rollback_ends_a_trial() -> None:
+    """After the run went back, what a trial showed of the state before is not used."""
+    loop = BranchingLoop(lr=2.0)
     loop.run(50)
-    assert tried(loop) is None
+    assert loop.guard._parts.beside.trials.running
+    loop.run(1, nan_at(50))  # skipped: the trial goes on
+    assert loop.guard._parts.beside.trials.running
+    with torch.no_grad():
+        loop.net.weight.fill_(float("nan"))
+    loop.run(3)
+    assert "restore" in loop.records[-1].remedies
+    assert not loop.guard._parts.beside.trials.running
+
+
+def test_memory_bounds_the_arms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for one arm there is one, and with room for none there is no trial."""
+    loop = BranchingLoop(lr=0.05)
+    loop.run(30)
+    learner = loop.guard.context.learner
+    size = tensor_bytes(dict(learner.leaves()))
+    for states, arms in ((4, 0), (5, 1), (100, 4)):
+        monkeypatch.setattr(learner.device, "host_memory", lambda states=states: 4 * states * size)
+        trial, began = with_trial(loop)
+        assert began == bool(arms)
+        assert trial._running is None if not arms else len(trial._running.arms) == arms
+
+
+def test_a_batch_that_cannot_be_run_again_ends_a_trial() -> None:
+    """The run goes on as it was, and nothing is said against it."""
+    loop = BranchingLoop(lr=2.0)
+    loop.run(50)
+    loop.runs_again = False
+    loop.run(2)
+    assert not loop.guard._parts.beside.trials.running
+    assert loop.records == []
+
+
+def test_a_trial_that_runs_is_the_only_one() -> None:
+    """To begin another one leaves the one that runs alone."""
+    loop = BranchingLoop(lr=0.05)
+    loop.run(30)
+    trial, began = with_trial(loop)
+    running = trial._running
+    certified = loop.guard.context.ring.certified
+    assert began
+    assert trial.begin(SUSPICION, certified[-1], certified[0])
+    assert trial._running is running
+
+
+class Refuses(BranchingLoop):
+    """Its batches cannot be run again."""
+
+    def trainable(self) -> bool:
+        return False
+
+    def loss_on(self, index: int) -> float | None:
+        return None
+
+
+def test_where_nothing_can_be_tried_advice_is_given() -> None:
+    """A loss that looks bad is told to the user once."""
+    loop = Refuses(lr=2.0)
+    loop.run(90)
+    assert loop.records == []
+    assert [one.cause for one in loop.advice][:1] == ["exploding_loss"]
+
+
+def ordered(step: int, batch: Tensor) -> None:
+    """Batches whose size changes with the data's order."""
+    batch.mul_(1.0 + 0.5 * ((step // 16) % 2))
+
+
+def test_data_in_an_order_do_not_count_against_the_run() -> None:
+    """All states are compared on the same batches, whatever comes next."""
+    loop = BranchingLoop(lr=0.05)
+    loop.run(200, ordered)
+    assert loop.records == []

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_nanguard.measure import containers
 from lightning_nanguard.measure.containers import parts_of, remade
 
 
@@ -50,3 +51,19 @@ def test_what_cannot_be_made_anew_becomes_the_plain_kind() -> None:
     assert remade(proxy, [2]) == {"a": 2}
     assert parts_of(Odd(1, 2)) == [(0, 1), (1, 2)]
     assert remade(Odd(1, 2), [3, 4]) == [3, 4]
+
+
+def test_how_a_type_is_taken_apart_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second value of a type, and a copy of it, need not be looked at as the first one was."""
+
+    class Pair:
+        def __init__(self) -> None:
+            self.first, self.second = 1, 2
+
+    looked: list[type] = []
+    anatomy = containers._anatomy
+    monkeypatch.setattr(containers, "_anatomy", lambda kind: (looked.append(kind), anatomy(kind))[1])
+    for _ in range(3):
+        assert parts_of(Pair()) == [("first", 1), ("second", 2)]
+        assert vars(remade(Pair(), [3, 4])) == {"first": 3, "second": 4}
+    assert looked == [Pair]

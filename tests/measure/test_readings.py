@@ -12,6 +12,7 @@ from torch import nn
 from lightning_nanguard.measure.norms import exact_norm, partial_norms
 from lightning_nanguard.measure.readings import PendingReading, pending_reading
 from lightning_nanguard.measure.tensors import gradients
+from lightning_nanguard.state.device import Device
 
 
 def pending(**options: Any) -> PendingReading:
@@ -82,7 +83,7 @@ def test_a_reading_that_was_sent_holds_the_numbers_of_then() -> None:
     """Once it is on its way to the host, a loss that is written over does not change it."""
     loss = torch.tensor(2.0)
     one = pending(losses=[loss], norms=[torch.tensor(3.0)])
-    one.send()
+    one.send(Device().read_later)
     loss.zero_()
     assert one.arrived()
     assert one.read()[:4] == (0, 0, 2.0, 3.0)

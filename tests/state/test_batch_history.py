@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_nanguard.state.batch_history import BatchHistory
-from lightning_nanguard.thresholds.batches import BatchesThresholds, HealthyBatchesThresholds
+from lightning_nanguard.thresholds.batches import BatchesThresholds, HealthyBatchesThresholds, MicroBatchesThresholds
 
 CPU = torch.device("cpu")
 
@@ -112,3 +112,23 @@ def test_a_batch_far_beyond_all_others_is_strange() -> None:
     assert history.strange([usual[0], usual[1], torch.full((2,), 1e9)]) is False, "where all are zero nothing is far"
     assert history.strange([usual[0]]) is None, "another structure"
     assert history.strange("nothing to measure") is None
+
+
+def test_micro_batches_are_capped_in_bytes() -> None:
+    """Beside the newest, whose memory the loop holds anyway, as many are kept as the limit allows."""
+    limits = replace(
+        BatchesThresholds(), micro_batches=replace(MicroBatchesThresholds(), most_bytes=200, per_update=100)
+    )
+    history = BatchHistory(CPU, updates=4, thresholds=limits)
+    for update in range(3):
+        for index in range(8):
+            history.add(update, index, torch.zeros(10))  # 40 bytes
+    assert [micro.index for micro in history.newest(9)] == [2, 3, 4, 5, 6, 7]
+    history.withdraw()
+    history.add(2, 8, torch.zeros(100))
+    history.add(2, 9, torch.zeros(1))
+    assert [micro.index for micro in history.newest(9)] == [9], "a batch larger than the limit is not kept"
+    assert history.bytes_kept() == 4
+    batch = history.newest()[-1].batch
+    history.accept(batch, 9)
+    assert history.bytes_kept() == 4, "each is counted once"

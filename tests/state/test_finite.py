@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import pytest
 import torch
 
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.finite import FiniteCheck, allowances
 from lightning_nanguard.state.learner import Learner
 from tests.state.nets import Net, made, train
@@ -68,3 +71,21 @@ def test_what_must_be_finite_is_zero_where_it_need_not_be() -> None:
     assert given["parameter", "first.weight"] is net.first.weight
     assert not given["buffer", "mask"].any()
     assert math.isinf(net.mask[0])
+
+
+def test_a_tensor_that_a_full_device_cannot_look_at_is_looked_at_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad state on a full device is named all the same."""
+    net, _, learner = made("sgd")
+    check, real, calls = FiniteCheck(), FiniteCheck._is_corrupt, []
+    check.begin(learner)
+
+    def full_at_first(self: FiniteCheck, key: Any, values: Any) -> bool:
+        calls.append(key)
+        if len(calls) == 1:
+            raise OutOfMemory("CUDA out of memory")
+        return real(self, key, values)
+
+    monkeypatch.setattr(FiniteCheck, "_is_corrupt", full_at_first)
+    net.last.weight.data[0, 0] = math.nan
+    assert check.corrupt(learner.leaves()) == "parameter last.weight"
+    assert len(calls) == 2

@@ -57,8 +57,10 @@ def test_in_a_long_run_the_interval_loses_least(cost: float, made: int) -> None:
     """Time lost to snapshots and to one fault at a random moment lies within a quarter of the least there is."""
     clock = Clock()
     interval = Interval(None, clock=clock)
-    clock.now = 16.0 + cost
-    interval.measure(16.0, since=16, made=made)
+    for _ in range(4):
+        started = clock.now = clock.now + 16.0
+        clock.now += cost
+        interval.measure(started, since=16, made=made)
 
     def lost(every: float) -> float:
         return cost * made / every + every / 2
@@ -82,3 +84,26 @@ def test_device_time_counts_among_what_snapshots_cost() -> None:
             interval.took_device(on_device)
         intervals.append(interval.updates)
     assert intervals == [128, 1024]
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(
+    ("pinning", "later", "update"), [(1.0, 0.03, 0.06), (5.0, 0.05, 0.3), (25.0, 0.3, 1.0)], ids=["124M", "1.5B", "7B"]
+)
+def test_memory_that_is_allocated_once_is_no_part_of_the_price(
+    told: bool, pinning: float, later: float, update: float
+) -> None:
+    """Pinning the memory of the first four snapshots keeps none of them away, whether it is told apart or not."""
+    clock = Clock()
+    interval, last, taken = Interval(None, clock=clock), 0, []
+    for count in range(6):
+        step = last + interval.until_next(last)
+        clock.now += (step - last) * update
+        started, once = clock.now, pinning if count < 4 else 0.0
+        clock.now += once + later
+        interval.measure(started, step - last, step, once if told else 0.0)
+        taken.append(step)
+        last = step
+    assert taken[1] <= 64
+    assert taken[3] <= (160 if told else 1024)
+    assert later / (interval.updates * update) <= 0.01

@@ -15,6 +15,7 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_nanguard import NaNGuard
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.moment_bound import MomentBound, largest_ratio
 from tests.helpers import FaultAt, batches, fit, task
@@ -163,3 +164,19 @@ def test_a_moment_that_flips_is_found(count: int, tmp_path: Path) -> None:
     assert (found.fault, found.cause) == ("implausible_state", "corrupted_state")
     assert found.place == "optimizer state exp_avg of net.0.weight"
     assert found.remedies[0] == "restore"
+
+
+def test_a_full_device_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room to compare moments, a snapshot is taken without."""
+    net, optimizer, bound = made()
+    for _ in range(2):
+        net(torch.ones(1, 64)).sum().backward()
+        optimizer.step()
+    optimizer.state[net.weight]["exp_avg"][0, 0] = 1e6
+    assert beyond(net, optimizer, bound) == {EXP_AVG}
+
+    def full(*args: Any) -> Any:
+        raise OutOfMemory("CUDA out of memory")
+
+    monkeypatch.setattr(MomentBound, "_beyond", full)
+    assert beyond(net, optimizer, bound) == set()

@@ -81,11 +81,14 @@ def test_going_back_drops_what_is_newer() -> None:
 
 
 def test_memory_is_let_go_of() -> None:
-    """Without room only the newest certified snapshot stays, and one is kept from then on; at the end none is."""
+    """Without room only the newest certified snapshot stays, or as many as fit from then on; at the end none is."""
     ring = ring_of([3.0, 2.0, 1.0])
     ring.add(snapshot_at(9, 1.0))
     ring.shed()
-    assert (steps_of(ring), ring.pending, ring.spare(), ring.capacity) == ([2], None, None, 1)
+    assert (steps_of(ring), ring.pending, ring.spare(), ring.capacity) == ([2], None, None, 3)
+    ring = ring_of([3.0, 2.0, 1.0])
+    ring.shrink(2)
+    assert (steps_of(ring), ring.spare(), ring.capacity) == ([2, 1], None, 2)
     ring.clear()
     assert ring.certified == []
 

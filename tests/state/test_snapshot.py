@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_nanguard.measure.tensors import dense_values
+from lightning_nanguard.state import snapshot as snapshot_module
+from lightning_nanguard.state.device import Device, OutOfMemory
 from lightning_nanguard.state.restore import restore
-from lightning_nanguard.state.snapshot import Share, Snapshot, _pinned_like, capture, clone, copy_all, fits, put
+from lightning_nanguard.state.snapshot import Share, Snapshot, capture, clone, copy_all, fits, put
 from tests.helpers import copied, same_bits
 from tests.odd_tensors import ODD, QUIET, set_to_zero
 from tests.state.nets import made, train
@@ -33,7 +36,7 @@ def test_memory_is_taken_over() -> None:
 
 def test_where_nothing_can_be_pinned_a_copy_is_made_all_the_same() -> None:
     """A host without pinned memory left, or without a device as here, gives ordinary memory."""
-    copy = _pinned_like(torch.ones(3, 2).T)
+    copy = Device().pinned_like(torch.ones(3, 2).T)
     assert copy.device.type == "cpu"
     assert copy.shape == (2, 3)
     assert not copy.is_pinned()
@@ -59,7 +62,7 @@ def test_tensors_of_several_dtypes_are_copied_at_once() -> None:
     """Each target has its source's values afterwards, whatever the dtypes."""
     sources = [torch.arange(3.0), torch.arange(3), torch.ones(2, dtype=torch.float16)]
     targets = [torch.empty_like(source) for source in sources]
-    copy_all(targets, sources)
+    copy_all(targets, sources, Device())
     assert same_bits(targets, sources)
 
 
@@ -85,7 +88,7 @@ def test_tensors_of_every_kind_are_copied_and_put_back(kind: str) -> None:
     assert dense_values(copy).flatten().tolist() == before.flatten().tolist()
     assert dense_values(live).flatten().tolist() != before.flatten().tolist()
     if fits(live, copy):
-        copy_all([live], [copy])
+        copy_all([live], [copy], Device())
     else:
         assert put(live, copy)
     assert dense_values(live).flatten().tolist() == before.flatten().tolist()
@@ -105,3 +108,23 @@ def test_a_leaf_that_cannot_be_copied_is_left_out_and_left_alone(caplog: pytest.
     restore(learner, snapshot)
     assert state["lock"] is lock
     assert not bool((state["exp_avg"] == 3.0).any())
+
+
+def test_a_copy_for_a_moment_goes_to_the_host_where_the_device_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is put aside for a save or a look is put back from there."""
+    net, optimizer, learner = made("adam")
+    train(net, optimizer, 1, seed=0)
+    real = snapshot_module.capture
+
+    def full(*args: Any, device: torch.device | None = None, **options: Any) -> Snapshot:
+        if device is None:
+            raise OutOfMemory("CUDA out of memory")
+        return real(*args, device=device, **options)
+
+    monkeypatch.setattr(snapshot_module, "capture", full)
+    before = copied(dict(learner.leaves()))
+    aside = snapshot_module.capture_whole(learner)
+    assert aside.homes
+    train(net, optimizer, 1, seed=1)
+    restore(learner, aside)
+    assert same_bits(dict(learner.leaves()), before)

@@ -22,7 +22,20 @@ from lightning_nanguard import NaNGuard
 from lightning_nanguard.thresholds import BatchesThresholds, Thresholds
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer import forward_again
-from tests.helpers import OUTPUTS, Batch, FaultAt, Task, batches, differences, fit, learner_of, mlp, task, words
+from tests.helpers import (
+    OUTPUTS,
+    Batch,
+    FaultAt,
+    Task,
+    batches,
+    differences,
+    fit,
+    learner_of,
+    mlp,
+    task,
+    with_nan,
+    words,
+)
 from tests.trainer.faulty_steps import Fault, Faulty, Sees, left_behind
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -188,6 +201,22 @@ def test_averaging_over_an_epoch_does_not_keep_its_batches(tmp_path: Path) -> No
     fit(Takes(net), data, guard, folder=tmp_path, callbacks=[swa, alive], max_epochs=2)
     assert len(alive.batches) == 120
     assert alive.left < 20
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_updates_that_were_skipped_are_not_made_again(accumulated: int, tmp_path: Path) -> None:
+    """A bad batch was skipped since the snapshot: the run goes forward again without it, bit for bit."""
+    data = [with_nan(batch) if index in (8, 9) else batch for index, batch in enumerate(batches(count=16))]
+    options: dict[str, Any] = {"max_epochs": 1, "accumulate_grad_batches": accumulated}
+    ends = []
+    for fault in (None, Fault("lost weight", (12,))):
+        sees, guard = Sees(), NaNGuard(snapshot_every_n_steps=6 // accumulated)
+        made = fit(Struck(fault, partial(AdamW, lr=0.01)), data, guard, folder=tmp_path, callbacks=[sees], **options)
+        ends.append((left_behind(made, sees), [one.remedies for one in guard.interventions]))
+    (expected, skips), (left, told) = ends
+    assert set(skips) == {("skip",)}
+    assert told == [*skips, ("restore", "redo")]
+    assert differences(left, expected) == []
 
 
 def test_a_batch_that_was_skipped_before_is_no_obstacle(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.guard.step_check import StepCheck
-from lightning_nanguard.measure.host_copy import HostCopy
+from lightning_nanguard.state.device import Driver, HostCopy
 from lightning_nanguard.state.step_start import StepMemory
 from lightning_nanguard.trainer.window import Window
 from tests.helpers import (
@@ -87,9 +87,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     kept: list[HostCopy] = []
     send = HostCopy.__init__
 
-    def sent(self: HostCopy, numbers: Tensor) -> None:
-        send(self, numbers)
-        landed.add(id(self._host))
+    def sent(self: HostCopy, numbers: Tensor, driver: Driver) -> None:
+        send(self, numbers, driver)
+        landed.add(id(self._numbers))
         kept.append(self)  # so that no other tensor takes its identity
 
     monkeypatch.setattr(HostCopy, "__init__", sent)

@@ -12,7 +12,7 @@ RATES: dict[str, float] = {
     "resnet/nesterov/warmup_cosine": 1e-1,
     "resnet/muon/cosine": 1e-2,
     "resnet/sam/cosine": 2e-2,
-    "unet/adamw/warmup_cosine/clip": 2e-3,
+    "unet/nesterov/warmup_cosine": 2e-2,
     "unet/adam/bf16": 5e-4,
     "towers/decay_groups/warmup_cosine/clip": 1e-3,
     "towers/lion/clip": 1e-4,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-_FIELDS = {"value", "cumulated_batch_size", "_update_count", "has_reset", "_forward_cache"}
+FIELDS = frozenset({"value", "cumulated_batch_size", "_update_count", "has_reset", "_forward_cache"})
 
 
 def remember_running_means(trainer: Any) -> Callable[[], None]:
@@ -27,7 +27,12 @@ def remember_running_means(trainer: Any) -> Callable[[], None]:
                     item.reset()
                     item._forward_cache = None
             else:
-                vars(item).update({name: before[name] for name in _FIELDS & before.keys()})
+                vars(item).update({name: before[name] for name in FIELDS & before.keys()})
             item._computed = None
 
     return undo
+
+
+def running_means(trainer: Any) -> list[Any]:
+    """The running means of training: metrics of Lightning's own, whose state is in :data:`FIELDS`."""
+    return list(trainer.fit_loop.epoch_loop._results.values())

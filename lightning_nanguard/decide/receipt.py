@@ -1,0 +1,36 @@
+"""What an intervention has gained or cost: a pure function of the losses of the same batches with it and without."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+
+from lightning_nanguard.decide.trial import share_above
+from lightning_nanguard.thresholds.trial import TrialThresholds
+from lightning_nanguard.types import Verdict
+
+
+def judge_receipt(
+    run: Sequence[float], without: Sequence[float], start: float | None, limits: TrialThresholds
+) -> tuple[Verdict, bool]:
+    """Whether an intervention has gained or cost, and whether it should be taken back.
+
+    Args:
+        run: Losses of the run, each before the update on its batch.
+        without: Losses of the branch given up, of the same batches.
+        start: Loss at the run's start; ``None`` where it is not known.
+        limits: How many batches have to agree, and how much counts as a clear share.
+
+    Example:
+        >>> judge_receipt([2.0] * 8, [1.0] * 8, 3.0, TrialThresholds())
+        ('cost', True)
+    """
+    if share_above(without, run) >= limits.signs:
+        return "gained", False
+    if share_above(run, without) < limits.signs:
+        return "no difference", False
+    mine, other = median(run), median(without)
+    learned = math.nan if start is None else start - other
+    # Size decides, as in a trial: a little that is sure is no reason to change the run once more.
+    return "cost", bool(learned > 0 and mine - other > limits.lacks * learned)

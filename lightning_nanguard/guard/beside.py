@@ -1,0 +1,48 @@
+"""What goes on beside a run: the trial of other learning rates, and the branch that an intervention gave up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.found import FoundFault
+from lightning_nanguard.guard.receipts import Receipts
+from lightning_nanguard.guard.trial import TrialRunner
+from lightning_nanguard.types import Reading
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Other states that are trained beside the run, to compare them with it.
+
+    Attributes:
+        context: What the parts of the guard share.
+        trials: Finds out whether a lower rate learns what the run does not.
+        receipts: Finds out what interventions on finite evidence have gained or cost.
+    """
+
+    context: GuardContext
+    trials: TrialRunner
+    receipts: Receipts
+
+    def after(self, readings: Sequence[Reading]) -> FoundFault | None:
+        """Go on after a healthy update, unless the run was rolled back.
+
+        Args:
+            readings: Healthy readings of the batch that has just ended.
+
+        Returns:
+            A suspicion about which a trial has just shown something.
+        """
+        if not readings or self.context.state.restored is not None:
+            return None
+        self.receipts.after(readings)
+        return self.trials.after(readings)
+
+    def close(self) -> None:
+        """The run is over."""
+        self.receipts.close("the run ended first")
+        self.trials.cancel()

@@ -1,0 +1,145 @@
+"""Branches of a run: other states of the learner that take the same batches as the run, without a trace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, final
+
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.rehearsal import Rehearsal
+from lightning_nanguard.state.device import OutOfMemory
+from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.snapshot import Snapshot, capture, tensor_bytes
+
+
+@final
+@dataclass(slots=True)
+class Branch:
+    """A state that is trained beside the run.
+
+    Attributes:
+        state: The learner.
+        rate: State of the learning rate's multiplier.
+        clipping: State of the guard's clipping.
+    """
+
+    state: Snapshot
+    rate: Mapping[str, Any]
+    clipping: Mapping[str, Any]
+
+
+@final
+class Branches:
+    """Makes branches and trains them on the batch at hand; learner, rate, clipping and gradients are put back.
+
+    Args:
+        context: What the parts of the guard share.
+        rehearsal: Keeps the present state meanwhile.
+    """
+
+    def __init__(self, context: GuardContext, rehearsal: Rehearsal) -> None:
+        self._context = context
+        self._rehearsal = rehearsal
+
+    def possible(self) -> bool:
+        """Whether the batch at hand can be run again as the run trains on it."""
+        context = self._context
+        return len(context.learner.optimizers) == 1 and not context.settings.observe and context.replay.trainable()
+
+    def room(self) -> int:
+        """How many states there is room for, at the share of the free memory that they may take together."""
+        context = self._context
+        device, leaves = context.learner.device, dict(context.learner.leaves())
+        places = device.devices(leaves.values())
+        left = [device.driver.memory(place).free for place in places] or [device.host_memory() // context.ranks.world]
+        most = int(context.thresholds.trial.memory_share * min(left)) // max(1, tensor_bytes(leaves))
+        return int(min(context.ranks.gather(most)))
+
+    @contextmanager
+    def beside(self) -> Iterator[bool]:
+        """Inside, branches are made, trained and measured; at its end the run is as it was.
+
+        Yields:
+            Whether there is room for it.
+        """
+        with self._rehearsal.present() as present:
+            if present is None:
+                yield False
+                return
+            with self._context.replay.rehearsing():
+                yield True
+
+    def of(self, base: Snapshot | None = None, factor: float = 1.0) -> Branch | None:
+        """A branch that begins at a state, with the rate of now times a factor; ``None`` without room for a copy.
+
+        Args:
+            base: The state; ``None`` for the present one, before any other is trained or measured.
+            factor: What the rate is multiplied by.
+        """
+        rate, context = self._context.rate, self._context
+        if base is not None:
+            restore(context.learner, base)
+        state: Snapshot | None = None
+        with suppress(OutOfMemory):
+            state = capture(context.learner, step=context.state.step, global_step=0)
+        known = rate.state_dict()
+        if factor != 1.0:
+            known |= {"multiplier": rate.ratio() * factor, "max_lr": math.inf}
+        if not all(context.ranks.gather(state is not None)) or state is None:
+            return None
+        return Branch(state, known, context.clipper.state_dict())
+
+    def train(self, branch: Branch) -> float | None:
+        """Make the update at hand from a branch.
+
+        Args:
+            branch: The branch.
+
+        Returns:
+            Its loss before the update; ``None`` where it could not be made.
+        """
+        context = self._context
+        restore(context.learner, branch.state)
+        with self._rate_of(branch):
+            loss = context.replay.train_at_hand()
+        if loss is not None:
+            branch.state = capture(context.learner, step=context.state.step, global_step=0, reuse=branch.state)
+        return loss
+
+    def loss(self, state: Snapshot) -> float | None:
+        """Loss of the batch at hand under a state."""
+        restore(self._context.learner, state)
+        return self._context.replay.probe()
+
+    def losses_of(self, earlier: Sequence[Callable[[], float | None]], state: Snapshot) -> list[float] | None:
+        """Losses of batches from before under a state; ``None`` where one cannot be run again."""
+        restore(self._context.learner, state)
+        losses = [one() for one in earlier]
+        known = [one for one in losses if one is not None]
+        return known if len(known) == len(losses) else None
+
+    def take(self, branch: Branch) -> None:
+        """Have the run go on from a branch.
+
+        Args:
+            branch: The branch; it must not be used any more.
+        """
+        context = self._context
+        restore(context.learner, branch.state)
+        context.rate.load_state_dict(branch.rate)
+        context.clipper.load_state_dict(branch.clipping)
+
+    @contextmanager
+    def _rate_of(self, branch: Branch) -> Iterator[None]:
+        rate, clipper = self._context.rate, self._context.clipper
+        mine = rate.state_dict(), clipper.state_dict()
+        rate.load_state_dict(branch.rate)
+        clipper.load_state_dict(branch.clipping)
+        try:
+            yield
+        finally:
+            rate.load_state_dict(mine[0])
+            clipper.load_state_dict(mine[1])

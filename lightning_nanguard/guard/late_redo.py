@@ -1,0 +1,71 @@
+"""A fault that was read late and was chance: the updates since the snapshot are made again, instead of skipping one."""
+
+from __future__ import annotations
+
+from typing import final
+
+from lightning_nanguard.act.skip import StepSkipper
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.found import FoundFault
+from lightning_nanguard.guard.readback import Readback
+from lightning_nanguard.guard.snapshot_manager import SnapshotManager
+from lightning_nanguard.guard.step_check import StepCheck
+from lightning_nanguard.state.snapshot import Snapshot
+
+
+@final
+class LateRedo:
+    """Makes an update again that was not finite, and all that followed it before its reading arrived.
+
+    Args:
+        context: What the parts of the guard share.
+        steps: Says whether a rollback is allowed, and records.
+        skipper: Keeps updates from the weights.
+        snapshots: Is told of the rollback.
+        readback: Is told of the rollback.
+    """
+
+    def __init__(
+        self,
+        context: GuardContext,
+        steps: StepCheck,
+        skipper: StepSkipper,
+        snapshots: SnapshotManager,
+        readback: Readback,
+    ) -> None:
+        self._context = context
+        self._steps = steps
+        self._skipper = skipper
+        self._snapshots = snapshots
+        self._readback = readback
+
+    def made_again(self, found: FoundFault) -> bool:
+        """Make the updates since the last good state again; whether the fault was gone.
+
+        If not, nothing has changed.
+
+        Args:
+            found: The fault.
+        """
+        snapshot, state = self._snapshot(found), self._context.state
+        if snapshot is None or state.go_on is None:
+            return False
+        skipped = set(self._skipper.skipped)
+        self._skipper.skipped.clear()  # these updates must be made
+        if not state.go_on(snapshot, found.reading):
+            self._skipper.skipped |= skipped
+            return False
+        self._snapshots.count_from(state.step)
+        self._readback.update_undone(found, statistics=False)
+        self._steps.record_transient(found.fault, since=snapshot, late=found.reading.step)
+        state.restored = snapshot
+        return True
+
+    def _snapshot(self, found: FoundFault) -> Snapshot | None:
+        """Where to begin; ``None`` where this is no case for it."""
+        fault, reading, certified = found.fault, found.reading, self._context.ring.certified
+        if not (found.late and fault.certain and fault.scope == "batch") or reading.finite or reading.scaler_skips:
+            return None
+        if not certified or certified[0].step >= reading.step or not self._steps.may_go_back(fault):
+            return None
+        return certified[0]

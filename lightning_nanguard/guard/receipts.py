@@ -1,0 +1,136 @@
+"""Finds out afterwards what an intervention on finite evidence has gained or cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import final
+
+from lightning_nanguard.decide.receipt import judge_receipt
+from lightning_nanguard.decide.state import PolicyState
+from lightning_nanguard.guard.branch import Branch, Branches
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.recorder import InterventionRecorder
+from lightning_nanguard.guard.snapshot_manager import SnapshotManager
+from lightning_nanguard.record.receipts import Receipt
+from lightning_nanguard.types import Fault, Reading
+
+
+@dataclass(slots=True)
+class _Open:
+    global_step: int
+    step: int
+    branch: Branch
+    policy: PolicyState
+    run: list[float] = field(default_factory=list)
+    without: list[float] = field(default_factory=list)
+
+
+@final
+class Receipts:
+    """Trains the branch that an intervention gave up beside the run, on the same batches, and compares the two.
+
+    One intervention is compared at a time. Where the branch given up turns out clearly better, the run goes on from it.
+
+    Args:
+        context: What the parts of the guard share.
+        branches: Trains the branch.
+        recorder: Records that an intervention was taken back, and knows the clock.
+        snapshots: Takes a new snapshot then.
+    """
+
+    def __init__(
+        self, context: GuardContext, branches: Branches, recorder: InterventionRecorder, snapshots: SnapshotManager
+    ) -> None:
+        self._context = context
+        self._branches = branches
+        self._recorder = recorder
+        self._snapshots = snapshots
+        self._limits = context.thresholds.trial
+        self._open: _Open | None = None
+
+    def before(self, global_step: int, *, skipped: bool) -> None:
+        """An intervention on finite evidence is about to be carried out: keep the branch that it gives up.
+
+        Args:
+            global_step: When.
+            skipped: Whether it skips the batch at hand; the branch makes its update.
+        """
+        self.close("another intervention was made")
+        branches, state = self._branches, self._context.state
+        branch: Branch | None = None
+        if branches.possible():
+            with branches.beside() as possible:
+                branch = branches.of() if possible else None
+                if branch is not None and skipped and branches.train(branch) is None:
+                    branch = None
+        if branch is None:
+            self._not_measured(global_step, 0, "the batches of this run cannot be run again, or there is no room")
+            return
+        self._open = _Open(global_step, state.step, branch, state.policy)
+
+    def close(self, reason: str) -> None:
+        """The branch cannot be compared any more.
+
+        Args:
+            reason: Why.
+        """
+        known, self._open = self._open, None
+        if known is not None:
+            self._not_measured(known.global_step, self._context.state.step - known.step, reason)
+
+    def after(self, readings: Sequence[Reading]) -> None:
+        """Go on with the comparison after a healthy update.
+
+        Args:
+            readings: Its readings.
+        """
+        known = self._open
+        if known is None:
+            return
+        reading = readings[-1]
+        if reading.step <= known.step:
+            return  # read late: it is from before the intervention
+        if self._context.state.rolled_back_since(known.step):
+            self.close("the run was rolled back again")
+            return
+        with self._context.replay.showing(reading.step) as shown, self._branches.beside() as possible:
+            at_hand = all(self._context.ranks.gather(shown and reading.loss is not None))
+            found = self._branches.train(known.branch) if at_hand and possible else None
+        if found is None or reading.loss is None:
+            self.close("a batch could not be run again")
+            return
+        known.run.append(reading.loss)
+        known.without.append(found)
+        if len(known.run) >= self._limits.updates:
+            self._compare(known)
+
+    def _compare(self, known: _Open) -> None:
+        self._open = None
+        newest = -(self._limits.updates // self._limits.judged_part)
+        run, without = known.run[newest:], known.without[newest:]
+        history = self._context.monitors.history(0)
+        verdict, take_back = judge_receipt(run, without, None if history is None else history.first, self._limits)
+        clock = self._recorder.now()
+        receipt = Receipt(known.global_step, clock[0], verdict, median(run), median(without), len(known.run), take_back)
+        self._context.receipts.give(receipt)
+        if take_back:
+            self._take_back(known, receipt)
+
+    def _take_back(self, known: _Open, receipt: Receipt) -> None:
+        context, state = self._context, self._context.state
+        before = context.rate.effective()
+        self._branches.take(known.branch)
+        context.ring.drop_pending()  # a state of the branch that was just left
+        self._snapshots.want()
+        # Of what the policy knows, only its budgets still hold.
+        state.policy = replace(known.policy, restores=state.policy.restores, skips=state.policy.skips, trials_failed=0)
+        state.restored = None
+        message = f"the intervention of step {known.global_step} {receipt.in_words()}"
+        fault = Fault("intervention_cost", "learner", "loss", receipt.loss, message)
+        self._recorder.record(fault, fault.place, ("take back",), before)
+
+    def _not_measured(self, global_step: int, updates: int, reason: str) -> None:
+        now = self._recorder.now()[0]
+        self._context.receipts.give(Receipt(global_step, now, "not measured", updates=updates, reason=reason))

@@ -1,0 +1,86 @@
+"""Receipts: what interventions on finite evidence have gained or cost, found out afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, final, get_args
+
+from lightning_nanguard.record.text import counted, printable
+from lightning_nanguard.types import SCHEMA_VERSION, Intervention, Verdict, plain
+
+RECEIPTS_FILE = "receipts.jsonl"
+"""Name of the file in a run's folder of records."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What one intervention on finite evidence has gained or cost.
+
+    Attributes:
+        intervention_step: ``global_step`` of the intervention.
+        global_step: ``global_step`` at which it was compared.
+        verdict: Whether the run is better off than without the intervention.
+        loss: Median loss of the run over the batches that were compared; ``None`` where nothing was.
+        loss_without: The same of the run as it would be without the intervention.
+        updates: Updates from the intervention to the comparison.
+        taken_back: Whether the run goes on from there as if the intervention had not been made.
+        reason: Why nothing was measured.
+        run: Id of the run.
+
+    Example:
+        >>> print(Receipt(80, 144, "gained", 0.52, 2.31, 64).in_words())
+        gained: 64 updates later the loss is 0.52, and 2.31 without it on the same batches
+    """
+
+    intervention_step: int
+    global_step: int
+    verdict: Verdict
+    loss: float | None = None
+    loss_without: float | None = None
+    updates: int = 0
+    taken_back: bool = False
+    reason: str = ""
+    run: str = field(default="", compare=False)
+
+    def in_words(self) -> str:
+        """What came of the intervention, in one sentence."""
+        if self.loss is None or self.loss_without is None:
+            return printable(f"{self.verdict}: {self.reason}")
+        losses = f"the loss is {self.loss:.4g}, and {self.loss_without:.4g} without it on the same batches"
+        ended = "; it was taken back" if self.taken_back else ""
+        return f"{self.verdict}: {counted(self.updates, 'update')} later {losses}{ended}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers that JSON accepts."""
+        return {"schema": SCHEMA_VERSION, **plain(asdict(self))}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Receipt:
+        """The inverse of :meth:`to_dict`; keys of later versions are ignored.
+
+        Raises:
+            ValueError: When ``data`` is no receipt.
+        """
+        try:
+            known = {one.name: data[one.name] for one in fields(cls) if one.name in data}
+            losses = {key: None if known.get(key) is None else float(known[key]) for key in ("loss", "loss_without")}
+            receipt = cls(**{**known, **losses})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"not a receipt: {error}") from error
+        if receipt.verdict not in get_args(Verdict):
+            raise ValueError(f"not a receipt: its verdict is {receipt.verdict!r}")
+        return receipt
+
+
+def receipt_of(intervention: Intervention, receipts: Sequence[Receipt]) -> Receipt | None:
+    """The receipt of an intervention; ``None`` where there is none.
+
+    Args:
+        intervention: The intervention.
+        receipts: Those of its run, or of more.
+    """
+    key = intervention.global_step, intervention.run
+    changed = bool({"restore", "scale", "clip", "skip"} & set(intervention.remedies))
+    return next((one for one in receipts if (one.intervention_step, one.run) == key), None) if changed else None

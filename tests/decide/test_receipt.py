@@ -1,0 +1,60 @@
+"""What an intervention has gained or cost, by the losses of the same batches with it and without."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_nanguard.decide.receipt import judge_receipt
+from lightning_nanguard.thresholds.trial import TrialThresholds
+
+LIMITS = TrialThresholds()
+
+
+def levels(run: float, without: float, noise: float = 0.0) -> tuple[list[float], list[float]]:
+    """Twenty batches under both: each batch has a difficulty of its own, and each loss some noise."""
+    draw = random.Random(0)
+    hard = [draw.gauss(0, 0.5) for _ in range(20)]
+    mine, other = ([level + one + noise * draw.gauss(0, 1) for one in hard] for level in (run, without))
+    return mine, other
+
+
+@pytest.mark.parametrize(
+    ("run", "without", "start", "verdict", "back"),
+    [
+        (1.0, 2.0, 3.0, "gained", False),
+        (1.0, math.inf, 3.0, "gained", False),
+        (2.0, 1.0, 3.0, "cost", True),
+        (1.05, 1.0, 3.0, "cost", False),
+        (5.0, 4.0, 3.0, "cost", False),
+        (2.0, 1.0, None, "cost", False),
+        (1.0, 1.0, 3.0, "no difference", False),
+        (math.nan, 1.0, 3.0, "cost", False),
+    ],
+    ids=["better", "the other is lost", "worse", "hardly worse", "both lost", "start unknown", "alike", "run lost"],
+)
+def test_size_decides(run: float, without: float, start: float | None, verdict: str, back: bool) -> None:
+    """Which of the two is better is said where nearly all batches agree, and only a clear share is taken back."""
+    assert judge_receipt(*levels(run, without), start, LIMITS) == (verdict, back)
+
+
+def test_noise_is_no_difference() -> None:
+    """Where batches disagree, nothing is said and nothing is taken back."""
+    mine, other = levels(1.2, 1.0, noise=1.0)
+    assert judge_receipt(mine, other, 3.0, LIMITS) == ("no difference", False)
+    assert judge_receipt(mine, other, 3.0, replace(LIMITS, signs=0.0))[0] == "gained"
+
+
+@given(st.integers(-60, 60), st.tuples(*[st.floats(0.1, 10.0)] * 3), st.floats(0.0, 0.5))
+@settings(max_examples=100)
+def test_the_unit_of_the_loss_does_not_matter(exponent: int, at: tuple[float, float, float], noise: float) -> None:
+    """Losses in another unit lead to the same verdict, bit by bit."""
+    mine, other = levels(at[0], at[1], noise)
+    unit = 2.0**exponent
+    scaled = judge_receipt([unit * one for one in mine], [unit * one for one in other], unit * at[2], LIMITS)
+    assert scaled == judge_receipt(mine, other, at[2], LIMITS)

@@ -1,0 +1,34 @@
+"""Receipts are written, read again and found by their intervention."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from lightning_nanguard import Intervention, Receipt
+from lightning_nanguard.record.receipts import receipt_of
+
+GAINED = Receipt(80, 144, "gained", 0.5, math.inf, 64)
+NOT_MEASURED = Receipt(200, 210, "not measured", updates=10, reason="the run ended first")
+
+
+def test_a_receipt_belongs_to_its_intervention() -> None:
+    """It is found by run and step, and not for a record of the same step that changed nothing."""
+    receipts = [
+        Receipt(80, 144, "cost", 2.0, 1.0, 64, True, run="b"),
+        Receipt(80, 144, "gained", 1.0, 2.0, 64, run="a"),
+    ]
+    acted = Intervention(80, 0, 80, "stuck_loss", "loss", ("restore", "scale"), 0.1, 0.05, run="a")
+    told = Intervention(80, 0, 80, "stuck_loss", "loss", (), 0.1, 0.1, run="a")
+    assert receipt_of(acted, receipts) is receipts[1]
+    assert receipt_of(told, receipts) is None
+    assert receipts[0].in_words().endswith("; it was taken back")
+
+
+@pytest.mark.parametrize("line", ["{}", '{"intervention_step": 1, "global_step": 2, "verdict": "good"}', "[1]", '"x"'])
+def test_what_is_no_receipt_is_refused(line: str) -> None:
+    """A line that holds something else raises a ValueError that says so."""
+    with pytest.raises(ValueError, match="not a receipt"):
+        Receipt.from_dict(json.loads(line))

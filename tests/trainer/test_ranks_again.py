@@ -1,0 +1,82 @@
+"""Two processes make a step again together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.again import LEFT_OUT
+from tests.distributed.conftest import Launch, Results, launched  # noqa: F401
+from tests.distributed.data import AT
+from tests.distributed.test_ddp import agreed
+
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build has no gloo"),
+    pytest.mark.timeout(450),
+]
+RANKS = (0, 1)
+
+
+@pytest.fixture
+def seen(launched: Launch) -> Results:  # noqa: F811
+    """What each rank has seen of the suite."""
+    return launched("fork", 2, "again")
+
+
+def record_of(results: Results, name: str) -> dict[str, Any]:
+    (record,) = agreed(results, name)["records"]
+    return dict(record)
+
+
+@pytest.mark.parametrize("kind", ["loss", "activation", "raises"])
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize(("accumulated", "at"), [(1, AT), (2, AT - 1), (2, AT)])
+def test_a_fault_of_one_rank_that_is_gone(seen: Results, accumulated: int, at: int, rank: int, kind: str) -> None:
+    """Weights, moments, buffers, metrics, attributes, random streams and the hooks that callbacks saw are on both ranks
+    bit for bit those of a run without the fault, and both have the same record, which names the rank."""
+    name = f"{kind} {accumulated} {rank} {at}"
+    record = record_of(seen, name)
+    assert (record["remedies"], record["cause"], record["ranks"]) == (["redo"], "transient", [rank])
+    assert [one[name]["differences"] for one in seen] == [[], []]
+
+
+@pytest.mark.parametrize("way", ["loss", "raises"])
+@pytest.mark.parametrize("rank", RANKS)
+def test_a_fault_that_comes_back(seen: Results, rank: int, way: str) -> None:
+    """A batch of one rank whose loss is NaN, or that raises, always: skipped on both, as if neither had met it."""
+    name = f"{way} always {rank}"
+    record = record_of(seen, name)
+    assert (record["remedies"], record["ranks"]) == (["skip"], [rank])
+    assert agreed(seen, name)["end"] == agreed(seen, "never")["end"]
+    assert record["message"].startswith("training_step raised ValueError: Expected value") == (way == "raises")
+
+
+@pytest.mark.parametrize("way", ["loss", "raises"])
+@pytest.mark.parametrize("bad", LEFT_OUT)
+@pytest.mark.parametrize("rank", RANKS)
+def test_a_bad_micro_batch_of_one_rank(seen: Results, rank: int, bad: tuple[int, ...], way: str) -> None:
+    """The update is the mean over the good micro-batches of all ranks, wherever in the window the bad ones stand."""
+    one = agreed(seen, f"{way} {rank} {bad}")
+    assert one["end"] == agreed(seen, f"expected {rank} {bad}")["end"]
+    told = [(record["remedies"], record["ranks"], record["batch_idx"]) for record in one["records"]]
+    assert told == [(["leave out"], [rank], index) for index in bad]
+
+
+def test_a_window_that_is_bad_on_all_ranks(seen: Results) -> None:
+    """Nothing is left to make the update from: it is skipped."""
+    assert record_of(seen, "all of a window")["remedies"] == ["skip"]
+    assert agreed(seen, "all of a window")["end"] == agreed(seen, "never a window")["end"]
+
+
+def test_a_late_fault_of_one_rank(seen: Results) -> None:
+    """In deferred readback nothing is made again among ranks: the update is undone."""
+    assert record_of(seen, "late")["remedies"] == ["restore"]
+
+
+def test_a_mistake_of_one_rank(launched: Launch) -> None:  # noqa: F811
+    """An exception that numbers have not caused ends that rank with it, and the other as without the guard."""
+    errors = [result["mistaken"]["error"] for result in launched("fork", 2, "mistaken")]
+    assert errors[1] == "ValueError: a mistake of the user's"
+    assert "Connection closed by peer" in errors[0] or "Connection reset by peer" in errors[0]
