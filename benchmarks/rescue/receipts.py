@@ -76,7 +76,7 @@ def forced(case: Case, dice: random.Random) -> Compared | None:
     guard = NaNGuard(act_on="evidence", thresholds=replace(limits, trial=replace(limits.trial, lacks=math.inf)))
     factor, back = dice.choice(FACTORS), dice.random() < 0.5
     at = dice.randint(24, max(25, case.steps // 2))
-    run = train(case, [guard, _Force(guard, at, factor, back=back)])
+    run = train(case, [_Force(guard, at, factor, back=back), guard])
     what = f"rate times {factor:.3g}{', back to the start' if back else ''} at {at}"
     return _compared(case, what, guard, run.final)
 
