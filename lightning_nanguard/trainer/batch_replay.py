@@ -194,10 +194,11 @@ class TrainerBatchReplay:
         return [partial(loss, batch, batch_idx) for batch, batch_idx in self.batches.healthy]
 
     def trainable(self) -> bool:
-        """Whether all that the update at hand is made of is kept."""
+        """Whether all that an update is made of is kept, so that another state can make it."""
         kept = self._limits.micro_batches.per_update
         alone = self._ranks.world == 1 or 0 not in self._learner.quasi_newton
-        return self._repeatable() and alone and self._trainer.accumulate_grad_batches <= kept
+        one = len(self._learner.optimizers) == 1 and not self._ranks.sharded
+        return self.comparable() and one and alone and self._trainer.accumulate_grad_batches <= kept
 
     def train_at_hand(self) -> float | None:
         """The update at hand, with the random numbers of its micro-batches; its loss before the update."""
