@@ -26,11 +26,12 @@ def judge_receipt(
         >>> judge_receipt([2.0] * 8, [1.0] * 8, 3.0, TrialThresholds())
         ('cost', True)
     """
-    if share_above(without, run) >= limits.signs:
-        return "gained", False
-    if share_above(run, without) < limits.signs:
+    better, worse = (share_above(*pair) >= limits.signs for pair in ((without, run), (run, without)))
+    if not (better or worse):
         return "no difference", False
     mine, other = median(run), median(without)
-    learned = math.nan if start is None else start - other
-    # Size decides, as in a trial: a little that is sure is no reason to change the run once more.
-    return "cost", bool(learned > 0 and mine - other > limits.lacks * learned)
+    learned = math.nan if start is None else start - min(mine, other)
+    # Size decides, as in a trial: a little that is sure makes no difference.
+    if learned > 0 and abs(mine - other) <= limits.lacks * learned:
+        return "no difference", False
+    return ("gained", False) if better else ("cost", bool(learned > 0))

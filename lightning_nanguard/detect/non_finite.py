@@ -60,7 +60,11 @@ class NonFinite(Detector):
             return Fault("corrupted_state", "state", "scale of the GradScaler", scale, message)
         if not reading.loss_finite:
             message = f"the loss is {reading.loss}"
-            return Fault("non_finite_loss", "batch", "loss", reading.loss, message, clipping_helps=True)
+            # With a finite gradient nothing bad would reach the weights: neither they nor the rate are at fault.
+            alone = _is_infinite(reading.loss) and norm is not None and norm <= self.thresholds.max_norm
+            return Fault(
+                "non_finite_loss", "batch", "loss", reading.loss, message, conclusive=alone, clipping_helps=True
+            )
         if not reading.finite:
             return self._overflow(reading) if reading.scaler_skips else _non_finite_gradient(norm)
         if norm is not None and norm > self.thresholds.max_norm:
@@ -101,6 +105,10 @@ class NonFinite(Detector):
         """The inverse of :meth:`state_dict`."""
         self._overflows.clear()
         self._overflows.extend(int(step) for step in state["overflows"])
+
+
+def _is_infinite(loss: float | None) -> bool:
+    return loss is not None and math.isinf(loss)
 
 
 def _non_finite_gradient(norm: float | None) -> Fault:

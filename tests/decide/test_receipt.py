@@ -30,16 +30,27 @@ def levels(run: float, without: float, noise: float = 0.0) -> tuple[list[float],
         (1.0, 2.0, 3.0, "gained", False),
         (1.0, math.inf, 3.0, "gained", False),
         (2.0, 1.0, 3.0, "cost", True),
-        (1.05, 1.0, 3.0, "cost", False),
+        (1.05, 1.0, 3.0, "no difference", False),
+        (1.0, 1.05, 3.0, "no difference", False),
         (5.0, 4.0, 3.0, "cost", False),
         (2.0, 1.0, None, "cost", False),
         (1.0, 1.0, 3.0, "no difference", False),
         (math.nan, 1.0, 3.0, "cost", False),
     ],
-    ids=["better", "the other is lost", "worse", "hardly worse", "both lost", "start unknown", "alike", "run lost"],
+    ids=[
+        "better",
+        "other lost",
+        "worse",
+        "hardly worse",
+        "hardly better",
+        "both lost",
+        "no start",
+        "alike",
+        "run lost",
+    ],
 )
 def test_size_decides(run: float, without: float, start: float | None, verdict: str, back: bool) -> None:
-    """Which of the two is better is said where nearly all batches agree, and only a clear share is taken back."""
+    """Which is better is said where nearly all batches agree and the share is clear, and what cost is taken back."""
     assert judge_receipt(*levels(run, without), start, LIMITS) == (verdict, back)
 
 
@@ -47,7 +58,7 @@ def test_noise_is_no_difference() -> None:
     """Where batches disagree, nothing is said and nothing is taken back."""
     mine, other = levels(1.2, 1.0, noise=1.0)
     assert judge_receipt(mine, other, 3.0, LIMITS) == ("no difference", False)
-    assert judge_receipt(mine, other, 3.0, replace(LIMITS, signs=0.0))[0] == "gained"
+    assert judge_receipt(mine, other, 3.0, replace(LIMITS, signs=0.0, lacks=0.0))[0] == "gained"
 
 
 @given(st.integers(-60, 60), st.tuples(*[st.floats(0.1, 10.0)] * 3), st.floats(0.0, 0.5))

@@ -46,7 +46,8 @@ def test_a_streak_of_overflows_is_a_fault() -> None:
 
 
 def test_traits() -> None:
-    """All of them are certain; clipping helps against each but a loss scale that no scale helps."""
+    """All are certain; clipping helps against each but a loss scale that no scale helps. A loss that alone is infinite
+    is not blamed on the learner."""
     detector = NonFinite(min_loss_scale=2.0)
     faults = [
         detector.check(one)
@@ -59,7 +60,7 @@ def test_traits() -> None:
     ]
     gradient = ("batch", "gradient")
     assert faults == [
-        Fault("non_finite_loss", "batch", "loss", math.inf, "the loss is inf", clipping_helps=True),
+        Fault("non_finite_loss", "batch", "loss", math.inf, "the loss is inf", conclusive=True, clipping_helps=True),
         Fault("non_finite_gradient", *gradient, math.inf, "a gradient is not finite", clipping_helps=True),
         Fault(
             "gradient_overflow",

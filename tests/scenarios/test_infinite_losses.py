@@ -61,3 +61,26 @@ def test_a_gradient_that_is_bad_is_still_a_fault(tmp_path: Path) -> None:
     made = fit(Overflowing(0), data, guard, folder=tmp_path)
     assert words(guard) == [("skip",)] * 4
     assert all(bool(torch.isfinite(one).all()) for one in made.module.net.parameters())
+
+
+class OverflowingPrediction(Task):
+    """A term of its loss overflows where predictions are large, as in fp16, and its gradient does not."""
+
+    def __init__(self) -> None:
+        seed_all()
+        super().__init__(mlp(), lambda parameters: SGD(parameters, lr=0.05))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        prediction = self.net(batch[0])
+        largest = prediction.detach().square().mean() * 1e38 * 62
+        return (prediction - batch[1]).square().mean() + largest
+
+
+def test_neither_the_state_nor_the_rate_is_blamed(tmp_path: Path) -> None:
+    """Where the loss becomes infinite because the run has learned, nothing is rolled back and no rate is cut."""
+    guard = NaNGuard(snapshot_every_n_steps=2)
+    made = fit(OverflowingPrediction(), batches(count=60), guard, folder=tmp_path)
+    assert set(words(guard)) == {("skip",)}
+    assert len(words(guard)) < 40
+    assert guard.lr_multiplier == 1.0
+    assert all(bool(torch.isfinite(one).all()) for one in made.module.net.parameters())
