@@ -29,6 +29,7 @@ from .healthy import DRAWN
 from .running import train
 
 FACTORS = (1 / 4, 1 / 16, 1 / 64, 1 / 256)
+_ITS_OWN = "its own"
 CLEAR = 0.05
 """Share of what the better one of two runs has learned, by which two ends must differ to be different."""
 
@@ -87,7 +88,7 @@ def its_own(case: Case) -> Compared | None:
     run = train(case, [guard])
     if any(receipt.taken_back for receipt in guard.receipts):
         return None
-    return _compared(case, "its own", guard, run.final)
+    return _compared(case, _ITS_OWN, guard, run.final)
 
 
 def _compared(case: Case, what: str, guard: NaNGuard, final: float) -> Compared | None:
@@ -95,6 +96,8 @@ def _compared(case: Case, what: str, guard: NaNGuard, final: float) -> Compared 
     if not measured:
         return None
     bare = train(case)
+    if what != _ITS_OWN and not math.isfinite(bare.final):
+        return None  # it is not healthy by itself
     ends = [end if math.isfinite(end) else math.inf for end in (final, bare.final)]
     learned = bare.initial - min(ends)
     share = (ends[1] - ends[0]) / learned if learned > 0 and math.isfinite(ends[0]) else -math.inf
