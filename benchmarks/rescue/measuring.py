@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing import parent_process
 from typing import Any
 
 import torch
@@ -123,7 +124,8 @@ FORMS: dict[str, Form] = {f.name: f for f in (*FAILING, *HEALTHY, *REALISTIC, *T
 def prepare() -> None:
     """Make a worker ready: one thread, everything imported and warm."""
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # saturated recurrent nets make numbers that take twenty times as long
+    if parent_process() is not None:  # of this process others would see it
+        torch.set_flush_denormal(True)  # saturated recurrent nets make numbers that take twenty times as long
     for name in ("plain:linear/sgd", "plain:mlp/adam"):
         train(replace(FORMS[name].draw(0), steps=20))
 

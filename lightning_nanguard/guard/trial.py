@@ -23,8 +23,7 @@ class _Arm:
     losses: list[float] = field(default_factory=list)
 
     def newest(self) -> float:
-        mean = fmean(self.losses[len(self.losses) // 2 :])
-        return mean if math.isfinite(mean) else math.inf
+        return _mean(self.losses[len(self.losses) // 2 :])
 
 
 @dataclass(slots=True)
@@ -36,7 +35,7 @@ class _Running:
         begun: The update after which it began.
         rate: State of the learning rate's multiplier then.
         states: What is compared with the arm on the last batches: the start, the best state and the present one.
-        arms: The arms; one from the pick on.
+        arms: The arms; the best two from the pick on.
         before: Updates that an earlier trial has made from the start, where the arms go on from its arm.
         updates: Updates of each arm.
         earlier: For some batches from before the trial what gives their loss.
@@ -162,13 +161,18 @@ class TrialRunner:
         self._running = None
         if losses is None:
             return None
-        (arm,) = running.arms
+        arm = self._best(running)
         arm.branch.state.healthy = running.before + len(arm.losses)
         self._shown = judge_trial(losses, self._limits), arm.branch.state
         return FoundFault(running.fault, reading)
 
+    def _best(self, running: _Running) -> _Arm:
+        # By other batches than those that judge it.
+        judged = self._judged()
+        return min(running.arms, key=lambda arm: _mean(arm.losses[-2 * judged : -judged]))
+
     def _losses(self, running: _Running) -> TrialLosses | None:
-        (arm,), judged = running.arms, -self._judged()
+        arm, judged = self._best(running), -self._judged()
         now = self._branches.losses_of(running.earlier, running.states["now"])
         then = self._branches.losses_of(running.earlier, arm.branch.state)
         if now is None or then is None:
@@ -198,7 +202,9 @@ class TrialRunner:
         """Keep the best arm; try lower rates where even the lowest one makes the loss worse."""
         limits, lowest = self._limits, min(arm.factor for arm in running.arms)
         best = min(running.arms, key=_Arm.newest)
-        running.arms = [best]
+        # A larger rate is ahead at first more often than in the end, so the next lower one stays, too.
+        lower = [arm for arm in running.arms if arm.factor < best.factor]
+        running.arms = [best, *sorted(lower, key=lambda arm: -arm.factor)[:1]]
         if not best.newest() < best.losses[0] and lowest > limits.least_factor:
             start = running.states["start"]
             running.arms = self._arms(start, [lowest * factor for factor in limits.factors[: self._room()]])
@@ -216,3 +222,8 @@ class TrialRunner:
 
     def _judged(self) -> int:
         return self._limits.updates // self._limits.judged_part
+
+
+def _mean(losses: Sequence[float]) -> float:
+    mean = fmean(losses)
+    return mean if math.isfinite(mean) else math.inf

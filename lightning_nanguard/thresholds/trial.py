@@ -18,7 +18,7 @@ class TrialThresholds:
         factors: What the learning rate is multiplied by in each arm, those first that were best most often: there are
             as many arms as there is room for.
         least_factor: The lowest factor that is tried where even the lowest of these makes the loss worse.
-        picked_after: Updates after which the best arm is picked.
+        picked_after: Updates after which the best arm is picked, with the one at the next lower rate.
         updates: Updates after which it is judged.
         judged_part: The newest batches, one in so many, judge the states.
         signs: Share of the batches that have to agree on which of two states is better.

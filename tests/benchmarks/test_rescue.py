@@ -19,6 +19,7 @@ from benchmarks.rescue.faults import BadLoss, BadWeight
 from benchmarks.rescue.measuring import FORMS, Job, jobs, judge, measure
 from benchmarks.rescue.models import TASKS
 from benchmarks.rescue.ranks import on_ranks
+from benchmarks.rescue.realistic import REALISTIC, TWINS
 from benchmarks.rescue.running import train
 
 WARNINGS = pytest.mark.filterwarnings("ignore")
@@ -34,7 +35,7 @@ def test_enough_forms():
     """There are at least 80 failing and 60 healthy forms, no two of one name."""
     assert len(FAILING) >= 80
     assert len(HEALTHY) >= 60
-    assert len(FORMS) == len(FAILING) + len(HEALTHY)
+    assert len(FORMS) == sum(map(len, (FAILING, HEALTHY, REALISTIC, TWINS)))
 
 
 def test_every_family_and_optimizer_fails_somewhere():

@@ -138,7 +138,7 @@ def test_a_bad_batch_and_a_bad_weight(mode: str) -> None:
     assert {i.remedies for i in skips} == {("skip",) if window == 1 else ("leave out",)}, list(guard.interventions)
     assert len(skips) <= len(done.trainer.optimizers)
     assert guard.interventions[0].batch_idx // window == BAD_BATCH // window
-    assert restore.remedies == ("restore",), list(guard.interventions)
+    assert restore.remedies == ("restore", "redo"), list(guard.interventions)
     assert restore.snapshot_step is not None
     assert restore.place.startswith("parameter")
     assert guard.lr_multiplier == 1.0
@@ -244,5 +244,5 @@ def test_compiled_module() -> None:
     module = torch.compile(make(kind=modules.Quiet)(), backend="aot_eager")
     trainer_options = {"callbacks": [NaNWeight(BAD_WEIGHT)]}
     done = fit(module, with_bad(BAD_BATCH), guard, **trainer_options)  # type: ignore[arg-type]
-    assert words(guard) == [("skip",), ("restore",)]
+    assert words(guard) == [("skip",), ("restore", "redo")]
     assert non_finite(dict(done.trainer.lightning_module.named_parameters())) == []

@@ -167,7 +167,7 @@ def test_groups_keep_their_rates() -> None:
     """Every group's own rate and decay are as the user set them after a skip and a restore."""
     guard = NaNGuard(snapshot_every_n_steps=2)
     done = fit(make(kind=modules.TwoGroups)(), with_bad(BAD_BATCH), guard, callbacks=[NaNWeight(BAD_WEIGHT)])
-    assert words(guard) == [("skip",), ("restore",)]
+    assert words(guard) == [("skip",), ("restore", "redo")]
     groups = done.trainer.optimizers[0].param_groups
     assert [group["lr"] for group in groups] == [0.003, 0.01]
     assert [group["weight_decay"] for group in groups] == [0.01, 0.1]

@@ -160,7 +160,7 @@ def test_schema(looked: Looked) -> None:
     assert skip["remedies"] == ["skip"]
     assert skip["cause"] == "non_finite_input"
     assert skip["lr_before"] == skip["lr_after"] == 0.01
-    assert restore["remedies"] == ["restore"]
+    assert restore["remedies"] == ["restore", "redo"]
     assert restore["place"] == "parameter net.0.weight"
     assert restore["snapshot_step"] is not None
     assert restore["snapshot_step"] <= 15
