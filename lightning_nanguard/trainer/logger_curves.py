@@ -94,10 +94,7 @@ def log_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
     """
     if not trainer.is_global_zero:
         return
-    named = {
-        f"nanguard/{name}": ", ".join(map(str, value)) if isinstance(value, list) else value
-        for name, value in settings.items()
-    }
+    named = {f"nanguard/{name}": _as_hyperparameter(value) for name, value in settings.items()}
     for logger in trainer.loggers:
         log: Callable[..., Any] = logger.log_hyperparams
         # TensorBoard would add a metric of its own to a run that has none.
@@ -106,3 +103,10 @@ def log_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
             log(named, **more)
         except Exception as error:
             _logger.warning("NaNGuard: %s did not take the guard's settings: %s", type(logger).__name__, error)
+
+
+def _as_hyperparameter(value: Any) -> Any:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    # Some loggers refuse objects, or fail when they save them.
+    return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__

@@ -19,7 +19,7 @@ from benchmarks.rescue.faults import BadLoss, BadWeight
 from benchmarks.rescue.measuring import FORMS, Job, jobs, judge, measure
 from benchmarks.rescue.models import TASKS
 from benchmarks.rescue.ranks import on_ranks
-from benchmarks.rescue.realistic import REALISTIC, TWINS
+from benchmarks.rescue.realistic.catalogue import REALISTIC, TWINS
 from benchmarks.rescue.running import train
 
 WARNINGS = pytest.mark.filterwarnings("ignore")

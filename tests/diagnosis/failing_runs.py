@@ -59,6 +59,7 @@ def made(
     keys: bool = False,
     callbacks: Callable[[], list[Callback]] = list,
     act_on: ActOn = "certain",
+    steps: int = STEPS,
     detectors: Callable[[], list[Detector] | None] = lambda: None,
     **options: Any,
 ) -> Callable[[Path], tuple[NaNGuard, Task]]:
@@ -67,7 +68,7 @@ def made(
     def run(folder: Path) -> tuple[NaNGuard, Task]:
         torch.manual_seed(0)
         module = Lossy(loss_of, net(), optimizer)
-        data: list[Any] = [(x.clone(), y.clone()) for x, y in batches(count=STEPS)]
+        data: list[Any] = [(x.clone(), y.clone()) for x, y in batches(count=steps)]
         for index, (x, y) in enumerate(data):
             prepare(x, y)
             if every or index == AT:
@@ -87,7 +88,7 @@ def made(
 # Of a run whose numbers stay finite.
 evident = partial(made, act_on="evidence")
 # A trial is made as early as there are batches for one.
-tried = partial(evident, detectors=lambda: [NonFinite(), DivergingLoss(patience=14)])
+tried = partial(evident, detectors=lambda: [NonFinite(), DivergingLoss(patience=14)], steps=180)
 
 
 def put(

@@ -83,7 +83,7 @@ def test_nothing_is_poisoned(name: str, first: bool, tmp_path: Path) -> None:
     guard = NaNGuard(snapshot_every_n_steps=2)
     data = with_bad(BAD_BATCH - PER_EPOCH, count=PER_EPOCH)
     run = train(others, guard, data=data, faults=[NaNWeight(BAD_WEIGHT)], first=first)
-    assert sorted(words(guard)) == [("restore", "redo"), *[("skip",)] * EPOCHS]
+    assert sorted(one[0] for one in words(guard)) == ["restore", *["skip"] * EPOCHS]
     assert run.trainer.current_epoch == EPOCHS
     assert_clean(run, others, tmp_path)
 

@@ -252,7 +252,7 @@ def test_a_bad_batch_and_a_lost_weight_are_still_undone(kind: str, tmp_path: Pat
 
     module.on_train_batch_start = strike  # type: ignore[method-assign]
     trainer_for(None, guard).fit(module, DataLoader(data, batch_size=None))
-    assert [one.remedies for one in guard.interventions] == [("skip",), ("restore", "redo")]
+    assert [one.remedies[0] for one in guard.interventions] == ["skip", "restore"]
     assert bool(module.net[0].weight.isfinite().all())
 
 

@@ -138,7 +138,7 @@ def test_a_bad_batch_and_a_bad_weight(mode: str) -> None:
     assert {i.remedies for i in skips} == {("skip",) if window == 1 else ("leave out",)}, list(guard.interventions)
     assert len(skips) <= len(done.trainer.optimizers)
     assert guard.interventions[0].batch_idx // window == BAD_BATCH // window
-    assert restore.remedies == ("restore", "redo"), list(guard.interventions)
+    assert restore.remedies[0] == "restore", list(guard.interventions)
     assert restore.snapshot_step is not None
     assert restore.place.startswith("parameter")
     assert guard.lr_multiplier == 1.0
