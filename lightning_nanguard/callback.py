@@ -286,6 +286,9 @@ class NaNGuard(DisplayedGuard):
                 replay.remember(guard.updates)
             else:
                 replay.distrust(guard.updates)
+            if replay.to_log is not None:
+                replay.to_log()
+                replay.to_log = None
             fit.diagnostics.examine_if_due()
             if fit.diagnostics.first_updates is not None and fit.diagnostics.first_updates.end_batch():
                 fit.diagnostics.judge_first_updates()

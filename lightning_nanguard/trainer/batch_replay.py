@@ -80,6 +80,8 @@ class TrainerBatchReplay:
         self._distrusted = -1
         # Whether the hook at a batch's end is running, in which alone the module may log.
         self.may_log = False
+        # What was to be logged meanwhile, for the next time that it may.
+        self.to_log: Callable[[], None] | None = None
         # Index of the micro-batch that a diagnosis is of, where only one of its window is bad.
         self.suspect: int | None = None
         self.batch: Any = None

@@ -105,6 +105,11 @@ class _TrainerMetrics:
     def log(self, values: Mapping[str, float]) -> None:
         for logger in self._trainer.loggers:
             logger.log_metrics(dict(values), step=logged_at(self._trainer))
-        if self._replay.may_log and self._trainer.progress_bar_callback is not None:
-            count = values["nanguard/interventions"]
-            self._module.log("nanguard", count, prog_bar=True, logger=False, rank_zero_only=True)
+        if self._trainer.progress_bar_callback is None:
+            return
+        count = values["nanguard/interventions"]
+        show = partial(self._module.log, "nanguard", count, prog_bar=True, logger=False, rank_zero_only=True)
+        if self._replay.may_log:
+            show()
+        else:
+            self._replay.to_log = show
