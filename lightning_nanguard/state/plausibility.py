@@ -24,7 +24,10 @@ _DEFAULTS = PlausibilityThresholds()
 def first_jump(
     now: Mapping[StateKey, Any], then: Mapping[StateKey, Any], keys: Collection[StateKey], factor: float, least: float
 ) -> str | None:
-    """Name of the first tensor among ``keys`` whose largest element has grown ``factor`` times, from ``least`` up."""
+    """Name of the first tensor among ``keys`` whose largest element has grown ``factor`` times, from ``least`` up.
+
+    A moment that was 0 has no size to measure growth by: how far it goes at first depends on the unit of the loss.
+    """
     pairs = [(key, now[key], then[key]) for key in now if key in keys and key in then]
     pairs = [(key, one, other) for key, one, other in pairs if _comparable(one, other)]
     if not pairs:
@@ -32,7 +35,11 @@ def first_jump(
     largest, was = (
         norms(tensors, math.inf) for tensors in ([one for _, one, _ in pairs], [two for _, _, two in pairs])
     )
-    far = (key for (key, _, _), one, other in zip(pairs, largest, was, strict=True) if one > factor * max(other, least))
+    far = (
+        key
+        for (key, _, _), one, other in zip(pairs, largest, was, strict=True)
+        if one > factor * max(other, least) and (other > 0 or key[0] != "optimizer")
+    )
     found = next(far, None)
     return None if found is None else describe(found)
 

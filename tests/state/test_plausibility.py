@@ -52,6 +52,16 @@ def test_the_first_jump_is_named() -> None:
     assert first_jump({("parameter", "a"): 3}, {("parameter", "a"): 1}, list(now), 10.0, 1.0) is None
 
 
+def test_a_moment_that_was_zero_has_no_size_to_grow_from() -> None:
+    """Adagrad's sums start at 0, and in other units of the loss they go further."""
+    moment, weight = ("optimizer", 0, "w", "sum"), ("parameter", "w")
+    then = {key: torch.zeros(2) for key in (moment, weight)}
+    now = {key: torch.full((2,), 1e15) for key in (moment, weight)}
+    assert first_jump(now, then, [moment], 1e12, 1.0) is None
+    assert first_jump(now, then, [weight], 1e12, 1.0) == "parameter w"
+    assert first_jump(now, {moment: torch.ones(2)}, [moment], 1e12, 1.0) is not None
+
+
 def test_nothing_is_implausible_without_a_certified_snapshot() -> None:
     """There is nothing to compare with then."""
     run = Trained()
