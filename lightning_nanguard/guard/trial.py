@@ -205,7 +205,8 @@ class TrialRunner:
         # A larger rate is ahead at first more often than in the end, so the next lower one stays, too.
         lower = [arm for arm in running.arms if arm.factor < best.factor]
         running.arms = [best, *sorted(lower, key=lambda arm: -arm.factor)[:1]]
-        if not best.newest() < best.losses[0] and lowest > limits.least_factor:
+        learns = best.newest() < best.losses[0] or running.before > 0  # one that goes on has shown that it learns
+        if not learns and lowest > limits.least_factor:
             start = running.states["start"]
             running.arms = self._arms(start, [lowest * factor for factor in limits.factors[: self._room()]])
             running.updates, running.later = 0, []

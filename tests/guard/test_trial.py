@@ -132,3 +132,26 @@ def test_data_in_an_order_do_not_count_against_the_run() -> None:
     loop = BranchingLoop(lr=0.05)
     loop.run(200, ordered)
     assert loop.records == []
+
+
+def test_arms_that_go_on_are_not_begun_anew() -> None:
+    """A second trial keeps what the first one has trained, also where its arms have nothing left to learn; a first one
+    whose arms all make the loss worse tries lower rates."""
+    loop = BranchingLoop(lr=0.05)
+    loop.run(120)
+    context = loop.guard.context
+    trial = TrialRunner(context, branches(loop))
+    with branches(loop).beside():
+        learned = branches(loop).of()
+    assert learned is not None
+    learned.state.healthy = 64
+    certified = context.ring.certified
+    assert trial.begin(SUSPICION, certified[-1], certified[0], arm=learned.state, factor=0.5)
+    running = trial._running
+    assert running is not None
+    for arm in running.arms:
+        arm.losses = [0.1] * 15
+    running.updates = 16
+    assert trial._pick(running)
+    assert {arm.factor for arm in running.arms} <= {0.5 * near for near in context.thresholds.trial.near}
+    assert running.updates == 16
