@@ -17,6 +17,8 @@ from pytorch_lightning.loops.fit_loop import _FitLoop
 from torch import Tensor
 from torch.optim import Optimizer
 
+from benchmarks.transient.running import leaves
+
 
 class Observer(pl.Callback):
     """Writes down the clock, the state after each update, and when the guard did something.
@@ -162,14 +164,7 @@ def bad_files(folder: Path) -> list[str]:
 
 def tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """Tensors within nested containers, with their names."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from tensors(f"{name}/{key}", item)
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from tensors(f"{name}/{index}", item)
+    return ((leaf, item) for leaf, item in leaves(name, value) if isinstance(item, Tensor))
 
 
 def census() -> dict[str, Any]:

@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader
 from benchmarks.rescue.data import Rows as DataRows
 from benchmarks.rescue.models import TASKS
 from benchmarks.rescue.running import deadline, held_out_loss, precision_options
-from benchmarks.transient.draws import AVERAGES, SCHEDULES
-from benchmarks.transient.running import Rows, ending
+from benchmarks.transient.draws import AVERAGES
+from benchmarks.transient.running import Rows, ending, scheduled
 
 from .draws import BATCHES, EPOCHS, OPTIMIZERS, SIZE, Draw
 from .injector import InjectAround, Injector, strike_gradients
@@ -98,14 +98,7 @@ class Trained(pl.LightningModule):
         if self.one.mode == "two optimizers":
             half = max(1, len(parameters) // 2)
             return [make(part) for part in (parameters[:half], parameters[half:]) if part]
-        optimizer, schedule = make(parameters), SCHEDULES[self.one.schedule]
-        if schedule is None:
-            return optimizer
-        interval, scheduler = schedule
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler(optimizer, self.one.steps), "interval": interval},
-        }
+        return scheduled(make(parameters), self.one.schedule, self.one.steps)
 
 
 class Collate:

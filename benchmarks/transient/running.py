@@ -152,15 +152,22 @@ class Trained(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        optimizer = OPTIMIZERS[self.one.optimizer](self.parameters())
-        schedule = SCHEDULES[self.one.schedule]
-        if schedule is None:
-            return optimizer
-        interval, make = schedule
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": make(optimizer, self.one.steps), "interval": interval},
-        }
+        return scheduled(OPTIMIZERS[self.one.optimizer](self.parameters()), self.one.schedule, self.one.steps)
+
+
+def scheduled(optimizer: Any, schedule: str, steps: int) -> Any:
+    """What ``configure_optimizers`` gives for an optimizer under a schedule.
+
+    Args:
+        optimizer: The optimizer.
+        schedule: Name of the schedule.
+        steps: Updates of the run.
+    """
+    known = SCHEDULES[schedule]
+    if known is None:
+        return optimizer
+    interval, make = known
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": make(optimizer, steps), "interval": interval}}
 
 
 class Rows(Logger):
@@ -285,18 +292,25 @@ def ending(trainer: pl.Trainer, module: Any, rows: Rows, averages: list[Any]) ->
     )
 
 
-def bits(name: str, value: Any) -> Iterator[tuple[str, bytes]]:
-    """Name and bits of all that is in a nested value."""
-    if isinstance(value, Tensor):
-        yield name, value.detach().contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else _of_one(value)
-    elif isinstance(value, Mapping):
+def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """All that is in a nested value, with its name."""
+    if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from bits(f"{name}/{key}", item)
+            yield from leaves(f"{name}/{key}", item)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from bits(f"{name}/{index}", item)
+            yield from leaves(f"{name}/{index}", item)
     else:
-        yield name, repr(value).encode() if not callable(value) else b""
+        yield name, value
+
+
+def bits(name: str, value: Any) -> Iterator[tuple[str, bytes]]:
+    """Name and bits of all that is in a nested value."""
+    for leaf, item in leaves(name, value):
+        if isinstance(item, Tensor):
+            yield leaf, item.detach().contiguous().view(torch.uint8).numpy().tobytes() if item.dim() else _of_one(item)
+        else:
+            yield leaf, repr(item).encode() if not callable(item) else b""
 
 
 def _of_one(value: Tensor) -> bytes:

@@ -61,7 +61,7 @@ class NonFinite(Detector):
         if not reading.loss_finite:
             message = f"the loss is {reading.loss}"
             # With a finite gradient nothing bad would reach the weights: neither they nor the rate are at fault.
-            alone = _is_infinite(reading.loss) and norm is not None and norm <= self.thresholds.max_norm
+            alone = reading.loss_overflows_alone and norm is not None and norm <= self.thresholds.max_norm
             return Fault(
                 "non_finite_loss", "batch", "loss", reading.loss, message, conclusive=alone, clipping_helps=True
             )
@@ -105,10 +105,6 @@ class NonFinite(Detector):
         """The inverse of :meth:`state_dict`."""
         self._overflows.clear()
         self._overflows.extend(int(step) for step in state["overflows"])
-
-
-def _is_infinite(loss: float | None) -> bool:
-    return loss is not None and math.isinf(loss)
 
 
 def _non_finite_gradient(norm: float | None) -> Fault:

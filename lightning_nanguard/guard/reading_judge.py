@@ -123,7 +123,7 @@ class ReadingJudge:
 
     def _overflow_is_usual(self, reading: Reading) -> bool:
         state = self._context.state
-        if reading.loss_finite or not state.is_overflow_alone(reading):
+        if reading.loss_finite or not reading.loss_overflows_alone:
             return False
         if not state.losses_overflow and state.note_overflow(reading.step, self._interventions.patience):
             self._interventions.tell_of_overflow()

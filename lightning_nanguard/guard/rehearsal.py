@@ -98,27 +98,20 @@ class Rehearsal:
         if self._base != (id(base), base.step):
             self._base, self._began = (id(base), base.step), {}
         inertia = self._inertia()
-        losses = self._after(base, factor, math.ceil(updates * inertia), trained, measured, watched=True)
+        losses = self._after(base, factor, math.ceil(updates * inertia), trained, measured)
         if updates == 0 and losses is not None:
             self._began = dict(zip(measured, losses, strict=True))
         return None if losses is None else fmean(losses)
 
     def _after(
-        self,
-        base: Snapshot,
-        factor: float,
-        updates: int,
-        trained: Sequence[int],
-        measured: Sequence[int],
-        *,
-        watched: bool,
+        self, base: Snapshot, factor: float, updates: int, trained: Sequence[int], measured: Sequence[int]
     ) -> list[float] | None:
         rate = self._rate
         multiplier, min_lr, max_lr = rate.multiplier, rate.min_lr, rate.max_lr
         restore(self._learner, base)
         rate.set_multiplier(rate.ratio() * factor)
         try:
-            return self._play(trained, measured, updates, watched=watched)
+            return self._play(trained, measured, updates)
         except OutOfMemory:
             _say_no_room()
             return None
@@ -133,13 +126,11 @@ class Rehearsal:
         # Momentum takes some updates to build up, so more are made.
         return self._limits.momentum if group.get("momentum") else self._limits.adaptive if "betas" in group else 1.0
 
-    def _play(
-        self, trained: Sequence[int], measured: Sequence[int], updates: int, *, watched: bool
-    ) -> list[float] | None:
+    def _play(self, trained: Sequence[int], measured: Sequence[int], updates: int) -> list[float] | None:
         # LBFGS makes several updates in one step.
         steps = math.ceil(updates / int(self._learner.optimizers[0].param_groups[0].get("max_iter", 1)))
         with self._replay.rehearsing():
-            stays = self._train(trained, steps, watched=watched)
+            stays = self._train(trained, steps)
         if not stays:
             return None if stays is None else [math.inf] * len(measured)
         # Enter again, so that random numbers in the loss are the same whatever was trained before.
@@ -148,7 +139,7 @@ class Rehearsal:
         known = [loss for loss in losses if loss is not None]
         return [loss if math.isfinite(loss) else math.inf for loss in known] if len(known) == len(losses) else None
 
-    def _train(self, batches: Sequence[int], updates: int, *, watched: bool) -> bool | None:
+    def _train(self, batches: Sequence[int], updates: int) -> bool | None:
         first: float | None = None
         unit = self._context.monitors.loss_unit()
         gone = False
@@ -160,7 +151,7 @@ class Rehearsal:
             first = loss if first is None else first
             began = self._began.get(index, first)
             was_gone, gone = gone, loss > began + self._limits.diverged * max(abs(began), unit)
-            if not math.isfinite(loss) or (watched and gone and was_gone):
+            if not math.isfinite(loss) or (gone and was_gone):
                 return False
         return True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -85,11 +84,6 @@ class GuardState:
     def rolled_back_since(self, step: int) -> bool:
         """Whether the run was rolled back after an update."""
         return any(at > step for at, _ in self.policy.restores)
-
-    def is_overflow_alone(self, reading: Reading) -> bool:
-        """Whether nothing but the loss of an update is out of the number format: its gradient is finite."""
-        infinite = reading.loss is not None and math.isinf(reading.loss)
-        return infinite and reading.grad_norm is not None and math.isfinite(reading.grad_norm)
 
     def note_overflow(self, step: int, patience: int) -> bool:
         """Note an update whose loss alone was infinite; whether so many in a row were that it is usual from now on."""

@@ -98,7 +98,7 @@ class StepCheck:
             return None
         if self._context.learner.scaler is not None and reading.loss_finite and not reading.finite:
             return None  # an overflow, which the scaler skips
-        if self._context.state.losses_overflow and self._context.state.is_overflow_alone(reading):
+        if self._context.state.losses_overflow and reading.loss_overflows_alone:
             return None
         return self._fault_of(reading, extreme=extreme) if self._ranks is None else self._fault_of_all(reading)
 

@@ -154,14 +154,13 @@ class TrialRunner:
                 if not (at_hand and possible and self._advance(running, reading.loss or 0.0)):
                     self._running = None
                     return None
-            if running.updates < self._limits.updates:
-                return None
-            with self._branches.beside() as possible:
-                losses = self._losses(running) if possible else None
+                if running.updates < self._limits.updates:
+                    return None
+                arm = self._best(running)
+                losses = self._losses(running, arm)
         self._running = None
         if losses is None:
             return None
-        arm = self._best(running)
         arm.branch.state.healthy = running.before + len(arm.losses)
         self._shown = judge_trial(losses, self._limits), arm.branch.state
         return FoundFault(running.fault, reading)
@@ -171,8 +170,8 @@ class TrialRunner:
         judged = self._judged()
         return min(running.arms, key=lambda arm: _mean(arm.losses[-2 * judged : -judged]))
 
-    def _losses(self, running: _Running) -> TrialLosses | None:
-        arm, judged = self._best(running), -self._judged()
+    def _losses(self, running: _Running, arm: _Arm) -> TrialLosses | None:
+        judged = -self._judged()
         now = self._branches.losses_of(running.earlier, running.states["now"])
         then = self._branches.losses_of(running.earlier, arm.branch.state)
         if now is None or then is None:

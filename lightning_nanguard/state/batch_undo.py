@@ -117,12 +117,11 @@ class BatchUndo:
 
     def _list_modules(self) -> None:
         named = list(self._module.named_modules())
-        # The guard's own metrics count skipped batches and are not undone.
         known = {id(memory.metric): memory for memory in self._metrics}
         self._metrics = [
             known.get(id(module)) or _MetricMemory(module)
             for _, module in named
-            if isinstance(module, Metric) and not getattr(type(module), "keep_when_skipped", False)
+            if isinstance(module, Metric) and is_undone(module)
         ]
         self._owners = [
             (f"{prefix}." if prefix else "", isinstance(module, _NormBase), module._buffers)
@@ -258,6 +257,11 @@ def _odd_copy(buffer: Tensor) -> tuple[Tensor, Any, int]:
     except Exception as error:  # a batch that is undone leaves this one as it is then
         _logger.debug("NaNGuard: a buffer of type %s cannot be copied: %r", type(buffer).__name__, error)
         return buffer, None, -1
+
+
+def is_undone(metric: Metric) -> bool:
+    """Whether a metric forgets a batch that is undone: the guard's own metrics count skipped batches."""
+    return not getattr(type(metric), "keep_when_skipped", False)
 
 
 @final

@@ -210,17 +210,17 @@ class TrainerBatchReplay:
     def _window(self, optimizer: Optimizer, micros: Sequence[MicroBatch]) -> float | None:
         losses: list[float] = []
         found: dict[Parameter, Tensor] = {}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for micro in micros:
             self.batches.rewind(micro)
             value = self._gradients(optimizer, micro.batch, micro.index)
             if value is None:
                 return None
             losses.append(value)
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        share = p.grad / len(micros) if len(micros) > 1 else p.grad
-                        found[p] = found[p] + share if p in found else share
+            for p in parameters:
+                if p.grad is not None:
+                    share = p.grad / len(micros) if len(micros) > 1 else p.grad
+                    found[p] = found[p] + share if p in found else share
         for parameter, gradient in found.items():
             parameter.grad = gradient
         return fmean(losses) if losses else None

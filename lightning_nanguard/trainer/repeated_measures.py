@@ -8,6 +8,7 @@ from typing import Any, final
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_nanguard.state.batch_undo import is_undone
 from lightning_nanguard.trainer.private.packages import LightningModule
 from lightning_nanguard.trainer.private.running_means import FIELDS, running_means
 
@@ -30,8 +31,7 @@ class RepeatedMeasures:
 
     def now(self) -> list[tuple[Metric, dict[str, Any]]]:
         """All of them as they are now."""
-        own = [one for one in self._module.modules() if isinstance(one, Metric)]
-        counted = [one for one in own if not getattr(type(one), "keep_when_skipped", False)]
+        counted = [one for one in self._module.modules() if isinstance(one, Metric) and is_undone(one)]
         return [(one, _held(one)) for one in (*counted, *running_means(self._trainer))]
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -33,6 +34,12 @@ class Reading(NamedTuple):
     loss_finite: bool = True
     scaler_skips: bool = False
     loss_scale: float | None = None
+
+    @property
+    def loss_overflows_alone(self) -> bool:
+        """Whether the loss is infinite and the gradient finite, so that nothing bad would reach the weights."""
+        infinite = self.loss is not None and math.isinf(self.loss)
+        return infinite and self.grad_norm is not None and math.isfinite(self.grad_norm)
 
     @property
     def stream(self) -> int:

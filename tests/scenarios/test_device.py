@@ -15,6 +15,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 
+from benchmarks.gpu_parts import Weights
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.act import skip
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
@@ -223,19 +224,6 @@ class Own(optim.AdamW):
     """A subclass in the user's file."""
 
 
-class Ends(Callback):
-    """Remembers the weights after each batch."""
-
-    def __init__(self) -> None:
-        self.weights: list[list[Tensor]] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self.weights.append([parameter.detach().clone() for parameter in pl_module.parameters()])
-
-    def finite(self, index: int) -> bool:
-        return all(bool(torch.isfinite(one).all()) for one in self.weights[index])
-
-
 @pytest.mark.parametrize("make", [Foreign, Own, functools.partial(Own, fused=True)], ids=["foreign", "own", "fused"])
 @pytest.mark.parametrize("readback", ["auto", "deferred"])
 def test_an_optimizer_that_reads_no_flag_is_not_trusted_with_one(
@@ -243,7 +231,7 @@ def test_an_optimizer_that_reads_no_flag_is_not_trusted_with_one(
 ) -> None:
     """A bad update is kept from the weights before the step, or is undone as one that was made."""
     monkeypatch.setattr(PendingReading, "arrived", lambda self: False)  # a device that is far behind
-    guard, ends = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=4, readback=readback), Ends()
+    guard, ends = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=4, readback=readback), Weights()
     train(seeded(make), data(bad=20), guard, ends)
     (record,) = guard.interventions
     assert ends.finite(-1)
@@ -270,11 +258,11 @@ def test_an_infinite_loss_with_a_finite_gradient_is_held_back_or_undone(
 ) -> None:
     """What is recorded as skipped has not moved the weights; what has moved them is recorded as undone."""
     monkeypatch.setattr(PendingReading, "arrived", lambda self: False)
-    guard, ends = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=4, readback=readback), Ends()
+    guard, ends = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=4, readback=readback), Weights()
     torch.manual_seed(0)
     train(InfiniteLoss(make), data(), guard, ends)
     (record,) = guard.interventions
-    moved = not same_bits(ends.weights[19], ends.weights[20])
+    moved = not same_bits(ends.seen[19], ends.seen[20])
     assert moved is ("restore" in record.remedies)
     assert moved is (make is Foreign and readback == "deferred")
 
@@ -316,11 +304,11 @@ class Captured(LightningModule):
 def test_a_captured_graph_trains_on_after_a_bad_batch(make: Any, readback: Any, tmp_path: Path) -> None:
     """After a skip and after a rollback the gradients are where the graph writes them, and every update counts."""
     torch.manual_seed(0)
-    guard, ends = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=4, readback=readback), Ends()
+    guard, ends = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=4, readback=readback), Weights()
     module = Captured(make)
     train(module, data(bad=20), guard, ends)
     assert len(guard.interventions) == 1
-    still = [i for i in range(1, 40) if same_bits(ends.weights[i - 1], ends.weights[i])]
+    still = [i for i in range(1, 40) if same_bits(ends.seen[i - 1], ends.seen[i])]
     assert [i for i in still if i > 23] == []
     assert [id(p.grad) for p in module.net.parameters()] == [id(place) for place in module.places]
     assert ends.finite(-1)
@@ -337,10 +325,10 @@ def test_a_bad_batch_on_a_full_card_ends_no_run(fails: str, tmp_path: Path, monk
         return real(*args, device=device, **options)
 
     monkeypatch.setattr(skip, "capture", full)
-    guard, ends = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=4), Ends()
+    guard, ends = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=4), Weights()
     train(seeded(Own), data(bad=20), guard, ends)
     assert [record.remedies for record in guard.interventions] == [("skip",)]
-    assert same_bits(ends.weights[19], ends.weights[20])
+    assert same_bits(ends.seen[19], ends.seen[20])
 
 
 def test_a_device_that_is_given_is_the_one_that_is_used() -> None:
