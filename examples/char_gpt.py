@@ -2,9 +2,9 @@
 
     python examples/char_gpt.py
 
-The text is the help that ships with Python. The learning rate climbs to a hundred times a good one. The bare run ends
-far above the run at the good rate, and no number is NaN. With ``act_on="evidence"`` a trial shows that a restart at a
-lower rate learns far more. The guard goes back, and goes on at that rate.
+The text is the help that comes with Python. The learning rate rises to a hundred times a good one. Without the guard,
+the loss ends far above that of the run at the good rate, and no number is NaN. With ``act_on="evidence"`` a trial shows
+that a restart at a lower rate learns far more. The run then goes on from this restart at its rate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the four small examples share: a quiet run that keeps its losses, and the guard's own words about it."""
+"""Helpers of the small examples: a run without output that keeps its losses, and what the guard says about it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Losses(pl.Callback):
 
 
 def train(module: Any, data: Any, guard: NaNGuard | None = None, **options: Any) -> list[float]:
-    """Fit and give the loss of every batch; whatever is written lies in a folder that is deleted afterwards."""
+    """Fit and return the loss of every batch. All files are written to a folder that is deleted afterwards."""
     losses = Losses()
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
@@ -54,7 +54,7 @@ def train(module: Any, data: Any, guard: NaNGuard | None = None, **options: Any)
 
 
 def tell(guard: NaNGuard, at_most: int = 2) -> None:
-    """Print what the guard advised and why it stepped in, once for each cause; mere suspicions come last."""
+    """Print the guard's advice and the causes of its interventions, once for each cause, suspicions last."""
     given = sorted(guard.advice, key=lambda one: one.occasion == "a finite suspicion")
     findings = [one.finding for one in given] + [one.finding for one in guard.interventions]
     first: dict[str, Finding] = {}
@@ -66,7 +66,7 @@ def tell(guard: NaNGuard, at_most: int = 2) -> None:
 
 
 def accuracy(module: torch.nn.Module, data: DigitsDataModule) -> float:
-    """Share of the held-out digits that are read."""
+    """Share of the held-out digits that the model recognises."""
     images, targets = data.held_out.tensors
     with torch.no_grad():
         return float((module(images).argmax(1) == targets).float().mean())

@@ -1,4 +1,4 @@
-"""Two ways to lose a training run, each without and with ``NaNGuard()``, beside a healthy one.
+"""Two failing training runs, each without and with ``NaNGuard()``, and a healthy one.
 
     make demo        or        python examples/demo.py [--fast] [--json results.json]
 
@@ -34,7 +34,7 @@ HIGH_LR = 20 * GOOD_LR
 
 @dataclass(frozen=True)
 class Result:
-    """How one run ended; a number that is not finite is ``None``, as JSON has no word for it."""
+    """How one run ended. A number that is not finite is ``None``, because JSON cannot hold it."""
 
     run: str
     guarded: bool
@@ -73,13 +73,13 @@ def held_out(model: torch.nn.Module, data: DigitsDataModule) -> tuple[float, flo
 
 
 def lowest_multiplier(interventions: list[Any]) -> float:
-    """The deepest cut of the learning rate; what was cut may have been given back by the end of the run."""
+    """The lowest learning-rate multiplier of the run; at the end it may be higher again."""
     cuts = [record.lr_after / record.lr_before for record in interventions if record.lr_before and record.lr_after]
     return min(accumulate(cuts, operator.mul, initial=1.0))
 
 
 def train(run: str, *, lr: float, corrupt: int, guarded: bool, epochs: int, dirpath: Path, show: Any) -> Result:
-    """One run; every run has the same seed, so that only what is named here makes the difference."""
+    """One run. Every run has the same seed, so that the runs differ only in these arguments."""
     pl.seed_everything(0, verbose=False)
     model, data = DigitsClassifier(lr=lr), DigitsDataModule(corrupt=corrupt)
     guard = NaNGuard() if guarded else None

@@ -1,7 +1,7 @@
 """A small classifier and its data: scikit-learn's bundled handwritten digits, nothing to download.
 
 Both names of Lightning work: ``LIGHTNING_PACKAGE`` chooses ``pytorch_lightning`` (the default) or
-``lightning.pytorch``. In your own code you would simply import the one you use.
+``lightning.pytorch``. In your own code, import the one that you use.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 pl = importlib.import_module(os.environ.get("LIGHTNING_PACKAGE", "pytorch_lightning"))
 
 CORRUPT_VALUES = (float("nan"), float("inf"), 1e30)
-"""What a broken file or sensor leaves in the pixels; handed out in turn to the corrupt samples."""
+"""Values that a broken file or sensor may give. The corrupt samples get them in turn."""
 
 
 class DigitsDataModule(pl.LightningDataModule):

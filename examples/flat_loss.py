@@ -1,11 +1,11 @@
-"""Four losses that stand still for four reasons, which look alike in a plot: a saddle, a minimum, steps that are too
-long, and a loss that has simply been learned.
+"""Four losses that do not fall, for four reasons: a saddle point, a minimum, steps that are too large, and a model that
+has learned everything. They look alike in a plot.
 
     python examples/flat_loss.py
 
-Asked to (``examine_after=64``), the guard looks at a loss that has not moved over that many updates: how large is the
-gradient, does it point back after a step, and does the loss bend down in any direction (the smallest eigenvalue of its
-Hessian)? Needs the extra ``curvature``.
+With ``examine_after=64`` the guard examines a loss that has not fallen in 64 updates. It checks how large the gradient
+is, whether it points back after a step, and whether the loss falls in any direction (the smallest eigenvalue of its
+Hessian). Needs ``pip install 'lightning-nanguard[curvature]'``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_nanguard import NaNGuard
 
 
 class Product(nn.Module):
-    """A linear model as a product of two layers that both begin at zero, where neither gets a gradient."""
+    """A linear model as a product of two layers. Both begin at zero, so neither gets a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Product(nn.Module):
 
 
 def line() -> nn.Module:
-    """One layer that begins at zero, which is no harm here: it gets a gradient."""
+    """One layer that begins at zero. Unlike ``Product``, it gets a gradient."""
     net = nn.Linear(8, 1)
     nn.init.zeros_(net.weight)
     nn.init.zeros_(net.bias)
@@ -55,7 +55,7 @@ class Fit(pl.LightningModule):
 
 
 def data(kind: str) -> DataLoader[tuple[Tensor, ...]]:
-    """128 inputs, on request with something in common, and a target: their sum, or a parabola, which no line fits."""
+    """128 inputs, on request correlated, and their targets: the sum, or a parabola, which no line fits."""
     source = torch.Generator().manual_seed(0)
     inputs = torch.randn(128, 8, generator=source)
     if kind == "common":
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def edge(loader: DataLoader[tuple[Tensor, ...]]) -> float:
-    """The rate at which plain SGD neither falls nor climbs along the steepest direction: 2 / (largest eigenvalue)."""
+    """The rate at which SGD neither converges nor diverges in the steepest direction: 2 / (largest eigenvalue)."""
     inputs = next(iter(loader))[0]
     inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1)
     return float(2 / torch.linalg.eigvalsh(2 * inputs.T @ inputs / len(inputs)).max())

@@ -1,9 +1,9 @@
-"""Half precision with scores of attention that overflow: every update is skipped in silence, and nothing is learned.
+"""Half precision with attention scores that overflow: every update is skipped silently, and nothing is learned.
 
     python examples/fp16.py
 
-float16 ends at 65,504. Here the scores of an attention go beyond it. The loss is NaN, and the GradScaler skips each
-update without a word. The guard names the operation and its line, and ends the run. With the scores in float32 the
+The largest number of float16 is 65,504. Here attention scores exceed it. The loss is NaN, and the GradScaler skips each
+update without a message. The guard names the operation and its line, and ends the run. With the scores in float32 the
 model learns.
 """
 

@@ -2,8 +2,8 @@
 
     python examples/gan.py
 
-Under manual optimization one bad batch ruins the discriminator, and through it the generator. The guard skips the
-updates of both optimizers that such a batch would spoil.
+Under manual optimization one bad batch makes the weights of the discriminator NaN, and then those of the generator. The
+guard skips the bad updates of both optimizers.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""A classifier whose loss turns NaN in mid-run, and whose accuracy falls to 0.1 and stays there.
+"""A classifier whose loss becomes NaN during the run, and whose accuracy falls to 0.1 and stays there.
 
     python examples/nan_classifier.py
 
-The loss is the logarithm of a softmax written by hand: once the model is sure enough, a probability is zero and its
-logarithm −inf; one step later every weight is NaN, and argmax always says 0. The guard skips such batches, so that the
-weights stay good, and names the line; with the logarithm of softmax as torch has it there is nothing to do.
+The loss is the logarithm of a softmax written by hand. When the model is confident enough, a probability is zero and
+its logarithm is −inf. One step later every weight is NaN, and argmax always returns 0. The guard skips such batches, so
+that the weights stay good, and names the line. With torch's own ``log_softmax`` the fault does not occur.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python examples/sigmoid_digits.py
 
-Each sigmoid passes at most a quarter of the gradient on, so that the first of eight layers gets next to none, and the
-squared loss on top is flat where the model is surely wrong. The preflight says so before the first step. With ReLU and
-cross-entropy the same layers learn at the same rate.
+Each sigmoid passes on at most a quarter of the gradient. So the first of eight layers gets almost none. The squared
+loss is flat where the model is wrong with high confidence. The preflight reports both before the first step. With ReLU
+and cross-entropy the same layers learn at the same rate.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/train.py fit --config examples/config.yaml
 
-Needs the extras ``cli`` and ``demo``. ``LIGHTNING_PACKAGE=lightning.pytorch`` trains with that package instead of
-``pytorch_lightning``; the file stays the same.
+Needs the extras ``cli`` and ``demo``. With ``LIGHTNING_PACKAGE=lightning.pytorch`` in the environment it uses that
+package instead of ``pytorch_lightning``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LightningCLI = importlib.import_module(f"{pl.__name__}.cli").LightningCLI
 
 
 class DigitsCLI(LightningCLI):
-    """The usual command line, with a last line that says how well the model reads digits it has not seen."""
+    """The command line of Lightning, with a last line that gives the accuracy on held-out digits."""
 
     def after_fit(self) -> None:
         metrics = self.trainer.callback_metrics

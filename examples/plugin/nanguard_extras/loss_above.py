@@ -8,7 +8,7 @@ from lightning_nanguard import Detector, Fault, Reading
 
 
 class LossAbove(Detector):
-    """Detects a finite loss above a limit that you know your healthy batches never reach.
+    """Detects a finite loss above a limit that healthy batches never reach.
 
     Args:
         limit: The limit, in units of the loss.

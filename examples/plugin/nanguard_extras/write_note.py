@@ -16,7 +16,7 @@ class Note(PlanStep):
 
 
 class WriteNote(Remedy):
-    """Appends a line to a file at every fault. Its step is of a kind of its own, so its role is to notify.
+    """Appends a line to a file at every fault. Its plan step is a class of its own, so its role is ``notify``.
 
     Args:
         path: The file.
