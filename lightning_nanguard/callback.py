@@ -1,4 +1,4 @@
-"""NaNGuard: Lightning's hooks, translated for the guard."""
+"""The callback ``NaNGuard``, which calls the guard from Lightning's hooks."""
 
 from __future__ import annotations
 
@@ -41,64 +41,65 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class NaNGuard(DisplayedGuard):
-    """Keeps a training run alive through NaN and divergence.
+    """Keeps a training run alive when the loss or the gradients become NaN, infinite or far too large.
 
-    It sees a non-finite or diverging loss or gradient, keeps it from the weights, goes back to the last good state if
-    the weights are already lost, lowers the learning rate or turns clipping on if the run itself is at fault, and
-    writes down what it did. When it cannot help, it stops the run with the last good weights in place. A healthy run
-    is the same bit for bit with and without it.
+    The guard measures loss and gradient norm before each optimizer step. It skips bad batches, goes back to the last
+    good state if the weights are bad, and lowers the learning rate or turns clipping on if the run diverges. It
+    records what it did. If it cannot save the run, it stops it with the last good weights in the module. A healthy run
+    is the same, bit for bit, with and without the guard.
 
     Args:
-        detectors: What counts as a fault, asked in this order; ``None`` for :class:`NonFinite`,
+        detectors: The detectors that find faults, called in this order; ``None`` for :class:`NonFinite`,
             :class:`GradientSpike` and :class:`DivergingLoss` with their defaults.
-        remedies: What may follow when skipping the batch is not enough, in order of preference; ``None`` for
-            :class:`Rollback`, :class:`ClipGradients` and :class:`ReduceLR`. ``[]`` only skips,
-            ``[StopTraining()]`` stops.
-        snapshot_every_n_steps: Updates between snapshots of the learner; ``"auto"`` keeps them at 1 % of the run's
-            time at most, and at less and less as a run goes on without a fault.
-        snapshot_device: Where snapshots lie: ``"same"`` beside the weights; ``"cpu"`` in host memory (pinned, where the
-            weights are on a CUDA device: the copy goes on beside the next forward and backward); ``"auto"`` beside the
-            weights as far as the run leaves room there at its peak, else in host memory.
-        max_snapshots: Certified snapshots kept (one more is always pending).
-        max_snapshot_memory: Limit in GiB for what all snapshots take, and batches that are kept; fewer snapshots are
-            kept where they do not fit, at least one.
-        budget: Bounds on interventions, past which the run is stopped.
+        remedies: The remedies used if skipping the batch is not enough, in order of preference; ``None`` for
+            :class:`Rollback`, :class:`ClipGradients` and :class:`ReduceLR`. With ``[]`` the guard only skips batches,
+            with ``[StopTraining()]`` it stops the run.
+        snapshot_every_n_steps: Number of updates between snapshots of weights, buffers and optimizer state. With
+            ``"auto"`` snapshots take at most 1 % of the run's time, and less in longer runs.
+        snapshot_device: Where snapshots are kept: ``"same"`` on the device of the weights; ``"cpu"`` in host memory
+            (pinned if the weights are on a CUDA device, so that the copy runs beside the next forward and backward);
+            ``"auto"`` on the device of the weights if there is room at the run's peak, else in host memory.
+        max_snapshots: Number of certified snapshots kept. One more may be pending.
+        max_snapshot_memory: Limit in GiB for all snapshots and the batches that are kept. If they do not fit, fewer
+            snapshots are kept, but at least one.
+        budget: Limits on interventions. The run is stopped when one is exceeded.
         dirpath: Folder of the records and of the last good checkpoint; ``None`` for ``nanguard`` beside the checkpoints
-            of the trainer's logger, or ``nanguard/<run id>`` without one. A folder that belongs to another run is left
-            alone: the run then takes one below it.
+            of the trainer's logger, or ``nanguard/<run id>`` without a logger. If the folder belongs to another run,
+            the guard uses a folder below it.
         readback: ``"step"`` reads each update's loss and gradient norm before the step; ``"deferred"`` reads them up
-            to two steps later without waiting for the device; ``"auto"`` takes ``"step"`` on CPU, ``"deferred"`` on
-            CUDA with an optimizer that can skip on the device (``fused=True``), else ``"step"``.
-        observe: Record what would be done and change nothing.
-        preflight: Look at the data and the untrained model before the first step, with the first batch, and give
-            advice; it changes nothing.
-        examine_after: Updates after which a loss that has not moved, at a high level, is examined for what keeps it
-            there (vanishing gradients, dead units, oscillation, a saddle point, …): advice, and no trace. At least 16.
-        bundle_dir: Folder where the batch and the state of up to ten incidents are kept, to be replayed elsewhere with
-            ``nanguard replay``; they hold data of the run. ``None`` keeps none. Needs the extra ``bundle``.
+            to two steps later without waiting for the device; ``"auto"`` is ``"deferred"`` on CUDA with optimizers
+            that can skip on the device (``fused=True``), else ``"step"``.
+        observe: Record what would be done, and change nothing.
+        preflight: Check the data and the untrained model before the first step, with the first batch, and give
+            advice. It changes nothing.
+        examine_after: Number of updates after which a loss that is high and has not fallen is examined (vanishing
+            gradients, dead units, oscillation, a saddle point, …). It gives advice and changes nothing. At least 16.
+        bundle_dir: Folder for the batch and the state of up to ten incidents, which ``nanguard replay`` runs again on
+            another machine. They hold data of the run. ``None`` saves none. Needs the extra ``bundle``.
         on_intervention: Called with each :class:`Intervention`, on every rank.
-        last_good_every_n_steps: Updates between writes of ``nanguard-last-good.ckpt``, a whole checkpoint that takes
-            the place of the older one only when its state was certified; ``None`` writes none.
-        resume: What to do with a ``ckpt_path`` that is poisoned or torn: ``"strict"`` raises
-            :class:`BadCheckpointError`, ``"last-good"`` goes on from the newest good checkpoint of the same run.
-        sinks: Where records go beside the guard's own files, loggers and console: instances of :class:`Sink`, or
-            functions that are called with each :class:`Intervention` on rank 0.
-        rules: Diagnosis rules of your own, asked beside the built-in ones: functions that take a :class:`Case` and
-            return a :class:`Finding` or ``None``.
-        thresholds: Every number that decides something; ``None`` for :class:`~lightning_nanguard.thresholds.Thresholds`
-            with its defaults. Detectors and remedies that you list keep their own.
-        act_on: For what the guard changes the run. ``"certain"``: for what is not finite, overflows its number format,
-            or is out of all proportion to everything seen; a finite suspicion becomes advice, and ``training_step`` is
-            never run again while every number is finite. ``"evidence"``: also for a finite loss that diverges or never
-            falls, where the newest batches, run again under an earlier state or another rate, confirm it.
-        quarantine: Leave samples that were found to be bad out of every later batch, in this run and in those that go
-            on from its checkpoints. Batches that hold one get smaller; their number and the order of the other samples
-            stay. Where data have no rows, samples are recognised by their hash, in batches of ``default_collate``.
+        last_good_every_n_steps: Number of updates between writes of ``nanguard-last-good.ckpt``, a whole checkpoint. It
+            replaces the older one only when its state is certified; ``None`` writes none.
+        resume: What to do with a ``ckpt_path`` that is poisoned (not finite) or torn (damaged): ``"strict"`` raises
+            :class:`BadCheckpointError`, ``"last-good"`` resumes from the newest good checkpoint of the same run.
+        sinks: Where records go in addition to the guard's own files, the loggers and the console: instances of
+            :class:`Sink`, or functions that are called with each :class:`Intervention` on rank 0.
+        rules: Your own diagnosis rules, called together with the built-in ones: functions that take a :class:`Case`
+            and return a :class:`Finding` or ``None``.
+        thresholds: Every number by which the guard decides; ``None`` for
+            :class:`~lightning_nanguard.thresholds.Thresholds` with its defaults. Detectors and remedies that you list
+            keep their own.
+        act_on: When the guard changes the run. ``"certain"``: for numbers that are not finite, that overflow their
+            number format, or that are far larger than all before. Other suspicions become advice, and
+            ``training_step`` is never run again while every number is finite. ``"evidence"``: also for a finite loss
+            that diverges or does not fall, if a trial at lower rates confirms it.
+        quarantine: Leave samples that were found to be bad out of every later batch, in this run and in runs that
+            resume from its checkpoints. Their batches become smaller; the number of batches and the order of the other
+            samples do not change. Samples without rows are recognised by their hash, in batches of ``default_collate``.
 
     Raises:
-        ValueError: When an argument is out of its range or contradicts another.
-        TypeError: When a detector, remedy, sink, rule, budget, threshold or callable has the wrong type.
-        ModuleNotFoundError: When ``bundle_dir`` is given and safetensors is not installed.
+        ValueError: If an argument is out of its range or contradicts another.
+        TypeError: If a detector, remedy, sink, rule, budget, threshold or callable has the wrong type.
+        ModuleNotFoundError: If ``bundle_dir`` is given and safetensors is not installed.
 
     Example:
         >>> guard = NaNGuard(snapshot_every_n_steps=50)
@@ -169,12 +170,12 @@ class NaNGuard(DisplayedGuard):
     # ------------------------------------------------------------------------------------------------ what users call
 
     def examine(self) -> None:
-        """Examine the run at the end of the batch at hand; what is found is in :attr:`advice` then, and on record.
+        """Examine the run at the end of the present batch. The findings are in :attr:`advice` and ``advice.jsonl``.
 
-        Under manual optimization, and with several processes, a batch cannot be run again, and nothing is found.
+        Under manual optimization and with several processes a batch cannot be run again, and nothing is found.
 
         Raises:
-            RuntimeError: Outside of a fit.
+            RuntimeError: If no fit is running.
         """
         if self._fit is None:
             raise RuntimeError("NaNGuard.examine() looks at a run at hand: call it within a fit.")
@@ -183,10 +184,10 @@ class NaNGuard(DisplayedGuard):
     # ------------------------------------------------------------------------------------------------ Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the first place among the callbacks, and look at the checkpoint that is resumed from.
+        """Become the first callback, and check the checkpoint to resume from.
 
         Raises:
-            ValueError: When the strategy is not supported.
+            ValueError: If the strategy is not supported.
         """
         hooks_called(self)
         if stage == "fit":
@@ -209,7 +210,7 @@ class NaNGuard(DisplayedGuard):
             self._watch_data(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Build the guard of this fit and look at the state before the first update."""
+        """Build the guard of this fit and check the state before the first update."""
         given = self._given
         if given is None:
             return
@@ -237,7 +238,7 @@ class NaNGuard(DisplayedGuard):
             fit.guard.note(Fault("bad_checkpoint", "state", "ckpt_path", None, message), "resume")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember what the batch may change."""
+        """Copy what the batch may change."""
         fit = self._fit
         if fit is None:
             self._say_unwatched()
@@ -252,7 +253,7 @@ class NaNGuard(DisplayedGuard):
         fit.guard.open_batch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Take the loss."""
+        """Keep a reference to the loss."""
         fit = self._fit
         if fit is None:
             return
@@ -261,7 +262,7 @@ class NaNGuard(DisplayedGuard):
         fit.guard.see_loss(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Measure, detect, and block a bad update."""
+        """Measure, detect, and skip a bad update."""
         fit = self._fit
         index = None if fit is None else fit.optimizer_index(optimizer)
         if fit is not None and index is not None:
@@ -299,7 +300,7 @@ class NaNGuard(DisplayedGuard):
                 replay.batches.clear()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget a batch that ``on_train_batch_start`` has refused with -1, which ends the epoch."""
+        """Forget a batch that an ``on_train_batch_start`` hook refused by returning -1, which ends the epoch."""
         if self._fit is not None:
             self._fit.end_epoch()
 
@@ -312,24 +313,24 @@ class NaNGuard(DisplayedGuard):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Note on the device whether the validation loss is finite."""
+        """Store on the device whether the validation loss is finite."""
         if self._fit is not None and not trainer.sanity_checking:
             self._fit.validation.see(outputs)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the state before averages take its place."""
+        """Check the state before averaged weights replace it."""
         if self._fit is not None and swaps_weights(trainer):
             self._fit.guard.check()
             self._fit.guard.swapped = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look into a validation loss that was not finite, before anything is saved on its account."""
+        """Handle a validation loss that was not finite, before a checkpoint is saved because of it."""
         if self._fit is not None and not trainer.sanity_checking:
             self._fit.guard.swapped = False
             self._fit.validation.judge()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave a good state behind."""
+        """Restore a good state before the run ends."""
         self._undo_gate()
         fit = self._fit
         if fit is None:
@@ -349,7 +350,7 @@ class NaNGuard(DisplayedGuard):
             _logger.error("NaNGuard failed while the run was ending: %s", error, exc_info=error)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read what is still on its way, leave a good state, and count over all ranks."""
+        """Read the last readings, restore a good state if needed, and sum the counts of all ranks."""
         if self._fit is not None:
             self._fit.guard.finish()
             self._fit.diagnostics.judge_first_updates()
@@ -357,7 +358,7 @@ class NaNGuard(DisplayedGuard):
             self._memory.add_to_run(non_finite_rate=self._fit.non_finite_rate())
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say in one line what happened, and let go of the fit."""
+        """Log the summary line, and release the trainer and the module."""
         self._end()
 
     def _end(self) -> None:

@@ -12,10 +12,10 @@ def require(condition: bool, owner: object, argument: str, value: object, expect
     """Raise a ``ValueError`` that names the class, the argument, its value and what was expected.
 
     Args:
-        condition: Whether the value is fine.
-        owner: Whose argument it is: an instance, or the name of its class.
+        condition: Whether the value is valid.
+        owner: The object whose argument it is, or the name of its class.
         argument: Name of the argument.
-        value: What it was given.
+        value: The value that was given.
         expected: What was expected, in words.
     """
     if not condition:
@@ -24,14 +24,14 @@ def require(condition: bool, owner: object, argument: str, value: object, expect
 
 
 class TrainingDivergedError(RuntimeError):
-    """The run cannot be helped; the last good weights are in the module.
+    """Raised when the guard cannot save the run. The module then has the last good weights.
 
     Attributes:
-        fault: What was found, ``None`` when the run could not even start.
+        fault: The fault that was found, ``None`` if the run could not start.
         reason: Why the guard gave up.
-        tried: What it had done before, in words.
-        snapshot_step: ``global_step`` of the state now in the module, ``None`` when there was none.
-        finding: The cause, where one was found.
+        tried: What the guard had done before, in words.
+        snapshot_step: ``global_step`` of the state that is now in the module, ``None`` if there was no good state.
+        finding: The cause, ``None`` if none was found.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class TrainingDivergedError(RuntimeError):
 
 
 class BadCheckpointError(RuntimeError):
-    """A run was not gone on with: its checkpoint is poisoned or torn.
+    """Raised when a run would resume from a checkpoint that is poisoned (not finite) or torn (damaged).
 
     Attributes:
         path: The checkpoint.
-        tensors: Names of the tensors in it that are not finite; empty where it cannot be read.
-        offered: The newest good checkpoint near it, ``None`` where there is none.
+        tensors: Names of the tensors in it that are not finite; empty if it cannot be read.
+        offered: The newest good checkpoint of the same run, ``None`` if there is none.
     """
 
     def __init__(self, message: str, path: Path, tensors: Sequence[str] = (), offered: Path | None = None) -> None:

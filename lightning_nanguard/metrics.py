@@ -1,7 +1,7 @@
-"""torchmetrics about numerical health, for a module's ``self.log``; they know nothing of the guard or of Lightning.
+"""Metrics of numerical health for a module's ``self.log``. They are torchmetrics and need neither guard nor Lightning.
 
-No ``update`` reads a value on the host, so a GPU is not waited for, as long as the metric lies on the device of what it
-is given (an attribute of the module does) and that is not sparse. States are replaced, never changed in place.
+No ``update`` reads a value on the host, so it does not wait for a GPU. This holds if the metric is on the device of its
+inputs (as an attribute of the module is) and the inputs are not sparse. States are replaced, never changed in place.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Values = Tensor | float | Iterable[Tensor | None]
 class NonFiniteRate(Metric):
     """Share of updates whose values hold an element that is NaN or infinite.
 
-    Over several ranks it is the share of all their updates. Without an update it is 0. An update without any value,
-    such as an empty list, counts as a finite one.
+    With several ranks it is the share of all their updates. Without an update it is 0. An update without any value,
+    such as an empty list, counts as finite.
 
     Args:
         **kwargs: What every torchmetric takes, such as ``sync_on_compute``.
@@ -61,8 +61,8 @@ class NonFiniteRate(Metric):
         """Count one update, or several alike.
 
         Args:
-            value: A loss, or several tensors, such as outputs or gradients; ``None`` among them is passed over.
-            times: How many updates it stands for.
+            value: A loss, or several tensors, such as outputs or gradients; ``None`` among them is ignored.
+            times: Number of updates that it counts for.
         """
         bad = ~_all_finite(value, self.counts.device)
         self.counts = self.counts + torch.stack((bad, torch.ones_like(bad))).to(self.counts.dtype) * times
@@ -120,16 +120,16 @@ Reduction = Literal["mean", "max", "last"]
 
 @final
 class GradientNorm(Metric):
-    """Mean, largest or last of the global 2-norm of the gradients that are finite.
+    """Mean, largest or last global 2-norm of the gradients.
 
-    Norms that are not finite are counted in the state ``non_finite`` and left out otherwise; so are updates in which no
-    parameter has a gradient. Without a finite norm the result is NaN. A gradient whose elements are finite has a finite
-    norm: squares do not overflow, and a norm past the largest float32 counts as that.
+    Norms that are not finite are counted in the state ``non_finite`` and left out of the result. Updates in which no
+    parameter has a gradient are left out, too. Without a finite norm the result is NaN. A gradient whose elements are
+    finite has a finite norm: squares do not overflow, and a norm above the largest float32 counts as the largest.
 
-    Call it where gradients are whole and unscaled: in ``on_before_optimizer_step``. Under DDP every rank has the same
-    gradients and all ranks the same result; where they differ, the mean and the largest are taken over all ranks, and
-    the last is that of the highest rank that has one. Where gradients are sharded pass the norm, as it comes from
-    ``clip_grad_norm_``.
+    Update it when gradients are whole and unscaled: in ``on_before_optimizer_step``. Under DDP every rank has the same
+    gradients, so all ranks have the same result. If gradients differ, the mean and the largest are taken over all
+    ranks, and the last is that of the highest rank that has one. If gradients are sharded, pass the norm that
+    ``clip_grad_norm_`` returns.
 
     Args:
         reduction: ``"mean"``, ``"max"`` or ``"last"``.
@@ -174,8 +174,8 @@ class GradientNorm(Metric):
                 of one element.
 
         Raises:
-            TypeError: When ``value`` is neither.
-            ValueError: When it is a tensor of several elements, or holds gradients instead of parameters.
+            TypeError: If ``value`` is neither.
+            ValueError: If it is a tensor of several elements, or holds gradients instead of parameters.
         """
         norm = self._norm(value)
         if norm is None:

@@ -9,16 +9,16 @@ from lightning_nanguard.types import Clip, DropMoments, Evidence, Fault, PlanSte
 
 
 class RunControl(Protocol):
-    """What a remedy may do to a run."""
+    """The actions on a run that a remedy may call."""
 
     def skip(self) -> None:
-        """Undo what the batch changed; its update was not made."""
+        """Undo what the batch changed. Its update was not made."""
 
     def restore(self, depth: int) -> None:
-        """Put the learner back to the certified snapshot ``depth`` places behind the newest."""
+        """Restore the learner from a certified snapshot: ``depth`` 0 is the newest, 1 the one before it."""
 
     def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
-        """Multiply the learning rate, or with ``limit`` allow no larger one than results."""
+        """Multiply the learning rate; with ``limit`` the result becomes the largest rate that is allowed."""
 
     def clip(self, value: float, algorithm: Literal["norm", "value"]) -> None:
         """Clip gradients from now on; ``inf`` ends it."""
@@ -29,8 +29,8 @@ class RunControl(Protocol):
     def rehearse(self, factor: float, updates: int) -> float | None:
         """Mean loss of the newest batches after ``updates`` on them with the learning rate multiplied by ``factor``.
 
-        In loss units. Infinite where the loss diverged on the way; the learner is left as it was. ``None`` where that
-        cannot be done.
+        The loss is in loss units, and infinite if it diverged. The learner is restored afterwards. ``None`` if no batch
+        can be run again.
         """
 
     def rehearsal_batches(self) -> int:
@@ -48,10 +48,10 @@ _ROLES: dict[type[PlanStep], Role] = {
 
 
 class Remedy(ABC):
-    """One thing the guard may do to a run, or tell somebody, when a fault was found.
+    """Proposes and carries out one kind of action after a fault, such as a rollback. Subclass it to write your own.
 
-    A remedy proposes one frozen plan step and later carries it out on a :class:`RunControl`. Nothing else changes a
-    run. A remedy of your own is one class::
+    A remedy proposes one immutable plan step and later carries it out with a :class:`RunControl`. A run is changed in
+    no other way. An example::
 
         from dataclasses import dataclass
         from lightning_nanguard import PlanStep, Remedy
@@ -69,31 +69,31 @@ class Remedy(ABC):
             def apply(self, step, run):
                 send(step.text)
 
-    The guard asks every listed remedy whose role the verdict calls for. A remedy never prevents another from being
-    asked. ``"notify"`` is asked at every fault, ``"restore"`` where the learner or its state is lost, and ``"rate"``,
-    ``"clip"`` and ``"moments"`` where the learner diverged. Of these three roles the plan takes that of the first
-    remedy that proposes something, and all of them where one role may not be enough.
+    The guard calls every listed remedy whose role the verdict needs. ``"notify"`` is called at every fault,
+    ``"restore"`` if the learner or its state is bad, and ``"rate"``, ``"clip"`` and ``"moments"`` if the learner
+    diverged. Of these three roles the plan takes that of the first remedy that proposes something, and all of them if
+    one role may not be enough.
     """
 
     word: ClassVar[str]
-    """The word for it in the records (``Intervention.remedies``)."""
+    """Name of the remedy in the records (``Intervention.remedies``)."""
 
     step: ClassVar[type[PlanStep]]
-    """The kind of plan step it proposes and carries out; each remedy has a kind of its own."""
+    """Class of the plan step that it proposes and carries out. Each remedy has its own class."""
 
     @property
     def role(self) -> Role:
-        """What it is for, by the kind of its step; ``"notify"`` for a kind of your own."""
+        """What the remedy is for. It follows from the class of its step; your own class has the role ``"notify"``."""
         return next((role for kind, role in _ROLES.items() if issubclass(self.step, kind)), "notify")
 
     @abstractmethod
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
-        """What to do about this fault, ``None`` when the remedy does not fit. It changes nothing.
+        """Return the plan step for this fault, ``None`` if the remedy does not apply. It changes nothing.
 
         Args:
-            fault: What was found.
-            evidence: What is known about it.
-            attempt: 0 at first, one more each time the trouble came back soon.
+            fault: The fault that was found.
+            evidence: What the guard knows about it.
+            attempt: 0 at first, one more each time the fault came back soon.
         """
 
     @abstractmethod

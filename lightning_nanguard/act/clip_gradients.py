@@ -12,16 +12,16 @@ from lightning_nanguard.types import Clip, Evidence, Fault, PlanStep
 
 @final
 class ClipGradients(Remedy):
-    """Turn gradient clipping on when gradients are what explodes.
+    """Turns gradient clipping on if gradients explode, and off again after a healthy stretch.
 
     Args:
-        clip_val: Largest norm (or absolute value), or ``"auto"``: twice the usual one of the healthy norms seen, their
-            lower quartile (1.0 where none were seen).
+        clip_val: Largest norm (or absolute value), or ``"auto"``: twice the lower quartile of the healthy norms (1.0 if
+            there were none).
         algorithm: ``"norm"`` or ``"value"``.
         recover_after: Healthy updates after which clipping ends.
 
     Raises:
-        ValueError: When an argument is out of its range.
+        ValueError: If an argument is out of its range.
     """
 
     word = "clip"

@@ -1,4 +1,4 @@
-"""Gradient clipping that can be turned on in mid-run, in addition to the user's own clipping."""
+"""Gradient clipping that can be turned on during a run, in addition to the user's own clipping."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DEFAULTS = MeasurementThresholds()
 
 @final
 class Clipper:
-    """Clips gradients in place once a value is set; without one it does nothing.
+    """Clips gradients in place after a value was set; without a value it does nothing.
 
     Args:
         thresholds: How norms are measured.
@@ -43,9 +43,9 @@ class Clipper:
 
         Args:
             gradients: Those of one optimizer, dense or sparse.
-            loss_scale: The GradScaler's scale, where the gradients are still multiplied by it.
-            norm: Norm of the whole gradient, scaled as the gradients are, where it is known; it must be given where
-                this process holds only a part of the gradient.
+            loss_scale: The GradScaler's scale, if the gradients are still multiplied by it.
+            norm: Norm of the whole gradient, scaled like the gradients, if it is known. It must be given if this
+                process holds only a part of the gradient.
         """
         if self.value is None or not gradients:
             return

@@ -1,4 +1,4 @@
-"""The remedies used where the user lists none, and which remedy carries out which step."""
+"""The remedies used if the user lists none, and which remedy carries out which step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def executors(remedies: Sequence[Remedy]) -> dict[type[PlanStep], Remedy]:
     """Who carries out which step: the user's own instance where listed, a default one for what is always allowed.
 
     Raises:
-        ValueError: When two remedies claim the same kind of step.
+        ValueError: If two remedies have the same class of plan step.
     """
     listed: dict[type[PlanStep], Remedy] = {}
     for remedy in remedies:

@@ -1,10 +1,10 @@
 """A multiplier on the learning rate that is exact under any scheduler.
 
-Schedulers read the rate they wrote last, so a rate that is scaled in place compounds under some of them and is
-overwritten by others. Here the groups hold the scheduled rate at all times except inside ``optimizer.step``, while it
-computes. The step's pre hook scales the rate, its post hook puts the scheduled rate back, and a closure, in which
-Lightning runs forward and backward, sees the scheduled rate too. So schedulers, checkpoints and code that sets ``lr``
-itself never read a scaled rate, and a step that a GradScaler skips leaves nothing to undo.
+Schedulers read the rate that they wrote last. So if a rate is scaled in place, some schedulers scale it again and
+others overwrite it. Here the groups hold the scheduled rate at all times, except while ``optimizer.step`` computes. A
+pre-hook of the step scales the rate, and a post-hook restores the scheduled rate. A closure, in which Lightning runs
+forward and backward, also sees the scheduled rate. So schedulers, checkpoints and code that sets ``lr`` itself never
+read a scaled rate, and a step that a GradScaler skips leaves nothing to undo.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ _Group: TypeAlias = dict[str, Any]
 
 @final
 class LearningRate:
-    """Scales the learning rate of every group of some optimizers, whatever sets that rate.
+    """Scales the learning rate of every group of some optimizers under any scheduler.
 
-    Attach it once; from then on :meth:`set_multiplier` may be called at any time. With a multiplier of 1.0 and no limit
-    no group is ever written to, except that a step at an invalid rate (NaN, infinite, negative) is made at the last
-    valid one.
+    Attach it once. Then :meth:`set_multiplier` may be called at any time. With a multiplier of 1.0 and no limit no group
+    is written to, with one exception: a step at an invalid rate (NaN, infinite, negative) is made at the last valid one.
 
     Args:
         optimizers: The optimizers whose groups are scaled. Groups without an ``lr`` (or with ``None``) are left out
@@ -86,7 +85,7 @@ class LearningRate:
         return self._max_lr
 
     def has_tensors(self) -> bool:
-        """Whether a rate is a tensor, which may lie on a device: to read it the host waits."""
+        """Whether a rate is a tensor. Reading it may wait for a device."""
         return any(isinstance(rate, Tensor) for rate in self._scheduled_rates())
 
     def ratio(self) -> float:
@@ -130,7 +129,7 @@ class LearningRate:
         return float(self._scale(rate, self._factor()))
 
     def scheduled(self) -> list[float]:
-        """What the user's scheduler or configuration says, in the same order as :meth:`effective`."""
+        """The rates that the user's scheduler or configuration sets, in the same order as :meth:`effective`."""
         return [float(rate) for rate in self._scheduled_rates()]
 
     def attach(
@@ -138,11 +137,11 @@ class LearningRate:
         before_update: Callable[[Optimizer], None] | None = None,
         after_update: Callable[[], None] | None = None,
     ) -> None:
-        """Registers the hooks around every optimizer's ``step``; does nothing when they are there already.
+        """Registers the hooks around every optimizer's ``step``; does nothing if they are already registered.
 
         Args:
-            before_update: Called in each step once its gradients are there: after the closure, or at the beginning of
-                a step without one. Whoever gives it has ``valid`` look at the rates before each of these calls.
+            before_update: Called in each step when its gradients are ready: after the closure, or at the beginning of
+                a step without one. The caller has to let ``valid`` check the rates before each of these calls.
             after_update: Called after each step.
         """
         if self._handles:

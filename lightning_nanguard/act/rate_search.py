@@ -14,10 +14,10 @@ Rehearse = Callable[[float, int], float | None]
 def rehearsed_cut(rehearse: Rehearse, largest: float, limits: CutThresholds, *, few: bool = False) -> float | None:
     """The cut at which the loss of the newest batches falls.
 
-    Rates are tried from ``largest`` down, until one brings clearly less than a larger one did. Rates at the edge of
-    stability look best for a few updates and fail later: so the lowest one in a row below the best that brings nearly
-    as much is taken, within a range below the best; or a still lower one where that, too, takes the loss to next to
-    nothing.
+    Rates are tried from ``largest`` down, until one gains clearly less than a larger one did. Rates at the edge of
+    stability look best for a few updates and fail later. So the result is the lowest rate, in a row below the best one,
+    that gains nearly as much, within a range below the best. If a still lower rate also takes the loss nearly to zero,
+    that one is taken.
 
     Args:
         rehearse: Tries a rate.
@@ -26,7 +26,7 @@ def rehearsed_cut(rehearse: Rehearse, largest: float, limits: CutThresholds, *, 
         few: Whether there are few batches.
 
     Returns:
-        The factor, ``None`` where no rate helped or none could be tried.
+        The factor, ``None`` if no rate helped or none could be tried.
     """
     before = rehearse(largest, 0)
     if before is None or not math.isfinite(before):
@@ -58,9 +58,9 @@ def rehearsed_cut(rehearse: Rehearse, largest: float, limits: CutThresholds, *, 
 
 
 def clipping_suffices(rehearse: Rehearse, cut: float, limits: CutThresholds) -> bool:
-    """Whether, under the clipping that has just begun, the uncut rate learns about as fast as at two cuts.
+    """Whether the present rate, with clipping, learns about as fast as two lower rates.
 
-    A rate that is too high by itself never does: at a lower one it does less harm.
+    A rate that is too high by itself never does.
 
     Args:
         rehearse: Tries a rate.

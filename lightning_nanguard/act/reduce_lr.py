@@ -14,23 +14,23 @@ from lightning_nanguard.types import Evidence, Fault, PlanStep, Scale
 
 @final
 class ReduceLR(Remedy):
-    """Cut the learning rate of a diverged learner, more at each attempt, and give it back after a healthy stretch.
+    """Lowers the learning rate of a diverged learner, more at each attempt, and raises it after a healthy stretch.
 
-    The first cut is ``factor``, the next ``factor ** 2``, ``factor ** 4``, …, at most to a tenth at once. Where batches
-    can be run again, rates are tried before one is taken: a few updates on the newest batches, from the state of the
-    rollback, show at which rate the loss falls, and the cut goes there at once. The cut is a multiplier on whatever
-    rate the schedule sets.
+    The first cut is ``factor``, the next ``factor ** 2``, ``factor ** 4``, …, and no single cut goes below a tenth. If
+    batches can be run again, the guard first tries rates: a few updates on the newest batches, from the state of the
+    rollback, show at which rate the loss falls, and the guard takes this rate. The cut is a multiplier on the rate that
+    the schedule sets.
 
     Args:
         factor: The first cut.
-        min_lr: The rate is never cut below it.
-        recover_after: Healthy updates after which a cut is tried back (``1 / factor`` at a time); towards rates that
-            were proven it goes faster, across one that failed slower.
-        rehearse: Whether to try rates before one is taken.
-        thresholds: Which cut is taken; ``None`` for the defaults.
+        min_lr: Lowest rate that a cut may lead to.
+        recover_after: Number of healthy updates after which the guard tries to raise the rate (by ``1 / factor`` at a
+            time). It waits less for rates that were proven, and longer for rates that failed.
+        rehearse: Whether to try rates before a cut.
+        thresholds: How a cut is chosen; ``None`` for the defaults.
 
     Raises:
-        ValueError: When an argument is out of its range.
+        ValueError: If an argument is out of its range.
 
     Example:
         >>> ReduceLR(factor=0.5).propose(Fault("exploding_loss", "learner", "loss"), Evidence(step=9), 1).factor

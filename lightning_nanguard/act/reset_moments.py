@@ -10,7 +10,7 @@ from lightning_nanguard.types import DropMoments, Evidence, Fault, PlanStep
 
 @final
 class ResetMoments(Remedy):
-    """Forget the optimizer's moments, from the second attempt on."""
+    """Empties the optimizer's state, from the second attempt on."""
 
     word = "reset moments"
     step = DropMoments

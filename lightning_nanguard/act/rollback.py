@@ -10,7 +10,7 @@ from lightning_nanguard.types import Evidence, Fault, PlanStep, Restore
 
 @final
 class Rollback(Remedy):
-    """Go back to the last good state in memory; deeper when the trouble comes back soon."""
+    """Restores the last good state from memory, or an older one if the fault comes back soon."""
 
     word = "restore"
     step = Restore

@@ -11,19 +11,19 @@ from lightning_nanguard.types import Evidence, Fault, PlanStep, Skip
 
 @final
 class SkipStep(Remedy):
-    """Leave the update out; the batch leaves nothing behind.
+    """Skips the update of a bad batch, and undoes everything else that the batch changed.
 
-    The policy skips single bad batches whether or not this is listed; listing it says so in a configuration.
+    The guard skips single bad batches even if this remedy is not listed. List it to set its argument.
 
     Args:
-        keep_good_samples: Make the update from the good samples of a bad batch, exactly as if the loader had given that
-            smaller batch: always, never, or with ``None`` once most updates had to be skipped. Torch's
-            ``default_collate`` must have put the batch together, and a check, made once, must show that its loss is the
-            mean of the losses of its parts. It works where updates are read before they are made, in one process, under
-            automatic optimization without LBFGS. Elsewhere the batch is skipped as a whole, which is said once.
+        keep_good_samples: Make the update from the good samples of a bad batch, exactly as if the loader had given this
+            smaller batch: ``True`` always, ``False`` never, ``None`` once more than half of at least 20 updates were
+            skipped. It needs a batch from torch's ``default_collate`` and a loss that is the mean of the losses of its
+            parts, which the guard checks once. It also needs step readback, one process, and automatic optimization
+            without LBFGS. Otherwise the whole batch is skipped, and the guard says so once.
 
     Raises:
-        ValueError: When ``keep_good_samples`` is neither true nor false nor ``None``.
+        ValueError: If ``keep_good_samples`` is not ``True``, ``False`` or ``None``.
     """
 
     word = "skip"

@@ -10,7 +10,7 @@ from lightning_nanguard.types import Evidence, Fault, PlanStep, Stop
 
 @final
 class StopTraining(Remedy):
-    """End the run with a clear error, the last good weights in place."""
+    """Ends the run with ``TrainingDivergedError``. The module then has the last good weights."""
 
     word = "stop"
     step = Stop

@@ -1,4 +1,4 @@
-"""Learning rates that are none (NaN, infinite, negative), and the last valid ones to go on with."""
+"""Invalid learning rates (NaN, infinite, negative), and the last valid ones, which replace them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 @final
 @dataclass(frozen=True, slots=True)
 class InvalidRate:
-    """A learning rate that is none.
+    """A learning rate that is NaN, infinite or negative.
 
     Attributes:
         group: Number of the parameter group.
         rate: The rate.
-        valid: The last valid rate of the group; ``None`` where it never had one.
+        valid: The last valid rate of the group; ``None`` if it never had one.
     """
 
     group: int
@@ -29,9 +29,9 @@ class InvalidRate:
 
 @final
 class ValidRates:
-    """Remembers the last valid learning rate of each parameter group.
+    """Stores the last valid learning rate of each parameter group.
 
-    A rate that lies on another device than the CPU is not looked at: to read it would wait for the device.
+    A rate on another device than the CPU is not checked, because reading it would wait for the device.
 
     Example:
         >>> import torch
@@ -49,7 +49,7 @@ class ValidRates:
         self._invalid: dict[int, list[InvalidRate]] = {}
 
     def look(self, optimizer: Optimizer) -> None:
-        """Look at the rates of an optimizer that is about to step."""
+        """Check the rates of an optimizer that is about to step."""
         invalid: list[InvalidRate] = []
         for number, group in enumerate(optimizer.param_groups):
             rate = group.get("lr")
@@ -73,15 +73,15 @@ class ValidRates:
             self._invalid.pop(id(optimizer), None)
 
     def any(self) -> bool:
-        """Whether any rate was invalid when it was looked at last."""
+        """Whether any rate was invalid at the last check."""
         return bool(self._invalid)
 
     def invalid(self, optimizer: Optimizer) -> list[InvalidRate]:
-        """The rates of an optimizer that were invalid when they were looked at last."""
+        """The rates of an optimizer that were invalid at the last check."""
         return self._invalid.get(id(optimizer), [])
 
     def instead_of(self, group: Mapping[str, Any], rate: Any) -> Any:
-        """The last valid rate of a group where ``rate`` is none, if there was one; else ``rate`` itself."""
+        """The last valid rate of a group if ``rate`` is invalid and there was a valid one; else ``rate`` itself."""
         if not self._invalid or (isinstance(rate, Tensor) and (rate.device.type != "cpu" or rate.numel() != 1)):
             return rate
         return rate if 0.0 <= float(rate) < math.inf else self._valid.get(id(group), rate)
