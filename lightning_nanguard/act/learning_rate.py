@@ -34,8 +34,9 @@ _Group: TypeAlias = dict[str, Any]
 class LearningRate:
     """Scales the learning rate of every group of some optimizers under any scheduler.
 
-    Attach it once. Then :meth:`set_multiplier` may be called at any time. With a multiplier of 1.0 and no limit no group
-    is written to, with one exception: a step at an invalid rate (NaN, infinite, negative) is made at the last valid one.
+    Attach it once. Then :meth:`set_multiplier` may be called at any time. With a multiplier of 1.0 and no limit no
+    group is written to. The only exception is a step at an invalid rate (NaN, infinite, negative), which is made at
+    the last valid rate.
 
     Args:
         optimizers: The optimizers whose groups are scaled. Groups without an ``lr`` (or with ``None``) are left out
