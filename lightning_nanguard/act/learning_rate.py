@@ -119,7 +119,7 @@ class LearningRate:
         return [float(self._scale(rate, factor)) for rate in self._bases()]
 
     def first(self) -> float | None:
-        """Effective rate of the first group, ``None`` where reading it would wait for a device."""
+        """Effective rate of the first group, ``None`` if reading it would wait for a device."""
         if self._optimizers and not self.is_on():  # the short way, as this is called in every step
             rate = self._optimizers[0].param_groups[0].get("lr")
             if isinstance(rate, float):

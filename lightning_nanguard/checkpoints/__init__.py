@@ -1,1 +1,1 @@
-"""Checkpoint files: no poisoned one is written, and none is resumed from unnoticed."""
+"""Checkpoint files: the guard writes no poisoned one, and resumes from none without notice."""

@@ -1,4 +1,4 @@
-"""Whether a checkpoint file is whole and good, and the newest good one in some folders."""
+"""Checks whether a checkpoint file is whole and good, and finds the newest good one in some folders."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _EXTREMES = frozenset({"min", "max", "minimum", "maximum", "lowest", "highest", 
 @final
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What was found in a checkpoint file.
+    """The result of the check of a checkpoint file.
 
     Attributes:
         path: The file.
-        damage: Why it cannot be read, in words; ``""`` where it can.
+        damage: Why it cannot be read, in words; ``""`` if it can.
         tensors: Names of the tensors in it that are not finite and should be.
-        global_step: The step it was written at, ``None`` where it does not say.
+        global_step: The step it was written at, ``None`` if it does not say.
         whole_run: Whether it holds more than weights, so that a run can be resumed from it.
-        run: Id of the guarded run that saved it; ``""`` where it names none, as those of version 0.1.0.
+        run: Id of the guarded run that saved it; ``""`` if it names none, as those of version 0.1.0.
     """
 
     path: Path
@@ -45,7 +45,7 @@ class Inspection:
 
 
 def run_of(checkpoint: Mapping[str, Any]) -> str:
-    """Id of the guarded run that a checkpoint is of; ``""`` where it names none."""
+    """Id of the guarded run that a checkpoint is of; ``""`` if it names none."""
     callbacks = checkpoint.get("callbacks")
     states = callbacks.items() if isinstance(callbacks, Mapping) else ()
     ids = (state.get("run") for key, state in states if "NaNGuard" in str(key) and isinstance(state, Mapping))
@@ -53,7 +53,7 @@ def run_of(checkpoint: Mapping[str, Any]) -> str:
 
 
 def run_of_file(path: Path) -> str | None:
-    """Id of the guarded run that a checkpoint file is of; ``None`` where it cannot be read. Its tensors are not read.
+    """Id of the guarded run that a checkpoint file is of; ``None`` if it cannot be read. Its tensors are not read.
 
     Args:
         path: The file.
@@ -66,10 +66,10 @@ def run_of_file(path: Path) -> str | None:
 
 
 def damage(path: Path) -> str:
-    """Why a checkpoint file is not whole, in words; ``""`` where it is, and of a folder, of which nothing is known.
+    """Why a checkpoint file is not whole, in words; ``""`` if it is whole, and for a folder, which is not checked.
 
-    A file that was cut short lacks the zip directory at its end. Blocks that a power failure has lost in between do not
-    match their checksums, which ``torch.load`` does not compare.
+    A file that was cut short lacks the zip directory at its end. Parts that a power failure has destroyed do not match
+    their checksums, which ``torch.load`` does not compare.
     """
     if not path.is_file():
         return ""
@@ -94,7 +94,7 @@ def inspect(
     allowed: Mapping[StateKey, Tensor] | None = None,
     infinite: Collection[str] | None = None,
 ) -> Inspection:
-    """Look into a checkpoint file, on the CPU and without running code from it.
+    """Check a checkpoint file, on the CPU and without running code from it.
 
     Args:
         path: The file.

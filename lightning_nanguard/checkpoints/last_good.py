@@ -21,13 +21,13 @@ _logger = logging.getLogger("lightning_nanguard")
 class LastGood:
     """Keeps one checkpoint file of a certified state on disk.
 
-    A file is written at the end of a batch in which a snapshot was taken, so that both hold the state of the same
-    update, under a name of its own. When the snapshot is certified, the file replaces the older one; when the snapshot
-    is dropped, so is the file. An error in writing is logged once, and writing is tried again later.
+    A file is written under a temporary name at the end of a batch in which a snapshot was taken, so that both hold the
+    state of the same update. When the snapshot is certified, the file replaces the older one. When the snapshot is
+    dropped, the file is deleted. An error in writing is logged once, and the guard tries again later.
 
     Args:
-        folder: Where the file lies.
-        every: Updates between files.
+        folder: Folder of the file.
+        every: Number of updates between files.
         ring: The snapshots.
         write: Writes a whole checkpoint of now to a path, on every rank; it may return before the file is whole.
         leads: Whether this process moves and removes files.
@@ -93,7 +93,7 @@ class LastGood:
         self._remove(self.pending)
 
     def message(self) -> str:
-        """A sentence that says where the certified file lies; ``""`` where there is none."""
+        """A sentence that says where the certified file lies; ``""`` if there is none."""
         return f"A certified checkpoint lies in {self.path}. " if self.path.exists() else ""
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""Mending a checkpoint: the last good state takes the place of the one in it."""
+"""Replaces the state in a checkpoint by the last good state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_nanguard.state.learner import Learner, StateKey, unwrapped
 
 
 def mended(checkpoint: Mapping[str, Any], learner: Learner, good: Mapping[StateKey, Any]) -> dict[str, Any]:
-    """A checkpoint that holds a good state in the place of its own; its progress, schedulers and scores stay.
+    """Return a checkpoint with a good state in place of its own. Its progress, schedulers and scores do not change.
 
     Args:
         checkpoint: What was about to be written; it is not changed.

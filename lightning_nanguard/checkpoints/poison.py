@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are poisoned: they hold NaN or Inf where they should not."""
+"""Finds the tensors of a checkpoint that are poisoned: they hold NaN or Inf and should not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def poisoned(
 ) -> list[str]:
     """Names of the weights, buffers, moments and averaged copies in a checkpoint that hold NaN or Inf.
 
-    Anything else in it (scores of callbacks, metrics) may well be infinite and is not looked at.
+    Anything else in it (scores of callbacks, metrics) may be infinite and is not checked.
 
     Args:
         checkpoint: Lightning's or any other nesting of dictionaries and lists.

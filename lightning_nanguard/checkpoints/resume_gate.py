@@ -1,4 +1,4 @@
-"""Refusing to resume from a bad checkpoint, or resuming from the newest good one in its place."""
+"""Refuses to resume from a bad checkpoint, or resumes from the newest good one instead."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class ResumeGate:
-    """Keeps a run from being resumed from a checkpoint that is poisoned (holds NaN or Inf) or torn (not whole).
+    """Refuses to resume a run from a checkpoint that is poisoned (holds NaN or Inf) or torn (damaged).
 
     Args:
         module: The module as it was built: where its buffers are not finite, such as in a mask, those of a checkpoint
@@ -40,8 +40,8 @@ class ResumeGate:
         thresholds: How much the error names.
 
     Attributes:
-        refused: Which checkpoint was bad and why, in words; ``None`` where nothing was wrong or nothing was taken.
-        taken: The checkpoint that was taken in its place, ``None`` where none was.
+        refused: Which checkpoint was bad and why, in words; ``None`` if nothing was wrong or nothing was taken.
+        taken: The checkpoint that was taken in its place, ``None`` if none was.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class ResumeGate:
 
         Args:
             path: The checkpoint asked for.
-            content: What was loaded from it, ``None`` where that failed.
+            content: What was loaded from it, ``None`` if that failed.
             error: Why it failed.
 
         Raises:
-            BadCheckpointError: When it is poisoned or torn, and nothing is to be taken in its place.
+            BadCheckpointError: If it is poisoned or torn, and nothing is to be taken in its place.
         """
         weights = [*Learner(self._module, []).weights()]
         allowed, named = allowances(weights), {name: tensor for (_, name), tensor in weights}
@@ -120,7 +120,7 @@ def _nearby(path: Path, folders: Iterable[Path]) -> list[Path]:
 
 
 def _run_of(path: Path, content: Mapping[str, Any] | None, nearby: Iterable[Path]) -> str | None:
-    """Id of the run that a checkpoint is of, ``""`` for one without an id; ``None`` where that cannot be told."""
+    """Id of the run that a checkpoint is of, ``""`` for one without an id; ``None`` if that cannot be told."""
     if content is not None:
         return run_of(content)
     logs = [log for folder in nearby if (log := read_run(folder)) is not None]

@@ -1,4 +1,4 @@
-"""No poisoned checkpoint is written: the last good state takes the place of one that holds NaN or Inf."""
+"""Writes the last good state in place of a checkpoint that holds NaN or Inf."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from lightning_nanguard.types import Fault
 
 @final
 class SaveGuard:
-    """Looks at every checkpoint before it is written, and mends one that is poisoned.
+    """Checks every checkpoint before it is written, and replaces bad state in it by the last good state.
 
     Args:
         learner: What is trained.
         ring: The snapshots.
         finite: Finds tensors that are not finite.
         note: Records a fault and what was done about it.
-        observe: Whether checkpoints are only looked at.
+        observe: Whether checkpoints are only checked, and not changed.
         ranks: All processes.
     """
 
@@ -51,7 +51,7 @@ class SaveGuard:
         self._ranks = ranks
         # The last good state, put together from all ranks while a checkpoint is written.
         self._whole: Snapshot | None = None
-        # The state of now, while the last good one is in its place.
+        # The present state, while the last good one is in its place.
         self._set_aside: Snapshot | None = None
 
     def begin(self) -> None:
@@ -59,10 +59,10 @@ class SaveGuard:
         self._whole = None
 
     def prepare(self) -> None:
-        """Have the last good state ready among several ranks where the state of now is bad.
+        """Have the last good state ready among several ranks where the present state is bad.
 
         Where one rank alone writes, all put the snapshot together for it. Sharded parameters and moments are collected
-        by all ranks: there the good state takes the place of the state of now until :meth:`end`.
+        by all ranks: there the good state takes the place of the present state until :meth:`end`.
         """
         good = self._ring.newest()
         if good is None or (self._ranks.world == 1 and not self._ranks.sharded):
@@ -80,7 +80,7 @@ class SaveGuard:
             self._put(good)
 
     def end(self) -> None:
-        """The checkpoint has been written: put the state of now back where :meth:`prepare` has replaced it."""
+        """The checkpoint has been written: put the present state back where :meth:`prepare` has replaced it."""
         aside, self._set_aside = self._set_aside, None
         if aside is not None:
             self._put(aside)

@@ -15,8 +15,8 @@ def load(name: str) -> Any:
         name: Where it is defined, a colon, and its name there.
 
     Raises:
-        ValueError: When the name has no colon.
-        FileNotFoundError: When there is no such file.
+        ValueError: If the name has no colon.
+        FileNotFoundError: If there is no such file.
     """
     home, separator, attribute = name.rpartition(":")
     if not separator:

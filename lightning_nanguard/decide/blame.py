@@ -9,7 +9,7 @@ from lightning_nanguard.types import Comparison, Evidence, Fault, Scope
 
 
 def find_scope(fault: Fault, evidence: Evidence, limits: BlameThresholds) -> Scope | None:
-    """What is at fault: the batch, the learner or the state; ``None`` where the fault was a false alarm."""
+    """What is at fault: the batch, the learner or the state; ``None`` if the fault was a false alarm."""
     if fault.scope == "state":
         return "learner" if evidence.rate_rose and fault.rate_may_cause else "state"
     if fault.conclusive:

@@ -21,7 +21,7 @@ class Budget:
         window: Length of the sliding window, in updates.
 
     Raises:
-        ValueError: When a bound is out of its range.
+        ValueError: If a bound is out of its range.
     """
 
     max_rollbacks: int = 20

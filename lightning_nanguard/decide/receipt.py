@@ -19,7 +19,7 @@ def judge_receipt(
     Args:
         run: Losses of the run, each before the update on its batch.
         without: Losses of the branch given up, of the same batches.
-        start: Loss at the run's start; ``None`` where it is not known.
+        start: Loss at the run's start; ``None`` if it is not known.
         limits: How many batches have to agree, and how much counts as a clear share.
 
     Example:

@@ -31,7 +31,7 @@ def give_back(
         state: What the policy remembers.
         multiplier: The learning-rate multiplier in force.
         healthy_steps: Updates accepted since the start of fit.
-        scheduled_lr: Scheduled rate of the first group, ``None`` where it is not known.
+        scheduled_lr: Scheduled rate of the first group, ``None`` if it is not known.
         factor: The factor (below 1) of one cut; the multiplier is divided by it.
         after: Healthy updates before the next part is given back.
         learning: Whether the loss is falling, or has fallen and stayed there.

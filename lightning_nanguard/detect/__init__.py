@@ -1,1 +1,1 @@
-"""Detectors: they look at readings and say what is wrong with the newest one. Standard library only."""
+"""Detectors, which check each reading and return a fault or nothing. Standard library only."""

@@ -13,11 +13,11 @@ AT_ONCE = 16
 
 
 class Limits(NamedTuple):
-    """Bounds of what a detector never calls a fault: a finite reading with a loss and a gradient norm below them.
+    """Limits of a detector: a finite reading with a loss and a gradient norm below them is no fault.
 
     Attributes:
-        loss: The loss has to be below it; ``math.inf`` where the loss does not matter.
-        norm: The gradient norm must not be above it; ``math.inf`` where the norm does not matter.
+        loss: The loss has to be below it; ``math.inf`` if the loss does not matter.
+        norm: The gradient norm must not be above it; ``math.inf`` if the norm does not matter.
     """
 
     loss: float
@@ -25,25 +25,25 @@ class Limits(NamedTuple):
 
 
 class Detector(ABC):
-    """Finds faults in the readings of one optimizer. Subclass it to bring a detector of your own.
+    """Finds faults in the readings of one optimizer. Subclass it to write your own detector.
 
-    Only :meth:`check` is required. Every update goes like this:
+    Only :meth:`check` is required. In every update the guard does this:
 
-    1. The guard measures the loss and the gradient norm of the update: a :class:`~lightning_nanguard.Reading`.
-    2. It asks the detectors in their order to :meth:`check` the reading. The first fault counts.
-    3. Without a fault, each detector gets the reading with :meth:`accept`, up to 16 readings later. A reading with a
-       fault is not accepted.
-    4. With a fault, the guard looks for evidence. If there is some, it acts, and when it goes back to an earlier state,
-       it calls :meth:`rewind`. If there is none, it calls :meth:`dismiss` and may accept the reading after all.
+    1. It measures the loss and the gradient norm of the update: a :class:`~lightning_nanguard.Reading`.
+    2. It calls :meth:`check` of the detectors in their order. The first fault counts.
+    3. Without a fault, it calls :meth:`accept` of each detector with the reading, up to 16 readings later.
+    4. With a fault, it collects evidence. If this confirms the fault, the guard acts. If it goes back to an earlier
+       state, it calls :meth:`rewind`. If the fault is not confirmed, it calls :meth:`dismiss` and may accept the
+       reading after all.
 
-    The guard copies each detector once per optimizer, with ``copy.deepcopy``, so an instance sees the readings of one
-    optimizer only. A detector must be deterministic: with several processes each of them asks its own copy.
+    The guard copies each detector once per optimizer, with ``copy.deepcopy``, so an instance gets the readings of one
+    optimizer only. A detector must be deterministic, because with several processes each of them uses its own copy.
 
-    A detector that raises an exception does not end the run: the guard logs it once and goes on without that detector
-    for this reading. A :meth:`check` that returns anything but a fault or ``None`` does end it, with a ``TypeError``.
+    If a detector raises an exception, the guard logs it once and goes on without that detector for this reading. If
+    :meth:`check` returns anything but a fault or ``None``, the run ends with a ``TypeError``.
 
     Example:
-        A detector that remembers the newest losses, and calls ten times their mean a fault of the batch:
+        A detector that stores the newest losses. A loss of ten times their mean is a fault of the batch:
 
         >>> from lightning_nanguard import Detector, Fault, Reading, Window
         >>> class LossJump(Detector):
@@ -85,19 +85,19 @@ class Detector(ABC):
 
     @abstractmethod
     def check(self, reading: Reading) -> Fault | None:
-        """The fault of this reading, ``None`` where there is none.
+        """The fault of this reading, ``None`` if there is none.
 
-        It must not change the detector's history: the guard may ask it twice about the same reading.
+        It must not change the detector's history, because the guard may call it twice with the same reading.
 
         Args:
             reading: What was measured about one update.
         """
 
     def accept(self, reading: Reading) -> None:  # noqa: B027
-        """Take a healthy reading into the history.
+        """Add a healthy reading to the history.
 
         Args:
-            reading: A reading in which no detector found a fault, or whose fault proved to be none.
+            reading: A reading in which no detector found a fault, or whose fault was not confirmed.
         """
 
     def rewind(self, step: int) -> None:  # noqa: B027
@@ -109,19 +109,19 @@ class Detector(ABC):
         """
 
     def dismiss(self, reading: Reading) -> None:  # noqa: B027
-        """Stay quiet for a while: there was no evidence for the fault found in this reading.
+        """The fault of this reading was not confirmed: report no such fault for a while.
 
-        Every detector is told, whichever found the fault; a detector can ask its own :meth:`check` whether it was its
-        fault. If it goes on to report the fault, the guard looks into each report, which takes time.
+        It is called for every detector. A detector can call its own :meth:`check` to find out whether it found the
+        fault. If it reports the fault again and again, the guard collects evidence each time, which takes time.
 
         Args:
             reading: The reading with the fault.
         """
 
     def uneasy(self, reading: Reading) -> bool:
-        """Whether this reading, though no fault, casts doubt on the state of the model.
+        """Whether this reading is no fault, but the state of the model may be bad.
 
-        The guard does not certify a snapshot as good on such a reading; it waits for the next.
+        The guard does not certify a snapshot with such a reading; it waits for the next one.
 
         Args:
             reading: A healthy reading.
@@ -129,17 +129,17 @@ class Detector(ABC):
         return False
 
     def undecided(self) -> bool:
-        """Whether the detector waits for further readings before it says that something is a fault.
+        """Whether the detector needs further readings before it decides about a fault.
 
-        Until then a guard with one process certifies no snapshot as good; with several ranks it certifies all the same.
+        Until then the guard certifies no snapshot. With several ranks it certifies snapshots all the same.
         """
         return False
 
     def limits(self) -> Limits | None:
         """Loss and gradient norm below which none of the next :data:`AT_ONCE` readings is a fault.
 
-        The guard does not ask about readings below the limits of all detectors, which makes a healthy update cheaper.
-        ``None``, the default, has it ask about each reading.
+        The guard does not call :meth:`check` for readings below the limits of all detectors, which makes a healthy
+        update cheaper. With ``None``, the default, it calls :meth:`check` for each reading.
         """
         return None
 
@@ -148,7 +148,7 @@ class Detector(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Take up the history of a checkpoint.
+        """Restore the history from a checkpoint.
 
         Args:
             state: What :meth:`state_dict` returned.

@@ -43,7 +43,7 @@ class DetectorGroup:
         self._logged = logged
 
     def find(self, reading: Reading, *, line_search: bool = False) -> Found | None:
-        """The first fault that a detector finds in a reading, ``None`` where none does.
+        """The first fault that a detector finds in a reading, ``None`` if none does.
 
         Args:
             reading: What was measured.
@@ -51,7 +51,7 @@ class DetectorGroup:
                 ``judges_line_search`` are asked.
 
         Raises:
-            TypeError: When a detector returns something else than a fault or ``None``.
+            TypeError: If a detector returns something else than a fault or ``None``.
         """
         for detector in self._line_search if line_search else self._detectors:
             try:
@@ -96,7 +96,7 @@ class DetectorGroup:
         """Loss and gradient norm below which no detector finds a fault in the next readings.
 
         Raises:
-            TypeError: When a detector returns something else than limits or ``None``.
+            TypeError: If a detector returns something else than limits or ``None``.
         """
         limits = [self._limits(detector) for detector in self._detectors]
         return Limits(

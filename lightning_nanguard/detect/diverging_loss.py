@@ -1,4 +1,4 @@
-"""Asks whether a finite loss falls as it could."""
+"""Suspects a run whose loss is finite but may not fall as far as it could."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from lightning_nanguard.types import Fault, Reading
 
 @final
 class DivergingLoss(Detector):
-    """Asks at growing distances whether a finite loss falls as it could.
+    """Suspects a run whose loss is finite but may not fall as far as it could.
 
-    The question is a suspicion and proves nothing: the guard acts only where a trial shows that a lower rate learns
-    what the run does not (``act_on="evidence"``). Otherwise it gives advice where the loss looks bad. Losses are
-    compared with each other alone, so neither their unit nor where zero lies matters.
+    A suspicion proves nothing. With ``act_on="evidence"`` the guard acts if a trial shows that the model learns much
+    more at a lower rate. Otherwise it only gives advice. Losses are only compared with each other, so the result does
+    not depend on their scale or on a constant added to them.
 
-    * ``exploding_loss``: the newest losses lie above the first one of the run;
-    * ``collapsed``: they lie above the middle between the first loss and the best level since;
-    * ``stuck_loss``: they do not look bad, but a lower rate may do better. It is no reason for advice.
+    * ``exploding_loss``: the newest losses are higher than the first one of the run;
+    * ``collapsed``: they are above the middle between the first loss and the best level since;
+    * ``stuck_loss``: they do not look bad, but a lower rate may do better. It leads to no advice.
 
-    It asks first after ``patience`` updates, and then whenever the run is twice as long.
+    The first check is after ``patience`` updates, and further ones follow whenever the run is twice as long.
 
     Args:
         factor: Has no effect, and is accepted for configurations written for version 0.1.0.
-        patience: Updates since the start or the last rollback before it asks for the first time.
+        patience: Number of updates after the start or the last rollback before the first check.
         warmup: Has no effect, like ``factor``.
         thresholds: Further thresholds, ``None`` for the defaults.
 
     Raises:
-        ValueError: When an argument is out of its range.
+        ValueError: If an argument is out of its range.
     """
 
     def __init__(

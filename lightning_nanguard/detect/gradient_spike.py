@@ -17,23 +17,24 @@ from lightning_nanguard.types import Fault, Reading
 
 @final
 class GradientSpike(Detector):
-    """A gradient norm far outside everything accepted so far.
+    """Detects a gradient norm far outside everything accepted so far.
 
-    It is judged on the logarithm of the norm, by median and MAD, so that heavy tails and slow drifts are no fault. A
-    spike is more than ``threshold`` deviations above the median, ``ratio`` times the median, ten times the largest norm
-    in the window, and twice the largest norm of the first ``warmup`` readings. The last condition is for a loss that
-    has fallen nearly to 0: if the data change then, the norm rises far above its median, but only to the size it had
-    at the start.
+    It compares the logarithm of the norm by median and MAD (median absolute deviation), so that heavy tails and slow
+    drifts are no fault. A spike is more than ``threshold`` deviations above the median, ``ratio`` times the median, ten
+    times the largest norm in the window, and twice the largest norm of the first ``warmup`` readings. The last
+    condition is for a loss that has fallen nearly to 0: if the data change then, the norm rises far above its median,
+    but only to the size it had at the start.
 
     Args:
-        threshold: Deviations (MAD, scaled) of the logarithm.
+        threshold: Deviations (MAD, scaled) of the logarithm above its median.
         ratio: Least ratio to the median.
-        window: Number of newest accepted norms that are compared with.
-        warmup: Number of accepted norms before a norm below a million times the largest of them is surely a spike.
+        window: Number of accepted norms that the detector compares with.
+        warmup: Number of accepted norms before these limits apply. Until then, only a norm a million times the largest
+            one is a spike.
         thresholds: Further thresholds, ``None`` for the defaults.
 
     Raises:
-        ValueError: When an argument is out of its range.
+        ValueError: If an argument is out of its range.
     """
 
     def __init__(

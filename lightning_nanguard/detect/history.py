@@ -22,10 +22,10 @@ from lightning_nanguard.types import Reading
 
 @final
 class ReadingHistory:
-    """Keeps the newest healthy readings of one optimizer, and tells trends of its loss and gradient norm.
+    """Keeps the newest healthy readings of one optimizer, and computes trends of its loss and gradient norm.
 
     Args:
-        thresholds: How many readings are looked at, and what counts; ``None`` for the defaults.
+        thresholds: How many readings are used, and what counts as a trend; ``None`` for the defaults.
     """
 
     def __init__(self, thresholds: HistoryThresholds | None = None) -> None:
@@ -73,10 +73,10 @@ class ReadingHistory:
         return islice(self._read, max(0, len(self._read) - count), None)
 
     def loss_unit(self) -> float:
-        """The unit of the loss: how far it has come down so far, or its noise where that is larger.
+        """The unit of the loss: how far it has fallen so far, or its noise if that is larger.
 
-        Differences of losses are measured in it, so that neither the unit of the recorded losses nor where zero lies
-        matters.
+        Differences of losses are divided by it, so that the scale of the losses, or a constant added to them, does not
+        matter.
         """
         return max(self._learned(), self._noise(), 1e-12)
 

@@ -124,7 +124,7 @@ class Monitors:
             quasi_newton: Whether the loss may rise far and recover by itself, as with LBFGS on mini-batches.
 
         Raises:
-            TypeError: When a detector returns something that is no fault.
+            TypeError: If a detector returns something that is no fault.
         """
         monitor = self._made(reading.optimizer_index)
         if monitor.is_calm(reading):

@@ -15,19 +15,19 @@ from lightning_nanguard.types import Fault, Reading
 
 @final
 class NonFinite(Detector):
-    """A loss or a gradient that holds NaN or Inf, or a gradient so large that its square would overflow.
+    """Detects a loss or a gradient that holds NaN or Inf, or a gradient so large that its square would overflow.
 
-    An fp16 overflow that the GradScaler skips by itself is left to it, until ``overflow_patience`` of them come in a
-    row or its scale falls below ``min_loss_scale``: then no scale helps, and the learner is at fault. A scale that is
-    not finite, or that no scaler can have grown to since the last update, is a fault of the state.
+    An fp16 overflow that the GradScaler skips by itself is no fault, until ``overflow_patience`` of them come in a row
+    or the loss scale falls below ``min_loss_scale``. Then a lower scale does not help, and the learner is at fault. A
+    loss scale that is not finite, or that grew too much since the last update, is a fault of the state.
 
     Args:
-        overflow_patience: Number of overflows in a row from which on they are a fault; fewer are left to the scaler.
+        overflow_patience: Number of overflows in a row that is a fault; the scaler handles fewer.
         min_loss_scale: Loss scale below which an overflow is a fault.
         thresholds: Further thresholds, ``None`` for the defaults.
 
     Raises:
-        ValueError: When an argument is not positive.
+        ValueError: If an argument is not positive.
 
     Example:
         >>> NonFinite().check(Reading(step=3, optimizer_index=0, loss=float("nan"), grad_norm=1.0, finite=False,

@@ -43,7 +43,7 @@ def usual_norm(norms: Sequence[float], first: float, thresholds: UsualNormThresh
 
     Args:
         norms: Healthy gradient norms above 0.
-        first: The first norm of the run, 0 where it is not known.
+        first: The first norm of the run, 0 if it is not known.
         thresholds: Which quantile it is, and how many norms it takes.
     """
     norms = sorted(norms)

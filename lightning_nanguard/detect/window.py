@@ -9,10 +9,10 @@ from typing import final
 
 @final
 class Window:
-    """Holds the newest accepted values, each with the step it was read at, for a detector that looks back at them.
+    """Holds the newest accepted values of a detector, each with its step, and can be rewound.
 
     Args:
-        size: How many values are held; a full window drops the oldest.
+        size: Number of values that are held. A full window drops the oldest.
 
     Example:
         >>> window = Window(2)
@@ -31,7 +31,7 @@ class Window:
         self._items: deque[tuple[int, float]] = deque(maxlen=size)
 
     def append(self, step: int, value: float) -> None:
-        """Add a value; a full window drops the oldest."""
+        """Add a value. A full window drops the oldest."""
         self._items.append((step, value))
 
     def rewind(self, step: int) -> None:
@@ -45,7 +45,7 @@ class Window:
         return [items[i][1] for i in range(max(0, len(items) - count), len(items))]
 
     def step_before(self, step: int) -> int:
-        """Step of the newest value that was read before ``step``; ``step - 1`` where none is known."""
+        """Step of the newest value that was read before ``step``; ``step - 1`` if none is known."""
         return next((read for read, _ in reversed(self._items) if read < step), step - 1)
 
     def items(self) -> Iterator[tuple[int, float]]:

@@ -100,13 +100,13 @@ def _columns(bad: Tensor, thresholds: SamplesThresholds) -> tuple[int, ...]:
 
 
 Bad = Callable[[Sequence[int]], bool | None]
-"""Whether a part of the batch gives a loss or a gradient that is not finite; ``None`` where it cannot be run."""
+"""Whether a part of the batch gives a loss or a gradient that is not finite; ``None`` if it cannot be run."""
 
 
 def search(
     indices: Sequence[int], bad: Bad, share: float = 1.0, thresholds: SamplesThresholds = _DEFAULTS
 ) -> tuple[int, ...] | None:
-    """Find by halving the samples that spoil every part that holds them; ``None`` where they do not explain the fault.
+    """Find by halving the samples that spoil every part that holds them; ``None`` if they do not explain the fault.
 
     Args:
         indices: The samples searched among.
@@ -160,7 +160,7 @@ class SampleSearch:
         Args:
             batch: The batch.
             healthy: Healthy batches.
-            bad: Runs a part of the batch; ``None`` where none can be run.
+            bad: Runs a part of the batch; ``None`` if none can be run.
             cause: The cause of what no sample shows by itself.
         """
         limits = self._limits

@@ -48,7 +48,7 @@ def _padded(packed: PackedSequence) -> Tensor:
 
 
 def samples(batch: Any) -> int | None:
-    """Samples in a batch; ``None`` where that cannot be told."""
+    """Samples in a batch; ``None`` if that cannot be told."""
     return next((len(tensor) for _, tensor in tensor_fields(batch) if tensor.dim()), None)
 
 

@@ -57,7 +57,7 @@ class Bundle:
         hparams: What the module saved of its arguments (``save_hyperparameters``), as far as JSON knows it.
         fault: What was found.
         evidence: What was known about it.
-        finding: The cause found then, ``None`` where none was.
+        finding: The cause found then, ``None`` if none was.
         batches: The micro-batches of the update, each with its index and random state.
         state: Parameters and buffers before the step, by name.
         precision: The trainer's.
@@ -83,7 +83,7 @@ def safetensors() -> ModuleType:
     """The functions of safetensors for torch.
 
     Raises:
-        ModuleNotFoundError: When it is not installed, with the name of the extra.
+        ModuleNotFoundError: If it is not installed, with the name of the extra.
     """
     try:
         return import_module("safetensors.torch")
@@ -136,8 +136,8 @@ def read(folder: Path, *, with_batch: bool = True) -> Bundle:
         with_batch: Whether the batch is put together, too; else there is none.
 
     Raises:
-        FileNotFoundError: When the folder holds none.
-        ValueError: When it was written by a later version or is damaged, or its batch holds objects of a class that has
+        FileNotFoundError: If the folder holds none.
+        ValueError: If it was written by a later version or is damaged, or its batch holds objects of a class that has
             not been imported.
     """
     for name in (_REST, _TENSORS):

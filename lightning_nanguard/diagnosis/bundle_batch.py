@@ -44,7 +44,7 @@ def put_together(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     """The batch of a structure.
 
     Raises:
-        ValueError: When a class in it has not been imported, or cannot be made.
+        ValueError: If a class in it has not been imported, or cannot be made.
     """
     return _Maker(tensors).make(structure)
 

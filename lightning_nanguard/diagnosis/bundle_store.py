@@ -27,7 +27,7 @@ class BundleStore:
         thresholds: How many are kept.
 
     Raises:
-        ModuleNotFoundError: When safetensors is not installed.
+        ModuleNotFoundError: If safetensors is not installed.
     """
 
     def __init__(self, folder: Path, thresholds: BundleThresholds = _BUNDLES) -> None:
@@ -42,7 +42,7 @@ class BundleStore:
         return same < limits.max_per_kind and self._kept.total() < limits.max_bundles
 
     def keep(self, bundle: Bundle, global_step: int) -> Path | None:
-        """Write an incident; its folder, ``None`` where it could not be written."""
+        """Write an incident; its folder, ``None`` if it could not be written."""
         self._kept[_kind(bundle.fault, bundle.finding)] += 1
         path = _unused(self.folder / f"step_{global_step:07d}_{bundle.fault.kind}")
         partial = path.with_name(f".{path.name}")  # until it is whole

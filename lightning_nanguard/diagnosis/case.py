@@ -11,7 +11,7 @@ from lightning_nanguard.types import Evidence, Fault, Finding
 _PLATEAU = PlateauThresholds()
 
 Look = Literal["nothing", "batch", "replay"]
-"""How much may be looked at: only the evidence, the batch at hand too, or the batch while it is run again."""
+"""How much may be looked at: only the evidence, the present batch too, or the batch while it is run again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class BadField:
     Attributes:
         field: Where it lies in the batch: ``"0"``, ``"image"``, ``"1.mask"``.
         samples: Indices along its first axis.
-        columns: Indices along its second axis; empty where it has none, or all of them are concerned.
+        columns: Indices along its second axis; empty if it has none, or all of them are concerned.
     """
 
     field: str
@@ -66,14 +66,14 @@ class Origin:
     Attributes:
         operation: Such as ``"log"``; in the backward pass the forward operation whose derivative it is.
         module: Path of the module it ran in; empty for the module that is trained itself.
-        line: ``file.py:12`` in the user's code; empty where it is not known.
+        line: ``file.py:12`` in the user's code; empty if it is not known.
         backward: Whether it happened in the backward pass.
         dtype: Of what it made.
-        samples: Samples of the batch concerned; empty where all are, or they cannot be told.
-        lowest: Smallest number it worked on (for a division: of the denominator); ``None`` where there was none.
+        samples: Samples of the batch concerned; empty if all are, or they cannot be told.
+        lowest: Smallest number it worked on (for a division: of the denominator); ``None`` if there was none.
         highest: Largest number it worked on.
         smallest: Smallest magnitude it worked on.
-        exponent: Of a power; ``None`` where there is none, or more than one.
+        exponent: Of a power; ``None`` if there is none, or more than one.
         from_weights: Whether what it worked on depends on the weights.
         from_target: Whether what it worked on depends on the target.
         empty: Whether it had nothing to work on.
@@ -141,24 +141,24 @@ class Clues:
     Attributes:
         bad_fields: What of the batch is not finite.
         inputs: The floating input with the largest magnitude; ``None`` without one.
-        target: The target; ``None`` where the batch has none that is known as such.
+        target: The target; ``None`` if the batch has none that is known as such.
         normalises: Whether the first layer normalises its input itself.
         replayed: Whether the batch was run again.
         loss: The loss then.
-        gradient_finite: Whether every gradient was finite then; ``None`` where there was no backward pass.
+        gradient_finite: Whether every gradient was finite then; ``None`` if there was no backward pass.
         origin: Where the first non-finite value was made.
         low_precision: Whether it runs in 16 bits.
-        finite_in_float32: Whether loss and gradients are finite without autocast; ``None`` where it was not tried.
-        good_loss: The loss under the last good state with the same random numbers; ``None`` where it was not tried.
+        finite_in_float32: Whether loss and gradients are finite without autocast; ``None`` if it was not tried.
+        good_loss: The loss under the last good state with the same random numbers; ``None`` if it was not tried.
         good_norm: Norm of the gradient there.
         good_finite: Whether both were finite: then the fault is not the batch's alone.
-        change: What no update explains of the difference between the state of now and the good one.
+        change: What no update explains of the difference between the present state and the good one.
         norm: Norm of the gradient.
         norms: Gradient norm of every weight, by name, in the order of the module.
         gone_otherwise: Whether loss and gradient are finite with other random numbers than the step's; ``None`` where
             that was not tried.
         bad_buffers: Buffers of the module that hold NaN or +Inf, where the loss is not finite.
-        labels: Whether the labels have anything to do with the inputs; ``None`` where that was not looked at.
+        labels: Whether the labels have anything to do with the inputs; ``None`` if that was not looked at.
     """
 
     bad_fields: tuple[BadField, ...] = ()
@@ -193,7 +193,7 @@ class Layer:
             path of the weight.
         kind: Name of the module's class, ``"Linear"``, ``"Sigmoid"``, or what the user's code calls, with its line:
             ``"sigmoid, model.py:12"``.
-        inputs: Root mean square of what it was given; ``None`` where that holds no floating numbers.
+        inputs: Root mean square of what it was given; ``None`` if that holds no floating numbers.
         outputs: Root mean square of what it gave.
         lowest: Smallest number it gave.
         highest: Largest number it gave.
@@ -203,7 +203,7 @@ class Layer:
             for fewer than eight samples.
         gradient: Norm of the gradient of its weights; ``None`` without weights or a backward pass.
         weight: Norm of its weights; ``None`` without any.
-        update: Norm of the last update of its own weights over ``weight``; ``None`` where it is not known.
+        update: Norm of the last update of its own weights over ``weight``; ``None`` if it is not known.
     """
 
     path: str
@@ -225,18 +225,18 @@ class Objective:
 
     Attributes:
         function: ``"cross_entropy"``, ``"nll_loss"``, ``"mse_loss"``, ``"binary_cross_entropy"``, …
-        line: ``file.py:12`` in the user's code; empty where it is not known.
-        classes: How many classes the target tells apart (class indices, or rows that are one-hot); ``None`` where the
+        line: ``file.py:12`` in the user's code; empty if it is not known.
+        classes: How many classes the target tells apart (class indices, or rows that are one-hot); ``None`` if the
             target holds no classes.
         probabilities: Whether what it was given are probabilities: within 0 and 1, summing to 1 over the classes.
-        softmax: Where those were made: the path of a module, or a line; empty where it is not known.
+        softmax: Where those were made: the path of a module, or a line; empty if it is not known.
         value: The loss it gave.
         chance: The loss at chance level: log(classes), or the mean square of a target that is no class; ``None`` where
             it is not known.
-        lowest: Smallest class index of the target; ``None`` where it holds none.
+        lowest: Smallest class index of the target; ``None`` if it holds none.
         highest: Largest class index.
         outside: Samples whose class index is none of the classes.
-        least: Smallest number of a target that should lie within 0 and 1; ``None`` where none should.
+        least: Smallest number of a target that should lie within 0 and 1; ``None`` if none should.
         most: Largest number of it.
     """
 
@@ -279,7 +279,7 @@ class Model:
 
     Attributes:
         layers: Layer by layer, in the order in which they run.
-        objective: What the loss was computed from; ``None`` where it is not known.
+        objective: What the loss was computed from; ``None`` if it is not known.
         loss: The loss.
         updates: Updates made before; 0 for the untrained model.
         checks: Gradients against finite differences, where that was asked for.
@@ -300,9 +300,9 @@ class Curvature:
         slope: gᵀd: the slope along the direction d of the optimizer's updates, which for SGD is g itself.
         bend: dᵀHd.
         along: What d is: ``"the gradient"``, ``"Adam's updates"``.
-        steepest: Lower bound of the largest eigenvalue in magnitude; ``None`` where it was not computed.
+        steepest: Lower bound of the largest eigenvalue in magnitude; ``None`` if it was not computed.
         typical: Mean curvature along random directions.
-        largest: Largest eigenvalue (sharpness); ``None`` where it was not computed.
+        largest: Largest eigenvalue (sharpness); ``None`` if it was not computed.
         smallest: Smallest eigenvalue.
     """
 
@@ -316,7 +316,7 @@ class Curvature:
 
     @property
     def largest_rate(self) -> float | None:
-        """The rate above which a step along d no longer lowers the loss; ``None`` where it bends down."""
+        """The rate above which a step along d no longer lowers the loss; ``None`` if it bends down."""
         return 2 * self.slope / self.bend if self.slope > 0 and self.bend > 0 else None
 
 
@@ -332,13 +332,13 @@ class Course:
         spread: Median of how far the level moves, either way, from one eighth of the stretch to the next.
         best: Lowest median so far.
         norm: Median gradient norm.
-        opposed: Cosine of a batch's gradients before and after one update on it; ``None`` where it was not measured.
-        noise: Norm of the gradient's noise over that of its mean; ``None`` where it was not measured.
+        opposed: Cosine of a batch's gradients before and after one update on it; ``None`` if it was not measured.
+        noise: Norm of the gradient's noise over that of its mean; ``None`` if it was not measured.
         batches: Batches that the noise was measured over.
         clear: How many standard errors the mean of their gradients stands out of its noise by.
         lr: Effective learning rate of the first group.
-        batch_size: Samples in a batch; ``None`` where that cannot be told.
-        chance: Loss of a model that knows nothing; ``None`` where it is not known.
+        batch_size: Samples in a batch; ``None`` if that cannot be told.
+        chance: Loss of a model that knows nothing; ``None`` if it is not known.
     """
 
     updates: int
@@ -390,7 +390,7 @@ class EarlierFinding:
         fault: Its kind.
         place: Where it showed.
         finding: Why it happened.
-        lr: Effective learning rate then; ``None`` where it was not known.
+        lr: Effective learning rate then; ``None`` if it was not known.
     """
 
     step: int
@@ -402,7 +402,7 @@ class EarlierFinding:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """All that a rule may look at; each part is empty or ``None`` where nobody looked.
+    """All that a rule may look at; each part is empty or ``None`` if nobody looked.
 
     Attributes:
         fault: What a detector found; :data:`NO_FAULT` before the first step and in an examination of the run.
@@ -410,7 +410,7 @@ class Case:
         clues: What the batch shows, and running it again.
         model: The model and its loss on one batch.
         course: How the run has gone.
-        curvature: The loss around the weights of now.
+        curvature: The loss around the present weights.
         earlier: What was found at earlier faults of this run, oldest first.
     """
 

@@ -35,7 +35,7 @@ class Hessian:
         difference: Relative size of a finite difference.
 
     Raises:
-        ValueError: When the loss does not depend on the parameters.
+        ValueError: If the loss does not depend on the parameters.
 
     Example:
         >>> w = torch.tensor([1.0, 1.0], requires_grad=True)
@@ -125,7 +125,7 @@ class Hessian:
 def largest_stable_rate(
     step: Callable[[], Tensor | None], parameters: Sequence[Tensor], direction: Vector | None = None
 ) -> float | None:
-    """The rate above which a step along a direction no longer lowers the loss; ``None`` where it bends down.
+    """The rate above which a step along a direction no longer lowers the loss; ``None`` if it bends down.
 
     Args:
         step: Gives the loss with its graph, the same for the same weights.

@@ -41,7 +41,7 @@ class Diagnostician:
         learner: What is trained.
         ring: Its snapshots.
         step: Runs a micro-batch forward with the random numbers it had: ``step(micro, full_precision)`` gives the loss
-            with its graph, ``None`` where there is none.
+            with its graph, ``None`` if there is none.
         untraced: What is run within is undone.
         loss_scale: The GradScaler's scale, ``None`` without one.
         low_precision: Whether the run computes in 16 bits.
@@ -82,7 +82,7 @@ class Diagnostician:
         look: Look,
         good: Snapshot | None = None,
     ) -> Finding | None:
-        """The cause, ``None`` where none was found.
+        """The cause, ``None`` if none was found.
 
         Args:
             fault: What was found.

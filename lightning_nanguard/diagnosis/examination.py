@@ -45,7 +45,7 @@ class Examination:
     Args:
         learner: What is trained.
         step: Runs a micro-batch forward with the random numbers it had: ``step(micro, full_precision)`` gives the loss
-            with its graph, ``None`` where there is none.
+            with its graph, ``None`` if there is none.
         untraced: What is run within is undone.
         patience: Updates over which a loss has to move; ``None`` waits to be asked.
         rules: The rules that are asked; ``None`` for the built-in ones.
@@ -73,7 +73,7 @@ class Examination:
         self._scipy_missed = False
 
     def due(self, updates: int, history: ReadingHistory, *, asked: bool = False) -> Course | None:
-        """How the run has gone where it is to be examined now, ``None`` where it is not.
+        """How the run has gone where it is to be examined now, ``None`` if it is not.
 
         Args:
             updates: Updates so far.
@@ -114,7 +114,7 @@ class Examination:
             evidence: The guard's counts.
 
         Raises:
-            ValueError: Where no batch can be run again.
+            ValueError: If no batch can be run again.
         """
         if not micros:
             raise ValueError("Examination.case(micros=()): at least one batch is needed.")

@@ -15,7 +15,7 @@ _SPREADS = (0.01, 0.02, 1.0)
 
 
 def looks_untrained(weight: Tensor, owner: nn.Module, thresholds: MistakeThresholds) -> bool | None:
-    """Whether a parameter looks as it was initialised; ``None`` where it holds too few numbers to tell.
+    """Whether a parameter looks as it was initialised; ``None`` if it holds too few numbers to tell.
 
     All zeros or all ones are. Else it has to fill the bounds of a uniform initialisation and not leave them, or to have
     the mean, spread and kurtosis of a normal one. A few updates take a weight out of both.

@@ -17,7 +17,7 @@ from lightning_nanguard.thresholds.mistakes import LabelThresholds
 def label_relation(batches: Sequence[Any], thresholds: LabelThresholds) -> LabelRelation | None:
     """How often neighbours in the inputs share a label, and how often they would by chance.
 
-    ``None`` where that cannot be told: without class labels and real-valued inputs, with too few rows, and where inputs
+    ``None`` if that cannot be told: without class labels and real-valued inputs, with too few rows, and where inputs
     take two values only, as those of a parity do, whose neighbours share nothing.
 
     Args:
@@ -43,7 +43,7 @@ def label_relation(batches: Sequence[Any], thresholds: LabelThresholds) -> Label
 
 
 def _joined(batches: Sequence[Any]) -> dict[str, Tensor]:
-    """The fields of all batches, one after another; empty where they do not fit together."""
+    """The fields of all batches, one after another; empty if they do not fit together."""
     each = [dict(tensor_fields(batch)) for batch in batches]
     if not each or any(one.keys() != each[0].keys() for one in each):
         return {}

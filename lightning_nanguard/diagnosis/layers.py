@@ -75,7 +75,7 @@ def measure_layers(
         thresholds: What is measured of each layer.
 
     Returns:
-        What was seen; ``None`` where there was no loss.
+        What was seen; ``None`` if there was no loss.
 
     Raises:
         Exception: What ``step`` raises, unless it is that a target is none of the classes, which is told.
@@ -416,7 +416,7 @@ def _set_or_drop(table: dict[int, Any], place: int, value: Any) -> None:
 
 
 def _classes(target: Tensor, thresholds: LayerThresholds) -> int | None:
-    """How many classes a target of zeros and ones tells apart, ``None`` where it is anything else."""
+    """How many classes a target of zeros and ones tells apart, ``None`` if it is anything else."""
     if target.dim() == 0 or target.is_complex() or bool(((target != 0) & (target != 1)).any()):
         return None
     if target.dim() > 1 and target.shape[1] > 1:

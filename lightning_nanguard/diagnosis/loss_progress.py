@@ -85,7 +85,7 @@ class LossProgress:
         )
 
     def stuck(self, updates: int, course: Course) -> bool:
-        """Whether the loss has not moved for as long as the patience lasts; true ever more rarely."""
+        """Whether the loss has not moved for as long as the patience lasts; true less and less often."""
         early = len(self._levels) <= self._thresholds.levels
         if early or updates < self._quiet_until or course.moves(self._plateau):
             return False

@@ -21,7 +21,7 @@ def put_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put a state into a module that was built with the same arguments.
 
     Raises:
-        ValueError: When the module is another one.
+        ValueError: If the module is another one.
     """
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     wrong = [name for name, value in state.items() if name not in own or own[name].shape != value.shape]

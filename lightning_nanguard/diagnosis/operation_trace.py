@@ -104,7 +104,7 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._origins: dict[int, Origin] = {}
 
     def origin_of(self, tensor: Tensor) -> Origin | None:
-        """Where a tensor's non-finite values were first made; ``None`` where it has none, or they have no origin."""
+        """Where a tensor's non-finite values were first made; ``None`` if it has none, or they have no origin."""
         return self._origins.get(storage_key(tensor)) if not all_finite(tensor.detach()) else None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -229,7 +229,7 @@ def _has_nan(tensor: Tensor) -> bool:
 
 
 def bad_samples(tensor: Tensor, size: int) -> tuple[int, ...]:
-    """Samples with a value that is not finite; empty where all have one, or they cannot be told."""
+    """Samples with a value that is not finite; empty if all have one, or they cannot be told."""
     if tensor.layout != torch.strided or tensor.dim() == 0 or len(tensor) != size:
         return ()
     bad = ~torch.isfinite(tensor.detach()).reshape(size, -1).all(1)

@@ -34,7 +34,7 @@ class Preflight:
 
     Args:
         module: What will be trained.
-        step: Runs a batch forward: ``step(batch)`` gives the loss with its graph, ``None`` where there is none.
+        step: Runs a batch forward: ``step(batch)`` gives the loss with its graph, ``None`` if there is none.
         untraced: What is run within is undone: random streams, buffers, metrics, logged values, attributes.
         rules: The rules that are asked; ``None`` for the built-in ones.
         thresholds: When a number is evidence for a cause, and how much of the data is looked at.

@@ -19,7 +19,7 @@ from lightning_nanguard.diagnosis.operation_trace import OperationTrace, Running
 from lightning_nanguard.measure.tensors import dense_values
 
 Step = Callable[[], Tensor | None]
-"""Runs a batch forward and gives the loss with its graph, ``None`` where there is none."""
+"""Runs a batch forward and gives the loss with its graph, ``None`` if there is none."""
 
 
 def replay(
@@ -91,7 +91,7 @@ def _size(batch: Any) -> int:
 
 
 def loss_and_gradient_norm(module: nn.Module, step: Step) -> tuple[float, float] | None:
-    """Loss and gradient norm of one more run; ``None`` where it gives no loss."""
+    """Loss and gradient norm of one more run; ``None`` if it gives no loss."""
     with untrained_kept(module):
         loss = step()
         if loss is None:

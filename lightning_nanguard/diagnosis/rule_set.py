@@ -42,7 +42,7 @@ class RuleSet:
         return tuple(sorted(found, key=lambda finding: -finding.confidence)) if own else found
 
     def diagnose(self, case: Case) -> Finding | None:
-        """The surest finding, ``None`` where no rule has one."""
+        """The surest finding, ``None`` if no rule has one."""
         return next(iter(self.findings(case)), None)
 
     def _ask(self, index: int, case: Case) -> Finding | None:
@@ -67,7 +67,7 @@ class RuleSet:
 
 
 def _what_is_wrong(found: object) -> str | None:
-    """What keeps a finding from being compared with others and recorded, ``None`` where nothing does."""
+    """What keeps a finding from being compared with others and recorded, ``None`` if nothing does."""
     if not isinstance(found, Finding):
         return f"returned {type(found).__name__} {found!r}"
     confidence: Any = found.confidence
@@ -95,7 +95,7 @@ def check_rules(rules: Sequence[Rule] | None) -> tuple[Rule, ...]:
     """The rules as they were given to ``NaNGuard``.
 
     Raises:
-        TypeError: When one is no rule, by name.
+        TypeError: If one is no rule, by name.
     """
     listed: Any = () if rules is None else rules
     if isinstance(listed, (str, bytes)) or not isinstance(listed, Sequence):

@@ -55,7 +55,7 @@ class Group:
         thresholds: How long ranks wait, and what they share.
 
     Raises:
-        RuntimeError: When this build of ``torch.distributed`` has no gloo.
+        RuntimeError: If this build of ``torch.distributed`` has no gloo.
     """
 
     def __init__(

@@ -102,7 +102,7 @@ class SingleProcess:
 
 
 def mean_over_ranks(ranks: Ranks, value: float | None) -> float | None:
-    """Mean over ranks, ``None`` where one of them has no value; all ranks must call it."""
+    """Mean over ranks, ``None`` if one of them has no value; all ranks must call it."""
     values = ranks.gather(value)
     return None if any(one is None for one in values) else sum(one / len(values) for one in values)
 

@@ -71,7 +71,7 @@ class SocketChannel:
         """The message of each process, in the order of ranks; waits for those that have not been posted yet.
 
         Raises:
-            RuntimeError: When a rank has gone, or is silent for longer than ``thresholds.patience``.
+            RuntimeError: If a rank has gone, or is silent for longer than ``thresholds.patience``.
         """
         parts = message.parts
         for other in self._sockets:
@@ -134,7 +134,7 @@ def _receive(connection: socket.socket, other: int, size: int, thresholds: Distr
 def connect(
     rank: int, gather: Callable[[Any], list[Any]], thresholds: DistributedThresholds = _DEFAULTS
 ) -> SocketChannel | None:
-    """A channel among all processes, ``None`` where they cannot all reach each other; all ranks must call it.
+    """A channel among all processes, ``None`` if they cannot all reach each other; all ranks must call it.
 
     Every process makes a secret, which ``gather`` takes to the others. A process that calls sends the secret of the one
     that listens; one that does not know it is turned away.

@@ -33,7 +33,7 @@ class Branch:
 
 @final
 class Branches:
-    """Makes branches and trains them on the batch at hand; learner, rate, clipping and gradients are put back.
+    """Makes branches and trains them on the present batch; learner, rate, clipping and gradients are put back.
 
     Args:
         context: What the parts of the guard share.
@@ -45,7 +45,7 @@ class Branches:
         self._rehearsal = rehearsal
 
     def possible(self) -> bool:
-        """Whether the batch at hand can be run again as the run trains on it."""
+        """Whether the present batch can be run again as the run trains on it."""
         context = self._context
         return len(context.learner.optimizers) == 1 and not context.settings.observe and context.replay.trainable()
 
@@ -93,13 +93,13 @@ class Branches:
         return Branch(state, known, context.clipper.state_dict())
 
     def train(self, branch: Branch) -> float | None:
-        """Make the update at hand from a branch.
+        """Make the present update from a branch.
 
         Args:
             branch: The branch.
 
         Returns:
-            Its loss before the update; ``None`` where it could not be made.
+            Its loss before the update; ``None`` if it could not be made.
         """
         context = self._context
         restore(context.learner, branch.state)
@@ -110,12 +110,12 @@ class Branches:
         return loss
 
     def loss(self, state: Snapshot) -> float | None:
-        """Loss of the batch at hand under a state."""
+        """Loss of the present batch under a state."""
         restore(self._context.learner, state)
         return self._context.replay.probe()
 
     def losses_of(self, earlier: Sequence[Callable[[], float | None]], state: Snapshot) -> list[float] | None:
-        """Losses of batches from before under a state; ``None`` where one cannot be run again."""
+        """Losses of batches from before under a state; ``None`` if one cannot be run again."""
         restore(self._context.learner, state)
         losses = [one() for one in earlier]
         known = [one for one in losses if one is not None]

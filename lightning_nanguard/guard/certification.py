@@ -91,7 +91,7 @@ class Certification:
             readings: Healthy readings of the batch that has just ended.
 
         Returns:
-            What speaks against the snapshot, ``None`` where nothing does.
+            What speaks against the snapshot, ``None`` if nothing does.
         """
         context, state = self._context, self._context.state
         pending = context.ring.pending

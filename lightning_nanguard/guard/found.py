@@ -19,7 +19,7 @@ class FoundFault:
         reading: The reading it was found in.
         undo: Undoes what its batch changed; ``None`` outside a batch.
         reached: Whether the bad update reached the weights.
-        late: Whether the batch at hand is another one.
+        late: Whether the present batch is another one.
         ranks: Ranks that saw it, where not all did.
     """
 

@@ -50,7 +50,7 @@ class Guard:
         self.swapped = False
         # A trained parameter that was not finite before the first update, until an update was healthy.
         self._bad_start: str | None = None
-        # What belongs to the batch at hand.
+        # What belongs to the present batch.
         self._open = False
         self._running = False
         self._updated = False
@@ -123,7 +123,7 @@ class Guard:
             Whether nothing was found, and the batch is not known to be bad.
 
         Raises:
-            TrainingDivergedError: When the run cannot be helped, or its first weights were not finite.
+            TrainingDivergedError: If the run cannot be helped, or its first weights were not finite.
         """
         self._running = False
         if not self._updated:
@@ -268,7 +268,7 @@ class Guard:
         self._parts.recorder.note(fault, *words)
 
     def check(self) -> None:
-        """Look at the state of now, and go back to the last good one if it is bad."""
+        """Look at the present state, and go back to the last good one if it is bad."""
         self._snapshots.settle()  # whoever asks may write to it next
         self.flush()
         self._snapshots.look_at_room()

@@ -68,7 +68,7 @@ class Interventions:
             Whether its reading belongs to the history of healthy ones after all.
 
         Raises:
-            TrainingDivergedError: When the run cannot be helped.
+            TrainingDivergedError: If the run cannot be helped.
         """
         context, state = self._context, self._context.state
         fault, reading = found.fault, found.reading

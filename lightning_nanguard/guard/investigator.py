@@ -118,7 +118,7 @@ class Investigator:
             fault: What was found.
             reading: The reading it was found in.
             known: The guard's own counts.
-            at_hand: Whether the batch at hand is the faulty one.
+            at_hand: Whether the present batch is the faulty one.
             before: Buffers as they were before the faulty batch, where it has not been undone.
         """
         history = self._context.monitors.history(reading.optimizer_index) or ReadingHistory()

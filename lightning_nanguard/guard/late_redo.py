@@ -62,7 +62,7 @@ class LateRedo:
         return True
 
     def _snapshot(self, found: FoundFault) -> Snapshot | None:
-        """Where to begin; ``None`` where this is no case for it."""
+        """Where to begin; ``None`` if this is no case for it."""
         fault, reading, certified = found.fault, found.reading, self._context.ring.certified
         if not (found.late and fault.certain and fault.scope == "batch") or reading.finite or reading.scaler_skips:
             return None

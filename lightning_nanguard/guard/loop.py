@@ -37,23 +37,23 @@ class BatchReplay(Protocol):
         """Whether a batch can be run again at all."""
 
     def showing(self, update: int) -> AbstractContextManager[bool]:
-        """Inside, the batch at hand is that of an earlier update; gives whether it is still there."""
+        """Inside, the present batch is that of an earlier update; gives whether it is still there."""
 
     def batch_finite(self) -> bool | None:
-        """Whether the batch at hand is finite; ``None`` where it holds no floating numbers or is not at hand."""
+        """Whether the present batch is finite; ``None`` if it holds no floating numbers or is not at hand."""
 
     def batch_strange(self, *, extreme: bool = False) -> bool | None:
-        """Whether the batch at hand reaches far beyond those before it; ``None`` where that cannot be told.
+        """Whether the present batch reaches far beyond those before it; ``None`` if that cannot be told.
 
         Args:
             extreme: Whether to ask if it is out of all proportion to them.
         """
 
     def probe(self) -> float | None:
-        """Loss of the batch at hand under the weights of now."""
+        """Loss of the present batch under the present weights."""
 
     def gradient_finite(self) -> bool | None:
-        """Whether the batch at hand has a finite gradient under the weights of now; gradients are gone afterwards."""
+        """Whether the present batch has a finite gradient under the present weights; gradients are gone afterwards."""
 
     def rehearsal_batches(self) -> int:
         """How many recent batches there are to try learning rates on."""
@@ -65,16 +65,16 @@ class BatchReplay(Protocol):
         """Make one plain update on a recent batch; gives its loss before the update."""
 
     def loss_on(self, index: int) -> float | None:
-        """Loss of a recent batch under the weights of now."""
+        """Loss of a recent batch under the present weights."""
 
     def earlier(self) -> Sequence[Callable[[], float | None]]:
         """For some recent batches each what gives its loss under the weights of then, also when others have come."""
 
     def trainable(self) -> bool:
-        """Whether all that the update at hand is made of is kept, so that another state can make the same update."""
+        """Whether all that the present update is made of is kept, so that another state can make the same update."""
 
     def train_at_hand(self) -> float | None:
-        """Make the update at hand with the random numbers it had, from the state of now; gives the loss before it."""
+        """Make the present update with the random numbers it had, from the present state; gives the loss before it."""
 
     def bytes_kept(self) -> int:
         """Bytes of the batches that are kept to be run again."""
@@ -96,7 +96,7 @@ class TrainingLoop(Protocol):
         """Tell the user of a suspicion that the guard does not act on."""
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
-        """Why the fault of an update happened, ``None`` where that was not found; it changes nothing."""
+        """Why the fault of an update happened, ``None`` if that was not found; it changes nothing."""
 
 
 class NoReplay:

@@ -1,4 +1,4 @@
-"""The losses and gradients of the update at hand, measured without waiting for the device."""
+"""The losses and gradients of the present update, measured without waiting for the device."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Early:
         optimizer_index: Index of the optimizer.
         reading: What was read.
         losses: The losses it was read from.
-        versions: Identity and version of the gradients; ``None`` where nobody changes them meanwhile.
+        versions: Identity and version of the gradients; ``None`` if nobody changes them meanwhile.
     """
 
     step: int
@@ -135,11 +135,11 @@ class Meter:
         return [(id(one), one._version) for one in self._learner.gradients(optimizer_index)]
 
     def measure_later(self, step: int, optimizer_index: int) -> PendingReading | None:
-        """Loss and gradient of update ``step``, still on the device; ``None`` where there is neither."""
+        """Loss and gradient of update ``step``, still on the device; ``None`` if there is neither."""
         return self._pending(step, optimizer_index, self._partial_norms(step, optimizer_index), self._take_losses())
 
     def measure_now(self, step: int, optimizer_index: int) -> Reading | None:
-        """Loss and gradient of update ``step``; waits for the device. ``None`` where there is neither."""
+        """Loss and gradient of update ``step``; waits for the device. ``None`` if there is neither."""
         early = self._take_early(step, optimizer_index)
         return self._measure(step, optimizer_index) if early is None else early.reading
 

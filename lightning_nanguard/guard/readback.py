@@ -22,9 +22,9 @@ class Arrived(NamedTuple):
         undo: Undoes what its batch changed.
         reached: True if the update was made before its reading arrived, so that a bad one is in the weights. False if
             the reading came in time, or the device held the update back.
-        late: True if the reading arrived after its update, so that the batch at hand is a later one.
+        late: True if the reading arrived after its update, so that the present batch is a later one.
         line_search: True if it comes from a further evaluation within one step, as in the line search of LBFGS.
-        ranks: Returns the ranks whose values stand out; empty where none or all do.
+        ranks: Returns the ranks whose values stand out; empty if none or all do.
         outside: A fault found outside of an update that all ranks have now been told of, and the ranks that saw it.
     """
 
@@ -41,7 +41,7 @@ class Readback(Protocol):
     """One way in which readings arrive."""
 
     at_hand: Reading | None
-    """The reading of the update at hand, if this process read it before the optimizer's step, else ``None``."""
+    """The reading of the present update, if this process read it before the optimizer's step, else ``None``."""
 
     def open_batches(self) -> int:
         """Number of newest batches, the one at hand included, whose changes may still have to be undone."""

@@ -66,7 +66,7 @@ class ReadingJudge:
 
         Args:
             arrived: The readings; no more of them are taken than are judged.
-            stepping: Index of the optimizer about to step, ``None`` where none is.
+            stepping: Index of the optimizer about to step, ``None`` if none is.
         """
         if self._found:
             return
@@ -147,7 +147,7 @@ class ReadingJudge:
         """Where a batch has spoiled running statistics before: look at what this one did to them, before its update.
 
         Args:
-            reading: The reading of the update at hand.
+            reading: The reading of the present update.
             undo: Knows the buffers as they were before the batch.
         """
         if not self._plausibility.watches_statistics or self._found:

@@ -58,7 +58,7 @@ class Receipts:
 
         Args:
             global_step: When.
-            skipped: Whether it skips the batch at hand; the branch makes its update.
+            skipped: Whether it skips the present batch; the branch makes its update.
         """
         self.close("another intervention was made")
         branches, state = self._branches, self._context.state

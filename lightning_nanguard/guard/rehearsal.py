@@ -80,7 +80,7 @@ class Rehearsal:
     def loss_after(self, base: Snapshot, factor: float, updates: int, *, unseen: bool = False) -> float | None:
         """Mean loss of the batches at hand after ``updates`` from ``base`` with the rate times ``factor``.
 
-        The updates take the batches in turn. The loss is infinite where it diverged during them, and ``None`` where no
+        The updates take the batches in turn. The loss is infinite where it diverged during them, and ``None`` if no
         batch can be run. The learner is left at ``base``, without gradients.
 
         Args:

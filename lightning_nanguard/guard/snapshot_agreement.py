@@ -24,7 +24,7 @@ class SnapshotVerdict:
 
     Attributes:
         step: The snapshot's.
-        objection: Why it cannot be certified, ``None`` where it can.
+        objection: Why it cannot be certified, ``None`` if it can.
         checksums: Of its parameters and of its moments.
     """
 
@@ -79,7 +79,7 @@ class SnapshotAgreement:
         return all(one.pending_step == pending.step for one in self._heard)
 
     def objection(self, pending: Snapshot) -> tuple[Fault | None, tuple[int, ...]]:
-        """Why ``pending`` cannot be certified, ``None`` where it can, and the ranks concerned; all must call it."""
+        """Why ``pending`` cannot be certified, ``None`` if it can, and the ranks concerned; all must call it."""
         objecting = tuple(rank for rank, one in enumerate(self._heard) if one.rejects_pending)
         if objecting:
             mine = self._verdict.objection

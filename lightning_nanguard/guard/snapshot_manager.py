@@ -177,7 +177,7 @@ class SnapshotManager:
             self._placement.look_at_room()
 
     def capture(self, step: int, global_step: int, rate: float | None, healthy_steps: int = 0) -> Snapshot | None:
-        """Take a snapshot, which is then pending; ``None`` where there is no room for one.
+        """Take a snapshot, which is then pending; ``None`` if there is no room for one.
 
         Args:
             step: The guard's clock.
@@ -243,7 +243,7 @@ class SnapshotManager:
         return whole
 
     def objection(self, pending: Snapshot, healthy_steps: int) -> tuple[Fault | None, tuple[int, ...]]:
-        """Why ``pending`` cannot be certified, ``None`` where it can, and the ranks concerned."""
+        """Why ``pending`` cannot be certified, ``None`` if it can, and the ranks concerned."""
         if self._many:
             return self._agreement.objection(pending)
         started = self._clock()

@@ -23,9 +23,9 @@ class GuardState:
         healthy_since_restore: Those since the last restore; ``None`` before the first.
         bad_in_a_row: Bad batches since the last healthy one.
         policy: What the policy remembers.
-        restored: The snapshot that the present intervention restored; ``None`` where it restored none.
+        restored: The snapshot that the present intervention restored; ``None`` if it restored none.
         go_on: Makes the updates since a snapshot again after a rollback, and gives whether it could; it is given the
-            reading of the update that was bad, where one was made. ``None`` where the loop cannot.
+            reading of the update that was bad, where one was made. ``None`` if the loop cannot.
         went_on: Whether the updates since it were made again in the present intervention.
         again: What spoilt the state when updates were made again, as in :attr:`Evidence.again`.
         told: Update and words of the last finite suspicion that the user was told of; ``None`` before.
@@ -35,7 +35,7 @@ class GuardState:
         arm: What a trial has trained from the start, where it is to be gone on from there; ``None`` without one.
         unrestored: What is still not finite after the present intervention has restored a snapshot, in words.
         skipped: Numbers of the newest updates that were skipped.
-        passed_over: Whether the update at hand is left out because every sample of it is known to be bad.
+        passed_over: Whether the present update is left out because every sample of it is known to be bad.
         rates: Step and effective learning rate of the first group, for each step at which it changed.
     """
 

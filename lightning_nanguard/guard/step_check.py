@@ -39,7 +39,7 @@ class StepCheck:
         caution: Says which updates are read before they are made.
         recorder: Records what was made again.
         policy: Says whether a rollback is allowed.
-        undos: The first one undoes what the batch at hand changed.
+        undos: The first one undoes what the present batch changed.
         readback: Forgets readings of states that are gone; with several ranks it tells the others of a bad update.
     """
 
@@ -112,7 +112,7 @@ class StepCheck:
         return self._fault_of(reading, extreme=extreme) if self._ranks is None else self._fault_of_all(reading)
 
     def _fault_of_all(self, reading: Reading) -> Fault | None:
-        """The fault of an update whose gradient is bad on all ranks; ``None`` where only some can know of it."""
+        """The fault of an update whose gradient is bad on all ranks; ``None`` if only some can know of it."""
         assert self._ranks is not None
         if reading.grad_norm is None or math.isfinite(reading.grad_norm):
             return None
@@ -139,7 +139,7 @@ class StepCheck:
         return fault if named is None else replace(fault, place=named)
 
     def fault_of_loss(self, loss: Tensor | None, optimizer_index: int) -> Fault | None:
-        """The fault of the loss of one micro-batch, before its backward pass; ``None`` where reading it would wait."""
+        """The fault of the loss of one micro-batch, before its backward pass; ``None`` if reading it would wait."""
         if loss is None or not is_on_host(loss) or loss.numel() != 1:
             return None
         value = float(loss.detach())
@@ -149,29 +149,29 @@ class StepCheck:
         return self._context.monitors.check(reading)
 
     def fault_of_gradients(self, optimizer_index: int) -> Fault | None:
-        """The fault of the gradients accumulated so far; ``None`` where none is certain. Reads from the device."""
+        """The fault of the gradients accumulated so far; ``None`` if none is certain. Reads from the device."""
         norm = self._meter.gradient_norm(optimizer_index)
         finite = self._meter.first_bad_gradient(optimizer_index) is None
         return self._fault_of(Reading(self._context.state.step + 1, optimizer_index, None, norm, finite=finite))
 
     def rewind(self) -> None:
-        """Put back what the batch at hand, or the window of accumulation, has changed in buffers, metrics and means."""
+        """Put back what the present batch, or the window of accumulation, has changed in buffers, metrics and means."""
         self._undos[0].undo()
 
     def measures(self) -> Sequence[Undo]:
-        """What puts metrics and means back to before the batch at hand, or the window; still when others have begun."""
+        """What puts metrics and means back to before the present batch, or the window; still when others have begun."""
         return self._undos[0].measures()
 
     def undo_also(self, undo: Callable[[], None]) -> None:
-        """Have one more function called where the batch at hand, or the window, is left out."""
+        """Have one more function called where the present batch, or the window, is left out."""
         self._undos[0].also(undo)
 
     def pass_over(self) -> None:
-        """Leave the update at hand out without a record: every sample of it is known to be bad."""
+        """Leave the present update out without a record: every sample of it is known to be bad."""
         self._context.state.passed_over = True
 
     def begin_again(self, undo: Callable[[], None]) -> None:
-        """The batch at hand begins anew, from another state: remember what it may change.
+        """The present batch begins anew, from another state: remember what it may change.
 
         Args:
             undo: Called too where the batch is left out.
@@ -191,7 +191,7 @@ class StepCheck:
         self._meter.drop_last_loss()
 
     def corrupt(self) -> str | None:
-        """A tensor of the learner that is not finite, in words; ``None`` where all are."""
+        """A tensor of the learner that is not finite, in words; ``None`` if all are."""
         return self._context.corrupt()[0]
 
     def may_go_back(self, fault: Fault) -> bool:
@@ -208,7 +208,7 @@ class StepCheck:
         return self._context.state.step + 1
 
     def raised(self, error: BaseException | None) -> None:
-        """The next loss that is not finite stands for an exception of ``training_step``; ``None`` where it does not."""
+        """The next loss that is not finite stands for an exception of ``training_step``; ``None`` if it does not."""
         self._context.state.raised = None if error is None else self.in_words(error)
 
     def in_words(self, error: BaseException) -> str:
@@ -225,7 +225,7 @@ class StepCheck:
         self._context.state.raised = words
 
     def spoilt_since(self, snapshot: Snapshot) -> tuple[str, str]:
-        """The tensor that has gone bad by itself since a snapshot, and how; empty where that cannot be told."""
+        """The tensor that has gone bad by itself since a snapshot, and how; empty if that cannot be told."""
         corrupt = self.corrupt()
         if corrupt is not None:
             return corrupt, "is no longer finite"
@@ -246,7 +246,7 @@ class StepCheck:
             fault: The fault.
             spoilt: What of the state had gone bad, and how.
             since: The snapshot since which all updates were made again, where the state had gone bad by itself;
-                ``None`` where the step alone was.
+                ``None`` if the step alone was.
             late: Number of the update that was bad, where its reading arrived after it was made.
         """
         state = self._context.state
@@ -291,7 +291,7 @@ class StepCheck:
         self._record(fault, "keep good samples", finding=finding)
 
     def diagnosis(self, fault: Fault) -> Finding | None:
-        """The cause of a fault of the update at hand."""
+        """The cause of a fault of the present update."""
         state = self._context.state
         known = Evidence(step=state.step + 1, healthy_steps=state.healthy_steps)
         return self._loop.diagnose(fault, known, "replay", state.step + 1)

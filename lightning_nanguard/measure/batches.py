@@ -99,7 +99,7 @@ def bytes_of(
         thresholds: How deep the value is looked into.
 
     Returns:
-        The bytes; ``None`` where a part of the value is of a type that cannot be measured, such as an image.
+        The bytes; ``None`` if a part of the value is of a type that cannot be measured, such as an image.
     """
     total, seen, left = 0, dict[int, Any](), [(value, thresholds.deepest_part)]
     while left:

@@ -51,7 +51,7 @@ _slots_known: dict[type, dict[str, Any]] = {}
 
 
 def parts_of(value: Any) -> Parts | None:
-    """The parts of a value with their names, keys or indices; ``None`` where it is whole.
+    """The parts of a value with their names, keys or indices; ``None`` if it is whole.
 
     A type that cannot be taken apart is logged once.
     """

@@ -62,7 +62,7 @@ def _each_finite(value: Tensor, most: int) -> bool:
 
 
 def batch_finite(batch: Any) -> bool | None:
-    """Whether every floating tensor in a nested batch is finite; ``None`` when it holds no floating tensor."""
+    """Whether every floating tensor in a nested batch is finite; ``None`` if it holds no floating tensor."""
     seen = False
     for tensor in floating_tensors(batch):
         seen = True

@@ -55,7 +55,7 @@ class NormHistory:
             named_sizes: Names and sizes of the tensors that an optimizer steps.
 
         Returns:
-            The numbers of the updates, oldest first, and for each layer its norm in each of them; ``None`` where it had
+            The numbers of the updates, oldest first, and for each layer its norm in each of them; ``None`` if it had
             no gradient.
         """
         named = {index: named_sizes(index) for _, index, _, _ in self._newest}

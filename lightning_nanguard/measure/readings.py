@@ -71,7 +71,7 @@ class PendingReading:
         self._copy = read_later(self.packed())
 
     def is_bad(self, *, by_loss: bool = True) -> Tensor:
-        """1.0 where loss or norm is not finite, else 0.0; a 0-dim float32 tensor on the device.
+        """1.0 if loss or norm is not finite, else 0.0; a 0-dim float32 tensor on the device.
 
         Args:
             by_loss: Whether the loss counts; where ranks have losses of their own it must not.
@@ -89,7 +89,7 @@ class PendingReading:
 
         Args:
             confirm: Called when the norm is not finite: gives the exact norm where the gradient is finite and only its
-                norm has overflowed, ``None`` where the gradient is not finite.
+                norm has overflowed, ``None`` if the gradient is not finite.
         """
         norm, loss, scale = self._numbers()
         if loss is not None:
@@ -135,7 +135,7 @@ def pending_reading(
     loss_scale: Tensor | None = None,
     gradients_scaled: bool = False,
 ) -> PendingReading | None:
-    """What was measured of one update, not yet read; ``None`` where nothing was measured.
+    """What was measured of one update, not yet read; ``None`` if nothing was measured.
 
     Args:
         step: Number of the update.

@@ -96,7 +96,7 @@ class RecordQueue:
             self._changed.notify()
 
     def take(self) -> Intervention | None:
-        """Wait for the oldest record and take it, ``None`` when no more will come; the one taken before is written."""
+        """Wait for the oldest record and take it, ``None`` if no more will come; the one taken before is written."""
         with self._changed:
             self._taken = 0
             self._changed.wait_for(lambda: self._waiting or self._ended)

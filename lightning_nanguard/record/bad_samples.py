@@ -26,7 +26,7 @@ class BadSample:
 
     Attributes:
         cause: Why it counts as bad: ``"not finite"``, ``"out of proportion"``, or the cause that the diagnosis found.
-        row: Row of the data set; ``None`` where the data have no rows.
+        row: Row of the data set; ``None`` if the data have no rows.
         hash: What :func:`~lightning_nanguard.sample_hash` gives for it.
         columns: Field of the batch to its columns that are concerned; no columns where all are.
         epoch: Epoch in which it was met.
@@ -69,7 +69,7 @@ class BadSample:
         """The inverse of :meth:`to_dict`; keys of later versions are ignored.
 
         Raises:
-            ValueError: When ``data`` is no record of a sample.
+            ValueError: If ``data`` is no record of a sample.
         """
         try:
             known = {one.name: data[one.name] for one in fields(cls) if one.name in data}
@@ -104,7 +104,7 @@ def read_bad_samples(path: str | os.PathLike[str]) -> list[BadSample]:
         path: The file.
 
     Raises:
-        FileNotFoundError: When there is no such file. A run that met none writes none.
+        FileNotFoundError: If there is no such file. A run that met none writes none.
     """
     found: list[BadSample] = []
     for line in b"\n".join(map(read_whole, with_put_aside(path))).splitlines():

@@ -1,6 +1,6 @@
-"""The base class of sinks, and what a sink may know of a fit.
+"""The base class of sinks, and what a sink gets to know about a fit.
 
-A sink of your own is one class with a :meth:`Sink.write`, or any function that takes one intervention::
+Your own sink is a class with the method :meth:`Sink.write`, or any function that takes one intervention::
 
     class Beep(Sink):
         def write(self, intervention):
@@ -8,15 +8,15 @@ A sink of your own is one class with a :meth:`Sink.write`, or any function that 
 
     NaNGuard(sinks=[Beep(), print])
 
-In the YAML file of a LightningCLI give a sink, or an object that can be called, by its class path, with or without
-arguments; give a function by its path::
+In the YAML file of a LightningCLI, name a sink (or a callable object) by its class path, with or without arguments.
+Name a function by its path::
 
     sinks:
       - class_path: my.Beep
         init_args: {times: 2}
       - my.function
 
-A guard can be copied and pickled between fits as far as its sinks can.
+A guard can be copied and pickled between fits if its sinks can.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from lightning_nanguard.types import Intervention
 @final
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """What a sink may need to know of the fit that begins.
+    """Tells a sink about the fit that begins.
 
     Attributes:
         rank: Rank of this process; 0 with one process.
         world_size: Number of processes.
-        dirpath: Folder of the guard's records in this run. Where nothing can be written yet it does not exist.
-        run_id: Id of the run, which a resumed run has from the run it goes on with.
+        dirpath: Folder of the guard's records in this run. It may not exist yet.
+        run_id: Id of the run. A resumed run keeps the id of the run that it continues.
     """
 
     rank: int = 0
@@ -48,22 +48,22 @@ class RunInfo:
 
 
 class Sink(ABC):
-    """Something that keeps or shows interventions. Subclass it to send them where you want them.
+    """Receives one record for each intervention, to store, show or send it. Subclass it to write your own sink.
 
-    In each fit a sink is opened once, given every record and closed once; the same sink may serve several fits. What it
-    raises is logged the first time, with its name, and costs neither the run nor the other sinks. A record is on disk
-    (``interventions.jsonl``) before a sink of the user's is given it.
+    In each fit the guard opens a sink once, gives it every record, and closes it once. The same sink may be used in
+    several fits. If a sink raises, the exception is logged the first time, with the name of the sink, and the run and
+    the other sinks go on. Each record is on disk (``interventions.jsonl``) before your sinks get it.
 
     All ranks make the same interventions, so by default a sink is used on rank 0 only.
 
     Attributes:
         every_rank: Whether the sink is used on every rank, each with its own copy, instead of on rank 0 only. Set it in
             the class or in ``__init__``.
-        timeout: ``None`` for a sink that is called at once, while training waits. A number of seconds for a slow one
-            (mail, network): it is called from a thread of its own, where at most 100 records wait. When one more comes
-            the oldest is dropped and counted. At the end of the fit it has this many seconds to write what waits and to
-            close; how many records it did not write is logged. A call that takes longer still is not interrupted, but
-            nobody waits for it, and ``close`` is not called then.
+        timeout: ``None``: the sink is called directly, and training waits for it. A number of seconds, for a slow sink
+            (mail, network): it is called from a separate thread, where at most 100 records wait. If there are more, the
+            oldest is dropped and counted. At the end of the fit the sink has this many seconds to write the waiting
+            records and to close. The number of records that it did not write is logged. A call that takes longer is not
+            interrupted, but the fit ends without it, and ``close`` is not called.
 
     Example:
         >>> class Beep(Sink):
@@ -77,15 +77,15 @@ class Sink(ABC):
     timeout: float | None = None
 
     def open(self, run: RunInfo) -> None:  # noqa: B027
-        """Get ready for a fit, before its first update. The default does nothing.
+        """Prepare for a fit, before its first update. The default does nothing.
 
         Args:
-            run: What may be needed to know of the fit.
+            run: Facts about the fit.
         """
 
     @abstractmethod
     def write(self, intervention: Intervention) -> None:
-        """Take one record. Without a :attr:`timeout` training goes on only after this returns."""
+        """Receive one record. Without a :attr:`timeout` training waits until this returns."""
 
     def close(self) -> None:  # noqa: B027
         """The fit is over. Another may follow. The default does nothing."""

@@ -43,8 +43,8 @@ def as_sinks(owner: object, given: object) -> tuple[Sink, ...]:
         given: What the user listed.
 
     Raises:
-        TypeError: When it is no list, or holds something that is neither a sink nor a function of one argument.
-        ValueError: When a sink's timeout is out of its range.
+        TypeError: If it is no list, or holds something that is neither a sink nor a function of one argument.
+        ValueError: If a sink's timeout is out of its range.
     """
     if given is None:
         return ()

@@ -1,4 +1,4 @@
-"""A sink that logs interventions: the first of a kind in full, others ever more rarely."""
+"""A sink that logs interventions: the first of a kind in full, the 2nd, 4th, 8th … in one line each."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class Console(Sink):
-    """Logs interventions at level WARNING: the first of a kind in full, later ones in short and ever more rarely.
+    """Logs interventions at level WARNING: the first of a kind in full, the 2nd, 4th, 8th … in one line each.
 
-    Interventions of one fault with the same cause and remedies are one kind. The first of a kind is shown in full, its
-    2nd, 4th, 8th, 16th … in one line with the count; one that stops the run is always shown in full. What is shown
-    depends on counts only, never on time. The line at the end of the fit counts them all.
+    Interventions with the same fault, cause and remedies are one kind. An intervention that stops the run is always
+    shown in full. The output depends on counts only, never on time. The line at the end of the fit counts all
+    interventions.
 
     Args:
-        thresholds: How many of a kind are shown before they are thinned out.
+        thresholds: How many of a kind are shown before only the 2nd, 4th, 8th … of them are.
 
     Example:
         >>> Console().write(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))

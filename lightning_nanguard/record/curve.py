@@ -29,7 +29,7 @@ class CurvePoint(NamedTuple):
         step: ``global_step`` after the update, or after the last of several.
         updates: Number of updates.
         optimizer: Index of the optimizer.
-        loss: Mean of the finite losses; NaN or Inf where none is finite, ``None`` where there is none.
+        loss: Mean of the finite losses; NaN or Inf where none is finite, ``None`` if there is none.
         loss_max: The largest loss, NaN where one is NaN.
         grad_norm: Mean of the finite gradient norms.
         grad_norm_max: The largest gradient norm, NaN where one is NaN.
@@ -62,7 +62,7 @@ class CurveFile:
 
     Attributes:
         offset: What is added to a reading's step to give ``global_step``.
-        listener: Called with each reading and its learning rate; ``None`` for nobody.
+        listener: Called with each reading and its learning rate; ``None`` for none.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ def read_curve(path: Path) -> list[CurvePoint]:
         path: The file.
 
     Raises:
-        FileNotFoundError: When there is no such file.
+        FileNotFoundError: If there is no such file.
     """
     points = []
     for line in read_whole(path).decode("utf-8", "replace").splitlines():

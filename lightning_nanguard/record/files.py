@@ -32,7 +32,7 @@ def read_whole(path: str | os.PathLike[str], begin: int = 0) -> bytes:
         begin: How many to leave out.
 
     Raises:
-        OSError: When there is no such file, or it is a pipe, a device or a folder, which might never end.
+        OSError: If there is no such file, or it is a pipe, a device or a folder, which might never end.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"{os.fspath(path)} is no file.")
@@ -68,7 +68,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Intervention]:
         path: The file.
 
     Raises:
-        FileNotFoundError: When there is no such file. A run in which nothing happened writes none.
+        FileNotFoundError: If there is no such file. A run in which nothing happened writes none.
     """
     return _read(path, Intervention.from_dict)
 
@@ -80,7 +80,7 @@ def read_advice(path: str | os.PathLike[str]) -> list[Advice]:
         path: The file.
 
     Raises:
-        FileNotFoundError: When there is no such file. A run in which nothing was noticed writes none.
+        FileNotFoundError: If there is no such file. A run in which nothing was noticed writes none.
     """
     return _read(path, Advice.from_dict)
 
@@ -92,7 +92,7 @@ def read_receipts(path: str | os.PathLike[str]) -> list[Receipt]:
         path: The file.
 
     Raises:
-        FileNotFoundError: When there is no such file. A run without such an intervention writes none.
+        FileNotFoundError: If there is no such file. A run without such an intervention writes none.
     """
     return _read(path, Receipt.from_dict)
 

@@ -33,18 +33,18 @@ class Record(Protocol):
 class JsonLines(Sink):
     """Appends one JSON object a line to a file.
 
-    Once :meth:`write` has returned, the record survives the death of the process. To survive a crash of the machine it
-    has to be synchronised with the disk: at most once a second, and with :meth:`close`.
+    After :meth:`write` has returned, the record is not lost if the process is killed. The file is synchronised with the
+    disk at most once a second and in :meth:`close`, so that records survive a crash of the machine, too.
 
-    The folder is made with the first record, so a healthy run leaves nothing behind. While the file cannot be written,
-    the newest records wait in memory and are tried again with every next record and with :meth:`close`. A file that has
-    grown to ``thresholds.bytes_per_file`` is put aside as ``NAME.1.jsonl``, in the place of the one before, and readers
-    take both.
+    The folder is created with the first record, so a healthy run writes nothing. If the file cannot be written, the
+    newest records wait in memory. The sink tries again with each further record and in :meth:`close`. When the file
+    reaches ``thresholds.bytes_per_file``, it is renamed to ``NAME.1.jsonl`` (an older file of this name is replaced),
+    and a new one begins. Readers read both.
 
     Args:
-        path: The file. What it already holds is kept.
+        path: The file. Existing records are kept.
         thresholds: How many records wait in memory at most, and how often a record waits for the disk.
-        warns: Whether to say that the file cannot be written; not where another file of the folder says so.
+        warns: Whether to warn that the file cannot be written. ``False`` if another file of the folder warns.
 
     Example:
         >>> from tempfile import TemporaryDirectory

@@ -28,7 +28,7 @@ class Loggers(Sink):
     """Logs the numbers of the run after each intervention.
 
     Args:
-        numbers: Gives the numbers of now.
+        numbers: Gives the present numbers.
         log: Logs some values by name.
 
     Example:
@@ -42,6 +42,6 @@ class Loggers(Sink):
         self._log = log
 
     def write(self, intervention: Intervention) -> None:
-        """Log the numbers of now."""
+        """Log the present numbers."""
         numbers = self._numbers()._asdict()
         self._log({f"nanguard/{name}": float(value) for name, value in numbers.items() if value is not None})

@@ -16,10 +16,10 @@ from lightning_nanguard.types import Advice, Intervention
 
 @final
 class Memory(Sink, Sequence[Intervention]):
-    """Holds the newest interventions and the counts of all of them; it is what ``NaNGuard.interventions`` gives.
+    """Holds the newest interventions and the counts of all of them (``NaNGuard.interventions``).
 
-    It reads like a tuple, equals any sequence of the same interventions, and slices to tuples. Only the guard writes to
-    it, and it lasts from one fit to the next.
+    It behaves like a tuple: it equals any sequence of the same interventions, and a slice of it is a tuple. Only the
+    guard writes to it. It is kept from one fit to the next.
 
     Args:
         thresholds: How many interventions are kept; older ones stay in the counts.
@@ -29,8 +29,8 @@ class Memory(Sink, Sequence[Intervention]):
         faults: How often each fault was written.
         remedies: How often each remedy was written.
         advice: The advice of the last fit.
-        receipts: What interventions of the last fit on finite evidence have gained or cost.
-        run: What users read of the last fit beside its interventions, such as its folder and the number of updates.
+        receipts: The receipts of the last fit: whether interventions in a run with finite numbers helped.
+        run: Further facts about the last fit, such as its folder and the number of updates.
 
     Example:
         >>> memory = Memory(RecordsThresholds(interventions_in_memory=2))

@@ -1,4 +1,4 @@
-"""Receipts: what interventions on finite evidence have gained or cost, found out afterwards."""
+"""Receipts, which say whether an intervention in a run with finite numbers helped."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ RECEIPTS_FILE = "receipts.jsonl"
 @final
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What one intervention on finite evidence has gained or cost.
+    """Says whether one intervention in a run with finite numbers helped.
 
     Attributes:
         intervention_step: ``global_step`` of the intervention.
-        global_step: ``global_step`` at which it was compared.
-        verdict: Whether the run is better off than without the intervention.
-        loss: Median loss of the run over the batches that were compared; ``None`` where nothing was.
-        loss_without: The same of the run as it would be without the intervention.
-        updates: Updates from the intervention to the comparison.
-        taken_back: Whether the run goes on from there as if the intervention had not been made.
+        global_step: ``global_step`` of the comparison.
+        verdict: The result of the comparison.
+        loss: Median loss of the run on the batches that were compared; ``None`` if nothing was.
+        loss_without: The same for the branch, that is, the run without the intervention.
+        updates: Number of updates from the intervention to the comparison.
+        taken_back: Whether the intervention was reversed: the run goes on from the branch.
         reason: Why nothing was measured.
         run: Id of the run.
 
     Example:
-        >>> print(Receipt(80, 144, "gained", 0.52, 2.31, 64).in_words())
+        >>> print(Receipt(80, 208, "gained", 0.52, 2.31, 128).in_words())
         gained: 128 updates later the loss is 0.52, and 2.31 without it on the same batches
     """
 
@@ -61,7 +61,7 @@ class Receipt:
         """The inverse of :meth:`to_dict`; keys of later versions are ignored.
 
         Raises:
-            ValueError: When ``data`` is no receipt.
+            ValueError: If ``data`` is no receipt.
         """
         try:
             known = {one.name: data[one.name] for one in fields(cls) if one.name in data}
@@ -75,7 +75,7 @@ class Receipt:
 
 
 def receipt_of(intervention: Intervention, receipts: Sequence[Receipt]) -> Receipt | None:
-    """The receipt of an intervention; ``None`` where there is none.
+    """The receipt of an intervention; ``None`` if there is none.
 
     Args:
         intervention: The intervention.

@@ -28,7 +28,7 @@ class RunFolder:
     Args:
         path: The folder.
         run_id: The run's id.
-        lock: Handle of the locked file; ``None`` where nothing can be written, and no log is kept.
+        lock: Handle of the locked file; ``None`` if nothing can be written, and no log is kept.
 
     Attributes:
         path: The folder.
@@ -128,7 +128,7 @@ def is_alive(folder: Path) -> bool:
 
 
 def _owner(folder: Path) -> str | None:
-    """Id of the run that a folder belongs to, ``""`` where the run has none, ``None`` where the folder is free."""
+    """Id of the run that a folder belongs to, ``""`` if the run has none, ``None`` if the folder is free."""
     run = read_run(folder)
     if run is None:  # version 0.1.0 kept no log
         return "" if any((folder / name).exists() for name in (RECORDS_FILE, ADVICE_FILE, LAST_GOOD)) else None
@@ -141,8 +141,8 @@ def _lock(folder: Path) -> int:
     """Lock a folder for as long as this process lives; children that it forks do not hold the lock.
 
     Raises:
-        BlockingIOError: When another process has locked it.
-        OSError: When nothing can be written there.
+        BlockingIOError: If another process has locked it.
+        OSError: If nothing can be written there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)

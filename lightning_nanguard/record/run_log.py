@@ -36,7 +36,7 @@ class RunLog:
         folder: The folder of the run.
         run_id: The run's id.
         fits: One entry for each time the run was begun or resumed, oldest first: ``time``, ``step``, ``version``, ….
-        ended: How the newest fit ended: ``time``, ``updates``, ``interventions``, …; ``None`` where it goes on, or was
+        ended: How the newest fit ended: ``time``, ``updates``, ``interventions``, …; ``None`` if it goes on, or was
             killed.
         saved: When checkpoints were saved and by which run, by their paths seen from the folder.
     """
@@ -48,7 +48,7 @@ class RunLog:
     saved: Mapping[str, tuple[float, str]] = field(default_factory=dict)
 
     def saved_by(self, path: Path) -> tuple[float, str] | None:
-        """When a checkpoint was saved at a path, in seconds since 1970, and by which run; ``None`` where none was."""
+        """When a checkpoint was saved at a path, in seconds since 1970, and by which run; ``None`` if none was."""
         return next((save for name, save in self.saved.items() if _same(self.folder / name, path)), None)
 
 
@@ -61,7 +61,7 @@ def append_event(folder: Path, event: str, values: Mapping[str, Any]) -> None:
         values: What is to be known of it.
 
     Raises:
-        OSError: When it cannot be written.
+        OSError: If it cannot be written.
     """
     entry = {"schema": SCHEMA_VERSION, "event": event, "time": round(time.time(), 3), **plain(values)}
     line = json.dumps(entry, allow_nan=False, default=str).encode() + b"\n"
@@ -76,7 +76,7 @@ def append_event(folder: Path, event: str, values: Mapping[str, Any]) -> None:
 
 
 def read_run(folder: Path) -> RunLog | None:
-    """What the log in a folder says; ``None`` where there is none that can be read.
+    """What the log in a folder says; ``None`` if there is none that can be read.
 
     Args:
         folder: The folder of a run.

@@ -8,7 +8,7 @@ from lightning_nanguard.types import Finding
 
 
 def origin_in_words(finding: Finding, thresholds: RecordsThresholds = RECORDS) -> str:
-    """Where the samples of a finding came from, how often they were met, and on which rank; empty where not known.
+    """Where the samples of a finding came from, how often they were met, and on which rank; empty if not known.
 
     Args:
         finding: The finding.

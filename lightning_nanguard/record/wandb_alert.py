@@ -15,10 +15,10 @@ from lightning_nanguard.types import Intervention
 
 @final
 class WandbAlert(Sink):
-    """Sends the first intervention of each kind, and one that stops the run, as an alert of the W&B run at hand.
+    """Sends an alert of Weights & Biases for the first intervention of each kind, and for one that stops the run.
 
     Raises:
-        ModuleNotFoundError: When wandb is not installed, with the name of the extra.
+        ModuleNotFoundError: If wandb is not installed. The message names the extra.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class WandbAlert(Sink):
         """Send the intervention, if it is the first of its kind.
 
         Raises:
-            RuntimeError: When no W&B run is at hand.
+            RuntimeError: If there is no W&B run.
         """
         kind = (intervention.fault, intervention.cause, intervention.remedies)
         self._seen[kind] += 1

@@ -16,18 +16,18 @@ from lightning_nanguard.types import Intervention
 
 @final
 class Webhook(Sink):
-    """Posts interventions as ``{"text": …}`` to an address, as Slack, Mattermost and many others take it.
+    """Posts interventions as ``{"text": …}`` to an address, in the format of Slack, Mattermost and others.
 
-    The first of a kind is told in full, its 2nd, 4th, 8th … in one line, and one that stops the run always. It is
-    called from a thread of its own: training does not wait for the network, and is not harmed where no answer comes.
+    It posts the first of a kind in full, the 2nd, 4th, 8th … in one line each, and always one that stops the run. It is
+    called from a separate thread, so training does not wait for the network.
 
     Args:
-        url: The address. Whoever knows it can post there: it is shown neither in messages nor in records.
+        url: The address. It is shown neither in messages nor in records, because anybody who knows it can post there.
         timeout: Seconds that a post may take.
-        name: How the run is called in the messages; its id where it is empty.
+        name: Name of the run in the messages; if empty, its id.
 
     Raises:
-        ValueError: When the address is none, or the timeout is not above 0.
+        ValueError: If the address is not valid, or the timeout is not above 0.
 
     Example:
         >>> Webhook("https://hooks.example.org/services/T0/B0")

@@ -69,7 +69,7 @@ class RunData:
     def losses_around(
         self, intervention: Intervention, thresholds: ReportThresholds = REPORT
     ) -> tuple[float | None, float | None]:
-        """Median loss before an intervention and after it; ``None`` where there is no finite one.
+        """Median loss before an intervention and after it; ``None`` if there is no finite one.
 
         Args:
             intervention: The intervention.
@@ -103,7 +103,7 @@ def read_run_data(folder: Path) -> RunData:
 
 
 def find_run(where: Path) -> Path | None:
-    """The folder of a run: the one given, or that of the newest run below it; ``None`` where there is none.
+    """The folder of a run: the one given, or that of the newest run below it; ``None`` if there is none.
 
     Args:
         where: The folder of the run, or of many.

@@ -49,7 +49,7 @@ def matplotlib(name: str = "matplotlib") -> ModuleType:
         name: The module.
 
     Raises:
-        ModuleNotFoundError: When it is not installed, with the name of the extra.
+        ModuleNotFoundError: If it is not installed, with the name of the extra.
     """
     try:
         return import_module(name)

@@ -56,7 +56,7 @@ def page(data: RunData, thresholds: ReportThresholds = REPORT) -> str:
         HTML that needs nothing else.
 
     Raises:
-        ModuleNotFoundError: When matplotlib is not installed.
+        ModuleNotFoundError: If matplotlib is not installed.
     """
     name = data.folder.name if data.log is None else data.log.run_id
     parts = [

@@ -29,8 +29,8 @@ class MicroBatch:
         index: Its index in the epoch.
         batch: The batch itself.
         random: torch's random states before it: on CPU, and on the device where that has one.
-        streams: Positions of all random streams before it; ``None`` where they are not known.
-        origin: Where it came from; ``None`` where that is not known.
+        streams: Positions of all random streams before it; ``None`` if they are not known.
+        origin: Where it came from; ``None`` if that is not known.
     """
 
     update: int
@@ -172,7 +172,7 @@ class BatchHistory:
     def strange(self, batch: Any, *, extreme: bool = False) -> bool | None:
         """Whether a tensor of ``batch`` reaches far beyond what it reaches in any of the healthy batches.
 
-        ``None`` where too few healthy batches have the same structure to compare with. Reads from the device.
+        ``None`` if too few healthy batches have the same structure to compare with. Reads from the device.
 
         Args:
             batch: The batch.

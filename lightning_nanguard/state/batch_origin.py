@@ -19,7 +19,7 @@ class BatchOrigin:
         position: Number of batches that the loader gave before it since the epoch began. After a resume in mid-epoch it
             differs from Lightning's ``batch_idx``, since the loader begins anew.
         epoch: The epoch.
-        keys: What the sampler drew for it, one key a sample; ``None`` where there is no sampler over a map-style data
+        keys: What the sampler drew for it, one key a sample; ``None`` if there is no sampler over a map-style data
             set, or its batches do not come in its order.
         collated: Whether torch's ``default_collate`` put it together, so that sample ``i`` is that of key ``i``.
         nothing_left: Whether every sample of it is known to be bad, so that nothing of it is to be learned.
@@ -32,7 +32,7 @@ class BatchOrigin:
     nothing_left: bool = False
 
     def rows(self) -> tuple[Row, ...] | None:
-        """The rows of the data set, one a sample; ``None`` where they are not known."""
+        """The rows of the data set, one a sample; ``None`` if they are not known."""
         return None if self.keys is None else tuple(map(row_of, self.keys))
 
 

@@ -271,7 +271,7 @@ class DeviceTimer:
         self._values = ()
 
     def seconds(self) -> float | None:
-        """How long the slowest device took; ``None`` where that is not known yet, or nothing was measured."""
+        """How long the slowest device took; ``None`` if that is not known yet, or nothing was measured."""
         if not self._ended or not all(event.query() for event in self._ended):
             return None
         return max(began.elapsed_time(ended) / 1e3 for began, ended in zip(self._began, self._ended, strict=True))

@@ -144,7 +144,7 @@ class FiniteCheck:
 
 def _sources(key: StateKey) -> tuple[StateKey, ...]:
     """The keys of the weights and buffers from which a leaf may have its non-finite elements."""
-    # An averaged copy holds the module's masks too, and may appear in mid-run; optimizers keep copies of parameters.
+    # An averaged copy holds the module's masks too, and may appear during a run; optimizers keep copies of parameters.
     if key[0] == "average":
         return key, ("buffer", unwrapped(key[2])), ("parameter", unwrapped(key[2]))
     return (key, ("parameter", key[2])) if key[0] == "optimizer" else (key,)

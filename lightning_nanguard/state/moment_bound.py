@@ -23,7 +23,7 @@ _EXACT = (torch.float32, torch.float64)
 
 
 def largest_ratio(beta1: float, beta2: float) -> float | None:
-    """Bound of m² / v for the moments m and v of one sequence of numbers; ``None`` where there is none.
+    """Bound of m² / v for the moments m and v of one sequence of numbers; ``None`` if there is none.
 
     It is that of Cauchy and Schwarz: m = (1 − β₁) Σ β₁ⁱ gᵢ and v = (1 − β₂) Σ β₂ⁱ gᵢ². Moments within it stay so.
 

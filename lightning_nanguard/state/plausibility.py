@@ -167,7 +167,7 @@ class PlausibilityCheck:
         return far is not None
 
     def strange_statistics(self, before: Mapping[str, Tensor], healthy_steps: int) -> Fault | None:
-        """What the batch at hand has just done to running statistics, ``None`` if it is within range.
+        """What the present batch has just done to running statistics, ``None`` if it is within range.
 
         Args:
             before: Buffers as they were before the batch, by name.

@@ -65,7 +65,7 @@ class RandomState:
 
     Attributes:
         streams: The streams.
-        positions: The position of each of them; ``None`` where it was not remembered.
+        positions: The position of each of them; ``None`` if it was not remembered.
     """
 
     streams: Sequence[_Stream]

@@ -70,7 +70,7 @@ def mend_averages(learner: Learner, corrupt: Callable[[Iterable[tuple[StateKey, 
 
     Args:
         learner: Whose copies.
-        corrupt: Names a tensor that is not finite, ``None`` where all are.
+        corrupt: Names a tensor that is not finite, ``None`` if all are.
     """
     weights = {key[1]: leaf for key, leaf in learner.weights()}
     copies: dict[Any, list[tuple[StateKey, Tensor]]] = {}

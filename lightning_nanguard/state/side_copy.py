@@ -133,7 +133,7 @@ class SideCopy:
         self._under_way, self._in_use = [], []
 
     def waited(self) -> float | None:
-        """Seconds that the run waited for the last copy, ``None`` where that is not known yet."""
+        """Seconds that the run waited for the last copy, ``None`` if that is not known yet."""
         if self._under_way or not all(after.query() for _, after in self._waits):
             return None
         return max([before.elapsed_time(after) / 1e3 for before, after in self._waits], default=0.0)

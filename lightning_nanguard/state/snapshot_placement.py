@@ -201,7 +201,7 @@ class SnapshotPlacement:
     def copy(
         self, step: int, global_step: int, leaves: Mapping[StateKey, Any], *, beside_run: bool = True
     ) -> Snapshot | None:
-        """Copy the learner, to host memory from now on where the device has no room left; ``None`` where neither has.
+        """Copy the learner, to host memory from now on where the device has no room left; ``None`` if neither has.
 
         Args:
             step: The guard's clock.
@@ -252,7 +252,7 @@ class SnapshotPlacement:
         self._overlap, self._side_copy = False, SideCopy(self._learner.device, self._limits)
 
     def waited(self) -> float | None:
-        """Seconds that the run waited for the last copy, ``None`` where that is not known yet."""
+        """Seconds that the run waited for the last copy, ``None`` if that is not known yet."""
         return self._side_copy.waited()
 
     def _goes_to_host(self, leaves: Mapping[StateKey, Any]) -> bool:

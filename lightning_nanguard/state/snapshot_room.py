@@ -27,7 +27,7 @@ class Place(NamedTuple):
 
     Attributes:
         beside: Whether they lie beside the weights; else in host memory.
-        certified: Number of certified snapshots, beside which one is pending; 0 where there is room for none.
+        certified: Number of certified snapshots, beside which one is pending; 0 if there is room for none.
     """
 
     beside: bool

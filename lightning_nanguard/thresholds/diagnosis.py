@@ -105,7 +105,7 @@ class LearnerThresholds:
     """When the learner is to blame for a fault.
 
     Attributes:
-        worse_units: Loss units by which a batch has to be worse under the weights of now than under the good ones.
+        worse_units: Loss units by which a batch has to be worse under the present weights than under the good ones.
         grown: Growth of a weight matrix above which the learner diverged.
         grown_told: Growth above which it is named.
         ruined: Growth above which the model is ruined, so that the operation that overflowed in the end is not the

@@ -33,9 +33,9 @@ class Arguments:
     """What :class:`~lightning_nanguard.NaNGuard` was given; see there.
 
     Raises:
-        ValueError: When an argument is out of its range or contradicts another.
-        TypeError: When a detector, remedy or budget is none.
-        ModuleNotFoundError: When ``bundle_dir`` is given and safetensors is not installed.
+        ValueError: If an argument is out of its range or contradicts another.
+        TypeError: If a detector, remedy or budget is none.
+        ModuleNotFoundError: If ``bundle_dir`` is given and safetensors is not installed.
     """
 
     detectors: Sequence[Detector]

@@ -98,7 +98,7 @@ class TrainerBatchReplay:
 
     @contextmanager
     def suspecting(self, batch_idx: int) -> Iterator[None]:
-        """Inside, one micro-batch of the window at hand is known to be the bad one.
+        """Inside, one micro-batch of the present window is known to be the bad one.
 
         Args:
             batch_idx: Its index.
@@ -111,7 +111,7 @@ class TrainerBatchReplay:
             self.suspect, self.batch_idx = None, before
 
     def remember(self, update: int) -> None:
-        """The batch at hand is over, in which update ``update`` was the last; keep what turned out healthy."""
+        """The present batch is over, in which update ``update`` was the last; keep what turned out healthy."""
         if not self._delay:
             self.batches.accept(self.batch, self.batch_idx)
         elif (known := update - self._delay) > self._distrusted:
@@ -123,7 +123,7 @@ class TrainerBatchReplay:
 
     @contextmanager
     def showing(self, update: int) -> Iterator[bool]:
-        """Inside, the batch at hand is that of an update which is over; whether it is still there."""
+        """Inside, the present batch is that of an update which is over; whether it is still there."""
         batch, batch_idx = self.batch, self.batch_idx
         self._shown = self.batches.of(update)
         if self._shown:
@@ -134,11 +134,11 @@ class TrainerBatchReplay:
             self.batch, self.batch_idx, self._shown = batch, batch_idx, []
 
     def batch_finite(self) -> bool | None:
-        """Whether the micro-batches of the update at hand are finite."""
+        """Whether the micro-batches of the present update are finite."""
         return batch_finite([micro.batch for micro in self._shown or self.batches.newest()])
 
     def batch_strange(self, *, extreme: bool = False) -> bool | None:
-        """Whether the batch at hand reaches far beyond those before it, or is out of all proportion to them."""
+        """Whether the present batch reaches far beyond those before it, or is out of all proportion to them."""
         return None if self.batch is None else self.batches.strange(self.batch, extreme=extreme)
 
     def bytes_kept(self) -> int:
@@ -150,14 +150,14 @@ class TrainerBatchReplay:
         return bool(self._module.automatic_optimization)
 
     def probe(self) -> float | None:
-        """Loss of the batch at hand under the weights of now, with the random numbers it had; leaves no trace."""
+        """Loss of the present batch under the present weights, with the random numbers it had; leaves no trace."""
         if not self._repeatable():
             return None
         run = partial(run_training_step, self._trainer, self.batch, self.batch_idx)
         return self._attempt(partial(self._rehearsed, run))
 
     def gradient_finite(self) -> bool | None:
-        """Whether the batch at hand has a finite gradient under the weights of now; gradients are gone afterwards."""
+        """Whether the present batch has a finite gradient under the present weights; gradients are gone afterwards."""
         if not self._repeatable():
             return None
         optimizer = self._learner.optimizers[0]
@@ -174,7 +174,7 @@ class TrainerBatchReplay:
         return untraced(self._trainer, self._module, self._limits.undo)
 
     def rehearsal_batches(self) -> int:
-        """How many batches are at hand to rehearse on; 0 where that cannot be done."""
+        """How many batches are at hand to rehearse on; 0 if that cannot be done."""
         if not self._repeatable() or (self._ranks.world > 1 and 0 in self._learner.quasi_newton):
             return 0
         counts: list[int] = self._ranks.gather(len(self._at_hand()))
@@ -203,7 +203,7 @@ class TrainerBatchReplay:
         return self.comparable() and one and alone and self._trainer.accumulate_grad_batches <= kept
 
     def train_at_hand(self) -> float | None:
-        """The update at hand, with the random numbers of its micro-batches; its loss before the update."""
+        """The present update, with the random numbers of its micro-batches; its loss before the update."""
         micros, optimizer = self._shown or self.batches.newest(), self._learner.optimizers[0]
         return self._update(optimizer, lambda: self._window(optimizer, micros))
 
@@ -248,7 +248,7 @@ class TrainerBatchReplay:
         return seen[0]
 
     def loss_on(self, index: int) -> float | None:
-        """Loss of a batch under the weights of now."""
+        """Loss of a batch under the present weights."""
         with torch.no_grad():
             return self._loss(*self._at_hand()[index])
 
@@ -283,7 +283,7 @@ class TrainerBatchReplay:
         return self._attempt(partial(run_training_step, self._trainer, batch, batch_idx))
 
     def _rehearsed(self, run: Callable[[], float | None]) -> float | None:
-        """Run the batch at hand in a rehearsal of its own, which takes memory."""
+        """Run the present batch in a rehearsal of its own, which takes memory."""
         with self.rehearsing():
             self._draw_again()
             return run()

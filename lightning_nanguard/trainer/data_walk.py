@@ -24,7 +24,7 @@ def sources(made: Any) -> dict[str, Any]:
         made: A data module, a loader, a data set, or several of these.
 
     Raises:
-        TypeError: When it is none of them.
+        TypeError: If it is none of them.
     """
     if callable(getattr(made, "train_dataloader", None)):
         made.prepare_data()
@@ -91,7 +91,7 @@ class DataWalk:
         self._rows = None if self._streams else self._keys()
 
     def __len__(self) -> int:
-        """Number of samples, or of batches where only those can be counted; 0 where it is not known."""
+        """Number of samples, or of batches where only those can be counted; 0 if it is not known."""
         try:
             return len(self._rows) if self._rows is not None else len(self._data)
         except TypeError:

@@ -177,7 +177,7 @@ class Diagnostics:
                 self.advise("preflight", finding)
 
     def examine_if_due(self) -> None:
-        """Examine a loss that does not move, or the run at hand where that was asked for."""
+        """Examine a loss that does not move, or the present run where that was asked for."""
         if not (self._examines or self.asked):
             return
         history, asked = self._context.monitors.history(0), self.asked

@@ -126,7 +126,7 @@ class FirstUpdates:
     # ---------------------------------------------------------------------------------------------- what was seen
 
     def observation(self) -> Observation | None:
-        """What was seen; ``None`` where it was too little, or all is well."""
+        """What was seen; ``None`` if it was too little, or all is well."""
         if self._updates < self._limits.least_updates:
             return None
         self._note_gradients()
@@ -215,7 +215,7 @@ class FirstUpdates:
         return {name: leaves[name].to(self._named[name].device) for name in leaves.keys() & self._named.keys()}
 
     def _untrained(self, names: Sequence[str], start: Mapping[str, Tensor]) -> bool | None:
-        """Whether all parameters look as they were initialised; ``None`` where that cannot be told."""
+        """Whether all parameters look as they were initialised; ``None`` if that cannot be told."""
         found = []
         # Matrices say most.
         for name in sorted(names, key=lambda name: self._named[name].dim() < 2)[: self._limits.most_weights]:
@@ -340,7 +340,7 @@ def _part_apart_from(name: str, other: str) -> str:
 
 
 def _fingerprint(batch: Any, limits: MistakeThresholds) -> Tensor | None:
-    """Some numbers that a batch is known by again, left on the device; ``None`` where it holds no tensor."""
+    """Some numbers that a batch is known by again, left on the device; ``None`` if it holds no tensor."""
     found, numbers = [], limits.numbers_per_batch
     for _, tensor in islice(tensor_fields(batch), limits.fields_per_batch):
         count = tensor.numel()

@@ -55,7 +55,7 @@ class Fit:
         averages: Averaged copies that callbacks keep.
         order: Knows where batches come from.
         samples: Finds bad samples.
-        keeper: Gives the good samples of a bad batch; ``None`` where those are not to be kept.
+        keeper: Gives the good samples of a bad batch; ``None`` if those are not to be kept.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Fit:
         return float(rate.compute())
 
     def optimizer_index(self, optimizer: Optimizer) -> int | None:
-        """Index of an optimizer that steps next; ``None`` where it does not, or was not there when the fit began."""
+        """Index of an optimizer that steps next; ``None`` if it does not, or was not there when the fit began."""
         if self._accumulates() or not getattr(optimizer, "param_groups", True):
             return None
         for index, known in enumerate(self.context.learner.optimizers):

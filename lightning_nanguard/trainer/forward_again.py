@@ -48,7 +48,7 @@ class _Update:
         micros: Its micro-batches; none where it was skipped, or cannot be made again.
         groups: What schedulers had written into the optimizer's groups.
         global_step: The trainer's clock before it.
-        measures: What puts metrics and means back to before it; empty where an earlier update has that.
+        measures: What puts metrics and means back to before it; empty if an earlier update has that.
         opens_epoch: Whether it is the first of its epoch.
     """
 
@@ -171,13 +171,13 @@ class ForwardAgain:
         return number if snapshot.step == step else snapshot.step + 1
 
     def _bytes_of(self, micros: list[Micro]) -> int | None:
-        """Bytes that are kept for an update alone; ``None`` where they are not known."""
+        """Bytes that are kept for an update alone; ``None`` if they are not known."""
         starts = [*([] if self._before is None else [self._before]), *(micro.start for micro in micros)]
         values = [value for one, other in pairwise(starts) for value in other.not_in(one)]
         return bytes_of([*values, *(micro.run.batch for micro in micros)], _holds_more)
 
     def since(self, snapshot: Snapshot, number: int) -> list[_Update] | None:
-        """The updates after a snapshot up to one of them; ``None`` where one is not at hand, or cannot be repeated."""
+        """The updates after a snapshot up to one of them; ``None`` if one is not at hand, or cannot be repeated."""
         context = self._context
         if not self._possible or context.rate.is_on() or context.clipper.value is not None:
             return None
@@ -191,7 +191,7 @@ class ForwardAgain:
         return None if tensors or numbers != list(range(first, number + 1)) else updates
 
     def _was_skipped(self, update: _Update, number: int) -> bool:
-        """Whether the run did not make an update; the last one is that of the fault at hand."""
+        """Whether the run did not make an update; the last one is that of the present fault."""
         return update.number < number and update.number in self._context.state.skipped
 
     def go(
@@ -214,7 +214,7 @@ class ForwardAgain:
                 where its gradient is as large again.
 
         Returns:
-            Puts learner, metrics and means back to what they were before; ``None`` where they are so still, since this
+            Puts learner, metrics and means back to what they were before; ``None`` if they are so still, since this
             was of no use.
         """
         # Where too little is the same after the newest snapshot to be sure, an older one may tell.

@@ -17,7 +17,7 @@ def gradients_of(parameters: Sequence[Tensor]) -> list[Any]:
 
 
 def gradients_if_room(parameters: Sequence[Tensor]) -> list[Any] | None:
-    """Copies of the gradients of some parameters; ``None`` where memory is too short for them."""
+    """Copies of the gradients of some parameters; ``None`` if memory is too short for them."""
     try:
         return gradients_of(parameters)
     except OutOfMemory:
@@ -25,7 +25,7 @@ def gradients_if_room(parameters: Sequence[Tensor]) -> list[Any] | None:
 
 
 def undo_if_room(make_undo: Callable[..., BatchUndo], parameters: Sequence[Tensor]) -> BatchUndo | None:
-    """What undoes a micro-batch; ``None`` where memory is too short for it and for copies of the gradients.
+    """What undoes a micro-batch; ``None`` if memory is too short for it and for copies of the gradients.
 
     Args:
         make_undo: Makes it.

@@ -1,4 +1,4 @@
-"""Copies and pickles of a guard, at any time: without the run at hand, and in plain containers."""
+"""Copies and pickles of a guard, at any time: without the present run, and in plain containers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def nothing() -> None:
     """Undo what was not done."""
 
 
-# What belongs to the run at hand, and what a guard without one has in its place.
+# What belongs to the present run, and what a guard without one has in its place.
 NO_RUN: dict[str, Any] = {"_fit": None, "_order": None, "_gate": None, "_undo_gate": nothing, "_put_back": nothing}
 # Lightning leaves the module's methods on every callback.
 _OF_A_RUN = frozenset({*NO_RUN, "_given", "log", "log_dict"})
@@ -51,11 +51,11 @@ class CopyableGuard(GuardCallback):
 
     _arguments: Arguments
     _given: Arguments | None
-    """The arguments as the environment has switched them, ``None`` where it has switched the guard off."""
+    """The arguments as the environment has switched them, ``None`` if it has switched the guard off."""
     _memory: Memory
     _fit: Fit | None
     _order: DataOrder | None
-    """Knows where the batches of the fit at hand come from; it is there before the fit."""
+    """Knows where the batches of the present fit come from; it is there before the fit."""
     _undo_gate: Callable[[], None]
     _put_back: Callable[[], None]
     """Gives the guard the place among the callbacks that the user gave it."""

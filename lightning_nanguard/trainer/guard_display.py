@@ -43,7 +43,7 @@ class DisplayedGuard(StatefulGuard):
         return None if folder is None else Path(folder)
 
     def summary(self) -> str:
-        """In one line: the updates of the fit at hand or the last one, and the interventions of all fits."""
+        """In one line: the updates of the present fit or the last one, and the interventions of all fits."""
         memory, fit, given = self._memory, self._fit, self._given or self._arguments
         updates = fit.guard.updates if fit is not None else self._memory.run.get("updates", 0)
         return summary(
@@ -64,7 +64,7 @@ class DisplayedGuard(StatefulGuard):
 
         Raises:
             RuntimeError: Before the first fit.
-            ModuleNotFoundError: When matplotlib is not installed.
+            ModuleNotFoundError: If matplotlib is not installed.
         """
         folder = self.run_dir
         if folder is None:

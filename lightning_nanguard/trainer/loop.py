@@ -21,7 +21,7 @@ class TrainerLoop:
     Args:
         trainer: The trainer.
         module: Its module.
-        replay: Knows the batch at hand.
+        replay: Knows the present batch.
         diagnostics: Finds causes.
         sinks: Where records go.
         run_id: Id of the run, which each record is given.
@@ -61,5 +61,5 @@ class TrainerLoop:
         self._diagnostics.advise("a finite suspicion", finding)
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
-        """Why the fault of an update happened, ``None`` where that was not found."""
+        """Why the fault of an update happened, ``None`` if that was not found."""
         return self._diagnostics.diagnose(fault, evidence, look, update)

@@ -28,7 +28,7 @@ class MicroRuns:
         trainer: The trainer.
         module: Its module.
         guard: The guard.
-        window: The micro-batches of the update at hand.
+        window: The micro-batches of the present update.
         memory: What is remembered before a step.
         listens: Says which callback is the guard's.
         extreme: Whether a loss that is finite and out of all proportion is looked at, too.
@@ -63,7 +63,7 @@ class MicroRuns:
         self.together = guard.steps.together()
         self.allowed = guard.steps.allowed() or self.together
         self.repeats = self.may_pass = False
-        # Whether the forward pass at hand is over, and what takes its place.
+        # Whether the present forward pass is over, and what takes its place.
         self._forward_over = False
         self._instead: Any = None
         # Among ranks: what takes the place of training_step, and the exception that a loss of NaN stands for.
@@ -113,11 +113,11 @@ class MicroRuns:
             self._step = None
 
     def accumulating(self) -> bool:
-        """Whether the update at hand has more than one micro-batch."""
+        """Whether the present update has more than one micro-batch."""
         return len(self._window.micros) > 1 or accumulates(self._trainer)
 
     def may_repeat(self) -> bool:
-        """Whether the update at hand can be made again."""
+        """Whether the present update can be made again."""
         return self.allowed and self._memory.repeatable and self._window.is_kept()
 
     def attempt(self, micro: Micro, *, steps: bool) -> Outcome:
@@ -143,7 +143,7 @@ class MicroRuns:
         return Outcome(result, self.weighed_fault(extreme=self._extreme), caught=self._caught)
 
     def weighed_fault(self, *, extreme: bool = False) -> Fault | None:
-        """What is wrong with the update at hand, once its gradients are those of the mean over what is left of it.
+        """What is wrong with the present update, once its gradients are those of the mean over what is left of it.
 
         Args:
             extreme: Whether a loss that is finite and out of all proportion counts.

@@ -114,7 +114,7 @@ class NumericErrors:
 
 
 def with_values_of(batch: Any, healthy: Any) -> Any:
-    """The batch with the floating numbers of a healthy one, row by row; ``None`` where their structures differ.
+    """The batch with the floating numbers of a healthy one, row by row; ``None`` if their structures differ.
 
     Whole numbers, such as classes and indices, stay as they are.
     """
@@ -129,7 +129,7 @@ def with_values_of(batch: Any, healthy: Any) -> Any:
 
 
 def finite_in(batch: Any) -> Any:
-    """The batch with zeros in the place of what is not finite; ``None`` where all of it is finite."""
+    """The batch with zeros in the place of what is not finite; ``None`` if all of it is finite."""
     floating = [tensor for tensor in nested_tensors(batch) if tensor.is_floating_point()]
     if all(bool(torch.isfinite(tensor).all()) for tensor in floating):
         return None

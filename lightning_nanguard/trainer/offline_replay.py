@@ -33,7 +33,7 @@ class ReplayReport:
     Attributes:
         losses: The loss of every micro-batch.
         gradient_finite: Whether the gradient was finite; ``None`` without a backward pass.
-        finding: The cause found now, ``None`` where none was.
+        finding: The cause found now, ``None`` if none was.
         layers: What the batch looked like layer by layer, in the order in which they ran.
     """
 
@@ -63,7 +63,7 @@ def replay_bundle(bundle: Bundle, module: Any) -> ReplayReport:
         module: A module built with the same arguments.
 
     Raises:
-        ValueError: When the state does not fit the module, or the batch could not be kept whole.
+        ValueError: If the state does not fit the module, or the batch could not be kept whole.
     """
     if bundle.missing or not bundle.batches:
         lost = ", ".join(bundle.missing) or "all of it"

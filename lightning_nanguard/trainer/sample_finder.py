@@ -169,7 +169,7 @@ class SampleFinder:
         return finding.scope == "batch" and finding.confidence > told
 
     def _confirmed(self, micro: MicroBatch, found: Found, good: Snapshot | None) -> Found:
-        """Without the samples that are bad under the weights of now alone: those are at fault there."""
+        """Without the samples that are bad under the present weights alone: those are at fault there."""
         doubtful = [index for index, fault in found.items() if fault.cause not in (NOT_FINITE, FAR)]
         if not doubtful:
             return found  # the state of a snapshot takes a copy of the learner
@@ -179,7 +179,7 @@ class SampleFinder:
 
     @contextmanager
     def _parts(self, micro: MicroBatch, state: AbstractContextManager[None] | None) -> Iterator[Bad | None]:
-        """Inside, parts of a batch can be run; gives ``None`` where they cannot.
+        """Inside, parts of a batch can be run; gives ``None`` if they cannot.
 
         Args:
             micro: The batch.

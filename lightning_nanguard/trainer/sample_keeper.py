@@ -90,7 +90,7 @@ class SampleKeeper:
         return self._active
 
     def good_part(self, micro: Micro, fault: Fault) -> GoodPart | None:
-        """Have the good samples of a micro-batch run in its place; ``None`` where it must not be taken apart.
+        """Have the good samples of a micro-batch run in its place; ``None`` if it must not be taken apart.
 
         Args:
             micro: The micro-batch, to whose start all has been put back.

@@ -28,7 +28,7 @@ class Outcome:
 
     Attributes:
         result: What Lightning goes on with; ``None`` after an exception.
-        fault: What is wrong with it; ``None`` where nothing is.
+        fault: What is wrong with it; ``None`` if nothing is.
         error: The exception it ended in.
         early: Whether it ended before its backward pass, and so before any gradient and any hook of it.
         caught: The exception in whose place a loss of NaN stands, so that other ranks do not wait for this one.

@@ -53,7 +53,7 @@ class StepRunner:
         replay: Keeps the batches.
         listens: Says which callback is the guard's.
         thresholds: What is remembered before a step.
-        keeper: Gives the good samples of a bad batch; ``None`` where those are not to be kept.
+        keeper: Gives the good samples of a bad batch; ``None`` if those are not to be kept.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class StepRunner:
     def _with_good_samples(
         self, micro: Micro, first: Outcome, last: Outcome, *, counted: bool, steps: bool
     ) -> Outcome | None:
-        """Run the good samples of a bad micro-batch; ``None`` where nothing was run, not even put back."""
+        """Run the good samples of a bad micro-batch; ``None`` if nothing was run, not even put back."""
         if self._keeper is None or not self._memory.repeatable or micro.kept is not None or not self._keeper.active():
             return None
         self._runs.rewind(micro, last)

@@ -13,13 +13,13 @@ VARIABLE = "NANGUARD"
 
 
 def switched(arguments: Arguments) -> Arguments | None:
-    """What the environment makes of a guard's arguments; ``None`` where it is off.
+    """What the environment makes of a guard's arguments; ``None`` if it is off.
 
     Args:
         arguments: What the user gave.
 
     Raises:
-        ValueError: When the environment says something else.
+        ValueError: If the environment says something else.
     """
     value = os.environ.get(VARIABLE, "").strip().lower() or "on"
     choices = ("on", "observe", "off")

@@ -21,7 +21,7 @@ class ValidationWatch:
     Args:
         trainer: The trainer.
         guard: Told of a loss that is not finite.
-        replay: Knows the batch at hand.
+        replay: Knows the present batch.
     """
 
     def __init__(self, trainer: Trainer, guard: Guard, replay: TrainerBatchReplay) -> None:

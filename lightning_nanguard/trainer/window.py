@@ -25,14 +25,14 @@ NOTHING_LEFT = Fault("quarantine", "batch", "batch", None, "every sample of the 
 @final
 @dataclass(slots=True, eq=False)
 class Micro:
-    """A micro-batch of the update at hand.
+    """A micro-batch of the present update.
 
     Attributes:
         run: Runs it.
         start: What it began from, beside weights and buffers.
-        left_out: Why the update is made without it; ``None`` where it is a part of it.
-        kept: Why the update is made with a part of it only, and the cause; ``None`` where it is with all of it.
-        loss: Its loss; ``None`` where it is not known.
+        left_out: Why the update is made without it; ``None`` if it is a part of it.
+        kept: Why the update is made with a part of it only, and the cause; ``None`` if it is with all of it.
+        loss: Its loss; ``None`` if it is not known.
         raised: The exception that its first run has raised, where a loss of NaN stands for it among ranks.
     """
 
@@ -46,7 +46,7 @@ class Micro:
 
 @final
 class Window:
-    """Keeps the micro-batches of the update at hand, so that they can be run again.
+    """Keeps the micro-batches of the present update, so that they can be run again.
 
     Args:
         trainer: The trainer.
@@ -62,7 +62,7 @@ class Window:
         self._trainer = trainer
         self._check = check
         self._limits = thresholds
-        # Bytes of the micro-batches so far, and how many of them have been let go of, since they are too many.
+        # Bytes of the micro-batches so far, and how many of them have been released, since they are too many.
         self._bytes, self._let_go = 0.0, 0
         self.micros: list[Micro] = []
         self.shares: tuple[int, int] | None = None
@@ -85,7 +85,7 @@ class Window:
         return micros[-1]
 
     def close(self) -> None:
-        """The update is about to be made: let go of the batches."""
+        """The update is about to be made: release the batches."""
         self.micros.clear()
         self.shares = None
         self._bytes, self._let_go = 0.0, 0

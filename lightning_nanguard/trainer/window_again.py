@@ -33,7 +33,7 @@ class WindowAgain:
         runs: Runs them.
         memory: What is remembered before a step.
         errors: Says which exceptions are made of numbers.
-        keeper: Gives the good samples of a bad batch; ``None`` where those are not to be kept.
+        keeper: Gives the good samples of a bad batch; ``None`` if those are not to be kept.
         listens: Says which callback is the guard's.
     """
 

@@ -14,7 +14,7 @@ class Comparison:
         now: Loss under the present weights. If the faulty update was already made, the lower of this loss and the one
             read before that update.
         then: Loss under the last good weights.
-        then_finite: Whether the gradient is finite under the last good weights; ``None`` where it was not computed.
+        then_finite: Whether the gradient is finite under the last good weights; ``None`` if it was not computed.
     """
 
     now: float
@@ -28,7 +28,7 @@ class Trial:
 
     Attributes:
         lacks: Share of what can be learned that the run lacks, after as many updates as a restart with a lower rate
-            made; 0 where it lacks none, or hardly any.
+            made; 0 if it lacks none, or hardly any.
         base: Which state to go back to: the one of the lowest loss level, or the start.
         factor: What the restart multiplied the learning rate by.
     """
@@ -49,15 +49,15 @@ class Evidence:
         bad_in_a_row: Faulty updates in a row, this one included.
         corrupt: Name of the first tensor of the learner that is not finite but was at the start; ``None`` without one.
         jump: Name of a weight that is finite but far larger than any was in the snapshot; ``None`` if none is.
-        batch_strange: Whether its numbers are far larger than those of the batches kept; ``None`` where not known.
-        batch_finite: Whether every floating number in the batch is finite; ``None`` where it was not looked at.
+        batch_strange: Whether its numbers are far larger than those of the batches kept; ``None`` if not known.
+        batch_finite: Whether every floating number in the batch is finite; ``None`` if it was not looked at.
         comparable: Whether a batch could be run again at all (automatic optimization).
         clippable: Whether the optimizer works with clipped gradients; LBFGS, which estimates curvature, does not.
-        comparison: Loss of the batch under the present weights and the snapshot's; ``None`` where not measured.
+        comparison: Loss of the batch under the present weights and the snapshot's; ``None`` if not measured.
         first: Loss of the first healthy update of the run ("the untrained model's loss"); 0 before it.
         loss_unit: Unit in which losses are compared: how far the loss has come down, or its noise if that is larger.
         growth: Largest ratio of a weight matrix's norm to its norm at the start.
-        trial: What a trial showed; ``None`` where none was made.
+        trial: What a trial showed; ``None`` if none was made.
         climbing: Whether losses or gradient norms were rising out of their usual range just before the fault.
         burst: Whether, before a fault of the learner, a recent gradient norm was suddenly far above those before it.
         rate_rose: Whether the effective learning rate is clearly above that of the snapshot.
@@ -67,11 +67,11 @@ class Evidence:
             base; ``None`` without either.
         usual_norm: A low quantile of the healthy gradient norms kept; ``None`` with too few.
         lr: Effective learning rate of the first group.
-        highest_lr: Highest effective rate since the snapshot to go back to; ``None`` where it is not known.
-        lowest_lr: Lowest effective rate so far; ``None`` where it is not known.
+        highest_lr: Highest effective rate since the snapshot to go back to; ``None`` if it is not known.
+        lowest_lr: Lowest effective rate so far; ``None`` if it is not known.
         multiplier: The learning-rate multiplier in force.
         undo: True if a batch's faulty update was made before its reading arrived, so that a restore has to undo it.
-        ranks: Ranks whose state or batch is not finite; empty where all are concerned, or there is one process.
+        ranks: Ranks whose state or batch is not finite; empty if all are concerned, or there is one process.
         again: Cause of bad state where it came back when the updates since the last good state were made again:
             ``"optimizer_update"`` or ``"forward_writes_buffer"``, else ``""``; and where it did.
         told: A finite suspicion since the last good state of which the user was told; ``""`` without one.

@@ -11,15 +11,15 @@ Scope = Literal["batch", "learner", "state"]
 
 
 class Reading(NamedTuple):
-    """What was measured about one update, on the host.
+    """The numbers that were measured about one update, on the host.
 
-    Made in every step, and so a named tuple: the cheapest record that cannot be changed.
+    It is a named tuple, because one is made in every step and this is the cheapest immutable record.
 
     Attributes:
         step: The guard's own count of attempted updates; it never goes back.
         optimizer_index: Index of the optimizer; each optimizer has its own history.
-        loss: Mean loss of the update's micro-batches, unscaled; ``None`` where the update had no loss.
-        grad_norm: 2-norm of the gradient before clipping, unscaled; ``None`` where there was no gradient.
+        loss: Mean loss of the update's micro-batches, unscaled; ``None`` if the update had no loss.
+        grad_norm: 2-norm of the gradient before clipping, unscaled; ``None`` if there was no gradient.
         finite: Whether every loss of the update and every element of its gradient is finite.
         loss_finite: Whether every loss of the update is finite.
         scaler_skips: Whether a GradScaler skips this update by itself (fp16 overflow).
@@ -56,16 +56,16 @@ Proof = Literal["trial", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What a detector found.
+    """A fault that a detector found.
 
-    The first five attributes say what was found and where. ``scope`` and all from ``doubtful`` on are traits: the
-    guard decides by them alone how to treat a fault, so a fault of your own is treated like a built-in one.
+    The first five attributes say what was found and where. ``scope`` and all attributes from ``doubtful`` on are
+    traits. Only these decide how the guard treats a fault, so your own fault is treated like a built-in one.
 
     Attributes:
-        kind: A short identifier, such as ``"non_finite_loss"``. It is shown and recorded; no decision looks at it.
-        scope: What is at fault; it routes the fault to a remedy.
-        place: Where: ``"loss"``, ``"gradient of encoder.0.weight"``, ``"buffer bn.running_mean"``.
-        value: The number by which it was detected, ``None`` where there is none.
+        kind: A short identifier, such as ``"non_finite_loss"``. It is shown and recorded; no decision depends on it.
+        scope: What is at fault: the batch, the learner or the state.
+        place: Where it was found: ``"loss"``, ``"gradient of encoder.0.weight"``, ``"buffer bn.running_mean"``.
+        value: The number by which it was detected, ``None`` if there is none.
         message: One sentence for the user.
         doubtful: True if it counts as a fault only when the batch holds numbers far larger than recent healthy batches;
             otherwise the reading is accepted. Example: a high gradient norm during warm-up.
@@ -73,18 +73,18 @@ class Fault:
             snapshots from before that step are trusted. The loss may have recovered by itself meanwhile. ``None`` for a
             fault that is reported at once.
         certain: True if a number is not finite or overflows, such as a NaN loss; False if it is finite but unusual and
-            may prove harmless, such as a gradient spike. With ``NaNGuard(act_on="certain")``, the default, the user is
-            only told of a fault that is not certain.
-        extreme: True if the value is out of all proportion to every value accepted before. A finite fault of a batch
-            counts as certain if it is extreme and the inputs of the batch are out of all proportion, too.
-        proof: What confirms a suspicion of the learner.
-        clipping_helps: True if gradient clipping helps against it.
+            may be harmless, such as a gradient spike. With ``NaNGuard(act_on="certain")``, the default, a fault that is
+            not certain only leads to advice.
+        extreme: True if the value is far larger than every value accepted before. A finite fault of a batch counts as
+            certain if it is extreme and the inputs of the batch are far larger than those before, too.
+        proof: What has to confirm that the learner diverged.
+        clipping_helps: True if gradient clipping helps against the fault.
         rate_may_cause: True if a rise of the learning rate since the snapshot can explain bad state; the learner is
             then blamed instead.
         conclusive: True if the detector has already established that ``scope`` is at fault, so that no further evidence
             can change it. Example: statistics were in range before a batch and far out of range after it.
-        only_if_corrupt: True if the guard acts only where a tensor of the learner is not finite, and else only records
-            it. Example: a validation loss that is not finite.
+        only_if_corrupt: True if the guard acts only if a tensor of the learner is not finite, and otherwise only
+            records the fault. Example: a validation loss that is not finite.
     """
 
     kind: str

@@ -15,7 +15,7 @@ Role = Literal["skip", "restore", "rate", "clip", "moments", "notify", "stop"]
 
 @dataclass(frozen=True, slots=True)
 class PlanStep:
-    """One entry of a plan. Subclass it to give a remedy of your own something to carry out."""
+    """One action of a plan. Subclass it for the action of your own remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Clip(PlanStep):
 
 @dataclass(frozen=True, slots=True)
 class DropMoments(PlanStep):
-    """Forget the optimizer's state, as if it had been made anew."""
+    """Empty the optimizer's state, as in a new optimizer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,13 +26,13 @@ class Finding:
     Attributes:
         cause: Identifier of the cause, such as ``"non_finite_input"``.
         confidence: From 0 to 1.
-        evidence: The numbers it rests on; where ``rows`` are not known, ``position`` and ``hash`` of the samples.
+        evidence: The numbers that support it; if ``rows`` are not known, ``position`` and ``hash`` of the samples.
         place: Module, operation or tensor.
-        samples: Indices of the batch's samples concerned.
+        samples: Indices in the batch of the samples concerned.
         suggestion: What the user should do.
-        scope: What is at fault by this finding, as in :class:`Fault`; ``None`` where it does not say. The learning rate
+        scope: What is at fault by this finding, as in :class:`Fault`; ``None`` if it does not say. The learning rate
             is not cut for a finding that blames the batch, unless the last good weights do better on it.
-        rows: Rows of the data set that ``samples`` are, in the same order; empty where they are not known.
+        rows: Rows of the data set that ``samples`` are, in the same order; empty if they are not known.
     """
 
     cause: str
@@ -47,25 +47,25 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Intervention:
-    """One thing the guard did, or with ``observe=True`` would have done.
+    """The record of one thing that the guard did to a run, or with ``observe=True`` would have done.
 
     Attributes:
         global_step: The trainer's ``global_step`` when the fault was found.
         epoch: The trainer's ``current_epoch``.
         batch_idx: Index of the batch in its epoch, ``-1`` outside a batch.
         fault: Kind of the fault.
-        place: Where it showed.
+        place: Where the fault was found.
         remedies: What was done, in order, as short words (``"skip"``, ``"restore"``, ``"scale"``, ``"clip"``, …).
         lr_before: Effective learning rate of the first group before.
         lr_after: Effective learning rate of the first group after.
-        snapshot_step: ``global_step`` of the state gone back to, ``None`` without a rollback.
-        cause: Identifier of the cause found, ``None`` where none was.
-        finding: The whole finding, ``None`` where there is none.
+        snapshot_step: ``global_step`` of the state that a rollback restored, ``None`` without a rollback.
+        cause: Identifier of the cause found, ``None`` if none was.
+        finding: The whole finding, ``None`` if there is none.
         message: The fault in one sentence.
         value: The number by which the fault was detected; NaN and Inf are kept.
-        applied: ``False`` where ``observe=True`` kept the guard from acting.
-        ranks: Ranks that saw the fault, where not all of them did; empty with one process.
-        updates_lost: Updates that a rollback undid, the faulty one included; 0 where they were made again.
+        applied: ``False`` if ``observe=True`` kept the guard from acting.
+        ranks: Ranks that saw the fault, if not all of them did; empty with one process.
+        updates_lost: Number of updates that a rollback undid, the faulty one included; 0 if they were made again.
         run: Id of the run; ``""`` in records of version 0.1.0. Two records of different runs may be equal.
     """
 
@@ -101,7 +101,7 @@ class Intervention:
         """The inverse of :meth:`to_dict`; keys of later versions are ignored.
 
         Raises:
-            ValueError: When ``data`` lacks a field that every version has.
+            ValueError: If ``data`` lacks a field that every version has.
         """
         values = {key: _number(key, value) for key, value in data.items() if key in _names(cls)}
         try:
@@ -114,12 +114,12 @@ class Intervention:
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Something the guard noticed and only reports; it is no intervention and not counted as one.
+    """Something that the guard noticed and only reports. It changes nothing and is no intervention.
 
     Attributes:
         global_step: The trainer's ``global_step`` when it was noticed.
         epoch: The trainer's ``current_epoch``.
-        occasion: Why the guard looked: ``"preflight"``, …
+        occasion: When the guard noticed it: ``"preflight"``, ``"first updates"``, …
         finding: What it found.
         run: Id of the run; ``""`` in advice of version 0.1.0.
     """
@@ -139,7 +139,7 @@ class Advice:
         """The inverse of :meth:`to_dict`; keys of later versions are ignored.
 
         Raises:
-            ValueError: When ``data`` lacks a field.
+            ValueError: If ``data`` lacks a field.
         """
         try:
             values = {key: data[key] for key in _names(cls) & set(data)}

@@ -1,7 +1,7 @@
 """Mistakes that make no NaN and raise nothing: one pure function for each, over what the first updates have shown.
 
 A function is given an :class:`~lightning_nanguard.diagnosis.mistakes.observation.Observation` and returns a
-:class:`~lightning_nanguard.Finding`, or ``None`` where nothing is wrong or what looks wrong is meant.
+:class:`~lightning_nanguard.Finding`, or ``None`` if nothing is wrong or what looks wrong is meant.
 """
 
 from __future__ import annotations

@@ -19,11 +19,11 @@ class ParameterSeen:
         ran: Whether the module that owns it was run in the first batch.
         graph: Whether something that this module gave required a gradient then.
         cut: Whether another part was given what this module gave, without its graph.
-        untrained: Whether it looks as if it were just initialised; ``None`` where that was not looked at or cannot be
+        untrained: Whether it looks as if it were just initialised; ``None`` if that was not looked at or cannot be
             told.
         copy: Whether a part with weights of the same shapes is trained, so that this may be an average or a target of
             it.
-        moved: Whether it has changed; ``None`` where that was not looked at.
+        moved: Whether it has changed; ``None`` if that was not looked at.
     """
 
     name: str

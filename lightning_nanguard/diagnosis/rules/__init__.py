@@ -118,7 +118,7 @@ def findings(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> tuple[Fin
 
 
 def diagnose(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """The surest finding of the built-in rules, ``None`` where no rule has one.
+    """The surest finding of the built-in rules, ``None`` if no rule has one.
 
     Example:
         >>> from lightning_nanguard.types import Evidence, Fault

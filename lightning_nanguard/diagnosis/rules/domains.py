@@ -14,7 +14,7 @@ class Domain:
     Attributes:
         words: ``"above 0"``.
         low: Lower end.
-        high: Upper end; ``None`` where there is none.
+        high: Upper end; ``None`` if there is none.
         open: Whether the ends themselves lie outside.
     """
 
@@ -50,7 +50,7 @@ DOMAINS: dict[str, Domain] = {
 
 
 def outside(origin: Origin) -> bool | None:
-    """Whether an operation was given numbers outside its domain; ``None`` where that is not known."""
+    """Whether an operation was given numbers outside its domain; ``None`` if that is not known."""
     domain = DOMAINS.get(origin.operation)
     if domain is None or origin.lowest is None or origin.highest is None:
         return None

@@ -163,7 +163,7 @@ def unbalanced_initialisation(case: Case, thresholds: DiagnosisThresholds = DEFA
 
 
 def harm_of_large_inputs(model: Model | None, thresholds: ModelThresholds) -> str:
-    """What inputs that are too large do to an untrained model, in words; empty where they do no harm."""
+    """What inputs that are too large do to an untrained model, in words; empty if they do no harm."""
     if model is None or model.updates:
         return ""
     if above_chance(model, thresholds):

@@ -169,7 +169,7 @@ def _rate_is_shown(case: Case, limits: LearnerThresholds) -> bool:
 
 
 def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
-    """How sure it is that the rate is to blame, by what confirms a suspicion of this kind; 0 where it is not."""
+    """How sure it is that the rate is to blame, by what confirms a suspicion of this kind; 0 if it is not."""
     fault, evidence, limits, known = case.fault, case.evidence, thresholds.learner, thresholds.confidence
     worse = worse_than_before(evidence, thresholds)
     signs = evidence.growth > limits.grown or evidence.climbing
@@ -296,7 +296,7 @@ def collapsed(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding 
 
 
 def _rate(case: Case) -> float | None:
-    """The highest rate since the good state; ``None`` where it is not known, or is none at all."""
+    """The highest rate since the good state; ``None`` if it is not known, or is none at all."""
     rate = case.evidence.highest_lr if case.evidence.highest_lr is not None else case.evidence.lr
     return rate if rate is not None and 0 < rate < math.inf else None
 

@@ -1,4 +1,4 @@
-"""Causes of a loss that does not move: how the run has gone, its gradients, and the loss around the weights of now."""
+"""Causes of a loss that does not move: how the run has gone, its gradients, and the loss around the present weights."""
 
 from __future__ import annotations
 

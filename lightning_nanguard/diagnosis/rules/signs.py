@@ -45,7 +45,7 @@ def learner_diverged(fault: Fault, evidence: Evidence, thresholds: DiagnosisThre
 
 
 def worse_than_before(evidence: Evidence, thresholds: DiagnosisThresholds) -> bool:
-    """Whether the weights of now are clearly worse on the batch than the last good ones."""
+    """Whether the present weights are clearly worse on the batch than the last good ones."""
     comparison = evidence.comparison
     if comparison is None or comparison.then_finite is False:
         return False  # of a batch that cannot be differentiated under good weights either, the loss says nothing

@@ -24,7 +24,7 @@ class MicroBatchRun:
 
     Attributes:
         optimizer: The optimizer it is run for.
-        batch: The batch; ``None`` where ``training_step`` takes batches from the loader by itself.
+        batch: The batch; ``None`` if ``training_step`` takes batches from the loader by itself.
         batch_idx: Its index in the epoch.
         repeatable: Whether Lightning gives the batch to ``training_step``, so that it can be given again.
         forward: Runs ``training_step``; gives a result that holds the loss.
@@ -99,7 +99,7 @@ def _run(runner: MicroBatchRunner, micro: MicroBatchRun, *args: Any, **kwargs: A
 
 
 def accumulates(trainer: Any) -> bool:
-    """Whether the micro-batch at hand is followed by more before the optimizer steps."""
+    """Whether the present micro-batch is followed by more before the optimizer steps."""
     return bool(trainer.accumulate_grad_batches > 1 and trainer.fit_loop._should_accumulate())
 
 

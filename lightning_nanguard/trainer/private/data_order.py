@@ -1,4 +1,4 @@
-"""Which rows of the data set the batch at hand holds, by watching what the loader's sampler draws."""
+"""Which rows of the data set the present batch holds, by watching what the loader's sampler draws."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class _Draws(Iterator[Any]):
         return keys
 
     def of(self, position: int) -> tuple[tuple[Any, ...], bool] | None:
-        """Keys of the batch at a position, and whether nothing of it is left; ``None`` where it is not kept."""
+        """Keys of the batch at a position, and whether nothing of it is left; ``None`` if it is not kept."""
         index = position - self._count
         return self._kept[index] if -len(self._kept) <= index < 0 else None
 
@@ -128,7 +128,7 @@ def _can_be_watched(loader: Any) -> bool:
 
 @final
 class DataOrder:
-    """Knows where the batch at hand came from. Neither the order of batches nor any random number is changed.
+    """Knows where the present batch came from. Neither the order of batches nor any random number is changed.
 
     Args:
         trainer: The trainer.
@@ -146,7 +146,7 @@ class DataOrder:
         if known.quarantine:
             undos.append(wrap_method(trainer.strategy, "batch_to_device", self._without_known))
         self._undo = undo_all(undos)
-        # Whether every sample of the batch at hand has the hash of a bad one.
+        # Whether every sample of the present batch has the hash of a bad one.
         self._nothing_left = False
 
     def _process(self, original: Callable[[Any], Any], loader: Any) -> Any:
@@ -171,7 +171,7 @@ class DataOrder:
         return original(batch, *args, **kwargs)
 
     def origin(self, batch_idx: int) -> BatchOrigin:
-        """Where the batch at hand came from.
+        """Where the present batch came from.
 
         Args:
             batch_idx: Its index in the epoch, as Lightning counts.

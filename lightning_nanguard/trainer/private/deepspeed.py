@@ -42,7 +42,7 @@ def unsupported(config: Mapping[str, Any], precision: str) -> str | None:
         precision: The trainer's.
 
     Returns:
-        ``None`` where the guard supports it.
+        ``None`` if the guard supports it.
     """
     zero = config.get("zero_optimization") or {}
     if not zero.get("stage"):
@@ -84,7 +84,7 @@ class ZeroPartitions:
         optimizer: The optimizer of torch behind it.
 
     Raises:
-        ValueError: When it is another kind of optimizer.
+        ValueError: If it is another kind of optimizer.
     """
 
     def __init__(self, zero: Any, module: nn.Module) -> None:

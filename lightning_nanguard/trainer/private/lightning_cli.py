@@ -36,8 +36,8 @@ def from_config(path: Path, model: Any = None, data: Any = None) -> tuple[Any, A
         data: Class of the data module, where the configuration names none.
 
     Raises:
-        ModuleNotFoundError: When the extra ``cli`` is not installed.
-        ValueError: When the file is no such configuration.
+        ModuleNotFoundError: If the extra ``cli`` is not installed.
+        ValueError: If the file is no such configuration.
     """
     try:
         import_module("jsonargparse")

@@ -8,7 +8,7 @@ _TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_b
 
 
 def readable_loader(trainer: Any, module: Any) -> Any:
-    """The training dataloader; ``None`` where hooks of the user change its batches before the module sees them."""
+    """The training dataloader; ``None`` if hooks of the user change its batches before the module sees them."""
     owners = [module, getattr(trainer, "datamodule", None)]
     if any(_is_the_users(owner, name) for owner in owners if owner is not None for name in _TRANSFER):
         return None

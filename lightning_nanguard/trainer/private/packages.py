@@ -51,7 +51,7 @@ def logged_at(trainer: Any) -> int:
 
 
 def logs_every(trainer: Any) -> int:
-    """How many steps lie between two that are logged; 0 where none is."""
+    """How many steps lie between two that are logged; 0 if none is."""
     return int(getattr(trainer, "log_every_n_steps", 0))
 
 

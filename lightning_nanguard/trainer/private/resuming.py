@@ -17,7 +17,7 @@ class Judge(Protocol):
 
         Args:
             path: The file asked for.
-            content: What was loaded from it, ``None`` where that failed.
+            content: What was loaded from it, ``None`` if that failed.
             error: Why it failed.
         """
 

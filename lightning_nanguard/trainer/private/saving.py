@@ -40,7 +40,7 @@ def guard_saves(
         before: Makes the state of the run good.
         mend: Makes a dictionary good.
         after: Called when a checkpoint was written.
-        collects: Whether ``strategy.save_checkpoint`` writes the state of now whatever dictionary it is given, by all
+        collects: Whether ``strategy.save_checkpoint`` writes the present state whatever dictionary it is given, by all
             ranks: then ``before`` and ``after`` are called around it too.
 
     Returns:

@@ -36,7 +36,7 @@ def what_steps(trainer: Any, module: nn.Module) -> tuple[list[Optimizer], deepsp
 
 
 def collects(trainer: Any) -> bool:
-    """Whether saving through the strategy writes the state of now, whatever dictionary it is given."""
+    """Whether saving through the strategy writes the present state, whatever dictionary it is given."""
     return _is(trainer, _DEEPSPEED)
 
 
@@ -53,7 +53,7 @@ def check_strategy(trainer: Any, module: Any) -> None:
     """Check that the guard supports the trainer's strategy with this module.
 
     Raises:
-        ValueError: When it does not.
+        ValueError: If it does not.
     """
     name = type(trainer.strategy).__name__
     if _is(trainer, _DEEPSPEED):

@@ -23,13 +23,13 @@ def _loss(trainer: Any, batch: Any, batch_idx: int) -> Tensor | None:
 
 
 def run_training_step(trainer: Any, batch: Any, batch_idx: int) -> float | None:
-    """The loss of ``training_step``, in the trainer's precision, without backward; ``None`` where it gives none."""
+    """The loss of ``training_step``, in the trainer's precision, without backward; ``None`` if it gives none."""
     loss = _loss(trainer, batch, batch_idx)
     return None if loss is None else float(loss.detach())
 
 
 def loss_with_graph(trainer: Any, batch: Any, batch_idx: int, *, full_precision: bool = False) -> Tensor | None:
-    """The loss of ``training_step`` with its graph; ``None`` where it gives none.
+    """The loss of ``training_step`` with its graph; ``None`` if it gives none.
 
     Args:
         trainer: The trainer.
@@ -70,7 +70,7 @@ def alone(trainer: Any, silence: Any) -> Iterator[None]:
 
 
 def forward_backward(trainer: Any, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
-    """Compute the gradients of a batch; gives its loss, ``None`` where there is none.
+    """Compute the gradients of a batch; gives its loss, ``None`` if there is none.
 
     Gradients there were are gone. A GradScaler's scale is used but not updated.
     """
