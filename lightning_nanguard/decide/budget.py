@@ -1,4 +1,4 @@
-"""Bounds that make every loop of interventions end."""
+"""Limits on interventions."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bounds that make every loop of interventions end.
+    """Limits how often the guard may act. The run is stopped when a limit is exceeded.
 
-    A count of skipped batches alone ends nothing unless you give one: a run that makes half of its updates may still
-    reach its goal.
+    By default skipped batches alone do not stop a run, because a run with half of its updates may still reach its goal.
 
     Args:
-        max_rollbacks: Restores within ``window`` updates.
-        max_rollbacks_per_place: Restores for the same fault at the same place within ``window`` updates.
-        max_bad_batches: Faulty updates in a row after which the run is stopped; ``None`` for ``window``.
-        max_skip_share: Share of skipped updates among the last ``window``, once 32 were skipped, above which the run is
-            stopped; ``None`` for no such bound.
+        max_rollbacks: Number of rollbacks within ``window`` updates.
+        max_rollbacks_per_place: Number of rollbacks for the same fault at the same place within ``window`` updates.
+        max_bad_batches: Number of bad updates in a row; ``None`` for as many as ``window``.
+        max_skip_share: Share (0 to 1) of skipped updates among the last ``window``, once 32 were skipped; ``None`` for
+            no limit.
         window: Length of the sliding window, in updates.
 
     Raises:

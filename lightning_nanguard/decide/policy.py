@@ -8,9 +8,9 @@ The evidence decides what is at fault, and that decides the remedy:
 * *state* that went bad by itself is restored, without a correction;
 * a run without one good update, or over its budget, is stopped.
 
-Every listed remedy whose role the verdict calls for is asked. The verdict on a learner calls for a restore and for all
-listed corrections (clipping and the rate), since a loss may explode by its learning rate or by rare large gradients.
-Where clipping alone turns out to suffice, the planned cut is not made. Remedies that notify are asked at every fault.
+The policy calls every listed remedy whose role the verdict needs. If the learner is to blame, it needs a restore and all
+listed corrections (clipping and the rate), because a loss may explode by its rate or by rare large gradients. If
+clipping alone is enough, the planned cut is not made. Remedies with the role ``notify`` are called at every fault.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lightning_nanguard.types import Clip, Evidence, Fault, Plan, PlanStep, Rest
 
 
 class Proposes(Protocol):
-    """What the policy sees of a remedy."""
+    """The part of a remedy that the policy uses."""
 
     @property
     def role(self) -> Role:
@@ -44,11 +44,11 @@ class Proposes(Protocol):
 @final
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Decides what follows from a fault, by the remedies a user allows and by budgets.
+    """Plans what to do about a fault, with the remedies and the budget of the user.
 
     Args:
-        remedies: What may follow when skipping is not enough, in order of preference.
-        budget: Bounds on interventions.
+        remedies: The remedies used if skipping is not enough, in order of preference.
+        budget: Limits on interventions.
         thresholds: When the batch, the learner or the state is blamed.
         trials: What a trial has to show.
     """

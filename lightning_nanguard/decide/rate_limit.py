@@ -1,4 +1,4 @@
-"""What a finding says about a cut of the learning rate: how far it may go, or that the rate is not to blame."""
+"""Limits a cut of the learning rate by a finding, or removes it if the rate is not to blame."""
 
 from __future__ import annotations
 

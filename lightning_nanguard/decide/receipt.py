@@ -1,4 +1,4 @@
-"""What an intervention has gained or cost: a pure function of the losses of the same batches with it and without."""
+"""Judges whether an intervention helped: a pure function of losses on the same batches with it and without it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lightning_nanguard.types import Verdict
 def judge_receipt(
     run: Sequence[float], without: Sequence[float], start: float | None, limits: TrialThresholds
 ) -> tuple[Verdict, bool]:
-    """Whether an intervention has gained or cost, and whether it should be taken back.
+    """Whether an intervention helped or did harm, and whether it should be reversed.
 
     Args:
         run: Losses of the run, each before the update on its batch.
-        without: Losses of the branch given up, of the same batches.
+        without: Losses of the branch that was given up, on the same batches.
         start: Loss at the run's start; ``None`` if it is not known.
         limits: How many batches have to agree, and how much counts as a clear share.
 

@@ -1,9 +1,9 @@
-"""What a trial shows: pure functions of the losses of the same batches under several states.
+"""Judges a trial: pure functions of the losses of the same batches under several states.
 
-The run as it is, now and some updates later, is compared with an arm: a restart from an early snapshot with a lower
-rate. An arm that starts anew cannot profit from having lowered the rate at the end of training, which makes any loss
-fall for a while. How much of what can be learned the run lacks decides, not how sure it is that it lacks something: a
-short trial finds something better in a quarter of all healthy runs.
+The run, now and some updates later, is compared with an arm: a restart from an early snapshot with a lower rate.
+Lowering the rate late in training makes any loss fall for a while. An arm has no such advantage, because it starts
+again from an early snapshot. The result depends on how much the run lacks, and not only on whether it lacks something,
+because a short trial finds a slightly better rate in a quarter of all healthy runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TrialLosses:
         arm: Under the arm.
         earlier_now: Losses of batches from before the trial, under the state in which it began.
         earlier_arm: The same under the arm.
-        factor: What the arm multiplied the learning rate by.
+        factor: Factor by which the arm multiplied the learning rate.
     """
 
     start: Sequence[float]
@@ -45,10 +45,10 @@ class TrialLosses:
 
 
 def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
-    """Whether the run lacks a clear share of what can be learned, or is lastingly worse than it was.
+    """Whether the run lacks a clear share of what can be learned, or has lost a clear share of what it had learned.
 
     All comparisons are of pairs: the same batch with the same random numbers. Only signs and ratios of differences
-    count, so the unit of the loss does not matter, nor where zero lies.
+    are used, so the result does not depend on the scale of the loss or on a constant added to it.
 
     Example:
         >>> ruined = TrialLosses(start=[2.0] * 8, best=[2.0] * 8, now=[2.1] * 8, later=[2.0] * 8, arm=[1.0] * 8,

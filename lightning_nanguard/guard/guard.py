@@ -30,7 +30,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class Guard:
-    """Guards one training run: a loop tells it of each step, and it detects, decides, acts and records.
+    """Guards one training run. A loop calls it in each step, and it detects, decides, acts and records.
 
     Args:
         parts: Its parts.
@@ -58,7 +58,7 @@ class Guard:
     # ---------------------------------------------------------------------------------------- the order of a step
 
     def start(self) -> None:
-        """Look at the state before the first update, and keep it."""
+        """Check the state before the first update, and keep a copy of it."""
         context = self._context
         context.finite.begin(context.learner)
         # Frozen ones may be masks of -inf.
@@ -74,7 +74,7 @@ class Guard:
         self._parts.certification.start()
 
     def open_batch(self) -> None:
-        """Remember what the coming batch may change; a window of accumulation counts as one batch."""
+        """Copy what the coming batch may change; a window of accumulation counts as one batch."""
         self._running = True
         if not self._open:
             self._open = True
@@ -83,11 +83,11 @@ class Guard:
             self._parts.skipper.open()
 
     def see_loss(self, loss: Tensor) -> None:
-        """Take the loss of one backward pass, as it is given to it."""
+        """Keep a reference to the loss of one backward pass."""
         self._parts.meter.see_loss(loss)
 
     def before_step(self, optimizer_index: int) -> None:
-        """Measure and detect; block the update where it is bad.
+        """Measure and detect; skip the update if it is bad.
 
         Args:
             optimizer_index: Index of the optimizer about to step.
@@ -123,7 +123,7 @@ class Guard:
             Whether nothing was found, and the batch is not known to be bad.
 
         Raises:
-            TrainingDivergedError: If the run cannot be helped, or its first weights were not finite.
+            TrainingDivergedError: If the run cannot be saved, or its first weights were not finite.
         """
         self._running = False
         if not self._updated:
@@ -178,10 +178,10 @@ class Guard:
         return True
 
     def report(self, fault: Fault) -> None:
-        """Take a fault that was found outside a step, such as in validation.
+        """Handle a fault that was found outside a step, such as in validation.
 
-        It is acted on at once. Among several ranks, of which this may be the only one that saw it, it is acted on when
-        all have heard of it with the next update.
+        The guard acts on it at once. With several ranks, this may be the only one that saw it. Then all ranks act on it
+        together with the next update.
         """
         if not self._readback.hold(fault):
             self._report(fault, ())
@@ -190,7 +190,7 @@ class Guard:
         self._judge.handle(FoundFault(fault, Reading(self._state.step, 0, None, None), ranks=ranks))
 
     def flush(self) -> None:
-        """Read what is still on its way, and act on it."""
+        """Read the readings that have not arrived yet, and act on them."""
         while True:
             self._judge.judge_late(self._readback.flush(), None)
             found = self._judge.take_found()
@@ -200,9 +200,9 @@ class Guard:
                 return
 
     def finish(self) -> None:
-        """The last update has been made: look at the state that is left, and read what is still on its way.
+        """The last update has been made: check the final state, and read the readings that have not arrived yet.
 
-        Among several ranks only the latter: where their data are uneven, others never come here.
+        With several ranks it only reads, because with uneven data other ranks may never come here.
         """
         if self._context.many:
             self.flush()
@@ -215,7 +215,7 @@ class Guard:
             self._report(fault, ())
 
     def close(self) -> None:
-        """Let go of the optimizers and of all memory."""
+        """Release the optimizers and all memory."""
         self._readback.end_batch()
         self._parts.beside.close()
         self._context.rate.detach()
@@ -224,7 +224,7 @@ class Guard:
         self._context.ranks.close()
 
     def leave(self) -> None:
-        """This process has raised: among several it is alone from now on, and waits for none of the others."""
+        """This process has raised an exception: from now on it waits for no other rank."""
         if self._context.many:
             self._readback.clear()
             self._context.ranks.leave()
@@ -232,10 +232,10 @@ class Guard:
     # ---------------------------------------------------------------------------------------- saving
 
     def before_save(self) -> None:
-        """Look at the state before it is written.
+        """Check the state before it is saved.
 
-        Within a batch, whose graph needs its tensors as they are, and while averages take the weights' place, nothing
-        is changed: :meth:`mend` alone sees to it that what is written is good.
+        During a batch, whose graph needs its tensors unchanged, and while averages replace the weights, the state is
+        not changed. Then :meth:`mend` alone makes sure that the checkpoint is good.
         """
         self._parts.saving.begin()
         if not self._open and not self.swapped:
@@ -244,7 +244,7 @@ class Guard:
             self._parts.saving.prepare()
 
     def after_save(self) -> None:
-        """It has been written."""
+        """The checkpoint has been written."""
         self._parts.saving.end()
 
     def mend(self, checkpoint: dict[str, Any], path: str, *, checked: bool = False) -> dict[str, Any]:
@@ -268,7 +268,7 @@ class Guard:
         self._parts.recorder.note(fault, *words)
 
     def check(self) -> None:
-        """Look at the present state, and go back to the last good one if it is bad."""
+        """Check the present state, and go back to the last good one if it is bad."""
         self._snapshots.settle()  # whoever asks may write to it next
         self.flush()
         self._snapshots.look_at_room()
@@ -354,7 +354,7 @@ class Guard:
         return history.usual_norm() if history is not None else None
 
     def say_where(self, on_disk: Callable[[], str]) -> None:
-        """Have the error that ends a run say where a good state lies on the disk."""
+        """Make the error that ends a run name the last good checkpoint on the disk."""
         self._parts.recorder.on_disk = on_disk
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,9 +12,9 @@ A loop calls the guard in this order::
     guard.finish()
     guard.close()
 
-Under gradient accumulation ``open_batch`` and ``see_loss`` are called for each micro-batch, ``before_step`` once a
-window. The guard asks the loop for what is in :class:`TrainingLoop`. Where batches can be run again, it also
-uses the loop's :class:`BatchReplay`; a loop that cannot gives :class:`NoReplay`.
+With gradient accumulation ``open_batch`` and ``see_loss`` are called for each micro-batch, ``before_step`` once a
+window. The guard calls the methods of :class:`TrainingLoop`. If batches can be run again, it also uses the loop's
+:class:`BatchReplay`. A loop that cannot do this provides :class:`NoReplay`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Clock = tuple[int, int, int]
 
 
 class BatchReplay(Protocol):
-    """Looks at batches again and runs them again, without a trace. ``None`` says that it cannot be done."""
+    """Examines batches and runs them again, without side effects. ``None`` means that this is not possible."""
 
     def comparable(self) -> bool:
         """Whether a batch can be run again at all."""
@@ -81,7 +81,7 @@ class BatchReplay(Protocol):
 
 
 class TrainingLoop(Protocol):
-    """What the guard asks of the loop around it."""
+    """What the guard needs from the loop that calls it."""
 
     def clock(self) -> Clock:
         """``global_step``, epoch and batch index of now."""
@@ -90,13 +90,13 @@ class TrainingLoop(Protocol):
         """By how many micro-batches the loss given to ``backward`` is divided."""
 
     def record(self, intervention: Intervention) -> None:
-        """Keep what was done."""
+        """Store the record of an intervention."""
 
     def advise(self, finding: Finding) -> None:
-        """Tell the user of a suspicion that the guard does not act on."""
+        """Report a suspicion that the guard does not act on."""
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
-        """Why the fault of an update happened, ``None`` if that was not found; it changes nothing."""
+        """Find the cause of a fault, ``None`` if none was found. It changes nothing."""
 
 
 class NoReplay:

@@ -24,13 +24,13 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What a trial showed.
+    """The result of a trial.
 
     Attributes:
-        lacks: Share of what can be learned that the run lacks, after as many updates as a restart with a lower rate
-            made; 0 if it lacks none, or hardly any.
+        lacks: Share of what can be learned that the run lacks, compared with a restart at a lower rate after the same
+            number of updates; 0 if it lacks none, or hardly any.
         base: Which state to go back to: the one of the lowest loss level, or the start.
-        factor: What the restart multiplied the learning rate by.
+        factor: Factor by which the restart multiplied the learning rate.
     """
 
     lacks: float = 0.0
@@ -40,7 +40,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What the guard knows about a fault; the policy decides by it.
+    """The facts about a fault by which the policy decides.
 
     Attributes:
         step: Number of updates attempted so far.
