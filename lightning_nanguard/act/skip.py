@@ -1,4 +1,4 @@
-"""Skipping one optimizer's step: the update does not reach the weights, whatever optimizer makes it."""
+"""Skips one optimizer's step, so that the update does not reach the weights, with any optimizer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _beside() -> torch.device | None:
 
 @final
 class StepSkipper:
-    """Skips updates, and puts back what an optimizer changes in a skipped step all the same.
+    """Skips updates, and restores what an optimizer changes even in a skipped step.
 
     The gradients are removed at the last moment (:meth:`remove_gradients`), after clipping, a GradScaler's check and
     the user's hooks, some of which fail without gradients. After the step they are there again
@@ -70,7 +70,7 @@ class StepSkipper:
         self.skipped: set[int] = set()
 
     def open(self) -> None:
-        """A batch begins: nothing is skipped yet; copy what could not be put back later."""
+        """A batch begins: nothing is skipped yet. Copy what could not be restored later."""
         self.skipped.clear()
         for index in self._learner.quasi_newton:
             self._copy(index)
@@ -101,7 +101,7 @@ class StepSkipper:
         return any(p.grad is not None for p in known[1])
 
     def undo(self) -> None:
-        """Put back what the optimizers changed in their skipped steps."""
+        """Restore what the optimizers changed in their skipped steps."""
         for optimizer_index in self.skipped:
             before = self._copies.get(optimizer_index)
             if before is None:

@@ -8,8 +8,8 @@ The evidence decides what is at fault, and that decides the remedy:
 * *state* that went bad by itself is restored, without a correction;
 * a run without one good update, or over its budget, is stopped.
 
-The policy calls every listed remedy whose role the verdict needs. If the learner is to blame, it needs a restore and all
-listed corrections (clipping and the rate), because a loss may explode by its rate or by rare large gradients. If
+The policy calls every listed remedy whose role the verdict needs. If the learner is to blame, these are a restore and
+all listed corrections (clipping and the rate), because a loss may explode by its rate or by rare large gradients. If
 clipping alone is enough, the planned cut is not made. Remedies with the role ``notify`` are called at every fault.
 """
 

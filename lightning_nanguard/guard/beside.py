@@ -1,4 +1,4 @@
-"""What goes on beside a run: the trial of other learning rates, and the branch that an intervention gave up."""
+"""Trains other states beside a run: the arms of a trial, and the branch that an intervention gave up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Beside:
     Attributes:
         context: What the parts of the guard share.
         trials: Finds out whether a lower rate learns what the run does not.
-        receipts: Finds out what interventions on finite evidence have gained or cost.
+        receipts: Finds out whether interventions in a run with finite numbers helped.
     """
 
     context: GuardContext

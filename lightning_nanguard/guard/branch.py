@@ -1,4 +1,4 @@
-"""Branches of a run: other states of the learner that take the same batches as the run, without a trace."""
+"""Branches of a run: other states of the learner that are trained on the same batches, without side effects."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ class Branches:
                 yield True
 
     def of(self, base: Snapshot | None = None, factor: float = 1.0) -> Branch | None:
-        """A branch that begins at a state, with the rate of now times a factor; ``None`` without room for a copy.
+        """A branch that begins at a state, with the present rate times a factor; ``None`` without room for a copy.
 
         Args:
             base: The state; ``None`` for the present one, before any other is trained or measured.
-            factor: What the rate is multiplied by.
+            factor: Factor on the rate.
         """
         rate, context = self._context.rate, self._context
         if base is not None:

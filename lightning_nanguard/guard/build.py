@@ -184,16 +184,16 @@ def guard_for(
     thresholds: Thresholds | None = None,
     device: Device | None = None,
 ) -> Guard:
-    """Make a guard for a loop of your own; ``None`` stands for what ``NaNGuard()`` takes.
+    """Make a guard for your own loop. ``None`` stands for the default of ``NaNGuard``.
 
     Args:
         module: The module trained.
         optimizers: Its optimizers, by the index that :meth:`Guard.before_step` is given.
         loop: The loop.
         replay: Runs batches again; by default none can be.
-        detectors: What counts as a fault.
+        detectors: The detectors that find faults.
         remedies: What may follow when skipping is not enough, in order of preference.
-        budget: Bounds on interventions.
+        budget: Limits on interventions.
         settings: How the guard works.
         ranks: All processes; one by default.
         thresholds: All thresholds.

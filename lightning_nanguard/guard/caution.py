@@ -18,7 +18,7 @@ class Caution:
     """Decides for each update, under deferred readback, whether its reading may arrive after the update is made.
 
     After an update had to be undone, the next 1000 updates are read before they are made, and twice as many each time
-    this happens again. After a batch spoiled running statistics, all further updates are.
+    this happens again. After a batch made running statistics bad, all further updates are.
 
     Args:
         context: What the parts of the guard share.

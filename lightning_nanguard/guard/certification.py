@@ -1,4 +1,4 @@
-"""When a state counts as good: the start's snapshot, the pending one, and its certification."""
+"""Decides when a snapshot is taken, and when it counts as good (certified)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Certification:
         context: What the parts of the guard share.
         loop: Knows the time.
         investigator: Notes the size of the weights at the start.
-        snapshots: Takes snapshots and looks at them.
+        snapshots: Takes and checks snapshots.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Certification:
         self._lazy = False
 
     def start(self) -> None:
-        """Take the snapshot of the start, which is good once its first loss is."""
+        """Take the snapshot of the start, which is certified when the first loss is healthy."""
         self._start(self._context.state.step)
 
     def _start(self, step: int) -> None:
@@ -91,7 +91,7 @@ class Certification:
             readings: Healthy readings of the batch that has just ended.
 
         Returns:
-            What speaks against the snapshot, ``None`` if nothing does.
+            Why the snapshot is not certified, ``None`` if nothing is against it.
         """
         context, state = self._context, self._context.state
         pending = context.ring.pending

@@ -34,7 +34,7 @@ class Settings:
 
     Attributes:
         snapshot_every: Updates between snapshots; ``None`` chooses so that they take at most 1 % of the time.
-        snapshot_device: Where snapshots lie; ``None`` beside the originals.
+        snapshot_device: Where snapshots are kept; ``None`` on the device of the originals.
         snapshot_bytes: Bytes that snapshots, and the batches that are kept, may take together.
         choose_place: Whether they go to host memory by themselves where the device has no room.
         deferred: Read late, without waiting for the device.
@@ -73,7 +73,7 @@ class GuardContext:
         norms: Gradient norms of the newest updates, layer by layer.
         curve: Keeps the readings of all updates in a file; ``None`` keeps none.
         samples: The bad samples met so far.
-        receipts: What interventions on finite evidence have gained or cost.
+        receipts: Whether interventions in a run with finite numbers helped.
     """
 
     learner: Learner

@@ -1,4 +1,4 @@
-"""One intervention: look into a fault, decide, find its cause, carry the plan out, and record it."""
+"""Handles a fault: collects evidence, decides, finds the cause, carries the plan out, and records it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Interventions:
         recorder: Records the intervention.
         runner: Carries the plan out.
         remedies: The remedy for each kind of plan step; it gives the word for the record.
-        receipts: Compares what is done on finite evidence with the branch given up.
+        receipts: Compares the run with the branch that an intervention gave up.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Interventions:
             Whether its reading belongs to the history of healthy ones after all.
 
         Raises:
-            TrainingDivergedError: If the run cannot be helped.
+            TrainingDivergedError: If the run cannot be saved.
         """
         context, state = self._context, self._context.state
         fault, reading = found.fault, found.reading
@@ -108,7 +108,7 @@ class Interventions:
         return stays and reading.finite and reading.loss_finite and self._dismiss(found)
 
     def advise(self, fault: Fault, reading: Reading) -> None:
-        """Tell the user of a finite suspicion that is not acted on, and have the detectors stay quiet for a while."""
+        """Give advice about a suspicion that the guard does not act on, and silence the detectors for a while."""
         self._context.monitors.dismiss(reading)
         self._tell(fault)
 

@@ -34,7 +34,7 @@ class Investigator:
     Args:
         context: What the parts of the guard share.
         rehearsal: Tries learning rates on the newest batches.
-        trials: Finds out whether a lower rate learns what the run does not.
+        trials: Finds out whether the model learns much more at a lower rate.
     """
 
     def __init__(self, context: GuardContext, rehearsal: Rehearsal, trials: TrialRunner) -> None:
@@ -115,7 +115,7 @@ class Investigator:
         """Complete the evidence.
 
         Args:
-            fault: What was found.
+            fault: The fault that was found.
             reading: The reading it was found in.
             known: The guard's own counts.
             at_hand: Whether the present batch is the faulty one.

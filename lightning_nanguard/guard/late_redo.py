@@ -1,4 +1,4 @@
-"""A fault that was read late and was chance: the updates since the snapshot are made again, instead of skipping one."""
+"""Makes the updates since the snapshot again after a fault that was read late and happened by chance."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LateRedo:
     Args:
         context: What the parts of the guard share.
         steps: Says whether a rollback is allowed, and records.
-        skipper: Keeps updates from the weights.
+        skipper: Skips updates.
         snapshots: Is told of the rollback.
         readback: Is told of the rollback.
     """
@@ -62,7 +62,7 @@ class LateRedo:
         return True
 
     def _snapshot(self, found: FoundFault) -> Snapshot | None:
-        """Where to begin; ``None`` if this is no case for it."""
+        """The snapshot to begin at; ``None`` if updates cannot be made again."""
         fault, reading, certified = found.fault, found.reading, self._context.ring.certified
         if not (found.late and fault.certain and fault.scope == "batch") or reading.finite or reading.scaler_skips:
             return None

@@ -84,7 +84,7 @@ class TrainingLoop(Protocol):
     """What the guard needs from the loop that calls it."""
 
     def clock(self) -> Clock:
-        """``global_step``, epoch and batch index of now."""
+        """The present ``global_step``, epoch and batch index."""
 
     def micro_batches(self) -> int:
         """By how many micro-batches the loss given to ``backward`` is divided."""

@@ -83,7 +83,7 @@ class Meter:
         self._early: _Early | None = None
 
     def see_loss(self, loss: Tensor) -> None:
-        """Take the loss of one backward, as it is given to it."""
+        """Keep a reference to the loss of one backward pass."""
         self._divided_by = self._micro_batches()
         loss = _number(loss.detach())
         # A captured graph writes the next loss to the same place.

@@ -38,17 +38,17 @@ class GuardParts:
         meter: Measures loss and gradient norm.
         readback: How readings arrive.
         caution: When an update is read before it is made although readings are deferred.
-        skipper: Keeps updates from the weights.
-        snapshots: Takes snapshots and looks at them.
+        skipper: Skips updates.
+        snapshots: Takes and checks snapshots.
         plausibility: Finds what is finite and far out of range.
         certification: When a state counts as good.
         investigator: Gathers evidence.
-        judge: Tells healthy readings from faults.
+        judge: Separates healthy readings from faults.
         runner: Carries plans out.
         recovery: Lower rates and clipping.
-        rates: Keeps updates from being made at a rate that is none.
+        rates: Replaces invalid learning rates.
         recorder: Makes records.
-        saving: Looks at checkpoints before they are written.
+        saving: Checks checkpoints before they are written.
         beside: Trains other states beside the run, to compare them with it.
         steps: Looks at an update while it can still be made again.
         undos: One object for each batch that may still have to be undone.

@@ -41,7 +41,7 @@ class PlanRunner(Protocol):
         """Carry out a plan; gives the steps that were made, or would have been."""
 
     def give_back(self) -> None:
-        """After a healthy update: give back a cut or end clipping, where it is time."""
+        """After a healthy update: raise a cut rate again or end clipping, if it is time."""
 
 
 @final
@@ -51,9 +51,9 @@ class ActingRunner:
     Args:
         context: What the parts of the guard share.
         actions: What remedies may do.
-        remedies: Who carries out which kind of step.
+        remedies: The remedy that carries out each kind of step.
         recovery: Gives back.
-        skipper: Keeps updates from the weights.
+        skipper: Skips updates.
         plausibility: Knows whether statistics were spoiled.
         readback: Is told of undone updates.
     """
@@ -135,7 +135,7 @@ class ActingRunner:
             restore(learner, pending)
 
     def give_back(self) -> None:
-        """Give back a cut or end clipping, where it is time."""
+        """Raise a cut rate again or end clipping, if it is time."""
         self._recovery.give_back()
 
 

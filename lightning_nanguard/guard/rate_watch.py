@@ -1,4 +1,4 @@
-"""Keeps updates from being made at a learning rate that is none."""
+"""Replaces invalid learning rates before each update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tells healthy readings from faults, and keeps both until the end of the batch."""
+"""Separates healthy readings from faults, and keeps both until the end of the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds out afterwards what an intervention on finite evidence has gained or cost."""
+"""Finds out afterwards whether an intervention in a run with finite numbers helped."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Receipts:
         """An intervention on finite evidence is about to be carried out: keep the branch that it gives up.
 
         Args:
-            global_step: When.
+            global_step: ``global_step`` of the intervention.
             skipped: Whether it skips the present batch; the branch makes its update.
         """
         self.close("another intervention was made")
@@ -77,7 +77,7 @@ class Receipts:
         """The branch cannot be compared any more.
 
         Args:
-            reason: Why.
+            reason: Why, in words.
         """
         known, self._open = self._open, None
         if known is not None:

@@ -24,7 +24,7 @@ class InterventionRecorder:
     Args:
         context: What the parts of the guard share.
         loop: Keeps records, and knows the time.
-        memory: Of how many batches the clock is remembered.
+        memory: Number of batches of which the clock is stored.
     """
 
     def __init__(self, context: GuardContext, loop: TrainingLoop, *, memory: int) -> None:
@@ -39,15 +39,15 @@ class InterventionRecorder:
         self.on_disk: Callable[[], str] = str
 
     def mark(self) -> None:
-        """A batch ends: what is found late in it is on record under its clock."""
+        """A batch ends: store its clock for faults that are found late."""
         self._clocks.append((self._context.state.step, self._loop.clock()))
 
     def now(self) -> Clock:
-        """The clock of now."""
+        """The present clock."""
         return self._loop.clock()
 
     def clock_of(self, step: int) -> Clock:
-        """The clock of the batch of an update, that of now where it is not remembered."""
+        """The clock of the batch of an update, the present one if it is not stored."""
         past = (clock for last, clock in self._clocks if last >= step)
         return next(past, self._loop.clock())
 
@@ -110,7 +110,7 @@ class InterventionRecorder:
             self._surest[key] = finding
 
     def best_finding(self, fault: Fault) -> Finding | None:
-        """The surest finding of this run about faults like this one, else about any."""
+        """The finding with the highest confidence about faults like this one, else about any fault of the run."""
         here = self._surest.get((fault.kind, fault.place))
         return here or max(self._surest.values(), key=lambda finding: finding.confidence, default=None)
 
@@ -123,11 +123,11 @@ class InterventionRecorder:
         self._tried.extend(state.get("tried", ()))
 
     def tried(self, fault: Fault, words: tuple[str, ...]) -> None:
-        """Remember what was done, for the error that may end the run."""
+        """Store what was done, for the error that may end the run."""
         self._tried.append(f"{fault.kind}: {', '.join(words)}")
 
     def stop(self, fault: Fault, place: str, reason: str, finding: Finding | None, clock: Clock) -> NoReturn:
-        """End the run; the error names the surest cause found for faults like the last one, else for any.
+        """End the run. The error names the surest cause of faults like the last one, else of any fault.
 
         Raises:
             TrainingDivergedError: Always.

@@ -1,4 +1,4 @@
-"""Lower rates and clipping: how they begin, how a cut is reviewed, and when they are given back."""
+"""Cuts the rate and turns clipping on, reviews a cut, and ends both after a healthy stretch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Recovery:
         recorder: Records what was done.
         reduce: How the user wants the rate to be cut and given back.
         clip: How the user wants gradients to be clipped.
-        may_lower: Whether the user lets the rate be cut at all.
+        may_lower: Whether the user allows a cut of the rate.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Recovery:
         self._reviews.begin(self._state.healthy_steps)
 
     def give_back(self) -> None:
-        """After a healthy update: raise the rate, review it, end clipping, where it is time."""
+        """After a healthy update: raise the rate, review it, or end clipping, if it is time."""
         if not self._rate.is_on() and self._context.clipper.value is None:
             return
         state, reduce = self._state, self._reduce

@@ -78,7 +78,7 @@ class Rehearsal:
         self._began: dict[int, float] = {}
 
     def loss_after(self, base: Snapshot, factor: float, updates: int, *, unseen: bool = False) -> float | None:
-        """Mean loss of the batches at hand after ``updates`` from ``base`` with the rate times ``factor``.
+        """Mean loss of the recent batches after ``updates`` from ``base`` with the rate times ``factor``.
 
         The updates take the batches in turn. The loss is infinite where it diverged during them, and ``None`` if no
         batch can be run. The learner is left at ``base``, without gradients.

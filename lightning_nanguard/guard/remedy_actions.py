@@ -28,9 +28,9 @@ class RemedyActions:
         context: What the parts of the guard share.
         recovery: Cuts the rate and clips.
         rehearsal: Tries rates.
-        skipper: Keeps updates from the weights.
-        snapshots: Is told of a restore.
-        readback: Is told of a restore.
+        skipper: Skips updates.
+        snapshots: Is informed about a restore.
+        readback: Is informed about a restore.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class RemedyActions:
             self.undo(self._found)
 
     def restore(self, depth: int) -> None:
-        """Go back to a certified snapshot; to what the fit began with where nothing was certified yet."""
+        """Go back to a certified snapshot, or to the start of the fit if nothing was certified yet."""
         context, ring = self._context, self._context.ring
         if ring.certified:
             ring.drop_pending()

@@ -1,4 +1,4 @@
-"""When snapshots are taken, and how they are checked before they are certified."""
+"""Decides when snapshots are taken, and checks them before they are certified."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SnapshotManager:
         finite: Finds tensors that are not finite.
         plausibility: Finds finite tensors that are far out of range.
         every: Updates between snapshots; ``None`` chooses so that they take at most 1 % of the time, and less later.
-        device: Where snapshots lie; ``None`` beside the originals.
+        device: Where snapshots are kept; ``None`` on the device of the originals.
         choose: Whether they go to host memory by themselves where a device has no room for them.
         limit: Bytes that all of them together may take.
         others: Bytes that count in the limit beside snapshots.
@@ -156,7 +156,7 @@ class SnapshotManager:
         return self._wanted or step >= self._next
 
     def close(self) -> None:
-        """Let go of all snapshots, and give their memory back."""
+        """Release all snapshots and their memory."""
         self._ring.clear()
         self._placement.close()
 
@@ -169,7 +169,7 @@ class SnapshotManager:
         return self._placement.wanted()
 
     def look_at_room(self) -> None:
-        """Keep fewer snapshots, or keep them elsewhere, where the run needs more memory than before.
+        """Keep fewer snapshots, or keep them elsewhere, if the run needs more memory than before.
 
         Before the first measured snapshot nothing is decided.
         """

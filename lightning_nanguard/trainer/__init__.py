@@ -1,1 +1,1 @@
-"""One fit of a Lightning Trainer: hooks, batches run again, and Lightning's private parts."""
+"""Connects the guard to one fit of a Lightning Trainer, with everything that needs Lightning's private parts."""

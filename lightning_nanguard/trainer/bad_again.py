@@ -1,4 +1,4 @@
-"""Names what spoils the state each time an update is made again: an optimizer, or a module that writes a buffer."""
+"""Names what makes the state bad each time an update is made again: an optimizer, or a module that writes a buffer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The batches at hand, seen again and run again on the trainer's module, without a trace."""
+"""Examines the present batches and runs them again on the trainer's module, without side effects."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class TrainerBatchReplay:
         return bool(self._module.automatic_optimization)
 
     def probe(self) -> float | None:
-        """Loss of the present batch under the present weights, with the random numbers it had; leaves no trace."""
+        """Loss of the present batch under the present weights, with the random numbers it had. It changes nothing."""
         if not self._repeatable():
             return None
         run = partial(run_training_step, self._trainer, self.batch, self.batch_idx)

@@ -1,4 +1,4 @@
-"""Why something happened in a fit, or does not happen: the diagnosis with a trainer, and what comes of it."""
+"""Runs the diagnosis in a fit, and gives advice."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class Diagnostics:
-    """Diagnoses faults, looks at the first batch, examines a loss that does not move; it changes nothing.
+    """Finds causes of faults, checks the first batch, and examines a loss that does not fall. It changes nothing.
 
     Args:
         trainer: The trainer.
@@ -146,7 +146,7 @@ class Diagnostics:
         )
 
     def judge_first_updates(self) -> None:
-        """Say what the first updates have shown to be wrong, and look no more."""
+        """Give advice about mistakes that the first updates showed, and stop observing."""
         first, self.first_updates = self.first_updates, None
         if first is None:
             return
@@ -162,7 +162,7 @@ class Diagnostics:
             self.advise("first updates", finding)
 
     def preflight(self, batch: Any) -> None:
-        """Look at the first batch and the untrained model, and give advice."""
+        """Check the first batch and the untrained model, and give advice."""
         self.preflight_due = False
         preflight = Preflight(
             self._module,
@@ -200,7 +200,7 @@ class Diagnostics:
                 self.advise("asked" if asked else "loss does not move", finding)
 
     def note(self, intervention: Intervention) -> None:
-        """Look at what was done, and say what to do where bad samples cost many updates."""
+        """Take note of an intervention, and give advice if bad samples cost many updates."""
         advice = self._skips.note(intervention, self._context.state.step) if self._context.samples else None
         if advice is not None:
             self.advise("skipped batches", advice)

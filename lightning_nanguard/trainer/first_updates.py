@@ -1,4 +1,4 @@
-"""Looks on during the first updates of a fit, for mistakes that make no NaN."""
+"""Observes the first updates of a fit, to find mistakes that cause no NaN."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class FirstUpdates:
-    """Looks on during the first updates of a fit; it changes nothing, and reads little from the device.
+    """Observes the first updates of a fit. It changes nothing, and reads little from the device.
 
     Args:
         trainer: The trainer.
@@ -110,7 +110,7 @@ class FirstUpdates:
         return self._updates >= self._limits.updates
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop observing."""
         if self._calls is not None:
             self._calls.end()
 
@@ -156,7 +156,7 @@ class FirstUpdates:
         )
 
     def _nothing_stands_out(self) -> bool:
-        """Whether there is nothing that a closer look could find wrong; most runs are done with this."""
+        """Whether further checks cannot find a mistake; this is so in most runs."""
         return (
             not self._waiting
             and len(self._optimized) == len(self._named)

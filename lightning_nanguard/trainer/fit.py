@@ -1,4 +1,4 @@
-"""One guarded fit: the guard and what it needs of the trainer."""
+"""One guarded fit: the guard, and what it needs from the trainer."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class Fit:
-    """One fit: its guard, and everything that is put on the trainer for it and taken off again.
+    """One fit: its guard, and everything that is installed on the trainer for it and removed again.
 
     Args:
         trainer: The trainer.
@@ -92,7 +92,7 @@ class Fit:
         self._patches = ExitStack()
 
     def start(self, max_memory: float | None, listens: Callable[[Any], bool]) -> None:
-        """Look at the state before the first update, and put on the trainer what the guard needs.
+        """Check the state before the first update, and install on the trainer what the guard needs.
 
         Args:
             max_memory: Limit in GiB for all snapshots; ``None`` for no limit.
@@ -222,7 +222,7 @@ class Fit:
             )
 
     def say_how_it_went(self, faults: Mapping[str, int], remedies: Mapping[str, int]) -> None:
-        """At the end: put in the log of the run what happened, and say it on rank 0 in one line.
+        """At the end: write what happened to the log of the run, and log the summary line on rank 0.
 
         Args:
             faults: How often each fault was found in this fit.
@@ -252,7 +252,7 @@ class Fit:
             self.replay.batches.withdraw()
 
     def close(self) -> None:
-        """Take everything off the trainer again, whatever fails in between."""
+        """Remove everything from the trainer, even if something fails in between."""
         with ExitStack() as last:
             last.callback(self.folder.close)
             if self.context.curve is not None:

@@ -1,4 +1,4 @@
-"""Makes the updates since a snapshot again, where the state has gone bad by itself."""
+"""Makes the updates since a snapshot again if the state became bad by itself."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ForwardAgain:
         thresholds: How much is kept.
 
     Attributes:
-        futile: Whether updates were made again for nothing.
+        futile: Whether updates were made again without success.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class ForwardAgain:
         return bytes_of([*values, *(micro.run.batch for micro in micros)], _holds_more)
 
     def since(self, snapshot: Snapshot, number: int) -> list[_Update] | None:
-        """The updates after a snapshot up to one of them; ``None`` if one is not at hand, or cannot be repeated."""
+        """The updates after a snapshot up to one of them; ``None`` if one is not kept, or cannot be repeated."""
         context = self._context
         if not self._possible or context.rate.is_on() or context.clipper.value is not None:
             return None
@@ -203,7 +203,7 @@ class ForwardAgain:
         attributes: StepMemory | None = None,
         bad: Reading | None = None,
     ) -> Callable[[], None] | None:
-        """Bring the learner from a snapshot to where it should be after an update.
+        """Restore the learner from a snapshot, and make the updates up to a given one again.
 
         Args:
             snapshot: Where to begin.

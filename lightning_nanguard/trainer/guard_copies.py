@@ -1,4 +1,4 @@
-"""Copies and pickles of a guard, at any time: without the present run, and in plain containers."""
+"""Copies and pickles a guard at any time: without the present run, and in plain containers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _OF_A_RUN = frozenset({*NO_RUN, "_given", "log", "log_dict"})
 class CopyableGuard(GuardCallback):
     """What :class:`~lightning_nanguard.NaNGuard` needs to be copied and pickled.
 
-    Packages copy models with their callbacks, and save them with what their constructors were given.
+    Packages copy models with their callbacks, and save them with their constructor arguments.
     """
 
     _arguments: Arguments
@@ -118,9 +118,9 @@ def _arguments(given: dict[str, Any]) -> Arguments:
 
 
 def allow_in_checkpoints(guard: type) -> None:
-    """Let ``torch.load(weights_only=True)`` make guards, with the package's own detectors, remedies and thresholds.
+    """Allow ``torch.load(weights_only=True)`` to load guards with the package's own detectors, remedies and thresholds.
 
-    Models are saved with what their constructors were given. A user's own parts are the user's to allow.
+    Models are saved with their constructor arguments. Users have to allow their own classes themselves.
     """
     parts = [
         *default_detectors(),

@@ -23,12 +23,12 @@ class DataWatchingGuard(CopyableGuard):
         return self._order
 
     def _know_samples(self, state: Mapping[str, Any] | None) -> None:
-        """Take up what the run that goes on knew of its samples, in time for the first batch."""
+        """Load what the resumed run knew about its samples, before the first batch."""
         if self._order is not None and state is not None:
             self._order.known.load_state_dict(state.get("samples", {}))
 
     def _leave_data(self) -> None:
-        """Take everything off the loaders again."""
+        """Remove everything from the loaders."""
         order, self._order = self._order, None
         if order is not None:
             order.close()

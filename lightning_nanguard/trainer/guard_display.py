@@ -1,4 +1,4 @@
-"""What a guard shows of itself and of its run: in a line, in a notebook, as a figure."""
+"""Shows a guard and its run: as a line, in a notebook, as a figure."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class DisplayedGuard(StatefulGuard):
 
     @property
     def interventions(self) -> Sequence[Intervention]:
-        """The newest interventions, oldest first; all of them are on disk."""
+        """The records of the newest interventions, oldest first. All of them are on disk."""
         return self._memory
 
     @property
     def advice(self) -> Sequence[Advice]:
-        """What was noticed in the last fit and left alone, such as by the preflight."""
+        """The advice of the last fit: what the guard noticed and did not act on, such as in the preflight."""
         return tuple(self._memory.advice)
 
     @property
     def receipts(self) -> Sequence[Receipt]:
-        """What interventions of the last fit on finite evidence have gained or cost, as was found out afterwards."""
+        """The receipts of the last fit: whether interventions in a run with finite numbers helped."""
         return tuple(self._memory.receipts)
 
     @property
@@ -43,7 +43,7 @@ class DisplayedGuard(StatefulGuard):
         return None if folder is None else Path(folder)
 
     def summary(self) -> str:
-        """In one line: the updates of the present fit or the last one, and the interventions of all fits."""
+        """Return one line: the updates of the present or last fit, and the interventions of all fits."""
         memory, fit, given = self._memory, self._fit, self._given or self._arguments
         updates = fit.guard.updates if fit is not None else self._memory.run.get("updates", 0)
         return summary(

@@ -1,4 +1,4 @@
-"""What a guard keeps from fit to fit and in checkpoints."""
+"""The state of a guard that is kept from fit to fit and in checkpoints."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class StatefulGuard(DataWatchingGuard):
 
     @property
     def run_id(self) -> str | None:
-        """Id of the run, which its records and checkpoints carry; ``None`` before the first fit."""
+        """Id of the run, which is in its records and checkpoints; ``None`` before the first fit."""
         return self._memory.run.get("id")
 
     @property
     def lr_multiplier(self) -> float:
-        """What the scheduled learning rates are multiplied by now."""
+        """The present factor on the scheduled learning rates."""
         known: float = self._memory.run.get("lr_multiplier", self._multiplier)
         return self._fit.context.rate.ratio() if self._fit is not None else known
 
@@ -46,7 +46,7 @@ class StatefulGuard(DataWatchingGuard):
 
     @property
     def clip_val(self) -> float | None:
-        """The clipping value the guard has turned on, ``None`` without one."""
+        """The clipping value that the guard has turned on, ``None`` if it has not."""
         return self._fit.context.clipper.value if self._fit is not None else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class StatefulGuard(DataWatchingGuard):
         return {"schema": STATE_SCHEMA, "guard": state, "interventions": self._memory.total, "run": self._run_id}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Taken up when the fit starts: optimizers do not exist yet."""
+        """Store the state until the fit starts, because optimizers do not exist yet."""
         self._loaded = state_dict
         self._resumed_run = state_dict.get("run")
         schema = state_dict.get("schema", STATE_SCHEMA)

@@ -1,4 +1,4 @@
-"""A Trainer's loop, as the guard sees it."""
+"""Gives the guard access to a Trainer's loop."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TrainerLoop:
         self._run_id = run_id
 
     def clock(self) -> Clock:
-        """``global_step``, epoch and batch index of now."""
+        """The present ``global_step``, epoch and batch index."""
         return self._trainer.global_step, self._trainer.current_epoch, self._replay.batch_idx
 
     def micro_batches(self) -> int:
@@ -57,7 +57,7 @@ class TrainerLoop:
         self._diagnostics.note(intervention)
 
     def advise(self, finding: Finding) -> None:
-        """Tell the user of a suspicion that the guard does not act on."""
+        """Give advice about a suspicion that the guard does not act on."""
         self._diagnostics.advise("a finite suspicion", finding)
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
