@@ -48,7 +48,7 @@ class HealthyBatchesThresholds:
         most_bytes: Bytes that these batches may hold together.
         measured_every: Batches after which their size is measured anew. Batches of a run are much alike, and to measure
             each would cost more than to keep it.
-        strange_factor: How many times the largest number in all other batches makes a batch strange.
+        strange_factor: Factor on the largest number in all other batches, above which a batch is strange.
         extreme_factor: How many times that number puts a batch out of all proportion, so that it may be skipped without
             further evidence if its gradient is out of all proportion, too.
         least_compared: Batches needed to tell a strange one.

@@ -61,7 +61,7 @@ class EvidenceThresholds:
     """What is looked into, and what counts as clear.
 
     Attributes:
-        jump: Times the largest weight of the snapshot (at least 1) above which a weight is bad state: no accepted
+        jump: Factor on the largest weight of the snapshot (at least 1) above which a weight is bad state: no accepted
             update makes one so large.
         known_batches: Consecutive verdicts against the batch after which most faults of that kind and place are not
             looked into.

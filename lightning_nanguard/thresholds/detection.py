@@ -15,8 +15,7 @@ class NonFiniteThresholds:
     Attributes:
         max_norm: Largest gradient norm. Adam squares the gradient in float32: beyond this norm a second moment becomes
             Inf and stays so.
-        scale_growth: Times the scale of the last update that a GradScaler's scale cannot have grown to in one update:
-            scalers double it.
+        scale_growth: Factor by which a GradScaler's scale cannot grow in one update: scalers double it.
     """
 
     max_norm: float = 1e18
@@ -28,15 +27,16 @@ class SpikeThresholds:
     """When a finite gradient norm counts as a spike, beside the arguments of ``GradientSpike``.
 
     Attributes:
-        above_largest: Times the largest norm in the window that a spike has to exceed; heavy tails reach a few times.
-        above_first: Times the largest norm of the beginning that a spike has to exceed: when the data change after the
-            loss has come down, the norm may be as large as it was for the untrained model.
-        extreme: Times the largest norm accepted in the whole run that puts a norm out of all proportion.
+        above_largest: Factor on the largest norm in the window that a spike has to exceed; heavy tails reach a few
+            times this norm.
+        above_first: Factor on the largest norm of the beginning that a spike has to exceed: if the data change after
+            the loss has fallen, the norm may be as large as for the untrained model.
+        extreme: Factor on the largest norm accepted in the whole run that puts a norm out of all proportion.
         min_deviation: Least deviation of the logarithm of the norm, so that norms which hardly vary do not make every
             small change a spike.
-        warmup_above_largest: During warm-up, times the largest norm so far that a spike has to exceed.
-        warmup_doubtful: During warm-up, times the largest norm so far from which a norm is a spike if its batch is out
-            of the ordinary, too.
+        warmup_above_largest: During warm-up, factor on the largest norm so far that a spike has to exceed.
+        warmup_doubtful: During warm-up, factor on the largest norm so far from which a norm is a spike if its batch is
+            out of the ordinary, too.
         warmup_min_norms: Accepted norms from which a norm can be doubtful.
     """
 
@@ -94,7 +94,7 @@ class ClimbThresholds:
             climb.
         noise: Deviations of the others by which the newest have to lie above their median.
         loss: Loss units by which they have to, at least.
-        norm: Times the median by which gradient norms have to, at least.
+        norm: Factor on the median by which gradient norms have to, at least.
     """
 
     readings: int = 32
@@ -111,8 +111,8 @@ class BurstThresholds:
     """When a gradient norm counts as a burst: suddenly far above those before it.
 
     Attributes:
-        times: Times the largest of the norms before it that it has to exceed; a rate that is too high lets norms climb
-            more slowly.
+        times: Factor on the largest of the norms before it that it has to exceed; a rate that is too high lets norms
+            climb more slowly.
         before: Norms before it that are looked at.
         min_before: Fewest norms before it with which it is compared.
     """

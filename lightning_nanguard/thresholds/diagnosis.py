@@ -14,7 +14,7 @@ class DataThresholds:
     """When the numbers of a batch are out of the ordinary.
 
     Attributes:
-        outlier_factor: Times the usual largest magnitude of a sample, from which on a sample is an outlier.
+        outlier_factor: Factor on the usual largest magnitude of a sample, from which on a sample is an outlier.
         outlier_min_samples: Samples in a batch from which on there is a usual magnitude.
         unnormalised_rms: Root mean square of an input from which on it counts as not normalised; pixels of 0 to 255
             have about 150.
@@ -59,7 +59,8 @@ class ModelThresholds:
         dead_most: Share above which it is likely the cause.
         dead_all: Share above which it is surely the cause.
         min_layers: Layers with a gradient, from which on the gradient can be followed through them.
-        neighbour_factor: Times the gradient of its later neighbour that an earlier layer's may have, and still fall.
+        neighbour_factor: Factor on the gradient of its later neighbour that an earlier layer's may have, and still
+            fall.
         falling_share: Share of the neighbours between which the gradient has to fall.
         vanished: Gradient of the first third of the layers over that of the last, up to which it has vanished.
         vanished_while_still: The same, where the first third is known to stand still.
@@ -71,7 +72,7 @@ class ModelThresholds:
             deviation 1 exceed it.
         huge_activation: Root mean square that an untrained model rarely reaches on normalised inputs.
         scales_apart: Between the largest and the smallest layer of an untrained model, from which on it is unbalanced.
-        cross_entropy_above_chance: Times the loss at chance level, above which a first loss comes from outputs that
+        cross_entropy_above_chance: Factor on the loss at chance level, above which a first loss comes from outputs that
             are far too large.
         mse_above_chance: The same for a squared loss.
         gradient_error: Relative difference from finite differences above which a gradient is wrong.
@@ -113,12 +114,12 @@ class LearnerThresholds:
         bad_loss_units: Loss units above the untrained model's loss, from which on the batch is bad under good weights,
             too.
         untrained_units: Loss units above the untrained model's loss, from which on the model is ruined.
-        spike_factor: Times the usual gradient norm that the batch has to give again, to be the cause of a spike.
-        clip_factor: Times the usual gradient norm that is suggested to clip at.
+        spike_factor: Factor on the usual gradient norm that the batch has to give again, to be the cause of a spike.
+        clip_factor: Factor on the usual gradient norm that is suggested to clip at.
         suggested_cut: What a learning rate is divided by in a suggestion, where the curvature is not known.
-        rate_far_above: Times the rate that the curvature allows, above which the rate is to blame for whatever
+        rate_far_above: Factor on the rate that the curvature allows, above which the rate is to blame for whatever
             follows; good runs stay about that rate.
-        uneven_curvature: Times the usual curvature that the steepest direction has where a loss is ill-conditioned.
+        uneven_curvature: Factor on the usual curvature that the steepest direction has where a loss is ill-conditioned.
         rate_likely: Confidence in the rate from which on a rate above its limit makes it surer; below, a single steep
             batch may be above it, too.
     """
@@ -156,7 +157,7 @@ class PlateauThresholds:
         not_negative: Share of it up to which a negative one is none; between the two it may be the samples' noise.
         rounding: Magnitude of an eigenvalue below which all is rounding.
         large_update: Share of its weights that a layer's update makes, from which on it is abnormal.
-        updates_apart: Times the update of the other layers, from which on it is abnormal.
+        updates_apart: Factor on the update of the other layers, from which on it is abnormal.
         noisy: Noise of the gradient over its norm, from which on a batch is too small.
         small_batch: Samples up to which a batch is small.
         min_samples: Samples that a stretch of small batches has to hold before its losses say that it does not move.
@@ -193,9 +194,9 @@ class StateChangeThresholds:
     """When an element of a weight moved in a way that no update explains.
 
     Attributes:
-        moved_factor: Times the usual movement of its neighbours.
-        outside_factor: Times the largest magnitude of its tensor before; neighbours that left it as well were thrown
-            there by an update, and the element with them.
+        moved_factor: Factor on the usual movement of its neighbours.
+        outside_factor: Factor on the largest magnitude of its tensor before; neighbours that left it as well were
+            thrown there by an update, and the element with them.
         usual_quantile: Share of the elements that moved, whose largest movement is the usual one.
     """
 
@@ -230,7 +231,7 @@ class PreflightThresholds:
     Attributes:
         max_samples: Samples that are fetched one by one, spread over the data set.
         max_bytes: Largest size of a data set of tensors that is looked at as a whole.
-        outlier_factor: Times the usual magnitude from which on a sample of the data set is named; heavy tails reach
+        outlier_factor: Factor on the usual magnitude from which on a sample of the data set is named; heavy tails reach
             thousands.
     """
 

@@ -22,7 +22,7 @@ class MistakeThresholds:
         looks_at_gradients: Updates of one optimizer for which its gradients are looked at before they are added to.
         added: Updates in a row whose gradients were added to those before, from which on they add up.
         ended: Share of its highest rate in these updates, below which a schedule has ended.
-        runs_on: Times as many updates as are looked at, that a run whose schedule has ended has to have in all.
+        runs_on: Factor on the number of observed updates: a run whose schedule has ended has to be at least as long.
         checked_numbers: Numbers of a weight from which on it can be told whether it is as it was initialised.
         most_numbers: Numbers of it that are looked at, spread over it.
         most_weights: Weights that are looked at for this.

@@ -31,7 +31,7 @@ class CutThresholds:
         least_of_best: Smallest share of the best rate that is taken. Rates at the edge of stability look best for a few
             updates and fail later.
         most_of_best: Largest share of the best rate that is taken.
-        trusted: Times the rate found up to which a rate proven before is preferred.
+        trusted: Factor on the rate found up to which a rate proven before is preferred.
         nearly: Share of a cut's gain that may be missing without it, where it is not made.
     """
 
@@ -63,10 +63,10 @@ class RehearsalThresholds:
     Attributes:
         batches: Newest batches that a rate is tried on.
         updates: Updates of a try.
-        momentum: Times as many updates with momentum, which shows its effect only once it has built up.
-        adaptive: Times as many updates with an adaptive optimizer.
-        diverged: Times the loss it began at, or the loss unit, by which the loss has risen in two batches in a row when
-            the try is over: under clipping one update may go too far and the next ones come back.
+        momentum: Factor on the number of updates with momentum, which takes some updates to have its effect.
+        adaptive: Factor on the number of updates with an adaptive optimizer.
+        diverged: Factor on the loss it began at, or the loss unit, by which the loss has risen in two batches in a row
+            when the try is over: under clipping one update may go too far and the next ones come back.
         harmful: Loss units by which a rate makes the loss clearly worse.
     """
 
@@ -84,9 +84,9 @@ class ReviewThresholds:
 
     Attributes:
         first_after: Healthy updates from the change of the rate to the first review.
-        wait_ratio: Times as many healthy updates to each further one.
+        wait_ratio: Factor on the number of healthy updates before each further review.
         larger: Factor of the larger rate tried.
-        clearly_more: Times the gain of the present rate that the larger one must bring.
+        clearly_more: Factor on the gain of the present rate that the larger one must bring.
         raised: Factor by which the rate is raised then.
         raised_below: Learning-rate multiplier up to which it may be raised.
         forgotten: Share of all that was learned that learning some batches may cost others.

@@ -28,7 +28,7 @@ class SamplesThresholds:
         skipped_confidence: Confidence of that advice: a count of what was done.
         least_updates: Updates before that share is looked at.
         usual_share: Share of the samples that have the same shapes and dtypes, from which on others are named.
-        checked_factor: Times the usual largest number of a field from which on ``nanguard check --data`` names a
+        checked_factor: Factor on the usual largest number of a field from which on ``nanguard check --data`` names a
             sample.
     """
 
