@@ -39,8 +39,10 @@ def run(chosen: argparse.Namespace) -> int:
         say(f"nanguard: there is no folder {where}", file=sys.stderr)
         return 2
     folders = sorted({path.parent for name in (RUN_FILE, RECORDS_FILE, ADVICE_FILE) for path in where.rglob(name)})
-    for folder in sorted(folders, key=_begun):
+    for number, folder in enumerate(sorted(folders, key=_begun)):
         log = read_run(folder)
+        if number:
+            say("")
         say(f"Run of version 0.1.0 in {folder}" if log is None else headline(log))
         for name in (RECORDS_FILE, ADVICE_FILE):
             if (folder / name).is_file():
@@ -67,8 +69,15 @@ def headline(log: RunLog) -> str:
     if log.ended is None:
         return f"{began}: {'it goes on' if is_alive(log.folder) else 'it was killed'}"
     total = sum(count for count in dict(log.ended.get("faults", {})).values() if isinstance(count, int))
-    done = counted(total, "intervention") if total else "nothing to do"
-    return f"{began}: {counted(int(log.ended.get('updates', 0)), 'update')}, {done} since it was last begun"
+    advised = (log.folder / ADVICE_FILE).is_file()
+    done = counted(total, "intervention") if total else "no interventions" if advised else "nothing to do"
+    since = " since it was resumed" if len(log.fits) > 1 or _begun_at(log) else ""
+    return f"{began}: {counted(int(log.ended.get('updates', 0)), 'update')}, {done}{since}"
+
+
+def _begun_at(log: RunLog) -> bool:
+    """Whether the run came to this folder from a checkpoint, so that it did not begin here."""
+    return any(isinstance(fit.get("step"), int) and fit["step"] > 0 for fit in log.fits)
 
 
 def _tell_file(file: Path) -> None:

@@ -95,6 +95,7 @@ class InterventionRecorder:
                 applied=not self._context.settings.observe,
                 ranks=ranks,
                 updates_lost=0 if kept or restored is None else max(0, state.step - restored.step - made),
+                restart_updates=0 if restored is None else made,
             )
         )
 

@@ -69,18 +69,28 @@ def page(data: RunData, thresholds: ReportThresholds = REPORT) -> str:
         *_interventions(data, thresholds),
         *_advice(data, thresholds),
     ]
+    return document(name, parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A whole page that loads nothing, around its parts.
+
+    Args:
+        title: Its title.
+        parts: Its body, as HTML.
+    """
     body = "\n".join(part for part in parts if part)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>NaNGuard: {escaped(name)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>NaNGuard: {escaped(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 
 
-def verdict(data: RunData) -> tuple[str, bool]:
-    """How the run went, in one sentence, and whether that is good.
+def verdict(data: RunData) -> tuple[str, bool | None]:
+    """How the run went, in one sentence, and whether that is good; ``None`` where it is not known.
 
     Args:
         data: The run.
@@ -96,33 +106,47 @@ def verdict(data: RunData) -> tuple[str, bool]:
         return f"Killed: the run did not come to its end; {count} until then.", False
     if losses and not math.isfinite(losses[-1]):
         return f"In trouble: the newest loss is not finite; {count}.", False
+    if not data.interventions and data.advice:
+        causes = sorted({in_words(one.finding.cause) for one in data.advice})
+        return f"Nothing done: there is advice about {', '.join(causes)}.", None
     if not data.interventions:
         return "Healthy: there was nothing to do.", True
     return f"{'Kept alive so far' if data.alive else 'Saved'}: {count}.", True
 
 
+def heading(sentence: str, good: bool | None) -> str:
+    """The heading of a page, in the colour of the outcome.
+
+    Args:
+        sentence: What it says.
+        good: Whether that is good; ``None`` where it is not known.
+    """
+    colour = {None: "unsure", True: "good", False: "bad"}[good]
+    return f'<h1 class="{colour}">{escaped(sentence)}</h1>'
+
+
 def _headline(data: RunData) -> str:
-    sentence, good = verdict(data)
     remedies, rate = data.remedies, data.rate_now
     steps = max((one.step for one in data.curve), default=0)
-    numbers = [
-        (f"{len(data.interventions):,}", "interventions"),
-        (f"{remedies['skip']:,}", "batches skipped"),
-        (f"{remedies['restore']:,}", "rollbacks"),
-        (f"{data.updates_lost:,}", "updates undone by rollbacks"),
-        ("–" if rate is None else f"{rate:.4g}", "learning rate now"),
-        (f"{steps:,}", "steps"),
+    counts = [
+        counted(len(data.interventions), "intervention"),
+        counted(remedies["skip"], "batch skipped", "batches skipped"),
+        counted(remedies["restore"], "rollback"),
+        counted(data.updates_lost, "update undone by rollbacks", "updates undone by rollbacks"),
+        counted(steps, "step"),
     ]
+    numbers = [(number, label) for number, _, label in (words.partition(" ") for words in counts)]
+    ended = data.log is not None and data.log.ended is not None
+    numbers.append(("–" if rate is None else f"{rate:.4g}", f"learning rate {'at the end' if ended else 'now'}"))
     multiplier = None if data.log is None or data.log.ended is None else data.log.ended.get("lr_multiplier")
     if isinstance(multiplier, (int, float)) and multiplier != 1:
         numbers.append((f"{multiplier:.4g}", "times the scheduled rate at the end"))
     items = "".join(f"<li><b>{escaped(value)}</b>{escaped(label)}</li>" for value, label in numbers)
-    title = f'<h1 class="{"good" if good else "bad"}">{escaped(sentence)}</h1>'
-    return f'{title}\n{_which(data)}\n<ul class="numbers">{items}</ul>'
+    return f'{heading(*verdict(data))}\n{_which(data)}\n<ul class="numbers">{items}</ul>'
 
 
 def _which(data: RunData) -> str:
-    words = [f"Folder {data.folder}"]
+    words = [f"folder {data.folder}"]
     if data.log is not None:
         words.insert(0, f"Run {data.log.run_id}")
         began = data.log.fits[0].get("time") if data.log.fits else None
@@ -165,7 +189,7 @@ def _intervention(one: Intervention, data: RunData, is_open: bool, thresholds: R
         if origin := origin_in_words(one.finding):
             lines.append(("of the data", origin))
     if one.finding is not None and one.finding.evidence:
-        evidence = ", ".join(f"{name} {_number(value)}" for name, value in one.finding.evidence.items())
+        evidence = ", ".join(f"{in_words(name)} {_number(value)}" for name, value in one.finding.evidence.items())
         lines.append(("evidence", f"{evidence} (confidence {_number(one.finding.confidence)})"))
     if one.ranks:
         lines.append(("ranks", ", ".join(map(str, one.ranks))))

@@ -22,6 +22,7 @@ from lightning_nanguard.state.snapshot_room import SnapshotSize
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.logger_curves import LoggerCurves
+from lightning_nanguard.trainer.logger_report import log_report
 from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
 from lightning_nanguard.trainer.private.callbacks import after_every_batch
@@ -255,6 +256,8 @@ class Fit:
         """Take everything off the trainer again, whatever fails in between."""
         with ExitStack() as last:
             last.callback(self.folder.close)
+            if self.rank_zero and self.folder.keeps_files:
+                last.callback(log_report, self._trainer, self.folder.path, self.folder.run_id)
             if self.context.curve is not None:
                 last.callback(self.context.curve.write, last=True)
             last.callback(self.advice.close)

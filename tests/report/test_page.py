@@ -29,7 +29,7 @@ def test_what_the_page_tells(tmp_path: Path) -> None:
     for words in (
         "Saved: 2 interventions.",
         "<b>20</b>updates undone by rollbacks",
-        "<b>0.05</b>learning rate now",
+        "<b>0.05</b>learning rate at the end",
         "<svg role=",
         "the loss is nan",
         "went back to step 40 (20 updates lost)",

@@ -189,14 +189,14 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
     parts = []
     if rate is not None:
         numbers["lr"] = rate
-        parts.append(f"learning rate {rate:.4g}")
+        parts.append(f"the learning rate is {rate:.4g}")
     if curvature is not None and limit is not None and rate is not None and limit < rate:
         numbers |= {"slope": curvature.slope, "bend": curvature.bend, "largest_rate": limit}
         parts.append(f"along {curvature.along} the loss of this batch stops falling above {limit:.2g}")
     trial = evidence.trial
     if trial is not None and trial.lacks:
         numbers |= {"tried_rate_factor": trial.factor}
-        parts.append(f"a restart at {trial.factor:.3g} times the rate is ahead of the run after as many updates")
+        parts.append(f"a restart with {trial.factor:.3g} times the rate has the lower loss after as many updates")
     comparison = evidence.comparison
     if comparison is not None and worse_than_before(evidence, thresholds):
         numbers |= {"loss_now": comparison.now, "loss_before": comparison.then}
@@ -204,7 +204,7 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
             f"the loss of this batch is {comparison.now:.4g}, under the last good weights {comparison.then:.4g}"
         )
     if evidence.growth > thresholds.learner.grown_told:
-        parts.append(f"a weight matrix grew to {evidence.growth:.3g} times its norm")
+        parts.append(f"a weight matrix grew to {evidence.growth:.3g} times its former norm")
     return numbers, parts
 
 
