@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_nanguard.record.curve import CurvePoint, thinned
 from lightning_nanguard.record.html import table
-from lightning_nanguard.record.text import in_words
+from lightning_nanguard.record.text import in_words, printable
 from lightning_nanguard.report.data import RunData
 from lightning_nanguard.report.figure import COLOURS, STYLE, add_curve, add_line, matplotlib, scale, spread, to_svg
 from lightning_nanguard.report.page import document, heading, verdict
@@ -117,12 +117,13 @@ def draw_comparison(names: Sequence[str], runs: Sequence[RunData], thresholds: R
         colours = cycle(COLOURS[name] for name in ("first", "second", "back", "bad", "ink"))
         for name, run, colour in zip(names, runs, colours, strict=False):
             rows = thinned([one for one in run.curve if one.optimizer == 0], thresholds.points_per_curve)
-            add_curve(losses, rows, "loss", colour, name)
+            add_curve(losses, rows, "loss", colour, printable(name))
             add_curve(norms, rows, "grad_norm", colour, None)
             add_line(rates, rows, [one.lr for one in rows], color=colour)
             steps = [one.global_step for one in spread(run.interventions, thresholds.marks)]
-            at_top = {"transform": losses.get_xaxis_transform(), "clip_on": False}
-            losses.plot(steps, [1.0] * len(steps), linestyle="none", marker="v", markersize=5, color=colour, **at_top)
+            if steps:
+                style = {"linestyle": "none", "marker": "v", "markersize": 5, "color": colour, "clip_on": False}
+                losses.plot(steps, [1.0] * len(steps), transform=losses.get_xaxis_transform(), **style)
         for axes, label in ((losses, "loss"), (norms, "gradient norm"), (rates, "learning rate")):
             axes.set_ylabel(label)
             scale(axes, thresholds)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_nanguard import Intervention
+from lightning_nanguard import Advice, Finding, Intervention
 from lightning_nanguard.record.curve import CurvePoint
 from lightning_nanguard.record.run_log import RunLog
 from lightning_nanguard.report.data import RunData, read_run_data
@@ -20,6 +20,7 @@ from tests.report.runs import HOSTILE, write_run
 pytest.importorskip("matplotlib")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ADVICE = Advice(0, 0, "preflight", Finding("dead_relu", 0.9))
 SKIP = Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1)
 
 
@@ -28,6 +29,7 @@ def test_what_the_page_tells(tmp_path: Path) -> None:
     text = page(read_run_data(write_run(tmp_path)))
     for words in (
         "Saved: 2 interventions.",
+        "<b>1</b>rollback<",
         "<b>20</b>updates undone by rollbacks",
         "<b>0.05</b>learning rate at the end",
         "<svg role=",
@@ -61,6 +63,7 @@ def test_nothing_is_loaded_and_hostile_names_are_text(tmp_path: Path) -> None:
     ("data", "said", "good"),
     [
         ({}, "Healthy", True),
+        ({"advice": [ADVICE]}, "Nothing done: there is advice about dead relu.", None),
         ({"interventions": [SKIP]}, "Saved: 1 intervention", True),
         ({"interventions": [SKIP], "alive": True}, "Kept alive so far", True),
         ({"interventions": [replace(SKIP, applied=False)]}, "Only observed", True),
@@ -69,7 +72,7 @@ def test_nothing_is_loaded_and_hostile_names_are_text(tmp_path: Path) -> None:
         ({"curve": [CurvePoint(1, 1, 0, float("nan"), None, None, None, None, None)]}, "In trouble", False),
     ],
 )
-def test_verdict(data: dict[str, object], said: str, good: bool) -> None:
+def test_verdict(data: dict[str, object], said: str, good: bool | None) -> None:
     """The first sentence tells a saved run from one that is lost, was killed, only observed, or healthy."""
     sentence, is_good = verdict(RunData(Path(), **data))  # type: ignore[arg-type]
     assert sentence.startswith(said)
