@@ -14,7 +14,17 @@ from lightning_nanguard.record.curve import CurvePoint, thinned
 from lightning_nanguard.record.html import table
 from lightning_nanguard.record.text import in_words, printable
 from lightning_nanguard.report.data import RunData
-from lightning_nanguard.report.figure import COLOURS, STYLE, add_curve, add_line, matplotlib, scale, spread, to_svg
+from lightning_nanguard.report.figure import (
+    COLOURS,
+    STYLE,
+    add_curve,
+    add_line,
+    legend,
+    matplotlib,
+    scale,
+    spread,
+    to_svg,
+)
 from lightning_nanguard.report.page import document, heading, verdict
 from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
 
@@ -117,7 +127,7 @@ def draw_comparison(names: Sequence[str], runs: Sequence[RunData], thresholds: R
         colours = cycle(COLOURS[name] for name in ("first", "second", "back", "bad", "ink"))
         for name, run, colour in zip(names, runs, colours, strict=False):
             rows = thinned([one for one in run.curve if one.optimizer == 0], thresholds.points_per_curve)
-            add_curve(losses, rows, "loss", colour, printable(name))
+            add_curve(losses, rows, "loss", colour, _short(printable(name), thresholds.characters_of_legend))
             add_curve(norms, rows, "grad_norm", colour, None)
             add_line(rates, rows, [one.lr for one in rows], color=colour)
             steps = [one.global_step for one in spread(run.interventions, thresholds.marks)]
@@ -127,10 +137,14 @@ def draw_comparison(names: Sequence[str], runs: Sequence[RunData], thresholds: R
         for axes, label in ((losses, "loss"), (norms, "gradient norm"), (rates, "learning rate")):
             axes.set_ylabel(label)
             scale(axes, thresholds)
-        if losses.get_legend_handles_labels()[1]:
-            losses.legend(loc="upper right")
+        legend(losses, thresholds)
         rates.set_xlabel("step")
     return figure
+
+
+def _short(name: str, most: int) -> str:
+    """A name with its beginning left out where it is too long; its end tells runs apart."""
+    return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
 def _loss(curve: Sequence[CurvePoint], step: int, thresholds: ReportThresholds) -> str:

@@ -66,6 +66,19 @@ class RunData:
         """The effective learning rate of the newest update of the first optimizer."""
         return next((point.lr for point in reversed(self.curve) if point.optimizer == 0 and point.lr is not None), None)
 
+    def losses_at_ends(self, thresholds: ReportThresholds = REPORT) -> tuple[float | None, float | None]:
+        """Median loss of the first optimizer at the beginning of the curves and at their end; ``None`` without one.
+
+        Args:
+            thresholds: How many rows of the curves are looked at.
+        """
+        known = [one.loss for one in self.curve if one.optimizer == 0 and one.loss is not None]
+        finite = [loss for loss in known if math.isfinite(loss)]
+        if not finite:
+            return None, None
+        rows = thresholds.rows_around
+        return median(finite[:rows]), median(finite[-rows:]) if math.isfinite(known[-1]) else known[-1]
+
     def losses_around(
         self, intervention: Intervention, thresholds: ReportThresholds = REPORT
     ) -> tuple[float | None, float | None]:

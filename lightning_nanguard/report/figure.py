@@ -99,8 +99,7 @@ def draw(data: RunData, figure: Any = None, thresholds: ReportThresholds = REPOR
         for axes, label in ((losses, "loss"), (norms, "gradient norm"), (rates, "learning rate")):
             axes.set_ylabel(label)
             scale(axes, thresholds)
-            if axes.get_legend_handles_labels()[1]:
-                axes.legend(loc="upper right")
+            legend(axes, thresholds)
         shown = list(spread(data.interventions, thresholds.marks))
         _mark(marks, shown, library)
         for axes in (losses, norms, rates):
@@ -196,6 +195,19 @@ def add_line(axes: Any, rows: Sequence[CurvePoint], values: Sequence[float | Non
         # A single value between two that are not finite would be a line of no length.
         alone = {"marker": ".", "markersize": 4} if len(ys) < 30 else {}
         axes.plot(xs, ys, **{"linewidth": 1.2, **alone, **style})
+
+
+def legend(axes: Any, thresholds: ReportThresholds = REPORT) -> None:
+    """Put the legend above the axes at the left: there it hides no curve, and a phone shows it without scrolling.
+
+    Args:
+        axes: The axes, with their curves.
+        thresholds: How wide it is.
+    """
+    labels = axes.get_legend_handles_labels()[1]
+    if labels:
+        columns = max(1, min(len(labels), thresholds.characters_of_legend // max(map(len, labels))))
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.02), borderaxespad=0.0, ncols=columns)
 
 
 def scale(axes: Any, thresholds: ReportThresholds = REPORT) -> None:

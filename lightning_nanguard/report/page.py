@@ -29,8 +29,9 @@ body { margin: 0 auto; max-width: 62rem; padding: 1rem; background: var(--ground
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 1.4rem; line-height: 1.3; margin: .5rem 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
 .good { color: var(--good) } .bad { color: var(--bad) } .quiet { color: var(--ink); font-size: .9rem }
-.numbers { display: flex; flex-wrap: wrap; gap: .5rem; padding: 0; list-style: none }
-.numbers li { flex: 1 1 9rem; padding: .5rem .75rem; border-radius: .5rem; background: var(--soft) }
+.numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .5rem; padding: 0;
+  list-style: none }
+.numbers li { padding: .5rem .75rem; border-radius: .5rem; background: var(--soft) }
 .numbers b { display: block; font-size: 1.15rem }
 .wide { overflow-x: auto } .wide svg { display: block; width: 100%; min-width: 30rem; height: auto }
 svg text { fill: var(--ink) }
@@ -60,7 +61,7 @@ def page(data: RunData, thresholds: ReportThresholds = REPORT) -> str:
     """
     name = data.folder.name if data.log is None else data.log.run_id
     parts = [
-        _headline(data),
+        _headline(data, thresholds),
         "<h2>Curves</h2>",
         f'<div class="wide">{to_svg(draw(data, thresholds=thresholds))}</div>'
         if data.curve or data.interventions
@@ -125,7 +126,7 @@ def heading(sentence: str, good: bool | None) -> str:
     return f'<h1 class="{colour}">{escaped(sentence)}</h1>'
 
 
-def _headline(data: RunData) -> str:
+def _headline(data: RunData, thresholds: ReportThresholds) -> str:
     remedies, rate = data.remedies, data.rate_now
     steps = max((one.step for one in data.curve), default=0)
     counts = [
@@ -136,6 +137,9 @@ def _headline(data: RunData) -> str:
         counted(steps, "step"),
     ]
     numbers = [(number, label) for number, _, label in (words.partition(" ") for words in counts)]
+    first, last = data.losses_at_ends(thresholds)
+    if first is not None and last is not None:
+        numbers.append((f"{first:.4g} → {last:.4g}", "loss, at first and at the end"))
     ended = data.log is not None and data.log.ended is not None
     numbers.append(("–" if rate is None else f"{rate:.4g}", f"learning rate {'at the end' if ended else 'now'}"))
     multiplier = None if data.log is None or data.log.ended is None else data.log.ended.get("lr_multiplier")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from lightning_nanguard import Intervention
 from lightning_nanguard.record.files import RECORDS_FILE
 from lightning_nanguard.record.jsonl import JsonLines
@@ -18,6 +20,8 @@ def test_all_of_a_run_is_read(tmp_path: Path) -> None:
     assert (data.log.run_id, data.alive, data.stopped) == ("20261128-220000-abcdef", False, False)
     assert (len(data.curve), len(data.interventions), len(data.advice), len(data.layer_norms)) == (200, 2, 1, 1)
     assert (data.updates_lost, data.rate_now, data.remedies["restore"]) == (20, 0.05, 1)
+    assert data.losses_at_ends() == pytest.approx((3.0 / 5.5 + 0.5, 3.0 / 195.5 + 0.5), rel=0.01)
+    assert RunData(tmp_path, curve=[data.curve[59]]).losses_at_ends() == (None, None)
     before, after = data.losses_around(data.interventions[0])
     assert before is not None
     assert after is not None

@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -91,17 +95,49 @@ def test_a_long_run_stays_small(tmp_path: Path) -> None:
     assert text.count("<details") == 60
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_in_a_browser(tmp_path: Path) -> None:
-    """Chromium renders it with an empty console, and no script of a hostile name runs."""
-    file = tmp_path / "report.html"
-    file.write_text(page(read_run_data(write_run(tmp_path / "run", HOSTILE))), encoding="utf-8")
+@contextmanager
+def asked_for() -> Iterator[tuple[str, list[str]]]:
+    """A server on this machine: its address, and the paths that it was asked for."""
+    paths: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            paths.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *args: object) -> None:
+            """Nothing on the console."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", paths
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def rendered(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What Chromium makes of a page: its document on standard output, its console on standard error."""
+    file = folder / "report.html"
+    file.write_text(text, encoding="utf-8")
     command = [
-        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
         "--enable-logging=stderr", "--v=0", "--dump-dom", file.as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_in_a_browser(tmp_path: Path) -> None:
+    """Chromium renders it with an empty console, loads nothing, and runs no script of a hostile name."""
+    with asked_for() as (address, paths):
+        name = HOSTILE.replace("http://127.0.0.1:9", address)
+        done = rendered(page(read_run_data(write_run(tmp_path / "run", name))), tmp_path)
+        assert paths == []
+        rendered(f"<img src={address}/x>", tmp_path)
+        assert paths == ["/x"]  # so it would have been seen
     assert "CONSOLE" not in done.stderr
     assert "<title>NaNGuard: 20261128-220000-abcdef</title>" in done.stdout
     assert "Saved: 2 interventions." in done.stdout
