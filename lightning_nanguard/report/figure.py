@@ -167,10 +167,9 @@ def add_curve(axes: Any, rows: Sequence[CurvePoint], field: str, colour: str, na
     add_line(axes, rows, [getattr(one, field) for one in rows], color=colour, label=name)
     bad = [one.step for one, value in zip(rows, largest, strict=True) if value is not None and not math.isfinite(value)]
     if bad:
-        at_top = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-        axes.plot(
-            bad, [1.0] * len(bad), linestyle="none", marker="x", color=COLOURS["bad"], label="not finite", **at_top
-        )
+        label = None if "not finite" in axes.get_legend_handles_labels()[1] else "not finite"
+        style = {"linestyle": "none", "marker": "x", "color": COLOURS["bad"], "clip_on": False}
+        axes.plot(bad, [1.0] * len(bad), transform=axes.get_xaxis_transform(), label=label, **style)
 
 
 def add_line(axes: Any, rows: Sequence[CurvePoint], values: Sequence[float | None], **style: Any) -> None:

@@ -12,8 +12,7 @@ from lightning_nanguard.record.html import escaped, parts_of, table
 from lightning_nanguard.record.layer_norms import LayerNorms
 from lightning_nanguard.record.messages import describe_advice
 from lightning_nanguard.record.receipts import receipt_of
-from lightning_nanguard.record.sample_words import origin_in_words
-from lightning_nanguard.record.text import counted, in_words
+from lightning_nanguard.record.text import counted, in_words, listed_numbers
 from lightning_nanguard.report.data import RunData
 from lightning_nanguard.report.figure import draw, to_svg
 from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
@@ -29,7 +28,7 @@ body { margin: 0 auto; max-width: 62rem; padding: 1rem; background: var(--ground
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 1.4rem; line-height: 1.3; margin: .5rem 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
 .good { color: var(--good) } .bad { color: var(--bad) } .quiet { color: var(--ink); font-size: .9rem }
-.numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .5rem; padding: 0;
+.numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .5rem; padding: 0;
   list-style: none }
 .numbers li { padding: .5rem .75rem; border-radius: .5rem; background: var(--soft) }
 .numbers b { display: block; font-size: 1.15rem }
@@ -139,7 +138,7 @@ def _headline(data: RunData, thresholds: ReportThresholds) -> str:
     numbers = [(number, label) for number, _, label in (words.partition(" ") for words in counts)]
     first, last = data.losses_at_ends(thresholds)
     if first is not None and last is not None:
-        numbers.append((f"{first:.4g} → {last:.4g}", "loss, at first and at the end"))
+        numbers.append((f"{first:.4g} → {last:.4g}", "loss, first to last"))
     ended = data.log is not None and data.log.ended is not None
     numbers.append(("–" if rate is None else f"{rate:.4g}", f"learning rate {'at the end' if ended else 'now'}"))
     multiplier = None if data.log is None or data.log.ended is None else data.log.ended.get("lr_multiplier")
@@ -189,9 +188,7 @@ def _intervention(one: Intervention, data: RunData, is_open: bool, thresholds: R
     if cost:
         lines.append(("cost", cost))
     if one.finding is not None and one.finding.samples:
-        lines.append(("samples", ", ".join(map(str, one.finding.samples))))
-        if origin := origin_in_words(one.finding):
-            lines.append(("of the data", origin))
+        lines.append(("in the batch", listed_numbers("sample", one.finding.samples)))
     if one.finding is not None and one.finding.evidence:
         evidence = ", ".join(f"{in_words(name)} {_number(value)}" for name, value in one.finding.evidence.items())
         lines.append(("evidence", f"{evidence} (confidence {_number(one.finding.confidence)})"))

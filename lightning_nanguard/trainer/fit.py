@@ -18,6 +18,7 @@ from lightning_nanguard.record.advice import AdviceLog
 from lightning_nanguard.record.dispatch import SinkDispatcher
 from lightning_nanguard.record.run_folder import RunFolder
 from lightning_nanguard.record.summary import summary
+from lightning_nanguard.record.text import counted
 from lightning_nanguard.state.snapshot_room import SnapshotSize
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
@@ -101,6 +102,9 @@ class Fit:
         """
         self._sinks.open()
         self._say_what_is_not_guarded()
+        if (known := self.order.known).quarantine and len(known):
+            rows = counted(len(known), "bad sample")
+            rank_zero_info(f"NaNGuard: {rows} that the run has met before will be left out (quarantine=True).")
         self.guard.start()
         self._limit_memory(max_memory)
         if self.context.curve is not None:

@@ -40,7 +40,7 @@ def test_what_the_page_tells(tmp_path: Path) -> None:
         "the loss is nan",
         "went back to step 40 (20 updates lost)",
         "<dt>cost</dt><dd>20 updates undone; loss 0.5",
-        "<dt>samples</dt><dd>5, 7</dd>",
+        "<dt>in the batch</dt><dd>samples 5, 7</dd>",
         "<dt>to do</dt><dd>Clean the data.</dd>",
         "<td>net.0</td><td>0.5</td><td>nan</td>",
         "<h2>Advice</h2>",

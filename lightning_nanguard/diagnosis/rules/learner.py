@@ -152,7 +152,7 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
         confidence,
         evidence=numbers,
         place=fault.place,
-        suggestion=f"{found}. Lower the learning rate{_to(case, thresholds)}, or warm it up.",
+        suggestion=f"{found}. Warm the learning rate up, or lower it{_to(case, thresholds)}.",
         scope="learner",
     )
 
@@ -315,4 +315,4 @@ def _to(case: Case, thresholds: DiagnosisThresholds) -> str:
     rate, limit = _rate(case), None if case.curvature is None else case.curvature.largest_rate
     if rate is not None and limit is not None and limit < rate:
         return f" below {limit:.2g}; {limit / 2:.2g} lowers this batch's loss most"
-    return "" if rate is None else f", to {rate / thresholds.learner.suggested_cut:.2g} for a start"
+    return "" if rate is None else f" to {rate / thresholds.learner.suggested_cut:.2g} for a start"
