@@ -12,6 +12,7 @@ from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_advi
 from lightning_nanguard.record.messages import describe_advice, tell, tell_again
 from lightning_nanguard.record.receipts import RECEIPTS_FILE, receipt_of
 from lightning_nanguard.record.run_folder import is_alive
+from lightning_nanguard.record.run_history import earlier_parts
 from lightning_nanguard.record.run_log import RUN_FILE, RunLog, read_run
 from lightning_nanguard.record.text import counted
 
@@ -56,14 +57,17 @@ def run(chosen: argparse.Namespace) -> int:
     return 0 if folders else 2
 
 
-def _begun(folder: Path) -> tuple[str, str]:
+def _begun(folder: Path) -> tuple[str, float, str]:
     log = read_run(folder)
-    return "" if log is None else log.run_id, str(folder)
+    return ("", 0.0, str(folder)) if log is None else (log.run_id, log.begun, str(folder))
 
 
 def headline(log: RunLog) -> str:
     """Which run it is, and how it went, in one line."""
     began = f"Run {log.run_id} in {log.folder}"
+    earlier = earlier_parts(log)
+    if earlier:
+        began += f", resumed from step {log.fits[0].get('step')} of {earlier[-1].folder}"
     if len(log.fits) > 1:
         began += f", resumed {counted(len(log.fits) - 1, 'time')}"
     if log.ended is None:
@@ -71,13 +75,8 @@ def headline(log: RunLog) -> str:
     total = sum(count for count in dict(log.ended.get("faults", {})).values() if isinstance(count, int))
     advised = (log.folder / ADVICE_FILE).is_file()
     done = counted(total, "intervention") if total else "no interventions" if advised else "nothing to do"
-    since = " since it was resumed" if len(log.fits) > 1 or _begun_at(log) else ""
+    since = " since it was resumed" if len(log.fits) > 1 or earlier else ""
     return f"{began}: {counted(int(log.ended.get('updates', 0)), 'update')}, {done}{since}"
-
-
-def _begun_at(log: RunLog) -> bool:
-    """Whether the run came to this folder from a checkpoint, so that it did not begin here."""
-    return any(isinstance(fit.get("step"), int) and fit["step"] > 0 for fit in log.fits)
 
 
 def _tell_file(file: Path) -> None:

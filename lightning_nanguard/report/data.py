@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import final
+from typing import TypeVar, final
 
 from lightning_nanguard.record.curve import CURVE_FILE, CurvePoint, read_curve
 from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_advice, read_receipts, read_records
 from lightning_nanguard.record.layer_norms import LAYER_NORMS_FILE, LayerNorms, read_layer_norms
 from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
 from lightning_nanguard.record.run_folder import is_alive
+from lightning_nanguard.record.run_history import earlier_parts
 from lightning_nanguard.record.run_log import RunLog, find_runs, read_run
 from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
 from lightning_nanguard.types import Advice, Intervention
+
+_Item = TypeVar("_Item")
 
 
 @final
@@ -34,6 +37,7 @@ class RunData:
         advice: What was noticed and left alone.
         layer_norms: Norms of the layers at incidents.
         receipts: What interventions on finite evidence have gained or cost.
+        earlier: Its logs in the folders that it lay in before it was resumed, oldest first.
     """
 
     folder: Path
@@ -44,6 +48,7 @@ class RunData:
     advice: Sequence[Advice] = ()
     layer_norms: Sequence[LayerNorms] = ()
     receipts: Sequence[Receipt] = ()
+    earlier: Sequence[RunLog] = ()
 
     @property
     def stopped(self) -> bool:
@@ -96,23 +101,29 @@ class RunData:
 
 
 def read_run_data(folder: Path) -> RunData:
-    """Read what a run has left in its folder; what is not there is left empty.
+    """Read what a run has left in its folder, and in those it lay in before it was resumed; what is not there is empty.
 
     Args:
         folder: The folder of the run.
     """
-    records, advice, curve = folder / RECORDS_FILE, folder / ADVICE_FILE, folder / CURVE_FILE
-    receipts = folder / RECEIPTS_FILE
+    log = read_run(folder)
+    earlier = [] if log is None else earlier_parts(log)
+    folders = [*(part.folder for part in earlier), folder]
     return RunData(
         folder,
-        read_run(folder),
+        log,
         is_alive(folder),
-        read_curve(curve) if curve.is_file() else (),
-        read_records(records) if records.is_file() else (),
-        read_advice(advice) if advice.is_file() else (),
-        read_layer_norms(folder / LAYER_NORMS_FILE),
-        read_receipts(receipts) if receipts.is_file() else (),
+        _all(folders, CURVE_FILE, read_curve),
+        _all(folders, RECORDS_FILE, read_records),
+        _all(folders, ADVICE_FILE, read_advice),
+        _all(folders, LAYER_NORMS_FILE, read_layer_norms),
+        _all(folders, RECEIPTS_FILE, read_receipts),
+        earlier,
     )
+
+
+def _all(folders: Sequence[Path], name: str, read: Callable[[Path], Sequence[_Item]]) -> list[_Item]:
+    return [item for folder in folders if (folder / name).is_file() for item in read(folder / name)]
 
 
 def find_run(where: Path) -> Path | None:

@@ -152,11 +152,14 @@ def _which(data: RunData) -> str:
     words = [f"folder {data.folder}"]
     if data.log is not None:
         words.insert(0, f"Run {data.log.run_id}")
-        began = data.log.fits[0].get("time") if data.log.fits else None
+        fits = [fit for log in (*data.earlier, data.log) for fit in log.fits]
+        began = fits[0].get("time") if fits else None
         if isinstance(began, (int, float)) and 0 <= began < 1e11:
             words.append(f"begun {datetime.fromtimestamp(began, timezone.utc):%Y-%m-%d %H:%M} UTC")
-        if len(data.log.fits) > 1:
-            words.append(f"resumed {counted(len(data.log.fits) - 1, 'time')}")
+        if len(fits) > 1:
+            words.append(f"resumed {counted(len(fits) - 1, 'time')}")
+        if data.earlier:
+            words.append(f"before that in {', '.join(str(log.folder) for log in data.earlier)}")
     return f'<p class="quiet">{escaped("; ".join(words))}</p>'
 
 
