@@ -53,8 +53,7 @@ class RunData:
     @property
     def stopped(self) -> bool:
         """Whether the guard ended the run."""
-        last = self.interventions[-1] if self.interventions else None
-        return last is not None and last.applied and "stop" in last.remedies
+        return bool(self.interventions) and self.interventions[-1].ends_run
 
     @property
     def updates_lost(self) -> int:

@@ -89,6 +89,11 @@ class Intervention:
     restart_updates: int = 0
     run: str = field(default="", compare=False)
 
+    @property
+    def ends_run(self) -> bool:
+        """Whether it ended the run; with ``observe=True`` none does."""
+        return self.applied and "stop" in self.remedies
+
     def to_dict(self) -> dict[str, Any]:
         """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings.
 

@@ -34,10 +34,7 @@ from lightning_nanguard.record.summary import summary
             {"lr_multiplier": 0.25, "path": Path("logs/run 7")},
         ),
         (
-            (
-                '5 updates watched (act_on="certain"), 1 fault found, only observed (spike 1): '
-                "would have been 1 batch skipped"
-            ),
+            ('5 updates watched (act_on="certain"), 1 fault found, only observed (spike 1); not done: 1 batch skipped'),
             (5, {"spike": 1}, {"skip": 1}),
             {"observe": True},
         ),

@@ -60,9 +60,7 @@ def _corrupted(
     # A fault of memory is gone on the good state, and does not come back as soon as that is restored.
     gone = case.clues.change is None or case.clues.good_finite is True
     if case.evidence.told:
-        text = (
-            f"and before, {case.evidence.told}, which was finite and left alone. Clip gradients, or look at that batch."
-        )
+        text = f"and before, {case.evidence.told}."
     elif times == 1 or not gone:
         text = (
             "though no reading before it was bad. Look for code that writes into it: a hook, a callback, an operation "
