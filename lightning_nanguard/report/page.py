@@ -111,6 +111,9 @@ def verdict(data: RunData) -> tuple[str, bool | None]:
         return f"Nothing done: there is advice about {', '.join(causes)}.", None
     if not data.interventions:
         return "Healthy: there was nothing to do.", True
+    first, last = data.losses_at_ends()
+    if not data.alive and first is not None and last is not None and last > first:
+        return f"Ended: {count}, and the loss ends above where it began.", None
     return f"{'Kept alive so far' if data.alive else 'Saved'}: {count}.", True
 
 

@@ -25,6 +25,7 @@ pytest.importorskip("matplotlib")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ADVICE = Advice(0, 0, "preflight", Finding("dead_relu", 0.9))
+RISING = [CurvePoint(step, 1, 0, float(step), None, None, None, None, None) for step in range(1, 31)]
 SKIP = Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1)
 
 
@@ -69,6 +70,7 @@ def test_nothing_is_loaded_and_hostile_names_are_text(tmp_path: Path) -> None:
         ({}, "Healthy", True),
         ({"advice": [ADVICE]}, "Nothing done: there is advice about dead relu.", None),
         ({"interventions": [SKIP]}, "Saved: 1 intervention", True),
+        ({"interventions": [SKIP], "curve": RISING}, "Ended: 1 intervention, and the loss ends above where", None),
         ({"interventions": [SKIP], "alive": True}, "Kept alive so far", True),
         ({"interventions": [replace(SKIP, applied=False)]}, "Only observed", True),
         ({"interventions": [replace(SKIP, remedies=("stop",))]}, "Lost: the guard stopped", False),
