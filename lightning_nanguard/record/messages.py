@@ -184,7 +184,8 @@ def describe_advice(advice: Advice, thresholds: RecordsThresholds = RECORDS) -> 
     """
     finding = advice.finding
     occasion = "" if advice.occasion == "a finite suspicion" else f" ({advice.occasion})"
-    samples = f" ({words})" if (words := samples_in_words(finding, thresholds)) else ""
+    words = "" if "sample" in finding.suggestion else samples_in_words(finding, thresholds)
+    samples = f" ({words})" if words else ""
     suggestion = f": {finding.suggestion}" if finding.suggestion else ""
     what = f"{in_words(finding.cause)}{_where(finding)}{samples}{suggestion}"
     return printable(f"step {advice.global_step} (epoch {advice.epoch}), advice{occasion}: {what}")

@@ -24,7 +24,7 @@ def test_explain_tells_records_and_advice(tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     assert said.startswith(f"Run {guard.run_id} in {guard.run_dir}: ")
     assert said.splitlines()[0].endswith(" updates, 1 intervention")
-    assert "step 0 (epoch 0), advice (preflight): non-finite input in field 0 of the data set (sample 37)" in said
+    assert "step 0 (epoch 0), advice (preflight): non-finite input in field 0 of the data set: sample 37 of" in said
     assert "advice (preflight): double softmax in training_step (softmax, classifier.py:" in said
     assert "  why: non-finite input in field 0 of the batch: sample " in said
     assert "  done: skipped the batch" in said
