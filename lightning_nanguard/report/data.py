@@ -83,6 +83,15 @@ class RunData:
         rows = thresholds.rows_around
         return median(finite[:rows]), median(finite[-rows:]) if math.isfinite(known[-1]) else known[-1]
 
+    def norms_at(self, intervention: Intervention) -> LayerNorms | None:
+        """The norms of the layers at an intervention; ``None`` where none were kept.
+
+        Args:
+            intervention: The intervention.
+        """
+        key = (intervention.run, intervention.global_step, intervention.fault)
+        return next((one for one in self.layer_norms if (one.run, one.global_step, one.fault) == key), None)
+
     def losses_around(
         self, intervention: Intervention, thresholds: ReportThresholds = REPORT
     ) -> tuple[float | None, float | None]:

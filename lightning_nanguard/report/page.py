@@ -204,7 +204,7 @@ def _intervention(one: Intervention, data: RunData, is_open: bool, thresholds: R
     described = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(text)}</dd>" for name, text in rest)
     return (
         f"<details{' open' if is_open else ''}><summary>{escaped(seen)}</summary><dl>{described}</dl>"
-        f"{_layers(one, data.layer_norms, thresholds)}</details>"
+        f"{_layers(data.norms_at(one), thresholds)}</details>"
     )
 
 
@@ -222,8 +222,7 @@ def _receipt(one: Intervention, data: RunData, thresholds: ReportThresholds) -> 
     return "; ".join([*words, receipt.in_words()] if receipt is not None else words)
 
 
-def _layers(one: Intervention, norms: Sequence[LayerNorms], thresholds: ReportThresholds) -> str:
-    found = next((n for n in norms if (n.run, n.global_step, n.fault) == (one.run, one.global_step, one.fault)), None)
+def _layers(found: LayerNorms | None, thresholds: ReportThresholds) -> str:
     if found is None or not found.layers:
         return ""
     layers = list(found.layers.items())[: thresholds.layers]

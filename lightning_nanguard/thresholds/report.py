@@ -15,6 +15,7 @@ class ReportThresholds:
         interventions_in_full: Interventions that the page tells in full at most, the first of each kind before others.
         rows_around: Rows of the curves on each side of an intervention whose median loss is compared.
         layers: Layers of one incident whose norms the page shows, those that changed most first.
+        layers_in_text: Layers that ``nanguard explain`` names at one intervention.
         advice: Pieces of advice that the page shows at most.
         logarithmic_from: Ratio of the largest to the smallest number of a curve from which its axis is logarithmic.
         characters_of_legend: Characters in one line of a legend; more do not fit above a curve.
@@ -28,6 +29,7 @@ class ReportThresholds:
     interventions_in_full: int = 60
     rows_around: int = 10
     layers: int = 16
+    layers_in_text: int = 3
     advice: int = 50
     logarithmic_from: float = 20.0
     characters_of_legend: int = 60

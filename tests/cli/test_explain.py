@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,9 @@ def test_explain_tells_records_and_advice(tmp_path: Path, capsys: pytest.Capture
     assert "  why: non-finite input in field 0 of the batch: sample " in said
     assert "  done: skipped the batch" in said
     assert "  sample: row 37 of the data set" in said
-    assert len(said.splitlines()) == 1 + 5 + 2
+    assert "\n  the loss went from " in said
+    assert "\n  gradient norms in the last " in said
+    assert len(said.splitlines()) == 2 + 6 + 2
 
 
 def test_explain_tells_a_healthy_run_from_a_wrong_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,14 +42,16 @@ def test_explain_tells_a_healthy_run_from_a_wrong_folder(tmp_path: Path, capsys:
     fit(task(), batches(count=5), healthy, folder=tmp_path / "healthy")
     assert main(["explain", str(tmp_path / "healthy")]) == 0
     said = capsys.readouterr().out
-    assert said == f"Run {healthy.run_id} in {healthy.run_dir}: 5 updates, nothing to do\n"
+    first, second = said.splitlines()
+    assert first == f"Run {healthy.run_id} in {healthy.run_dir}: 5 updates, nothing to do"
+    assert re.fullmatch(r"  the loss went from \S+ to \S+; the learning rate is 0\.01", second)
     JsonLines(folder_of(healthy) / ADVICE_FILE).write(Advice(0, 0, "preflight", Finding("dead_relu", 0.9)))
     append_event(folder_of(healthy), "fit", {"run": healthy.run_id, "step": 5})
     append_event(folder_of(healthy), "end", {"updates": 9, "faults": {"non_finite_loss": 1}})
     assert main(["explain", str(tmp_path / "healthy")]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0].endswith(", resumed 1 time: 9 updates, 1 intervention since it was resumed")
-    assert told[1] == "step 0 (epoch 0), advice (preflight): dead relu"
+    assert told[2] == "step 0 (epoch 0), advice (preflight): dead relu"
     append_event(tmp_path / "healthy", "fit", {"run": "killed", "step": 0})
     assert main(["explain", str(tmp_path / "healthy")]) == 0
     assert f"Run killed in {tmp_path / 'healthy'}: it was killed" in capsys.readouterr().out
