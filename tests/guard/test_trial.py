@@ -57,16 +57,26 @@ def test_what_ends_a_trial() -> None:
     assert not loop.guard._parts.beside.trials.running
 
 
-def test_a_trial_that_falls_due_meanwhile_follows() -> None:
-    """The second one falls due after 80 updates, while the first one runs, and begins when that has ended."""
-    loop = BranchingLoop(lr=0.05)
-    loop.run(100)
-    trials = loop.guard._parts.beside.trials
-    first = trials._running
-    loop.run(30)
-    assert first is not None
-    assert trials.running
-    assert trials._running is not first
+def test_a_plateau_is_tried_once_at_a_rate() -> None:
+    """After the first trial of a run that goes well none follows at its rate, but where that has risen or was changed;
+    a resumed run knows of it."""
+    for change in ("none", "the guard's", "the schedule's"):
+        loop = BranchingLoop(lr=0.05)
+        loop.run(100)
+        trials = loop.guard._parts.beside.trials
+        assert trials.running
+        loop.run(50)
+        assert not trials.running
+        known = trials.state_dict()
+        assert known["rate"] == (1.0, 0.05)
+        trials.load_state_dict({})
+        trials.load_state_dict(known)
+        if change == "the guard's":
+            loop.guard.context.rate.set_multiplier(0.5)
+        elif change == "the schedule's":
+            loop.optimizer.param_groups[0]["lr"] = 0.2
+        loop.run(30)
+        assert trials.running == (change != "none")
 
 
 def test_memory_bounds_the_arms(monkeypatch: pytest.MonkeyPatch) -> None:
