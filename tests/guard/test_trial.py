@@ -58,25 +58,20 @@ def test_what_ends_a_trial() -> None:
 
 
 def test_a_plateau_is_tried_once_at_a_rate() -> None:
-    """After the first trial of a run that goes well none follows at its rate, but where that has risen or was changed;
-    a resumed run knows of it."""
-    for change in ("none", "the guard's", "the schedule's"):
+    """After a trial of a run that goes well none follows at its rate, but where that has risen or the guard has changed
+    it; a resumed run knows of it."""
+    plateau = Fault("stuck_loss", "learner", "loss", None, certain=False, doubtful=True)
+    for multiplier, rate, begins in ((1.0, 0.05, False), (0.5, 0.05, True), (1.0, 0.2, True), (1.0, 0.01, False)):
         loop = BranchingLoop(lr=0.05)
-        loop.run(100)
-        trials = loop.guard._parts.beside.trials
-        assert trials.running
-        loop.run(50)
-        assert not trials.running
+        loop.run(150)
+        certified, trials = loop.guard.context.ring.certified, loop.guard._parts.beside.trials
         known = trials.state_dict()
-        assert known["rate"] == (1.0, 0.05)
         trials.load_state_dict({})
         trials.load_state_dict(known)
-        if change == "the guard's":
-            loop.guard.context.rate.set_multiplier(0.5)
-        elif change == "the schedule's":
-            loop.optimizer.param_groups[0]["lr"] = 0.2
-        loop.run(30)
-        assert trials.running == (change != "none")
+        loop.guard.context.rate.set_multiplier(multiplier)
+        loop.optimizer.param_groups[0]["lr"] = rate
+        assert not trials.running
+        assert trials.begin(plateau, certified[-1], certified[0]) == begins
 
 
 def test_memory_bounds_the_arms(monkeypatch: pytest.MonkeyPatch) -> None:
