@@ -20,13 +20,13 @@ from lightning_nanguard.types import Fault, Reading
 
 @final
 class DeferredReadings:
-    """Readings on their way from the device, oldest first, each with what undoes its batch.
+    """Readings that have not arrived yet, oldest first, each with what undoes its batch.
 
     Args:
         learner: What is trained.
         state: Knows whether an infinite loss is usual.
-        by_loss: Whether the device may judge by the loss as well as by the gradient: among ranks losses differ.
-        observe: Whether nothing may be held back.
+        by_loss: Whether the device may use the loss besides the gradient. Not with several ranks, whose losses differ.
+        observe: Whether the device must not skip updates.
     """
 
     def __init__(self, learner: Learner, state: GuardState, *, by_loss: bool, observe: bool) -> None:
@@ -41,7 +41,7 @@ class DeferredReadings:
         return len(self._queue)
 
     def defer(self, pending: PendingReading, undo: BatchUndo) -> None:
-        """Send a reading on its way; where the optimizer can, the device itself holds a bad update back."""
+        """Send a reading to the host. If the optimizer supports it, the device itself skips a bad update."""
         optimizer = self._learner.optimizers[pending.optimizer_index]
         if self._learner.scaler is None and skips_on_device(optimizer) and not self._observe:
             # Fused optimizers leave their state alone where this flag is set: decided without the host.
@@ -54,7 +54,7 @@ class DeferredReadings:
         self._queue.append((pending, undo))
 
     def drop_flags(self) -> None:
-        """Take from the optimizers what :meth:`defer` has set."""
+        """Remove from the optimizers what :meth:`defer` has set."""
         if not self._flagged:
             return
         self._flagged = False
@@ -88,7 +88,7 @@ class DeferredReadback:
         meter: Measures.
         state: The guard's counts.
         readings: The readings on their way.
-        caution: Says which updates are read in time.
+        caution: Decides which updates are read before they are made.
     """
 
     def __init__(self, meter: Meter, state: GuardState, readings: DeferredReadings, caution: Caution) -> None:

@@ -1,8 +1,9 @@
-"""Readings of several processes: every rank tells the others of each update, and all judge the same reading.
+"""Readings of several processes: every rank reports each update to the others, and all judge the same reading.
 
-Whether and when a rank waits must not depend on what it alone knows: every rank tells of every update and hears of it
-at the same point of a later one. A rank may hear early of an update that looks bad to it, since all have told or are
-about to. Only if it looks bad to all of them have all heard early, and they act together.
+Whether and when a rank waits must not depend on what it alone knows. So every rank reports every update, and reads the
+reports of all ranks at the same point of a later update. If an update looks bad to a rank, it may read the reports
+earlier, because all ranks have posted theirs or are about to. If it looks bad to all ranks, all have read the reports
+earlier, and they act together.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from lightning_nanguard.types import Fault, Reading
 
 @final
 class Sent(NamedTuple):
-    """One update that the other ranks were told about.
+    """One update that was reported to the other ranks.
 
     Attributes:
-        posted: What all ranks say about it.
+        posted: The reports of all ranks about it.
         optimizer_index: Index of the optimizer.
         undo: Undoes what its batch changed.
         held_back: Whether the device itself keeps a bad update from the weights.
@@ -66,15 +67,15 @@ class Told(NamedTuple):
 
 @final
 class RankReadback:
-    """Readings that all ranks have told; a :class:`~lightning_nanguard.guard.readback.Readback`.
+    """Readings that all ranks have reported; a :class:`~lightning_nanguard.guard.readback.Readback`.
 
     Args:
         context: What the parts of the guard share.
         meter: Measures.
         readings: Readings of this rank that are on their way from the device.
         caution: Says which updates are read before they are made.
-        skipper: Keeps an update that looks bad from the weights of this rank.
-        snapshots: Tells and hears of snapshots.
+        skipper: Skips an update that looks bad on this rank.
+        snapshots: Exchanges reports about snapshots.
     """
 
     def __init__(
@@ -105,12 +106,12 @@ class RankReadback:
         return MAX_DELAY + 2
 
     def due(self, optimizer_index: int) -> Iterator[Arrived]:
-        """What all ranks have told of earlier updates."""
+        """The reports of all ranks about earlier updates."""
         self._late = self._caution.may_be_late(optimizer_index)
         return self._heard()
 
     def tell_early(self, reading: Reading, undo: BatchUndo) -> tuple[Reading, tuple[int, ...]] | None:
-        """Tell of an update that looks bad to this rank, right after its backward pass.
+        """Report an update that looks bad to this rank, right after its backward pass.
 
         Args:
             reading: What this rank has read of it.

@@ -1,4 +1,4 @@
-"""What ranks tell each other of their snapshots, so that all of them certify the same ones."""
+"""The reports of ranks about their snapshots, so that all of them certify the same ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _logger = logging.getLogger("lightning_nanguard")
 @final
 @dataclass(frozen=True, slots=True)
 class SnapshotVerdict:
-    """What one rank found out about the pending snapshot.
+    """The verdict of one rank about the pending snapshot.
 
     Attributes:
         step: The snapshot's.
@@ -35,7 +35,7 @@ class SnapshotVerdict:
 
 @final
 class SnapshotAgreement:
-    """Brings the ranks' verdicts on the pending snapshot together, for the snapshot manager of each rank.
+    """Collects the verdicts of all ranks about the pending snapshot, for the snapshot manager of each rank.
 
     Args:
         ranks: All processes.
@@ -53,7 +53,7 @@ class SnapshotAgreement:
         self._parted_before: set[str] = set()
 
     def judge(self, pending: Snapshot, leaves: Mapping[StateKey, Any], objection: Fault | None) -> None:
-        """Note what this rank found out about the pending snapshot; the next report tells the others.
+        """Store the verdict of this rank about the pending snapshot; the next report has it for the other ranks.
 
         Args:
             pending: The snapshot.

@@ -1,4 +1,4 @@
-"""What a guard counts and remembers from one intervention to the next."""
+"""The counts and other state that a guard keeps from one intervention to the next."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class GuardState:
         go_on: Makes the updates since a snapshot again after a rollback, and gives whether it could; it is given the
             reading of the update that was bad, where one was made. ``None`` if the loop cannot.
         went_on: Whether the updates since it were made again in the present intervention.
-        again: What spoilt the state when updates were made again, as in :attr:`Evidence.again`.
+        again: What made the state bad when updates were made again, as in :attr:`Evidence.again`.
         told: Update and words of the last fault that was left alone: a finite suspicion that the user was told of, or
             the first fault that was only observed; ``None`` before.
         raised: The exception of ``training_step`` that the next non-finite loss stands for, in words.
         infinite: Step of the newest update whose loss alone was infinite, and how many were so in a row.
         losses_overflow: Whether such losses are usual in this run: its loss overflows, and its gradients do not.
-        arm: What a trial has trained from the start, where it is to be gone on from there; ``None`` without one.
+        arm: The state that a trial has trained from the start, if the run is to go on from it; ``None`` without one.
         unrestored: What is still not finite after the present intervention has restored a snapshot, in words.
         skipped: Numbers of the newest updates that were skipped.
         passed_over: Whether the present update is left out because every sample of it is known to be bad.

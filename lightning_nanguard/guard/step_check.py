@@ -1,4 +1,4 @@
-"""Looks at an update after backward and before the optimizer's step, so that a bad one can be made again."""
+"""Checks an update after backward and before the optimizer's step, so that a bad one can be made again."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Records of what the guard did, and the sinks that keep or show them, one a file. Standard library only."""
+"""Records of interventions, and the sinks that store or show them, one a file. Standard library only."""

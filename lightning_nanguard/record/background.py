@@ -112,7 +112,7 @@ class RecordQueue:
             self._changed.notify()
 
     def abandon(self) -> tuple[int, int]:
-        """Leave what is not written; how many records were dropped, and how many are left."""
+        """Give up the records that are not written; return how many were dropped, and how many are left."""
         with self._changed:
             counts = self._dropped, len(self._waiting) + self._taken
             self._waiting.clear()
@@ -121,7 +121,7 @@ class RecordQueue:
             return counts
 
     def abandoned(self) -> bool:
-        """Whether nobody waits any more."""
+        """Whether the fit no longer waits."""
         with self._changed:
             return self._abandoned
 

@@ -1,4 +1,4 @@
-"""Bad samples of the data, as a run writes them down and as a person reads them."""
+"""Bad samples of the data: how a run records them, and how they are shown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BAD_SAMPLES_FILE = "bad_samples.jsonl"
 @final
 @dataclass(frozen=True, slots=True)
 class BadSample:
-    """One sample that spoiled a batch.
+    """One bad sample of a batch.
 
     Attributes:
         cause: Why it counts as bad: ``"not finite"``, ``"out of proportion"``, or the cause that the diagnosis found.

@@ -16,12 +16,12 @@ from lightning_nanguard.types import Intervention
 class SinkDispatcher:
     """Opens the sinks of one fit, gives each of them every intervention, and closes them.
 
-    Whatever a sink raises costs neither the run nor the other sinks. One with a ``timeout`` is called from a thread of
-    its own. On other ranks than 0 only the sinks that ask for every rank are used.
+    If a sink raises, the run and the other sinks go on. A sink with a ``timeout`` is called from a separate thread. On
+    other ranks than 0 only sinks with ``every_rank`` are used.
 
     Args:
         sinks: Where the records go, in this order.
-        run: What the sinks may know of the fit.
+        run: Facts about the fit for the sinks.
         thresholds: How many records wait for a slow sink.
 
     Attributes:

@@ -86,7 +86,7 @@ def read_advice(path: str | os.PathLike[str]) -> list[Advice]:
 
 
 def read_receipts(path: str | os.PathLike[str]) -> list[Receipt]:
-    """Read what interventions on finite evidence have gained or cost, oldest first; see :func:`read_records`.
+    """Read the receipts of a run, oldest first; see :func:`read_records`.
 
     Args:
         path: The file.

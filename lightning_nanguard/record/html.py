@@ -1,4 +1,4 @@
-"""Puts interventions into HTML that is safe to show, whatever a record holds."""
+"""Converts interventions to HTML that is safe to show, for any content of a record."""
 
 from __future__ import annotations
 

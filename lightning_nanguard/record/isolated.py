@@ -1,4 +1,4 @@
-"""A wrapper that keeps what a sink raises away from the run."""
+"""A wrapper that catches and logs what a sink raises."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class IsolatedSink(Sink):
-    """Passes everything on to a sink; what that raises is logged the first time, with its name, and goes no further.
+    """Passes everything on to a sink. An exception of the sink is logged the first time, with its name, and not raised.
 
-    The sink is asked again with the next record. Closing says how many records it missed.
+    The sink gets the next record again. Closing logs how many records it missed.
 
     Args:
         sink: The sink.
-        catches: What is caught. In the thread that trains, Ctrl-C and an exit have to pass.
+        catches: The exceptions that are caught. In the thread that trains, Ctrl-C and an exit have to pass.
 
     Attributes:
         name: How messages call the sink.

@@ -1,4 +1,4 @@
-"""The bad samples that a run knows, and how often each was met."""
+"""The bad samples that a run knows, and how often each was found."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def hash_key(name: str) -> str:
 
 @final
 class KnownSamples:
-    """Counts how often each bad sample was met, in this run and in those it goes on from.
+    """Counts how often each bad sample was found, in this run and in those that it resumed from.
 
     Args:
         quarantine: Whether rows that are known to be bad are left out of later batches.

@@ -10,11 +10,11 @@ from lightning_nanguard.types import Intervention
 
 
 class RunNumbers(NamedTuple):
-    """What loggers show of a guarded run, each under ``nanguard/`` and its name; ``None`` is not logged.
+    """The numbers of a guarded run that loggers get, each as ``nanguard/`` and its name; ``None`` is not logged.
 
     Attributes:
         interventions: Number of all interventions so far.
-        lr_multiplier: What the scheduled learning rates are multiplied by.
+        lr_multiplier: Factor on the scheduled learning rates.
         clip_val: The clipping value the guard has turned on.
     """
 

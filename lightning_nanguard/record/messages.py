@@ -75,7 +75,7 @@ def tell(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) ->
 
 
 def tell_again(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) -> str:
-    """Say in one short line that something is back which was told before.
+    """Say in one short line that a fault has come again.
 
     Args:
         intervention: What happened.

@@ -48,7 +48,7 @@ class RunFolder:
         return self._lock is not None
 
     def log(self, event: str, **values: Any) -> None:
-        """Put an event in the log of the run; a log that cannot be written costs the run nothing."""
+        """Write an event to the log of the run. If the log cannot be written, the run goes on."""
         if self.keeps_files:
             with contextlib.suppress(OSError):
                 append_event(self.path, event, {"run": self.run_id, **values})
@@ -71,7 +71,7 @@ class RunFolder:
 
 
 def open_run_folder(base: Path, run_id: str | None, *, shared: bool, begin: Mapping[str, Any]) -> RunFolder:
-    """Take a folder for a run. No other run writes to it, and a resumed run finds its own again.
+    """Choose a folder for a run. No other run writes to it, and a resumed run uses the same one.
 
     Args:
         base: The folder itself, where the logger or the user gives each run one. Where it belongs to another run, the

@@ -45,10 +45,10 @@ def summary(
         updates: Number of updates watched.
         faults: How often each fault was found, such as :attr:`Memory.faults`.
         remedies: How often each remedy was used, such as :attr:`Memory.remedies`.
-        lr_multiplier: What the learning rate is multiplied by at the end.
+        lr_multiplier: Factor on the learning rate at the end.
         path: The folder of the run.
         observe: Whether the guard only observed.
-        act_on: For what the guard changes the run.
+        act_on: When the guard changes the run.
         advice: Causes that advice was given about.
 
     Example:

@@ -1,4 +1,4 @@
-"""Runs a micro-batch once and looks at what it gave; says which runs are repeated ones."""
+"""Runs a micro-batch once and checks the result; knows which runs are repeated ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class MicroRuns:
         window: The micro-batches of the present update.
         memory: What is remembered before a step.
         listens: Says which callback is the guard's.
-        extreme: Whether a loss that is finite and out of all proportion is looked at, too.
+        extreme: Whether a finite loss that is far too large is checked, too.
 
     Attributes:
         allowed: Whether steps may be made again in this run.
@@ -105,7 +105,7 @@ class MicroRuns:
 
     @contextmanager
     def in_place_of_step(self, step: Callable[[], Any]) -> Iterator[None]:
-        """Inside, something else takes the place of ``training_step``, within whatever the strategy puts around it."""
+        """Inside, ``training_step`` is replaced, within everything that the strategy wraps around it."""
         self._step = step
         try:
             yield
@@ -121,7 +121,7 @@ class MicroRuns:
         return self.allowed and self._memory.repeatable and self._window.is_kept()
 
     def attempt(self, micro: Micro, *, steps: bool) -> Outcome:
-        """Run a micro-batch once, and look at what it gave.
+        """Run a micro-batch once, and check the result.
 
         Args:
             micro: The micro-batch.
@@ -143,10 +143,10 @@ class MicroRuns:
         return Outcome(result, self.weighed_fault(extreme=self._extreme), caught=self._caught)
 
     def weighed_fault(self, *, extreme: bool = False) -> Fault | None:
-        """What is wrong with the present update, once its gradients are those of the mean over what is left of it.
+        """The fault of the present update, after its gradients were set to the mean over its good micro-batches.
 
         Args:
-            extreme: Whether a loss that is finite and out of all proportion counts.
+            extreme: Whether a finite loss that is far too large counts.
         """
         self._window.weigh(self._gradients)
         return self._check.fault(0, careful=self._careful, extreme=extreme)
@@ -168,7 +168,7 @@ class MicroRuns:
             self.repeats, self.may_pass, self._instead = False, False, None
 
     def rewind(self, micro: Micro, outcome: Outcome) -> None:
-        """Put everything but the gradients back to where a micro-batch began, after a run that gave an outcome."""
+        """Restore everything except the gradients to the start of a micro-batch, after a run that gave an outcome."""
         if not outcome.early:
             self._check.drop_losses()
         self._window.rewind(micro)

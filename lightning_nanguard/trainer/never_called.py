@@ -1,4 +1,4 @@
-"""Says of a guard that nothing has ever called its hooks, so that nobody believes a run to be guarded that is not."""
+"""Warns if nothing has ever called the hooks of a guard, so that nobody believes that the run was guarded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _originals: WeakKeyDictionary[object, ref[object]] = WeakKeyDictionary()
 
 
 def expect_hooks(guard: object) -> None:
-    """From now on, say so if the guard is gone, or the process ends, before :func:`hooks_called`."""
+    """From now on, warn if the guard is deleted or the process ends before :func:`hooks_called`."""
     _waiting[guard] = finalize(guard, _say)
 
 

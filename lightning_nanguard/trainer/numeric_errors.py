@@ -1,4 +1,4 @@
-"""Exceptions of ``training_step`` that the numbers in it have caused, told from those that are the user's business."""
+"""Distinguishes exceptions of ``training_step`` that NaN or Inf caused from other exceptions of the user's code."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _NO_GRAPH = "element 0 of tensors does not require grad"
 
 
 def is_numeric(error: BaseException) -> bool:
-    """Whether numbers can be the cause of an exception, by its type and message.
+    """Whether NaN or Inf can be the cause of an exception, by its type and message.
 
     Checks of values raise ValueError, ArithmeticError or AssertionError, solvers LinAlgError. ``detect_anomaly`` raises
-    a RuntimeError, and so do checks of the user's own, or an Exception without a type: these name what they found.
+    a RuntimeError. Checks in the user's code raise this or a plain Exception, and their message names NaN or Inf.
     Errors of memory, devices and communication are none of these.
     """
     unsolved = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -116,7 +116,7 @@ class NumericErrors:
 def with_values_of(batch: Any, healthy: Any) -> Any:
     """The batch with the floating numbers of a healthy one, row by row; ``None`` if their structures differ.
 
-    Whole numbers, such as classes and indices, stay as they are.
+    Whole numbers, such as classes and indices, do not change.
     """
     mine, others = list(nested_tensors(batch)), list(nested_tensors(healthy))
     if len(mine) != len(others) or not any(map(torch.is_floating_point, mine)):
@@ -129,7 +129,7 @@ def with_values_of(batch: Any, healthy: Any) -> Any:
 
 
 def finite_in(batch: Any) -> Any:
-    """The batch with zeros in the place of what is not finite; ``None`` if all of it is finite."""
+    """The batch with zeros in place of numbers that are not finite; ``None`` if all of them are finite."""
     floating = [tensor for tensor in nested_tensors(batch) if tensor.is_floating_point()]
     if all(bool(torch.isfinite(tensor).all()) for tensor in floating):
         return None

@@ -1,4 +1,4 @@
-"""Looks at the data and the untrained model of a configuration: the work of ``nanguard check``."""
+"""Checks the data and the untrained model of a configuration, for ``nanguard check``."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from lightning_nanguard.types import Finding
 @final
 @dataclass(frozen=True)
 class CheckReport:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        findings: The surest first.
+        findings: The findings, those with the highest confidence first.
         notes: What else was measured, a sentence each.
     """
 
@@ -49,12 +49,12 @@ class CheckReport:
 def check_config(
     config: Path, model: Any = None, data: Any = None, *, gradients: bool = False, overfit: bool = False
 ) -> CheckReport:
-    """Look at the data and the untrained model of a LightningCLI configuration; nothing is written.
+    """Check the data and the untrained model of a LightningCLI configuration. It writes nothing.
 
     Args:
         config: The YAML file.
-        model: Class of the module, where the file names none.
-        data: Class of the data module, where the file names none.
+        model: Class of the module, if the file names none.
+        data: Class of the data module, if the file names none.
         gradients: Compare gradients with finite differences, too.
         overfit: Try whether a few samples can be learned by heart, too.
     """
@@ -77,7 +77,7 @@ def check_batch(
     overfit: bool = False,
     thresholds: CheckThresholds = CHECK,
 ) -> CheckReport:
-    """Look at a module at its first batch.
+    """Check a module with its first batch.
 
     Args:
         trainer: The trainer, before its first step.

@@ -1,4 +1,4 @@
-"""Runs the batches of an incident again, outside of its run: the work of ``nanguard replay``."""
+"""Runs the batches of an incident again, outside of its run, for ``nanguard replay``."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from lightning_nanguard.types import Finding
 @final
 @dataclass(frozen=True)
 class ReplayReport:
-    """What came of an incident that was run again.
+    """The result of a replay of an incident.
 
     Attributes:
         losses: The loss of every micro-batch.
         gradient_finite: Whether the gradient was finite; ``None`` without a backward pass.
         finding: The cause found now, ``None`` if none was.
-        layers: What the batch looked like layer by layer, in the order in which they ran.
+        layers: The numbers of each layer, in the order in which they ran.
     """
 
     losses: Sequence[float] = ()

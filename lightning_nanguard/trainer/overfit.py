@@ -15,7 +15,7 @@ from lightning_nanguard.trainer.private.training_step import clip_as_configured,
 
 
 def overfit(trainer: Any, module: nn.Module, batch: Any, thresholds: CheckThresholds = CHECK) -> str:
-    """Train on one small batch, with the optimizer as configured and then with Adam; say in one line what came of it.
+    """Train on one small batch, with the configured optimizer and then with Adam; return the result in one line.
 
     Args:
         trainer: The trainer, at its first batch.

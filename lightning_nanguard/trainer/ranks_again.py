@@ -1,4 +1,4 @@
-"""A step of several ranks is made again by all of them together, where its gradient is bad on all of them."""
+"""Makes a step again on all ranks together if its gradient is bad on all of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RanksAgain:
         window: The micro-batches of the update.
         runs: Runs them.
         memory: What is remembered before a step.
-        errors: Says which exceptions are made of numbers.
+        errors: Knows which exceptions NaN or Inf caused.
     """
 
     def __init__(

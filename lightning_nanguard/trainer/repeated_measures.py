@@ -1,4 +1,4 @@
-"""Running means and metrics while updates are made again, as if the batches had been met for the first time."""
+"""Sets running means and metrics when updates are made again, as if their batches came for the first time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_nanguard.trainer.private.running_means import FIELDS, running_mea
 
 @final
 class RepeatedMeasures:
-    """Remembers metrics and running means, and takes up those that repeated updates leave.
+    """Stores metrics and running means, and replaces them by those of repeated updates.
 
     What repeated updates leave is taken only of those that have seen as many batches as in the run: others were reset
     or updated by code that is not run again, such as a validation.
@@ -36,13 +36,13 @@ class RepeatedMeasures:
 
     @staticmethod
     def put(measures: Sequence[tuple[Metric, dict[str, Any]]]) -> None:
-        """Put back what :meth:`now` gave."""
+        """Restore what :meth:`now` returned."""
         for metric, held in measures:
             for name, value in held.items():
                 setattr(metric, name, _copied(value))
 
     def take(self, repeated: Sequence[tuple[Metric, dict[str, Any]]]) -> None:
-        """Take up what repeated updates have left.
+        """Use the values after repeated updates.
 
         Args:
             repeated: What :meth:`now` gave after the last of them.

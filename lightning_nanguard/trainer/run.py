@@ -20,7 +20,7 @@ _logger = logging.getLogger("lightning_nanguard")
 def open_run(
     trainer: Trainer, dirpath: Path | None, run_id: str | None = None, **settings: Any
 ) -> tuple[RunInfo, RunFolder]:
-    """What sinks may know of a fit, and its folder. All ranks have to call it, since they take the folder of rank 0.
+    """The facts about a fit for sinks, and its folder. All ranks have to call it: they use the folder of rank 0.
 
     Args:
         trainer: The trainer.

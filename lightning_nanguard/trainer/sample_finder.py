@@ -43,7 +43,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class SampleFinder:
-    """Finds the bad samples of faulty batches, counts them, writes them down and names them in findings.
+    """Finds the bad samples of faulty batches, counts and records them, and names them in findings.
 
     Args:
         trainer: The trainer.
@@ -100,8 +100,8 @@ class SampleFinder:
         """Find the bad samples of a faulty update, and name those in the finding; all ranks must call it.
 
         Args:
-            fault: What was found.
-            evidence: What is known of it.
+            fault: The fault that was found.
+            evidence: The facts about it.
             finding: Its cause.
             micros: The micro-batches that may hold bad samples.
             about: The one that the finding is about.
@@ -126,7 +126,7 @@ class SampleFinder:
             return finding
 
     def found(self, origin: BatchOrigin) -> Found:
-        """The bad samples of a batch that was looked into; none of one that was not."""
+        """The bad samples of a batch that was searched; empty for any other batch."""
         return self._seen.get((origin.epoch, origin.position), {})
 
     def _at(self, good: Snapshot | None) -> AbstractContextManager[None] | None:

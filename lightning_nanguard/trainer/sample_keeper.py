@@ -1,4 +1,4 @@
-"""Tells which part of a bad batch an update can be made from."""
+"""Finds the part of a bad batch from which an update can be made."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class GoodPart(NamedTuple):
 
 @final
 class SampleKeeper:
-    """Gives the good samples of a bad batch, where a loss is the mean over its samples.
+    """Gives the good samples of a bad batch, if the loss is the mean over its samples.
 
     Args:
         module: What is trained.

@@ -1,4 +1,4 @@
-"""Builds the sinks and the advice log of one fit, and tells the trainer's loggers what the guard does."""
+"""Builds the sinks and the advice log of one fit, and logs the numbers of the guard in the trainer's loggers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fit_sinks(
     Args:
         trainer: The trainer.
         module: Its module.
-        run: What sinks may know of the fit.
+        run: Facts about the fit for sinks.
         memory: Keeps interventions from one fit to the next.
         own: The user's sinks.
         context: What the parts of the guard share.

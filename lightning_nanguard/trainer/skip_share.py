@@ -1,4 +1,4 @@
-"""Notices that many updates are skipped for a few bad samples each."""
+"""Gives advice if many updates are skipped."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _DEFAULTS = SamplesThresholds()
 
 @final
 class SkipShare:
-    """Counts skipped updates, and says once what to do where they are a large share.
+    """Counts skipped updates, and gives advice once if their share is large.
 
     Args:
-        thresholds: From which share on.
+        thresholds: The share from which on it gives advice.
 
     Example:
         >>> share = SkipShare()

@@ -15,7 +15,7 @@ _DEFAULTS = RepeatedStepsThresholds()
 
 
 class BadLossError(Exception):
-    """Ends the run of a micro-batch of a window before its backward pass, which would spoil the window's gradients."""
+    """Ends the run of a micro-batch before its backward pass, which would make the gradients of its window bad."""
 
     def __init__(self, fault: Fault, result: Any) -> None:
         super().__init__(fault.message)
@@ -27,7 +27,7 @@ class Outcome:
     """What a run of a micro-batch gave.
 
     Attributes:
-        result: What Lightning goes on with; ``None`` after an exception.
+        result: The result for Lightning; ``None`` after an exception.
         fault: What is wrong with it; ``None`` if nothing is.
         error: The exception it ended in.
         early: Whether it ended before its backward pass, and so before any gradient and any hook of it.

@@ -1,4 +1,4 @@
-"""Runs each micro-batch under automatic optimization, and runs it again where its loss or gradient is certainly bad."""
+"""Runs each micro-batch under automatic optimization, and runs it again if its loss or gradient is certainly bad."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _logger = logging.getLogger("lightning_nanguard")
 class StepRunner:
     """Runs micro-batches; a :class:`~lightning_nanguard.trainer.private.closures.MicroBatchRunner`.
 
-    Where a loss or a gradient is certainly bad, or ``training_step`` raises an error that numbers can cause, the
+    If a loss or a gradient is certainly bad, or ``training_step`` raises an error that NaN or Inf can cause, the
     micro-batch is run again from the state, the batch and the random numbers it began from. If the fault is gone, the
     step counts as if there had been no fault. A micro-batch of a window of accumulation that stays bad is left out, and
     the update is made from the others: their mean. All else is left to the guard, as if nothing had been run again.
@@ -103,7 +103,7 @@ class StepRunner:
         return self._runs.forward(forward)
 
     def run(self, run: MicroBatchRun) -> Any:
-        """Run a micro-batch, again where that is called for; gives what Lightning goes on with."""
+        """Run a micro-batch, and run it again if needed; returns the result for Lightning."""
         if self._runs.repeats:
             return run.whole()
         random = self._replay.batches.begin_step()

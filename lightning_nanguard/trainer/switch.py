@@ -13,13 +13,13 @@ VARIABLE = "NANGUARD"
 
 
 def switched(arguments: Arguments) -> Arguments | None:
-    """What the environment makes of a guard's arguments; ``None`` if it is off.
+    """A guard's arguments after the environment variable was applied; ``None`` if the guard is off.
 
     Args:
         arguments: What the user gave.
 
     Raises:
-        ValueError: If the environment says something else.
+        ValueError: If the environment variable has another value.
     """
     value = os.environ.get(VARIABLE, "").strip().lower() or "on"
     choices = ("on", "observe", "off")

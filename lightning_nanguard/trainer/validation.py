@@ -16,11 +16,11 @@ from lightning_nanguard.types import Fault
 
 @final
 class ValidationWatch:
-    """Notes on the device whether a validation loss is finite, and reports one that is not.
+    """Checks on the device whether a validation loss is finite, and reports one that is not.
 
     Args:
         trainer: The trainer.
-        guard: Told of a loss that is not finite.
+        guard: Handles a loss that is not finite.
         replay: Knows the present batch.
     """
 
@@ -31,7 +31,7 @@ class ValidationWatch:
         self._bad: Tensor | None = None
 
     def see(self, outputs: Any) -> None:
-        """Take what ``validation_step`` gave; waits for no device."""
+        """Check the output of ``validation_step``, without waiting for the device."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if not isinstance(loss, Tensor) or not loss.is_floating_point():
             return

@@ -29,11 +29,11 @@ class Micro:
 
     Attributes:
         run: Runs it.
-        start: What it began from, beside weights and buffers.
+        start: Everything that it began from, except weights and buffers.
         left_out: Why the update is made without it; ``None`` if it is a part of it.
         kept: Why the update is made with a part of it only, and the cause; ``None`` if it is with all of it.
         loss: Its loss; ``None`` if it is not known.
-        raised: The exception that its first run has raised, where a loss of NaN stands for it among ranks.
+        raised: The exception that its first run raised, if it was replaced by a loss of NaN for the other ranks.
     """
 
     run: MicroBatchRun
@@ -91,7 +91,7 @@ class Window:
         self._bytes, self._let_go = 0.0, 0
 
     def is_kept(self) -> bool:
-        """Whether every micro-batch of the update is at hand."""
+        """Whether every micro-batch of the update is kept."""
         micros = self.micros
         return bool(micros) and micros[0].run.zero_grad is not None and self._bytes <= self._limits.window_bytes
 
@@ -123,7 +123,7 @@ class Window:
         return [(micro, micro.kept) for micro in self.micros if micro.kept is not None]
 
     def weigh(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
-        """Make the gradients those of the mean over the micro-batches that are not left out.
+        """Scale the gradients to those of the mean over the micro-batches that are not left out.
 
         Lightning divides each loss by the length of a window.
 

@@ -22,17 +22,17 @@ from lightning_nanguard.trainer.window import Micro, Window
 
 @final
 class WindowAgain:
-    """Makes a window again whose gradient is bad: which of its micro-batches is at fault, the sum does not say.
+    """Makes a window with a bad gradient again, to find out which of its micro-batches is at fault.
 
     Args:
         trainer: The trainer.
         module: Its module.
-        check: Looks at losses and gradients.
+        check: Checks losses and gradients.
         replay: Makes what undoes a micro-batch.
         window: The micro-batches.
         runs: Runs them.
         memory: What is remembered before a step.
-        errors: Says which exceptions are made of numbers.
+        errors: Knows which exceptions NaN or Inf caused.
         keeper: Gives the good samples of a bad batch; ``None`` if those are not to be kept.
         listens: Says which callback is the guard's.
     """
