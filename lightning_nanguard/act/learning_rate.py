@@ -154,7 +154,7 @@ class LearningRate:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def detach(self) -> None:
-        """Puts the scheduled rates back and removes the hooks; the multiplier is kept for the next :meth:`attach`."""
+        """Restores the scheduled rates and removes the hooks; the multiplier is kept for the next :meth:`attach`."""
         self.withdraw()
         while self._handles:
             self._handles.pop().remove()
@@ -168,7 +168,7 @@ class LearningRate:
             self._apply(optimizer)
 
     def withdraw(self) -> None:
-        """Puts the scheduled rates back after :meth:`apply`, or after a step that raised."""
+        """Restores the scheduled rates after :meth:`apply`, or after a step that raised."""
         for optimizer in self._optimizers:
             self._withdraw(optimizer)
 
@@ -268,7 +268,7 @@ class LearningRate:
                     yield rate if scaled is None else scaled.scheduled
 
     def _bases(self) -> Iterator[_Rate]:
-        """The rates that are scaled: the scheduled ones, or the last valid ones in the place of those that are none."""
+        """The rates that are scaled: the scheduled ones, or the last valid ones in place of invalid ones."""
         groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
         for group, rate in zip(
             (one for one in groups if one.get("lr") is not None), self._scheduled_rates(), strict=True
@@ -328,7 +328,7 @@ class _Scaled:
         return rate is self.written
 
     def restore(self) -> None:
-        """Puts the scheduled rate back, unless somebody has set another one since."""
+        """Restores the scheduled rate, unless somebody has set another one since."""
         if isinstance(self.written, Tensor) and isinstance(self.scheduled, Tensor):
             if self.is_what_we_wrote(self.written):
                 with torch.no_grad():

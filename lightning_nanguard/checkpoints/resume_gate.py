@@ -62,7 +62,7 @@ class ResumeGate:
         self.taken: Inspection | None = None
 
     def __call__(self, path: Path, content: Mapping[str, Any] | None, error: Exception | None) -> Path | None:
-        """The file to resume from in the place of ``path``, ``None`` for ``path`` itself.
+        """The file to resume from in place of ``path``, ``None`` for ``path`` itself.
 
         Args:
             path: The checkpoint asked for.
@@ -120,7 +120,7 @@ def _nearby(path: Path, folders: Iterable[Path]) -> list[Path]:
 
 
 def _run_of(path: Path, content: Mapping[str, Any] | None, nearby: Iterable[Path]) -> str | None:
-    """Id of the run that a checkpoint is of, ``""`` for one without an id; ``None`` if that cannot be told."""
+    """Id of the run that a checkpoint is of, ``""`` for one without an id; ``None`` if that is not known."""
     if content is not None:
         return run_of(content)
     logs = [log for folder in nearby if (log := read_run(folder)) is not None]

@@ -38,7 +38,7 @@ class Proposes(Protocol):
         """What the remedy is for."""
 
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
-        """What this remedy would do at the given attempt (0 at first, +1 each time the trouble comes back soon)."""
+        """What this remedy would do at the given attempt (0 at first, +1 each time the fault comes back soon)."""
 
 
 @final

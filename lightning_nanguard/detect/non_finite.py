@@ -97,7 +97,7 @@ class NonFinite(Detector):
         return Limits(math.inf, self.thresholds.max_norm)
 
     def rewind(self, step: int) -> None:
-        """Start counting overflows anew."""
+        """Start counting overflows again."""
         self._overflows.clear()
 
     def _may_be(self, scale: float) -> bool:

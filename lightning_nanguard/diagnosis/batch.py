@@ -48,7 +48,7 @@ def _padded(packed: PackedSequence) -> Tensor:
 
 
 def samples(batch: Any) -> int | None:
-    """Samples in a batch; ``None`` if that cannot be told."""
+    """Samples in a batch; ``None`` if that is not known."""
     return next((len(tensor) for _, tensor in tensor_fields(batch) if tensor.dim()), None)
 
 
@@ -67,7 +67,7 @@ def _bad_field(name: str, tensor: Tensor) -> BadField | None:
 
 
 def _bad_places(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Rows that hold NaN or Inf, and columns unless all do; none where that cannot be told."""
+    """Rows that hold NaN or Inf, and columns unless all do; none where that is not known."""
     if tensor.is_nested:
         return tuple(row for row, part in enumerate(tensor.unbind()) if not all_finite(part)), ()
     if tensor.layout != torch.strided:

@@ -215,7 +215,7 @@ def _layout(name: str) -> torch.layout:
 
 
 def _how(kind: type[Any]) -> str:
-    """How an object is made anew: of its items by key, of its items in their order, or of its attributes."""
+    """How an object is made again: of its items by key, of its items in their order, or of its attributes."""
     if issubclass(kind, dict):
         return "mapping"
     if hasattr(kind, "_fields") and issubclass(kind, tuple):

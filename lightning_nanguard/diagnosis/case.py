@@ -337,7 +337,7 @@ class Course:
         batches: Batches that the noise was measured over.
         clear: How many standard errors the mean of their gradients stands out of its noise by.
         lr: Effective learning rate of the first group.
-        batch_size: Samples in a batch; ``None`` if that cannot be told.
+        batch_size: Samples in a batch; ``None`` if that is not known.
         chance: Loss of a model that knows nothing; ``None`` if it is not known.
     """
 

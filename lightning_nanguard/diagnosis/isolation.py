@@ -27,7 +27,7 @@ def isolated(module: nn.Module, untraced: Untraced) -> Iterator[None]:
 
 @contextmanager
 def untrained_kept(module: nn.Module) -> Iterator[None]:
-    """Put back what a ``training_step`` may move by itself: buffers, and parameters that are not trained."""
+    """Restore what a ``training_step`` may move by itself: buffers, and parameters that are not trained."""
     # Averages and target networks, that a training_step may move by itself. What is trained it does not touch.
     live = [*module.buffers(), *(p for p in module.parameters() if not p.requires_grad)]
     before = [(tensor, tensor.detach().clone()) for tensor in live]

@@ -17,7 +17,7 @@ from lightning_nanguard.thresholds.mistakes import LabelThresholds
 def label_relation(batches: Sequence[Any], thresholds: LabelThresholds) -> LabelRelation | None:
     """How often neighbours in the inputs share a label, and how often they would by chance.
 
-    ``None`` if that cannot be told: without class labels and real-valued inputs, with too few rows, and where inputs
+    ``None`` if that is not known: without class labels and real-valued inputs, with too few rows, and where inputs
     take two values only, as those of a parity do, whose neighbours share nothing.
 
     Args:

@@ -33,7 +33,7 @@ class Branch:
 
 @final
 class Branches:
-    """Makes branches and trains them on the present batch; learner, rate, clipping and gradients are put back.
+    """Makes branches and trains them on the present batch; learner, rate, clipping and gradients are restored.
 
     Args:
         context: What the parts of the guard share.

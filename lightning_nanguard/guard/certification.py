@@ -66,9 +66,9 @@ class Certification:
             self._snapshots.settle()
 
     def start_again_if_resized(self) -> bool:
-        """Within an update: begin anew where a weight or buffer has another shape than in the newest snapshot.
+        """Within an update: begin again where a weight or buffer has another shape than in the newest snapshot.
 
-        An older state cannot be put back then. One that is not finite is no start.
+        An older state cannot be restored then. One that is not finite is no start.
 
         Returns:
             Whether one has.

@@ -248,7 +248,7 @@ class Guard:
         self._parts.saving.end()
 
     def mend(self, checkpoint: dict[str, Any], path: str, *, checked: bool = False) -> dict[str, Any]:
-        """What to write in the place of a checkpoint: the same, or one with the last good state where it is poisoned.
+        """What to write in place of a checkpoint: the same, or one with the last good state where it is poisoned.
 
         The run itself is left alone.
 

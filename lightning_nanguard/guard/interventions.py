@@ -143,7 +143,7 @@ class Interventions:
 
     @contextmanager
     def batch_of(self, found: FoundFault) -> Iterator[bool]:
-        """Make the faulty batch the one at hand within the context, if it is kept; yields whether it is at hand."""
+        """Make the faulty batch the present one within the context, if it is kept; yields whether it is there."""
         if found.late and found.undo is not None:
             with self._context.replay.showing(found.reading.step) as shown:
                 if all(self._context.ranks.gather(shown)):

@@ -83,7 +83,7 @@ class Investigator:
     def is_worse(self, state: Snapshot, than: Snapshot) -> bool:
         """Whether the loss of the newest batches is clearly higher under one state than under another.
 
-        ``False`` where that cannot be told, and always with several ranks, which would not compare at the same time.
+        ``False`` where that is not known, and always with several ranks, which would not compare at the same time.
         """
         if not self._finite_compared or self._ranks.world > 1:
             return False
@@ -221,7 +221,7 @@ class Investigator:
     def _compare(self, fault: Fault, reading: Reading, target: Snapshot, *, undo: bool) -> Comparison | None:
         if reading.loss is None:
             return None
-        # The loss is measured anew: the reading may be of another micro-batch, or of older weights.
+        # The loss is measured again: the reading may be of another micro-batch, or of older weights.
         now = self._replay.probe()
         if now is None:
             return None

@@ -21,8 +21,8 @@ class LateRedo:
         context: What the parts of the guard share.
         steps: Says whether a rollback is allowed, and records.
         skipper: Skips updates.
-        snapshots: Is told of the rollback.
-        readback: Is told of the rollback.
+        snapshots: Is informed about the rollback.
+        readback: Is informed about the rollback.
     """
 
     def __init__(

@@ -40,13 +40,13 @@ class BatchReplay(Protocol):
         """Inside, the present batch is that of an earlier update; gives whether it is still there."""
 
     def batch_finite(self) -> bool | None:
-        """Whether the present batch is finite; ``None`` if it holds no floating numbers or is not at hand."""
+        """Whether the present batch is finite; ``None`` if it holds no floating numbers or is not there."""
 
     def batch_strange(self, *, extreme: bool = False) -> bool | None:
-        """Whether the present batch reaches far beyond those before it; ``None`` if that cannot be told.
+        """Whether the present batch reaches far beyond those before it; ``None`` if that is not known.
 
         Args:
-            extreme: Whether to ask if it is out of all proportion to them.
+            extreme: Whether to ask if it is far larger than them.
         """
 
     def probe(self) -> float | None:
@@ -59,7 +59,7 @@ class BatchReplay(Protocol):
         """How many recent batches there are to try learning rates on."""
 
     def rehearsing(self) -> AbstractContextManager[None]:
-        """Inside, batches run outside the run's count; at its end all they touched but the learner is put back."""
+        """Inside, batches run outside the run's count; at its end all they touched but the learner is restored."""
 
     def train_on(self, index: int) -> float | None:
         """Make one plain update on a recent batch; gives its loss before the update."""

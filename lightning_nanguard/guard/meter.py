@@ -108,7 +108,7 @@ class Meter:
         Args:
             step: Number of the update.
             optimizer_index: Index of the optimizer.
-            careful: Whether the gradients may be changed before :meth:`measure_now`; it measures anew then.
+            careful: Whether the gradients may be changed before :meth:`measure_now`; it measures again then.
         """
         losses = self._losses
         reading = self._measure(step, optimizer_index, scaled=True)
@@ -154,12 +154,12 @@ class Meter:
         return None if pending is None else pending.read(partial(self._exact_norm, optimizer_index))
 
     def gradient_norm(self, optimizer_index: int) -> float:
-        """Norm of the gradients at hand, in this process."""
+        """Norm of the present gradients, in this process."""
         values = self._gradients(optimizer_index)
         return float(total_norm(partial_norms(values, self._thresholds))) if values else 0.0
 
     def first_bad_gradient(self, optimizer_index: int) -> str | None:
-        """The first gradient at hand that is not finite, in words."""
+        """The first of the present gradients that is not finite, in words."""
         named = self._learner.named_gradients(optimizer_index)
         bad = non_finite_indices(dense_gradients([gradient for _, gradient in named]))
         return f"gradient of {named[bad[0]][0]}" if bad else None
@@ -174,7 +174,7 @@ class Meter:
         return self._closures.get(optimizer_index, 1) > 1
 
     def end_batch(self) -> None:
-        """Count closures anew: the batch is over."""
+        """Count closures again: the batch is over."""
         self._closures.clear()
 
     def _partial_norms(self, step: int, optimizer_index: int) -> list[Tensor]:

@@ -32,7 +32,7 @@ class PlanRunner(Protocol):
     """Whether a bad batch is recorded before its update is made, rather than at the end of the batch."""
 
     def block(self, optimizer_index: int) -> None:
-        """Keep the update that an optimizer is about to make from the weights."""
+        """Skip the update that an optimizer is about to make."""
 
     def undo(self, found: FoundFault) -> Mapping[str, Tensor]:
         """Undo what a faulty batch changed; gives the buffers as they were before it where it was not undone."""
@@ -55,7 +55,7 @@ class ActingRunner:
         recovery: Gives back.
         skipper: Skips updates.
         plausibility: Knows whether statistics were spoiled.
-        readback: Is told of undone updates.
+        readback: Is informed about undone updates.
     """
 
     look: Look = "replay"
@@ -80,7 +80,7 @@ class ActingRunner:
         self._readback = readback
 
     def block(self, optimizer_index: int) -> None:
-        """Keep the update that an optimizer is about to make from the weights."""
+        """Skip the update that an optimizer is about to make."""
         self._skipper.skip(optimizer_index)
 
     def undo(self, found: FoundFault) -> Mapping[str, Tensor]:

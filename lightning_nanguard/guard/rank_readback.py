@@ -37,7 +37,7 @@ class Sent(NamedTuple):
         posted: The reports of all ranks about it.
         optimizer_index: Index of the optimizer.
         undo: Undoes what its batch changed.
-        held_back: Whether the device itself keeps a bad update from the weights.
+        held_back: Whether the device itself skips a bad update.
         line_search: Whether it was a further evaluation of one step.
     """
 
@@ -155,7 +155,7 @@ class RankReadback:
         return None
 
     def _wait_or_skip(self, reading: Reading, sent: Sent) -> Arrived | None:
-        """An update looks bad to this rank: hear of it now if it does to all, else keep it from this rank's weights."""
+        """An update looks bad to this rank: hear of it now if it does to all, else skip it on this rank."""
         if sent.suspected_by_all():
             return self._hear(sent, late=False)
         if not _gradient_finite(reading) and not self._context.settings.observe:

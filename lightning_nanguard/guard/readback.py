@@ -44,7 +44,7 @@ class Readback(Protocol):
     """The reading of the present update, if this process read it before the optimizer's step, else ``None``."""
 
     def open_batches(self) -> int:
-        """Number of newest batches, the one at hand included, whose changes may still have to be undone."""
+        """Number of newest batches, the present one included, whose changes may still have to be undone."""
 
     def due(self, optimizer_index: int) -> Iterator[Arrived]:
         """Readings of earlier updates that have arrived, or must be waited for, before this optimizer steps."""

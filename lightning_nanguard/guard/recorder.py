@@ -61,7 +61,7 @@ class InterventionRecorder:
         ranks: tuple[int, ...] = (),
         clock: Clock | None = None,
     ) -> None:
-        """Put on record what was done.
+        """Record what was done.
 
         Args:
             fault: Why.
@@ -100,7 +100,7 @@ class InterventionRecorder:
         )
 
     def note(self, fault: Fault, *words: str) -> None:
-        """Put on record what was done outside the order of a step."""
+        """Record what was done outside the order of a step."""
         self._context.state.restored = None
         self.record(fault, fault.place, words, self._context.rate.effective())
 

@@ -59,7 +59,7 @@ class Reviews:
 class Rehearsal:
     """Tries learning rates on the newest batches.
 
-    Learner, rates and gradients are put back afterwards; only :meth:`loss_after` leaves the learner at its ``base``.
+    Learner, rates and gradients are restored afterwards; only :meth:`loss_after` leaves the learner at its ``base``.
     With several processes each trains on its own batches, and all continue from the mean.
 
     Args:
@@ -216,7 +216,7 @@ class Rehearsal:
                 parameter.grad = gradient
 
     def compare_each(self, one: Snapshot, other: Snapshot) -> list[tuple[float, float]]:
-        """Loss of each batch at hand under two states; empty without batches."""
+        """Loss of each recent batch under two states; empty without batches."""
         if not self._replay.rehearsal_batches():
             return []
         with self.present() as present:

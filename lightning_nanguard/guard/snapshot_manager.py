@@ -235,7 +235,7 @@ class SnapshotManager:
         return overdue or (self._screen.arrived() and self._moments.arrived() and pending.check.arrived())
 
     def is_whole(self, pending: Snapshot) -> bool:
-        """Whether nobody wrote to the learner while it was copied; where somebody has, another one is due at once."""
+        """Whether nothing wrote to the learner while it was copied; if something has, another one is due at once."""
         whole = pending.intact() if pending.check.events else True
         if not whole:
             self._placement.torn()

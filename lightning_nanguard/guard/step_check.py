@@ -98,7 +98,7 @@ class StepCheck:
         Args:
             optimizer_index: Index of the optimizer.
             careful: Whether others may change the gradients between now and the optimizer's step.
-            extreme: Whether a finite fault counts, too, where loss or gradient and batch are out of all proportion.
+            extreme: Whether a finite fault counts, too, if loss or gradient and batch are far too large.
         """
         if not self.reads_in_time(optimizer_index):
             return None
@@ -155,7 +155,7 @@ class StepCheck:
         return self._fault_of(Reading(self._context.state.step + 1, optimizer_index, None, norm, finite=finite))
 
     def rewind(self) -> None:
-        """Put back what the present batch, or the window of accumulation, has changed in buffers, metrics and means."""
+        """Restore what the present batch, or the window of accumulation, has changed in buffers, metrics and means."""
         self._undos[0].undo()
 
     def measures(self) -> Sequence[Undo]:
@@ -171,7 +171,7 @@ class StepCheck:
         self._context.state.passed_over = True
 
     def begin_again(self, undo: Callable[[], None]) -> None:
-        """The present batch begins anew, from another state: remember what it may change.
+        """The present batch begins again, from another state: remember what it may change.
 
         Args:
             undo: Called too where the batch is left out.
@@ -225,7 +225,7 @@ class StepCheck:
         self._context.state.raised = words
 
     def spoilt_since(self, snapshot: Snapshot) -> tuple[str, str]:
-        """The tensor that has gone bad by itself since a snapshot, and how; empty if that cannot be told."""
+        """The tensor that has gone bad by itself since a snapshot, and how; empty if that is not known."""
         corrupt = self.corrupt()
         if corrupt is not None:
             return corrupt, "is no longer finite"
@@ -240,7 +240,7 @@ class StepCheck:
         since: Snapshot | None = None,
         late: int | None = None,
     ) -> None:
-        """Put on record that a fault was gone when its step was made again.
+        """Record that a fault was gone when its step was made again.
 
         Args:
             fault: The fault.
@@ -276,7 +276,7 @@ class StepCheck:
         self._record(fault, *words, finding=finding, restored=since, late=late)
 
     def record_left_out(self, fault: Fault, finding: Finding | None, ranks: tuple[int, ...] = ()) -> None:
-        """Put on record that a micro-batch was left out of its window, whose update is made from the others.
+        """Record that a micro-batch was left out of its window, whose update is made from the others.
 
         Args:
             fault: Why.
@@ -287,7 +287,7 @@ class StepCheck:
         self._record(fault, "leave out", finding=finding)
 
     def record_kept(self, fault: Fault, finding: Finding | None) -> None:
-        """Put on record that an update is made from the good samples of a bad batch."""
+        """Record that an update is made from the good samples of a bad batch."""
         self._record(fault, "keep good samples", finding=finding)
 
     def diagnosis(self, fault: Fault) -> Finding | None:

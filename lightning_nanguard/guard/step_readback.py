@@ -28,7 +28,7 @@ class StepReadback:
         self.at_hand: Reading | None = None
 
     def open_batches(self) -> int:
-        """The one at hand."""
+        """The present one."""
         return 1
 
     def due(self, optimizer_index: int) -> Iterator[Arrived]:

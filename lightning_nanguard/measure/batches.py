@@ -135,7 +135,7 @@ def mapped(
     Args:
         batch: The batch.
         function: Makes another tensor of one.
-        kind: What is replaced in the place of tensors.
+        kind: The type whose instances are replaced, by default tensors.
         thresholds: How deep the batch is looked into.
     """
     made: dict[int, Any] = {}

@@ -32,7 +32,7 @@ Parts: TypeAlias = list[tuple[Any, Any]]
 
 @dataclass(frozen=True, slots=True)
 class _Anatomy:
-    """How values of one type are taken apart, and made anew of other parts in the same order."""
+    """How values of one type are taken apart, and made again of other parts in the same order."""
 
     take: Callable[[Any], Parts]
     make: Callable[[Any, list[Any]], Any]

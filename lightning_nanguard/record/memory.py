@@ -61,7 +61,7 @@ class Memory(Sink, Sequence[Intervention]):
             self._original.take_advice(advice, receipts)
 
     def take_run(self, run: Mapping[str, Any]) -> None:
-        """Show what is known of a fit in the place of what was."""
+        """Show what is known of a fit in place of what was."""
         self.run = run
         if self._original is not None:
             self._original.take_run(run)
@@ -101,7 +101,7 @@ class Memory(Sink, Sequence[Intervention]):
         return self._newest.maxlen or 0
 
     def write(self, intervention: Intervention) -> None:
-        """Keep the intervention in the place of the oldest."""
+        """Keep the intervention in place of the oldest."""
         self._newest.append(intervention)
         self.total += 1
         self.faults[intervention.fault] += 1

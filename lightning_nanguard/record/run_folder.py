@@ -133,7 +133,7 @@ def _owner(folder: Path) -> str | None:
     run = read_run(folder)
     if run is None:  # version 0.1.0 kept no log
         return "" if any((folder / name).exists() for name in (RECORDS_FILE, ADVICE_FILE, LAST_GOOD)) else None
-    # A run that was killed before it left a last good checkpoint is begun anew in its place: a program that is started
+    # A run that was killed before it left a last good checkpoint is begun again in its place: a program that is started
     # again and again with one folder finds its file there. Nothing is overwritten, and each record has its run's id.
     return None if run.ended is None and not (folder / LAST_GOOD).exists() else run.run_id
 

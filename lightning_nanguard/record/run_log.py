@@ -100,7 +100,7 @@ def read_run(folder: Path) -> RunLog | None:
             entry = json.loads(line)
             match entry:
                 case {"event": "fit", "run": str(name)}:
-                    if name != run_id:  # begun anew in the place of one that was killed
+                    if name != run_id:  # begun again in place of one that was killed
                         run_id, fits = name, []
                     fits.append(entry)
                     ended = None

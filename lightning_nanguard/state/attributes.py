@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 CONTAINERS = (list, dict, set, deque, bytearray)
-"""What is put back one level deep; a subclass of the user's may do more than hold things."""
+"""What is restored one level deep; a subclass of the user's may do more than hold things."""
 
 MISSING: Any = object()
 """Stands for an attribute that is not there."""
@@ -25,7 +25,7 @@ OWN = frozenset(vars(nn.Module()))
 
 
 def refill(container: Any, held: Any) -> None:
-    """Put back what a container held; the container itself stays the same object."""
+    """Restore what a container held; the container itself stays the same object."""
     container.clear()
     (container.update if isinstance(container, (dict, set)) else container.extend)(held)
 

@@ -50,7 +50,7 @@ class BatchHistory:
 
     Args:
         device: The device of the run, whose random state is kept beside the CPU's.
-        updates: Updates whose micro-batches are kept; 1 for the one at hand.
+        updates: Updates whose micro-batches are kept; 1 for the present one.
         updates_small: The same where batches are small; ``updates`` if that is more.
         thresholds: How many batches are kept, and when one is strange.
 
@@ -176,7 +176,7 @@ class BatchHistory:
 
         Args:
             batch: The batch.
-            extreme: Whether to ask if it is out of all proportion to them.
+            extreme: Whether to ask if it is far larger than them.
         """
         limits, mine = self._healthy_limits, largest_magnitudes(batch)
         others = [one for kept, _ in self._healthy if len(one := largest_magnitudes(kept)) == len(mine)]

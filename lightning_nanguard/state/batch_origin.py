@@ -17,7 +17,7 @@ class BatchOrigin:
 
     Attributes:
         position: Number of batches that the loader gave before it since the epoch began. After a resume in mid-epoch it
-            differs from Lightning's ``batch_idx``, since the loader begins anew.
+            differs from Lightning's ``batch_idx``, since the loader begins again.
         epoch: The epoch.
         keys: What the sampler drew for it, one key a sample; ``None`` if there is no sampler over a map-style data
             set, or its batches do not come in its order.

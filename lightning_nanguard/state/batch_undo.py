@@ -1,7 +1,7 @@
 """Undoing what one batch changed, so that a skipped batch leaves nothing behind.
 
 Buffers (batch-norm statistics), torchmetrics objects on the module, and what the caller gives as ``others``
-(Lightning's running means) are put back as they were before the batch.
+(Lightning's running means) are restored as they were before the batch.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class BatchUndo:
                     copies.put_back_where(conditions[device], changed)
 
     def undo(self, *, buffers: bool = True) -> None:
-        """Put back what the batch changed; may be called again.
+        """Restore what the batch changed; may be called again.
 
         Args:
             buffers: Whether to put buffers back too, and not only what the caller and metrics remember.

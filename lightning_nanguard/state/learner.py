@@ -46,9 +46,9 @@ class Scaler(Protocol):
 
 
 class Partitions(Protocol):
-    """Partitions that a strategy trains in the place of the module's parameters; each process steps its own.
+    """Partitions that a strategy trains in place of the module's parameters; each process steps its own.
 
-    The strategy makes the parameters from them anew after each step, and the parameters have no ``grad`` before it.
+    The strategy makes the parameters from them again after each step, and the parameters have no ``grad`` before it.
     """
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -76,9 +76,9 @@ class Learner:
         module: The module trained.
         optimizers: Its optimizers.
         scaler: The GradScaler, if there is one.
-        averages: Gives averaged copies of the module kept elsewhere (EMA, SWA), by name; asked anew each time, since
+        averages: Gives averaged copies of the module kept elsewhere (EMA, SWA), by name; asked again each time, since
             such copies come and go.
-        partitions: What is stepped in the place of the parameters, if a strategy keeps partitions of them.
+        partitions: What is stepped in place of the parameters, if a strategy keeps partitions of them.
         device: The device of the run.
     """
 
@@ -178,7 +178,7 @@ class Learner:
         return [(name, grad) for name, grad in found if grad is not None]
 
     def restored(self) -> None:
-        """Weights were restored: a strategy that made other tensors from them makes those anew."""
+        """Weights were restored: a strategy that made other tensors from them makes those again."""
         if self._partitions is not None:
             self._partitions.restored()
 

@@ -59,7 +59,7 @@ class PlausibilityCheck:
         learner: What is trained.
         ring: The snapshots.
         is_worse: Says whether the newest batches do clearly worse under one state than under another; ``False`` where
-            that cannot be told.
+            that is not known.
         thresholds: What is too much.
         certain_only: Whether only what is out of all proportion counts, and nothing is tried.
     """

@@ -72,7 +72,7 @@ class RandomState:
     positions: Sequence[Any]
 
     def restore(self) -> None:
-        """Put back every stream whose position was remembered."""
+        """Restore every stream whose position was remembered."""
         for stream, position in zip(self.streams, self.positions, strict=True):
             if position is not None:
                 stream.set(position)

@@ -36,7 +36,7 @@ class CopyCheck:
         return all(event.query() for event in self.events)
 
     def intact(self) -> bool:
-        """Whether nobody wrote to the sources before they were copied; waits for the copies."""
+        """Whether nothing wrote to the sources before they were copied; waits for the copies."""
         for event in self.events:
             event.synchronize()
         return all(bool(verdict) for verdict in self._verdicts)

@@ -194,7 +194,7 @@ class Snapshot:
             self.done.pop().synchronize()
 
     def intact(self) -> bool:
-        """Whether nobody wrote to the learner while it was copied; waits for the copy."""
+        """Whether nothing wrote to the learner while it was copied; waits for the copy."""
         self.wait()
         return self.check.intact()
 

@@ -46,11 +46,11 @@ class HealthyBatchesThresholds:
         most: Batches kept. Four choose a learning rate far better than one does (97 % against 91 % of 130 tries); more
             than four are hardly better.
         most_bytes: Bytes that these batches may hold together.
-        measured_every: Batches after which their size is measured anew. Batches of a run are much alike, and to measure
-            each would cost more than to keep it.
+        measured_every: Batches after which their size is measured again. Batches of a run are of similar size, and
+            measuring each would cost more than keeping it.
         strange_factor: Factor on the largest number in all other batches, above which a batch is strange.
-        extreme_factor: How many times that number puts a batch out of all proportion, so that it may be skipped without
-            further evidence if its gradient is out of all proportion, too.
+        extreme_factor: Factor on that number, above which a batch may be skipped without further evidence if its
+            gradient is far too large, too.
         least_compared: Batches needed to tell a strange one.
     """
 
@@ -69,7 +69,7 @@ class BatchUndoThresholds:
     Attributes:
         copied_bytes: Bytes up to which a buffer is copied before every batch; a larger one is once it was seen to
             change.
-        modules_counted_every: Batches after which the modules are listed anew: to walk through them before each batch
+        modules_counted_every: Batches after which the modules are listed again: to go through them before each batch
             costs more than to copy the buffers.
     """
 
@@ -100,14 +100,14 @@ class RepeatedStepsThresholds:
             power of two are checked, too.
         copied_items: Items up to which a list, dictionary or set among the module's attributes is copied before each
             step; of a longer list only the length is kept.
-        depth: Levels of nested containers of a batch that are put back before it is run again.
+        depth: Levels of nested containers of a batch that are restored before it is run again.
         window_bytes: Bytes up to which the batches of a window of accumulation are kept until its end.
         test_device: Number of transient faults at one place from which on the device is suspected.
         message: Characters of an exception's text that are recorded.
         bytes_again: Bytes that the batches since the last certified snapshot may hold, to make their updates again
             where the state goes bad by itself.
         updates_again: Updates up to which this is done; more would take too long. 0 does without.
-        measured_every: Updates after which the size of one is measured anew.
+        measured_every: Updates after which the size of one is measured again.
         same_losses: Losses that must be the bits seen the first time before another one may differ: the second one
             shows that a whole update was made again as it was.
         squared: Gradient norm from which on the square of a gradient overflows in moments of 32 bits. An update that is

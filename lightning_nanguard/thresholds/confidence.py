@@ -33,7 +33,7 @@ class Confidences:
         low_precision_float16: A float16 number overflowed, and float32 was not tried.
         low_precision_loss_scale: The loss scale collapsed, and float32 was not tried.
         state_non_finite: A tensor of the learner is not finite.
-        state_element: An element of a weight moved out of all proportion to its neighbours.
+        state_element: An element of a weight moved much farther than its neighbours.
         state_jump: A weight is far larger than any was in the snapshot.
         transient: A fault was gone when its step, or the updates since a snapshot, were made again.
         update_again: State is not finite whenever an update is made again from the good state.

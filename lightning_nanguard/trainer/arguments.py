@@ -34,7 +34,7 @@ class Arguments:
 
     Raises:
         ValueError: If an argument is out of its range or contradicts another.
-        TypeError: If a detector, remedy or budget is none.
+        TypeError: If a detector, remedy or budget has the wrong type.
         ModuleNotFoundError: If ``bundle_dir`` is given and safetensors is not installed.
     """
 

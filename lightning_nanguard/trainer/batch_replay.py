@@ -138,7 +138,7 @@ class TrainerBatchReplay:
         return batch_finite([micro.batch for micro in self._shown or self.batches.newest()])
 
     def batch_strange(self, *, extreme: bool = False) -> bool | None:
-        """Whether the present batch reaches far beyond those before it, or is out of all proportion to them."""
+        """Whether the present batch reaches far beyond those before it, or is far larger than them."""
         return None if self.batch is None else self.batches.strange(self.batch, extreme=extreme)
 
     def bytes_kept(self) -> int:
@@ -170,7 +170,7 @@ class TrainerBatchReplay:
         return None if None in answers else all(answers)
 
     def rehearsing(self) -> AbstractContextManager[None]:
-        """Inside, batches run outside the run's count; at its end all they touched but the learner is put back."""
+        """Inside, batches run outside the run's count; at its end all they touched but the learner is restored."""
         return untraced(self._trainer, self._module, self._limits.undo)
 
     def rehearsal_batches(self) -> int:
@@ -267,7 +267,7 @@ class TrainerBatchReplay:
         healthy = self.batches.healthy
         if len(healthy) > 1:
             return healthy
-        # Too few to leave out the one at hand, though it may have a part in the trouble.
+        # Too few to leave out the present one, though it may have a part in the trouble.
         return [*healthy, (self.batch, self.batch_idx)]
 
     def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:

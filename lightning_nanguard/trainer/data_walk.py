@@ -56,7 +56,7 @@ def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 @final
 class _Readable(Dataset[Any]):
-    """A data set in which a sample that cannot be read is told as such.
+    """A data set in which a sample that cannot be read is reported as such.
 
     Args:
         data: The data set.

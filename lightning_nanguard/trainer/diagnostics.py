@@ -206,7 +206,7 @@ class Diagnostics:
             self.advise("skipped batches", advice)
 
     def advise(self, occasion: str, finding: Finding) -> None:
-        """Give advice, once about one cause at one place, unless somebody asks again.
+        """Give advice, once about one cause at one place, unless the user asks again.
 
         Args:
             occasion: Why the guard looked.

@@ -215,7 +215,7 @@ class FirstUpdates:
         return {name: leaves[name].to(self._named[name].device) for name in leaves.keys() & self._named.keys()}
 
     def _untrained(self, names: Sequence[str], start: Mapping[str, Tensor]) -> bool | None:
-        """Whether all parameters look as they were initialised; ``None`` if that cannot be told."""
+        """Whether all parameters look as they were initialised; ``None`` if that is not known."""
         found = []
         # Matrices say most.
         for name in sorted(names, key=lambda name: self._named[name].dim() < 2)[: self._limits.most_weights]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # A check of the user's or of a package, or anomaly mode.
 _NOT_FINITE = re.compile(r"\b(nans?|infs?|infinite|infinity|non-?finite|not finite)\b", re.IGNORECASE)
-# Some packages put a constant in the place of a loss that is not finite.
+# Some packages put a constant in place of a loss that is not finite.
 _NO_GRAPH = "element 0 of tensors does not require grad"
 
 
@@ -67,7 +67,7 @@ class NumericErrors:
     def caused_by_numbers(self, run: MicroBatchRun, start: StepStart, *, backward: bool) -> bool:
         """Whether the step succeeds with other numbers in the batch, or with the last good weights.
 
-        The numbers are those of a healthy batch, or zeros in the place of what is not finite. The batch keeps its
+        The numbers are those of a healthy batch, or zeros in place of what is not finite. The batch keeps its
         structure, shape and index, and is run from the same random numbers and attributes, so that an exception with
         another cause is raised again.
 

@@ -70,7 +70,7 @@ class RanksAgain:
             first: What its last micro-batch gave.
 
         Returns:
-            What Lightning goes on with.
+            The result for Lightning.
         """
         raised = next((one.raised for one in self._window.micros if one.raised is not None), None)
         if not all(self._ranks.gather(self._runs.may_repeat())):

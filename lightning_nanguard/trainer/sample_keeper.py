@@ -93,7 +93,7 @@ class SampleKeeper:
         """Have the good samples of a micro-batch run in its place; ``None`` if it must not be taken apart.
 
         Args:
-            micro: The micro-batch, to whose start all has been put back.
+            micro: The micro-batch, to whose start all has been restored.
             fault: What is wrong with it.
         """
         if micro.kept is not None or not self._check.state_is_finite():

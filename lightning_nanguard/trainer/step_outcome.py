@@ -47,7 +47,7 @@ class Outcome:
 
 
 def given(outcome: Outcome) -> Any:
-    """What Lightning goes on with; raises the exception there was."""
+    """The result for Lightning; raises the exception there was."""
     if outcome.error is not None:
         raise outcome.error
     return outcome.result

@@ -185,7 +185,7 @@ class StepRunner:
             again = self._from_snapshot(micro, first, last, counted=counted, steps=steps)
             if again.good:
                 return self._over(again.result, steps=steps)
-            last = Outcome(early=True)  # all has been put back to where the micro-batch began
+            last = Outcome(early=True)  # all has been restored to where the micro-batch began
         alone = steps and len(self._window.left_out()) == len(self._window.micros) - 1
         if not self._runs.accumulating() and first.error is None and last.error is None and not last.early:
             self._keep(steps=steps)
@@ -302,7 +302,7 @@ class StepRunner:
     # ---------------------------------------------------------------------------------------- windows
 
     def _leave_out(self, micro: Micro, first: Outcome, after: StepClock, *, counted: bool, steps: bool) -> Any:
-        """Go on as if a micro-batch, to whose start all has been put back, had not been in its window."""
+        """Go on as if a micro-batch, to whose start all has been restored, had not been in its window."""
         if micro.run.zero_grad is not None:
             with uncounted(self._trainer, self._listens) if counted else nullcontext():
                 micro.run.zero_grad()

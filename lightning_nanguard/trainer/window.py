@@ -50,7 +50,7 @@ class Window:
 
     Args:
         trainer: The trainer.
-        check: Puts back what the window has changed.
+        check: Restores what the window has changed.
         thresholds: Bytes up to which batches are kept.
 
     Attributes:

@@ -69,7 +69,7 @@ class WindowAgain:
             steps: Whether the update follows.
 
         Returns:
-            What Lightning goes on with.
+            The result for Lightning.
         """
         window, result, fault = self._window, None, None
         trace = undo_if_room(self._replay.make_undo, [*self._module.parameters()])

@@ -66,7 +66,7 @@ def _ranked(callback: Any, current: Any) -> Any:
 
 
 def _forget_best(callback: Any) -> None:
-    """Choose the best model anew where the metric of the one chosen is not finite."""
+    """Choose the best model again where the metric of the one chosen is not finite."""
     best = callback.best_model_score
     if not isinstance(best, Tensor) or bool(torch.isfinite(best).all()):
         return

@@ -143,7 +143,7 @@ def end_backward(trainer: Any, optimizer: Optimizer) -> None:
 
 @contextmanager
 def logging_for(trainer: Any, batch: Any) -> Iterator[None]:
-    """Inside, ``self.log`` takes the batch size from this batch rather than from the one at hand."""
+    """Inside, ``self.log`` takes the batch size from this batch rather than from the present one."""
     results = trainer.fit_loop.epoch_loop._results
     before = results.batch, results.batch_size
     results.batch, results.batch_size = batch, None

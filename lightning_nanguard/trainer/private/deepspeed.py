@@ -1,8 +1,8 @@
-"""What DeepSpeed's ZeRO trains in the place of a module's parameters; tested with DeepSpeed 0.19.
+"""What DeepSpeed's ZeRO trains in place of a module's parameters; tested with DeepSpeed 0.19.
 
-Each rank steps a partition of its own in full precision (``fp32_partition``), from which the module's parameters are
-made anew after every step: gathered whole (stages 1 and 2), or as this rank's part of each (stage 3), which is gathered
-again when it is needed. All of it is plain tensors, so that it can be copied and put back bit by bit.
+Each rank updates its own partition in full precision (``fp32_partition``). After every step the module's parameters are
+made again from the partitions: gathered whole (stages 1 and 2), or as this rank's part of each (stage 3), which is
+gathered when it is needed. All of it is plain tensors, so that it can be copied and restored bit by bit.
 """
 
 from __future__ import annotations

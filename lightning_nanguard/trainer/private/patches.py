@@ -12,7 +12,7 @@ _ABSENT = object()
 
 @final
 class _Wrapper:
-    """Lies on an object in the place of a method, and only passes calls on once it is undone.
+    """Lies on an object in place of a method, and only passes calls on once it is undone.
 
     Copied and pickled it becomes the method of the copy: neither the wrapper nor whom it acts for goes along.
     """
@@ -38,7 +38,7 @@ def _same(value: Any) -> Any:
 
 
 def wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Callable[[], None]:
-    """Have ``wrapper`` called in the place of a method of one object, until the returned function is called.
+    """Have ``wrapper`` called in place of a method of one object, until the returned function is called.
 
     The wrapper lies on the object itself, so that other objects of its class are not touched.
 

@@ -13,7 +13,7 @@ from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
 
 
 class Mend(Protocol):
-    """Gives what to write in the place of a checkpoint."""
+    """Gives what to write in place of a checkpoint."""
 
     def __call__(self, checkpoint: dict[str, Any], path: str, *, checked: bool = False) -> dict[str, Any]:
         """The checkpoint, or one that is not poisoned.
