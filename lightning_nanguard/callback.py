@@ -340,9 +340,9 @@ class NaNGuard(DisplayedGuard):
             fit.context.rate.withdraw()
             fit.guard.leave()
             if not isinstance(exception, TrainingDivergedError) and not fit.guard.swapped:
-                fit.guard.check()  # what is saved on its account comes after this hook
+                fit.guard.check()  # checkpoints because of the exception are saved after this hook
         except Exception as error:
-            # Whatever ended the run must be what the user sees.
+            # The user must see the exception that ended the run.
             _logger.error("NaNGuard failed while the run was ending: %s", error, exc_info=error)
         try:
             self._end()  # Lightning calls no teardown after an exception

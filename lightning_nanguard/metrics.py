@@ -181,7 +181,7 @@ class GradientNorm(Metric):
         if norm is None:
             return
         seen = norm.isfinite()
-        # An all-zero row stands for "none seen" and merges without a trace.
+        # An all-zero row means that no norm was seen. Merging it changes nothing.
         row = torch.where(seen, torch.stack((torch.ones_like(norm), norm, norm, norm)), torch.zeros_like(norm))
         self.finite = _merged(torch.stack((self.finite, row.to(self.finite.dtype))))
         self.non_finite = self.non_finite + (~seen).to(self.non_finite.dtype)
@@ -195,7 +195,7 @@ class GradientNorm(Metric):
         device = self.finite.device
         if isinstance(value, (int, float)):
             largest = torch.finfo(torch.float32).max
-            # Made by a kernel: a copy from the host would wait for the device.
+            # Created on the device: a copy from the host would wait for it.
             return torch.full((), min(value, largest) if math.isfinite(value) else value, device=device).float()
         if isinstance(value, Tensor) and value.numel() == 1:
             # With sharded parameters clip_grad_norm_ returns a DTensor.

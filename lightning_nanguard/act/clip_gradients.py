@@ -51,14 +51,14 @@ class ClipGradients(Remedy):
 
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
         """Clipping, where gradients are at fault, or one that came out of nothing led to a fault of the learner."""
-        # Where the scheduled rate has just risen, the rate is the first to suspect.
+        # If the scheduled rate has just risen, the rate is the likelier cause.
         concerned = fault.clipping_helps or evidence.burst
         if not concerned or not evidence.clippable or (evidence.rate_rose and attempt == 0):
             return None
         if isinstance(self.clip_val, str):
             if evidence.usual_norm is not None and evidence.usual_norm > 0:
                 return Clip(2.0 * evidence.usual_norm, self.algorithm)
-            # Nothing was usual yet: the value most people start with.
+            # No norm is known yet: the value that is used most often.
             return Clip(1.0, self.algorithm)
         return Clip(float(self.clip_val), self.algorithm)
 

@@ -195,7 +195,7 @@ class LearningRate:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # The closure is wrapped even at a multiplier of 1.0: the guard may change the multiplier inside it.
-        # Whoever is called before the update looks at the rates then; LBFGS reads them before its closure.
+        # The rates are checked in the call before the update; LBFGS reads them before its closure.
         if self._before_update is _nothing or isinstance(optimizer, LBFGS):
             self.valid.look(optimizer)
         closure = kwargs.get("closure")

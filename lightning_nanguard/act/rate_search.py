@@ -42,10 +42,10 @@ def rehearsed_cut(rehearse: Rehearse, largest: float, limits: CutThresholds, *, 
         if after < best_after:
             best, lowest, best_after, least = cut, cut, after, limits.least_of_best * cut
         elif best is not None and after > before + limits.harm:
-            # A lower rate does harm, so the larger one was good by accident (units died, say): what helps is better.
+            # A lower rate does harm, so the larger one was good only by accident (units died, say).
             best_after, least = before - limits.harm, 0.0
         elif best is not None:
-            # What lags behind a best rate that halved the loss is slow; before that, all rates are.
+            # If the best rate halves the loss, a rate that gains less is too slow; otherwise all rates are slow.
             much = best_after < limits.halved * before and not few
             if after > best_after + (limits.missing_of_much if much else limits.missing) * counted:
                 break

@@ -68,7 +68,7 @@ class ReduceLR(Remedy):
         smallest = min(self.factor, limits.largest_at_once)
         factor = max(self.factor**2 ** min(attempt, limits.most_escalated), smallest)
         if not evidence.comparable and evidence.growth > limits.grown_unproven:
-            # No rate can be tried: how far the weights went is the only measure of the rate.
+            # No rate can be tried: the growth of the weights is the only measure of the rate.
             factor = min(factor, max(0.5 / evidence.growth, limits.largest_untried))
         return Scale(factor, self.min_lr)
 
@@ -81,10 +81,10 @@ class ReduceLR(Remedy):
         few = rehearses and run.rehearsal_batches() <= limits.few
         found = rehearsed_cut(run.rehearse, step.factor, limits, few=few) if rehearses else None
         if found is None:
-            # Nothing was tried: the curvature of one batch at one place is what is known.
+            # No rate was tried: only the curvature of one batch at one point is known.
             factor = min(step.factor, max(step.most, limits.largest_untried))
         else:
-            # A rate proven long ago may be too high by now: a trial that says so by far is believed.
+            # A rate proven long ago may be too high now: a trial that shows this clearly is believed.
             factor = max(found, min(step.least, limits.trusted * found))
             if step.firm:
                 factor = min(factor, max(step.most, limits.least_of_best * factor))

@@ -32,7 +32,7 @@ def skips_on_device(optimizer: Optimizer) -> bool:
     An optimizer of another type may say that it works with a GradScaler and read no such flag, and a subclass may have
     a step of its own.
     """
-    # The state of a run without fused steps, loaded into an optimizer with them, turns them off in the groups alone.
+    # Loading the state of a run without fused steps turns them off in the groups only.
     fused = all(group.get("fused") for group in optimizer.param_groups)
     return type(optimizer) in _READ_FOUND_INF and unscales_itself(optimizer) and fused
 

@@ -79,7 +79,7 @@ class ResumeGate:
         infinite = may_be_infinite(self._module)
         tensors = poisoned(content, named, allowed, infinite) if content is not None else []
         if not wrong and not tensors:
-            return None  # it is good, or its error has another cause and is the user's to see
+            return None  # it is good, or its error has another cause and has to reach the user
         reason = wrong or f"{_listed(tensors, self._named)} {'is' if len(tensors) == 1 else 'are'} not finite"
         if self._observe:
             _logger.warning("NaNGuard: %s is bad: %s. With observe=True nothing is done about it.", path, reason)

@@ -113,7 +113,7 @@ class SaveGuard:
         return checkpoint if self._observe or good is None else mended(checkpoint, self._learner, good)
 
     def _put(self, snapshot: Snapshot) -> None:
-        # When a graph under way is used, its tensors are as they were: their versions must not tell of this.
+        # The graph of the present batch finds its tensors as they were, so their version counters must not change.
         with ExitStack() as versions:
             for _, leaf in self._learner.weights():
                 versions.enter_context(_unsafe_preserve_version_counter(local(leaf)))

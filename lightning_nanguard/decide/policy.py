@@ -114,7 +114,7 @@ class Policy:
         seen, share = min(self.budget.window, evidence.step + 1), self.budget.max_skip_share
         if share is not None and len(state.skips) > max(self.thresholds.few_skips, share * seen):
             return (Stop(f"{len(state.skips)} of the last {seen} updates were bad"),), state
-        # To take back an update that was made is how a late reading's batch is skipped.
+        # A batch that was read late is skipped by undoing its update.
         return ((Restore(0),) if evidence.undo else (Skip(),)), state
 
     def _go_back(self, fault: Fault, evidence: Evidence, state: PolicyState, scope: Scope) -> tuple[Plan, PolicyState]:
@@ -124,7 +124,7 @@ class Policy:
             return tuple(steps), state
         restoring = any(isinstance(step, Restore) for step in steps)
         if evidence.undo and not restoring:
-            steps, restoring = [Restore(0), *steps], True  # only a restore takes back an update that was made
+            steps, restoring = [Restore(0), *steps], True  # only a restore can undo an update that was made
         comparison = evidence.comparison
         lost = evidence.corrupt is not None or (comparison is not None and not math.isfinite(comparison.now))
         if not restoring and (lost or not steps):
@@ -196,7 +196,7 @@ class Policy:
         if evidence.lr is None or evidence.lr <= 0:
             return 0.0
         highest = max(evidence.lr, evidence.highest_lr or 0.0)
-        # Snapshots taken at about the rate that has just failed prove nothing.
+        # Snapshots taken at about the rate that has just failed are no proof.
         proven = state.proven_rate <= highest * self.thresholds.recovery.proven_below
         return min(factor, state.proven_rate / evidence.lr) if proven else 0.0
 

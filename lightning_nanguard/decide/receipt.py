@@ -31,7 +31,7 @@ def judge_receipt(
         return "no difference", False
     mine, other = median(run), median(without)
     learned = math.nan if start is None else start - min(mine, other)
-    # Size decides, as in a trial: a little that is sure makes no difference.
+    # As in a trial, the size of the difference decides: a small difference counts as none, even if it is certain.
     if learned > 0 and abs(mine - other) <= limits.lacks * learned:
         return "no difference", False
     return ("gained", False) if better else ("cost", bool(learned > 0))

@@ -59,7 +59,7 @@ def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
     pairs = ((losses.start, losses.arm), (losses.now, losses.arm), (losses.later, losses.arm))
     if not all(share_above(*pair) >= limits.signs for pair in pairs):
         return Trial()
-    # On data in an order, what comes may be new to the run. What it knows already it must have lost as well.
+    # If data have an order, new batches may be of a kind that the run has not met. It must be worse on old ones, too.
     if losses.earlier_arm and share_above(losses.earlier_now, losses.earlier_arm) < limits.signs:
         return Trial()
     start, best, arm = median(losses.start), median(losses.best), median(losses.arm)

@@ -133,7 +133,7 @@ class Monitors:
         found = detectors.find(reading, line_search=line_search)
         fault = None if found is None else found.fault
         if fault is not None and quasi_newton and not line_search and fault.scope == "batch" and not fault.certain:
-            # Such an optimizer may meet a spike by itself, so it is a fault only if its batch is strange too.
+            # Such an optimizer may cause a spike by itself, so a spike is a fault only if its batch is strange, too.
             return replace(fault, doubtful=True)
         return fault
 

@@ -107,7 +107,7 @@ class Certification:
         if fault is not None:
             context.ring.drop_pending()
             return FoundFault(fault, readings[-1], ranks=ranks)
-        # Among ranks states go on being certified: while one waits, no other is looked at.
+        # With several ranks the guard certifies all the same: while one snapshot waits, no other one is checked.
         if context.many or not context.monitors.undecided():
             self._certify(pending, readings[0].optimizer_index)
         return None

@@ -46,7 +46,7 @@ class Guard:
         self._snapshots = parts.snapshots
         self._undos = parts.undos
         self._judge = parts.judge
-        # Whether weights and averages have changed places, as WeightAveraging has them do in validation.
+        # Whether weights and averages are swapped, as WeightAveraging does in validation.
         self.swapped = False
         # A trained parameter that was not finite before the first update, until an update was healthy.
         self._bad_start: str | None = None
@@ -100,7 +100,7 @@ class Guard:
         self._state.note_rate(self._context.rate.first())
         self._updated = True
         if self._judge.weights_are_bad() or self._state.passed_over:
-            # The weights are bad already, or the batch is known to be: nothing of it is measured, or reaches them.
+            # The weights are already bad, or the batch is known to be bad: skip its update unmeasured.
             self._parts.meter.drop_losses()
             self._parts.skipper.skip(optimizer_index)
             return
@@ -137,13 +137,13 @@ class Guard:
         self._state.restored = None
         try:
             if found:
-                self._snapshots.settle()  # what is done about it may write to the learner
+                self._snapshots.settle()  # handling the fault may write to the learner
             if found and self._bad_start is not None:
                 self._stop_if_lost_from_the_start(found[0])
             for one in found:
                 self._judge.handle(one)
                 if self._state.restored is not None:
-                    break  # what else was found belonged to the state just left
+                    break  # the other faults belonged to the state before the rollback
             if self._judge.readings and not found:
                 self._healthy()
             shown = self._parts.beside.after(self._judge.readings)
@@ -269,7 +269,7 @@ class Guard:
 
     def check(self) -> None:
         """Check the present state, and go back to the last good one if it is bad."""
-        self._snapshots.settle()  # whoever asks may write to it next
+        self._snapshots.settle()  # the caller may write to it next
         self.flush()
         self._snapshots.look_at_room()
         context = self._context
@@ -278,7 +278,7 @@ class Guard:
             return
         fault = Fault("corrupted_state", "state", bad, None, f"{bad} is no longer finite")
         if self._open and not context.settings.observe:
-            # A batch that was broken off may have done no more than spoil batch norm's statistics.
+            # A batch that was not finished may have made batch norm's statistics bad.
             self._undos[0].undo()
             if context.corrupt()[0] is None:
                 self.note(fault, "undo")
@@ -295,7 +295,7 @@ class Guard:
         optimizer = context.learner.optimizers[optimizer_index]
         scale = meter.loss_scale() if unscales_itself(optimizer) else None
         if context.ranks.sharded:
-            # The only collective waited for in an update without a fault, and only while sharded gradients are clipped.
+            # The only collective that a healthy update waits for, and only while sharded gradients are clipped.
             norm = math.hypot(*context.ranks.gather(meter.gradient_norm(optimizer_index)))
         elif scale is not None:
             norm = None  # what was read is that of unscaled gradients

@@ -94,7 +94,7 @@ class Interventions:
         if not plan:
             state.arm = None
             if evidence.trial is None and not (fault.certain or fault.doubtful or self._investigator.trial_runs):
-                self._tell(fault)  # nothing could be tried
+                self._tell(fault)  # no trial was possible
             return self._dismiss(found)
         skipped = any(isinstance(step, Skip) for step in plan)
         self._investigator.conclude(fault, batch=skipped)
@@ -102,7 +102,7 @@ class Interventions:
         state.arm = None
         lasts = state.bad_in_a_row >= self.patience and not evidence.batch_strange
         if fault.scope == "batch" and not fault.certain and lasts:
-            context.monitors.accept(reading)  # a rise that lasts is the new usual level
+            context.monitors.accept(reading)  # a lasting rise is the new usual level
         stays = fault.scope == "learner" and state.restored is None
         # Nothing was restored, so the fault will show again: accept its reading, and report it at growing intervals.
         return stays and reading.finite and reading.loss_finite and self._dismiss(found)

@@ -48,7 +48,7 @@ class Investigator:
         self._limits = context.thresholds.decision.evidence
         self._compare_allowed = not context.settings.observe
         self._finite_compared = self._compare_allowed and context.settings.act_on == "evidence"
-        # Whether a trial fell due while one was running.
+        # Whether a trial was requested while another one was running.
         self._asked_again = False
         self.initial_norms: dict[str, float] = {}
         # How often in a row the batch was blamed, by kind and place of the fault.
@@ -180,7 +180,7 @@ class Investigator:
             self._trials.begin(fault, start, best)
             return known
         if trial.lacks == 0 and self._asked_again:
-            self._trials.begin(fault, start, best)  # it fell due while the last one was running
+            self._trials.begin(fault, start, best)  # it was requested while the last one was running
         self._asked_again = False
         if 0 < trial.lacks <= limits.plain and state.policy.trials_failed + 1 < limits.in_a_row:
             # One trial is not enough: its arm goes on beside the run, which goes on from it if it stays ahead.

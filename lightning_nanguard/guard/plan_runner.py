@@ -107,7 +107,7 @@ class ActingRunner:
             self._remedies[type(step)].apply(step, self._actions)
             made.append(step)
             went_on |= isinstance(step, Restore) and may_go_on and self._go_on(found)
-        # After a restore no reading is on its way any more.
+        # After a restore no reading is pending.
         if self._context.state.restored is not None:
             self._readback.update_undone(found, statistics=self._plausibility.watches_statistics)
         kept = self._context.rate.effective() == before
@@ -131,7 +131,7 @@ class ActingRunner:
         if ring.certified:
             self._actions.restore(0)
         elif (pending := ring.newest()) is not None and self._context.corrupt()[0]:
-            # Nothing was ever proven good, but what the fit began with is at least finite.
+            # No snapshot was ever certified, but the state at the start of the fit is at least finite.
             restore(learner, pending)
 
     def give_back(self) -> None:

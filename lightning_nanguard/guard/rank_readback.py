@@ -159,7 +159,7 @@ class RankReadback:
         if sent.suspected_by_all():
             return self._hear(sent, late=False)
         if not _gradient_finite(reading) and not self._context.settings.observe:
-            self._skipper.skip(reading.optimizer_index)  # others do not: they hear of it later, and all go back
+            self._skipper.skip(reading.optimizer_index)  # other ranks do not: they learn of it later, and all roll back
         self._sent.append(sent)
         return None
 

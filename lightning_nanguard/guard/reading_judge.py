@@ -80,7 +80,7 @@ class ReadingJudge:
         if self._curve is not None and not arrived.line_search:
             rates = self._context.state.rates
             self._curve.add(arrived.reading, rates[-1][1] if rates else None, self._context.clipper.value)
-        # Further evaluations of one step (LBFGS) look at bad places on purpose, and are no history.
+        # Further evaluations of one step (LBFGS) try bad points on purpose, so they do not enter the history.
         if not arrived.line_search and self._monitors.passes(arrived.reading):
             self.readings.append(arrived.reading)  # nearly always
         else:
@@ -153,7 +153,7 @@ class ReadingJudge:
         if not self._plausibility.watches_statistics or self._found:
             return
         fault = self._plausibility.strange_statistics(undo.before(), self._context.state.healthy_steps)
-        # What batch after batch brings is how the data are from now on.
+        # A value that comes in batch after batch is usual for the data from now on.
         if fault is not None and self._context.state.bad_in_a_row < self._interventions.patience:
             self._runner.block(reading.optimizer_index)
             self._found.append(FoundFault(fault, reading, undo))

@@ -35,7 +35,7 @@ class InterventionRecorder:
         self._tried: deque[str] = deque(maxlen=5)
         # The surest finding of each kind of fault at each place.
         self._surest: dict[tuple[str, str], Finding] = {}
-        # Says where a good state lies on the disk, for whoever has to start again.
+        # Names the last good checkpoint on the disk, from which the run can be started again.
         self.on_disk: Callable[[], str] = str
 
     def mark(self) -> None:

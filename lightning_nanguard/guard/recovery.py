@@ -114,7 +114,7 @@ class Recovery:
         self._end_clipping()
 
     def _review(self, reduce: ReduceLR) -> None:
-        # The cut was chosen on next to no evidence; now there is more.
+        # The cut was chosen on very little evidence; now there is more.
         state, limits = self._state, self._limits
         if not (reduce.rehearse and self._reviews.due(state.healthy_steps)):
             return
@@ -123,7 +123,7 @@ class Recovery:
         if not before:
             return
         may_rise = ratio <= limits.raised_below and limits.larger * before[0] < state.policy.bad_rate
-        # A loss that falls does so at this rate, and one that never fell says nothing of it.
+        # If the loss falls, this rate is good enough. If it never fell, it says nothing about the rate.
         rests = history.learning() and not history.falling()
         rests &= self._may_lower and self._lowered < limits.most_lowered and before[0] > reduce.min_lr
         if not (may_rise or rests):

@@ -31,7 +31,7 @@ class BackgroundSink(Sink):
     """
 
     def __init__(self, sink: Sink, seconds: float, thresholds: RecordsThresholds = RECORDS) -> None:
-        # In a thread nobody else would hear of an exit either.
+        # In a thread, an exit would go unnoticed, too.
         self._sink = IsolatedSink(sink, catches=BaseException)
         self._seconds = seconds
         self._queue = RecordQueue(thresholds)
@@ -130,6 +130,6 @@ def _serve(sink: Sink, queue: RecordQueue, run: RunInfo) -> None:
     sink.open(run)
     while (record := queue.take()) is not None:
         sink.write(record)
-    # A sink that came too late may have been opened by the next fit already.
+    # If the sink is late, the next fit may already have opened it.
     if not queue.abandoned():
         sink.close()

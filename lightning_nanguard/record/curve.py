@@ -128,7 +128,7 @@ class CurveFile:
         if not points:
             return
         with open(self._path, "ab") as file:
-            # A row that a killed run left without its end would spoil this one.
+            # A killed run may have left a row without its end, which would make this one unreadable.
             start = _line(CurvePoint._fields) if file.tell() == 0 else "\n"
             file.write((start + "".join(map(_row, points))).encode())
         self._rows += len(points)

@@ -108,7 +108,7 @@ class JsonLines(Sink):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.is_file() and self.path.stat().st_size >= self._bytes_per_file:
-                with contextlib.suppress(OSError):  # a folder that takes no new name still takes more lines
+                with contextlib.suppress(OSError):  # if the file cannot be renamed, it can still be appended to
                     os.replace(self.path, put_aside(self.path))
             # Unbuffered, since a buffer left over from a full disk would be written again when the file is closed.
             with open(self.path, "a+b", buffering=0) as file:
@@ -142,7 +142,7 @@ def _append(file: FileIO, line: bytes, *, lasting: bool) -> None:
         if lasting:
             _sync(file)
     except BaseException:
-        # Half of a record, or one that may not last, would be there twice after the next try.
+        # Half of a record, or one that may be lost, would be there twice after the next try.
         with contextlib.suppress(OSError):
             file.truncate(status.st_size)
         raise

@@ -76,7 +76,7 @@ class LayerNormsFile(Sink):
             "updates": updates,
             "layers": {layer: layers[layer] for layer in most_changed[: self._thresholds.layers_per_incident]},
         }
-        with contextlib.suppress(OSError):  # that nothing can be written is said of the records
+        with contextlib.suppress(OSError):  # the file of records already warns that nothing can be written
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(self._path, "ab") as file:
                 file.write(json.dumps(plain(entry), allow_nan=False).encode() + b"\n")

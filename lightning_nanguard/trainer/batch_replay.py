@@ -267,7 +267,7 @@ class TrainerBatchReplay:
         healthy = self.batches.healthy
         if len(healthy) > 1:
             return healthy
-        # Too few to leave out the present one, though it may have a part in the trouble.
+        # There are too few to leave out the present one, although it may be bad.
         return [*healthy, (self.batch, self.batch_idx)]
 
     def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
@@ -294,8 +294,8 @@ class TrainerBatchReplay:
             with self._silently():
                 value = run()
         except Exception as error:
-            # A second look must never cost the run that the first one would not have; and all ranks must learn of it,
-            # or those where it went well would wait.
+            # An error in a repeated pass must not end the run. All ranks must learn of it, because the ranks without
+            # an error would wait.
             _logger.debug("NaNGuard: a batch could not be run again: %r", error)
             value = math.nan if is_numeric(error) else None
         return mean_over_ranks(self._ranks, value)

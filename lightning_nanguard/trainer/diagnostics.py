@@ -90,7 +90,7 @@ class Diagnostics:
             context.learner, replay.rerun, replay.untraced, examine_after, rules=self._rules, thresholds=thresholds
         )
         self._examines = examine_after is not None
-        # Looks on during the first updates; ``None`` once that is over, and where nothing can be seen.
+        # Observes the first updates; ``None`` after them, and if nothing can be observed.
         self.first_updates = (
             None if self._ranks.sharded else FirstUpdates(trainer, module, context, thresholds.mistakes)
         )
@@ -131,7 +131,7 @@ class Diagnostics:
         if good is None and self._context.ring.certified:
             good = self._context.ring.certified[0]
         if evidence.undo and good is not None and not good.shared():
-            # The update was made already: what it began from is in the last good snapshot, nearly.
+            # The update was already made: the last good snapshot is close to the state that it began from.
             state |= {path[-1]: leaf for path, leaf in good.leaves.items() if path[0] in ("parameter", "buffer")}
         return Bundle(
             module=f"{type(self._module).__module__}:{type(self._module).__qualname__}",
@@ -155,7 +155,7 @@ class Diagnostics:
             seen = first.observation()
             found = () if seen is None else mistakes(seen, self._thresholds)
         except Exception as error:
-            # Advice must never cost the run it is meant for.
+            # An error in giving advice must not end the run.
             _logger.debug("NaNGuard: the first updates could not be judged: %r", error)
             return
         for finding in found:

@@ -139,7 +139,7 @@ class ForwardAgain:
         while kept and ring.certified and kept[0].number <= ring.certified[-1].step:
             kept.popleft()
         if kept and kept[-1].number != number - 1:
-            kept.clear()  # what lies before a gap leads nowhere
+            kept.clear()  # updates before a gap cannot be used
         while len(kept) >= max(1, self._room):
             kept.popleft()
         # One that is pending may be certified before the updates since are needed: after a gap they begin there.
@@ -217,7 +217,7 @@ class ForwardAgain:
             Puts learner, metrics and means back to what they were before; ``None`` if they are so still, since this
             was of no use.
         """
-        # Where too little is the same after the newest snapshot to be sure, an older one may tell.
+        # If too few updates agree after the newest snapshot, an older one may decide.
         starts = [snapshot, *(one for one in self._context.ring.certified if one.step < snapshot.step)]
         ways = [(one, updates) for one in starts if (updates := self.since(one, number)) is not None]
         if not ways or ways[0][0] is not snapshot:
@@ -242,7 +242,7 @@ class ForwardAgain:
                         left = None if attributes is None else attributes.attributes_now()
                         measures = self._measures.now()
                     self.futile = after is None and not self._context.state.again[0]
-        except Exception as error:  # a second look never costs the run what the first one would not have
+        except Exception as error:  # an error in a repeated pass must not end the run
             _logger.debug("NaNGuard: the updates since the snapshot could not be made again: %r", error)
         for group, values in zip(optimizer.param_groups, scheduled, strict=True):
             group.update(values)
@@ -335,7 +335,7 @@ class ForwardAgain:
             group.update(values)
         losses: list[tuple[Tensor | None, Tensor]] = []
         for micro in update.micros:
-            micro.start.restore(carried=not spoilt)  # else they came of spoilt weights
+            micro.start.restore(carried=not spoilt)  # otherwise they come from bad weights
             with logging_for(self._trainer, micro.run.batch):
                 result = micro.run.whole()
             if result.loss is not None:

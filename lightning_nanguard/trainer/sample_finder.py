@@ -110,7 +110,7 @@ class SampleFinder:
         """
         mine: list[BadSample] = []
         if fault.scope == "batch" and (evidence.corrupt is None or evidence.undo):
-            # Names must never cost the run they are meant for.
+            # An error in naming samples must not end the run.
             try:
                 for micro in micros:
                     mine += self._of(micro, evidence, finding, about, good, run=run)

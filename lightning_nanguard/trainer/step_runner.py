@@ -145,7 +145,7 @@ class StepRunner:
         """Run a bad micro-batch again, where the gradients hold at most those of earlier micro-batches."""
         after = micro.start.clock_now()
         last, counted = first, False
-        # Some faults hang on a counter or flag that the first run has changed, and come back with it.
+        # Some faults depend on a counter or flag that the first run has changed.
         for keeps in (False, True) if after.counted and first.error is None else (False,):
             counted = counted or not last.early
             self._runs.rewind(micro, last)

@@ -101,7 +101,7 @@ class WindowAgain:
                 micro.run.zero_grad()
             return None
         before = [None] * len(parameters) if micro.run.zero_grad is not None else gradients_of(parameters)
-        # What a micro-batch found bad meanwhile had left in attributes is gone, and must not come back.
+        # Attributes that a bad micro-batch had changed were restored, and must not be set again.
         micro.start.restore(carried=len(self._window.left_out()) == known)
         attributes = self._memory.attributes_now()
         trace.open()
