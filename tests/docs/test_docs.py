@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
 import textwrap
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 import lightning_nanguard
 from lightning_nanguard import NaNGuard
+from lightning_nanguard.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+EVERY = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "RELEASING.md", "SECURITY.md"))]
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -69,11 +73,53 @@ def test_commands_in_the_documents_exist() -> None:
     assert {"demo", "test", "rescue", "bench"} <= named <= targets
 
 
+def test_modules_named_in_commands_exist() -> None:
+    """Every module that a document runs with ``python -m`` can be run so."""
+    named = {
+        module for page in EVERY for module in re.findall(r"python -m ([\w.]+)", page.read_text(encoding="utf-8"))
+    } - {"pytest", "twine"}
+    assert "benchmarks.rescue" in named
+    for module in named:
+        path = ROOT.joinpath(*module.split("."))
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+def test_nanguard_commands_in_the_documents_exist() -> None:
+    """Every subcommand of ``nanguard`` that a document names is there, with the options named beside it."""
+    line = re.compile(r"(?:^|`)nanguard ([a-z][a-z-]*)((?: [^`\n#]*)?)", re.MULTILINE)
+    named = {
+        (command, option)
+        for page in EVERY
+        for command, rest in line.findall(page.read_text(encoding="utf-8"))
+        for option in ["", *re.findall(r"(?<!\S)(--?[a-z][a-z-]*)", rest)]
+    }
+    texts = {command.NAME: help_of(command) for command in COMMANDS}
+    assert set(texts) == {command for command, _ in named}
+    for command, option in named:
+        assert option in texts[command], f"nanguard {command} {option}"
+
+
+def help_of(command: Any) -> str:
+    """What a subcommand says about its options."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.format_help()
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of the headings of a page, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere() -> None:
-    """Every relative link of a document points at a file."""
-    for page in PAGES:
-        for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
+    """Every relative link of a document points at a file, and at a heading that this has."""
+    for page in EVERY:
+        for link, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", page.read_text(encoding="utf-8")):
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{page.name}: {link}#{anchor}"
 
 
 def test_files_named_in_the_architecture_exist() -> None:
