@@ -1,1 +1,1 @@
-"""From losses, gradients and batches to a few numbers: norms, readings, and what is not finite."""
+"""Measures losses, gradients and batches: norms, readings, and whether they are finite."""

@@ -1,4 +1,4 @@
-"""Plain attributes of a module, remembered before every step at little cost: counters, hidden states, lists."""
+"""Stores plain attributes of a module (counters, hidden states, lists) before every step, at little cost."""
 
 from __future__ import annotations
 

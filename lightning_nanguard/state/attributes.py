@@ -1,4 +1,4 @@
-"""Plain attributes of modules and data sets, put back after code of the user's has run once more."""
+"""Restores plain attributes of modules and data sets after the user's code was run again."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class MicroBatch:
 
 @final
 class BatchHistory:
-    """Keeps references to the newest batches, for whoever runs them again or compares others with them.
+    """Keeps references to the newest batches, to run them again or to compare other batches with them.
 
     The micro-batches of the last updates are kept with the random state each began with, so that one can be run again
     as it was. Of the batches that turned out healthy the newest few are kept longer, without their random state.

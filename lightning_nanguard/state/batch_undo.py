@@ -1,4 +1,4 @@
-"""Undoing what one batch changed, so that a skipped batch leaves nothing behind.
+"""Undoes what one batch changed, so that the run goes on as if a skipped batch had never been there.
 
 Buffers (batch-norm statistics), torchmetrics objects on the module, and what the caller gives as ``others``
 (Lightning's running means) are restored as they were before the batch.

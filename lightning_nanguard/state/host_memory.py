@@ -1,4 +1,4 @@
-"""How much memory of the host can still be taken: what the kernel says, and the limits of control groups."""
+"""Reads how much host memory is free, from the kernel and from the limits of control groups."""
 
 from __future__ import annotations
 

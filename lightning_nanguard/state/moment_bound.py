@@ -1,4 +1,4 @@
-"""Finds first moments that no sequence of gradients makes, given the second moments beside them."""
+"""Finds first moments of Adam that no sequence of gradients can produce together with their second moments."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class MomentScreen:
 
 @final
 class MomentBound:
-    """Looks at the first moments of torch's Adam, AdamW, NAdam and RAdam.
+    """Checks the first moments of torch's Adam, AdamW, NAdam and RAdam.
 
     Moments that begin out of bounds, such as those of a checkpoint that was trained with other betas, are left alone.
     So are all of an optimizer whose betas change, and those that go out of bounds in many elements at once: somebody

@@ -1,4 +1,4 @@
-"""A first cheap look at a state, which waits for no device."""
+"""A first, cheap check of a state, which does not wait for the device."""
 
 from __future__ import annotations
 

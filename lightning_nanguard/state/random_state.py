@@ -1,4 +1,4 @@
-"""Where the random streams stand: torch's, Python's and NumPy's, remembered before a step and put back."""
+"""Stores the random states of torch, Python and NumPy before a step, and restores them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies from a device to the host beside the run, which notice when somebody wrote to their sources meanwhile."""
+"""Copies from a device to the host in the background, and notices if the sources changed during the copy."""
 
 from __future__ import annotations
 

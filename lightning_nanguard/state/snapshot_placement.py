@@ -1,4 +1,4 @@
-"""Where snapshots lie, and how they get there while the run goes on."""
+"""Puts snapshots on the device or in host memory while the run goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decides where snapshots lie and how many are kept, from the memory that is free on the device and in the host."""
+"""Decides by the free memory of device and host where snapshots are kept, and how many."""
 
 from __future__ import annotations
 

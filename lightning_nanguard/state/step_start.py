@@ -1,4 +1,4 @@
-"""What a training step begins from, so that the same step can be made again."""
+"""Stores everything that a training step begins from, so that the same step can be made again."""
 
 from __future__ import annotations
 
