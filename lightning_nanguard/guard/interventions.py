@@ -156,10 +156,12 @@ class Interventions:
         blameless = found.reached and state.policy.learner_step != evidence.step
         known_until = min(found.reading.step - 1, context.thresholds.decision.late.beginning) if blameless else 0
         # Diagnose before the plan changes weights and batch.
-        look = "nothing" if found.undo is None else self._runner.look
+        look = "nothing" if found.undo is None and evidence.trial is None else self._runner.look
         mine = self._loop.diagnose(found.fault, evidence, look, found.reading.step)
         finding = most_confident_over_ranks(context.ranks, mine)
-        plan = within_curvature(spare_rate(plan, finding, evidence), finding, before[0] if before else None)
+        plan = spare_rate(plan, finding, evidence)
+        if evidence.trial is None:  # else it has shown which rate is right
+            plan = within_curvature(plan, finding, before[0] if before else None)
         state.went_on = False
         if stop is None and not found.fault.certain and context.settings.act_on == "evidence":
             self._receipts.before(self._loop.clock()[0], skipped=any(isinstance(step, Skip) for step in plan))
