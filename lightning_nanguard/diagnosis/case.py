@@ -153,6 +153,8 @@ class Clues:
         good_norm: Norm of the gradient there.
         good_finite: Whether both were finite: then the fault is not the batch's alone.
         change: What no update explains of the difference between the state of now and the good one.
+        moved_alone: Whether there is such a change: a few elements of a weight moved, and the others did not; ``None``
+            where the two were not compared.
         norm: Norm of the gradient.
         norms: Gradient norm of every weight, by name, in the order of the module.
         gone_otherwise: Whether loss and gradient are finite with other random numbers than the step's; ``None`` where
@@ -175,6 +177,7 @@ class Clues:
     good_norm: float | None = None
     good_finite: bool | None = None
     change: Change | None = None
+    moved_alone: bool | None = None
     norm: float | None = None
     norms: tuple[tuple[str, float], ...] = ()
     gone_otherwise: bool | None = None

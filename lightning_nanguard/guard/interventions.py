@@ -116,6 +116,14 @@ class Interventions:
         if fault.since is not None:
             return  # the rise is over, and nothing else speaks against the weights
         self._context.state.told = self._context.state.step, f"at update {self._context.state.step} {fault.message}"
+        found = self._shown_by_weights(fault)
+        if found is not None:
+            suggestion = (
+                f"{fault.message}; {found.suggestion} Nothing was changed: every number is finite. "
+                'NaNGuard(act_on="evidence") looks for further evidence and acts on it.'
+            )
+            self._loop.advise(replace(found, suggestion=suggestion))
+            return
         evidence = {} if fault.value is None else {"value": fault.value}
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
         suggestion = (
@@ -123,6 +131,18 @@ class Interventions:
             'lower learning rate, or with NaNGuard(act_on="evidence"), which looks for evidence and acts on it.'
         )
         self._loop.advise(Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion))
+
+    def _shown_by_weights(self, fault: Fault) -> Finding | None:
+        """The cause of a suspicion of the learner, where the growth of its weights shows one; no batch is run."""
+        if fault.scope != "learner":
+            return None
+        context, growth = self._context, self._investigator.growth()
+        lr = next(iter(context.rate.effective()), None)
+        evidence = Evidence(context.state.step, growth=growth, loss_unit=context.monitors.loss_unit(), lr=lr)
+        mine = self._loop.diagnose(fault, evidence, "nothing", context.state.step)
+        found = most_confident_over_ranks(context.ranks, mine)
+        told = context.thresholds.diagnosis.confidence.told
+        return found if found is not None and found.confidence > told else None
 
     def tell_of_overflow(self) -> None:
         """Tell the user once that the loss overflows where the gradient does not."""

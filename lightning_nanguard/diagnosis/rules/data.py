@@ -126,7 +126,9 @@ def unnormalised_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
     if not inputs_are_large(case, thresholds.data):
         return None
     harm = harm_of_large_inputs(case.model, thresholds.model)
-    diverged = bool(harm) or learner_diverged(fault, evidence, thresholds)
+    course, limits = case.course, thresholds.plateau
+    stuck = course is not None and course.high(limits) and not course.moves(limits)
+    diverged = bool(harm) or stuck or learner_diverged(fault, evidence, thresholds)
     if not diverged and evidence.healthy_steps >= thresholds.data.trusted_steps and "gradient" not in fault.place:
         return None  # it went well with such inputs
     return Finding(

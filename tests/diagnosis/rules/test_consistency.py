@@ -85,6 +85,7 @@ clues = st.builds(
     finite_in_float32=st.none() | st.booleans(),
     good_loss=st.none() | loss,
     good_finite=st.none() | st.booleans(),
+    moved_alone=st.none() | st.booleans(),
     change=st.none() | st.builds(Change, st.just("parameter w"), number, number, positive),
     norm=st.none() | positive,
     norms=st.sampled_from([(), (("a", 3.0), ("b", 0.0)), (("a", 3e9), ("b", 2.0))]),
