@@ -687,7 +687,8 @@ def through_time(dice: Dice) -> Problem:
 def _too_fast(
     dice: Dice, net: nn.Module, loss: Loss, batches: list[Pair], make: Callable[[nn.Module], Optimizer]
 ) -> Problem:
-    return Problem(Net(net, loss, make), batches, "learning_rate_too_high", "", None, len(batches))
+    # Where it stays finite a trial proves it, which begins after 40 updates and takes 64.
+    return Problem(Net(net, loss, make), batches, "learning_rate_too_high", "", None, 180)
 
 
 def fast_mlp(dice: Dice) -> Problem:
@@ -807,7 +808,8 @@ def _collapsing(dice: Dice, change: Callable[[nn.Module, Optimizer], None], ever
     rate = dice.near(2e-3, 1.3)
     module = Net(net, entropy, lambda net: optim.Adam(net.parameters(), rate))
     options = {"gradient_clip_val": 1.0}
-    return Problem(module, dice.digits(at + 120), "collapsed", "", None, at + 120, disturb=disturb, options=options)
+    steps = at + 400  # so long that the guard asks for a trial after it, and the trial ends
+    return Problem(module, dice.digits(at + 120), "collapsed", "", None, steps, disturb=disturb, options=options)
 
 
 def started_anew(dice: Dice) -> Problem:

@@ -23,7 +23,7 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 class Net(pl.LightningModule):
     """A net and a loss of it; ``loss_of(net, x, y)``."""
 
-    def __init__(self, net: nn.Module, loss_of: Loss, make: Callable[[nn.Module], Optimizer]) -> None:
+    def __init__(self, net: nn.Module, loss_of: Loss, make: Callable[[nn.Module], Any]) -> None:
         super().__init__()
         self.net, self.loss_of, self._make = net, loss_of, make
 
@@ -33,7 +33,7 @@ class Net(pl.LightningModule):
         self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
         return loss
 
-    def configure_optimizers(self) -> Optimizer:
+    def configure_optimizers(self) -> Any:
         return self._make(self.net)
 
 

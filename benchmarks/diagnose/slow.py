@@ -500,7 +500,7 @@ def one_cluster(dice: Dice) -> Problem:
 
 
 def layer_too_fast(dice: Dice) -> Problem:
-    """A rate and a decay for one layer that were meant for another optimizer: what it learned is gone in ten updates."""
+    """A rate and a decay for one layer that were meant for another optimizer: what it learned is soon gone."""
     which = dice.choice([0, 3])
     width = dice.choice([24, 32])
     hidden = [(nn.Linear(n, width), nn.LayerNorm(width), nn.GELU()) for n in (64, width)]

@@ -76,7 +76,11 @@ class Origin:
         exponent: Of a power; ``None`` where there is none, or more than one.
         from_weights: Whether what it worked on depends on the weights.
         from_target: Whether what it worked on depends on the target.
+        from_mask: Whether what it worked on depends on a comparison, as a mask and the count of what it leaves do.
         empty: Whether it had nothing to work on.
+        put_in: Whether the value was put in as a number (a mask of −inf, a NaN), and came through to the loss.
+        given: Names of its arguments that held NaN or +Inf before the pass began; empty without any.
+        made_by: The operation that made what it worked on; empty where it is not known.
     """
 
     operation: str
@@ -91,7 +95,11 @@ class Origin:
     exponent: float | None = None
     from_weights: bool = True
     from_target: bool = False
+    from_mask: bool = False
     empty: bool = False
+    put_in: bool = False
+    given: str = ""
+    made_by: str = ""
 
     @property
     def place(self) -> str:

@@ -98,7 +98,10 @@ class Diagnostician:
                 case = self._gather(case, micros, look, good)
             if fault.rate_may_cause and case.clues.moved_alone is None:
                 case = self._compare_states(case, good)
-            finding = self._rules.diagnose(case) or self._as_before(case)
+            finding, before = self._rules.diagnose(case), self._as_before(case)
+            # What was found here with a look at the batch says more than a guess without one.
+            if finding is None or (before is not None and finding.confidence <= self._thresholds.confidence.told):
+                finding = before
             if finding is not None:
                 self._earlier.append(EarlierFinding(evidence.step, fault.kind, fault.place, finding, evidence.lr))
             return finding

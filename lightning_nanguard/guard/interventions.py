@@ -137,6 +137,8 @@ class Interventions:
         if fault.scope != "learner":
             return None
         context, growth = self._context, self._investigator.growth()
+        if growth <= context.thresholds.diagnosis.learner.grown:
+            return None
         lr = next(iter(context.rate.effective()), None)
         evidence = Evidence(context.state.step, growth=growth, loss_unit=context.monitors.loss_unit(), lr=lr)
         mine = self._loop.diagnose(fault, evidence, "nothing", context.state.step)

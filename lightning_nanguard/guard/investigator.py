@@ -267,7 +267,7 @@ class Investigator:
 
     def growth(self) -> float:
         """The largest ratio of a weight matrix's norm to its norm at the start, over all ranks."""
-        return max(self._ranks.gather(self._growth()))
+        return float(max(self._ranks.gather(self._growth())))
 
     def _growth(self) -> float:
         begun = self.initial_norms

@@ -16,7 +16,7 @@ from lightning_nanguard.diagnosis.rules.signs import (
 )
 from lightning_nanguard.record.text import counted
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds, LearnerThresholds
-from lightning_nanguard.types import Finding
+from lightning_nanguard.types import Evidence, Finding
 
 
 def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
