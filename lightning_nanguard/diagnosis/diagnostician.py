@@ -198,7 +198,8 @@ class Diagnostician:
         if good is None:
             return case
         change = unexplained_change(self._learner, good, self._thresholds.state)
-        return replace(case, clues=replace(case.clues, change=change, moved_alone=change is not None))
+        alone = change is not None and change.name == case.fault.place
+        return replace(case, clues=replace(case.clues, change=change, moved_alone=alone))
 
     def _compare_with_snapshot(self, clues: Clues, micro: MicroBatch, good: Snapshot) -> Clues:
         change = unexplained_change(self._learner, good, self._thresholds.state)

@@ -49,7 +49,9 @@ def worse_than_before(evidence: Evidence, thresholds: DiagnosisThresholds) -> bo
     comparison = evidence.comparison
     if comparison is None or comparison.then_finite is False:
         return False  # of a batch that cannot be differentiated under good weights either, the loss says nothing
-    return worse(comparison, thresholds.learner.worse_units * evidence.loss_unit)
+    # A batch that is far off under good weights, too, says nothing of those of now.
+    sane = evidence.first + thresholds.blame.sane_loss * evidence.loss_unit
+    return worse(comparison, thresholds.learner.worse_units * evidence.loss_unit, sane=sane)
 
 
 def inputs_are_large(case: Case, thresholds: DataThresholds) -> bool:
