@@ -189,7 +189,8 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._origins.update((key, origin) for key in keys)
             return
         purpose = next((self._purposes[key] for key in given if key in self._purposes), None)
-        if purpose is None and self._purposeful and _puts_in(args, kwargs):
+        put_in = _puts_in(args, kwargs) or any(map(self._comes_bad, before))
+        if purpose is None and self._purposeful and put_in:
             purpose = replace(self._describe(func, args, kwargs, bad[0], labels), put_in=True), False
         elif purpose is not None and not purpose[1] and (len(inputs) > 1 or before[0].dim() > bad[0].dim()):
             purpose = replace(self._describe(func, args, kwargs, bad[0], labels), put_in=True), True

@@ -221,8 +221,8 @@ def _given_bad(origin: Origin, thresholds: DiagnosisThresholds) -> Finding | Non
         "non_finite_from_start",
         thresholds.confidence.non_finite_from_start,
         origin,
-        f"{origin.given} of {origin.operation} held NaN or Inf before the step. Look at what computes it (one over a "
-        "count or a deviation of zero?).",
+        f"{origin.given} of {origin.operation} held NaN or Inf, and no operation of this step made it. Look at what "
+        "computes it (one over a count or a deviation of zero?).",
     )
 
 
