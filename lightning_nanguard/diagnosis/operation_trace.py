@@ -189,13 +189,17 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._origins.update((key, origin) for key in keys)
             return
         purpose = next((self._purposes[key] for key in given if key in self._purposes), None)
+        with_others, reduced = len(inputs) > 1, bool(before) and before[0].dim() > bad[0].dim()
         put_in = _puts_in(args, kwargs) or any(map(self._comes_bad, before))
         if purpose is None and self._purposeful and put_in:
-            purpose = replace(self._describe(func, args, kwargs, bad[0], labels), put_in=True), False
-        elif purpose is not None and not purpose[1] and (len(inputs) > 1 or before[0].dim() > bad[0].dim()):
-            purpose = replace(self._describe(func, args, kwargs, bad[0], labels), put_in=True), True
+            purpose = self._put_in(func, args, kwargs, bad[0], labels), bool(before) and with_others
+        elif purpose is not None and not purpose[1] and (with_others or reduced):
+            purpose = self._put_in(func, args, kwargs, bad[0], labels), True
         if purpose is not None:
             self._purposes.update((key, purpose) for key in keys)
+
+    def _put_in(self, func: Any, args: Any, kwargs: Any, bad: Tensor, labels: frozenset[str]) -> Origin:
+        return replace(self._describe(func, args, kwargs, bad, labels), put_in=True)
 
     def _is_origin(self, func: Any, args: Any, kwargs: Any, bad: list[Tensor], before: list[Tensor]) -> bool:
         if operation_name(func) in _UNINITIALISED:
