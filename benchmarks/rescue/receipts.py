@@ -15,14 +15,18 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytorch_lightning as pl
 
 from lightning_nanguard import NaNGuard, Thresholds
+from lightning_nanguard.decide.receipt import judge_receipt
 from lightning_nanguard.state.restore import restore
+from lightning_nanguard.types import Verdict
 
 from .cases import FAILING, Case, Form
 from .healthy import DRAWN
@@ -70,14 +74,26 @@ class _Force(pl.Callback):
         context.rate.set_multiplier(self.factor)
 
 
+@contextmanager
+def _nothing_taken_back() -> Iterator[None]:
+    """Inside, receipts are written and the run goes on as it is, so that its end shows what the intervention did."""
+
+    def judge(*arguments: Any) -> tuple[Verdict, bool]:
+        return judge_receipt(*arguments)[0], False
+
+    with patch("lightning_nanguard.guard.receipts.judge_receipt", judge):
+        yield
+
+
 def forced(case: Case, dice: random.Random) -> Compared | None:
     """A healthy run with an intervention that nothing asks for; ``None`` where it had no receipt."""
     limits = Thresholds()
-    # Neither does a trial act, nor is anything taken back: the whole run shows what the intervention did.
-    guard = NaNGuard(act_on="evidence", thresholds=replace(limits, trial=replace(limits.trial, lacks=math.inf)))
+    no_trial_acts = replace(limits.trial, plain=math.inf, in_a_row=sys.maxsize)
+    guard = NaNGuard(act_on="evidence", thresholds=replace(limits, trial=no_trial_acts))
     factor, back = dice.choice(FACTORS), dice.random() < 0.5
     at = dice.randint(24, max(25, case.steps // 2))
-    run = train(case, [_Force(guard, at, factor, back=back), guard])
+    with _nothing_taken_back():
+        run = train(case, [_Force(guard, at, factor, back=back), guard])
     what = f"rate times {factor:.3g}{', back to the start' if back else ''} at {at}"
     return _compared(case, what, guard, run.final)
 
@@ -85,9 +101,8 @@ def forced(case: Case, dice: random.Random) -> Compared | None:
 def its_own(case: Case) -> Compared | None:
     """The guard's first own intervention in a run; ``None`` where it made none on finite evidence."""
     guard = NaNGuard(act_on="evidence")
-    run = train(case, [guard])
-    if any(receipt.taken_back for receipt in guard.receipts):
-        return None
+    with _nothing_taken_back():
+        run = train(case, [guard])
     return _compared(case, _ITS_OWN, guard, run.final)
 
 

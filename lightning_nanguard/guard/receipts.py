@@ -14,7 +14,7 @@ from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.record.receipts import Receipt
-from lightning_nanguard.types import Fault, Reading
+from lightning_nanguard.types import Fault, Reading, Verdict
 
 
 @dataclass(slots=True)
@@ -23,6 +23,8 @@ class _Open:
     step: int
     branch: Branch
     policy: PolicyState
+    due: int
+    verdicts: list[Verdict] = field(default_factory=list)
     run: list[float] = field(default_factory=list)
     without: list[float] = field(default_factory=list)
 
@@ -31,7 +33,8 @@ class _Open:
 class Receipts:
     """Trains the branch that an intervention gave up beside the run, on the same batches, and compares the two.
 
-    One intervention is compared at a time. Where the branch given up turns out clearly better, the run goes on from it.
+    One intervention is compared at a time. It is judged at doubling distances until two verdicts in a row agree. Where
+    the branch given up turns out clearly better, the run goes on from it.
 
     Args:
         context: What the parts of the guard share.
@@ -68,7 +71,7 @@ class Receipts:
         if branch is None:
             self._not_measured(global_step, 0, "the batches of this run cannot be run again, or there is no room")
             return
-        self._open = _Open(global_step, state.step, branch, state.policy)
+        self._open = _Open(global_step, state.step, branch, state.policy, self._limits.updates)
 
     def close(self, reason: str) -> None:
         """The branch cannot be compared any more.
@@ -103,15 +106,20 @@ class Receipts:
             return
         known.run.append(reading.loss)
         known.without.append(found)
-        if len(known.run) >= self._limits.updates:
+        if len(known.run) >= known.due:
             self._compare(known)
 
     def _compare(self, known: _Open) -> None:
-        self._open = None
-        newest = -(self._limits.updates // self._limits.judged_part)
+        limits, newest = self._limits, -(known.due // self._limits.judged_part)
         run, without = known.run[newest:], known.without[newest:]
         history = self._context.monitors.history(0)
-        verdict, take_back = judge_receipt(run, without, None if history is None else history.first, self._limits)
+        verdict, take_back = judge_receipt(run, without, None if history is None else history.first, limits)
+        known.verdicts.append(verdict)
+        known.due *= 2
+        newest_verdicts = known.verdicts[-limits.in_a_row :]
+        if len(newest_verdicts) < limits.in_a_row or set(newest_verdicts) != {verdict}:
+            return
+        self._open = None
         clock = self._recorder.now()
         receipt = Receipt(known.global_step, clock[0], verdict, median(run), median(without), len(known.run), take_back)
         self._context.receipts.give(receipt)

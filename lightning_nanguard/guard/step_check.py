@@ -73,6 +73,15 @@ class StepCheck:
         context = self._context
         return not (context.many or context.ranks.sharded or context.settings.observe)
 
+    def share_skipped(self, least: int) -> float:
+        """Share of skipped updates within the budget's window; 0.0 before a number of updates.
+
+        Args:
+            least: That number.
+        """
+        seen = min(self._policy.budget.window, self._context.state.step)
+        return 0.0 if seen < least else len(self._context.state.policy.skips) / seen
+
     def together(self) -> bool:
         """Whether several ranks make steps again together: with whole parameters, one optimizer and no GradScaler."""
         context, learner = self._context, self._context.learner

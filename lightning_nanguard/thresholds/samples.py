@@ -23,6 +23,8 @@ class SamplesThresholds:
         separable_error: Relative difference up to which the loss of a batch is the weighted mean of its parts' losses;
             32-bit sums in another order differ by less.
         skipped_share: Share of skipped updates from which on the advice names ``keep_good_samples``.
+        most_skipped: Share of skipped updates from which on an update is made from the good samples of its batch by
+            default: where most updates are skipped, little is learned.
         skipped_confidence: Confidence of that advice: a count of what was done.
         least_updates: Updates before that share is looked at.
         usual_share: Share of the samples that have the same shapes and dtypes, from which on others are named.
@@ -40,6 +42,7 @@ class SamplesThresholds:
     batches_waiting: int = 8
     separable_error: float = 1e-3
     skipped_share: float = 0.1
+    most_skipped: float = 0.5
     skipped_confidence: float = 0.9
     least_updates: int = 20
     usual_share: float = 0.9

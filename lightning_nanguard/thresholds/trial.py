@@ -19,12 +19,14 @@ class TrialThresholds:
             as many arms as there is room for.
         least_factor: The lowest factor that is tried where even the lowest of these makes the loss worse.
         picked_after: Updates after which the best arm is picked, with the one at the next lower rate.
-        updates: Updates after which it is judged.
+        updates: Updates after which it is judged. What an intervention gained or cost is judged then, and again at
+            doubling distances.
         judged_part: The newest batches, one in so many, judge the states.
         signs: Share of the batches that have to agree on which of two states is better.
         lacks: Share of what can be learned that a run has to lack.
         lost: Share of what was learned that a run has to have lost, to be worse than it was.
-        in_a_row: Trials in a row that have to speak against the run.
+        in_a_row: Trials in a row that have to speak against the run, and judgements in a row of what an intervention
+            gained or cost that have to agree.
         plain: Share of what can be learned that is so large that one trial is enough.
         near: Factors of the best arm's rate with which a second trial goes on, so that the best of them is taken.
         memory_share: Share of the free memory that the states compared in a trial may take together, its arms included.

@@ -99,8 +99,12 @@ def build_fit(
             if getattr(config.scheduler, "optimizer", None) is optimizer
         },
     )
-    keeps_good = any(isinstance(one, SkipStep) and one.keep_good_samples for one in arguments.remedies)
-    keeper = SampleKeeper(module, replay, samples, guard.steps, arguments.thresholds.samples) if keeps_good else None
+    keeps_good = next((one.keep_good_samples for one in arguments.remedies if isinstance(one, SkipStep)), None)
+    keeper = (
+        None
+        if keeps_good is False
+        else SampleKeeper(module, replay, samples, guard.steps, arguments.thresholds.samples, always=bool(keeps_good))
+    )
     return Fit(trainer, guard, replay, diagnostics, sinks, advice, folder, averages, order, samples, keeper)
 
 

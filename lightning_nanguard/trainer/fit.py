@@ -130,7 +130,7 @@ class Fit:
         """Whether bad batches are skipped as a whole, which is said where their good samples were to be kept."""
         late = self.context.settings.deferred or not self.guard.steps.allowed() or not module.automatic_optimization
         whole = late or bool(self.context.learner.quasi_newton)
-        if whole and self._keeper is not None and not self.context.settings.observe:
+        if whole and self._keeper is not None and self._keeper.always and not self.context.settings.observe:
             self._keeper.say("it needs automatic optimization without LBFGS, one process, and readback in the step")
         return whole
 

@@ -54,7 +54,8 @@ class SampleKeeper:
         replay: Runs batches again.
         finder: Knows the bad samples.
         check: Finds causes, and looks at the state.
-        thresholds: When a loss counts as a mean.
+        thresholds: When a loss counts as a mean, and how many skipped updates are most of them.
+        always: Whether the good samples of every bad batch are kept; else once most updates had to be skipped.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class SampleKeeper:
         finder: SampleFinder,
         check: StepCheck,
         thresholds: SamplesThresholds,
+        *,
+        always: bool,
     ) -> None:
         self._module = module
         self._replay = replay
@@ -73,6 +76,18 @@ class SampleKeeper:
         # Whether the loss of a batch is the mean of its parts' losses; ``None`` before that was tried.
         self._is_mean: bool | None = None
         self._said = False
+        self.always = always
+        self._active = always
+
+    def active(self) -> bool:
+        """Whether the good samples of a bad batch are to be kept now."""
+        if not self._active and self._check.share_skipped(self._limits.least_updates) > self._limits.most_skipped:
+            self._active = True
+            _logger.warning(
+                "NaNGuard: most updates had to be skipped for bad samples in their batches. From now on such an update "
+                "is made from the good samples of its batch. SkipStep(keep_good_samples=False) turns this off."
+            )
+        return self._active
 
     def good_part(self, micro: Micro, fault: Fault) -> GoodPart | None:
         """Have the good samples of a micro-batch run in its place; ``None`` where it must not be taken apart.
@@ -122,8 +137,7 @@ class SampleKeeper:
         if not self._said:
             self._said = True
             _logger.warning(
-                "NaNGuard: SkipStep(keep_good_samples=True) cannot keep the good samples of a bad batch, and skips the "
-                "whole batch: %s.",
+                "NaNGuard: the good samples of a bad batch cannot be kept, so the whole batch is skipped: %s.",
                 reason,
             )
 

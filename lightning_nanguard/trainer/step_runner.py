@@ -78,7 +78,9 @@ class StepRunner:
         self._keeper = keeper
         self._window = Window(trainer, guard.steps, thresholds)
         self._forward = ForwardAgain(trainer, module, guard.context, replay, thresholds)
-        self._runs = MicroRuns(trainer, module, guard, self._window, self._memory, listens, extreme=keeper is not None)
+        self._runs = MicroRuns(
+            trainer, module, guard, self._window, self._memory, listens, extreme=keeper is not None and keeper.always
+        )
         self._windows = WindowAgain(
             trainer,
             module,
@@ -198,7 +200,7 @@ class StepRunner:
         self, micro: Micro, first: Outcome, last: Outcome, *, counted: bool, steps: bool
     ) -> Outcome | None:
         """Run the good samples of a bad micro-batch; ``None`` where nothing was run, not even put back."""
-        if self._keeper is None or not self._memory.repeatable or micro.kept is not None:
+        if self._keeper is None or not self._memory.repeatable or micro.kept is not None or not self._keeper.active():
             return None
         self._runs.rewind(micro, last)
         part = self._keeper.good_part(micro, fault_of(first))

@@ -107,16 +107,17 @@ class WindowAgain:
         trace.open()
         only = last and len(self._window.left_out()) == len(self._window.micros) - 1
         outcome = self._attempt(micro, passing=only)
-        if outcome.good or (only and outcome.error is None and self._keeper is None):
+        keeper = self._keeper if self._keeper is not None and self._keeper.active() else None
+        if outcome.good or (only and outcome.error is None and keeper is None):
             return outcome.result
         start = partial(micro.start.restore, carried=len(self._window.left_out()) == known)
         undo = partial(self._undo, parameters, before, trace, attributes)
         undo(outcome)
-        part = None if self._keeper is None else self._keeper.good_part(micro, fault_of(outcome))
-        if self._keeper is not None and part is not None:
+        part = None if keeper is None else keeper.good_part(micro, fault_of(outcome))
+        if keeper is not None and part is not None:
             start()
             again = self._attempt(micro)
-            if self._keeper.settle(micro, again, part):
+            if keeper.settle(micro, again, part):
                 return again.result
             undo(again)
         if only and outcome.error is None:

@@ -135,7 +135,7 @@ def test_else_the_batch_is_skipped(case: str, tmp_path: Path, caplog: pytest.Log
     assert differences(*ends) == []
     assert words(guards[0]) == words(guards[1])
     assert ("skip",) in words(guards[1])
-    assert caplog.text.count("cannot keep the good samples") == caplog.text.count(said) == 1
+    assert caplog.text.count("good samples of a bad batch cannot be kept") == caplog.text.count(said) == 1
 
 
 class Checks(Task):
@@ -158,8 +158,23 @@ def test_a_check_that_raises(tmp_path: Path) -> None:
     assert all(one.remedies == ("keep good samples",) for one in guard.interventions)
 
 
-def test_off_by_default_and_checked() -> None:
-    """The option has to be asked for, by true or false."""
-    assert not SkipStep().keep_good_samples
+def test_where_most_updates_were_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By default good samples are kept once most updates were skipped, which is said once; with ``False`` never."""
+    bad = dict.fromkeys(range(0, 96, 6), math.nan)
+    guards = [NaNGuard(), NaNGuard(remedies=[SkipStep(keep_good_samples=False), *default_remedies()])]
+    with caplog.at_level(logging.WARNING, logger="lightning_nanguard"):
+        for guard in guards:
+            torch.manual_seed(0)
+            fit(Task(mlp()), loader(good=False, bad=bad), guard, folder=tmp_path / str(id(guard)), max_epochs=3)
+    kept, skipped = map(words, guards)
+    assert set(kept[:20]) == {("skip",)}
+    assert set(kept[20:]) == {("keep good samples",)}
+    assert set(skipped) == {("skip",)}
+    assert caplog.text.count("most updates had to be skipped") == 1
+
+
+def test_the_option_is_checked() -> None:
+    """The option is true, false or nothing."""
+    assert SkipStep().keep_good_samples is None
     with pytest.raises(ValueError, match="keep_good_samples=1"):
         SkipStep(keep_good_samples=1)  # type: ignore[arg-type]
