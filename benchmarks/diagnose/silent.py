@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -23,10 +26,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from benchmarks.rescue import data as sets
+from benchmarks.rescue.cases import HEALTHY
+from benchmarks.rescue.running import train
 from lightning_nanguard import NaNGuard
 
 from .problems import Dice
-from .running import quiet
+from .running import LOW, quiet
 from .unseen import unseen
 
 STEPS = 72
@@ -788,19 +793,52 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.diagnose.silent", description=main.__doc__)
     parser.add_argument("--draws", type=int, default=3, help="seeds of each form")
     parser.add_argument("--first", type=int, default=1_040_000, help="first seed")
+    parser.add_argument("--healthy", type=int, default=0, help="seeds of each healthy run of the rescue suite")
     parser.add_argument("--models", choices=("unseen", "built-on"), default="unseen", help="which models are drawn")
+    parser.add_argument("--output", type=Path, help="a file for what was said, in JSON")
     arguments = parser.parse_args(argv)
-    seeds = range(arguments.first, arguments.first + arguments.draws)
-    rows = {**MISTAKES, "": MEANT}
+    found: dict[str, Any] = {
+        "about": {"date": date.today().isoformat(), "torch": torch.__version__, "models": arguments.models,
+                  "first_seed": arguments.first, "draws": arguments.draws},
+    }  # fmt: skip
+    if arguments.draws:
+        seeds = range(arguments.first, arguments.first + arguments.draws)
+        found["rows"] = _show(seeds, others=arguments.models == "unseen")
+    if arguments.healthy:
+        found["healthy"] = _show_healthy(range(arguments.first, arguments.first + arguments.healthy))
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(found, indent=1))
+    return 0
+
+
+def _show(seeds: range, *, others: bool) -> list[dict[str, Any]]:
+    rows = []
     print(f"{'mistake':30}  runs  right  said instead")
-    for cause, makes in rows.items():
-        others = arguments.models == "unseen"
+    for cause, makes in {**MISTAKES, "": MEANT}.items():
         told = [tuple(sorted(named(said(make, seed, others=others)))) for make in makes for seed in seeds]
         wanted = (cause,) if cause else ()
         instead = Counter(" + ".join(one) or "nothing" for one in told if one != wanted)
+        right = sum(one == wanted for one in told)
+        rows.append({"mistake": cause or "meant", "runs": len(told), "right": right, "instead": dict(instead)})
         words = ", ".join(f"{name} {count}" for name, count in instead.items())
-        print(f"{cause or 'meant':30}  {len(told):4}  {sum(one == wanted for one in told):5}  {words}", flush=True)
-    return 0
+        print(f"{cause or 'meant':30}  {len(told):4}  {right:5}  {words}", flush=True)
+    return rows
+
+
+def _show_healthy(seeds: range) -> dict[str, Any]:
+    """Every word of the guard in its default mode, by occasion; up to a confidence of 0.5 it is a guess."""
+    words: Counter[str] = Counter()
+    for form in HEALTHY:
+        for seed in seeds:
+            case, guard = form.draw(seed), NaNGuard()
+            train(case, [guard])
+            for one in guard.advice:
+                guess = " (a guess)" if one.finding.confidence <= LOW else ""
+                words[f"{one.occasion}: {one.finding.cause}{guess}"] += 1
+    runs = len(HEALTHY) * len(seeds)
+    told = ", ".join(f"{name} {count}" for name, count in words.items()) or "nothing"
+    print(f"{runs} healthy runs of the rescue suite: {told}", flush=True)
+    return {"runs": runs, "words": dict(words)}
 
 
 if __name__ == "__main__":
