@@ -137,7 +137,7 @@ class Interventions:
         if fault.scope != "learner":
             return None
         context, growth = self._context, self._investigator.growth()
-        if growth <= context.thresholds.diagnosis.learner.grown:
+        if growth <= context.thresholds.diagnosis.learner.ruined:
             return None
         lr = next(iter(context.rate.effective()), None)
         evidence = Evidence(context.state.step, growth=growth, loss_unit=context.monitors.loss_unit(), lr=lr)

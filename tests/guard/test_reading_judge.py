@@ -126,15 +126,16 @@ def test_finite_suspicions_are_advice(
 
 def test_weights_that_grew_name_the_rate() -> None:
     """Of a suspicion of the learner the growth of its weights shows the cause, and no batch is run again."""
-    loop = Asked(True, True, detectors=[FindsAt(replace(LEARNER, proof="trial"))])
-    loop.run(12)
-    with torch.no_grad():
-        loop.net.weight.mul_(50.0)
-    loop.run(4)
-    assert [one.cause for one in loop.advice] == ["learning_rate_too_high"]
-    assert "a weight matrix grew to" in loop.advice[0].suggestion
-    assert LEARNER.message in loop.advice[0].suggestion
-    assert loop.probes == 0
+    for factor, cause in ((50.0, "learning_rate_too_high"), (4.0, "mine")):
+        loop = Asked(True, True, detectors=[FindsAt(replace(LEARNER, proof="trial"))])
+        loop.run(12)
+        with torch.no_grad():
+            loop.net.weight.mul_(factor / float(loop.net.weight.norm()))
+        loop.run(4)
+        assert [one.cause for one in loop.advice] == [cause]
+        assert ("a weight matrix grew to" in loop.advice[0].suggestion) == (cause != "mine")
+        assert LEARNER.message in loop.advice[0].suggestion
+        assert loop.probes == 0
 
 
 @pytest.mark.parametrize("fault", [SPIKE, EXTREME])

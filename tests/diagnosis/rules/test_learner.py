@@ -178,7 +178,9 @@ def test_a_trial_says_which_rate_to_go_to() -> None:
     )
 
 
-def test_a_batch_that_is_far_off_under_good_weights_too() -> None:
-    """It says nothing of the weights of now, though its loss is higher under them."""
-    known = {"usual_norm": 1.0, "first": 0.5, "loss_unit": 0.2, "comparison": Comparison(211.0, 204.0)}
-    assert surest_cause(SPIKE, {**known, "healthy_steps": 9}, Clues(norm=1e9)) == "exploding_gradient"
+@pytest.mark.parametrize("comparison", [Comparison(211.0, 204.0), Comparison(0.21, 0.17)])
+def test_a_steep_batch_is_no_divergence(comparison: Comparison) -> None:
+    """A batch that is far off under good weights, too, or whose loss is below the untrained model's, blames no rate."""
+    known = {"usual_norm": 1.0, "first": 0.5, "loss_unit": 0.2, "comparison": comparison, "lr": 0.1, "healthy_steps": 9}
+    assert surest_cause(SPIKE, known, Clues(norm=1e9)) == "exploding_gradient"
+    assert surest_cause(SPIKE, {**known, "comparison": Comparison(9.0, 0.2)}, Clues()) == "learning_rate_too_high"
