@@ -6,6 +6,7 @@ import re
 from dataclasses import fields, replace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -70,6 +71,10 @@ def origins(draw: st.DrawFn) -> Origin:
         exponent=draw(st.none() | st.sampled_from([-1.0, 0.5, 2.0])),
         from_weights=draw(st.booleans()),
         from_target=draw(st.booleans()),
+        from_mask=draw(st.booleans()),
+        put_in=draw(st.booleans()),
+        given=draw(st.sampled_from(["", "weight"])),
+        made_by=draw(st.sampled_from(["", "std", "sum", "sqrt"])),
         empty=draw(st.booleans()),
     )
 
@@ -102,7 +107,8 @@ evidences = st.builds(
     first=number,
     loss_unit=positive,
     growth=st.floats(1, 1e6),
-    trial=st.none() | st.builds(Trial, st.sampled_from([0.0, 0.4, 1.2]), st.just("start"), st.sampled_from([1 / 4])),
+    trial=st.none()
+    | st.builds(Trial, st.sampled_from([0.0, 0.4, 1.2]), st.sampled_from(["start", "best"]), st.sampled_from([1 / 4])),
     climbing=st.booleans(),
     rate_rose=st.booleans(),
     levels=st.sampled_from([(), (None,), (0.4, None)]),
@@ -229,6 +235,16 @@ def check(finding: Finding, case: Case) -> None:
     if domain:
         assert float(domain[1]) <= 0, text
     assert ("test the device" in text.lower()) <= (finding.cause == "corrupted_state" and evidence["times"] >= 2), text  # type: ignore[operator]
+    tried = re.search(r"a restart at (\S+) times the rate is ahead", text)
+    if tried and isinstance(lr, float):
+        # The rate that was shown to be ahead is the one to go to.
+        assert suggested_rates(text) in ([], [pytest.approx(lr * float(tried[1]), rel=0.1)]), text
+    larger = re.search(r"was given (\S+), where it needs|given numbers from (\S+) to (\S+), where it needs", text)
+    if larger and "between -1 and 1" in text and larger[2]:
+        assert float(larger[2]) <= -1 or float(larger[3]) >= 1, text
+    assert ("larger than" in text) <= ("where it needs" not in text), text
+    if case.clues.origin is not None and case.clues.origin.given:
+        assert "every target of the batch is ignored" not in text
     assert ("finite in float32" in text) <= (case.clues.finite_in_float32 is True), text
     assert "float32, which ends at 65,504" not in text
     if case.model is not None and not case.model.updates and finding.cause == "dead_relu":
