@@ -199,12 +199,13 @@ EARLIER: list[tuple[Finding, ...]] = [
 
 
 def asks_for_a_lower_rate(text: str) -> bool:
-    return re.search(r"[Ll]ower (the (learning )?rate|learning rate)", text) is not None
+    return re.search(r"[Ll]ower (it\b|the (learning )?rate|learning rate)", text) is not None
 
 
 def suggested_rates(text: str) -> list[float]:
     """Rates that a suggestion names, of those to go to."""
-    advice = text[max(text.find("ower the"), 0) :]
+    begins = re.search(r"ower (it|the)\b", text)
+    advice = text[0 if begins is None else begins.start() :]
     return [float(one) for one in re.findall(r"(?:below|to about|to|;) ([-\d.e+]+)(?= lowers|;|,| for|\.$)", advice)]
 
 
@@ -235,7 +236,7 @@ def check(finding: Finding, case: Case) -> None:
     if domain:
         assert float(domain[1]) <= 0, text
     assert ("test the device" in text.lower()) <= (finding.cause == "corrupted_state" and evidence["times"] >= 2), text  # type: ignore[operator]
-    tried = re.search(r"a restart at (\S+) times the rate is ahead", text)
+    tried = re.search(r"a restart with (\S+) times the rate has", text)
     if tried and isinstance(lr, float):
         # The rate that was shown to be ahead is the one to go to.
         assert suggested_rates(text) in ([], [pytest.approx(lr * float(tried[1]), rel=0.1)]), text

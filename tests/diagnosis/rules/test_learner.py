@@ -169,8 +169,8 @@ def test_a_trial_says_which_rate_to_go_to() -> None:
         finding = diagnose(Case(STUCK, known))
         assert finding is not None
         said[finding.cause] = finding.suggestion
-    assert "a restart at 0.0156 times the rate is ahead" in said["learning_rate_too_high"]
-    assert "Lower the learning rate to 0.01, or warm it up" in said["learning_rate_too_high"]
+    assert "a restart with 0.0156 times the rate has the lower loss" in said["learning_rate_too_high"]
+    assert "or lower it to 0.01." in said["learning_rate_too_high"]
     assert "the loss is clearly higher again than it was" in said["collapsed"]
     assert (
         "look for what changed the weights or the data; where nothing did, lower the learning rate to 0.01"
