@@ -54,6 +54,7 @@ class Guard:
         self._open = False
         self._running = False
         self._updated = False
+        self._loss_seen = False
 
     # ---------------------------------------------------------------------------------------- the order of a step
 
@@ -76,6 +77,7 @@ class Guard:
     def open_batch(self) -> None:
         """Remember what the coming batch may change; a window of accumulation counts as one batch."""
         self._running = True
+        self._loss_seen = False
         if not self._open:
             self._open = True
             self._undos.rotate(1)
@@ -84,6 +86,7 @@ class Guard:
 
     def see_loss(self, loss: Tensor) -> None:
         """Take the loss of one backward pass, as it is given to it."""
+        self._loss_seen = True
         self._parts.meter.see_loss(loss)
 
     def before_step(self, optimizer_index: int) -> None:
@@ -126,8 +129,11 @@ class Guard:
             TrainingDivergedError: When the run cannot be helped, or its first weights were not finite.
         """
         self._running = False
+        alone = self._parts.loop.micro_batches() == 1
+        if not self._loss_seen or (alone and not self._updated and not self._context.settings.deferred):
+            self._parts.steps.undo_spoilt_buffers()
         if not self._updated:
-            if self._parts.loop.micro_batches() == 1 or not self._context.learner.optimizers:
+            if alone or not self._context.learner.optimizers:
                 self._open = False
                 self._parts.meter.drop_losses()
             return True

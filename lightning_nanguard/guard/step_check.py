@@ -22,6 +22,7 @@ from lightning_nanguard.guard.readback import Readback
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.measure.tensors import is_on_host
 from lightning_nanguard.state.batch_undo import BatchUndo, Undo
+from lightning_nanguard.state.learner import StateKey
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Evidence, Fault, Finding, Reading
 
@@ -165,6 +166,26 @@ class StepCheck:
     def undo_also(self, undo: Callable[[], None]) -> None:
         """Have one more function called where the batch at hand, or the window, is left out."""
         self._undos[0].also(undo)
+
+    def undo_spoilt_buffers(self) -> None:
+        """Put back what a forward pass has written, where a buffer is not finite by it and no update comes of it.
+
+        A user who leaves a bad batch out, by no loss or by no step, does not undo what batch norm has taken from it.
+        """
+        if not self.allowed():
+            return
+        finite, undo = self._context.finite, self._undos[0]
+        before: dict[StateKey, Tensor] = {("buffer", name): buffer for name, buffer in undo.before().items()}
+        now = list(self._context.learner.leaves())
+        spoilt = finite.corrupt((key, leaf) for key, leaf in now if key in before)
+        sound = finite.corrupt(before.items()) is None
+        if spoilt is None or not sound or finite.corrupt((key, leaf) for key, leaf in now if key not in before):
+            return  # what is bad came from elsewhere
+        message = f"the forward pass made {spoilt} NaN or Inf, and no update was made from its batch"
+        fault = Fault("non_finite_statistics", "batch", spoilt, None, message)
+        finding = self.diagnosis(fault)
+        undo.undo()
+        self._recorder.record(fault, spoilt, ("undo",), self._context.rate.effective(), finding)
 
     def pass_over(self) -> None:
         """Leave the update at hand out without a record: every sample of it is known to be bad."""

@@ -78,7 +78,9 @@ class StepRunner:
         self._keeper = keeper
         self._window = Window(trainer, guard.steps, thresholds)
         self._forward = ForwardAgain(trainer, module, guard.context, replay, thresholds)
-        self._runs = MicroRuns(trainer, module, guard, self._window, self._memory, listens, extreme=keeper is not None and keeper.always)
+        self._runs = MicroRuns(
+            trainer, module, guard, self._window, self._memory, listens, extreme=keeper is not None and keeper.always
+        )
         self._windows = WindowAgain(
             trainer,
             module,
