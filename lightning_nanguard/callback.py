@@ -250,6 +250,8 @@ class NaNGuard(DisplayedGuard):
         if fit.diagnostics.first_updates is not None:
             fit.diagnostics.first_updates.see_batch(batch)
         fit.guard.open_batch()
+        if fit.carried is not None:
+            fit.carried.open()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Take the loss."""
@@ -279,6 +281,8 @@ class NaNGuard(DisplayedGuard):
         guard, replay = fit.guard, fit.replay
         replay.batch, replay.batch_idx = batch, batch_idx
         replay.may_log = True
+        if fit.carried is not None:
+            fit.carried.close()
         if fit.last_good is not None and fit.last_good.due(guard.updates):
             guard.want_snapshot()
         try:

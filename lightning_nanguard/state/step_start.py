@@ -95,7 +95,7 @@ class StepStart:
 
     def emptied(self) -> StepStart:
         """The same without the batch and the attributes, whose tensors may be large."""
-        return StepStart(self._random, Attributes((), 0), None, 0)
+        return StepStart(self._random, Attributes(()), None, 0)
 
     def clock_now(self) -> StepClock:
         """What of all this the clock has moved on by now."""

@@ -20,6 +20,7 @@ from lightning_nanguard.record.run_folder import RunFolder
 from lightning_nanguard.record.summary import summary
 from lightning_nanguard.state.snapshot_room import SnapshotSize
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.carried_attributes import CarriedAttributes
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.logger_curves import LoggerCurves
 from lightning_nanguard.trainer.private.averages import AveragedCopies
@@ -87,6 +88,7 @@ class Fit:
         self.validation = ValidationWatch(trainer, guard, replay)
         self.rank_zero = trainer.is_global_zero
         self.last_good: LastGood | None = None
+        self.carried: CarriedAttributes | None = None
         self._accumulates = accumulation(trainer)
         self._unknown: set[int] = set()
         self._patches = ExitStack()
@@ -113,6 +115,8 @@ class Fit:
             later(run_micro_batches_by(self._trainer, runner))
             self.context.state.go_on = runner.go_on_from
             later(setattr, self.context.state, "go_on", None)
+        elif not (module.automatic_optimization or self.context.settings.observe):
+            self.carried = CarriedAttributes(module, self.guard.steps, limits)
         later(
             guard_saves(
                 self._trainer,
