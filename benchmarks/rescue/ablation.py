@@ -73,6 +73,7 @@ ABLATIONS: dict[str, Contender] = {
     for c in (
         Without("rehearsal", lambda: _guard(remedies=[Rollback(), ClipGradients(), ReduceLR(rehearse=False)])),
         Without("review", replaced={"guard.rehearsal.Rehearsal.review": lambda self, untrained, *, at_most: 1.0}),
+        Without("try of a rate given back", replaced={"guard.rehearsal.Rehearsal.harmful": lambda self, factor: False}),
         Without("clipping", lambda: _guard(remedies=[Rollback(), ReduceLR()])),
         Without("cut", lambda: _guard(remedies=[Rollback(), ClipGradients()])),
         Without("spikes", lambda: _guard(detectors=[NonFinite(), DivergingLoss()])),

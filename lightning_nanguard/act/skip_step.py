@@ -17,10 +17,10 @@ class SkipStep(Remedy):
 
     Args:
         keep_good_samples: Make the update from the good samples of a bad batch, exactly as if the loader had given that
-            smaller batch: always, never, or (``None``) once most updates had to be skipped. Torch's ``default_collate`` must have put the batch together, and a check, made once, must
-            show that its loss is the mean of the losses of its parts. It works where updates are read before they are
-            made, in one process, under automatic optimization without LBFGS. Elsewhere the batch is skipped as a whole,
-            which is said once.
+            smaller batch: always, never, or with ``None`` once most updates had to be skipped. Torch's
+            ``default_collate`` must have put the batch together, and a check, made once, must show that its loss is the
+            mean of the losses of its parts. It works where updates are read before they are made, in one process, under
+            automatic optimization without LBFGS. Elsewhere the batch is skipped as a whole, which is said once.
 
     Raises:
         ValueError: When ``keep_good_samples`` is neither true nor false nor ``None``.

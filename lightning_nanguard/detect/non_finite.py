@@ -19,7 +19,7 @@ class NonFinite(Detector):
 
     An fp16 overflow that the GradScaler skips by itself is left to it, until ``overflow_patience`` of them come in a
     row or its scale falls below ``min_loss_scale``: then no scale helps, and the learner is at fault. A scale that is
-    not finite itself never comes back by itself, and is a fault of the state.
+    not finite, or that no scaler can have grown to since the last update, is a fault of the state.
 
     Args:
         overflow_patience: Number of overflows in a row from which on they are a fault; fewer are left to the scaler.
@@ -50,13 +50,14 @@ class NonFinite(Detector):
         self.min_loss_scale = min_loss_scale
         self.thresholds = thresholds or NonFiniteThresholds()
         self._overflows: deque[int] = deque(maxlen=overflow_patience)
+        self._scale = math.inf  # of the last accepted update
 
     def check(self, reading: Reading) -> Fault | None:
         """The fault of this reading, or ``None``."""
         norm, scale = reading.grad_norm, reading.loss_scale
-        if not reading.finite and scale is not None and not math.isfinite(scale):
-            # The scaler halves it after an overflow, which does not change it.
-            message = f"the scale of the GradScaler is {scale}"
+        if not reading.finite and scale is not None and not self._may_be(scale):
+            # The scaler halves it after an overflow, which leaves Inf as it is, and takes long from 1e30 down.
+            message = f"the scale of the GradScaler is {scale:g}"
             return Fault("corrupted_state", "state", "scale of the GradScaler", scale, message)
         if not reading.loss_finite:
             message = f"the loss is {reading.loss}"
@@ -84,6 +85,8 @@ class NonFinite(Detector):
 
     def accept(self, reading: Reading) -> None:
         """Count overflows in a row."""
+        if reading.loss_scale is not None:
+            self._scale = reading.loss_scale
         if reading.scaler_skips:
             self._overflows.append(reading.step)
         elif self._overflows:
@@ -97,14 +100,18 @@ class NonFinite(Detector):
         """Start counting overflows anew."""
         self._overflows.clear()
 
+    def _may_be(self, scale: float) -> bool:
+        return math.isfinite(scale) and scale <= self.thresholds.scale_growth * self._scale
+
     def state_dict(self) -> dict[str, Any]:
         """The history in plain containers."""
-        return {"overflows": list(self._overflows)}
+        return {"overflows": list(self._overflows), "scale": self._scale}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._overflows.clear()
         self._overflows.extend(int(step) for step in state["overflows"])
+        self._scale = float(state.get("scale", math.inf))
 
 
 def _non_finite_gradient(norm: float | None) -> Fault:

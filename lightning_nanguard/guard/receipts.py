@@ -71,7 +71,7 @@ class Receipts:
         if branch is None:
             self._not_measured(global_step, 0, "the batches of this run cannot be run again, or there is no room")
             return
-        self._open = _Open(global_step, state.step, branch, state.policy, self._limits.updates // 2)
+        self._open = _Open(global_step, state.step, branch, state.policy, self._limits.updates)
 
     def close(self, reason: str) -> None:
         """The branch cannot be compared any more.

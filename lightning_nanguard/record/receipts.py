@@ -31,7 +31,7 @@ class Receipt:
 
     Example:
         >>> print(Receipt(80, 144, "gained", 0.52, 2.31, 64).in_words())
-        gained: 64 updates later the loss is 0.52, and 2.31 without it on the same batches
+        gained: 128 updates later the loss is 0.52, and 2.31 without it on the same batches
     """
 
     intervention_step: int

@@ -47,9 +47,20 @@ def may_be_infinite(module: nn.Module) -> frozenset[str]:
     )
 
 
+def variances(module: nn.Module) -> frozenset[str]:
+    """Names of the buffers that are running variances: no average of squares is negative."""
+    return frozenset(
+        f"{name}.running_var".lstrip(".")
+        for name, layer in module.named_modules()
+        if isinstance(layer, _NormBase) and layer.running_var is not None and 0 <= (layer.momentum or 0.0) <= 1
+    )
+
+
 @final
 class FiniteCheck:
     """Finds tensors of a learner that are not finite, for all parts of the guard that look at its state.
+
+    A running variance below zero counts as not finite, since a layer that normalises takes its root.
 
     Elements of weights and buffers that were not finite when the fit began are allowed, and so is Inf in a buffer that
     may be set to it at any time (:func:`may_be_infinite`). A buffer that was made or resized since (a mask built in the
@@ -62,6 +73,7 @@ class FiniteCheck:
         self._nan: set[StateKey] = set()
         self.infinite: frozenset[str] = frozenset()
         """Names of the buffers that may hold Inf at any time."""
+        self._variances: frozenset[str] = frozenset()
 
     def begin(self, learner: Learner) -> None:
         """Note which elements of the learner's weights and buffers are non-finite by design: those that are so now."""
@@ -70,6 +82,7 @@ class FiniteCheck:
         self._nan = {key for key in self._allowed if bool(torch.isnan(dense_values(weights[key])).any())}
         self._shapes = {key: shape_of(leaf) for key, leaf in weights.items() if key[0] == "buffer"}
         self.infinite = may_be_infinite(learner.module)
+        self._variances = variances(learner.module)
 
     @property
     def allowed(self) -> Mapping[StateKey, Tensor]:
@@ -78,7 +91,8 @@ class FiniteCheck:
 
     def corrupt(self, leaves: Iterable[tuple[StateKey, Any]]) -> str | None:
         """Name of the first tensor with a non-finite element that is not allowed, ``None`` if there is none."""
-        flat = list(self._checked(leaves))
+        leaves = dict(leaves)
+        flat = list(self._checked(leaves.items()))
         for index in non_finite_indices([tensor for _, tensor in flat]):
             key, tensor = flat[index]
             values = dense_values(tensor)
@@ -87,7 +101,8 @@ class FiniteCheck:
             except OutOfMemory:  # it takes masks as large as a quarter of the tensor
                 corrupt = self._is_corrupt(key, values.cpu())
             if corrupt:
-                return describe(key)
+                negative = self._is_variance(key) and bool(torch.isfinite(leaves[key]).all())
+                return f"the root of {describe(key)}" if negative else describe(key)
         return None
 
     def _is_corrupt(self, key: StateKey, values: Tensor) -> bool:
@@ -114,7 +129,10 @@ class FiniteCheck:
         for key, leaf in leaves:
             for tensor in nested_tensors(leaf):
                 if key[0] != "buffer" or self._shapes.get(key) == shape_of(tensor):
-                    yield key, tensor
+                    yield key, tensor.sqrt() if self._is_variance(key) else tensor
+
+    def _is_variance(self, key: StateKey) -> bool:
+        return _name_of_buffer(key) in self._variances
 
     def _known(self, key: StateKey, values: Tensor) -> tuple[StateKey, Tensor] | None:
         for source in _sources(key):

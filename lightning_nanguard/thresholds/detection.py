@@ -15,9 +15,12 @@ class NonFiniteThresholds:
     Attributes:
         max_norm: Largest gradient norm. Adam squares the gradient in float32: beyond this norm a second moment becomes
             Inf and stays so.
+        scale_growth: Times the scale of the last update that a GradScaler's scale cannot have grown to in one update:
+            scalers double it.
     """
 
     max_norm: float = 1e18
+    scale_growth: float = 1e3
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,7 @@ class SamplesThresholds:
         skipped_share: Share of skipped updates from which on the advice names ``keep_good_samples``.
         most_skipped: Share of skipped updates from which on an update is made from the good samples of its batch by
             default: where most updates are skipped, little is learned.
-        most_skipped: float = 0.5
-    skipped_confidence: Confidence of that advice: a count of what was done.
+        skipped_confidence: Confidence of that advice: a count of what was done.
         least_updates: Updates before that share is looked at.
         usual_share: Share of the samples that have the same shapes and dtypes, from which on others are named.
         checked_factor: Times the usual largest number of a field from which on ``nanguard check --data`` names a

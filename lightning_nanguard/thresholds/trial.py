@@ -19,8 +19,8 @@ class TrialThresholds:
             as many arms as there is room for.
         least_factor: The lowest factor that is tried where even the lowest of these makes the loss worse.
         picked_after: Updates after which the best arm is picked, with the one at the next lower rate.
-        updates: Updates after which it is judged. What an intervention gained or cost is judged after half as many, and
-            again at doubling distances.
+        updates: Updates after which it is judged. What an intervention gained or cost is judged then, and again at
+            doubling distances.
         judged_part: The newest batches, one in so many, judge the states.
         signs: Share of the batches that have to agree on which of two states is better.
         lacks: Share of what can be learned that a run has to lack.

@@ -40,6 +40,7 @@ from tests.distributed.further import NaNValidation
 from tests.distributed.plain import plain
 from tests.distributed.saving import saves
 from tests.distributed.sharding import sharded
+from tests.distributed.trials import trials
 from tests.distributed.zero import tensors, zero, zero_alone
 from tests.helpers import FaultAt, Task, batches, learner_of, mlp, task, trainer_for
 
@@ -310,7 +311,7 @@ def uneven(worker: Worker) -> None:
     worker.fit("uneven", data=lambda rank: batches(count=STEPS - 3 * rank, seed=rank))
 
 
-_ALL = (again, mistaken, faults, behaviour, plain, saves, sharded, raising, uneven, zero, zero_alone)
+_ALL = (again, mistaken, faults, behaviour, plain, saves, sharded, raising, trials, uneven, zero, zero_alone)
 SUITES = {one.__name__: one for one in _ALL}
 
 

@@ -81,6 +81,15 @@ def test_state_that_is_huge_but_finite(way: str, kind: str, tmp_path: Path) -> N
         assert largest < 100
 
 
+def test_a_running_variance_below_zero(tmp_path: Path) -> None:
+    """No average of squares is negative, so the last good state comes back, though training does not use the number."""
+    guard = NaNGuard(snapshot_every_n_steps=5)
+    run = struck("automatic", FaultAt("buffer", -50.0, 30), guard, tmp_path)
+    assert words(guard) == [("restore", "redo")]
+    assert guard.interventions[0].place == "the root of buffer net.1.running_var"
+    assert float(run.module.net[1].running_var.min()) >= 0
+
+
 @pytest.mark.parametrize(("every", "last"), [(5, 140), (100, 160)], ids=["snapshot", "end"])
 @pytest.mark.parametrize("kind", ["weight", "moment"])
 def test_flipped_state_that_training_does_not_show(kind: str, every: int, last: int, tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ def test_a_mask_is_no_poison() -> None:
     net.norm.running_var[2] = math.nan
     assert check.corrupt(learner.leaves()) == "buffer norm.running_var"
     assert set(check.allowed) == set(allowances(learner.weights())) - {("buffer", "norm.running_var")}
+    net.norm.running_var[2] = -1.0
+    assert check.corrupt(learner.leaves()) == "the root of buffer norm.running_var"
 
 
 def test_optimizer_state_is_named() -> None:

@@ -159,7 +159,7 @@ def test_a_check_that_raises(tmp_path: Path) -> None:
 
 
 def test_where_most_updates_were_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """By default good samples are kept once most updates were skipped, which is said once; ``False`` never keeps them."""
+    """By default good samples are kept once most updates were skipped, which is said once; with ``False`` never."""
     bad = dict.fromkeys(range(0, 96, 6), math.nan)
     guards = [NaNGuard(), NaNGuard(remedies=[SkipStep(keep_good_samples=False), *default_remedies()])]
     with caplog.at_level(logging.WARNING, logger="lightning_nanguard"):
