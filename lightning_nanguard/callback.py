@@ -355,9 +355,9 @@ class NaNGuard(DisplayedGuard):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read what is still on its way, leave a good state, and count over all ranks."""
         if self._fit is not None:
+            self._fit.say_if_unseen()  # what ends the run now may be what could not be guarded
             self._fit.guard.finish()
             self._fit.diagnostics.judge_first_updates()
-            self._fit.say_if_unseen()
             self._memory.add_to_run(non_finite_rate=self._fit.non_finite_rate())
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

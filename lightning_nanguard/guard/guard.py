@@ -213,6 +213,13 @@ class Guard:
         if self._context.many:
             self.flush()
             return
+        bad = None if self.updates else self._context.corrupt()[0]
+        if bad is not None:
+            _logger.warning(
+                "NaNGuard: %s is no longer finite at the end of the run. No update was guarded, so nothing is undone.",
+                bad,
+            )
+            return
         self.check()
         # No snapshot may have fallen due since a weight or an average went out of range.
         leaves = dict(self._context.learner.leaves())

@@ -220,9 +220,12 @@ class Fit:
     def say_if_unseen(self) -> None:
         """At the end of training: say so if batches were trained on and the guard saw no optimizer step."""
         if self.replay.batch_idx >= 0 and self.guard.updates == 0 and self.context.learner.optimizers:
+            automatic = self.context.learner.module.automatic_optimization
             _logger.warning(
-                "NaNGuard: batches were trained on, but no optimizer step was seen, so nothing was guarded. Under "
-                "manual optimization step the optimizers that self.optimizers() gives."
+                "NaNGuard: batches were trained on, but no optimizer step was seen, so nothing was guarded. %s",
+                "In an optimizer_step of your own give the closure to optimizer.step, which calls it."
+                if automatic
+                else "Under manual optimization step the optimizers that self.optimizers() gives.",
             )
 
     def say_how_it_went(self, faults: Mapping[str, int], remedies: Mapping[str, int]) -> None:
