@@ -67,6 +67,7 @@ class StepsInHooks(Task):
         return None
 
 
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
 def test_a_fit_that_is_not_guarded_is_not_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Weights that were lost in updates which the guard cannot see are told at the end, and raise no error."""
     guard = NaNGuard(dirpath=tmp_path)
