@@ -58,7 +58,8 @@ class StepsInHooks(Task):
 
     def on_fit_start(self) -> None:
         for parameter in self.parameters():
-            parameter.register_post_accumulate_grad_hook(torch.optim.SGD([parameter], lr=0.01).step)
+            optimizer = torch.optim.SGD([parameter], lr=0.01)
+            parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         self.manual_backward(self.loss(batch, "loss"))
