@@ -78,10 +78,11 @@ class Guard:
         """Remember what the coming batch may change; a window of accumulation counts as one batch."""
         self._running = True
         self._loss_seen = False
-        if not self._open:
-            self._open = True
+        within, self._open = self._open, True
+        if not within:
             self._undos.rotate(1)
-            self._undos[0].open()
+        self._parts.steps.open_batch(within=within)
+        if not within:
             self._parts.skipper.open()
 
     def see_loss(self, loss: Tensor) -> None:

@@ -41,6 +41,7 @@ class StepCheck:
         recorder: Records what was made again.
         policy: Says whether a rollback is allowed.
         undos: The first one undoes what the batch at hand changed.
+        within: Undoes what one micro-batch of a window changed.
         readback: Forgets readings of states that are gone; with several ranks it tells the others of a bad update.
     """
 
@@ -53,6 +54,7 @@ class StepCheck:
         recorder: InterventionRecorder,
         policy: Policy,
         undos: deque[BatchUndo],
+        within: BatchUndo,
         readback: Readback,
     ) -> None:
         self._context = context
@@ -62,6 +64,8 @@ class StepCheck:
         self._recorder = recorder
         self._policy = policy
         self._undos = undos
+        self._within = within
+        self._is_within = False
         self._readback = readback
         self._ranks = readback if isinstance(readback, RankReadback) else None
         self._seen_by: tuple[int, ...] = ()
@@ -167,6 +171,11 @@ class StepCheck:
         """Have one more function called where the batch at hand, or the window, is left out."""
         self._undos[0].also(undo)
 
+    def open_batch(self, *, within: bool) -> None:
+        """A batch begins, or ``within`` a window one more micro-batch."""
+        self._is_within = within
+        (self._within if within else self._undos[0]).open()
+
     def undo_spoilt_buffers(self) -> None:
         """Put back what a forward pass has written, where a buffer is not finite by it and no update comes of it.
 
@@ -174,7 +183,7 @@ class StepCheck:
         """
         if not self.allowed():
             return
-        finite, undo = self._context.finite, self._undos[0]
+        finite, undo = self._context.finite, self._within if self._is_within else self._undos[0]
         before: dict[StateKey, Tensor] = {("buffer", name): buffer for name, buffer in undo.before().items()}
         now = list(self._context.learner.leaves())
         spoilt = finite.corrupt((key, leaf) for key, leaf in now if key in before)
