@@ -269,6 +269,7 @@ class StepCheck:
         spoilt: tuple[str, str] = ("", ""),
         since: Snapshot | None = None,
         late: int | None = None,
+        counters: Sequence[str] = (),
     ) -> None:
         """Put on record that a fault was gone when its step was made again.
 
@@ -278,6 +279,7 @@ class StepCheck:
             since: The snapshot since which all updates were made again, where the state had gone bad by itself;
                 ``None`` where the step alone was.
             late: Number of the update that was bad, where its reading arrived after it was made.
+            counters: Attributes without whose first values the fault was gone.
         """
         state = self._context.state
         if since is not None:
@@ -297,7 +299,10 @@ class StepCheck:
                 f"{what} The updates since the snapshot at update {since.step} were made again from their own batches "
                 "and random numbers, and the fault was gone."
             )
-        if times >= self._limits.test_device:
+        if counters:
+            names = ", ".join(counters[: self._context.thresholds.records.numbers_per_message])
+            suggestion = f"The fault depends on what the step itself has changed: look at what is made of {names}."
+        elif times >= self._limits.test_device:
             suggestion += " It keeps happening at this place: test the device."
         cause = "corrupted_state" if tensor else "transient"
         confidence = self._context.thresholds.diagnosis.confidence.transient

@@ -41,6 +41,11 @@ class StepClock:
         """Whether the step has changed a counter."""
         return bool(self._counters)
 
+    @property
+    def names(self) -> list[str]:
+        """The attributes that count."""
+        return [name for _, name, _ in self._counters]
+
     def restore(self) -> None:
         """Put random streams and counters where they were after the step."""
         self._random.restore()
