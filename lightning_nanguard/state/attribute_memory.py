@@ -122,7 +122,7 @@ class Attributes:
         bound = {
             id(attributes)
             for attributes, before in self._owners
-            if any(name not in OWN and before.get(name, MISSING) is not one for name, one in attributes.items())
+            if any(name not in OWN and before.get(name, MISSING) is not one for name, one in attributes.copy().items())
         }
         return bound | {
             id(value)

@@ -7,7 +7,7 @@ import io
 import random
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, final
@@ -177,16 +177,24 @@ def attributes_of(owner: Any) -> Mapping[str, Any]:
     if not isinstance(attributes, dict):
         return {}
     skipped = OWN if isinstance(owner, nn.Module) else ()
-    return {name: value for name, value in attributes.items() if name not in skipped}
+    # A copy, since another thread may add one meanwhile.
+    return {name: value for name, value in attributes.copy().items() if name not in skipped}
 
 
 def _is_plain_object(value: Any) -> bool:
+    try:
+        return _may_be_put_back(value)
+    except Exception:  # what an object says of itself may be code of the user's
+        return False
+
+
+def _may_be_put_back(value: Any) -> bool:
     if isinstance(value, (*_NO_OBJECTS, Iterator)) or not isinstance(getattr(value, "__dict__", None), dict):
         return False
-    roots = {one.__module__.split(".")[0] for one in type(value).__mro__}
+    roots = {str(one.__module__).split(".")[0] for one in type(value).__mro__}
     if _FOREIGN & roots and not isinstance(value, nn.Module):
         return False
-    inside = (type(one).__module__.split(".")[0] for one in (value, *vars(value).values()))
+    inside = (str(type(one).__module__).split(".")[0] for one in (value, *vars(value).copy().values()))
     return _BESIDE.isdisjoint(inside)
 
 
@@ -222,17 +230,16 @@ def attributes_kept(*owners: Any, limits: RepeatedStepsThresholds = _DEFAULTS) -
 
 
 def _remember(owner: Any, limits: RepeatedStepsThresholds) -> Iterator[Callable[[], None]]:
-    found = reach(owner, limits.copied_bytes_rarely, limits)
+    left = limits.copied_bytes_rarely
+    found = reach(owner, left, limits)
+    values = list(found.items)
     for one in found.owners:
         before = attributes_of(one)
         yield partial(_rebind, one, before)
-        yield from _contents(before.values(), limits)
-    yield from _contents(found.items, limits)
-
-
-def _contents(values: Iterable[Any], limits: RepeatedStepsThresholds) -> Iterator[Callable[[], None]]:
+        values += before.values()
     for value in values:
-        if is_content(value, limits.copied_bytes_rarely):
+        if is_content(value, left):
+            left -= value.nbytes if isinstance(value, (Tensor, np.ndarray)) else 0
             yield partial(give_back, value, content(value))
 
 

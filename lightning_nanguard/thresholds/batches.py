@@ -102,7 +102,8 @@ class RepeatedStepsThresholds:
             step; of a longer list only the length is kept.
         copied_bytes: Bytes up to which a tensor or array among the attributes is copied before each step, once it was
             seen to be written in place.
-        copied_bytes_rarely: The same where batches are run again beside the run, which is rare.
+        copied_bytes_rarely: Bytes up to which tensors and arrays among them are copied together where batches are run
+            again beside the run, which is rare.
         reached_objects: Objects that are looked at beside the modules, for what a step can change through them.
         depth: Levels of nested containers of a batch, and of what the module's attributes hold, that are put back
             before a batch is run again.
