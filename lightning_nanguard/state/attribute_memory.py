@@ -19,6 +19,7 @@ from lightning_nanguard.state.attributes import (
     content,
     give_back,
     is_content,
+    learned_memory,
     reach,
     same,
 )
@@ -38,6 +39,7 @@ class Attributes:
         owners: The objects, each with the names of the attributes whose values are copied.
         items: Further values that are copied.
         limits: What is copied; of a list that is too long only the length is kept.
+        learned: Memory of parameters and buffers, which are not copied.
     """
 
     __slots__ = ("_contents", "_owners")
@@ -47,6 +49,7 @@ class Attributes:
         owners: Iterable[tuple[Any, Iterable[str]]],
         items: Iterable[Any] = (),
         limits: RepeatedStepsThresholds = _DEFAULTS,
+        learned: frozenset[int] = frozenset(),
     ) -> None:
         self._owners: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._contents: list[tuple[Any, Any]] = []
@@ -54,14 +57,14 @@ class Attributes:
             attributes = vars(owner)
             self._owners.append((attributes, attributes.copy()))
             for name in names:
-                self._copy(attributes.get(name), limits)
+                self._copy(attributes.get(name), limits, learned)
         for item in items:
-            self._copy(item, limits)
+            self._copy(item, limits, learned)
 
-    def _copy(self, value: Any, limits: RepeatedStepsThresholds) -> None:
+    def _copy(self, value: Any, limits: RepeatedStepsThresholds, learned: frozenset[int]) -> None:
         if type(value) in CONTAINERS and len(value) > limits.copied_items:
             self._contents.append((value, len(value)))
-        elif is_content(value, limits.copied_bytes):
+        elif is_content(value, limits.copied_bytes, learned):
             self._contents.append((value, content(value)))
 
     def restore(self, *, plain: bool = True) -> None:
@@ -166,11 +169,12 @@ class AttributeMemory:
         # What steps were seen to change: owners, each with the names of values that are copied, and values elsewhere.
         self._changing: list[tuple[Any, set[str]]] = [(module, set())]
         self._items: list[Any] = []
+        self._learned: frozenset[int] = frozenset()
         self._checked: tuple[Reached, Attributes] | None = None
 
     def now(self) -> Attributes:
         """The attributes as they are now."""
-        return Attributes(self._changing, self._items, self._limits)
+        return Attributes(self._changing, self._items, self._limits, self._learned)
 
     def open(self, *, checked: bool) -> Attributes:
         """Remember the attributes before a step.
@@ -182,7 +186,8 @@ class AttributeMemory:
             return self.now()
         found = reach(self._root, self._limits.copied_bytes, self._limits)
         owners = [(one, set(attributes_of(one))) for one in found.owners if not self._is_undone(one)]
-        self._checked = found, Attributes(owners, found.items, self._limits)
+        self._learned = learned_memory(self._root)
+        self._checked = found, Attributes(owners, found.items, self._limits, self._learned)
         return self._checked[1]
 
     def close(self) -> None:

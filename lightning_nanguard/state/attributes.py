@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, final
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_nanguard.measure.tensors import is_strided
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
@@ -72,17 +73,27 @@ def refill(container: Any, held: Any) -> None:
     (container.update if isinstance(container, (dict, set)) else container.extend)(held)
 
 
-def is_content(value: Any, copied_bytes: int) -> bool:
+def learned_memory(owner: Any) -> frozenset[int]:
+    """Where the parameters and buffers of a module lie; attributes may be other names of them."""
+    if not isinstance(owner, nn.Module):
+        return frozenset()
+    tensors = [one for one in (*owner.parameters(), *owner.buffers()) if not is_lazy(one) and is_strided(one)]
+    return frozenset(one.untyped_storage().data_ptr() for one in tensors)
+
+
+def is_content(value: Any, copied_bytes: int, learned: frozenset[int] = frozenset()) -> bool:
     """Whether a step may change a value without another being bound, so that what it holds has to be copied.
 
     Args:
         value: The value of an attribute, or of an item in a container.
         copied_bytes: Bytes up to which tensors and arrays are copied.
+        learned: What :func:`learned_memory` gives: tensors that lie there are left to others.
     """
     if type(value) in CONTAINERS or isinstance(value, _GENERATORS):
         return True
     if isinstance(value, Tensor):
-        return is_strided(value) and not value.is_inference() and value.nbytes <= copied_bytes
+        usable = is_strided(value) and not value.is_inference() and value.nbytes <= copied_bytes
+        return usable and value.untyped_storage().data_ptr() not in learned
     return type(value) is np.ndarray and bool(value.flags.writeable) and value.nbytes <= copied_bytes
 
 
@@ -100,10 +111,10 @@ def content(value: Any) -> Any:
 def give_back(value: Any, held: Any) -> None:
     """Put back what :func:`content` has copied."""
     if isinstance(value, Tensor):
-        version, numbers = held
-        if value._version != version and value.shape == numbers.shape:
-            with torch.no_grad():
-                value.detach().copy_(numbers)
+        _, numbers = held
+        if value.shape == numbers.shape:
+            # By ``data``, which a step may have written through as well, and of which no autograd graph takes notice.
+            value.data.copy_(numbers)
     elif isinstance(value, np.ndarray):
         value[...] = held
     elif isinstance(value, np.random.Generator):
@@ -139,7 +150,7 @@ def reach(owner: Any, copied_bytes: int, limits: RepeatedStepsThresholds = _DEFA
         copied_bytes: Bytes up to which tensors and arrays are copied.
         limits: How far it looks.
     """
-    owners = list(_parts(owner))
+    owners, learned = list(_parts(owner)), learned_memory(owner)
     items: list[Any] = []
     streams, seen = False, {id(one) for one in owners}
     most = len(owners) + limits.reached_objects
@@ -150,7 +161,7 @@ def reach(owner: Any, copied_bytes: int, limits: RepeatedStepsThresholds = _DEFA
             continue
         seen.add(id(value))
         streams |= isinstance(value, Iterator) and not isinstance(value, io.IOBase)
-        if is_item and is_content(value, copied_bytes):
+        if is_item and is_content(value, copied_bytes, learned):
             items.append(value)
         inner, within = _items(value, limits.copied_items), True
         if not inner and _is_plain_object(value):
@@ -230,7 +241,7 @@ def attributes_kept(*owners: Any, limits: RepeatedStepsThresholds = _DEFAULTS) -
 
 
 def _remember(owner: Any, limits: RepeatedStepsThresholds) -> Iterator[Callable[[], None]]:
-    left = limits.copied_bytes_rarely
+    left, learned = limits.copied_bytes_rarely, learned_memory(owner)
     found = reach(owner, left, limits)
     values = list(found.items)
     for one in found.owners:
@@ -238,7 +249,7 @@ def _remember(owner: Any, limits: RepeatedStepsThresholds) -> Iterator[Callable[
         yield partial(_rebind, one, before)
         values += before.values()
     for value in values:
-        if is_content(value, left):
+        if is_content(value, left, learned):
             left -= value.nbytes if isinstance(value, (Tensor, np.ndarray)) else 0
             yield partial(give_back, value, content(value))
 

@@ -15,7 +15,19 @@ import pytest
 import torch
 
 from lightning_nanguard import NaNGuard
-from tests.helpers import Batch, Task, batches, differences, fit, mlp, state_of, with_nan, words
+from tests.helpers import (
+    Batch,
+    FaultAt,
+    Task,
+    TwoOptimizers,
+    batches,
+    differences,
+    fit,
+    mlp,
+    state_of,
+    with_nan,
+    words,
+)
 
 
 class Meter:
@@ -99,6 +111,27 @@ def test_an_iterator_is_not_used_up(tmp_path: Path) -> None:
         both.append({"state": state_of(run), "taken": run.module.taken})
     assert not differences(both[0], both[1])
     assert both[0]["taken"] == 120
+
+
+class NamesItsWeights(TwoOptimizers):
+    """Holds its parameters, and views of them, in attributes of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mine, self.views = list(self.parameters()), {"view": [one.detach() for one in self.parameters()]}
+
+
+def test_weights_by_another_name_are_left_to_the_learner(tmp_path: Path) -> None:
+    """Under manual optimization the good step of one optimizer stays where the other one's is skipped."""
+    ends = []
+    for make in (TwoOptimizers, NamesItsWeights):
+        torch.manual_seed(0)
+        guard = NaNGuard()
+        fault = FaultAt("gradient", math.nan, (7,))
+        run = fit(make(), batches(count=16), guard, folder=tmp_path, callbacks=[fault])
+        assert words(guard) == [("skip",)]
+        ends.append(run.module.state_dict())
+    assert not differences(ends[0], ends[1])
 
 
 class Scaled(Task):
