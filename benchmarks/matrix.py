@@ -80,7 +80,8 @@ class Result:
 def interpreter(version: str) -> str | None:
     """The interpreter of that version of Python, ``None`` where there is none."""
     pyenv = sorted(Path("~/.pyenv/versions").expanduser().glob(f"{version}.*/bin/python"))
-    return shutil.which(f"python{version}") or (str(pyenv[-1]) if pyenv else None)
+    # A shim of pyenv may be on the path for versions that it would not run.
+    return str(pyenv[-1]) if pyenv else shutil.which(f"python{version}")
 
 
 def run_row(name: str, row: Row, python: str, torch: str, tests: Sequence[str], *, keep: bool = False) -> Result:

@@ -15,7 +15,7 @@ from statistics import fmean, median
 from typing import final
 
 from lightning_nanguard.thresholds.trial import TrialThresholds
-from lightning_nanguard.types import Trial
+from lightning_nanguard.types import Fault, Trial
 
 
 @final
@@ -72,6 +72,24 @@ def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
     if lost and level - best > limits.lost * (start - best):
         return Trial(lacks, "best", losses.factor)
     return Trial()
+
+
+def may_begin(fault: Fault, made: int, updates: int, limits: TrialThresholds) -> bool:
+    """Whether another trial of a suspicion may begin: of a mere plateau they take a small share of the run's updates.
+
+    Args:
+        fault: The suspicion.
+        made: Updates that the arms of earlier trials have made.
+        updates: Updates of the run so far.
+        limits: How many updates a trial takes, and which share of the run's updates trials may take.
+
+    Example:
+        >>> plateau = Fault("stuck_loss", "learner", "loss", None, certain=False, doubtful=True)
+        >>> [may_begin(plateau, 160, updates, TrialThresholds()) for updates in (1_000, 20_000)]
+        [False, True]
+    """
+    cost = len(limits.factors) * limits.picked_after + 2 * (limits.updates - limits.picked_after)
+    return not fault.doubtful or made + cost <= limits.most_share * updates
 
 
 def share_above(higher: Sequence[float], lower: Sequence[float]) -> float:

@@ -64,12 +64,14 @@ class Investigator:
         return {
             "initial_norms": dict(self.initial_norms),
             "blamed_batches": [[*key, times] for key, times in self._batches.items()],
+            "trials": self._trials.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`; checkpoints of version 0.1.0 lack the second key."""
+        """The inverse of :meth:`state_dict`; checkpoints of version 0.1.0 lack all but the first key."""
         self.initial_norms = dict(state["initial_norms"])
         self._batches = Counter({(kind, place): times for kind, place, times in state.get("blamed_batches", ())})
+        self._trials.load_state_dict(state.get("trials", {}))
 
     def conclude(self, fault: Fault, *, batch: bool) -> None:
         """Note whether the batch was found to be at fault."""

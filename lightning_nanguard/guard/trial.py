@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, final
 
-from lightning_nanguard.decide.trial import TrialLosses, judge_trial
+from lightning_nanguard.decide.trial import TrialLosses, judge_trial, may_begin
 from lightning_nanguard.guard.branch import Branch, Branches
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
@@ -74,6 +74,8 @@ class TrialRunner:
         self._limits = context.thresholds.trial
         self._running: _Running | None = None
         self._shown: tuple[Trial | None, Snapshot | None] = None, None
+        self._made = 0  # updates of the arms of all trials
+        self._rate: tuple[float, float] | None = None  # the multiplier, and the rate, of the newest trial of a plateau
 
     @property
     def running(self) -> bool:
@@ -103,6 +105,8 @@ class TrialRunner:
         if self._running is not None or not self._branches.possible():
             return self._running is not None
         limits, base = self._limits, arm or start
+        if arm is None and not (self._asks_anew() or may_begin(fault, self._made, self._context.state.step, limits)):
+            return False
         room = self._room()
         factors = limits.factors if arm is None else tuple(factor * near for near in limits.near)
         if room < 1:
@@ -116,11 +120,12 @@ class TrialRunner:
         states = {name: branch.state for name, branch in made.items() if branch is not None}
         if len(states) < len(bases) or not arms:
             return False
-        earlier = self._context.replay.earlier()
+        earlier, rate = self._context.replay.earlier(), self._context.rate
+        self._rate = rate.ratio(), rate.first() or 0.0
         self._running = _Running(
             fault,
             self._context.state.step,
-            self._context.rate.state_dict(),
+            rate.state_dict(),
             states,
             arms,
             before=0 if arm is None else arm.healthy,
@@ -128,6 +133,21 @@ class TrialRunner:
             under={name: [] for name in states},
         )
         return True
+
+    def _asks_anew(self) -> bool:
+        """Whether the rate is another than in the newest trial: the guard has changed it, or it has risen."""
+        rate = self._context.rate
+        now, then = (rate.ratio(), rate.first() or 0.0), self._rate
+        return then is None or now[0] != then[0] or now[1] > then[1] <= now[1] / self._limits.risen
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        return {"made": self._made, "rate": self._rate}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; nothing is known where it is empty."""
+        self._made, rate = int(state.get("made", 0)), state.get("rate")
+        self._rate = None if rate is None else (float(rate[0]), float(rate[1]))
 
     def cancel(self) -> None:
         """The run is over."""
@@ -193,6 +213,7 @@ class TrialRunner:
             if found is None:
                 return False
             arm.losses.append(found)
+            self._made += 1
         running.later.append(loss)
         running.updates += 1
         return self._pick(running) if running.updates == limits.picked_after else True

@@ -29,6 +29,9 @@ class TrialThresholds:
             gained or cost that have to agree.
         plain: Share of what can be learned that is so large that one trial is enough.
         near: Factors of the best arm's rate with which a second trial goes on, so that the best of them is taken.
+        most_share: Share of the run's updates that arms may make in all, where a mere plateau is tried again at the
+            same rate.
+        risen: Times the rate of the newest trial from which on it is another rate: the ratio of neighbouring arms.
         memory_share: Share of the free memory that the states compared in a trial may take together, its arms included.
     """
 
@@ -43,4 +46,6 @@ class TrialThresholds:
     in_a_row: int = 2
     plain: float = 0.5
     near: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 2.0)
+    most_share: float = 0.02
+    risen: float = 4.0
     memory_share: float = 0.25

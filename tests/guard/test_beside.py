@@ -13,7 +13,7 @@ def test_a_trial_and_a_comparison_go_on_together() -> None:
     loop.run(50)
     beside = loop.guard._parts.beside
     beside.receipts.before(loop.step, skipped=False)
-    loop.run(120)
+    loop.run(190)
     assert remedies(loop) == [("restore", "scale")]
     given = loop.guard.context.receipts.given
     assert [one.verdict for one in given] == ["not measured", "gained"]

@@ -27,9 +27,9 @@ def given(loop: BranchingLoop) -> list[Receipt]:
 def test_an_intervention_that_gained() -> None:
     """A run that was ruined by its rate is compared with itself without the rollback, on the same batches."""
     loop = BranchingLoop(lr=2.0)
-    loop.run(260)
+    loop.run(320)
     (receipt,) = given(loop)
-    assert (receipt.verdict, receipt.updates, receipt.taken_back) == ("gained", 64, False)
+    assert (receipt.verdict, receipt.updates, receipt.taken_back) == ("gained", 128, False)
     assert receipt.intervention_step == loop.records[0].global_step
     assert receipt.loss is not None
     assert receipt.loss_without is not None
@@ -44,12 +44,12 @@ def test_an_intervention_that_cost_is_taken_back() -> None:
     alone.run(2)
     receipts_of(loop).before(loop.step, skipped=False)
     loop.guard.context.rate.set_multiplier(1e-4)
-    loop.run(64)
-    alone.run(64)
+    loop.run(128)
+    alone.run(128)
     (receipt,) = given(loop)
     assert (receipt.verdict, receipt.taken_back) == ("cost", True)
     assert remedies(loop) == [("take back",)]
-    assert "the intervention of step 2 cost: 64 updates later" in loop.records[0].message
+    assert "the intervention of step 2 cost: 128 updates later" in loop.records[0].message
     assert (loop.records[0].lr_before, loop.records[0].lr_after) == (pytest.approx(2e-6), 0.02)
     assert copied(loop.net.state_dict()).keys() == alone.net.state_dict().keys()
     assert all(torch.equal(mine, alone.net.state_dict()[name]) for name, mine in loop.net.state_dict().items())
@@ -61,7 +61,7 @@ def test_an_intervention_that_made_no_difference() -> None:
     loop = BranchingLoop(lr=0.05)
     loop.run(100)
     receipts_of(loop).before(loop.step, skipped=True)
-    loop.run(64)
+    loop.run(128)
     (receipt,) = given(loop)
     assert (receipt.verdict, receipt.taken_back) == ("no difference", False)
     assert loop.records == []

@@ -57,16 +57,21 @@ def test_what_ends_a_trial() -> None:
     assert not loop.guard._parts.beside.trials.running
 
 
-def test_a_trial_that_falls_due_meanwhile_follows() -> None:
-    """The second one falls due after 80 updates, while the first one runs, and begins when that has ended."""
-    loop = BranchingLoop(lr=0.05)
-    loop.run(100)
-    trials = loop.guard._parts.beside.trials
-    first = trials._running
-    loop.run(30)
-    assert first is not None
-    assert trials.running
-    assert trials._running is not first
+def test_a_plateau_is_tried_once_at_a_rate() -> None:
+    """After a trial of a run that goes well none follows at its rate, but where that has risen or the guard has changed
+    it; a resumed run knows of it."""
+    plateau = Fault("stuck_loss", "learner", "loss", None, certain=False, doubtful=True)
+    for multiplier, rate, begins in ((1.0, 0.05, False), (0.5, 0.05, True), (1.0, 0.2, True), (1.0, 0.01, False)):
+        loop = BranchingLoop(lr=0.05)
+        loop.run(150)
+        certified, trials = loop.guard.context.ring.certified, loop.guard._parts.beside.trials
+        known = trials.state_dict()
+        trials.load_state_dict({})
+        trials.load_state_dict(known)
+        loop.guard.context.rate.set_multiplier(multiplier)
+        loop.optimizer.param_groups[0]["lr"] = rate
+        assert not trials.running
+        assert trials.begin(plateau, certified[-1], certified[0]) == begins
 
 
 def test_memory_bounds_the_arms(monkeypatch: pytest.MonkeyPatch) -> None:
