@@ -79,7 +79,7 @@ class Attributes:
                     del attributes[name]
             for name, value in before.items():
                 now = attributes.get(name, MISSING)
-                kept = not plain and _counts(now) and _counts(value)
+                kept = not plain and _counts(now) and _counts(value) and None not in (now, value)
                 if name not in OWN and now is not value and not kept:
                     attributes[name] = value
         for value, held in self._contents:
@@ -136,9 +136,7 @@ class Attributes:
 
 def _counts(value: Any) -> bool:
     """Whether a value may belong to the clock: a number, a string or a flag, but none that a bad batch leaves."""
-    return (
-        isinstance(value, PLAIN) and value is not None and not (isinstance(value, float) and not math.isfinite(value))
-    )
+    return isinstance(value, PLAIN) and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def _same(value: Any, before: Any) -> bool:
