@@ -26,7 +26,7 @@ from lightning_nanguard.trainer.build import build_fit
 from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.guard_copies import NO_RUN, allow_in_checkpoints
 from lightning_nanguard.trainer.guard_display import DisplayedGuard
-from lightning_nanguard.trainer.logger_curves import log_settings
+from lightning_nanguard.trainer.logger_settings import log_settings
 from lightning_nanguard.trainer.never_called import expect_hooks, hooks_called
 from lightning_nanguard.trainer.private.averages import swaps_weights
 from lightning_nanguard.trainer.private.callbacks import put_first
@@ -215,7 +215,7 @@ class NaNGuard(DisplayedGuard):
             return
         resumed, self._resumed_run = self._resumed_run, None
         order = self._order or self._watch_data(trainer)
-        fit = self._fit = build_fit(trainer, pl_module, given, self._memory, order, resumed)
+        fit = self._fit = build_fit(trainer, pl_module, given, self._memory, order, resumed, self._settings())
         self._run_id = fit.folder.run_id
         self._memory.take_run({"id": fit.folder.run_id, "folder": str(fit.folder.path)})
         self._memory.take_advice(fit.advice.given, fit.context.receipts.given)

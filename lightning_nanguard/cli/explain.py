@@ -8,12 +8,15 @@ from collections import Counter
 from pathlib import Path
 
 from lightning_nanguard.cli.output import say
-from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_advice, read_receipts, read_records
+from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_advice, read_records
 from lightning_nanguard.record.messages import describe_advice, tell, tell_again
-from lightning_nanguard.record.receipts import RECEIPTS_FILE, receipt_of
+from lightning_nanguard.record.receipts import receipt_of
 from lightning_nanguard.record.run_folder import is_alive
+from lightning_nanguard.record.run_history import earlier_parts
 from lightning_nanguard.record.run_log import RUN_FILE, RunLog, read_run
 from lightning_nanguard.record.text import counted
+from lightning_nanguard.report.data import RunData, read_run_data
+from lightning_nanguard.report.recorded import recorded_around
 
 NAME = "explain"
 HELP = "say what the guard did in a run, why, and what to do about it"
@@ -39,9 +42,12 @@ def run(chosen: argparse.Namespace) -> int:
         say(f"nanguard: there is no folder {where}", file=sys.stderr)
         return 2
     folders = sorted({path.parent for name in (RUN_FILE, RECORDS_FILE, ADVICE_FILE) for path in where.rglob(name)})
-    for folder in sorted(folders, key=_begun):
+    for number, folder in enumerate(sorted(folders, key=_begun)):
         log = read_run(folder)
+        if number:
+            say("")
         say(f"Run of version 0.1.0 in {folder}" if log is None else headline(log))
+        _say_where_it_stands(read_run_data(folder))
         for name in (RECORDS_FILE, ADVICE_FILE):
             if (folder / name).is_file():
                 _tell_file(folder / name)
@@ -54,21 +60,33 @@ def run(chosen: argparse.Namespace) -> int:
     return 0 if folders else 2
 
 
-def _begun(folder: Path) -> tuple[str, str]:
+def _begun(folder: Path) -> tuple[str, float, str]:
     log = read_run(folder)
-    return "" if log is None else log.run_id, str(folder)
+    return ("", 0.0, str(folder)) if log is None else (log.run_id, log.begun, str(folder))
 
 
 def headline(log: RunLog) -> str:
     """Which run it is, and how it went, in one line."""
     began = f"Run {log.run_id} in {log.folder}"
+    earlier = earlier_parts(log)
+    if earlier:
+        began += f", resumed from step {log.fits[0].get('step')} of {earlier[-1].folder}"
     if len(log.fits) > 1:
         began += f", resumed {counted(len(log.fits) - 1, 'time')}"
     if log.ended is None:
         return f"{began}: {'it goes on' if is_alive(log.folder) else 'it was killed'}"
     total = sum(count for count in dict(log.ended.get("faults", {})).values() if isinstance(count, int))
-    done = counted(total, "intervention") if total else "nothing to do"
-    return f"{began}: {counted(int(log.ended.get('updates', 0)), 'update')}, {done} since it was last begun"
+    advised = (log.folder / ADVICE_FILE).is_file()
+    done = counted(total, "intervention") if total else "no interventions" if advised else "nothing to do"
+    since = " since it was resumed" if len(log.fits) > 1 or earlier else ""
+    return f"{began}: {counted(int(log.ended.get('updates', 0)), 'update')}, {done}{since}"
+
+
+def _say_where_it_stands(data: RunData) -> None:
+    first, last = data.losses_at_ends()
+    if first is not None and last is not None:
+        rate = "" if data.rate_now is None else f"; the learning rate is {data.rate_now:.4g}"
+        say(f"  the loss went from {first:.4g} to {last:.4g}{rate}")
 
 
 def _tell_file(file: Path) -> None:
@@ -77,12 +95,14 @@ def _tell_file(file: Path) -> None:
             say(describe_advice(advice))
         return
     seen: Counter[tuple[str, str | None, tuple[str, ...]]] = Counter()
-    beside = file.with_name(RECEIPTS_FILE)
-    receipts = read_receipts(beside) if beside.is_file() else []
+    data = read_run_data(file.parent)
     for record in read_records(file):
         kind = (record.fault, record.cause, record.remedies)
         seen[kind] += 1
         say(tell(record) if seen[kind] == 1 else tell_again(record))
-        receipt = receipt_of(record, receipts)
+        if seen[kind] == 1:
+            for line in recorded_around(record, data):
+                say(f"  {line}")
+        receipt = receipt_of(record, data.receipts)
         if receipt is not None:
             say(f"  what came of it: {receipt.in_words()}")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from lightning_nanguard import __version__
-from lightning_nanguard.cli import check, explain, last_good, replay, report, samples, tail
+from lightning_nanguard.cli import check, compare, explain, last_good, replay, report, samples, tail
 from lightning_nanguard.cli.output import say
 
 
@@ -30,7 +30,7 @@ class Command(Protocol):
 
 
 # Each imports what takes time (torch, Lightning) only when it runs.
-COMMANDS: tuple[Command, ...] = (explain, report, samples, tail, last_good, check, replay)
+COMMANDS: tuple[Command, ...] = (explain, report, compare, samples, tail, last_good, check, replay)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0; 1 where ``check`` found something or ``replay`` did not reproduce the fault; 2 where the command
         could not do what it was asked for.
     """
-    chosen = _parser().parse_args(arguments)
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    if chosen.command is None:
+        parser.print_help()
+        return 2
     # As with `python -m`, modules in the working directory can be imported.
     if "" not in sys.path:
         sys.path.insert(0, "")
@@ -63,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="nanguard", description="What a guard did to a run, and what is wrong with one before it starts."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True)
+    subparsers = parser.add_subparsers(dest="command", metavar="command")
     for command in COMMANDS:
         subparser = subparsers.add_parser(command.NAME, help=command.HELP)
         command.add_arguments(subparser)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -16,14 +18,43 @@ def say(text: str, file: TextIO | None = None) -> None:
         text: The lines; the indentation of a line is kept.
         file: Where to; ``None`` for standard output.
     """
-    stream = sys.stdout if file is None else file
-    encoding = getattr(stream, "encoding", None) or "utf-8"
     for line in text.split("\n") if text else [""]:
         indent = " " * (len(line) - len(line.lstrip(" ")))
-        print((indent + printable(line)).encode(encoding, "backslashreplace").decode(encoding), file=stream)
+        _print(indent + printable(line), sys.stdout if file is None else file)
+
+
+def say_table(lines: Sequence[Sequence[str]]) -> None:
+    """Print lines of cells in columns, on standard output.
+
+    Args:
+        lines: The lines, with as many cells each.
+    """
+    shown = [[printable(cell) for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    for line in shown:
+        _print("  ".join(map(str.ljust, line, widths)).rstrip(), sys.stdout)
+
+
+def _print(line: str, stream: TextIO) -> None:
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
 def say_no_run(where: Path) -> int:
     """Say that a folder holds no run; gives the exit status."""
     say(f"nanguard: no run of NaNGuard lies in {where} or below it", file=sys.stderr)
     return 2
+
+
+def write_page(output: Path, text: str) -> None:
+    """Write a page in one move, and say where it lies.
+
+    Args:
+        output: The file.
+        text: The page.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    new = output.with_name(f"{output.name}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, output)
+    say(str(output))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-from lightning_nanguard.cli.output import say, say_no_run
+from lightning_nanguard.cli.output import say_no_run, write_page
 from lightning_nanguard.report.data import find_run, read_run_data
 from lightning_nanguard.report.page import page
 
@@ -29,9 +28,5 @@ def run(chosen: argparse.Namespace) -> int:
         return say_no_run(chosen.run_folder)
     text = page(read_run_data(folder))
     output: Path = chosen.output or folder / "report.html"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    new = output.with_name(f"{output.name}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, output)
-    say(str(output))
+    write_page(output, text)
     return 0

@@ -73,12 +73,12 @@ class DivergingLoss(Detector):
         least, level = sorted(recent)[1], median(recent)
         updates = self._history.since + 1
         if least > first:
-            message = f"the loss stays above {least:.4g} after {updates} updates, and the run began at {first:.4g}"
+            message = f"after {updates} updates the loss was above {least:.4g}; the run began at {first:.4g}"
             return _suspicion("exploding_loss", level, message)
         if least > 0.5 * (first + best):
-            message = f"the loss had come down from {first:.4g} to {best:.4g} and is back at {level:.4g}"
+            message = f"the loss had come down from {first:.4g} to {best:.4g} and was back at {level:.4g}"
             return _suspicion("collapsed", level, message)
-        message = f"the loss is {level:.4g} after {updates} updates, and the run began at {first:.4g}"
+        message = f"after {updates} updates the loss was {level:.4g}; the run began at {first:.4g}"
         return replace(_suspicion("stuck_loss", level, message), doubtful=True)
 
     def limits(self) -> Limits:

@@ -14,7 +14,7 @@ from lightning_nanguard.distributed.ranks import most_confident_over_ranks
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.investigator import Investigator
-from lightning_nanguard.guard.loop import TrainingLoop
+from lightning_nanguard.guard.loop import Clock, TrainingLoop
 from lightning_nanguard.guard.plan_runner import PlanRunner
 from lightning_nanguard.guard.receipts import Receipts
 from lightning_nanguard.guard.recorder import InterventionRecorder
@@ -115,7 +115,7 @@ class Interventions:
     def _tell(self, fault: Fault) -> None:
         if fault.since is not None:
             return  # the rise is over, and nothing else speaks against the weights
-        self._context.state.told = self._context.state.step, f"at update {self._context.state.step} {fault.message}"
+        self._leave(fault, self._loop.clock(), "was finite and left alone. Clip gradients, or look at that batch")
         evidence = {} if fault.value is None else {"value": fault.value}
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
         suggestion = (
@@ -123,6 +123,10 @@ class Interventions:
             'lower learning rate, or with NaNGuard(act_on="evidence"), which looks for evidence and acts on it.'
         )
         self._loop.advise(Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion))
+
+    def _leave(self, fault: Fault, clock: Clock, how: str) -> None:
+        """Remember a fault whose update was made: it explains a state that goes bad afterwards."""
+        self._context.state.told = self._context.state.step, f"at step {clock[0]} {fault.message}, which {how}"
 
     def tell_of_overflow(self) -> None:
         """Tell the user once that the loss overflows where the gradient does not."""
@@ -173,6 +177,8 @@ class Interventions:
         # A late reading is recorded under its own batch, not under the present one.
         clock = self._recorder.clock_of(found.reading.step) if found.late else self._loop.clock()
         self._recorder.record(found.fault, place, words, before, finding, evidence.ranks or found.ranks, clock)
+        if context.settings.observe and state.told is None:
+            self._leave(found.fault, clock, "was only observed. Look at the batch of that update")
         if state.unrestored is not None:
             reason = f"the rollback did not help: {state.unrestored} is still not finite, and no snapshot restores it"
             self._recorder.stop(found.fault, place, reason, finding, clock)

@@ -95,6 +95,7 @@ class InterventionRecorder:
                 applied=not self._context.settings.observe,
                 ranks=ranks,
                 updates_lost=0 if kept or restored is None else max(0, state.step - restored.step - made),
+                restart_updates=0 if restored is None else made,
             )
         )
 
@@ -133,7 +134,9 @@ class InterventionRecorder:
             TrainingDivergedError: Always.
         """
         self._note_finding(fault, finding)
-        finding = self.best_finding(fault)
+        best = self.best_finding(fault)
+        if finding is None or best is None or best.cause == finding.cause or not best.samples:
+            finding = best  # else the surest one blames samples of another batch, and this fault has a cause of its own
         global_step, epoch, batch_idx = clock
         to = None if self._context.state.restored is None else self._context.state.restored.global_step
         good = "There is no good state to go back to." if to is None else f"The module holds the weights of step {to}."

@@ -28,7 +28,8 @@ class GuardState:
             reading of the update that was bad, where one was made. ``None`` where the loop cannot.
         went_on: Whether the updates since it were made again in the present intervention.
         again: What spoilt the state when updates were made again, as in :attr:`Evidence.again`.
-        told: Update and words of the last finite suspicion that the user was told of; ``None`` before.
+        told: Update and words of the last fault that was left alone: a finite suspicion that the user was told of, or
+            the first fault that was only observed; ``None`` before.
         raised: The exception of ``training_step`` that the next non-finite loss stands for, in words.
         infinite: Step of the newest update whose loss alone was infinite, and how many were so in a row.
         losses_overflow: Whether such losses are usual in this run: its loss overflows, and its gradients do not.

@@ -41,7 +41,7 @@ class Console(Sink):
         kind = (intervention.fault, intervention.cause, intervention.remedies)
         seen, next_shown = self._kinds.get(kind, (0, 1))
         seen += 1
-        if seen == 1 or "stop" in intervention.remedies:
+        if seen == 1 or intervention.ends_run:
             _logger.warning("NaNGuard: %s", tell(intervention, self._thresholds))
         elif seen >= next_shown:
             _logger.warning("NaNGuard: %s (%s so far)", tell_again(intervention, self._thresholds), f"{seen:,}")

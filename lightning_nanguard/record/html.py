@@ -53,6 +53,7 @@ def interventions_table(
         return "<p>No interventions.</p>"
     shown = interventions[-thresholds.interventions_in_table :]
     older = total - len(shown)
-    names = ("seen", "why", "done", "to do")
-    rows = [[dict(parts_of(one)).get(name, "") for name in names] for one in shown]
+    names = ("seen", "why", "sample", "done", "to do")
+    told = [dict(parts_of(one)) for one in shown]
+    rows = [[parts.get(name) or parts.get(f"{name}s", "") for name in names] for parts in told]
     return table(names, rows) + (f"<p>and {older:,} before these</p>" if older else "")

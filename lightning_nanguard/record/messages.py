@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from lightning_nanguard.record.sample_words import origin_in_words, samples_in_words
-from lightning_nanguard.record.text import in_words, listed_numbers, printable
+from lightning_nanguard.record.text import counted, in_words, listed_numbers, printable
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Advice, Finding, Intervention
 
@@ -62,7 +62,7 @@ def tell(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) ->
         reason, advice = _reason_and_advice(finding.suggestion)
         named = not finding.samples or "sample" in reason
         samples = "" if named else f" ({listed_numbers('sample', finding.samples, thresholds)})"
-        where = f" in {finding.place}" if finding.place else ""
+        where = _where(finding)
         lines.append(f"why: {in_words(finding.cause)}{where}{samples}{f': {reason}' if reason else ''}")
         origin = origin_in_words(finding, thresholds)
         lines += [f"sample{'s' * (len(finding.samples) > 1)}: {origin}"] if origin else []
@@ -121,12 +121,16 @@ _PHRASES = {
     "stop": ("stopped the run", "stopped the run"),
 }
 
+_RESTARTED = ("went on from a restart at {to}", "gone on from a restart at {to}")
+
 
 def _done(intervention: Intervention) -> str:
     applied, before, after = intervention.applied, intervention.lr_before, intervention.lr_after
     to = "an earlier state" if intervention.snapshot_step is None else f"step {intervention.snapshot_step}"
-    if intervention.updates_lost:
-        to += f" ({intervention.updates_lost} update{'s' * (intervention.updates_lost > 1)} lost)"
+    if restarted := intervention.restart_updates:
+        to += f", which a trial had trained for {counted(restarted, 'update')}"
+    if lost := intervention.updates_lost:
+        to += f" ({counted(lost, 'update')} lost)"
     known = before is not None and after is not None and before != after
     rate = f"{before:.4g} → {after:.4g}" if known else "changed" if applied else ""
     words = list(intervention.remedies)
@@ -135,7 +139,8 @@ def _done(intervention: Intervention) -> str:
         words.append("scale")
     if {"restore", "redo"} <= set(words):  # not the step alone
         words[words.index("redo")] = "made the updates since then again"
-    parts = [_PHRASES[word][not applied].format(to=to, lr=rate).strip() if word in _PHRASES else word for word in words]
+    phrases = {**_PHRASES, "restore": _RESTARTED} if restarted else _PHRASES
+    parts = [phrases[word][not applied].format(to=to, lr=rate).strip() if word in phrases else word for word in words]
     text = ", ".join(parts) or ("did nothing" if applied else "done nothing")
     return text if applied else f"would have {text}"
 
@@ -175,7 +180,17 @@ def describe_advice(advice: Advice, thresholds: RecordsThresholds = RECORDS) -> 
 
     Example:
         >>> describe_advice(Advice(0, 0, "preflight", Finding("dead_relu", 0.9, place="net.1 (ReLU)")))
-        'step 0 (epoch 0), advice (preflight): dead_relu in net.1 (ReLU)'
+        'step 0 (epoch 0), advice (preflight): dead relu in net.1 (ReLU)'
     """
-    where = f"step {advice.global_step} (epoch {advice.epoch}), advice ({advice.occasion})"
-    return printable(f"{where}: {describe_finding(advice.finding, thresholds=thresholds)}")
+    finding = advice.finding
+    occasion = "" if advice.occasion == "a finite suspicion" else f" ({advice.occasion})"
+    words = "" if "sample" in finding.suggestion else samples_in_words(finding, thresholds)
+    samples = f" ({words})" if words else ""
+    suggestion = f": {finding.suggestion}" if finding.suggestion else ""
+    what = f"{in_words(finding.cause)}{_where(finding)}{samples}{suggestion}"
+    return printable(f"step {advice.global_step} (epoch {advice.epoch}), advice{occasion}: {what}")
+
+
+def _where(finding: Finding) -> str:
+    """The place of a finding; that it showed in the loss or the gradient is no place to look at."""
+    return f" in {finding.place}" if finding.place and finding.place not in ("loss", "gradient") else ""

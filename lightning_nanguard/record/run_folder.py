@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 from lightning_nanguard.record.files import ADVICE_FILE, LAST_GOOD, RECORDS_FILE
+from lightning_nanguard.record.run_history import seen_from
 from lightning_nanguard.record.run_log import append_event, new_run_id, read_run
 
 try:
@@ -78,7 +79,7 @@ def open_run_folder(base: Path, run_id: str | None, *, shared: bool, begin: Mapp
         run_id: Id of the run that is resumed; ``None`` for a new one. Where that run is still alive in another process,
             two went on from one checkpoint, and this one takes a new id.
         shared: Whether several runs have ``base`` in common, so that each takes a folder below it.
-        begin: What the log says of this fit.
+        begin: What the log says of this fit; under ``"checkpoint"`` the absolute path of the one it is resumed from.
     """
     name = new_run_id() if run_id is None else run_id
     own = base / name
@@ -97,7 +98,7 @@ def open_run_folder(base: Path, run_id: str | None, *, shared: bool, begin: Mapp
             return RunFolder(place, name)
         folder = RunFolder(place, name, lock)
         if _owner(place) in (None, name):
-            folder.log("fit", **begin)
+            folder.log("fit", **seen_from(place, begin))
             return folder
         folder.close()  # another run was faster
     return RunFolder(own, name)

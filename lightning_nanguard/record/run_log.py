@@ -47,6 +47,12 @@ class RunLog:
     ended: Mapping[str, Any] | None = None
     saved: Mapping[str, tuple[float, str]] = field(default_factory=dict)
 
+    @property
+    def begun(self) -> float:
+        """When the newest fit was begun, in seconds since 1970; 0 where that is not known."""
+        when = self.fits[-1].get("time") if self.fits else None
+        return float(when) if isinstance(when, (int, float)) else 0.0
+
     def saved_by(self, path: Path) -> tuple[float, str] | None:
         """When a checkpoint was saved at a path, in seconds since 1970, and by which run; ``None`` where none was."""
         return next((save for name, save in self.saved.items() if _same(self.folder / name, path)), None)
@@ -110,10 +116,10 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def find_runs(where: Path) -> list[RunLog]:
-    """The runs in a folder and all below it, the one begun last at the end.
+    """The runs in a folder and all below it, the one begun or resumed last at the end.
 
     Args:
         where: Where to look.
     """
     found = [run for path in where.rglob(RUN_FILE) if (run := read_run(path.parent)) is not None]
-    return sorted(found, key=lambda run: (run.run_id, str(run.folder)))
+    return sorted(found, key=lambda run: (run.begun, run.run_id, str(run.folder)))

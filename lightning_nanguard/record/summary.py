@@ -61,15 +61,15 @@ def summary(
     watched = f'NaNGuard: {counted(updates, "update")} watched (act_on="{act_on}")'
     total = sum((faults or {}).values())
     advised = f"; advice: {', '.join(sorted(map(in_words, set(advice))))}" if advice else ""
+    where = f"; read more with: nanguard explain {shlex.quote(os.fspath(path))}" if path is not None else ""
     if not total:
-        return f"{watched}, nothing to do{rate}{advised}"
+        done = "no interventions" if advice else "nothing to do"
+        return printable(f"{watched}, {done}{rate}{advised}{where if advice else ''}")
     # Sorted, since the order in which faults came must not change the line.
     met = ", ".join(f"{in_words(kind)} {count:,}" for kind, count in sorted((faults or {}).items(), key=_most_first))
     used = sorted((remedies or {}).items(), key=_most_first)
     done = ", ".join(counted(count, *_ACTIONS.get(word, (f"× {word}", f"× {word}"))) for word, count in used)
-    verb = "would have been " if observe else ""
-    acted = f": {verb}{done}" if done else ""
-    where = f"; read more with: nanguard explain {shlex.quote(os.fspath(path))}" if path is not None else ""
+    acted = f"{'; not done: ' if observe else ': '}{done}" if done else ""
     noun = "fault found, only observed" if observe else "intervention"
     nouns = "faults found, only observed" if observe else "interventions"
     return printable(f"{watched}, {counted(total, noun, nouns)} ({met}){acted}{rate}{advised}{where}")

@@ -33,7 +33,7 @@ class WandbAlert(Sink):
         """
         kind = (intervention.fault, intervention.cause, intervention.remedies)
         self._seen[kind] += 1
-        stops = "stop" in intervention.remedies
+        stops = intervention.ends_run
         if self._seen[kind] > 1 and not stops:
             return
         wandb: Any = _wandb()

@@ -56,7 +56,7 @@ class Webhook(Sink):
         kind = (intervention.fault, intervention.cause, intervention.remedies)
         self._seen[kind] += 1
         seen = self._seen[kind]
-        if seen == 1 or "stop" in intervention.remedies:
+        if seen == 1 or intervention.ends_run:
             self._post(tell(intervention))
         elif seen & (seen - 1) == 0:
             self._post(f"{tell_again(intervention)} ({seen:,} so far)")

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import final
+from typing import TypeVar, final
 
 from lightning_nanguard.record.curve import CURVE_FILE, CurvePoint, read_curve
 from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_advice, read_receipts, read_records
 from lightning_nanguard.record.layer_norms import LAYER_NORMS_FILE, LayerNorms, read_layer_norms
 from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
 from lightning_nanguard.record.run_folder import is_alive
+from lightning_nanguard.record.run_history import earlier_parts
 from lightning_nanguard.record.run_log import RunLog, find_runs, read_run
 from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
 from lightning_nanguard.types import Advice, Intervention
+
+_Item = TypeVar("_Item")
 
 
 @final
@@ -34,6 +37,7 @@ class RunData:
         advice: What was noticed and left alone.
         layer_norms: Norms of the layers at incidents.
         receipts: What interventions on finite evidence have gained or cost.
+        earlier: Its logs in the folders that it lay in before it was resumed, oldest first.
     """
 
     folder: Path
@@ -44,12 +48,12 @@ class RunData:
     advice: Sequence[Advice] = ()
     layer_norms: Sequence[LayerNorms] = ()
     receipts: Sequence[Receipt] = ()
+    earlier: Sequence[RunLog] = ()
 
     @property
     def stopped(self) -> bool:
         """Whether the guard ended the run."""
-        last = self.interventions[-1] if self.interventions else None
-        return last is not None and last.applied and "stop" in last.remedies
+        return bool(self.interventions) and self.interventions[-1].ends_run
 
     @property
     def updates_lost(self) -> int:
@@ -65,6 +69,28 @@ class RunData:
     def rate_now(self) -> float | None:
         """The effective learning rate of the newest update of the first optimizer."""
         return next((point.lr for point in reversed(self.curve) if point.optimizer == 0 and point.lr is not None), None)
+
+    def losses_at_ends(self, thresholds: ReportThresholds = REPORT) -> tuple[float | None, float | None]:
+        """Median loss of the first optimizer at the beginning of the curves and at their end; ``None`` without one.
+
+        Args:
+            thresholds: How many rows of the curves are looked at.
+        """
+        known = [one.loss for one in self.curve if one.optimizer == 0 and one.loss is not None]
+        finite = [loss for loss in known if math.isfinite(loss)]
+        if not finite:
+            return None, None
+        rows = thresholds.rows_around
+        return median(finite[:rows]), median(finite[-rows:]) if math.isfinite(known[-1]) else known[-1]
+
+    def norms_at(self, intervention: Intervention) -> LayerNorms | None:
+        """The norms of the layers at an intervention; ``None`` where none were kept.
+
+        Args:
+            intervention: The intervention.
+        """
+        key = (intervention.run, intervention.global_step, intervention.fault)
+        return next((one for one in self.layer_norms if (one.run, one.global_step, one.fault) == key), None)
 
     def losses_around(
         self, intervention: Intervention, thresholds: ReportThresholds = REPORT
@@ -83,23 +109,29 @@ class RunData:
 
 
 def read_run_data(folder: Path) -> RunData:
-    """Read what a run has left in its folder; what is not there is left empty.
+    """Read what a run has left in its folder, and in those it lay in before it was resumed; what is not there is empty.
 
     Args:
         folder: The folder of the run.
     """
-    records, advice, curve = folder / RECORDS_FILE, folder / ADVICE_FILE, folder / CURVE_FILE
-    receipts = folder / RECEIPTS_FILE
+    log = read_run(folder)
+    earlier = [] if log is None else earlier_parts(log)
+    folders = [*(part.folder for part in earlier), folder]
     return RunData(
         folder,
-        read_run(folder),
+        log,
         is_alive(folder),
-        read_curve(curve) if curve.is_file() else (),
-        read_records(records) if records.is_file() else (),
-        read_advice(advice) if advice.is_file() else (),
-        read_layer_norms(folder / LAYER_NORMS_FILE),
-        read_receipts(receipts) if receipts.is_file() else (),
+        _all(folders, CURVE_FILE, read_curve),
+        _all(folders, RECORDS_FILE, read_records),
+        _all(folders, ADVICE_FILE, read_advice),
+        _all(folders, LAYER_NORMS_FILE, read_layer_norms),
+        _all(folders, RECEIPTS_FILE, read_receipts),
+        earlier,
     )
+
+
+def _all(folders: Sequence[Path], name: str, read: Callable[[Path], Sequence[_Item]]) -> list[_Item]:
+    return [item for folder in folders if (folder / name).is_file() for item in read(folder / name)]
 
 
 def find_run(where: Path) -> Path | None:

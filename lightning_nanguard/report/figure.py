@@ -19,7 +19,7 @@ from lightning_nanguard.types import Intervention
 COLOURS = {"ink": "#6b7280", "first": "#2f80d0", "second": "#c77700", "bad": "#d6404f", "back": "#9a5fd0"}
 """The colours of the figure, by what they show."""
 
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "axes.edgecolor": COLOURS["ink"],
     "axes.facecolor": "none",
     "axes.grid": True,
@@ -40,6 +40,7 @@ _STYLE: dict[str, Any] = {
     "xtick.color": COLOURS["ink"],
     "ytick.color": COLOURS["ink"],
 }
+"""What matplotlib is set to while it draws."""
 
 
 def matplotlib(name: str = "matplotlib") -> ModuleType:
@@ -73,7 +74,7 @@ def draw(data: RunData, figure: Any = None, thresholds: ReportThresholds = REPOR
         The figure.
     """
     library = matplotlib()
-    with library.rc_context(_STYLE):
+    with library.rc_context(STYLE):
         if figure is None:
             figure = matplotlib("matplotlib.figure").Figure()
         figure.set_size_inches(8.0, 7.2)
@@ -86,20 +87,19 @@ def draw(data: RunData, figure: Any = None, thresholds: ReportThresholds = REPOR
         for number, (index, rows) in enumerate(points.items()):
             colour = COLOURS["first" if number == 0 else "second"]
             name = f"optimizer {index}" if len(points) > 1 else None
-            _curve(losses, rows, "loss", colour, name)
-            _curve(norms, rows, "grad_norm", colour, name)
-            _line(rates, rows, [one.lr for one in rows], color=colour, label=name)
+            add_curve(losses, rows, "loss", colour, name)
+            add_curve(norms, rows, "grad_norm", colour, name)
+            add_line(rates, rows, [one.lr for one in rows], color=colour, label=name)
         clipped = [row.clip_val for rows in points.values() for row in rows]
         if any(value is not None for value in clipped):
             rows = next(iter(points.values()))
-            _line(
+            add_line(
                 norms, rows, [one.clip_val for one in rows], color=COLOURS["back"], linestyle="--", label="clipped at"
             )
         for axes, label in ((losses, "loss"), (norms, "gradient norm"), (rates, "learning rate")):
             axes.set_ylabel(label)
-            _scale(axes, thresholds)
-            if axes.get_legend_handles_labels()[1]:
-                axes.legend(loc="upper right")
+            scale(axes, thresholds)
+            legend(axes, thresholds)
         shown = list(spread(data.interventions, thresholds.marks))
         _mark(marks, shown, library)
         for axes in (losses, norms, rates):
@@ -109,20 +109,21 @@ def draw(data: RunData, figure: Any = None, thresholds: ReportThresholds = REPOR
     return figure
 
 
-def to_svg(figure: Any) -> str:
+def to_svg(figure: Any, title: str = "The curves of the run and its interventions") -> str:
     """The figure as an SVG element to stand in a page, with the variables of the page for colours.
 
     Args:
         figure: What :func:`draw` made.
+        title: What it shows, for those who cannot see it; no text of a record.
     """
     buffer = io.StringIO()
-    with matplotlib().rc_context(_STYLE):
+    with matplotlib().rc_context(STYLE):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     for name, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
-    return text.replace("<svg ", '<svg role="img" aria-label="The curves of the run and its interventions" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
 
 
 def spread(interventions: Sequence[Intervention], most: int) -> Iterator[Intervention]:
@@ -150,22 +151,36 @@ def _colour(intervention: Intervention) -> str:
     return COLOURS["back" if intervention.snapshot_step is not None else "bad"]
 
 
-def _curve(axes: Any, rows: Sequence[CurvePoint], field: str, colour: str, name: str | None) -> None:
-    """A curve, the largest values of joined rows behind it, and a mark where a value was not finite."""
+def add_curve(axes: Any, rows: Sequence[CurvePoint], field: str, colour: str, name: str | None) -> None:
+    """Add a curve, the largest values of joined rows behind it, and a mark where a value was not finite.
+
+    Args:
+        axes: Where to.
+        rows: The points.
+        field: Name of the value, ``"loss"`` or ``"grad_norm"``.
+        colour: Its colour.
+        name: Its name in the legend; ``None`` for none.
+    """
     largest = [getattr(one, f"{field}_max") for one in rows]
     if any(one.updates > 1 for one in rows):
-        _line(axes, rows, largest, color=colour, alpha=0.3, linewidth=0.7)
-    _line(axes, rows, [getattr(one, field) for one in rows], color=colour, label=name)
+        add_line(axes, rows, largest, color=colour, alpha=0.3, linewidth=0.7)
+    add_line(axes, rows, [getattr(one, field) for one in rows], color=colour, label=name)
     bad = [one.step for one, value in zip(rows, largest, strict=True) if value is not None and not math.isfinite(value)]
     if bad:
-        at_top = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-        axes.plot(
-            bad, [1.0] * len(bad), linestyle="none", marker="x", color=COLOURS["bad"], label="not finite", **at_top
-        )
+        label = None if "not finite" in axes.get_legend_handles_labels()[1] else "not finite"
+        style = {"linestyle": "none", "marker": "x", "color": COLOURS["bad"], "clip_on": False}
+        axes.plot(bad, [1.0] * len(bad), transform=axes.get_xaxis_transform(), label=label, **style)
 
 
-def _line(axes: Any, rows: Sequence[CurvePoint], values: Sequence[float | None], **style: Any) -> None:
-    """A line that is broken where a resumed run begins again at an earlier step, and where there is no finite value."""
+def add_line(axes: Any, rows: Sequence[CurvePoint], values: Sequence[float | None], **style: Any) -> None:
+    """Add a line that is broken where a resumed run begins again at an earlier step, and where no value is finite.
+
+    Args:
+        axes: Where to.
+        rows: The points.
+        values: Their values.
+        style: What matplotlib is given.
+    """
     xs: list[float] = []
     ys: list[float] = []
     for row, value in zip(rows, values, strict=True):
@@ -181,12 +196,40 @@ def _line(axes: Any, rows: Sequence[CurvePoint], values: Sequence[float | None],
         axes.plot(xs, ys, **{"linewidth": 1.2, **alone, **style})
 
 
-def _scale(axes: Any, thresholds: ReportThresholds) -> None:
+def legend(axes: Any, thresholds: ReportThresholds = REPORT) -> None:
+    """Put the legend above the axes at the left: there it hides no curve, and a phone shows it without scrolling.
+
+    Args:
+        axes: The axes, with their curves.
+        thresholds: How wide it is.
+    """
+    labels = axes.get_legend_handles_labels()[1]
+    if labels:
+        columns = max(1, min(len(labels), thresholds.characters_of_legend // max(map(len, labels))))
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.02), borderaxespad=0.0, ncols=columns)
+
+
+def scale(axes: Any, thresholds: ReportThresholds = REPORT) -> None:
+    """Choose the scale and the end of a vertical axis; what is far above the other values leaves the axis at its top.
+
+    Args:
+        axes: The axes, with their curves.
+        thresholds: From which ratio a scale is logarithmic, and where an axis ends.
+    """
     lines = [line for line in axes.get_lines() if line.get_linestyle() != "None"]
-    values = [y for line in lines for y in line.get_ydata() if math.isfinite(y)]
-    positive = [value for value in values if value > 0]
-    if values and len(positive) == len(values) and max(values) > thresholds.logarithmic_from * min(values):
+    values = sorted(y for line in lines for y in line.get_ydata() if math.isfinite(y))
+    if not values:
+        return
+    least, usual = values[0], values[int(thresholds.share_in_sight * (len(values) - 1))]
+    end = max(usual * thresholds.axis_end_over_usual, 0.0)
+    cut = 0 < end < values[-1]
+    if least > 0 and min(values[-1], end) > thresholds.logarithmic_from * least:
         axes.set_yscale("log")
+        # Matplotlib's own labels are formulas, which a page cannot show: names of layers must stay plain text.
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
+    if cut:
+        axes.set_ylim(top=end)
 
 
 def _mark(axes: Any, interventions: Sequence[Intervention], library: ModuleType) -> None:

@@ -12,8 +12,7 @@ from lightning_nanguard.record.html import escaped, parts_of, table
 from lightning_nanguard.record.layer_norms import LayerNorms
 from lightning_nanguard.record.messages import describe_advice
 from lightning_nanguard.record.receipts import receipt_of
-from lightning_nanguard.record.sample_words import origin_in_words
-from lightning_nanguard.record.text import counted, in_words
+from lightning_nanguard.record.text import counted, in_words, listed_numbers
 from lightning_nanguard.report.data import RunData
 from lightning_nanguard.report.figure import draw, to_svg
 from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
@@ -29,8 +28,9 @@ body { margin: 0 auto; max-width: 62rem; padding: 1rem; background: var(--ground
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 1.4rem; line-height: 1.3; margin: .5rem 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
 .good { color: var(--good) } .bad { color: var(--bad) } .quiet { color: var(--ink); font-size: .9rem }
-.numbers { display: flex; flex-wrap: wrap; gap: .5rem; padding: 0; list-style: none }
-.numbers li { flex: 1 1 9rem; padding: .5rem .75rem; border-radius: .5rem; background: var(--soft) }
+.numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .5rem; padding: 0;
+  list-style: none }
+.numbers li { padding: .5rem .75rem; border-radius: .5rem; background: var(--soft) }
 .numbers b { display: block; font-size: 1.15rem }
 .wide { overflow-x: auto } .wide svg { display: block; width: 100%; min-width: 30rem; height: auto }
 svg text { fill: var(--ink) }
@@ -60,7 +60,7 @@ def page(data: RunData, thresholds: ReportThresholds = REPORT) -> str:
     """
     name = data.folder.name if data.log is None else data.log.run_id
     parts = [
-        _headline(data),
+        _headline(data, thresholds),
         "<h2>Curves</h2>",
         f'<div class="wide">{to_svg(draw(data, thresholds=thresholds))}</div>'
         if data.curve or data.interventions
@@ -69,18 +69,28 @@ def page(data: RunData, thresholds: ReportThresholds = REPORT) -> str:
         *_interventions(data, thresholds),
         *_advice(data, thresholds),
     ]
+    return document(name, parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A whole page that loads nothing, around its parts.
+
+    Args:
+        title: Its title.
+        parts: Its body, as HTML.
+    """
     body = "\n".join(part for part in parts if part)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>NaNGuard: {escaped(name)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>NaNGuard: {escaped(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 
 
-def verdict(data: RunData) -> tuple[str, bool]:
-    """How the run went, in one sentence, and whether that is good.
+def verdict(data: RunData) -> tuple[str, bool | None]:
+    """How the run went, in one sentence, and whether that is good; ``None`` where it is not known.
 
     Args:
         data: The run.
@@ -96,40 +106,63 @@ def verdict(data: RunData) -> tuple[str, bool]:
         return f"Killed: the run did not come to its end; {count} until then.", False
     if losses and not math.isfinite(losses[-1]):
         return f"In trouble: the newest loss is not finite; {count}.", False
+    if not data.interventions and data.advice:
+        causes = sorted({in_words(one.finding.cause) for one in data.advice})
+        return f"Nothing done: there is advice about {', '.join(causes)}.", None
     if not data.interventions:
         return "Healthy: there was nothing to do.", True
+    first, last = data.losses_at_ends()
+    if not data.alive and first is not None and last is not None and last > first:
+        return f"Ended: {count}, and the loss ends above where it began.", None
     return f"{'Kept alive so far' if data.alive else 'Saved'}: {count}.", True
 
 
-def _headline(data: RunData) -> str:
-    sentence, good = verdict(data)
+def heading(sentence: str, good: bool | None) -> str:
+    """The heading of a page, in the colour of the outcome.
+
+    Args:
+        sentence: What it says.
+        good: Whether that is good; ``None`` where it is not known.
+    """
+    colour = {None: "unsure", True: "good", False: "bad"}[good]
+    return f'<h1 class="{colour}">{escaped(sentence)}</h1>'
+
+
+def _headline(data: RunData, thresholds: ReportThresholds) -> str:
     remedies, rate = data.remedies, data.rate_now
     steps = max((one.step for one in data.curve), default=0)
-    numbers = [
-        (f"{len(data.interventions):,}", "interventions"),
-        (f"{remedies['skip']:,}", "batches skipped"),
-        (f"{remedies['restore']:,}", "rollbacks"),
-        (f"{data.updates_lost:,}", "updates undone by rollbacks"),
-        ("–" if rate is None else f"{rate:.4g}", "learning rate now"),
-        (f"{steps:,}", "steps"),
+    counts = [
+        counted(len(data.interventions), "intervention"),
+        counted(remedies["skip"], "batch skipped", "batches skipped"),
+        counted(remedies["restore"], "rollback"),
+        counted(data.updates_lost, "update undone by rollbacks", "updates undone by rollbacks"),
+        counted(steps, "step"),
     ]
+    numbers = [(number, label) for number, _, label in (words.partition(" ") for words in counts)]
+    first, last = data.losses_at_ends(thresholds)
+    if first is not None and last is not None:
+        numbers.append((f"{first:.4g} → {last:.4g}", "loss, first to last"))
+    ended = data.log is not None and data.log.ended is not None
+    numbers.append(("–" if rate is None else f"{rate:.4g}", f"learning rate {'at the end' if ended else 'now'}"))
     multiplier = None if data.log is None or data.log.ended is None else data.log.ended.get("lr_multiplier")
     if isinstance(multiplier, (int, float)) and multiplier != 1:
         numbers.append((f"{multiplier:.4g}", "times the scheduled rate at the end"))
     items = "".join(f"<li><b>{escaped(value)}</b>{escaped(label)}</li>" for value, label in numbers)
-    title = f'<h1 class="{"good" if good else "bad"}">{escaped(sentence)}</h1>'
-    return f'{title}\n{_which(data)}\n<ul class="numbers">{items}</ul>'
+    return f'{heading(*verdict(data))}\n{_which(data)}\n<ul class="numbers">{items}</ul>'
 
 
 def _which(data: RunData) -> str:
-    words = [f"Folder {data.folder}"]
+    words = [f"folder {data.folder}"]
     if data.log is not None:
         words.insert(0, f"Run {data.log.run_id}")
-        began = data.log.fits[0].get("time") if data.log.fits else None
+        fits = [fit for log in (*data.earlier, data.log) for fit in log.fits]
+        began = fits[0].get("time") if fits else None
         if isinstance(began, (int, float)) and 0 <= began < 1e11:
             words.append(f"begun {datetime.fromtimestamp(began, timezone.utc):%Y-%m-%d %H:%M} UTC")
-        if len(data.log.fits) > 1:
-            words.append(f"resumed {counted(len(data.log.fits) - 1, 'time')}")
+        if len(fits) > 1:
+            words.append(f"resumed {counted(len(fits) - 1, 'time')}")
+        if data.earlier:
+            words.append(f"before that in {', '.join(str(log.folder) for log in data.earlier)}")
     return f'<p class="quiet">{escaped("; ".join(words))}</p>'
 
 
@@ -161,11 +194,9 @@ def _intervention(one: Intervention, data: RunData, is_open: bool, thresholds: R
     if cost:
         lines.append(("cost", cost))
     if one.finding is not None and one.finding.samples:
-        lines.append(("samples", ", ".join(map(str, one.finding.samples))))
-        if origin := origin_in_words(one.finding):
-            lines.append(("of the data", origin))
+        lines.append(("in the batch", listed_numbers("sample", one.finding.samples)))
     if one.finding is not None and one.finding.evidence:
-        evidence = ", ".join(f"{name} {_number(value)}" for name, value in one.finding.evidence.items())
+        evidence = ", ".join(f"{in_words(name)} {_number(value)}" for name, value in one.finding.evidence.items())
         lines.append(("evidence", f"{evidence} (confidence {_number(one.finding.confidence)})"))
     if one.ranks:
         lines.append(("ranks", ", ".join(map(str, one.ranks))))
@@ -173,7 +204,7 @@ def _intervention(one: Intervention, data: RunData, is_open: bool, thresholds: R
     described = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(text)}</dd>" for name, text in rest)
     return (
         f"<details{' open' if is_open else ''}><summary>{escaped(seen)}</summary><dl>{described}</dl>"
-        f"{_layers(one, data.layer_norms, thresholds)}</details>"
+        f"{_layers(data.norms_at(one), thresholds)}</details>"
     )
 
 
@@ -191,8 +222,7 @@ def _receipt(one: Intervention, data: RunData, thresholds: ReportThresholds) -> 
     return "; ".join([*words, receipt.in_words()] if receipt is not None else words)
 
 
-def _layers(one: Intervention, norms: Sequence[LayerNorms], thresholds: ReportThresholds) -> str:
-    found = next((n for n in norms if (n.run, n.global_step, n.fault) == (one.run, one.global_step, one.fault)), None)
+def _layers(found: LayerNorms | None, thresholds: ReportThresholds) -> str:
     if found is None or not found.layers:
         return ""
     layers = list(found.layers.items())[: thresholds.layers]

@@ -29,6 +29,8 @@ class RecordsThresholds:
         incidents_with_layer_norms: Incidents of one fit of which the norms of the layers are written.
         layers_per_incident: Layers of which norms are written, those with the largest change; models have thousands.
         interventions_in_table: Interventions in the table that a notebook shows, the newest.
+        hyperparameters_per_run: Hyperparameters of the module and the data module that the log of a run takes.
+        characters_per_hyperparameter: Characters of such a hyperparameter at most; longer ones are left out.
         numbers_per_message: Line numbers or sample indices spelled out in one message; the rest is counted.
     """
 
@@ -45,6 +47,8 @@ class RecordsThresholds:
     incidents_with_layer_norms: int = 20
     layers_per_incident: int = 64
     interventions_in_table: int = 20
+    hyperparameters_per_run: int = 100
+    characters_per_hyperparameter: int = 200
     numbers_per_message: int = 8
 
 

@@ -26,7 +26,7 @@ class SamplesThresholds:
             32-bit sums in another order differ by less.
         skipped_share: Share of skipped updates from which on the advice names ``keep_good_samples``.
         most_skipped: Share of skipped updates from which on an update is made from the good samples of its batch by
-            default, for little is learned where most updates are skipped.
+            default, since little is learned where most updates are skipped.
         skipped_confidence: Confidence of that advice: a count of what was done.
         least_updates: Updates before that share is looked at.
         usual_share: Share of the samples that have the same shapes and dtypes, from which on others are named.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -32,6 +34,7 @@ from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.fit import Fit
+from lightning_nanguard.trainer.logger_settings import begun_with
 from lightning_nanguard.trainer.loop import TrainerLoop
 from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.data_order import DataOrder
@@ -51,6 +54,7 @@ def build_fit(
     memory: Memory,
     order: DataOrder,
     run_id: str | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Fit:
     """Make one fit and its guard.
 
@@ -61,8 +65,9 @@ def build_fit(
         memory: Keeps interventions from one fit to the next.
         order: Knows where batches come from, and which rows are known to be bad.
         run_id: Id of the run that is resumed.
+        settings: Settings of the guard, for the log of the run.
     """
-    info, folder = open_run(trainer, arguments.dirpath, run_id)
+    info, folder = open_run(trainer, arguments.dirpath, run_id, **begun_with(trainer, module, settings or {}))
     curve = CurveFile(folder.path / CURVE_FILE, arguments.thresholds.records) if folder.keeps_files else None
     context, replay, averages = _context(
         trainer, module, arguments, curve, order.known, fit_receipts(info, arguments.thresholds.records)

@@ -18,11 +18,13 @@ from lightning_nanguard.record.advice import AdviceLog
 from lightning_nanguard.record.dispatch import SinkDispatcher
 from lightning_nanguard.record.run_folder import RunFolder
 from lightning_nanguard.record.summary import summary
+from lightning_nanguard.record.text import counted
 from lightning_nanguard.state.snapshot_room import SnapshotSize
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.carried_attributes import CarriedAttributes
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.logger_curves import LoggerCurves
+from lightning_nanguard.trainer.logger_report import log_report
 from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
 from lightning_nanguard.trainer.private.callbacks import after_every_batch
@@ -102,6 +104,9 @@ class Fit:
         """
         self._sinks.open()
         self._say_what_is_not_guarded()
+        if (known := self.order.known).quarantine and len(known):
+            rows = counted(len(known), "bad sample")
+            rank_zero_info(f"NaNGuard: {rows} that the run has met before will be left out (quarantine=True).")
         self.guard.start()
         self._limit_memory(max_memory)
         if self.context.curve is not None:
@@ -262,6 +267,8 @@ class Fit:
         """Take everything off the trainer again, whatever fails in between."""
         with ExitStack() as last:
             last.callback(self.folder.close)
+            if self.rank_zero and self.folder.keeps_files:
+                last.callback(log_report, self._trainer, self.folder.path, self.folder.run_id)
             if self.context.curve is not None:
                 last.callback(self.context.curve.write, last=True)
             last.callback(self.advice.close)

@@ -54,6 +54,7 @@ class DisplayedGuard(StatefulGuard):
             path=self.run_dir,
             observe=given.observe,
             act_on=given.act_on,
+            advice=[one.finding.cause for one in memory.advice],
         )
 
     def plot(self) -> Any:

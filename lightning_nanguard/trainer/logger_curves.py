@@ -1,18 +1,13 @@
-"""Gives the trainer's loggers the curves of the guard, the words of interventions and the settings."""
+"""Gives the trainer's loggers the curves of the guard."""
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any, final
+from typing import final
 
-from lightning_nanguard.record.base import Sink
-from lightning_nanguard.record.messages import tell, tell_again
 from lightning_nanguard.trainer.private.packages import Trainer, logged_at, logs_every
-from lightning_nanguard.types import Intervention, Reading
+from lightning_nanguard.types import Reading
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -47,66 +42,3 @@ class LoggerCurves:
                     ", ".join(finite),
                     error,
                 )
-
-
-@final
-class LoggerWords(Sink):
-    """Gives loggers that have text the words of interventions: the 1st, 2nd, 4th, 8th … of each kind.
-
-    TensorBoard shows them under Text, W&B as a table; other loggers have none.
-
-    Args:
-        trainer: The trainer.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._seen: Counter[tuple[str, str | None, tuple[str, ...]]] = Counter()
-        self._rows: list[list[Any]] = []
-
-    def write(self, intervention: Intervention) -> None:
-        """Log the words, or count them."""
-        kind = (intervention.fault, intervention.cause, intervention.remedies)
-        self._seen[kind] += 1
-        seen = self._seen[kind]
-        if seen & (seen - 1):
-            return
-        words = tell(intervention) if seen == 1 else f"{tell_again(intervention)} ({seen:,} so far)"
-        step = logged_at(self._trainer)
-        self._rows.append([step, words])
-        loggers: list[Any] = self._trainer.loggers
-        for logger in loggers:
-            if hasattr(logger, "log_text"):  # W&B replaces a table by what it is given
-                rows = [list(row) for row in self._rows]
-                logger.log_text("nanguard/interventions_told", columns=["step", "what"], data=rows, step=step)
-            elif hasattr(getattr(logger, "experiment", None), "add_text"):
-                # TensorBoard takes Markdown: as code nothing in it is markup.
-                code = "\n".join(f"    {line}" for line in words.split("\n"))
-                logger.experiment.add_text("nanguard/interventions", code, step)
-
-
-def log_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
-    """Put the settings of the guard among the hyperparameters of every logger; what fails is said, and costs no run.
-
-    Args:
-        trainer: The trainer.
-        settings: The settings by name.
-    """
-    if not trainer.is_global_zero:
-        return
-    named = {f"nanguard/{name}": _as_hyperparameter(value) for name, value in settings.items()}
-    for logger in trainer.loggers:
-        log: Callable[..., Any] = logger.log_hyperparams
-        # TensorBoard would add a metric of its own to a run that has none.
-        more: dict[str, Any] = {"metrics": {}} if "metrics" in inspect.signature(log).parameters else {}
-        try:
-            log(named, **more)
-        except Exception as error:
-            _logger.warning("NaNGuard: %s did not take the guard's settings: %s", type(logger).__name__, error)
-
-
-def _as_hyperparameter(value: Any) -> Any:
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    # Some loggers refuse objects, or fail when they save them.
-    return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from lightning_nanguard import __version__
 from lightning_nanguard.record.base import RunInfo
 from lightning_nanguard.record.run_folder import RunFolder, open_run_folder
+from lightning_nanguard.record.run_history import CHECKPOINT
 from lightning_nanguard.record.run_log import new_run_id
 from lightning_nanguard.trainer.private.packages import Trainer
 
@@ -33,11 +35,19 @@ def open_run(
             name = new_run_id() if run_id is None else run_id
             folder = RunFolder(base / name, name)
         else:
-            begin = {"step": trainer.global_step, "version": __version__, **settings}
+            begin = {"step": trainer.global_step, "version": __version__, **settings, **_resumed_from(trainer, run_id)}
             folder = open_run_folder(base, run_id, shared=shared, begin=begin)
     path, name = trainer.strategy.broadcast((str(folder.path), folder.run_id) if folder is not None else ("", ""))
     info = RunInfo(trainer.global_rank, trainer.world_size, Path(path), name)
     return info, folder or RunFolder(info.dirpath, name)
+
+
+def _resumed_from(trainer: Trainer, run_id: str | None) -> dict[str, str]:
+    """The checkpoint that a run is resumed from, where it is a file here."""
+    path = trainer.ckpt_path
+    if run_id is None or path is None or not os.path.exists(path):
+        return {}
+    return {CHECKPOINT: os.path.realpath(path)}
 
 
 def _beside_checkpoints(trainer: Trainer) -> tuple[Path, bool]:

@@ -84,8 +84,8 @@ class SampleKeeper:
         if not self._active and self._check.share_skipped(self._limits.least_updates) > self._limits.most_skipped:
             self._active = True
             _logger.warning(
-                "NaNGuard: most updates had to be skipped for bad samples in their batches. From now on such an update "
-                "is made from the good samples of its batch. SkipStep(keep_good_samples=False) turns this off."
+                "NaNGuard: most updates had to be skipped. From now on such an update is made from the good samples of "
+                "its batch, if there are any. SkipStep(keep_good_samples=False) turns this off."
             )
         return self._active
 

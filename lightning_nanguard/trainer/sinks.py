@@ -20,7 +20,7 @@ from lightning_nanguard.record.receipt_log import ReceiptLog
 from lightning_nanguard.record.receipts import RECEIPTS_FILE
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
-from lightning_nanguard.trainer.logger_curves import LoggerWords
+from lightning_nanguard.trainer.logger_words import LoggerWords
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, logged_at
 
 

@@ -48,8 +48,8 @@ class SkipShare:
             self._limits.skipped_confidence,
             {"skipped": float(self._skipped), "updates": float(updates)},
             suggestion=(
-                f"{self._skipped:,} of {updates:,} updates were skipped for bad samples in their batches. "
-                "SkipStep(keep_good_samples=True) among the remedies makes such an update from the good samples of its "
-                "batch; NaNGuard(quarantine=True) leaves samples out that were found to be bad."
+                f"{self._skipped:,} of {updates:,} updates were skipped. If only some samples of their batches are "
+                "bad, SkipStep(keep_good_samples=True) among the remedies makes such an update from the good ones, and "
+                "NaNGuard(quarantine=True) leaves out those that were found to be bad."
             ),
         )

@@ -45,7 +45,9 @@ class ValidationWatch:
         name = seen or next(self._bad_metrics(losses=bad is None), None)
         if name is None:
             return
-        message = f"the {name} is not finite while the training loss is"
+        # What was only observed may have ruined the training loss, too.
+        alone = "" if self._guard.context.settings.observe else " while the training loss is"
+        message = f"the {name} is not finite{alone}"
         batch_idx, self._replay.batch_idx = self._replay.batch_idx, -1
         try:
             self._guard.report(Fault("non_finite_validation", "state", name, None, message, only_if_corrupt=True))

@@ -74,7 +74,7 @@ class Evidence:
         ranks: Ranks whose state or batch is not finite; empty where all are concerned, or there is one process.
         again: Cause of bad state where it came back when the updates since the last good state were made again:
             ``"optimizer_update"`` or ``"forward_writes_buffer"``, else ``""``; and where it did.
-        told: A finite suspicion since the last good state of which the user was told; ``""`` without one.
+        told: A fault since the last good state that was left alone, in words; ``""`` without one.
     """
 
     step: int

@@ -66,6 +66,7 @@ class Intervention:
         applied: ``False`` where ``observe=True`` kept the guard from acting.
         ranks: Ranks that saw the fault, where not all of them did; empty with one process.
         updates_lost: Updates that a rollback undid, the faulty one included; 0 where they were made again.
+        restart_updates: Updates that a trial has made from the state gone back to, where the run goes on from them.
         run: Id of the run; ``""`` in records of version 0.1.0. Two records of different runs may be equal.
     """
 
@@ -85,7 +86,13 @@ class Intervention:
     applied: bool = True
     ranks: tuple[int, ...] = ()
     updates_lost: int = 0
+    restart_updates: int = 0
     run: str = field(default="", compare=False)
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether it ended the run; with ``observe=True`` none does."""
+        return self.applied and "stop" in self.remedies
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings.

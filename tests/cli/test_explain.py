@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from lightning_nanguard import Intervention, NaNGuard
+from lightning_nanguard import Advice, Finding, Intervention, NaNGuard
 from lightning_nanguard.cli.main import main
+from lightning_nanguard.record.files import ADVICE_FILE
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.run_log import append_event
 from tests.classifier import Model, Numbers
-from tests.helpers import batches, fit, task, trainer_for
+from tests.helpers import batches, fit, folder_of, task, trainer_for
+from tests.report.runs import write_run
 
 
 def test_explain_tells_records_and_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,13 +25,14 @@ def test_explain_tells_records_and_advice(tmp_path: Path, capsys: pytest.Capture
     assert main(["explain", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"Run {guard.run_id} in {guard.run_dir}: ")
-    assert "updates, 1 intervention since it was last begun" in said.splitlines()[0]
-    assert "step 0 (epoch 0), advice (preflight): non_finite_input in field 0 of the data set (sample 37)" in said
-    assert "advice (preflight): double_softmax in training_step (softmax, classifier.py:" in said
+    assert said.splitlines()[0].endswith(" updates, 1 intervention")
+    assert "step 0 (epoch 0), advice (preflight): non-finite input in field 0 of the data set: sample 37 of" in said
+    assert "advice (preflight): double softmax in training_step (softmax, classifier.py:" in said
     assert "  why: non-finite input in field 0 of the batch: sample " in said
     assert "  done: skipped the batch" in said
     assert "  sample: row 37 of the data set" in said
-    assert len(said.splitlines()) == 1 + 5 + 2
+    assert "\n  the loss went from " in said
+    assert len(said.splitlines()) == 2 + 5 + 2
 
 
 def test_explain_tells_a_healthy_run_from_a_wrong_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,7 +42,16 @@ def test_explain_tells_a_healthy_run_from_a_wrong_folder(tmp_path: Path, capsys:
     fit(task(), batches(count=5), healthy, folder=tmp_path / "healthy")
     assert main(["explain", str(tmp_path / "healthy")]) == 0
     said = capsys.readouterr().out
-    assert said == f"Run {healthy.run_id} in {healthy.run_dir}: 5 updates, nothing to do since it was last begun\n"
+    first, second = said.splitlines()
+    assert first == f"Run {healthy.run_id} in {healthy.run_dir}: 5 updates, nothing to do"
+    assert re.fullmatch(r"  the loss went from \S+ to \S+; the learning rate is 0\.01", second)
+    JsonLines(folder_of(healthy) / ADVICE_FILE).write(Advice(0, 0, "preflight", Finding("dead_relu", 0.9)))
+    append_event(folder_of(healthy), "fit", {"run": healthy.run_id, "step": 5})
+    append_event(folder_of(healthy), "end", {"updates": 9, "faults": {"non_finite_loss": 1}})
+    assert main(["explain", str(tmp_path / "healthy")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].endswith(", resumed 1 time: 9 updates, 1 intervention since it was resumed")
+    assert told[2] == "step 0 (epoch 0), advice (preflight): dead relu"
     append_event(tmp_path / "healthy", "fit", {"run": "killed", "step": 0})
     assert main(["explain", str(tmp_path / "healthy")]) == 0
     assert f"Run killed in {tmp_path / 'healthy'}: it was killed" in capsys.readouterr().out
@@ -48,6 +61,15 @@ def test_explain_tells_a_healthy_run_from_a_wrong_folder(tmp_path: Path, capsys:
         shown = capsys.readouterr()
         assert shown.out == ""
         assert f"{message} {tmp_path / folder}" in shown.err
+
+
+def test_explain_reads_the_recorder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """How far the loss came, and around an intervention the loss and the layers that changed most."""
+    assert main(["explain", str(write_run(tmp_path))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "  the loss went from 1.05 to 0.5153; the learning rate is 0.05"
+    assert "  loss: 0.5551 before, 0.5451 after (medians of up to 10 points)" in lines
+    assert "  gradient norms in the last 2 updates: net.0 0.5 → nan" in lines
 
 
 def test_explain_prints_every_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

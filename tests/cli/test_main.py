@@ -33,6 +33,13 @@ def test_commands_say_what_they_lack(arguments: list[str], said: str, capsys: py
     assert said in capsys.readouterr().err
 
 
+def test_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """`nanguard` alone shows every command with what it does."""
+    assert main([]) == 2
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(command.NAME in shown and command.HELP in shown for command in COMMANDS)
+
+
 def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an optional package the error names the extra that brings it."""
     from importlib import import_module

@@ -20,6 +20,7 @@ from benchmarks.rescue.models import TASKS
 from lightning_nanguard import NaNGuard, TrainingDivergedError
 from lightning_nanguard.diagnosis.preflight import Preflight, sample_rows
 from lightning_nanguard.record.files import read_advice
+from lightning_nanguard.record.text import in_words
 from lightning_nanguard.state.attributes import attributes_kept
 from lightning_nanguard.thresholds.diagnosis import DEFAULT
 from tests.diagnosis.test_diagnostician import Counted, Restless
@@ -141,7 +142,7 @@ def test_the_preflight_says_what_is_wrong(
     assert (first.occasion, first.global_step, first.finding.cause) == ("preflight", 0, cause)
     assert place in first.finding.place
     assert first.finding.confidence > DEFAULT.confidence.told
-    assert f"advice (preflight): {cause}" in caplog.text
+    assert f"advice (preflight): {in_words(cause)}" in caplog.text
     (path,) = tmp_path.rglob("advice.jsonl")
     assert read_advice(path) == list(guard.advice)
 

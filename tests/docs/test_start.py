@@ -80,6 +80,26 @@ def test_the_commands_of_the_page(
     assert list(folder.rglob("report.html"))
 
 
+def test_a_setting_is_changed_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both runs are compared as the page shows, and the checkpoint that it names is gone on from."""
+    changed = PROGRAM.replace("NaNGuard()", "NaNGuard(quarantine=True)")
+    run(PROGRAM, tmp_path)
+    run(changed, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(BLOCKS[4])[1:]) == 0
+    lines = iter(capsys.readouterr().out.splitlines())
+    for shown in BLOCKS[5].splitlines():
+        assert shown in lines
+    path = re.search(r'ckpt_path="[^"]+"', BLOCKS[6])
+    assert path
+    longer = changed.replace("max_epochs=3", "max_epochs=4").replace("shuffle=True))", f"shuffle=True), {path[0]})")
+    printed = "\n".join(run(longer, tmp_path))
+    assert "NaNGuard: 1 bad sample that the run has met before will be left out" in printed
+    assert 'NaNGuard: 128 updates watched (act_on="certain"), nothing to do' in printed
+
+
 def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its cells run in order, and the last expressions have something to show."""
     pytest.importorskip("matplotlib")

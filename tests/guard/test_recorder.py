@@ -101,5 +101,8 @@ def test_the_last_error_names_the_surest_cause_of_such_faults() -> None:
     with pytest.raises(TrainingDivergedError, match=r"Most likely cause: log_of_zero in layer 3") as error:
         recorder.stop(FAULT, "loss", "too many", guess, (1, 0, 1))
     assert error.value.finding == sure
+    recorder.record(FAULT, "loss", ("skip",), [], replace(sure, cause="non_finite_input", samples=(3,)))
+    with pytest.raises(TrainingDivergedError, match=r"Most likely cause: dead_relu"):
+        recorder.stop(FAULT, "loss", "too many", guess, (1, 0, 1))
     with pytest.raises(TrainingDivergedError, match=r"Most likely cause: dead_relu"):
         recorder.stop(replace(FAULT, place="elsewhere"), "loss", "too many", None, (1, 0, 1))

@@ -80,6 +80,10 @@ def test_stop_is_always_shown(caplog: pytest.LogCaptureFixture) -> None:
         console.write(step(number, remedies=("stop",)))
     assert shown(caplog) == list(range(1, 8))
     caplog.clear()
+    for number in range(1, 8):  # with observe=True none of them ends it
+        console.write(step(number, remedies=("stop", "skip"), applied=False))
+    assert shown(caplog) == [1, 2, 4]
+    caplog.clear()
     console.close()
     assert not caplog.records
 

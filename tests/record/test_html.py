@@ -24,6 +24,14 @@ def test_what_was_seen_why_and_done() -> None:
     assert told["to do"] == "Lower the rate."
 
 
+def test_rows_of_the_data_are_in_the_table() -> None:
+    """One row or several, under one title."""
+    one = Finding("non_finite_input", 0.9, samples=(3,), rows=(700,), suggestion="it holds NaN. Clean the data.")
+    for rows, said in (((700,), "row 700 of the data set"), ((7, 9), "rows 7, 9 of the data set")):
+        finding = replace(one, samples=tuple(range(len(rows))), rows=rows)
+        assert f"<td>{said}</td>" in interventions_table([replace(SKIP, finding=finding)], 1)
+
+
 def test_the_newest_are_in_the_table() -> None:
     """The newest are shown, and older ones are counted."""
     text = interventions_table([SKIP] * 30, 50)

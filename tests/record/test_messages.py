@@ -115,6 +115,13 @@ def test_told_in_full() -> None:
         "step 430 (epoch 3, batch 30): exploding loss",
         "done: would have gone back to step 400, changed the learning rate 0.1 → 0.05",
     ]
+    restarted = replace(ROLLBACK, restart_updates=64, updates_lost=30)
+    assert tell(restarted).split("\n  ")[1] == (
+        "done: went on from a restart at step 400, which a trial had trained for 64 updates (30 updates lost), "
+        "learning rate 0.1 → 0.05"
+    )
+    high = Finding("learning_rate_too_high", 0.9, {}, "loss", (), "the learning rate is 1. Lower it.")
+    assert "why: learning rate too high: the learning rate is 1" in tell(replace(ROLLBACK, finding=high))
     assert "why: bad label" in tell(replace(SKIP, cause="bad_label"))
     short = Finding("bad_label", 1.0, {}, "x", (4,), "Clean it.")
     assert "why: bad label in x (sample 4): Clean it" in tell(replace(SKIP, finding=short))

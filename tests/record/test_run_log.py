@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_nanguard.record.run_log import RUN_FILE, append_event, find_runs, new_run_id, read_run
+from lightning_nanguard.record.run_log import RUN_FILE, RunLog, append_event, find_runs, new_run_id, read_run
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -45,9 +45,12 @@ def test_torn_and_strange_lines_are_left_out(tmp_path: Path) -> None:
 
 
 def test_runs_are_found_in_order(tmp_path: Path) -> None:
-    """All runs below a folder are found, the newest last; no two ids are alike."""
-    for place, run in (("b/nanguard", "2"), ("a", "1"), ("a/deeper", "3")):
+    """All runs below a folder are found, the one begun or resumed last at the end; no two ids are alike."""
+    for place, run, when in (("b/nanguard", "2", 20.5), ("a", "1", 10), ("a/deeper", "3", 30), ("a/resumed", "1", 40)):
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
-        append_event(tmp_path / place, "fit", {"run": run})
-    assert [run.run_id for run in find_runs(tmp_path)] == ["1", "2", "3"]
+        append_event(tmp_path / place, "fit", {"run": run, "time": when})
+    found = find_runs(tmp_path)
+    assert [run.run_id for run in found] == ["1", "2", "3", "1"]
+    assert [run.begun for run in found] == [10.0, 20.5, 30.0, 40.0]
+    assert RunLog(tmp_path, "x", ({"time": "yesterday"},)).begun == RunLog(tmp_path, "x").begun == 0.0
     assert len({new_run_id() for _ in range(100)}) == 100

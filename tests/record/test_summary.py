@@ -34,10 +34,7 @@ from lightning_nanguard.record.summary import summary
             {"lr_multiplier": 0.25, "path": Path("logs/run 7")},
         ),
         (
-            (
-                '5 updates watched (act_on="certain"), 1 fault found, only observed (spike 1): '
-                "would have been 1 batch skipped"
-            ),
+            ('5 updates watched (act_on="certain"), 1 fault found, only observed (spike 1); not done: 1 batch skipped'),
             (5, {"spike": 1}, {"skip": 1}),
             {"observe": True},
         ),
@@ -55,7 +52,7 @@ def test_text(text: str, arguments: tuple[Any, ...], options: dict[str, Any]) ->
 
 def test_the_causes_of_advice_are_named_once() -> None:
     """Advice is told of with and without interventions, each cause once."""
-    assert summary(64, advice=["eval_mode", "dead_relu", "eval_mode"]).endswith(
-        "nothing to do; advice: dead relu, eval mode"
+    assert summary(64, advice=["eval_mode", "dead_relu", "eval_mode"], path="runs/7").endswith(
+        "no interventions; advice: dead relu, eval mode; read more with: nanguard explain runs/7"
     )
     assert "; advice: eval mode" in summary(64, {"non_finite_loss": 1}, {"skip": 1}, advice=["eval_mode"])

@@ -70,6 +70,7 @@ def test_rarely_and_without_markup(server: Server) -> None:
         sink.write(replace(SKIP, place="<!channel> & more"))
     sink.write(replace(SKIP, remedies=("stop",)))
     sink.write(replace(SKIP, remedies=("stop",)))
+    sink.write(replace(SKIP, remedies=("stop",), applied=False))
     texts = [body["text"] for _, body in server.posts]
     assert len(texts) == 4 + 2
     assert "NaNGuard, run mine: " in texts[0]

@@ -47,6 +47,20 @@ def test_a_resumed_run_is_not_one_line(tmp_path: Path) -> None:
     assert to_svg(draw(RunData(tmp_path)))
 
 
+def test_axes_are_plain_and_in_sight(tmp_path: Path) -> None:
+    """A logarithmic axis has plain numbers, and one loss far above all others does not flatten them."""
+    points = [CurvePoint(step, 1, 0, 10.0 / step, 10.0 / step, 1.0, 1.0, 0.1, None) for step in range(1, 101)]
+    points[49] = points[49]._replace(loss=1e20, loss_max=1e20)
+    figure = draw(RunData(tmp_path, curve=points))
+    losses, norms = figure.axes[1:3]
+    assert losses.get_yscale() == "log"
+    assert losses.get_ylim()[1] < 1e4
+    assert norms.get_yscale() == "linear"
+    text = to_svg(figure)
+    assert "mathdefault" not in text
+    assert ">0.1<" in text.replace("\n", "").replace(" ", "")
+
+
 def test_marks_are_bounded_and_rollbacks_come_first() -> None:
     """Of many interventions some are drawn, spread over the run, every rollback among them while there are few."""
     skip = Intervention(0, 0, 0, "non_finite_loss", "loss", ("skip",), 0.1, 0.1)

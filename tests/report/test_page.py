@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
-from lightning_nanguard import Intervention
+from lightning_nanguard import Advice, Finding, Intervention
 from lightning_nanguard.record.curve import CurvePoint
 from lightning_nanguard.record.run_log import RunLog
 from lightning_nanguard.report.data import RunData, read_run_data
@@ -20,6 +24,8 @@ from tests.report.runs import HOSTILE, write_run
 pytest.importorskip("matplotlib")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ADVICE = Advice(0, 0, "preflight", Finding("dead_relu", 0.9))
+RISING = [CurvePoint(step, 1, 0, float(step), None, None, None, None, None) for step in range(1, 31)]
 SKIP = Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1)
 
 
@@ -28,13 +34,14 @@ def test_what_the_page_tells(tmp_path: Path) -> None:
     text = page(read_run_data(write_run(tmp_path)))
     for words in (
         "Saved: 2 interventions.",
+        "<b>1</b>rollback<",
         "<b>20</b>updates undone by rollbacks",
-        "<b>0.05</b>learning rate now",
+        "<b>0.05</b>learning rate at the end",
         "<svg role=",
         "the loss is nan",
         "went back to step 40 (20 updates lost)",
         "<dt>cost</dt><dd>20 updates undone; loss 0.5",
-        "<dt>samples</dt><dd>5, 7</dd>",
+        "<dt>in the batch</dt><dd>samples 5, 7</dd>",
         "<dt>to do</dt><dd>Clean the data.</dd>",
         "<td>net.0</td><td>0.5</td><td>nan</td>",
         "<h2>Advice</h2>",
@@ -61,7 +68,9 @@ def test_nothing_is_loaded_and_hostile_names_are_text(tmp_path: Path) -> None:
     ("data", "said", "good"),
     [
         ({}, "Healthy", True),
+        ({"advice": [ADVICE]}, "Nothing done: there is advice about dead relu.", None),
         ({"interventions": [SKIP]}, "Saved: 1 intervention", True),
+        ({"interventions": [SKIP], "curve": RISING}, "Ended: 1 intervention, and the loss ends above where", None),
         ({"interventions": [SKIP], "alive": True}, "Kept alive so far", True),
         ({"interventions": [replace(SKIP, applied=False)]}, "Only observed", True),
         ({"interventions": [replace(SKIP, remedies=("stop",))]}, "Lost: the guard stopped", False),
@@ -69,7 +78,7 @@ def test_nothing_is_loaded_and_hostile_names_are_text(tmp_path: Path) -> None:
         ({"curve": [CurvePoint(1, 1, 0, float("nan"), None, None, None, None, None)]}, "In trouble", False),
     ],
 )
-def test_verdict(data: dict[str, object], said: str, good: bool) -> None:
+def test_verdict(data: dict[str, object], said: str, good: bool | None) -> None:
     """The first sentence tells a saved run from one that is lost, was killed, only observed, or healthy."""
     sentence, is_good = verdict(RunData(Path(), **data))  # type: ignore[arg-type]
     assert sentence.startswith(said)
@@ -88,17 +97,49 @@ def test_a_long_run_stays_small(tmp_path: Path) -> None:
     assert text.count("<details") == 60
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_in_a_browser(tmp_path: Path) -> None:
-    """Chromium renders it with an empty console, and no script of a hostile name runs."""
-    file = tmp_path / "report.html"
-    file.write_text(page(read_run_data(write_run(tmp_path / "run", HOSTILE))), encoding="utf-8")
+@contextmanager
+def asked_for() -> Iterator[tuple[str, list[str]]]:
+    """A server on this machine: its address, and the paths that it was asked for."""
+    paths: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            paths.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *args: object) -> None:
+            """Nothing on the console."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", paths
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def rendered(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What Chromium makes of a page: its document on standard output, its console on standard error."""
+    file = folder / "report.html"
+    file.write_text(text, encoding="utf-8")
     command = [
-        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
         "--enable-logging=stderr", "--v=0", "--dump-dom", file.as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_in_a_browser(tmp_path: Path) -> None:
+    """Chromium renders it with an empty console, loads nothing, and runs no script of a hostile name."""
+    with asked_for() as (address, paths):
+        name = HOSTILE.replace("http://127.0.0.1:9", address)
+        done = rendered(page(read_run_data(write_run(tmp_path / "run", name))), tmp_path)
+        assert paths == []
+        rendered(f"<img src={address}/x>", tmp_path)
+        assert paths == ["/x"]  # so it would have been seen
     assert "CONSOLE" not in done.stderr
     assert "<title>NaNGuard: 20261128-220000-abcdef</title>" in done.stdout
     assert "Saved: 2 interventions." in done.stdout

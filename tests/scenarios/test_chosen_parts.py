@@ -119,3 +119,7 @@ def test_observing_changes_nothing(way: str, kind: str, tmp_path: Path) -> None:
     assert not any(found.applied for found in guard.interventions)
     expected = {"input": ("skip",), "loss": ("skip",), "gradient": ("skip",)}.get(kind, ("restore",))
     assert guard.interventions[0].remedies == expected
+    blamed = [one.finding.suggestion for one in guard.interventions[1:] if one.cause == "corrupted_state"]
+    # What an update that was only observed has ruined is not said to have gone bad by itself.
+    assert not any("no reading before it was bad" in text for text in blamed)
+    assert not blamed or all("which was only observed" in text for text in blamed)

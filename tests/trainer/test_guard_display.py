@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pytorch_lightning import Callback
 
-from lightning_nanguard import Budget, NaNGuard, StopTraining
+from lightning_nanguard import Advice, Budget, Finding, NaNGuard, StopTraining
 from tests.helpers import fit, task, with_bad
 
 
@@ -50,6 +50,8 @@ def test_summary_display_and_plot(tmp_path: Path) -> None:
     fit(task(), with_bad(4, count=8), guard, folder=tmp_path, callbacks=[drawn])
     assert drawn.steps >= 6
     assert "8 updates watched" in guard.summary()
+    guard._memory.take_advice([Advice(0, 0, "preflight", Finding("dead_relu", 0.9))])
+    assert "; advice: dead relu;" in guard.summary()
     assert "1 intervention (non-finite loss 1): 1 batch skipped" in guard.summary()
     shown = guard._repr_html_()
     for words in ("1 batch skipped", "<td>skipped the batch</td>", "<td>remedies</td>"):

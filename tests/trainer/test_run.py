@@ -15,10 +15,11 @@ from lightning_nanguard import BadCheckpointError, NaNGuard
 from lightning_nanguard.checkpoints.inspection import run_of_file
 from lightning_nanguard.record.base import RunInfo
 from lightning_nanguard.record.files import LAST_GOOD, read_records
+from lightning_nanguard.record.run_history import earlier_parts
 from lightning_nanguard.record.run_log import read_run
 from lightning_nanguard.trainer.run import open_run
 from tests.checkpoints.training import cut, poison
-from tests.helpers import MemoryLogger, batches, fit, task, trainer_for, with_bad
+from tests.helpers import MemoryLogger, batches, fit, folder_of, task, trainer_for, with_bad
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
@@ -116,6 +117,27 @@ def test_runs_do_not_mix_and_are_continued(tmp_path: Path) -> None:
     assert (again.run_id, again.run_dir) == (one.run_id, one.run_dir)
     assert {record.run for record in read_records(one.run_dir / "interventions.jsonl")} == {one.run_id}
     assert (two.run_dir / f"{LAST_GOOD}.pending").exists()
+
+
+def test_a_logger_with_a_new_folder_for_a_resumed_run(tmp_path: Path) -> None:
+    """The run keeps its id, and its log says where it lay before."""
+    guards = []
+    checkpoint = tmp_path / "logs" / "a" / "checkpoints" / "end.ckpt"
+    for version, epochs, path in (("a", 1, None), ("b", 2, checkpoint)):
+        guard = NaNGuard()
+        trainer = trainer_for(tmp_path, guard, logger=CSVLogger(tmp_path, "logs", version), max_epochs=epochs)
+        data = DataLoader(with_bad(4, count=12), batch_size=None)
+        trainer.limit_val_batches = 0
+        trainer.fit(task(), data, data, ckpt_path=path)
+        if path is None:
+            trainer.save_checkpoint(checkpoint)
+        guards.append(guard)
+    first, second = map(folder_of, guards)
+    assert guards[0].run_id == guards[1].run_id
+    assert first != second
+    log = read_run(second)
+    assert log is not None
+    assert [part.folder for part in earlier_parts(log)] == [first]
 
 
 @pytest.mark.parametrize("spoil", [poison, cut, Path.unlink])

@@ -60,9 +60,7 @@ def _corrupted(
     # A fault of memory is gone on the good state, and does not come back as soon as that is restored.
     gone = case.clues.change is None or case.clues.good_finite is True
     if case.evidence.told:
-        text = (
-            f"and before, {case.evidence.told}, which was finite and left alone. Clip gradients, or look at that batch."
-        )
+        text = f"and before, {case.evidence.told}."
     elif times == 1 or not gone:
         text = (
             "though no reading before it was bad. Look for code that writes into it: a hook, a callback, an operation "
@@ -152,7 +150,7 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
         confidence,
         evidence=numbers,
         place=fault.place,
-        suggestion=f"{found}. Lower the learning rate{_to(case, thresholds)}, or warm it up.",
+        suggestion=f"{found}. Warm the learning rate up, or lower it{_to(case, thresholds)}.",
         scope="learner",
     )
 
@@ -189,14 +187,14 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
     parts = []
     if rate is not None:
         numbers["lr"] = rate
-        parts.append(f"learning rate {rate:.4g}")
+        parts.append(f"the learning rate is {rate:.4g}")
     if curvature is not None and limit is not None and rate is not None and limit < rate:
         numbers |= {"slope": curvature.slope, "bend": curvature.bend, "largest_rate": limit}
         parts.append(f"along {curvature.along} the loss of this batch stops falling above {limit:.2g}")
     trial = evidence.trial
     if trial is not None and trial.lacks:
         numbers |= {"tried_rate_factor": trial.factor}
-        parts.append(f"a restart at {trial.factor:.3g} times the rate is ahead of the run after as many updates")
+        parts.append(f"a restart with {trial.factor:.3g} times the rate has the lower loss after as many updates")
     comparison = evidence.comparison
     if comparison is not None and worse_than_before(evidence, thresholds):
         numbers |= {"loss_now": comparison.now, "loss_before": comparison.then}
@@ -204,7 +202,7 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
             f"the loss of this batch is {comparison.now:.4g}, under the last good weights {comparison.then:.4g}"
         )
     if evidence.growth > thresholds.learner.grown_told:
-        parts.append(f"a weight matrix grew to {evidence.growth:.3g} times its norm")
+        parts.append(f"a weight matrix grew to {evidence.growth:.3g} times its former norm")
     return numbers, parts
 
 
@@ -315,4 +313,4 @@ def _to(case: Case, thresholds: DiagnosisThresholds) -> str:
     rate, limit = _rate(case), None if case.curvature is None else case.curvature.largest_rate
     if rate is not None and limit is not None and limit < rate:
         return f" below {limit:.2g}; {limit / 2:.2g} lowers this batch's loss most"
-    return "" if rate is None else f", to {rate / thresholds.learner.suggested_cut:.2g} for a start"
+    return "" if rate is None else f" to {rate / thresholds.learner.suggested_cut:.2g} for a start"

@@ -12,7 +12,7 @@ from lightning_nanguard.trainer.private.patches import wrap_method
 def write_checkpoint(trainer: Any, path: Path) -> None:
     """Save a checkpoint as the trainer does, with whatever strategy and plugin it has."""
     try:
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
     except Exception:
         # The other ranks wait for this one where saving ends.
         trainer.strategy.barrier("NaNGuard.write_checkpoint")

@@ -35,6 +35,7 @@ __all__ = [
     "GuardCallback",
     "LightningModule",
     "Trainer",
+    "is_logger",
     "is_module_class",
     "logged_at",
     "logs_every",
@@ -59,6 +60,16 @@ def package_of(module_class: Any) -> ModuleType:
     """The one of the two packages that a class belongs to."""
     names = {cls.__module__.split(".")[0] for cls in getattr(module_class, "__mro__", ())}
     return import_module("lightning.pytorch" if "lightning" in names else "pytorch_lightning")
+
+
+def is_logger(value: Any, name: str) -> bool:
+    """Whether it is a logger of a class of this name, or of one made from it, of either package.
+
+    Args:
+        value: The logger.
+        name: Such as ``"MLFlowLogger"``. Its package need not be installed.
+    """
+    return any(kind.__name__ == name for kind in type(value).__mro__)
 
 
 def is_module_class(value: Any) -> bool:

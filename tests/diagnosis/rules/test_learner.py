@@ -122,7 +122,7 @@ def test_a_low_rate_that_diverges_is_ill_conditioned(steepest: float, typical: f
             EXPLODING,
             {"comparison": WORSE, "lr": 0.5},
             Clues(),
-            "learning rate 0.5; the loss of this batch is inf, under the last good weights 1",
+            "the learning rate is 0.5; the loss of this batch is inf, under the last good weights 1",
         ),
         (
             SPIKE,

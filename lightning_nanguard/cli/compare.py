@@ -1,0 +1,45 @@
+"""``nanguard compare``: runs side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lightning_nanguard.cli.output import say, say_no_run, say_table, write_page
+from lightning_nanguard.report.comparison import compare, comparison_page, names_of
+from lightning_nanguard.report.data import find_run, read_run_data
+
+NAME = "compare"
+HELP = "lay runs side by side: how each went, what the guard did, and which settings differ"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "run_folders",
+        metavar="run",
+        type=Path,
+        nargs="+",
+        help="folders of two runs or more; of a folder with many runs the newest one is taken",
+    )
+    parser.add_argument("-o", "--output", type=Path, help="page to write, with the curves of the runs in one figure")
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Print the table, and write the page where one is asked for."""
+    folders: list[Path] = []
+    for where in chosen.run_folders:
+        folder = find_run(where)
+        if folder is None:
+            return say_no_run(where)
+        if not any(folder.samefile(other) for other in folders):
+            folders.append(folder)
+    if len(folders) < 2:
+        say(f"nanguard: name the folders of two runs; there is one only, {folders[0]}", file=sys.stderr)
+        return 2
+    names, runs = names_of(folders), [read_run_data(folder) for folder in folders]
+    say_table([["", *names], *([label, *values] for label, values in compare(runs))])
+    if chosen.output is not None:
+        write_page(chosen.output, comparison_page(names, runs))
+    return 0

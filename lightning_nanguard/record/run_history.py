@@ -1,0 +1,60 @@
+"""Finds the folders that a run lay in before it was resumed into another one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_nanguard.record.run_log import RunLog, read_run
+
+CHECKPOINT = "checkpoint"
+"""What the log of a run calls the checkpoint that a fit was resumed from, seen from the folder of the run."""
+
+
+def seen_from(folder: Path, begin: Mapping[str, Any]) -> dict[str, Any]:
+    """What the log says of a fit, with the path of its checkpoint seen from the folder, so that both can be moved.
+
+    Args:
+        folder: The folder of the run.
+        begin: What is to be said, with an absolute path.
+    """
+    said = dict(begin)
+    path = said.pop(CHECKPOINT, None)
+    if path is not None:
+        try:
+            said[CHECKPOINT] = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+        except ValueError:  # another drive
+            return said
+    return said
+
+
+def earlier_parts(log: RunLog) -> list[RunLog]:
+    """The logs of the same run in the folders that it lay in before, oldest first.
+
+    Most loggers give a program that is started again a new folder, also where it resumes from a checkpoint.
+
+    Args:
+        log: The log of the run in the folder it lies in now.
+    """
+    found: list[RunLog] = []
+    seen = {os.path.realpath(log.folder)}
+    while (before := _part_before(log)) is not None and os.path.realpath(before.folder) not in seen:
+        seen.add(os.path.realpath(before.folder))
+        found.insert(0, before)
+        log = before
+    return found
+
+
+def _part_before(log: RunLog) -> RunLog | None:
+    path = log.fits[0].get(CHECKPOINT) if log.fits else None
+    if not isinstance(path, str):
+        return None
+    place = Path(os.path.normpath(log.folder / path)).parent
+    for base in (place, place / "nanguard", place.parent / "nanguard"):
+        for folder in (base, base / log.run_id):
+            other = read_run(folder)
+            if other is not None and other.run_id == log.run_id:
+                return other
+    return None

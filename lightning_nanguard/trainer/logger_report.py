@@ -1,0 +1,61 @@
+"""Gives the page of a run to the loggers that keep files, at the end of a fit."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning_nanguard.report.data import RunData, read_run_data
+from lightning_nanguard.report.page import page
+from lightning_nanguard.trainer.private.packages import Trainer, is_logger
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+def log_report(trainer: Trainer, folder: Path, run_id: str) -> None:
+    """Give the page of a run, as an artifact, to each logger that keeps files; what fails is said, and costs no run.
+
+    W&B and MLflow keep files. A run with neither interventions nor advice has nothing to tell, and gives no page.
+    Without matplotlib there is no page, either.
+
+    Args:
+        trainer: The trainer.
+        folder: The folder of the run; what is on record there is complete.
+        run_id: The run's id.
+    """
+    kinds = ("MLFlowLogger", "WandbLogger")
+    loggers = [logger for logger in trainer.loggers if any(is_logger(logger, kind) for kind in kinds)]
+    if not loggers:
+        return
+    try:
+        data = read_run_data(folder)
+        if not _has_something_to_tell(data):
+            return
+        file = folder / "report.html"
+        file.write_text(page(data), encoding="utf-8")
+    except ModuleNotFoundError as error:
+        _logger.info("NaNGuard: the loggers get no page of the run. %s", error)
+        return
+    except Exception as error:
+        _logger.warning("NaNGuard: the loggers get no page of the run: %s", error)
+        return
+    for logger in loggers:
+        try:
+            _give(logger, file, run_id)
+        except Exception as error:
+            _logger.warning("NaNGuard: %s did not take the page of the run: %s", type(logger).__name__, error)
+
+
+def _has_something_to_tell(data: RunData) -> bool:
+    return bool(data.interventions or data.advice)
+
+
+def _give(logger: Any, file: Path, run_id: str) -> None:
+    if is_logger(logger, "MLFlowLogger"):
+        logger.experiment.log_artifact(logger.run_id, str(file), "nanguard")
+        return
+    artifact = sys.modules["wandb"].Artifact(f"nanguard-report-{run_id}", type="report")
+    artifact.add_file(str(file))
+    logger.experiment.log_artifact(artifact)

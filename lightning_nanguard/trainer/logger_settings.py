@@ -1,0 +1,69 @@
+"""Gives the settings of the guard to the trainer's loggers, among their hyperparameters, and to the log of the run."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+def log_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
+    """Put the settings of the guard among the hyperparameters of every logger; what fails is said, and costs no run.
+
+    Args:
+        trainer: The trainer.
+        settings: The settings by name.
+    """
+    if not trainer.is_global_zero:
+        return
+    named = {f"nanguard/{name}": plain_value(value) for name, value in settings.items()}
+    for logger in trainer.loggers:
+        log: Callable[..., Any] = logger.log_hyperparams
+        # TensorBoard would add a metric of its own to a run that has none.
+        more: dict[str, Any] = {"metrics": {}} if "metrics" in inspect.signature(log).parameters else {}
+        try:
+            log(named, **more)
+        except Exception as error:
+            _logger.warning("NaNGuard: %s did not take the guard's settings: %s", type(logger).__name__, error)
+
+
+def plain_value(value: Any) -> Any:
+    """The value of a setting as a number, a word or ``None``, which every logger and file takes.
+
+    Args:
+        value: The value; of an object its type is named.
+    """
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    # Some loggers refuse objects, or fail when they save them.
+    return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
+def begun_with(
+    trainer: Trainer, module: LightningModule, settings: Mapping[str, Any], thresholds: RecordsThresholds = RECORDS
+) -> dict[str, dict[str, Any]]:
+    """What a fit is begun with, for the log of the run, so that runs can be compared.
+
+    Args:
+        trainer: The trainer.
+        module: Its module. Of its hyperparameters and those of the data module the numbers and short words are taken.
+        settings: The settings of the guard.
+        thresholds: How many hyperparameters are taken.
+    """
+    given: dict[str, Any] = {}
+    for source in (module, getattr(trainer, "datamodule", None)):
+        saved = getattr(source, "hparams", None)
+        if isinstance(saved, Mapping):
+            given |= {str(name): saved[name] for name in saved}
+    words = thresholds.characters_per_hyperparameter
+    short = [(n, v) for n, v in given.items() if isinstance(v, (bool, int, float, str)) and len(str(v)) <= words]
+    return {
+        "settings": {name: plain_value(value) for name, value in settings.items()},
+        "hyperparameters": dict(short[: thresholds.hyperparameters_per_run]),
+    }

@@ -1,0 +1,53 @@
+"""A sink that gives the trainer's loggers the words of interventions, where they have text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, final
+
+from lightning_nanguard.record.base import Sink
+from lightning_nanguard.record.messages import tell, tell_again
+from lightning_nanguard.trainer.private.packages import Trainer, is_logger, logged_at
+from lightning_nanguard.types import Intervention
+
+
+@final
+class LoggerWords(Sink):
+    """Gives loggers that have text the words of interventions: the 1st, 2nd, 4th, 8th … of each kind.
+
+    TensorBoard shows them under Text, W&B as a table, MLflow as the artifact ``nanguard/interventions.txt``; CSV files
+    have no text.
+
+    Args:
+        trainer: The trainer.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._seen: Counter[tuple[str, str | None, tuple[str, ...]]] = Counter()
+        self._rows: list[list[Any]] = []
+
+    def write(self, intervention: Intervention) -> None:
+        """Log the words, or count them."""
+        kind = (intervention.fault, intervention.cause, intervention.remedies)
+        self._seen[kind] += 1
+        seen = self._seen[kind]
+        if seen & (seen - 1):
+            return
+        words = tell(intervention) if seen == 1 else f"{tell_again(intervention)} ({seen:,} so far)"
+        step = logged_at(self._trainer)
+        self._rows.append([step, words])
+        for logger in self._trainer.loggers:
+            self._log(logger, words, step)
+
+    def _log(self, logger: Any, words: str, step: int) -> None:
+        if hasattr(logger, "log_text"):  # W&B replaces a table by what it is given
+            rows = [list(row) for row in self._rows]
+            logger.log_text("nanguard/interventions_told", columns=["step", "what"], data=rows, step=step)
+        elif is_logger(logger, "MLFlowLogger"):  # and MLflow a file
+            text = "".join(f"{row[1]}\n" for row in self._rows)
+            logger.experiment.log_text(logger.run_id, text, "nanguard/interventions.txt")
+        elif hasattr(getattr(logger, "experiment", None), "add_text"):
+            # TensorBoard takes Markdown: as code nothing in it is markup.
+            code = "\n".join(f"    {line}" for line in words.split("\n"))
+            logger.experiment.add_text("nanguard/interventions", code, step)

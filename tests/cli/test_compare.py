@@ -1,0 +1,43 @@
+"""`nanguard compare` lays runs side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_nanguard import NaNGuard
+from lightning_nanguard.cli.main import main
+from tests.helpers import batches, fit, task, with_bad
+
+
+def test_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table has a column for each run and names the settings that differ; a page is written where asked for."""
+    fit(task(), with_bad(4, count=8), NaNGuard(), folder=tmp_path / "one")
+    fit(task(), batches(count=8), NaNGuard(max_snapshots=2), folder=tmp_path / "two")
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert len(lines[0]) == 2
+    for line in (
+        ["outcome", "Saved", "Healthy"],
+        ["batches", "skipped", "1", "0"],
+        ["NaNGuard:", "max_snapshots", "default", "2"],
+    ):
+        assert line in lines
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "new" / "page.html"
+    assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two"), "-o", str(page)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(page)
+    assert "2 runs compared" in page.read_text(encoding="utf-8")
+
+
+def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder without a run, and one run named twice, are errors."""
+    fit(task(), batches(count=4), NaNGuard(), folder=tmp_path / "one")
+    (tmp_path / "empty").mkdir()
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "one"), str(tmp_path / "empty")]) == 2
+    assert f"no run of NaNGuard lies in {tmp_path / 'empty'}" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path), str(tmp_path / "one")]) == 2
+    assert "name the folders of two runs; there is one only" in capsys.readouterr().err
