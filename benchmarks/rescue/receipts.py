@@ -91,7 +91,7 @@ def forced(case: Case, dice: random.Random) -> Compared | None:
     no_trial_acts = replace(limits.trial, plain=math.inf, in_a_row=sys.maxsize)
     guard = NaNGuard(act_on="evidence", thresholds=replace(limits, trial=no_trial_acts))
     factor, back = dice.choice(FACTORS), dice.random() < 0.5
-    at = dice.randint(24, max(25, case.steps // 2))
+    at = dice.randint(24, max(25, case.steps // 3))
     with _nothing_taken_back():
         run = train(case, [_Force(guard, at, factor, back=back), guard])
     what = f"rate times {factor:.3g}{', back to the start' if back else ''} at {at}"

@@ -73,6 +73,8 @@ class Diagnostician:
         self._earlier: deque[EarlierFinding] = deque(maxlen=thresholds.replay.findings)
         # The micro-batch that the last finding is about; None where none was looked at.
         self.looked_at: MicroBatch | None = None
+        # The update, kind and place that were asked about last, the micro-batch looked at, and what it gave.
+        self._gathered: tuple[tuple[int, str, str], MicroBatch, Clues] | None = None
 
     def diagnose(
         self,
@@ -96,15 +98,16 @@ class Diagnostician:
         with _errors_logged(fault):
             if look != "nothing" and micros:
                 case = self._gather(case, micros, look, good)
-            finding = self._rules.diagnose(case) or self._as_before(case)
-            if finding is not None:
-                self._earlier.append(EarlierFinding(evidence.step, fault.kind, fault.place, finding, evidence.lr))
+            finding = self._rules.diagnose(case)
+            if finding is None:
+                return self._as_before(case)
+            self._earlier.append(EarlierFinding(evidence.step, fault.kind, fault.place, finding, evidence.lr))
             return finding
         return None
 
     def _as_before(self, case: Case) -> Finding | None:
         """What was found here before, where this time the batch was not run again and nothing was found."""
-        here = [one for one in case.earlier_here() if not one.finding.suggestion.startswith(_AS_BEFORE)]
+        here = case.earlier_here()
         if case.clues.replayed or not here:
             return None
         last = here[-1]
@@ -113,6 +116,18 @@ class Diagnostician:
         return replace(last.finding, confidence=sure, samples=(), suggestion=text)
 
     def _gather(self, case: Case, micros: Sequence[MicroBatch], look: Look, good: Snapshot | None) -> Case:
+        asked = case.evidence.step, case.fault.kind, case.fault.place
+        if self._gathered is not None:
+            before, micro, clues = self._gathered
+            if before == asked and any(one.batch is micro.batch for one in micros):  # asked again about the same update
+                self.looked_at = micro
+                return replace(case, clues=clues)
+        case = self._gather_anew(case, micros, look, good)
+        if look == "replay" and self.looked_at is not None:
+            self._gathered = asked, self.looked_at, case.clues
+        return case
+
+    def _gather_anew(self, case: Case, micros: Sequence[MicroBatch], look: Look, good: Snapshot | None) -> Case:
         fault, evidence = case.fault, case.evidence
         module, data = self._learner.module, self._thresholds.data
         clues = [batch_clues(micro.batch, module, data) for micro in micros]

@@ -75,7 +75,8 @@ class TrialRunner:
         self._running: _Running | None = None
         self._shown: tuple[Trial | None, Snapshot | None] = None, None
         self._made = 0  # updates of the arms of all trials
-        self._rate: tuple[float, float] | None = None  # the multiplier, and the rate, of the newest trial of a plateau
+        self._rate: tuple[float, float] | None = None  # the multiplier, and the rate, of the newest trial
+        self._highest = 0.0  # rate since then
 
     @property
     def running(self) -> bool:
@@ -121,7 +122,8 @@ class TrialRunner:
         if len(states) < len(bases) or not arms:
             return False
         earlier, rate = self._context.replay.earlier(), self._context.rate
-        self._rate = rate.ratio(), rate.first() or 0.0
+        self._highest = rate.first() or 0.0
+        self._rate = rate.ratio(), self._highest
         self._running = _Running(
             fault,
             self._context.state.step,
@@ -135,19 +137,21 @@ class TrialRunner:
         return True
 
     def _asks_anew(self) -> bool:
-        """Whether the rate is another than in the newest trial: the guard has changed it, or it has risen."""
-        rate = self._context.rate
-        now, then = (rate.ratio(), rate.first() or 0.0), self._rate
-        return then is None or now[0] != then[0] or now[1] > then[1] <= now[1] / self._limits.risen
+        """Whether the rate is or was another than in the newest trial: the guard has changed it, or it has risen."""
+        then, highest = self._rate, self._highest
+        return (
+            then is None or self._context.rate.ratio() != then[0] or highest > then[1] <= highest / self._limits.risen
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""
-        return {"made": self._made, "rate": self._rate}
+        return {"made": self._made, "rate": self._rate, "highest": self._highest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; nothing is known where it is empty."""
         self._made, rate = int(state.get("made", 0)), state.get("rate")
         self._rate = None if rate is None else (float(rate[0]), float(rate[1]))
+        self._highest = float(state.get("highest", 0.0))
 
     def cancel(self) -> None:
         """The run is over."""
@@ -162,6 +166,7 @@ class TrialRunner:
         Returns:
             The suspicion that it is about, where it ends with this update; :meth:`take_shown` gives what it showed.
         """
+        self._highest = max(self._highest, self._context.rate.first() or 0.0)
         running, reading = self._running, readings[-1]
         if running is None or reading.step <= running.begun:
             return None

@@ -31,7 +31,8 @@ class TrialThresholds:
         near: Factors of the best arm's rate with which a second trial goes on, so that the best of them is taken.
         most_share: Share of the run's updates that arms may make in all, where a mere plateau is tried again at the
             same rate.
-        risen: Times the rate of the newest trial from which on it is another rate: the ratio of neighbouring arms.
+        risen: Times the rate of the newest trial to which the rate has to have risen since, to be another one: the
+            ratio of neighbouring arms.
         memory_share: Share of the free memory that the states compared in a trial may take together, its arms included.
     """
 

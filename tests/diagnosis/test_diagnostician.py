@@ -264,12 +264,13 @@ def test_replays_become_rare() -> None:
     doctor = Diagnostician(Learner(net, []), Ring(), step, nullcontext, thresholds=limits)
     fault = Fault("non_finite_loss", "batch", "loss", NAN)
     seen = []
-    for _ in range(20):
-        doctor.diagnose(fault, Evidence(step=9), tape.of(1), "replay")
+    for number in range(20):
+        for _ in range(2):  # asked again about the same update, it answers from what it has seen
+            doctor.diagnose(fault, Evidence(step=number), tape.of(1), "replay")
         seen.append(len(runs))
     assert seen == [2, 4, 6, 8, 8, 8, 8, 10, 10, 10, 10, 10, 10, 10, 10, 12, 12, 12, 12, 12]
     tape.add(2, 1, torch.full((3, 2), NAN))
-    assert doctor.diagnose(fault, Evidence(step=9), tape.of(2), "replay") is not None
+    assert doctor.diagnose(fault, Evidence(step=99), tape.of(2), "replay") is not None
 
 
 def test_what_was_found_before_is_told_of_a_fault_that_is_not_run_again(tmp_path: Path) -> None:
