@@ -7,12 +7,13 @@ import time
 from dataclasses import dataclass
 
 from .faulty import FAULTY
+from .further import FURTHER
 from .healthy import said_of
 from .others import OTHERS, place_right
 from .running import quiet, run
 from .slow import SLOW
 
-FORMS = {f"{form.cause}/{form.name}": form for form in (*FAULTY, *SLOW)}
+FORMS = {f"{form.cause}/{form.name}": form for form in (*FAULTY, *FURTHER, *SLOW)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Result:
     """What was said of one run.
 
     Attributes:
-        form: Cause and name.
+        form: Cause and name; exceptions are forms of their own, of any cause.
         seed: Its seed.
         cause: The right cause.
         said: The first-ranked cause, ``""`` for none.

@@ -35,6 +35,8 @@ def anomaly(problem: Problem) -> str:
         try:
             for update in updates(problem):
                 update()
+        except (ValueError, ArithmeticError):
+            pass  # a check of the user's own
         except RuntimeError as error:
             found = re.search(r"Function '(\w+?)Backward\d*' returned nan", str(error))
             if found:
@@ -58,10 +60,13 @@ def overflow_hooks(problem: Problem) -> str:
             said.append(name)
 
     handles = [m.register_forward_hook(partial(look, name)) for name, m in problem.module.named_modules()]
-    for update in updates(problem):
-        update()
-        if said:
-            break
+    try:
+        for update in updates(problem):
+            update()
+            if said:
+                break
+    except (ValueError, ArithmeticError, RuntimeError):
+        pass  # what was seen before the exception counts
     for handle in handles:
         handle.remove()
     return said[0] if said else ""
@@ -70,9 +75,12 @@ def overflow_hooks(problem: Problem) -> str:
 def nan_detector(problem: Problem) -> str:
     """The first module whose output, or whose output's gradient, is not finite, on a second run of the batch."""
     for update in updates(problem):
-        loss = update()
+        try:
+            loss = float(update())
+        except (ValueError, ArithmeticError, RuntimeError):
+            loss = math.nan  # generously: it looks only where a FloatingPointError was raised
         gradients = [p.grad for p in problem.module.parameters() if p.grad is not None]
-        if math.isfinite(float(loss)) and not _bad(gradients):
+        if math.isfinite(loss) and not _bad(gradients):
             continue
         said: list[str] = []
 
@@ -90,8 +98,8 @@ def nan_detector(problem: Problem) -> str:
             handles.append(module.register_full_backward_hook(partial(backward, name)))
         try:
             update()
-        except RuntimeError:
-            pass  # a backward hook and an operation in place do not go together
+        except (ValueError, ArithmeticError, RuntimeError):
+            pass  # as before; besides, a backward hook and an operation in place do not go together
         finally:
             for handle in handles:
                 handle.remove()
@@ -123,7 +131,8 @@ def place_right(problem: Problem, said: str) -> bool:
 
 def updates(problem: Problem) -> Updates:
     """The problem's updates in a plain loop: each call runs forward and backward, and the loop then steps."""
-    module, optimizer = problem.module, problem.module.configure_optimizers()
+    module, made = problem.module, problem.module.configure_optimizers()
+    optimizer, schedulers = (made[0][0], made[1]) if isinstance(made, tuple) else (made, [])
     half = "plugins" in problem.options
     for step in range(problem.steps):
         if problem.disturb is not None:
@@ -143,6 +152,8 @@ def updates(problem: Problem) -> Updates:
 
         yield update
         optimizer.step()
+        for one in schedulers:
+            one["scheduler"].step()
 
 
 def _bad(value: Any) -> bool:

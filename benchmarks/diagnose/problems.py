@@ -23,7 +23,7 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 class Net(pl.LightningModule):
     """A net and a loss of it; ``loss_of(net, x, y)``."""
 
-    def __init__(self, net: nn.Module, loss_of: Loss, make: Callable[[nn.Module], Optimizer]) -> None:
+    def __init__(self, net: nn.Module, loss_of: Loss, make: Callable[[nn.Module], Any]) -> None:
         super().__init__()
         self.net, self.loss_of, self._make = net, loss_of, make
 
@@ -33,7 +33,7 @@ class Net(pl.LightningModule):
         self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(x))
         return loss
 
-    def configure_optimizers(self) -> Optimizer:
+    def configure_optimizers(self) -> Any:
         return self._make(self.net)
 
 
@@ -50,6 +50,7 @@ class Problem:
         steps: Updates of the run.
         look: How it is found: at an intervention, by an examination of a loss that does not move, before the run, or
             before it by the check that compares gradients on request.
+        patience: Updates after which a loss that has not moved is examined; by default all but 24 of the run.
         disturb: Called before each update with its number, the module and the optimizer.
         options: Of the Trainer.
     """
@@ -61,6 +62,7 @@ class Problem:
     samples: tuple[int, ...] | None = None
     steps: int = 0
     look: Literal["fit", "examine", "preflight", "check"] = "fit"
+    patience: int | None = None
     disturb: Callable[[int, nn.Module, Optimizer], None] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 

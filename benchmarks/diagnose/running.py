@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -71,8 +71,11 @@ def run(problem: Problem) -> Said:
         found = [one for one in checked(problem) if one.confidence > LOW]
         return Said(next(iter(found), None), "", len(found))
     examines = problem.look == "examine"
-    patience = problem.steps - 24 if examines else None
-    guard = NaNGuard(preflight=problem.look == "preflight", examine_after=patience, act_on="evidence")
+    patience = (problem.patience or problem.steps - 24) if examines else None
+    # Finite runs are proved to fail by a trial. What looks before the run, or at a loss that does not move, is asked
+    # in the guard's default mode, in which no trial is made.
+    act_on: Literal["certain", "evidence"] = "evidence" if problem.look == "fit" else "certain"
+    guard = NaNGuard(preflight=problem.look == "preflight", examine_after=patience, act_on=act_on)
     fit(problem, [guard, Disturb(problem)])
     advised = [advice.finding for advice in guard.advice if advice.finding.confidence > LOW]
     if problem.look != "fit" and not len(guard.interventions):

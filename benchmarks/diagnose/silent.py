@@ -1,14 +1,20 @@
-"""Runs with a mistake that makes no NaN, and runs in which what looks like one is meant: models are drawn."""
+"""Runs with a mistake that makes no NaN, and runs in which what looks like one is meant: models are drawn.
+
+By default they are drawn of layers that no rule was built on (:mod:`~benchmarks.diagnose.unseen`).
+"""
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,13 +22,17 @@ import torch
 from pytorch_lightning.callbacks import BackboneFinetuning
 from torch import Tensor, nn, optim
 from torch.nn import functional
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from benchmarks.rescue import data as sets
+from benchmarks.rescue.cases import HEALTHY
+from benchmarks.rescue.running import train
 from lightning_nanguard import NaNGuard
 
 from .problems import Dice
-from .running import quiet
+from .running import LOW, quiet
+from .unseen import unseen
 
 STEPS = 72
 """Updates of a run; the first 64 are looked at."""
@@ -54,8 +64,16 @@ class Attention(nn.Module):
         return self.layer(self.embed(x.reshape(-1, 8, 8)) + self.place).mean(1)  # type: ignore[no-any-return]
 
 
+class Drawn(Dice):
+    """Chance that draws its models from those that rules were built on, or from others."""
+
+    others = True
+
+
 def features(dice: Dice, width: int, *, drops: bool = True) -> nn.Module:
     """A model from 64 pixels to features; with dropout where ``drops``."""
+    if getattr(dice, "others", False):
+        return unseen(dice, width, drops=drops)
     p = dice.uniform(0.1, 0.4) if drops else 0.0
     end: list[nn.Module] = [nn.Dropout(p)] if drops else []
     match dice.choice(["mlp", "norm", "cnn", "gru", "lstm", "attention"]):
@@ -404,7 +422,7 @@ def every_worker_reads_all(dice: Dice) -> Run:
 class DropoutOff(Classifier):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         for one in self.modules():
-            if isinstance(one, (nn.Dropout, nn.MultiheadAttention)):
+            if isinstance(one, (_DropoutNd, nn.MultiheadAttention, nn.RNNBase)):
                 one.eval()
 
 
@@ -733,11 +751,17 @@ class _Stop(pl.Callback):
         trainer.should_stop = trainer.should_stop or trainer.fit_loop.total_batch_idx + 1 >= STEPS * 3
 
 
-def said(make: Make, seed: int) -> NaNGuard:
-    """The guard of the run that ``seed`` stands for, at its end."""
+def said(make: Make, seed: int, *, others: bool = False) -> NaNGuard:
+    """The guard of the run that ``seed`` stands for, at its end.
+
+    Args:
+        make: A form.
+        seed: Its seed.
+        others: Whether its model is of those that no rule was built on.
+    """
     name = make.__name__
     torch.manual_seed(seed)
-    run, guard = make(Dice(f"{name} {seed}")), NaNGuard()
+    run, guard = make((Drawn if others else Dice)(f"{name} {seed}")), NaNGuard()
     folder = tempfile.mkdtemp(prefix="silent-")
     options: dict[str, Any] = {"max_epochs": 100, "max_steps": STEPS, **run.options}
     try:
@@ -768,18 +792,53 @@ def main(argv: list[str] | None = None) -> int:
     """Draw models, make each mistake, and print what is said, and what of that which is meant."""
     parser = argparse.ArgumentParser(prog="benchmarks.diagnose.silent", description=main.__doc__)
     parser.add_argument("--draws", type=int, default=3, help="seeds of each form")
-    parser.add_argument("--first", type=int, default=1_000_000, help="first seed")
+    parser.add_argument("--first", type=int, default=1_040_000, help="first seed")
+    parser.add_argument("--healthy", type=int, default=0, help="seeds of each healthy run of the rescue suite")
+    parser.add_argument("--models", choices=("unseen", "built-on"), default="unseen", help="which models are drawn")
+    parser.add_argument("--output", type=Path, help="a file for what was said, in JSON")
     arguments = parser.parse_args(argv)
-    seeds = range(arguments.first, arguments.first + arguments.draws)
-    rows = {**MISTAKES, "": MEANT}
+    found: dict[str, Any] = {
+        "about": {"date": date.today().isoformat(), "torch": torch.__version__, "models": arguments.models,
+                  "first_seed": arguments.first, "draws": arguments.draws},
+    }  # fmt: skip
+    if arguments.draws:
+        seeds = range(arguments.first, arguments.first + arguments.draws)
+        found["rows"] = _show(seeds, others=arguments.models == "unseen")
+    if arguments.healthy:
+        found["healthy"] = _show_healthy(range(arguments.first, arguments.first + arguments.healthy))
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(found, indent=1))
+    return 0
+
+
+def _show(seeds: range, *, others: bool) -> list[dict[str, Any]]:
+    rows = []
     print(f"{'mistake':30}  runs  right  said instead")
-    for cause, makes in rows.items():
-        told = [tuple(sorted(named(said(make, seed)))) for make in makes for seed in seeds]
+    for cause, makes in {**MISTAKES, "": MEANT}.items():
+        told = [tuple(sorted(named(said(make, seed, others=others)))) for make in makes for seed in seeds]
         wanted = (cause,) if cause else ()
         instead = Counter(" + ".join(one) or "nothing" for one in told if one != wanted)
+        right = sum(one == wanted for one in told)
+        rows.append({"mistake": cause or "meant", "runs": len(told), "right": right, "instead": dict(instead)})
         words = ", ".join(f"{name} {count}" for name, count in instead.items())
-        print(f"{cause or 'meant':30}  {len(told):4}  {sum(one == wanted for one in told):5}  {words}", flush=True)
-    return 0
+        print(f"{cause or 'meant':30}  {len(told):4}  {right:5}  {words}", flush=True)
+    return rows
+
+
+def _show_healthy(seeds: range) -> dict[str, Any]:
+    """Every word of the guard in its default mode, by occasion; up to a confidence of 0.5 it is a guess."""
+    words: Counter[str] = Counter()
+    for form in HEALTHY:
+        for seed in seeds:
+            case, guard = form.draw(seed), NaNGuard()
+            train(case, [guard])
+            for one in guard.advice:
+                guess = " (a guess)" if one.finding.confidence <= LOW else ""
+                words[f"{one.occasion}: {one.finding.cause}{guess}"] += 1
+    runs = len(HEALTHY) * len(seeds)
+    told = ", ".join(f"{name} {count}" for name, count in words.items()) or "nothing"
+    print(f"{runs} healthy runs of the rescue suite: {told}", flush=True)
+    return {"runs": runs, "words": dict(words)}
 
 
 if __name__ == "__main__":

@@ -16,17 +16,17 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytorch_lightning as pl
 
-from lightning_nanguard import NaNGuard, Thresholds
+from lightning_nanguard import NaNGuard
 from lightning_nanguard.decide.receipt import judge_receipt
 from lightning_nanguard.state.restore import restore
-from lightning_nanguard.types import Verdict
+from lightning_nanguard.types import Trial, Verdict
 
 from .cases import FAILING, Case, Form
 from .healthy import DRAWN
@@ -87,12 +87,11 @@ def _nothing_taken_back() -> Iterator[None]:
 
 def forced(case: Case, dice: random.Random) -> Compared | None:
     """A healthy run with an intervention that nothing asks for; ``None`` where it had no receipt."""
-    limits = Thresholds()
-    no_trial_acts = replace(limits.trial, plain=math.inf, in_a_row=sys.maxsize)
-    guard = NaNGuard(act_on="evidence", thresholds=replace(limits, trial=no_trial_acts))
+    guard = NaNGuard(act_on="evidence")
     factor, back = dice.choice(FACTORS), dice.random() < 0.5
     at = dice.randint(24, max(25, case.steps // 3))
-    with _nothing_taken_back():
+    no_trial_acts = patch("lightning_nanguard.guard.trial.judge_trial", lambda *_: Trial())
+    with _nothing_taken_back(), no_trial_acts:
         run = train(case, [_Force(guard, at, factor, back=back), guard])
     what = f"rate times {factor:.3g}{', back to the start' if back else ''} at {at}"
     return _compared(case, what, guard, run.final)

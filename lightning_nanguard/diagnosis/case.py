@@ -76,7 +76,11 @@ class Origin:
         exponent: Of a power; ``None`` where there is none, or more than one.
         from_weights: Whether what it worked on depends on the weights.
         from_target: Whether what it worked on depends on the target.
+        from_mask: Whether what it worked on depends on a comparison, as a mask and the count of what it leaves do.
         empty: Whether it had nothing to work on.
+        put_in: Whether the value was put in as a number (a mask of −inf, a NaN), and came through to the loss.
+        given: Names of its arguments that held NaN or +Inf before the pass began; empty without any.
+        made_by: The operation that made what it worked on; empty where it is not known.
     """
 
     operation: str
@@ -91,7 +95,11 @@ class Origin:
     exponent: float | None = None
     from_weights: bool = True
     from_target: bool = False
+    from_mask: bool = False
     empty: bool = False
+    put_in: bool = False
+    given: str = ""
+    made_by: str = ""
 
     @property
     def place(self) -> str:
@@ -153,6 +161,8 @@ class Clues:
         good_norm: Norm of the gradient there.
         good_finite: Whether both were finite: then the fault is not the batch's alone.
         change: What no update explains of the difference between the state of now and the good one.
+        moved_alone: Whether there is such a change: a few elements of a weight moved, and the others did not; ``None``
+            where the two were not compared.
         norm: Norm of the gradient.
         norms: Gradient norm of every weight, by name, in the order of the module.
         gone_otherwise: Whether loss and gradient are finite with other random numbers than the step's; ``None`` where
@@ -175,6 +185,7 @@ class Clues:
     good_norm: float | None = None
     good_finite: bool | None = None
     change: Change | None = None
+    moved_alone: bool | None = None
     norm: float | None = None
     norms: tuple[tuple[str, float], ...] = ()
     gone_otherwise: bool | None = None

@@ -148,7 +148,7 @@ def curvature_along_update(
 ) -> tuple[Curvature, tuple[Layer, ...]] | None:
     """The curvature along an optimizer's next update, and what that would make of each weight matrix.
 
-    ``None`` for an optimizer whose updates are not known.
+    ``None`` for an optimizer whose updates are not known, and where the gradient is not finite.
 
     Args:
         step: Gives the loss with its graph, the same for the same weights.
@@ -159,7 +159,7 @@ def curvature_along_update(
     parameters = list(named.values())
     hessian = Hessian(step, parameters, thresholds.difference)
     moved = update_direction(optimizer, hessian.gradient, parameters)
-    if moved is None:
+    if moved is None or not math.isfinite(norm(moved)):
         return None
     rate, name = float(optimizer.param_groups[0]["lr"]), type(optimizer).__name__
     layers = tuple(

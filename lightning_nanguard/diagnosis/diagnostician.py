@@ -98,9 +98,12 @@ class Diagnostician:
         with _errors_logged(fault):
             if look != "nothing" and micros:
                 case = self._gather(case, micros, look, good)
-            finding = self._rules.diagnose(case)
-            if finding is None:
-                return self._as_before(case)
+            if fault.rate_may_cause and case.clues.moved_alone is None:
+                case = self._compare_states(case, good)
+            finding, before = self._rules.diagnose(case), self._as_before(case)
+            # What was found here with a look at the batch says more than a guess without one.
+            if finding is None or (before is not None and finding.confidence <= self._thresholds.confidence.told):
+                return before
             self._earlier.append(EarlierFinding(evidence.step, fault.kind, fault.place, finding, evidence.lr))
             return finding
         return None
@@ -151,7 +154,9 @@ class Diagnostician:
                         self.looked_at = micros[chosen]
                         case = replace(case, clues=self._look_closer(replayed, micros[index]))
                         break
-        if good is not None and usable and not case.clues.bad_fields:
+        # Over the many updates of a trial any element may go far.
+        recent = fault.scope != "learner" or fault.certain
+        if good is not None and usable and recent and not case.clues.bad_fields:
             with _errors_logged(fault):
                 case = replace(case, clues=self._compare_with_snapshot(case.clues, micros[chosen], good))
         if good is not None and self._learner_suspected(case):
@@ -200,11 +205,20 @@ class Diagnostician:
                 return replace(clues, gone_otherwise=True)
         return replace(clues, gone_otherwise=False)
 
+    def _compare_states(self, case: Case, good: Snapshot | None) -> Case:
+        """Whether a weight that is out of all proportion grew as a whole, or in a few elements; no batch is run."""
+        good = self._ring.good(case.evidence.sound, case.evidence.loss_unit) if good is None else good
+        if good is None:
+            return case
+        change = unexplained_change(self._learner, good, self._thresholds.state)
+        alone = change is not None and change.name == case.fault.place
+        return replace(case, clues=replace(case.clues, change=change, moved_alone=alone))
+
     def _compare_with_snapshot(self, clues: Clues, micro: MicroBatch, good: Snapshot) -> Clues:
         change = unexplained_change(self._learner, good, self._thresholds.state)
+        clues = replace(clues, change=change, moved_alone=change is not None)
         if change is None:
             return clues
-        clues = replace(clues, change=change)
         with self._untraced(), self._at_snapshot(good):
             found = loss_and_gradient_norm(self._learner.module, partial(self._step, micro, False))
         if found is None:

@@ -213,7 +213,10 @@ def _standard_errors(found: Sequence[Vector]) -> float:
 
 def _with_updates(model: Model, layers: Sequence[Layer]) -> Model:
     known = {layer.path: layer.update for layer in layers}
-    return replace(model, layers=tuple(replace(one, update=known.get(one.path)) for one in model.layers))
+    measured = {one.path for one in model.layers}
+    # Weights of which a function is multiplied with, such as a multiple, were seen in no product.
+    others = tuple(layer for layer in layers if layer.path not in measured)
+    return replace(model, layers=tuple(replace(one, update=known.get(one.path)) for one in model.layers) + others)
 
 
 def _chance_level(objective: Objective | None) -> float | None:

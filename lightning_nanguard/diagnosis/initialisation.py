@@ -17,8 +17,9 @@ _SPREADS = (0.01, 0.02, 1.0)
 def looks_untrained(weight: Tensor, owner: nn.Module, thresholds: MistakeThresholds) -> bool | None:
     """Whether a parameter looks as it was initialised; ``None`` where it holds too few numbers to tell.
 
-    All zeros or all ones are. Else it has to fill the bounds of a uniform initialisation and not leave them, or to have
-    the mean, spread and kurtosis of a normal one. A few updates take a weight out of both.
+    All zeros or all ones are, and so are several equal numbers. Else it has to fill the bounds of a uniform
+    initialisation and not leave them, or to have the mean, spread and kurtosis of a normal one. A few updates take a
+    weight out of both.
 
     Args:
         weight: The parameter.
@@ -31,7 +32,7 @@ def looks_untrained(weight: Tensor, owner: nn.Module, thresholds: MistakeThresho
     values = values.flatten()
     values = values[:: max(1, len(values) // thresholds.most_numbers)].double()
     first = float(values[0])
-    if first in (0.0, 1.0) and bool((values == first).all()):
+    if (first in (0.0, 1.0) or len(values) > 1) and bool((values == first).all()):
         return True
     count, fans = len(values), _fans(weight, owner)
     if weight.dim() < 2 and fans is None and not isinstance(owner, nn.RNNBase):
@@ -65,6 +66,8 @@ def _fans(weight: Tensor, owner: nn.Module) -> tuple[int, int] | None:
 def _bounds(fans: tuple[int, int] | None, owner: nn.Module) -> Iterable[float]:
     if isinstance(owner, nn.RNNBase):
         yield 1 / math.sqrt(owner.hidden_size)
+    if isinstance(owner, nn.Bilinear):
+        yield 1 / math.sqrt(owner.in1_features)
     if fans is None:
         return
     into, out = fans

@@ -21,8 +21,19 @@ def isolated(module: nn.Module, untraced: Untraced) -> Iterator[None]:
         module: What is trained.
         untraced: What is run within is undone by the caller.
     """
-    with untraced(), untrained_kept(module), uncompiled():
+    with untraced(), untrained_kept(module), uncompiled(), without_anomaly_checks():
         yield
+
+
+@contextmanager
+def without_anomaly_checks() -> Iterator[None]:
+    """Let a backward pass give the NaN that anomaly detection would raise about."""
+    enabled, checks = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+    torch.autograd.set_detect_anomaly(enabled, check_nan=False)
+    try:
+        yield
+    finally:
+        torch.autograd.set_detect_anomaly(enabled, check_nan=checks)
 
 
 @contextmanager

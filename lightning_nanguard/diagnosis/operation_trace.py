@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache, partial
+from types import FrameType
 from typing import Any, final
 
 import torch
@@ -19,6 +23,7 @@ from lightning_nanguard.diagnosis.batch import true_indices
 from lightning_nanguard.diagnosis.case import Origin
 from lightning_nanguard.measure.finite import all_finite
 from lightning_nanguard.measure.tensors import dense_values
+from lightning_nanguard.thresholds.diagnosis import ReplayThresholds
 
 LIBRARIES = (
     "torch",
@@ -33,7 +38,9 @@ LIBRARIES = (
 
 # What these make holds whatever was in memory before.
 _UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+_REPLAY = ReplayThresholds()
 _NONE: frozenset[str] = frozenset()
+_MASK = frozenset({"mask"})
 # Index of the argument that an operation divides by, or takes the logarithm of.
 _DENOMINATOR = {"div": 1, "true_divide": 1, "divide": 1, "remainder": 1, "fmod": 1, "addcdiv": 2, "xlogy": 1}
 
@@ -88,65 +95,123 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every operation: what its result depends on, and where non-finite values come from.
 
     Both are kept by storage, so that views share them. Non-finite values that are put in on purpose (a mask of −inf)
-    have no origin, and one that does not reach the loss is of no interest.
+    have an origin only where they come through to the loss, and one that does not reach the loss is of no interest.
 
     Args:
         modules: Knows which module is running.
-        labels: What is known of tensors from the start, by :func:`storage_key`: ``"weights"``, ``"target"``.
+        labels: What is known of tensors from the start, by :func:`storage_key`: ``"weights"``, ``"target"``. What
+            comes out of a comparison is labelled ``"mask"``.
         size: Samples in the batch.
+        purposeful: Whether the origin may be one of values that were put in on purpose, since nothing else is known
+            that is not finite.
+        thresholds: How far back an exception is followed.
     """
 
-    def __init__(self, modules: RunningModules, labels: dict[int, frozenset[str]], size: int) -> None:
+    def __init__(
+        self,
+        modules: RunningModules,
+        labels: dict[int, frozenset[str]],
+        size: int,
+        *,
+        purposeful: bool = True,
+        thresholds: ReplayThresholds = _REPLAY,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._modules = modules
         self._labels = labels
         self._size = size
+        self._purposeful = purposeful
         self._origins: dict[int, Origin] = {}
+        # Where values that were put in on purpose came together with others, and whether they did so far.
+        self._purposes: dict[int, tuple[Origin, bool]] = {}
+        self._made_by: dict[int, str] = {}
+        self._recent: deque[set[int]] = deque(maxlen=thresholds.recent_operations)
+        self._last: tuple[Any, Any, list[Tensor], str] | None = None
 
     def origin_of(self, tensor: Tensor) -> Origin | None:
         """Where a tensor's non-finite values were first made; ``None`` where it has none, or they have no origin."""
-        return self._origins.get(storage_key(tensor)) if not all_finite(tensor.detach()) else None
+        return None if all_finite(tensor.detach()) else self._known([storage_key(tensor)])
+
+    def origin_of_exception(self, error: Exception) -> Origin | None:
+        """Where the non-finite value was made that a check has raised about, or the operation that raised itself."""
+        found = next((one for keys in reversed(self._recent) if (one := self._known(keys))), None)
+        unsolved = isinstance(error, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+        if found is not None or self._last is None or not unsolved:
+            return found
+        func, args, made, module = self._last
+        origin = replace(self._describe(func, args, {}, made[0], _NONE), module=module, line=line_of(error))
+        # Solvers give a code for each matrix.
+        codes = [one for one in made if not one.is_floating_point() and one.dim() and len(one) == self._size]
+        failed = codes[-1].reshape(self._size, -1).any(1) if codes else None
+        return replace(origin, samples=() if failed is None or bool(failed.all()) else true_indices(failed))
+
+    def _known(self, keys: Iterable[int]) -> Origin | None:
+        keys = [*keys]
+        purposes = (self._purposes[key][0] for key in keys if key in self._purposes)
+        return next((self._origins[key] for key in keys if key in self._origins), next(purposes, None))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = _tensors((args, kwargs) if kwargs else args)
         mutated = _mutates(func)
         before = non_finite(inputs) if mutated else None
-        result = func(*args, **kwargs)
         sources = {storage_key(one) for one in inputs}
+        self._recent.append(sources)
+        result = func(*args, **kwargs)
         # What shares memory with what went in, and wrote nothing there, is a view, and known already.
         made = [one for one in _tensors(result) if mutated or storage_key(one) not in sources]
+        if made:
+            self._last = func, args, made, self._modules.current()
         known = [found for source in sources if (found := self._labels.get(source))]
         labels = known[0].union(*known[1:]) if known else _NONE
         for one in made:
-            self._labels[storage_key(one)] = labels
-            if storage_key(one) not in sources:
-                self._origins.pop(storage_key(one), None)  # memory used before
+            key = storage_key(one)
+            self._labels[key] = labels | _MASK if one.dtype == torch.bool else labels
+            self._made_by[key] = operation_name(func)
+            if key not in sources:
+                self._origins.pop(key, None)  # memory used before
+                self._purposes.pop(key, None)
         bad = non_finite(made)
         if bad:
-            bad_inputs = non_finite(inputs) if before is None else before
-            origin = next(
-                (self._origins[storage_key(one)] for one in bad_inputs if storage_key(one) in self._origins), None
-            )
-            if origin is None and self._is_origin(func, args, kwargs, bad, bad_inputs, mutated):
-                origin = self._describe(func, args, bad[0], labels)
-            if origin is not None:
-                self._origins.update((storage_key(one), origin) for one in bad)
+            self._trace(func, args, kwargs, inputs, bad, non_finite(inputs) if before is None else before, labels)
         return result
 
-    def _is_origin(
-        self, func: Any, args: Any, kwargs: Any, bad: list[Tensor], before: list[Tensor], mutated: bool
-    ) -> bool:
+    def _trace(
+        self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], bad: list[Tensor], before: list[Tensor],
+        labels: frozenset[str],
+    ) -> None:  # fmt: skip
+        keys = [storage_key(one) for one in bad]
+        given = [storage_key(one) for one in before]
+        origin = next((self._origins[key] for key in given if key in self._origins), None)
+        if origin is None and self._is_origin(func, args, kwargs, bad, before):
+            origin = self._describe(func, args, kwargs, bad[0], labels)
+        if origin is not None:
+            self._origins.update((key, origin) for key in keys)
+            return
+        purpose = next((self._purposes[key] for key in given if key in self._purposes), None)
+        with_others, reduced = len(inputs) > 1, bool(before) and before[0].dim() > bad[0].dim()
+        put_in = _puts_in(args, kwargs) or any(map(self._comes_bad, before))
+        if purpose is None and self._purposeful and put_in:
+            purpose = self._put_in(func, args, kwargs, bad[0], labels), bool(before) and with_others
+        elif purpose is not None and not purpose[1] and (with_others or reduced):
+            purpose = self._put_in(func, args, kwargs, bad[0], labels), True
+        if purpose is not None:
+            self._purposes.update((key, purpose) for key in keys)
+
+    def _put_in(self, func: Any, args: Any, kwargs: Any, bad: Tensor, labels: frozenset[str]) -> Origin:
+        return replace(self._describe(func, args, kwargs, bad, labels), put_in=True)
+
+    def _is_origin(self, func: Any, args: Any, kwargs: Any, bad: list[Tensor], before: list[Tensor]) -> bool:
         if operation_name(func) in _UNINITIALISED:
             return False
-        if any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in leaves((args, kwargs))):
-            return False  # put in on purpose
+        if _puts_in(args, kwargs):
+            return False
         if not before:
             return True
         # Of −inf that was put in on purpose NaN can still be made, such as by the softmax of a row that is all masked.
-        return not mutated and any(map(_has_nan, bad)) and not any(map(_has_nan, before))
+        return not _mutates(func) and any(map(_has_nan, bad)) and not any(map(_has_nan, before))
 
-    def _describe(self, func: Any, args: Any, bad: Tensor, labels: frozenset[str]) -> Origin:
+    def _describe(self, func: Any, args: Any, kwargs: Any, bad: Tensor, labels: frozenset[str]) -> Origin:
         name = operation_name(func)
         index = _DENOMINATOR.get(name, 0)
         operand = args[index] if len(args) > index else None
@@ -165,8 +230,28 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             exponent=operand_range(args[1])[0] if name == "pow" and len(args) > 1 else None,
             from_weights="weights" in labels,
             from_target="target" in labels,
+            from_mask="mask" in labels,
             empty=empty,
+            given=self._bad_arguments(func, args, kwargs),
+            made_by=self._made_by.get(storage_key(operand), "") if isinstance(operand, Tensor) else "",
         )
+
+    def _bad_arguments(self, func: Any, args: Any, kwargs: Any) -> str:
+        """Arguments that hold NaN or +Inf which no operation of this pass has made; a mask of −inf is none."""
+        names = [one.name for one in func._schema.arguments]
+        named = [*zip(names, args, strict=False), *kwargs.items()]
+        bad = (name for name, one in named if isinstance(one, Tensor) and self._comes_bad(one))
+        return ", ".join(bad)
+
+    def _comes_bad(self, tensor: Tensor) -> bool:
+        if storage_key(tensor) in self._made_by or not tensor.is_floating_point():
+            return False
+        return not bool((dense_values(tensor.detach()) < math.inf).all())
+
+
+def _puts_in(args: Any, kwargs: Any) -> bool:
+    """Whether an operation was given a number that is not finite, as a mask is made with."""
+    return any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in leaves((args, kwargs)))
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -253,10 +338,19 @@ def operand_range(operand: Any) -> tuple[float | None, float | None, float | Non
 
 def user_line() -> str:
     """``file.py:12``: the innermost line running that is in no library."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        name = str(frame.f_globals.get("__name__", "")).split(".")[0]
-        if name not in LIBRARIES:
+        if _is_users(frame):
             return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""
+
+
+def line_of(error: BaseException) -> str:
+    """``file.py:12``: the innermost line of an exception that is in no library."""
+    lines = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_users(frame)]
+    return f"{os.path.basename(lines[-1][0].f_code.co_filename)}:{lines[-1][1]}" if lines else ""
+
+
+def _is_users(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).split(".")[0] not in LIBRARIES

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from lightning_nanguard.diagnosis.batch import target_fields, tensor_fields
 from lightning_nanguard.diagnosis.case import Clues, Origin
 from lightning_nanguard.diagnosis.gradient_trace import gradients_by_name, origin_of_bad_gradient, tracebacks
-from lightning_nanguard.diagnosis.isolation import Untraced, isolated, untrained_kept
+from lightning_nanguard.diagnosis.isolation import Untraced, isolated, untrained_kept, without_anomaly_checks
 from lightning_nanguard.diagnosis.operation_trace import OperationTrace, RunningModules, storage_key
 from lightning_nanguard.measure.tensors import dense_values
+from lightning_nanguard.state.device import OutOfMemory
 
 Step = Callable[[], Tensor | None]
 """Runs a batch forward and gives the loss with its graph, ``None`` where there is none."""
@@ -44,7 +45,12 @@ def replay(
     scale = loss_scale or 1.0
     # To look on costs several times the pass itself: it is first run alone, and looked at only where it is not finite.
     with isolated(module, untraced):
-        loss = step()
+        try:
+            loss = step()
+        except OutOfMemory:
+            raise
+        except Exception:  # a check has found what is not finite, or an operation has no result
+            return _closer(clues, batch, module, step, untraced)
         if loss is None:
             return clues
         value = float(loss.detach())
@@ -57,9 +63,7 @@ def replay(
         norms = {name: _norm(gradient) / scale for name, gradient in gradients.items()}
         del loss
     if not math.isfinite(value):
-        with isolated(module, untraced):
-            origin = _origin_of_bad_loss(batch, module, step)
-        return replace(clues, origin=origin, gradient_finite=False)  # no gradient of it would say more
+        return _closer(clues, batch, module, step, untraced)
     if not differentiable:
         return clues
     finite, origin = all(map(math.isfinite, norms.values())), None
@@ -76,13 +80,26 @@ def replay(
     )
 
 
-def _origin_of_bad_loss(batch: Any, module: nn.Module, step: Step) -> Origin | None:
+def _closer(clues: Clues, batch: Any, module: nn.Module, step: Step, untraced: Untraced) -> Clues:
+    with isolated(module, untraced):
+        origin = _origin_of_bad_loss(batch, module, step, purposeful=not clues.bad_fields)
+    # A gradient of it would say no more.
+    return replace(clues, replayed=True, origin=origin, gradient_finite=False)
+
+
+def _origin_of_bad_loss(batch: Any, module: nn.Module, step: Step, *, purposeful: bool) -> Origin | None:
     fields = dict(tensor_fields(batch))
     labels = {storage_key(fields[name]): frozenset({"target"}) for name in target_fields(batch, fields)}
     labels |= {storage_key(p): frozenset({"weights"}) for p in module.parameters()}
     with RunningModules(module) as modules:
-        with OperationTrace(modules, labels, _size(batch)) as trace:
-            loss = step()
+        trace = OperationTrace(modules, labels, _size(batch), purposeful=purposeful)
+        try:
+            with trace:
+                loss = step()
+        except OutOfMemory:
+            raise
+        except Exception as error:
+            return trace.origin_of_exception(error)
         return None if loss is None else trace.origin_of(loss)
 
 
@@ -92,7 +109,7 @@ def _size(batch: Any) -> int:
 
 def loss_and_gradient_norm(module: nn.Module, step: Step) -> tuple[float, float] | None:
     """Loss and gradient norm of one more run; ``None`` where it gives no loss."""
-    with untrained_kept(module):
+    with untrained_kept(module), without_anomaly_checks():
         loss = step()
         if loss is None:
             return None

@@ -116,6 +116,14 @@ class Interventions:
         if fault.since is not None:
             return  # the rise is over, and nothing else speaks against the weights
         self._leave(fault, self._loop.clock(), "was finite and left alone. Clip gradients, or look at that batch")
+        found = self._shown_by_weights(fault)
+        if found is not None:
+            suggestion = (
+                f"{fault.message}; {found.suggestion} Nothing was changed: every number is finite. "
+                'NaNGuard(act_on="evidence") looks for further evidence and acts on it.'
+            )
+            self._loop.advise(replace(found, suggestion=suggestion))
+            return
         evidence = {} if fault.value is None else {"value": fault.value}
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
         suggestion = (
@@ -123,6 +131,20 @@ class Interventions:
             'lower learning rate, or with NaNGuard(act_on="evidence"), which looks for evidence and acts on it.'
         )
         self._loop.advise(Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion))
+
+    def _shown_by_weights(self, fault: Fault) -> Finding | None:
+        """The cause of a suspicion of the learner, where the growth of its weights shows one; no batch is run."""
+        if fault.scope != "learner":
+            return None
+        context, growth = self._context, self._investigator.growth()
+        if growth <= context.thresholds.diagnosis.learner.ruined:
+            return None
+        lr = next(iter(context.rate.effective()), None)
+        evidence = Evidence(context.state.step, growth=growth, loss_unit=context.monitors.loss_unit(), lr=lr)
+        mine = self._loop.diagnose(fault, evidence, "nothing", context.state.step)
+        found = most_confident_over_ranks(context.ranks, mine)
+        told = context.thresholds.diagnosis.confidence.told
+        return found if found is not None and found.confidence > told else None
 
     def _leave(self, fault: Fault, clock: Clock, how: str) -> None:
         """Remember a fault whose update was made: it explains a state that goes bad afterwards."""
@@ -160,10 +182,12 @@ class Interventions:
         blameless = found.reached and state.policy.learner_step != evidence.step
         known_until = min(found.reading.step - 1, context.thresholds.decision.late.beginning) if blameless else 0
         # Diagnose before the plan changes weights and batch.
-        look = "nothing" if found.undo is None else self._runner.look
+        look = "nothing" if found.undo is None and evidence.trial is None else self._runner.look
         mine = self._loop.diagnose(found.fault, evidence, look, found.reading.step)
         finding = most_confident_over_ranks(context.ranks, mine)
-        plan = within_curvature(spare_rate(plan, finding, evidence), finding, before[0] if before else None)
+        plan = spare_rate(plan, finding, evidence)
+        if evidence.trial is None:  # else it has shown which rate is right
+            plan = within_curvature(plan, finding, before[0] if before else None)
         state.went_on = False
         if stop is None and not found.fault.certain and context.settings.act_on == "evidence":
             self._receipts.before(self._loop.clock()[0], skipped=any(isinstance(step, Skip) for step in plan))

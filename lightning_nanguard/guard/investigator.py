@@ -152,7 +152,7 @@ class Investigator:
         # The weights are not examined if the batch is clearly at fault.
         if fault.scope == "batch" and (known.batch_finite is False or known.batch_strange is True):
             return known
-        growth = max(self._ranks.gather(self._growth()))
+        growth = self.growth()
         # Weights that are not finite need no comparison.
         if target is None or known.corrupt is not None:
             return replace(known, growth=growth)
@@ -266,6 +266,10 @@ class Investigator:
         ]
         largest = norms([leaf for _, leaf in weights], math.inf)
         return next((describe(path) for (path, _), norm in zip(weights, largest, strict=True) if norm > limit), None)
+
+    def growth(self) -> float:
+        """The largest ratio of a weight matrix's norm to its norm at the start, over all ranks."""
+        return float(max(self._ranks.gather(self._growth())))
 
     def _growth(self) -> float:
         begun = self.initial_norms

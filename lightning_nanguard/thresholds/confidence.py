@@ -12,8 +12,8 @@ class Confidences:
     Only their order decides which cause is named where several rules find one.
 
     Attributes:
-        told: Advice is given during a run only above this; up to it a finding is a guess.
-        suspicion: A finite loss or gradient looks bad, and no evidence was looked for.
+        told: Up to this a finding is a guess; advice on a cause is given during a run only above it.
+        suspicion: A finite loss or gradient looks bad, and no evidence was looked for. That is told all the same.
         non_finite_input: NaN or Inf in the batch.
         non_finite_input_tolerated: The same, where the loss is finite or an operation explains it.
         target_operation: An operation on the target alone left its domain.
@@ -47,7 +47,7 @@ class Confidences:
         rate_worse: Nothing but the comparison with the last good weights speaks for it.
         rate_above_limit: The rate is above what the curvature allows, besides.
         ill_conditioned: One direction is far steeper than the others, and the rate looks low.
-        collapsed: The loss is back at the untrained model's.
+        collapsed: A trial shows that the run has lost what it had learned.
         saturated_most: Most outputs of a bounded activation lie at its ends.
         saturated_half: More than half of them do.
         saturated_some: Some of them do.
@@ -79,7 +79,7 @@ class Confidences:
     """
 
     told: float = 0.5
-    suspicion: float = 0.55
+    suspicion: float = 0.5
     non_finite_input: float = 0.98
     non_finite_input_tolerated: float = 0.4
     target_operation: float = 0.95

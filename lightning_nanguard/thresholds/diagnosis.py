@@ -212,6 +212,8 @@ class ReplayThresholds:
         max_micro_batches: Micro-batches of one update that are run again, the newest.
         always: How often a fault of one kind and place is run again each time; then at 4, 8, 16, … of them.
         other_draws: How often a batch is run again with other random numbers, to see whether its fault depends on them.
+        recent_operations: Newest operations before an exception, among whose inputs the value is looked for that it is
+            about.
         findings: Newest findings of a run that later faults are compared with.
         fading: Factor by which an earlier finding is less sure of a later fault that was not run again.
     """
@@ -219,6 +221,7 @@ class ReplayThresholds:
     max_micro_batches: int = 8
     always: int = 3
     other_draws: int = 3
+    recent_operations: int = 32
     findings: int = 32
     fading: float = 0.5
 

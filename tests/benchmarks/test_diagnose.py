@@ -20,7 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def test_every_cause_has_three_forms() -> None:
     """Each rule has at least three kinds of failing runs."""
     forms = Counter(form.cause for form in FORMS.values())
-    assert set(forms) == {rule.__name__ for rule in RULES}
+    # Invalid rates are named by the guard itself, and exceptions by the rule of what they are about.
+    assert set(forms) == {rule.__name__ for rule in RULES} | {"invalid_learning_rate", "exception_from_non_finite"}
     assert min(forms.values()) >= 3
     assert len(FORMS) == sum(forms.values())
 
@@ -29,6 +30,19 @@ def test_every_cause_has_three_forms() -> None:
 def test_a_run_depends_on_its_seed_alone(name: str) -> None:
     """The same seed is judged alike twice."""
     assert failing((name, 3)) == failing((name, 3))
+
+
+def test_a_suspicion_that_a_trial_confirmed_is_looked_into() -> None:
+    """The layer that the rate is too high for is named, and not the rate alone."""
+    result = failing(("layer_update_abnormal/loud_body", 3))
+    assert (result.said, result.place) == ("layer_update_abnormal", True)
+
+
+@pytest.mark.parametrize("name", ["check_of_the_users", "distribution_that_validates", "anomaly_mode"])
+def test_exceptions_are_named_by_what_they_are_about(name: str) -> None:
+    """Cause, place and samples; the other tools do not end the benchmark where the user's code raises."""
+    result = failing((f"exception_from_non_finite/{name}", 3))
+    assert (result.said, result.place, result.samples) == (result.cause, True, True)
 
 
 def test_what_other_tools_say_of_a_logarithm_in_a_module() -> None:

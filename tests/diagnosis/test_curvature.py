@@ -194,3 +194,10 @@ def test_no_random_number_is_drawn() -> None:
     typical(hessian, top)
     extreme_eigenvalues(hessian)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_gradient_that_is_not_finite_has_no_curvature() -> None:
+    """Nothing is said of the updates that it would make."""
+    net = nn.Linear(2, 1)
+    sgd = optim.SGD(net.parameters(), 0.1)
+    assert curvature_along_update(lambda: net(torch.ones(1, 2)).sum() / 0, sgd, dict(net.named_parameters())) is None

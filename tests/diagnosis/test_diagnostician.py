@@ -15,13 +15,15 @@ import torch
 from pytorch_lightning import Callback, LightningModule
 from torch import Tensor, nn, optim
 
-from lightning_nanguard import Fault, Finding, NaNGuard, TrainingDivergedError
+from lightning_nanguard import Case, Fault, Finding, NaNGuard, TrainingDivergedError
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
+from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.record.files import read_records
 from lightning_nanguard.record.messages import describe
 from lightning_nanguard.state.batch_history import BatchHistory, MicroBatch
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
+from lightning_nanguard.state.snapshot import capture
 from lightning_nanguard.thresholds.diagnosis import DEFAULT
 from lightning_nanguard.types import Evidence
 from tests.diagnosis.failing_runs import AT, RUNS, STEPS, FailingRun, Lossy, mse
@@ -80,7 +82,7 @@ def test_a_healthy_run_has_no_finding(model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "value", "cause"),
     [
-        ("loss", NAN, None),
+        ("loss", NAN, "unknown_operation"),
         ("flash", NAN, "transient"),
         ("gradient", INF, None),
         ("gradient", 1e12, "exploding_gradient"),
@@ -88,8 +90,9 @@ def test_a_healthy_run_has_no_finding(model: str, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("model", ["mlp", "norm", "transformer"])
 def test_nothing_is_made_up(model: str, kind: str, value: float, cause: str | None, tmp_path: Path) -> None:
-    """A fault that neither the batch, nor an operation, nor the weights explain has no finding; one that is gone when
-    the step is made again is transient, and a finite gradient is told by its size."""
+    """A gradient that neither the batch, nor an operation, nor the weights explain has no finding, and of a NaN that
+    was put into the loss the line is told; what is gone when the step is made again is transient, and a finite gradient
+    is told by its size."""
     guard = NaNGuard(snapshot_every_n_steps=5, act_on="evidence")
     fit(task(model), data_for(model, STEPS), guard, folder=tmp_path, callbacks=[FaultAt(kind, value, AT)])
     assert len(guard.interventions) == 1
@@ -316,3 +319,34 @@ def test_a_fault_that_depends_on_the_draw_is_told_as_such(draw: Any, tmp_path: P
     assert finding is not None
     assert "training_step (log, test_diagnostician.py:" in finding.place
     assert guard.lr_multiplier == 1.0
+
+
+@pytest.mark.parametrize(("rows", "alone"), [(slice(None), False), (slice(1), True)], ids=["whole", "an element"])
+def test_a_weight_out_of_proportion_is_compared_without_a_batch(rows: slice, alone: bool) -> None:
+    """Whether it grew as a whole is asked of the last good state, also where nothing may be run again."""
+    net = nn.Linear(16, 1)
+    learner, ring = Learner(net, []), Ring()
+    ring.add(capture(learner, step=0, global_step=0))
+    ring.certify()
+    with torch.no_grad():
+        net.weight[0, rows] = 1e6 * torch.rand(16)[rows] + 1e6
+        net.weight[0, 1:] += 0.01
+    seen: list[Case] = []
+    rules = RuleSet([lambda case: seen.append(case)])
+    doctor = Diagnostician(learner, ring, lambda micro, full: None, nullcontext, rules=rules)
+    fault = Fault("implausible_state", "state", "parameter weight", rate_may_cause=True)
+    doctor.diagnose(fault, Evidence(step=9), (), "nothing")
+    assert seen[0].clues.moved_alone is alone
+
+
+def test_what_was_found_before_says_more_than_a_guess() -> None:
+    """A fault that is not run again has the cause that was found here, and not a guess from its batch alone."""
+    net = nn.Linear(2, 1)
+    tape = BatchHistory(torch.device("cpu"))
+    tape.add(1, 0, torch.tensor([[90.0, 0.0], [80.0, 5.0]]))
+    doctor = Diagnostician(Learner(net, []), Ring(), lambda micro, full: net(micro.batch).sum() * 0 / 0, nullcontext)
+    fault = Fault("non_finite_loss", "batch", "loss", NAN)
+    causes = [doctor.diagnose(fault, Evidence(step=n), tape.of(1), "replay") for n in range(1, 6)]
+    assert [one and one.cause for one in causes] == ["division_by_zero"] * 5
+    assert causes[4] is not None
+    assert causes[4].suggestion.startswith("not run again")

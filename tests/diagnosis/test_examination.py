@@ -13,7 +13,8 @@ from pytorch_lightning import Callback
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-from lightning_nanguard import NaNGuard
+from lightning_nanguard import Layer, Model, NaNGuard
+from lightning_nanguard.diagnosis.examination import _with_updates
 from lightning_nanguard.record.files import read_advice
 from tests.helpers import Batch, Task, batches, copied, data_for, differences, fit, folder_of, state_of, task
 
@@ -176,3 +177,10 @@ def test_without_scipy_it_is_said_once(tmp_path: Path, monkeypatch: Any, caplog:
     fit(deep(), batches(count=STEPS), guard, folder=tmp_path)
     assert guard.advice[0].finding.cause == "vanishing_gradient"
     assert caplog.text.count("lightning-nanguard[curvature]") == 1
+
+
+def test_a_weight_that_no_product_shows_is_a_layer_too() -> None:
+    """Where a model multiplies with a multiple of a weight, what an update makes of it is known all the same."""
+    model = Model((Layer("head", "Linear"),))
+    found = _with_updates(model, (Layer("head", "", update=0.1), Layer("body", "", weight=2.0, update=0.5)))
+    assert [(one.path, one.update) for one in found.layers] == [("head", 0.1), ("body", 0.5)]

@@ -25,7 +25,7 @@ INITIALISED: list[tuple[str, Callable[[Tensor], object]]] = [
 
 
 def layers() -> list[nn.Module]:
-    return [nn.Linear(64, 48), nn.Conv2d(16, 32, 3), nn.LSTM(16, 32), nn.Linear(40, 40)]
+    return [nn.Linear(64, 48), nn.Conv2d(16, 32, 3), nn.LSTM(16, 32), nn.Linear(40, 40), nn.Bilinear(16, 16, 16)]
 
 
 @pytest.mark.parametrize(("name", "how"), INITIALISED, ids=[row[0] for row in INITIALISED])
@@ -58,3 +58,10 @@ def test_biases_and_normalisations() -> None:
     assert looks_untrained(norm.weight, norm, LIMITS) is False
     small = nn.Linear(3, 4)
     assert looks_untrained(small.weight, small, LIMITS) is None
+
+
+def test_equal_numbers_of_ones_own() -> None:
+    """A scale of several equal numbers is as it was made; of a single number that cannot be told."""
+    owner = nn.Module()
+    assert looks_untrained(nn.Parameter(0.1 * torch.ones(16)), owner, LIMITS) is True
+    assert looks_untrained(nn.Parameter(torch.tensor([0.25])), nn.PReLU(), LIMITS) is not True

@@ -49,15 +49,65 @@ def test_the_first_bad_value_is_found_with_what_it_depends_on() -> None:
 @pytest.mark.parametrize(
     "step",
     [
-        lambda: X.masked_fill(X > 0, -math.inf).sum(),
         lambda: (X.log() * 0 + 1).nan_to_num(1.0).sum(),
         lambda: X.sum(),
     ],
-    ids=["put in on purpose", "does not reach the loss", "finite"],
+    ids=["does not reach the loss", "finite"],
 )
 def test_what_has_no_origin(step: Callable[[], Tensor]) -> None:
-    """A mask of −inf, a value that does not reach the loss, and a finite loss have none."""
+    """A value that does not reach the loss, and a finite loss have none."""
     assert traced(step, nn.Identity(), {}) is None
+
+
+@pytest.mark.parametrize(
+    ("step", "operation"),
+    [
+        (lambda: X.masked_fill(X > -1, -math.inf).logsumexp(1).mean(), "logsumexp"),
+        (lambda: torch.where(X > 0, X, torch.tensor(math.nan)).sum(), "where"),
+        (lambda: (X * math.nan).reshape(()) if len(X) == 1 else (X.sum() * math.nan), "mul"),
+    ],
+    ids=["a row that is all masked", "joined with others", "alone"],
+)
+def test_what_was_put_in_and_came_through(step: Callable[[], Tensor], operation: str) -> None:
+    """The operation at which it came together with others, or else the one that it was given to."""
+    origin = traced(step, nn.Identity(), {})
+    assert origin is not None
+    assert (origin.operation, origin.put_in) == (operation, True)
+
+
+def test_a_mask_that_is_taken_out_again_is_none() -> None:
+    """Another operation is named that made a value that is not finite."""
+    origin = traced(lambda: X.masked_fill(X > 0, -math.inf).softmax(0).sum() + X.log().sum(), nn.Identity(), {})
+    assert origin is not None
+    assert (origin.operation, origin.put_in) == ("log", False)
+
+
+def test_what_a_denominator_was_made_by_and_of() -> None:
+    """A deviation, or the count of a mask."""
+    of_std = traced(lambda: (X / torch.ones(3).std()).sum(), nn.Identity(), {})
+    of_mask = traced(lambda: (X.sum() / (X > 9).sum()).sum(), nn.Identity(), {})
+    assert of_std is not None
+    assert of_mask is not None
+    assert (of_std.made_by, of_std.from_mask) == ("std", False)
+    assert (of_mask.made_by, of_mask.from_mask) == ("sum", True)
+
+
+def test_a_tensor_that_was_bad_before() -> None:
+    """The argument that holds NaN or +Inf is named; a mask of −inf from before is meant."""
+    scores, labels = torch.zeros(2, 3), torch.tensor([0, 2])
+    for value, given in ((math.inf, "weight"), (1.0, "")):
+        weight = torch.tensor([1.0, 1.0, value])
+
+        def step(weight: Tensor = weight) -> Tensor:
+            return nn.functional.cross_entropy(scores, labels, weight) + X.log().sum()
+
+        origin = traced(step, nn.Identity(), {})
+        assert origin is not None
+        assert origin.given == given
+    mask = torch.full((2, 2), -math.inf)
+    origin = traced(lambda: (X @ X.T + mask).softmax(1).sum(), nn.Identity(), {})
+    assert origin is not None
+    assert (origin.operation, origin.given) == ("softmax", "")
 
 
 def test_numbers_of_operands() -> None:

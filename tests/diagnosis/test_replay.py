@@ -71,3 +71,49 @@ def test_loss_and_gradient_norm() -> None:
     assert found is not None
     assert found[0] == math.inf
     assert math.isnan(found[1])
+
+
+class Check(nn.Module):
+    """Raises where what it is given is not finite, or solves it."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        made = h.log()
+        if not bool(torch.isfinite(made).all()):
+            raise FloatingPointError("not finite")
+        return made
+
+
+def solved(h: Tensor) -> Tensor:
+    return torch.linalg.inv(h[:, :, None] * torch.ones(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("loss", "operation"), [(Check(), "log"), (solved, "linalg_inv_ex")], ids=["a check", "an operation"]
+)
+def test_what_an_exception_is_about(loss: Callable[[Tensor], Tensor], operation: str) -> None:
+    """The operation that made what a check has found, and the one that raised itself, with line and sample."""
+    net = linear()
+    clues = replay(Clues(), X, net, lambda: loss(net(X)).mean())
+    assert clues.origin is not None
+    assert (clues.origin.operation, clues.origin.samples) == (operation, (1,))
+    assert clues.origin.line.startswith("test_replay.py:")
+    assert clues.gradient_finite is False
+
+
+def test_an_exception_about_something_else_shows_nothing() -> None:
+    """No operation is made up."""
+
+    def step() -> Tensor:
+        raise KeyError("x")
+
+    assert replay(Clues(), X, linear(), step).origin is None
+
+
+def test_anomaly_detection_does_not_keep_from_looking() -> None:
+    """It would raise at the NaN that is looked for; it is on again afterwards."""
+    net = linear()
+    with torch.autograd.set_detect_anomaly(True):
+        clues = replay(Clues(), X, net, lambda: torch.where(net(X) > 0, net(X).sqrt(), 0.0).mean())
+        assert torch.is_anomaly_check_nan_enabled()
+    assert clues.origin is not None
+    assert (clues.origin.operation, clues.origin.samples) == ("sqrt", (1,))

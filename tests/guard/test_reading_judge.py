@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
+import torch
 
 from lightning_nanguard import Detector, Fault, Reading
 from lightning_nanguard.guard.readback import Arrived
@@ -120,6 +122,20 @@ def test_finite_suspicions_are_advice(
     assert loop.guard.context.state.healthy_steps == 20 - len(done)
     assert loop.probes == 0 or done
     assert all(fault.message in one.suggestion and 'act_on="evidence"' in one.suggestion for one in loop.advice)
+
+
+def test_weights_that_grew_name_the_rate() -> None:
+    """Of a suspicion of the learner the growth of its weights shows the cause, and no batch is run again."""
+    for factor, cause in ((50.0, "learning_rate_too_high"), (4.0, "mine")):
+        loop = Asked(True, True, detectors=[FindsAt(replace(LEARNER, proof="trial"))])
+        loop.run(12)
+        with torch.no_grad():
+            loop.net.weight.mul_(factor / float(loop.net.weight.norm()))
+        loop.run(4)
+        assert [one.cause for one in loop.advice] == [cause]
+        assert ("a weight matrix grew to" in loop.advice[0].suggestion) == (cause != "mine")
+        assert LEARNER.message in loop.advice[0].suggestion
+        assert loop.probes == 0
 
 
 @pytest.mark.parametrize("fault", [SPIKE, EXTREME])

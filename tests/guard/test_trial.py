@@ -122,11 +122,11 @@ class Refuses(BranchingLoop):
 
 
 def test_where_nothing_can_be_tried_advice_is_given() -> None:
-    """A loss that looks bad is told to the user once."""
+    """A loss that looks bad is told to the user, with the cause that the growth of the weights shows."""
     loop = Refuses(lr=2.0)
     loop.run(90)
     assert loop.records == []
-    assert [one.cause for one in loop.advice][:1] == ["exploding_loss"]
+    assert [one.cause for one in loop.advice][:1] == ["learning_rate_too_high"]
 
 
 def ordered(step: int, batch: Tensor) -> None:

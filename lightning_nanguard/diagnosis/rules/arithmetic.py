@@ -11,9 +11,10 @@ from lightning_nanguard.types import Finding
 
 _LOGARITHMS = ("log", "log2", "log10", "log1p", "logit", "xlogy")
 _EXPONENTIALS = ("exp", "exp2", "expm1", "sinh", "cosh")
+_SOLVERS = "The matrix has no inverse, or is nearly so: add a multiple of the identity"
 _DIVISIONS = ("div", "true_divide", "divide", "reciprocal", "remainder", "fmod", "addcdiv")
 _SPREADS = ("std", "var", "std_mean", "var_mean")
-_SOFTMAXES = ("softmax", "log_softmax", "safe_softmax")
+_SOFTMAXES = ("softmax", "log_softmax", "safe_softmax", "logsumexp")
 _ROOTS = ("sqrt", "pow", "rsqrt", "linalg_vector_norm", "norm", "cdist", "acos", "asin")
 
 
@@ -84,12 +85,13 @@ def division_by_zero(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> F
 
 
 def _division(origin: Origin, near_zero: float) -> str | None:
-    remedy = "add an epsilon to the denominator, or leave out what is constant"
     smallest = origin.smallest
     tiny = smallest is not None and smallest < near_zero
     if origin.operation in _DIVISIONS and tiny:
-        return f"the denominator is as small as {smallest:.4g}: {remedy}."
+        made = f" (the result of {origin.made_by})" if origin.made_by else ""
+        return f"the denominator{made} is as small as {smallest:.4g}: {_remedy_of_division(origin)}."
     if (origin.operation == "rsqrt" or (origin.exponent or 0.0) < 0) and tiny and not origin.backward:
+        remedy = _remedy_of_division(origin)
         return f"{origin.operation} was given {smallest:.4g}, whose inverse power is infinite: {remedy}."
     if origin.operation == "mean" and origin.empty:
         return "a mean over nothing: leave the term out where the mask selects nothing."
@@ -103,6 +105,16 @@ def _division(origin: Origin, near_zero: float) -> str | None:
     if origin.operation in _SOFTMAXES and not origin.backward:
         return "a row of which everything is masked: leave at least one entry open."
     return None
+
+
+def _remedy_of_division(origin: Origin) -> str:
+    if origin.made_by in (*_SPREADS, "sqrt"):
+        return "add an epsilon to the denominator, or leave out what is constant"
+    if origin.made_by in ("sum", "count_nonzero"):
+        return "keep it at 1 or above (clamp_min), or leave the term out where nothing is counted"
+    if not (origin.from_weights or origin.from_target) and origin.samples:
+        return f"add an epsilon to the denominator, or look at the data{of_samples(origin.samples)}"
+    return "add an epsilon to the denominator, or leave such samples out"
 
 
 def sqrt_at_zero(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
@@ -183,10 +195,12 @@ def random_draw(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findin
 
 def non_finite_from_start(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """A buffer that is not finite since before the first update, such as a weight of a class."""
-    bad = case.clues.bad_buffers
+    bad, origin = case.clues.bad_buffers, case.clues.origin
     # One that was finite at the start is corrupted state.
-    if not bad or case.evidence.corrupt is not None or case.evidence.undo:
+    if case.evidence.corrupt is not None or case.evidence.undo:
         return None
+    if not bad:
+        return None if origin is None or case.clues.bad_fields else _given_bad(origin, thresholds)
     names = ", ".join(bad[: thresholds.mistakes.named_parts])
     return Finding(
         "non_finite_from_start",
@@ -199,13 +213,27 @@ def non_finite_from_start(case: Case, thresholds: DiagnosisThresholds = DEFAULT)
     )
 
 
+def _given_bad(origin: Origin, thresholds: DiagnosisThresholds) -> Finding | None:
+    """A tensor of the user's own that is no buffer."""
+    if not origin.given:
+        return None
+    return finding_at(
+        "non_finite_from_start",
+        thresholds.confidence.non_finite_from_start,
+        origin,
+        f"{origin.given} of {origin.operation} held NaN or Inf, and no operation of this step made it. Look at what "
+        "computes it (one over a count or a deviation of zero?).",
+    )
+
+
 _ADVICE = {
     "ctc_loss": "It is infinite for a sample whose target is longer than its input allows: leave such samples out, or "
     "use zero_infinity=True",
     "linalg_eigh": "The derivative of eigenvectors is not finite where eigenvalues are equal: add a little noise",
     "linalg_svd": "Its derivative is not finite where singular values are equal or zero: add a little noise",
-    "linalg_inv_ex": "The matrix has no inverse: add a multiple of the identity",
-    "linalg_solve_ex": "The matrix has no inverse: add a multiple of the identity",
+    "linalg_inv_ex": _SOLVERS,
+    "linalg_solve_ex": _SOLVERS,
+    "linalg_slogdet": _SOLVERS,
     "linalg_cholesky_ex": "The matrix is not positive definite: add a multiple of the identity",
     "atan2": "Its derivative is not finite where both are zero: add an epsilon",
 }
@@ -218,13 +246,20 @@ def unknown_operation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> 
     if origin is None:
         return None
     given = ""
+    beyond = outside(origin)
     if origin.lowest is not None and origin.highest is not None:
-        given = f", given numbers from {origin.lowest:.4g} to {origin.highest:.4g}"
-    if outside(origin):
+        # What is outside by rounding alone is told with all its digits.
+        digits = ".4g" if not beyond or DOMAINS[origin.operation].leaves(*_rounded(origin)) else ".8g"
+        given = f", given numbers from {origin.lowest:{digits}} to {origin.highest:{digits}}"
+    if beyond:
         given += f", where it needs numbers {DOMAINS[origin.operation].words}"
     where = f"{'the backward pass of ' if origin.backward else ''}{origin.operation}"
     line = f", {origin.line}" if origin.line else ""
-    if origin.operation in _OVERFLOWS:
+    if beyond:
+        advice = "Clamp what goes in, or look at what computes it"
+    elif origin.put_in:
+        advice = "NaN or an infinity was put in as a number, and nothing takes it out again before the loss"
+    elif origin.operation in _OVERFLOWS:
         advice = f"The result is larger than {origin.dtype} holds: keep what goes in smaller, or normalise it"
     else:
         advice = _ADVICE.get(origin.operation, "Look at what it is given there")
@@ -234,3 +269,8 @@ def unknown_operation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> 
         origin,
         f"first non-finite value{of_samples(origin.samples)}: {where}{line}{given}. {advice}.",
     )
+
+
+def _rounded(origin: Origin) -> tuple[float, float]:
+    """What an operation was given, as it is told."""
+    return float(f"{origin.lowest or 0.0:.4g}"), float(f"{origin.highest or 0.0:.4g}")

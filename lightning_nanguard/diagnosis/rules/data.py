@@ -36,6 +36,8 @@ def non_finite_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> F
         tolerated = False
     known = thresholds.confidence
     confidence = known.non_finite_input_tolerated if tolerated else known.non_finite_input
+    # Where the loss leaves out what is missing, as torch.where does, its gradient does not.
+    forward = clues.loss is not None and math.isfinite(clues.loss) and clues.gradient_finite is False
     if not clues.bad_fields:
         text = "The batch holds NaN or Inf: clean the data."
         return Finding("non_finite_input", confidence, suggestion=text, scope="batch")
@@ -50,7 +52,13 @@ def non_finite_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> F
         evidence={"field": first.field, "bad_samples": float(len(first.samples))},
         place=f"field {first.field} of the batch",
         samples=first.samples,
-        suggestion=f"{who} of this batch {verb} NaN or Inf in field {first.field}{columns}{more}. Clean the data.",
+        suggestion=f"{who} of this batch {verb} NaN or Inf in field {first.field}{columns}{more}. "
+        + (
+            "The loss leaves it out, and its gradient does not: 0 times NaN is NaN. Fill it in before it is used "
+            "(nan_to_num), not with torch.where on what comes of it."
+            if forward
+            else "Clean the data."
+        ),
         scope="batch",
     )
 
@@ -88,9 +96,9 @@ def no_valid_target(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
     same = target is not None and target.lowest == target.highest
     told = f" ({target.lowest:.4g})" if same and target is not None else ""
     nothing = origin.operation in _DIVISIONS and origin.lowest == origin.highest == 0.0
-    if origin.operation.startswith(_CLASS_LOSSES):
+    if origin.operation.startswith(_CLASS_LOSSES) and not origin.given:
         text = f"every target of the batch is ignored{told} or has a weight of zero: a mean over nothing"
-    elif same and origin.from_target and ((origin.operation == "mean" and origin.empty) or nothing):
+    elif same and origin.from_target and origin.from_mask and (nothing or origin.empty):
         text = f"every target of the batch is the same{told}, and a mask or a selection leaves nothing of them"
     else:
         return None
@@ -126,7 +134,9 @@ def unnormalised_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
     if not inputs_are_large(case, thresholds.data):
         return None
     harm = harm_of_large_inputs(case.model, thresholds.model)
-    diverged = bool(harm) or learner_diverged(fault, evidence, thresholds)
+    course, limits = case.course, thresholds.plateau
+    stuck = course is not None and course.high(limits) and not course.moves(limits)
+    diverged = bool(harm) or stuck or learner_diverged(fault, evidence, thresholds)
     if not diverged and evidence.healthy_steps >= thresholds.data.trusted_steps and "gradient" not in fault.place:
         return None  # it went well with such inputs
     return Finding(

@@ -16,7 +16,7 @@ from lightning_nanguard.diagnosis.rules.signs import (
 )
 from lightning_nanguard.record.text import counted
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds, LearnerThresholds
-from lightning_nanguard.types import Finding
+from lightning_nanguard.types import Evidence, Finding
 
 
 def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
@@ -25,10 +25,12 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
     if evidence.undo or evidence.climbing or evidence.rate_rose or evidence.again[0]:
         return None
     if fault.rate_may_cause:
+        if _updates_enlarged_it(case, thresholds.learner):
+            return None
         # Running statistics also jump where a batch far out of range passes a normalisation.
         return _corrupted(case, thresholds, known.state_implausible, fault.place, "became far larger than it was")
     if evidence.corrupt is not None:
-        if fault.scope == "learner":
+        if fault.scope == "learner" and fault.certain:
             return None
         return _corrupted(case, thresholds, known.state_non_finite, evidence.corrupt, "is no longer finite")
     if fault.scope == "state" and fault.conclusive:
@@ -44,6 +46,12 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
         return None
     larger = "is far larger than any weight of the last good state"
     return _corrupted(case, thresholds, known.state_jump, evidence.jump, larger)
+
+
+def _updates_enlarged_it(case: Case, limits: LearnerThresholds) -> bool:
+    """Whether a weight that is out of all proportion grew as a whole; a stray write enlarges a few elements."""
+    grew = case.fault.rate_may_cause and case.evidence.growth > limits.ruined
+    return grew and case.fault.place.startswith("parameter") and case.clues.moved_alone is False
 
 
 def _bad_there_too(case: Case, limits: LearnerThresholds) -> bool:
@@ -171,7 +179,11 @@ def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
     fault, evidence, limits, known = case.fault, case.evidence, thresholds.learner, thresholds.confidence
     worse = worse_than_before(evidence, thresholds)
     signs = evidence.growth > limits.grown or evidence.climbing
+    if _updates_enlarged_it(case, limits):
+        return known.rate_diverged
     if fault.scope == "learner" and not fault.certain:
+        if _lost_what_it_had(evidence) and not signs:
+            return 0.0  # it learned well at this rate
         return known.rate_trial if evidence.trial is not None or fault.proof == "none" or signs or worse else 0.0
     if learner_diverged(fault, evidence, thresholds):
         return known.rate_diverged
@@ -218,7 +230,9 @@ def _operation_explains_it(case: Case, rate: float | None, limit: float | None, 
     before = any(one.finding.scope == "batch" for one in case.earlier_here())
     operation = unseen or before if clues.origin is None else clues.origin.operation not in PRODUCTS
     signs = evidence.climbing or evidence.rate_rose
-    ruined = signs or evidence.growth > limits.ruined or bool(evidence.jump)
+    # Weights that grew at a rate that the loss does not allow are the updates' doing, be it early.
+    fast = rate is not None and limit is not None and rate > limit and evidence.growth > limits.grown
+    ruined = signs or fast or evidence.growth > limits.ruined or bool(evidence.jump)
     now = evidence.comparison.now if evidence.comparison is not None else math.nan
     # One that is not finite is the operation's own, and says nothing of the model.
     untrained = math.isfinite(now) and now > evidence.first + limits.untrained_units * evidence.loss_unit
@@ -260,37 +274,54 @@ def ill_conditioned(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
 
 
 def collapsed(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """Having learned, the loss is back at the untrained model's."""
-    fault, evidence = case.fault, case.evidence
-    # The words below are true of this kind alone.
-    if fault.kind != "collapsed":
+    """Having learned, the model has lost it again."""
+    fault, evidence, known = case.fault, case.evidence, thresholds.confidence
+    back, lost = fault.kind == "collapsed", _lost_what_it_had(evidence)
+    if not (back or lost):
         return None
-    now = fault.value if fault.value is not None and math.isfinite(fault.value) else evidence.first
     best = min((level for level in evidence.levels if level is not None), default=None)
     numbers: dict[str, float | str] = {"untrained": evidence.first}
-    was = ""
-    if best is not None and best < min(now, evidence.first):
+    had = ""
+    if best is not None and best < evidence.first:
         numbers["best"] = best
-        was = f", where it had come down to {best:.4g}"
+        had = f", and it had come down to {best:.4g}"
+    # At another suspicion the value is of when it arose.
+    now = fault.value if back and fault.value is not None and math.isfinite(fault.value) else None
+    level = "clearly higher again than it was" if now is None else f"back at {now:.4g}"
+    return Finding(
+        "collapsed",
+        known.collapsed if lost else known.suspicion,
+        evidence=numbers,
+        place=fault.place,
+        suggestion=f"the loss is {level}; the untrained model's was {evidence.first:.4g}{had}. "
+        f"{_cure_of_collapse(case, thresholds)}.",
+        scope="learner",
+    )
+
+
+def _lost_what_it_had(evidence: Evidence) -> bool:
+    """Whether a trial shows that the run was as good, at its own rate, as what a lower rate has learned."""
+    trial = evidence.trial
+    return trial is not None and trial.lacks > 0 and trial.base == "best" and not evidence.rate_rose
+
+
+def _cure_of_collapse(case: Case, thresholds: DiagnosisThresholds) -> str:
+    evidence = case.evidence
     rate, allowed = _rate(case), _allowed(case, thresholds)
-    before = [one.lr for one in case.earlier_here() if one.finding.cause == "collapsed" and one.lr is not None]
+    before = [one.lr for one in case.earlier if one.finding.cause == "collapsed" and one.lr is not None]
     if before and evidence.lr is not None and evidence.lr < before[-1]:
-        cure = (
+        return (
             f"It did so at a learning rate of {before[-1]:.2g}, and again at {evidence.lr:.2g}: look for what else "
             "changes the weights (an initialisation, weight decay, a callback), or the data"
         )
-    elif rate is not None and allowed is not None and allowed >= rate:
-        cure = "Go back to before it, and look for what changed the weights or the data"
-    else:
-        cure = f"Go back to before it and lower the learning rate{_to(case, thresholds)}"
-    return Finding(
-        "collapsed",
-        thresholds.confidence.collapsed,
-        evidence=numbers,
-        place=fault.place,
-        suggestion=f"the loss is back at {now:.4g}; the untrained model's was {evidence.first:.4g}{was}. {cure}.",
-        scope="learner",
-    )
+    if rate is not None and allowed is not None and allowed >= rate:
+        return "Go back to before it, and look for what changed the weights or the data"
+    if _lost_what_it_had(evidence):
+        return (
+            "Go back to before it, and look for what changed the weights or the data; where nothing did, lower the "
+            f"learning rate{_to(case, thresholds)}"
+        )
+    return f"Go back to before it and lower the learning rate{_to(case, thresholds)}"
 
 
 def _rate(case: Case) -> float | None:
@@ -311,6 +342,9 @@ def _allowed(case: Case, thresholds: DiagnosisThresholds) -> float | None:
 
 def _to(case: Case, thresholds: DiagnosisThresholds) -> str:
     rate, limit = _rate(case), None if case.curvature is None else case.curvature.largest_rate
+    trial = case.evidence.trial
+    if rate is not None and trial is not None and trial.lacks and trial.factor < 1:
+        return f" to {rate * trial.factor:.2g}"
     if rate is not None and limit is not None and limit < rate:
         return f" below {limit:.2g}; {limit / 2:.2g} lowers this batch's loss most"
     return "" if rate is None else f" to {rate / thresholds.learner.suggested_cut:.2g} for a start"

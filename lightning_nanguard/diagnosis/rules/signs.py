@@ -40,6 +40,9 @@ def learner_diverged(fault: Fault, evidence: Evidence, thresholds: DiagnosisThre
         return True
     if evidence.corrupt is not None:
         return evidence.climbing or evidence.rate_rose
+    comparison = evidence.comparison
+    if not fault.certain and comparison is not None and comparison.now <= evidence.first:
+        return False  # a model that is better than untrained has not diverged; its batch may be steep
     grew = evidence.growth > thresholds.learner.grown and evidence.jump is None
     return worse_than_before(evidence, thresholds) and (learner_explains_it(evidence, thresholds.blame) or grew)
 
@@ -49,7 +52,9 @@ def worse_than_before(evidence: Evidence, thresholds: DiagnosisThresholds) -> bo
     comparison = evidence.comparison
     if comparison is None or comparison.then_finite is False:
         return False  # of a batch that cannot be differentiated under good weights either, the loss says nothing
-    return worse(comparison, thresholds.learner.worse_units * evidence.loss_unit)
+    # A batch that is far off under good weights, too, says little of those of now.
+    least = max(thresholds.learner.worse_units * evidence.loss_unit, comparison.then - evidence.first)
+    return worse(comparison, least)
 
 
 def inputs_are_large(case: Case, thresholds: DataThresholds) -> bool:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from lightning_nanguard import Clues, Comparison, Fault, Origin
+from lightning_nanguard import Case, Clues, Comparison, Evidence, Fault, Origin
+from lightning_nanguard.diagnosis.rules import diagnose
 from tests.diagnosis.rules.faults import EXP, GRADIENT, LOG, LOSS, SAME, SCALER, Row, rules_of, surest_cause
 
 FAR_POWER = Origin("pow", lowest=-1e30, exponent=2.0, from_weights=False, from_target=True)
@@ -48,6 +49,7 @@ ROWS: list[Row] = [
     ("sqrt_at_zero", GRADIENT, {}, Clues(origin=Origin("sqrt", backward=True), gradient_finite=False)),
     ("low_precision_overflow", LOSS, {}, Clues(origin=Origin("exp", dtype="float16"), finite_in_float32=True)),
     ("low_precision_overflow", SCALER, {}, Clues()),
+    ("division_by_zero", LOSS, {}, Clues(origin=Origin("logsumexp", put_in=True))),
     ("random_draw", LOSS, {}, Clues(origin=LOG, gone_otherwise=True)),
     ("random_draw", LOSS, {}, Clues(gone_otherwise=True)),
     ("log_of_zero", LOSS, {}, Clues(origin=LOG, gone_otherwise=False)),
@@ -65,3 +67,27 @@ def test_the_surest_cause(cause: str | None, fault: Fault, known: dict[str, Any]
 def test_every_rule_has_a_row() -> None:
     """A rule is called as the cause it finds, and each has a row."""
     assert rules_of("arithmetic") <= {row[0] for row in ROWS}
+
+
+@pytest.mark.parametrize(
+    ("origin", "said"),
+    [
+        (
+            Origin("div", smallest=0.0, made_by="std"),
+            "the denominator (the result of std) is as small as 0: add",
+        ),
+        (Origin("div", smallest=0.0, made_by="sum"), "keep it at 1 or above"),
+        (Origin("div", smallest=0.0, samples=(3,), from_weights=False), "look at the data of sample 3"),
+        (Origin("div", smallest=0.0), "or leave such samples out"),
+        (Origin("acos", lowest=0.5, highest=1.0000001), "from 0.5 to 1.0000001, where it needs numbers between -1 and"),
+        (Origin("pow", lowest=-0.3, highest=2.0, exponent=0.4), "Clamp what goes in"),
+        (Origin("mul", put_in=True), "NaN or an infinity was put in as a number"),
+        (Origin("mul", lowest=1e30, highest=1e30), "larger than float32 holds"),
+        (Origin("nll_loss_forward", given="weight"), "weight of nll_loss_forward held NaN or Inf, and no operation"),
+    ],
+)
+def test_the_advice_fits_what_the_operation_was_given(origin: Origin, said: str) -> None:
+    """What made a denominator, a number outside by rounding alone, a value put in, a tensor bad before the step."""
+    finding = diagnose(Case(LOSS, Evidence(step=9), Clues(replayed=True, origin=origin)))
+    assert finding is not None
+    assert said in finding.suggestion

@@ -6,6 +6,7 @@ import re
 from dataclasses import fields, replace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -70,6 +71,10 @@ def origins(draw: st.DrawFn) -> Origin:
         exponent=draw(st.none() | st.sampled_from([-1.0, 0.5, 2.0])),
         from_weights=draw(st.booleans()),
         from_target=draw(st.booleans()),
+        from_mask=draw(st.booleans()),
+        put_in=draw(st.booleans()),
+        given=draw(st.sampled_from(["", "weight"])),
+        made_by=draw(st.sampled_from(["", "std", "sum", "sqrt"])),
         empty=draw(st.booleans()),
     )
 
@@ -85,6 +90,7 @@ clues = st.builds(
     finite_in_float32=st.none() | st.booleans(),
     good_loss=st.none() | loss,
     good_finite=st.none() | st.booleans(),
+    moved_alone=st.none() | st.booleans(),
     change=st.none() | st.builds(Change, st.just("parameter w"), number, number, positive),
     norm=st.none() | positive,
     norms=st.sampled_from([(), (("a", 3.0), ("b", 0.0)), (("a", 3e9), ("b", 2.0))]),
@@ -101,7 +107,8 @@ evidences = st.builds(
     first=number,
     loss_unit=positive,
     growth=st.floats(1, 1e6),
-    trial=st.none() | st.builds(Trial, st.sampled_from([0.0, 0.4, 1.2]), st.just("start"), st.sampled_from([1 / 4])),
+    trial=st.none()
+    | st.builds(Trial, st.sampled_from([0.0, 0.4, 1.2]), st.sampled_from(["start", "best"]), st.sampled_from([1 / 4])),
     climbing=st.booleans(),
     rate_rose=st.booleans(),
     levels=st.sampled_from([(), (None,), (0.4, None)]),
@@ -192,12 +199,13 @@ EARLIER: list[tuple[Finding, ...]] = [
 
 
 def asks_for_a_lower_rate(text: str) -> bool:
-    return re.search(r"[Ll]ower (the (learning )?rate|learning rate)", text) is not None
+    return re.search(r"[Ll]ower (it\b|the (learning )?rate|learning rate)", text) is not None
 
 
 def suggested_rates(text: str) -> list[float]:
     """Rates that a suggestion names, of those to go to."""
-    advice = text[max(text.find("ower the"), 0) :]
+    begins = re.search(r"ower (it|the)\b", text)
+    advice = text[0 if begins is None else begins.start() :]
     return [float(one) for one in re.findall(r"(?:below|to about|to|;) ([-\d.e+]+)(?= lowers|;|,| for|\.$)", advice)]
 
 
@@ -228,6 +236,16 @@ def check(finding: Finding, case: Case) -> None:
     if domain:
         assert float(domain[1]) <= 0, text
     assert ("test the device" in text.lower()) <= (finding.cause == "corrupted_state" and evidence["times"] >= 2), text  # type: ignore[operator]
+    tried = re.search(r"a restart with (\S+) times the rate has", text)
+    if tried and isinstance(lr, float):
+        # The rate that was shown to be ahead is the one to go to.
+        assert suggested_rates(text) in ([], [pytest.approx(lr * float(tried[1]), rel=0.1)]), text
+    larger = re.search(r"was given (\S+), where it needs|given numbers from (\S+) to (\S+), where it needs", text)
+    if larger and "between -1 and 1" in text and larger[2]:
+        assert float(larger[2]) <= -1 or float(larger[3]) >= 1, text
+    assert ("larger than" in text) <= ("where it needs" not in text), text
+    if case.clues.origin is not None and case.clues.origin.given:
+        assert "every target of the batch is ignored" not in text
     assert ("finite in float32" in text) <= (case.clues.finite_in_float32 is True), text
     assert "float32, which ends at 65,504" not in text
     if case.model is not None and not case.model.updates and finding.cause == "dead_relu":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from lightning_nanguard import BadField, Case, Clues, Evidence, Fault, LabelRelation, Origin, Range
+from lightning_nanguard import BadField, Case, Clues, Course, Evidence, Fault, LabelRelation, Origin, Range
 from lightning_nanguard.diagnosis.case import NO_FAULT
 from lightning_nanguard.diagnosis.rules import diagnose
 from tests.diagnosis.rules.faults import (
@@ -26,6 +27,8 @@ from tests.diagnosis.rules.faults import (
 MISSING = Range("1", "float32", -100.0, -100.0, -100.0, 0.0)
 BAD_TARGET = Origin("log1p", lowest=-3.0, highest=1.0, from_weights=False, from_target=True)
 
+NOTHING = Origin("mean", empty=True, from_target=True)
+
 ROWS: list[Row] = [
     (None, LOSS, {}, Clues(inputs=NORMAL)),
     ("non_finite_input", LOSS, {"batch_finite": False}, Clues()),
@@ -38,7 +41,11 @@ ROWS: list[Row] = [
         Clues(origin=BAD_TARGET),
     ),
     ("no_valid_target", LOSS, {}, Clues(origin=Origin("nll_loss_forward"))),
-    ("no_valid_target", LOSS, {}, Clues(origin=Origin("mean", empty=True, from_target=True), target=MISSING)),
+    ("no_valid_target", LOSS, {}, Clues(origin=replace(NOTHING, from_mask=True), target=MISSING)),
+    # Targets that are all the same, divided by their deviation: nothing selects among them.
+    ("division_by_zero", LOSS, {}, Clues(origin=NOTHING, target=MISSING)),
+    ("non_finite_from_start", LOSS, {}, Clues(origin=Origin("nll_loss_forward", given="weight"))),
+    ("non_finite_input", LOSS, {}, Clues(bad_fields=(BadField("0", (3,)),), origin=None, gradient_finite=False)),
     ("labels_unrelated", NO_FAULT, {}, Clues(labels=LabelRelation(1200, 0.11, 0.1, False))),
     (None, NO_FAULT, {}, Clues(labels=LabelRelation(1200, 0.3, 0.1, True))),
     ("division_by_zero", LOSS, {}, Clues(origin=Origin("mean", empty=True, from_target=True), target=NORMAL)),
@@ -64,3 +71,23 @@ def test_samples_and_columns_are_named() -> None:
     finding = diagnose(Case(LOSS, Evidence(step=9), Clues(bad_fields=(BadField("0", (3, 17), (3, 4)),))))
     assert finding is not None
     assert "samples 3 and 17 of this batch hold NaN or Inf in field 0, columns 3 and 4" in finding.suggestion
+
+
+def test_missing_values_that_only_the_loss_leaves_out() -> None:
+    """Where the loss is finite and its gradient is not, the batch is not to be cleaned but filled in beforehand."""
+    missing = Clues(bad_fields=(BadField("1", (3,)),), replayed=True, loss=0.5, gradient_finite=False)
+    origin = Origin("mul", backward=True)
+    for clues, words in ((missing, "nan_to_num"), (replace(missing, loss=None), "Clean the data")):
+        finding = diagnose(Case(LOSS, Evidence(step=9), replace(clues, origin=origin)))
+        assert finding is not None
+        assert (finding.cause, words in finding.suggestion) == ("non_finite_input", True)
+
+
+def test_large_inputs_of_a_loss_that_does_not_move() -> None:
+    """They are blamed where most of the untrained model's loss is still there, and only guessed at where it moves."""
+    course = Course(updates=96, first=2.3, before=2.3, now=2.3, spread=0.01, best=2.3, norm=1.0)
+    for now, confidence in ((2.3, 0.94), (0.2, 0.5)):
+        case = Case(NO_FAULT, clues=Clues(inputs=PIXELS), course=replace(course, now=now))
+        finding = diagnose(case)
+        assert finding is not None
+        assert (finding.cause, finding.confidence) == ("unnormalised_input", confidence)

@@ -29,6 +29,7 @@ from tests.diagnosis.rules.faults import (
     surest_cause,
 )
 
+LARGE = Fault("implausible_state", "state", "parameter w", rate_may_cause=True)
 GROWN = {"growth": 9.0, "first": 2.3, "loss_unit": 2.3}
 RISEN, FAR_WORSE = Comparison(0.37, 0.13, then_finite=True), Comparison(30.0, 0.13, then_finite=True)
 
@@ -54,6 +55,17 @@ ROWS: list[Row] = [
     ("learning_rate_too_high", Fault("mine", "learner", "loss", certain=False), {"trial": Trial(0.4)}, Clues()),
     (None, Fault("mine", "learner", "loss", certain=False), {}, Clues()),
     ("exploding_gradient", Fault("mine", "batch", "gradient", 1e9, clipping_helps=True), {}, Clues()),
+    # A trial says whether the rate is too high, or the run was as good as a lower rate and has lost it.
+    ("collapsed", STUCK, {"trial": Trial(0.6, "best", 0.25), "first": 2.3, "levels": (2.2, 0.4), "lr": 0.5}, Clues()),
+    ("learning_rate_too_high", BACK, {"trial": Trial(0.6, "start", 0.25), "first": 2.3, "lr": 0.5}, Clues()),
+    ("learning_rate_too_high", STUCK, {"trial": Trial(0.6, "best", 0.25), "rate_rose": True}, Clues()),
+    ("learning_rate_too_high", STUCK, {"trial": Trial(0.6, "best", 0.25), "growth": 9.0}, Clues()),
+    # State that is not finite is bad by itself, whatever question was due.
+    ("corrupted_state", STUCK, {"corrupt": "buffer b"}, Clues()),
+    # A weight that grew as a whole, and one of which an element was overwritten.
+    ("learning_rate_too_high", LARGE, {"growth": 1e5, "jump": "parameter w"}, Clues(moved_alone=False)),
+    ("corrupted_state", LARGE, {"growth": 1e5, "jump": "parameter w"}, Clues(moved_alone=True)),
+    ("corrupted_state", LARGE, {"growth": 1e5, "jump": "parameter w"}, Clues()),
     ("collapsed", BACK, {"first": 2.3, "levels": (0.4, 0.9), "lr": 0.5}, Clues()),
     # A ruined model of which an exponential overflows in the end, and a good one.
     ("exp_overflow", LOSS, {**GROWN, "comparison": WORSE}, Clues(replayed=True, origin=EXP)),
@@ -137,3 +149,38 @@ def test_suggestions_have_numbers(fault: Fault, known: dict[str, Any], clues: Cl
     finding = diagnose(Case(fault, Evidence(step=9, **known), clues))
     assert finding is not None
     assert said in finding.suggestion
+
+
+@pytest.mark.parametrize(("rate", "cause"), [(20.0, "learning_rate_too_high"), (5.0, "log_of_zero")])
+def test_weights_that_grew_early(rate: float, cause: str) -> None:
+    """At a rate that the loss does not allow they are the updates' doing, before they have grown far."""
+    known = Evidence(step=2, comparison=WORSE, growth=4.9, lr=rate, first=2.3, loss_unit=1.0)
+    curvature = Curvature(slope=0.39, bend=0.11)
+    finding = diagnose(Case(LOSS, known, Clues(replayed=True, origin=LOG), curvature=curvature))
+    assert finding is not None
+    assert finding.cause == cause
+
+
+def test_a_trial_says_which_rate_to_go_to() -> None:
+    """The suggestion is the rate that the trial has shown to be ahead, and of a collapse to look elsewhere first."""
+    said = {}
+    for base in ("start", "best"):
+        known = Evidence(step=99, trial=Trial(0.6, base, 1 / 64), lr=0.64, first=2.3, levels=(0.4,))  # type: ignore[arg-type]
+        finding = diagnose(Case(STUCK, known))
+        assert finding is not None
+        said[finding.cause] = finding.suggestion
+    assert "a restart with 0.0156 times the rate has the lower loss" in said["learning_rate_too_high"]
+    assert "or lower it to 0.01." in said["learning_rate_too_high"]
+    assert "the loss is clearly higher again than it was" in said["collapsed"]
+    assert (
+        "look for what changed the weights or the data; where nothing did, lower the learning rate to 0.01"
+        in (said["collapsed"])
+    )
+
+
+@pytest.mark.parametrize("comparison", [Comparison(211.0, 204.0), Comparison(0.21, 0.17)])
+def test_a_steep_batch_is_no_divergence(comparison: Comparison) -> None:
+    """A batch that is far off under good weights, too, or whose loss is below the untrained model's, blames no rate."""
+    known = {"usual_norm": 1.0, "first": 0.5, "loss_unit": 0.2, "comparison": comparison, "lr": 0.1, "healthy_steps": 9}
+    assert surest_cause(SPIKE, known, Clues(norm=1e9)) == "exploding_gradient"
+    assert surest_cause(SPIKE, {**known, "comparison": Comparison(9.0, 0.2)}, Clues()) == "learning_rate_too_high"
