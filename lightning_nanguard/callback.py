@@ -251,6 +251,8 @@ class NaNGuard(DisplayedGuard):
         if fit.diagnostics.first_updates is not None:
             fit.diagnostics.first_updates.see_batch(batch)
         fit.guard.open_batch()
+        if fit.carried is not None:
+            fit.carried.open()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep a reference to the loss."""
@@ -280,6 +282,8 @@ class NaNGuard(DisplayedGuard):
         guard, replay = fit.guard, fit.replay
         replay.batch, replay.batch_idx = batch, batch_idx
         replay.may_log = True
+        if fit.carried is not None:
+            fit.carried.close()
         if fit.last_good is not None and fit.last_good.due(guard.updates):
             guard.want_snapshot()
         try:
@@ -352,9 +356,9 @@ class NaNGuard(DisplayedGuard):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the last readings, restore a good state if needed, and sum the counts of all ranks."""
         if self._fit is not None:
+            self._fit.say_if_unseen()  # what ends the run now may be what could not be guarded
             self._fit.guard.finish()
             self._fit.diagnostics.judge_first_updates()
-            self._fit.say_if_unseen()
             self._memory.add_to_run(non_finite_rate=self._fit.non_finite_rate())
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -52,14 +52,14 @@ class Trained(pl.LightningModule):
         self.one, self.recipe, self.left_out = one, TASKS[one.task], left_out
         self.net = self.recipe.net()
         self.automatic_optimization = one.mode == "automatic"
-        # In a list, so that neither is taken for state of the module.
-        self._injector, self._number = [injector], [0]
+        self._injector = lambda: injector  # in a function, so that it is not taken for state of the module
+        self._number = [0]
         strike_gradients(self.net, injector, lambda: self._number[0])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         number = self._number[0] = int(batch[-1][0])
-        if self._injector[0].due_in("exception", number):
-            raise self._injector[0].error()
+        if self._injector().due_in("exception", number):
+            raise self._injector().error()
         if self.automatic_optimization:
             return self._loss(batch, number)
         several = self.optimizers()
@@ -72,7 +72,7 @@ class Trained(pl.LightningModule):
         return None
 
     def _loss(self, batch: Any, number: int, index: int = 0) -> Tensor:
-        injector = self._injector[0]
+        injector = self._injector()
         loss = self.recipe.loss(self.net, batch[:-1], number)
         if injector.due_in("loss", number, index):
             loss = loss * injector.spoil_whole(torch.ones(()))
@@ -84,7 +84,7 @@ class Trained(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
-        injector = self._injector[0]
+        injector = self._injector()
         loss = (self.recipe.held or self.recipe.loss)(self.net, batch, BATCHES * EPOCHS)
         if self.one.kind in ("loss", "exception") and injector.due_now("validation"):
             if self.one.kind == "exception":

@@ -125,25 +125,26 @@ class Trained(pl.LightningModule):
     def __init__(self, one: Draw, strike: Strike) -> None:
         super().__init__()
         torch.manual_seed(one.seed)
-        self.one, self.net, self.metric, self._strike = one, network(one), MeanSquaredError(), [strike]
+        self.one, self.net, self.metric = one, network(one), MeanSquaredError()
+        self._strike = lambda: strike  # in a function, so that it is not taken for state of the module
         dice = random.Random(one.seed + 2)
         layers = list(self.net)
         dice.choice(layers).register_forward_hook(self._activation)
         dice.choice(list(self.parameters())).register_hook(self._gradient)
 
     def _activation(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        (strike,) = self._strike
+        strike = self._strike()
         return output + strike.spoil(torch.zeros_like(output)) if strike.due("activation") else None
 
     def _gradient(self, gradient: Tensor) -> Tensor | None:
-        (strike,) = self._strike
+        strike = self._strike()
         return strike.spoil(gradient.clone()) if strike.due("gradient") else None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         made = self.net(x + 0.01 * random.random() + 0.01 * float(np.random.rand()))
         loss = (made - y).square().mean()
-        (strike,) = self._strike
+        strike = self._strike()
         if strike.due("loss"):
             loss = loss * strike.spoil(torch.ones(()))
         self.log("loss", loss, on_step=True, on_epoch=True)

@@ -98,7 +98,7 @@ def build_guard(
     receipts = Receipts(context, branches, recorder, snapshots)
     interventions = Interventions(context, loop, policy, investigator, recorder, runner, carried_out_by, receipts)
     undos = deque(make_undo() for _ in range(readback.open_batches()))
-    steps = StepCheck(context, loop, meter, caution, recorder, policy, undos, readback)
+    steps = StepCheck(context, loop, meter, caution, recorder, policy, undos, make_undo(), readback)
     late = LateRedo(context, steps, skipper, snapshots, readback)
     return Guard(
         GuardParts(

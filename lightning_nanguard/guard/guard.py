@@ -54,6 +54,7 @@ class Guard:
         self._open = False
         self._running = False
         self._updated = False
+        self._loss_seen = False
 
     # ---------------------------------------------------------------------------------------- the order of a step
 
@@ -76,14 +77,17 @@ class Guard:
     def open_batch(self) -> None:
         """Copy what the coming batch may change; a window of accumulation counts as one batch."""
         self._running = True
-        if not self._open:
-            self._open = True
+        self._loss_seen = False
+        within, self._open = self._open, True
+        if not within:
             self._undos.rotate(1)
-            self._undos[0].open()
+        self._parts.steps.open_batch(within=within)
+        if not within:
             self._parts.skipper.open()
 
     def see_loss(self, loss: Tensor) -> None:
         """Keep a reference to the loss of one backward pass."""
+        self._loss_seen = True
         self._parts.meter.see_loss(loss)
 
     def before_step(self, optimizer_index: int) -> None:
@@ -126,8 +130,11 @@ class Guard:
             TrainingDivergedError: If the run cannot be saved, or its first weights were not finite.
         """
         self._running = False
+        alone = self._parts.loop.micro_batches() == 1
+        if not self._loss_seen or (alone and not self._updated and not self._context.settings.deferred):
+            self._parts.steps.undo_spoilt_buffers()
         if not self._updated:
-            if self._parts.loop.micro_batches() == 1 or not self._context.learner.optimizers:
+            if alone or not self._context.learner.optimizers:
                 self._open = False
                 self._parts.meter.drop_losses()
             return True
@@ -206,6 +213,13 @@ class Guard:
         """
         if self._context.many:
             self.flush()
+            return
+        bad = None if self.updates else self._context.corrupt()[0]
+        if bad is not None:
+            _logger.warning(
+                "NaNGuard: %s is no longer finite at the end of the run. No update was guarded, so nothing is undone.",
+                bad,
+            )
             return
         self.check()
         # No snapshot may have fallen due since a weight or an average went out of range.

@@ -22,6 +22,7 @@ from lightning_nanguard.guard.readback import Readback
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.measure.tensors import is_on_host
 from lightning_nanguard.state.batch_undo import BatchUndo, Undo
+from lightning_nanguard.state.learner import StateKey
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Evidence, Fault, Finding, Reading
 
@@ -40,6 +41,7 @@ class StepCheck:
         recorder: Records what was made again.
         policy: Says whether a rollback is allowed.
         undos: The first one undoes what the present batch changed.
+        within: Undoes what one micro-batch of a window changed.
         readback: Forgets readings of states that are gone; with several ranks it tells the others of a bad update.
     """
 
@@ -52,6 +54,7 @@ class StepCheck:
         recorder: InterventionRecorder,
         policy: Policy,
         undos: deque[BatchUndo],
+        within: BatchUndo,
         readback: Readback,
     ) -> None:
         self._context = context
@@ -61,6 +64,8 @@ class StepCheck:
         self._recorder = recorder
         self._policy = policy
         self._undos = undos
+        self._within = within
+        self._is_within = False
         self._readback = readback
         self._ranks = readback if isinstance(readback, RankReadback) else None
         self._seen_by: tuple[int, ...] = ()
@@ -166,6 +171,31 @@ class StepCheck:
         """Have one more function called where the present batch, or the window, is left out."""
         self._undos[0].also(undo)
 
+    def open_batch(self, *, within: bool) -> None:
+        """A batch begins, or ``within`` a window one more micro-batch."""
+        self._is_within = within
+        (self._within if within else self._undos[0]).open()
+
+    def undo_spoilt_buffers(self) -> None:
+        """Put back what a forward pass has written, where a buffer is not finite by it and no update comes of it.
+
+        A user who leaves a bad batch out, by no loss or by no step, does not undo what batch norm has taken from it.
+        """
+        if not self.allowed():
+            return
+        finite, undo = self._context.finite, self._within if self._is_within else self._undos[0]
+        before: dict[StateKey, Tensor] = {("buffer", name): buffer for name, buffer in undo.before().items()}
+        now = list(self._context.learner.leaves())
+        spoilt = finite.corrupt((key, leaf) for key, leaf in now if key in before)
+        sound = finite.corrupt(before.items()) is None
+        if spoilt is None or not sound or finite.corrupt((key, leaf) for key, leaf in now if key not in before):
+            return  # what is bad came from elsewhere
+        message = f"the forward pass made {spoilt} NaN or Inf, and no update was made from its batch"
+        fault = Fault("non_finite_statistics", "batch", spoilt, None, message)
+        finding = self.diagnosis(fault)
+        undo.undo()
+        self._recorder.record(fault, spoilt, ("undo",), self._context.rate.effective(), finding)
+
     def pass_over(self) -> None:
         """Leave the present update out without a record: every sample of it is known to be bad."""
         self._context.state.passed_over = True
@@ -239,6 +269,7 @@ class StepCheck:
         spoilt: tuple[str, str] = ("", ""),
         since: Snapshot | None = None,
         late: int | None = None,
+        counters: Sequence[str] = (),
     ) -> None:
         """Record that a fault was gone when its step was made again.
 
@@ -248,6 +279,7 @@ class StepCheck:
             since: The snapshot since which all updates were made again, where the state had gone bad by itself;
                 ``None`` if the step alone was.
             late: Number of the update that was bad, where its reading arrived after it was made.
+            counters: Attributes without whose first values the fault was gone.
         """
         state = self._context.state
         if since is not None:
@@ -267,7 +299,10 @@ class StepCheck:
                 f"{what} The updates since the snapshot at update {since.step} were made again from their own batches "
                 "and random numbers, and the fault was gone."
             )
-        if times >= self._limits.test_device:
+        if counters:
+            names = ", ".join(counters[: self._context.thresholds.records.numbers_per_message])
+            suggestion = f"The fault depends on what the step itself has changed: look at what is made of {names}."
+        elif times >= self._limits.test_device:
             suggestion += " It keeps happening at this place: test the device."
         cause = "corrupted_state" if tensor else "transient"
         confidence = self._context.thresholds.diagnosis.confidence.transient

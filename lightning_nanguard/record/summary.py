@@ -15,7 +15,7 @@ _ACTIONS = {
     "scale": ("change of the learning rate", "changes of the learning rate"),
     "clip": ("change of gradient clipping", "changes of gradient clipping"),
     "reset moments": ("reset of the optimizer's state", "resets of the optimizer's state"),
-    "undo": ("half batch undone", "half batches undone"),
+    "undo": ("batch undone", "batches undone"),
     "resume": ("other checkpoint gone on from", "other checkpoints gone on from"),
     "rewrite": ("checkpoint written with the last good state", "checkpoints written with the last good state"),
     "hold rate": ("learning rate replaced by the last valid one", "learning rates replaced by the last valid ones"),

@@ -2,45 +2,70 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any, final
 
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics import Metric
 
-from lightning_nanguard.state.attributes import CONTAINERS, MISSING, OWN, refill
+from lightning_nanguard.state.attributes import (
+    CONTAINERS,
+    MISSING,
+    OWN,
+    PLAIN,
+    Reached,
+    attributes_of,
+    content,
+    give_back,
+    is_content,
+    learned_memory,
+    reach,
+    same,
+)
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 
 _DEFAULTS = RepeatedStepsThresholds()
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 @final
 class Attributes:
     """The plain attributes of some objects at one moment.
 
-    Attributes are bound again to what they were bound to; lists, dictionaries, sets and deques among them get back what
-    they held, one level deep.
+    Attributes are bound again to what they were bound to; containers, arrays, tensors and generators among them get
+    back what they held.
 
     Args:
-        modules: The modules, each with the names of its containers.
-        copied_items: Items up to which a container is copied; of a longer list only the length is kept.
+        owners: The objects, each with the names of the attributes whose values are copied.
+        items: Further values that are copied.
+        limits: What is copied; of a list that is too long only the length is kept.
+        learned: Memory of parameters and buffers, which are not copied.
     """
 
     __slots__ = ("_contents", "_owners")
 
-    def __init__(self, modules: Iterable[tuple[nn.Module, Sequence[str]]], copied_items: int) -> None:
+    def __init__(
+        self,
+        owners: Iterable[tuple[Any, Iterable[str]]],
+        items: Iterable[Any] = (),
+        limits: RepeatedStepsThresholds = _DEFAULTS,
+        learned: frozenset[int] = frozenset(),
+    ) -> None:
         self._owners: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._contents: list[tuple[Any, Any]] = []
-        for module, names in modules:
-            attributes = vars(module)
+        for owner, names in owners:
+            attributes = vars(owner)
             self._owners.append((attributes, attributes.copy()))
             for name in names:
-                value: Any = attributes.get(name)
-                if type(value) in CONTAINERS:
-                    held = copy.copy(value) if len(value) <= copied_items else len(value)
-                    self._contents.append((value, held))
+                self._copy(attributes.get(name), limits, learned)
+        for item in items:
+            self._copy(item, limits, learned)
+
+    def _copy(self, value: Any, limits: RepeatedStepsThresholds, learned: frozenset[int]) -> None:
+        if type(value) in CONTAINERS and len(value) > limits.copied_items:
+            self._contents.append((value, len(value)))
+        elif is_content(value, limits.copied_bytes, learned):
+            self._contents.append((value, content(value)))
 
     def restore(self, *, plain: bool = True) -> None:
         """Put them back.
@@ -50,11 +75,11 @@ class Attributes:
         """
         for attributes, before in self._owners:
             for name in [name for name in attributes if name not in before and name not in OWN]:
-                if plain or not isinstance(attributes[name], _PLAIN):
+                if plain or not _counts(attributes[name]):
                     del attributes[name]
             for name, value in before.items():
                 now = attributes.get(name, MISSING)
-                kept = not plain and isinstance(now, _PLAIN) and isinstance(value, _PLAIN) and None not in (now, value)
+                kept = not plain and _counts(now) and _counts(value) and None not in (now, value)
                 if name not in OWN and now is not value and not kept:
                     attributes[name] = value
         for value, held in self._contents:
@@ -62,22 +87,25 @@ class Attributes:
                 if isinstance(value, (list, bytearray)):
                     del value[held:]
                 continue
-            refill(value, held)
+            give_back(value, held)
 
     def plain_now(self) -> list[tuple[dict[str, Any], str, Any]]:
-        """Numbers, strings and flags with another value by now: the attributes they lie in, name and value."""
+        """Numbers, strings and flags with another value by now: the attributes they lie in, name and value.
+
+        A number that is not finite has come of the step, and is left out.
+        """
         return [
             (attributes, name, value)
             for attributes, before in self._owners
             for name, value in attributes.items()
-            if name not in OWN and isinstance(value, _PLAIN) and not _same(value, before.get(name, MISSING))
+            if name not in OWN and _counts(value) and not _same(value, before.get(name, MISSING))
         ]
 
     def restore_plain(self) -> None:
         """Put numbers, strings and flags back, and leave tensors, containers and objects as they are."""
         for attributes, before in self._owners:
             for name, value in before.items():
-                if name not in OWN and isinstance(value, _PLAIN) and isinstance(attributes.get(name), _PLAIN):
+                if name not in OWN and isinstance(value, PLAIN) and isinstance(attributes.get(name), PLAIN):
                     attributes[name] = value
 
     def not_in(self, other: Attributes) -> list[Any]:
@@ -88,42 +116,31 @@ class Attributes:
     def _held(self) -> Iterator[Any]:
         for _, before in self._owners:
             yield from (value for name, value in before.items() if name not in OWN)
-        for _, held in self._contents:
-            if not isinstance(held, int):
+        for value, held in self._contents:
+            if type(value) in CONTAINERS and not isinstance(held, int):
                 yield from held.values() if isinstance(held, dict) else held
 
-    def changed(self) -> bool:
-        """Whether any of them is another by now."""
-        return any(
-            (name not in OWN and before.get(name, MISSING) is not value)
+    def changed(self) -> set[int]:
+        """Identities of the values that hold something else by now, and of the attributes that have other values."""
+        bound = {
+            id(attributes)
             for attributes, before in self._owners
-            for name, value in attributes.items()
-        ) or any(
-            len(value) != held if isinstance(held, int) else not _holds_the_same(value, held)
+            if any(name not in OWN and before.get(name, MISSING) is not one for name, one in attributes.copy().items())
+        }
+        return bound | {
+            id(value)
             for value, held in self._contents
-        )
+            if (len(value) != held if isinstance(held, int) else not same(value, held))
+        }
 
 
-def _containers(module: nn.Module) -> list[str]:
-    return [name for name, value in vars(module).items() if name not in OWN and type(value) in CONTAINERS]
+def _counts(value: Any) -> bool:
+    """Whether a value may belong to the clock: a number, a string or a flag, but none that a bad batch leaves."""
+    return isinstance(value, PLAIN) and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def _same(value: Any, before: Any) -> bool:
     return value is before or (type(value) is type(before) and bool(value == before))
-
-
-def _holds_the_same(one: Any, other: Any) -> bool:
-    if len(one) != len(other):
-        return False
-    if isinstance(one, dict):
-        return all(other.get(key, MISSING) is value for key, value in one.items())
-    if isinstance(one, set):
-        return bool(one == other)
-    return all(left is right or _same_plain(left, right) for left, right in zip(one, other, strict=True))
-
-
-def _same_plain(left: Any, right: Any) -> bool:
-    return not isinstance(left, Tensor) and isinstance(left, _PLAIN) and left == right
 
 
 @final
@@ -147,33 +164,45 @@ class AttributeMemory:
     def __init__(self, module: nn.Module, thresholds: RepeatedStepsThresholds = _DEFAULTS) -> None:
         self._root = module
         self._limits = thresholds
-        self._changing: list[tuple[nn.Module, Sequence[str]]] = [(module, ())]
-        self._others: list[tuple[nn.Module, Attributes]] = []
+        # What steps were seen to change: owners, each with the names of values that are copied, and values elsewhere.
+        self._changing: list[tuple[Any, set[str]]] = [(module, set())]
+        self._items: list[Any] = []
+        self._learned: frozenset[int] = frozenset()
+        self._checked: tuple[Reached, Attributes] | None = None
 
     def now(self) -> Attributes:
         """The attributes as they are now."""
-        return Attributes(self._changing, self._limits.copied_items)
+        return Attributes(self._changing, self._items, self._limits, self._learned)
 
     def open(self, *, checked: bool) -> Attributes:
         """Remember the attributes before a step.
 
         Args:
-            checked: Whether this step is looked at for modules whose attributes change.
+            checked: Whether this step is looked at for objects whose attributes change.
         """
-        if checked:
-            self._changing = [(module, _containers(module)) for module, _ in self._changing]
-            self._others = list(self._all_others())
-        return self.now()
+        if not checked:
+            return self.now()
+        found = reach(self._root, self._limits.copied_bytes, self._limits)
+        owners = [(one, set(attributes_of(one))) for one in found.owners if not self._is_undone(one)]
+        self._learned = learned_memory(self._root)
+        self._checked = found, Attributes(owners, found.items, self._limits, self._learned)
+        return self._checked[1]
 
     def close(self) -> None:
-        """The step is over: from now on those modules are remembered, too, whose attributes it changed."""
-        if self._others:
-            self._changing += [(module, _containers(module)) for module, before in self._others if before.changed()]
-            self._others = []
+        """The step is over: from now on those objects are remembered, too, whose attributes it changed."""
+        if self._checked is None:
+            return
+        (found, before), self._checked = self._checked, None
+        changed, known = before.changed(), {id(owner): names for owner, names in self._changing}
+        self._changing = []
+        for owner in found.owners:
+            written = {name for name, value in attributes_of(owner).items() if id(value) in changed}
+            if id(owner) in known or written or id(vars(owner)) in changed:
+                containers = {name for name, value in attributes_of(owner).items() if type(value) in CONTAINERS}
+                self._changing.append((owner, known.get(id(owner), set()) | written | containers))
+        kept = changed | {id(one) for one in self._items}
+        self._items = [one for one in found.items if id(one) in kept]
 
-    def _all_others(self) -> Iterator[tuple[nn.Module, Attributes]]:
-        known = {id(module) for module, _ in self._changing}
-        for module in self._root.modules():
-            # The states of metrics are attributes that are written in place: BatchUndo copies them.
-            if id(module) not in known and not isinstance(module, Metric):
-                yield module, Attributes([(module, _containers(module))], self._limits.copied_items)
+    def _is_undone(self, owner: Any) -> bool:
+        # The states of metrics are attributes that are written in place: BatchUndo copies them.
+        return isinstance(owner, Metric) and any(owner is one for one in self._root.modules())

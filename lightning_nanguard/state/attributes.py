@@ -1,27 +1,70 @@
-"""Restores plain attributes of modules and data sets after the user's code was run again."""
+"""Restores plain attributes of modules, data sets and objects after the user's code was run again."""
 
 from __future__ import annotations
 
 import copy
+import io
 import random
-from collections import deque
-from collections.abc import Callable, Iterator
+import types
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-CONTAINERS = (list, dict, set, deque, bytearray)
-"""What is restored one level deep; a subclass of the user's may do more than hold things."""
+from lightning_nanguard.measure.tensors import is_strided
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
+
+CONTAINERS = (list, dict, set, deque, bytearray, defaultdict, OrderedDict, Counter)
+"""What holds things and does no more; a subclass of the user's may."""
 
 MISSING: Any = object()
 """Stands for an attribute that is not there."""
 
 OWN = frozenset(vars(nn.Module()))
 """What torch keeps in every module itself: parameters, buffers, hooks. Who copies tensors puts it back."""
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+"""Values that cannot be changed."""
+
+_DEFAULTS = RepeatedStepsThresholds()
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_NO_OBJECTS = (types.ModuleType, types.FunctionType, types.MethodType, type, Tensor)
+# Their objects are the trainer's or the learner's, or work beside the step.
+_FOREIGN = frozenset({"torch", "pytorch_lightning", "lightning", "lightning_fabric", "lightning_nanguard", "logging"})
+_BESIDE = frozenset({"_thread", "threading", "queue", "_queue", "multiprocessing", "concurrent", "asyncio"})
+
+
+def same(value: Any, held: Any) -> bool:
+    """Whether a value still holds what :func:`content` has copied: the same objects, or equal plain values."""
+    if isinstance(value, Tensor):
+        return bool(value._version == held[0])
+    if isinstance(value, np.ndarray):
+        return bool(value.shape == held.shape and value.tobytes() == held.tobytes())
+    if isinstance(value, _GENERATORS):
+        return _same_position(content(value), held)
+    if len(value) != len(held):
+        return False
+    if isinstance(value, dict):
+        return all(held.get(key, MISSING) is one for key, one in value.items())
+    if isinstance(value, set):
+        return bool(value == held)
+    return all(one is other or _equal(one, other) for one, other in zip(value, held, strict=True))
+
+
+def _same_position(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    return repr(one) == repr(other)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return isinstance(one, PLAIN) and type(one) is type(other) and bool(one == other)
 
 
 def refill(container: Any, held: Any) -> None:
@@ -30,15 +73,153 @@ def refill(container: Any, held: Any) -> None:
     (container.update if isinstance(container, (dict, set)) else container.extend)(held)
 
 
+def learned_memory(owner: Any) -> frozenset[int]:
+    """Where the parameters and buffers of a module lie; attributes may be other names of them."""
+    if not isinstance(owner, nn.Module):
+        return frozenset()
+    tensors = [one for one in (*owner.parameters(), *owner.buffers()) if not is_lazy(one) and is_strided(one)]
+    return frozenset(one.untyped_storage().data_ptr() for one in tensors)
+
+
+def is_content(value: Any, copied_bytes: int, learned: frozenset[int] = frozenset()) -> bool:
+    """Whether a step may change a value without another being bound, so that what it holds has to be copied.
+
+    Args:
+        value: The value of an attribute, or of an item in a container.
+        copied_bytes: Bytes up to which tensors and arrays are copied.
+        learned: What :func:`learned_memory` gives: tensors that lie there are left to others.
+    """
+    if type(value) in CONTAINERS or isinstance(value, _GENERATORS):
+        return True
+    if isinstance(value, Tensor):
+        usable = is_strided(value) and not value.is_inference() and value.nbytes <= copied_bytes
+        return usable and value.untyped_storage().data_ptr() not in learned
+    return type(value) is np.ndarray and bool(value.flags.writeable) and value.nbytes <= copied_bytes
+
+
+def content(value: Any) -> Any:
+    """A copy of what a value holds, for :func:`give_back`."""
+    if isinstance(value, Tensor):
+        return value._version, value.detach().clone()
+    if isinstance(value, np.random.Generator):
+        return copy.deepcopy(value.bit_generator.state)
+    if isinstance(value, (torch.Generator, np.random.RandomState)):
+        return value.get_state()
+    return value.getstate() if isinstance(value, random.Random) else copy.copy(value)
+
+
+def give_back(value: Any, held: Any) -> None:
+    """Put back what :func:`content` has copied."""
+    if isinstance(value, Tensor):
+        _, numbers = held
+        if value.shape == numbers.shape:
+            # By ``data``, which a step may have written through as well, and of which no autograd graph takes notice.
+            value.data.copy_(numbers)
+    elif isinstance(value, np.ndarray):
+        value[...] = held
+    elif isinstance(value, np.random.Generator):
+        value.bit_generator.state = held
+    elif isinstance(value, (torch.Generator, np.random.RandomState)):
+        value.set_state(held)
+    elif isinstance(value, random.Random):
+        value.setstate(held)
+    else:
+        refill(value, held)
+
+
+@final
+class Reached(NamedTuple):
+    """What a step can change through some objects.
+
+    Attributes:
+        owners: The objects that have attributes: modules first, then the plain objects that they hold.
+        items: Containers, arrays, tensors and generators that lie in containers.
+        streams: Whether there is an iterator, which cannot be put back.
+    """
+
+    owners: list[Any]
+    items: list[Any]
+    streams: bool
+
+
+def reach(owner: Any, copied_bytes: int, limits: RepeatedStepsThresholds = _DEFAULTS) -> Reached:
+    """Find what a step can change through an object: a few levels deep, and not into long containers.
+
+    Args:
+        owner: The object; of a module also every module in it.
+        copied_bytes: Bytes up to which tensors and arrays are copied.
+        limits: How far it looks.
+    """
+    owners, learned = list(_parts(owner)), learned_memory(owner)
+    items: list[Any] = []
+    streams, seen = False, {id(one) for one in owners}
+    most = len(owners) + limits.reached_objects
+    queue = deque((value, 0, False) for one in owners for value in attributes_of(one).values())
+    while queue and len(seen) < most:
+        value, level, is_item = queue.popleft()
+        if isinstance(value, PLAIN) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        streams |= isinstance(value, Iterator) and not isinstance(value, io.IOBase)
+        if is_item and is_content(value, copied_bytes, learned):
+            items.append(value)
+        inner, within = _items(value, limits.copied_items), True
+        if not inner and _is_plain_object(value):
+            owners += _parts(value)
+            inner, within = list(attributes_of(value).values()), False
+        if level < limits.depth:
+            queue.extend((one, level + 1, within) for one in inner)
+    return Reached(owners, items, streams)
+
+
+def _parts(owner: Any) -> Iterator[Any]:
+    yield from owner.modules() if isinstance(owner, nn.Module) else (owner,)
+
+
+def _items(value: Any, most: int) -> list[Any]:
+    if type(value) not in (*CONTAINERS, tuple) or len(value) > most:
+        return []
+    return list(value.values() if isinstance(value, dict) else value)
+
+
+def attributes_of(owner: Any) -> Mapping[str, Any]:
+    """The attributes of an object; of a module those that are not torch's own."""
+    attributes = getattr(owner, "__dict__", None)
+    if not isinstance(attributes, dict):
+        return {}
+    skipped = OWN if isinstance(owner, nn.Module) else ()
+    # A copy, since another thread may add one meanwhile.
+    return {name: value for name, value in attributes.copy().items() if name not in skipped}
+
+
+def _is_plain_object(value: Any) -> bool:
+    try:
+        return _may_be_put_back(value)
+    except Exception:  # what an object says of itself may be code of the user's
+        return False
+
+
+def _may_be_put_back(value: Any) -> bool:
+    if isinstance(value, (*_NO_OBJECTS, Iterator)) or not isinstance(getattr(value, "__dict__", None), dict):
+        return False
+    roots = {str(one.__module__).split(".")[0] for one in type(value).__mro__}
+    if _FOREIGN & roots and not isinstance(value, nn.Module):
+        return False
+    inside = (str(type(one).__module__).split(".")[0] for one in (value, *vars(value).copy().values()))
+    return _BESIDE.isdisjoint(inside)
+
+
 @contextmanager
-def attributes_kept(*owners: Any) -> Iterator[None]:
+def attributes_kept(*owners: Any, limits: RepeatedStepsThresholds = _DEFAULTS) -> Iterator[None]:
     """Put the attributes of some objects back at the end: counters, lists that grow, generators of random numbers.
 
-    Attributes are bound again to what they were bound to; lists, dictionaries, sets and deques among them get back
-    what they held, one level deep. Tensors, modules and whatever lies deeper are left alone.
+    Attributes are bound again to what they were bound to; containers, arrays, small tensors and generators get back
+    what they held, also in plain objects that are held, such as a meter of the user's. Parameters and buffers are left
+    alone, and iterators, which nothing can put back.
 
     Args:
         owners: The objects; of a module also every module in it.
+        limits: How far it looks, and what is copied.
 
     Example:
         >>> class Counter:
@@ -51,7 +232,7 @@ def attributes_kept(*owners: Any) -> Iterator[None]:
         >>> counter.seen, counter.outputs
         (0, [1])
     """
-    undo = [step for owner in owners for one in _parts(owner) for step in _remember(one)]
+    undo = [step for owner in owners for step in _remember(owner, limits)]
     try:
         yield
     finally:
@@ -59,43 +240,25 @@ def attributes_kept(*owners: Any) -> Iterator[None]:
             step()
 
 
-def _parts(owner: Any) -> Iterator[Any]:
-    yield from owner.modules() if isinstance(owner, nn.Module) else (owner,)
+def _remember(owner: Any, limits: RepeatedStepsThresholds) -> Iterator[Callable[[], None]]:
+    left, learned = limits.copied_bytes_rarely, learned_memory(owner)
+    found = reach(owner, left, limits)
+    values = list(found.items)
+    for one in found.owners:
+        before = attributes_of(one)
+        yield partial(_rebind, one, before)
+        values += before.values()
+    for value in values:
+        if is_content(value, left, learned):
+            left -= value.nbytes if isinstance(value, (Tensor, np.ndarray)) else 0
+            yield partial(give_back, value, content(value))
 
 
-def _remember(owner: Any) -> Iterator[Callable[[], None]]:
-    attributes = getattr(owner, "__dict__", None)
-    if not isinstance(attributes, dict):
-        return
-    skipped = OWN if isinstance(owner, nn.Module) else frozenset()
-    before = {name: value for name, value in attributes.items() if name not in skipped}
-
-    def rebind() -> None:
-        for name in [name for name in attributes if name not in before and name not in skipped]:
+def _rebind(owner: Any, before: Mapping[str, Any]) -> None:
+    attributes = getattr(owner, "__dict__", {})
+    for name in attributes_of(owner):
+        if name not in before:
             del attributes[name]
-        for name, value in before.items():
-            if attributes.get(name, MISSING) is not value:
-                attributes[name] = value
-
-    yield rebind
-    for value in before.values():
-        step = _content(value)
-        if step is not None:
-            yield step
-
-
-def _content(value: Any) -> Callable[[], None] | None:
-    if isinstance(value, torch.Generator):
-        return partial(_set_state, value, value.get_state())
-    if isinstance(value, np.random.Generator):
-        numbers = copy.deepcopy(value.bit_generator.state)
-        return lambda: setattr(value.bit_generator, "state", numbers)
-    if isinstance(value, random.Random):
-        return partial(value.setstate, value.getstate())
-    if isinstance(value, np.random.RandomState):
-        return partial(value.set_state, value.get_state())
-    return partial(refill, value, copy.copy(value)) if type(value) in CONTAINERS else None
-
-
-def _set_state(generator: torch.Generator, state: torch.Tensor) -> None:
-    generator.set_state(state)
+    for name, value in before.items():
+        if attributes.get(name, MISSING) is not value:
+            attributes[name] = value

@@ -41,6 +41,11 @@ class StepClock:
         """Whether the step has changed a counter."""
         return bool(self._counters)
 
+    @property
+    def names(self) -> list[str]:
+        """The attributes that count."""
+        return [name for _, name, _ in self._counters]
+
     def restore(self) -> None:
         """Put random streams and counters where they were after the step."""
         self._random.restore()
@@ -95,7 +100,7 @@ class StepStart:
 
     def emptied(self) -> StepStart:
         """The same without the batch and the attributes, whose tensors may be large."""
-        return StepStart(self._random, Attributes((), 0), None, 0)
+        return StepStart(self._random, Attributes(()), None, 0)
 
     def clock_now(self) -> StepClock:
         """What of all this the clock has moved on by now."""

@@ -100,7 +100,13 @@ class RepeatedStepsThresholds:
             power of two are checked, too.
         copied_items: Items up to which a list, dictionary or set among the module's attributes is copied before each
             step; of a longer list only the length is kept.
-        depth: Levels of nested containers of a batch that are restored before it is run again.
+        copied_bytes: Bytes up to which a tensor or array among the attributes is copied before each step, once it was
+            seen to be written in place.
+        copied_bytes_rarely: Bytes up to which tensors and arrays among them are copied together where batches are run
+            again beside the run, which is rare.
+        reached_objects: Objects that are looked at beside the modules, for what a step can change through them.
+        depth: Levels of nested containers of a batch, and of what the module's attributes hold, that are restored
+            before a batch is run again.
         window_bytes: Bytes up to which the batches of a window of accumulation are kept until its end.
         test_device: Number of transient faults at one place from which on the device is suspected.
         message: Characters of an exception's text that are recorded.
@@ -117,6 +123,9 @@ class RepeatedStepsThresholds:
 
     checked_every: int = 256
     copied_items: int = 256
+    copied_bytes: int = 1 << 16
+    copied_bytes_rarely: int = 1 << 24
+    reached_objects: int = 1024
     depth: int = 3
     window_bytes: int = 256 << 20
     test_device: int = 3

@@ -18,6 +18,8 @@ class SamplesThresholds:
         all_bad_after: Bad single samples, spread over the batch, after which a search ends if no part was good so far.
         searches_in_vain: Searches in a row that explain nothing, after which only the 4th, 8th, 16th, … is made.
         largest_share: Share of bad samples from which on the fault is not theirs, but of something all have in common.
+        other_weights: Draws of signs for the weights under all of which a sample must be bad to be listed, where it
+            shows nothing bad by itself. A number that the weights have made negative stays so in half of them.
         columns_named: Columns of one sample that are named at most.
         batches_waiting: Batches that Lightning may have taken from the loader and not trained on yet.
         separable_error: Relative difference up to which the loss of a batch is the weighted mean of its parts' losses;
@@ -38,6 +40,7 @@ class SamplesThresholds:
     all_bad_after: int = 8
     searches_in_vain: int = 3
     largest_share: float = 0.5
+    other_weights: int = 4
     columns_named: int = 32
     batches_waiting: int = 8
     separable_error: float = 1e-3

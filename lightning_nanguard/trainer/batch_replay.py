@@ -20,6 +20,7 @@ from lightning_nanguard.distributed.forbid_collectives import ForbidCollectives
 from lightning_nanguard.distributed.ranks import Ranks, mean_over_ranks
 from lightning_nanguard.measure.finite import batch_finite, non_finite_indices
 from lightning_nanguard.measure.tensors import gradients
+from lightning_nanguard.state.attributes import reach
 from lightning_nanguard.state.batch_history import BatchHistory, MicroBatch
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import Learner
@@ -171,7 +172,7 @@ class TrainerBatchReplay:
 
     def rehearsing(self) -> AbstractContextManager[None]:
         """Inside, batches run outside the run's count; at its end all they touched but the learner is restored."""
-        return untraced(self._trainer, self._module, self._limits.undo)
+        return untraced(self._trainer, self._module, self._limits)
 
     def rehearsal_batches(self) -> int:
         """How many batches are at hand to rehearse on; 0 if that cannot be done."""
@@ -200,7 +201,10 @@ class TrainerBatchReplay:
         kept = self._limits.micro_batches.per_update
         alone = self._ranks.world == 1 or 0 not in self._learner.quasi_newton
         one = len(self._learner.optimizers) == 1 and not self._ranks.sharded
-        return self.comparable() and one and alone and self._trainer.accumulate_grad_batches <= kept
+        if not (self.comparable() and one and alone and self._trainer.accumulate_grad_batches <= kept):
+            return False
+        # What a step takes from an iterator of the module's, such as a second loader's, the run would miss.
+        return not reach(self._module, 0, self._limits.repeated).streams
 
     def train_at_hand(self) -> float | None:
         """The present update, with the random numbers of its micro-batches; its loss before the update."""
@@ -308,7 +312,7 @@ class TrainerBatchReplay:
     @contextmanager
     def untraced(self) -> Iterator[None]:
         """Inside, nothing that runs leaves a trace, and no rank waits for another."""
-        with untraced(self._trainer, self._module, self._limits.undo), self._silently():
+        with untraced(self._trainer, self._module, self._limits), self._silently():
             yield
 
     @contextmanager

@@ -21,6 +21,7 @@ from lightning_nanguard.record.summary import summary
 from lightning_nanguard.record.text import counted
 from lightning_nanguard.state.snapshot_room import SnapshotSize
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.carried_attributes import CarriedAttributes
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.logger_curves import LoggerCurves
 from lightning_nanguard.trainer.logger_report import log_report
@@ -89,6 +90,7 @@ class Fit:
         self.validation = ValidationWatch(trainer, guard, replay)
         self.rank_zero = trainer.is_global_zero
         self.last_good: LastGood | None = None
+        self.carried: CarriedAttributes | None = None
         self._accumulates = accumulation(trainer)
         self._unknown: set[int] = set()
         self._patches = ExitStack()
@@ -118,6 +120,8 @@ class Fit:
             later(run_micro_batches_by(self._trainer, runner))
             self.context.state.go_on = runner.go_on_from
             later(setattr, self.context.state, "go_on", None)
+        elif not (module.automatic_optimization or self.context.settings.observe):
+            self.carried = CarriedAttributes(module, self.guard.steps, limits)
         later(
             guard_saves(
                 self._trainer,
@@ -221,9 +225,12 @@ class Fit:
     def say_if_unseen(self) -> None:
         """At the end of training: say so if batches were trained on and the guard saw no optimizer step."""
         if self.replay.batch_idx >= 0 and self.guard.updates == 0 and self.context.learner.optimizers:
+            automatic = self.context.learner.module.automatic_optimization
             _logger.warning(
-                "NaNGuard: batches were trained on, but no optimizer step was seen, so nothing was guarded. Under "
-                "manual optimization step the optimizers that self.optimizers() gives."
+                "NaNGuard: batches were trained on, but no optimizer step was seen, so nothing was guarded. %s",
+                "In an optimizer_step of your own give the closure to optimizer.step, which calls it."
+                if automatic
+                else "Under manual optimization step the optimizers that self.optimizers() gives.",
             )
 
     def say_how_it_went(self, faults: Mapping[str, int], remedies: Mapping[str, int]) -> None:

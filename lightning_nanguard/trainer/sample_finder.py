@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -21,6 +21,7 @@ from lightning_nanguard.diagnosis.bad_samples import (
     non_finite_samples,
 )
 from lightning_nanguard.diagnosis.batch import samples
+from lightning_nanguard.diagnosis.other_weights import other_signs
 from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm
 from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot
 from lightning_nanguard.guard.context import GuardContext
@@ -160,20 +161,24 @@ class SampleFinder:
         if bad is None and finding is not None and micro is about and self._blames_samples(finding):
             found = {index: SampleFault(finding.cause) for index in finding.samples} | found
         elif bad is not None and usable:
-            found = self._confirmed(micro, found, good)
-        self._seen[origin.epoch, origin.position] = found
+            found = self._bad_under(partial(self._at, good), micro, found)
+        self._seen[origin.epoch, origin.position] = found  # what the update at hand is made without
+        for draw in range(self._limits.other_weights):
+            found = self._bad_under(partial(other_signs, self._module, draw), micro, found)
         return self._samples(micro, found)
 
     def _blames_samples(self, finding: Finding) -> bool:
         told = self._context.thresholds.diagnosis.confidence.told
         return finding.scope == "batch" and finding.confidence > told
 
-    def _confirmed(self, micro: MicroBatch, found: Found, good: Snapshot | None) -> Found:
-        """Without the samples that are bad under the present weights alone: those are at fault there."""
+    def _bad_under(
+        self, other: Callable[[], AbstractContextManager[None] | None], micro: MicroBatch, found: Found
+    ) -> Found:
+        """Without the samples that are good under other weights: the weights are at fault there."""
         doubtful = [index for index, fault in found.items() if fault.cause not in (NOT_FINITE, FAR)]
         if not doubtful:
             return found  # the state of a snapshot takes a copy of the learner
-        with self._parts(micro, self._at(good)) as bad:
+        with self._parts(micro, other()) as bad:
             innocent = {index for index in doubtful if bad is not None and bad([index]) is False}
         return {index: fault for index, fault in found.items() if index not in innocent}
 

@@ -158,7 +158,7 @@ class StepRunner:
                     after.restore_counters()
                 if first.error is not None and not first.early:
                     call_after_backward(self._trainer, self._listens)
-                self._check.record_transient(fault_of(first))
+                self._check.record_transient(fault_of(first), counters=after.names if keeps else ())
                 return self._over(last.result, steps=steps)
             if last.error is not None and not is_numeric(last.error):
                 self._memory.repeatable = False

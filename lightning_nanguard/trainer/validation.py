@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, final
 
 import torch
@@ -42,7 +42,7 @@ class ValidationWatch:
         """At the end of validation: report a loss that was not finite."""
         bad, self._bad = self._bad, None
         seen = "validation loss" if bad is not None and bool(bad) else None
-        name = next(self._bad_metrics(), None) if bad is None else seen
+        name = seen or next(self._bad_metrics(losses=bad is None), None)
         if name is None:
             return
         # What was only observed may have ruined the training loss, too.
@@ -54,9 +54,16 @@ class ValidationWatch:
         finally:
             self._replay.batch_idx = batch_idx
 
-    def _bad_metrics(self) -> Any:
-        return (
-            key
-            for key, value in self._trainer.callback_metrics.items()
-            if "loss" in key and key.startswith("val") and not bool(torch.isfinite(value).all())
-        )
+    def _bad_metrics(self, *, losses: bool) -> Iterator[str]:
+        """Logged metrics that are not finite, of those that decide something: a callback or a schedule follows them.
+
+        Args:
+            losses: Whether validation losses, as their names tell, count too.
+        """
+        trainer: Any = self._trainer
+        owners = (*trainer.callbacks, *trainer.lr_scheduler_configs)
+        followed = {name for owner in owners if isinstance(name := getattr(owner, "monitor", None), str)}
+        for key, value in trainer.callback_metrics.items():
+            is_loss = losses and "loss" in key and key.startswith("val")
+            if (is_loss or key in followed) and not bool(torch.isfinite(value).all()):
+                yield key

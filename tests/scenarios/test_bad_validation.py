@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import EarlyStopping
 
 from lightning_nanguard import (
     NaNGuard,
 )
 from tests.helpers import (
+    Batch,
+    Task,
     data_for,
     fit,
+    mlp,
     task,
     with_nan,
     words,
@@ -74,3 +78,29 @@ def test_validation_data_that_is_bad_is_no_fault_of_the_state(tmp_path: Path) ->
     assert guard.lr_multiplier == 1.0
     losses = [row["loss_epoch"] for _, row in run.logger.rows if "loss_epoch" in row]
     assert losses[-1] < 0.5 * losses[0], "the rollbacks kept it from learning"
+
+
+class Scored(Task):
+    """Logs its validation loss by a name of its own and returns nothing."""
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.loss(batch, "score")
+
+
+def test_a_followed_metric_is_watched_by_any_name(tmp_path: Path) -> None:
+    """What EarlyStopping monitors is not finite: it is on record before the callback stops the run for it."""
+    guard = NaNGuard()
+    val = [with_nan(batch) for batch in data_for("norm", 2, seed=5)]
+    stops = EarlyStopping("score", check_finite=True)
+    run = fit(
+        Scored(mlp(norm=True), adam),
+        data_for("norm", 5),
+        guard,
+        folder=tmp_path,
+        val=val,
+        max_epochs=3,
+        callbacks=[stops],
+    )
+    assert run.trainer.current_epoch == 1
+    (found,) = guard.interventions
+    assert (found.fault, found.place, found.remedies) == ("non_finite_validation", "score", ())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -110,3 +112,37 @@ def test_plain_values_alone_are_put_back() -> None:
     before.restore_plain()
     assert (module.seen, module.outputs) == (0, outputs)
     assert outputs == [5]
+
+
+def test_objects_that_a_step_writes_to_are_found() -> None:
+    """From the checked step on in which they were seen to change; arrays in them and in containers, too."""
+    module = Carries()
+    module.meter = SimpleNamespace(count=0, rows=np.zeros(2))
+    module.nested = {"rows": [np.zeros(2)]}
+    memory = AttributeMemory(module)
+
+    def step() -> None:
+        module.meter.count += 1
+        module.meter.rows += 1
+        module.nested["rows"][0] += 1
+
+    memory.open(checked=True)
+    step()
+    memory.close()
+    before = memory.open(checked=False)
+    step()
+    memory.close()
+    before.restore()
+    assert (module.meter.count, module.meter.rows.tolist(), module.nested["rows"][0].tolist()) == (1, [1, 1], [1, 1])
+
+
+def test_a_number_that_is_not_finite_is_no_counter() -> None:
+    """Where a step is left out its counters stay, and a running mean that it has made NaN goes back."""
+    module = Carries()
+    module.mean = 1.0
+    before = AttributeMemory(module).open(checked=True)
+    module.step(3)
+    module.mean = float("nan")
+    assert {name for _, name, _ in before.plain_now()} == {"seen", "new"}
+    before.restore(plain=False)
+    assert (module.mean, module.seen) == (1.0, 1)

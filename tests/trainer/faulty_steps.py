@@ -23,13 +23,15 @@ NAN = math.nan
 
 
 class Fault:
-    """Strikes in given steps; lies outside of the module, where nothing puts it back.
+    """Strikes in given steps; nothing puts it back, since it has no attributes beside its slots.
 
     Args:
         kind: What is struck.
         at: Numbers of the micro-batches, over all epochs.
         times: How often each of them is struck.
     """
+
+    __slots__ = ("batch", "hits", "kind", "left")
 
     def __init__(self, kind: str, at: Sequence[int], times: int = 1) -> None:
         self.kind = kind

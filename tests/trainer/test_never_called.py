@@ -6,11 +6,13 @@ import gc
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from lightning_nanguard import NaNGuard
-from tests.helpers import TwoOptimizers, data_for, fit, task
+from tests.helpers import Batch, Task, TwoOptimizers, data_for, fit, mlp, task, with_nan
 
 
 class Bare(TwoOptimizers):
@@ -45,3 +47,49 @@ def test_a_fit_whose_steps_are_not_seen_says_so(tmp_path: Path, caplog: pytest.L
     torch_only = Bare()
     fit(torch_only, data_for("mlp", 2), NaNGuard(dirpath=tmp_path), folder=tmp_path)
     assert "no optimizer step was seen" in caplog.text
+
+
+class StepsInHooks(Task):
+    """Makes its updates in hooks on the parameters, as the backward pass goes."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.automatic_optimization = False
+
+    def on_fit_start(self) -> None:
+        for parameter in self.parameters():
+            optimizer = torch.optim.SGD([parameter], lr=0.01)
+            parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        self.manual_backward(self.loss(batch, "loss"))
+
+    def configure_optimizers(self) -> None:
+        return None
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+def test_a_fit_that_is_not_guarded_is_not_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Weights that were lost in updates which the guard cannot see are told at the end, and raise no error."""
+    guard = NaNGuard(dirpath=tmp_path)
+    run = fit(StepsInHooks(), [with_nan(batch) for batch in data_for("mlp", 2)], guard, folder=tmp_path)
+    assert run.trainer.state.finished
+    assert "is no longer finite at the end of the run. No update was guarded" in caplog.text
+    assert len(guard.interventions) == 0
+
+
+class CallsTheClosure(Task):
+    """Calls the closure itself, and steps without it."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp())
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer_closure()
+        optimizer.optimizer.step()
+
+
+def test_an_optimizer_step_that_is_not_seen_says_what_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Under automatic optimization the advice is to give the closure to the optimizer."""
+    fit(CallsTheClosure(), data_for("mlp", 2), NaNGuard(dirpath=tmp_path), folder=tmp_path)
+    assert "give the closure to optimizer.step" in caplog.text

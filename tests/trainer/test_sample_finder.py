@@ -215,6 +215,27 @@ def test_samples_are_not_blamed_for_the_weights(tmp_path: Path) -> None:
     assert listed(guard) == []
 
 
+class LogOfOutput(LogTargets):
+    """Takes the logarithm of an output of its own, which the weights make negative for some samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aside = nn.Linear(4, 1)
+
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        x, y = batch
+        return (self.net(x) - y.log()).square().mean() + (self.aside(x) + 0.5).log().mean()
+
+
+@pytest.mark.parametrize("quarantine", [False, True])
+def test_samples_that_only_the_weights_make_bad(quarantine: bool, tmp_path: Path) -> None:
+    """They are good under other weights of the same size and are not listed; one that is bad under all is."""
+    torch.manual_seed(3)
+    guard = trained(rows(y9=-1.0), tmp_path, LogOfOutput(), guard={"quarantine": quarantine})
+    assert any("skip" in found.remedies for found in guard.interventions)
+    assert {one.row for one in listed(guard)} == {9}
+
+
 def test_a_cause_common_to_all_samples_costs_few_passes(tmp_path: Path) -> None:
     """Where whole batches are bad, parts of the first few are run, and then of one now and then."""
     passes: list[int] = []

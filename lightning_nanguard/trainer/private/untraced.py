@@ -13,17 +13,17 @@ import torch
 
 from lightning_nanguard.state.attributes import attributes_kept
 from lightning_nanguard.state.batch_undo import BatchUndo
-from lightning_nanguard.thresholds.batches import BatchUndoThresholds
+from lightning_nanguard.thresholds.batches import BatchesThresholds
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.patches import call_nothing, undo_all, wrap_method
 from lightning_nanguard.trainer.private.running_means import remember_running_means
 
-_DEFAULTS = BatchUndoThresholds()
+_DEFAULTS = BatchesThresholds()
 _METRICS = ("_logged_metrics", "_callback_metrics", "_progress_bar_metrics")
 
 
 @contextmanager
-def untraced(trainer: Trainer, module: LightningModule, thresholds: BatchUndoThresholds = _DEFAULTS) -> Iterator[None]:
+def untraced(trainer: Trainer, module: LightningModule, thresholds: BatchesThresholds = _DEFAULTS) -> Iterator[None]:
     """Undo at the end what a step touches: random streams, buffers, metrics, logged values, attributes.
 
     Inside, gradients are enabled and nothing is saved: weights that are only tried out belong in no file.
@@ -31,16 +31,16 @@ def untraced(trainer: Trainer, module: LightningModule, thresholds: BatchUndoThr
     Args:
         trainer: The trainer.
         module: What is trained by it.
-        thresholds: What is copied.
+        thresholds: What is copied, and how far attributes are looked into.
     """
-    trace = BatchUndo(module, [partial(remember_running_means, trainer)], thorough=True, thresholds=thresholds)
+    trace = BatchUndo(module, [partial(remember_running_means, trainer)], thorough=True, thresholds=thresholds.undo)
     trace.open()
     try:
         with (
             _same_randomness(module.device),
             _without_saves(trainer),
             _without_logs(trainer),
-            attributes_kept(module),
+            attributes_kept(module, limits=thresholds.repeated),
             torch.enable_grad(),
         ):
             yield

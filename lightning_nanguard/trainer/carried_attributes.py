@@ -1,0 +1,40 @@
+"""What a batch leaves in the module's attributes under manual optimization, undone where the batch is skipped."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import final
+
+from torch import nn
+
+from lightning_nanguard.guard.step_check import StepCheck
+from lightning_nanguard.state.attribute_memory import AttributeMemory
+from lightning_nanguard.state.random_state import is_checked
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
+
+
+@final
+class CarriedAttributes:
+    """Remembers attributes before each batch, such as a hidden state that the next batch begins with.
+
+    Args:
+        module: The module trained.
+        check: Has them put back where the batch is left out.
+        thresholds: Which steps are checked, and what is copied.
+    """
+
+    def __init__(self, module: nn.Module, check: StepCheck, thresholds: RepeatedStepsThresholds) -> None:
+        self._memory = AttributeMemory(module, thresholds)
+        self._check = check
+        self._every = thresholds.checked_every
+        self._opened = 0
+
+    def open(self) -> None:
+        """A batch begins."""
+        before = self._memory.open(checked=is_checked(self._opened, self._every))
+        self._opened += 1
+        self._check.undo_also(partial(before.restore, plain=False))
+
+    def close(self) -> None:
+        """It has run."""
+        self._memory.close()
