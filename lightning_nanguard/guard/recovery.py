@@ -126,7 +126,6 @@ class Recovery:
         # If the loss falls, this rate is good enough. If it never fell, it says nothing about the rate.
         rests = history.learning() and not history.falling()
         rests &= self._may_lower and self._lowered < limits.most_lowered and before[0] > reduce.min_lr
-        rests &= self._context.settings.act_on == "evidence"  # that the rate is still too high is a finite suspicion
         if not (may_rise or rests):
             return
         factor = self._rehearsal.review(history.first if rests else None, at_most=limits.raised if may_rise else 1.0)

@@ -75,8 +75,7 @@ class TrialRunner:
         self._running: _Running | None = None
         self._shown: tuple[Trial | None, Snapshot | None] = None, None
         self._made = 0  # updates of the arms of all trials
-        self._rate: tuple[float, float] | None = None  # the multiplier, and the rate, of the newest trial
-        self._highest = 0.0  # rate since then
+        self._newest: tuple[int, float, float] | None = None  # update, multiplier and rate of the newest trial
 
     @property
     def running(self) -> bool:
@@ -122,8 +121,7 @@ class TrialRunner:
         if len(states) < len(bases) or not arms:
             return False
         earlier, rate = self._context.replay.earlier(), self._context.rate
-        self._highest = rate.first() or 0.0
-        self._rate = rate.ratio(), self._highest
+        self._newest = self._context.state.step, rate.ratio(), rate.first() or 0.0
         self._running = _Running(
             fault,
             self._context.state.step,
@@ -138,20 +136,20 @@ class TrialRunner:
 
     def _asks_anew(self) -> bool:
         """Whether the rate is or was another than in the newest trial: the guard has changed it, or it has risen."""
-        then, highest = self._rate, self._highest
-        return (
-            then is None or self._context.rate.ratio() != then[0] or highest > then[1] <= highest / self._limits.risen
-        )
+        if self._newest is None:
+            return True
+        step, ratio, rate = self._newest
+        highest = max((one for since, one in self._context.state.rates if since > step), default=0.0)
+        return self._context.rate.ratio() != ratio or highest > rate <= highest / self._limits.risen
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers."""
-        return {"made": self._made, "rate": self._rate, "highest": self._highest}
+        return {"made": self._made, "newest": self._newest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; nothing is known where it is empty."""
-        self._made, rate = int(state.get("made", 0)), state.get("rate")
-        self._rate = None if rate is None else (float(rate[0]), float(rate[1]))
-        self._highest = float(state.get("highest", 0.0))
+        self._made, newest = int(state.get("made", 0)), state.get("newest")
+        self._newest = None if newest is None else (int(newest[0]), float(newest[1]), float(newest[2]))
 
     def cancel(self) -> None:
         """The run is over."""
@@ -166,7 +164,6 @@ class TrialRunner:
         Returns:
             The suspicion that it is about, where it ends with this update; :meth:`take_shown` gives what it showed.
         """
-        self._highest = max(self._highest, self._context.rate.first() or 0.0)
         running, reading = self._running, readings[-1]
         if running is None or reading.step <= running.begun:
             return None

@@ -9,7 +9,7 @@ import pytest
 
 from lightning_nanguard import ClipGradients, ReduceLR, Remedy, Rollback
 from lightning_nanguard.thresholds import Thresholds
-from tests.guard.plain_loop import EVIDENCE, PlainLoop, remedies
+from tests.guard.plain_loop import PlainLoop, remedies
 
 
 def thresholds(first_after: int) -> Thresholds:
@@ -52,7 +52,7 @@ def cut(loop: PlainLoop, factor: float = 0.25) -> None:
 def test_reviews_lower_a_rate_so_often(listed: list[Remedy] | None, cuts: int) -> None:
     """Whatever reviews say, a rate goes down three times in a row at most, not below ``min_lr``, and not at all where
     the user did not list that remedy; a resumed run counts on."""
-    loop = Forgetful(remedies=listed, thresholds=thresholds(10), settings=EVIDENCE)
+    loop = Forgetful(remedies=listed, thresholds=thresholds(10))
     loop.run(2)
     cut(loop)
     loop.run(60)
@@ -62,15 +62,6 @@ def test_reviews_lower_a_rate_so_often(listed: list[Remedy] | None, cuts: int) -
     again.guard._parts.recovery.load_state_dict(loop.guard._parts.recovery.state_dict())
     assert again.guard._parts.recovery.state_dict() == loop.guard._parts.recovery.state_dict()
     assert loop.guard._parts.recovery.state_dict()["lowered"] == cuts
-
-
-def test_reviews_lower_no_rate_unless_evidence_is_acted_on() -> None:
-    """That a rate is still too high is a finite suspicion."""
-    loop = Forgetful(thresholds=thresholds(10))
-    loop.run(2)
-    cut(loop)
-    loop.run(60)
-    assert loop.records == []
 
 
 def test_a_review_raises_a_rate_that_was_cut_too_far() -> None:

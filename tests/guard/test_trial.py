@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.state.snapshot import tensor_bytes
-from lightning_nanguard.types import Fault, Reading
+from lightning_nanguard.types import Fault
 from tests.guard.branching import BranchingLoop, branches
 from tests.guard.plain_loop import nan_at, remedies, state
 from tests.helpers import copied, differences
@@ -68,9 +68,9 @@ def test_a_plateau_is_tried_once_at_a_rate() -> None:
         known = trials.state_dict()
         trials.load_state_dict({})
         trials.load_state_dict(known)
-        loop.guard.context.rate.set_multiplier(multiplier)
         loop.optimizer.param_groups[0]["lr"] = rate
-        trials.after([Reading(1000, 0, 1.0, 1.0, finite=True, loss_finite=True)])
+        loop.run(1)
+        loop.guard.context.rate.set_multiplier(multiplier)
         loop.optimizer.param_groups[0]["lr"] = 0.05  # what was a peak counts as well
         assert not trials.running
         assert trials.begin(plateau, certified[-1], certified[0]) == begins
