@@ -65,6 +65,12 @@ class Observer(pl.Callback):
         if trainer.global_step not in self.after:
             self.after[trainer.global_step] = learner(trainer, module)
 
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        self._look(trainer, module)  # before stochastic weight averaging puts the average in the module
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        self._look(trainer, module)
+
     def _look(self, trainer: Any, module: Any) -> None:
         made = self.records()
         if len(made) > self._looked:
