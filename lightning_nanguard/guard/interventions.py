@@ -93,8 +93,8 @@ class Interventions:
         state.policy = policy
         if not plan:
             state.arm = None
-            if evidence.trial is None and not (fault.certain or fault.doubtful or self._investigator.trial_runs):
-                self._tell(fault)  # no trial was possible
+            if not (fault.certain or fault.doubtful or self._investigator.trial_runs):
+                self._tell(fault)  # no trial was possible, or one has shown nothing
             return self._dismiss(found)
         skipped = any(isinstance(step, Skip) for step in plan)
         self._investigator.conclude(fault, batch=skipped)
@@ -118,19 +118,22 @@ class Interventions:
         self._leave(fault, self._loop.clock(), "was finite and left alone. Clip gradients, or look at that batch")
         found = self._shown_by_weights(fault)
         if found is not None:
-            suggestion = (
-                f"{fault.message}; {found.suggestion} Nothing was changed: every number is finite. "
-                'NaNGuard(act_on="evidence") looks for further evidence and acts on it.'
-            )
-            self._loop.advise(replace(found, suggestion=suggestion))
+            self._loop.advise(replace(found, suggestion=f"{fault.message}; {found.suggestion} {self._unchanged()}"))
             return
         evidence = {} if fault.value is None else {"value": fault.value}
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
         suggestion = (
-            f"{fault.message}. Nothing was changed: every number is finite. If the run is lost, start it again with a "
-            'lower learning rate, or with NaNGuard(act_on="evidence"), which looks for evidence and acts on it.'
+            f"{fault.message}. If the run is lost, start it again with a lower learning rate. {self._unchanged()}"
         )
         self._loop.advise(Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion))
+
+    def _unchanged(self) -> str:
+        if self._context.settings.act_on == "evidence":
+            return "Nothing was changed: every number is finite, and no trial has shown that a lower rate learns more."
+        return (
+            "Nothing was changed: every number is finite. "
+            'NaNGuard(act_on="evidence") looks for further evidence and acts on it.'
+        )
 
     def _shown_by_weights(self, fault: Fault) -> Finding | None:
         """The cause of a suspicion of the learner, where the growth of its weights shows one; no batch is run."""

@@ -11,7 +11,7 @@ import re
 from lightning_nanguard.record.sample_words import origin_in_words, samples_in_words
 from lightning_nanguard.record.text import counted, in_words, listed_numbers, printable
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
-from lightning_nanguard.types import Advice, Finding, Intervention
+from lightning_nanguard.types import SUSPICION, Advice, Finding, Intervention
 
 
 def describe(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) -> str:
@@ -183,7 +183,7 @@ def describe_advice(advice: Advice, thresholds: RecordsThresholds = RECORDS) -> 
         'step 0 (epoch 0), advice (preflight): dead relu in net.1 (ReLU)'
     """
     finding = advice.finding
-    occasion = "" if advice.occasion == "a finite suspicion" else f" ({advice.occasion})"
+    occasion = "" if advice.occasion == SUSPICION else f" ({advice.occasion})"
     words = "" if "sample" in finding.suggestion else samples_in_words(finding, thresholds)
     samples = f" ({words})" if words else ""
     suggestion = f": {finding.suggestion}" if finding.suggestion else ""

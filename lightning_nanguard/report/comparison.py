@@ -159,7 +159,8 @@ def _differing(runs: Sequence[RunData], kind: str, prefix: str) -> list[Row]:
     begun: list[Mapping[str, Any]] = [{} if run.log is None or not run.log.fits else run.log.fits[-1] for run in runs]
     known: list[Mapping[str, Any]] = [one if isinstance(one := fit.get(kind), dict) else {} for fit in begun]
     rows = []
-    for name in dict.fromkeys(name for settings in known for name in settings):
+    # Names with an underscore are Lightning's own.
+    for name in dict.fromkeys(name for settings in known for name in settings if not name.startswith("_")):
         values = [str(settings[name]) if name in settings else "default" if prefix else _NONE for settings in known]
         if len(set(values)) > 1 and all(known):
             rows.append((f"{prefix}{name}", values))

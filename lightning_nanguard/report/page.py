@@ -16,7 +16,7 @@ from lightning_nanguard.record.text import counted, in_words, listed_numbers
 from lightning_nanguard.report.data import RunData
 from lightning_nanguard.report.figure import draw, to_svg
 from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
-from lightning_nanguard.types import Intervention
+from lightning_nanguard.types import SUSPICION, Intervention
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --text: #1c2430; --soft: #f3f5f8; --line: #d9dee6;
@@ -114,6 +114,9 @@ def verdict(data: RunData) -> tuple[str, bool | None]:
     first, last = data.losses_at_ends()
     if not data.alive and first is not None and last is not None and last > first:
         return f"Ended: {count}, and the loss ends above where it began.", None
+    suspected = sorted({in_words(one.finding.cause) for one in data.advice if one.occasion == SUSPICION})
+    if suspected and not data.alive:
+        return f"Ended: {count}, and there is advice about {', '.join(suspected)}.", None
     return f"{'Kept alive so far' if data.alive else 'Saved'}: {count}.", True
 
 

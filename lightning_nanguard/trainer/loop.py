@@ -11,7 +11,7 @@ from lightning_nanguard.record.dispatch import SinkDispatcher
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.types import Evidence, Fault, Finding, Intervention
+from lightning_nanguard.types import SUSPICION, Evidence, Fault, Finding, Intervention
 
 
 @final
@@ -58,7 +58,7 @@ class TrainerLoop:
 
     def advise(self, finding: Finding) -> None:
         """Give advice about a suspicion that the guard does not act on."""
-        self._diagnostics.advise("a finite suspicion", finding)
+        self._diagnostics.advise(SUSPICION, finding)
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
         """Why the fault of an update happened, ``None`` if that was not found."""

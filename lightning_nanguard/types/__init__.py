@@ -9,10 +9,20 @@ from __future__ import annotations
 from lightning_nanguard.types.evidence import Comparison, Evidence, Trial
 from lightning_nanguard.types.faults import Fault, Proof, Reading, Scope
 from lightning_nanguard.types.plan import ActOn, Clip, DropMoments, Plan, PlanStep, Restore, Role, Scale, Skip, Stop
-from lightning_nanguard.types.records import SCHEMA_VERSION, Advice, Finding, Intervention, Row, Verdict, plain
+from lightning_nanguard.types.records import (
+    SCHEMA_VERSION,
+    SUSPICION,
+    Advice,
+    Finding,
+    Intervention,
+    Row,
+    Verdict,
+    plain,
+)
 
 __all__ = [
     "SCHEMA_VERSION",
+    "SUSPICION",
     "ActOn",
     "Advice",
     "Clip",

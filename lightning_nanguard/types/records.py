@@ -120,6 +120,10 @@ class Intervention:
             raise ValueError(f"not a record of an intervention: {error}; its keys are {sorted(data)}") from error
 
 
+SUSPICION = "a finite suspicion"
+"""The occasion of advice about a finite loss or gradient that looks bad."""
+
+
 @dataclass(frozen=True, slots=True)
 class Advice:
     """Something that the guard noticed and only reports. It changes nothing and is no intervention.

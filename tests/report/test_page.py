@@ -71,6 +71,11 @@ def test_nothing_is_loaded_and_hostile_names_are_text(tmp_path: Path) -> None:
         ({"advice": [ADVICE]}, "Nothing done: there is advice about dead relu.", None),
         ({"interventions": [SKIP]}, "Saved: 1 intervention", True),
         ({"interventions": [SKIP], "curve": RISING}, "Ended: 1 intervention, and the loss ends above where", None),
+        (
+            {"interventions": [SKIP], "advice": [replace(ADVICE, occasion="a finite suspicion")]},
+            "Ended: 1 intervention, and there is advice about dead relu.",
+            None,
+        ),
         ({"interventions": [SKIP], "alive": True}, "Kept alive so far", True),
         ({"interventions": [replace(SKIP, applied=False)]}, "Only observed", True),
         ({"interventions": [replace(SKIP, remedies=("stop",))]}, "Lost: the guard stopped", False),
