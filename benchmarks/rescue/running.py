@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -244,7 +243,7 @@ def train(
     learner.quits_when_lost = quits_when_lost
     initial = held_out_loss(task, net)
     untrained = {name: t.detach().clone() for name, t in _tensors(learner, (), ())}
-    averages = [EMAWeightAveraging(decay=0.95)] if case.average else []
+    averages = [pl.callbacks.EMAWeightAveraging(decay=0.95)] if case.average else []
     folder = tempfile.mkdtemp(prefix="rescue-")
     error: tuple[str, str] | None = None
     with _quiet():
