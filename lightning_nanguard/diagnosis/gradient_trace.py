@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -34,7 +33,7 @@ def origin_of_bad_gradient(loss: Tensor, module: nn.Module, modules: RunningModu
     """The first node that made a non-finite gradient out of finite ones.
 
     Args:
-        loss: The loss, made inside :func:`tracebacks` where lines are to be known.
+        loss: The loss, made inside ``without_anomaly_checks(lines=True)`` where lines are to be known.
         module: What is trained.
         modules: Which module made which node.
         size: Samples in the batch.
@@ -68,18 +67,6 @@ def autograd_nodes(*roots: Any) -> list[Any]:
                 seen.add(node)
                 waiting.append(node)
     return list(seen)
-
-
-@contextmanager
-def tracebacks() -> Iterator[None]:
-    """Inside, every node of the graph knows the line that it comes from."""
-    # Anomaly detection without its check of NaN, and so without its warnings.
-    enabled, checks = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
-    torch.autograd.set_detect_anomaly(True, check_nan=False)
-    try:
-        yield
-    finally:
-        torch.autograd.set_detect_anomaly(enabled, check_nan=checks)
 
 
 def _node_origin(node: Any, bad: Tensor, module: str, size: int) -> Origin:

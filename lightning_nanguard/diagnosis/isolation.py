@@ -26,10 +26,14 @@ def isolated(module: nn.Module, untraced: Untraced) -> Iterator[None]:
 
 
 @contextmanager
-def without_anomaly_checks() -> Iterator[None]:
-    """Let a backward pass give the NaN that anomaly detection would raise about."""
+def without_anomaly_checks(*, lines: bool = False) -> Iterator[None]:
+    """Let a backward pass give the NaN that anomaly detection would raise about.
+
+    Args:
+        lines: Whether every node of the graph is to know the line that it comes from, as under anomaly detection.
+    """
     enabled, checks = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
-    torch.autograd.set_detect_anomaly(enabled, check_nan=False)
+    torch.autograd.set_detect_anomaly(enabled or lines, check_nan=False)
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_nanguard.diagnosis.batch import target_fields, tensor_fields
 from lightning_nanguard.diagnosis.case import Clues, Origin
-from lightning_nanguard.diagnosis.gradient_trace import gradients_by_name, origin_of_bad_gradient, tracebacks
+from lightning_nanguard.diagnosis.gradient_trace import gradients_by_name, origin_of_bad_gradient
 from lightning_nanguard.diagnosis.isolation import Untraced, isolated, untrained_kept, without_anomaly_checks
 from lightning_nanguard.diagnosis.operation_trace import OperationTrace, RunningModules, storage_key
 from lightning_nanguard.measure.tensors import dense_values
@@ -68,7 +68,7 @@ def replay(
         return clues
     finite, origin = all(map(math.isfinite, norms.values())), None
     if not finite:
-        with isolated(module, untraced), RunningModules(module) as modules, tracebacks():
+        with isolated(module, untraced), RunningModules(module) as modules, without_anomaly_checks(lines=True):
             loss = step()
             origin = None if loss is None else origin_of_bad_gradient(loss * scale, module, modules, _size(batch))
     return replace(

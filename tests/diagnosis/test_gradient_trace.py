@@ -12,8 +12,8 @@ from lightning_nanguard.diagnosis.gradient_trace import (
     autograd_nodes,
     gradients_by_name,
     origin_of_bad_gradient,
-    tracebacks,
 )
+from lightning_nanguard.diagnosis.isolation import without_anomaly_checks
 from lightning_nanguard.diagnosis.operation_trace import RunningModules
 
 
@@ -21,7 +21,7 @@ def test_the_node_that_made_the_first_bad_gradient_is_found() -> None:
     """Its forward operation, its line, its module, and the sample; anomaly detection is as before."""
     net = nn.Linear(1, 1, bias=False)
     x = torch.tensor([[0.0], [2.0]])
-    with RunningModules(net) as modules, tracebacks():
+    with RunningModules(net) as modules, without_anomaly_checks(lines=True):
         loss = net(x).abs().sqrt().sum()
         origin = origin_of_bad_gradient(loss, net, modules, 2)
     assert origin is not None
