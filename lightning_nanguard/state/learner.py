@@ -18,8 +18,8 @@ from lightning_nanguard.state.device import Device
 
 StateKey = tuple[Any, ...]
 """Names one leaf of the learner: ``("parameter", name)``, ``("buffer", name)``, ``("average", owner, name)``,
-``("optimizer", index, parameter name, key)``, ``("group", index, group number, key)``, or, for the state of an optimizer
-that another one wraps, ``("wrapped", index, attribute, parameter name, key)``."""
+``("optimizer", index, parameter name, key)``, ``("group", index, group number, key)``, or
+``("wrapped", index, attribute, parameter name, key)`` for the state of an optimizer that another one wraps."""
 
 
 def unwrapped(name: str) -> str:
