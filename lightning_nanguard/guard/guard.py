@@ -70,6 +70,15 @@ class Guard:
         if bad is not None:
             _logger.info("NaNGuard: %s holds NaN or Inf before the first update; these elements are not guarded.", bad)
             self._bad_start = None if context.settings.observe else bad
+        statistics = context.learner.statistics([key for key, _ in context.learner.weights()])
+        spoilt = next((describe(key) for key in statistics if key in context.finite.allowed), None)
+        if spoilt is not None:
+            # Batches that are trained on use their own statistics, so that no loss shows it.
+            _logger.warning(
+                "NaNGuard: %s holds NaN or Inf before the first update, so that the module gives NaN in evaluation "
+                "mode. Call reset_running_stats() of that layer, or begin with a good checkpoint.",
+                spoilt,
+            )
         if not context.settings.observe:
             # The same hook scales the rate and takes the gradients of blocked steps away.
             context.rate.attach(self._parts.skipper.remove_gradients, self._parts.skipper.return_gradients)
