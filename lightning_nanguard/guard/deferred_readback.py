@@ -8,7 +8,6 @@ from typing import final
 
 from lightning_nanguard.act.skip import skips_on_device
 from lightning_nanguard.guard.caution import Caution
-from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.readback import MAX_DELAY, Arrived
 from lightning_nanguard.guard.state import GuardState
@@ -143,10 +142,6 @@ class DeferredReadback:
     def hold(self, fault: Fault) -> bool:
         """It can be judged now."""
         return False
-
-    def update_undone(self, found: FoundFault, *, statistics: bool) -> None:
-        """The next updates are read in time."""
-        self._caution.update_undone(found, statistics=statistics)
 
     def end_batch(self) -> bool:
         """The device's flags are no longer needed; readings may still arrive."""

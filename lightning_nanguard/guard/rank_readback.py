@@ -20,7 +20,6 @@ from lightning_nanguard.distributed.report import Report, combined_reading, outl
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.deferred_readback import DeferredReadings
-from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.readback import MAX_DELAY, Arrived
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
@@ -246,10 +245,6 @@ class RankReadback:
         """The other ranks hear of it with the next update."""
         self._outside = fault
         return True
-
-    def update_undone(self, found: FoundFault, *, statistics: bool) -> None:
-        """The next updates are read before they are made."""
-        self._caution.update_undone(found, statistics=statistics)
 
     def end_batch(self) -> bool:
         """The device's flags are no longer needed; readings may still arrive."""
