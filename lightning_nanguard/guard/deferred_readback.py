@@ -98,10 +98,6 @@ class DeferredReadback:
         self._late = False
         self.at_hand: Reading | None = None
 
-    def open_batches(self) -> int:
-        """A batch is judged up to two updates later."""
-        return MAX_DELAY + 2
-
     def due(self, optimizer_index: int) -> Iterator[Arrived]:
         """Readings that have arrived; all of them where the next update is to be read in time."""
         self._late = self._caution.may_be_late(optimizer_index)

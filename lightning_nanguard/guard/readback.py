@@ -42,9 +42,6 @@ class Readback(Protocol):
     at_hand: Reading | None
     """The reading of the present update, if this process read it before the optimizer's step, else ``None``."""
 
-    def open_batches(self) -> int:
-        """Number of newest batches, the present one included, whose changes may still have to be undone."""
-
     def due(self, optimizer_index: int) -> Iterator[Arrived]:
         """Readings of earlier updates that have arrived, or must be waited for, before this optimizer steps."""
 

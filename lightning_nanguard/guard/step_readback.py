@@ -26,10 +26,6 @@ class StepReadback:
         self._state = state
         self.at_hand: Reading | None = None
 
-    def open_batches(self) -> int:
-        """The present one."""
-        return 1
-
     def due(self, optimizer_index: int) -> Iterator[Arrived]:
         """None: all have been judged."""
         return iter(())
