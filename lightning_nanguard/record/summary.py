@@ -53,7 +53,7 @@ def summary(
 
     Example:
         >>> summary(1200)
-        'NaNGuard: 1,200 updates watched (act_on="certain"), nothing to do'
+        'NaNGuard: 1,200 updates watched (act_on="certain"), no interventions'
         >>> summary(1200, {"non_finite_loss": 1}, {"skip": 1}, path="runs/7")[-77:]
         '(non-finite loss 1): 1 batch skipped; read more with: nanguard explain runs/7'
     """
@@ -63,8 +63,7 @@ def summary(
     advised = f"; advice: {', '.join(sorted(map(in_words, set(advice))))}" if advice else ""
     where = f"; read more with: nanguard explain {shlex.quote(os.fspath(path))}" if path is not None else ""
     if not total:
-        done = "no interventions" if advice else "nothing to do"
-        return printable(f"{watched}, {done}{rate}{advised}{where if advice else ''}")
+        return printable(f"{watched}, no interventions{rate}{advised}{where if advice else ''}")
     # Sorted, since the order in which faults came must not change the line.
     met = ", ".join(f"{in_words(kind)} {count:,}" for kind, count in sorted((faults or {}).items(), key=_most_first))
     used = sorted((remedies or {}).items(), key=_most_first)

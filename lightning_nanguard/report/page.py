@@ -110,7 +110,7 @@ def verdict(data: RunData) -> tuple[str, bool | None]:
         causes = sorted({in_words(one.finding.cause) for one in data.advice})
         return f"Nothing done: there is advice about {', '.join(causes)}.", None
     if not data.interventions:
-        return "Healthy: there was nothing to do.", True
+        return "Healthy: no interventions.", True
     first, last = data.losses_at_ends()
     if not data.alive and first is not None and last is not None and last > first:
         return f"Ended: {count}, and the loss ends above where it began.", None

@@ -43,7 +43,7 @@ def test_summary_display_and_plot(tmp_path: Path) -> None:
     from matplotlib import pyplot as plt
 
     guard = NaNGuard()
-    assert guard.summary() == 'NaNGuard: 0 updates watched (act_on="certain"), nothing to do'
+    assert guard.summary() == 'NaNGuard: 0 updates watched (act_on="certain"), no interventions'
     with pytest.raises(RuntimeError, match="call it in a fit or after one"):
         guard.plot()
     drawn = Drawn(guard)
