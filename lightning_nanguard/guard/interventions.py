@@ -115,7 +115,7 @@ class Interventions:
     def _tell(self, fault: Fault) -> None:
         if fault.since is not None:
             return  # the rise is over, and nothing else speaks against the weights
-        self._leave(fault, self._loop.clock(), "was finite and left alone. Clip gradients, or look at that batch")
+        self._leave(fault, self._loop.clock(), "was finite, so nothing was done. Clip gradients, or look at that batch")
         found = self._shown_by_weights(fault)
         if found is not None:
             self._loop.advise(replace(found, suggestion=f"{fault.message}; {found.suggestion} {self._unchanged()}"))
@@ -156,9 +156,9 @@ class Interventions:
     def tell_of_overflow(self) -> None:
         """Tell the user once that the loss overflows where the gradient does not."""
         suggestion = (
-            "the loss of several updates in a row is infinite, and their gradients are finite. From now on such "
-            "updates are made, since nothing bad reaches the weights by them. Compute the loss in float32, or look at "
-            "which of its terms overflows."
+            "the loss of several updates in a row is infinite, and their gradients are finite. From now on the "
+            "guard lets such updates pass, because they do not harm the weights. Compute the loss in float32, or find "
+            "the term that overflows."
         )
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
         self._loop.advise(Finding("infinite_loss", confidence, {}, "loss", suggestion=suggestion))

@@ -94,7 +94,7 @@ def test_check_reads_the_data_alone(tmp_path: Path, capsys: pytest.CaptureFixtur
     ("arguments", "said"),
     [
         ([], "give --config to check a run, or --data alone"),
-        (["--data", "{}:number"], "3 is no data module, loader or data set"),
+        (["--data", "{}:number"], "3 is not a data module, loader or data set"),
         (["--data", "{}:made", "--factor", "0.5"], "--factor 0.5: expected a number above 1"),
     ],
 )

@@ -59,20 +59,20 @@ def check_strategy(trainer: Any, module: Any) -> None:
     if _is(trainer, _DEEPSPEED):
         reason = deepspeed.unsupported(trainer.strategy.config or {}, str(trainer.precision))
         if reason is not None:
-            raise ValueError(f"NaNGuard does not support {name} {reason}, or take the guard out of the callbacks.")
+            raise ValueError(f"NaNGuard does not support {name} {reason}, or remove the guard from the callbacks.")
     if getattr(trainer.strategy, "_model_averaging_period", None) is not None:
         raise ValueError(
-            f"NaNGuard does not support {name}(model_averaging_period=…): the weights of the ranks part by design "
-            "between averages. Leave the averaging out, or take the guard out of the callbacks."
+            f"NaNGuard does not support {name}(model_averaging_period=…): the weights of the ranks differ by design "
+            "between averages. Turn the averaging off, or remove the guard from the callbacks."
         )
     if _is(trainer, ("FSDPStrategy",)) and not module.automatic_optimization:
         raise ValueError(
             f"NaNGuard does not support {name} with manual optimization: the gradient of a skipped update stays in the "
             "flat parameters that the strategy keeps. Use automatic optimization, ModelParallelStrategy or "
-            "strategy='ddp', or take the guard out of the callbacks."
+            "strategy='ddp', or remove the guard from the callbacks."
         )
     if trainer.world_size > 1 and not _is(trainer, (*_REPLICATED, *_SHARDED)):
         raise ValueError(
             f"NaNGuard does not support {name} with {trainer.world_size} processes. Use strategy='ddp', FSDPStrategy "
-            "or ModelParallelStrategy, or take the guard out of the callbacks."
+            "or ModelParallelStrategy, or remove the guard from the callbacks."
         )
