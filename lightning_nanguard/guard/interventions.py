@@ -123,7 +123,7 @@ class Interventions:
         evidence = {} if fault.value is None else {"value": fault.value}
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
         suggestion = (
-            f"{fault.message}. If the run is lost, start it again with a lower learning rate. {self._unchanged()}"
+            f"{fault.message}. If the run diverges, start it again with a lower learning rate. {self._unchanged()}"
         )
         self._loop.advise(Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion))
 
@@ -132,7 +132,7 @@ class Interventions:
             return "Nothing was changed: every number is finite, and no trial has shown that a lower rate learns more."
         return (
             "Nothing was changed: every number is finite. "
-            'NaNGuard(act_on="evidence") looks for further evidence and acts on it.'
+            'NaNGuard(act_on="evidence") would look for further evidence and act on it.'
         )
 
     def _shown_by_weights(self, fault: Fault) -> Finding | None:
