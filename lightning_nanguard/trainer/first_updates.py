@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_nanguard.diagnosis.batch import tensor_fields
 from lightning_nanguard.diagnosis.initialisation import looks_untrained
+from lightning_nanguard.diagnosis.isolation import errors_logged
 from lightning_nanguard.diagnosis.mistakes.observation import ModeSeen, Observation, ParameterSeen, RateSeen
 from lightning_nanguard.diagnosis.module_calls import ModuleCalls
 from lightning_nanguard.guard.context import GuardContext
@@ -24,7 +24,6 @@ from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.training_step import compiled_by_lightning
 
 _COMPILED = frozenset({"OptimizedModule", "ScriptModule", "RecursiveScriptModule"})
-_logger = logging.getLogger("lightning_nanguard")
 
 
 @final
@@ -258,11 +257,9 @@ class FirstUpdates:
         return len(marks), len(set(marks))
 
     def _expected_updates(self) -> float:
-        try:
+        with errors_logged("the length of the run is not known"):
             return float(self._trainer.estimated_stepping_batches)
-        except Exception as error:
-            _logger.debug("NaNGuard: the length of the run is not known: %r", error)
-            return math.inf
+        return math.inf
 
 
 @final
