@@ -23,6 +23,7 @@ from lightning_nanguard.diagnosis.curvature import (
     extreme_eigenvalues,
     norm,
     update_direction,
+    values_kept,
     zero_filled,
 )
 from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged, isolated
@@ -154,16 +155,11 @@ class Examination:
         rate = float(optimizer.param_groups[0]["lr"])
         if moved is None:
             return course
-        before = [parameter.detach().clone() for parameter in parameters]
-        try:
+        with values_kept(parameters):
             with torch.no_grad():
                 for parameter, d in zip(parameters, moved, strict=True):
                     parameter.sub_(rate * d)
             after = self._gradient(micros[-1], parameters)
-        finally:
-            with torch.no_grad():
-                for parameter, start in zip(parameters, before, strict=True):
-                    parameter.copy_(start)
         sizes = norm(found[-1]) * norm(after)
         return replace(course, opposed=dot(found[-1], after) / sizes if sizes > 0 else None)
 
