@@ -82,7 +82,7 @@ class ResumeGate:
             return None  # it is good, or its error has another cause and has to reach the user
         reason = wrong or f"{_listed(tensors, self._named)} {'is' if len(tensors) == 1 else 'are'} not finite"
         if self._observe:
-            _logger.warning("NaNGuard: %s is bad: %s. With observe=True nothing is done about it.", path, reason)
+            _logger.warning("NaNGuard: %s is bad: %s. With observe=True the guard only says so.", path, reason)
             return None
         if missing and not self._take:
             return None  # Lightning's own error says it
@@ -102,7 +102,7 @@ class ResumeGate:
         if missing:
             return None
         of_another = newest(own=False) if other is None else None
-        text = f"NaNGuard does not go on from {path}: {reason}. {_offer(other, of_another, known=run is not None)}"
+        text = f"NaNGuard does not resume from {path}: {reason}. {_offer(other, of_another, known=run is not None)}"
         raise BadCheckpointError(text, path, tensors, other and other.path) from error
 
 
@@ -136,18 +136,19 @@ def _run_of(path: Path, content: Mapping[str, Any] | None, nearby: Iterable[Path
 
 def _offer(other: Inspection | None, of_another: Inspection | None, *, known: bool) -> str:
     if other is None:
-        no = "No other checkpoint near it is good"
+        no = "There is no other good checkpoint near it"
         if of_another is not None:
-            no = f"No other checkpoint of its run near it is good ({of_another.path} is another run's)"
-        return f"{no}: start from an older one, or anew."
+            no = f"There is no other good checkpoint of its run near it ({of_another.path} belongs to another run)"
+        return f"{no}: start from an older one, or start a new run."
     if not known:
+        owner = f"run {other.run}" if other.run else "the same run"
         return (
-            f"The newest good checkpoint near it is {other.path} of step {other.global_step}, but nothing tells which "
-            f"run the bad one is of: pass it as ckpt_path if it is {other.run or 'the one without an id'}."
+            f"The newest good checkpoint near it is {other.path} (step {other.global_step}), but the guard "
+            f"cannot tell which run the bad one belongs to. If both belong to {owner}, pass it as ckpt_path."
         )
     return (
-        f"The newest good checkpoint near it is {other.path} of step {other.global_step}: pass it as ckpt_path, or let "
-        'NaNGuard(resume="last-good") take it.'
+        f"The newest good checkpoint near it is {other.path} (step {other.global_step}): pass it as ckpt_path, or use "
+        'NaNGuard(resume="last-good").'
     )
 
 

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run_folder",
         metavar="run",
         type=Path,
-        help=f"folder of the run, or of many: it is searched with all below it; or one {RECORDS_FILE}",
+        help=f"folder of a run, or a folder with runs below it, or one file {RECORDS_FILE}",
     )
 
 
@@ -53,8 +53,8 @@ def run(chosen: argparse.Namespace) -> int:
                 _tell_file(folder / name)
     if not folders:
         say(
-            f"nanguard: no run of NaNGuard lies in {where} or below it. guard.run_dir says where a run has its folder: "
-            f"{'nanguard'!r} beside its checkpoints, or NaNGuard's dirpath.",
+            f"nanguard: there is no run of NaNGuard in {where} or below it. guard.run_dir is the folder of a run: by "
+            f"default {'nanguard'!r} beside its checkpoints, or the dirpath of NaNGuard.",
             file=sys.stderr,
         )
     return 0 if folders else 2
@@ -74,10 +74,10 @@ def headline(log: RunLog) -> str:
     if len(log.fits) > 1:
         began += f", resumed {counted(len(log.fits) - 1, 'time')}"
     if log.ended is None:
-        return f"{began}: {'it goes on' if is_alive(log.folder) else 'it was killed'}"
+        return f"{began}: {'it is still running' if is_alive(log.folder) else 'it was killed'}"
     total = sum(count for count in dict(log.ended.get("faults", {})).values() if isinstance(count, int))
     advised = (log.folder / ADVICE_FILE).is_file()
-    done = counted(total, "intervention") if total else "no interventions" if advised else "nothing to do"
+    done = counted(total, "intervention") if total else "no interventions" if advised else "healthy, no interventions"
     since = " since it was resumed" if len(log.fits) > 1 or earlier else ""
     return f"{began}: {counted(int(log.ended.get('updates', 0)), 'update')}, {done}{since}"
 
@@ -105,4 +105,4 @@ def _tell_file(file: Path) -> None:
                 say(f"  {line}")
         receipt = receipt_of(record, data.receipts)
         if receipt is not None:
-            say(f"  what came of it: {receipt.in_words()}")
+            say(f"  result: {receipt.in_words()}")

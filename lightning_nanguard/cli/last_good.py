@@ -9,14 +9,12 @@ from pathlib import Path
 from lightning_nanguard.cli.output import say
 
 NAME = "last-good"
-HELP = "print the newest good checkpoint that the guard kept, for ckpt_path"
+HELP = "check the newest good checkpoint that the guard kept, and print its path"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "run_folder", metavar="run", type=Path, help="folder of the run, or of many: it is searched with all below it"
-    )
+    parser.add_argument("run_folder", metavar="run", type=Path, help="folder of a run, or a folder with runs below it")
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -35,13 +33,11 @@ def run(chosen: argparse.Namespace) -> int:
         say(f"nanguard: {file} is bad: {found.damage or ', '.join(found.tensors)}", file=sys.stderr)
     if not kept:
         print(
-            f"nanguard: no {LAST_GOOD} in {where}: NaNGuard(last_good_every_n_steps=…) writes one, once its state is "
-            "certified.",
+            f"nanguard: there is no {LAST_GOOD} in {where}. NaNGuard(last_good_every_n_steps=…) writes one when its "
+            "state is certified.",
             file=sys.stderr,
         )
     other = newest_good([where, *(folder for folder in where.rglob("*") if folder.is_dir())])
     if other is not None:
-        print(
-            f"nanguard: the newest good checkpoint there is {other.path} of step {other.global_step}", file=sys.stderr
-        )
+        print(f"nanguard: the newest good checkpoint there is {other.path} (step {other.global_step})", file=sys.stderr)
     return 2

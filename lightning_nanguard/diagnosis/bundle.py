@@ -211,7 +211,8 @@ def versions() -> dict[str, str]:
 
 def describe(bundle: Bundle) -> str:
     """An incident in words."""
-    known = "no cause was found" if bundle.finding is None else f"cause then: {describe_finding(bundle.finding)}"
+    finding = bundle.finding
+    known = "no cause found in the run" if finding is None else f"cause in the run: {describe_finding(finding)}"
     return f"{bundle.fault.kind} in {bundle.fault.place or bundle.module}: {bundle.fault.message or '-'}; {known}"
 
 

@@ -129,8 +129,8 @@ class _Maker:
         kind, number = _class(home), len(self._objects)
         if kind is None or how != _how(kind):
             raise ValueError(
-                f"The batch holds a {home}, which is not found: classes that an incident names are not imported. Give "
-                "--module a file that imports it."
+                f"The batch holds a {home}, which is not imported. For safety, classes that an incident names are "
+                "never imported. Name a --module whose file imports it."
             )
         self._objects.append(None)
         try:
@@ -142,7 +142,7 @@ class _Maker:
             else:
                 made = self._objects[number] = _filled(kind, how, parts)
         except Exception as error:
-            raise ValueError(f"The batch holds a {home}, which could not be made anew: {error}") from error
+            raise ValueError(f"The batch holds a {home}, which could not be built again: {error}") from error
         return made
 
 

@@ -16,10 +16,10 @@ _ACTIONS = {
     "clip": ("change of gradient clipping", "changes of gradient clipping"),
     "reset moments": ("reset of the optimizer's state", "resets of the optimizer's state"),
     "undo": ("batch undone", "batches undone"),
-    "resume": ("other checkpoint gone on from", "other checkpoints gone on from"),
+    "resume": ("resume from another checkpoint", "resumes from another checkpoint"),
     "rewrite": ("checkpoint written with the last good state", "checkpoints written with the last good state"),
     "hold rate": ("learning rate replaced by the last valid one", "learning rates replaced by the last valid ones"),
-    "give back": ("part of a cut taken back", "parts of a cut taken back"),
+    "give back": ("rise of the learning rate after a cut", "rises of the learning rate after a cut"),
     "end clipping": ("end of gradient clipping", "ends of gradient clipping"),
     "redo": ("step made again", "steps made again"),
     "leave out": ("micro-batch left out", "micro-batches left out"),
@@ -53,7 +53,7 @@ def summary(
 
     Example:
         >>> summary(1200)
-        'NaNGuard: 1,200 updates watched (act_on="certain"), nothing to do'
+        'NaNGuard: 1,200 updates watched (act_on="certain"), no interventions'
         >>> summary(1200, {"non_finite_loss": 1}, {"skip": 1}, path="runs/7")[-77:]
         '(non-finite loss 1): 1 batch skipped; read more with: nanguard explain runs/7'
     """
@@ -63,8 +63,7 @@ def summary(
     advised = f"; advice: {', '.join(sorted(map(in_words, set(advice))))}" if advice else ""
     where = f"; read more with: nanguard explain {shlex.quote(os.fspath(path))}" if path is not None else ""
     if not total:
-        done = "no interventions" if advice else "nothing to do"
-        return printable(f"{watched}, {done}{rate}{advised}{where if advice else ''}")
+        return printable(f"{watched}, no interventions{rate}{advised}{where if advice else ''}")
     # Sorted, since the order in which faults came must not change the line.
     met = ", ".join(f"{in_words(kind)} {count:,}" for kind, count in sorted((faults or {}).items(), key=_most_first))
     used = sorted((remedies or {}).items(), key=_most_first)

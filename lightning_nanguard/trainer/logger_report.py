@@ -44,7 +44,7 @@ def log_report(trainer: Trainer, folder: Path, run_id: str) -> None:
         try:
             _give(logger, file, run_id)
         except Exception as error:
-            _logger.warning("NaNGuard: %s did not take the page of the run: %s", type(logger).__name__, error)
+            _logger.warning("NaNGuard: %s did not accept the page of the run: %s", type(logger).__name__, error)
 
 
 def _has_something_to_tell(data: RunData) -> bool:

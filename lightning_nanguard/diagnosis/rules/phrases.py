@@ -43,7 +43,7 @@ def outlier_finding(cause: str, confidence: float, found: Range, remedy: str) ->
         scope="batch",
         suggestion=(
             f"field {found.field} reaches {found.largest:.4g} in {listed('sample', found.outliers)} of this batch, "
-            f"where a sample usually stays within {found.usual:.4g}. {remedy}"
+            f"while samples usually stay within {found.usual:.4g}. {remedy}"
         ),
     )
 
@@ -53,7 +53,7 @@ def target_span(target: Range | None, origin: Origin) -> str:
     domain = DOMAINS.get(origin.operation)
     if target is not None and domain is not None and domain.leaves(target.lowest, target.highest):
         return f"targets run from {target.lowest:.4g} to {target.highest:.4g}"
-    return f"what is made of the targets runs from {origin.lowest:.4g} to {origin.highest:.4g}"
+    return f"what is computed from the targets runs from {origin.lowest:.4g} to {origin.highest:.4g}"
 
 
 def smallest_operand(origin: Origin) -> str:

@@ -54,20 +54,20 @@ def check_strategy(trainer: Any, module: Any) -> None:
     if is_kind(trainer.strategy, _DEEPSPEED):
         reason = deepspeed.unsupported(trainer.strategy.config or {}, str(trainer.precision))
         if reason is not None:
-            raise ValueError(f"NaNGuard does not support {name} {reason}, or take the guard out of the callbacks.")
+            raise ValueError(f"NaNGuard does not support {name} {reason}, or remove the guard from the callbacks.")
     if getattr(trainer.strategy, "_model_averaging_period", None) is not None:
         raise ValueError(
-            f"NaNGuard does not support {name}(model_averaging_period=…): the weights of the ranks part by design "
-            "between averages. Leave the averaging out, or take the guard out of the callbacks."
+            f"NaNGuard does not support {name}(model_averaging_period=…): the weights of the ranks differ by design "
+            "between averages. Turn the averaging off, or remove the guard from the callbacks."
         )
     if is_kind(trainer.strategy, "FSDPStrategy") and not module.automatic_optimization:
         raise ValueError(
             f"NaNGuard does not support {name} with manual optimization: the gradient of a skipped update stays in the "
             "flat parameters that the strategy keeps. Use automatic optimization, ModelParallelStrategy or "
-            "strategy='ddp', or take the guard out of the callbacks."
+            "strategy='ddp', or remove the guard from the callbacks."
         )
     if trainer.world_size > 1 and not is_kind(trainer.strategy, "DDPStrategy", *_SHARDED):
         raise ValueError(
             f"NaNGuard does not support {name} with {trainer.world_size} processes. Use strategy='ddp', FSDPStrategy "
-            "or ModelParallelStrategy, or take the guard out of the callbacks."
+            "or ModelParallelStrategy, or remove the guard from the callbacks."
         )
