@@ -267,7 +267,7 @@ class StepRunner:
 
     def _pass_on(self, micro: Micro, first: Outcome, after: StepClock, *, counted: bool) -> Any:
         """Run a bad micro-batch through its backward pass, an exception as a loss of NaN."""
-        self._check.raised(first.error)
+        self._check.raised(self._check.in_words(first.error))
         stands = self._nan_result() if first.error is not None or not self._memory.repeatable else None
         with (
             self._runs.repeating(counted=counted, passing=True, instead=stands),
