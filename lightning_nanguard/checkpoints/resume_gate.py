@@ -141,7 +141,7 @@ def _offer(other: Inspection | None, of_another: Inspection | None, *, known: bo
             no = f"There is no other good checkpoint of its run near it ({of_another.path} belongs to another run)"
         return f"{no}: start from an older one, or start a new run."
     if not known:
-        owner = "the same run" if other.run is None else f"run {other.run}"
+        owner = f"run {other.run}" if other.run else "the same run"
         return (
             f"The newest good checkpoint near it is {other.path} (step {other.global_step}), but the guard "
             f"cannot tell which run the bad one belongs to. If both belong to {owner}, pass it as ckpt_path."

@@ -22,7 +22,8 @@ from torch import Tensor
 from lightning_nanguard.measure.containers import Parts, attributes_of, parts_of, set_attributes
 from lightning_nanguard.measure.tensors import local
 
-_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+"""Numbers that JSON does not know, by their names."""
 _BY_ROWS = (torch.sparse_csr, torch.sparse_bsr)
 _BY_COLUMNS = (torch.sparse_csc, torch.sparse_bsc)
 _OF_PYTHON = (set, frozenset, deque, OrderedDict, defaultdict, Counter, UserDict, UserList, SimpleNamespace)
@@ -105,7 +106,7 @@ class _Maker:
             case "array":
                 return self._tensors[content].numpy()
             case "number":
-                return _NON_FINITE[content]
+                return NON_FINITE[content]
             case "dict":
                 return dict(self._pairs(content))
             case "list" | "tuple":

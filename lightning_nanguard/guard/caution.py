@@ -40,7 +40,12 @@ class Caution:
         return self._context.settings.observe or not self._skipper.device_cannot_skip(optimizer_index)
 
     def update_undone(self, found: FoundFault, *, statistics: bool) -> None:
-        """Note that a restore has undone an update; see :class:`~lightning_nanguard.guard.readback.Readback`."""
+        """Note that a restore has undone an update.
+
+        Args:
+            found: The fault that led to the restore.
+            statistics: Whether a batch has spoiled running statistics.
+        """
         context = self._context
         if self._never_late:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from lightning_nanguard.decide.blame import learner_did_it
 from lightning_nanguard.diagnosis.case import NO_FAULT, Case
 from lightning_nanguard.diagnosis.rules.layers import exploding_initial_gradient
 from lightning_nanguard.diagnosis.rules.signs import (
@@ -11,7 +12,6 @@ from lightning_nanguard.diagnosis.rules.signs import (
     gradient_not_finite,
     in_gradient,
     learner_diverged,
-    learner_explains_it,
     worse_than_before,
 )
 from lightning_nanguard.record.text import counted
@@ -42,7 +42,7 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
         )
         numbers = {"before": change.before, "now": change.now, "usual": change.usual}
         return _corrupted(case, thresholds, known.state_element, change.name, moved, **numbers)
-    if evidence.jump is None or fault.scope == "learner" or learner_explains_it(evidence, thresholds.blame):
+    if evidence.jump is None or fault.scope == "learner" or learner_did_it(evidence, thresholds.blame):
         return None
     larger = "is far larger than any weight of the last good state"
     return _corrupted(case, thresholds, known.state_jump, evidence.jump, larger)

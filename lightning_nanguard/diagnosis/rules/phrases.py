@@ -34,7 +34,6 @@ def range_evidence(found: Range) -> dict[str, float | str]:
 
 def outlier_finding(cause: str, confidence: float, found: Range, remedy: str) -> Finding:
     """A finding about samples that are far larger than the others."""
-    largest = max(abs(found.lowest), abs(found.highest))
     return Finding(
         cause,
         confidence,
@@ -43,8 +42,8 @@ def outlier_finding(cause: str, confidence: float, found: Range, remedy: str) ->
         samples=found.outliers,
         scope="batch",
         suggestion=(
-            f"field {found.field} reaches {largest:.4g} in {listed('sample', found.outliers)} of this batch, while "
-            f"samples usually stay within {found.usual:.4g}. {remedy}"
+            f"field {found.field} reaches {found.largest:.4g} in {listed('sample', found.outliers)} of this batch, "
+            f"while samples usually stay within {found.usual:.4g}. {remedy}"
         ),
     )
 
