@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning_nanguard.cli.output import say
 
 NAME = "last-good"
-HELP = "check the newest good checkpoint that the guard kept, and print its path"
+HELP = "check the newest last good checkpoint, and print its path"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -119,11 +119,13 @@ def describe_sample(sample: BadSample) -> str:
 
     Example:
         >>> describe_sample(BadSample("not finite", 100, columns={"0": (2,)}, epoch=1, batch=6, index=4, times=3))
-        'row 100: not finite in field 0, column 2; met 3 times, first in epoch 1, batch 6, sample 4'
+        'row 100: not finite in field 0, column 2; seen 3 times, first in epoch 1, batch 6, sample 4'
     """
     rank = f", rank {sample.rank}" if sample.rank else ""
-    met = f"met {sample.times:,} times, first" if sample.times > 1 else "met"
-    return f"{describe_fault(sample)}; {met} in epoch {sample.epoch}, batch {sample.batch}, sample {sample.index}{rank}"
+    seen = f"seen {sample.times:,} times, first" if sample.times > 1 else "seen"
+    return (
+        f"{describe_fault(sample)}; {seen} in epoch {sample.epoch}, batch {sample.batch}, sample {sample.index}{rank}"
+    )
 
 
 def describe_fault(sample: BadSample) -> str:

@@ -35,7 +35,8 @@ class ReceiptLog:
         receipt = replace(receipt, run=self._run_id)
         self.given.append(receipt)
         if self._sink is not None:
-            _logger.info("NaNGuard: the intervention of step %d %s", receipt.intervention_step, receipt.in_words())
+            step = receipt.intervention_step
+            _logger.info("NaNGuard: result of the intervention of step %d: %s", step, receipt.in_words())
             with contextlib.suppress(Exception):
                 self._sink.write(receipt)
 

@@ -34,10 +34,10 @@ def test_lists_each_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out.splitlines()
     assert shown == [
         f"{runs / 'a'}: 1 bad sample",
-        "  row 100: not finite in field 0, column 2; met 2 times, first in epoch 0, batch 6, sample 4",
+        "  row 100: not finite in field 0, column 2; seen 2 times, first in epoch 0, batch 6, sample 4",
         f"{runs / 'b'}: 2 bad samples",
-        "  row 7: x\\x1b[2J in field 0, column 2; met in epoch 0, batch 6, sample 4",
-        "  row 100: not finite in field 0, column 2; met in epoch 0, batch 6, sample 4",
+        "  row 7: x\\x1b[2J in field 0, column 2; seen in epoch 0, batch 6, sample 4",
+        "  row 100: not finite in field 0, column 2; seen in epoch 0, batch 6, sample 4",
     ]
 
 
