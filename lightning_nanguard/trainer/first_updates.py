@@ -285,6 +285,9 @@ class _AddedGradients:
         self._optimizer = optimizer
         self._looks = thresholds.looks_at_gradients
         self._used: Tensor | None = None
+        self._version = 0
+        # Whether a backward pass began with the gradients used last still there.
+        self._kept = False
         self._in_a_row = 0
         self.most = 0
 
@@ -295,19 +298,24 @@ class _AddedGradients:
         gradient = self._used.grad
         if gradient is None or gradient.layout != torch.strided or not bool(gradient.any()):
             self._used, self._in_a_row = None, 0
+        else:
+            self._kept = True
 
     def before_step(self) -> None:
         """The gradients are used."""
         if self._looks == 0:
             return
-        if self._used is not None:
-            self._in_a_row += 1
-            self.most = max(self.most, self._in_a_row)
+        # A gradient that the user has set is a tensor of its own, to which nothing was added.
+        gradient = None if self._used is None or not self._kept else self._used.grad
+        self._in_a_row = self._in_a_row + 1 if gradient is not None and gradient._version > self._version else 0
+        self.most = max(self.most, self._in_a_row)
         self._looks -= 1
-        self._used = None
+        self._used, self._kept = None, False
         if self._looks:
             every = (p for group in self._optimizer.param_groups for p in group["params"])
             self._used = next((p for p in every if p.grad is not None), None)
+            if self._used is not None and self._used.grad is not None:
+                self._version = self._used.grad._version
 
 
 def _has_modes(module: nn.Module) -> bool:
