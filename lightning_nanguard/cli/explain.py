@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_nanguard.cli.output import say
@@ -47,6 +49,7 @@ def run(chosen: argparse.Namespace) -> int:
             say("")
         say(headline(data))
         _say_where_it_stands(data)
+        _say_what_is_elsewhere(data, folders)
         for name in (RECORDS_FILE, ADVICE_FILE):
             if (folder / name).is_file():
                 _tell_file(folder / name)
@@ -103,6 +106,14 @@ def _say_where_it_stands(data: RunData) -> None:
         say(f"  the loss went from {first:.4g} to {last:.4g}{rate}")
     if data.mostly_skipped:
         say(f"  {data.mostly_skipped}; what to do: {TO_DO}")
+
+
+def _say_what_is_elsewhere(data: RunData, told: Sequence[Path]) -> None:
+    """Name the folders that the run lay in before it was resumed, unless they are told of, too."""
+    known = {folder.resolve() for folder in told}
+    for part in data.earlier:
+        if part.folder.resolve() not in known:
+            say(f"  what came before it was resumed: nanguard explain {shlex.quote(str(part.folder))}")
 
 
 def _tell_file(file: Path) -> None:
