@@ -112,7 +112,7 @@ _PHRASES = {
     "resume": ("went on from another checkpoint", "gone on from another checkpoint"),
     "rewrite": ("wrote the last good state in its place", "written the last good state in its place"),
     "hold rate": ("went on at the last valid learning rate", "gone on at the last valid learning rate"),
-    "give back": ("took a part of the cut back", "taken a part of the cut back"),
+    "give back": ("raised the rate again", "raised the rate again"),
     "take back": ("went on as if that had not been done", "gone on as if that had not been done"),
     "end clipping": ("turned gradient clipping off", "turned gradient clipping off"),
     "redo": ("made the step again", "made the step again"),
@@ -130,7 +130,7 @@ def _done(intervention: Intervention) -> str:
     if restarted := intervention.restart_updates:
         to += f", which a trial had trained for {counted(restarted, 'update')}"
     if lost := intervention.updates_lost:
-        to += f" ({counted(lost, 'update')} lost)"
+        to += f" ({counted(lost, 'update')} undone)"
     known = before is not None and after is not None and before != after
     rate = f"{before:.4g} → {after:.4g}" if known else "changed" if applied else ""
     words = list(intervention.remedies)

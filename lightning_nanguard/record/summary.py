@@ -20,7 +20,7 @@ _ACTIONS = {
     "resume": ("other checkpoint gone on from", "other checkpoints gone on from"),
     "rewrite": ("checkpoint written with the last good state", "checkpoints written with the last good state"),
     "hold rate": ("learning rate replaced by the last valid one", "learning rates replaced by the last valid ones"),
-    "give back": ("part of a cut taken back", "parts of a cut taken back"),
+    "give back": ("cut rate raised again", "cut rates raised again"),
     "end clipping": ("end of gradient clipping", "ends of gradient clipping"),
     "redo": ("step made again", "steps made again"),
     "leave out": ("micro-batch left out", "micro-batches left out"),
