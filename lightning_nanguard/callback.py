@@ -137,8 +137,7 @@ class NaNGuard(DisplayedGuard):
         limits = Thresholds() if thresholds is None else thresholds
         if not isinstance(limits, Thresholds):
             raise TypeError(
-                f"NaNGuard(thresholds={limits!r}): expected Thresholds, whose groups are its fields, as in "
-                "Thresholds(detection=…)."
+                f"NaNGuard(thresholds={limits!r}): expected a Thresholds object, such as Thresholds(detection=…)."
             )
         arguments = Arguments(
             detectors=default_detectors(limits.detection) if detectors is None else detectors,
@@ -178,7 +177,7 @@ class NaNGuard(DisplayedGuard):
             RuntimeError: If no fit is running.
         """
         if self._fit is None:
-            raise RuntimeError("NaNGuard.examine() looks at a run at hand: call it within a fit.")
+            raise RuntimeError("NaNGuard.examine() examines a run: call it during a fit.")
         self._fit.diagnostics.asked = True
 
     # ------------------------------------------------------------------------------------------------ Lightning's hooks
@@ -233,7 +232,7 @@ class NaNGuard(DisplayedGuard):
         self._undo_gate()
         gate, self._gate = self._gate, None
         if gate is not None and gate.taken is not None:
-            message = f"{gate.refused}; the run goes on from {gate.taken.path} of step {gate.taken.global_step}"
+            message = f"{gate.refused}; the run resumes from {gate.taken.path} (step {gate.taken.global_step}) instead"
             fit.guard.note(Fault("bad_checkpoint", "state", "ckpt_path", None, message), "resume")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -386,8 +385,8 @@ class NaNGuard(DisplayedGuard):
         if self._given is not None and not self._unwatched:
             self._unwatched = True
             _logger.info(
-                "NaNGuard: a batch is trained on outside of a fit, or in one that began before the guard was added, so "
-                "its update is not guarded."
+                "NaNGuard: a batch was trained outside of a fit, or in a fit that began before the guard was added, so "
+                "the guard does not check its update."
             )
 
 

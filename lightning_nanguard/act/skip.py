@@ -144,8 +144,8 @@ class StepSkipper:
         if not self._said:
             self._said = True
             _logger.warning(
-                "NaNGuard: memory is too short for a copy of what %s may change in a skipped step, so nothing of that "
-                "is put back. Torch's own optimizers need no copy.",
+                "NaNGuard: there is not enough memory for a copy of what %s may change in a skipped step, so these "
+                "changes are not undone. torch's own optimizers need no copy.",
                 type(self._learner.optimizers[optimizer_index]).__name__,
             )
 

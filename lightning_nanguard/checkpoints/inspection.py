@@ -78,13 +78,13 @@ def damage(path: Path) -> str:
         return ""
     if not zipfile.is_zipfile(path):
         size = path.stat().st_size
-        return f"it is cut short, or no checkpoint ({size:,} bytes without a zip directory at the end)"
+        return f"it is cut short, or is not a checkpoint ({size:,} bytes without a zip directory at the end)"
     # A process that has turned checksums off has written none.
     checked = getattr(torch.serialization, "get_crc32_options", lambda: True)()
     try:
         with zipfile.ZipFile(path) as file:
             if any(one.compress_type != zipfile.ZIP_STORED for one in file.infolist()):
-                return "it is no checkpoint (it holds compressed records, which torch does not write)"
+                return "it is not a checkpoint (it holds compressed records, which torch does not write)"
             record = file.testzip() if checked else None
     except (OSError, zipfile.BadZipFile) as error:
         return f"it cannot be read ({error})"
@@ -115,9 +115,9 @@ def inspect(
         ('state_dict: w',)
     """
     if path.is_dir():
-        return Inspection(path, "it is a folder of shards, whose index is a pickle and is not opened here")
+        return Inspection(path, "it is a folder of shards, and its index is a pickle, which the guard does not open")
     if path.exists() and not path.is_file():
-        return Inspection(path, "it is no file")
+        return Inspection(path, "it is not a file")
     try:
         wrong = damage(path)
         if wrong:

@@ -83,7 +83,7 @@ class ResumeGate:
             return None  # it is good, or its error has another cause and has to reach the user
         reason = wrong or f"{_listed(tensors, self._named)} {'is' if len(tensors) == 1 else 'are'} not finite"
         if self._observe:
-            _logger.warning("NaNGuard: %s is bad: %s. With observe=True nothing is done about it.", path, reason)
+            _logger.warning("NaNGuard: %s is bad: %s. With observe=True the guard only says so.", path, reason)
             return None
         if missing and not self._take:
             return None  # Lightning's own error says it
@@ -142,7 +142,7 @@ def _run_of(path: Path, content: Mapping[str, Any] | None, nearby: Iterable[Path
 def _offer(other: Inspection | None, of_another: Inspection | None, run: str | None) -> str:
     """What to do next, for the error."""
     if other is None:
-        no = f"No other checkpoint {'of its run ' if of_another is not None else ''}near it is good"
+        no = f"There is no other good checkpoint {'of its run ' if of_another is not None else ''}near it"
         if of_another is not None:
             whose = f"run {of_another.run}" if of_another.run else "a run without the guard"
             no += f" ({of_another.path} is good, but it is of {whose})"

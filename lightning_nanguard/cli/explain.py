@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run_folder",
         metavar="run",
         type=Path,
-        help=f"folder of the run, or of many: it is searched with all below it; or one {RECORDS_FILE}",
+        help=f"folder of a run, or a folder with runs below it, or one file {RECORDS_FILE}",
     )
 
 
@@ -59,8 +59,8 @@ def run(chosen: argparse.Namespace) -> int:
             say(STEPS)
     if not folders:
         say(
-            f"nanguard: no run of NaNGuard lies in {where} or below it. guard.run_dir says where a run has its folder: "
-            f"{'nanguard'!r} beside its checkpoints, or NaNGuard's dirpath.",
+            f"nanguard: there is no run of NaNGuard in {where} or below it. guard.run_dir is the folder of a run: by "
+            f"default {'nanguard'!r} beside its checkpoints, or the dirpath of NaNGuard.",
             file=sys.stderr,
         )
     return 0 if folders else 2
@@ -86,9 +86,10 @@ def headline(data: RunData) -> str:
     if len(log.fits) > 1:
         began += f", resumed {counted(len(log.fits) - 1, 'time')}"
     if log.ended is None:
-        return f"{began}: {'it goes on' if data.alive else 'it was killed'}"
+        return f"{began}: {'it is still running' if data.alive else 'it was killed'}"
     total = len(data.interventions)
-    done = counted(total, "intervention") if total else "no interventions" if data.advice else "nothing to do"
+    none = "no interventions" if data.advice or data.resumed_at else "healthy, no interventions"
+    done = counted(total, "intervention") if total else none
     told = f"{began}: {counted(data.updates, 'update')}, {done}"
     if not data.resumed_at:
         return told
@@ -136,4 +137,4 @@ def _tell_file(file: Path) -> None:
                 say(f"  {line}")
         receipt = receipt_of(record, data.receipts)
         if receipt is not None:
-            say(f"  what came of it: {receipt.in_words()}")
+            say(f"  result: {receipt.in_words()}")

@@ -18,9 +18,7 @@ HELP = "print the newest good checkpoint of the newest run, for ckpt_path"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "run_folder", metavar="run", type=Path, help="folder of the run, or of many: it is searched with all below it"
-    )
+    parser.add_argument("run_folder", metavar="run", type=Path, help="folder of a run, or a folder with runs below it")
 
 
 def run(chosen: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from lightning_nanguard.record.run_log import RUN_FILE, RunLog, find_runs
 from lightning_nanguard.record.text import counted
 
 NAME = "samples"
-HELP = "list the bad samples that a run has met, by their rows in the data set"
+HELP = "list the bad samples that the guard found in a run, by their rows in the data set"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run_folder",
         metavar="run",
         type=Path,
-        help=f"folder of the run, or of many: it is searched with all below it; or one {BAD_SAMPLES_FILE}",
+        help=f"folder of a run, or a folder with runs below it, or one file {BAD_SAMPLES_FILE}",
     )
-    parser.add_argument("--csv", action="store_true", help="as CSV, on standard output")
+    parser.add_argument("--csv", action="store_true", help="print CSV")
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -51,7 +51,7 @@ def run(chosen: argparse.Namespace) -> int:
         for one in found:
             say(f"  {describe_sample(one)}")
     if not groups:
-        say("nanguard: no bad sample was met")
+        say("nanguard: no bad sample was found")
     return 0
 
 

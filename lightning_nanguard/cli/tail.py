@@ -20,15 +20,15 @@ from lightning_nanguard.report.data import read_run_data
 from lightning_nanguard.types import Advice, Intervention
 
 NAME = "tail"
-HELP = "follow the newest run in a folder: what the guard does, as it does it"
+HELP = "follow the newest run in a folder, and print each thing that the guard does"
 
 _Record = TypeVar("_Record")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("run_folder", metavar="run", type=Path, help="folder of the run, or of many: it is searched")
-    parser.add_argument("--seconds", type=float, default=1.0, help="how long to wait between two looks (1)")
+    parser.add_argument("run_folder", metavar="run", type=Path, help="folder of a run, or a folder with runs below it")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds between two checks (default: 1)")
 
 
 def run(chosen: argparse.Namespace) -> int:

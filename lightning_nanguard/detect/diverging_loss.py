@@ -51,7 +51,7 @@ class DivergingLoss(Detector):
         require(patience >= 8, self, "patience", patience, "an integer of at least 8")
         for name, value in (("factor", factor), ("warmup", warmup)):
             if value is not None:
-                message = f"DivergingLoss({name}=…) has no effect any more: take it out of the configuration."
+                message = f"DivergingLoss({name}=…) has no effect any more: remove it from the configuration."
                 warnings.warn(message, FutureWarning, stacklevel=2)
         self.patience = patience
         self.thresholds = own = thresholds or DivergingLossThresholds()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 
 from lightning_nanguard.diagnosis.batch import batch_clues, tensor_fields
-from lightning_nanguard.diagnosis.case import Case, Clues, Range
+from lightning_nanguard.diagnosis.case import Case, Clues
 from lightning_nanguard.diagnosis.isolation import Untraced
 from lightning_nanguard.diagnosis.label_relation import label_relation
 from lightning_nanguard.diagnosis.layers import measure_layers_untraced
@@ -105,7 +105,7 @@ class Preflight:
         found = self._bad_rows(clues, numbers, first)
         found += self._rules.findings(Case(clues=Clues(labels=related)))
         far = clues.inputs
-        if far is not None and far.outliers and _largest(far) > limits.preflight.outlier_factor * far.usual:
+        if far is not None and far.outliers and far.largest > limits.preflight.outlier_factor * far.usual:
             far = replace(far, outliers=tuple(numbers[i] for i in far.outliers))
             remedy = "Clean the data, or clip the inputs."
             found.append(outlier_finding("unnormalised_input", limits.confidence.outliers, far, remedy))
@@ -129,10 +129,6 @@ class Preflight:
             if one.field not in harmless
         )
         return list(self._rules.findings(Case(clues=Clues(bad_fields=bad)))) if bad else []
-
-
-def _largest(found: Range) -> float:
-    return max(abs(found.lowest), abs(found.highest))
 
 
 def sample_rows(loader: Any, thresholds: PreflightThresholds = DEFAULT.preflight) -> tuple[Any, Sequence[int]] | None:

@@ -67,7 +67,7 @@ class Guard:
         mine = next((describe(key) for key in trained if key in context.finite.allowed), None)
         bad, _ = first_over_ranks(context.ranks, mine)
         if bad is not None:
-            _logger.info("NaNGuard: %s holds NaN or Inf before the first update; these elements are not guarded.", bad)
+            _logger.info("NaNGuard: %s holds NaN or Inf before the first update; these elements are not checked.", bad)
             self._bad_start = None if context.settings.observe else bad
         if not context.settings.observe:
             # The same hook scales the rate and takes the gradients of blocked steps away.
@@ -172,8 +172,8 @@ class Guard:
         if found.reading.finite or False in context.ranks.gather(context.replay.batch_finite()):
             return
         raise TrainingDivergedError(
-            f"{self._bad_start} holds NaN or Inf before the first update, so there is no good state to guard. Look at "
-            "how it was initialised, or at the checkpoint it came from, and start again."
+            f"{self._bad_start} holds NaN or Inf before the first update, so there is no good state to go back to. "
+            "Look at how it was initialised, or at the checkpoint it came from, and start again."
         )
 
     def end_epoch(self) -> bool:

@@ -115,7 +115,7 @@ class Interventions:
     def _tell(self, fault: Fault) -> None:
         if fault.since is not None:
             return  # the rise is over, and nothing else speaks against the weights
-        self._leave(fault, self._loop.clock(), "was finite and left alone. Clip gradients, or look at that batch")
+        self._leave(fault, self._loop.clock(), "was finite, so nothing was done. Clip gradients, or look at that batch")
         found = self._shown_by_weights(fault)
         if found is not None:
             self._loop.advise(replace(found, suggestion=f"{fault.message}; {found.suggestion} {self._unchanged()}"))
@@ -123,7 +123,7 @@ class Interventions:
         evidence = {} if fault.value is None else {"value": fault.value}
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
         suggestion = (
-            f"{fault.message}. If the run is lost, start it again with a lower learning rate. {self._unchanged()}"
+            f"{fault.message}. If the run diverges, start it again with a lower learning rate. {self._unchanged()}"
         )
         self._loop.advise(Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion))
 
@@ -132,7 +132,7 @@ class Interventions:
             return "Nothing was changed: every number is finite, and no trial has shown that a lower rate learns more."
         return (
             "Nothing was changed: every number is finite. "
-            'NaNGuard(act_on="evidence") looks for further evidence and acts on it.'
+            'NaNGuard(act_on="evidence") would look for further evidence and act on it.'
         )
 
     def _shown_by_weights(self, fault: Fault) -> Finding | None:
@@ -156,9 +156,9 @@ class Interventions:
     def tell_of_overflow(self) -> None:
         """Tell the user once that the loss overflows where the gradient does not."""
         suggestion = (
-            "the loss of several updates in a row is infinite, and their gradients are finite. From now on such "
-            "updates are made, since nothing bad reaches the weights by them. Compute the loss in float32, or look at "
-            "which of its terms overflows."
+            "the loss of several updates in a row is infinite, and their gradients are finite. From now on the "
+            "guard lets such updates pass, because they do not harm the weights. Compute the loss in float32, or find "
+            "the term that overflows."
         )
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
         self._loop.advise(Finding("infinite_loss", confidence, {}, "loss", suggestion=suggestion))

@@ -20,7 +20,7 @@ from lightning_nanguard.measure.norms import norms
 from lightning_nanguard.measure.tensors import is_strided, local
 from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import StateKey, describe
-from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.restore import part_of_snapshot
 from lightning_nanguard.state.snapshot import Snapshot, capture
 from lightning_nanguard.types import Comparison, Evidence, Fault, Reading
 
@@ -235,13 +235,10 @@ class Investigator:
             mine = None
         if not all(self._ranks.gather(mine is not None)) or mine is None:
             return None
-        restore(self._learner, target, keep=_is_weight)
-        try:
+        with part_of_snapshot(self._learner, target, mine):
             then = self._replay.probe()
             differentiated = fault.scope == "batch" and reading.loss_finite and not reading.finite and then is not None
             then_finite = self._replay.gradient_finite() if differentiated else None
-        finally:
-            restore(self._learner, mine, keep=_is_weight)
         return None if then is None else Comparison(now, then, then_finite)
 
     def _batch_strange(self) -> bool | None:
@@ -300,7 +297,3 @@ def _matrices(leaves: Iterable[tuple[StateKey, Any]]) -> dict[str, Tensor]:
         for path, leaf in leaves
         if path[0] == "parameter" and isinstance(leaf, Tensor) and is_strided(local(leaf)) and leaf.dim() >= 2
     }
-
-
-def _is_weight(path: StateKey) -> bool:
-    return path[0] in ("parameter", "buffer")

@@ -12,8 +12,8 @@ from lightning_nanguard.guard.loop import Clock, TrainingLoop
 from lightning_nanguard.types import Fault, Finding, Intervention
 
 _ADVICE = (
-    "Look at the records of what was done before; lower the learning rate, look at the data named there, or widen the "
-    "budget if the run should have gone on."
+    "Look at the records of the earlier interventions. Lower the learning rate, check the data that they name, or "
+    "raise the limits of the budget if the run should have gone on."
 )
 
 

@@ -21,7 +21,7 @@ _HEALTHY = Fault("healthy_stretch", "learner", "", None, "there was no fault in 
 
 
 _STILL_HIGH = Fault(
-    "rate_still_high", "learner", "", None, "at this rate a few batches are learned at the expense of others"
+    "rate_still_high", "learner", "", None, "at this rate, learning a few batches makes the loss of others worse"
 )
 
 

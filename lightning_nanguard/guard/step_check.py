@@ -294,14 +294,14 @@ class StepCheck:
         suggestion = "The step was made again from its own state, batch and random numbers, and the fault was gone."
         if since is not None:
             what = f"{tensor} {how} by itself." if tensor else "The state had gone bad by itself."
-            what = what if late is None else f"Update {late} was read when others had been made."
+            what = what if late is None else f"Update {late} was read only after later updates had been made."
             suggestion = (
                 f"{what} The updates since the snapshot at update {since.step} were made again from their own batches "
                 "and random numbers, and the fault was gone."
             )
         if counters:
             names = ", ".join(counters[: self._context.thresholds.records.numbers_per_message])
-            suggestion = f"The fault depends on what the step itself has changed: look at what is made of {names}."
+            suggestion = f"The fault depends on what the step itself changes: look at how {names} is used."
         elif times >= self._limits.test_device:
             suggestion += " It keeps happening at this place: test the device."
         cause = "corrupted_state" if tensor else "transient"

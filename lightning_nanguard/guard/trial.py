@@ -241,9 +241,8 @@ class TrialRunner:
         """Keep the best arm; try lower rates where even the lowest one makes the loss worse."""
         limits, lowest = self._limits, min(arm.factor for arm in running.arms)
         best = min(running.arms, key=_Arm.newest)
-        # A larger rate is ahead at first more often than in the end, so the next lower one stays, too.
         lower = [arm for arm in running.arms if arm.factor < best.factor]
-        running.arms = [best, *sorted(lower, key=lambda arm: -arm.factor)[:1]]
+        running.arms = [best, *sorted(lower, key=lambda arm: -arm.factor)[: limits.picked - 1]]
         learns = best.newest() < best.losses[0] or running.before > 0  # one that goes on has shown that it learns
         if not learns and lowest > limits.least_factor:
             start = running.states["start"]

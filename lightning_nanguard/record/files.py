@@ -36,7 +36,7 @@ def read_whole(path: str | os.PathLike[str], begin: int = 0) -> bytes:
         OSError: If there is no such file, or it is a pipe, a device or a folder, which might never end.
     """
     if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(f"{os.fspath(path)} is no file.")
+        raise OSError(f"{os.fspath(path)} is not a file.")
     with open(path, "rb") as file:
         file.seek(begin)
         return file.read()
@@ -130,12 +130,12 @@ def _read_file(path: Path, parse: Callable[[Mapping[str, Any]], _Record]) -> lis
             unreadable.append(number)
     if unreadable:
         _logger.warning(
-            "NaNGuard: %s: left out %s, no readable record there; %s.",
+            "NaNGuard: %s: ignored %s without a readable record; %s.",
             os.fspath(path),
             listed_numbers("line", unreadable),
             "the file holds records of a later version: update lightning-nanguard to read them"
             if later
-            else "a run that was killed while writing leaves such a line, the other records are complete",
+            else "a run that was killed while writing leaves such a line, and the other records are complete",
         )
     return records
 

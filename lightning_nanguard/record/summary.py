@@ -17,10 +17,10 @@ _ACTIONS = {
     "clip": ("change of gradient clipping", "changes of gradient clipping"),
     "reset moments": ("reset of the optimizer's state", "resets of the optimizer's state"),
     "undo": ("batch undone", "batches undone"),
-    "resume": ("other checkpoint gone on from", "other checkpoints gone on from"),
+    "resume": ("resume from another checkpoint", "resumes from another checkpoint"),
     "rewrite": ("checkpoint written with the last good state", "checkpoints written with the last good state"),
     "hold rate": ("learning rate replaced by the last valid one", "learning rates replaced by the last valid ones"),
-    "give back": ("cut rate raised again", "cut rates raised again"),
+    "give back": ("rise of the learning rate after a cut", "rises of the learning rate after a cut"),
     "end clipping": ("end of gradient clipping", "ends of gradient clipping"),
     "redo": ("step made again", "steps made again"),
     "leave out": ("micro-batch left out", "micro-batches left out"),
@@ -58,9 +58,9 @@ def summary(
 
     Example:
         >>> summary(1200)
-        'NaNGuard: 1,200 updates watched (act_on="certain"), nothing to do'
-        >>> summary(200, whole=(1400, 3))[-95:]
-        'in this fit (act_on="certain"), nothing to do; in the whole run: 1,400 updates, 3 interventions'
+        'NaNGuard: 1,200 updates watched (act_on="certain"), no interventions'
+        >>> summary(200, whole=(1400, 3))[-97:]
+        'in this fit (act_on="certain"), no interventions; in the whole run: 1,400 updates, 3 interventions'
         >>> summary(1200, {"non_finite_loss": 1}, {"skip": 1}, path="runs/7")[-77:]
         '(non-finite loss 1): 1 batch skipped; read more with: nanguard explain runs/7'
     """
@@ -75,10 +75,8 @@ def summary(
     all_in_all = f"{f'; {trials}' if trials else ''}{_whole(whole)}{f'; what to do: {TO_DO}' if hardly else ''}"
     where = f"; read more with: nanguard explain {shlex.quote(os.fspath(path))}" if path is not None else ""
     if not total:
-        done = "no interventions" if advice else "nothing to do"
-        return printable(
-            f"{watched}, {done}{rate}{advised}{all_in_all}{where if advice or trials or (whole and whole[1]) else ''}"
-        )
+        told = advice or trials or (whole is not None and whole[1] > 0)
+        return printable(f"{watched}, no interventions{rate}{advised}{all_in_all}{where if told else ''}")
     # Sorted, since the order in which faults came must not change the line.
     met = ", ".join(f"{in_words(kind)} {count:,}" for kind, count in sorted((faults or {}).items(), key=_most_first))
     used = sorted((remedies or {}).items(), key=_most_first)

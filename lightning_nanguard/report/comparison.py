@@ -70,7 +70,7 @@ def compare(runs: Sequence[RunData], thresholds: ReportThresholds = REPORT) -> l
         rows.append((f"loss at step {common:,}", [_loss(curve, common, thresholds) for curve in curves]))
     rates = [[one.lr for one in curve if one.lr is not None] for curve in curves]
     rows += [
-        ("learning rate at first", [f"{known[0]:.4g}" if known else _NONE for known in rates]),
+        ("learning rate at the start", [f"{known[0]:.4g}" if known else _NONE for known in rates]),
         ("learning rate at the end", [f"{known[-1]:.4g}" if known else _NONE for known in rates]),
         ("interventions", [f"{len(run.interventions):,}" for run in runs]),
         ("batches skipped", [f"{run.remedies['skip']:,}" for run in runs]),

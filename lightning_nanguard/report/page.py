@@ -107,7 +107,7 @@ def verdict(data: RunData) -> tuple[str, bool | None]:
     if data.interventions and not any(one.applied for one in data.interventions):
         return f"Only observed: the guard would have made {count}.", True
     if not ended and not data.alive:
-        return f"Killed: the run did not come to its end; {count} until then.", False
+        return f"Killed: the run did not reach its end; {count} before that.", False
     if data.mostly_skipped:
         return f"Mostly skipped: {data.mostly_skipped}.", False
     if losses and not math.isfinite(losses[-1]):
@@ -117,10 +117,10 @@ def verdict(data: RunData) -> tuple[str, bool | None]:
         held = f"; {trials_in_words(data.trials)}" if data.trials else ""
         return f"Nothing done: there is advice about {', '.join(causes)}{held}.", None
     if not data.interventions:
-        return "Healthy: there was nothing to do.", True
+        return "Healthy: no interventions.", True
     first, last = data.losses_at_ends()
     if not data.alive and first is not None and last is not None and last > first:
-        return f"Ended: {count}, and the loss ends above where it began.", None
+        return f"Ended: {count}, and the loss is higher at the end than at the start.", None
     suspected = sorted({in_words(one.finding.cause) for one in data.advice if one.occasion == SUSPICION})
     if suspected and not data.alive:
         return f"Ended: {count}, and there is advice about {', '.join(suspected)}.", None
@@ -203,7 +203,7 @@ def _interventions(data: RunData, thresholds: ReportThresholds) -> list[str]:
         counts = Counter({in_words(fault): 0 for fault, _, _ in kinds})
         for (fault, _, _), numbers in kinds.items():
             counts[in_words(fault)] += len(numbers)
-        told = f"{len(shown):,} of {len(data.interventions):,} are told here; all are in interventions.jsonl."
+        told = f"{len(shown):,} of {len(data.interventions):,} are shown here; interventions.jsonl has all of them."
         parts.append(
             f'<p class="quiet">{told}</p><div class="wide">{table(("fault", "times"), counts.most_common())}</div>'
         )
@@ -235,7 +235,7 @@ def _receipt(one: Intervention, data: RunData, thresholds: ReportThresholds) -> 
     """What an intervention cost, and what came of it."""
     words = []
     if "skip" in one.remedies:
-        words.append("1 batch not learned from")
+        words.append("1 batch skipped")
     if one.updates_lost:
         words.append(f"{counted(one.updates_lost, 'update')} undone")
     before, after = data.losses_around(one, thresholds)

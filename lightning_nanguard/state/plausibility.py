@@ -148,7 +148,7 @@ class PlausibilityCheck:
             # Where it came from a batch, the next such batch can be skipped.
             buffers = {key for key in statistics if key[0] == "buffer"}
             self.watches_statistics |= self._first_jump(leaves, newest.leaves, buffers, usual) is not None
-            message = f"{far} is over {factor:g} times what it was"
+            message = f"{far} is over {factor:g} times as large as before"
             # What a trial on the newest batches has shown is finite evidence, and is compared with the branch given up.
             return Fault("implausible_state", "state", far, None, message, certain=not doubtful, rate_may_cause=True)
         return None

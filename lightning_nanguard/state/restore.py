@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from lightning_nanguard.state.snapshot import Snapshot, clone, copy_all, fits, p
 
 _Pair = tuple[Tensor, Tensor]
 """A live tensor and what is copied into it."""
+
+
+def _is_weight(key: StateKey) -> bool:
+    return key[0] in ("parameter", "buffer")
 
 
 def restore(
@@ -49,6 +54,25 @@ def restore(
     if learner.scaler is not None and snapshot.scaler and keep is None:
         _restore_scaler(learner.scaler, snapshot.scaler)
     return failed
+
+
+@contextmanager
+def part_of_snapshot(
+    learner: Learner, snapshot: Snapshot, own: Snapshot, keep: Callable[[StateKey], bool] = _is_weight
+) -> Iterator[None]:
+    """Run what is inside with a part of a snapshot, and put that of now back bit for bit.
+
+    Args:
+        learner: Whose state it is.
+        snapshot: The state inside; it is not changed.
+        own: The state of now.
+        keep: Says which state keys change; weights and buffers by default.
+    """
+    restore(learner, snapshot, keep=keep)
+    try:
+        yield
+    finally:
+        restore(learner, own, keep=keep)
 
 
 def _restore_weights(learner: Learner, saved: Mapping[StateKey, Any]) -> tuple[list[_Pair], tuple[StateKey, ...]]:

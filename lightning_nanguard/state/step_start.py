@@ -166,7 +166,7 @@ class StepMemory:
         written, self._written = self._written, []
         if self.repeatable and any(tensor._version != version for tensor, version in written):
             self.repeatable = False
-            _logger.debug("NaNGuard: training_step writes into its batch or into parameters; no step is made again.")
+            _logger.debug("NaNGuard: training_step changes its batch or parameters, so no step is made again.")
 
 
 def _has_version(tensor: Tensor) -> bool:

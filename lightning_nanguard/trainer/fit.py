@@ -107,7 +107,7 @@ class Fit:
         self._say_what_is_not_guarded()
         if (known := self.order.known).quarantine and len(known):
             rows = counted(len(known), "bad sample")
-            rank_zero_info(f"NaNGuard: {rows} that the run has met before will be left out (quarantine=True).")
+            rank_zero_info(f"NaNGuard: {rows} that the run found before will be left out (quarantine=True).")
         self.guard.start()
         self._limit_memory(max_memory)
         self.samples.offset = self._trainer.global_step - self.guard.updates
@@ -142,7 +142,7 @@ class Fit:
         late = self.context.settings.deferred or not self.guard.steps.allowed() or not module.automatic_optimization
         whole = late or bool(self.context.learner.quasi_newton)
         if whole and self._keeper is not None and self._keeper.always and not self.context.settings.observe:
-            self._keeper.say("it needs automatic optimization without LBFGS, one process, and readback in the step")
+            self._keeper.say("it needs automatic optimization without LBFGS, one process, and step readback")
         return whole
 
     def _mend(self, checkpoint: dict[str, Any], path: str, *, checked: bool = False) -> dict[str, Any]:
@@ -210,11 +210,11 @@ class Fit:
         if not learner.optimizers:
             _logger.info("NaNGuard: %s has no optimizer, so there are no updates to guard.", name)
         elif not any(p.requires_grad for index in range(len(learner.optimizers)) for p in learner.stepped(index)):
-            _logger.info("NaNGuard: no parameter of %s is trained yet; those that will be are guarded then.", name)
+            _logger.info("NaNGuard: no parameter of %s is trained yet. The guard begins when one is.", name)
         elif self._skips_windows(learner.module):
             _logger.info(
-                "NaNGuard: with %s a bad micro-batch costs its whole window of gradient accumulation: the update is "
-                "skipped.",
+                "NaNGuard: with %s one bad micro-batch makes the guard skip the whole update, with all its other "
+                "micro-batches.",
                 type(self._trainer.strategy).__name__,
             )
 
@@ -230,9 +230,9 @@ class Fit:
             automatic = self.context.learner.module.automatic_optimization
             _logger.warning(
                 "NaNGuard: batches were trained on, but no optimizer step was seen, so nothing was guarded. %s",
-                "In an optimizer_step of your own give the closure to optimizer.step, which calls it."
+                "If you override optimizer_step, pass the closure to optimizer.step."
                 if automatic
-                else "Under manual optimization step the optimizers that self.optimizers() gives.",
+                else "Under manual optimization, step the optimizers that self.optimizers() returns.",
             )
 
     def say_how_it_went(self, memory: Memory) -> None:

@@ -60,7 +60,7 @@ class DisplayedGuard(StatefulGuard):
         """
         folder = self.run_dir
         if folder is None:
-            raise RuntimeError("NaNGuard.plot() draws a run: call it in a fit or after one.")
+            raise RuntimeError("NaNGuard.plot() draws a run: call it during or after a fit.")
         if self._fit is not None and self._fit.context.curve is not None:
             self._fit.context.curve.write()
         data = read_run_data(folder)

@@ -64,8 +64,8 @@ class StatefulGuard(DataWatchingGuard):
         if schema != STATE_SCHEMA:
             _logger.warning(
                 "NaNGuard: the checkpoint holds the guard's state in version %s, and this lightning-nanguard reads "
-                "version %s: the run goes on, but multiplier, clipping, budgets and windows start anew. Install the "
-                "version that wrote it to take them up.",
+                "version %s. The run goes on, but the learning-rate multiplier, clipping, budgets and windows start "
+                "anew. To keep them, install the version that wrote the checkpoint.",
                 schema,
                 STATE_SCHEMA,
             )

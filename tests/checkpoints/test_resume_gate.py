@@ -118,7 +118,7 @@ def test_nothing_good_to_offer(saved: Callable[..., Path]) -> None:
     torch.save({"state_dict": content["state_dict"], "global_step": 3}, bad.with_name("weights.ckpt"))
     cut(bad)
     for resume in ("strict", "last-good"):
-        with pytest.raises(BadCheckpointError, match="No other checkpoint near it is good"):
+        with pytest.raises(BadCheckpointError, match="There is no other good checkpoint near it"):
             train(guard_with(resume=resume), resume=bad)
 
 

@@ -45,7 +45,7 @@ def test_explain_tells_a_healthy_run_from_a_wrong_folder(tmp_path: Path, capsys:
     assert main(["explain", str(tmp_path / "healthy")]) == 0
     said = capsys.readouterr().out
     first, second = said.splitlines()
-    assert first == f"Run {healthy.run_id} in {healthy.run_dir}: 5 updates, nothing to do"
+    assert first == f"Run {healthy.run_id} in {healthy.run_dir}: 5 updates, healthy, no interventions"
     assert re.fullmatch(r"  the loss went from \S+ to \S+; the learning rate is 0\.01", second)
     JsonLines(folder_of(healthy) / ADVICE_FILE).write(Advice(0, 0, "preflight", Finding("dead_relu", 0.9)))
     append_event(folder_of(healthy), "fit", {"run": healthy.run_id, "step": 5})
@@ -60,7 +60,7 @@ def test_explain_tells_a_healthy_run_from_a_wrong_folder(tmp_path: Path, capsys:
     assert main(["explain", str(tmp_path / "healthy")]) == 0
     assert f"Run killed in {tmp_path / 'healthy'}: it was killed" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
-    for folder, message in (("empty", "no run of NaNGuard lies in"), ("none", "there is no folder")):
+    for folder, message in (("empty", "there is no run of NaNGuard in"), ("none", "there is no folder")):
         assert main(["explain", str(tmp_path / folder)]) == 2
         shown = capsys.readouterr()
         assert shown.out == ""

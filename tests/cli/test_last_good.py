@@ -58,7 +58,7 @@ def test_a_folder_of_shards_is_not_opened(tmp_path: Path, capsys: pytest.Capture
     """The index of one is a pickle: the command says so and goes on to other files."""
     (tmp_path / "run" / LAST_GOOD).mkdir(parents=True)
     assert main(["last-good", str(tmp_path)]) == 2
-    assert "folder of shards, whose index is a pickle" in capsys.readouterr().err
+    assert "folder of shards, and its index is a pickle" in capsys.readouterr().err
 
 
 def test_the_command_finds_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,7 +79,7 @@ def test_a_run_that_was_resumed_is_one(tmp_path: Path, capsys: pytest.CaptureFix
 def test_none_to_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that met none says so; a folder without a run is an error."""
     assert main(["samples", str(tmp_path)]) == 2
-    assert "no run of NaNGuard lies in" in capsys.readouterr().err
+    assert "there is no run of NaNGuard in" in capsys.readouterr().err
     (tmp_path / RUN_FILE).write_text("{}\n")
     assert main(["samples", str(tmp_path)]) == 0
-    assert "no bad sample was met" in capsys.readouterr().out
+    assert "no bad sample was found" in capsys.readouterr().out

@@ -13,10 +13,13 @@ from lightning_nanguard.record.summary import summary
 @pytest.mark.parametrize(
     ("text", "arguments", "options"),
     [
-        ('1,200 updates watched (act_on="certain"), nothing to do', (1200,), {}),
-        ('1 update watched (act_on="certain"), nothing to do', (1, {}, {}), {"path": "records.jsonl"}),
+        ('1,200 updates watched (act_on="certain"), no interventions', (1200,), {}),
+        ('1 update watched (act_on="certain"), no interventions', (1, {}, {}), {"path": "records.jsonl"}),
         (
-            '10 updates watched (act_on="evidence"), nothing to do; the learning rate ends at 0.5 times its schedule',
+            (
+                '10 updates watched (act_on="evidence"), no interventions; '
+                "the learning rate ends at 0.5 times its schedule"
+            ),
             (10,),
             {"lr_multiplier": 0.5, "act_on": "evidence"},
         ),
@@ -40,7 +43,7 @@ from lightning_nanguard.record.summary import summary
         ),
         (
             (
-                '200 updates watched in this fit (act_on="certain"), nothing to do; 1 trial held; '
+                '200 updates watched in this fit (act_on="certain"), no interventions; 1 trial held; '
                 "in the whole run: 1,400 updates, 1 intervention; read more with: nanguard explain runs/7"
             ),
             (200,),

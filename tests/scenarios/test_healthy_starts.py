@@ -260,8 +260,8 @@ def test_what_is_not_guarded_is_said_once(tmp_path: Path, caplog: pytest.LogCapt
     """One line at INFO: no optimizer, nothing trained yet, elements that are not finite."""
     said = {
         NoOptimizer: "NoOptimizer has no optimizer, so there are no updates to guard",
-        FrozenFirst: "no parameter of FrozenFirst is trained yet; those that will be are guarded then",
-        UnusedNaN: "parameter unused holds NaN or Inf before the first update; these elements are not guarded",
+        FrozenFirst: "no parameter of FrozenFirst is trained yet. The guard begins when one is",
+        UnusedNaN: "parameter unused holds NaN or Inf before the first update; these elements are not checked",
     }
     for make, message in said.items():
         caplog.clear()

@@ -10,6 +10,7 @@ import torch
 
 from lightning_nanguard import NaNGuard
 from tests.helpers import Batch, Task, batches, fit, mlp, with_nan, words
+from tests.modules import update_by_hand
 
 
 class Carries(Task):
@@ -25,10 +26,7 @@ class Carries(Task):
         self.steps += 1
         loss = self.loss(batch, "loss") + 0.1 * self.carried
         self.carried = loss.detach()
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
+        update_by_hand(self, loss)
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.after.append(float(self.carried))

@@ -59,7 +59,7 @@ def test_a_fit_that_is_not_resumed_in_the_same_process_counts_anew(tmp_path: Pat
     guard = NaNGuard(dirpath=tmp_path)
     fit(task(), with_bad(2, count=8), guard)
     fit(task(), batches(count=8), guard)
-    assert guard.summary() == 'NaNGuard: 8 updates watched (act_on="certain"), nothing to do'
+    assert guard.summary() == 'NaNGuard: 8 updates watched (act_on="certain"), no interventions'
 
 
 class Unlearnable(LightningModule):

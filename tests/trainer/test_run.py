@@ -163,7 +163,7 @@ def test_last_good_never_takes_another_runs(spoil: Any, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="not found"):
             resumable(tmp_path, own)
         return
-    with pytest.raises(BadCheckpointError, match="No other checkpoint of its run near it is good") as refused:
+    with pytest.raises(BadCheckpointError, match="There is no other good checkpoint of its run near it") as refused:
         resumable(tmp_path, own)
     assert refused.value.offered is None
 

@@ -18,6 +18,7 @@ from lightning_nanguard import NaNGuard, SkipStep, sample_hash
 from lightning_nanguard.act.defaults import default_remedies
 from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE, BadSample, merged, read_bad_samples
 from tests.helpers import folder_of, trainer_for
+from tests.modules import update_by_hand
 
 Sample = tuple[Tensor, Tensor]
 
@@ -54,10 +55,7 @@ class LogTargets(LightningModule):
         loss = (self.net(x) - y.log()).square().mean()
         if self.automatic_optimization:
             return loss
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
+        update_by_hand(self, loss)
         return None
 
     def configure_optimizers(self) -> Any:

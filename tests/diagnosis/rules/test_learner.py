@@ -169,11 +169,11 @@ def test_a_trial_says_which_rate_to_go_to() -> None:
         finding = diagnose(Case(STUCK, known))
         assert finding is not None
         said[finding.cause] = finding.suggestion
-    assert "a restart with 0.0156 times the rate has the lower loss" in said["learning_rate_too_high"]
+    assert "a restart with 0.0156 times the rate has a lower loss" in said["learning_rate_too_high"]
     assert "or lower it to 0.01." in said["learning_rate_too_high"]
-    assert "the loss is clearly higher again than it was" in said["collapsed"]
+    assert "the loss is clearly higher than its best level" in said["collapsed"]
     assert (
-        "look for what changed the weights or the data; where nothing did, lower the learning rate to 0.01"
+        "look for what changed the weights or the data. If nothing did, lower the learning rate to 0.01"
         in (said["collapsed"])
     )
 
