@@ -49,7 +49,8 @@ def test_it_is_the_file_that_resuming_takes(tmp_path: Path, capsys: pytest.Captu
     again = NaNGuard(dirpath=folder, resume="last-good")
     saver = ModelCheckpoint(dirpath=elsewhere, every_n_train_steps=4, save_top_k=-1, filename="{step}")
     resumed = trainer_for(tmp_path, again, [saver], enable_checkpointing=True, max_epochs=2, limit_val_batches=0)
-    resumed.fit(task(), Positioned(batches()), Positioned(batches()), ckpt_path=asked)
+    with pytest.warns(UserWarning, match="exists and is not empty"):
+        resumed.fit(task(), Positioned(batches()), Positioned(batches()), ckpt_path=asked)
     assert resumed.ckpt_path == str(elsewhere / "step=12.ckpt")
     assert again.run_id == guard.run_id
 
