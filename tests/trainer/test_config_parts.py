@@ -99,5 +99,5 @@ def test_a_misspelt_name_of_the_package() -> None:
     """Importing what is not there names what is most like it."""
     with pytest.raises(AttributeError, match=r"has no attribute 'NanGuard'\. Did you mean 'NaNGuard'\?"):
         _ = lightning_nanguard.NanGuard
-    with pytest.raises(AttributeError, match="has no attribute 'xyz'$"):
+    with pytest.raises(AttributeError, match=r"has no attribute 'xyz'$"):
         _ = lightning_nanguard.xyz
