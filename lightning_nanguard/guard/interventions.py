@@ -202,7 +202,7 @@ class Interventions:
         words += ("redo",) if state.went_on else ()
         place = evidence.corrupt if evidence.corrupt is not None else found.fault.place
         # A late reading is recorded under its own batch, not under the present one.
-        clock = self._recorder.clock_of(found.reading.step) if found.late else self._loop.clock()
+        clock = self._recorder.clock_of(found.reading.step) if found.late else self._recorder.now(unmade=found.unmade)
         self._recorder.record(found.fault, place, words, before, finding, evidence.ranks or found.ranks, clock)
         if context.settings.observe and state.told is None:
             self._leave(found.fault, clock, "was only observed. Look at the batch of that update")

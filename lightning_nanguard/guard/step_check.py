@@ -333,11 +333,8 @@ class StepCheck:
         restored: Snapshot | None = None,
         late: int | None = None,
     ) -> None:
-        if late is None:  # the update is still to be made, and other records are made after it
-            global_step, epoch, batch_idx = self._loop.clock()
-            clock = global_step + 1, epoch, batch_idx
-        else:
-            clock = self._recorder.clock_of(late)
+        # Without a late one the update is still to be made, and other records are made after it.
+        clock = self._recorder.now(unmade=True) if late is None else self._recorder.clock_of(late)
         self._context.state.restored = restored
         rates = self._context.rate.effective()
         ranks, self._seen_by = self._seen_by, ()
