@@ -62,7 +62,8 @@ class NonFinite(Detector):
         if not reading.loss_finite:
             message = f"the loss is {reading.loss}"
             # With a finite gradient nothing bad would reach the weights: neither they nor the rate are at fault.
-            alone = reading.loss_overflows_alone and norm is not None and norm <= self.thresholds.max_norm
+            infinite = reading.loss_is_bad_alone and reading.loss is not None and math.isinf(reading.loss)
+            alone = infinite and norm is not None and norm <= self.thresholds.max_norm
             return Fault(
                 "non_finite_loss", "batch", "loss", reading.loss, message, conclusive=alone, clipping_helps=True
             )
