@@ -70,7 +70,8 @@ class NonFinite(Detector):
         if not reading.finite:
             return self._overflow(reading) if reading.scaler_skips else _non_finite_gradient(norm)
         if norm is not None and norm > self.thresholds.max_norm:
-            message = f"the gradient norm is {norm:.3g}; its square overflows float32"
+            how = "overflows" if norm > self.thresholds.largest_with_square else "comes close to overflowing"
+            message = f"the gradient norm is {norm:.3g}; its square {how} float32"
             return Fault("gradient_overflow", "batch", "gradient", norm, message, clipping_helps=True)
         return None
 

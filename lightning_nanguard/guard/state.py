@@ -97,7 +97,7 @@ class GuardState:
         return any(at > step for at, _ in self.policy.restores)
 
     def note_bad_loss(self, step: int, patience: int) -> bool:
-        """Note an update whose loss alone was not finite; whether so many in a row were that it is usual from now on."""
+        """Note an update whose loss alone was not finite; whether so many were in a row that this is usual."""
         last, times = self.bad_alone
         self.bad_alone = step, times + 1 if step == last + 1 else 1
         self.bad_losses_usual = self.bad_alone[1] >= patience
