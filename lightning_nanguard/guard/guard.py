@@ -345,7 +345,7 @@ class Guard:
 
     def _healthy(self) -> None:
         state, self._bad_start = self._state, None
-        state.bad_in_a_row = 0
+        state.bad_in_a_row, state.good_beside = 0, None
         if all(reading.scaler_skips for reading in self._judge.readings):
             return  # the scaler skipped it: nothing was learned about the state
         state.healthy_steps += 1

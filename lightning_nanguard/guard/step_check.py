@@ -110,10 +110,9 @@ class StepCheck:
         reading = self._meter.measure_early(self._context.state.step + 1, optimizer_index, careful=careful)
         if reading is None or (reading.finite and self._context.monitors.calm(reading)):
             return None
+        reading = self._context.state.unusual(reading)
         if self._context.learner.scaler is not None and reading.loss_finite and not reading.finite:
             return None  # an overflow, which the scaler skips
-        if self._context.state.losses_overflow and reading.loss_overflows_alone:
-            return None
         return self._fault_of(reading, extreme=extreme) if self._ranks is None else self._fault_of_all(reading)
 
     def _fault_of_all(self, reading: Reading) -> Fault | None:
@@ -148,7 +147,7 @@ class StepCheck:
         if loss is None or not is_on_host(loss) or loss.numel() != 1:
             return None
         value = float(loss.detach())
-        if value - value == 0.0 or (math.isinf(value) and self._context.state.losses_overflow):
+        if value - value == 0.0 or self._context.state.bad_losses_usual:
             return None
         reading = Reading(self._context.state.step + 1, optimizer_index, value, None, finite=False, loss_finite=False)
         return self._context.monitors.check(reading)
