@@ -127,13 +127,13 @@ def describe_sample(sample: BadSample) -> str:
     Example:
         >>> where = {"epoch": 1, "batch": 6, "index": 4, "global_step": 27}
         >>> describe_sample(BadSample("not finite", 100, columns={"0": (2,)}, times=3, **where))
-        'row 100: not finite in field 0, column 2; met 3 times, first at step 27, epoch 1, batch 6, sample 4'
+        'row 100: not finite in field 0, column 2; seen 3 times, first at step 27, epoch 1, batch 6, sample 4'
     """
     rank = f", rank {sample.rank}" if sample.rank else ""
-    met = f"met {sample.times:,} times, first" if sample.times > 1 else "met"
+    seen = f"seen {sample.times:,} times, first" if sample.times > 1 else "seen"
     loader = "" if sample.position is None else f" (batch {sample.position} since the loader began anew)"
     place = f"epoch {sample.epoch}, batch {sample.batch}{loader}, sample {sample.index}{rank}"
-    return f"{describe_fault(sample)}; {met} at step {sample.global_step}, {place}"
+    return f"{describe_fault(sample)}; {seen} at step {sample.global_step}, {place}"
 
 
 def describe_fault(sample: BadSample) -> str:

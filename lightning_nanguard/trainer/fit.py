@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -26,13 +27,15 @@ from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.fit_summary import fit_summary
 from lightning_nanguard.trainer.logger_curves import LoggerCurves
 from lightning_nanguard.trainer.logger_report import log_report
+from lightning_nanguard.trainer.numeric_errors import is_numeric
 from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
-from lightning_nanguard.trainer.private.callbacks import after_every_batch
+from lightning_nanguard.trainer.private.callbacks import after_every_batch, is_from_callback
 from lightning_nanguard.trainer.private.checkpoint_files import catch_write_errors, write_checkpoint
 from lightning_nanguard.trainer.private.closures import run_micro_batches_by
 from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.learning_rate_monitor import around_learning_rate_monitors
+from lightning_nanguard.trainer.private.optimizer_step import skipped_steps_raise_nothing
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, rank_zero_info
 from lightning_nanguard.trainer.private.saving import guard_saves
 from lightning_nanguard.trainer.private.strategies import accumulation, collects
@@ -94,6 +97,7 @@ class Fit:
         self.carried: CarriedAttributes | None = None
         self._accumulates = accumulation(trainer)
         self._unknown: set[int] = set()
+        self._looked_at = 0
         self._patches = ExitStack()
 
     def start(self, max_memory: float | None, listens: Callable[[Any], bool]) -> None:
@@ -134,8 +138,13 @@ class Fit:
             )
         )
         if not self.context.settings.observe:
+            later(skipped_steps_raise_nothing(self._trainer, partial(self._excuses, listens)))
             later(around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw))
             later(keep_best_finite(self._trainer))
+
+    def _excuses(self, listens: Callable[[Any], bool], optimizer: Optimizer, error: Exception) -> bool:
+        """Whether an exception comes of an update being skipped; none that a callback raises does."""
+        return not is_from_callback(error, listens) and self.guard.excuses(optimizer, numeric=is_numeric(error))
 
     def _keeps_whole(self, module: LightningModule) -> bool:
         """Whether bad batches are skipped as a whole, which is said where their good samples were to be kept."""
@@ -247,6 +256,18 @@ class Fit:
         self.folder.log("end", **counts, lr_multiplier=multiplier)
         if self.rank_zero:
             rank_zero_info(fit_summary(memory, self.context.settings, updates, multiplier, self.folder.path))
+
+    def check_before_epoch_end(self) -> None:
+        """After an epoch's last batch: check the state before callbacks and loggers are given the epoch's means.
+
+        Several ranks with uneven data end their epochs at different times, and check with the next snapshot.
+        """
+        trainer, updates = self._trainer, self.guard.updates
+        last = trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step
+        due = updates - self._looked_at >= self.context.thresholds.snapshots.plausibility.epoch_end_after
+        if last and due and not self.context.many:
+            self._looked_at = updates
+            self.guard.check(sizes=True)
 
     def end_epoch(self) -> None:
         """Forget a batch that began and was not run."""

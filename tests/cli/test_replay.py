@@ -36,7 +36,7 @@ def test_an_incident_is_reproduced(kind: str, tmp_path: Path, capsys: pytest.Cap
     assert guard.interventions[0].cause == cause
     assert main(["replay", str(path), "--module", "tests.classifier:Model"]) == 0
     said = capsys.readouterr().out
-    assert f"cause then: {cause}" in said
+    assert f"cause in the run: {cause}" in said
     assert f"\ncause: {cause}" in said
     # Layer by layer, in the order in which they ran.
     heading, *layers = said.split("\nlayer ")[1].splitlines()

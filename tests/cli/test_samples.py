@@ -35,10 +35,10 @@ def test_lists_each_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out.splitlines()
     assert shown == [
         f"{runs / 'a'}: 1 bad sample",
-        "  row 100: not finite in field 0, column 2; met 2 times, first at step 0, epoch 0, batch 6, sample 4",
+        "  row 100: not finite in field 0, column 2; seen 2 times, first at step 0, epoch 0, batch 6, sample 4",
         f"{runs / 'b'}: 2 bad samples",
-        "  row 7: x\\x1b[2J in field 0, column 2; met at step 0, epoch 0, batch 6, sample 4",
-        "  row 100: not finite in field 0, column 2; met at step 0, epoch 0, batch 6, sample 4",
+        "  row 7: x\\x1b[2J in field 0, column 2; seen at step 0, epoch 0, batch 6, sample 4",
+        "  row 100: not finite in field 0, column 2; seen at step 0, epoch 0, batch 6, sample 4",
     ]
 
 

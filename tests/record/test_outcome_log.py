@@ -21,7 +21,7 @@ def test_receipts_come_back_as_they_were(tmp_path: Path, caplog: pytest.LogCaptu
     log.give(GAINED)
     log.give(NOT_MEASURED)
     log.close()
-    assert "intervention of step 80 gained: 64 updates later the loss is 0.5, and inf without it" in caplog.text
+    assert "intervention of step 80: helped: 64 updates later the loss is 0.5, and inf without it" in caplog.text
     with (tmp_path / RECEIPTS_FILE).open("a") as file:
         file.write('{"verdict": ')
     assert log.given == [GAINED, NOT_MEASURED]
