@@ -123,9 +123,8 @@ def describe_sample(sample: BadSample) -> str:
     """
     rank = f", rank {sample.rank}" if sample.rank else ""
     seen = f"seen {sample.times:,} times, first" if sample.times > 1 else "seen"
-    return (
-        f"{describe_fault(sample)}; {seen} in epoch {sample.epoch}, batch {sample.batch}, sample {sample.index}{rank}"
-    )
+    where = f"epoch {sample.epoch}, batch {sample.batch}, sample {sample.index}{rank}"
+    return f"{describe_fault(sample)}; {seen} in {where}"
 
 
 def describe_fault(sample: BadSample) -> str:
