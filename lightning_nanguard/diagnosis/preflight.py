@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from lightning_nanguard.diagnosis.batch import batch_clues, tensor_fields
 from lightning_nanguard.diagnosis.case import Case, Clues
-from lightning_nanguard.diagnosis.isolation import Untraced
+from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged
 from lightning_nanguard.diagnosis.label_relation import label_relation
 from lightning_nanguard.diagnosis.layers import measure_layers_untraced
 from lightning_nanguard.diagnosis.replay import replay
@@ -24,8 +23,6 @@ from lightning_nanguard.diagnosis.rules.phrases import outlier_finding
 from lightning_nanguard.state.attributes import attributes_kept
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds, PreflightThresholds
 from lightning_nanguard.types import Finding
-
-_logger = logging.getLogger("lightning_nanguard")
 
 
 @final
@@ -66,16 +63,11 @@ class Preflight:
         model: Sequence[Finding] = ()
         data: Sequence[Finding] = ()
         case = Case()
-        # Advice must never cost the run it is meant for.
-        try:
+        with errors_logged("the model could not be looked at before the first step"):
             case = self.case(batch, run=run)
             model = self._rules.findings(case)
-        except Exception as error:
-            _logger.debug("NaNGuard: the model could not be looked at before the first step: %r", error)
-        try:
+        with errors_logged("the data could not be looked at before the first step"):
             data = self._data_findings(loader, case.clues)
-        except Exception as error:
-            _logger.debug("NaNGuard: the data could not be looked at before the first step: %r", error)
         first: dict[str, Finding] = {}
         # The data set's comes first: it names every sample, with numbers that mean something to the user.
         for finding in (*data, *model):

@@ -220,43 +220,37 @@ class StepCheck:
         """Forget the newest loss that was seen: its micro-batch is left out."""
         self._meter.drop_last_loss()
 
-    def corrupt(self) -> str | None:
-        """A tensor of the learner that is not finite, in words; ``None`` if all are."""
-        return self._context.corrupt()[0]
-
     def may_go_back(self, fault: Fault) -> bool:
         """Whether a rollback for a fault is allowed."""
         return self._policy.may_go_forward_again(fault, self.number, self._context.state.policy)
 
     def state_is_finite(self) -> bool:
         """Whether the learner is finite, so that the batch or the step is at fault."""
-        return self.corrupt() is None
+        return self._context.corrupt()[0] is None
 
     @property
     def number(self) -> int:
         """Number of the update that is about to be made."""
         return self._context.state.step + 1
 
-    def raised(self, error: BaseException | None) -> None:
-        """The next loss that is not finite stands for an exception of ``training_step``; ``None`` if it does not."""
-        self._context.state.raised = None if error is None else self.in_words(error)
-
-    def in_words(self, error: BaseException) -> str:
-        """What a record says of an exception of ``training_step``."""
+    def in_words(self, error: BaseException | None) -> str | None:
+        """What a record says of an exception of ``training_step``; ``None`` without one."""
+        if error is None:
+            return None
         text = " ".join(str(error).split())[: self._limits.message]
         return f"training_step raised {type(error).__name__}: {text}"
 
-    def raised_elsewhere(self, words: str | None) -> None:
-        """The same as :meth:`raised`, where another rank may have raised.
+    def raised(self, words: str | None) -> None:
+        """The next loss that is not finite stands for an exception of ``training_step``, of this rank or another.
 
         Args:
-            words: What :meth:`in_words` gave there; ``None`` without an exception.
+            words: What :meth:`in_words` gives there; ``None`` without an exception.
         """
         self._context.state.raised = words
 
     def spoilt_since(self, snapshot: Snapshot) -> tuple[str, str]:
         """The tensor that has gone bad by itself since a snapshot, and how; empty if that is not known."""
-        corrupt = self.corrupt()
+        corrupt, _ = self._context.corrupt()
         if corrupt is not None:
             return corrupt, "is no longer finite"
         change = unexplained_change(self._context.learner, snapshot)

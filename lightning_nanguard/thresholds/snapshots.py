@@ -115,6 +115,8 @@ class PlausibilityThresholds:
         state_growth: The same factor for statistics and moments.
         early_growth: The same factor for all of them before ``settled_after``.
         least_magnitude: Magnitude up to which growth does not count: below it any number may be a usual one.
+        times_gradient: Multiple of the largest element of the newest gradient up to which a moment is in proportion to
+            it, whatever it was before; of its square for second moments. Momentum of 0.99 sums up to 100 gradients.
         trials: How often one tensor that is found again and again is still tried on the newest batches.
         moments: When a first moment is out of its bound.
     """
@@ -125,6 +127,7 @@ class PlausibilityThresholds:
     state_growth: float = 1e4
     early_growth: float = 1e12
     least_magnitude: float = 1.0
+    times_gradient: float = 100.0
     trials: int = 3
     moments: MomentThresholds = field(default_factory=MomentThresholds)
 

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -25,13 +26,15 @@ from lightning_nanguard.trainer.carried_attributes import CarriedAttributes
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.logger_curves import LoggerCurves
 from lightning_nanguard.trainer.logger_report import log_report
+from lightning_nanguard.trainer.numeric_errors import is_numeric
 from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
-from lightning_nanguard.trainer.private.callbacks import after_every_batch
+from lightning_nanguard.trainer.private.callbacks import after_every_batch, is_from_callback
 from lightning_nanguard.trainer.private.checkpoint_files import catch_write_errors, write_checkpoint
 from lightning_nanguard.trainer.private.closures import run_micro_batches_by
 from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.learning_rate_monitor import around_learning_rate_monitors
+from lightning_nanguard.trainer.private.optimizer_step import skipped_steps_raise_nothing
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, rank_zero_info
 from lightning_nanguard.trainer.private.saving import guard_saves
 from lightning_nanguard.trainer.private.strategies import accumulation, collects
@@ -132,8 +135,13 @@ class Fit:
             )
         )
         if not self.context.settings.observe:
+            later(skipped_steps_raise_nothing(self._trainer, partial(self._excuses, listens)))
             later(around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw))
             later(keep_best_finite(self._trainer))
+
+    def _excuses(self, listens: Callable[[Any], bool], optimizer: Optimizer, error: Exception) -> bool:
+        """Whether an exception comes of an update being skipped; none that a callback raises does."""
+        return not is_from_callback(error, listens) and self.guard.excuses(optimizer, numeric=is_numeric(error))
 
     def _keeps_whole(self, module: LightningModule) -> bool:
         """Whether bad batches are skipped as a whole, which is said where their good samples were to be kept."""

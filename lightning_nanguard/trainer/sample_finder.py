@@ -21,6 +21,7 @@ from lightning_nanguard.diagnosis.bad_samples import (
     non_finite_samples,
 )
 from lightning_nanguard.diagnosis.batch import samples
+from lightning_nanguard.diagnosis.isolation import errors_logged
 from lightning_nanguard.diagnosis.other_weights import other_signs
 from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm
 from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot
@@ -111,20 +112,15 @@ class SampleFinder:
         """
         mine: list[BadSample] = []
         if fault.scope == "batch" and (evidence.corrupt is None or evidence.undo):
-            # An error in naming samples must not end the run.
-            try:
+            with errors_logged("the samples of a bad batch could not be told"):
                 for micro in micros:
                     mine += self._of(micro, evidence, finding, about, good, run=run)
-            except Exception as error:
-                _logger.debug("NaNGuard: the samples of a bad batch could not be told: %r", error)
         self._take(mine)
         if finding is None or about is None:
             return finding
-        try:
+        with errors_logged("the samples of a bad batch could not be named"):
             return self._named(finding, about, mine)
-        except Exception as error:
-            _logger.debug("NaNGuard: the samples of a bad batch could not be named: %r", error)
-            return finding
+        return finding
 
     def found(self, origin: BatchOrigin) -> Found:
         """The bad samples of a batch that was searched; empty for any other batch."""
