@@ -231,12 +231,7 @@ class Guard:
                 bad,
             )
             return
-        self.check()
-        # No snapshot may have fallen due since a weight or an average went out of range.
-        leaves = dict(self._context.learner.leaves())
-        fault = self._parts.plausibility.implausible(leaves, self._state.healthy_steps)
-        if fault is not None:
-            self._report(fault, ())
+        self.check(sizes=True)
 
     def excuses(self, optimizer: Optimizer, *, numeric: bool) -> bool:
         """Whether an exception in an optimizer's step need not end the run, because the update is skipped anyway.
@@ -304,14 +299,22 @@ class Guard:
         """Record what was done outside the order of a step."""
         self._parts.recorder.note(fault, *words)
 
-    def check(self) -> None:
-        """Check the present state, and go back to the last good one if it is bad."""
+    def check(self, *, sizes: bool = False) -> None:
+        """Check the present state, and go back to the last good one if it is bad.
+
+        Args:
+            sizes: Whether a finite state is bad, too, if it is far out of range, as when a snapshot is certified.
+        """
         self._snapshots.settle()  # the caller may write to it next
         self.flush()
         self._snapshots.look_at_room()
         context = self._context
         bad, ranks = context.corrupt()
         if bad is None:
+            leaves = dict(context.learner.leaves()) if sizes else {}
+            far = self._parts.plausibility.implausible(leaves, self._state.healthy_steps) if sizes else None
+            if far is not None:
+                self._report(far, ())
             return
         fault = Fault("corrupted_state", "state", bad, None, f"{bad} is no longer finite")
         if self._open and not context.settings.observe:
@@ -342,7 +345,7 @@ class Guard:
 
     def _healthy(self) -> None:
         state, self._bad_start = self._state, None
-        state.bad_in_a_row = 0
+        state.bad_in_a_row, state.good_beside = 0, None
         if all(reading.scaler_skips for reading in self._judge.readings):
             return  # the scaler skipped it: nothing was learned about the state
         state.healthy_steps += 1

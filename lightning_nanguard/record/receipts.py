@@ -59,6 +59,10 @@ class Receipt:
         ended = "; it was taken back" if self.taken_back else ""
         return f"{_WORDS[self.verdict]}: {counted(self.updates, 'update')} later {losses}{ended}"
 
+    def told(self) -> str:
+        """Which intervention it is about, and what came of it, in one line."""
+        return f"result of the intervention of step {self.intervention_step}: {self.in_words()}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain containers that JSON accepts."""
         return {"schema": SCHEMA_VERSION, **plain(asdict(self))}

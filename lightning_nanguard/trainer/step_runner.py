@@ -251,6 +251,7 @@ class StepRunner:
                 if first.error is not None and not first.early:
                     call_after_backward(self._trainer, self._listens)
                 self._check.record_transient(fault_of(first), spoilt=spoilt, since=snapshot)
+                self._forward.log_again()
                 return again
             self._runs.rewind(micro, again)
             before()
@@ -269,7 +270,10 @@ class StepRunner:
         """
         if self._guard.swapped or not self._trainer.training:
             return False  # weights are averages, or modules are in evaluation mode
-        return self._forward.go(snapshot, self._guard.updates, attributes=self._memory, bad=bad) is not None
+        if self._forward.go(snapshot, self._guard.updates, attributes=self._memory, bad=bad) is None:
+            return False
+        self._forward.log_again()
+        return True
 
     def _pass_on(self, micro: Micro, first: Outcome, after: StepClock, *, counted: bool) -> Any:
         """Run a bad micro-batch through its backward pass, an exception as a loss of NaN."""
