@@ -113,7 +113,8 @@ class PlausibilityThresholds:
             weights grow by less than second moments, which go with the square of a gradient.
         certain_weight_growth: The same factor where nothing is tried, so that growth alone decides.
         state_growth: The same factor for statistics and moments.
-        early_growth: The same factor for all of them before ``settled_after``.
+        early_growth: The same factor for all of them before ``settled_after``. For moments that were 0 or are new it is
+            the factor on the largest gradient norm, or on its square where that is larger.
         least_magnitude: Magnitude up to which growth does not count: below it any number may be a usual one.
         trials: How often one tensor that is found again and again is still tried on the newest batches.
         epoch_end_after: Updates since the last look after which the state is looked at before an epoch's means are
