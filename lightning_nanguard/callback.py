@@ -217,13 +217,12 @@ class NaNGuard(DisplayedGuard):
         order = self._order or self._watch_data(trainer)
         fit = self._fit = build_fit(trainer, pl_module, given, self._memory, order, resumed, self._settings())
         self._run_id = fit.folder.run_id
-        self._memory.take_run({"id": fit.folder.run_id, "folder": str(fit.folder.path)})
-        self._memory.take_advice(fit.advice.given, fit.context.receipts.given)
+        self._memory.take_advice(fit.advice.given, fit.context.receipts.given, fit.context.trials.given)
         fit.diagnostics.preflight_due = given.preflight and trainer.global_step == 0
-        self._before = self._counts()
         if self._resumed is not None:
             fit.guard.load_state_dict(self._resumed)
             self._resumed = None
+        self._memory.begin_fit({"id": fit.folder.run_id, "folder": str(fit.folder.path)}, fit.guard.updates)
         fit.start(given.max_snapshot_memory, lambda callback: callback is self)
         if given.last_good_every_n_steps is not None:
             fit.keep_last_good(given.last_good_every_n_steps)
@@ -290,6 +289,7 @@ class NaNGuard(DisplayedGuard):
                 replay.remember(guard.updates)
             else:
                 replay.distrust(guard.updates)
+            fit.check_before_epoch_end()
             if replay.to_log is not None:
                 replay.to_log()
                 replay.to_log = None
@@ -378,8 +378,7 @@ class NaNGuard(DisplayedGuard):
             self._multiplier = fit.context.rate.ratio()
             self._memory.add_to_run(updates=fit.guard.updates, lr_multiplier=self._multiplier)
             self._last_state = fit.guard.state_dict()
-            faults, remedies = (now - then for now, then in zip(self._counts(), self._before, strict=True))
-            fit.say_how_it_went(faults, remedies)
+            fit.say_how_it_went(self._memory)
         finally:
             fit.close()
 

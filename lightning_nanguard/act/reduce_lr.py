@@ -14,7 +14,7 @@ from lightning_nanguard.types import Evidence, Fault, PlanStep, Scale
 
 @final
 class ReduceLR(Remedy):
-    """Lowers the learning rate of a diverged learner, more at each attempt, and raises it after a healthy stretch.
+    """Lowers the learning rate of a diverged learner, more at each attempt, and raises it after many healthy updates.
 
     If batches can be run again, the guard first tries rates: a few updates on the newest batches, from the state of the
     rollback, show at which rate the loss falls, and the guard takes this rate. Otherwise the first cut is ``factor``,

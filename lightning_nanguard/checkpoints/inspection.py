@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.checkpoints.poison import poisoned
+from lightning_nanguard.record.run_history import earlier_parts
+from lightning_nanguard.record.run_log import RunLog
 from lightning_nanguard.state.learner import StateKey
 
 _EXTREMES = frozenset({"min", "max", "minimum", "maximum", "lowest", "highest", "best"})
@@ -144,6 +147,19 @@ def inspect(
 def checkpoint_files(folders: Iterable[Path]) -> list[Path]:
     """The checkpoint files in some folders; a folder that does not exist is left out."""
     return [file for folder in folders if folder.is_dir() for file in folder.glob("*.ckpt") if file.is_file()]
+
+
+def folders_of_run(log: RunLog) -> list[Path]:
+    """The folders in which the checkpoints of a run lie, with those from before it was resumed.
+
+    Args:
+        log: The log of the run.
+    """
+    folders = [log.folder.parent / "checkpoints"]
+    for part in (*earlier_parts(log), log):
+        saved = (Path(os.path.normpath(part.folder / path)).parent for path in part.saved)
+        folders += [part.folder, *saved]
+    return list(dict.fromkeys(folders))
 
 
 def newest_good(

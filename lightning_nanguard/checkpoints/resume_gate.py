@@ -13,6 +13,7 @@ from lightning_nanguard.checkpoints.inspection import (
     Inspection,
     checkpoint_files,
     damage,
+    folders_of_run,
     newest_good,
     run_of,
     run_of_file,
@@ -88,6 +89,9 @@ class ResumeGate:
             return None  # Lightning's own error says it
         nearby = _nearby(path, self._folders)
         run = _run_of(path, content, nearby)
+        # Those that `nanguard last-good` looks at, so that both take the same file.
+        logs = [log for folder in nearby if (log := read_run(folder)) is not None and log.run_id == run]
+        nearby += [folder for log in logs for folder in folders_of_run(log)]
 
         def newest(own: bool) -> Inspection | None:
             wanted = (lambda found: found.run == run) if own else (lambda found: True)
@@ -102,7 +106,8 @@ class ResumeGate:
         if missing:
             return None
         of_another = newest(own=False) if other is None else None
-        text = f"NaNGuard does not resume from {path}: {reason}. {_offer(other, of_another, known=run is not None)}"
+        offer = _offer(other, of_another, run)
+        text = f"NaNGuard does not resume from {path}, because it is bad: {reason}. {offer}"
         raise BadCheckpointError(text, path, tensors, other and other.path) from error
 
 
@@ -134,21 +139,25 @@ def _run_of(path: Path, content: Mapping[str, Any] | None, nearby: Iterable[Path
     return runs.pop() if len(runs) == 1 else None
 
 
-def _offer(other: Inspection | None, of_another: Inspection | None, *, known: bool) -> str:
+def _offer(other: Inspection | None, of_another: Inspection | None, run: str | None) -> str:
+    """What to do next, for the error."""
     if other is None:
-        no = "There is no other good checkpoint near it"
+        no = f"There is no other good checkpoint {'of its run ' if of_another is not None else ''}near it"
         if of_another is not None:
-            no = f"There is no other good checkpoint of its run near it ({of_another.path} belongs to another run)"
-        return f"{no}: start from an older one, or start a new run."
-    if not known:
-        owner = f"run {other.run}" if other.run else "the same run"
+            whose = f"run {of_another.run}" if of_another.run else "a run without the guard"
+            no += f" ({of_another.path} is good, but it is of {whose})"
+        return f"{no}. What to do: pass an older checkpoint as ckpt_path, or start anew without ckpt_path."
+    newest = f"The newest good checkpoint near it is {other.path} of step {other.global_step}"
+    if run is not None:
         return (
-            f"The newest good checkpoint near it is {other.path} (step {other.global_step}), but the guard "
-            f"cannot tell which run the bad one belongs to. If both belong to {owner}, pass it as ckpt_path."
+            f"{newest}, of the same run. What to do: pass that file as ckpt_path, or set "
+            'NaNGuard(resume="last-good"), which takes it by itself.'
         )
+    whose = f"of run {other.run}" if other.run else "of a run without the guard"
     return (
-        f"The newest good checkpoint near it is {other.path} (step {other.global_step}): pass it as ckpt_path, or use "
-        'NaNGuard(resume="last-good").'
+        f"{newest}, {whose}. The bad file cannot be read far enough to tell which run saved it, and no log of a run "
+        "names it. So the guard takes no other file by itself. What to do: if you know that both files are of one run, "
+        f"pass {other.path} as ckpt_path; if not, start anew without ckpt_path."
     )
 
 

@@ -57,9 +57,15 @@ def run(chosen: argparse.Namespace) -> int:
         if chosen.data is None:
             raise ValueError("give --config to check a run, or --data alone to check the data without a model.")
         return _check_data(chosen)
+    from lightning_nanguard.trainer.config_parts import wrong_parts
     from lightning_nanguard.trainer.offline_check import check_config
     from lightning_nanguard.trainer.private.messages import without_messages
 
+    wrong = wrong_parts(chosen.config)
+    for line in wrong:
+        say(f"nanguard: {line}", file=sys.stderr)
+    if wrong:
+        return 2
     model, data = (None if name is None else load(name) for name in (chosen.model, chosen.data))
     with without_messages():
         report = check_config(chosen.config, model, data, gradients=chosen.gradients, overfit=chosen.overfit)

@@ -67,7 +67,8 @@ class Policy:
         return (*plan, *(step for step in told if step is not None)), state
 
     def _decide(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
-        if evidence.healthy_steps == 0 and evidence.bad_in_a_row >= self._most_in_a_row(start=True):
+        start = evidence.healthy_steps == 0 and evidence.bad_in_a_row >= self._most_in_a_row(start=True)
+        if start and not self._other_learns(evidence):
             return (Stop(f"no update was ever good: the first {evidence.bad_in_a_row} were all bad"),), state
         scope = find_scope(fault, evidence, self.thresholds.blame)
         trial = evidence.trial
@@ -102,13 +103,17 @@ class Policy:
         state, where = within_window(state, step - self.budget.window), _where(fault)
         return replace(state, restores=(*state.restores, (step, where)), unproven=(*state.unproven, where))
 
+    def _other_learns(self, evidence: Evidence) -> bool:
+        """Whether updates of one optimizer are bad while those of another are good, so that skipping is enough."""
+        return evidence.good_beside is not None and evidence.step - evidence.good_beside < self.budget.window
+
     def _most_in_a_row(self, *, start: bool = False) -> int:
         budget = self.budget
         most = budget.window if budget.max_bad_batches is None else budget.max_bad_batches
         return min(most, self.thresholds.blame.start_patience) if start else most
 
     def _skip(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
-        if evidence.bad_in_a_row > self._most_in_a_row():
+        if evidence.bad_in_a_row > self._most_in_a_row() and not self._other_learns(evidence):
             return (Stop(f"{evidence.bad_in_a_row} updates in a row were bad"),), state
         state = replace(state, skips=(*state.skips, evidence.step))
         seen, share = min(self.budget.window, evidence.step + 1), self.budget.max_skip_share

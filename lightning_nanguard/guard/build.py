@@ -79,7 +79,7 @@ def build_guard(
     carried_out_by = executors(remedies)
     rehearsal = Rehearsal(context)
     branches = Branches(context, rehearsal)
-    trials = TrialRunner(context, branches)
+    trials = TrialRunner(context, branches, loop.clock)
     investigator = Investigator(context, rehearsal, trials)
     recorder = InterventionRecorder(context, loop, memory=MAX_DELAY + 2)
     reduce, clip = carried_out_by[ReduceLR.step], carried_out_by[ClipGradients.step]
@@ -128,12 +128,17 @@ def build_guard(
 
 
 def _plausibility(context: GuardContext, investigator: Investigator) -> PlausibilityCheck:
+    def largest_norm(optimizer_index: int) -> float | None:
+        history = context.monitors.history(optimizer_index)
+        return None if history is None else history.largest_norm()
+
     return PlausibilityCheck(
         context.learner,
         context.ring,
         investigator.is_worse,
         context.thresholds.snapshots.plausibility,
         certain_only=context.settings.act_on == "certain",
+        largest_norm=largest_norm,
     )
 
 

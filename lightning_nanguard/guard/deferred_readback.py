@@ -23,7 +23,7 @@ class DeferredReadings:
 
     Args:
         learner: What is trained.
-        state: Knows whether an infinite loss is usual.
+        state: Knows whether a loss that is not finite is usual.
         by_loss: Whether the device may use the loss besides the gradient. Not with several ranks, whose losses differ.
         observe: Whether the device must not skip updates.
     """
@@ -44,7 +44,7 @@ class DeferredReadings:
         optimizer = self._learner.optimizers[pending.optimizer_index]
         if self._learner.scaler is None and skips_on_device(optimizer) and not self._observe:
             # Fused optimizers leave their state alone where this flag is set: decided without the host.
-            bad = pending.is_bad(by_loss=self._by_loss and not self._state.losses_overflow)
+            bad = pending.is_bad(by_loss=self._by_loss and not self._state.bad_losses_usual)
             optimizer.found_inf, optimizer.grad_scale = bad, None  # type: ignore[attr-defined]
             self._flagged = True
             undo.undo_where(bad)  # now: the next batch builds on the buffers of this one

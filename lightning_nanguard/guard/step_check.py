@@ -110,10 +110,9 @@ class StepCheck:
         reading = self._meter.measure_early(self._context.state.step + 1, optimizer_index, careful=careful)
         if reading is None or (reading.finite and self._context.monitors.calm(reading)):
             return None
+        reading = self._context.state.unusual(reading)
         if self._context.learner.scaler is not None and reading.loss_finite and not reading.finite:
             return None  # an overflow, which the scaler skips
-        if self._context.state.losses_overflow and reading.loss_overflows_alone:
-            return None
         return self._fault_of(reading, extreme=extreme) if self._ranks is None else self._fault_of_all(reading)
 
     def _fault_of_all(self, reading: Reading) -> Fault | None:
@@ -148,7 +147,7 @@ class StepCheck:
         if loss is None or not is_on_host(loss) or loss.numel() != 1:
             return None
         value = float(loss.detach())
-        if value - value == 0.0 or (math.isinf(value) and self._context.state.losses_overflow):
+        if value - value == 0.0 or self._context.state.bad_losses_usual:
             return None
         reading = Reading(self._context.state.step + 1, optimizer_index, value, None, finite=False, loss_finite=False)
         return self._context.monitors.check(reading)
@@ -333,11 +332,8 @@ class StepCheck:
         restored: Snapshot | None = None,
         late: int | None = None,
     ) -> None:
-        if late is None:  # the update is still to be made, and other records are made after it
-            global_step, epoch, batch_idx = self._loop.clock()
-            clock = global_step + 1, epoch, batch_idx
-        else:
-            clock = self._recorder.clock_of(late)
+        # Without a late one the update is still to be made, and other records are made after it.
+        clock = self._recorder.now(unmade=True) if late is None else self._recorder.clock_of(late)
         self._context.state.restored = restored
         rates = self._context.rate.effective()
         ranks, self._seen_by = self._seen_by, ()

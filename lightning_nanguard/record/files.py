@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from lightning_nanguard.record.receipts import Receipt
 from lightning_nanguard.record.text import listed_numbers
+from lightning_nanguard.record.trials import HeldTrial
 from lightning_nanguard.types import SCHEMA_VERSION, Advice, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -21,7 +22,7 @@ RECORDS_FILE, ADVICE_FILE = "interventions.jsonl", "advice.jsonl"
 LAST_GOOD = "nanguard-last-good.ckpt"
 """Name of the checkpoint file that the guard itself writes."""
 
-_Record = TypeVar("_Record", Intervention, Advice, Receipt)
+_Record = TypeVar("_Record", Intervention, Advice, Receipt, HeldTrial)
 
 
 def read_whole(path: str | os.PathLike[str], begin: int = 0) -> bytes:
@@ -95,6 +96,18 @@ def read_receipts(path: str | os.PathLike[str]) -> list[Receipt]:
         FileNotFoundError: If there is no such file. A run without such an intervention writes none.
     """
     return _read(path, Receipt.from_dict)
+
+
+def read_trials(path: str | os.PathLike[str]) -> list[HeldTrial]:
+    """Read the trials of a run, oldest first; see :func:`read_records`.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no such file. A run without a trial writes none.
+    """
+    return _read(path, HeldTrial.from_dict)
 
 
 def _read(path: str | os.PathLike[str], parse: Callable[[Mapping[str, Any]], _Record]) -> list[_Record]:

@@ -130,7 +130,7 @@ def _done(intervention: Intervention) -> str:
     if restarted := intervention.restart_updates:
         to += f", which a trial had trained for {counted(restarted, 'update')}"
     if lost := intervention.updates_lost:
-        to += f" ({counted(lost, 'update')} lost)"
+        to += f" ({counted(lost, 'update')} undone)"
     known = before is not None and after is not None and before != after
     rate = f"{before:.4g} → {after:.4g}" if known else "changed" if applied else ""
     words = list(intervention.remedies)

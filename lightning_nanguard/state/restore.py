@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nanguard.measure.tensors import is_strided, local
-from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey, unwrapped
+from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey, states_of, unwrapped
 from lightning_nanguard.state.snapshot import Snapshot, clone, copy_all, fits, put, writable
 
 _Pair = tuple[Tensor, Tensor]
@@ -44,7 +44,8 @@ def restore(
     names = learner.parameter_names()
     for index, optimizer in enumerate(learner.optimizers):
         if keep is None or keep(("optimizer", index)):
-            pairs += _restore_state(optimizer, index, learner.stepped(index), names, saved, snapshot)
+            for prefix, state in states_of(optimizer, index):
+                pairs += _restore_state(prefix, state, learner.stepped(index), names, saved, snapshot)
             pairs += _restore_groups(optimizer, index, saved, snapshot)
     if keep is None:
         averages = ((key, live) for key, live in learner.averages() if fits(live, saved.get(key)))
@@ -111,8 +112,8 @@ def mend_averages(learner: Learner, corrupt: Callable[[Iterable[tuple[StateKey, 
 
 
 def _restore_state(
-    optimizer: Optimizer,
-    index: int,
+    prefix: StateKey,
+    state: MutableMapping[Any, Any],
     stepped: Iterable[Tensor],
     names: Mapping[int, str],
     saved: Mapping[StateKey, Any],
@@ -120,21 +121,22 @@ def _restore_state(
 ) -> list[_Pair]:
     wanted: dict[str, dict[Any, tuple[Any, torch.device | None]]] = {}
     for state_key, value in saved.items():
-        if state_key[:2] == ("optimizer", index):
-            wanted.setdefault(state_key[2], {})[state_key[3]] = value, snapshot.homes.get(state_key)
+        if state_key[: len(prefix)] == prefix:
+            name, key = state_key[len(prefix) :]
+            wanted.setdefault(name, {})[key] = value, snapshot.homes.get(state_key)
     pairs: list[_Pair] = []
     for parameter in stepped:
         name = names.get(id(parameter), f"#{id(parameter)}")
-        entries, state = wanted.get(name, {}), optimizer.state.get(parameter, {})
-        left_out = {key for key in state if ("optimizer", index, name, key) in snapshot.left_out}
+        entries, own = wanted.get(name, {}), state.get(parameter, {})
+        left_out = {key for key in own if (*prefix, name, key) in snapshot.left_out}
         if not entries and not left_out:
-            optimizer.state.pop(parameter, None)
+            state.pop(parameter, None)
             continue
-        state = optimizer.state[parameter]
-        for key in [key for key in state if key not in entries and key not in left_out]:
-            del state[key]
+        own = state.setdefault(parameter, {})
+        for key in [key for key in own if key not in entries and key not in left_out]:
+            del own[key]
         for key, (value, home) in entries.items():
-            pairs += _put(state, key, value, home, like=parameter)
+            pairs += _put(own, key, value, home, like=parameter)
     return pairs
 
 

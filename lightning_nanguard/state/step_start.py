@@ -94,6 +94,11 @@ class StepStart:
         """
         self._attributes.restore(plain=False)
 
+    @property
+    def attributes(self) -> Attributes:
+        """The module's plain attributes."""
+        return self._attributes
+
     def not_in(self, other: StepStart) -> list[Any]:
         """What attributes are kept alive for this step, and not for another one."""
         return self._attributes.not_in(other._attributes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +25,6 @@ class StatefulGuard(DataWatchingGuard):
         self._resumed_run: str | None = None
         self._run_id: str | None = None
         self._multiplier = 1.0
-        self._before: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
 
     @property
     def run_id(self) -> str | None:
@@ -75,6 +73,3 @@ class StatefulGuard(DataWatchingGuard):
         self._resumed = state_dict.get("guard")
         self._know_samples(self._resumed)
         self._memory.total = int(state_dict.get("interventions", 0))
-
-    def _counts(self) -> tuple[Counter[str], Counter[str]]:
-        return Counter(self._memory.faults), Counter(self._memory.remedies)

@@ -55,6 +55,9 @@ class SampleFinder:
         order: Knows where batches came from.
         file: Where bad samples are written; ``None`` on other ranks than 0.
         run_id: Id of the run.
+
+    Attributes:
+        offset: What is added to the number of an update to give ``global_step`` after it.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class SampleFinder:
         self._limits = context.thresholds.samples
         self._search = SampleSearch(self._limits, context.thresholds.batches.healthy.extreme_factor)
         self._said = False
+        self.offset = 0
         # Batches that were looked into: several faults may be found of one.
         self._seen: dict[tuple[int, int], Found] = {}
 
@@ -215,10 +219,11 @@ class SampleFinder:
                 hash=_hash(micro.batch, index),
                 columns=fault.columns,
                 epoch=origin.epoch,
-                batch=origin.position,
+                batch=micro.index,
+                position=None if origin.position == micro.index else origin.position,
                 index=index,
                 rank=rank,
-                global_step=self._trainer.global_step,
+                global_step=micro.update + self.offset,
                 run=self._run_id,
             )
             for index, fault in found.items()
@@ -267,7 +272,7 @@ class SampleFinder:
         origin = about.origin
         if origin is None:
             return finding
-        here = {one.index: one for one in mine if (one.epoch, one.batch) == (origin.epoch, origin.position)}
+        here = {one.index: one for one in mine if (one.epoch, one.batch) == (origin.epoch, about.index)}
         indices = finding.samples or (tuple(here) if finding.scope == "batch" else ())
         if not indices:
             return finding
@@ -280,7 +285,7 @@ class SampleFinder:
         hashes = [_hash(about.batch, index) for index in indices[:most]]
         if len(known) < len(rows):
             known = []
-            evidence |= {"position": float(origin.position), "hash": ", ".join(hashes)}
+            evidence |= {"position": float(about.index), "hash": ", ".join(hashes)}
         keys: list[Row] = [*known] or [hash_key(one) for one in hashes]
         times = max(map(self._known.times, keys), default=0)
         if times > 1:

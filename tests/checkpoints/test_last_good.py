@@ -253,13 +253,17 @@ def test_a_folder_of_shards_is_not_opened(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_the_command_finds_none(saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without one it says how to have one, and names the newest good checkpoint there is."""
+    """A good checkpoint that is in no run's log is printed and said to be so; without any it says how to have one."""
     good = saved(16, folder=tmp_path / "run" / "checkpoints")
+    assert main(["last-good", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{good}\n"
+    assert "in no run's log" in shown.err
+    good.unlink()
     assert main(["last-good", str(tmp_path)]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "last_good_every_n_steps" in shown.err
-    assert str(good) in shown.err
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_bad_checkpoint(kind: str, saved: Callable[..., Path]) -> None:
     assert refused.value.path == bad
     assert refused.value.offered == good
     assert str(good) in str(refused.value)
-    assert "of step 9" in str(refused.value)
+    assert "(step 9)" in str(refused.value)
     gate = ResumeGate(cosine_task(), [], take=True, observe=False)
     assert gate(bad, content, error) == good
     assert gate.taken is not None

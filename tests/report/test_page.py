@@ -39,7 +39,7 @@ def test_what_the_page_tells(tmp_path: Path) -> None:
         "<b>0.05</b>learning rate at the end",
         "<svg role=",
         "the loss is nan",
-        "went back to step 40 (20 updates lost)",
+        "went back to step 40 (20 updates undone)",
         "<dt>cost</dt><dd>20 updates undone; loss 0.5",
         "<dt>in the batch</dt><dd>samples 5, 7</dd>",
         "<dt>to do</dt><dd>Clean the data.</dd>",

@@ -173,7 +173,12 @@ def test_a_file_of_no_known_run(tmp_path: Path) -> None:
     two = resumable(tmp_path)
     torn = tmp_path / "checkpoints" / "moved.ckpt"
     torn.write_bytes((tmp_path / "checkpoints" / "step=10.ckpt").read_bytes()[:1000])
-    with pytest.raises(BadCheckpointError, match="cannot tell which run the bad one belongs to") as refused:
+    with pytest.raises(BadCheckpointError, match="no log of a run names it") as refused:
         resumable(tmp_path, torn)
+    for words in (
+        f"does not resume from {torn}, because it is bad: it is cut short",
+        "What to do: if you know that both",
+    ):
+        assert words in str(refused.value)
     assert run_of_file(refused.value.offered) == two.run_id
     assert torch.load(refused.value.offered, weights_only=True)["global_step"] == 10

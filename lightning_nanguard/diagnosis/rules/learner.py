@@ -202,7 +202,7 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
         parts.append(f"the learning rate is {rate:.4g}")
     if curvature is not None and limit is not None and rate is not None and limit < rate:
         numbers |= {"slope": curvature.slope, "bend": curvature.bend, "largest_rate": limit}
-        parts.append(f"along {curvature.along} the loss of this batch stops falling above {limit:.2g}")
+        parts.append(f"a step along {curvature.along} lowers the loss of this batch only at rates below {limit:.2g}")
     trial = evidence.trial
     if trial is not None and trial.lacks:
         numbers |= {"tried_rate_factor": trial.factor}
@@ -214,7 +214,7 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
             f"the loss of this batch is {comparison.now:.4g}, under the last good weights {comparison.then:.4g}"
         )
     if evidence.growth > thresholds.learner.grown_told:
-        parts.append(f"a weight matrix grew to {evidence.growth:.3g} times its former norm")
+        parts.append(f"the norm of a weight matrix is {evidence.growth:.3g} times what it was at the start")
     return numbers, parts
 
 

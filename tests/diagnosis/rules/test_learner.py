@@ -94,7 +94,7 @@ def test_the_curvature_says_which_rate_is_allowed() -> None:
     finding = diagnose(Case(EXPLODING, Evidence(step=9, comparison=WORSE, lr=0.5), curvature=curvature))
     assert finding is not None
     assert finding.cause == "learning_rate_too_high"
-    assert "along the gradient the loss of this batch stops falling above 0.031" in finding.suggestion
+    assert "a step along the gradient lowers the loss of this batch only at rates below 0.031" in finding.suggestion
     assert "below 0.031; 0.015 lowers this batch's loss most" in finding.suggestion
     assert finding.evidence["largest_rate"] == pytest.approx(0.031)
 
