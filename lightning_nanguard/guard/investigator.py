@@ -196,7 +196,8 @@ class Investigator:
     def _look_at_rates(
         self, fault: Fault, history: ReadingHistory, known: Evidence, target: Snapshot | None
     ) -> Evidence:
-        rate = next(iter(self._context.rate.effective()), None)
+        effective = self._context.rate.effective()
+        rate = next(iter(effective), None)
         since = target.step if target is not None else 0
         before = None if target is None else target.rate
         rates, told = self._context.state.rates, self._context.state.told
@@ -211,6 +212,7 @@ class Investigator:
             lr=rate,
             highest_lr=max((one for step, one in rates if step >= since), default=rate),
             lowest_lr=min((one for _, one in rates), default=rate),
+            group_lr=max(effective, default=None),
             multiplier=self._context.rate.ratio(),
             again=self._context.state.again,
             told="" if told is None or told[0] < since else told[1],
