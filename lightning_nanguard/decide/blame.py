@@ -61,7 +61,7 @@ def worse(comparison: Comparison, least: float, *, sane: float = math.inf) -> bo
 
 
 def learner_did_it(evidence: Evidence, limits: BlameThresholds) -> bool:
-    """Whether the learner caused a fault; a sudden fault in a long healthy stretch is not blamed on it."""
+    """Whether the learner caused a fault; a sudden fault after many healthy updates is not blamed on it."""
     # If the faulty update was made, bad weights alone do not blame the learner. They do if the fault follows soon
     # after a restore, or early in the run with a finite loss to show it.
     calm = limits.calm_when_late if evidence.undo else limits.calm

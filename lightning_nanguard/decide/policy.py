@@ -83,7 +83,7 @@ class Policy:
             where, scope = _where(fault, evidence), "state"
             times = sum(place == where for _, place in state.restores)
             if times >= self.thresholds.same_updates:
-                return (Stop(f"{times} rollbacks did not help: an update of finite numbers makes {where}"),), state
+                return (Stop(f"after {times} rollbacks an update from finite numbers still makes {where}"),), state
         elif scope == "state" and state.unproven.count(_where(fault)) >= self.thresholds.same_restores:
             scope = "learner"  # the same action would have the same result
         if scope == "batch":
@@ -137,9 +137,9 @@ class Policy:
                 return (), state  # the loss may have recovered by itself
             if fault.scope == "batch" and not lost:
                 return self._skip(fault, evidence, state)
-            return (Stop("the learner is lost and no remedy that could bring it back is allowed"),), state
+            return (Stop("the learner is at fault, and no remedy in the list can help"),), state
         if restoring and evidence.snapshots == 0:
-            return (Stop("the learner is lost before there was a good state to go back to"),), state
+            return (Stop("the learner is at fault, and there is no good state yet to go back to"),), state
         if scope == "learner":
             rates = [rate for rate in (evidence.lr, evidence.highest_lr) if rate is not None]
             highest = max(rates, default=math.inf)
@@ -226,12 +226,12 @@ class Policy:
         state = replace(state, unproven=(*state.unproven, where))
         plain = all(isinstance(step, Restore) for step in plan)
         if failed >= (self.thresholds.same_restores if plain else self.thresholds.corrected_restores):
-            reason = f"it came back after each of {failed} rollbacks, before another snapshot was certified"
+            reason = f"the fault came back after each of {failed} rollbacks, before another snapshot was certified"
             return (Stop(reason),), state
         here = sum(1 for _, place in state.restores if place == where)
         if len(state.restores) > self.budget.max_rollbacks or here > self.budget.max_rollbacks_per_place:
             total = f"{len(state.restores) - 1} rollbacks within {self.budget.window} updates"
-            return (Stop(f"the budget is used up: {total}, {here - 1} of them for this"),), state
+            return (Stop(f"the budget is used up: {total}, {here - 1} of them for this fault"),), state
         return plan, state
 
 

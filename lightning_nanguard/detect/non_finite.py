@@ -81,7 +81,7 @@ class NonFinite(Detector):
         if in_a_row < self.overflow_patience and (scale is None or scale >= self.min_loss_scale):
             return None
         message = (
-            f"{in_a_row} fp16 overflows in a row took the loss scale down to {scale}, and still the gradient overflows"
+            f"{in_a_row} fp16 overflows in a row took the loss scale down to {scale}, and the gradient still overflows"
         )
         return Fault("loss_scale_collapse", "learner", "gradient", scale, message, proof="none")
 

@@ -8,7 +8,6 @@ from typing import final
 
 from lightning_nanguard.act.skip import skips_on_device
 from lightning_nanguard.guard.caution import Caution
-from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.readback import MAX_DELAY, Arrived
 from lightning_nanguard.guard.state import GuardState
@@ -99,10 +98,6 @@ class DeferredReadback:
         self._late = False
         self.at_hand: Reading | None = None
 
-    def open_batches(self) -> int:
-        """A batch is judged up to two updates later."""
-        return MAX_DELAY + 2
-
     def due(self, optimizer_index: int) -> Iterator[Arrived]:
         """Readings that have arrived; all of them where the next update is to be read in time."""
         self._late = self._caution.may_be_late(optimizer_index)
@@ -143,10 +138,6 @@ class DeferredReadback:
     def hold(self, fault: Fault) -> bool:
         """It can be judged now."""
         return False
-
-    def update_undone(self, found: FoundFault, *, statistics: bool) -> None:
-        """The next updates are read in time."""
-        self._caution.update_undone(found, statistics=statistics)
 
     def end_batch(self) -> bool:
         """The device's flags are no longer needed; readings may still arrive."""

@@ -21,7 +21,7 @@ from lightning_nanguard.measure.norms import norms
 from lightning_nanguard.measure.tensors import is_strided, local
 from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import StateKey, describe
-from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.restore import part_of_snapshot
 from lightning_nanguard.state.snapshot import Snapshot, capture
 from lightning_nanguard.types import Comparison, Evidence, Fault, Reading
 
@@ -196,7 +196,8 @@ class Investigator:
     def _look_at_rates(
         self, fault: Fault, history: ReadingHistory, known: Evidence, target: Snapshot | None
     ) -> Evidence:
-        rate = next(iter(self._context.rate.effective()), None)
+        effective = self._context.rate.effective()
+        rate = next(iter(effective), None)
         since = target.step if target is not None else 0
         before = None if target is None else target.rate
         rates, told = self._context.state.rates, self._context.state.told
@@ -211,6 +212,7 @@ class Investigator:
             lr=rate,
             highest_lr=max((one for step, one in rates if step >= since), default=rate),
             lowest_lr=min((one for _, one in rates), default=rate),
+            group_lr=max(effective, default=None),
             multiplier=self._context.rate.ratio(),
             again=self._context.state.again,
             told="" if told is None or told[0] < since else told[1],
@@ -238,13 +240,10 @@ class Investigator:
             mine = None
         if not all(self._ranks.gather(mine is not None)) or mine is None:
             return None
-        restore(self._learner, target, keep=_is_weight)
-        try:
+        with part_of_snapshot(self._learner, target, mine):
             then = self._replay.probe()
             differentiated = fault.scope == "batch" and reading.loss_finite and not reading.finite and then is not None
             then_finite = self._replay.gradient_finite() if differentiated else None
-        finally:
-            restore(self._learner, mine, keep=_is_weight)
         return None if then is None else Comparison(now, then, then_finite)
 
     def _blames_learner(self, fault: Fault, known: Evidence, found: Comparison | None) -> bool:
@@ -319,7 +318,3 @@ def _matrices(leaves: Iterable[tuple[StateKey, Any]]) -> dict[str, Tensor]:
         for path, leaf in leaves
         if path[0] == "parameter" and isinstance(leaf, Tensor) and is_strided(local(leaf)) and leaf.dim() >= 2
     }
-
-
-def _is_weight(path: StateKey) -> bool:
-    return path[0] in ("parameter", "buffer")

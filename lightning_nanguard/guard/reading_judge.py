@@ -117,7 +117,8 @@ class ReadingJudge:
         suspicion = fault.scope == "learner" and not reading.scaler_skips
         if self._runner.at_once and not suspicion and not arrived.late:
             self._context.state.bad_in_a_row += 1
-            self.handle(found)  # now, while the update that an acting guard would block has not been made
+            # Now, while the update that an acting guard would block has not been made.
+            self.handle(replace(found, unmade=True))
             return
         self._found.append(found)
         if stepping is not None and not suspicion and (not arrived.late or arrived.reached):

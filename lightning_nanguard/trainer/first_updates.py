@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_nanguard.diagnosis.batch import tensor_fields
 from lightning_nanguard.diagnosis.initialisation import looks_untrained
+from lightning_nanguard.diagnosis.isolation import errors_logged
 from lightning_nanguard.diagnosis.mistakes.observation import ModeSeen, Observation, ParameterSeen, RateSeen
 from lightning_nanguard.diagnosis.module_calls import ModuleCalls
 from lightning_nanguard.guard.context import GuardContext
@@ -24,7 +24,6 @@ from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.training_step import compiled_by_lightning
 
 _COMPILED = frozenset({"OptimizedModule", "ScriptModule", "RecursiveScriptModule"})
-_logger = logging.getLogger("lightning_nanguard")
 
 
 @final
@@ -270,11 +269,9 @@ class FirstUpdates:
         return len(marks), len(set(marks))
 
     def _expected_updates(self) -> float:
-        try:
+        with errors_logged("the length of the run is not known"):
             return float(self._trainer.estimated_stepping_batches)
-        except Exception as error:
-            _logger.debug("NaNGuard: the length of the run is not known: %r", error)
-            return math.inf
+        return math.inf
 
 
 @final
@@ -300,6 +297,9 @@ class _AddedGradients:
         self._optimizer = optimizer
         self._looks = thresholds.looks_at_gradients
         self._used: Tensor | None = None
+        self._version = 0
+        # Whether a backward pass began with the gradients used last still there.
+        self._kept = False
         self._in_a_row = 0
         self.most = 0
 
@@ -310,19 +310,24 @@ class _AddedGradients:
         gradient = self._used.grad
         if gradient is None or gradient.layout != torch.strided or not bool(gradient.any()):
             self._used, self._in_a_row = None, 0
+        else:
+            self._kept = True
 
     def before_step(self) -> None:
         """The gradients are used."""
         if self._looks == 0:
             return
-        if self._used is not None:
-            self._in_a_row += 1
-            self.most = max(self.most, self._in_a_row)
+        # A gradient that the user has set is a tensor of its own, to which nothing was added.
+        gradient = None if self._used is None or not self._kept else self._used.grad
+        self._in_a_row = self._in_a_row + 1 if gradient is not None and gradient._version > self._version else 0
+        self.most = max(self.most, self._in_a_row)
         self._looks -= 1
-        self._used = None
+        self._used, self._kept = None, False
         if self._looks:
             every = (p for group in self._optimizer.param_groups for p in group["params"])
             self._used = next((p for p in every if p.grad is not None), None)
+            if self._used is not None and self._used.grad is not None:
+                self._version = self._used.grad._version
 
 
 def _has_modes(module: nn.Module) -> bool:

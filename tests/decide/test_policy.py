@@ -242,7 +242,7 @@ def test_a_rollback_that_changes_nothing_is_not_made_a_third_time() -> None:
         assert not any(isinstance(one, Stop) for plan in plans[:2] + plans[5:-1] for one in plan)
         last.append(plans[-1])
     assert any(isinstance(step, Scale) for step in last[0])
-    assert last[1] == (Stop("it came back after each of 2 rollbacks, before another snapshot was certified"),)
+    assert last[1] == (Stop("the fault came back after each of 2 rollbacks, before another snapshot was certified"),)
 
 
 def test_skips_alone_end_nothing() -> None:
