@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,11 +12,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nanguard.measure.tensors import is_strided, local
-from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey, unwrapped
+from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey, states_of, unwrapped
 from lightning_nanguard.state.snapshot import Snapshot, clone, copy_all, fits, put, writable
 
 _Pair = tuple[Tensor, Tensor]
 """A live tensor and what is copied into it."""
+
+
+def _is_weight(key: StateKey) -> bool:
+    return key[0] in ("parameter", "buffer")
 
 
 def restore(
@@ -39,7 +44,8 @@ def restore(
     names = learner.parameter_names()
     for index, optimizer in enumerate(learner.optimizers):
         if keep is None or keep(("optimizer", index)):
-            pairs += _restore_state(optimizer, index, learner.stepped(index), names, saved, snapshot)
+            for prefix, state in states_of(optimizer, index):
+                pairs += _restore_state(prefix, state, learner.stepped(index), names, saved, snapshot)
             pairs += _restore_groups(optimizer, index, saved, snapshot)
     if keep is None:
         averages = ((key, live) for key, live in learner.averages() if fits(live, saved.get(key)))
@@ -49,6 +55,25 @@ def restore(
     if learner.scaler is not None and snapshot.scaler and keep is None:
         _restore_scaler(learner.scaler, snapshot.scaler)
     return failed
+
+
+@contextmanager
+def part_of_snapshot(
+    learner: Learner, snapshot: Snapshot, own: Snapshot, keep: Callable[[StateKey], bool] = _is_weight
+) -> Iterator[None]:
+    """Run what is inside with a part of a snapshot, and put that of now back bit for bit.
+
+    Args:
+        learner: Whose state it is.
+        snapshot: The state inside; it is not changed.
+        own: The state of now.
+        keep: Says which state keys change; weights and buffers by default.
+    """
+    restore(learner, snapshot, keep=keep)
+    try:
+        yield
+    finally:
+        restore(learner, own, keep=keep)
 
 
 def _restore_weights(learner: Learner, saved: Mapping[StateKey, Any]) -> tuple[list[_Pair], tuple[StateKey, ...]]:
@@ -87,8 +112,8 @@ def mend_averages(learner: Learner, corrupt: Callable[[Iterable[tuple[StateKey, 
 
 
 def _restore_state(
-    optimizer: Optimizer,
-    index: int,
+    prefix: StateKey,
+    state: MutableMapping[Any, Any],
     stepped: Iterable[Tensor],
     names: Mapping[int, str],
     saved: Mapping[StateKey, Any],
@@ -96,21 +121,22 @@ def _restore_state(
 ) -> list[_Pair]:
     wanted: dict[str, dict[Any, tuple[Any, torch.device | None]]] = {}
     for state_key, value in saved.items():
-        if state_key[:2] == ("optimizer", index):
-            wanted.setdefault(state_key[2], {})[state_key[3]] = value, snapshot.homes.get(state_key)
+        if state_key[: len(prefix)] == prefix:
+            name, key = state_key[len(prefix) :]
+            wanted.setdefault(name, {})[key] = value, snapshot.homes.get(state_key)
     pairs: list[_Pair] = []
     for parameter in stepped:
         name = names.get(id(parameter), f"#{id(parameter)}")
-        entries, state = wanted.get(name, {}), optimizer.state.get(parameter, {})
-        left_out = {key for key in state if ("optimizer", index, name, key) in snapshot.left_out}
+        entries, own = wanted.get(name, {}), state.get(parameter, {})
+        left_out = {key for key in own if (*prefix, name, key) in snapshot.left_out}
         if not entries and not left_out:
-            optimizer.state.pop(parameter, None)
+            state.pop(parameter, None)
             continue
-        state = optimizer.state[parameter]
-        for key in [key for key in state if key not in entries and key not in left_out]:
-            del state[key]
+        own = state.setdefault(parameter, {})
+        for key in [key for key in own if key not in entries and key not in left_out]:
+            del own[key]
         for key, (value, home) in entries.items():
-            pairs += _put(state, key, value, home, like=parameter)
+            pairs += _put(own, key, value, home, like=parameter)
     return pairs
 
 

@@ -155,6 +155,19 @@ def test_thresholds_are_given() -> None:
     assert run.fault(1) == "parameter last.weight"
 
 
+@pytest.mark.parametrize(("name", "power"), [("exp_avg", 1), ("exp_avg_sq", 2)])
+def test_moments_may_grow_with_the_gradients(name: str, power: int) -> None:
+    """If a weight of the loss has grown, so have the gradients, and moments that follow them are in range."""
+    trained = Trained()
+    entry, weight = trained.optimizer.state[trained.net.last.weight], trained.net.last.weight
+    assert weight.grad is not None
+    weight.grad *= 1e6
+    entry[name].copy_(weight.grad.abs() ** power)
+    assert trained.fault() is None
+    entry[name] *= 1000
+    assert trained.fault() == f"optimizer state {name} of last.weight"
+
+
 @pytest.mark.parametrize(("norm", "value", "found"), [(None, 1e30, False), (3.0, 1e30, True), (1e9, 1e29, False)])
 def test_a_new_moment_is_measured_by_the_gradients(norm: float | None, value: float, found: bool) -> None:
     """A second moment that no snapshot has yet is out of range where no gradient seen can have made it."""
