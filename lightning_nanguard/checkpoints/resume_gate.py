@@ -147,7 +147,7 @@ def _offer(other: Inspection | None, of_another: Inspection | None, run: str | N
             whose = f"run {of_another.run}" if of_another.run else "a run without the guard"
             no += f" ({of_another.path} is good, but it is of {whose})"
         return f"{no}. What to do: pass an older checkpoint as ckpt_path, or start anew without ckpt_path."
-    newest = f"The newest good checkpoint near it is {other.path} of step {other.global_step}"
+    newest = f"The newest good checkpoint near it is {other.path} (step {other.global_step})"
     if run is not None:
         return (
             f"{newest}, of the same run. What to do: pass that file as ckpt_path, or set "
