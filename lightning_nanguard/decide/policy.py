@@ -6,6 +6,7 @@ The evidence decides what is at fault, and that decides the remedy:
 * a diverged *learner* goes back to a certified snapshot, with a lower learning rate or clipped gradients; the
   correction is stronger each time it diverges again soon;
 * *state* that went bad by itself is restored, without a correction;
+* where averaged copies of the weights alone are bad, they alone are put back, since no update is made from them;
 * a run without one good update, or over its budget, is stopped.
 
 The policy calls every listed remedy whose role the verdict needs. If the learner is to blame, these are a restore and
@@ -27,7 +28,20 @@ from lightning_nanguard.decide.recovery import note_failed
 from lightning_nanguard.decide.state import PolicyState, within_window
 from lightning_nanguard.thresholds.decision import DecisionThresholds
 from lightning_nanguard.thresholds.trial import TrialThresholds
-from lightning_nanguard.types import Clip, Evidence, Fault, Plan, PlanStep, Restore, Role, Scale, Scope, Skip, Stop
+from lightning_nanguard.types import (
+    Clip,
+    Evidence,
+    Fault,
+    Plan,
+    PlanStep,
+    Restore,
+    RestoreAverages,
+    Role,
+    Scale,
+    Scope,
+    Skip,
+    Stop,
+)
 
 
 class Proposes(Protocol):
@@ -66,7 +80,18 @@ class Policy:
         told = (one.propose(fault, evidence, state.attempt) for one in self.remedies if one.role == "notify")
         return (*plan, *(step for step in told if step is not None)), state
 
+    def _averages_back(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
+        """The plan where only averages are bad: neither the run nor its budget pays for them."""
+        plan: Plan = ()
+        if fault.scope != "state":
+            plan, state = self._decide(fault, replace(evidence, corrupt=None, averages_alone=False), state)
+        whole = any(isinstance(step, (Restore, Stop)) for step in plan)
+        allowed = any(one.role == "restore" for one in self.remedies)
+        return (plan if whole or not allowed else (RestoreAverages(), *plan)), state
+
     def _decide(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
+        if evidence.averages_alone:
+            return self._averages_back(fault, evidence, state)
         if evidence.healthy_steps == 0 and evidence.bad_in_a_row >= self._most_in_a_row(start=True):
             return (Stop(f"no update was ever good: the first {evidence.bad_in_a_row} were all bad"),), state
         scope = find_scope(fault, evidence, self.thresholds.blame)

@@ -125,7 +125,7 @@ class Investigator:
         sound = self._sound(fault)
         target = self._ring.good(sound, history.loss_unit())
         leaves = self._learner.leaves()
-        unchanged = ((key, before.get(key[1], leaf) if key[0] == "buffer" else leaf) for key, leaf in leaves)
+        unchanged = [(key, before.get(key[1], leaf) if key[0] == "buffer" else leaf) for key, leaf in leaves]
         # If the faulty update was made, bad weights now do not show bad weights before it.
         bad, corrupted = (
             (None, ()) if known.undo else first_over_ranks(self._ranks, self._context.finite.corrupt(unchanged))
@@ -134,6 +134,7 @@ class Investigator:
         known = replace(
             known,
             corrupt=bad,
+            averages_alone=self._averages_alone(unchanged, fault.place if fault.scope == "state" else "", bad),
             batch_finite=batch_finite,
             batch_strange=self._batch_strange() if at_hand and batch_finite is not False else None,
             sound=sound,
@@ -145,6 +146,15 @@ class Investigator:
         )
         known = self._look_at_weights(fault, reading, history, known, target)
         return self._look_at_rates(fault, history, known, target)
+
+    def _averages_alone(self, leaves: list[tuple[StateKey, Any]], place: str, bad: str | None) -> bool:
+        """Whether averaged copies are bad, and nothing that updates are made from."""
+        if not (bad or place):
+            return False
+        averages = {describe(key) for key, _ in leaves if key[0] == "average"}
+        spoilt = self._context.finite.corrupt((key, leaf) for key, leaf in leaves if key[0] != "average")
+        answers = self._ranks.gather(((bad or place) in averages, spoilt is not None))
+        return any(one for one, _ in answers) and not any(other for _, other in answers)
 
     def _look_at_weights(
         self, fault: Fault, reading: Reading, history: ReadingHistory, known: Evidence, target: Snapshot | None

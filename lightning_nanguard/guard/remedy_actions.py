@@ -14,7 +14,7 @@ from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.state.learner import StateKey, describe
-from lightning_nanguard.state.restore import mend_averages, restore
+from lightning_nanguard.state.restore import bad_averages, mend_averages, restore
 from lightning_nanguard.state.snapshot import Snapshot
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -95,6 +95,22 @@ class RemedyActions:
         for optimizer in context.learner.optimizers:
             # Where batches cannot be run again, the gradients may be where a captured graph writes them.
             optimizer.zero_grad(set_to_none=context.replay.comparable())
+
+    def restore_averages(self) -> None:
+        """Put averaged copies that are bad back: to the newest certified snapshot, or to the weights."""
+        context, certified = self._context, self._context.ring.certified
+        learner, corrupt = context.learner, context.finite.corrupt
+        snapshot = context.ranks.join_snapshot(certified[0]) if certified else None
+        place = "" if self._found is None else self._found.fault.place
+        bad = bad_averages(learner.averages(), corrupt, place)
+        if snapshot is not None:
+            restore(learner, snapshot, keep=lambda key: key[0] == "average" and key[1] in bad)
+        mend_averages(learner, corrupt)
+
+    def gone_on(self, snapshot: Snapshot) -> None:
+        """All updates since a snapshot were made again."""
+        self._context.state.restored = snapshot
+        self._forget(snapshot)
 
     def _look_at_restored(self, left: Sequence[StateKey]) -> None:
         context, state = self._context, self._context.state

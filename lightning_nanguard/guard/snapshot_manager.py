@@ -16,12 +16,13 @@ from lightning_nanguard.guard.snapshot_agreement import SnapshotAgreement
 from lightning_nanguard.state.device import DeviceTimer
 from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.interval import Interval
-from lightning_nanguard.state.learner import Learner, StateKey
+from lightning_nanguard.state.learner import Learner, StateKey, describe
 from lightning_nanguard.state.moment_bound import MomentScreen
 from lightning_nanguard.state.norm_screen import NormScreen
 from lightning_nanguard.state.plausibility import PlausibilityCheck
+from lightning_nanguard.state.restore import bad_averages
 from lightning_nanguard.state.ring import Ring
-from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.state.snapshot import Snapshot, clone
 from lightning_nanguard.state.snapshot_placement import SnapshotPlacement
 from lightning_nanguard.thresholds.snapshots import SnapshotsThresholds
 from lightning_nanguard.types import Fault
@@ -253,6 +254,28 @@ class SnapshotManager:
         fault = self._check(pending, healthy_steps)
         self._interval.certified(self._clock() - started)
         return fault, ()
+
+    def mended(self, pending: Snapshot, place: str) -> bool:
+        """Give a pending snapshot averaged copies of the newest certified one in place of bad ones, or leave them out.
+
+        Args:
+            pending: The snapshot.
+            place: What is bad in it.
+
+        Returns:
+            Whether averaged copies alone were bad, so that all else of it can be certified.
+        """
+        bad = bad_averages(pending.leaves.items(), self._finite.corrupt, place)
+        rest = [(key, leaf) for key, leaf in pending.leaves.items() if key[0] != "average"]
+        if self._many or not bad or any(describe(key) == place for key, _ in rest) or self._finite.corrupt(rest):
+            return False
+        newest = self._ring.certified[0].leaves if self._ring.certified else {}
+        for key in [key for key in pending.leaves if key[0] == "average" and key[1] in bad]:
+            if key in newest:
+                pending.leaves[key] = clone(newest[key], None)
+            else:
+                del pending.leaves[key]
+        return True
 
     def kept(self, pending: Snapshot) -> Snapshot:
         """How a certified snapshot is kept: shared among ranks where it was found equal on all of them."""

@@ -12,6 +12,7 @@ from lightning_nanguard.types import ActOn
 _ACTIONS = {
     "skip": ("batch skipped", "batches skipped"),
     "restore": ("rollback", "rollbacks"),
+    "restore average": ("average of weights put back", "averages of weights put back"),
     "scale": ("change of the learning rate", "changes of the learning rate"),
     "clip": ("change of gradient clipping", "changes of gradient clipping"),
     "reset moments": ("reset of the optimizer's state", "resets of the optimizer's state"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nanguard.measure.tensors import is_strided, local
-from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey, unwrapped
+from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey, describe, unwrapped
 from lightning_nanguard.state.snapshot import Snapshot, clone, copy_all, fits, put, writable
 
 _Pair = tuple[Tensor, Tensor]
@@ -41,9 +41,8 @@ def restore(
         if keep is None or keep(("optimizer", index)):
             pairs += _restore_state(optimizer, index, learner.stepped(index), names, saved, snapshot)
             pairs += _restore_groups(optimizer, index, saved, snapshot)
-    if keep is None:
-        averages = ((key, live) for key, live in learner.averages() if fits(live, saved.get(key)))
-        pairs += [(live, saved[key]) for key, live in averages]
+    averages = ((key, live) for key, live in learner.averages() if fits(live, saved.get(key)))
+    pairs += [(live, saved[key]) for key, live in averages]
     copy_all([live for live, _ in pairs], [value for _, value in pairs], learner.device)
     learner.restored()
     if learner.scaler is not None and snapshot.scaler and keep is None:
@@ -65,6 +64,27 @@ def _restore_weights(learner: Learner, saved: Mapping[StateKey, Any]) -> tuple[l
     return pairs, tuple(failed)
 
 
+def bad_averages(
+    leaves: Iterable[tuple[StateKey, Any]], corrupt: Callable[[Iterable[tuple[StateKey, Any]]], str | None], place: str
+) -> frozenset[str]:
+    """The owners of averaged copies that are bad.
+
+    Args:
+        leaves: Leaves of a learner, or of a snapshot.
+        corrupt: Names a tensor that is not finite, ``None`` if all are.
+        place: Name of a tensor that is bad, too.
+    """
+    copies: dict[str, list[tuple[StateKey, Any]]] = {}
+    for key, tensor in leaves:
+        if key[0] == "average":
+            copies.setdefault(key[1], []).append((key, tensor))
+    return frozenset(
+        owner
+        for owner, tensors in copies.items()
+        if any(describe(key) == place for key, _ in tensors) or corrupt(tensors) is not None
+    )
+
+
 def mend_averages(learner: Learner, corrupt: Callable[[Iterable[tuple[StateKey, Any]]], str | None]) -> None:
     """Set corrupt averaged copies to the weights; no snapshot holds one that began after it was taken.
 
@@ -73,17 +93,12 @@ def mend_averages(learner: Learner, corrupt: Callable[[Iterable[tuple[StateKey, 
         corrupt: Names a tensor that is not finite, ``None`` if all are.
     """
     weights = {key[1]: leaf for key, leaf in learner.weights()}
-    copies: dict[Any, list[tuple[StateKey, Tensor]]] = {}
+    bad = bad_averages(learner.averages(), corrupt, "")
     for key, tensor in learner.averages():
-        copies.setdefault(key[1], []).append((key, tensor))
-    for tensors in copies.values():
-        if corrupt(tensors) is None:
-            continue
-        for key, tensor in tensors:
-            source = weights.get(unwrapped(key[2]))
-            if source is not None and fits(tensor, source):
-                with torch.no_grad():
-                    tensor.copy_(source)
+        source = weights.get(unwrapped(key[2])) if key[1] in bad else None
+        if source is not None and fits(tensor, source):
+            with torch.no_grad():
+                tensor.copy_(source)
 
 
 def _restore_state(

@@ -48,6 +48,8 @@ class Evidence:
         healthy_since_restore: Updates accepted since the last restore; ``None`` without one.
         bad_in_a_row: Faulty updates in a row, this one included.
         corrupt: Name of the first tensor of the learner that is not finite but was at the start; ``None`` without one.
+        averages_alone: Whether averaged copies of the weights are bad and everything that updates are made from is
+            finite.
         jump: Name of a weight that is finite but far larger than any was in the snapshot; ``None`` if none is.
         batch_strange: Whether its numbers are far larger than those of the batches kept; ``None`` if not known.
         batch_finite: Whether every floating number in the batch is finite; ``None`` if it was not looked at.
@@ -82,6 +84,7 @@ class Evidence:
     healthy_since_restore: int | None = None
     bad_in_a_row: int = 1
     corrupt: str | None = None
+    averages_alone: bool = False
     jump: str | None = None
     batch_strange: bool | None = None
     batch_finite: bool | None = None

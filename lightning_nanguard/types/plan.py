@@ -31,6 +31,11 @@ class Restore(PlanStep):
 
 
 @dataclass(frozen=True, slots=True)
+class RestoreAverages(PlanStep):
+    """Put averaged copies of the weights back that went bad, and nothing else: no update is made from them."""
+
+
+@dataclass(frozen=True, slots=True)
 class Scale(PlanStep):
     """Multiply the learning rate by ``factor``; the product never falls below ``min_lr``.
 
