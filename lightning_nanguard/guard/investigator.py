@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from operator import itemgetter
-from typing import Any, final
+from typing import Any, Literal, final
 
 from torch import Tensor
 
@@ -134,7 +134,7 @@ class Investigator:
         known = replace(
             known,
             corrupt=bad,
-            averages_alone=self._averages_alone(unchanged, fault.place if fault.scope == "state" else "", bad),
+            bad_part=self._bad_part(fault, unchanged, bad),
             batch_finite=batch_finite,
             batch_strange=self._batch_strange() if at_hand and batch_finite is not False else None,
             sound=sound,
@@ -147,14 +147,24 @@ class Investigator:
         known = self._look_at_weights(fault, reading, history, known, target)
         return self._look_at_rates(fault, history, known, target)
 
-    def _averages_alone(self, leaves: list[tuple[StateKey, Any]], place: str, bad: str | None) -> bool:
-        """Whether averaged copies are bad, and nothing that updates are made from."""
-        if not (bad or place):
-            return False
-        averages = {describe(key) for key, _ in leaves if key[0] == "average"}
-        spoilt = self._context.finite.corrupt((key, leaf) for key, leaf in leaves if key[0] != "average")
-        answers = self._ranks.gather(((bad or place) in averages, spoilt is not None))
-        return any(one for one, _ in answers) and not any(other for _, other in answers)
+    def _bad_part(
+        self, fault: Fault, leaves: list[tuple[StateKey, Any]], bad: str | None
+    ) -> Literal["", "averages", "state"]:
+        """The part of the state that alone is bad, where no weight comes from it."""
+        by_itself = fault.scope == "state"
+        if not (bad or by_itself):
+            return ""
+        corrupt, beside = self._context.finite.corrupt, {key for key, _ in self._learner.beside_weights()}
+        weights = corrupt((key, leaf) for key, leaf in leaves if key not in beside)
+        others = corrupt((key, leaf) for key, leaf in leaves if key in beside and key[0] != "average")
+        average = any(describe(key) == (bad or fault.place) for key, _ in leaves if key[0] == "average")
+        spared = fault.spares_weights or (bad is not None and others is not None)
+        answers = self._ranks.gather((weights is not None, others is not None, average, spared))
+        if any(one[0] for one in answers):
+            return ""
+        if any(one[2] for one in answers) and not any(one[1] for one in answers):
+            return "averages"
+        return "state" if by_itself and any(one[3] for one in answers) and self._ring.certified else ""
 
     def _look_at_weights(
         self, fault: Fault, reading: Reading, history: ReadingHistory, known: Evidence, target: Snapshot | None

@@ -20,7 +20,7 @@ from lightning_nanguard.state.learner import Learner, StateKey, describe
 from lightning_nanguard.state.moment_bound import MomentScreen
 from lightning_nanguard.state.norm_screen import NormScreen
 from lightning_nanguard.state.plausibility import PlausibilityCheck
-from lightning_nanguard.state.restore import bad_averages
+from lightning_nanguard.state.restore import bad_parts, part_of
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.state.snapshot import Snapshot, clone
 from lightning_nanguard.state.snapshot_placement import SnapshotPlacement
@@ -255,27 +255,30 @@ class SnapshotManager:
         self._interval.certified(self._clock() - started)
         return fault, ()
 
-    def mended(self, pending: Snapshot, place: str) -> bool:
-        """Give a pending snapshot averaged copies of the newest certified one in place of bad ones, or leave them out.
+    def mend_pending(self, place: str) -> None:
+        """Drop the pending snapshot if it is bad, but for averaged copies: no update is made from these.
+
+        Bad copies are taken from the newest certified snapshot, or left out where it has none.
 
         Args:
-            pending: The snapshot.
-            place: What is bad in it.
-
-        Returns:
-            Whether averaged copies alone were bad, so that all else of it can be certified.
+            place: What is bad in it, beside what is not finite.
         """
-        bad = bad_averages(pending.leaves.items(), self._finite.corrupt, place)
-        rest = [(key, leaf) for key, leaf in pending.leaves.items() if key[0] != "average"]
-        if self._many or not bad or any(describe(key) == place for key, _ in rest) or self._finite.corrupt(rest):
-            return False
+        pending = self._ring.pending
+        if pending is None:
+            return
+        pending.wait()
+        averages = {key: leaf for key, leaf in pending.leaves.items() if key[0] == "average"}
+        rest = [(key, leaf) for key, leaf in pending.leaves.items() if key not in averages]
+        if self._many or any(describe(key) == place for key, _ in rest) or self._finite.corrupt(rest):
+            self._ring.drop_pending()
+            return
+        bad = bad_parts(averages.items(), self._finite.corrupt, place)
         newest = self._ring.certified[0].leaves if self._ring.certified else {}
-        for key in [key for key in pending.leaves if key[0] == "average" and key[1] in bad]:
+        for key in [key for key in averages if part_of(key) in bad]:
             if key in newest:
                 pending.leaves[key] = clone(newest[key], None)
             else:
                 del pending.leaves[key]
-        return True
 
     def kept(self, pending: Snapshot) -> Snapshot:
         """How a certified snapshot is kept: shared among ranks where it was found equal on all of them."""

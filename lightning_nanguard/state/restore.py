@@ -28,26 +28,37 @@ def restore(
     Args:
         learner: What to put back.
         snapshot: To what; it is not changed and may be used again.
-        keep: Says which state keys to put back; all by default.
+        keep: Says which state keys to put back; all by default. ``("scaler",)`` is that of the GradScaler, and an
+            optimizer's state is asked for by weight, too: ``("optimizer", index, name)``.
 
     Returns:
         The keys of the weights and buffers that both have and that could not be put back: their shape is another now.
     """
     snapshot.wait()
-    saved = snapshot.leaves if keep is None else {key: leaf for key, leaf in snapshot.leaves.items() if keep(key)}
+    keep = _everything if keep is None else keep
+    saved = {key: leaf for key, leaf in snapshot.leaves.items() if keep(key)}
     pairs, failed = _restore_weights(learner, saved)
     names = learner.parameter_names()
     for index, optimizer in enumerate(learner.optimizers):
-        if keep is None or keep(("optimizer", index)):
-            pairs += _restore_state(optimizer, index, learner.stepped(index), names, saved, snapshot)
-            pairs += _restore_groups(optimizer, index, saved, snapshot)
+        kept = {
+            id(parameter): name
+            for parameter in learner.stepped(index)
+            if keep(("optimizer", index, name := names.get(id(parameter), f"#{id(parameter)}")))
+        }
+        stepped = [parameter for parameter in learner.stepped(index) if id(parameter) in kept]
+        pairs += _restore_state(optimizer, index, stepped, kept, saved, snapshot)
+        pairs += _restore_groups(optimizer, index, saved, snapshot)
     averages = ((key, live) for key, live in learner.averages() if fits(live, saved.get(key)))
     pairs += [(live, saved[key]) for key, live in averages]
     copy_all([live for live, _ in pairs], [value for _, value in pairs], learner.device)
     learner.restored()
-    if learner.scaler is not None and snapshot.scaler and keep is None:
+    if learner.scaler is not None and snapshot.scaler and keep(("scaler",)):
         _restore_scaler(learner.scaler, snapshot.scaler)
     return failed
+
+
+def _everything(key: StateKey) -> bool:
+    return True
 
 
 def _restore_weights(learner: Learner, saved: Mapping[StateKey, Any]) -> tuple[list[_Pair], tuple[StateKey, ...]]:
@@ -64,23 +75,35 @@ def _restore_weights(learner: Learner, saved: Mapping[StateKey, Any]) -> tuple[l
     return pairs, tuple(failed)
 
 
-def bad_averages(
-    leaves: Iterable[tuple[StateKey, Any]], corrupt: Callable[[Iterable[tuple[StateKey, Any]]], str | None], place: str
-) -> frozenset[str]:
-    """The owners of averaged copies that are bad.
+def part_of(key: StateKey) -> StateKey | None:
+    """What is restored together with a leaf where no weight comes from it; ``None`` for weights and groups.
+
+    An averaged copy is one part, and so are what an optimizer keeps of one weight, and a buffer.
+    """
+    length = {"average": 2, "optimizer": 3, "buffer": 2}.get(key[0])
+    return None if length is None else key[:length]
+
+
+def bad_parts(
+    leaves: Iterable[tuple[StateKey, Any]],
+    corrupt: Callable[[Iterable[tuple[StateKey, Any]]], str | None],
+    place: str = "",
+) -> frozenset[StateKey]:
+    """The parts, as :func:`part_of` gives them, that are bad.
 
     Args:
         leaves: Leaves of a learner, or of a snapshot.
         corrupt: Names a tensor that is not finite, ``None`` if all are.
         place: Name of a tensor that is bad, too.
     """
-    copies: dict[str, list[tuple[StateKey, Any]]] = {}
+    parts: dict[StateKey, list[tuple[StateKey, Any]]] = {}
     for key, tensor in leaves:
-        if key[0] == "average":
-            copies.setdefault(key[1], []).append((key, tensor))
+        part = part_of(key)
+        if part is not None:
+            parts.setdefault(part, []).append((key, tensor))
     return frozenset(
-        owner
-        for owner, tensors in copies.items()
+        part
+        for part, tensors in parts.items()
         if any(describe(key) == place for key, _ in tensors) or corrupt(tensors) is not None
     )
 
@@ -93,9 +116,9 @@ def mend_averages(learner: Learner, corrupt: Callable[[Iterable[tuple[StateKey, 
         corrupt: Names a tensor that is not finite, ``None`` if all are.
     """
     weights = {key[1]: leaf for key, leaf in learner.weights()}
-    bad = bad_averages(learner.averages(), corrupt, "")
+    bad = bad_parts(learner.averages(), corrupt)
     for key, tensor in learner.averages():
-        source = weights.get(unwrapped(key[2])) if key[1] in bad else None
+        source = weights.get(unwrapped(key[2])) if part_of(key) in bad else None
         if source is not None and fits(tensor, source):
             with torch.no_grad():
                 tensor.copy_(source)
@@ -115,7 +138,7 @@ def _restore_state(
             wanted.setdefault(state_key[2], {})[state_key[3]] = value, snapshot.homes.get(state_key)
     pairs: list[_Pair] = []
     for parameter in stepped:
-        name = names.get(id(parameter), f"#{id(parameter)}")
+        name = names[id(parameter)]
         entries, state = wanted.get(name, {}), optimizer.state.get(parameter, {})
         left_out = {key for key in state if ("optimizer", index, name, key) in snapshot.left_out}
         if not entries and not left_out:

@@ -48,8 +48,9 @@ class Evidence:
         healthy_since_restore: Updates accepted since the last restore; ``None`` without one.
         bad_in_a_row: Faulty updates in a row, this one included.
         corrupt: Name of the first tensor of the learner that is not finite but was at the start; ``None`` without one.
-        averages_alone: Whether averaged copies of the weights are bad and everything that updates are made from is
-            finite.
+        bad_part: The part of the state that is bad while all weights are finite: ``"averages"`` of the weights, from
+            which no update is made, or ``"state"`` for moments, running statistics or the loss scale; ``""`` if more
+            is bad, or nothing.
         jump: Name of a weight that is finite but far larger than any was in the snapshot; ``None`` if none is.
         batch_strange: Whether its numbers are far larger than those of the batches kept; ``None`` if not known.
         batch_finite: Whether every floating number in the batch is finite; ``None`` if it was not looked at.
@@ -84,7 +85,7 @@ class Evidence:
     healthy_since_restore: int | None = None
     bad_in_a_row: int = 1
     corrupt: str | None = None
-    averages_alone: bool = False
+    bad_part: Literal["", "averages", "state"] = ""
     jump: str | None = None
     batch_strange: bool | None = None
     batch_finite: bool | None = None

@@ -31,8 +31,8 @@ class Restore(PlanStep):
 
 
 @dataclass(frozen=True, slots=True)
-class RestoreAverages(PlanStep):
-    """Put averaged copies of the weights back that went bad, and nothing else: no update is made from them."""
+class RestorePart(PlanStep):
+    """Put back the part of the state that went bad, and nothing else: no weight comes from it."""
 
 
 @dataclass(frozen=True, slots=True)
