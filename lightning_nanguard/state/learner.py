@@ -113,11 +113,15 @@ class Learner:
     def statistics(self, keys: Collection[StateKey]) -> list[StateKey]:
         """Among ``keys`` running statistics of normalisation layers, and averaged copies of weights."""
         prefixes = {name for name, layer in self.module.named_modules() if isinstance(layer, _NormBase)}
+
+        def counts(name: str) -> bool:
+            return name.rpartition(".")[0] in prefixes and "num_batches" not in name
+
         return [
             key
             for key in keys
-            if (key[0] == "buffer" and key[1].rpartition(".")[0] in prefixes and "num_batches" not in key[1])
-            or (key[0] == "average" and ("parameter", unwrapped(key[2])) in keys)
+            if (key[0] == "buffer" and counts(key[1]))
+            or (key[0] == "average" and (("parameter", name := unwrapped(key[2])) in keys or counts(name)))
         ]
 
     def lazy(self) -> bool:
