@@ -1,10 +1,11 @@
-"""A GPT of characters whose learning rate is far too high: the loss stays finite, and little is learned.
+"""A character-level GPT whose learning rate is far too high: the loss stays finite, and the model learns little.
 
     python examples/char_gpt.py
 
-The text is the help that comes with Python. The learning rate rises to a hundred times a good one. Without the guard,
-the loss ends far above that of the run at the good rate, and no number is NaN. With ``act_on="evidence"`` a trial shows
-that a restart at a lower rate learns far more. The run then goes on from this restart at its rate.
+The text is the help that comes with Python. The learning rate rises to a hundred times a good one. Without the guard
+the loss ends far above that of the run at the good rate, and no number is NaN. With ``act_on="evidence"`` the guard
+trains copies of the model at lower rates beside the run (a trial). One of them learns far more, and the run goes on
+from this copy at its rate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Helpers of the small examples: a run without output that keeps its losses, and what the guard says about it."""
+"""Helpers of the small examples: train without output and return the losses, and print what the guard found."""
 
 from __future__ import annotations
 

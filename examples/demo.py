@@ -2,8 +2,9 @@
 
     make demo        or        python examples/demo.py [--fast] [--json results.json]
 
-A real classifier learns scikit-learn's bundled handwritten digits, first at a learning rate twenty times too high, then
-from data in which three images are corrupt. Takes less than a minute on a laptop, and needs no GPU and no download.
+A classifier learns the handwritten digits that come with scikit-learn: first at a learning rate twenty times too high,
+then from data in which three images are corrupt. The demo takes less than a minute on a laptop, and needs no GPU and no
+download.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small classifier and its data: scikit-learn's bundled handwritten digits, nothing to download.
+"""A small classifier and its data, the handwritten digits that come with scikit-learn. There is nothing to download.
 
 Both names of Lightning work: ``LIGHTNING_PACKAGE`` chooses ``pytorch_lightning`` (the default) or
 ``lightning.pytorch``. In your own code, import the one that you use.
@@ -59,7 +59,7 @@ class DigitsClassifier(pl.LightningModule):
     """A multi-layer perceptron for the ten digits.
 
     Args:
-        lr: Learning rate that a cosine takes down to zero; 0.05 suits ``"sgd"``, 0.005 suits ``"adam"``.
+        lr: Learning rate at the start; a cosine schedule lowers it to zero. 0.05 suits ``"sgd"``, 0.005 ``"adam"``.
         optimizer: ``"sgd"`` has a momentum of 0.9.
         hidden: Width of the two hidden layers.
     """

@@ -1,11 +1,11 @@
 """Four losses that do not fall, for four reasons: a saddle point, a minimum, steps that are too large, and a model that
-has learned everything. They look alike in a plot.
+has learned everything. In a plot they look the same.
 
     python examples/flat_loss.py
 
 With ``examine_after=64`` the guard examines a loss that has not fallen in 64 updates. It checks how large the gradient
-is, whether it points back after a step, and whether the loss falls in any direction (the smallest eigenvalue of its
-Hessian). Needs ``pip install 'lightning-nanguard[curvature]'``.
+is, whether it changes its direction after each step, and whether the loss falls in any direction (the smallest
+eigenvalue of its Hessian). Needs ``pip install 'lightning-nanguard[curvature]'``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Half precision with attention scores that overflow: every update is skipped silently, and nothing is learned.
+"""Half precision with attention scores that overflow: every update is skipped without a message.
 
     python examples/fp16.py
 
-The largest number of float16 is 65,504. Here attention scores exceed it. The loss is NaN, and the GradScaler skips each
-update without a message. The guard names the operation and its line, and ends the run. With the scores in float32 the
-model learns.
+The largest number of float16 is 65,504, and here the attention scores exceed it. The loss is NaN, and nothing is
+learned. The guard names the operation and its line, and ends the run after 64 bad updates. With the scores in float32
+the model learns.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Attending(DigitsClassifier):
 
     def forward(self, images: Tensor) -> Tensor:
         rows = images.unflatten(1, (8, 8))
-        query = 100 * self.query(rows)  # the usual factor of 1 / sqrt(64) is forgotten, and more
+        query = 100 * self.query(rows)  # far too large: the usual factor is 1 / sqrt(64)
         with torch.autocast("cpu", enabled=not self.in_float32):
             query = query.float() if self.in_float32 else query
             scores = query @ query.transpose(1, 2)
@@ -44,7 +44,7 @@ def main() -> None:
     for in_float32, guard in ((False, None), (False, NaNGuard()), (True, NaNGuard())):
         pl.seed_everything(0, verbose=False)
         module, data = Attending(in_float32), DigitsDataModule()
-        # On a GPU Trainer(precision="16-mixed") does the same; on the CPU Lightning has no scaler of its own.
+        # On a GPU, Trainer(precision="16-mixed") adds the GradScaler. On the CPU Lightning adds none.
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
         losses = train(module, data, guard, max_epochs=4, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
         name = f"scores in {'float32' if in_float32 else 'float16'}, {'with NaNGuard()' if guard else 'no guard'}"

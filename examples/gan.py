@@ -1,9 +1,9 @@
-"""A generative adversarial network of points on a circle, whose data hold two bad rows.
+"""A generative adversarial network that learns points on a circle. Its data hold two bad rows.
 
     python examples/gan.py
 
-Under manual optimization one bad batch makes the weights of the discriminator NaN, and then those of the generator. The
-guard skips the bad updates of both optimizers.
+Without the guard one bad batch makes the weights of the discriminator NaN, and then those of the generator. The guard
+skips the bad updates of both optimizers. It works under manual optimization, too.
 """
 
 from __future__ import annotations

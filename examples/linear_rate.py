@@ -2,9 +2,9 @@
 
     python examples/linear_rate.py
 
-The loss rises from thousands to trillions, inf and NaN, although the rate looks small. The largest good rate depends
-on the data. Here 400 correlated inputs make the loss very steep in one direction. The guard goes back to good weights,
-names the largest rate that this batch allows, and continues below it.
+The loss rises to billions, inf and NaN, although the rate looks small. The largest good rate depends on the data. Here
+400 correlated inputs make the loss very steep in one direction. The guard goes back to good weights, names the largest
+rate that this batch allows, and goes on at a lower one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Linear(pl.LightningModule):
 
 
 def data() -> DataLoader[tuple[Tensor, ...]]:
-    """400 inputs. Most of their value is the same number, so they are correlated."""
+    """400 inputs with a large common part, so that they are correlated."""
     source = torch.Generator().manual_seed(0)
     common = 3 * torch.randn(1024, 1, generator=source)
     inputs = common + torch.randn(1024, 400, generator=source)

@@ -1,10 +1,10 @@
-"""A classifier whose loss becomes NaN during the run, and whose accuracy falls to 0.1 and stays there.
+"""A classifier whose loss becomes NaN during the run. Its accuracy falls to 10 % and stays there.
 
     python examples/nan_classifier.py
 
-The loss is the logarithm of a softmax written by hand. When the model is confident enough, a probability is zero and
-its logarithm is −inf. One step later every weight is NaN, and argmax always returns 0. The guard skips such batches, so
-that the weights stay good, and names the line. With torch's own ``log_softmax`` the fault does not occur.
+The loss is the logarithm of a softmax that is written by hand. When the model is very confident, a probability is zero,
+and its logarithm is −inf. One step later every weight is NaN, and argmax always returns 0. The guard skips such
+batches, so that the weights stay good, and names the line. With torch's own ``cross_entropy`` the fault does not occur.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Draws the picture of the README: the loss of one run with and without ``NaNGuard()``.
+"""Draws the picture in the README: the loss of one run with and without ``NaNGuard()``.
 
     python examples/picture.py [--fast] [--output docs/rescued.png]
 
-The run is the demo's: handwritten digits at a learning rate twenty times too high.
+The run is that of ``demo.py``: handwritten digits at a learning rate twenty times too high.
 """
 
 from __future__ import annotations

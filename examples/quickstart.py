@@ -1,4 +1,4 @@
-"""The smallest run that shows the guard at work: one row of the data is NaN.
+"""The smallest run that shows what the guard does: one row of the data has a NaN.
 
 python examples/quickstart.py
 """

@@ -1,10 +1,10 @@
-"""A multi-layer perceptron of sigmoids on digits, with a squared loss: it does not learn, and nothing is NaN.
+"""A multi-layer perceptron with sigmoids and a squared loss, on digits: it does not learn, and nothing is NaN.
 
     python examples/sigmoid_digits.py
 
-Each sigmoid passes on at most a quarter of the gradient. So the first of eight layers gets almost none. The squared
-loss is flat where the model is wrong with high confidence. The preflight reports both before the first step. With ReLU
-and cross-entropy the same layers learn at the same rate.
+Each sigmoid passes on at most a quarter of the gradient, so the first of eight layers gets almost none. If the model is
+wrong with high confidence, the squared loss has almost no gradient. ``preflight=True`` reports both before the first
+step. With ReLU and cross-entropy the same layers learn at the same learning rate.
 """
 
 from __future__ import annotations

@@ -137,8 +137,7 @@ class NaNGuard(DisplayedGuard):
         limits = Thresholds() if thresholds is None else thresholds
         if not isinstance(limits, Thresholds):
             raise TypeError(
-                f"NaNGuard(thresholds={limits!r}): expected Thresholds, whose groups are its fields, as in "
-                "Thresholds(detection=…)."
+                f"NaNGuard(thresholds={limits!r}): expected a Thresholds object, such as Thresholds(detection=…)."
             )
         arguments = Arguments(
             detectors=default_detectors(limits.detection) if detectors is None else detectors,
@@ -178,7 +177,7 @@ class NaNGuard(DisplayedGuard):
             RuntimeError: If no fit is running.
         """
         if self._fit is None:
-            raise RuntimeError("NaNGuard.examine() looks at a run at hand: call it within a fit.")
+            raise RuntimeError("NaNGuard.examine() examines a run: call it during a fit.")
         self._fit.diagnostics.asked = True
 
     # ------------------------------------------------------------------------------------------------ Lightning's hooks
@@ -218,13 +217,12 @@ class NaNGuard(DisplayedGuard):
         order = self._order or self._watch_data(trainer)
         fit = self._fit = build_fit(trainer, pl_module, given, self._memory, order, resumed, self._settings())
         self._run_id = fit.folder.run_id
-        self._memory.take_run({"id": fit.folder.run_id, "folder": str(fit.folder.path)})
-        self._memory.take_advice(fit.advice.given, fit.context.receipts.given)
+        self._memory.take_advice(fit.advice.given, fit.context.receipts.given, fit.context.trials.given)
         fit.diagnostics.preflight_due = given.preflight and trainer.global_step == 0
-        self._before = self._counts()
         if self._resumed is not None:
             fit.guard.load_state_dict(self._resumed)
             self._resumed = None
+        self._memory.begin_fit({"id": fit.folder.run_id, "folder": str(fit.folder.path)}, fit.guard.updates)
         fit.start(given.max_snapshot_memory, lambda callback: callback is self)
         if given.last_good_every_n_steps is not None:
             fit.keep_last_good(given.last_good_every_n_steps)
@@ -234,7 +232,7 @@ class NaNGuard(DisplayedGuard):
         self._undo_gate()
         gate, self._gate = self._gate, None
         if gate is not None and gate.taken is not None:
-            message = f"{gate.refused}; the run goes on from {gate.taken.path} of step {gate.taken.global_step}"
+            message = f"{gate.refused}; the run resumes from {gate.taken.path} (step {gate.taken.global_step}) instead"
             fit.guard.note(Fault("bad_checkpoint", "state", "ckpt_path", None, message), "resume")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -291,6 +289,7 @@ class NaNGuard(DisplayedGuard):
                 replay.remember(guard.updates)
             else:
                 replay.distrust(guard.updates)
+            fit.check_before_epoch_end()
             if replay.to_log is not None:
                 replay.to_log()
                 replay.to_log = None
@@ -379,8 +378,7 @@ class NaNGuard(DisplayedGuard):
             self._multiplier = fit.context.rate.ratio()
             self._memory.add_to_run(updates=fit.guard.updates, lr_multiplier=self._multiplier)
             self._last_state = fit.guard.state_dict()
-            faults, remedies = (now - then for now, then in zip(self._counts(), self._before, strict=True))
-            fit.say_how_it_went(faults, remedies)
+            fit.say_how_it_went(self._memory)
         finally:
             fit.close()
 
@@ -388,8 +386,8 @@ class NaNGuard(DisplayedGuard):
         if self._given is not None and not self._unwatched:
             self._unwatched = True
             _logger.info(
-                "NaNGuard: a batch is trained on outside of a fit, or in one that began before the guard was added, so "
-                "its update is not guarded."
+                "NaNGuard: a batch was trained outside of a fit, or in a fit that began before the guard was added, so "
+                "the guard does not check its update."
             )
 
 

@@ -22,8 +22,20 @@ Values = Tensor | float | Iterable[Tensor | None]
 """What a check is given: one tensor or number, or several tensors of which some may be ``None``."""
 
 
+class _HealthMetric(Metric):
+    """What the metrics of numerical health have in common."""
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    plot_lower_bound = 0.0
+
+    keep_when_skipped: ClassVar[bool] = True
+    """A skipped batch must not vanish from here, though it leaves no trace in other metrics of the module."""
+
+
 @final
-class NonFiniteRate(Metric):
+class NonFiniteRate(_HealthMetric):
     """Share of updates whose values hold an element that is NaN or infinite.
 
     With several ranks it is the share of all their updates. Without an update it is 0. An update without any value,
@@ -41,14 +53,7 @@ class NonFiniteRate(Metric):
         tensor(0.5000)
     """
 
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    plot_lower_bound = 0.0
     plot_upper_bound = 1.0
-
-    keep_when_skipped: ClassVar[bool] = True
-    """A skipped batch must not vanish from here, though it leaves no trace in other metrics of the module."""
 
     counts: Tensor
 
@@ -73,7 +78,7 @@ class NonFiniteRate(Metric):
 
 
 @final
-class NonFiniteCount(Metric):
+class NonFiniteCount(_HealthMetric):
     """Number of updates whose values hold an element that is NaN or infinite, summed over all ranks.
 
     Args:
@@ -87,14 +92,6 @@ class NonFiniteCount(Metric):
         >>> count.compute()
         tensor(1)
     """
-
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    plot_lower_bound = 0.0
-
-    keep_when_skipped: ClassVar[bool] = True
-    """A skipped batch must not vanish from here, though it leaves no trace in other metrics of the module."""
 
     count: Tensor
 
@@ -119,7 +116,7 @@ Reduction = Literal["mean", "max", "last"]
 
 
 @final
-class GradientNorm(Metric):
+class GradientNorm(_HealthMetric):
     """Mean, largest or last global 2-norm of the gradients.
 
     Norms that are not finite are counted in the state ``non_finite`` and left out of the result. Updates in which no
@@ -143,14 +140,6 @@ class GradientNorm(Metric):
         >>> norm.compute(), norm.non_finite
         (tensor(3.), tensor(1))
     """
-
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    plot_lower_bound = 0.0
-
-    keep_when_skipped: ClassVar[bool] = True
-    """A skipped batch must not vanish from here, though it leaves no trace in other metrics of the module."""
 
     finite: Tensor
     non_finite: Tensor

@@ -275,3 +275,11 @@ def make(net: Callable[[], nn.Module] = mlp, kind: Callable[..., Task] = Task, *
 
 def sgd(parameters: list[nn.Parameter], **options: Any) -> Optimizer:
     return SGD(parameters, **{"lr": 0.05, **options})
+
+
+def update_by_hand(module: LightningModule, loss: Tensor) -> None:
+    """Makes one update of a module under manual optimization."""
+    optimizer: Any = module.optimizers()
+    optimizer.zero_grad()
+    module.manual_backward(loss)
+    optimizer.step()

@@ -1,12 +1,9 @@
-"""The file is also the program of the ranks in the distributed test: ``python test_metrics.py RANK RENDEZVOUS``."""
+"""The metrics of numerical health, alone, in a Trainer and over ranks."""
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric, MetricCollection
 
 from lightning_nanguard.metrics import GradientNorm, NonFiniteCount, NonFiniteRate
+from tests.distributed.conftest import Launch, launched  # noqa: F401
+from tests.distributed.data import NORMS
 
 NAN, INF = math.nan, math.inf
 LARGEST = torch.finfo(torch.float32).max
@@ -413,49 +412,14 @@ class TestEvery:
         metric().update(parameter for parameter in ())
 
 
-RANKS: list[list[float]] = [[1.0, NAN, 5.0], [2.0, INF, 3.0, 9.0, NAN, 4.0]]
-"""What each of two ranks sees."""
-
-
-def test_ranks_agree(tmp_path: Path) -> None:
+def test_ranks_agree(launched: Launch) -> None:  # noqa: F811
     """Two gloo processes with different data compute the same: that of all their updates, in the order of ranks."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), f"file://{tmp_path / 'rendezvous'}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[1],
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=100) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], outputs
-    first, second = (json.loads(stdout.splitlines()[-1]) for stdout, _ in outputs)
+    first, second = (result["metrics"] for result in launched("fork", 2, "plain"))
     assert first == second
-    every = RANKS[0] + RANKS[1]
+    every = NORMS[0] + NORMS[1]
     bad = sum(not math.isfinite(value) for value in every)
     expected = {"rate": bad / len(every), "count": bad, "one_rank": 7.0, **reduced(every)}
     assert first == pytest.approx(expected)
-
-
-def run_rank(rank: int, rendezvous: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
-    norms = {how: GradientNorm(how) for how in ("mean", "max", "last")}
-    metrics: dict[str, Metric] = {"rate": NonFiniteRate(), "count": NonFiniteCount(), **norms}
-    # A rank whose gradients are all bad, or missing, leaves no trace.
-    metrics["one_rank"] = GradientNorm("last")
-    metrics["one_rank"].update(7.0 if rank == 0 else NAN)
-    for name in ("rate", "count", *norms):
-        for value in RANKS[rank]:
-            metrics[name](torch.tensor(value))
-    print(json.dumps({name: float(metric.compute()) for name, metric in metrics.items()}))
-    torch.distributed.destroy_process_group()
 
 
 def test_self_log_in_a_trainer(tmp_path: Path) -> None:
@@ -526,7 +490,3 @@ def test_self_log_in_a_trainer(tmp_path: Path) -> None:
     assert logged["max"] == pytest.approx(expected["max"])
     assert logged["last"] == pytest.approx(expected["last"])
     assert logged["rate"] == pytest.approx(1 / 6)
-
-
-if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), sys.argv[2])

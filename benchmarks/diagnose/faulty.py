@@ -243,11 +243,12 @@ def log_of_softmax(dice: Dice) -> Problem:
     )  # fmt: skip
 
 
-def log_of_sigmoid(dice: Dice) -> Problem:
-    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        p = torch.sigmoid(net(x.clamp(-5, 5)) - 200 * (x[:, :1] > 20))
-        return -torch.log(p).mean()
+def log_of_probability(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    p = torch.sigmoid(net(x.clamp(-5, 5)) - 200 * (x[:, :1] > 20))
+    return -torch.log(p).mean()
 
+
+def log_of_sigmoid(dice: Dice, loss: Loss = log_of_probability) -> Problem:
     return _one_bad_batch(
         dice, "log_of_zero", loss, _marked(dice, 30.0), place=r"training_step \(log, faulty.py", samples=_same,
         net=dice.mlp(8, 2, norm=False),

@@ -12,7 +12,18 @@ from torch.nn import functional
 
 from benchmarks.rescue import models
 
-from .faulty import INF, NAN, _marked, _moment, _one_bad_batch, _same, entropy, squared
+from .faulty import (
+    INF,
+    NAN,
+    _marked,
+    _moment,
+    _one_bad_batch,
+    _same,
+    entropy,
+    log_of_probability,
+    log_of_sigmoid,
+    squared,
+)
 from .problems import Dice, Form, Net, Problem
 
 # ------------------------------------------------------------------------------------------------- invalid rates
@@ -81,16 +92,12 @@ def check_of_the_users(dice: Dice) -> Problem:
     """A probability that reaches zero, and a check that raises where the loss is infinite."""
 
     def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        p = torch.sigmoid(net(x.clamp(-5, 5)) - 200 * (x[:, :1] > 20))
-        value = -torch.log(p).mean()
+        value = log_of_probability(net, x, y)
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value}")
         return value
 
-    return _one_bad_batch(
-        dice, "log_of_zero", loss, _marked(dice, 30.0), place=r"training_step \(log, further.py", samples=_same,
-        net=dice.mlp(8, 2, norm=False),
-    )  # fmt: skip
+    return log_of_sigmoid(dice, loss)
 
 
 def anomaly_mode(dice: Dice) -> Problem:

@@ -172,7 +172,7 @@ def scheduled(optimizer: Any, schedule: str, steps: int) -> Any:
 
 
 class Rows(Logger):
-    """Keeps what is logged."""
+    """Keeps what is logged, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -284,7 +284,8 @@ def ending(trainer: pl.Trainer, module: Any, rows: Rows, averages: list[Any]) ->
                 "averages": [one.state_dict() for one in averages],
                 "average weights": [dict(one._average_model.named_parameters()) for one in averages],
                 "metrics": metrics,
-                "logged": rows.rows,
+                "logged": {f"{step} {name}": value for step, row in rows.rows for name, value in row.items()},
+                "rows": len(rows.rows),
                 "random": [torch.get_rng_state(), np.random.get_state(), random.getstate()],
                 "progress": trainer.fit_loop.state_dict(),
                 "clock": [trainer.global_step, trainer.current_epoch],

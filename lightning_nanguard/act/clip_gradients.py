@@ -12,7 +12,7 @@ from lightning_nanguard.types import Clip, Evidence, Fault, PlanStep
 
 @final
 class ClipGradients(Remedy):
-    """Turns gradient clipping on if gradients explode, and off again after a healthy stretch.
+    """Turns gradient clipping on if gradients explode, and off again after many healthy updates.
 
     Args:
         clip_val: Largest norm (or absolute value), or ``"auto"``: twice the lower quartile of the healthy norms (1.0 if

@@ -14,12 +14,12 @@ from lightning_nanguard.types import Evidence, Fault, PlanStep, Scale
 
 @final
 class ReduceLR(Remedy):
-    """Lowers the learning rate of a diverged learner, more at each attempt, and raises it after a healthy stretch.
+    """Lowers the learning rate of a diverged learner, more at each attempt, and raises it after many healthy updates.
 
-    The first cut is ``factor``, the next ``factor ** 2``, ``factor ** 4``, …, and no single cut goes below a tenth. If
-    batches can be run again, the guard first tries rates: a few updates on the newest batches, from the state of the
-    rollback, show at which rate the loss falls, and the guard takes this rate. The cut is a multiplier on the rate that
-    the schedule sets.
+    If batches can be run again, the guard first tries rates: a few updates on the newest batches, from the state of the
+    rollback, show at which rate the loss falls, and the guard takes this rate. Otherwise the first cut is ``factor``,
+    the next ``factor ** 2``, ``factor ** 4``, …, and at least a tenth. Such a cut goes further down if the finding
+    names a lower largest rate. The cut is a multiplier on the rate that the schedule sets.
 
     Args:
         factor: The first cut.

@@ -67,6 +67,7 @@ class StepSkipper:
         self._said = False
         self._copies: dict[int, Snapshot] = {}
         self._without_momentum: dict[int, tuple[tuple[int, int], list[Any]]] = {}
+        self._stripped: set[int] = set()
         self.skipped: set[int] = set()
 
     def open(self) -> None:
@@ -114,6 +115,7 @@ class StepSkipper:
         """Remove the gradients of an optimizer that steps next, if its update is skipped."""
         for optimizer_index in self.skipped:
             if self._learner.optimizers[optimizer_index] is optimizer:
+                self._stripped.add(optimizer_index)
                 for parameter in self._parameters(optimizer_index):
                     if parameter.grad is not None:
                         self._taken.append((parameter, parameter.grad))
@@ -121,10 +123,23 @@ class StepSkipper:
 
     def return_gradients(self) -> None:
         """Give the gradients back that were removed, unless there are new ones."""
+        self._stripped.clear()
         while self._taken:  # of several evaluations in one step, the last one counts
             parameter, gradient = self._taken.pop()
             if parameter.grad is None:
                 parameter.grad = gradient
+
+    def excuses(self, optimizer: Optimizer, *, numeric: bool) -> bool:
+        """Whether an exception of an optimizer's step comes of an update that is skipped.
+
+        Some optimizers expect a gradient of every parameter, and some ways of clipping refuse one that is not finite.
+
+        Args:
+            optimizer: The optimizer.
+            numeric: Whether NaN or Inf can be the cause of the exception.
+        """
+        numbers = self.skipped if numeric else self._stripped
+        return any(self._learner.optimizers[number] is optimizer for number in numbers)
 
     def _parameters(self, optimizer_index: int) -> list[Any]:
         return [p for group in self._learner.optimizers[optimizer_index].param_groups for p in group["params"]]
@@ -144,11 +159,11 @@ class StepSkipper:
         if not self._said:
             self._said = True
             _logger.warning(
-                "NaNGuard: memory is too short for a copy of what %s may change in a skipped step, so nothing of that "
-                "is put back. Torch's own optimizers need no copy.",
+                "NaNGuard: there is not enough memory for a copy of what %s may change in a skipped step, so these "
+                "changes are not undone. torch's own optimizers need no copy.",
                 type(self._learner.optimizers[optimizer_index]).__name__,
             )
 
 
 def _belongs_to(optimizer_index: int, key: StateKey) -> bool:
-    return key[0] == "parameter" or (key[0] in ("optimizer", "group") and key[1] == optimizer_index)
+    return key[0] == "parameter" or (key[0] in ("optimizer", "wrapped", "group") and key[1] == optimizer_index)

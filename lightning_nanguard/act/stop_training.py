@@ -17,7 +17,7 @@ class StopTraining(Remedy):
 
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
         """A stop."""
-        return Stop("the remedies listed ask to stop when skipping is not enough")
+        return Stop("skipping is not enough, and StopTraining is listed")
 
     def apply(self, step: PlanStep, run: RunControl) -> None:
         """Nothing: the engine ends the run itself."""

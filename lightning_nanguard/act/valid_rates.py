@@ -96,5 +96,5 @@ def words_for(rates: list[InvalidRate], scheduler: str) -> Iterator[str]:
     """
     by = f", set by {scheduler}," if scheduler else ""
     for one in rates:
-        then = "the update is left out" if one.valid is None else f"the last valid rate, {one.valid:.4g}, is used"
+        then = "the update is skipped" if one.valid is None else f"the last valid rate, {one.valid:.4g}, is used"
         yield f"the learning rate of group {one.group}{by} is {one.rate:.4g}; {then}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.checkpoints.poison import poisoned
+from lightning_nanguard.record.run_history import earlier_parts
+from lightning_nanguard.record.run_log import RunLog
 from lightning_nanguard.state.learner import StateKey
 
 _EXTREMES = frozenset({"min", "max", "minimum", "maximum", "lowest", "highest", "best"})
@@ -75,13 +78,13 @@ def damage(path: Path) -> str:
         return ""
     if not zipfile.is_zipfile(path):
         size = path.stat().st_size
-        return f"it is cut short, or no checkpoint ({size:,} bytes without a zip directory at the end)"
+        return f"it is cut short, or is not a checkpoint ({size:,} bytes without a zip directory at the end)"
     # A process that has turned checksums off has written none.
     checked = getattr(torch.serialization, "get_crc32_options", lambda: True)()
     try:
         with zipfile.ZipFile(path) as file:
             if any(one.compress_type != zipfile.ZIP_STORED for one in file.infolist()):
-                return "it is no checkpoint (it holds compressed records, which torch does not write)"
+                return "it is not a checkpoint (it holds compressed records, which torch does not write)"
             record = file.testzip() if checked else None
     except (OSError, zipfile.BadZipFile) as error:
         return f"it cannot be read ({error})"
@@ -112,9 +115,9 @@ def inspect(
         ('state_dict: w',)
     """
     if path.is_dir():
-        return Inspection(path, "it is a folder of shards, whose index is a pickle and is not opened here")
+        return Inspection(path, "it is a folder of shards, and its index is a pickle, which the guard does not open")
     if path.exists() and not path.is_file():
-        return Inspection(path, "it is no file")
+        return Inspection(path, "it is not a file")
     try:
         wrong = damage(path)
         if wrong:
@@ -144,6 +147,19 @@ def inspect(
 def checkpoint_files(folders: Iterable[Path]) -> list[Path]:
     """The checkpoint files in some folders; a folder that does not exist is left out."""
     return [file for folder in folders if folder.is_dir() for file in folder.glob("*.ckpt") if file.is_file()]
+
+
+def folders_of_run(log: RunLog) -> list[Path]:
+    """The folders in which the checkpoints of a run lie, with those from before it was resumed.
+
+    Args:
+        log: The log of the run.
+    """
+    folders = [log.folder.parent / "checkpoints"]
+    for part in (*earlier_parts(log), log):
+        saved = (Path(os.path.normpath(part.folder / path)).parent for path in part.saved)
+        folders += [part.folder, *saved]
+    return list(dict.fromkeys(folders))
 
 
 def newest_good(

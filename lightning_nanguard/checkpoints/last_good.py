@@ -82,8 +82,8 @@ class LastGood:
         if not self._warned and self._leads:
             self._warned = True
             _logger.warning(
-                "NaNGuard: cannot write %s: %s: %s. Training goes on, an older file stays as it is, and it is tried "
-                "again every %d updates. Free space there or make the folder writable.",
+                "NaNGuard: cannot write %s: %s: %s. Training goes on, and an older file stays as it is. The guard "
+                "tries again every %d updates. Free space on the disk, or make the folder writable.",
                 self.path,
                 type(error).__name__,
                 error,
@@ -94,7 +94,7 @@ class LastGood:
 
     def message(self) -> str:
         """A sentence that says where the certified file lies; ``""`` if there is none."""
-        return f"A certified checkpoint lies in {self.path}. " if self.path.exists() else ""
+        return f"The last good checkpoint is {self.path}. " if self.path.exists() else ""
 
     def end(self) -> None:
         """The fit is over: a certified file replaces the older one, a file that is not certified is dropped."""

@@ -13,6 +13,7 @@ from lightning_nanguard.checkpoints.inspection import (
     Inspection,
     checkpoint_files,
     damage,
+    folders_of_run,
     newest_good,
     run_of,
     run_of_file,
@@ -82,12 +83,15 @@ class ResumeGate:
             return None  # it is good, or its error has another cause and has to reach the user
         reason = wrong or f"{_listed(tensors, self._named)} {'is' if len(tensors) == 1 else 'are'} not finite"
         if self._observe:
-            _logger.warning("NaNGuard: %s is bad: %s. With observe=True nothing is done about it.", path, reason)
+            _logger.warning("NaNGuard: %s is bad: %s. With observe=True the guard only says so.", path, reason)
             return None
         if missing and not self._take:
             return None  # Lightning's own error says it
         nearby = _nearby(path, self._folders)
         run = _run_of(path, content, nearby)
+        # Those that `nanguard last-good` looks at, so that both take the same file.
+        logs = [log for folder in nearby if (log := read_run(folder)) is not None and log.run_id == run]
+        nearby += [folder for log in logs for folder in folders_of_run(log)]
 
         def newest(own: bool) -> Inspection | None:
             wanted = (lambda found: found.run == run) if own else (lambda found: True)
@@ -102,7 +106,8 @@ class ResumeGate:
         if missing:
             return None
         of_another = newest(own=False) if other is None else None
-        text = f"NaNGuard does not go on from {path}: {reason}. {_offer(other, of_another, known=run is not None)}"
+        offer = _offer(other, of_another, run)
+        text = f"NaNGuard does not resume from {path}, because it is bad: {reason}. {offer}"
         raise BadCheckpointError(text, path, tensors, other and other.path) from error
 
 
@@ -134,20 +139,25 @@ def _run_of(path: Path, content: Mapping[str, Any] | None, nearby: Iterable[Path
     return runs.pop() if len(runs) == 1 else None
 
 
-def _offer(other: Inspection | None, of_another: Inspection | None, *, known: bool) -> str:
+def _offer(other: Inspection | None, of_another: Inspection | None, run: str | None) -> str:
+    """What to do next, for the error."""
     if other is None:
-        no = "No other checkpoint near it is good"
+        no = f"There is no other good checkpoint {'of its run ' if of_another is not None else ''}near it"
         if of_another is not None:
-            no = f"No other checkpoint of its run near it is good ({of_another.path} is another run's)"
-        return f"{no}: start from an older one, or anew."
-    if not known:
+            whose = f"run {of_another.run}" if of_another.run else "a run without the guard"
+            no += f" ({of_another.path} is good, but it is of {whose})"
+        return f"{no}. What to do: pass an older checkpoint as ckpt_path, or start anew without ckpt_path."
+    newest = f"The newest good checkpoint near it is {other.path} of step {other.global_step}"
+    if run is not None:
         return (
-            f"The newest good checkpoint near it is {other.path} of step {other.global_step}, but nothing tells which "
-            f"run the bad one is of: pass it as ckpt_path if it is {other.run or 'the one without an id'}."
+            f"{newest}, of the same run. What to do: pass that file as ckpt_path, or set "
+            'NaNGuard(resume="last-good"), which takes it by itself.'
         )
+    whose = f"of run {other.run}" if other.run else "of a run without the guard"
     return (
-        f"The newest good checkpoint near it is {other.path} of step {other.global_step}: pass it as ckpt_path, or let "
-        'NaNGuard(resume="last-good") take it.'
+        f"{newest}, {whose}. The bad file cannot be read far enough to tell which run saved it, and no log of a run "
+        "names it. So the guard takes no other file by itself. What to do: if you know that both files are of one run, "
+        f"pass {other.path} as ckpt_path; if not, start anew without ckpt_path."
     )
 
 

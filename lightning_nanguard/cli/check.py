@@ -16,37 +16,56 @@ from lightning_nanguard.record.messages import describe_finding
 from lightning_nanguard.record.text import counted
 
 NAME = "check"
-HELP = "look at the data and the untrained model of a LightningCLI configuration, or with --data alone at all samples"
+HELP = "check the data and the untrained model of a LightningCLI configuration, or with --data alone every sample"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--config", type=Path, help="the YAML file; without one, --data is read as a whole")
     parser.add_argument(
-        "--model", help="class of the module, package.file:Class or file.py:Class, if the file has none"
+        "--config", type=Path, help="the YAML file of the run; without it, every sample of --data is read"
+    )
+    parser.add_argument(
+        "--model", help="class of the module, if the YAML file names none: package.file:Class or file.py:Class"
     )
     parser.add_argument(
         "--data",
-        help="class of the data module, if the file has none; without --config, what is read once: package.file:Name "
-        "of a data module, loader or data set, or of a class or function that makes one",
+        help="class of the data module, if the YAML file names none; without --config a data module, loader or data "
+        "set, or a class or function that makes one: package.file:Name",
     )
-    parser.add_argument("--args", type=json.loads, metavar="JSON", help="arguments of what --data names, as an object")
     parser.add_argument(
-        "--factor", type=float, help="name samples this many times beyond the usual largest number (default: 1000)"
+        "--args",
+        type=json.loads,
+        metavar="JSON",
+        help="arguments for the class or function that --data names, as a JSON object",
     )
-    parser.add_argument("--gradients", action="store_true", help="compare the gradient with finite differences")
-    parser.add_argument("--overfit", action="store_true", help="try whether a few samples can be learned by heart")
+    parser.add_argument(
+        "--factor",
+        type=float,
+        help="report a sample if its largest number is this many times the usual one (default: 1000)",
+    )
+    parser.add_argument(
+        "--gradients", action="store_true", help="compare the gradient of each parameter with finite differences"
+    )
+    parser.add_argument(
+        "--overfit", action="store_true", help="check whether the model can learn eight samples by heart"
+    )
 
 
 def run(chosen: argparse.Namespace) -> int:
     """Print what is found; 1 where a finding is more likely than not."""
     if chosen.config is None:
         if chosen.data is None:
-            raise ValueError("check needs --config, or --data alone to read the data without a model.")
+            raise ValueError("give --config to check a run, or --data alone to check the data without a model.")
         return _check_data(chosen)
+    from lightning_nanguard.trainer.config_parts import wrong_parts
     from lightning_nanguard.trainer.offline_check import check_config
     from lightning_nanguard.trainer.private.messages import without_messages
 
+    wrong = wrong_parts(chosen.config)
+    for line in wrong:
+        say(f"nanguard: {line}", file=sys.stderr)
+    if wrong:
+        return 2
     model, data = (None if name is None else load(name) for name in (chosen.model, chosen.data))
     with without_messages():
         report = check_config(chosen.config, model, data, gradients=chosen.gradients, overfit=chosen.overfit)
@@ -55,7 +74,7 @@ def run(chosen: argparse.Namespace) -> int:
     for note in report.notes:
         say(note)
     if not report.sure:
-        print("nanguard: nothing found that is wrong")
+        print("nanguard: found nothing wrong")
     return 1 if report.sure else 0
 
 
@@ -81,6 +100,6 @@ def _check_data(chosen: argparse.Namespace) -> int:
         for one in found:
             say(f"{name}, {describe_fault(one)}")
         if check.shapes_vary():
-            say(f"{name}: the shapes of samples vary, and were not compared")
+            say(f"{name}: the shapes of the samples differ, so they were not compared")
         say(f"{name}: {counted(check.count, 'sample')} read, {counted(len(found), 'finding')}")
     return 1 if bad else 0

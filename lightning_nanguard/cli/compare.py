@@ -11,7 +11,7 @@ from lightning_nanguard.report.comparison import compare, comparison_page, names
 from lightning_nanguard.report.data import find_run, read_run_data
 
 NAME = "compare"
-HELP = "lay runs side by side: how each went, what the guard did, and which settings differ"
+HELP = "show runs side by side: how each went, what the guard did, and which settings differ"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="run",
         type=Path,
         nargs="+",
-        help="folders of two runs or more; of a folder with many runs the newest one is taken",
+        help="folders of two or more runs; of a folder with many runs, the newest is taken",
     )
-    parser.add_argument("-o", "--output", type=Path, help="page to write, with the curves of the runs in one figure")
+    parser.add_argument("-o", "--output", type=Path, help="also write a page with the curves of all runs")
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -36,7 +36,7 @@ def run(chosen: argparse.Namespace) -> int:
         if not any(folder.samefile(other) for other in folders):
             folders.append(folder)
     if len(folders) < 2:
-        say(f"nanguard: name the folders of two runs; there is one only, {folders[0]}", file=sys.stderr)
+        say(f"nanguard: name the folders of two or more runs; there is only one, {folders[0]}", file=sys.stderr)
         return 2
     names, runs = names_of(folders), [read_run_data(folder) for folder in folders]
     say_table([["", *names], *([label, *values] for label, values in compare(runs))])

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_nanguard.cli.output import say
 from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_advice, read_records
 from lightning_nanguard.record.messages import describe_advice, tell, tell_again
 from lightning_nanguard.record.receipts import receipt_of
-from lightning_nanguard.record.run_folder import is_alive
-from lightning_nanguard.record.run_history import earlier_parts
-from lightning_nanguard.record.run_log import RUN_FILE, RunLog, read_run
-from lightning_nanguard.record.text import counted
+from lightning_nanguard.record.run_log import RUN_FILE, read_run
+from lightning_nanguard.record.skipped import TO_DO
+from lightning_nanguard.record.text import STEPS, counted
 from lightning_nanguard.report.data import RunData, read_run_data
 from lightning_nanguard.report.recorded import recorded_around
 
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run_folder",
         metavar="run",
         type=Path,
-        help=f"folder of the run, or of many: it is searched with all below it; or one {RECORDS_FILE}",
+        help=f"folder of a run, or a folder with runs below it, or one file {RECORDS_FILE}",
     )
 
 
@@ -43,18 +44,23 @@ def run(chosen: argparse.Namespace) -> int:
         return 2
     folders = sorted({path.parent for name in (RUN_FILE, RECORDS_FILE, ADVICE_FILE) for path in where.rglob(name)})
     for number, folder in enumerate(sorted(folders, key=_begun)):
-        log = read_run(folder)
+        data = read_run_data(folder)
         if number:
             say("")
-        say(f"Run of version 0.1.0 in {folder}" if log is None else headline(log))
-        _say_where_it_stands(read_run_data(folder))
+        say(headline(data))
+        _say_where_it_stands(data)
+        _say_what_is_elsewhere(data, folders)
         for name in (RECORDS_FILE, ADVICE_FILE):
             if (folder / name).is_file():
                 _tell_file(folder / name)
+        for trial in data.trials:
+            say(trial.told())
+        if data.interventions or data.advice:
+            say(STEPS)
     if not folders:
         say(
-            f"nanguard: no run of NaNGuard lies in {where} or below it. guard.run_dir says where a run has its folder: "
-            f"{'nanguard'!r} beside its checkpoints, or NaNGuard's dirpath.",
+            f"nanguard: there is no run of NaNGuard in {where} or below it. guard.run_dir is the folder of a run: by "
+            f"default {'nanguard'!r} beside its checkpoints, or the dirpath of NaNGuard.",
             file=sys.stderr,
         )
     return 0 if folders else 2
@@ -65,21 +71,33 @@ def _begun(folder: Path) -> tuple[str, float, str]:
     return ("", 0.0, str(folder)) if log is None else (log.run_id, log.begun, str(folder))
 
 
-def headline(log: RunLog) -> str:
-    """Which run it is, and how it went, in one line."""
+def headline(data: RunData) -> str:
+    """Which run it is, and how it went, in one line.
+
+    Args:
+        data: The run.
+    """
+    log = data.log
+    if log is None:
+        return f"Run of version 0.1.0 in {data.folder}"
     began = f"Run {log.run_id} in {log.folder}"
-    earlier = earlier_parts(log)
-    if earlier:
-        began += f", resumed from step {log.fits[0].get('step')} of {earlier[-1].folder}"
+    if data.earlier:
+        began += f", resumed from step {log.fits[0].get('step')} of {data.earlier[-1].folder}"
     if len(log.fits) > 1:
         began += f", resumed {counted(len(log.fits) - 1, 'time')}"
     if log.ended is None:
-        return f"{began}: {'it goes on' if is_alive(log.folder) else 'it was killed'}"
-    total = sum(count for count in dict(log.ended.get("faults", {})).values() if isinstance(count, int))
-    advised = (log.folder / ADVICE_FILE).is_file()
-    done = counted(total, "intervention") if total else "no interventions" if advised else "nothing to do"
-    since = " since it was resumed" if len(log.fits) > 1 or earlier else ""
-    return f"{began}: {counted(int(log.ended.get('updates', 0)), 'update')}, {done}{since}"
+        return f"{began}: {'it is still running' if data.alive else 'it was killed'}"
+    total = len(data.interventions)
+    none = "no interventions" if data.advice or data.resumed_at else "healthy, no interventions"
+    done = counted(total, "intervention") if total else none
+    told = f"{began}: {counted(data.updates, 'update')}, {done}"
+    if not data.resumed_at:
+        return told
+    if data.of_last_fit is None:
+        return f"{told} in the whole run"
+    updates, of_fit = data.of_last_fit
+    fit = f"{counted(updates, 'update')}, {counted(of_fit, 'intervention')}"
+    return f"{told} in the whole run; {fit} since it was resumed"
 
 
 def _say_where_it_stands(data: RunData) -> None:
@@ -87,6 +105,16 @@ def _say_where_it_stands(data: RunData) -> None:
     if first is not None and last is not None:
         rate = "" if data.rate_now is None else f"; the learning rate is {data.rate_now:.4g}"
         say(f"  the loss went from {first:.4g} to {last:.4g}{rate}")
+    if data.mostly_skipped:
+        say(f"  {data.mostly_skipped}; what to do: {TO_DO}")
+
+
+def _say_what_is_elsewhere(data: RunData, told: Sequence[Path]) -> None:
+    """Name the folders that the run lay in before it was resumed, unless they are told of, too."""
+    known = {folder.resolve() for folder in told}
+    for part in data.earlier:
+        if part.folder.resolve() not in known:
+            say(f"  what came before it was resumed: nanguard explain {shlex.quote(str(part.folder))}")
 
 
 def _tell_file(file: Path) -> None:
@@ -96,7 +124,11 @@ def _tell_file(file: Path) -> None:
         return
     seen: Counter[tuple[str, str | None, tuple[str, ...]]] = Counter()
     data = read_run_data(file.parent)
+    before = None
     for record in read_records(file):
+        if data.resumed_at and before is not None and record.global_step < before:
+            say("-- the run was resumed from an earlier step --")
+        before = record.global_step
         kind = (record.fault, record.cause, record.remedies)
         seen[kind] += 1
         say(tell(record) if seen[kind] == 1 else tell_again(record))
@@ -105,4 +137,4 @@ def _tell_file(file: Path) -> None:
                 say(f"  {line}")
         receipt = receipt_of(record, data.receipts)
         if receipt is not None:
-            say(f"  what came of it: {receipt.in_words()}")
+            say(f"  result: {receipt.in_words()}")

@@ -5,43 +5,71 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning_nanguard.cli.output import say
 
+if TYPE_CHECKING:
+    from lightning_nanguard.checkpoints.inspection import Inspection
+
 NAME = "last-good"
-HELP = "print the newest good checkpoint that the guard kept, for ckpt_path"
+HELP = "print the newest good checkpoint of the newest run, for ckpt_path"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "run_folder", metavar="run", type=Path, help="folder of the run, or of many: it is searched with all below it"
-    )
+    parser.add_argument("run_folder", metavar="run", type=Path, help="folder of a run, or a folder with runs below it")
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Print the path of the newest file that is whole and finite, and nothing else, on standard output."""
-    from lightning_nanguard.checkpoints.inspection import inspect, newest_good
+    """Print the path that ``resume="last-good"`` takes, too, and nothing else, on standard output."""
+    from lightning_nanguard.checkpoints.inspection import folders_of_run, inspect, newest_good
     from lightning_nanguard.record.files import LAST_GOOD
+    from lightning_nanguard.record.run_log import find_runs
 
     where: Path = chosen.run_folder
-    kept = sorted(where.rglob(LAST_GOOD), key=lambda file: file.stat().st_mtime_ns, reverse=True)
-    for file in kept:
-        found = inspect(file)
-        if found.good():
-            print(file)
-            print(f"step {found.global_step}, {file.stat().st_size:,} bytes; whole and finite", file=sys.stderr)
-            return 0
-        say(f"nanguard: {file} is bad: {found.damage or ', '.join(found.tensors)}", file=sys.stderr)
-    if not kept:
-        print(
-            f"nanguard: no {LAST_GOOD} in {where}: NaNGuard(last_good_every_n_steps=…) writes one, once its state is "
-            "certified.",
+    runs = {log.run_id: log for log in find_runs(where)}  # of a run in several folders the part that was resumed last
+    for number, log in enumerate(reversed(runs.values())):
+        folders, own = folders_of_run(log), log.run_id
+        found = newest_good(folders, wanted=lambda found, own=own: found.run == own)  # type: ignore[misc]
+        kept = log.folder / LAST_GOOD
+        known = inspect(kept) if kept.exists() else None
+        if known is not None and not known.good():
+            say(f"nanguard: {kept} is bad: {known.damage or ', '.join(known.tensors)}", file=sys.stderr)
+        if found is not None:
+            if number:
+                say(f"nanguard: no good checkpoint of the newest run; this is one of run {own}", file=sys.stderr)
+            return _print(found, known, where)
+    kept_files = set(where.rglob(LAST_GOOD)) - {log.folder / LAST_GOOD for log in runs.values()}
+    for file in sorted(kept_files):
+        if not (one := inspect(file)).good():
+            say(f"nanguard: {file} is bad: {one.damage or ', '.join(one.tensors)}", file=sys.stderr)
+    found = newest_good([where, *(folder for folder in where.rglob("*") if folder.is_dir())])
+    if found is not None:
+        say("nanguard: no guarded run there has a good checkpoint; this one is in no run's log", file=sys.stderr)
+        return _print(found, None, where)
+    say(
+        f"nanguard: there is no good checkpoint in {where} or below it. ModelCheckpoint saves some, and "
+        "NaNGuard(last_good_every_n_steps=…) keeps one of a certified state.",
+        file=sys.stderr,
+    )
+    return 2
+
+
+def _print(found: Inspection, kept: Inspection | None, where: Path) -> int:
+    size = found.path.stat().st_size
+    say(f"step {found.global_step}, {size:,} bytes; whole and finite", file=sys.stderr)
+    if kept is not None and kept.good() and kept.path.resolve() != found.path:
+        say(
+            f"{kept.path} is older (step {kept.global_step}), and its state was certified: there was no fault and no "
+            "suspicion in the updates after it. Take that one if the loss had gone up since.",
             file=sys.stderr,
         )
-    other = newest_good([where, *(folder for folder in where.rglob("*") if folder.is_dir())])
-    if other is not None:
-        print(
-            f"nanguard: the newest good checkpoint there is {other.path} of step {other.global_step}", file=sys.stderr
-        )
-    return 2
+    print(_shown(found.path, where))
+    return 0
+
+
+def _shown(path: Path, where: Path) -> Path:
+    """The path as the user wrote that of the folder."""
+    root = where.resolve()
+    return where / path.relative_to(root) if path.is_relative_to(root) else path

@@ -42,7 +42,7 @@ def _print(line: str, stream: TextIO) -> None:
 
 def say_no_run(where: Path) -> int:
     """Say that a folder holds no run; gives the exit status."""
-    say(f"nanguard: no run of NaNGuard lies in {where} or below it", file=sys.stderr)
+    say(f"nanguard: there is no run of NaNGuard in {where} or below it", file=sys.stderr)
     return 2
 
 

@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder of the incident")
     parser.add_argument("--module", help="class of the module, or a function that makes it: package.file:Class")
     parser.add_argument(
-        "--args", type=json.loads, metavar="JSON", help="its arguments; else a class gets those it saved itself"
+        "--args",
+        type=json.loads,
+        metavar="JSON",
+        help="its arguments, as a JSON object; by default those of save_hyperparameters",
     )
 
 
@@ -44,11 +47,11 @@ def run(chosen: argparse.Namespace) -> int:
     say(describe(incident))
     other = {name: was for name, was in incident.versions.items() if versions().get(name) != was}
     if other:
-        say(f"versions then: {', '.join(f'{name} {was}' for name, was in other.items())}")
+        say(f"versions in the run: {', '.join(f'{name} {was}' for name, was in other.items())}")
     if chosen.module is None:
         raise ValueError(
-            "Which module? An incident never chooses the code that runs: give its class, or a function that makes it. "
-            f"The run's was {incident.module}: if you trust that, --module {shlex.quote(incident.module)}"
+            "name the class of the module, or a function that makes it. For safety, an incident never chooses the code "
+            f"that runs. If you trust the module of the run, add --module {shlex.quote(incident.module)}"
         )
     build = load(chosen.module)
     with without_messages():
@@ -56,7 +59,7 @@ def run(chosen: argparse.Namespace) -> int:
         saved = incident.hparams if is_module_class(build) else {}
         module = build(**(saved if chosen.args is None else chosen.args))
         if not is_module_class(type(module)):
-            raise ValueError(f"{chosen.module} made a {type(module).__name__}, which is no LightningModule.")
+            raise ValueError(f"{chosen.module} made a {type(module).__name__}, which is not a LightningModule.")
         bundle = read(chosen.bundle)
         replayed = replay_bundle(bundle, module)
     _show(replayed)
@@ -71,7 +74,7 @@ def _show(replayed: ReplayReport) -> None:
     gradient = "" if finite is None else f", gradient {'' if finite else 'not '}finite"
     say(f"replayed: loss {losses}{gradient}")
     found = replayed.finding
-    say("no cause found now" if found is None else f"cause: {describe_finding(found, confidence=True)}")
+    say("no cause found in the replay" if found is None else f"cause: {describe_finding(found, confidence=True)}")
     for line in layer_table(replayed.layers):
         say(line)
 

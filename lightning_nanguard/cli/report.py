@@ -10,15 +10,20 @@ from lightning_nanguard.report.data import find_run, read_run_data
 from lightning_nanguard.report.page import page
 
 NAME = "report"
-HELP = "write the page of a run: curves, interventions with their causes and costs; one file to open offline"
+HELP = "write the page of a run, with curves, interventions, causes and costs: one file to read offline"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "run_folder", metavar="run", type=Path, help="folder of the run, or of many: the newest run is taken"
+        "run_folder",
+        metavar="run",
+        type=Path,
+        help="folder of a run, or a folder with runs below it, of which the newest is taken",
     )
-    parser.add_argument("-o", "--output", type=Path, help="file to write (report.html in the folder of the run)")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="file to write (default: report.html in the folder of the run)"
+    )
 
 
 def run(chosen: argparse.Namespace) -> int:

@@ -15,19 +15,20 @@ from lightning_nanguard.cli.output import say, say_no_run
 from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, put_aside, read_whole
 from lightning_nanguard.record.messages import describe_advice, tell, tell_again
 from lightning_nanguard.record.run_folder import is_alive
-from lightning_nanguard.record.run_log import find_runs, read_run
+from lightning_nanguard.record.run_log import find_runs
+from lightning_nanguard.report.data import read_run_data
 from lightning_nanguard.types import Advice, Intervention
 
 NAME = "tail"
-HELP = "follow the newest run in a folder: what the guard does, as it does it"
+HELP = "follow the newest run in a folder, and print each thing that the guard does"
 
 _Record = TypeVar("_Record")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("run_folder", metavar="run", type=Path, help="folder of the run, or of many: it is searched")
-    parser.add_argument("--seconds", type=float, default=1.0, help="how long to wait between two looks (1)")
+    parser.add_argument("run_folder", metavar="run", type=Path, help="folder of a run, or a folder with runs below it")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds between two checks (default: 1)")
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -36,7 +37,7 @@ def run(chosen: argparse.Namespace) -> int:
     if not runs:
         return say_no_run(chosen.run_folder)
     folder = runs[-1].folder
-    say(headline(runs[-1]))
+    say(headline(read_run_data(folder)))
     records, advice = NewLines(folder / RECORDS_FILE), NewLines(folder / ADVICE_FILE)
     seen: Counter[tuple[str, str | None, tuple[str, ...]]] = Counter()
     try:
@@ -53,9 +54,8 @@ def run(chosen: argparse.Namespace) -> int:
             time.sleep(max(chosen.seconds, 0.01))
     except KeyboardInterrupt:
         return 0
-    log = read_run(folder)
-    if log is not None and runs[-1].ended is None:
-        say(headline(log))
+    if runs[-1].ended is None:
+        say(headline(read_run_data(folder)))
     return 0
 
 

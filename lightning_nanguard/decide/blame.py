@@ -29,7 +29,7 @@ def _batch_or_learner(fault: Fault, evidence: Evidence, limits: BlameThresholds)
         return "batch"
     comparison = evidence.comparison
     least, sane = limits.worse_for_batch * evidence.loss_unit, _sane_loss(evidence, limits)
-    if comparison is not None and worse(comparison, least, sane=sane):
+    if comparison is not None and worse(comparison, least, sane=sane) and not evidence.holds_elsewhere:
         return "learner" if learner_did_it(evidence, limits) else "state"
     if evidence.undo and comparison is None and evidence.healthy_since_restore is not None:
         return "learner" if evidence.healthy_since_restore < limits.calm_when_late else "batch"
@@ -39,7 +39,8 @@ def _batch_or_learner(fault: Fault, evidence: Evidence, limits: BlameThresholds)
         return "batch"  # no update was accepted since the start or the restore, so the state is not at fault
     if not fault.certain and evidence.comparable:
         return "batch"  # a finite spike under good weights; if it lasts, it becomes the usual level
-    if evidence.bad_in_a_row >= limits.patience and evidence.bad_in_a_row % limits.patience == 0:
+    patience = limits.patience_while_holding if evidence.holds_elsewhere else limits.patience
+    if evidence.bad_in_a_row >= patience and evidence.bad_in_a_row % patience == 0:
         # If the loss is bad under good weights too, the data are at fault.
         data = comparison is not None and not comparison.then <= sane
         return "batch" if data else "learner"
@@ -60,7 +61,7 @@ def worse(comparison: Comparison, least: float, *, sane: float = math.inf) -> bo
 
 
 def learner_did_it(evidence: Evidence, limits: BlameThresholds) -> bool:
-    """Whether the learner caused a fault; a sudden fault in a long healthy stretch is not blamed on it."""
+    """Whether the learner caused a fault; a sudden fault after many healthy updates is not blamed on it."""
     # If the faulty update was made, bad weights alone do not blame the learner. They do if the fault follows soon
     # after a restore, or early in the run with a finite loss to show it.
     calm = limits.calm_when_late if evidence.undo else limits.calm

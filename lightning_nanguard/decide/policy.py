@@ -99,7 +99,8 @@ class Policy:
     def _decide(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
         if evidence.bad_part:
             return self._restore_part(fault, evidence, state)
-        if evidence.healthy_steps == 0 and evidence.bad_in_a_row >= self._most_in_a_row(start=True):
+        start = evidence.healthy_steps == 0 and evidence.bad_in_a_row >= self._most_in_a_row(start=True)
+        if start and not self._other_learns(evidence):
             return (Stop(f"no update was ever good: the first {evidence.bad_in_a_row} were all bad"),), state
         scope = find_scope(fault, evidence, self.thresholds.blame)
         trial = evidence.trial
@@ -114,7 +115,7 @@ class Policy:
             where, scope = _where(fault, evidence), "state"
             times = sum(place == where for _, place in state.restores)
             if times >= self.thresholds.same_updates:
-                return (Stop(f"{times} rollbacks did not help: an update of finite numbers makes {where}"),), state
+                return (Stop(f"after {times} rollbacks an update from finite numbers still makes {where}"),), state
         elif scope == "state" and state.unproven.count(_where(fault)) >= self.thresholds.same_restores:
             scope = "learner"  # the same action would have the same result
         if scope == "batch":
@@ -134,13 +135,17 @@ class Policy:
         state, where = within_window(state, step - self.budget.window), _where(fault)
         return replace(state, restores=(*state.restores, (step, where)), unproven=(*state.unproven, where))
 
+    def _other_learns(self, evidence: Evidence) -> bool:
+        """Whether updates of one optimizer are bad while those of another are good, so that skipping is enough."""
+        return evidence.good_beside is not None and evidence.step - evidence.good_beside < self.budget.window
+
     def _most_in_a_row(self, *, start: bool = False) -> int:
         budget = self.budget
         most = budget.window if budget.max_bad_batches is None else budget.max_bad_batches
         return min(most, self.thresholds.blame.start_patience) if start else most
 
     def _skip(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
-        if evidence.bad_in_a_row > self._most_in_a_row():
+        if evidence.bad_in_a_row > self._most_in_a_row() and not self._other_learns(evidence):
             return (Stop(f"{evidence.bad_in_a_row} updates in a row were bad"),), state
         state = replace(state, skips=(*state.skips, evidence.step))
         seen, share = min(self.budget.window, evidence.step + 1), self.budget.max_skip_share
@@ -164,9 +169,9 @@ class Policy:
                 return (), state  # the loss may have recovered by itself
             if fault.scope == "batch" and not lost:
                 return self._skip(fault, evidence, state)
-            return (Stop("the learner is lost and no remedy that could bring it back is allowed"),), state
+            return (Stop("the learner is at fault, and no remedy in the list can help"),), state
         if restoring and evidence.snapshots == 0:
-            return (Stop("the learner is lost before there was a good state to go back to"),), state
+            return (Stop("the learner is at fault, and there is no good state yet to go back to"),), state
         if scope == "learner":
             rates = [rate for rate in (evidence.lr, evidence.highest_lr) if rate is not None]
             highest = max(rates, default=math.inf)
@@ -253,12 +258,12 @@ class Policy:
         state = replace(state, unproven=(*state.unproven, where))
         plain = all(isinstance(step, Restore) for step in plan)
         if failed >= (self.thresholds.same_restores if plain else self.thresholds.corrected_restores):
-            reason = f"it came back after each of {failed} rollbacks, before another snapshot was certified"
+            reason = f"the fault came back after each of {failed} rollbacks, before another snapshot was certified"
             return (Stop(reason),), state
         here = sum(1 for _, place in state.restores if place == where)
         if len(state.restores) > self.budget.max_rollbacks or here > self.budget.max_rollbacks_per_place:
             total = f"{len(state.restores) - 1} rollbacks within {self.budget.window} updates"
-            return (Stop(f"the budget is used up: {total}, {here - 1} of them for this"),), state
+            return (Stop(f"the budget is used up: {total}, {here - 1} of them for this fault"),), state
         return plan, state
 
 

@@ -30,7 +30,9 @@ def within_curvature(plan: Plan, finding: Finding | None, lr: float | None) -> P
 
 
 def spare_rate(plan: Plan, finding: Finding | None, evidence: Evidence) -> Plan:
-    """The plan without a cut of the rate, where the finding blames the batch and the good weights do no better on it.
+    """The plan without a cut of the rate, where the finding blames the batch and the weights are not known to be bad.
+
+    That the good weights do better on this batch shows it only if they do so on others, too.
 
     Args:
         plan: What is to be done.
@@ -39,6 +41,7 @@ def spare_rate(plan: Plan, finding: Finding | None, evidence: Evidence) -> Plan:
     """
     comparison = evidence.comparison
     better = comparison is not None and comparison.then_finite is not False and math.isfinite(comparison.then)
-    if finding is None or finding.scope != "batch" or better or evidence.climbing or evidence.rate_rose:
+    worse = better and not evidence.holds_elsewhere
+    if finding is None or finding.scope != "batch" or worse or evidence.climbing or evidence.rate_rose:
         return plan
     return tuple(step for step in plan if not (isinstance(step, Scale) and step.factor < 1))

@@ -21,7 +21,7 @@ def give_back(
     learning: bool,
     limits: RecoveryThresholds,
 ) -> tuple[Plan, PolicyState]:
-    """Give back a part of the learning rate's cut after a healthy stretch.
+    """Give back a part of the learning rate's cut after many healthy updates in a row.
 
     Up to a proven rate the cut is given back at once, after a short wait, if the run is learning. Else one ``factor``
     is given back after every ``after`` healthy updates. Before the rate crosses the lowest rate that failed, the wait

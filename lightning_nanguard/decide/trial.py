@@ -88,7 +88,7 @@ def may_begin(fault: Fault, made: int, updates: int, limits: TrialThresholds) ->
         >>> [may_begin(plateau, 160, updates, TrialThresholds()) for updates in (1_000, 20_000)]
         [False, True]
     """
-    cost = len(limits.factors) * limits.picked_after + 2 * (limits.updates - limits.picked_after)
+    cost = len(limits.factors) * limits.picked_after + limits.picked * (limits.updates - limits.picked_after)
     return not fault.doubtful or made + cost <= limits.most_share * updates
 
 

@@ -140,8 +140,8 @@ class DetectorGroup:
             return
         self._logged.add(name)
         _logger.warning(
-            "NaNGuard: %s() of the detector %s raised %s: %s. Training goes on; the detector is left out of this call "
-            "and asked again at the next one. Further exceptions of it are not shown.",
+            "NaNGuard: %s() of the detector %s raised %s: %s. Training goes on without this call, and the next calls "
+            "are made as usual. Further exceptions of this detector are not shown.",
             method,
             name,
             type(error).__name__,

@@ -51,7 +51,7 @@ class DivergingLoss(Detector):
         require(patience >= 8, self, "patience", patience, "an integer of at least 8")
         for name, value in (("factor", factor), ("warmup", warmup)):
             if value is not None:
-                message = f"DivergingLoss({name}=…) has no effect any more: take it out of the configuration."
+                message = f"DivergingLoss({name}=…) has no effect any more: remove it from the configuration."
                 warnings.warn(message, FutureWarning, stacklevel=2)
         self.patience = patience
         self.thresholds = own = thresholds or DivergingLossThresholds()
@@ -73,7 +73,8 @@ class DivergingLoss(Detector):
         least, level = sorted(recent)[1], median(recent)
         updates = self._history.since + 1
         if least > first:
-            message = f"after {updates} updates the loss was above {least:.4g}; the run began at {first:.4g}"
+            above = f"the newest losses were above {least:.4g}"
+            message = f"after {updates} updates {above}, and the first loss of the run was {first:.4g}"
             return _suspicion("exploding_loss", level, message)
         if least > 0.5 * (first + best):
             message = f"the loss had come down from {first:.4g} to {best:.4g} and was back at {level:.4g}"

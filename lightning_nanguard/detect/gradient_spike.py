@@ -79,8 +79,8 @@ class GradientSpike(Detector):
         if first <= own.warmup_above_largest * others:
             return None
         message = (
-            f"the gradient norm of the first batch was {first:.3g}, of those behind it at most {others:.3g}: what it "
-            "left in weights and optimizer state is undone"
+            f"the gradient norm of the first batch was {first:.3g}, and at most {others:.3g} in the next batches; "
+            "what the first batch changed in weights and optimizer state is undone"
         )
         return Fault("gradient_spike", "state", "gradient", first, message, certain=False, clipping_helps=True)
 
@@ -97,7 +97,7 @@ class GradientSpike(Detector):
         message = (
             f"the gradient norm is {norm:.3g}, {norm / usual:.3g} times its median of {usual:.3g}"
             if usual > 0
-            else f"the gradient norm is {norm:.3g} after having been 0"
+            else f"the gradient norm is {norm:.3g}, and was 0 in the updates before"
         )
         return Fault(
             "gradient_spike",

@@ -63,14 +63,16 @@ class NonFinite(Detector):
         if not reading.loss_finite:
             message = f"the loss is {reading.loss}"
             # With a finite gradient nothing bad would reach the weights: neither they nor the rate are at fault.
-            alone = reading.loss_overflows_alone and norm is not None and norm <= self.thresholds.max_norm
+            infinite = reading.loss_is_bad_alone and reading.loss is not None and math.isinf(reading.loss)
+            alone = infinite and norm is not None and norm <= self.thresholds.max_norm
             return Fault(
                 "non_finite_loss", "batch", "loss", reading.loss, message, conclusive=alone, clipping_helps=True
             )
         if not reading.finite:
             return self._overflow(reading) if reading.scaler_skips else _non_finite_gradient(norm)
         if norm is not None and norm > self.thresholds.max_norm:
-            message = f"the gradient norm is {norm:.3g}; its square overflows float32"
+            how = "overflows" if norm > self.thresholds.largest_with_square else "comes close to overflowing"
+            message = f"the gradient norm is {norm:.3g}; its square {how} float32"
             return Fault("gradient_overflow", "batch", "gradient", norm, message, clipping_helps=True)
         return None
 
@@ -80,7 +82,7 @@ class NonFinite(Detector):
         if in_a_row < self.overflow_patience and (scale is None or scale >= self.min_loss_scale):
             return None
         message = (
-            f"{in_a_row} fp16 overflows in a row took the loss scale down to {scale}, and still the gradient overflows"
+            f"{in_a_row} fp16 overflows in a row took the loss scale down to {scale}, and the gradient still overflows"
         )
         return Fault("loss_scale_collapse", "learner", "gradient", scale, message, proof="none")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def batch_clues(batch: Any, module: nn.Module, thresholds: DataThresholds = _DAT
     target = next((found for name in targets if (found := _range(name, fields[name], thresholds)) is not None), None)
     return Clues(
         bad_fields=tuple(bad for name, t in fields.items() if (bad := _bad_field(name, t)) is not None),
-        inputs=max(known, key=lambda one: max(abs(one.lowest), abs(one.highest)), default=None),
+        inputs=max(known, key=attrgetter("largest"), default=None),
         target=target,
         normalises=_normalises(module),
     )

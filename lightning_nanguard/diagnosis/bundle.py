@@ -20,14 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nanguard.diagnosis.bundle_batch import put_together, take_apart
+from lightning_nanguard.diagnosis.bundle_batch import NON_FINITE, put_together, take_apart
 from lightning_nanguard.record.messages import describe_finding
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.types import Comparison, Evidence, Fault, Finding, Intervention, Trial
 
 _SCHEMA = 3
 _TENSORS, _REST = "tensors.safetensors", "bundle.json"
-_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 # Bundles of schema 1 lack the traits of their fault: those of the built-in kinds, by which the rules judge it. What was
 # recorded had been confirmed.
@@ -212,7 +211,8 @@ def versions() -> dict[str, str]:
 
 def describe(bundle: Bundle) -> str:
     """An incident in words."""
-    known = "no cause was found" if bundle.finding is None else f"cause then: {describe_finding(bundle.finding)}"
+    finding = bundle.finding
+    known = "no cause found in the run" if finding is None else f"cause in the run: {describe_finding(finding)}"
     return f"{bundle.fault.kind} in {bundle.fault.place or bundle.module}: {bundle.fault.message or '-'}; {known}"
 
 
@@ -238,5 +238,5 @@ def _spelled(value: Any) -> Any:
 
 def _number(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return _NON_FINITE[value["number"]]
+        return NON_FINITE[value["number"]]
     return tuple(_number(item) for item in value) if isinstance(value, list) else value

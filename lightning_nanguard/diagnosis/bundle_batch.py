@@ -22,7 +22,8 @@ from torch import Tensor
 from lightning_nanguard.measure.containers import Parts, attributes_of, parts_of, set_attributes
 from lightning_nanguard.measure.tensors import local
 
-_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+"""Numbers that JSON does not know, by their names."""
 _BY_ROWS = (torch.sparse_csr, torch.sparse_bsr)
 _BY_COLUMNS = (torch.sparse_csc, torch.sparse_bsc)
 _OF_PYTHON = (set, frozenset, deque, OrderedDict, defaultdict, Counter, UserDict, UserList, SimpleNamespace)
@@ -105,7 +106,7 @@ class _Maker:
             case "array":
                 return self._tensors[content].numpy()
             case "number":
-                return _NON_FINITE[content]
+                return NON_FINITE[content]
             case "dict":
                 return dict(self._pairs(content))
             case "list" | "tuple":
@@ -128,8 +129,8 @@ class _Maker:
         kind, number = _class(home), len(self._objects)
         if kind is None or how != _how(kind):
             raise ValueError(
-                f"The batch holds a {home}, which is not found: classes that an incident names are not imported. Give "
-                "--module a file that imports it."
+                f"The batch holds a {home}, which is not imported. For safety, classes that an incident names are "
+                "never imported. Name a --module whose file imports it."
             )
         self._objects.append(None)
         try:
@@ -141,7 +142,7 @@ class _Maker:
             else:
                 made = self._objects[number] = _filled(kind, how, parts)
         except Exception as error:
-            raise ValueError(f"The batch holds a {home}, which could not be made anew: {error}") from error
+            raise ValueError(f"The batch holds a {home}, which could not be built again: {error}") from error
         return made
 
 

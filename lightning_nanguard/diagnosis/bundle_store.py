@@ -53,7 +53,7 @@ class BundleStore:
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
             _logger.warning(
-                "NaNGuard: the incident of step %d could not be kept in %s: %s: %s. Training goes on.",
+                "NaNGuard: the incident of step %d could not be saved in %s: %s: %s. Training goes on.",
                 global_step,
                 self.folder,
                 type(error).__name__,
@@ -61,7 +61,9 @@ class BundleStore:
             )
             return None
         command = shlex.join(["nanguard", "replay", str(path), "--module", bundle.module])
-        _logger.warning("NaNGuard: the batch and the state before the step are in %s: %s", path, command)
+        _logger.warning(
+            "NaNGuard: the batch and the state before the step are saved in %s. To run them again: %s", path, command
+        )
         return path
 
 

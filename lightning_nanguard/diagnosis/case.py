@@ -54,6 +54,11 @@ class Range:
     usual: float = 0.0
 
     @property
+    def largest(self) -> float:
+        """Largest magnitude."""
+        return max(abs(self.lowest), abs(self.highest))
+
+    @property
     def magnitude(self) -> float:
         """Root of the mean square."""
         return float((self.mean**2 + self.std**2) ** 0.5)

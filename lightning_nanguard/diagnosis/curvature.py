@@ -7,7 +7,8 @@ half of that (Goodfellow, Bengio and Courville, "Deep Learning", 2016, section 4
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, final
 
@@ -107,18 +108,13 @@ class Hessian:
         if size == 0 or not math.isfinite(size):
             return [torch.zeros_like(one) for one in vector]
         width = self._difference * (1 + norm(self._all)) / size
-        before = [parameter.detach().clone() for parameter in self._all]
         ends: list[Vector] = []
-        try:
+        with values_kept(self._all) as before:
             for sign in (width, -width):
                 with torch.no_grad():
                     for parameter, start, v in zip(self._all, before, vector, strict=True):
                         parameter.copy_(start + sign * v)
                 ends.append(self._gradient())
-        finally:
-            with torch.no_grad():
-                for parameter, start in zip(self._all, before, strict=True):
-                    parameter.copy_(start)
         return [(one - other) / (2 * width) for one, other in zip(*ends, strict=True)]
 
 
@@ -309,6 +305,18 @@ def extreme_eigenvalues(hessian: Hessian, thresholds: CurvatureThresholds = _CUR
             found = error.eigenvalues
         ends.append(float(found[0]) if len(found) else math.nan)
     return ends[0], ends[1]
+
+
+@contextmanager
+def values_kept(parameters: Sequence[Tensor]) -> Iterator[Vector]:
+    """Run what is inside, which may move parameters, and put them back bit for bit; gives what they hold."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield before
+    finally:
+        with torch.no_grad():
+            for parameter, start in zip(parameters, before, strict=True):
+                parameter.copy_(start)
 
 
 def dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:

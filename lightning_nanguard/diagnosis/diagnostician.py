@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 from lightning_nanguard.diagnosis.batch import batch_clues
 from lightning_nanguard.diagnosis.case import Case, Clues, EarlierFinding, Look, Model
 from lightning_nanguard.diagnosis.curvature import curvature_along_update
-from lightning_nanguard.diagnosis.isolation import Untraced, isolated, uncompiled, untrained_kept
+from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged, isolated, uncompiled, untrained_kept
 from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm, replay
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.diagnosis.rules.signs import learner_diverged, number_format_exhausted, worse_than_before
@@ -30,7 +29,6 @@ from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.types import Evidence, Fault, Finding
 
 _AS_BEFORE = "not run again; most likely as at update"
-_logger = logging.getLogger("lightning_nanguard")
 
 
 @final
@@ -95,7 +93,7 @@ class Diagnostician:
         """
         case = Case(fault, evidence, earlier=tuple(self._earlier))
         self.looked_at = None
-        with _errors_logged(fault):
+        with errors_logged(_failed(fault)):
             if look != "nothing" and micros:
                 case = self._gather(case, micros, look, good)
             if fault.rate_may_cause and case.clues.moved_alone is None:
@@ -145,7 +143,7 @@ class Diagnostician:
         if fault.scope == "batch" or number_format_exhausted(fault):
             known = bool(clues[chosen].bad_fields)
             for index in [chosen] if known else range(len(micros))[-self._thresholds.replay.max_micro_batches :]:
-                with _errors_logged(fault), nullcontext() if usable else self._at_snapshot(good):
+                with errors_logged(_failed(fault)), nullcontext() if usable else self._at_snapshot(good):
                     replayed = self._replay(clues[index], micros[index])
                     if index == chosen or _not_finite(replayed):
                         case = replace(case, clues=replayed)
@@ -157,10 +155,10 @@ class Diagnostician:
         # Over the many updates of a trial any element may go far.
         recent = fault.scope != "learner" or fault.certain
         if good is not None and usable and recent and not case.clues.bad_fields:
-            with _errors_logged(fault):
+            with errors_logged(_failed(fault)):
                 case = replace(case, clues=self._compare_with_snapshot(case.clues, micros[chosen], good))
         if good is not None and self._learner_suspected(case):
-            with _errors_logged(fault):
+            with errors_logged(_failed(fault)):
                 case = self._add_curvature(case, micros[-1], good)
         return case
 
@@ -250,10 +248,5 @@ def _not_finite(clues: Clues) -> bool:
     return clues.origin is not None or clues.gradient_finite is False
 
 
-@contextmanager
-def _errors_logged(fault: Fault) -> Iterator[None]:
-    # Not to know why must never cost the run that the guard has just saved.
-    try:
-        yield
-    except Exception as error:
-        _logger.debug("NaNGuard: the cause of %s could not be looked for: %r", fault.kind, error)
+def _failed(fault: Fault) -> str:
+    return f"the cause of {fault.kind} could not be looked for"

@@ -23,9 +23,10 @@ from lightning_nanguard.diagnosis.curvature import (
     extreme_eigenvalues,
     norm,
     update_direction,
+    values_kept,
     zero_filled,
 )
-from lightning_nanguard.diagnosis.isolation import Untraced, isolated
+from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged, isolated
 from lightning_nanguard.diagnosis.label_relation import label_relation
 from lightning_nanguard.diagnosis.layers import measure_layers_untraced
 from lightning_nanguard.diagnosis.loss_progress import LossProgress
@@ -95,15 +96,12 @@ class Examination:
         self, micros: Sequence[MicroBatch], course: Course, evidence: Evidence, *, asked: bool = False
     ) -> tuple[Finding, ...]:
         """What is wrong, the surest first; it never raises. A loss that has settled low is well, unless asked for."""
-        try:
+        with errors_logged("the run could not be examined"):
             case = self.case(micros, course, evidence)
             high = case.course is not None and case.course.high(self._thresholds.plateau)
             # An oscillation is worth a word at any level: a lower rate takes the loss further down.
             return tuple(one for one in self._rules.findings(case) if high or asked or one.cause == "oscillation")
-        except Exception as error:
-            # Advice must never cost the run it is meant for.
-            _logger.debug("NaNGuard: the run could not be examined: %r", error)
-            return ()
+        return ()
 
     def case(self, micros: Sequence[MicroBatch], course: Course, evidence: Evidence) -> Case:
         """The case of a run.
@@ -157,16 +155,11 @@ class Examination:
         rate = float(optimizer.param_groups[0]["lr"])
         if moved is None:
             return course
-        before = [parameter.detach().clone() for parameter in parameters]
-        try:
+        with values_kept(parameters):
             with torch.no_grad():
                 for parameter, d in zip(parameters, moved, strict=True):
                     parameter.sub_(rate * d)
             after = self._gradient(micros[-1], parameters)
-        finally:
-            with torch.no_grad():
-                for parameter, start in zip(parameters, before, strict=True):
-                    parameter.copy_(start)
         sizes = norm(found[-1]) * norm(after)
         return replace(course, opposed=dot(found[-1], after) / sizes if sizes > 0 else None)
 
@@ -182,7 +175,7 @@ class Examination:
         except ModuleNotFoundError as error:
             if not self._scipy_missed:
                 self._scipy_missed = True
-                _logger.warning("NaNGuard: saddle points and minima are not told apart. %s", error)
+                _logger.warning("NaNGuard: saddle points and minima cannot be told apart. %s", error)
             return curvature
         return replace(curvature, smallest=smallest, largest=largest)
 

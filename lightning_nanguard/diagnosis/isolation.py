@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -9,8 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
+_logger = logging.getLogger("lightning_nanguard")
+
 Untraced = Callable[[], AbstractContextManager[None]]
 """A context in which nothing that runs leaves a trace: random streams, metrics, logged values, attributes."""
+
+
+@contextmanager
+def errors_logged(failed: str) -> Iterator[None]:
+    """Run what is inside, and only log an exception: not to know something must never cost the run.
+
+    Args:
+        failed: What could not be done then, in words.
+    """
+    try:
+        yield
+    except Exception as error:
+        _logger.debug("NaNGuard: %s: %r", failed, error)
 
 
 @contextmanager

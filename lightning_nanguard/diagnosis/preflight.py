@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 
 from lightning_nanguard.diagnosis.batch import batch_clues, tensor_fields
-from lightning_nanguard.diagnosis.case import Case, Clues, Range
-from lightning_nanguard.diagnosis.isolation import Untraced
+from lightning_nanguard.diagnosis.case import Case, Clues
+from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged
 from lightning_nanguard.diagnosis.label_relation import label_relation
 from lightning_nanguard.diagnosis.layers import measure_layers_untraced
 from lightning_nanguard.diagnosis.replay import replay
@@ -24,8 +23,6 @@ from lightning_nanguard.diagnosis.rules.phrases import outlier_finding
 from lightning_nanguard.state.attributes import attributes_kept
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds, PreflightThresholds
 from lightning_nanguard.types import Finding
-
-_logger = logging.getLogger("lightning_nanguard")
 
 
 @final
@@ -66,16 +63,11 @@ class Preflight:
         model: Sequence[Finding] = ()
         data: Sequence[Finding] = ()
         case = Case()
-        # Advice must never cost the run it is meant for.
-        try:
+        with errors_logged("the model could not be looked at before the first step"):
             case = self.case(batch, run=run)
             model = self._rules.findings(case)
-        except Exception as error:
-            _logger.debug("NaNGuard: the model could not be looked at before the first step: %r", error)
-        try:
+        with errors_logged("the data could not be looked at before the first step"):
             data = self._data_findings(loader, case.clues)
-        except Exception as error:
-            _logger.debug("NaNGuard: the data could not be looked at before the first step: %r", error)
         first: dict[str, Finding] = {}
         # The data set's comes first: it names every sample, with numbers that mean something to the user.
         for finding in (*data, *model):
@@ -105,7 +97,7 @@ class Preflight:
         found = self._bad_rows(clues, numbers, first)
         found += self._rules.findings(Case(clues=Clues(labels=related)))
         far = clues.inputs
-        if far is not None and far.outliers and _largest(far) > limits.preflight.outlier_factor * far.usual:
+        if far is not None and far.outliers and far.largest > limits.preflight.outlier_factor * far.usual:
             far = replace(far, outliers=tuple(numbers[i] for i in far.outliers))
             remedy = "Clean the data, or clip the inputs."
             found.append(outlier_finding("unnormalised_input", limits.confidence.outliers, far, remedy))
@@ -129,10 +121,6 @@ class Preflight:
             if one.field not in harmless
         )
         return list(self._rules.findings(Case(clues=Clues(bad_fields=bad)))) if bad else []
-
-
-def _largest(found: Range) -> float:
-    return max(abs(found.lowest), abs(found.highest))
 
 
 def sample_rows(loader: Any, thresholds: PreflightThresholds = DEFAULT.preflight) -> tuple[Any, Sequence[int]] | None:

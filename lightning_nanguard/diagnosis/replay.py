@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_nanguard.diagnosis.batch import target_fields, tensor_fields
+from lightning_nanguard.diagnosis.batch import samples, target_fields, tensor_fields
 from lightning_nanguard.diagnosis.case import Clues, Origin
 from lightning_nanguard.diagnosis.gradient_trace import gradients_by_name, origin_of_bad_gradient
 from lightning_nanguard.diagnosis.isolation import Untraced, isolated, untrained_kept, without_anomaly_checks
@@ -70,7 +70,8 @@ def replay(
     if not finite:
         with isolated(module, untraced), RunningModules(module) as modules, without_anomaly_checks(lines=True):
             loss = step()
-            origin = None if loss is None else origin_of_bad_gradient(loss * scale, module, modules, _size(batch))
+            size = samples(batch) or 0
+            origin = None if loss is None else origin_of_bad_gradient(loss * scale, module, modules, size)
     return replace(
         clues,
         origin=origin,
@@ -92,7 +93,7 @@ def _origin_of_bad_loss(batch: Any, module: nn.Module, step: Step, *, purposeful
     labels = {storage_key(fields[name]): frozenset({"target"}) for name in target_fields(batch, fields)}
     labels |= {storage_key(p): frozenset({"weights"}) for p in module.parameters()}
     with RunningModules(module) as modules:
-        trace = OperationTrace(modules, labels, _size(batch), purposeful=purposeful)
+        trace = OperationTrace(modules, labels, samples(batch) or 0, purposeful=purposeful)
         try:
             with trace:
                 loss = step()
@@ -101,10 +102,6 @@ def _origin_of_bad_loss(batch: Any, module: nn.Module, step: Step, *, purposeful
         except Exception as error:
             return trace.origin_of_exception(error)
         return None if loss is None else trace.origin_of(loss)
-
-
-def _size(batch: Any) -> int:
-    return next((len(tensor) for _, tensor in tensor_fields(batch) if tensor.dim()), 0)
 
 
 def loss_and_gradient_norm(module: nn.Module, step: Step) -> tuple[float, float] | None:

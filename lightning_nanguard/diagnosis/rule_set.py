@@ -58,8 +58,8 @@ class RuleSet:
         if index not in self._logged:
             self._logged.add(index)
             _logger.error(
-                "NaNGuard: the diagnosis rule %s %s. A rule takes a Case and returns a Finding or None; its finding is "
-                "left out, the other rules are asked as before, and this is said once.",
+                "NaNGuard: the diagnosis rule %s %s. A rule takes a Case and returns a Finding or None. The guard "
+                "ignores this result, asks the other rules as usual, and says this once.",
                 rule_name(rule),
                 wrong,
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_nanguard.diagnosis.case import Change
 from lightning_nanguard.state.learner import Learner, StateKey, describe
-from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.restore import part_of_snapshot
 from lightning_nanguard.state.snapshot import Snapshot, capture_whole
 from lightning_nanguard.thresholds.diagnosis import StateChangeThresholds
 
@@ -25,12 +25,8 @@ def state_of_snapshot(learner: Learner, snapshot: Snapshot) -> Iterator[None]:
         learner: Whose state it is.
         snapshot: The state inside; the snapshot is not changed.
     """
-    own = capture_whole(learner)
-    restore(learner, snapshot, keep=_is_state)
-    try:
+    with part_of_snapshot(learner, snapshot, capture_whole(learner), _is_state):
         yield
-    finally:
-        restore(learner, own, keep=_is_state)
 
 
 def _is_state(path: StateKey) -> bool:

@@ -63,7 +63,7 @@ class Group:
     ) -> None:
         if not dist.is_gloo_available():
             raise RuntimeError(
-                "NaNGuard needs gloo for the ranks to agree, and this build of torch.distributed has none. Take a "
+                "NaNGuard needs gloo to communicate between ranks, and this build of torch.distributed has none. Use a "
                 "build with gloo, or train without the guard."
             )
         self.rank = dist.get_rank()
@@ -141,7 +141,7 @@ class Group:
         if not shares:
             return snapshot
         if self._left:
-            raise RuntimeError("the last good state is split among ranks, and this rank has left the others")
+            raise RuntimeError("the last good state is split among ranks, and this rank can no longer reach the others")
         return replace(
             snapshot, leaves={**snapshot.leaves, **{key: self._join(share) for key, share in shares.items()}}
         )

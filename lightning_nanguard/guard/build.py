@@ -79,7 +79,7 @@ def build_guard(
     carried_out_by = executors(remedies)
     rehearsal = Rehearsal(context)
     branches = Branches(context, rehearsal)
-    trials = TrialRunner(context, branches)
+    trials = TrialRunner(context, branches, loop.clock)
     investigator = Investigator(context, rehearsal, trials)
     recorder = InterventionRecorder(context, loop, memory=MAX_DELAY + 2)
     reduce, clip = carried_out_by[ReduceLR.step], carried_out_by[ClipGradients.step]
@@ -94,12 +94,14 @@ def build_guard(
     runner: PlanRunner = ObservingRunner(context)
     if not context.settings.observe:
         actions = RemedyActions(context, recovery, rehearsal, skipper, snapshots, readback)
-        runner = ActingRunner(context, actions, carried_out_by, recovery, skipper, plausibility, readback)
+        runner = ActingRunner(context, actions, carried_out_by, recovery, skipper, plausibility, caution)
     receipts = Receipts(context, branches, recorder, snapshots)
     interventions = Interventions(context, loop, policy, investigator, recorder, runner, carried_out_by, receipts)
-    undos = deque(make_undo() for _ in range(readback.open_batches()))
+    # Read late, a batch is judged up to two updates later.
+    open_batches = MAX_DELAY + 2 if context.many or context.settings.deferred else 1
+    undos = deque(make_undo() for _ in range(open_batches))
     steps = StepCheck(context, loop, meter, caution, recorder, policy, undos, make_undo(), readback)
-    late = LateRedo(context, steps, skipper, snapshots, readback)
+    late = LateRedo(context, steps, skipper, snapshots, caution)
     return Guard(
         GuardParts(
             context=context,

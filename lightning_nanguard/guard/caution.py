@@ -40,7 +40,12 @@ class Caution:
         return self._context.settings.observe or not self._skipper.device_cannot_skip(optimizer_index)
 
     def update_undone(self, found: FoundFault, *, statistics: bool) -> None:
-        """Note that a restore has undone an update; see :class:`~lightning_nanguard.guard.readback.Readback`."""
+        """Note that a restore has undone an update.
+
+        Args:
+            found: The fault that led to the restore.
+            statistics: Whether a batch has spoiled running statistics.
+        """
         context = self._context
         if self._never_late:
             return
@@ -50,8 +55,8 @@ class Caution:
             self._never_late = True
             _logger.log(
                 level,
-                "NaNGuard: a batch spoiled running statistics, and one like it can be kept out only before its update. "
-                "From now on every update is read before it is made; set readback='step'.",
+                "NaNGuard: a batch made running statistics bad, and this was noticed only after its update. From now "
+                "on the guard reads every update before it is made. Set readback='step' for this from the start.",
             )
         elif found.reached and found.reading.step > self._careful_until:
             updates = self._limits.careful << min(self._undone, self._limits.most_doubled)
@@ -59,8 +64,8 @@ class Caution:
             self._careful_until = context.state.step + updates
             _logger.log(
                 level,
-                "NaNGuard: an update that was read too late to hold it back had to be undone (%d so far). The next %d "
-                "are read before they are made; set readback='step' to have all of them read so.",
+                "NaNGuard: a bad update was noticed only after it was made, and had to be undone (%d so far). The "
+                "guard reads the next %d updates before they are made. Set readback='step' for this in all updates.",
                 self._undone,
                 updates,
             )

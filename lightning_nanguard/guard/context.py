@@ -19,7 +19,9 @@ from lightning_nanguard.guard.state import GuardState
 from lightning_nanguard.measure.norm_history import NormHistory
 from lightning_nanguard.record.curve import CurveFile
 from lightning_nanguard.record.known_samples import KnownSamples
-from lightning_nanguard.record.receipt_log import ReceiptLog
+from lightning_nanguard.record.outcome_log import OutcomeLog
+from lightning_nanguard.record.receipts import Receipt
+from lightning_nanguard.record.trials import HeldTrial
 from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
@@ -74,6 +76,7 @@ class GuardContext:
         curve: Keeps the readings of all updates in a file; ``None`` keeps none.
         samples: The bad samples met so far.
         receipts: Whether interventions in a run with finite numbers helped.
+        trials: What the trials showed.
     """
 
     learner: Learner
@@ -90,7 +93,8 @@ class GuardContext:
     norms: NormHistory = field(default_factory=NormHistory)
     curve: CurveFile | None = None
     samples: KnownSamples = field(default_factory=KnownSamples)
-    receipts: ReceiptLog = field(default_factory=ReceiptLog)
+    receipts: OutcomeLog[Receipt] = field(default_factory=OutcomeLog)
+    trials: OutcomeLog[HeldTrial] = field(default_factory=OutcomeLog)
 
     def corrupt(self) -> tuple[str | None, tuple[int, ...]]:
         """The first tensor of the learner that is not finite and was at the start, and the ranks where it is so.

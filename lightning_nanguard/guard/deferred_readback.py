@@ -8,7 +8,6 @@ from typing import final
 
 from lightning_nanguard.act.skip import skips_on_device
 from lightning_nanguard.guard.caution import Caution
-from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.readback import MAX_DELAY, Arrived
 from lightning_nanguard.guard.state import GuardState
@@ -24,7 +23,7 @@ class DeferredReadings:
 
     Args:
         learner: What is trained.
-        state: Knows whether an infinite loss is usual.
+        state: Knows whether a loss that is not finite is usual.
         by_loss: Whether the device may use the loss besides the gradient. Not with several ranks, whose losses differ.
         observe: Whether the device must not skip updates.
     """
@@ -45,7 +44,7 @@ class DeferredReadings:
         optimizer = self._learner.optimizers[pending.optimizer_index]
         if self._learner.scaler is None and skips_on_device(optimizer) and not self._observe:
             # Fused optimizers leave their state alone where this flag is set: decided without the host.
-            bad = pending.is_bad(by_loss=self._by_loss and not self._state.losses_overflow)
+            bad = pending.is_bad(by_loss=self._by_loss and not self._state.bad_losses_usual)
             optimizer.found_inf, optimizer.grad_scale = bad, None  # type: ignore[attr-defined]
             self._flagged = True
             undo.undo_where(bad)  # now: the next batch builds on the buffers of this one
@@ -99,10 +98,6 @@ class DeferredReadback:
         self._late = False
         self.at_hand: Reading | None = None
 
-    def open_batches(self) -> int:
-        """A batch is judged up to two updates later."""
-        return MAX_DELAY + 2
-
     def due(self, optimizer_index: int) -> Iterator[Arrived]:
         """Readings that have arrived; all of them where the next update is to be read in time."""
         self._late = self._caution.may_be_late(optimizer_index)
@@ -143,10 +138,6 @@ class DeferredReadback:
     def hold(self, fault: Fault) -> bool:
         """It can be judged now."""
         return False
-
-    def update_undone(self, found: FoundFault, *, statistics: bool) -> None:
-        """The next updates are read in time."""
-        self._caution.update_undone(found, statistics=statistics)
 
     def end_batch(self) -> bool:
         """The device's flags are no longer needed; readings may still arrive."""

@@ -21,6 +21,7 @@ class FoundFault:
         reached: Whether the bad update reached the weights.
         late: Whether the present batch is another one.
         ranks: Ranks that saw it, where not all did.
+        unmade: Whether the present update has not been made yet, so that ``global_step`` does not count it.
     """
 
     fault: Fault
@@ -29,3 +30,4 @@ class FoundFault:
     reached: bool = False
     late: bool = False
     ranks: tuple[int, ...] = ()
+    unmade: bool = False

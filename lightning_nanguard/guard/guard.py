@@ -12,6 +12,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_nanguard.act.skip import unscales_itself
 from lightning_nanguard.detect.history import ReadingHistory
@@ -67,8 +68,17 @@ class Guard:
         mine = next((describe(key) for key in trained if key in context.finite.allowed), None)
         bad, _ = first_over_ranks(context.ranks, mine)
         if bad is not None:
-            _logger.info("NaNGuard: %s holds NaN or Inf before the first update; these elements are not guarded.", bad)
+            _logger.info("NaNGuard: %s holds NaN or Inf before the first update; these elements are not checked.", bad)
             self._bad_start = None if context.settings.observe else bad
+        statistics = context.learner.statistics([key for key, _ in context.learner.weights()])
+        spoilt = next((describe(key) for key in statistics if key in context.finite.allowed), None)
+        if spoilt is not None:
+            # Batches that are trained on use their own statistics, so that no loss shows it.
+            _logger.warning(
+                "NaNGuard: %s holds NaN or Inf before the first update, so that the module gives NaN in evaluation "
+                "mode. Call reset_running_stats() of that layer, or begin with a good checkpoint.",
+                spoilt,
+            )
         if not context.settings.observe:
             # The same hook scales the rate and takes the gradients of blocked steps away.
             context.rate.attach(self._parts.skipper.remove_gradients, self._parts.skipper.return_gradients)
@@ -172,8 +182,8 @@ class Guard:
         if found.reading.finite or False in context.ranks.gather(context.replay.batch_finite()):
             return
         raise TrainingDivergedError(
-            f"{self._bad_start} holds NaN or Inf before the first update, so there is no good state to guard. Look at "
-            "how it was initialised, or at the checkpoint it came from, and start again."
+            f"{self._bad_start} holds NaN or Inf before the first update, so there is no good state to go back to. "
+            "Look at how it was initialised, or at the checkpoint it came from, and start again."
         )
 
     def end_epoch(self) -> bool:
@@ -221,12 +231,20 @@ class Guard:
                 bad,
             )
             return
-        self.check()
-        # No snapshot may have fallen due since a weight or an average went out of range.
-        leaves = dict(self._context.learner.leaves())
-        fault = self._parts.plausibility.implausible(leaves, self._state.healthy_steps)
-        if fault is not None:
-            self._report(fault, ())
+        self.check(sizes=True)
+
+    def excuses(self, optimizer: Optimizer, *, numeric: bool) -> bool:
+        """Whether an exception in an optimizer's step need not end the run, because the update is skipped anyway.
+
+        Args:
+            optimizer: The optimizer.
+            numeric: Whether NaN or Inf can be the cause of the exception.
+        """
+        context = self._context  # a GradScaler has to finish its step
+        if context.learner.scaler is not None or not self._parts.skipper.excuses(optimizer, numeric=numeric):
+            return False
+        context.rate.withdraw()
+        return True
 
     def close(self) -> None:
         """Release the optimizers and all memory."""
@@ -281,14 +299,22 @@ class Guard:
         """Record what was done outside the order of a step."""
         self._parts.recorder.note(fault, *words)
 
-    def check(self) -> None:
-        """Check the present state, and go back to the last good one if it is bad."""
+    def check(self, *, sizes: bool = False) -> None:
+        """Check the present state, and go back to the last good one if it is bad.
+
+        Args:
+            sizes: Whether a finite state is bad, too, if it is far out of range, as when a snapshot is certified.
+        """
         self._snapshots.settle()  # the caller may write to it next
         self.flush()
         self._snapshots.look_at_room()
         context = self._context
         bad, ranks = context.corrupt()
         if bad is None:
+            leaves = dict(context.learner.leaves()) if sizes else {}
+            far = self._parts.plausibility.implausible(leaves, self._state.healthy_steps) if sizes else None
+            if far is not None:
+                self._report(far, ())
             return
         fault = Fault("corrupted_state", "state", bad, None, f"{bad} is no longer finite")
         if self._open and not context.settings.observe:
@@ -319,7 +345,7 @@ class Guard:
 
     def _healthy(self) -> None:
         state, self._bad_start = self._state, None
-        state.bad_in_a_row = 0
+        state.bad_in_a_row, state.good_beside = 0, None
         if all(reading.scaler_skips for reading in self._judge.readings):
             return  # the scaler skipped it: nothing was learned about the state
         state.healthy_steps += 1
@@ -361,11 +387,6 @@ class Guard:
     def history(self, optimizer_index: int = 0) -> ReadingHistory | None:
         """History of one optimizer's losses and norms, ``None`` before its first reading."""
         return self._monitors.history(optimizer_index)
-
-    def usual_norm(self) -> float | None:
-        """Lower quartile of the healthy gradient norms of the first optimizer."""
-        history = self._monitors.history(0)
-        return history.usual_norm() if history is not None else None
 
     def say_where(self, on_disk: Callable[[], str]) -> None:
         """Make the error that ends a run name the last good checkpoint on the disk."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -80,6 +81,7 @@ class Interventions:
             healthy_steps=state.healthy_steps,
             healthy_since_restore=state.healthy_since_restore,
             bad_in_a_row=max(1, state.bad_in_a_row),
+            good_beside=state.good_beside,
             undo=found.reached,
         )
         with self.batch_of(found) as at_hand:
@@ -115,7 +117,7 @@ class Interventions:
     def _tell(self, fault: Fault) -> None:
         if fault.since is not None:
             return  # the rise is over, and nothing else speaks against the weights
-        self._leave(fault, self._loop.clock(), "was finite and left alone. Clip gradients, or look at that batch")
+        self._leave(fault, self._loop.clock(), "was finite, so nothing was done. Clip gradients, or look at that batch")
         found = self._shown_by_weights(fault)
         if found is not None:
             self._loop.advise(replace(found, suggestion=f"{fault.message}; {found.suggestion} {self._unchanged()}"))
@@ -123,7 +125,7 @@ class Interventions:
         evidence = {} if fault.value is None else {"value": fault.value}
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
         suggestion = (
-            f"{fault.message}. If the run is lost, start it again with a lower learning rate. {self._unchanged()}"
+            f"{fault.message}. If the run diverges, start it again with a lower learning rate. {self._unchanged()}"
         )
         self._loop.advise(Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion))
 
@@ -132,7 +134,7 @@ class Interventions:
             return "Nothing was changed: every number is finite, and no trial has shown that a lower rate learns more."
         return (
             "Nothing was changed: every number is finite. "
-            'NaNGuard(act_on="evidence") looks for further evidence and acts on it.'
+            'NaNGuard(act_on="evidence") would look for further evidence and act on it.'
         )
 
     def _shown_by_weights(self, fault: Fault) -> Finding | None:
@@ -153,15 +155,34 @@ class Interventions:
         """Remember a fault whose update was made: it explains a state that goes bad afterwards."""
         self._context.state.told = self._context.state.step, f"at step {clock[0]} {fault.message}, which {how}"
 
-    def tell_of_overflow(self) -> None:
-        """Tell the user once that the loss overflows where the gradient does not."""
+    def tell_of_bad_losses(self, reading: Reading) -> None:
+        """Tell the user once that losses are not finite where gradients are."""
+        infinite = reading.loss is not None and math.isinf(reading.loss)
+        cause, what, remedy = (
+            ("infinite_loss", "infinite", "Compute the loss in float32, or look at which of its terms overflows.")
+            if infinite
+            else ("nan_loss", "NaN", "Look for the term that is NaN and has no gradient: a detached or a masked one.")
+        )
         suggestion = (
-            "the loss of several updates in a row is infinite, and their gradients are finite. From now on such "
-            "updates are made, since nothing bad reaches the weights by them. Compute the loss in float32, or look at "
-            "which of its terms overflows."
+            f"the loss of {self.patience} updates in a row is not finite, now {what}, and their gradients are finite. "
+            f"{self._from_now_on('because they do not harm the weights')} {remedy}"
         )
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
-        self._loop.advise(Finding("infinite_loss", confidence, {}, "loss", suggestion=suggestion))
+        self._loop.advise(Finding(cause, confidence, {}, "loss", suggestion=suggestion))
+
+    def tell_of_large_gradients(self, fault: Fault) -> None:
+        """Tell the user once that every gradient so far was finite and too large."""
+        state, confidence = self._context.state, self._context.thresholds.diagnosis.confidence.suspicion
+        suggestion = (
+            f"{fault.message}, and so it was in all {state.step} updates so far. "
+            f"{self._from_now_on('because otherwise no update would ever be made')} "
+            "Scale the loss down and the learning rate up."
+        )
+        evidence = {} if fault.value is None else {"value": fault.value}
+        self._loop.advise(Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion))
+
+    def _from_now_on(self, why: str) -> str:
+        return "" if self._context.settings.observe else f"From now on the guard makes such updates, {why}."
 
     def _dismiss(self, found: FoundFault) -> bool:
         return self._context.monitors.dismiss(found.reading) and found.reading.loss is not None
@@ -202,7 +223,7 @@ class Interventions:
         words += ("redo",) if state.went_on else ()
         place = evidence.corrupt if evidence.corrupt is not None else found.fault.place
         # A late reading is recorded under its own batch, not under the present one.
-        clock = self._recorder.clock_of(found.reading.step) if found.late else self._loop.clock()
+        clock = self._recorder.clock_of(found.reading.step) if found.late else self._recorder.now(unmade=found.unmade)
         self._recorder.record(found.fault, place, words, before, finding, evidence.ranks or found.ranks, clock)
         if context.settings.observe and state.told is None:
             self._leave(found.fault, clock, "was only observed. Look at the batch of that update")

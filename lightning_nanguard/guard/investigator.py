@@ -20,7 +20,7 @@ from lightning_nanguard.measure.norms import norms
 from lightning_nanguard.measure.tensors import is_strided, local
 from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import StateKey, describe
-from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.restore import part_of_snapshot
 from lightning_nanguard.state.snapshot import Snapshot, capture
 from lightning_nanguard.types import Comparison, Evidence, Fault, Reading
 
@@ -188,7 +188,9 @@ class Investigator:
             and known.batch_finite is not False  # else its loss says nothing about the weights
             and not self._known_to_be_the_batch(fault, known, history)
         ):
-            return replace(known, comparison=self._compare(fault, reading, target, undo=known.undo))
+            found = self._compare(fault, reading, target, undo=known.undo)
+            holds = self._holds_elsewhere(target) if self._blames_learner(fault, known, found) else None
+            return replace(known, comparison=found, holds_elsewhere=holds)
         return known
 
     def _try(self, fault: Fault, known: Evidence, best: Snapshot) -> Evidence:
@@ -255,14 +257,26 @@ class Investigator:
             mine = None
         if not all(self._ranks.gather(mine is not None)) or mine is None:
             return None
-        restore(self._learner, target, keep=_is_weight)
-        try:
+        with part_of_snapshot(self._learner, target, mine):
             then = self._replay.probe()
             differentiated = fault.scope == "batch" and reading.loss_finite and not reading.finite and then is not None
             then_finite = self._replay.gradient_finite() if differentiated else None
-        finally:
-            restore(self._learner, mine, keep=_is_weight)
         return None if then is None else Comparison(now, then, then_finite)
+
+    def _blames_learner(self, fault: Fault, known: Evidence, found: Comparison | None) -> bool:
+        """Whether one batch alone speaks against the weights, or several in a row do, whatever they compute of it."""
+        if found is None or not fault.certain or known.undo or not math.isfinite(found.then):
+            return False
+        in_a_row = known.bad_in_a_row % self._context.thresholds.decision.blame.patience == 0
+        return in_a_row or not -math.inf < found.now <= found.then
+
+    def _holds_elsewhere(self, target: Snapshot) -> bool | None:
+        """Whether the present weights do no worse than older ones on most of the newest healthy batches."""
+        with self._rehearsal.present() as present:
+            pairs = [] if present is None else self._rehearsal.compare_each(present, target)
+        holds = sum(math.isfinite(now) and now <= then for now, then in pairs)
+        answers = self._ranks.gather(2 * holds > len(pairs) if pairs else None)
+        return None if None in answers else all(answers)
 
     def _batch_strange(self) -> bool | None:
         answers = self._ranks.gather(self._replay.batch_strange())
@@ -320,7 +334,3 @@ def _matrices(leaves: Iterable[tuple[StateKey, Any]]) -> dict[str, Tensor]:
         for path, leaf in leaves
         if path[0] == "parameter" and isinstance(leaf, Tensor) and is_strided(local(leaf)) and leaf.dim() >= 2
     }
-
-
-def _is_weight(path: StateKey) -> bool:
-    return path[0] in ("parameter", "buffer")

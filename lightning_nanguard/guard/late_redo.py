@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import final
 
 from lightning_nanguard.act.skip import StepSkipper
+from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
-from lightning_nanguard.guard.readback import Readback
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.state.snapshot import Snapshot
@@ -22,7 +22,7 @@ class LateRedo:
         steps: Says whether a rollback is allowed, and records.
         skipper: Skips updates.
         snapshots: Is informed about the rollback.
-        readback: Is informed about the rollback.
+        caution: Is informed about the rollback.
     """
 
     def __init__(
@@ -31,13 +31,13 @@ class LateRedo:
         steps: StepCheck,
         skipper: StepSkipper,
         snapshots: SnapshotManager,
-        readback: Readback,
+        caution: Caution,
     ) -> None:
         self._context = context
         self._steps = steps
         self._skipper = skipper
         self._snapshots = snapshots
-        self._readback = readback
+        self._caution = caution
 
     def made_again(self, found: FoundFault) -> bool:
         """Make the updates since the last good state again; whether the fault was gone.
@@ -56,7 +56,7 @@ class LateRedo:
             self._skipper.skipped |= skipped
             return False
         self._snapshots.count_from(state.step)
-        self._readback.update_undone(found, statistics=False)
+        self._caution.update_undone(found, statistics=False)
         self._steps.record_transient(found.fault, since=snapshot, late=found.reading.step)
         state.restored = snapshot
         return True

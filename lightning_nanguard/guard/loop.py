@@ -19,8 +19,8 @@ window. The guard calls the methods of :class:`TrainingLoop`. If batches can be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from lightning_nanguard.diagnosis.case import Look
@@ -31,16 +31,22 @@ Clock = tuple[int, int, int]
 
 
 class BatchReplay(Protocol):
-    """Examines batches and runs them again, without side effects. ``None`` means that this is not possible."""
+    """Examines batches and runs them again, without side effects. ``None`` means that this is not possible.
+
+    Without an implementation of its own each method answers so.
+    """
 
     def comparable(self) -> bool:
         """Whether a batch can be run again at all."""
+        return False
 
     def showing(self, update: int) -> AbstractContextManager[bool]:
         """Inside, the present batch is that of an earlier update; gives whether it is still there."""
+        return nullcontext(False)
 
     def batch_finite(self) -> bool | None:
         """Whether the present batch is finite; ``None`` if it holds no floating numbers or is not there."""
+        return None
 
     def batch_strange(self, *, extreme: bool = False) -> bool | None:
         """Whether the present batch reaches far beyond those before it; ``None`` if that is not known.
@@ -48,36 +54,51 @@ class BatchReplay(Protocol):
         Args:
             extreme: Whether to ask if it is far larger than them.
         """
+        return None
 
     def probe(self) -> float | None:
         """Loss of the present batch under the present weights."""
+        return None
 
     def gradient_finite(self) -> bool | None:
         """Whether the present batch has a finite gradient under the present weights; gradients are gone afterwards."""
+        return None
 
     def rehearsal_batches(self) -> int:
         """How many recent batches there are to try learning rates on."""
+        return 0
 
     def rehearsing(self) -> AbstractContextManager[None]:
         """Inside, batches run outside the run's count; at its end all they touched but the learner is restored."""
+        return nullcontext()
 
     def train_on(self, index: int) -> float | None:
         """Make one plain update on a recent batch; gives its loss before the update."""
+        return None
 
     def loss_on(self, index: int) -> float | None:
         """Loss of a recent batch under the present weights."""
+        return None
 
     def earlier(self) -> Sequence[Callable[[], float | None]]:
         """For some recent batches each what gives its loss under the weights of then, also when others have come."""
+        return ()
 
     def trainable(self) -> bool:
         """Whether all that the present update is made of is kept, so that another state can make the same update."""
+        return False
 
     def train_at_hand(self) -> float | None:
         """Make the present update with the random numbers it had, from the present state; gives the loss before it."""
+        return None
 
     def bytes_kept(self) -> int:
         """Bytes of the batches that are kept to be run again."""
+        return 0
+
+
+class NoReplay(BatchReplay):
+    """The replay of a loop that cannot run batches again. Subclass it for a loop that can do some of it."""
 
 
 class TrainingLoop(Protocol):
@@ -97,64 +118,3 @@ class TrainingLoop(Protocol):
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
         """Find the cause of a fault, ``None`` if none was found. It changes nothing."""
-
-
-class NoReplay:
-    """The replay of a loop that cannot run batches again. Subclass it for a loop that can do some of it."""
-
-    def comparable(self) -> bool:
-        """Never."""
-        return False
-
-    @contextmanager
-    def showing(self, update: int) -> Iterator[bool]:
-        """Shows nothing."""
-        yield False
-
-    def batch_finite(self) -> bool | None:
-        """Not known."""
-        return None
-
-    def batch_strange(self, *, extreme: bool = False) -> bool | None:
-        """Not known."""
-        return None
-
-    def probe(self) -> float | None:
-        """Not known."""
-        return None
-
-    def gradient_finite(self) -> bool | None:
-        """Not known."""
-        return None
-
-    def rehearsal_batches(self) -> int:
-        """None."""
-        return 0
-
-    def rehearsing(self) -> AbstractContextManager[None]:
-        """Nothing is run."""
-        return nullcontext()
-
-    def train_on(self, index: int) -> float | None:
-        """Not possible."""
-        return None
-
-    def loss_on(self, index: int) -> float | None:
-        """Not known."""
-        return None
-
-    def earlier(self) -> Sequence[Callable[[], float | None]]:
-        """None."""
-        return ()
-
-    def trainable(self) -> bool:
-        """Never."""
-        return False
-
-    def train_at_hand(self) -> float | None:
-        """Not possible."""
-        return None
-
-    def bytes_kept(self) -> int:
-        """None."""
-        return 0

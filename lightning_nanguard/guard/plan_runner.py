@@ -10,9 +10,9 @@ from torch import Tensor
 from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.act.skip import StepSkipper
 from lightning_nanguard.diagnosis.case import Look
+from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
-from lightning_nanguard.guard.readback import Readback
 from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.remedy_actions import RemedyActions
 from lightning_nanguard.state.plausibility import PlausibilityCheck
@@ -55,7 +55,7 @@ class ActingRunner:
         recovery: Gives back.
         skipper: Skips updates.
         plausibility: Knows whether statistics were spoiled.
-        readback: Is informed about undone updates.
+        caution: Is informed about undone updates.
     """
 
     look: Look = "replay"
@@ -69,7 +69,7 @@ class ActingRunner:
         recovery: Recovery,
         skipper: StepSkipper,
         plausibility: PlausibilityCheck,
-        readback: Readback,
+        caution: Caution,
     ) -> None:
         self._context = context
         self._actions = actions
@@ -77,7 +77,7 @@ class ActingRunner:
         self._recovery = recovery
         self._skipper = skipper
         self._plausibility = plausibility
-        self._readback = readback
+        self._caution = caution
 
     def block(self, optimizer_index: int) -> None:
         """Skip the update that an optimizer is about to make."""
@@ -112,7 +112,7 @@ class ActingRunner:
             went_on |= isinstance(step, Restore) and may_go_on and self._go_on(found)
         # After a restore no reading is pending.
         if self._context.state.restored is not None:
-            self._readback.update_undone(found, statistics=self._plausibility.watches_statistics)
+            self._caution.update_undone(found, statistics=self._plausibility.watches_statistics)
         kept = self._context.rate.effective() == before
         # Where clipping alone is enough, a cut that was planned has not been made.
         return [step for step in made if not (kept and isinstance(step, Scale) and step.clipped)]

@@ -20,9 +20,8 @@ from lightning_nanguard.distributed.report import Report, combined_reading, outl
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.deferred_readback import DeferredReadings
-from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.meter import Meter
-from lightning_nanguard.guard.readback import MAX_DELAY, Arrived
+from lightning_nanguard.guard.readback import Arrived
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.measure.readings import PendingReading
 from lightning_nanguard.state.batch_undo import BatchUndo
@@ -100,10 +99,6 @@ class RankReadback:
         # What was told of the update that is about to be made, where it looked bad before the loop could make it.
         self._told: Told | None = None
         self.at_hand: Reading | None = None
-
-    def open_batches(self) -> int:
-        """A batch is judged up to two updates later."""
-        return MAX_DELAY + 2
 
     def due(self, optimizer_index: int) -> Iterator[Arrived]:
         """The reports of all ranks about earlier updates."""
@@ -246,10 +241,6 @@ class RankReadback:
         """The other ranks hear of it with the next update."""
         self._outside = fault
         return True
-
-    def update_undone(self, found: FoundFault, *, statistics: bool) -> None:
-        """The next updates are read before they are made."""
-        self._caution.update_undone(found, statistics=statistics)
 
     def end_batch(self) -> bool:
         """The device's flags are no longer needed; readings may still arrive."""

@@ -71,7 +71,7 @@ class RateWatch:
             confidence=1.0,
             evidence={"rate": first.rate, "group": float(first.group), "scheduler": scheduler},
             place=f"{scheduler}, group {first.group}" if scheduler else place,
-            suggestion=f"Mend {scheduler or 'what sets the rate'}: {message}.",
+            suggestion=f"Correct {scheduler or 'the code that sets the rate'}: {message}.",
         )
         self._context.state.restored = None
         self._recorder.record(fault, place, (word,), self._context.rate.effective(), finding)

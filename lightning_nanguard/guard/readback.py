@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol, final
 
-from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.types import Fault, Reading
 
@@ -43,9 +42,6 @@ class Readback(Protocol):
     at_hand: Reading | None
     """The reading of the present update, if this process read it before the optimizer's step, else ``None``."""
 
-    def open_batches(self) -> int:
-        """Number of newest batches, the present one included, whose changes may still have to be undone."""
-
     def due(self, optimizer_index: int) -> Iterator[Arrived]:
         """Readings of earlier updates that have arrived, or must be waited for, before this optimizer steps."""
 
@@ -60,14 +56,6 @@ class Readback(Protocol):
 
     def hold(self, fault: Fault) -> bool:
         """Keep a fault found outside a step until the next update is judged; return whether it was kept."""
-
-    def update_undone(self, found: FoundFault, *, statistics: bool) -> None:
-        """Note that a restore has undone an update.
-
-        Args:
-            found: The fault that led to the restore.
-            statistics: Whether a batch has spoiled running statistics.
-        """
 
     def end_batch(self) -> bool:
         """Note the end of a batch; return whether readings of it may still arrive."""

@@ -93,11 +93,13 @@ class ReadingJudge:
         reading, learner = arrived.reading, self._context.learner
         if learner.scaler is not None and reading.loss_finite and not reading.finite:
             reading = reading._replace(scaler_skips=True)
-        if self._overflow_is_usual(reading):
-            reading = reading._replace(loss=None, loss_finite=True, finite=True)
+        reading = self._unusual(reading)
         self.non_finite += not reading.finite and not reading.scaler_skips
         quasi_newton = reading.optimizer_index in learner.quasi_newton
         fault = self._monitors.check(reading, line_search=arrived.line_search, quasi_newton=quasi_newton)
+        if fault is not None and self._large_is_usual(fault, reading):
+            reading = self._context.state.unusual(reading)
+            fault = self._monitors.check(reading, line_search=arrived.line_search, quasi_newton=quasi_newton)
         if fault is not None and not fault.certain and not self._is_pursued(fault, arrived):
             fault = None
         if fault is None:
@@ -115,19 +117,29 @@ class ReadingJudge:
         suspicion = fault.scope == "learner" and not reading.scaler_skips
         if self._runner.at_once and not suspicion and not arrived.late:
             self._context.state.bad_in_a_row += 1
-            self.handle(found)  # now, while the update that an acting guard would block has not been made
+            # Now, while the update that an acting guard would block has not been made.
+            self.handle(replace(found, unmade=True))
             return
         self._found.append(found)
         if stepping is not None and not suspicion and (not arrived.late or arrived.reached):
             self._runner.block(stepping)
 
-    def _overflow_is_usual(self, reading: Reading) -> bool:
+    def _unusual(self, reading: Reading) -> Reading:
+        """The reading without what is usual in this run; the user is told once what that is."""
         state = self._context.state
-        if reading.loss_finite or not reading.loss_overflows_alone:
+        new = reading.loss_is_bad_alone and not state.bad_losses_usual
+        if new and state.note_bad_loss(reading.step, self._interventions.patience):
+            self._interventions.tell_of_bad_losses(reading)
+        return state.unusual(reading)
+
+    def _large_is_usual(self, fault: Fault, reading: Reading) -> bool:
+        """Whether every gradient since the start was too large and finite, so that one like it is to be tried."""
+        state, patience = self._context.state, self._context.thresholds.decision.blame.start_patience
+        large = fault.certain and fault.scope == "batch" and reading.finite and not state.large_gradients_usual
+        if not (large and state.note_large_gradient(patience)):
             return False
-        if not state.losses_overflow and state.note_overflow(reading.step, self._interventions.patience):
-            self._interventions.tell_of_overflow()
-        return state.losses_overflow
+        self._interventions.tell_of_large_gradients(fault)
+        return True
 
     def _is_pursued(self, fault: Fault, arrived: Arrived) -> bool:
         certain_only = self._context.settings.act_on == "certain"
@@ -163,7 +175,10 @@ class ReadingJudge:
         if not self._found:
             return []
         found, self._found = self._found, []
-        self._context.state.bad_in_a_row += any(one.fault.scope == "batch" for one in found)
+        state = self._context.state
+        state.bad_in_a_row += any(one.fault.scope == "batch" for one in found)
+        if self.readings:
+            state.good_beside = state.step
         return found
 
     def handle(self, found: FoundFault) -> None:

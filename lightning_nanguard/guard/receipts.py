@@ -69,7 +69,7 @@ class Receipts:
                 if branch is not None and skipped and branches.train(branch) is None:
                     branch = None
         if branch is None:
-            self._not_measured(global_step, 0, "the batches of this run cannot be run again, or there is no room")
+            self._not_measured(global_step, 0, "the batches of this run cannot be run again, or memory is too short")
             return
         self._open = _Open(global_step, state.step, branch, state.policy, self._limits.updates)
 

@@ -12,8 +12,8 @@ from lightning_nanguard.guard.loop import Clock, TrainingLoop
 from lightning_nanguard.types import Fault, Finding, Intervention
 
 _ADVICE = (
-    "Look at the records of what was done before; lower the learning rate, look at the data named there, or widen the "
-    "budget if the run should have gone on."
+    "Look at the records of the earlier interventions. Lower the learning rate, check the data that they name, or "
+    "raise the limits of the budget if the run should have gone on."
 )
 
 
@@ -42,9 +42,14 @@ class InterventionRecorder:
         """A batch ends: store its clock for faults that are found late."""
         self._clocks.append((self._context.state.step, self._loop.clock()))
 
-    def now(self) -> Clock:
-        """The present clock."""
-        return self._loop.clock()
+    def now(self, *, unmade: bool = False) -> Clock:
+        """The present clock.
+
+        Args:
+            unmade: Whether the present update is still to be made: every record has the step after its update.
+        """
+        global_step, epoch, batch_idx = self._loop.clock()
+        return global_step + unmade, epoch, batch_idx
 
     def clock_of(self, step: int) -> Clock:
         """The clock of the batch of an update, the present one if it is not stored."""

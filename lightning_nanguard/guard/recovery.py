@@ -1,4 +1,4 @@
-"""Cuts the rate and turns clipping on, reviews a cut, and ends both after a healthy stretch."""
+"""Cuts the rate and turns clipping on, reviews a cut, and ends both after many healthy updates in a row."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.rehearsal import Rehearsal, Reviews
 from lightning_nanguard.types import Fault, Scale
 
-_HEALTHY = Fault("healthy_stretch", "learner", "", None, "a long healthy stretch")
+_HEALTHY = Fault("healthy_stretch", "learner", "", None, "there was no fault in many updates in a row")
 
 
 _STILL_HIGH = Fault(
-    "rate_still_high", "learner", "", None, "at this rate a few batches are learned at the expense of others"
+    "rate_still_high", "learner", "", None, "at this rate, learning a few batches makes the loss of others worse"
 )
 
 
 @final
 class Recovery:
-    """Cuts the rate and turns clipping on, reviews a cut, and gives back after a healthy stretch.
+    """Cuts the rate and turns clipping on, reviews a cut, and ends both after many healthy updates in a row.
 
     Args:
         context: What the parts of the guard share.

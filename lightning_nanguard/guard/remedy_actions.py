@@ -130,7 +130,7 @@ class RemedyActions:
             context.ring.clear()
         elif left and not context.ranks.rank:
             names = ", ".join(map(describe, left))
-            _logger.warning("NaNGuard: the rollback left %s as it is, whose shape is another by now.", names)
+            _logger.warning("NaNGuard: the rollback did not restore %s, because the shape has changed.", names)
 
     def _forget(self, snapshot: Snapshot) -> None:
         # Everything that was read of states after this one.

@@ -107,14 +107,14 @@ class SnapshotAgreement:
             self._were_equal.remove(name)
             if name not in self._parted_before:
                 self._parted_before.add(name)
-                message = f"the {name} of the ranks, which were equal, differ at step {pending.global_step}"
+                message = f"the {name} of the ranks, which were equal before, differ at step {pending.global_step}"
                 return Fault("parted_ranks", "state", name, None, message), minority_ranks(sums)
             # What parts again after a restore does so by itself.
             if self._ranks.rank == 0:
                 _logger.warning(
-                    "NaNGuard: the %s of the ranks differ again at step %d; from now on each rank keeps its own "
-                    "snapshots whole and goes back to them. Look for updates that are not synchronised, or for devices "
-                    "of different kinds in one run.",
+                    "NaNGuard: the %s of the ranks differ again at step %d. From now on each rank keeps whole "
+                    "snapshots of its own and goes back to them. Look for updates that are not synchronised, or for "
+                    "different kinds of devices in one run.",
                     name,
                     pending.global_step,
                 )

@@ -305,7 +305,7 @@ class SnapshotManager:
         pending.wait()
         bad = self._finite.corrupt(pending.leaves.items())
         if bad is not None:
-            message = f"{bad} is no longer finite, though every loss and gradient is"
+            message = f"{bad} is no longer finite, although every loss and gradient is"
             return Fault("corrupted_state", "state", bad, None, message)
         return self._plausibility.implausible(pending.leaves, healthy_steps, pending)
 
@@ -313,10 +313,10 @@ class SnapshotManager:
         self._measured += 1
         if self._measured == self._announced_after and self._ranks.rank == 0:
             _logger.info(
-                "NaNGuard: a snapshot of %.4g MB every %d updates, %s; up to %d of them. Set snapshot_every_n_steps, "
-                "snapshot_device and max_snapshots or max_snapshot_memory to choose otherwise.",
+                "NaNGuard: a snapshot of %.4g MB is taken every %d updates, %s. Up to %d are kept. To change this, set "
+                "snapshot_every_n_steps, snapshot_device, max_snapshots or max_snapshot_memory.",
                 snapshot.nbytes() / 1e6,
                 self._interval.updates,
-                "beside the weights" if self._placement.beside else "in host memory",
+                "on the device of the weights" if self._placement.beside else "in host memory",
                 self._ring.capacity + 1,
             )

@@ -31,8 +31,13 @@ class GuardState:
         told: Update and words of the last fault that was left alone: a finite suspicion that the user was told of, or
             the first fault that was only observed; ``None`` before.
         raised: The exception of ``training_step`` that the next non-finite loss stands for, in words.
-        infinite: Step of the newest update whose loss alone was infinite, and how many were so in a row.
-        losses_overflow: Whether such losses are usual in this run: its loss overflows, and its gradients do not.
+        bad_alone: Step of the newest update whose loss alone was not finite, and how many were so in a row.
+        bad_losses_usual: Whether such losses are usual in this run, so that no loss is looked at that is not finite
+            while the gradients are.
+        too_large: Updates from the start on of which nothing but the size of their gradients was wrong.
+        large_gradients_usual: Whether such gradients are usual in this run, so that no norm is looked at.
+        good_beside: Number of the newest bad update in whose batch another optimizer's update was accepted; ``None``
+            without one.
         arm: The state that a trial has trained from the start, if the run is to go on from it; ``None`` without one.
         unrestored: What is still not finite after the present intervention has restored a snapshot, in words.
         skipped: Numbers of the newest updates that were skipped.
@@ -51,8 +56,11 @@ class GuardState:
     again: tuple[str, str] = ("", "")
     told: tuple[int, str] | None = None
     raised: str | None = None
-    infinite: tuple[int, int] = (-1, 0)
-    losses_overflow: bool = False
+    bad_alone: tuple[int, int] = (-1, 0)
+    bad_losses_usual: bool = False
+    too_large: int = 0
+    large_gradients_usual: bool = False
+    good_beside: int | None = None
     arm: Snapshot | None = None
     unrestored: str | None = None
     skipped: deque[int] = field(default_factory=lambda: deque(maxlen=1024))
@@ -68,7 +76,8 @@ class GuardState:
             "bad_in_a_row": self.bad_in_a_row,
             "policy": self.policy.to_dict(),
             "rates": [list(one) for one in self.rates],
-            "losses_overflow": self.losses_overflow,
+            "losses_overflow": self.bad_losses_usual,
+            "gradients_overflow": self.large_gradients_usual,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -78,7 +87,8 @@ class GuardState:
         self.healthy_since_restore = state["healthy_since_restore"]
         self.bad_in_a_row = int(state["bad_in_a_row"])
         self.policy = PolicyState.from_dict(state["policy"])
-        self.losses_overflow = bool(state.get("losses_overflow", False))
+        self.bad_losses_usual = bool(state.get("losses_overflow", False))
+        self.large_gradients_usual = bool(state.get("gradients_overflow", False))
         self.rates.clear()
         self.rates.extend((int(step), float(rate)) for step, rate in state.get("rates", ()))
 
@@ -86,13 +96,26 @@ class GuardState:
         """Whether the run was rolled back after an update."""
         return any(at > step for at, _ in self.policy.restores)
 
-    def note_overflow(self, step: int, patience: int) -> bool:
-        """Note an update whose loss alone was infinite; whether so many in a row were that it is usual from now on."""
-        last, times = self.infinite
-        self.infinite = step, times + 1 if step == last + 1 else 1
-        usual = self.infinite[1] >= patience
-        self.losses_overflow |= usual
-        return usual
+    def note_bad_loss(self, step: int, patience: int) -> bool:
+        """Note an update whose loss alone was not finite; whether so many were in a row that this is usual."""
+        last, times = self.bad_alone
+        self.bad_alone = step, times + 1 if step == last + 1 else 1
+        self.bad_losses_usual = self.bad_alone[1] >= patience
+        return self.bad_losses_usual
+
+    def note_large_gradient(self, patience: int) -> bool:
+        """Note an update whose gradients were only too large; whether so many were, and no other one was good."""
+        self.too_large += 1
+        self.large_gradients_usual = self.healthy_steps == 0 and self.too_large == self.step >= patience
+        return self.large_gradients_usual
+
+    def unusual(self, reading: Reading) -> Reading:
+        """A reading without the numbers that would be a fault in other runs, and are usual in this one."""
+        if self.bad_losses_usual and reading.loss_is_bad_alone:
+            reading = reading._replace(loss=None, loss_finite=True, finite=True)
+        if self.large_gradients_usual and reading.finite:
+            reading = reading._replace(grad_norm=None)
+        return reading
 
     def note_rate(self, rate: float | None) -> None:
         """Remember the effective learning rate of this step, where it changed."""

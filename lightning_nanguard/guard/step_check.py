@@ -110,10 +110,9 @@ class StepCheck:
         reading = self._meter.measure_early(self._context.state.step + 1, optimizer_index, careful=careful)
         if reading is None or (reading.finite and self._context.monitors.calm(reading)):
             return None
+        reading = self._context.state.unusual(reading)
         if self._context.learner.scaler is not None and reading.loss_finite and not reading.finite:
             return None  # an overflow, which the scaler skips
-        if self._context.state.losses_overflow and reading.loss_overflows_alone:
-            return None
         return self._fault_of(reading, extreme=extreme) if self._ranks is None else self._fault_of_all(reading)
 
     def _fault_of_all(self, reading: Reading) -> Fault | None:
@@ -148,7 +147,7 @@ class StepCheck:
         if loss is None or not is_on_host(loss) or loss.numel() != 1:
             return None
         value = float(loss.detach())
-        if value - value == 0.0 or (math.isinf(value) and self._context.state.losses_overflow):
+        if value - value == 0.0 or self._context.state.bad_losses_usual:
             return None
         reading = Reading(self._context.state.step + 1, optimizer_index, value, None, finite=False, loss_finite=False)
         return self._context.monitors.check(reading)
@@ -220,43 +219,37 @@ class StepCheck:
         """Forget the newest loss that was seen: its micro-batch is left out."""
         self._meter.drop_last_loss()
 
-    def corrupt(self) -> str | None:
-        """A tensor of the learner that is not finite, in words; ``None`` if all are."""
-        return self._context.corrupt()[0]
-
     def may_go_back(self, fault: Fault) -> bool:
         """Whether a rollback for a fault is allowed."""
         return self._policy.may_go_forward_again(fault, self.number, self._context.state.policy)
 
     def state_is_finite(self) -> bool:
         """Whether the learner is finite, so that the batch or the step is at fault."""
-        return self.corrupt() is None
+        return self._context.corrupt()[0] is None
 
     @property
     def number(self) -> int:
         """Number of the update that is about to be made."""
         return self._context.state.step + 1
 
-    def raised(self, error: BaseException | None) -> None:
-        """The next loss that is not finite stands for an exception of ``training_step``; ``None`` if it does not."""
-        self._context.state.raised = None if error is None else self.in_words(error)
-
-    def in_words(self, error: BaseException) -> str:
-        """What a record says of an exception of ``training_step``."""
+    def in_words(self, error: BaseException | None) -> str | None:
+        """What a record says of an exception of ``training_step``; ``None`` without one."""
+        if error is None:
+            return None
         text = " ".join(str(error).split())[: self._limits.message]
         return f"training_step raised {type(error).__name__}: {text}"
 
-    def raised_elsewhere(self, words: str | None) -> None:
-        """The same as :meth:`raised`, where another rank may have raised.
+    def raised(self, words: str | None) -> None:
+        """The next loss that is not finite stands for an exception of ``training_step``, of this rank or another.
 
         Args:
-            words: What :meth:`in_words` gave there; ``None`` without an exception.
+            words: What :meth:`in_words` gives there; ``None`` without an exception.
         """
         self._context.state.raised = words
 
     def spoilt_since(self, snapshot: Snapshot) -> tuple[str, str]:
         """The tensor that has gone bad by itself since a snapshot, and how; empty if that is not known."""
-        corrupt = self.corrupt()
+        corrupt, _ = self._context.corrupt()
         if corrupt is not None:
             return corrupt, "is no longer finite"
         change = unexplained_change(self._context.learner, snapshot)
@@ -294,14 +287,14 @@ class StepCheck:
         suggestion = "The step was made again from its own state, batch and random numbers, and the fault was gone."
         if since is not None:
             what = f"{tensor} {how} by itself." if tensor else "The state had gone bad by itself."
-            what = what if late is None else f"Update {late} was read when others had been made."
+            what = what if late is None else f"Update {late} was read only after later updates had been made."
             suggestion = (
                 f"{what} The updates since the snapshot at update {since.step} were made again from their own batches "
                 "and random numbers, and the fault was gone."
             )
         if counters:
             names = ", ".join(counters[: self._context.thresholds.records.numbers_per_message])
-            suggestion = f"The fault depends on what the step itself has changed: look at what is made of {names}."
+            suggestion = f"The fault depends on what the step itself changes: look at how {names} is used."
         elif times >= self._limits.test_device:
             suggestion += " It keeps happening at this place: test the device."
         cause = "corrupted_state" if tensor else "transient"
@@ -339,11 +332,8 @@ class StepCheck:
         restored: Snapshot | None = None,
         late: int | None = None,
     ) -> None:
-        if late is None:  # the update is still to be made, and other records are made after it
-            global_step, epoch, batch_idx = self._loop.clock()
-            clock = global_step + 1, epoch, batch_idx
-        else:
-            clock = self._recorder.clock_of(late)
+        # Without a late one the update is still to be made, and other records are made after it.
+        clock = self._recorder.now(unmade=True) if late is None else self._recorder.clock_of(late)
         self._context.state.restored = restored
         rates = self._context.rate.effective()
         ranks, self._seen_by = self._seen_by, ()

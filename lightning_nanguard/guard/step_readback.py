@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.readback import Arrived
 from lightning_nanguard.guard.state import GuardState
@@ -26,10 +25,6 @@ class StepReadback:
         self._meter = meter
         self._state = state
         self.at_hand: Reading | None = None
-
-    def open_batches(self) -> int:
-        """The present one."""
-        return 1
 
     def due(self, optimizer_index: int) -> Iterator[Arrived]:
         """None: all have been judged."""
@@ -53,9 +48,6 @@ class StepReadback:
     def hold(self, fault: Fault) -> bool:
         """It can be judged now."""
         return False
-
-    def update_undone(self, found: FoundFault, *, statistics: bool) -> None:
-        """Nothing can be read earlier."""
 
     def end_batch(self) -> bool:
         """Nothing arrives any more."""

@@ -12,6 +12,8 @@ from lightning_nanguard.decide.trial import TrialLosses, judge_trial, may_begin
 from lightning_nanguard.guard.branch import Branch, Branches
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
+from lightning_nanguard.guard.loop import Clock
+from lightning_nanguard.record.trials import HeldTrial, Outcome
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Fault, Reading, Trial
 
@@ -33,6 +35,7 @@ class _Running:
     Attributes:
         fault: The suspicion that it is about.
         begun: The update after which it began.
+        begun_step: ``global_step`` then.
         rate: State of the learning rate's multiplier then.
         states: What is compared with the arm on the last batches: the start, the best state and the present one.
         arms: The arms; the best two from the pick on.
@@ -45,6 +48,7 @@ class _Running:
 
     fault: Fault
     begun: int
+    begun_step: int
     rate: Mapping[str, Any]
     states: dict[str, Snapshot]
     arms: list[_Arm]
@@ -66,11 +70,13 @@ class TrialRunner:
     Args:
         context: What the parts of the guard share.
         branches: Trains the arms.
+        clock: Gives the present ``global_step``, epoch and batch index.
     """
 
-    def __init__(self, context: GuardContext, branches: Branches) -> None:
+    def __init__(self, context: GuardContext, branches: Branches, clock: Callable[[], Clock]) -> None:
         self._context = context
         self._branches = branches
+        self._clock = clock
         self._limits = context.thresholds.trial
         self._running: _Running | None = None
         self._shown: tuple[Trial | None, Snapshot | None] = None, None
@@ -125,6 +131,7 @@ class TrialRunner:
         self._running = _Running(
             fault,
             self._context.state.step,
+            self._clock()[0],
             rate.state_dict(),
             states,
             arms,
@@ -153,7 +160,14 @@ class TrialRunner:
 
     def cancel(self) -> None:
         """The run is over."""
-        self._running = None
+        self._end("no result", "the run ended first")
+
+    def _end(self, outcome: Outcome, reason: str = "", lacks: float = 0.0, factor: float = 1.0) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            begun, now = running.begun_step, self._clock()[0]
+            held = HeldTrial(begun, now, running.fault.kind, outcome, lacks, factor, reason)
+            self._context.trials.give(held)
 
     def after(self, readings: Sequence[Reading]) -> FoundFault | None:
         """Go on with the trial after a healthy update.
@@ -168,23 +182,26 @@ class TrialRunner:
         if running is None or reading.step <= running.begun:
             return None
         if self._context.rate.state_dict() != running.rate:
-            self._running = None  # the factors of the arms are those of a rate that the run has left
+            # The factors of the arms are those of a rate that the run has left.
+            self._end("no result", "the learning rate was changed meanwhile")
             return None
         with self._context.replay.showing(reading.step) as shown:
             at_hand = all(self._context.ranks.gather(shown and reading.loss is not None))
             with self._branches.beside() as possible:
                 if not (at_hand and possible and self._advance(running, reading.loss or 0.0)):
-                    self._running = None
+                    self._end("no result", "a batch could not be run again")
                     return None
                 if running.updates < self._limits.updates:
                     return None
                 arm = self._best(running)
                 losses = self._losses(running, arm)
-        self._running = None
         if losses is None:
+            self._end("no result", "the batches before it could not be run again")
             return None
         arm.branch.state.healthy = running.before + len(arm.losses)
-        self._shown = judge_trial(losses, self._limits), arm.branch.state
+        trial = judge_trial(losses, self._limits)
+        self._shown = trial, arm.branch.state
+        self._end("confirmed" if trial.lacks > 0 else "not confirmed", "", trial.lacks, trial.factor)
         return FoundFault(running.fault, reading)
 
     def _best(self, running: _Running) -> _Arm:
@@ -224,9 +241,8 @@ class TrialRunner:
         """Keep the best arm; try lower rates where even the lowest one makes the loss worse."""
         limits, lowest = self._limits, min(arm.factor for arm in running.arms)
         best = min(running.arms, key=_Arm.newest)
-        # A larger rate is ahead at first more often than in the end, so the next lower one stays, too.
         lower = [arm for arm in running.arms if arm.factor < best.factor]
-        running.arms = [best, *sorted(lower, key=lambda arm: -arm.factor)[:1]]
+        running.arms = [best, *sorted(lower, key=lambda arm: -arm.factor)[: limits.picked - 1]]
         learns = best.newest() < best.losses[0] or running.before > 0  # one that goes on has shown that it learns
         if not learns and lowest > limits.least_factor:
             start = running.states["start"]

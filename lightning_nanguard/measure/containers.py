@@ -94,7 +94,7 @@ def _anatomy(kind: type) -> _Anatomy | None:
 
 def _say_whole(kind: type, why: str = "") -> None:
     _logger.info(
-        "NaNGuard: values of type %s.%s cannot be taken apart, so numbers in them are not looked at%s",
+        "NaNGuard: cannot look inside values of type %s.%s, so the numbers in them are not checked%s",
         kind.__module__,
         kind.__qualname__,
         why,

@@ -124,7 +124,7 @@ def _read_subclass(values: Tensor) -> Tensor:
 
 @cache
 def _say_unread(kind: str, why: str) -> None:
-    _logger.info("NaNGuard: the numbers of tensors of type %s cannot be read, so they are not looked at: %s", kind, why)
+    _logger.info("NaNGuard: the numbers of tensors of type %s cannot be read, so they are not checked: %s", kind, why)
 
 
 def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TextIO, final
@@ -30,12 +31,14 @@ class BadSample:
         hash: What :func:`~lightning_nanguard.sample_hash` gives for it.
         columns: Field of the batch to its columns that are concerned; no columns where all are.
         epoch: Epoch in which it was met.
-        batch: Position of its batch in that epoch.
+        batch: Index of its batch in that epoch, Lightning's ``batch_idx``.
         index: Its place in that batch.
         rank: The process that met it.
         global_step: The trainer's ``global_step`` then.
         times: How often it was met so far.
         run: Id of the run.
+        position: Number of batches that the loader gave before its batch, if that is another number: a run that is
+            resumed within an epoch begins its loader again, unless the loader saves its position.
     """
 
     cause: str
@@ -49,6 +52,7 @@ class BadSample:
     global_step: int = 0
     times: int = 1
     run: str = ""
+    position: int | None = None
 
     @property
     def key(self) -> Row:
@@ -86,9 +90,12 @@ def merged(samples: Iterable[BadSample]) -> list[BadSample]:
         samples: The samples as they were met, the oldest first.
     """
     found: dict[Row, BadSample] = {}
+    met: Counter[Row] = Counter()
     for one in samples:
+        met[one.key] += 1
         first = found.setdefault(one.key, one)
-        found[one.key] = replace(first, times=max(first.times, one.times))
+        # A run that trains steps again after a resume counts from its checkpoint on.
+        found[one.key] = replace(first, times=max(first.times, one.times, met[one.key]))
     return sorted(found.values(), key=_order)
 
 
@@ -118,12 +125,15 @@ def describe_sample(sample: BadSample) -> str:
     """One sample in one line.
 
     Example:
-        >>> describe_sample(BadSample("not finite", 100, columns={"0": (2,)}, epoch=1, batch=6, index=4, times=3))
-        'row 100: not finite in field 0, column 2; met 3 times, first in epoch 1, batch 6, sample 4'
+        >>> where = {"epoch": 1, "batch": 6, "index": 4, "global_step": 27}
+        >>> describe_sample(BadSample("not finite", 100, columns={"0": (2,)}, times=3, **where))
+        'row 100: not finite in field 0, column 2; seen 3 times, first at step 27, epoch 1, batch 6, sample 4'
     """
     rank = f", rank {sample.rank}" if sample.rank else ""
-    met = f"met {sample.times:,} times, first" if sample.times > 1 else "met"
-    return f"{describe_fault(sample)}; {met} in epoch {sample.epoch}, batch {sample.batch}, sample {sample.index}{rank}"
+    seen = f"seen {sample.times:,} times, first" if sample.times > 1 else "seen"
+    loader = "" if sample.position is None else f" (batch {sample.position} since the loader began anew)"
+    place = f"epoch {sample.epoch}, batch {sample.batch}{loader}, sample {sample.index}{rank}"
+    return f"{describe_fault(sample)}; {seen} at step {sample.global_step}, {place}"
 
 
 def describe_fault(sample: BadSample) -> str:

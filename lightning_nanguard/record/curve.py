@@ -186,6 +186,27 @@ def thinned(points: Sequence[CurvePoint], rows: int) -> list[CurvePoint]:
     return _joined(points, stride, keep_rest=False)[0]
 
 
+def trained_again(points: Sequence[CurvePoint]) -> list[bool]:
+    """For each point whether a resumed run has trained its step again later, so that it is no part of the final run.
+
+    Args:
+        points: Points of one optimizer, in the order they were written.
+
+    Example:
+        >>> points = [CurvePoint(step, 1, 0, 1.0, 1.0, None, None, None, None) for step in (1, 2, 3, 2, 3, 4)]
+        >>> trained_again(points)
+        [False, True, True, False, False, False]
+    """
+    again = [False] * len(points)
+    later, first = math.inf, math.inf  # the first step of the fits after this one, and of the fit at hand
+    for index in range(len(points) - 1, -1, -1):
+        step = points[index].step
+        if step >= first:
+            later = min(later, first)
+        again[index], first = step >= later, step
+    return again
+
+
 def _joined(points: Sequence[CurvePoint], stride: int, *, keep_rest: bool) -> tuple[list[CurvePoint], list[CurvePoint]]:
     """Points that stand for up to ``stride`` updates each, and those that still wait for more."""
     if stride == 1:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from lightning_nanguard.record.receipts import Receipt
 from lightning_nanguard.record.text import listed_numbers
+from lightning_nanguard.record.trials import HeldTrial
 from lightning_nanguard.types import SCHEMA_VERSION, Advice, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -21,7 +22,7 @@ RECORDS_FILE, ADVICE_FILE = "interventions.jsonl", "advice.jsonl"
 LAST_GOOD = "nanguard-last-good.ckpt"
 """Name of the checkpoint file that the guard itself writes."""
 
-_Record = TypeVar("_Record", Intervention, Advice, Receipt)
+_Record = TypeVar("_Record", Intervention, Advice, Receipt, HeldTrial)
 
 
 def read_whole(path: str | os.PathLike[str], begin: int = 0) -> bytes:
@@ -35,7 +36,7 @@ def read_whole(path: str | os.PathLike[str], begin: int = 0) -> bytes:
         OSError: If there is no such file, or it is a pipe, a device or a folder, which might never end.
     """
     if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(f"{os.fspath(path)} is no file.")
+        raise OSError(f"{os.fspath(path)} is not a file.")
     with open(path, "rb") as file:
         file.seek(begin)
         return file.read()
@@ -97,6 +98,18 @@ def read_receipts(path: str | os.PathLike[str]) -> list[Receipt]:
     return _read(path, Receipt.from_dict)
 
 
+def read_trials(path: str | os.PathLike[str]) -> list[HeldTrial]:
+    """Read the trials of a run, oldest first; see :func:`read_records`.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no such file. A run without a trial writes none.
+    """
+    return _read(path, HeldTrial.from_dict)
+
+
 def _read(path: str | os.PathLike[str], parse: Callable[[Mapping[str, Any]], _Record]) -> list[_Record]:
     return [record for one in with_put_aside(path) for record in _read_file(one, parse)]
 
@@ -117,12 +130,12 @@ def _read_file(path: Path, parse: Callable[[Mapping[str, Any]], _Record]) -> lis
             unreadable.append(number)
     if unreadable:
         _logger.warning(
-            "NaNGuard: %s: left out %s, no readable record there; %s.",
+            "NaNGuard: %s: ignored %s without a readable record; %s.",
             os.fspath(path),
             listed_numbers("line", unreadable),
             "the file holds records of a later version: update lightning-nanguard to read them"
             if later
-            else "a run that was killed while writing leaves such a line, the other records are complete",
+            else "a run that was killed while writing leaves such a line, and the other records are complete",
         )
     return records
 

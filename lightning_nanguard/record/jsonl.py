@@ -81,8 +81,8 @@ class JsonLines(Sink):
         if error is not None and not self._warned:
             self._warned = True
             _logger.warning(
-                "NaNGuard: cannot write its records to %s: %s. Training goes on and up to %d records are kept in "
-                "memory; they are written once the file can be. Free space there or make the folder writable, or "
+                "NaNGuard: cannot write its records to %s: %s. Training goes on, and up to %d records are kept in "
+                "memory until the file can be written. Free space on the disk, make the folder writable, or "
                 "choose another folder for the next run.",
                 self.path,
                 error,

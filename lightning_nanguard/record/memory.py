@@ -10,6 +10,7 @@ from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.record.html import interventions_table
 from lightning_nanguard.record.receipts import Receipt
+from lightning_nanguard.record.trials import HeldTrial
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Advice, Intervention
 
@@ -30,6 +31,7 @@ class Memory(Sink, Sequence[Intervention]):
         remedies: How often each remedy was written.
         advice: The advice of the last fit.
         receipts: The receipts of the last fit: whether interventions in a run with finite numbers helped.
+        trials: The trials of the last fit, with what each of them showed.
         run: Further facts about the last fit, such as its folder and the number of updates.
 
     Example:
@@ -51,20 +53,37 @@ class Memory(Sink, Sequence[Intervention]):
         self.remedies: Counter[str] = Counter()
         self.advice: Sequence[Advice] = ()
         self.receipts: Sequence[Receipt] = ()
+        self.trials: Sequence[HeldTrial] = ()
         self.run: Mapping[str, Any] = {}
         self._original: Memory | None = None
 
-    def take_advice(self, advice: Sequence[Advice], receipts: Sequence[Receipt] = ()) -> None:
-        """Show the advice and the receipts of a fit that begins, now and while they grow."""
-        self.advice, self.receipts = advice, receipts
+    def take_advice(
+        self, advice: Sequence[Advice], receipts: Sequence[Receipt] = (), trials: Sequence[HeldTrial] = ()
+    ) -> None:
+        """Show the advice, the receipts and the trials of a fit that begins, now and while they grow."""
+        self.advice, self.receipts, self.trials = advice, receipts, trials
         if self._original is not None:
-            self._original.take_advice(advice, receipts)
+            self._original.take_advice(advice, receipts, trials)
 
     def take_run(self, run: Mapping[str, Any]) -> None:
         """Show what is known of a fit in place of what was."""
         self.run = run
         if self._original is not None:
             self._original.take_run(run)
+
+    def begin_fit(self, run: Mapping[str, Any], updates: int) -> None:
+        """A fit begins: what is counted from now on is counted of it, too.
+
+        Args:
+            run: What is known of it.
+            updates: Updates of its run so far.
+        """
+        self.take_run({**run, "before": (updates, dict(self.faults), dict(self.remedies))})
+
+    def of_fit(self) -> tuple[int, Counter[str], Counter[str]]:
+        """Updates of the run before the newest fit, and its faults and remedies alone."""
+        updates, faults, remedies = self.run.get("before", (0, {}, {}))
+        return updates, self.faults - Counter(faults), self.remedies - Counter(remedies)
 
     def add_to_run(self, **values: Any) -> None:
         """Show more of the same fit."""

@@ -109,12 +109,12 @@ _PHRASES = {
     "scale": ("learning rate {lr}", "changed the learning rate {lr}"),
     "clip": ("turned gradient clipping on", "turned gradient clipping on"),
     "reset moments": ("emptied the optimizer's state", "emptied the optimizer's state"),
-    "undo": ("put back what the batch had touched", "put back what the batch had touched"),
-    "resume": ("went on from another checkpoint", "gone on from another checkpoint"),
+    "undo": ("undid what the batch had changed", "undone what the batch had changed"),
+    "resume": ("resumed from another checkpoint", "resumed from another checkpoint"),
     "rewrite": ("wrote the last good state in its place", "written the last good state in its place"),
-    "hold rate": ("went on at the last valid learning rate", "gone on at the last valid learning rate"),
-    "give back": ("took a part of the cut back", "taken a part of the cut back"),
-    "take back": ("went on as if that had not been done", "gone on as if that had not been done"),
+    "hold rate": ("used the last valid learning rate", "used the last valid learning rate"),
+    "give back": ("raised the learning rate again", "raised the learning rate again"),
+    "take back": ("took the intervention back", "taken the intervention back"),
     "end clipping": ("turned gradient clipping off", "turned gradient clipping off"),
     "redo": ("made the step again", "made the step again"),
     "leave out": ("left the micro-batch out of its update", "left the micro-batch out of its update"),
@@ -131,7 +131,7 @@ def _done(intervention: Intervention) -> str:
     if restarted := intervention.restart_updates:
         to += f", which a trial had trained for {counted(restarted, 'update')}"
     if lost := intervention.updates_lost:
-        to += f" ({counted(lost, 'update')} lost)"
+        to += f" ({counted(lost, 'update')} undone)"
     known = before is not None and after is not None and before != after
     rate = f"{before:.4g} → {after:.4g}" if known else "changed" if applied else ""
     words = list(intervention.remedies)

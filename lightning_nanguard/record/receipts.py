@@ -12,6 +12,13 @@ from lightning_nanguard.types import SCHEMA_VERSION, Intervention, Verdict, plai
 RECEIPTS_FILE = "receipts.jsonl"
 """Name of the file in a run's folder of records."""
 
+_WORDS: dict[Verdict, str] = {
+    "gained": "helped",
+    "cost": "did harm",
+    "no difference": "made no difference",
+    "not measured": "not measured",
+}
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -31,7 +38,7 @@ class Receipt:
 
     Example:
         >>> print(Receipt(80, 208, "gained", 0.52, 2.31, 128).in_words())
-        gained: 128 updates later the loss is 0.52, and 2.31 without it on the same batches
+        helped: 128 updates later the loss is 0.52, and 2.31 without it on the same batches
     """
 
     intervention_step: int
@@ -47,10 +54,14 @@ class Receipt:
     def in_words(self) -> str:
         """What came of the intervention, in one sentence."""
         if self.loss is None or self.loss_without is None:
-            return printable(f"{self.verdict}: {self.reason}")
+            return printable(f"{_WORDS[self.verdict]}: {self.reason}")
         losses = f"the loss is {self.loss:.4g}, and {self.loss_without:.4g} without it on the same batches"
         ended = "; it was taken back" if self.taken_back else ""
-        return f"{self.verdict}: {counted(self.updates, 'update')} later {losses}{ended}"
+        return f"{_WORDS[self.verdict]}: {counted(self.updates, 'update')} later {losses}{ended}"
+
+    def told(self) -> str:
+        """Which intervention it is about, and what came of it, in one line."""
+        return f"result of the intervention of step {self.intervention_step}: {self.in_words()}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers that JSON accepts."""

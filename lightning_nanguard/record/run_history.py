@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_nanguard.record.files import RECORDS_FILE, read_records
 from lightning_nanguard.record.run_log import RunLog, read_run
 
 CHECKPOINT = "checkpoint"
@@ -45,6 +46,20 @@ def earlier_parts(log: RunLog) -> list[RunLog]:
         found.insert(0, before)
         log = before
     return found
+
+
+def interventions_of_resumed(folder: Path) -> int | None:
+    """How many interventions a resumed run has on record, from its beginning; ``None`` for a run that was not resumed.
+
+    Args:
+        folder: The folder of the run.
+    """
+    log = read_run(folder)
+    earlier = [] if log is None else earlier_parts(log)
+    if log is None or (len(log.fits) < 2 and not earlier):
+        return None
+    files = [part.folder / RECORDS_FILE for part in (*earlier, log)]
+    return sum(len(read_records(file)) for file in files if file.is_file())
 
 
 def _part_before(log: RunLog) -> RunLog | None:

@@ -16,7 +16,7 @@ def origin_in_words(finding: Finding, thresholds: RecordsThresholds = RECORDS) -
 
     Example:
         >>> origin_in_words(Finding("bad_label", 1.0, {"times_met": 3.0, "rank": 1.0}, samples=(4,), rows=(100,)))
-        'row 100 of the data set, met 3 times, on rank 1'
+        'row 100 of the data set, seen 3 times, on rank 1'
     """
     known = finding.evidence
     if finding.rows:
@@ -27,7 +27,7 @@ def origin_in_words(finding: Finding, thresholds: RecordsThresholds = RECORDS) -
         words = []
     if "times_met" in known:
         often = "up to " if len(finding.rows or finding.samples) > 1 else ""
-        words.append(f"met {often}{_number(known['times_met'])} times")
+        words.append(f"seen {often}{_number(known['times_met'])} times")
     if "rank" in known:
         words.append(f"on rank {_number(known['rank'])}")
     return ", ".join(words)

@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 
+from lightning_nanguard.record.skipped import TO_DO, mostly_skipped
 from lightning_nanguard.record.text import counted, in_words, printable
 from lightning_nanguard.types import ActOn
 
@@ -17,10 +18,10 @@ _ACTIONS = {
     "clip": ("change of gradient clipping", "changes of gradient clipping"),
     "reset moments": ("reset of the optimizer's state", "resets of the optimizer's state"),
     "undo": ("batch undone", "batches undone"),
-    "resume": ("other checkpoint gone on from", "other checkpoints gone on from"),
+    "resume": ("resume from another checkpoint", "resumes from another checkpoint"),
     "rewrite": ("checkpoint written with the last good state", "checkpoints written with the last good state"),
     "hold rate": ("learning rate replaced by the last valid one", "learning rates replaced by the last valid ones"),
-    "give back": ("part of a cut taken back", "parts of a cut taken back"),
+    "give back": ("rise of the learning rate after a cut", "rises of the learning rate after a cut"),
     "end clipping": ("end of gradient clipping", "ends of gradient clipping"),
     "redo": ("step made again", "steps made again"),
     "leave out": ("micro-batch left out", "micro-batches left out"),
@@ -39,33 +40,44 @@ def summary(
     observe: bool = False,
     act_on: ActOn = "certain",
     advice: Sequence[str] = (),
+    trials: str = "",
+    whole: tuple[int, int] | None = None,
 ) -> str:
     """Say in one line what happened in a fit.
 
     Args:
-        updates: Number of updates watched.
-        faults: How often each fault was found, such as :attr:`Memory.faults`.
-        remedies: How often each remedy was used, such as :attr:`Memory.remedies`.
+        updates: Number of updates watched in the fit.
+        faults: How often each fault was found in it.
+        remedies: How often each remedy was used in it.
         lr_multiplier: Factor on the learning rate at the end.
         path: The folder of the run.
         observe: Whether the guard only observed.
         act_on: When the guard changes the run.
         advice: Causes that advice was given about.
+        trials: What is said of the trials that were held.
+        whole: Updates and interventions of the whole run, if it was resumed.
 
     Example:
         >>> summary(1200)
-        'NaNGuard: 1,200 updates watched (act_on="certain"), nothing to do'
+        'NaNGuard: 1,200 updates watched (act_on="certain"), no interventions'
+        >>> summary(200, whole=(1400, 3))[-97:]
+        'in this fit (act_on="certain"), no interventions; in the whole run: 1,400 updates, 3 interventions'
         >>> summary(1200, {"non_finite_loss": 1}, {"skip": 1}, path="runs/7")[-77:]
         '(non-finite loss 1): 1 batch skipped; read more with: nanguard explain runs/7'
     """
     rate = f"; the learning rate ends at {lr_multiplier:.4g} times its schedule" if lr_multiplier != 1.0 else ""
-    watched = f'NaNGuard: {counted(updates, "update")} watched (act_on="{act_on}")'
+    here = " in this fit" if whole is not None else ""
+    hardly = "" if observe else mostly_skipped((remedies or {}).get("skip", 0), updates)
+    watched = (
+        f'NaNGuard: {hardly + ". " if hardly else ""}{counted(updates, "update")} watched{here} (act_on="{act_on}")'
+    )
     total = sum((faults or {}).values())
     advised = f"; advice: {', '.join(sorted(map(in_words, set(advice))))}" if advice else ""
+    all_in_all = f"{f'; {trials}' if trials else ''}{_whole(whole)}{f'; what to do: {TO_DO}' if hardly else ''}"
     where = f"; read more with: nanguard explain {shlex.quote(os.fspath(path))}" if path is not None else ""
     if not total:
-        done = "no interventions" if advice else "nothing to do"
-        return printable(f"{watched}, {done}{rate}{advised}{where if advice else ''}")
+        told = advice or trials or (whole is not None and whole[1] > 0)
+        return printable(f"{watched}, no interventions{rate}{advised}{all_in_all}{where if told else ''}")
     # Sorted, since the order in which faults came must not change the line.
     met = ", ".join(f"{in_words(kind)} {count:,}" for kind, count in sorted((faults or {}).items(), key=_most_first))
     used = sorted((remedies or {}).items(), key=_most_first)
@@ -73,7 +85,13 @@ def summary(
     acted = f"{'; not done: ' if observe else ': '}{done}" if done else ""
     noun = "fault found, only observed" if observe else "intervention"
     nouns = "faults found, only observed" if observe else "interventions"
-    return printable(f"{watched}, {counted(total, noun, nouns)} ({met}){acted}{rate}{advised}{where}")
+    return printable(f"{watched}, {counted(total, noun, nouns)} ({met}){acted}{rate}{advised}{all_in_all}{where}")
+
+
+def _whole(whole: tuple[int, int] | None) -> str:
+    if whole is None:
+        return ""
+    return f"; in the whole run: {counted(whole[0], 'update')}, {counted(whole[1], 'intervention')}"
 
 
 def _most_first(item: tuple[str, int]) -> tuple[int, str]:

@@ -7,6 +7,12 @@ from itertools import islice
 
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 
+STEPS = (
+    "Step N is the state after update N (Lightning's global_step): the first update is step 1. Epochs, batches, "
+    "samples, rows and columns count from 0."
+)
+"""What the numbers in messages count."""
+
 
 def printable(text: str) -> str:
     r"""One line of text without characters that control a terminal or turn text around; they are shown as escapes.
@@ -36,6 +42,16 @@ def in_words(identifier: str) -> str:
 def counted(number: int, noun: str, nouns: str | None = None) -> str:
     """A number with its noun, such as ``"1 record"`` or ``"1,200 records"``."""
     return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
+
+
+def steps_in_words(steps: Sequence[int]) -> str:
+    """Steps with their noun.
+
+    Example:
+        >>> steps_in_words([150]), steps_in_words([150, 300])
+        ('step 150', 'steps 150, 300')
+    """
+    return listed_numbers("step", steps)
 
 
 def listed_numbers(noun: str, numbers: Sequence[int | str], thresholds: RecordsThresholds = RECORDS) -> str:

@@ -38,7 +38,7 @@ class WandbAlert(Sink):
             return
         wandb: Any = _wandb()
         if wandb.run is None:
-            raise RuntimeError("WandbAlert: there is no W&B run to alert from; give the Trainer a WandbLogger.")
+            raise RuntimeError("WandbAlert: there is no W&B run to send alerts from. Give the Trainer a WandbLogger.")
         level = wandb.AlertLevel.ERROR if stops else wandb.AlertLevel.WARN
         wandb.run.alert(title=f"NaNGuard: {in_words(intervention.fault)}", text=tell(intervention), level=level)
 

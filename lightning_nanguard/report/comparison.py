@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lightning_nanguard.record.curve import CurvePoint, thinned
+from lightning_nanguard.record.curve import CurvePoint, thinned, trained_again
 from lightning_nanguard.record.html import table
 from lightning_nanguard.record.text import in_words, printable
 from lightning_nanguard.report.data import RunData
@@ -70,7 +70,7 @@ def compare(runs: Sequence[RunData], thresholds: ReportThresholds = REPORT) -> l
         rows.append((f"loss at step {common:,}", [_loss(curve, common, thresholds) for curve in curves]))
     rates = [[one.lr for one in curve if one.lr is not None] for curve in curves]
     rows += [
-        ("learning rate at first", [f"{known[0]:.4g}" if known else _NONE for known in rates]),
+        ("learning rate at the start", [f"{known[0]:.4g}" if known else _NONE for known in rates]),
         ("learning rate at the end", [f"{known[-1]:.4g}" if known else _NONE for known in rates]),
         ("interventions", [f"{len(run.interventions):,}" for run in runs]),
         ("batches skipped", [f"{run.remedies['skip']:,}" for run in runs]),
@@ -129,7 +129,8 @@ def draw_comparison(names: Sequence[str], runs: Sequence[RunData], thresholds: R
             rows = thinned([one for one in run.curve if one.optimizer == 0], thresholds.points_per_curve)
             add_curve(losses, rows, "loss", colour, _short(printable(name), thresholds.characters_of_legend))
             add_curve(norms, rows, "grad_norm", colour, None)
-            add_line(rates, rows, [one.lr for one in rows], color=colour)
+            kept = [one for one, again in zip(rows, trained_again(rows), strict=True) if not again]
+            add_line(rates, kept, [one.lr for one in kept], color=colour)
             steps = [one.global_step for one in spread(run.interventions, thresholds.marks)]
             if steps:
                 style = {"linestyle": "none", "marker": "v", "markersize": 5, "color": colour, "clip_on": False}

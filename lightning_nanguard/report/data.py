@@ -10,13 +10,22 @@ from pathlib import Path
 from statistics import median
 from typing import TypeVar, final
 
-from lightning_nanguard.record.curve import CURVE_FILE, CurvePoint, read_curve
-from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_advice, read_receipts, read_records
+from lightning_nanguard.record.curve import CURVE_FILE, CurvePoint, read_curve, trained_again
+from lightning_nanguard.record.files import (
+    ADVICE_FILE,
+    RECORDS_FILE,
+    read_advice,
+    read_receipts,
+    read_records,
+    read_trials,
+)
 from lightning_nanguard.record.layer_norms import LAYER_NORMS_FILE, LayerNorms, read_layer_norms
 from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
 from lightning_nanguard.record.run_folder import is_alive
 from lightning_nanguard.record.run_history import earlier_parts
 from lightning_nanguard.record.run_log import RunLog, find_runs, read_run
+from lightning_nanguard.record.skipped import mostly_skipped
+from lightning_nanguard.record.trials import TRIALS_FILE, HeldTrial
 from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
 from lightning_nanguard.types import Advice, Intervention
 
@@ -38,6 +47,7 @@ class RunData:
         layer_norms: Norms of the layers at incidents.
         receipts: What interventions on finite evidence have gained or cost.
         earlier: Its logs in the folders that it lay in before it was resumed, oldest first.
+        trials: What the trials showed that were held beside it.
     """
 
     folder: Path
@@ -49,6 +59,7 @@ class RunData:
     layer_norms: Sequence[LayerNorms] = ()
     receipts: Sequence[Receipt] = ()
     earlier: Sequence[RunLog] = ()
+    trials: Sequence[HeldTrial] = ()
 
     @property
     def stopped(self) -> bool:
@@ -64,6 +75,37 @@ class RunData:
     def remedies(self) -> Counter[str]:
         """How often each remedy was used."""
         return Counter(word for one in self.interventions for word in one.remedies)
+
+    @property
+    def updates(self) -> int:
+        """Updates of the whole run; those that were trained again after a resume count once."""
+        known = None if self.log is None or self.log.ended is None else self.log.ended.get("updates")
+        if isinstance(known, int):
+            return known
+        points = [one for one in self.curve if one.optimizer == 0]
+        return sum(one.updates for one, again in zip(points, trained_again(points), strict=True) if not again)
+
+    @property
+    def resumed_at(self) -> list[int]:
+        """The steps from which it was resumed, oldest first."""
+        fits = [] if self.log is None else [fit for log in (*self.earlier, self.log) for fit in log.fits]
+        return [step for fit in fits[1:] if isinstance(step := fit.get("step"), int)]
+
+    @property
+    def of_last_fit(self) -> tuple[int, int] | None:
+        """Updates and interventions since it was last resumed; ``None`` if it was not, or that is not known."""
+        ended = None if self.log is None else self.log.ended
+        if not self.resumed_at or ended is None or not isinstance(ended.get("updates_of_fit"), int):
+            return None
+        faults = ended.get("faults")
+        counts = faults.values() if isinstance(faults, dict) else ()
+        return ended["updates_of_fit"], sum(count for count in counts if isinstance(count, int))
+
+    @property
+    def mostly_skipped(self) -> str:
+        """That most of its updates were skipped, in words; ``""`` if they were not."""
+        skipped = sum("skip" in one.remedies for one in self.interventions if one.applied)
+        return mostly_skipped(skipped, self.updates)
 
     @property
     def rate_now(self) -> float | None:
@@ -127,6 +169,7 @@ def read_run_data(folder: Path) -> RunData:
         _all(folders, LAYER_NORMS_FILE, read_layer_norms),
         _all(folders, RECEIPTS_FILE, read_receipts),
         earlier,
+        _all(folders, TRIALS_FILE, read_trials),
     )
 
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from lightning_nanguard.record.curve import CurvePoint, thinned
+from lightning_nanguard.record.curve import CurvePoint, thinned, trained_again
 from lightning_nanguard.report.data import RunData
 from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
 from lightning_nanguard.types import Intervention
@@ -41,6 +41,10 @@ STYLE: dict[str, Any] = {
     "ytick.color": COLOURS["ink"],
 }
 """What matplotlib is set to while it draws."""
+
+
+AGAIN = "trained again after a resume"
+"""The name of what is drawn faintly in the legend."""
 
 
 def matplotlib(name: str = "matplotlib") -> ModuleType:
@@ -84,21 +88,25 @@ def draw(data: RunData, figure: Any = None, thresholds: ReportThresholds = REPOR
             index: thinned([one for one in data.curve if one.optimizer == index], thresholds.points_per_curve)
             for index in sorted({one.optimizer for one in data.curve})
         }
-        for number, (index, rows) in enumerate(points.items()):
+        for number, (index, all_rows) in enumerate(points.items()):
+            rows = _current(all_rows)
             colour = COLOURS["first" if number == 0 else "second"]
             name = f"optimizer {index}" if len(points) > 1 else None
-            add_curve(losses, rows, "loss", colour, name)
-            add_curve(norms, rows, "grad_norm", colour, name)
+            add_curve(losses, all_rows, "loss", colour, name)
+            add_curve(norms, all_rows, "grad_norm", colour, name)
             add_line(rates, rows, [one.lr for one in rows], color=colour, label=name)
         clipped = [row.clip_val for rows in points.values() for row in rows]
         if any(value is not None for value in clipped):
-            rows = next(iter(points.values()))
+            rows = _current(next(iter(points.values())))
             add_line(
                 norms, rows, [one.clip_val for one in rows], color=COLOURS["back"], linestyle="--", label="clipped at"
             )
         for axes, label in ((losses, "loss"), (norms, "gradient norm"), (rates, "learning rate")):
             axes.set_ylabel(label)
             scale(axes, thresholds)
+            for number, step in enumerate(data.resumed_at):
+                said = "resumed" if axes is losses and number == 0 else None
+                axes.axvline(step, color=COLOURS["ink"], linewidth=0.9, linestyle=":", label=said)
             legend(axes, thresholds)
         shown = list(spread(data.interventions, thresholds.marks))
         _mark(marks, shown, library)
@@ -161,6 +169,13 @@ def add_curve(axes: Any, rows: Sequence[CurvePoint], field: str, colour: str, na
         colour: Its colour.
         name: Its name in the legend; ``None`` for none.
     """
+    again = trained_again(rows)
+    if any(again):
+        # In their places, so that the line is broken where a fit ends.
+        values = [getattr(one, field) if old else None for one, old in zip(rows, again, strict=True)]
+        label = None if AGAIN in axes.get_legend_handles_labels()[1] else AGAIN
+        add_line(axes, rows, values, color=colour, alpha=0.35, linewidth=0.8, label=label)
+        rows = _current(rows)
     largest = [getattr(one, f"{field}_max") for one in rows]
     if any(one.updates > 1 for one in rows):
         add_line(axes, rows, largest, color=colour, alpha=0.3, linewidth=0.7)
@@ -170,6 +185,11 @@ def add_curve(axes: Any, rows: Sequence[CurvePoint], field: str, colour: str, na
         label = None if "not finite" in axes.get_legend_handles_labels()[1] else "not finite"
         style = {"linestyle": "none", "marker": "x", "color": COLOURS["bad"], "clip_on": False}
         axes.plot(bad, [1.0] * len(bad), transform=axes.get_xaxis_transform(), label=label, **style)
+
+
+def _current(rows: Sequence[CurvePoint]) -> list[CurvePoint]:
+    """The points without those that a resumed run has trained again."""
+    return [one for one, again in zip(rows, trained_again(rows), strict=True) if not again]
 
 
 def add_line(axes: Any, rows: Sequence[CurvePoint], values: Sequence[float | None], **style: Any) -> None:

@@ -12,7 +12,9 @@ from lightning_nanguard.record.html import escaped, parts_of, table
 from lightning_nanguard.record.layer_norms import LayerNorms
 from lightning_nanguard.record.messages import describe_advice
 from lightning_nanguard.record.receipts import receipt_of
-from lightning_nanguard.record.text import counted, in_words, listed_numbers
+from lightning_nanguard.record.skipped import TO_DO
+from lightning_nanguard.record.text import STEPS, counted, in_words, listed_numbers, steps_in_words
+from lightning_nanguard.record.trials import trials_in_words
 from lightning_nanguard.report.data import RunData
 from lightning_nanguard.report.figure import draw, to_svg
 from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
@@ -66,7 +68,9 @@ def page(data: RunData, thresholds: ReportThresholds = REPORT) -> str:
         if data.curve or data.interventions
         else "",
         "" if data.curve else '<p class="quiet">No curves were recorded in this folder.</p>',
+        f'<p class="quiet">{escaped(STEPS)}</p>',
         *_interventions(data, thresholds),
+        *_trials(data),
         *_advice(data, thresholds),
     ]
     return document(name, parts)
@@ -103,17 +107,20 @@ def verdict(data: RunData) -> tuple[str, bool | None]:
     if data.interventions and not any(one.applied for one in data.interventions):
         return f"Only observed: the guard would have made {count}.", True
     if not ended and not data.alive:
-        return f"Killed: the run did not come to its end; {count} until then.", False
+        return f"Killed: the run did not reach its end; {count} before that.", False
+    if data.mostly_skipped:
+        return f"Mostly skipped: {data.mostly_skipped}.", False
     if losses and not math.isfinite(losses[-1]):
         return f"In trouble: the newest loss is not finite; {count}.", False
     if not data.interventions and data.advice:
         causes = sorted({in_words(one.finding.cause) for one in data.advice})
-        return f"Nothing done: there is advice about {', '.join(causes)}.", None
+        held = f"; {trials_in_words(data.trials)}" if data.trials else ""
+        return f"Nothing done: there is advice about {', '.join(causes)}{held}.", None
     if not data.interventions:
-        return "Healthy: there was nothing to do.", True
+        return "Healthy: no interventions.", True
     first, last = data.losses_at_ends()
     if not data.alive and first is not None and last is not None and last > first:
-        return f"Ended: {count}, and the loss ends above where it began.", None
+        return f"Ended: {count}, and the loss is higher at the end than at the start.", None
     suspected = sorted({in_words(one.finding.cause) for one in data.advice if one.occasion == SUSPICION})
     if suspected and not data.alive:
         return f"Ended: {count}, and there is advice about {', '.join(suspected)}.", None
@@ -151,7 +158,20 @@ def _headline(data: RunData, thresholds: ReportThresholds) -> str:
     if isinstance(multiplier, (int, float)) and multiplier != 1:
         numbers.append((f"{multiplier:.4g}", "times the scheduled rate at the end"))
     items = "".join(f"<li><b>{escaped(value)}</b>{escaped(label)}</li>" for value, label in numbers)
-    return f'{heading(*verdict(data))}\n{_which(data)}\n<ul class="numbers">{items}</ul>'
+    to_do = f"<p>What to do: {escaped(TO_DO)}.</p>" if data.mostly_skipped else ""
+    return f'{heading(*verdict(data))}\n{_which(data)}\n<ul class="numbers">{items}</ul>{to_do}{_resumed(data)}'
+
+
+def _resumed(data: RunData) -> str:
+    """Of which fits the numbers are, for a run that was resumed."""
+    if not data.resumed_at:
+        return ""
+    words = f"All numbers on this page are of the whole run, which was resumed at {steps_in_words(data.resumed_at)}."
+    if data.of_last_fit is not None:
+        updates, interventions = data.of_last_fit
+        fit = f"{counted(updates, 'update')}, {counted(interventions, 'intervention')}"
+        words += f" The last fit alone: {fit}."
+    return f'<p class="quiet">{escaped(words)}</p>'
 
 
 def _which(data: RunData) -> str:
@@ -183,7 +203,7 @@ def _interventions(data: RunData, thresholds: ReportThresholds) -> list[str]:
         counts = Counter({in_words(fault): 0 for fault, _, _ in kinds})
         for (fault, _, _), numbers in kinds.items():
             counts[in_words(fault)] += len(numbers)
-        told = f"{len(shown):,} of {len(data.interventions):,} are told here; all are in interventions.jsonl."
+        told = f"{len(shown):,} of {len(data.interventions):,} are shown here; interventions.jsonl has all of them."
         parts.append(
             f'<p class="quiet">{told}</p><div class="wide">{table(("fault", "times"), counts.most_common())}</div>'
         )
@@ -215,7 +235,7 @@ def _receipt(one: Intervention, data: RunData, thresholds: ReportThresholds) -> 
     """What an intervention cost, and what came of it."""
     words = []
     if "skip" in one.remedies:
-        words.append("1 batch not learned from")
+        words.append("1 batch skipped")
     if one.updates_lost:
         words.append(f"{counted(one.updates_lost, 'update')} undone")
     before, after = data.losses_around(one, thresholds)
@@ -235,6 +255,14 @@ def _layers(found: LayerNorms | None, thresholds: ReportThresholds) -> str:
     head = ("update", *found.updates)
     title = "Gradient norms of the layers, those that changed most first"
     return f'<p class="quiet">{title}</p><div class="wide">{table(head, rows)}</div>{rest}'
+
+
+def _trials(data: RunData) -> list[str]:
+    if not data.trials:
+        return []
+    items = "".join(f"<li>{escaped(one.told())}</li>" for one in data.trials)
+    what = "A trial trains restarts at lower learning rates beside the run. If none is far ahead, it changes nothing."
+    return [f'<h2>Trials</h2><p class="quiet">{what}</p><ul>{items}</ul>']
 
 
 def _advice(data: RunData, thresholds: ReportThresholds) -> list[str]:

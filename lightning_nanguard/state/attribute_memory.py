@@ -89,6 +89,13 @@ class Attributes:
                 continue
             give_back(value, held)
 
+    def bound(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
+        """The attributes, each with what it lies in, its name and the value it was bound to."""
+        for attributes, before in self._owners:
+            for name, value in before.items():
+                if name not in OWN:
+                    yield attributes, name, value
+
     def plain_now(self) -> list[tuple[dict[str, Any], str, Any]]:
         """Numbers, strings and flags with another value by now: the attributes they lie in, name and value.
 

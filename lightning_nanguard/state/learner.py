@@ -6,7 +6,7 @@ averaged copies are the learner. Learning rates, schedulers and progress are the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol, final
 
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from lightning_nanguard.state.device import Device
 
 StateKey = tuple[Any, ...]
 """Names one leaf of the learner: ``("parameter", name)``, ``("buffer", name)``, ``("average", owner, name)``,
-``("optimizer", index, parameter name, key)`` or ``("group", index, group number, key)``."""
+``("optimizer", index, parameter name, key)``, ``("group", index, group number, key)``, or
+``("wrapped", index, attribute, parameter name, key)`` for the state of an optimizer that another one wraps."""
 
 
 def unwrapped(name: str) -> str:
@@ -62,6 +63,17 @@ class Partitions(Protocol):
 
     def restored(self) -> None:
         """The tensors of :meth:`weights` were restored: drop what was made from their earlier values."""
+
+
+def states_of(optimizer: Optimizer, index: int) -> Iterator[tuple[StateKey, MutableMapping[Any, Any]]]:
+    """What an optimizer keeps of each parameter, and what those keep that it wraps: how its keys begin, and the state.
+
+    Optimizers such as SAM or Lookahead have the moments in another optimizer, which they hold as an attribute.
+    """
+    yield ("optimizer", index), optimizer.state
+    for name, inner in getattr(optimizer, "__dict__", {}).items():
+        if isinstance(inner, Optimizer) and inner.state is not optimizer.state:
+            yield ("wrapped", index, name), inner.state
 
 
 def _ready(tensor: Tensor) -> bool:
@@ -190,9 +202,10 @@ class Learner:
         """State of one optimizer and what it keeps in its groups."""
         optimizer = self.optimizers[index]
         names = self.parameter_names()
-        for parameter, entry in optimizer.state.items():
-            name = names.get(id(parameter), f"#{id(parameter)}")
-            yield from _leaves(("optimizer", index, name), entry)
+        for prefix, state in states_of(optimizer, index):
+            for parameter, entry in state.items():
+                name = names.get(id(parameter), f"#{id(parameter)}")
+                yield from _leaves((*prefix, name), entry)
         for number, group in enumerate(optimizer.param_groups):
             for key, value in group.items():
                 if key not in CLOCK_KEYS:
@@ -209,7 +222,8 @@ class Learner:
         """The leaves from which no weight comes as long as they are not read: running statistics, moments, averages."""
         leaves = dict(self.leaves())
         statistics = set(self.statistics(leaves))
-        return ((key, leaf) for key, leaf in leaves.items() if key[0] in ("optimizer", "average") or key in statistics)
+        kinds = ("optimizer", "wrapped", "average")
+        return ((key, leaf) for key, leaf in leaves.items() if key[0] in kinds or key in statistics)
 
     def averages(self) -> Iterator[tuple[StateKey, Tensor]]:
         """Averaged copies kept elsewhere."""
@@ -223,6 +237,8 @@ def describe(key: StateKey) -> str:
     match key:
         case ("optimizer", int(), str(name), *keys):
             return f"optimizer state {'.'.join(map(str, keys))} of {name}"
+        case ("wrapped", int(), str(owner), str(name), *keys):
+            return f"optimizer state {'.'.join(map(str, keys))} of {name} in {owner}"
         case ("group", int(index), int(number), str(name)):
             return f"{name} in group {number} of optimizer {index}"
         case ("average", str(owner), str(name)):

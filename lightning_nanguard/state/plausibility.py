@@ -19,6 +19,8 @@ from lightning_nanguard.thresholds.snapshots import PlausibilityThresholds
 from lightning_nanguard.types import Fault
 
 _DEFAULTS = PlausibilityThresholds()
+_SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
+"""Names under which torch's optimizers keep averages or sums of squares."""
 
 
 def first_jump(
@@ -135,6 +137,8 @@ class PlausibilityCheck:
         usual = self._growth(healthy_steps, self._state_growth)
         for keys, factor in ((weights, self._weight_growth), (others, usual)):
             far = self._first_jump(leaves, newest.leaves, keys, factor)
+            if far is not None and keys is others:
+                far = self._first_jump(leaves, newest.leaves, others - self._in_proportion(leaves, others), factor)
             if far is None:
                 continue
             # A tensor that is out of range again after a restore belongs there, and some weights have far to go at
@@ -148,7 +152,7 @@ class PlausibilityCheck:
             # Where it came from a batch, the next such batch can be skipped.
             buffers = {key for key in statistics if key[0] == "buffer"}
             self.watches_statistics |= self._first_jump(leaves, newest.leaves, buffers, usual) is not None
-            message = f"{far} is over {factor:g} times what it was"
+            message = f"{far} is over {factor:g} times as large as before"
             # What a trial on the newest batches has shown is finite evidence, and is compared with the branch given up.
             return Fault("implausible_state", "state", far, None, message, certain=not doubtful, rate_may_cause=True)
         return None
@@ -181,6 +185,22 @@ class PlausibilityCheck:
             return None
         message = f"this batch made {far} over {usual:g} times as large"
         return Fault("implausible_statistics", "batch", far, None, message, conclusive=True)
+
+    def _in_proportion(self, leaves: Mapping[StateKey, Any], keys: Collection[StateKey]) -> set[StateKey]:
+        """Moments that are as large as the newest gradients make them: the unit of the loss may have changed."""
+        if self._learner.scaler is not None:
+            return set()  # gradients may be scaled
+        indices = range(len(self._learner.optimizers))
+        gradients = {("optimizer", i, name): one for i in indices for name, one in self._learner.named_gradients(i)}
+        found = [(key, leaves[key], gradients[key[:3]]) for key in keys if key[:3] in gradients]
+        found = [(key, moment, gradient) for key, moment, gradient in found if _comparable(moment, gradient)]
+        moments = norms([moment for _, moment, _ in found], math.inf)
+        sizes = norms([gradient for _, _, gradient in found], math.inf)
+        return {
+            key
+            for (key, _, _), moment, size in zip(found, moments, sizes, strict=True)
+            if moment <= self._limits.times_gradient * size ** (2 if key[3] in _SECOND_MOMENTS else 1)
+        }
 
     def _first_jump(
         self,

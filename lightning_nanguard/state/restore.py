@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,11 +12,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nanguard.measure.tensors import is_strided, local
-from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey, describe, unwrapped
+from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey, describe, states_of, unwrapped
 from lightning_nanguard.state.snapshot import Snapshot, clone, copy_all, fits, put, writable
 
 _Pair = tuple[Tensor, Tensor]
 """A live tensor and what is copied into it."""
+
+
+def _is_weight(key: StateKey) -> bool:
+    return key[0] in ("parameter", "buffer")
 
 
 def restore(
@@ -29,7 +34,7 @@ def restore(
         learner: What to put back.
         snapshot: To what; it is not changed and may be used again.
         keep: Says which state keys to put back; all by default. ``("scaler",)`` is that of the GradScaler, and an
-            optimizer's state is asked for by weight, too: ``("optimizer", index, name)``.
+            optimizer's state is asked for by weight, as in ``("optimizer", index, name)``.
 
     Returns:
         The keys of the weights and buffers that both have and that could not be put back: their shape is another now.
@@ -40,13 +45,14 @@ def restore(
     pairs, failed = _restore_weights(learner, saved)
     names = learner.parameter_names()
     for index, optimizer in enumerate(learner.optimizers):
-        kept = {
-            id(parameter): name
-            for parameter in learner.stepped(index)
-            if keep(("optimizer", index, name := names.get(id(parameter), f"#{id(parameter)}")))
-        }
-        stepped = [parameter for parameter in learner.stepped(index) if id(parameter) in kept]
-        pairs += _restore_state(optimizer, index, stepped, kept, saved, snapshot)
+        for prefix, state in states_of(optimizer, index):
+            kept = {
+                id(parameter): name
+                for parameter in learner.stepped(index)
+                if keep((*prefix, name := names.get(id(parameter), f"#{id(parameter)}")))
+            }
+            stepped = [parameter for parameter in learner.stepped(index) if id(parameter) in kept]
+            pairs += _restore_state(prefix, state, stepped, kept, saved, snapshot)
         pairs += _restore_groups(optimizer, index, saved, snapshot)
     averages = ((key, live) for key, live in learner.averages() if fits(live, saved.get(key)))
     pairs += [(live, saved[key]) for key, live in averages]
@@ -59,6 +65,25 @@ def restore(
 
 def _everything(key: StateKey) -> bool:
     return True
+
+
+@contextmanager
+def part_of_snapshot(
+    learner: Learner, snapshot: Snapshot, own: Snapshot, keep: Callable[[StateKey], bool] = _is_weight
+) -> Iterator[None]:
+    """Run what is inside with a part of a snapshot, and put that of now back bit for bit.
+
+    Args:
+        learner: Whose state it is.
+        snapshot: The state inside; it is not changed.
+        own: The state of now.
+        keep: Says which state keys change; weights and buffers by default.
+    """
+    restore(learner, snapshot, keep=keep)
+    try:
+        yield
+    finally:
+        restore(learner, own, keep=keep)
 
 
 def _restore_weights(learner: Learner, saved: Mapping[StateKey, Any]) -> tuple[list[_Pair], tuple[StateKey, ...]]:
@@ -80,7 +105,7 @@ def part_of(key: StateKey) -> StateKey | None:
 
     An averaged copy is one part, and so are what an optimizer keeps of one weight, and a buffer.
     """
-    length = {"average": 2, "optimizer": 3, "buffer": 2}.get(key[0])
+    length = {"average": 2, "optimizer": 3, "wrapped": 4, "buffer": 2}.get(key[0])
     return None if length is None else key[:length]
 
 
@@ -125,8 +150,8 @@ def mend_averages(learner: Learner, corrupt: Callable[[Iterable[tuple[StateKey, 
 
 
 def _restore_state(
-    optimizer: Optimizer,
-    index: int,
+    prefix: StateKey,
+    state: MutableMapping[Any, Any],
     stepped: Iterable[Tensor],
     names: Mapping[int, str],
     saved: Mapping[StateKey, Any],
@@ -134,21 +159,22 @@ def _restore_state(
 ) -> list[_Pair]:
     wanted: dict[str, dict[Any, tuple[Any, torch.device | None]]] = {}
     for state_key, value in saved.items():
-        if state_key[:2] == ("optimizer", index):
-            wanted.setdefault(state_key[2], {})[state_key[3]] = value, snapshot.homes.get(state_key)
+        if state_key[: len(prefix)] == prefix:
+            name, key = state_key[len(prefix) :]
+            wanted.setdefault(name, {})[key] = value, snapshot.homes.get(state_key)
     pairs: list[_Pair] = []
     for parameter in stepped:
         name = names[id(parameter)]
-        entries, state = wanted.get(name, {}), optimizer.state.get(parameter, {})
-        left_out = {key for key in state if ("optimizer", index, name, key) in snapshot.left_out}
+        entries, own = wanted.get(name, {}), state.get(parameter, {})
+        left_out = {key for key in own if (*prefix, name, key) in snapshot.left_out}
         if not entries and not left_out:
-            optimizer.state.pop(parameter, None)
+            state.pop(parameter, None)
             continue
-        state = optimizer.state[parameter]
-        for key in [key for key in state if key not in entries and key not in left_out]:
-            del state[key]
+        own = state.setdefault(parameter, {})
+        for key in [key for key in own if key not in entries and key not in left_out]:
+            del own[key]
         for key, (value, home) in entries.items():
-            pairs += _put(state, key, value, home, like=parameter)
+            pairs += _put(own, key, value, home, like=parameter)
     return pairs
 
 

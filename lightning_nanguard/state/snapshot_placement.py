@@ -163,8 +163,8 @@ class SnapshotPlacement:
             self._ring.clear()
             _logger.warning(
                 "NaNGuard: neither the device nor the host has room for two snapshots, so none are kept. Bad batches "
-                "are still skipped, but weights that are lost cannot be restored: the run stops then, and the last "
-                "good checkpoint on disk is what is left (last_good_every_n_steps writes one)."
+                "are still skipped, but if the weights are lost, the run stops. Set last_good_every_n_steps to have a "
+                "good checkpoint on disk then."
             )
             return
         was_beside = not self._in_host if before is None else before.beside
@@ -173,9 +173,9 @@ class SnapshotPlacement:
         if place.certified < self._ring.capacity or place.beside != was_beside:
             self._ring.shrink(place.certified)
             _logger.info(
-                "NaNGuard: from now on up to %d snapshots %s: there is no room for more.",
+                "NaNGuard: from now on up to %d snapshots are kept %s: there is no room for more.",
                 place.certified + 1,
-                "lie beside the weights" if place.beside else "lie in host memory",
+                "on the device of the weights" if place.beside else "in host memory",
             )
 
     def _to_host(self) -> None:
@@ -216,8 +216,8 @@ class SnapshotPlacement:
             snapshot = self._copy(step, global_step, leaves, self._goes_to_host(leaves), beside_run)
         except OutOfMemory:
             _logger.warning(
-                "NaNGuard: the device has no room for another snapshot at step %d. From now on snapshots lie in host "
-                "memory; set snapshot_device='cpu' or max_snapshot_memory to choose this from the start.",
+                "NaNGuard: the device has no room for another snapshot at step %d. From now on snapshots are in host "
+                "memory. Set snapshot_device='cpu' or max_snapshot_memory to choose this from the start.",
                 global_step,
             )
         if snapshot is None:
@@ -246,8 +246,8 @@ class SnapshotPlacement:
         """Somebody has written to a source while it was copied: later copies are not made beside the run."""
         if self._overlap:
             _logger.info(
-                "NaNGuard: weights or moments were written to between two updates, so a snapshot was dropped. From now "
-                "on the run waits for each copy of them."
+                "NaNGuard: weights or moments were changed while they were copied, so the snapshot was dropped. From "
+                "now on the run waits for each copy."
             )
         self._overlap, self._side_copy = False, SideCopy(self._learner.device, self._limits)
 

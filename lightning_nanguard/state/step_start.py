@@ -94,6 +94,11 @@ class StepStart:
         """
         self._attributes.restore(plain=False)
 
+    @property
+    def attributes(self) -> Attributes:
+        """The module's plain attributes."""
+        return self._attributes
+
     def not_in(self, other: StepStart) -> list[Any]:
         """What attributes are kept alive for this step, and not for another one."""
         return self._attributes.not_in(other._attributes)
@@ -166,7 +171,7 @@ class StepMemory:
         written, self._written = self._written, []
         if self.repeatable and any(tensor._version != version for tensor, version in written):
             self.repeatable = False
-            _logger.debug("NaNGuard: training_step writes into its batch or into parameters; no step is made again.")
+            _logger.debug("NaNGuard: training_step changes its batch or parameters, so no step is made again.")
 
 
 def _has_version(tensor: Tensor) -> bool:

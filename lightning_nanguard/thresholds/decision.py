@@ -17,6 +17,8 @@ class BlameThresholds:
             prove nothing.
         beginning: Updates accepted since the start up to which the learner is blamed where nothing else is.
         patience: Faulty updates in a row before the learner is suspected.
+        patience_while_holding: The same where the weights do no worse on other batches, so that the fault may be one of
+            many bad batches. Where four of five are bad by chance, so many come in a row once in a million runs.
         start_patience: Faulty updates before the first healthy one after which the run is stopped. Where four of five
             batches are bad by chance, so many come in a row once in a million runs.
         rate_risen: Ratio of two learning rates from which on the larger one has clearly risen.
@@ -28,6 +30,7 @@ class BlameThresholds:
     calm_when_late: int = 20
     beginning: int = 20
     patience: int = 4
+    patience_while_holding: int = 64
     start_patience: int = 64
     rate_risen: float = 1.5
     sane_loss: float = 10.0

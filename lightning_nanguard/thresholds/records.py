@@ -31,6 +31,10 @@ class RecordsThresholds:
         interventions_in_table: Interventions in the table that a notebook shows, the newest.
         hyperparameters_per_run: Hyperparameters of the module and the data module that the log of a run takes.
         characters_per_hyperparameter: Characters of such a hyperparameter at most; longer ones are left out.
+        least_updates_of_share: Updates before which no share of skipped updates is told; a share of a few says little.
+        share_skipped_most: Share of skipped updates from which on the summary begins with it: less than half is learned
+            from.
+        share_skipped_nearly_all: Share of skipped updates from which on it says that almost nothing was learned.
         numbers_per_message: Line numbers or sample indices spelled out in one message; the rest is counted.
     """
 
@@ -49,6 +53,9 @@ class RecordsThresholds:
     interventions_in_table: int = 20
     hyperparameters_per_run: int = 100
     characters_per_hyperparameter: int = 200
+    least_updates_of_share: int = 20
+    share_skipped_most: float = 0.5
+    share_skipped_nearly_all: float = 0.9
     numbers_per_message: int = 8
 
 

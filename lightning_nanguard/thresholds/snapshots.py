@@ -115,7 +115,11 @@ class PlausibilityThresholds:
         state_growth: The same factor for statistics and moments.
         early_growth: The same factor for all of them before ``settled_after``.
         least_magnitude: Magnitude up to which growth does not count: below it any number may be a usual one.
+        times_gradient: Multiple of the largest element of the newest gradient up to which a moment is in proportion to
+            it, whatever it was before; of its square for second moments. Momentum of 0.99 sums up to 100 gradients.
         trials: How often one tensor that is found again and again is still tried on the newest batches.
+        epoch_end_after: Updates since the last look after which the state is looked at before an epoch's means are
+            logged. A look takes as long as about three gradient norms, so that short epochs are not looked at each.
         moments: When a first moment is out of its bound.
     """
 
@@ -125,7 +129,9 @@ class PlausibilityThresholds:
     state_growth: float = 1e4
     early_growth: float = 1e12
     least_magnitude: float = 1.0
+    times_gradient: float = 100.0
     trials: int = 3
+    epoch_end_after: int = 4
     moments: MomentThresholds = field(default_factory=MomentThresholds)
 
 

@@ -18,7 +18,9 @@ class TrialThresholds:
         factors: What the learning rate is multiplied by in each arm, those first that were best most often: there are
             as many arms as there is room for.
         least_factor: The lowest factor that is tried where even the lowest of these makes the loss worse.
-        picked_after: Updates after which the best arm is picked, with the one at the next lower rate.
+        picked_after: Updates after which the best arms are picked.
+        picked: Arms that go on from there: the best one and those at the next lower rates, for a larger rate is ahead
+            at first more often than in the end.
         updates: Updates after which it is judged. What an intervention gained or cost is judged then, and again at
             doubling distances.
         judged_part: The newest batches, one in so many, judge the states.
@@ -39,6 +41,7 @@ class TrialThresholds:
     factors: tuple[float, ...] = (1 / 64, 1 / 16, 1 / 256, 1 / 4)
     least_factor: float = 1 / 65536
     picked_after: int = 16
+    picked: int = 2
     updates: int = 64
     judged_part: int = 3
     signs: float = 0.8

@@ -23,11 +23,11 @@ from lightning_nanguard.guard.context import GuardContext, Settings
 from lightning_nanguard.guard.readback import MAX_DELAY
 from lightning_nanguard.measure.norm_history import NormHistory
 from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE
+from lightning_nanguard.record.base import RunInfo
 from lightning_nanguard.record.curve import CURVE_FILE, CurveFile
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.known_samples import KnownSamples
 from lightning_nanguard.record.memory import Memory
-from lightning_nanguard.record.receipt_log import ReceiptLog
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.trainer.arguments import Arguments
@@ -44,7 +44,7 @@ from lightning_nanguard.trainer.private.strategies import is_sharded, what_steps
 from lightning_nanguard.trainer.run import open_run
 from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
-from lightning_nanguard.trainer.sinks import fit_advice, fit_receipts, fit_sinks
+from lightning_nanguard.trainer.sinks import fit_advice, fit_outcomes, fit_sinks
 
 
 def build_fit(
@@ -69,9 +69,7 @@ def build_fit(
     """
     info, folder = open_run(trainer, arguments.dirpath, run_id, **begun_with(trainer, module, settings or {}))
     curve = CurveFile(folder.path / CURVE_FILE, arguments.thresholds.records) if folder.keeps_files else None
-    context, replay, averages = _context(
-        trainer, module, arguments, curve, order.known, fit_receipts(info, arguments.thresholds.records)
-    )
+    context, replay, averages = _context(trainer, module, arguments, curve, order.known, info)
     sinks = fit_sinks(trainer, module, info, memory, arguments.sinks, context, replay)
     advice = fit_advice(info, arguments.thresholds.records)
     file = JsonLines(info.dirpath / BAD_SAMPLES_FILE, arguments.thresholds.records, warns=False)
@@ -119,8 +117,9 @@ def _context(
     arguments: Arguments,
     curve: CurveFile | None,
     known: KnownSamples,
-    receipts: ReceiptLog,
+    info: RunInfo,
 ) -> tuple[GuardContext, TrainerBatchReplay, AveragedCopies]:
+    receipts, trials = fit_outcomes(info, arguments.thresholds.records)
     sharded = is_sharded(trainer)
     ranks: Ranks = (
         Group(sharded=sharded, thresholds=arguments.thresholds.distributed)
@@ -164,6 +163,7 @@ def _context(
         curve=curve,
         samples=known,
         receipts=receipts,
+        trials=trials,
     )
     return context, replay, averages
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.state.attribute_memory import AttributeMemory
+from lightning_nanguard.state.attribute_numbers import AttributeNumbers
 from lightning_nanguard.state.random_state import is_checked
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 
@@ -25,15 +26,19 @@ class CarriedAttributes:
 
     def __init__(self, module: nn.Module, check: StepCheck, thresholds: RepeatedStepsThresholds) -> None:
         self._memory = AttributeMemory(module, thresholds)
+        self._numbers = AttributeNumbers(thresholds)
         self._check = check
         self._every = thresholds.checked_every
         self._opened = 0
 
     def open(self) -> None:
         """A batch begins."""
+        self._numbers.begin()
         before = self._memory.open(checked=is_checked(self._opened, self._every))
         self._opened += 1
         self._check.undo_also(partial(before.restore, plain=False))
+        self._check.undo_also(self._numbers.undo)
+        self._numbers.open(before)
 
     def close(self) -> None:
         """It has run."""

@@ -34,7 +34,7 @@ def sources(made: Any) -> dict[str, Any]:
             found["val"] = made.val_dataloader()
         return dict(_flat(found))
     if not (isinstance(made, (Dataset, Mapping)) or hasattr(made, "__iter__")):
-        raise TypeError(f"{made!r} is no data module, loader or data set.")
+        raise TypeError(f"{made!r} is not a data module, loader or data set.")
     loaders = isinstance(made, (Mapping, list, tuple)) and all(isinstance(one, DataLoader) for one in _values(made))
     return dict(_flat({"data": made})) if loaders else {"data": made}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, final
@@ -12,6 +11,7 @@ from lightning_nanguard.diagnosis.bundle_store import BundleStore
 from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
 from lightning_nanguard.diagnosis.examination import Examination
+from lightning_nanguard.diagnosis.isolation import errors_logged
 from lightning_nanguard.diagnosis.mistakes import mistakes
 from lightning_nanguard.diagnosis.module_state import state_of
 from lightning_nanguard.diagnosis.preflight import Preflight
@@ -30,8 +30,6 @@ from lightning_nanguard.trainer.private.training_step import loss_with_graph
 from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.trainer.skip_share import SkipShare
 from lightning_nanguard.types import Advice, Evidence, Fault, Finding, Intervention
-
-_logger = logging.getLogger("lightning_nanguard")
 
 
 @final
@@ -150,14 +148,11 @@ class Diagnostics:
         first, self.first_updates = self.first_updates, None
         if first is None:
             return
-        try:
+        found: Sequence[Finding] = ()
+        with errors_logged("the first updates could not be judged"):
             first.close()
             seen = first.observation()
             found = () if seen is None else mistakes(seen, self._thresholds)
-        except Exception as error:
-            # An error in giving advice must not end the run.
-            _logger.debug("NaNGuard: the first updates could not be judged: %r", error)
-            return
         for finding in found:
             self.advise("first updates", finding)
 

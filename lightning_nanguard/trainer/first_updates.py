@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_nanguard.diagnosis.batch import tensor_fields
 from lightning_nanguard.diagnosis.initialisation import looks_untrained
+from lightning_nanguard.diagnosis.isolation import errors_logged
 from lightning_nanguard.diagnosis.mistakes.observation import ModeSeen, Observation, ParameterSeen, RateSeen
 from lightning_nanguard.diagnosis.module_calls import ModuleCalls
 from lightning_nanguard.guard.context import GuardContext
@@ -24,7 +24,6 @@ from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.training_step import compiled_by_lightning
 
 _COMPILED = frozenset({"OptimizedModule", "ScriptModule", "RecursiveScriptModule"})
-_logger = logging.getLogger("lightning_nanguard")
 
 
 @final
@@ -56,10 +55,15 @@ class FirstUpdates:
         self._training: set[str] = set()
         self._evaluating = True
         self._calls: ModuleCalls | None = None
-        self._batches: list[tuple[int, Tensor | None]] = []
+        self._batches: list[tuple[int, list[Tensor]]] = []
         self._rates = [[_GroupRates() for _ in optimizer.param_groups] for optimizer in optimizers]
         self._gradients = [_AddedGradients(optimizer, thresholds) for optimizer in optimizers]
         self._losses = self._graphless = self._updates = 0
+        # Whether losses are still to be looked at: the first ones, and all until one has a graph.
+        self._sees_losses = True
+        last = thresholds.updates - 1
+        self._rates_due = frozenset({*range(0, last, thresholds.updates_between_rates), last})
+        self._modes_due = frozenset({0, thresholds.least_updates, last})
         self._stepped = False
 
     # ---------------------------------------------------------------------------------------------- while it trains
@@ -75,12 +79,16 @@ class FirstUpdates:
 
     def see_loss(self, loss: Tensor) -> None:
         """A backward pass is about to begin."""
+        if not self._sees_losses:
+            return
         self._losses += 1
         if loss.grad_fn is None:
             self._graphless += 1
         if self._updates < self._limits.looks_at_gradients:
             for one in self._gradients:
                 one.before_backward()
+        else:
+            self._sees_losses = self._graphless == self._losses
 
     def see_step(self, optimizer_index: int) -> None:
         """An optimizer is about to step."""
@@ -90,11 +98,11 @@ class FirstUpdates:
         updates = self._updates
         if updates < self._limits.looks_at_gradients:
             self._gradients[optimizer_index].before_step()
-        if updates % self._limits.updates_between_rates == 0 or updates == self._limits.updates - 1:
+        if updates in self._rates_due:
             groups = self._context.learner.optimizers[optimizer_index].param_groups
             for rates, group in zip(self._rates[optimizer_index], groups, strict=False):
                 rates.see(group.get("lr"))
-        if updates in (0, self._limits.least_updates, self._limits.updates - 1):
+        if updates in self._modes_due:
             self._note_modes()
 
     def end_batch(self) -> bool:
@@ -103,10 +111,12 @@ class FirstUpdates:
         Returns:
             Whether all has been seen.
         """
-        if self._calls is not None and self._updates == 0:
+        if self._updates == 0 and self._calls is not None:
             self._calls.end()
-        self._updates += self._stepped
+        if not self._stepped:
+            return False
         self._stepped = False
+        self._updates += 1
         return self._updates >= self._limits.updates
 
     def close(self) -> None:
@@ -254,15 +264,14 @@ class FirstUpdates:
         if not draws or bool(getattr(self._trainer, "overfit_batches", False)) or not self._batches:
             return 0, 0
         first = self._batches[0][0]
-        marks = [tuple(mark.tolist()) for epoch, mark in self._batches if epoch == first and mark is not None]
+        kept = (mark for epoch, mark in self._batches if epoch == first and mark)
+        marks = [tuple(number for part in mark for number in part.tolist()) for mark in kept]
         return len(marks), len(set(marks))
 
     def _expected_updates(self) -> float:
-        try:
+        with errors_logged("the length of the run is not known"):
             return float(self._trainer.estimated_stepping_batches)
-        except Exception as error:
-            _logger.debug("NaNGuard: the length of the run is not known: %r", error)
-            return math.inf
+        return math.inf
 
 
 @final
@@ -288,6 +297,9 @@ class _AddedGradients:
         self._optimizer = optimizer
         self._looks = thresholds.looks_at_gradients
         self._used: Tensor | None = None
+        self._version = 0
+        # Whether a backward pass began with the gradients used last still there.
+        self._kept = False
         self._in_a_row = 0
         self.most = 0
 
@@ -298,19 +310,24 @@ class _AddedGradients:
         gradient = self._used.grad
         if gradient is None or gradient.layout != torch.strided or not bool(gradient.any()):
             self._used, self._in_a_row = None, 0
+        else:
+            self._kept = True
 
     def before_step(self) -> None:
         """The gradients are used."""
         if self._looks == 0:
             return
-        if self._used is not None:
-            self._in_a_row += 1
-            self.most = max(self.most, self._in_a_row)
+        # A gradient that the user has set is a tensor of its own, to which nothing was added.
+        gradient = None if self._used is None or not self._kept else self._used.grad
+        self._in_a_row = self._in_a_row + 1 if gradient is not None and gradient._version > self._version else 0
+        self.most = max(self.most, self._in_a_row)
         self._looks -= 1
-        self._used = None
+        self._used, self._kept = None, False
         if self._looks:
             every = (p for group in self._optimizer.param_groups for p in group["params"])
             self._used = next((p for p in every if p.grad is not None), None)
+            if self._used is not None and self._used.grad is not None:
+                self._version = self._used.grad._version
 
 
 def _has_modes(module: nn.Module) -> bool:
@@ -339,13 +356,13 @@ def _part_apart_from(name: str, other: str) -> str:
     return ".".join(words)
 
 
-def _fingerprint(batch: Any, limits: MistakeThresholds) -> Tensor | None:
-    """Some numbers that a batch is known by again, left on the device; ``None`` if it holds no tensor."""
+def _fingerprint(batch: Any, limits: MistakeThresholds) -> list[Tensor]:
+    """Some numbers of each field that a batch is known by again, left on the device."""
     found, numbers = [], limits.numbers_per_batch
     for _, tensor in islice(tensor_fields(batch), limits.fields_per_batch):
         count = tensor.numel()
         if count and not tensor.is_complex():
-            flat = tensor.detach().reshape(-1)
+            flat = tensor if tensor.is_contiguous() else tensor.reshape(-1)
             taken = flat.as_strided((min(numbers, count),), (max(1, count // numbers),))
-            found.append(taken.to(torch.float32, copy=True))
-    return torch.cat(found) if len(found) > 1 else found[0] if found else None
+            found.append(taken.detach().clone())
+    return found

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -16,22 +17,25 @@ from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.metrics import NonFiniteRate
 from lightning_nanguard.record.advice import AdviceLog
 from lightning_nanguard.record.dispatch import SinkDispatcher
+from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.record.run_folder import RunFolder
-from lightning_nanguard.record.summary import summary
 from lightning_nanguard.record.text import counted
 from lightning_nanguard.state.snapshot_room import SnapshotSize
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.carried_attributes import CarriedAttributes
 from lightning_nanguard.trainer.diagnostics import Diagnostics
+from lightning_nanguard.trainer.fit_summary import fit_summary
 from lightning_nanguard.trainer.logger_curves import LoggerCurves
 from lightning_nanguard.trainer.logger_report import log_report
+from lightning_nanguard.trainer.numeric_errors import is_numeric
 from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
-from lightning_nanguard.trainer.private.callbacks import after_every_batch
+from lightning_nanguard.trainer.private.callbacks import after_every_batch, is_from_callback
 from lightning_nanguard.trainer.private.checkpoint_files import catch_write_errors, write_checkpoint
 from lightning_nanguard.trainer.private.closures import run_micro_batches_by
 from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.learning_rate_monitor import around_learning_rate_monitors
+from lightning_nanguard.trainer.private.optimizer_step import skipped_steps_raise_nothing
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, rank_zero_info
 from lightning_nanguard.trainer.private.saving import guard_saves
 from lightning_nanguard.trainer.private.strategies import accumulation, collects
@@ -93,6 +97,7 @@ class Fit:
         self.carried: CarriedAttributes | None = None
         self._accumulates = accumulation(trainer)
         self._unknown: set[int] = set()
+        self._looked_at = 0
         self._patches = ExitStack()
 
     def start(self, max_memory: float | None, listens: Callable[[Any], bool]) -> None:
@@ -106,11 +111,12 @@ class Fit:
         self._say_what_is_not_guarded()
         if (known := self.order.known).quarantine and len(known):
             rows = counted(len(known), "bad sample")
-            rank_zero_info(f"NaNGuard: {rows} that the run has met before will be left out (quarantine=True).")
+            rank_zero_info(f"NaNGuard: {rows} that the run found before will be left out (quarantine=True).")
         self.guard.start()
         self._limit_memory(max_memory)
+        self.samples.offset = self._trainer.global_step - self.guard.updates
         if self.context.curve is not None:
-            self.context.curve.offset = self._trainer.global_step - self.guard.updates
+            self.context.curve.offset = self.samples.offset
             self.context.curve.listener = LoggerCurves(self._trainer).take
         rate, later = self.context.rate, self._patches.callback
         module, limits = self._trainer.lightning_module, self.context.thresholds.batches.repeated
@@ -132,15 +138,20 @@ class Fit:
             )
         )
         if not self.context.settings.observe:
+            later(skipped_steps_raise_nothing(self._trainer, partial(self._excuses, listens)))
             later(around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw))
             later(keep_best_finite(self._trainer))
+
+    def _excuses(self, listens: Callable[[Any], bool], optimizer: Optimizer, error: Exception) -> bool:
+        """Whether an exception comes of an update being skipped; none that a callback raises does."""
+        return not is_from_callback(error, listens) and self.guard.excuses(optimizer, numeric=is_numeric(error))
 
     def _keeps_whole(self, module: LightningModule) -> bool:
         """Whether bad batches are skipped as a whole, which is said where their good samples were to be kept."""
         late = self.context.settings.deferred or not self.guard.steps.allowed() or not module.automatic_optimization
         whole = late or bool(self.context.learner.quasi_newton)
         if whole and self._keeper is not None and self._keeper.always and not self.context.settings.observe:
-            self._keeper.say("it needs automatic optimization without LBFGS, one process, and readback in the step")
+            self._keeper.say("it needs automatic optimization without LBFGS, one process, and step readback")
         return whole
 
     def _mend(self, checkpoint: dict[str, Any], path: str, *, checked: bool = False) -> dict[str, Any]:
@@ -208,11 +219,11 @@ class Fit:
         if not learner.optimizers:
             _logger.info("NaNGuard: %s has no optimizer, so there are no updates to guard.", name)
         elif not any(p.requires_grad for index in range(len(learner.optimizers)) for p in learner.stepped(index)):
-            _logger.info("NaNGuard: no parameter of %s is trained yet; those that will be are guarded then.", name)
+            _logger.info("NaNGuard: no parameter of %s is trained yet. The guard begins when one is.", name)
         elif self._skips_windows(learner.module):
             _logger.info(
-                "NaNGuard: with %s a bad micro-batch costs its whole window of gradient accumulation: the update is "
-                "skipped.",
+                "NaNGuard: with %s one bad micro-batch makes the guard skip the whole update, with all its other "
+                "micro-batches.",
                 type(self._trainer.strategy).__name__,
             )
 
@@ -228,34 +239,35 @@ class Fit:
             automatic = self.context.learner.module.automatic_optimization
             _logger.warning(
                 "NaNGuard: batches were trained on, but no optimizer step was seen, so nothing was guarded. %s",
-                "In an optimizer_step of your own give the closure to optimizer.step, which calls it."
+                "If you override optimizer_step, pass the closure to optimizer.step."
                 if automatic
-                else "Under manual optimization step the optimizers that self.optimizers() gives.",
+                else "Under manual optimization, step the optimizers that self.optimizers() returns.",
             )
 
-    def say_how_it_went(self, faults: Mapping[str, int], remedies: Mapping[str, int]) -> None:
+    def say_how_it_went(self, memory: Memory) -> None:
         """At the end: write what happened to the log of the run, and log the summary line on rank 0.
 
         Args:
-            faults: How often each fault was found in this fit.
-            remedies: How often each remedy was used in it.
+            memory: What was done, in this fit and before.
         """
         updates, multiplier = self.guard.updates, self.context.rate.ratio()
-        self.folder.log("end", updates=updates, faults=dict(faults), lr_multiplier=multiplier)
+        before, faults, _ = memory.of_fit()
+        counts = {"updates": updates, "updates_of_fit": updates - before, "faults": dict(faults)}
+        self.folder.log("end", **counts, lr_multiplier=multiplier)
         if self.rank_zero:
-            settings = self.context.settings
-            rank_zero_info(
-                summary(
-                    updates,
-                    faults,
-                    remedies,
-                    lr_multiplier=multiplier,
-                    path=self.folder.path,
-                    observe=settings.observe,
-                    act_on=settings.act_on,
-                    advice=[one.finding.cause for one in self.advice.given],
-                )
-            )
+            rank_zero_info(fit_summary(memory, self.context.settings, updates, multiplier, self.folder.path))
+
+    def check_before_epoch_end(self) -> None:
+        """After an epoch's last batch: check the state before callbacks and loggers are given the epoch's means.
+
+        Several ranks with uneven data end their epochs at different times, and check with the next snapshot.
+        """
+        trainer, updates = self._trainer, self.guard.updates
+        last = trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step
+        due = updates - self._looked_at >= self.context.thresholds.snapshots.plausibility.epoch_end_after
+        if last and due and not self.context.many:
+            self._looked_at = updates
+            self.guard.check(sizes=True)
 
     def end_epoch(self) -> None:
         """Forget a batch that began and was not run."""
@@ -272,6 +284,7 @@ class Fit:
             if self.context.curve is not None:
                 last.callback(self.context.curve.write, last=True)
             last.callback(self.advice.close)
+            last.callback(self.context.trials.close)
             last.callback(self.context.receipts.close)
             last.callback(self._sinks.close)
             last.callback(self.samples.close)

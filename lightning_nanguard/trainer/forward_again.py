@@ -29,7 +29,8 @@ from lightning_nanguard.trainer.bad_again import buffer_in_words, update_in_word
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.averages import RepeatedAverages
 from lightning_nanguard.trainer.private.closures import end_backward, logging_for, uncounted
-from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.private.logged_rows import LoggedRow, log_row, row_of_step
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, logged_at
 from lightning_nanguard.trainer.repeated_measures import RepeatedMeasures
 from lightning_nanguard.trainer.window import Micro
 from lightning_nanguard.types import Reading
@@ -50,6 +51,8 @@ class _Update:
         global_step: The trainer's clock before it.
         measures: What puts metrics and means back to before it; empty if an earlier update has that.
         opens_epoch: Whether it is the first of its epoch.
+        logged_at: The step that loggers are told after it.
+        epoch: Its epoch.
     """
 
     number: int
@@ -58,6 +61,8 @@ class _Update:
     global_step: int
     measures: Sequence[Callable[[], None]]
     opens_epoch: bool
+    logged_at: int
+    epoch: int
 
 
 @final
@@ -104,6 +109,8 @@ class ForwardAgain:
         self._ends: deque[tuple[int, int]] = deque(maxlen=thresholds.updates_again or 1)
         # The snapshot that a rollback has left the run at, and the first update after it.
         self._gone_on = -1, -1
+        # What the repeated updates log otherwise than the run has.
+        self._rows: list[LoggedRow] = []
         self.futile = False
         learner = context.learner
         alone = not (context.many or context.ranks.sharded or context.settings.observe)
@@ -155,7 +162,8 @@ class ForwardAgain:
             if opens_epoch or not kept or (newest is not None and newest.step == number - 1):
                 self._forget_measures()
                 before = measures()
-            kept.append(_Update(number, list(micros), scheduled, self._trainer.global_step, before, opens_epoch))
+            clock, step = self._trainer.global_step, logged_at(self._trainer)
+            kept.append(_Update(number, list(micros), scheduled, clock, before, opens_epoch, step, self._epoch))
 
     def _forget_measures(self) -> None:
         """Let go of what no snapshot that is left, and no epoch, begins with."""
@@ -255,6 +263,13 @@ class ForwardAgain:
         self._measures.take(measures)
         return partial(self._put_back, before, measured)
 
+    def log_again(self) -> None:
+        """The updates made again are kept: log again what they changed of the rows that loggers have."""
+        rows, self._rows, now = self._rows, [], logged_at(self._trainer)
+        for row in rows:
+            if row.step < now:  # the present update is yet to be logged
+                log_row(self._trainer, row)
+
     def _put_back(self, before: Snapshot, measures: Sequence[tuple[Any, dict[str, Any]]]) -> None:
         restore(self._context.learner, before)
         self._measures.put(measures)
@@ -281,7 +296,7 @@ class ForwardAgain:
         restore(self._context.learner, snapshot)
         if snapshot.step > self._started:  # it was taken before callbacks saw the end of its update
             self._average_again(snapshot.step, snapshot.global_step - 1)
-        same, differs = 0, False
+        same, differs, self._rows = 0, False, []
         for update in updates:
             self._measure_from(update, first=update is updates[0])
             if self._was_skipped(update, number):
@@ -293,6 +308,8 @@ class ForwardAgain:
                 same += not differs
             if differs and same < self._limits.same_losses:
                 return False  # these updates are not the same a second time
+            if differs and (row := row_of_step(self._trainer, update.logged_at, update.epoch)) is not None:
+                self._rows.append(row)
             if bad is not None and update.number >= bad.step and self._is_as_large(bad):
                 return False  # its batch is bad
             if not self._stays_finite(update):

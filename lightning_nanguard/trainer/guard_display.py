@@ -11,9 +11,9 @@ from typing import Any
 from lightning_nanguard.record.html import escaped, interventions_table, table
 from lightning_nanguard.record.messages import describe_advice
 from lightning_nanguard.record.receipts import Receipt
-from lightning_nanguard.record.summary import summary
 from lightning_nanguard.report.data import read_run_data
 from lightning_nanguard.report.figure import draw, matplotlib
+from lightning_nanguard.trainer.fit_summary import fit_summary
 from lightning_nanguard.trainer.guard_state import StatefulGuard
 from lightning_nanguard.types import Advice, Intervention
 
@@ -43,19 +43,10 @@ class DisplayedGuard(StatefulGuard):
         return None if folder is None else Path(folder)
 
     def summary(self) -> str:
-        """Return one line: the updates of the present or last fit, and the interventions of all fits."""
-        memory, fit, given = self._memory, self._fit, self._given or self._arguments
+        """Return one line about the present or last fit, with the counts of the whole run if it was resumed."""
+        fit, given = self._fit, self._given or self._arguments
         updates = fit.guard.updates if fit is not None else self._memory.run.get("updates", 0)
-        return summary(
-            updates,
-            memory.faults,
-            memory.remedies,
-            lr_multiplier=self.lr_multiplier,
-            path=self.run_dir,
-            observe=given.observe,
-            act_on=given.act_on,
-            advice=[one.finding.cause for one in memory.advice],
-        )
+        return fit_summary(self._memory, given, updates, self.lr_multiplier, self.run_dir)
 
     def plot(self) -> Any:
         """Draw the curves of the run with the interventions and rollbacks of the guard.
@@ -69,7 +60,7 @@ class DisplayedGuard(StatefulGuard):
         """
         folder = self.run_dir
         if folder is None:
-            raise RuntimeError("NaNGuard.plot() draws a run: call it in a fit or after one.")
+            raise RuntimeError("NaNGuard.plot() draws a run: call it during or after a fit.")
         if self._fit is not None and self._fit.context.curve is not None:
             self._fit.context.curve.write()
         data = read_run_data(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +25,6 @@ class StatefulGuard(DataWatchingGuard):
         self._resumed_run: str | None = None
         self._run_id: str | None = None
         self._multiplier = 1.0
-        self._before: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
 
     @property
     def run_id(self) -> str | None:
@@ -66,8 +64,8 @@ class StatefulGuard(DataWatchingGuard):
         if schema != STATE_SCHEMA:
             _logger.warning(
                 "NaNGuard: the checkpoint holds the guard's state in version %s, and this lightning-nanguard reads "
-                "version %s: the run goes on, but multiplier, clipping, budgets and windows start anew. Install the "
-                "version that wrote it to take them up.",
+                "version %s. The run goes on, but the learning-rate multiplier, clipping, budgets and windows start "
+                "anew. To keep them, install the version that wrote the checkpoint.",
                 schema,
                 STATE_SCHEMA,
             )
@@ -75,6 +73,3 @@ class StatefulGuard(DataWatchingGuard):
         self._resumed = state_dict.get("guard")
         self._know_samples(self._resumed)
         self._memory.total = int(state_dict.get("interventions", 0))
-
-    def _counts(self) -> tuple[Counter[str], Counter[str]]:
-        return Counter(self._memory.faults), Counter(self._memory.remedies)

@@ -37,7 +37,7 @@ class LoggerCurves:
             except Exception as error:
                 self._every = 0
                 _logger.warning(
-                    "NaNGuard: %s did not take %s, and gets no more of these curves: %s",
+                    "NaNGuard: %s did not accept %s, and gets no more of these curves: %s",
                     type(logger).__name__,
                     ", ".join(finite),
                     error,

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_nanguard.report.data import RunData, read_run_data
 from lightning_nanguard.report.page import page
-from lightning_nanguard.trainer.private.packages import Trainer, is_logger
+from lightning_nanguard.trainer.private.packages import Trainer, is_kind
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -25,8 +25,7 @@ def log_report(trainer: Trainer, folder: Path, run_id: str) -> None:
         folder: The folder of the run; what is on record there is complete.
         run_id: The run's id.
     """
-    kinds = ("MLFlowLogger", "WandbLogger")
-    loggers = [logger for logger in trainer.loggers if any(is_logger(logger, kind) for kind in kinds)]
+    loggers = [logger for logger in trainer.loggers if is_kind(logger, "MLFlowLogger", "WandbLogger")]
     if not loggers:
         return
     try:
@@ -45,7 +44,7 @@ def log_report(trainer: Trainer, folder: Path, run_id: str) -> None:
         try:
             _give(logger, file, run_id)
         except Exception as error:
-            _logger.warning("NaNGuard: %s did not take the page of the run: %s", type(logger).__name__, error)
+            _logger.warning("NaNGuard: %s did not accept the page of the run: %s", type(logger).__name__, error)
 
 
 def _has_something_to_tell(data: RunData) -> bool:
@@ -53,7 +52,7 @@ def _has_something_to_tell(data: RunData) -> bool:
 
 
 def _give(logger: Any, file: Path, run_id: str) -> None:
-    if is_logger(logger, "MLFlowLogger"):
+    if is_kind(logger, "MLFlowLogger"):
         logger.experiment.log_artifact(logger.run_id, str(file), "nanguard")
         return
     artifact = sys.modules["wandb"].Artifact(f"nanguard-report-{run_id}", type="report")

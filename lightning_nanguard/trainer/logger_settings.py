@@ -30,7 +30,7 @@ def log_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
         try:
             log(named, **more)
         except Exception as error:
-            _logger.warning("NaNGuard: %s did not take the guard's settings: %s", type(logger).__name__, error)
+            _logger.warning("NaNGuard: %s did not accept the guard's settings: %s", type(logger).__name__, error)
 
 
 def plain_value(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, final
 
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.record.messages import tell, tell_again
-from lightning_nanguard.trainer.private.packages import Trainer, is_logger, logged_at
+from lightning_nanguard.trainer.private.packages import Trainer, is_kind, logged_at
 from lightning_nanguard.types import Intervention
 
 
@@ -44,7 +44,7 @@ class LoggerWords(Sink):
         if hasattr(logger, "log_text"):  # W&B replaces a table by what it is given
             rows = [list(row) for row in self._rows]
             logger.log_text("nanguard/interventions_told", columns=["step", "what"], data=rows, step=step)
-        elif is_logger(logger, "MLFlowLogger"):  # and MLflow a file
+        elif is_kind(logger, "MLFlowLogger"):  # and MLflow a file
             text = "".join(f"{row[1]}\n" for row in self._rows)
             logger.experiment.log_text(logger.run_id, text, "nanguard/interventions.txt")
         elif hasattr(getattr(logger, "experiment", None), "add_text"):

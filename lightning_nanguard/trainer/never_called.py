@@ -33,7 +33,7 @@ def copied(guard: object, original: object) -> None:
 
 def _say() -> None:
     _logger.warning(
-        "NaNGuard: a guard was made and no Trainer has ever called it, so it has guarded nothing. Give it to "
-        "Trainer(callbacks=[NaNGuard()]) before fit; a loop that does not call the hooks of Lightning callbacks, such "
+        "NaNGuard: a guard was created, but no Trainer ever called it, so it did nothing. Give it to "
+        "Trainer(callbacks=[NaNGuard()]) before fit. A loop that does not call the hooks of Lightning callbacks, such "
         "as a plain Fabric loop, is not guarded."
     )

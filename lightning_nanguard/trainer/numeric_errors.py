@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.measure.batches import mapped, nested_tensors
 from lightning_nanguard.state.device import OutOfMemory
-from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.restore import part_of_snapshot
 from lightning_nanguard.state.snapshot import capture
 from lightning_nanguard.state.step_start import StepStart
 from lightning_nanguard.trainer.private.closures import MicroBatchRun
@@ -91,12 +91,9 @@ class NumericErrors:
             mine = capture(learner, step=0, global_step=0, leaves=[*learner.weights()], device=good.device())
         except OutOfMemory:
             return False
-        restore(learner, good, keep=_is_weight)
-        try:
+        with part_of_snapshot(learner, good, mine):
             # Batch and weights may both be bad.
             return any(self._succeeds(one, run.batch_idx, start, backward=backward) for one in (run.batch, *others))
-        finally:
-            restore(learner, mine, keep=_is_weight)
 
     def _succeeds(self, batch: Any, batch_idx: int, start: StepStart, *, backward: bool) -> bool:
         try:
@@ -148,7 +145,3 @@ def _filled(tensor: Tensor, healthy: Tensor) -> Tensor:
     if not len(healthy):
         return tensor
     return healthy[torch.arange(len(tensor), device=tensor.device) % len(healthy)]
-
-
-def _is_weight(key: Any) -> bool:
-    return key[0] in ("parameter", "buffer")

@@ -65,7 +65,7 @@ def check_config(
         found.append(check_batch(trainer, module, batch, gradients=gradients, overfit=overfit))
 
     at_first_batch(trainer, module, look, **({} if datamodule is None else {"datamodule": datamodule}))
-    return found[0] if found else CheckReport(notes=("there was no batch to look at",))
+    return found[0] if found else CheckReport(notes=("there was no batch to check",))
 
 
 def check_batch(
@@ -93,7 +93,7 @@ def check_batch(
     found = Preflight(module, step, around).findings(batch, readable_loader(trainer, module), run=automatic)
     notes: list[str] = []
     if not automatic:
-        notes.append("manual optimization: only the data was looked at")
+        notes.append("manual optimization: only the data were checked")
     elif gradients or overfit:
         few = first_rows(batch, thresholds.samples)
         if gradients:
@@ -115,8 +115,8 @@ def _check_gradients(
     custom = sum(one.custom for one in checks)
     largest = max((one.error for one in checks), default=0.0)
     return wrong, (
-        f"gradients: of {len(checks) - custom} parameters and {custom} custom functions the one that differs most from "
-        f"finite differences does so by {largest:.2g} of its size"
+        f"gradients: checked {len(checks) - custom} parameters and {custom} custom functions; the largest relative "
+        f"difference from finite differences is {largest:.2g}"
     )
 
 

@@ -67,7 +67,7 @@ def replay_bundle(bundle: Bundle, module: Any) -> ReplayReport:
     """
     if bundle.missing or not bundle.batches:
         lost = ", ".join(bundle.missing) or "all of it"
-        raise ValueError(f"The batch could not be kept whole, so that it cannot be run again: {lost}.")
+        raise ValueError(f"The incident does not hold the whole batch, so it cannot be run again. Missing: {lost}.")
     put_into(module, bundle.state)
     seen = _Seen()
     one_batch(module, bundle.batches[-1].batch, partial(_look, bundle, seen), precision=bundle.precision)

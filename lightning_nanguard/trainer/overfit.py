@@ -29,7 +29,7 @@ def overfit(trainer: Any, module: nn.Module, batch: Any, thresholds: CheckThresh
         put_into(module, before)
         losses = _train(trainer, optimizer, batch, thresholds)
         if len(losses) < 2:
-            return "overfit: there is no loss to follow"
+            return "overfit: training_step returned no loss"
         first, last = losses[0], losses[-1]
         said.append(f"{first:.4g} → {last:.4g} in {len(losses) - 1} updates ({name})")
         if last < thresholds.learned_share * first:
@@ -37,7 +37,7 @@ def overfit(trainer: Any, module: nn.Module, batch: Any, thresholds: CheckThresh
             if len(said) > 1:
                 verdict = "the model can learn them, with another optimizer or rate than configured"
             break
-        verdict = "not learned by heart: look at the loss, the labels and what is detached before the optimizer"
+        verdict = "not learned by heart: look at the loss, the labels, and for tensors that are detached"
         if last < thresholds.stuck_share * first:
             verdict = "partly learned"
     return f"overfit: {samples(batch) or 0} samples, loss {'; '.join(said)}: {verdict}"

@@ -104,10 +104,10 @@ class RanksAgain:
         """Let all ranks know of exceptions that came back; raises one that numbers have not caused."""
         raised = [(micro, micro.raised) for micro in again if micro.raised is not None]
         users = next((one for micro, one in raised if not self._is_of_numbers(micro)), None)
-        told = self._ranks.gather(self._check.in_words(raised[0][1]) if raised else None)
+        told = self._ranks.gather(self._check.in_words(raised[0][1] if raised else None))
         if users is not None:
             raise users
-        self._check.raised_elsewhere(next((one for one in told if one is not None), None))
+        self._check.raised(next((one for one in told if one is not None), None))
 
     def _is_of_numbers(self, micro: Micro) -> bool:
         return self._errors.caused_by_numbers(micro.run, micro.start, backward=False)

@@ -62,7 +62,8 @@ def _beside_checkpoints(trainer: Trainer) -> tuple[Path, bool]:
             version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
             return _local(logger.save_dir or root) / str(logger.name) / version / "nanguard", False
     except Exception as error:  # a logger of the user's
-        _logger.warning("NaNGuard: %s does not say where its run lies: %s", type(trainer.logger).__name__, error)
+        kind = type(trainer.logger).__name__
+        _logger.warning("NaNGuard: %s does not say where the folder of its run is: %s", kind, error)
     return root / "nanguard", True
 
 

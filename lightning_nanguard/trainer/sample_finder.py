@@ -21,6 +21,7 @@ from lightning_nanguard.diagnosis.bad_samples import (
     non_finite_samples,
 )
 from lightning_nanguard.diagnosis.batch import samples
+from lightning_nanguard.diagnosis.isolation import errors_logged
 from lightning_nanguard.diagnosis.other_weights import other_signs
 from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm
 from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot
@@ -54,6 +55,9 @@ class SampleFinder:
         order: Knows where batches came from.
         file: Where bad samples are written; ``None`` on other ranks than 0.
         run_id: Id of the run.
+
+    Attributes:
+        offset: What is added to the number of an update to give ``global_step`` after it.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class SampleFinder:
         self._limits = context.thresholds.samples
         self._search = SampleSearch(self._limits, context.thresholds.batches.healthy.extreme_factor)
         self._said = False
+        self.offset = 0
         # Batches that were looked into: several faults may be found of one.
         self._seen: dict[tuple[int, int], Found] = {}
 
@@ -111,20 +116,15 @@ class SampleFinder:
         """
         mine: list[BadSample] = []
         if fault.scope == "batch" and (evidence.corrupt is None or evidence.undo):
-            # An error in naming samples must not end the run.
-            try:
+            with errors_logged("the samples of a bad batch could not be told"):
                 for micro in micros:
                     mine += self._of(micro, evidence, finding, about, good, run=run)
-            except Exception as error:
-                _logger.debug("NaNGuard: the samples of a bad batch could not be told: %r", error)
         self._take(mine)
         if finding is None or about is None:
             return finding
-        try:
+        with errors_logged("the samples of a bad batch could not be named"):
             return self._named(finding, about, mine)
-        except Exception as error:
-            _logger.debug("NaNGuard: the samples of a bad batch could not be named: %r", error)
-            return finding
+        return finding
 
     def found(self, origin: BatchOrigin) -> Found:
         """The bad samples of a batch that was searched; empty for any other batch."""
@@ -219,10 +219,11 @@ class SampleFinder:
                 hash=_hash(micro.batch, index),
                 columns=fault.columns,
                 epoch=origin.epoch,
-                batch=origin.position,
+                batch=micro.index,
+                position=None if origin.position == micro.index else origin.position,
                 index=index,
                 rank=rank,
-                global_step=self._trainer.global_step,
+                global_step=micro.update + self.offset,
                 run=self._run_id,
             )
             for index, fault in found.items()
@@ -271,7 +272,7 @@ class SampleFinder:
         origin = about.origin
         if origin is None:
             return finding
-        here = {one.index: one for one in mine if (one.epoch, one.batch) == (origin.epoch, origin.position)}
+        here = {one.index: one for one in mine if (one.epoch, one.batch) == (origin.epoch, about.index)}
         indices = finding.samples or (tuple(here) if finding.scope == "batch" else ())
         if not indices:
             return finding
@@ -284,7 +285,7 @@ class SampleFinder:
         hashes = [_hash(about.batch, index) for index in indices[:most]]
         if len(known) < len(rows):
             known = []
-            evidence |= {"position": float(origin.position), "hash": ", ".join(hashes)}
+            evidence |= {"position": float(about.index), "hash": ", ".join(hashes)}
         keys: list[Row] = [*known] or [hash_key(one) for one in hashes]
         times = max(map(self._known.times, keys), default=0)
         if times > 1:

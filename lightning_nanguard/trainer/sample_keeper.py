@@ -137,7 +137,8 @@ class SampleKeeper:
         if not self._said:
             self._said = True
             _logger.warning(
-                "NaNGuard: the good samples of a bad batch cannot be kept, so the whole batch is skipped: %s.",
+                "NaNGuard: no update can be made from the good samples of a bad batch, so the whole batch is "
+                "skipped: %s.",
                 reason,
             )
 

@@ -16,8 +16,9 @@ from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.layer_norms import LAYER_NORMS_FILE, LayerNormsFile
 from lightning_nanguard.record.loggers import Loggers, RunNumbers
 from lightning_nanguard.record.memory import Memory
-from lightning_nanguard.record.receipt_log import ReceiptLog
-from lightning_nanguard.record.receipts import RECEIPTS_FILE
+from lightning_nanguard.record.outcome_log import OutcomeLog
+from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
+from lightning_nanguard.record.trials import TRIALS_FILE, HeldTrial
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.logger_words import LoggerWords
@@ -70,15 +71,20 @@ def fit_advice(run: RunInfo, thresholds: RecordsThresholds = RECORDS) -> AdviceL
     return AdviceLog(sink, thresholds, run.run_id)
 
 
-def fit_receipts(run: RunInfo, thresholds: RecordsThresholds = RECORDS) -> ReceiptLog:
-    """Where receipts of a fit go; on other ranks than 0 they are kept in memory only.
+def fit_outcomes(
+    run: RunInfo, thresholds: RecordsThresholds = RECORDS
+) -> tuple[OutcomeLog[Receipt], OutcomeLog[HeldTrial]]:
+    """Where receipts and trials of a fit go; on other ranks than 0 they are kept in memory only.
 
     Args:
         run: What is known of the fit.
         thresholds: How many wait in memory while the file cannot be written.
     """
-    sink = JsonLines(run.dirpath / RECEIPTS_FILE, thresholds, warns=False) if run.rank == 0 else None
-    return ReceiptLog(sink, run.run_id)
+    receipts, trials = (
+        JsonLines(run.dirpath / name, thresholds, warns=False) if run.rank == 0 else None
+        for name in (RECEIPTS_FILE, TRIALS_FILE)
+    )
+    return OutcomeLog(receipts, run.run_id), OutcomeLog(trials, run.run_id)
 
 
 @final

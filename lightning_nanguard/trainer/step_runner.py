@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 
 from lightning_nanguard.guard.guard import Guard
+from lightning_nanguard.state.attribute_numbers import AttributeNumbers
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.state.step_start import StepClock, StepMemory, StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
@@ -74,6 +75,7 @@ class StepRunner:
         self._replay = replay
         self._listens = listens
         self._memory = StepMemory(module, thresholds)
+        self._numbers = AttributeNumbers(thresholds)
         self._errors = NumericErrors(trainer, module, guard, replay)
         self._keeper = keeper
         self._window = Window(trainer, guard.steps, thresholds)
@@ -110,9 +112,13 @@ class StepRunner:
         try:
             if self._guard.context.settings.observe:  # nothing is undone or made again
                 return run.whole()
+            if run.zero_grad is not None:
+                self._numbers.begin()
             start = self._memory.open(run.batch, random)
             if run.zero_grad is not None:
                 self._check.undo_also(start.carried_back)
+                self._check.undo_also(self._numbers.undo)
+                self._numbers.open(start.attributes)
             if self._alone and self._replay.batches.nothing_left():
                 return self._pass_over(run, start)
             return self._guarded(run, start) if self._runs.allowed and run.repeatable else run.whole()
@@ -245,6 +251,7 @@ class StepRunner:
                 if first.error is not None and not first.early:
                     call_after_backward(self._trainer, self._listens)
                 self._check.record_transient(fault_of(first), spoilt=spoilt, since=snapshot)
+                self._forward.log_again()
                 return again
             self._runs.rewind(micro, again)
             before()
@@ -263,11 +270,14 @@ class StepRunner:
         """
         if self._guard.swapped or not self._trainer.training:
             return False  # weights are averages, or modules are in evaluation mode
-        return self._forward.go(snapshot, self._guard.updates, attributes=self._memory, bad=bad) is not None
+        if self._forward.go(snapshot, self._guard.updates, attributes=self._memory, bad=bad) is None:
+            return False
+        self._forward.log_again()
+        return True
 
     def _pass_on(self, micro: Micro, first: Outcome, after: StepClock, *, counted: bool) -> Any:
         """Run a bad micro-batch through its backward pass, an exception as a loss of NaN."""
-        self._check.raised(first.error)
+        self._check.raised(self._check.in_words(first.error))
         stands = self._nan_result() if first.error is not None or not self._memory.repeatable else None
         with (
             self._runs.repeating(counted=counted, passing=True, instead=stands),

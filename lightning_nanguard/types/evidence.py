@@ -47,6 +47,8 @@ class Evidence:
         healthy_steps: Updates accepted since the start of fit.
         healthy_since_restore: Updates accepted since the last restore; ``None`` without one.
         bad_in_a_row: Faulty updates in a row, this one included.
+        good_beside: Number of the newest of them in whose batch another optimizer's update was accepted; ``None``
+            without one.
         corrupt: Name of the first tensor of the learner that is not finite but was at the start; ``None`` without one.
         bad_part: The part of the state that is bad while all weights are finite: ``"averages"`` of the weights, from
             which no update is made, or ``"state"`` for moments, running statistics or the loss scale; ``""`` if more
@@ -57,6 +59,8 @@ class Evidence:
         comparable: Whether a batch could be run again at all (automatic optimization).
         clippable: Whether the optimizer works with clipped gradients; LBFGS, which estimates curvature, does not.
         comparison: Loss of the batch under the present weights and the snapshot's; ``None`` if not measured.
+        holds_elsewhere: Whether the present weights do no worse than the snapshot's on most of the newest healthy
+            batches; ``None`` if not measured. Weights that have diverged do worse on all.
         first: Loss of the first healthy update of the run ("the untrained model's loss"); 0 before it.
         loss_unit: Unit in which losses are compared: how far the loss has come down, or its noise if that is larger.
         growth: Largest ratio of a weight matrix's norm to its norm at the start.
@@ -84,6 +88,7 @@ class Evidence:
     healthy_steps: int = 0
     healthy_since_restore: int | None = None
     bad_in_a_row: int = 1
+    good_beside: int | None = None
     corrupt: str | None = None
     bad_part: Literal["", "averages", "state"] = ""
     jump: str | None = None
@@ -92,6 +97,7 @@ class Evidence:
     comparable: bool = True
     clippable: bool = True
     comparison: Comparison | None = None
+    holds_elsewhere: bool | None = None
     first: float = 0.0
     loss_unit: float = 1.0
     growth: float = 1.0

@@ -36,10 +36,10 @@ class Reading(NamedTuple):
     loss_scale: float | None = None
 
     @property
-    def loss_overflows_alone(self) -> bool:
-        """Whether the loss is infinite and the gradient finite, so that nothing bad would reach the weights."""
-        infinite = self.loss is not None and math.isinf(self.loss)
-        return infinite and self.grad_norm is not None and math.isfinite(self.grad_norm)
+    def loss_is_bad_alone(self) -> bool:
+        """Whether the loss is not finite and the gradient is, so that nothing bad would reach the weights."""
+        bad = self.loss is not None and not self.loss_finite
+        return bad and self.grad_norm is not None and math.isfinite(self.grad_norm)
 
     @property
     def stream(self) -> int:

@@ -43,7 +43,13 @@ ROWS: list[tuple[Remedy, Fault, int, PlanStep | None, tuple[object, ...] | None]
     (ClipGradients(), COLLAPSED, 0, None, None),
     (ResetMoments(), LOSS, 0, None, None),
     (ResetMoments(), LOSS, 1, DropMoments(), ("drop moments",)),
-    (StopTraining(), LOSS, 0, Stop("the remedies listed ask to stop when skipping is not enough"), None),
+    (
+        StopTraining(),
+        LOSS,
+        0,
+        Stop("skipping is not enough, and StopTraining is listed"),
+        None,
+    ),
 ]
 
 

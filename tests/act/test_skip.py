@@ -170,7 +170,7 @@ def test_a_full_device_does_not_end_a_skip(
         assert (differences(loop.state()["weights"], before["weights"]) == []) is skipped
         if skipped and not said:
             assert differences(loop.state(), before) == []
-    assert caplog.text.count("memory is too short for a copy of what Counting may change") == said
+    assert caplog.text.count("not enough memory for a copy of what Counting may change") == said
 
 
 def test_copies_go_where_snapshots_go() -> None:

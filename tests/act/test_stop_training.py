@@ -11,7 +11,7 @@ def test_it_asks_to_stop_and_touches_nothing() -> None:
     """At the first attempt, whatever the evidence; the guard restores the good weights and raises."""
     step = StopTraining().propose(Fault("mine", "learner", "loss"), Evidence(step=9), 0)
     assert isinstance(step, Stop)
-    assert "ask to stop" in step.reason
+    assert "StopTraining is listed" in step.reason
     run = RunControl()
     StopTraining().apply(step, run)
     assert run.done == []

@@ -52,7 +52,7 @@ def test_what_is_said_of_them() -> None:
     """Group, scheduler, rate, and what is used."""
     assert list(words_for([InvalidRate(1, -0.5, 0.25), InvalidRate(2, math.nan, None)], "LambdaLR")) == [
         "the learning rate of group 1, set by LambdaLR, is -0.5; the last valid rate, 0.25, is used",
-        "the learning rate of group 2, set by LambdaLR, is nan; the update is left out",
+        "the learning rate of group 2, set by LambdaLR, is nan; the update is skipped",
     ]
     assert "set by" not in next(words_for([InvalidRate(0, math.inf, 1.0)], ""))
 

@@ -147,7 +147,7 @@ def test_observing_keeps_it_too(tmp_path: Path) -> None:
 def test_the_error_says_where_it_lies(tmp_path: Path) -> None:
     """A run that cannot be helped names the file that another may go on from."""
     guard = keeping(tmp_path, budget=Budget(max_rollbacks=2))
-    with pytest.raises(TrainingDivergedError, match=r"A certified checkpoint lies in .*nanguard-last-good\.ckpt"):
+    with pytest.raises(TrainingDivergedError, match=r"The last good checkpoint is .*nanguard-last-good\.ckpt"):
         train(guard, NaNWeight([15, 18, 21]))
     assert inspect(tmp_path / LAST_GOOD).good()
 
@@ -249,17 +249,21 @@ def test_a_folder_of_shards_is_not_opened(tmp_path: Path, capsys: pytest.Capture
     """The index of one is a pickle: the command says so and goes on to other files."""
     (tmp_path / "run" / LAST_GOOD).mkdir(parents=True)
     assert main(["last-good", str(tmp_path)]) == 2
-    assert "folder of shards, whose index is a pickle" in capsys.readouterr().err
+    assert "folder of shards, and its index is a pickle" in capsys.readouterr().err
 
 
 def test_the_command_finds_none(saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without one it says how to have one, and names the newest good checkpoint there is."""
+    """A good checkpoint that is in no run's log is printed and said to be so; without any it says how to have one."""
     good = saved(16, folder=tmp_path / "run" / "checkpoints")
+    assert main(["last-good", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{good}\n"
+    assert "in no run's log" in shown.err
+    good.unlink()
     assert main(["last-good", str(tmp_path)]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "last_good_every_n_steps" in shown.err
-    assert str(good) in shown.err
 
 
 @pytest.mark.parametrize(

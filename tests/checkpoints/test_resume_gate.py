@@ -43,7 +43,7 @@ def test_bad_checkpoint(kind: str, saved: Callable[..., Path]) -> None:
     assert refused.value.path == bad
     assert refused.value.offered == good
     assert str(good) in str(refused.value)
-    assert "of step 9" in str(refused.value)
+    assert "(step 9)" in str(refused.value)
     gate = ResumeGate(cosine_task(), [], take=True, observe=False)
     assert gate(bad, content, error) == good
     assert gate.taken is not None
@@ -118,7 +118,7 @@ def test_nothing_good_to_offer(saved: Callable[..., Path]) -> None:
     torch.save({"state_dict": content["state_dict"], "global_step": 3}, bad.with_name("weights.ckpt"))
     cut(bad)
     for resume in ("strict", "last-good"):
-        with pytest.raises(BadCheckpointError, match="No other checkpoint near it is good"):
+        with pytest.raises(BadCheckpointError, match="There is no other good checkpoint near it"):
             train(guard_with(resume=resume), resume=bad)
 
 

@@ -87,8 +87,8 @@ def hole(path: Path) -> None:
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weight": (poison, r"state_dict: net\.0\.weight is not finite"),
     "moment": (lambda path: poison(path, "moment"), r"exp_avg_sq of parameter 2 is not finite"),
-    "cut short": (cut, "it is cut short, or no checkpoint"),
-    "empty": (lambda path: path.write_bytes(b""), "it is cut short, or no checkpoint"),
+    "cut short": (cut, "it is cut short, or is not a checkpoint"),
+    "empty": (lambda path: path.write_bytes(b""), "it is cut short, or is not a checkpoint"),
     "hole": (hole, "does not match its checksum"),
 }
 """How a checkpoint goes bad, and what is said of it."""

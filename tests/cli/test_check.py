@@ -11,7 +11,7 @@ from tests import classifier
 from tests.classifier import config
 
 CHECKS: list[tuple[str, str, str, tuple[str, ...], int, str]] = [
-    ("healthy", "", "", (), 0, "nothing found that is wrong"),
+    ("healthy", "", "", (), 0, "found nothing wrong"),
     ("healthy, all", "", "", ("--gradients", "--overfit"), 0, "learned by heart"),
     ("pixels", "", "scale: 150", (), 1, "unnormalised_input in field 0 of the batch: first loss "),
     ("bad sample", "", "bad: 37", (), 1, "sample 37 of the data set holds NaN or Inf in field 0, column 2"),
@@ -93,8 +93,8 @@ def test_check_reads_the_data_alone(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "check needs --config, or --data alone"),
-        (["--data", "{}:number"], "3 is no data module, loader or data set"),
+        ([], "give --config to check a run, or --data alone"),
+        (["--data", "{}:number"], "3 is not a data module, loader or data set"),
         (["--data", "{}:made", "--factor", "0.5"], "--factor 0.5: expected a number above 1"),
     ],
 )

@@ -38,6 +38,6 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "empty").mkdir()
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "one"), str(tmp_path / "empty")]) == 2
-    assert f"no run of NaNGuard lies in {tmp_path / 'empty'}" in capsys.readouterr().err
+    assert f"there is no run of NaNGuard in {tmp_path / 'empty'}" in capsys.readouterr().err
     assert main(["compare", str(tmp_path), str(tmp_path / "one")]) == 2
-    assert "name the folders of two runs; there is one only" in capsys.readouterr().err
+    assert "name the folders of two or more runs; there is only one" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from lightning_nanguard.cli.main import main
 from lightning_nanguard.record.files import ADVICE_FILE
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.run_log import append_event
+from lightning_nanguard.record.text import STEPS
 from tests.classifier import Model, Numbers
 from tests.helpers import batches, fit, folder_of, task, trainer_for
 from tests.report.runs import write_run
@@ -32,7 +33,8 @@ def test_explain_tells_records_and_advice(tmp_path: Path, capsys: pytest.Capture
     assert "  done: skipped the batch" in said
     assert "  sample: row 37 of the data set" in said
     assert "\n  the loss went from " in said
-    assert len(said.splitlines()) == 2 + 5 + 2
+    assert len(said.splitlines()) == 2 + 5 + 2 + 1
+    assert said.splitlines()[-1] == STEPS
 
 
 def test_explain_tells_a_healthy_run_from_a_wrong_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,20 +45,22 @@ def test_explain_tells_a_healthy_run_from_a_wrong_folder(tmp_path: Path, capsys:
     assert main(["explain", str(tmp_path / "healthy")]) == 0
     said = capsys.readouterr().out
     first, second = said.splitlines()
-    assert first == f"Run {healthy.run_id} in {healthy.run_dir}: 5 updates, nothing to do"
+    assert first == f"Run {healthy.run_id} in {healthy.run_dir}: 5 updates, healthy, no interventions"
     assert re.fullmatch(r"  the loss went from \S+ to \S+; the learning rate is 0\.01", second)
     JsonLines(folder_of(healthy) / ADVICE_FILE).write(Advice(0, 0, "preflight", Finding("dead_relu", 0.9)))
     append_event(folder_of(healthy), "fit", {"run": healthy.run_id, "step": 5})
-    append_event(folder_of(healthy), "end", {"updates": 9, "faults": {"non_finite_loss": 1}})
+    append_event(folder_of(healthy), "end", {"updates": 9, "updates_of_fit": 4, "faults": {"non_finite_loss": 1}})
     assert main(["explain", str(tmp_path / "healthy")]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[0].endswith(", resumed 1 time: 9 updates, 1 intervention since it was resumed")
+    assert told[0].endswith(
+        ", resumed 1 time: 9 updates, no interventions in the whole run; 4 updates, 1 intervention since it was resumed"
+    )
     assert told[2] == "step 0 (epoch 0), advice (preflight): dead relu"
     append_event(tmp_path / "healthy", "fit", {"run": "killed", "step": 0})
     assert main(["explain", str(tmp_path / "healthy")]) == 0
     assert f"Run killed in {tmp_path / 'healthy'}: it was killed" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
-    for folder, message in (("empty", "no run of NaNGuard lies in"), ("none", "there is no folder")):
+    for folder, message in (("empty", "there is no run of NaNGuard in"), ("none", "there is no folder")):
         assert main(["explain", str(tmp_path / folder)]) == 2
         shown = capsys.readouterr()
         assert shown.out == ""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.cli.main import main
 from lightning_nanguard.record.files import LAST_GOOD
-from tests.helpers import batches, fit, task
+from tests.helpers import Positioned, batches, fit, task, trainer_for
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -30,20 +31,48 @@ def test_the_command_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == f"{older}\n"
 
 
+def test_it_is_the_file_that_resuming_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command and `resume="last-good"` go on from the same file: the newest good one of the run, whoever saved it,
+    also where it lies in a folder that neither is asked for; an older certified one is named."""
+    folder, elsewhere = tmp_path / "run" / "nanguard", tmp_path / "elsewhere"
+    guard = NaNGuard(dirpath=folder, last_good_every_n_steps=5)
+    saver = ModelCheckpoint(dirpath=elsewhere, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    trainer = trainer_for(tmp_path, guard, [saver], enable_checkpointing=True, limit_val_batches=0)
+    trainer.fit(task(), Positioned(batches()), Positioned(batches()))
+    asked = elsewhere / "step=8.ckpt"
+    asked.write_bytes(asked.read_bytes()[:-1000])
+    capsys.readouterr()
+    assert main(["last-good", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{elsewhere / 'step=12.ckpt'}\n"
+    assert f"{folder / LAST_GOOD} is older (step 10), and its state was certified" in shown.err
+    again = NaNGuard(dirpath=folder, resume="last-good")
+    saver = ModelCheckpoint(dirpath=elsewhere, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    resumed = trainer_for(tmp_path, again, [saver], enable_checkpointing=True, max_epochs=2, limit_val_batches=0)
+    with pytest.warns(UserWarning, match="exists and is not empty"):
+        resumed.fit(task(), Positioned(batches()), Positioned(batches()), ckpt_path=asked)
+    assert resumed.ckpt_path == str(elsewhere / "step=12.ckpt")
+    assert again.run_id == guard.run_id
+
+
 def test_a_folder_of_shards_is_not_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The index of one is a pickle: the command says so and goes on to other files."""
     (tmp_path / "run" / LAST_GOOD).mkdir(parents=True)
     assert main(["last-good", str(tmp_path)]) == 2
-    assert "folder of shards, whose index is a pickle" in capsys.readouterr().err
+    assert "folder of shards, and its index is a pickle" in capsys.readouterr().err
 
 
 def test_the_command_finds_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without one it says how to have one, and names the newest good checkpoint there is."""
+    """A good checkpoint that is in no run's log is printed and said to be so; without any it says how to have one."""
     good = tmp_path / "run" / "checkpoints" / "step=12.ckpt"
     fit(task(), batches(), NaNGuard()).trainer.save_checkpoint(good)
     capsys.readouterr()
+    assert main(["last-good", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{good}\n"
+    assert "in no run's log" in shown.err
+    good.unlink()
     assert main(["last-good", str(tmp_path)]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "last_good_every_n_steps" in shown.err
-    assert str(good) in shown.err

@@ -36,7 +36,7 @@ def test_an_incident_is_reproduced(kind: str, tmp_path: Path, capsys: pytest.Cap
     assert guard.interventions[0].cause == cause
     assert main(["replay", str(path), "--module", "tests.classifier:Model"]) == 0
     said = capsys.readouterr().out
-    assert f"cause then: {cause}" in said
+    assert f"cause in the run: {cause}" in said
     assert f"\ncause: {cause}" in said
     # Layer by layer, in the order in which they ran.
     heading, *layers = said.split("\nlayer ")[1].splitlines()
@@ -79,10 +79,10 @@ def test_an_incident_never_chooses_the_code(tmp_path: Path, capsys: pytest.Captu
     rest = json.loads(text) | {"module": "os:system", "hparams": {"command": f"touch {ran}"}}
     (path / "bundle.json").write_text(json.dumps(rest))
     for module, said in (
-        ((), "The run's was os:system: if you trust that, --module os:system"),
+        ((), "If you trust the module of the run, add --module os:system"),
         (("--module", "os:system"), "TypeError"),
         (("--module", "tests.classifier:OPTIONS"), "AttributeError"),
-        (("--module", "builtins:dict"), "builtins:dict made a dict, which is no LightningModule"),
+        (("--module", "builtins:dict"), "builtins:dict made a dict, which is not a LightningModule"),
     ):
         assert main(["replay", str(path), *module]) == 2
         assert said in capsys.readouterr().err

@@ -30,4 +30,4 @@ def test_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder without a run is an error."""
     assert main(["report", str(tmp_path)]) == 2
-    assert "no run of NaNGuard lies in" in capsys.readouterr().err
+    assert "there is no run of NaNGuard in" in capsys.readouterr().err

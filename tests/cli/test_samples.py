@@ -12,7 +12,8 @@ import pytest
 from lightning_nanguard.cli import main
 from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE, BadSample
 from lightning_nanguard.record.jsonl import JsonLines
-from lightning_nanguard.record.run_log import RUN_FILE
+from lightning_nanguard.record.run_history import seen_from
+from lightning_nanguard.record.run_log import RUN_FILE, append_event
 
 ONE = BadSample("not finite", 100, "ab12", {"0": (2,)}, batch=6, index=4)
 
@@ -34,29 +35,51 @@ def test_lists_each_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out.splitlines()
     assert shown == [
         f"{runs / 'a'}: 1 bad sample",
-        "  row 100: not finite in field 0, column 2; met 2 times, first in epoch 0, batch 6, sample 4",
+        "  row 100: not finite in field 0, column 2; seen 2 times, first at step 0, epoch 0, batch 6, sample 4",
         f"{runs / 'b'}: 2 bad samples",
-        "  row 7: x\\x1b[2J in field 0, column 2; met in epoch 0, batch 6, sample 4",
-        "  row 100: not finite in field 0, column 2; met in epoch 0, batch 6, sample 4",
+        "  row 7: x\\x1b[2J in field 0, column 2; seen at step 0, epoch 0, batch 6, sample 4",
+        "  row 100: not finite in field 0, column 2; seen at step 0, epoch 0, batch 6, sample 4",
     ]
 
 
 def test_as_csv(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line for each sample of all the runs, or of the file that is given."""
+    """One line for each sample of all the runs, with how often they met it, or of the file that is given."""
     assert main(["samples", str(runs), "--csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [(row["row"], row["times"], row["cause"]) for row in rows] == [
         ("7", "1", "x\\x1b[2J"),
-        ("100", "2", "not finite"),
+        ("100", "3", "not finite"),
     ]
     assert main(["samples", str(runs / "a" / BAD_SAMPLES_FILE), "--csv"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+def test_a_run_that_was_resumed_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sample that a run met in the folder before it was resumed is told with the one it was resumed into, from its
+    first meeting on, and a step that was trained again counts; the run is not told twice."""
+    before, folder = (tmp_path / name / "nanguard" for name in ("version_0", "version_1"))
+    sample = replace(ONE, global_step=7, run="a-run")
+    for where, begin, met in (
+        (before, {"run": "a-run", "step": 0}, [sample, replace(sample, epoch=1, global_step=27, times=2)]),
+        (folder, {"run": "a-run", "step": 20, "checkpoint": before / "last.ckpt"}, [replace(sample, epoch=1, times=2)]),
+    ):
+        sink = JsonLines(where / BAD_SAMPLES_FILE)
+        for one in met:
+            sink.write(one)
+        sink.close()
+        append_event(where, "fit", seen_from(where, begin))
+    for asked in (folder, tmp_path):
+        assert main(["samples", str(asked)]) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            f"{folder} (and before it was resumed in {before}): 1 bad sample",
+            "  row 100: not finite in field 0, column 2; met 3 times, first at step 7, epoch 0, batch 6, sample 4",
+        ]
+
+
 def test_none_to_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that met none says so; a folder without a run is an error."""
     assert main(["samples", str(tmp_path)]) == 2
-    assert "no run of NaNGuard lies in" in capsys.readouterr().err
+    assert "there is no run of NaNGuard in" in capsys.readouterr().err
     (tmp_path / RUN_FILE).write_text("{}\n")
     assert main(["samples", str(tmp_path)]) == 0
-    assert "no bad sample was met" in capsys.readouterr().out
+    assert "no bad sample was found" in capsys.readouterr().out

@@ -67,7 +67,7 @@ def test_a_run_is_followed_to_its_end(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         told = [process.stdout.readline() for _ in range(3)]
-        assert told[0] == f"Run {folder.run_id} in {folder.path}: it goes on\n"
+        assert told[0] == f"Run {folder.run_id} in {folder.path}: it is still running\n"
         assert told[2] == "  done: skipped the batch\n"
         sink.write(step(413))
         assert "step 413 (epoch 3, batch 12): non-finite gradient again" in process.stdout.readline()
@@ -82,4 +82,4 @@ def test_a_run_is_followed_to_its_end(tmp_path: Path) -> None:
 def test_there_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder without a run is an error that says so."""
     assert main(["tail", str(tmp_path)]) == 2
-    assert "no run of NaNGuard lies in" in capsys.readouterr().err
+    assert "there is no run of NaNGuard in" in capsys.readouterr().err

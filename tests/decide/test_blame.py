@@ -14,6 +14,7 @@ from lightning_nanguard.types import Comparison, Evidence, Scope, Trial
 
 LIMITS = BlameThresholds()
 CALM = Evidence(step=500, healthy_steps=480, first=2.3, loss_unit=2.3, lr=0.1)
+LOST = Comparison(math.nan, 1.0)
 OWN = Fault("something_of_my_own", "learner", "loss", 5.0, certain=False)
 
 
@@ -28,6 +29,22 @@ OWN = Fault("something_of_my_own", "learner", "loss", 5.0, certain=False)
         ({"scope": "batch"}, {"comparison": Comparison(1.0, 1.0)}, "batch"),
         ({"scope": "batch", "certain": True}, {"bad_in_a_row": 4, "comparison": Comparison(1.0, 1.0)}, "learner"),
         ({"scope": "batch"}, {"bad_in_a_row": 4, "comparison": Comparison(1.0, 1.0)}, "batch"),
+        ({"scope": "batch", "certain": True}, {"comparison": LOST, "healthy_steps": 9}, "learner"),
+        (
+            {"scope": "batch", "certain": True},
+            {"comparison": LOST, "healthy_steps": 9, "holds_elsewhere": True},
+            "batch",
+        ),
+        (
+            {"scope": "batch", "certain": True},
+            {"bad_in_a_row": 8, "comparison": LOST, "holds_elsewhere": True},
+            "batch",
+        ),
+        (
+            {"scope": "batch", "certain": True},
+            {"bad_in_a_row": 64, "comparison": LOST, "holds_elsewhere": True},
+            "learner",
+        ),
         ({"scope": "batch", "conclusive": True}, {"corrupt": "parameter w"}, "batch"),
         ({"scope": "state"}, {"rate_rose": True}, "state"),
         ({"scope": "state", "rate_may_cause": True}, {"rate_rose": True}, "learner"),

@@ -101,6 +101,10 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("a state gone bad that was found by looking at a loss: the newest snapshot", STUCK,
      {"corrupt": "optimizer state exp_avg_sq of w", "levels": (1.0, 1.1, 2.3), "sound": 2}, (Restore(0),)),
     ("never good: stop", BATCH, {"healthy_steps": 0, "bad_in_a_row": 64}, (Stop("…"),)),
+    ("never good, but for another optimizer's updates: wait", BATCH,
+     {"healthy_steps": 0, "bad_in_a_row": 64, "good_beside": 500, "comparison": THE_BATCH}, (Skip(),)),
+    ("bad for a whole window, but for another optimizer's updates: wait", BATCH,
+     {"batch_finite": False, "bad_in_a_row": 1001, "good_beside": 500}, (Skip(),)),
     ("not good for a while: wait", BATCH, {"healthy_steps": 0, "bad_in_a_row": 63, "comparison": THE_BATCH}, (Skip(),)),
     ("bad for a whole window: stop", BATCH, {"batch_finite": False, "bad_in_a_row": 1001}, (Stop("…"),)),
     ("bad for almost as long: wait", BATCH, {"batch_finite": False, "bad_in_a_row": 1000}, (Skip(),)),
@@ -248,7 +252,7 @@ def test_a_rollback_that_changes_nothing_is_not_made_a_third_time() -> None:
         assert not any(isinstance(one, Stop) for plan in plans[:2] + plans[5:-1] for one in plan)
         last.append(plans[-1])
     assert any(isinstance(step, Scale) for step in last[0])
-    assert last[1] == (Stop("it came back after each of 2 rollbacks, before another snapshot was certified"),)
+    assert last[1] == (Stop("the fault came back after each of 2 rollbacks, before another snapshot was certified"),)
 
 
 def test_skips_alone_end_nothing() -> None:

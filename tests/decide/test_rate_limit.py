@@ -37,6 +37,11 @@ def test_a_finding_bounds_the_cut(evidence: dict[str, float | str], lr: float | 
         (Finding("log_of_zero", 0.85, scope="batch"), {}, False),
         (Finding("log_of_zero", 0.85, scope="batch"), {"comparison": Comparison(math.inf, math.inf)}, False),
         (Finding("log_of_zero", 0.85, scope="batch"), {"comparison": Comparison(math.inf, 0.4)}, True),
+        (
+            Finding("log_of_zero", 0.85, scope="batch"),
+            {"comparison": Comparison(math.inf, 0.4), "holds_elsewhere": True},
+            False,
+        ),
         (Finding("log_of_zero", 0.85, scope="batch"), {"climbing": True}, True),
         (Finding("log_of_zero", 0.85, scope="batch"), {"rate_rose": True}, True),
         (Finding("learning_rate_too_high", 0.9, scope="learner"), {}, True),
@@ -44,7 +49,8 @@ def test_a_finding_bounds_the_cut(evidence: dict[str, float | str], lr: float | 
     ],
 )
 def test_a_rate_that_is_not_to_blame_is_not_cut(finding: Finding | None, known: dict[str, Any], cut: bool) -> None:
-    """A finding that blames the batch spares the rate, unless good weights do better or the losses were climbing."""
+    """A finding that blames the batch spares the rate, unless good weights do better on all batches or the losses were
+    climbing."""
     plan = (Restore(0), Clip(2.0), Scale(0.5))
     assert spare_rate(plan, finding, Evidence(step=9, **known)) == (plan if cut else plan[:2])
     assert spare_rate((Scale(2.0),), finding, Evidence(step=9, **known)) == (Scale(2.0),)

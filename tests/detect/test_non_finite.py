@@ -76,7 +76,7 @@ def test_traits() -> None:
             "gradient_overflow",
             *gradient,
             1e19,
-            "the gradient norm is 1e+19; its square overflows float32",
+            "the gradient norm is 1e+19; its square comes close to overflowing float32",
             clipping_helps=True,
         ),
         Fault(
@@ -84,7 +84,7 @@ def test_traits() -> None:
             "learner",
             "gradient",
             1.0,
-            "1 fp16 overflows in a row took the loss scale down to 1.0, and still the gradient overflows",
+            "1 fp16 overflows in a row took the loss scale down to 1.0, and the gradient still overflows",
             proof="none",
         ),
     ]

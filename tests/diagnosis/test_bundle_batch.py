@@ -114,7 +114,7 @@ def test_a_class_is_neither_imported_nor_called(home: str, how: str) -> None:
     structure = take_apart(Slots(torch.ones(1), torch.ones(1)), "batch", tensors := {}, [])
     structure["object"][:2] = home, how
     before = set(sys.modules)
-    with pytest.raises(ValueError, match=rf"holds a {home}, which is not found: .* Give --module a file that imports"):
+    with pytest.raises(ValueError, match=rf"holds a {home}, which is not imported\. .* Name a --module whose file"):
         put_together(structure, tensors)
     assert set(sys.modules) == before
 

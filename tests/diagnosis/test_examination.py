@@ -158,7 +158,7 @@ def test_one_may_ask(tmp_path: Path) -> None:
 
 def test_asking_outside_of_a_fit_is_an_error() -> None:
     """There is nothing to examine before the fit."""
-    with pytest.raises(RuntimeError, match="call it within a fit"):
+    with pytest.raises(RuntimeError, match="call it during a fit"):
         NaNGuard().examine()
 
 

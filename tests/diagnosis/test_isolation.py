@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_nanguard.diagnosis.isolation import isolated
+from lightning_nanguard.diagnosis.isolation import errors_logged, isolated
 
 
 def test_buffers_and_untrained_parameters_come_back() -> None:
@@ -33,3 +33,12 @@ def test_buffers_and_untrained_parameters_come_back() -> None:
     with pytest.raises(RuntimeError, match="size of tensor a"), isolated(net, untraced):
         net.average.mul_(torch.tensor([3.0, 3.0])).add_(torch.ones(7))
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_an_error_is_only_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """What could not be found out is in the log for those who look closely, and the run goes on."""
+    with caplog.at_level("DEBUG", "lightning_nanguard"), errors_logged("the rows could not be read"):
+        raise ValueError("no rows")
+    assert caplog.messages == ["NaNGuard: the rows could not be read: ValueError('no rows')"]
+    with pytest.raises(KeyboardInterrupt), errors_logged("the rows could not be read"):
+        raise KeyboardInterrupt

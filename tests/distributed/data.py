@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ from tests.helpers import batches, with_nan
 
 STEPS = 13
 AT = 7
+NORMS = [[1.0, math.nan, 5.0], [2.0, math.inf, 3.0, 9.0, math.nan, 4.0]]
+"""What each of two ranks gives its metrics."""
 
 
 def spoilt(rank: int, *at: int, count: int = STEPS) -> Callable[[int], list[Any]]:

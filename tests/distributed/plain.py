@@ -1,6 +1,6 @@
 """What each rank runs of the tests that need no Trainer: the group of ranks, and the guard in a loop of plain PyTorch.
 
-``test_group.py`` and ``test_sharded.py`` assert on the results.
+``test_group.py``, ``test_sharded.py`` and ``tests/test_metrics.py`` assert on the results.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchmetrics import Metric
 
 from benchmarks.plain import PlainHost
 from lightning_nanguard.act.base import Remedy
@@ -27,7 +28,9 @@ from lightning_nanguard.act.clip_gradients import ClipGradients
 from lightning_nanguard.distributed.group import Group
 from lightning_nanguard.distributed.ranks import Ranks
 from lightning_nanguard.guard.context import Settings
+from lightning_nanguard.metrics import GradientNorm, NonFiniteCount, NonFiniteRate
 from lightning_nanguard.state.snapshot import Snapshot
+from tests.distributed.data import NORMS
 from tests.distributed.further import collectives_in
 from tests.distributed.test_report import report
 
@@ -123,8 +126,23 @@ def plain(worker: Any) -> None:
         "waits": waits_for_nobody(worker.folder),
         "collectives": collectives(),
         "memory": memory(),
+        "metrics": metrics(),
         "sharded": sharded(1),
     }
+
+
+def metrics() -> dict[str, float]:
+    """What this rank computes of the metrics of both."""
+    rank = dist.get_rank()
+    norms = {how: GradientNorm(how) for how in ("mean", "max", "last")}
+    found: dict[str, Metric] = {"rate": NonFiniteRate(), "count": NonFiniteCount(), **norms}
+    # A rank whose gradients are all bad, or missing, leaves no trace.
+    found["one_rank"] = GradientNorm("last")
+    found["one_rank"].update(7.0 if rank == 0 else math.nan)
+    for name in ("rate", "count", *norms):
+        for value in NORMS[rank]:
+            found[name](torch.tensor(value))
+    return {name: float(metric.compute()) for name, metric in found.items()}
 
 
 def group() -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_one_ranks_fault_under_a_sharded_strategy(seen: Results, kind: str, rank
         assert mine["finite"]
         if remedies == ["skip"]:
             left_out = "without window" if fault == "accumulated" else "without"
-            said = any("a bad micro-batch costs its whole window" in line for line in mine["said"])
+            said = any("one bad micro-batch makes the guard skip the whole update" in line for line in mine["said"])
             assert said == (fault == "accumulated")
             assert mine["end"] == result[f"{kind} {left_out}"]["end"]
         else:

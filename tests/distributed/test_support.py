@@ -53,10 +53,10 @@ def test_unsupported_strategies_are_refused(strategy: Any, devices: int, told: s
     ("strategy", "precision", "told"),
     [
         (DeepSpeedStrategy(0), "32-true", "without ZeRO.*Use strategy='ddp'"),
-        (DeepSpeedStrategy(offload_optimizer={"device": "cpu"}), "32-true", "with offload_optimizer.*Leave offloading"),
+        (DeepSpeedStrategy(offload_optimizer={"device": "cpu"}), "32-true", "with offload_optimizer.*Turn offloading"),
         (DeepSpeedStrategy(3, offload_param={"device": "nvme"}), "32-true", "with offload_param.*or use FSDPStrategy"),
         (DeepSpeedStrategy(cpu_offload=True), "32-true", "with cpu_offload"),
-        (DeepSpeedStrategy(3, zero_hpz_partition_size=8), "32-true", "with zero_hpz_partition_size.*Leave it out"),
+        (DeepSpeedStrategy(3, zero_hpz_partition_size=8), "32-true", "with zero_hpz_partition_size.*Turn it off"),
         (DeepSpeedStrategy(3, zero_quantized_weights=True), "32-true", "with zero_quantized_weights"),
         (DeepSpeedStrategy(), "16-mixed", "with precision '16-mixed'.*Use precision='bf16-mixed'"),
         (DeepSpeedStrategy(), "16-true", "with precision '16-true'"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,13 @@ from lightning_nanguard.diagnosis.rules import RULES
 from lightning_nanguard.record import messages, summary
 
 ROOT = Path(__file__).parents[2]
-TREES = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "lightning_nanguard").rglob("*.py"))]
+
+
+@cache
+def nodes() -> list[ast.AST]:
+    """Every expression and statement of the package."""
+    files = sorted((ROOT / "lightning_nanguard").rglob("*.py"))
+    return [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
 
 
 def explained() -> dict[str, set[str]]:
@@ -32,13 +39,12 @@ def explained() -> dict[str, set[str]]:
 
 def calls(*names: str) -> Iterator[ast.Call]:
     """Every call in the package of a function or method of one of these names."""
-    for tree in TREES:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call):
-                called = node.func
-                name = called.id if isinstance(called, ast.Name) else getattr(called, "attr", "")
-                if name in names:
-                    yield node
+    for node in nodes():
+        if isinstance(node, ast.Call):
+            called = node.func
+            name = called.id if isinstance(called, ast.Name) else getattr(called, "attr", "")
+            if name in names:
+                yield node
 
 
 def literals(*nodes: ast.AST) -> set[str]:
@@ -60,7 +66,7 @@ def causes() -> set[str]:
     """Every cause that a built-in rule names, and every other one that the package makes."""
     found = {rule.__name__ for rule in (*RULES, *MISTAKES)}
     found |= literals(*(call.args[0] for call in calls("Finding", "finding_at", "outlier_finding") if call.args))
-    assigned = [node for tree in TREES for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    assigned = [node for node in nodes() if isinstance(node, ast.Assign)]
     return found | literals(
         *(node.value.body for node in assigned if _is_cause(node) and isinstance(node.value, ast.IfExp)),
         *(node.value.orelse for node in assigned if _is_cause(node) and isinstance(node.value, ast.IfExp)),
@@ -84,16 +90,17 @@ def arguments() -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("section", "words"),
+    ("section", "found"),
     [
-        ("Faults", faults()),
-        ("Causes", causes()),
-        ("What was done", remedies()),
-        ("Arguments of NaNGuard", arguments()),
+        ("Faults", faults),
+        ("Causes", causes),
+        ("What was done", remedies),
+        ("Arguments of NaNGuard", arguments),
     ],
 )
-def test_every_word_is_explained(section: str, words: set[str]) -> None:
+def test_every_word_is_explained(section: str, found: Callable[[], set[str]]) -> None:
     """The glossary has a row for each word, and none for a word that is gone."""
+    words = found()
     assert len(words) > 10
     assert not words - explained()[section], "words without a row in docs/glossary.md"
     gone = explained()[section] - words

@@ -96,8 +96,8 @@ def test_a_setting_is_changed_and_the_run_goes_on(
     assert path
     longer = changed.replace("max_epochs=3", "max_epochs=4").replace("shuffle=True))", f"shuffle=True), {path[0]})")
     printed = "\n".join(run(longer, tmp_path))
-    assert "NaNGuard: 1 bad sample that the run has met before will be left out" in printed
-    assert 'NaNGuard: 128 updates watched (act_on="certain"), nothing to do' in printed
+    assert "NaNGuard: 1 bad sample that the run found before will be left out" in printed
+    assert 'NaNGuard: 128 updates watched (act_on="certain"), no interventions' in printed
 
 
 def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

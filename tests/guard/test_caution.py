@@ -42,7 +42,7 @@ def test_an_undone_update_is_followed_by_some_that_are_read_in_time(caplog: pyte
     loop = PlainLoop(settings=DEFERRED, thresholds=thresholds(20))
     loop.run(130, nan_at(10, 25, 50, 85, 110))
     assert remedies(loop) == [("restore",), ("skip",), ("restore",), ("skip",), ("restore",)]
-    assert [f"The next {count} are read before they are made" in caplog.text for count in (20, 40, 80)] == [True] * 3
+    assert [f"reads the next {count} updates before" in caplog.text for count in (20, 40, 80)] == [True] * 3
     assert is_finite(loop)
 
 
@@ -78,7 +78,7 @@ def test_after_spoiled_statistics_every_update_is_read_in_time(caplog: pytest.Lo
         caution.update_undone(found(5, reached=False), statistics=True)
     loop.guard.context.state.step = 10**9
     assert not caution.may_be_late(0)
-    assert caplog.text.count("a batch spoiled running statistics") == 1
+    assert caplog.text.count("a batch made running statistics bad") == 1
 
 
 def test_what_was_learned_is_in_the_checkpoint() -> None:

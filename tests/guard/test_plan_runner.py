@@ -81,7 +81,7 @@ def test_a_run_stopped_before_anything_was_good_holds_what_it_began_with() -> No
         with torch.no_grad():
             loop.net.weight[0, 0] = math.inf
 
-    with pytest.raises(TrainingDivergedError, match="before there was a good state to go back to") as error:
+    with pytest.raises(TrainingDivergedError, match="there is no good state yet to go back to") as error:
         loop.run(1, spoil)
     assert error.value.snapshot_step is None
     assert is_finite(loop)

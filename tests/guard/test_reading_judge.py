@@ -133,7 +133,7 @@ def test_weights_that_grew_name_the_rate() -> None:
             loop.net.weight.mul_(factor / float(loop.net.weight.norm()))
         loop.run(4)
         assert [one.cause for one in loop.advice] == [cause]
-        assert ("a weight matrix grew to" in loop.advice[0].suggestion) == (cause != "mine")
+        assert ("the norm of a weight matrix is" in loop.advice[0].suggestion) == (cause != "mine")
         assert LEARNER.message in loop.advice[0].suggestion
         assert loop.probes == 0
 

@@ -49,7 +49,7 @@ def test_an_intervention_that_cost_is_taken_back() -> None:
     (receipt,) = given(loop)
     assert (receipt.verdict, receipt.taken_back) == ("cost", True)
     assert remedies(loop) == [("take back",)]
-    assert "the intervention of step 2 cost: 128 updates later" in loop.records[0].message
+    assert "the intervention of step 2 did harm: 128 updates later" in loop.records[0].message
     assert (loop.records[0].lr_before, loop.records[0].lr_after) == (pytest.approx(2e-6), 0.02)
     assert copied(loop.net.state_dict()).keys() == alone.net.state_dict().keys()
     assert all(torch.equal(mine, alone.net.state_dict()[name]) for name, mine in loop.net.state_dict().items())

@@ -84,7 +84,7 @@ def test_the_interval_is_measured_by_the_clock_given(
         managed.now += 16 * 0.001
         managed.manager.capture(step, step, 0.1)
     assert managed.manager.tell()[0] == interval
-    assert caplog.text.count(f"every {interval} updates, beside the weights; up to 4 of them") == 1
+    assert caplog.text.count(f"every {interval} updates, on the device of the weights. Up to 4 are kept") == 1
 
 
 def test_a_snapshot_is_looked_at_before_it_is_certified() -> None:

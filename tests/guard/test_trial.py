@@ -19,7 +19,7 @@ SUSPICION = Fault("stuck_loss", "learner", "loss", certain=False)
 def with_trial(loop: BranchingLoop) -> tuple[TrialRunner, bool]:
     """A trial of a loop that has trained, and whether it began."""
     context = loop.guard.context
-    trial = TrialRunner(context, branches(loop))
+    trial = TrialRunner(context, branches(loop), loop.clock)
     certified = context.ring.certified
     return trial, trial.begin(SUSPICION, certified[-1], certified[0])
 
@@ -147,7 +147,7 @@ def test_arms_that_go_on_are_not_begun_anew() -> None:
     loop = BranchingLoop(lr=0.05)
     loop.run(120)
     context = loop.guard.context
-    trial = TrialRunner(context, branches(loop))
+    trial = TrialRunner(context, branches(loop), loop.clock)
     with branches(loop).beside():
         learned = branches(loop).of()
     assert learned is not None

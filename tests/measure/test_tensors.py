@@ -118,4 +118,4 @@ def test_a_type_whose_numbers_cannot_be_read_is_named_once(caplog: pytest.LogCap
     with caplog.at_level("INFO"):
         for _ in range(3):
             assert dense_values(Sealed.of(torch.ones(2))).numel() == 0
-    assert caplog.text.count(f"{Sealed.__qualname__} cannot be read, so they are not looked at") == 1
+    assert caplog.text.count(f"{Sealed.__qualname__} cannot be read, so they are not checked") == 1

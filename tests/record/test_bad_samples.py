@@ -54,11 +54,12 @@ def test_told_in_one_line() -> None:
     """Row or hash, cause, columns, how often and where."""
     assert describe_sample(replace(ONE, times=2, rank=1)) == (
         "row 100: not finite in field x, columns 1, 2; field y; "
-        "met 2 times, first in epoch 1, batch 6, sample 4, rank 1"
+        "seen 2 times, first at step 30, epoch 1, batch 6, sample 4, rank 1"
     )
     assert describe_sample(BadSample("unknown_operation", hash="ab")) == (
-        "sample with hash ab: unknown_operation; met in epoch 0, batch 0, sample 0"
+        "sample with hash ab: unknown_operation; seen at step 0, epoch 0, batch 0, sample 0"
     )
+    assert "batch 6 (batch 0 since the loader began anew)" in describe_sample(replace(ONE, position=0, batch=6))
 
 
 def test_csv() -> None:

@@ -34,7 +34,7 @@ FINDING = Finding("non_finite_input", 1.0, {}, "input", (3, 17), "clean the data
         ),
         (
             replace(SKIP, fault="healthy", place="", remedies=("give back",), lr_before=0.1, lr_after=0.2),
-            "step 412 (epoch 3, batch 12): healthy; took a part of the cut back, learning rate 0.1 → 0.2",
+            "step 412 (epoch 3, batch 12): healthy; raised the learning rate again, learning rate 0.1 → 0.2",
         ),
         (
             replace(ROLLBACK, applied=False),
@@ -117,7 +117,7 @@ def test_told_in_full() -> None:
     ]
     restarted = replace(ROLLBACK, restart_updates=64, updates_lost=30)
     assert tell(restarted).split("\n  ")[1] == (
-        "done: went on from a restart at step 400, which a trial had trained for 64 updates (30 updates lost), "
+        "done: went on from a restart at step 400, which a trial had trained for 64 updates (30 updates undone), "
         "learning rate 0.1 → 0.05"
     )
     high = Finding("learning_rate_too_high", 0.9, {}, "loss", (), "the learning rate is 1. Lower it.")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from lightning_nanguard.record.run_history import earlier_parts, seen_from
+from lightning_nanguard import Intervention
+from lightning_nanguard.record.files import RECORDS_FILE
+from lightning_nanguard.record.jsonl import JsonLines
+from lightning_nanguard.record.run_history import earlier_parts, interventions_of_resumed, seen_from
 from lightning_nanguard.record.run_log import RunLog, append_event, read_run
 
 
@@ -35,6 +38,21 @@ def test_the_folders_of_a_run(tmp_path: Path) -> None:
     moved = read_run(tmp_path / "moved" / "version_1" / "nanguard")
     assert moved is not None
     assert [log.folder for log in earlier_parts(moved)] == [tmp_path / "moved" / "version_0" / "nanguard"]
+
+
+def test_the_interventions_of_a_resumed_run(tmp_path: Path) -> None:
+    """Those of all its folders are counted; of a run that was not resumed there is nothing to add."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    part(one, "a")
+    skipped = Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1)
+    JsonLines(one / RECORDS_FILE).write(skipped)
+    assert interventions_of_resumed(one) is None
+    assert interventions_of_resumed(tmp_path) is None
+    part(two, "a", one / "last.ckpt")
+    assert interventions_of_resumed(two) == 1
+    JsonLines(two / RECORDS_FILE).write(skipped)
+    append_event(two, "fit", {"run": "a", "step": 9})
+    assert interventions_of_resumed(two) == 2
 
 
 def test_a_run_that_goes_in_a_circle(tmp_path: Path) -> None:

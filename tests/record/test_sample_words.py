@@ -14,7 +14,7 @@ STREAM = replace(ROWS, samples=(4,), rows=(), evidence={"position": 12.0, "hash"
 
 def test_where_samples_came_from() -> None:
     """Rows where they are known, else place and hash; how often, and on which rank."""
-    assert origin_in_words(ROWS) == "rows 100, a of the data set, met up to 2 times"
+    assert origin_in_words(ROWS) == "rows 100, a of the data set, seen up to 2 times"
     assert origin_in_words(STREAM) == "batch 12 of the epoch, hash ab12, on rank 1"
     assert samples_in_words(STREAM) == "sample 4, batch 12 of the epoch, hash ab12, on rank 1"
     assert origin_in_words(Finding("dead_relu", 1.0, {"hash": "of the user's own rule"})) == ""
@@ -23,6 +23,6 @@ def test_where_samples_came_from() -> None:
 def test_messages_name_the_rows() -> None:
     """The console says the rows the first time and again, and so does advice."""
     told = Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1, finding=ROWS)
-    assert "\n  samples: rows 100, a of the data set, met up to 2 times\n" in tell(told)
-    assert "again (rows 100, a of the data set, met up to 2 times); skipped" in tell_again(told)
-    assert "(rows 100, a of the data set, met up to 2 times)" in describe_finding(ROWS)
+    assert "\n  samples: rows 100, a of the data set, seen up to 2 times\n" in tell(told)
+    assert "again (rows 100, a of the data set, seen up to 2 times); skipped" in tell_again(told)
+    assert "(rows 100, a of the data set, seen up to 2 times)" in describe_finding(ROWS)

@@ -13,10 +13,13 @@ from lightning_nanguard.record.summary import summary
 @pytest.mark.parametrize(
     ("text", "arguments", "options"),
     [
-        ('1,200 updates watched (act_on="certain"), nothing to do', (1200,), {}),
-        ('1 update watched (act_on="certain"), nothing to do', (1, {}, {}), {"path": "records.jsonl"}),
+        ('1,200 updates watched (act_on="certain"), no interventions', (1200,), {}),
+        ('1 update watched (act_on="certain"), no interventions', (1, {}, {}), {"path": "records.jsonl"}),
         (
-            '10 updates watched (act_on="evidence"), nothing to do; the learning rate ends at 0.5 times its schedule',
+            (
+                '10 updates watched (act_on="evidence"), no interventions; '
+                "the learning rate ends at 0.5 times its schedule"
+            ),
             (10,),
             {"lr_multiplier": 0.5, "act_on": "evidence"},
         ),
@@ -39,6 +42,14 @@ from lightning_nanguard.record.summary import summary
             {"observe": True},
         ),
         (
+            (
+                '200 updates watched in this fit (act_on="certain"), no interventions; 1 trial held; '
+                "in the whole run: 1,400 updates, 1 intervention; read more with: nanguard explain runs/7"
+            ),
+            (200,),
+            {"whole": (1400, 1), "trials": "1 trial held", "path": "runs/7"},
+        ),
+        (
             '5 updates watched (act_on="certain"), 2 interventions (spike 2): 2 × reduce momentum',
             (5, {"spike": 2}, {"reduce momentum": 2}),
             {},
@@ -48,6 +59,14 @@ from lightning_nanguard.record.summary import summary
 def test_text(text: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     """One line: how long was watched, for what the guard acts, what was met, what was done, where it is written."""
     assert summary(*arguments, **options) == f"NaNGuard: {text}".replace("watched,", 'watched (act_on="certain"),')
+
+
+def test_a_run_that_skipped_most_updates_says_so_first() -> None:
+    """The line begins with it and says what to do, unless nothing was skipped because the guard only observed."""
+    told = summary(192, {"own": 191}, {"skip": 191}, path="runs/7")
+    assert told.startswith("NaNGuard: 191 of 192 updates were skipped: almost nothing was learned. 192 updates watched")
+    assert "; what to do: read why the first of them was skipped (nanguard explain). If the data are bad" in told
+    assert "almost nothing" not in summary(192, {"own": 191}, {"skip": 191}, observe=True)
 
 
 def test_the_causes_of_advice_are_named_once() -> None:

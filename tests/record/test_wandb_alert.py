@@ -24,7 +24,7 @@ def test_alerts_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     sink = WandbAlert()
-    with pytest.raises(RuntimeError, match="give the Trainer a WandbLogger"):
+    with pytest.raises(RuntimeError, match="Give the Trainer a WandbLogger"):
         sink.write(replace(SKIP, fault="another"))
     run = wandb.init(dir=tmp_path, project="nanguard")
     sent: list[tuple[str, str]] = []

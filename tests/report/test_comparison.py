@@ -35,7 +35,7 @@ def test_the_rows() -> None:
         ("steps", ["20", "40"]),
         ("loss at the end", ["1", "0.5"]),
         ("loss at step 20", ["1", "0.5"]),
-        ("learning rate at first", ["0.1", "0.2"]),
+        ("learning rate at the start", ["0.1", "0.2"]),
         ("learning rate at the end", ["0.1", "0.2"]),
         ("interventions", ["2", "0"]),
         ("batches skipped", ["2", "0"]),
@@ -54,7 +54,7 @@ def test_runs_of_which_little_is_known() -> None:
     lost = run_of(3, float("nan"), 0.1)
     rows = dict(compare([RunData(Path()), lost]))
     assert rows["loss at the end"] == ["–", "nan"]
-    assert rows["learning rate at first"] == ["–", "0.1"]
+    assert rows["learning rate at the start"] == ["–", "0.1"]
     assert not any(label.startswith("NaNGuard: ") for label in rows)
 
 

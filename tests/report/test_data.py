@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lightning_nanguard import Intervention
+from lightning_nanguard import Advice, Finding, Intervention, Reading
+from lightning_nanguard.record.curve import CURVE_FILE, CurveFile, CurvePoint, trained_again
 from lightning_nanguard.record.files import RECORDS_FILE
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.run_history import seen_from
 from lightning_nanguard.record.run_log import append_event
+from lightning_nanguard.record.trials import HeldTrial
 from lightning_nanguard.report.data import RunData, find_run, read_run_data
-from lightning_nanguard.report.page import page
+from lightning_nanguard.report.figure import draw
+from lightning_nanguard.report.page import page, verdict
 from tests.report.runs import write_run
 
 
@@ -46,6 +51,53 @@ def test_a_run_that_was_resumed_into_another_folder(tmp_path: Path) -> None:
     assert (len(data.curve), len(data.interventions), len(data.advice), len(data.layer_norms)) == (200, 2, 1, 1)
     pytest.importorskip("matplotlib")
     assert f"resumed 1 time; before that in {before}" in page(data)
+
+
+def test_what_a_resumed_run_says_of_itself(tmp_path: Path) -> None:
+    """Steps that were trained twice count once; the last fit has counts of its own once it has ended."""
+    folder = write_run(tmp_path, ended=False)
+    append_event(folder, "fit", {"run": "20261128-220000-abcdef", "step": 150})
+    curve = CurveFile(folder / CURVE_FILE)
+    for step in range(151, 241):
+        curve.add(Reading(step, 0, 0.5, 1.0), 0.05, None)
+    curve.write(last=True)
+    data = read_run_data(folder)
+    assert (data.updates, data.resumed_at, data.of_last_fit) == (240, [150], None)
+    again = trained_again(data.curve)
+    assert [one.step for one, old in zip(data.curve, again, strict=True) if old] == list(range(151, 201))
+    append_event(folder, "end", {"updates": 240, "updates_of_fit": 90, "faults": {"spike": 2}})
+    assert read_run_data(folder).of_last_fit == (90, 2)
+    pytest.importorskip("matplotlib")
+    told = page(read_run_data(folder))
+    assert "All numbers on this page are of the whole run, which was resumed at step 150." in told
+    assert "The last fit alone: 90 updates, 2 interventions." in told
+    figure = draw(read_run_data(folder))
+    assert {"trained again after a resume", "resumed"} <= set(figure.axes[1].get_legend_handles_labels()[1])
+    (faint,) = (line for line in figure.axes[1].get_lines() if line.get_label() == "trained again after a resume")
+    drawn = [x for x, y in zip(faint.get_xdata(), faint.get_ydata(), strict=True) if math.isfinite(y)]
+    assert drawn == list(range(151, 201))
+
+
+def test_a_run_of_which_most_was_skipped(tmp_path: Path) -> None:
+    """It is not called saved: outcome and page say how many updates were skipped, and what to do."""
+    skips = [Intervention(step, 0, step, "own", "loss", ("skip",), 0.1, 0.1) for step in range(2, 193)]
+    curve = [CurvePoint(step, 1, 0, 1.0, 1.0, None, None, 0.1, None) for step in range(1, 193)]
+    data = RunData(tmp_path, curve=curve, interventions=skips)
+    assert verdict(data) == ("Mostly skipped: 191 of 192 updates were skipped: almost nothing was learned.", False)
+    watched = [replace(one, applied=False) for one in skips]
+    assert verdict(replace(data, interventions=watched))[0].startswith("Only observed")
+    pytest.importorskip("matplotlib")
+    assert "What to do: read why the first of them was skipped" in page(data)
+
+
+def test_trials_are_on_the_page(tmp_path: Path) -> None:
+    """A trial that confirmed nothing is told in the outcome and in a list of its own."""
+    pytest.importorskip("matplotlib")
+    trial = HeldTrial(40, 104, "stuck_loss", "not confirmed")
+    advice = Advice(40, 0, "a finite suspicion", Finding("stuck_loss", 0.5))
+    data = RunData(tmp_path, advice=[advice], trials=[trial])
+    assert "1 trial held (steps 40 to 104), which confirmed nothing and changed nothing" in verdict(data)[0]
+    assert f"<li>{trial.told()}</li>" in page(data)
 
 
 def test_the_newest_run_below_a_folder_is_found(tmp_path: Path) -> None:

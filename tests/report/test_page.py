@@ -39,7 +39,7 @@ def test_what_the_page_tells(tmp_path: Path) -> None:
         "<b>0.05</b>learning rate at the end",
         "<svg role=",
         "the loss is nan",
-        "went back to step 40 (20 updates lost)",
+        "went back to step 40 (20 updates undone)",
         "<dt>cost</dt><dd>20 updates undone; loss 0.5",
         "<dt>in the batch</dt><dd>samples 5, 7</dd>",
         "<dt>to do</dt><dd>Clean the data.</dd>",
@@ -70,7 +70,7 @@ def test_nothing_is_loaded_and_hostile_names_are_text(tmp_path: Path) -> None:
         ({}, "Healthy", True),
         ({"advice": [ADVICE]}, "Nothing done: there is advice about dead relu.", None),
         ({"interventions": [SKIP]}, "Saved: 1 intervention", True),
-        ({"interventions": [SKIP], "curve": RISING}, "Ended: 1 intervention, and the loss ends above where", None),
+        ({"interventions": [SKIP], "curve": RISING}, "Ended: 1 intervention, and the loss is higher at the end", None),
         (
             {"interventions": [SKIP], "advice": [replace(ADVICE, occasion="a finite suspicion")]},
             "Ended: 1 intervention, and there is advice about dead relu.",
@@ -97,7 +97,7 @@ def test_a_long_run_stays_small(tmp_path: Path) -> None:
     rare = replace(SKIP, global_step=999_999, fault="rare_kind")
     text = page(RunData(tmp_path, curve=points, interventions=[*many, rare]))
     assert len(text) < 1_000_000
-    assert "60 of 5,001 are told here" in text
+    assert "60 of 5,001 are shown here" in text
     assert "rare kind" in text
     assert text.count("<details") == 60
 

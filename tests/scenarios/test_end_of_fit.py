@@ -52,8 +52,8 @@ def test_one_line_says_what_happened_in_this_fit(log: pytest.LogCaptureFixture) 
     expected = 'NaNGuard: 20 updates watched (act_on="certain"), 1 intervention (non-finite loss 1): 1 batch skipped'
     assert first.startswith(expected)
     assert first.endswith(f"nanguard explain {folder}")
-    assert second == 'NaNGuard: 24 updates watched (act_on="certain"), nothing to do'
-    assert third == 'NaNGuard: 4 updates watched (act_on="evidence"), nothing to do'
+    assert second == 'NaNGuard: 24 updates watched (act_on="certain"), no interventions'
+    assert third == 'NaNGuard: 4 updates watched (act_on="evidence"), no interventions'
     assert guard.non_finite_rate == 0.0
 
 

@@ -17,7 +17,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard, TrainingDivergedError
-from tests.helpers import batches, differences, trainer_for, with_nan
+from tests.helpers import Task, batches, differences, fit, mlp, trainer_for, with_nan
 from tests.odd_tensors import ODD, QUIET, EightBitMomentum
 
 pytestmark = [pytest.mark.filterwarnings(one) for one in QUIET]
@@ -260,8 +260,8 @@ def test_what_is_not_guarded_is_said_once(tmp_path: Path, caplog: pytest.LogCapt
     """One line at INFO: no optimizer, nothing trained yet, elements that are not finite."""
     said = {
         NoOptimizer: "NoOptimizer has no optimizer, so there are no updates to guard",
-        FrozenFirst: "no parameter of FrozenFirst is trained yet; those that will be are guarded then",
-        UnusedNaN: "parameter unused holds NaN or Inf before the first update; these elements are not guarded",
+        FrozenFirst: "no parameter of FrozenFirst is trained yet. The guard begins when one is",
+        UnusedNaN: "parameter unused holds NaN or Inf before the first update; these elements are not checked",
     }
     for make, message in said.items():
         caplog.clear()
@@ -339,3 +339,17 @@ def test_an_average_that_overflows_is_corrupt(tmp_path: Path) -> None:
     module = run(Normalised, guard, max_epochs=1)
     assert [one.fault for one in guard.interventions] == ["corrupted_state"]
     assert bool(module.running_var.isfinite().all())
+
+
+def test_statistics_that_are_bad_at_the_start_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """No loss of training shows NaN in batch norm's statistics, and the module gives NaN in evaluation mode."""
+    module = Task(mlp(norm=True))
+    norm = next(layer for layer in module.modules() if isinstance(layer, torch.nn.BatchNorm1d))
+    assert norm.running_mean is not None
+    norm.running_mean[0] = math.nan
+    guard = NaNGuard(dirpath=tmp_path)
+    fit(module, batches(), guard, folder=tmp_path)
+    said = [one.message for one in caplog.records if "so that the module gives NaN in evaluation mode" in one.message]
+    assert len(said) == 1
+    assert "buffer net.1.running_mean holds NaN or Inf before the first update" in said[0]
+    assert not len(guard.interventions)

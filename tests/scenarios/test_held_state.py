@@ -28,6 +28,7 @@ from tests.helpers import (
     with_nan,
     words,
 )
+from tests.modules import update_by_hand
 
 
 class Meter:
@@ -160,10 +161,7 @@ class Scaled(Task):
         loss = loss / self.scale(loss.item())
         if self.automatic_optimization:
             return loss
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
+        update_by_hand(self, loss)
         return None
 
 

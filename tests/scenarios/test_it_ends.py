@@ -143,7 +143,7 @@ def test_a_rollback_without_effect_is_not_made_a_third_time(corrects: bool, tmp_
     guard = NaNGuard(remedies=remedies, snapshot_every_n_steps=5)
     fault = FaultAt("weight", NAN, range(12, 100))
     failed = 6 if corrects else 2
-    with pytest.raises(TrainingDivergedError, match=f"it came back after each of {failed} rollbacks"):
+    with pytest.raises(TrainingDivergedError, match=f"the fault came back after each of {failed} rollbacks"):
         fit(task("mlp", adam), data_for("mlp", STEPS), guard, folder=tmp_path, callbacks=[fault])
     done = words(guard)
     assert done[:2] + done[-1:] == [("restore", "redo")] * 2 + [("stop",)]

@@ -99,6 +99,6 @@ def test_what_is_left_as_it_is_is_said(tmp_path: Path, caplog: pytest.LogCapture
 
     guard = NaNGuard(thresholds=ONCE, dirpath=tmp_path, snapshot_every_n_steps=40)
     module = run(Frozen(), guard)
-    assert "the rollback left buffer table as it is, whose shape is another by now" in caplog.text
+    assert "the rollback did not restore buffer table, because the shape has changed" in caplog.text
     assert [one.remedies for one in guard.interventions] == [("restore",)]
     assert module.table.tolist() == [1.0] * 6

@@ -31,6 +31,26 @@ class Net(nn.Module):
         return self.last(torch.relu(self.norm(self.first(x))))
 
 
+class Wrapping(Optimizer):
+    """Has another optimizer make the step, as SAM and Lookahead do; its own state holds a copy of each weight."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.01})
+        self.base_optimizer = torch.optim.Adam(self.param_groups)
+        self.param_groups = self.base_optimizer.param_groups
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["before"] = parameter.detach().clone()
+        self.base_optimizer.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": [super().state_dict()["state"], self.base_optimizer.state_dict()["state"]]}
+
+
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
     "adam": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True),
@@ -38,6 +58,7 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5),
     "adagrad": lambda p: torch.optim.Adagrad(p, 0.1),
     "lbfgs": lambda p: torch.optim.LBFGS(p, 0.5, max_iter=3),
+    "wrapping": Wrapping,
 }
 
 

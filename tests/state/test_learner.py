@@ -21,6 +21,13 @@ def test_names_are_the_users() -> None:
     )
     assert describe(("group", 0, 1, "k")) == "k in group 1 of optimizer 0"
     assert describe(("average", "EMA", "w")) == "w in the averaged copy of EMA"
+    net, optimizer, learner = made("wrapping")
+    train(net, optimizer, 1, seed=1)
+    described = {describe(key) for key, _ in learner.leaves()}
+    assert {
+        "optimizer state before of first.bias",
+        "optimizer state exp_avg of first.bias in base_optimizer",
+    } <= described
     assert describe(("something", 3, "else")) == "something 3 else"
 
 

@@ -153,3 +153,16 @@ def test_thresholds_are_given() -> None:
     run = Trained(thresholds=replace(PlausibilityThresholds(), weight_growth=5.0, settled_after=0))
     run.net.last.weight.data[0, 0] = 6.0
     assert run.fault(1) == "parameter last.weight"
+
+
+@pytest.mark.parametrize(("name", "power"), [("exp_avg", 1), ("exp_avg_sq", 2)])
+def test_moments_may_grow_with_the_gradients(name: str, power: int) -> None:
+    """If a weight of the loss has grown, so have the gradients, and moments that follow them are in range."""
+    trained = Trained()
+    entry, weight = trained.optimizer.state[trained.net.last.weight], trained.net.last.weight
+    assert weight.grad is not None
+    weight.grad *= 1e6
+    entry[name].copy_(weight.grad.abs() ** power)
+    assert trained.fault() is None
+    entry[name] *= 1000
+    assert trained.fault() == f"optimizer state {name} of last.weight"

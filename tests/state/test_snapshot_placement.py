@@ -110,8 +110,8 @@ def test_snapshots_make_way_when_the_run_needs_more(caplog: pytest.LogCaptureFix
     assert placement.copy(9, 9, leaves_of(learner)) is None
     assert ring.certified == []
     placement.look_at_room(leaves_of(learner))
-    assert caplog.text.count("lie beside the weights") == 2
-    assert caplog.text.count("lie in host memory") == 1
+    assert caplog.text.count("are kept on the device of the weights") == 2
+    assert caplog.text.count("are kept in host memory") == 1
     assert caplog.text.count("so none are kept") == 1
 
 

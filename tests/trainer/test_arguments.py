@@ -100,7 +100,9 @@ def test_a_value_of_the_wrong_kind_is_refused(argument: str, value: Any, message
 
 def test_a_group_of_thresholds_is_not_all_of_them() -> None:
     """The message shows what holds the group."""
-    with pytest.raises(TypeError, match=r"NaNGuard\(thresholds=DetectionThresholds.*expected Thresholds.*detection="):
+    with pytest.raises(
+        TypeError, match=r"NaNGuard\(thresholds=DetectionThresholds.*expected a Thresholds object.*detection="
+    ):
         NaNGuard(thresholds=DetectionThresholds())  # type: ignore[arg-type]
 
 

@@ -91,7 +91,7 @@ def test_updates_that_the_optimizer_makes_bad(name: str, tmp_path: Path) -> None
         assert one.finding is not None
         assert (one.cause, one.finding.place) == ("optimizer_update", place)
         assert "device" not in one.finding.suggestion
-    assert "it came back after each of 2 rollbacks" in error
+    assert "the fault came back after each of 2 rollbacks" in error
     assert place in error
     assert guard.lr_multiplier == 1.0
 

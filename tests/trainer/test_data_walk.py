@@ -90,5 +90,5 @@ def test_sources() -> None:
     assert list(sources(module)) == ["train.0", "train.1"]
     assert list(sources(DATA)) == ["data"]
     assert list(sources([DataLoader(DATA)])) == ["data.0"]
-    with pytest.raises(TypeError, match="3 is no data module, loader or data set"):
+    with pytest.raises(TypeError, match="3 is not a data module, loader or data set"):
         sources(3)

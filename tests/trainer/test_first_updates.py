@@ -11,7 +11,7 @@ import torch
 from benchmarks.diagnose.silent import MEANT, MISTAKES, named, said
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.record.files import read_advice
-from tests.helpers import batches, fit, task
+from tests.helpers import TwoOptimizers, batches, fit, task
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -41,6 +41,28 @@ def test_advice_is_given_once_and_on_record(tmp_path: Path) -> None:
     assert advice.global_step == 64
     assert read_advice(tmp_path / "advice.jsonl") == list(guard.advice)
     assert not len(guard.interventions)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["set by the user", "plain backward"])
+def test_gradients_that_no_backward_pass_of_lightning_makes(own: bool, tmp_path: Path) -> None:
+    """A gradient that the code of a step sets anew, or makes without Lightning, is not said to be never zeroed."""
+
+    class ByHand(TwoOptimizers):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for index, optimizer in enumerate(self.optimizers()):
+                optimizer.zero_grad()
+                loss = self.loss(batch, f"loss_{index}")
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                if own:
+                    for one, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                        one.grad = gradient.clone()
+                else:
+                    loss.backward(inputs=parameters)
+                optimizer.step()
+
+    guard = NaNGuard(dirpath=tmp_path)
+    fit(ByHand(), batches(count=40), guard, folder=tmp_path)
+    assert [advice.finding.cause for advice in guard.advice] == []
 
 
 def test_groups_without_a_rate(tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def test_summary_display_and_plot(tmp_path: Path) -> None:
     from matplotlib import pyplot as plt
 
     guard = NaNGuard()
-    assert guard.summary() == 'NaNGuard: 0 updates watched (act_on="certain"), nothing to do'
-    with pytest.raises(RuntimeError, match="call it in a fit or after one"):
+    assert guard.summary() == 'NaNGuard: 0 updates watched (act_on="certain"), no interventions'
+    with pytest.raises(RuntimeError, match="call it during or after a fit"):
         guard.plot()
     drawn = Drawn(guard)
     fit(task(), with_bad(4, count=8), guard, folder=tmp_path, callbacks=[drawn])

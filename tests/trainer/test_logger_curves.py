@@ -51,7 +51,7 @@ def test_a_logger_that_takes_no_curves(tmp_path: Path, caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING):
         run = fit(task(), batches(count=4), NaNGuard(), folder=tmp_path, logger=Refusing())
     assert run.trainer.global_step == 4
-    assert caplog.text.count("Refusing did not take nanguard/grad_norm, nanguard/lr") == 1
+    assert caplog.text.count("Refusing did not accept nanguard/grad_norm, nanguard/lr") == 1
 
 
 def test_csv(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_only_where_there_is_something_to_tell(tmp_path: Path, caplog: pytest.Lo
         run = fit(task(), with_bad(4, count=8), guard, folder=tmp_path / "bad", logger=MLFlowLogger())
     assert run.trainer.global_step == 8
     assert "Saved: 1 intervention." in (folder_of(guard) / "report.html").read_text(encoding="utf-8")
-    assert "MLFlowLogger did not take the page of the run: no room" in caplog.text
+    assert "MLFlowLogger did not accept the page of the run: no room" in caplog.text
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -43,7 +43,7 @@ def test_a_logger_that_takes_no_settings(tmp_path: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING):
         run = fit(task(), batches(count=4), NaNGuard(), folder=tmp_path, logger=Refusing())
     assert run.trainer.global_step == 4
-    assert "Refusing did not take the guard's settings: no room" in caplog.text
+    assert "Refusing did not accept the guard's settings: no room" in caplog.text
 
 
 def test_what_a_fit_is_begun_with() -> None:

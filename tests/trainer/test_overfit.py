@@ -25,4 +25,4 @@ def test_thresholds_of_the_overfit_test(tmp_path: Path) -> None:
     (note,) = said
     assert note.startswith("overfit: 3 samples, loss ")
     assert note.count("in 2 updates") == 2
-    assert note.endswith("not learned by heart: look at the loss, the labels and what is detached before the optimizer")
+    assert note.endswith("not learned by heart: look at the loss, the labels, and for tensors that are detached")

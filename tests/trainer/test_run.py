@@ -163,7 +163,7 @@ def test_last_good_never_takes_another_runs(spoil: Any, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="not found"):
             resumable(tmp_path, own)
         return
-    with pytest.raises(BadCheckpointError, match="No other checkpoint of its run near it is good") as refused:
+    with pytest.raises(BadCheckpointError, match="There is no other good checkpoint of its run near it") as refused:
         resumable(tmp_path, own)
     assert refused.value.offered is None
 
@@ -173,7 +173,12 @@ def test_a_file_of_no_known_run(tmp_path: Path) -> None:
     two = resumable(tmp_path)
     torn = tmp_path / "checkpoints" / "moved.ckpt"
     torn.write_bytes((tmp_path / "checkpoints" / "step=10.ckpt").read_bytes()[:1000])
-    with pytest.raises(BadCheckpointError, match="nothing tells which run the bad one is of") as refused:
+    with pytest.raises(BadCheckpointError, match="no log of a run names it") as refused:
         resumable(tmp_path, torn)
+    for words in (
+        f"does not resume from {torn}, because it is bad: it is cut short",
+        "What to do: if you know that both",
+    ):
+        assert words in str(refused.value)
     assert run_of_file(refused.value.offered) == two.run_id
     assert torch.load(refused.value.offered, weights_only=True)["global_step"] == 10

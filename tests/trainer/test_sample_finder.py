@@ -18,6 +18,7 @@ from lightning_nanguard import NaNGuard, SkipStep, sample_hash
 from lightning_nanguard.act.defaults import default_remedies
 from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE, BadSample, merged, read_bad_samples
 from tests.helpers import folder_of, trainer_for
+from tests.modules import update_by_hand
 
 Sample = tuple[Tensor, Tensor]
 
@@ -54,10 +55,7 @@ class LogTargets(LightningModule):
         loss = (self.net(x) - y.log()).square().mean()
         if self.automatic_optimization:
             return loss
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
+        update_by_hand(self, loss)
         return None
 
     def configure_optimizers(self) -> Any:
@@ -164,7 +162,8 @@ def test_rows_under_a_collate_function_that_sorts(tmp_path: Path) -> None:
 
 
 def test_an_epoch_that_is_resumed(tmp_path: Path) -> None:
-    """After a resume in mid-epoch Lightning counts on and the loader begins anew: rows are right, counts go on."""
+    """After a resume in mid-epoch Lightning counts on and the loader begins anew: rows are right, counts go on, and
+    batch and step are those of the record."""
     data = rows(x7=math.nan)
     first = NaNGuard(dirpath=tmp_path / "first")
     trainer = trainer_for(tmp_path, first, max_steps=6, max_epochs=-1)
@@ -176,9 +175,9 @@ def test_an_epoch_that_is_resumed(tmp_path: Path) -> None:
             LogTargets(), DataLoader(data, batch_size=8), ckpt_path=tmp_path / "middle.ckpt"
         )
     (found,) = listed(again)
-    assert (found.row, found.batch, found.index, found.times) == (7, 0, 7, 2)
+    assert (found.row, found.batch, found.position, found.index, found.times) == (7, 6, 0, 7, 2)
     (record,) = again.interventions
-    assert record.batch_idx == 6
+    assert (record.batch_idx, record.global_step) == (6, 7) == (found.batch, found.global_step)
     assert record.finding is not None
     assert record.finding.rows == (7,)
 

@@ -20,9 +20,11 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_nanguard import Advice, Budget, Finding, Intervention, NaNGuard, RunInfo, Sink
+from lightning_nanguard import Advice, Finding, Intervention, NaNGuard, RunInfo, Sink
 from lightning_nanguard.record.files import read_advice, read_records
 from lightning_nanguard.record.run_log import read_run
+from lightning_nanguard.thresholds import Thresholds
+from lightning_nanguard.thresholds.records import RecordsThresholds
 from lightning_nanguard.trainer.sinks import fit_advice
 from tests.helpers import ONCE, MemoryLogger, batches, fit, task, with_bad, words
 from tests.modules import Diverge, NaNWeight
@@ -216,14 +218,12 @@ def test_read_only_folder_does_not_end_training(tmp_path: Path) -> None:
     assert fit(task(), with_bad(4), guard).trainer.global_step == 24
 
 
-@pytest.mark.slow
 def test_whole_on_disk_bounded_in_memory(tmp_path: Path) -> None:
     """More interventions than memory keeps are all on disk."""
-    guard = NaNGuard(budget=Budget(window=10, max_skip_share=1.0), dirpath=tmp_path)
-    fit(task(), with_bad(*range(1, 24, 2)), guard, max_epochs=84)
-    assert len(lines(tmp_path / "interventions.jsonl")) == 1008
-    assert len(guard.interventions) == 1000
-    assert guard.interventions[-1].epoch == 83
+    guard = NaNGuard(dirpath=tmp_path, thresholds=Thresholds(records=RecordsThresholds(interventions_in_memory=10)))
+    fit(task(), with_bad(*range(1, 24, 2)), guard)
+    assert len(lines(tmp_path / "interventions.jsonl")) == 12
+    assert [one.batch_idx for one in guard.interventions] == [*range(5, 24, 2)]
 
 
 def test_observed_only(tmp_path: Path) -> None:

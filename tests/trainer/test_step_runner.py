@@ -122,7 +122,7 @@ def test_a_flag_of_the_module_that_comes_back(tmp_path: Path) -> None:
             assert words(guard) == [("redo",)]
             finding = guard.interventions[0].finding
             assert finding is not None
-            assert "depends on what the step itself has changed: look at what is made of" in finding.suggestion
+            assert "depends on what the step itself changes: look at how" in finding.suggestion
             assert "fresh" in finding.suggestion
     assert differences(*ends) == []
 

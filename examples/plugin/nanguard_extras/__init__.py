@@ -1,4 +1,4 @@
-"""A small plugin for NaNGuard: a detector, a remedy, a sink and a diagnosis rule, one a file."""
+"""A small plugin for NaNGuard: a detector, a remedy, a sink and a diagnosis rule, one in each file."""
 
 from nanguard_extras.loss_above import LossAbove
 from nanguard_extras.loss_above_limit import loss_above_limit

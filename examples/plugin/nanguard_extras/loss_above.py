@@ -1,4 +1,4 @@
-"""A detector: a loss above a limit is its batch's fault."""
+"""A detector that blames the batch for a loss above a limit."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ class LossAbove(Detector):
         if reading.loss is None or not self.limit < reading.loss < math.inf:
             return None
         message = f"the loss is {reading.loss:.4g}, above the limit of {self.limit:g}"
-        # The limit is the user's own, so the fault is certain. It alone decides, so the scope stands.
+        # The user has set the limit, so the fault is certain, and no evidence is needed to blame the batch.
         return Fault("loss_above", "batch", "loss", reading.loss, message, conclusive=True)

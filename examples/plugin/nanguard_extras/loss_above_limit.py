@@ -1,4 +1,4 @@
-"""A diagnosis rule: names the cause of what the detector of this plugin finds."""
+"""A diagnosis rule that names the cause of the fault that ``LossAbove`` finds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sink: counts interventions by cause."""
+"""A sink that counts interventions by cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A remedy: tells somebody of every fault."""
+"""A remedy that writes a line to a file at every fault."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ def data_repeats(seen: Observation, thresholds: DiagnosisThresholds) -> Finding 
         evidence={"batches": float(seen.batches), "distinct": float(seen.distinct)},
         place="the training data",
         suggestion=(
-            f"of the first {seen.batches} batches of an epoch only {seen.distinct} differ. Look at the data set's "
-            "__getitem__ (does it use its index?), at the sampler, and whether each worker of an iterable data set "
-            "reads a share of its own."
+            f"only {seen.distinct} of the first {seen.batches} batches of an epoch differ. Check the data set's "
+            "__getitem__ (does it use its index?), the sampler, and whether each worker of an iterable data set "
+            "reads its own part."
         ),
     )

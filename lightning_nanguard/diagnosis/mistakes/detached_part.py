@@ -31,8 +31,8 @@ def detached_part(seen: Observation, thresholds: DiagnosisThresholds) -> Finding
         evidence={"parts": float(len(cut)), "updates": float(seen.updates)},
         place=parts,
         suggestion=(
-            f"{parts} are in the optimizer and got no gradient in the first {seen.updates} updates: other parts are "
-            "given what they compute, without its graph. Look for detach(), .data, item(), numpy() or torch.tensor(…) "
-            "behind them; where that is meant, leave them out of the optimizer."
+            f"{parts} are in the optimizer but got no gradient in the first {seen.updates} updates: their outputs "
+            "are detached from the graph before other parts use them. Look for detach(), .data, item(), numpy() or "
+            "torch.tensor(…) after them. If this is intended, leave them out of the optimizer."
         ),
     )

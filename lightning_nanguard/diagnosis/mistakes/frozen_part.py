@@ -37,7 +37,8 @@ def frozen_part(seen: Observation, thresholds: DiagnosisThresholds) -> Finding |
         place=parts,
         suggestion=(
             f"{parts} are frozen (requires_grad is False), and their weights look as they were initialised. Load the "
-            "trained weights before freezing, or let them be trained; where random features are meant, leave it."
+            "trained weights before you freeze them, or do not freeze them. If random features are intended, ignore "
+            "this."
         ),
     )
 

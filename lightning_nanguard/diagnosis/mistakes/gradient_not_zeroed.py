@@ -17,7 +17,7 @@ def gradient_not_zeroed(seen: Observation, thresholds: DiagnosisThresholds) -> F
         evidence={"updates": float(seen.added)},
         place="gradient",
         suggestion=(
-            f"in {seen.added} updates in a row the gradient was added to that of the update before, which had been "
-            "used already. Call optimizer.zero_grad() before each backward pass that begins an update."
+            f"in {seen.added} updates in a row the gradient was added to that of the update before. "
+            "Call optimizer.zero_grad() before each backward pass that begins an update."
         ),
     )

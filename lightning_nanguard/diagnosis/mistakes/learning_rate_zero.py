@@ -20,7 +20,7 @@ def learning_rate_zero(seen: Observation, thresholds: DiagnosisThresholds) -> Fi
                 place=f"optimizer {index}",
                 suggestion=(
                     f"the learning rate of optimizer {index} was zero in each of the first {seen.updates} updates: "
-                    f"nothing has been learned. {why}."
+                    f"nothing was learned. {why}."
                 ),
             )
     return None

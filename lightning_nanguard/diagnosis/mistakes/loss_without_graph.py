@@ -18,8 +18,8 @@ def loss_without_graph(seen: Observation, thresholds: DiagnosisThresholds) -> Fi
         evidence={"losses": float(seen.losses), "updates": float(seen.updates)},
         place="loss",
         suggestion=(
-            f"no parameter got a gradient in the first {seen.updates} updates: the loss does not depend on what is "
-            "trained. Look for torch.tensor(loss), item(), detach() or numpy() between the model and the loss that "
+            f"no parameter got a gradient in the first {seen.updates} updates: the loss does not depend on any trained "
+            "parameter. Look for torch.tensor(loss), item(), detach() or numpy() between the model and the loss that "
             "training_step returns."
         ),
     )

@@ -25,8 +25,8 @@ def parameter_not_in_optimizer(seen: Observation, thresholds: DiagnosisThreshold
         evidence={"parts": float(len(missed)), "updates": float(seen.updates)},
         place=parts,
         suggestion=(
-            f"{parts} got gradients in the first {seen.updates} updates and no optimizer has them, so they stay as "
-            "they were initialised. Give their parameters to the optimizer in configure_optimizers, for example by "
-            "self.parameters(), or set requires_grad to False where they are to stay."
+            f"{parts} got gradients in the first {seen.updates} updates, but no optimizer has them, so they do "
+            "not change. Give their parameters to the optimizer in configure_optimizers, for example by "
+            "self.parameters(), or set requires_grad to False if they must not change."
         ),
     )

@@ -34,8 +34,8 @@ def parameter_without_gradient(seen: Observation, thresholds: DiagnosisThreshold
         evidence={"parts": float(len(cut)), "updates": float(seen.updates)},
         place=parts,
         suggestion=(
-            f"{parts} are in the optimizer and got no gradient in the first {seen.updates} updates: they are run with "
-            "gradients switched off, and stay as they were initialised. Run them outside torch.no_grad() (and "
-            "inference_mode), or leave them out of the optimizer where they are to stay."
+            f"{parts} are in the optimizer but got no gradient in the first {seen.updates} updates: they are run with "
+            "gradients switched off, and do not change. Run them outside torch.no_grad() (and "
+            "inference_mode), or leave them out of the optimizer if they must not change."
         ),
     )

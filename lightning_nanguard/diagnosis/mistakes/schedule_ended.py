@@ -26,8 +26,8 @@ def schedule_ended(seen: Observation, thresholds: DiagnosisThresholds) -> Findin
         evidence={"highest_lr": most.highest, "lr": most.last, "updates": float(seen.updates)},
         place=f"optimizer {most.optimizer}",
         suggestion=(
-            f"the schedule took the learning rate from {most.highest:.3g} to {most.last:.3g} within the first "
-            f"{seen.updates} updates{left}: from here on next to nothing is learned. Look at what the schedule counts: "
-            "updates (interval='step') or epochs, and at its length."
+            f"the schedule lowered the learning rate from {most.highest:.3g} to {most.last:.3g} within the first "
+            f"{seen.updates} updates{left}: almost nothing is learned from now on. Check what the schedule "
+            "counts, updates (interval='step') or epochs, and how long it is."
         ),
     )

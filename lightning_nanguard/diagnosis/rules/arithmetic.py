@@ -11,7 +11,7 @@ from lightning_nanguard.types import Finding
 
 _LOGARITHMS = ("log", "log2", "log10", "log1p", "logit", "xlogy")
 _EXPONENTIALS = ("exp", "exp2", "expm1", "sinh", "cosh")
-_SOLVERS = "The matrix has no inverse, or is nearly so: add a multiple of the identity"
+_SOLVERS = "The matrix has no inverse, or almost none: add a multiple of the identity"
 _DIVISIONS = ("div", "true_divide", "divide", "reciprocal", "remainder", "fmod", "addcdiv")
 _SPREADS = ("std", "var", "std_mean", "var_mean")
 _SOFTMAXES = ("softmax", "log_softmax", "safe_softmax", "logsumexp")
@@ -29,7 +29,7 @@ def log_of_zero(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findin
         return None
     given = "" if lowest is None and smallest is None else f"{origin.operation} was given {_extreme(origin)}. "
     if lowest is not None and lowest < 0 and origin.operation not in ("log1p", "logit"):
-        remedy = "Keep what goes in above zero (softplus, clamp), or compute the loss from logits"
+        remedy = "Keep its input above zero (softplus, clamp), or compute the loss from logits"
     else:
         remedy = "Add an epsilon inside the logarithm, or compute the loss from logits"
     return finding_at(
@@ -66,12 +66,12 @@ def exp_overflow(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findi
     elif largest < limit:
         return None
     else:
-        what = f"{origin.operation} was given {largest:.4g}, {origin.dtype} ends at about {limit:.0f}"
+        what = f"{origin.operation} was given {largest:.4g}, and the limit in {origin.dtype} is about {limit:.0f}"
     return finding_at(
         "exp_overflow",
         thresholds.confidence.operation,
         origin,
-        f"{what}. Use logsumexp or softmax, which subtract the largest number first, or clamp what goes in.",
+        f"{what}. Use logsumexp or softmax, which subtract the largest number first, or clamp its input.",
     )
 
 
@@ -94,24 +94,24 @@ def _division(origin: Origin, near_zero: float) -> str | None:
         remedy = _remedy_of_division(origin)
         return f"{origin.operation} was given {smallest:.4g}, whose inverse power is infinite: {remedy}."
     if origin.operation == "mean" and origin.empty:
-        return "a mean over nothing: leave the term out where the mask selects nothing."
+        return "a mean over no elements: leave this term out of the loss if the mask selects nothing."
     if origin.operation in _SPREADS and origin.backward:
         return (
             f"the derivative of {origin.operation} is not finite where every value is the same: take the root of the "
             "variance plus an epsilon."
         )
     if origin.operation in _SPREADS and not squares_overflow(origin):
-        return "the spread of a single value: use correction=0, or leave such batches out (drop_last=True)."
+        return "the variance of a single value: use correction=0, or leave such batches out (drop_last=True)."
     if origin.operation in _SOFTMAXES and not origin.backward:
-        return "a row of which everything is masked: leave at least one entry open."
+        return "a row in which every entry is masked: leave at least one entry unmasked."
     return None
 
 
 def _remedy_of_division(origin: Origin) -> str:
     if origin.made_by in (*_SPREADS, "sqrt"):
-        return "add an epsilon to the denominator, or leave out what is constant"
+        return "add an epsilon to the denominator, or leave out constant values"
     if origin.made_by in ("sum", "count_nonzero"):
-        return "keep it at 1 or above (clamp_min), or leave the term out where nothing is counted"
+        return "keep it at 1 or above (clamp_min), or leave this term out of the loss if nothing is counted"
     if not (origin.from_weights or origin.from_target) and origin.samples:
         return f"add an epsilon to the denominator, or look at the data{of_samples(origin.samples)}"
     return "add an epsilon to the denominator, or leave such samples out"
@@ -126,7 +126,7 @@ def sqrt_at_zero(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findi
     if origin.operation not in _ROOTS or steep or case.clues.gradient_finite is not False:
         return None
     if origin.operation in ("acos", "asin"):
-        where, remedy = "-1 and 1", "Clamp what goes in to a little less than that"
+        where, remedy = "-1 and 1", "Clamp its input to slightly less than that"
     elif origin.smallest is not None and origin.smallest > thresholds.data.near_zero:
         return None
     else:
@@ -153,13 +153,13 @@ def low_precision_overflow(case: Case, thresholds: DiagnosisThresholds = DEFAULT
         return None
     # A float32 number may be the first that is not finite, made of 16-bit ones.
     dtype = origin.dtype if origin is not None and origin.dtype == "bfloat16" else "float16"
-    proven = "the same batch is finite in float32 and not in" if clues.finite_in_float32 else "a number overflows in"
+    proven = "the same batch is finite in float32, but not in" if clues.finite_in_float32 else "a number overflows in"
     if dtype == "bfloat16":
         text = f"{proven} bfloat16. Run this part under torch.autocast(enabled=False)."
     else:
         text = (
-            f"{proven} float16, which ends at 65,504. Train with precision='bf16-mixed', or run this part under "
-            "torch.autocast(enabled=False)."
+            f"{proven} float16, whose largest number is 65,504. Train with precision='bf16-mixed', or run this part "
+            "under torch.autocast(enabled=False)."
         )
     return Finding(
         "low_precision_overflow",
@@ -185,9 +185,8 @@ def random_draw(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findin
         place=case.fault.place if origin is None else origin.place,
         samples=() if origin is None else origin.samples,
         suggestion=(
-            "the same batch is finite under the same weights with other random numbers than those of the step: the "
-            f"fault depends on the draw.{where} Keep what is drawn away from values that the operation is not defined "
-            "for."
+            "the fault depends on the random numbers of the step: with others, the same batch is finite under the same "
+            f"weights.{where} Keep random numbers away from values for which the operation is not defined."
         ),
         scope="batch",
     )
@@ -207,8 +206,8 @@ def non_finite_from_start(case: Case, thresholds: DiagnosisThresholds = DEFAULT)
         thresholds.confidence.non_finite_from_start,
         evidence={"buffers": float(len(bad))},
         place=f"buffer {bad[0]}",
-        suggestion=f"{names} held NaN or Inf before the first update, and the loss is not finite. Look at what "
-        "computes it (one over a count or a deviation of zero?) and start again.",
+        suggestion=f"{names} held NaN or Inf before the first update, and the loss is not finite. Look at the "
+        "code that computes it (a division by a count or a standard deviation of zero?), and start again.",
         scope="state",
     )
 
@@ -221,8 +220,8 @@ def _given_bad(origin: Origin, thresholds: DiagnosisThresholds) -> Finding | Non
         "non_finite_from_start",
         thresholds.confidence.non_finite_from_start,
         origin,
-        f"{origin.given} of {origin.operation} held NaN or Inf, and no operation of this step made it. Look at what "
-        "computes it (one over a count or a deviation of zero?).",
+        f"{origin.given} of {origin.operation} held NaN or Inf, and no operation of this step made it. Look at the "
+        "code that computes it (a division by a count or a standard deviation of zero?).",
     )
 
 
@@ -256,13 +255,13 @@ def unknown_operation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> 
     where = f"{'the backward pass of ' if origin.backward else ''}{origin.operation}"
     line = f", {origin.line}" if origin.line else ""
     if beyond:
-        advice = "Clamp what goes in, or look at what computes it"
+        advice = "Clamp its input, or look at the code that computes the input"
     elif origin.put_in:
-        advice = "NaN or an infinity was put in as a number, and nothing takes it out again before the loss"
+        advice = "Your code puts in NaN or Inf as a number, and nothing replaces it before the loss"
     elif origin.operation in _OVERFLOWS:
-        advice = f"The result is larger than {origin.dtype} holds: keep what goes in smaller, or normalise it"
+        advice = f"The result is larger than {origin.dtype} can hold: keep the input smaller, or normalise it"
     else:
-        advice = _ADVICE.get(origin.operation, "Look at what it is given there")
+        advice = _ADVICE.get(origin.operation, "Look at its input there")
     return finding_at(
         "unknown_operation",
         thresholds.confidence.unknown_operation,

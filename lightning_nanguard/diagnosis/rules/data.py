@@ -43,7 +43,7 @@ def non_finite_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> F
         return Finding("non_finite_input", confidence, suggestion=text, scope="batch")
     first = clues.bad_fields[0]
     columns = f", {listed('column', first.columns)}" if first.columns else ""
-    more = f", and {len(clues.bad_fields) - 1} more fields of it" if len(clues.bad_fields) > 1 else ""
+    more = f", and in {len(clues.bad_fields) - 1} more fields" if len(clues.bad_fields) > 1 else ""
     who = listed("sample", first.samples) or "the batch"
     verb = "holds" if len(first.samples) == 1 or not first.samples else "hold"
     return Finding(
@@ -54,8 +54,8 @@ def non_finite_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> F
         samples=first.samples,
         suggestion=f"{who} of this batch {verb} NaN or Inf in field {first.field}{columns}{more}. "
         + (
-            "The loss leaves it out, and its gradient does not: 0 times NaN is NaN. Fill it in before it is used "
-            "(nan_to_num), not with torch.where on what comes of it."
+            "The loss leaves it out, but the gradient does not: 0 times NaN is NaN. Replace it before it is used "
+            "(nan_to_num), and not later with torch.where."
             if forward
             else "Clean the data."
         ),
@@ -97,12 +97,12 @@ def no_valid_target(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
     told = f" ({target.lowest:.4g})" if same and target is not None else ""
     nothing = origin.operation in _DIVISIONS and origin.lowest == origin.highest == 0.0
     if origin.operation.startswith(_CLASS_LOSSES) and not origin.given:
-        text = f"every target of the batch is ignored{told} or has a weight of zero: a mean over nothing"
+        text = f"every target of the batch is ignored{told} or has a weight of zero: a mean over no elements"
     elif same and origin.from_target and origin.from_mask and (nothing or origin.empty):
-        text = f"every target of the batch is the same{told}, and a mask or a selection leaves nothing of them"
+        text = f"every target of the batch is the same{told}, and a mask or a selection selects none of them"
     else:
         return None
-    remedy = "Leave such batches out, or the term where nothing is selected"
+    remedy = "Leave such batches out, or leave this term out of the loss if nothing is selected"
     return finding_at("no_valid_target", thresholds.confidence.no_valid_target, origin, f"{text}. {remedy}.")
 
 
@@ -117,9 +117,9 @@ def labels_unrelated(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> F
         evidence={"rows": float(labels.rows), "shared": labels.shared, "chance": labels.chance},
         place="the training data",
         suggestion=(
-            f"of {labels.rows:,} rows of the data set {labels.shared:.1%} have the label of the row that is nearest to "
-            f"them; by chance it would be {labels.chance:.1%}. The labels may have nothing to do with the inputs: look "
-            "for a shuffle, a sort or a join of one without the other."
+            f"{labels.shared:.1%} of {labels.rows:,} rows of the data set have the same label as the row with the most "
+            f"similar input; by chance it would be {labels.chance:.1%}. The labels may be unrelated to the inputs: "
+            "look for code that shuffles, sorts or joins only one of the two."
         ),
     )
 

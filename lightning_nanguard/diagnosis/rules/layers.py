@@ -23,16 +23,16 @@ def saturated_activation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) 
     else:
         confidence = known.saturated_half if worst.saturated > limits.saturated_half else known.saturated_some
     given = _outputs_before(case.model, worst)
-    scale = f" It is given numbers of about ±{given:.3g}." if given is not None and given > 1 else ""
+    scale = f" Its inputs are about ±{given:.3g}." if given is not None and given > 1 else ""
     return Finding(
         "saturated_activation",
         confidence,
         evidence={"share_at_the_ends": worst.saturated, "scale_before": given if given is not None else math.nan},
         place=_named(worst),
         suggestion=(
-            f"{worst.saturated:.0%} of the outputs of {_named(worst)} lie within 1 % of the ends, where the gradient "
-            f"is almost zero.{scale} Normalise the inputs, initialise smaller weights (xavier_uniform_), or use an "
-            "activation without an upper end, such as ReLU."
+            f"{worst.saturated:.0%} of the outputs of {_named(worst)} lie within 1 % of its lowest or highest value, "
+            f"where the gradient is almost zero.{scale} Normalise the inputs, start from smaller weights "
+            "(xavier_uniform_), or use an activation without an upper limit, such as ReLU."
         ),
     )
 
@@ -86,7 +86,7 @@ def vanishing_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
         place=first.path,
         suggestion=(
             f"the gradient norm is {_gradient(last):.2g} in {last.path} and {_gradient(first):.2g} in {first.path}, "
-            f"{len(layers) - 1} layers before: the first layers learn nothing.{scale} Use ReLU or another activation "
+            f"{len(layers) - 1} layers earlier: the first layers learn nothing.{scale} Use ReLU or another activation "
             "that does not saturate, Xavier or He initialisation, normalisation layers, or residual connections."
         ),
     )
@@ -109,7 +109,7 @@ def exploding_initial_gradient(case: Case, thresholds: DiagnosisThresholds = DEF
         place=first.path,
         suggestion=(
             f"the gradient norm grows from {_gradient(last):.2g} in {last.path} to {_gradient(first):.2g} in "
-            f"{first.path}. Initialise smaller weights, add normalisation layers, and clip gradients: "
+            f"{first.path}. Start from smaller weights, add normalisation layers, and clip gradients: "
             "Trainer(gradient_clip_val=1.0)."
         ),
     )
@@ -142,9 +142,11 @@ def unbalanced_initialisation(case: Case, thresholds: DiagnosisThresholds = DEFA
     place = steep if too_steep else largest if apart else None
     parts = [first_loss(model)] if above else []
     if steep is not None and too_steep:
-        parts.append(f"{steep.path} makes numbers of about ±{steep.outputs:.3g} out of ±{steep.inputs:.3g}")
+        parts.append(f"{steep.path} turns inputs of about ±{steep.inputs:.3g} into outputs of ±{steep.outputs:.3g}")
     elif apart and largest is not None and smallest is not None:
-        parts.append(f"{largest.path} gives ±{largest.outputs:.3g}, {smallest.path} ±{smallest.outputs:.3g}")
+        parts.append(
+            f"outputs are ±{largest.outputs:.3g} in {largest.path} and ±{smallest.outputs:.3g} in {smallest.path}"
+        )
     return Finding(
         "unbalanced_initialisation",
         confidence,
@@ -157,7 +159,7 @@ def unbalanced_initialisation(case: Case, thresholds: DiagnosisThresholds = DEFA
         place="" if place is None else place.path,
         suggestion=(
             f"{'; '.join(parts) or 'the first loss is not finite'}. Initialise so that each layer keeps the scale of "
-            "what it is given: kaiming_normal_ before ReLU, xavier_normal_ before tanh and sigmoid."
+            "its inputs: kaiming_normal_ before ReLU, xavier_normal_ before tanh and sigmoid."
         ),
     )
 
@@ -171,7 +173,7 @@ def harm_of_large_inputs(model: Model | None, thresholds: ModelThresholds) -> st
     first = next((layer for layer in model.layers if layer.saturated is not None), None)
     if first is None or first.saturated is None or first.saturated < thresholds.saturated_half:
         return ""
-    return f"{first.saturated:.0%} of the outputs of {_named(first)} lie at its ends; "
+    return f"{first.saturated:.0%} of the outputs of {_named(first)} lie at its lowest or highest value; "
 
 
 def _layers_with(case: Case, field: str) -> list[Layer]:

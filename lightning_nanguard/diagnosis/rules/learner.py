@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from lightning_nanguard.decide.blame import learner_did_it
 from lightning_nanguard.diagnosis.case import NO_FAULT, Case
 from lightning_nanguard.diagnosis.rules.layers import exploding_initial_gradient
 from lightning_nanguard.diagnosis.rules.signs import (
@@ -11,7 +12,6 @@ from lightning_nanguard.diagnosis.rules.signs import (
     gradient_not_finite,
     in_gradient,
     learner_diverged,
-    learner_explains_it,
     worse_than_before,
 )
 from lightning_nanguard.record.text import counted
@@ -28,21 +28,21 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
         if _updates_enlarged_it(case, thresholds.learner):
             return None
         # Running statistics also jump where a batch far out of range passes a normalisation.
-        return _corrupted(case, thresholds, known.state_implausible, fault.place, "became far larger than it was")
+        return _corrupted(case, thresholds, known.state_implausible, fault.place, "became far larger than before")
     if evidence.corrupt is not None:
         if fault.scope == "learner" and fault.certain:
             return None
         return _corrupted(case, thresholds, known.state_non_finite, evidence.corrupt, "is no longer finite")
     if fault.scope == "state" and fault.conclusive:
-        return _corrupted(case, thresholds, known.state_implausible, fault.place, "is out of all proportion")
+        return _corrupted(case, thresholds, known.state_implausible, fault.place, "is far too large")
     if change is not None and case.clues.good_finite is not False and not _bad_there_too(case, thresholds.learner):
         moved = (
-            f"has an element that went from {change.before:.4g} to {change.now:.4g}, where the others moved by "
-            f"{change.usual:.2g} at most"
+            f"has an element that went from {change.before:.4g} to {change.now:.4g}, while the others moved by "
+            f"at most {change.usual:.2g}"
         )
         numbers = {"before": change.before, "now": change.now, "usual": change.usual}
         return _corrupted(case, thresholds, known.state_element, change.name, moved, **numbers)
-    if evidence.jump is None or fault.scope == "learner" or learner_explains_it(evidence, thresholds.blame):
+    if evidence.jump is None or fault.scope == "learner" or learner_did_it(evidence, thresholds.blame):
         return None
     larger = "is far larger than any weight of the last good state"
     return _corrupted(case, thresholds, known.state_jump, evidence.jump, larger)
@@ -68,21 +68,21 @@ def _corrupted(
     # A fault of memory is gone on the good state, and does not come back as soon as that is restored.
     gone = case.clues.change is None or case.clues.good_finite is True
     if case.evidence.told:
-        text = f"and before, {case.evidence.told}."
+        text = f"and earlier, {case.evidence.told}."
     elif times == 1 or not gone:
         text = (
-            "though no reading before it was bad. Look for code that writes into it: a hook, a callback, an operation "
-            "in place."
+            "although no earlier reading was bad. Look for code that writes to it: a hook, a callback, an in-place "
+            "operation."
         )
     elif soon:
         text = (
             f"for the {_ordinal(times)} time, and {counted(since or 0, 'update')} after the state was restored: the "
-            "update or the forward pass makes it so each time. Look at what computes it."
+            "update or the forward pass causes this each time. Look at the code that computes it."
         )
     else:
         text = (
-            f"for the {_ordinal(times)} time, though no reading before it was bad and the restored state was well: "
-            "a fault of memory, or code that writes into it. Test the device."
+            f"for the {_ordinal(times)} time, although no earlier reading was bad and the restored state was good: "
+            "a memory fault, or code that writes to it. Test the device."
         )
     return Finding(
         "corrupted_state",
@@ -158,7 +158,7 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
         confidence,
         evidence=numbers,
         place=fault.place,
-        suggestion=f"{found}. Warm the learning rate up, or lower it{_to(case, thresholds)}.",
+        suggestion=f"{found}. Use a warm-up of the learning rate, or lower it{_to(case, thresholds)}.",
         scope="learner",
     )
 
@@ -202,11 +202,11 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
         parts.append(f"the learning rate is {rate:.4g}")
     if curvature is not None and limit is not None and rate is not None and limit < rate:
         numbers |= {"slope": curvature.slope, "bend": curvature.bend, "largest_rate": limit}
-        parts.append(f"along {curvature.along} the loss of this batch stops falling above {limit:.2g}")
+        parts.append(f"a step along {curvature.along} lowers the loss of this batch only at rates below {limit:.2g}")
     trial = evidence.trial
     if trial is not None and trial.lacks:
         numbers |= {"tried_rate_factor": trial.factor}
-        parts.append(f"a restart with {trial.factor:.3g} times the rate has the lower loss after as many updates")
+        parts.append(f"a restart with {trial.factor:.3g} times the rate has a lower loss after equally many updates")
     comparison = evidence.comparison
     if comparison is not None and worse_than_before(evidence, thresholds):
         numbers |= {"loss_now": comparison.now, "loss_before": comparison.then}
@@ -214,7 +214,7 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
             f"the loss of this batch is {comparison.now:.4g}, under the last good weights {comparison.then:.4g}"
         )
     if evidence.growth > thresholds.learner.grown_told:
-        parts.append(f"a weight matrix grew to {evidence.growth:.3g} times its former norm")
+        parts.append(f"the norm of a weight matrix is {evidence.growth:.3g} times what it was at the start")
     return numbers, parts
 
 
@@ -264,10 +264,10 @@ def ill_conditioned(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
         },
         place=case.fault.place,
         suggestion=(
-            f"learning rate {rate:.4g} looks low, but the loss bends by {curvature.steepest:.3g} in its steepest "
-            f"direction, which allows {allowed:.2g} at most, and by {curvature.typical:.2g} in others, "
-            "which hardly move. Normalise the inputs, add normalisation layers, use an adaptive optimizer "
-            f"(Adam), or lower the rate below {allowed:.2g}."
+            f"learning rate {rate:.4g} looks low, but the curvature of the loss is {curvature.steepest:.3g} in its "
+            f"steepest direction, which allows a rate of at most {allowed:.2g}, and {curvature.typical:.2g} in others, "
+            "in which the weights hardly move. Normalise the inputs, add normalisation layers, use an adaptive "
+            f"optimizer (Adam), or lower the rate below {allowed:.2g}."
         ),
         scope="learner",
     )
@@ -287,7 +287,7 @@ def collapsed(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding 
         had = f", and it had come down to {best:.4g}"
     # At another suspicion the value is of when it arose.
     now = fault.value if back and fault.value is not None and math.isfinite(fault.value) else None
-    level = "clearly higher again than it was" if now is None else f"back at {now:.4g}"
+    level = "clearly higher than its best level" if now is None else f"back at {now:.4g}"
     return Finding(
         "collapsed",
         known.collapsed if lost else known.suspicion,
@@ -315,13 +315,13 @@ def _cure_of_collapse(case: Case, thresholds: DiagnosisThresholds) -> str:
             "changes the weights (an initialisation, weight decay, a callback), or the data"
         )
     if rate is not None and allowed is not None and allowed >= rate:
-        return "Go back to before it, and look for what changed the weights or the data"
+        return "Go back to a state from before the rise, and look for what changed the weights or the data"
     if _lost_what_it_had(evidence):
         return (
-            "Go back to before it, and look for what changed the weights or the data; where nothing did, lower the "
-            f"learning rate{_to(case, thresholds)}"
+            "Go back to a state from before the rise, and look for what changed the weights or the data. If nothing "
+            f"did, lower the learning rate{_to(case, thresholds)}"
         )
-    return f"Go back to before it and lower the learning rate{_to(case, thresholds)}"
+    return f"Go back to a state from before the rise and lower the learning rate{_to(case, thresholds)}"
 
 
 def _rate(case: Case) -> float | None:

@@ -24,8 +24,8 @@ def mse_for_classification(case: Case, thresholds: DiagnosisThresholds = DEFAULT
         evidence={"classes": float(objective.classes)},
         place=_place(objective),
         suggestion=(
-            f"the target tells {objective.classes} classes apart and the loss is squared, so that its gradient is "
-            f"smallest where the model is surely wrong. Use torch.nn.functional.{loss} of the logits, without a "
+            f"the target has {objective.classes} classes and the loss is squared, so that its gradient is smallest "
+            f"where the model is wrong with high confidence. Use torch.nn.functional.{loss} of the logits, without a "
             f"{'softmax' if many else 'sigmoid'} or other activation at the end."
         ),
     )
@@ -67,8 +67,8 @@ def wrong_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fin
         place=worst.place,
         suggestion=(
             f"the backward pass of {worst.place} gives {worst.analytic:.4g} where finite differences of the forward "
-            f"pass give {worst.numeric:.4g}. Correct it, and test it with torch.autograd.gradcheck; where it is meant, "
-            f"as with {meant}, leave it."
+            f"pass give {worst.numeric:.4g}. Correct it, and test it with torch.autograd.gradcheck. If the difference "
+            f"is intended, as with {meant}, ignore this."
         ),
     )
 
@@ -85,7 +85,7 @@ def class_out_of_range(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
         place=_place(objective),
         samples=objective.outside,
         suggestion=(
-            f"targets run from {objective.lowest} to {objective.highest}, {objective.function} of "
+            f"targets run from {objective.lowest} to {objective.highest}, but {objective.function} of "
             f"{objective.classes} scores takes 0 to {objective.classes - 1} ({listed('sample', objective.outside)}). "
             "Fix the labels, or give the last layer more outputs."
         ),
@@ -105,9 +105,9 @@ def unbounded_loss(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fin
         evidence={"lowest": objective.least, "highest": objective.most},
         place=_place(objective),
         suggestion=(
-            f"targets run from {objective.least:.4g} to {objective.most:.4g}, and a binary cross-entropy of targets "
-            "outside of 0 and 1 falls without end as the scores grow. Scale the targets to 0 and 1, or use another "
-            "loss."
+            f"targets run from {objective.least:.4g} to {objective.most:.4g}, but a binary cross-entropy needs targets "
+            "from 0 to 1: with others it has no lower limit. Scale the targets to the range from 0 to 1, or use "
+            "another loss."
         ),
     )
 

@@ -34,7 +34,6 @@ def range_evidence(found: Range) -> dict[str, float | str]:
 
 def outlier_finding(cause: str, confidence: float, found: Range, remedy: str) -> Finding:
     """A finding about samples that are far larger than the others."""
-    largest = max(abs(found.lowest), abs(found.highest))
     return Finding(
         cause,
         confidence,
@@ -43,8 +42,8 @@ def outlier_finding(cause: str, confidence: float, found: Range, remedy: str) ->
         samples=found.outliers,
         scope="batch",
         suggestion=(
-            f"field {found.field} reaches {largest:.4g} in {listed('sample', found.outliers)} of this batch, where "
-            f"a sample usually stays within {found.usual:.4g}. {remedy}"
+            f"field {found.field} reaches {found.largest:.4g} in {listed('sample', found.outliers)} of this batch, "
+            f"while samples usually stay within {found.usual:.4g}. {remedy}"
         ),
     )
 
@@ -54,7 +53,7 @@ def target_span(target: Range | None, origin: Origin) -> str:
     domain = DOMAINS.get(origin.operation)
     if target is not None and domain is not None and domain.leaves(target.lowest, target.highest):
         return f"targets run from {target.lowest:.4g} to {target.highest:.4g}"
-    return f"what is made of the targets runs from {origin.lowest:.4g} to {origin.highest:.4g}"
+    return f"what is computed from the targets runs from {origin.lowest:.4g} to {origin.highest:.4g}"
 
 
 def smallest_operand(origin: Origin) -> str:

@@ -38,8 +38,8 @@ def oscillation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findin
         place="loss",
         suggestion=(
             f"the loss stays at {course.now:.4g} while the gradient norm is {course.norm:.3g}; after one update the "
-            f"gradient of a batch points back (cosine {course.opposed:.2f}){rate}. Lower the learning rate{lower}, or "
-            "use an optimizer that adapts it (Adagrad, RMSprop, Adam)."
+            f"gradient of the same batch points in the opposite direction (cosine {course.opposed:.2f}){rate}. Lower "
+            f"the learning rate{lower}, or use an optimizer that adapts it (Adagrad, RMSprop, Adam)."
         ),
     )
 
@@ -57,8 +57,8 @@ def saddle_point(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findi
         place="loss",
         suggestion=(
             f"the loss stays at {course.now:.4g} with a gradient norm of {course.norm:.2g}, and the smallest Hessian "
-            f"eigenvalue is {point.smallest:.3g} (the largest {point.largest:.3g}): a saddle point, with a way "
-            "down along that eigenvector. Start from weights that are not all equal or zero, use momentum, or add "
+            f"eigenvalue is {point.smallest:.3g} (the largest {point.largest:.3g}): a saddle point, and the loss "
+            "falls along that eigenvector. Start from weights that are not all equal or zero, use momentum, or add "
             "noise."
         ),
     )
@@ -79,7 +79,7 @@ def local_minimum(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Find
             f"the loss stays at {course.now:.4g} (untrained {course.first:.4g}) with a gradient norm of "
             f"{course.norm:.2g}, and no Hessian eigenvalue is clearly negative (smallest {point.smallest:.2g}, "
             f"largest {point.largest:.3g}): a minimum. Restart from other weights, use momentum or a larger rate "
-            "for a while, or a model with more capacity; where the data holds nothing more to learn, stop."
+            "for a while, or a model with more capacity. If there is nothing more to learn, stop."
         ),
     )
 
@@ -133,8 +133,8 @@ def batch_size(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding
         place="gradient",
         suggestion=(
             f"with {course.batch_size} sample{'s' if course.batch_size > 1 else ''} in a batch the noise of the "
-            f"gradient is {course.noise:.3g} times its mean. Use a larger batch or accumulate_grad_batches, of about "
-            f"{suggested}, or a lower learning rate."
+            f"gradient is {course.noise:.3g} times its mean. Use a larger batch (or accumulate_grad_batches) of about "
+            f"{suggested} samples, or a lower learning rate."
         ),
     )
 

@@ -6,7 +6,6 @@ import math
 
 from lightning_nanguard.decide.blame import learner_did_it, worse
 from lightning_nanguard.diagnosis.case import Case
-from lightning_nanguard.thresholds.decision import BlameThresholds
 from lightning_nanguard.thresholds.diagnosis import DataThresholds, DiagnosisThresholds
 from lightning_nanguard.types import Evidence, Fault
 
@@ -29,11 +28,6 @@ def number_format_exhausted(fault: Fault) -> bool:
     return fault.scope == "learner" and fault.certain and fault.proof == "none"
 
 
-def learner_explains_it(evidence: Evidence, thresholds: BlameThresholds) -> bool:
-    """Whether a fault is the learner's own doing; what comes out of nothing in a calm run is not."""
-    return learner_did_it(evidence, thresholds)
-
-
 def learner_diverged(fault: Fault, evidence: Evidence, thresholds: DiagnosisThresholds) -> bool:
     """Whether the updates made the weights bad, by the fault itself or by the signs around it."""
     if fault.scope == "learner" and not number_format_exhausted(fault):
@@ -44,7 +38,7 @@ def learner_diverged(fault: Fault, evidence: Evidence, thresholds: DiagnosisThre
     if not fault.certain and comparison is not None and comparison.now <= evidence.first:
         return False  # a model that is better than untrained has not diverged; its batch may be steep
     grew = evidence.growth > thresholds.learner.grown and evidence.jump is None
-    return worse_than_before(evidence, thresholds) and (learner_explains_it(evidence, thresholds.blame) or grew)
+    return worse_than_before(evidence, thresholds) and (learner_did_it(evidence, thresholds.blame) or grew)
 
 
 def worse_than_before(evidence: Evidence, thresholds: DiagnosisThresholds) -> bool:

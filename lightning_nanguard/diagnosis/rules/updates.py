@@ -10,10 +10,11 @@ from lightning_nanguard.types import Finding
 def optimizer_update(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """Loss, gradient and state are finite, and the optimizer's step makes a weight or a moment that is not."""
     cure = (
-        "Look at what its step divides by: an eps that is 0 or too small for this dtype, the norm of an update that is "
-        "zero, a second moment that has faded. Raise eps, keep the weights in float32, or use another optimizer."
+        "Look at what its step divides by: an eps that is 0 or too small for this dtype, the norm of an update that "
+        "is zero, a second moment that has decayed to zero. Raise eps, keep the weights in float32, or use another "
+        "optimizer."
     )
-    what = "loss and gradient were finite, and the optimizer's step made it so each time the update was made"
+    what = "loss and gradient were finite, and the optimizer's step caused this each time the update was made"
     return _comes_back(case, thresholds, "optimizer_update", what, cure)
 
 
@@ -23,7 +24,7 @@ def forward_writes_buffer(case: Case, thresholds: DiagnosisThresholds = DEFAULT)
         "Look at what the forward pass writes there: a division by a count or a sum that may be zero, the variance of "
         "one value."
     )
-    what = "the loss was finite, and the forward pass wrote it each time it was run"
+    what = "the loss was finite, and the forward pass caused this each time it was run"
     return _comes_back(case, thresholds, "forward_writes_buffer", what, cure)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_nanguard.trainer.private.packages import is_kind
 from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
 
 
@@ -28,7 +29,7 @@ def keep_best_finite(trainer: Any) -> Callable[[], None]:
     """
     undos = []
     for callback in trainer.callbacks:
-        if all(callable(getattr(callback, name, None)) for name in _WRAPPERS) and _is_model_checkpoint(callback):
+        if all(callable(getattr(callback, name, None)) for name in _WRAPPERS) and is_kind(callback, "ModelCheckpoint"):
             _forget_best(callback)  # a checkpoint of a run without the guard may have brought it along
             undos += [wrap_method(callback, name, partial(wrapper, callback)) for name, wrapper in _WRAPPERS.items()]
     return undo_all(undos)
@@ -52,10 +53,6 @@ _WRAPPERS: dict[str, Callable[..., Any]] = {
     "_update_best_and_save": _update_best_and_save,
     "_save_checkpoint": _save_checkpoint,
 }
-
-
-def _is_model_checkpoint(callback: object) -> bool:
-    return any(cls.__name__ == "ModelCheckpoint" for cls in type(callback).__mro__)
 
 
 def _ranked(callback: Any, current: Any) -> Any:

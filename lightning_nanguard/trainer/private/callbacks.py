@@ -6,9 +6,9 @@ from collections.abc import Callable
 from itertools import takewhile
 from typing import Any, final
 
-from lightning_nanguard.trainer.private.packages import Callback
+from lightning_nanguard.trainer.private.packages import Callback, is_kind
 
-_TUNERS = frozenset({"BatchSizeFinder", "LearningRateFinder"})
+_TUNERS = ("BatchSizeFinder", "LearningRateFinder")
 
 
 def put_first(trainer: Any, guard: Any) -> Callable[[], None]:
@@ -23,7 +23,7 @@ def put_first(trainer: Any, guard: Any) -> Callable[[], None]:
     ahead = {id(callback) for callback in takewhile(lambda one: one is not guard, trainer.callbacks)}
     others = _without(trainer.callbacks, guard)
     split = 0
-    while split < len(others) and any(cls.__name__ in _TUNERS for cls in type(others[split]).__mro__):
+    while split < len(others) and is_kind(others[split], *_TUNERS):
         split += 1
     trainer.callbacks = [*others[:split], guard, *others[split:]]
 
@@ -43,7 +43,7 @@ def _without(callbacks: list[Any], guard: Any) -> list[Any]:
 
 def unfreezes(trainer: Any) -> bool:
     """Whether a callback unfreezes parts of the module in the course of the run."""
-    return any(cls.__name__ == "BaseFinetuning" for one in trainer.callbacks for cls in type(one).__mro__)
+    return any(is_kind(one, "BaseFinetuning") for one in trainer.callbacks)
 
 
 def is_from_callback(error: BaseException, listens: Callable[[Any], bool]) -> bool:

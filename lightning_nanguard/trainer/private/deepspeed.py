@@ -46,22 +46,20 @@ def unsupported(config: Mapping[str, Any], precision: str) -> str | None:
     """
     zero = config.get("zero_optimization") or {}
     if not zero.get("stage"):
-        return "without ZeRO: it does then what DDP does. Use strategy='ddp'"
+        return "without ZeRO, which does the same as DDP. Use strategy='ddp'"
     for name in _ELSEWHERE:
         device = value.get("device", "none") if isinstance(value := zero.get(name), Mapping) else value
         if device not in (None, False, "none"):
             return (
-                f"with {name}: what is trained then lies outside of the device, where a snapshot cannot put it back "
-                "exactly. Leave offloading out, or use FSDPStrategy or ModelParallelStrategy"
+                f"with {name}: the trained tensors are then outside of the device, and a snapshot cannot restore them "
+                "exactly. Turn offloading off, or use FSDPStrategy or ModelParallelStrategy"
             )
     for name, without in _OTHERWISE.items():
         if zero.get(name) and zero[name] != without:
-            return (
-                f"with {name}, under which it was not tried. Leave it out, or use FSDPStrategy or ModelParallelStrategy"
-            )
+            return f"with {name}, which was not tested. Turn it off, or use FSDPStrategy or ModelParallelStrategy"
     if precision.startswith("16") or (config.get("fp16") or {}).get("enabled"):
         return (
-            f"with precision {precision!r}, whose loss scale DeepSpeed keeps for itself. Use precision='bf16-mixed', "
+            f"with precision {precision!r}, because DeepSpeed itself sets the loss scale. Use precision='bf16-mixed', "
             "'bf16-true' or '32-true'"
         )
     return None
@@ -94,7 +92,7 @@ class ZeroPartitions:
             without = f" without {', '.join(missing)}" if missing else ""
             raise ValueError(
                 f"NaNGuard does not support DeepSpeed's {kind}{without}. Use ZeRO stage 1, 2 or 3 of DeepSpeed 0.19 "
-                "without offloading, strategy='ddp', FSDPStrategy or ModelParallelStrategy, or take the guard out of "
+                "without offloading, strategy='ddp', FSDPStrategy or ModelParallelStrategy, or remove the guard from "
                 "the callbacks."
             )
         self._zero = zero

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lightning_nanguard.trainer.private.packages import is_kind
 from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
 
 # The hooks in which a LearningRateMonitor reads the groups.
@@ -39,12 +40,7 @@ def around_learning_rate_monitors(
         [
             wrap_method(callback, name, surround)
             for callback in trainer.callbacks
-            if _is_monitor(callback)
+            if is_kind(callback, "LearningRateMonitor")
             for name in _HOOKS
         ]
     )
-
-
-def _is_monitor(callback: object) -> bool:
-    # By name, as `lightning` and `pytorch_lightning` each have a class of their own and importing both is slow.
-    return any(cls.__name__ == "LearningRateMonitor" for cls in type(callback).__mro__)

@@ -35,7 +35,7 @@ __all__ = [
     "GuardCallback",
     "LightningModule",
     "Trainer",
-    "is_logger",
+    "is_kind",
     "is_module_class",
     "logged_at",
     "logs_every",
@@ -62,14 +62,14 @@ def package_of(module_class: Any) -> ModuleType:
     return import_module("lightning.pytorch" if "lightning" in names else "pytorch_lightning")
 
 
-def is_logger(value: Any, name: str) -> bool:
-    """Whether it is a logger of a class of this name, or of one made from it, of either package.
+def is_kind(value: object, *names: str) -> bool:
+    """Whether an object is of a class of Lightning with one of these names, or of one made from it, of either package.
 
     Args:
-        value: The logger.
-        name: Such as ``"MLFlowLogger"``. Its package need not be installed.
+        value: The object.
+        names: Such as ``"MLFlowLogger"``. Its package need not be installed, and none is imported.
     """
-    return any(kind.__name__ == name for kind in type(value).__mro__)
+    return any(kind.__name__ in names for kind in type(value).__mro__)
 
 
 def is_module_class(value: Any) -> bool:

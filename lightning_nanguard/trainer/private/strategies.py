@@ -9,25 +9,20 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_nanguard.trainer.private import deepspeed
+from lightning_nanguard.trainer.private.packages import is_kind
 
-_REPLICATED = ("DDPStrategy",)
-_DEEPSPEED = ("DeepSpeedStrategy",)
-_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", *_DEEPSPEED)
-
-
-def _is(trainer: Any, names: tuple[str, ...]) -> bool:
-    # By name: `lightning` and `pytorch_lightning` each have classes of their own.
-    return any(cls.__name__ in names for cls in type(trainer.strategy).__mro__)
+_DEEPSPEED = "DeepSpeedStrategy"
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", _DEEPSPEED)
 
 
 def is_sharded(trainer: Any) -> bool:
     """Whether each rank holds a shard of the parameters."""
-    return _is(trainer, _SHARDED)
+    return is_kind(trainer.strategy, *_SHARDED)
 
 
 def what_steps(trainer: Any, module: nn.Module) -> tuple[list[Optimizer], deepspeed.ZeroPartitions | None]:
     """The torch optimizers that step, and what they step where that is not the module's parameters themselves."""
-    if not _is(trainer, _DEEPSPEED):
+    if not is_kind(trainer.strategy, _DEEPSPEED):
         # One without groups stands for a module that configures none.
         return [optimizer for optimizer in trainer.optimizers if optimizer.param_groups], None
     (zero,) = trainer.optimizers
@@ -37,12 +32,12 @@ def what_steps(trainer: Any, module: nn.Module) -> tuple[list[Optimizer], deepsp
 
 def collects(trainer: Any) -> bool:
     """Whether saving through the strategy writes the present state, whatever dictionary it is given."""
-    return _is(trainer, _DEEPSPEED)
+    return is_kind(trainer.strategy, _DEEPSPEED)
 
 
 def accumulation(trainer: Any) -> Callable[[], bool]:
     """A function that says whether the optimizer about to be asked to step will only accumulate gradients."""
-    return deepspeed.accumulation(trainer.strategy.model) if _is(trainer, _DEEPSPEED) else _never
+    return deepspeed.accumulation(trainer.strategy.model) if is_kind(trainer.strategy, _DEEPSPEED) else _never
 
 
 def _never() -> bool:
@@ -56,23 +51,23 @@ def check_strategy(trainer: Any, module: Any) -> None:
         ValueError: If it does not.
     """
     name = type(trainer.strategy).__name__
-    if _is(trainer, _DEEPSPEED):
+    if is_kind(trainer.strategy, _DEEPSPEED):
         reason = deepspeed.unsupported(trainer.strategy.config or {}, str(trainer.precision))
         if reason is not None:
-            raise ValueError(f"NaNGuard does not support {name} {reason}, or take the guard out of the callbacks.")
+            raise ValueError(f"NaNGuard does not support {name} {reason}, or remove the guard from the callbacks.")
     if getattr(trainer.strategy, "_model_averaging_period", None) is not None:
         raise ValueError(
-            f"NaNGuard does not support {name}(model_averaging_period=…): the weights of the ranks part by design "
-            "between averages. Leave the averaging out, or take the guard out of the callbacks."
+            f"NaNGuard does not support {name}(model_averaging_period=…): the weights of the ranks differ by design "
+            "between averages. Turn the averaging off, or remove the guard from the callbacks."
         )
-    if _is(trainer, ("FSDPStrategy",)) and not module.automatic_optimization:
+    if is_kind(trainer.strategy, "FSDPStrategy") and not module.automatic_optimization:
         raise ValueError(
             f"NaNGuard does not support {name} with manual optimization: the gradient of a skipped update stays in the "
             "flat parameters that the strategy keeps. Use automatic optimization, ModelParallelStrategy or "
-            "strategy='ddp', or take the guard out of the callbacks."
+            "strategy='ddp', or remove the guard from the callbacks."
         )
-    if trainer.world_size > 1 and not _is(trainer, (*_REPLICATED, *_SHARDED)):
+    if trainer.world_size > 1 and not is_kind(trainer.strategy, "DDPStrategy", *_SHARDED):
         raise ValueError(
             f"NaNGuard does not support {name} with {trainer.world_size} processes. Use strategy='ddp', FSDPStrategy "
-            "or ModelParallelStrategy, or take the guard out of the callbacks."
+            "or ModelParallelStrategy, or remove the guard from the callbacks."
         )

@@ -229,7 +229,7 @@ def check(finding: Finding, case: Case) -> None:
     if clip and isinstance(norm := evidence.get("gradient_norm"), float):
         assert float(clip[1]) > 0
         assert not norm < float(clip[1]) * 0.95, text
-    exponent = re.search(r"was given (\S+), float\d+ ends at about (\d+)", text)
+    exponent = re.search(r"was given (\S+), and the limit in float\d+ is about (\d+)", text)
     if exponent:
         assert float(exponent[1]) >= float(exponent[2]), text
     domain = re.search(r"from (\S+) to (\S+?), .* needs numbers above 0", text)
@@ -247,7 +247,7 @@ def check(finding: Finding, case: Case) -> None:
     if case.clues.origin is not None and case.clues.origin.given:
         assert "every target of the batch is ignored" not in text
     assert ("finite in float32" in text) <= (case.clues.finite_in_float32 is True), text
-    assert "float32, which ends at 65,504" not in text
+    assert "float32, whose largest number is 65,504" not in text
     if case.model is not None and not case.model.updates and finding.cause == "dead_relu":
         assert not asks_for_a_lower_rate(text), text
     size = re.search(r"with (\d+) samples? in a batch.* of about (\d+)", text)

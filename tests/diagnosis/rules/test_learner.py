@@ -94,7 +94,7 @@ def test_the_curvature_says_which_rate_is_allowed() -> None:
     finding = diagnose(Case(EXPLODING, Evidence(step=9, comparison=WORSE, lr=0.5), curvature=curvature))
     assert finding is not None
     assert finding.cause == "learning_rate_too_high"
-    assert "along the gradient the loss of this batch stops falling above 0.031" in finding.suggestion
+    assert "a step along the gradient lowers the loss of this batch only at rates below 0.031" in finding.suggestion
     assert "below 0.031; 0.015 lowers this batch's loss most" in finding.suggestion
     assert finding.evidence["largest_rate"] == pytest.approx(0.031)
 
@@ -169,11 +169,11 @@ def test_a_trial_says_which_rate_to_go_to() -> None:
         finding = diagnose(Case(STUCK, known))
         assert finding is not None
         said[finding.cause] = finding.suggestion
-    assert "a restart with 0.0156 times the rate has the lower loss" in said["learning_rate_too_high"]
+    assert "a restart with 0.0156 times the rate has a lower loss" in said["learning_rate_too_high"]
     assert "or lower it to 0.01." in said["learning_rate_too_high"]
-    assert "the loss is clearly higher again than it was" in said["collapsed"]
+    assert "the loss is clearly higher than its best level" in said["collapsed"]
     assert (
-        "look for what changed the weights or the data; where nothing did, lower the learning rate to 0.01"
+        "look for what changed the weights or the data. If nothing did, lower the learning rate to 0.01"
         in (said["collapsed"])
     )
 

@@ -49,5 +49,5 @@ def test_bad_state_after_a_suspicion_is_not_said_to_come_from_nowhere() -> None:
     assert finding is not None
     assert finding.cause == "corrupted_state"
     assert told in finding.suggestion
-    assert "though no reading" not in finding.suggestion
+    assert "no earlier reading" not in finding.suggestion
     assert "device" not in finding.suggestion

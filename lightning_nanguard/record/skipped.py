@@ -1,0 +1,33 @@
+"""Says so if most updates of a run were skipped, since hardly anything is learned then."""
+
+from __future__ import annotations
+
+from lightning_nanguard.record.text import counted
+from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
+
+TO_DO = (
+    "read why the first of them was skipped (nanguard explain). If the data are bad, clean them. If the batches are "
+    "good, a detector is too strict for this run: give it a larger factor, or leave it out"
+)
+"""What to do if most updates were skipped."""
+
+
+def mostly_skipped(skipped: int, updates: int, thresholds: RecordsThresholds = RECORDS) -> str:
+    """Say how many updates were skipped if they were most of them; ``""`` if they were not.
+
+    Args:
+        skipped: Updates that were skipped.
+        updates: All updates.
+        thresholds: Which share counts as most, and as nearly all.
+
+    Example:
+        >>> mostly_skipped(191, 192)
+        '191 of 192 updates were skipped: almost nothing was learned'
+        >>> mostly_skipped(3, 192)
+        ''
+    """
+    if updates < thresholds.least_updates_of_share or skipped < thresholds.share_skipped_most * updates:
+        return ""
+    nearly_all = skipped >= thresholds.share_skipped_nearly_all * updates
+    learned = "almost nothing was learned" if nearly_all else "the run learned from less than half of its batches"
+    return f"{min(skipped, updates):,} of {counted(updates, 'update')} were skipped: {learned}"

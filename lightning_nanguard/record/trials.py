@@ -1,0 +1,101 @@
+"""What came of the trials that were held beside a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, final, get_args
+
+from lightning_nanguard.record.text import counted, in_words, printable
+from lightning_nanguard.types import SCHEMA_VERSION, plain
+
+TRIALS_FILE = "trials.jsonl"
+"""Name of the file in a run's folder of records."""
+
+Outcome = Literal["confirmed", "not confirmed", "no result"]
+"""Whether a trial confirmed the suspicion that it was held because of."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class HeldTrial:
+    """Says what one trial showed. A trial that did not confirm its suspicion has changed nothing.
+
+    Attributes:
+        begun_step: ``global_step`` at which it began.
+        global_step: ``global_step`` at which it ended.
+        fault: Kind of the suspicion.
+        outcome: Whether it confirmed the suspicion.
+        lacks: Share of what can be learned that the run lacks; 0 where the suspicion was not confirmed.
+        factor: Factor of the best restart on the learning rate.
+        reason: Why there is no result.
+        run: Id of the run.
+
+    Example:
+        >>> HeldTrial(40, 104, "stuck_loss", "not confirmed").told()[-74:]
+        'no restart at a lower learning rate was clearly ahead; nothing was changed'
+    """
+
+    begun_step: int
+    global_step: int
+    fault: str
+    outcome: Outcome
+    lacks: float = 0.0
+    factor: float = 1.0
+    reason: str = ""
+    run: str = field(default="", compare=False)
+
+    def told(self) -> str:
+        """What it showed, in one line."""
+        return printable(
+            f"trial of steps {self.begun_step} to {self.global_step} ({in_words(self.fault)}): {self._shown()}"
+        )
+
+    def _shown(self) -> str:
+        if self.outcome == "confirmed":
+            ahead = f"a restart at {self.factor:.3g} times the learning rate was clearly ahead"
+            return f"{ahead}; the run lacked {self.lacks:.0%} of what it could learn"
+        if self.outcome == "no result":
+            return f"it ended without a result, because {self.reason}; nothing was changed"
+        return "no restart at a lower learning rate was clearly ahead; nothing was changed"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers that JSON accepts."""
+        return {"schema": SCHEMA_VERSION, **plain(asdict(self))}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> HeldTrial:
+        """The inverse of :meth:`to_dict`; keys of later versions are ignored.
+
+        Raises:
+            ValueError: If ``data`` is no trial.
+        """
+        try:
+            known = {one.name: data[one.name] for one in fields(cls) if one.name in data}
+            known |= {key: float(known[key]) for key in ("lacks", "factor") if key in known}
+            trial = cls(**known)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"not a trial: {error}") from error
+        if trial.outcome not in get_args(Outcome):
+            raise ValueError(f"not a trial: its outcome is {trial.outcome!r}")
+        return trial
+
+
+def trials_in_words(trials: Sequence[HeldTrial]) -> str:
+    """How many trials were held, and how many of them confirmed nothing; ``""`` without a trial.
+
+    Args:
+        trials: The trials.
+
+    Example:
+        >>> trials_in_words([HeldTrial(40, 104, "stuck_loss", "not confirmed")])
+        '1 trial held (steps 40 to 104), which confirmed nothing and changed nothing'
+    """
+    if not trials:
+        return ""
+    confirmed = sum(one.outcome == "confirmed" for one in trials)
+    held = f"{counted(len(trials), 'trial')} held (steps {trials[0].begun_step} to {trials[-1].global_step})"
+    if not confirmed:
+        return f"{held}, which confirmed nothing and changed nothing"
+    rest = "" if confirmed == len(trials) else "; the others changed nothing"
+    return f"{held}, of which {confirmed:,} confirmed the suspicion{rest}"

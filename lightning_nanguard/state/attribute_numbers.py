@@ -1,0 +1,86 @@
+"""Puts numbers among a module's attributes back, such as running means, where hooks around a bad step made them NaN."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_nanguard.measure.tensors import is_strided
+from lightning_nanguard.state.attribute_memory import Attributes
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
+
+_DEFAULTS = RepeatedStepsThresholds()
+
+
+@final
+class AttributeNumbers:
+    """Remembers the numbers with which the last good step began.
+
+    What a step itself has changed is put back by its :class:`Attributes`. This is for what was changed before it, in
+    ``on_after_batch_transfer`` or ``on_train_batch_start``, or after it, in ``on_train_batch_end``. Infinite numbers
+    stay, since code that looks for a minimum begins with one.
+
+    Args:
+        limits: Bytes up to which tensors and arrays are remembered.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> module, numbers = SimpleNamespace(mean=0.5), AttributeNumbers()
+        >>> numbers.open(Attributes([(module, ())]))
+        >>> module.mean = float("nan")
+        >>> numbers.open(Attributes([(module, ())]))
+        >>> numbers.undo()
+        >>> module.mean
+        0.5
+    """
+
+    def __init__(self, limits: RepeatedStepsThresholds = _DEFAULTS) -> None:
+        self._limits = limits
+        self._good: list[tuple[dict[str, Any], str, Any]] = []
+        self._newest: list[tuple[dict[str, Any], str, Any]] = []
+        self._undone = False
+
+    def begin(self) -> None:
+        """A step is about to begin: put back what was changed since a step that was left out."""
+        if self._undone:
+            self._put_back()
+
+    def open(self, attributes: Attributes) -> None:
+        """A step begins.
+
+        Args:
+            attributes: The attributes it begins with.
+        """
+        if not self._undone:
+            self._good = self._newest
+        self._newest = [one for one in attributes.bound() if _is_number(one[2], self._limits.copied_bytes)]
+        self._undone = False
+
+    def undo(self) -> None:
+        """The step is left out."""
+        self._undone = True
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for attributes, name, value in self._good:
+            now = attributes.get(name)
+            if now is not value and _has_nan(now) and not _has_nan(value):
+                attributes[name] = value
+
+
+def _is_number(value: Any, copied_bytes: int) -> bool:
+    if isinstance(value, Tensor):
+        # A graph would keep the activations of its step alive.
+        return value.grad_fn is None and is_strided(value) and value.nbytes <= copied_bytes
+    return isinstance(value, float) or (type(value) is np.ndarray and value.nbytes <= copied_bytes)
+
+
+def _has_nan(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return is_strided(value) and bool(torch.isnan(value.detach()).any())
+    if type(value) is np.ndarray:
+        return np.issubdtype(value.dtype, np.inexact) and bool(np.isnan(value).any())
+    return isinstance(value, float) and value != value

@@ -1,0 +1,47 @@
+"""Says in one line how the present or the last fit went."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from lightning_nanguard.record.memory import Memory
+from lightning_nanguard.record.run_history import interventions_of_resumed
+from lightning_nanguard.record.summary import summary
+from lightning_nanguard.record.trials import trials_in_words
+from lightning_nanguard.types import ActOn
+
+
+class _Trust(Protocol):
+    @property
+    def observe(self) -> bool: ...
+    @property
+    def act_on(self) -> ActOn: ...
+
+
+def fit_summary(memory: Memory, settings: _Trust, updates: int, multiplier: float, folder: Path | None) -> str:
+    """The summary line of the newest fit, with the counts of the whole run beside its own if the run was resumed.
+
+    Args:
+        memory: What was done, in this fit and before.
+        settings: When the guard changes a run.
+        updates: Updates of the run so far.
+        multiplier: Factor on the learning rate.
+        folder: The folder of the run; ``None`` before the first fit.
+    """
+    before, faults, remedies = memory.of_fit()
+    total = None if folder is None else interventions_of_resumed(folder)
+    if total is None and before:
+        total = memory.total  # nothing could be written there
+    return summary(
+        updates - before,
+        faults,
+        remedies,
+        lr_multiplier=multiplier,
+        path=folder,
+        observe=settings.observe,
+        act_on=settings.act_on,
+        advice=[one.finding.cause for one in memory.advice],
+        trials=trials_in_words(memory.trials),
+        whole=None if total is None else (updates, total),
+    )
