@@ -174,7 +174,8 @@ def train(
     averages: list[Any] = [] if make is None else [make()]
     others = [observer, *averages, *_companions(one, folder)]
     if left_out:
-        others.append(LeaveOut(left_out, one.accumulate))
+        # First, so that averages see buffers without the batch.
+        others.insert(0, LeaveOut(left_out, one.accumulate))
     watching = [] if guard is None else [guard]
     # The injector comes after the observer: what it spoils in a hook of both is not yet there for the observer.
     around = [*others, InjectAround(injector, averages)]
