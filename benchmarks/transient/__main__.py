@@ -16,7 +16,7 @@ from .running import Outcome, outcome
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign; gives 1 where fewer runs than wanted ended as without their fault."""
+    """Run the campaign; gives 1 if fewer runs than wanted ended as without their fault."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transient", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="what is drawn")
     parser.add_argument("--runs", type=int, default=500, help="runs drawn")

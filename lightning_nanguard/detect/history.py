@@ -108,6 +108,10 @@ class ReadingHistory:
         """A low quantile of the healthy gradient norms above 0, the smallest of few; ``None`` with too few."""
         return usual_norm(self._norms(), self._first_norm, self._thresholds.usual_norm)
 
+    def largest_norm(self) -> float | None:
+        """The largest healthy gradient norm that is kept; ``None`` if there is none."""
+        return max(self._norms(), default=None)
+
     def climbing(self) -> bool:
         """Whether the newest losses or norms lie above their usual range."""
         own = self._thresholds.climb

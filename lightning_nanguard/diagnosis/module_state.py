@@ -29,9 +29,8 @@ def put_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         first = wrong[0]
         shape = tuple(own[first].shape) if first in own else "missing"
         raise ValueError(
-            f"The saved state does not fit {type(module).__name__}: {first} has the shape {tuple(state[first].shape)} "
-            f"in the incident and {shape} in the module ({len(wrong)} such). Build the module with the arguments of "
-            "the run."
+            f"The saved state does not fit {type(module).__name__}: {first} is {tuple(state[first].shape)} in the "
+            f"incident and {shape} in the module ({len(wrong)} such). Build the module with the arguments of the run."
         )
     with torch.no_grad():
         for name, value in state.items():

@@ -158,23 +158,25 @@ class Interventions:
     def tell_of_bad_losses(self, reading: Reading) -> None:
         """Tell the user once that losses are not finite where gradients are."""
         infinite = reading.loss is not None and math.isinf(reading.loss)
-        cause, what, remedy = (
-            ("infinite_loss", "infinite", "Compute the loss in float32, or look at which of its terms overflows.")
+        what, remedy = (
+            ("infinite", "Look at which of its terms is. If it overflows, compute it in a wider number format.")
             if infinite
-            else ("nan_loss", "NaN", "Look for the term that is NaN and has no gradient: a detached or a masked one.")
+            else ("NaN", "Look for the term that is NaN and has no gradient: a detached or a masked one.")
         )
         suggestion = (
             f"the loss of {self.patience} updates in a row is not finite, now {what}, and their gradients are finite. "
             f"{self._from_now_on('because they do not harm the weights')} {remedy}"
         )
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
-        self._loop.advise(Finding(cause, confidence, {}, "loss", suggestion=suggestion))
+        self._loop.advise(
+            Finding("infinite_loss" if infinite else "nan_loss", confidence, {}, "loss", suggestion=suggestion)
+        )
 
     def tell_of_large_gradients(self, fault: Fault) -> None:
         """Tell the user once that every gradient so far was finite and too large."""
         state, confidence = self._context.state, self._context.thresholds.diagnosis.confidence.suspicion
         suggestion = (
-            f"{fault.message}, and so it was in all {state.step} updates so far. "
+            f"{fault.message}. The same was found of each of the {state.step} updates so far. "
             f"{self._from_now_on('because otherwise no update would ever be made')} "
             "Scale the loss down and the learning rate up."
         )

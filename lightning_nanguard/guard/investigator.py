@@ -11,6 +11,7 @@ from typing import Any, Literal, final
 
 from torch import Tensor
 
+from lightning_nanguard.decide.blame import worse
 from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.guard.context import GuardContext
@@ -164,7 +165,8 @@ class Investigator:
             return ""
         if any(one[2] for one in answers) and not any(one[1] for one in answers):
             return "averages"
-        return "state" if by_itself and any(one[3] for one in answers) and self._ring.certified else ""
+        spared = any(one[3] for one in answers) and not self._context.many  # ranks go back together
+        return "state" if by_itself and spared and self._ring.certified else ""
 
     def _look_at_weights(
         self, fault: Fault, reading: Reading, history: ReadingHistory, known: Evidence, target: Snapshot | None
@@ -215,7 +217,8 @@ class Investigator:
     def _look_at_rates(
         self, fault: Fault, history: ReadingHistory, known: Evidence, target: Snapshot | None
     ) -> Evidence:
-        rate = next(iter(self._context.rate.effective()), None)
+        effective = self._context.rate.effective()
+        rate = next(iter(effective), None)
         since = target.step if target is not None else 0
         before = None if target is None else target.rate
         rates, told = self._context.state.rates, self._context.state.told
@@ -230,6 +233,7 @@ class Investigator:
             lr=rate,
             highest_lr=max((one for step, one in rates if step >= since), default=rate),
             lowest_lr=min((one for _, one in rates), default=rate),
+            group_lr=max(effective, default=None),
             multiplier=self._context.rate.ratio(),
             again=self._context.state.again,
             told="" if told is None or told[0] < since else told[1],
@@ -267,8 +271,9 @@ class Investigator:
         """Whether one batch alone speaks against the weights, or several in a row do, whatever they compute of it."""
         if found is None or not fault.certain or known.undo or not math.isfinite(found.then):
             return False
-        in_a_row = known.bad_in_a_row % self._context.thresholds.decision.blame.patience == 0
-        return in_a_row or not -math.inf < found.now <= found.then
+        limits = self._context.thresholds.decision.blame
+        least = limits.worse_for_batch * self._context.monitors.loss_unit()
+        return known.bad_in_a_row % limits.patience == 0 or worse(found, least)
 
     def _holds_elsewhere(self, target: Snapshot) -> bool | None:
         """Whether the present weights do no worse than older ones on most of the newest healthy batches."""

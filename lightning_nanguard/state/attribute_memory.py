@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, final
 
 from torch import nn
@@ -89,12 +89,14 @@ class Attributes:
                 continue
             give_back(value, held)
 
-    def bound(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
-        """The attributes, each with what it lies in, its name and the value it was bound to."""
-        for attributes, before in self._owners:
-            for name, value in before.items():
-                if name not in OWN:
-                    yield attributes, name, value
+    def bound(self, kinds: Collection[type]) -> list[tuple[dict[str, Any], str, Any]]:
+        """The attributes bound to values of some classes, each with what it lies in, its name and the value."""
+        return [
+            (attributes, name, value)
+            for attributes, before in self._owners
+            for name, value in before.items()
+            if type(value) in kinds and name not in OWN
+        ]
 
     def plain_now(self) -> list[tuple[dict[str, Any], str, Any]]:
         """Numbers, strings and flags with another value by now: the attributes they lie in, name and value.

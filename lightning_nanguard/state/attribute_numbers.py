@@ -13,6 +13,7 @@ from lightning_nanguard.state.attribute_memory import Attributes
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 
 _DEFAULTS = RepeatedStepsThresholds()
+_KINDS = frozenset({float, Tensor, np.ndarray})
 
 
 @final
@@ -56,7 +57,9 @@ class AttributeNumbers:
         """
         if not self._undone:
             self._good = self._newest
-        self._newest = [one for one in attributes.bound() if _is_number(one[2], self._limits.copied_bytes)]
+        # In every step, so that classes are looked up first.
+        bound, most = attributes.bound(_KINDS), self._limits.copied_bytes
+        self._newest = [one for one in bound if type(one[2]) is float or _is_small(one[2], most)]
         self._undone = False
 
     def undo(self) -> None:
@@ -71,11 +74,11 @@ class AttributeNumbers:
                 attributes[name] = value
 
 
-def _is_number(value: Any, copied_bytes: int) -> bool:
+def _is_small(value: Any, copied_bytes: int) -> bool:
     if isinstance(value, Tensor):
         # A graph would keep the activations of its step alive.
         return value.grad_fn is None and is_strided(value) and value.nbytes <= copied_bytes
-    return isinstance(value, float) or (type(value) is np.ndarray and value.nbytes <= copied_bytes)
+    return bool(value.nbytes <= copied_bytes)
 
 
 def _has_nan(value: Any) -> bool:

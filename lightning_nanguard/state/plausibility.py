@@ -21,26 +21,39 @@ from lightning_nanguard.types import Fault
 _DEFAULTS = PlausibilityThresholds()
 _SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
 """Names under which torch's optimizers keep averages or sums of squares."""
+_MOMENTS = _SECOND_MOMENTS | {"exp_avg", "momentum_buffer"}
 
 
 def first_jump(
-    now: Mapping[StateKey, Any], then: Mapping[StateKey, Any], keys: Collection[StateKey], factor: float, least: float
+    now: Mapping[StateKey, Any],
+    then: Mapping[StateKey, Any],
+    keys: Collection[StateKey],
+    factor: float,
+    least: float,
+    most: Mapping[StateKey, float] | None = None,
 ) -> str | None:
     """Name of the first tensor among ``keys`` whose largest element has grown ``factor`` times, from ``least`` up.
 
-    A moment that was 0 has no size to measure growth by: how far it goes at first depends on the unit of the loss.
+    Args:
+        now: The tensors.
+        then: What they were.
+        keys: Which tensors count.
+        factor: Growth that is too much.
+        least: Magnitude from which growth is counted.
+        most: Largest magnitude of moments that were 0 or are new. Without it they do not count, because how far they go
+            at first depends on the unit of the loss.
     """
-    pairs = [(key, now[key], then[key]) for key in now if key in keys and key in then]
-    pairs = [(key, one, other) for key, one, other in pairs if _comparable(one, other)]
+    most = {} if most is None else most
+    pairs = [(key, now[key], then.get(key)) for key in now if key in keys and (key in then or key in most)]
+    pairs = [(key, one, other) for key, one, other in pairs if _comparable(one, one if other is None else other)]
     if not pairs:
         return None
-    largest, was = (
-        norms(tensors, math.inf) for tensors in ([one for _, one, _ in pairs], [two for _, _, two in pairs])
-    )
+    largest = norms([one for _, one, _ in pairs], math.inf)
+    was = norms([one.new_zeros(()) if other is None else other for _, one, other in pairs], math.inf)
     far = (
         key
         for (key, _, _), one, other in zip(pairs, largest, was, strict=True)
-        if one > factor * max(other, least) and (other > 0 or key[0] != "optimizer")
+        if one > (factor * max(other, least) if other > 0 or key[0] != "optimizer" else most.get(key, math.inf))
     )
     found = next(far, None)
     return None if found is None else describe(found)
@@ -64,6 +77,7 @@ class PlausibilityCheck:
             that is not known.
         thresholds: What is too much.
         certain_only: Whether only what is out of all proportion counts, and nothing is tried.
+        largest_norm: Gives the largest gradient norm that an optimizer was given; ``None`` if that is not known.
     """
 
     def __init__(
@@ -74,6 +88,7 @@ class PlausibilityCheck:
         thresholds: PlausibilityThresholds = _DEFAULTS,
         *,
         certain_only: bool = False,
+        largest_norm: Callable[[int], float | None] = lambda index: None,
     ) -> None:
         self._learner = learner
         self._ring = ring
@@ -81,6 +96,7 @@ class PlausibilityCheck:
         self._limits = limits = thresholds
         self._weight_growth = limits.certain_weight_growth if certain_only else limits.weight_growth
         self._state_growth = limits.early_growth if certain_only else limits.state_growth
+        self._largest_norm = largest_norm
         self._jumps: Counter[str] = Counter()
         self.watches_statistics = False
         """Whether a batch may have spoiled running statistics, so that each batch's are worth a look."""
@@ -104,7 +120,7 @@ class PlausibilityCheck:
             before: Usual size of each tensor in the newest certified snapshot.
             healthy_steps: Updates accepted so far.
         """
-        limits = self._limits
+        limits, before = self._limits, {**self._of_gradients(screen.typical.keys() - before.keys()), **before}
         beyond = screen.beyond(before, self._weight_growth, limits.least_magnitude)
         if healthy_steps <= limits.settled_after:
             # Statistics and moments still come from their initial values then.
@@ -136,15 +152,17 @@ class PlausibilityCheck:
         sure = self._growth(healthy_steps, self._weight_growth)
         usual = self._growth(healthy_steps, self._state_growth)
         for keys, factor in ((weights, self._weight_growth), (others, usual)):
-            far = self._first_jump(leaves, newest.leaves, keys, factor)
+            most = {key: self._limits.early_growth * size for key, size in self._of_gradients(keys).items()}
+            far = self._first_jump(leaves, newest.leaves, keys, factor, most)
             if far is not None and keys is others:
-                far = self._first_jump(leaves, newest.leaves, others - self._in_proportion(leaves, others), factor)
+                rest = others - self._in_proportion(leaves, others)
+                far = self._first_jump(leaves, newest.leaves, rest, factor, most)
             if far is None:
                 continue
             # A tensor that is out of range again after a restore belongs there, and some weights have far to go at
             # first, where data are not scaled. Then the loss decides, which tells of weights alone.
             doubtful = far in self._jumps or (
-                factor < sure and self._first_jump(leaves, newest.leaves, keys, sure) is None
+                factor < sure and self._first_jump(leaves, newest.leaves, keys, sure, most) is None
             )
             if doubtful and not (keys is weights and self._is_ruin(far, state, newest)):
                 continue
@@ -208,8 +226,19 @@ class PlausibilityCheck:
         then: Mapping[StateKey, Any],
         keys: Collection[StateKey],
         factor: float,
+        most: Mapping[StateKey, float] | None = None,
     ) -> str | None:
-        return first_jump(now, then, keys, factor, self._limits.least_magnitude)
+        return first_jump(now, then, keys, factor, self._limits.least_magnitude, most)
+
+    def _of_gradients(self, keys: Collection[StateKey]) -> dict[StateKey, float]:
+        """About how large the gradients seen can make each moment of torch's optimizers among ``keys``."""
+        made: dict[StateKey, float] = {}
+        for key in keys:
+            if key[0] == "optimizer" and key[-1] in _MOMENTS:
+                optimizer, norm = self._learner.optimizers[key[1]], self._largest_norm(key[1])
+                if norm is not None and type(optimizer).__module__.startswith("torch.optim."):
+                    made[key] = max(norm, norm * norm, self._limits.least_magnitude)
+        return made
 
     def _growth(self, healthy_steps: int, usual: float) -> float:
         return usual if healthy_steps > self._limits.settled_after else self._limits.early_growth

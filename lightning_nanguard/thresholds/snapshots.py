@@ -113,7 +113,8 @@ class PlausibilityThresholds:
             weights grow by less than second moments, which go with the square of a gradient.
         certain_weight_growth: The same factor where nothing is tried, so that growth alone decides.
         state_growth: The same factor for statistics and moments.
-        early_growth: The same factor for all of them before ``settled_after``.
+        early_growth: The same factor for all of them before ``settled_after``. For moments that were 0 or are new it is
+            the factor on the largest gradient norm, or on its square where that is larger.
         least_magnitude: Magnitude up to which growth does not count: below it any number may be a usual one.
         times_gradient: Multiple of the largest element of the newest gradient up to which a moment is in proportion to
             it, whatever it was before; of its square for second moments. Momentum of 0.99 sums up to 100 gradients.

@@ -76,6 +76,7 @@ class Evidence:
         lr: Effective learning rate of the first group.
         highest_lr: Highest effective rate since the snapshot to go back to; ``None`` if it is not known.
         lowest_lr: Lowest effective rate so far; ``None`` if it is not known.
+        group_lr: Highest effective rate of any parameter group now; ``None`` if it is not known.
         multiplier: The learning-rate multiplier in force.
         undo: True if a batch's faulty update was made before its reading arrived, so that a restore has to undo it.
         ranks: Ranks whose state or batch is not finite; empty if all are concerned, or there is one process.
@@ -112,6 +113,7 @@ class Evidence:
     lr: float | None = None
     highest_lr: float | None = None
     lowest_lr: float | None = None
+    group_lr: float | None = None
     multiplier: float = 1.0
     undo: bool = False
     ranks: tuple[int, ...] = ()

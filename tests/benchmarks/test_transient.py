@@ -64,4 +64,5 @@ def test_the_long_campaign(file: str, runs: int) -> None:
     """The figures that the documents name."""
     figures = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
     assert figures["struck"] >= runs
-    assert figures["same but for values logged meanwhile"] >= 0.99 * figures["struck"]
+    # Earlier campaigns counted apart what differed in logged rows alone.
+    assert figures.get("same but for values logged meanwhile", figures["same"]) >= 0.99 * figures["struck"]

@@ -67,7 +67,7 @@ def test_a_replay_needs_the_same_module(tmp_path: Path, capsys: pytest.CaptureFi
     assert "log_of_zero" in capsys.readouterr().out
     # Without the logarithm nothing happens.
     assert main(["replay", str(path), "--module", "tests.classifier:Model", "--args", '{"log": false}']) == 1
-    with pytest.raises(ValueError, match=r"net.0.bias is \(16,\) there and missing here \(4 such\)"):
+    with pytest.raises(ValueError, match=r"net.0.bias is \(16,\) in the incident and missing in the module \(4 such\)"):
         put_into(nn.Linear(2, 2), read(path).state)
 
 

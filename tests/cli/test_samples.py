@@ -72,7 +72,7 @@ def test_a_run_that_was_resumed_is_one(tmp_path: Path, capsys: pytest.CaptureFix
         assert main(["samples", str(asked)]) == 0
         assert capsys.readouterr().out.splitlines() == [
             f"{folder} (and before it was resumed in {before}): 1 bad sample",
-            "  row 100: not finite in field 0, column 2; met 3 times, first at step 7, epoch 0, batch 6, sample 4",
+            "  row 100: not finite in field 0, column 2; seen 3 times, first at step 7, epoch 0, batch 6, sample 4",
         ]
 
 

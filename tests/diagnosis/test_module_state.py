@@ -26,5 +26,7 @@ def test_a_state_is_put_back_bitwise() -> None:
 
 def test_another_module_is_refused() -> None:
     """The error names the first tensor that does not fit, with both shapes."""
-    with pytest.raises(ValueError, match=r"does not fit Linear: weight is \(2, 3\) there and \(2, 4\) here \(1 such\)"):
+    with pytest.raises(
+        ValueError, match=r"Linear: weight is \(2, 3\) in the incident and \(2, 4\) in the module \(1 such\)"
+    ):
         put_into(nn.Linear(4, 2), state_of(nn.Linear(3, 2)))

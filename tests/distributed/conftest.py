@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,12 @@ def fork(world: int, folder: Path, suite: str) -> tuple[int, str]:
         port = probe.getsockname()[1]
     ranks = [_FORK_SERVER.Process(target=forked, args=(rank, world, port, folder, suite)) for rank in range(world)]
     deadline = time.monotonic() + TIMEOUT
+    folder_of_test = os.getcwd()
+    os.chdir(ROOT)  # or the fork server would not find what it is to import, and say nothing
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(folder_of_test)
     try:
         for one in ranks:
             one.start()

@@ -34,6 +34,8 @@ from tests.distributed.data import NORMS
 from tests.distributed.further import collectives_in
 from tests.distributed.test_report import report
 
+_IMPORTED_BY = os.getpid()
+
 
 def net() -> nn.Module:
     torch.manual_seed(3)
@@ -127,6 +129,7 @@ def plain(worker: Any) -> None:
         "collectives": collectives(),
         "memory": memory(),
         "metrics": metrics(),
+        "preloaded": os.getpid() != _IMPORTED_BY,
         "sharded": sharded(1),
     }
 

@@ -88,3 +88,8 @@ def test_a_default_device_is_no_place_for_what_ranks_tell(monkeypatch: pytest.Mo
             group.close()
     finally:
         dist.destroy_process_group()
+
+
+def test_ranks_are_forked_with_everything_imported(seen: Results) -> None:
+    """Else each rank of each suite imports torch and Lightning anew, which takes seconds."""
+    assert [one["preloaded"] for one in seen] == [True, True]

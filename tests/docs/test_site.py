@@ -16,7 +16,7 @@ import lightning_nanguard
 from lightning_nanguard.act.defaults import executors
 from lightning_nanguard.cli.main import COMMANDS
 from lightning_nanguard.record.base import Sink
-from tests.docs.test_glossary import TREES, causes, literals
+from tests.docs.test_glossary import causes, literals, nodes
 from website.hooks import notebook, sources
 from website.links import PAGES, indent_lists, relink, site_path, targets
 from website.offline import loads
@@ -91,8 +91,7 @@ def test_every_sink_is_described() -> None:
     text = (DOCS / "sinks.md").read_text(encoding="utf-8")
     own = {
         node.name
-        for tree in TREES
-        for node in ast.walk(tree)
+        for node in nodes()
         if isinstance(node, ast.ClassDef)
         and any(isinstance(base, ast.Name) and base.id == "Sink" for base in node.bases)
     }
@@ -131,15 +130,14 @@ def test_what_is_done_fits_what_is_blamed() -> None:
     words = {"batch": "skip", "learner": "goes back", "state": "certified snapshot"}
     found = sections("causes.md", "###")
     checked = 0
-    for tree in TREES:
-        for node in ast.walk(tree):
-            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args):
-                continue
-            scope = next((literals(one.value) for one in node.keywords if one.arg == "scope"), set())
-            blamed = {"batch"} if node.func.id == "finding_at" else scope if node.func.id == "Finding" else set()
-            for cause in literals(node.args[0]) & found.keys() - {"non_finite_from_start"}:
-                checked += len(blamed)
-                assert all(words[one] in " ".join(found[cause].split()) for one in blamed), cause
+    for node in nodes():
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args):
+            continue
+        scope = next((literals(one.value) for one in node.keywords if one.arg == "scope"), set())
+        blamed = {"batch"} if node.func.id == "finding_at" else scope if node.func.id == "Finding" else set()
+        for cause in literals(node.args[0]) & found.keys() - {"non_finite_from_start"}:
+            checked += len(blamed)
+            assert all(words[one] in " ".join(found[cause].split()) for one in blamed), cause
     assert checked > 12
 
 

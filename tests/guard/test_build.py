@@ -43,8 +43,8 @@ def test_thresholds_reach_the_default_detectors() -> None:
     """Where a user lists no detectors, the default ones go by the thresholds given."""
     detection = DetectionThresholds(non_finite=NonFiniteThresholds(max_norm=1e-6))
     loop = PlainLoop(thresholds=replace(DEFAULTS, detection=detection))
-    with pytest.raises(TrainingDivergedError, match="no update was ever good: the first 64"):
-        loop.run(70)
+    loop.run(20)
+    assert [record.fault for record in loop.records] == ["gradient_overflow"] * 20
 
 
 class Once(Detector):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from lightning_nanguard import Budget, Fault, Reading, ReduceLR, TrainingDivergedError
+from lightning_nanguard import Budget, Fault, Intervention, Reading, ReduceLR, TrainingDivergedError
 from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.types import Clip, Plan, Scale
@@ -51,15 +52,29 @@ def test_observing_goes_back_nowhere() -> None:
     assert loop.guard.context.clipper.value is None
 
 
+class Noting(PlainLoop):
+    """Notes how many updates had been made when each record came."""
+
+    def __init__(self, **options: Any) -> None:
+        self.made: list[int] = []
+        super().__init__(**options)
+
+    def record(self, intervention: Intervention) -> None:
+        self.made.append(self.clock()[0])
+        super().record(intervention)
+
+
 def test_an_observed_batch_is_on_record_before_its_update() -> None:
     """The record is made while the batch has not changed the weights; an acting guard makes it once the batch is
-    over."""
-    steps = []
+    over. Both have the step after that update."""
+    made, steps = [], []
     for settings in (OBSERVE, Settings(snapshot_every=4)):
-        loop = PlainLoop(settings=settings)
+        loop = Noting(settings=settings)
         loop.run(13, nan_at(12))
+        made.append(loop.made[0])
         steps.append(loop.records[0].global_step)
-    assert steps == [12, 13]
+    assert made == [12, 13]
+    assert steps == [13, 13]
 
 
 def test_a_stopped_run_holds_the_newest_good_weights() -> None:

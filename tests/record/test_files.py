@@ -55,7 +55,7 @@ def test_unreadable_lines_are_left_out_with_one_warning(
     assert read_records(path) == [SKIP] * 3
     assert len(caplog.records) == 1
     assert str(path) in lines(caplog)[0]
-    assert "lines 2, 4," in lines(caplog)[0]
+    assert "lines 2, 4 " in lines(caplog)[0]
 
 
 def test_many_unreadable_lines_are_one_short_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

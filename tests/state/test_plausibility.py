@@ -166,3 +166,35 @@ def test_moments_may_grow_with_the_gradients(name: str, power: int) -> None:
     assert trained.fault() is None
     entry[name] *= 1000
     assert trained.fault() == f"optimizer state {name} of last.weight"
+
+
+@pytest.mark.parametrize(("norm", "value", "found"), [(None, 1e30, False), (3.0, 1e30, True), (1e9, 1e29, False)])
+def test_a_new_moment_is_measured_by_the_gradients(norm: float | None, value: float, found: bool) -> None:
+    """A second moment that no snapshot has yet is out of range where no gradient seen can have made it."""
+    run = Trained()
+    key = ("optimizer", 0, "last.weight", "exp_avg_sq")
+    newest = run.ring.certified[0]
+    assert key in newest.leaves
+    run.ring.certified = [replace(newest, leaves={one: leaf for one, leaf in newest.leaves.items() if one != key})]
+    check = PlausibilityCheck(run.learner, run.ring, lambda state, than: False, largest_norm=lambda index: norm)
+    run.optimizer.state[run.net.last.weight]["exp_avg_sq"][0, 0] = value
+    leaves = dict(run.learner.leaves())
+    tensors = [(key, leaf) for key, leaf in run.learner.leaves() if isinstance(leaf, torch.Tensor)]
+    screened = check.screen(NormScreen(tensors), {}, 5)
+    fault = check.implausible(leaves, 5)
+    assert (fault is not None) == found
+    assert (key in screened) or not found
+    assert fault is None or fault.place == "optimizer state exp_avg_sq of last.weight"
+
+
+def test_a_new_moment_of_another_optimizer_is_left_alone() -> None:
+    """What a user's own optimizer keeps under such a name may have any size."""
+    run = Trained()
+    run.ring.certified = [replace(run.ring.certified[0], leaves={})]
+    type(run.optimizer).__module__, torchs = "mine", type(run.optimizer).__module__
+    try:
+        check = PlausibilityCheck(run.learner, run.ring, lambda state, than: False, largest_norm=lambda index: 1.0)
+        run.optimizer.state[run.net.last.weight]["exp_avg_sq"][0, 0] = 1e30
+        assert check.implausible(dict(run.learner.leaves()), 5) is None
+    finally:
+        type(run.optimizer).__module__ = torchs

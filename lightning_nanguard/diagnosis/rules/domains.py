@@ -40,11 +40,11 @@ DOMAINS: dict[str, Domain] = {
     "rsqrt": Domain("above 0", 0.0),
     "pow": Domain("of at least 0", 0.0, open=False),
     "xlogy": Domain("above 0", 0.0),
-    "logit": Domain("between 0 and 1", 0.0, 1.0),
+    "logit": Domain("above 0 and below 1", 0.0, 1.0),
     "lgamma": Domain("above 0", 0.0),
     "acos": Domain("between -1 and 1", -1.0, 1.0, open=False),
     "asin": Domain("between -1 and 1", -1.0, 1.0, open=False),
-    "atanh": Domain("between -1 and 1", -1.0, 1.0),
+    "atanh": Domain("above -1 and below 1", -1.0, 1.0),
 }
 """What is defined for some numbers only."""
 

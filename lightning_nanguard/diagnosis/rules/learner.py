@@ -199,7 +199,7 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
     parts = []
     if rate is not None:
         numbers["lr"] = rate
-        parts.append(f"the learning rate is {rate:.4g}")
+        parts.append(f"the learning rate is {rate:.4g}{_in_other_groups(case, rate)}")
     if curvature is not None and limit is not None and rate is not None and limit < rate:
         numbers |= {"slope": curvature.slope, "bend": curvature.bend, "largest_rate": limit}
         parts.append(f"a step along {curvature.along} lowers the loss of this batch only at rates below {limit:.2g}")
@@ -328,6 +328,12 @@ def _rate(case: Case) -> float | None:
     """The highest rate since the good state; ``None`` if it is not known, or is none at all."""
     rate = case.evidence.highest_lr if case.evidence.highest_lr is not None else case.evidence.lr
     return rate if rate is not None and 0 < rate < math.inf else None
+
+
+def _in_other_groups(case: Case, rate: float) -> str:
+    """What to add where another parameter group has a higher rate than the first one."""
+    highest = case.evidence.group_lr
+    return f", and up to {highest:.4g} in other parameter groups" if highest is not None and highest > rate else ""
 
 
 def _allowed(case: Case, thresholds: DiagnosisThresholds) -> float | None:

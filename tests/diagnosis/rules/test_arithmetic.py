@@ -80,6 +80,7 @@ def test_every_rule_has_a_row() -> None:
         (Origin("div", smallest=0.0, samples=(3,), from_weights=False), "look at the data of sample 3"),
         (Origin("div", smallest=0.0), "or leave such samples out"),
         (Origin("acos", lowest=0.5, highest=1.0000001), "from 0.5 to 1.0000001, where it needs numbers between -1 and"),
+        (Origin("atanh", lowest=0.5, highest=1.0), "from 0.5 to 1, where it needs numbers above -1 and below 1"),
         (Origin("pow", lowest=-0.3, highest=2.0, exponent=0.4), "Clamp its input"),
         (Origin("mul", put_in=True), "puts in NaN or Inf as a number"),
         (Origin("mul", lowest=1e30, highest=1e30), "larger than float32 can hold"),

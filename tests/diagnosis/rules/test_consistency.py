@@ -115,6 +115,7 @@ evidences = st.builds(
     usual_norm=st.none() | positive | st.just(0.0),
     lr=st.none() | any_rate,
     highest_lr=st.none() | any_rate,
+    group_lr=st.none() | any_rate,
     undo=st.booleans(),
 )
 curvatures = st.builds(
@@ -234,7 +235,7 @@ def check(finding: Finding, case: Case) -> None:
         assert float(exponent[1]) >= float(exponent[2]), text
     domain = re.search(r"from (\S+) to (\S+?), .* needs numbers above 0", text)
     if domain:
-        assert float(domain[1]) <= 0, text
+        assert float(domain[1]) <= 0 or ("and below 1" in text and float(domain[2]) >= 1), text
     assert ("test the device" in text.lower()) <= (finding.cause == "corrupted_state" and evidence["times"] >= 2), text  # type: ignore[operator]
     tried = re.search(r"a restart with (\S+) times the rate has", text)
     if tried and isinstance(lr, float):
@@ -242,6 +243,8 @@ def check(finding: Finding, case: Case) -> None:
         assert suggested_rates(text) in ([], [pytest.approx(lr * float(tried[1]), rel=0.1)]), text
     larger = re.search(r"was given (\S+), where it needs|given numbers from (\S+) to (\S+), where it needs", text)
     if larger and "between -1 and 1" in text and larger[2]:
+        assert float(larger[2]) < -1 or float(larger[3]) > 1, text
+    if larger and "above -1 and below 1" in text and larger[2]:
         assert float(larger[2]) <= -1 or float(larger[3]) >= 1, text
     assert ("larger than" in text) <= ("where it needs" not in text), text
     if case.clues.origin is not None and case.clues.origin.given:

@@ -137,6 +137,12 @@ def test_a_low_rate_that_diverges_is_ill_conditioned(steepest: float, typical: f
             "the learning rate is 0.5; the loss of this batch is inf, under the last good weights 1",
         ),
         (
+            EXPLODING,
+            {"comparison": WORSE, "lr": 0.01, "group_lr": 80.0},
+            Clues(),
+            "the learning rate is 0.01, and up to 80 in other parameter groups; the loss of this batch is inf",
+        ),
+        (
             SPIKE,
             {"usual_norm": 1.5},
             Clues(norm=1e9, norms=(("a", 1e9), ("b", 1e6))),
