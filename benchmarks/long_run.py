@@ -52,6 +52,11 @@ class Reading:
     files: float
     interventions: int
 
+    def row(self) -> str:
+        """Its row in the table."""
+        numbers = f"{self.memory:.0f} | {self.tensors} | {self.step:.3f} | {self.files:.0f} | {self.interventions}"
+        return f"| {self.steps:,} | {numbers} |"
+
 
 class Stream(IterableDataset[tuple[Tensor, Tensor]]):
     """The same 64 batches again and again."""
@@ -125,6 +130,7 @@ class Watch(pl.Callback):
         memory = psutil.Process().memory_info().rss / 1e6
         count = 0 if self.guard is None else self.guard.interventions.total
         self.readings.append(Reading(trainer.global_step, memory, alive, took, size / 1e3, count))
+        print(self.readings[-1].row(), flush=True)  # a run that is interrupted has said what it found
         self._began = time.perf_counter()
 
 
@@ -197,22 +203,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--steps needs at least 10: one for each tenth that is read")
     torch.set_num_threads(1)
     commands: dict[str, float] = {}
+    print(
+        "| updates | memory, MB | tensors | step, ms | files, kB | interventions |\n|--:|--:|--:|--:|--:|--:|",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(prefix="long-run-") as name:
         folder = Path(name) / "run"
         readings = long_run(given.steps, 0 if given.bare else given.every, folder, guarded=not given.bare)
         if not given.bare:
             commands = {command: seconds_of(command, folder) for command in ("explain", "report")}
-    print("| updates | memory, MB | tensors | step, ms | files, kB | interventions |\n|--:|--:|--:|--:|--:|--:|")
-    for one in readings:
-        row = (
-            f"{one.steps:,}",
-            f"{one.memory:.0f}",
-            one.tensors,
-            f"{one.step:.3f}",
-            f"{one.files:.0f}",
-            one.interventions,
-        )
-        print(f"| {' | '.join(map(str, row))} |")
     print("; ".join(f"nanguard {command}: {took:.1f} s" for command, took in commands.items()))
     wrong = grown(readings)
     print("\n".join(wrong))

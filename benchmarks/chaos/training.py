@@ -174,7 +174,8 @@ def train(
     averages: list[Any] = [] if make is None else [make()]
     others = [observer, *averages, *_companions(one, folder)]
     if left_out:
-        others.append(LeaveOut(left_out, one.accumulate))
+        # First, so that averages see buffers without the batch.
+        others.insert(0, LeaveOut(left_out, one.accumulate))
     watching = [] if guard is None else [guard]
     # The injector comes after the observer: what it spoils in a hook of both is not yet there for the observer.
     around = [*others, InjectAround(injector, averages)]
@@ -259,7 +260,8 @@ def attributes(objects: Sequence[Any]) -> dict[str, Any]:
     """Names of the attributes of trainer, module and optimizers, and how many hooks each has."""
     found: dict[str, Any] = {}
     for index, one in enumerate(objects):
-        found[f"{index} {type(one).__name__}"] = sorted(vars(one))
+        # A scheduler notes on an optimizer that it has stepped, which a GradScaler may prevent in one of the runs.
+        found[f"{index} {type(one).__name__}"] = sorted(set(vars(one)) - {"_opt_called"})
         parts = dict(one.named_modules()) if isinstance(one, torch.nn.Module) else {"": one}
         for name, part in parts.items():
             for key, value in vars(part).items():

@@ -5,7 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, Protocol
 
-from lightning_nanguard.types import Clip, DropMoments, Evidence, Fault, PlanStep, Restore, Role, Scale, Skip, Stop
+from lightning_nanguard.types import (
+    Clip,
+    DropMoments,
+    Evidence,
+    Fault,
+    PlanStep,
+    Restore,
+    RestorePart,
+    Role,
+    Scale,
+    Skip,
+    Stop,
+)
 
 
 class RunControl(Protocol):
@@ -16,6 +28,9 @@ class RunControl(Protocol):
 
     def restore(self, depth: int) -> None:
         """Restore the learner from a certified snapshot: ``depth`` 0 is the newest, 1 the one before it."""
+
+    def restore_part(self) -> None:
+        """Restore only what is bad: averaged copies of the weights, optimizer state of a weight, or the loss scale."""
 
     def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
         """Multiply the learning rate; with ``limit`` the result becomes the largest rate that is allowed."""
@@ -40,6 +55,7 @@ class RunControl(Protocol):
 _ROLES: dict[type[PlanStep], Role] = {
     Skip: "skip",
     Restore: "restore",
+    RestorePart: "restore",
     Scale: "rate",
     Clip: "clip",
     DropMoments: "moments",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.act.clip_gradients import ClipGradients
+from lightning_nanguard.act.part_rollback import PartRollback
 from lightning_nanguard.act.reduce_lr import ReduceLR
 from lightning_nanguard.act.reset_moments import ResetMoments
 from lightning_nanguard.act.rollback import Rollback
@@ -34,5 +35,13 @@ def executors(remedies: Sequence[Remedy]) -> dict[type[PlanStep], Remedy]:
                 f"{remedy.step.__name__}; list one of them."
             )
         listed[remedy.step] = remedy
-    always: tuple[Remedy, ...] = (SkipStep(), Rollback(), ReduceLR(), ClipGradients(), ResetMoments(), StopTraining())
+    always: tuple[Remedy, ...] = (
+        SkipStep(),
+        Rollback(),
+        PartRollback(),
+        ReduceLR(),
+        ClipGradients(),
+        ResetMoments(),
+        StopTraining(),
+    )
     return {remedy.step: remedy for remedy in always} | listed

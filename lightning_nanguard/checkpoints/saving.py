@@ -132,5 +132,5 @@ class SaveGuard:
 
 
 def _has_key(key: StateKey) -> bool:
-    # Everything but the GradScaler, which has no key: its scale must not fall because of a save.
-    return True
+    # Everything but the GradScaler: its scale must not fall because of a save.
+    return key != ("scaler",)

@@ -105,7 +105,7 @@ class Certification:
             return None
         fault, ranks = self._snapshots.objection(pending, state.healthy_steps)
         if fault is not None:
-            context.ring.drop_pending()
+            self._snapshots.mend_pending(fault.place)
             return FoundFault(fault, readings[-1], ranks=ranks)
         # With several ranks the guard certifies all the same: while one snapshot waits, no other one is checked.
         if context.many or not context.monitors.undecided():

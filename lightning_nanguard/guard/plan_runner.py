@@ -17,7 +17,7 @@ from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.remedy_actions import RemedyActions
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.restore import restore
-from lightning_nanguard.types import Clip, DropMoments, Plan, PlanStep, Restore, Scale, Skip, Stop
+from lightning_nanguard.types import Clip, DropMoments, Plan, PlanStep, Restore, RestorePart, Scale, Skip, Stop
 
 _CORRECTIONS = (Clip, DropMoments, Scale)
 
@@ -104,6 +104,9 @@ class ActingRunner:
         for step in plan:
             if went_on and isinstance(step, _CORRECTIONS):
                 continue  # the state had gone bad by itself, and nothing has to be corrected
+            if isinstance(step, RestorePart) and found.fault.scope == "state" and self._made_again(found):
+                made.append(Restore())
+                continue
             self._remedies[type(step)].apply(step, self._actions)
             made.append(step)
             went_on |= isinstance(step, Restore) and may_go_on and self._go_on(found)
@@ -125,6 +128,20 @@ class ActingRunner:
             restore(learner, state.restored)
             state.went_on = False
         return state.went_on
+
+    def _made_again(self, found: FoundFault) -> bool:
+        """Make the updates since the newest snapshot again, with their averages; whether the state is good then.
+
+        If not, nothing has changed.
+        """
+        state, certified = self._context.state, self._context.ring.certified
+        if state.go_on is None or not certified or not state.go_on(certified[0], None):
+            return False
+        if self._plausibility.is_far(found.fault.place):
+            return False  # and what was made again has the same bits
+        self._actions.gone_on(certified[0])
+        state.went_on = True
+        return True
 
     def _leave_good(self) -> None:
         ring, learner = self._context.ring, self._context.learner

@@ -16,12 +16,13 @@ from lightning_nanguard.guard.snapshot_agreement import SnapshotAgreement
 from lightning_nanguard.state.device import DeviceTimer
 from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.interval import Interval
-from lightning_nanguard.state.learner import Learner, StateKey
+from lightning_nanguard.state.learner import Learner, StateKey, describe
 from lightning_nanguard.state.moment_bound import MomentScreen
 from lightning_nanguard.state.norm_screen import NormScreen
 from lightning_nanguard.state.plausibility import PlausibilityCheck
+from lightning_nanguard.state.restore import bad_parts, part_of
 from lightning_nanguard.state.ring import Ring
-from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.state.snapshot import Snapshot, clone
 from lightning_nanguard.state.snapshot_placement import SnapshotPlacement
 from lightning_nanguard.thresholds.snapshots import SnapshotsThresholds
 from lightning_nanguard.types import Fault
@@ -253,6 +254,31 @@ class SnapshotManager:
         fault = self._check(pending, healthy_steps)
         self._interval.certified(self._clock() - started)
         return fault, ()
+
+    def mend_pending(self, place: str) -> None:
+        """Drop the pending snapshot if it is bad, but for averaged copies: no update is made from these.
+
+        Bad copies are taken from the newest certified snapshot, or left out where it has none.
+
+        Args:
+            place: What is bad in it, beside what is not finite.
+        """
+        pending = self._ring.pending
+        if pending is None:
+            return
+        pending.wait()
+        averages = {key: leaf for key, leaf in pending.leaves.items() if key[0] == "average"}
+        rest = [(key, leaf) for key, leaf in pending.leaves.items() if key not in averages]
+        if self._many or any(describe(key) == place for key, _ in rest) or self._finite.corrupt(rest):
+            self._ring.drop_pending()
+            return
+        bad = bad_parts(averages.items(), self._finite.corrupt, place)
+        newest = self._ring.certified[0].leaves if self._ring.certified else {}
+        for key in [key for key in averages if part_of(key) in bad]:
+            if key in newest:
+                pending.leaves[key] = clone(newest[key], None)
+            else:
+                del pending.leaves[key]
 
     def kept(self, pending: Snapshot) -> Snapshot:
         """How a certified snapshot is kept: shared among ranks where it was found equal on all of them."""

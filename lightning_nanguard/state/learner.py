@@ -125,11 +125,15 @@ class Learner:
     def statistics(self, keys: Collection[StateKey]) -> list[StateKey]:
         """Among ``keys`` running statistics of normalisation layers, and averaged copies of weights."""
         prefixes = {name for name, layer in self.module.named_modules() if isinstance(layer, _NormBase)}
+
+        def counts(name: str) -> bool:
+            return name.rpartition(".")[0] in prefixes and "num_batches" not in name
+
         return [
             key
             for key in keys
-            if (key[0] == "buffer" and key[1].rpartition(".")[0] in prefixes and "num_batches" not in key[1])
-            or (key[0] == "average" and ("parameter", unwrapped(key[2])) in keys)
+            if (key[0] == "buffer" and counts(key[1]))
+            or (key[0] == "average" and (("parameter", name := unwrapped(key[2])) in keys or counts(name)))
         ]
 
     def lazy(self) -> bool:
@@ -213,6 +217,13 @@ class Learner:
         for index in range(len(self.optimizers)):
             yield from self.optimizer_leaves(index)
         yield from self.averages()
+
+    def beside_weights(self) -> Iterator[tuple[StateKey, Any]]:
+        """The leaves from which no weight comes as long as they are not read: running statistics, moments, averages."""
+        leaves = dict(self.leaves())
+        statistics = set(self.statistics(leaves))
+        kinds = ("optimizer", "wrapped", "average")
+        return ((key, leaf) for key, leaf in leaves.items() if key[0] in kinds or key in statistics)
 
     def averages(self) -> Iterator[tuple[StateKey, Tensor]]:
         """Averaged copies kept elsewhere."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nanguard.measure.tensors import is_strided, local
-from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey, states_of, unwrapped
+from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey, describe, states_of, unwrapped
 from lightning_nanguard.state.snapshot import Snapshot, clone, copy_all, fits, put, writable
 
 _Pair = tuple[Tensor, Tensor]
@@ -33,28 +33,38 @@ def restore(
     Args:
         learner: What to put back.
         snapshot: To what; it is not changed and may be used again.
-        keep: Says which state keys to put back; all by default.
+        keep: Says which state keys to put back; all by default. ``("scaler",)`` is that of the GradScaler, and an
+            optimizer's state is asked for by weight, as in ``("optimizer", index, name)``.
 
     Returns:
         The keys of the weights and buffers that both have and that could not be put back: their shape is another now.
     """
     snapshot.wait()
-    saved = snapshot.leaves if keep is None else {key: leaf for key, leaf in snapshot.leaves.items() if keep(key)}
+    keep = _everything if keep is None else keep
+    saved = {key: leaf for key, leaf in snapshot.leaves.items() if keep(key)}
     pairs, failed = _restore_weights(learner, saved)
     names = learner.parameter_names()
     for index, optimizer in enumerate(learner.optimizers):
-        if keep is None or keep(("optimizer", index)):
-            for prefix, state in states_of(optimizer, index):
-                pairs += _restore_state(prefix, state, learner.stepped(index), names, saved, snapshot)
-            pairs += _restore_groups(optimizer, index, saved, snapshot)
-    if keep is None:
-        averages = ((key, live) for key, live in learner.averages() if fits(live, saved.get(key)))
-        pairs += [(live, saved[key]) for key, live in averages]
+        for prefix, state in states_of(optimizer, index):
+            kept = {
+                id(parameter): name
+                for parameter in learner.stepped(index)
+                if keep((*prefix, name := names.get(id(parameter), f"#{id(parameter)}")))
+            }
+            stepped = [parameter for parameter in learner.stepped(index) if id(parameter) in kept]
+            pairs += _restore_state(prefix, state, stepped, kept, saved, snapshot)
+        pairs += _restore_groups(optimizer, index, saved, snapshot)
+    averages = ((key, live) for key, live in learner.averages() if fits(live, saved.get(key)))
+    pairs += [(live, saved[key]) for key, live in averages]
     copy_all([live for live, _ in pairs], [value for _, value in pairs], learner.device)
     learner.restored()
-    if learner.scaler is not None and snapshot.scaler and keep is None:
+    if learner.scaler is not None and snapshot.scaler and keep(("scaler",)):
         _restore_scaler(learner.scaler, snapshot.scaler)
     return failed
+
+
+def _everything(key: StateKey) -> bool:
+    return True
 
 
 @contextmanager
@@ -90,6 +100,39 @@ def _restore_weights(learner: Learner, saved: Mapping[StateKey, Any]) -> tuple[l
     return pairs, tuple(failed)
 
 
+def part_of(key: StateKey) -> StateKey | None:
+    """What is restored together with a leaf where no weight comes from it; ``None`` for weights and groups.
+
+    An averaged copy is one part, and so are what an optimizer keeps of one weight, and a buffer.
+    """
+    length = {"average": 2, "optimizer": 3, "wrapped": 4, "buffer": 2}.get(key[0])
+    return None if length is None else key[:length]
+
+
+def bad_parts(
+    leaves: Iterable[tuple[StateKey, Any]],
+    corrupt: Callable[[Iterable[tuple[StateKey, Any]]], str | None],
+    place: str = "",
+) -> frozenset[StateKey]:
+    """The parts, as :func:`part_of` gives them, that are bad.
+
+    Args:
+        leaves: Leaves of a learner, or of a snapshot.
+        corrupt: Names a tensor that is not finite, ``None`` if all are.
+        place: Name of a tensor that is bad, too.
+    """
+    parts: dict[StateKey, list[tuple[StateKey, Any]]] = {}
+    for key, tensor in leaves:
+        part = part_of(key)
+        if part is not None:
+            parts.setdefault(part, []).append((key, tensor))
+    return frozenset(
+        part
+        for part, tensors in parts.items()
+        if any(describe(key) == place for key, _ in tensors) or corrupt(tensors) is not None
+    )
+
+
 def mend_averages(learner: Learner, corrupt: Callable[[Iterable[tuple[StateKey, Any]]], str | None]) -> None:
     """Set corrupt averaged copies to the weights; no snapshot holds one that began after it was taken.
 
@@ -98,17 +141,12 @@ def mend_averages(learner: Learner, corrupt: Callable[[Iterable[tuple[StateKey, 
         corrupt: Names a tensor that is not finite, ``None`` if all are.
     """
     weights = {key[1]: leaf for key, leaf in learner.weights()}
-    copies: dict[Any, list[tuple[StateKey, Tensor]]] = {}
+    bad = bad_parts(learner.averages(), corrupt)
     for key, tensor in learner.averages():
-        copies.setdefault(key[1], []).append((key, tensor))
-    for tensors in copies.values():
-        if corrupt(tensors) is None:
-            continue
-        for key, tensor in tensors:
-            source = weights.get(unwrapped(key[2]))
-            if source is not None and fits(tensor, source):
-                with torch.no_grad():
-                    tensor.copy_(source)
+        source = weights.get(unwrapped(key[2])) if part_of(key) in bad else None
+        if source is not None and fits(tensor, source):
+            with torch.no_grad():
+                tensor.copy_(source)
 
 
 def _restore_state(
@@ -126,7 +164,7 @@ def _restore_state(
             wanted.setdefault(name, {})[key] = value, snapshot.homes.get(state_key)
     pairs: list[_Pair] = []
     for parameter in stepped:
-        name = names.get(id(parameter), f"#{id(parameter)}")
+        name = names[id(parameter)]
         entries, own = wanted.get(name, {}), state.get(parameter, {})
         left_out = {key for key in own if (*prefix, name, key) in snapshot.left_out}
         if not entries and not left_out:

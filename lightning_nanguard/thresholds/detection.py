@@ -16,12 +16,13 @@ class NonFiniteThresholds:
         max_norm: Largest gradient norm. Adam squares the gradient in float32: beyond this norm a second moment becomes
             Inf and stays so.
         largest_with_square: Largest norm whose square float32 can hold; it only chooses words.
-        scale_growth: Factor by which a GradScaler's scale cannot grow in one update: scalers double it.
+        scale_growth: Factor by which a GradScaler's scale cannot grow in one update: scalers double it. A scale that a
+            user has set higher, and that overflows, may go back to what it was.
     """
 
     max_norm: float = 1e18
     largest_with_square: float = 1.844e19
-    scale_growth: float = 1e3
+    scale_growth: float = 16.0
 
 
 @dataclass(frozen=True)

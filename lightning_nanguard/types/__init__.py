@@ -8,7 +8,19 @@ from __future__ import annotations
 
 from lightning_nanguard.types.evidence import Comparison, Evidence, Trial
 from lightning_nanguard.types.faults import Fault, Proof, Reading, Scope
-from lightning_nanguard.types.plan import ActOn, Clip, DropMoments, Plan, PlanStep, Restore, Role, Scale, Skip, Stop
+from lightning_nanguard.types.plan import (
+    ActOn,
+    Clip,
+    DropMoments,
+    Plan,
+    PlanStep,
+    Restore,
+    RestorePart,
+    Role,
+    Scale,
+    Skip,
+    Stop,
+)
 from lightning_nanguard.types.records import (
     SCHEMA_VERSION,
     SUSPICION,
@@ -37,6 +49,7 @@ __all__ = [
     "Proof",
     "Reading",
     "Restore",
+    "RestorePart",
     "Role",
     "Row",
     "Scale",

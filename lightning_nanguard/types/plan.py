@@ -31,6 +31,11 @@ class Restore(PlanStep):
 
 
 @dataclass(frozen=True, slots=True)
+class RestorePart(PlanStep):
+    """Put back the part of the state that went bad, and nothing else: no weight comes from it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Scale(PlanStep):
     """Multiply the learning rate by ``factor``; the product never falls below ``min_lr``.
 

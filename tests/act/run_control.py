@@ -21,6 +21,9 @@ class RunControl:
     def restore(self, depth: int) -> None:
         self.done.append(("restore", depth))
 
+    def restore_part(self) -> None:
+        self.done.append(("restore part",))
+
     def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
         self.done.append(("scale", factor, min_lr))
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_nanguard import NonFinite
+from lightning_nanguard.act.defaults import default_remedies
+from lightning_nanguard.decide.policy import Policy
+from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.distributed.report import Report, combined_reading, minority_ranks, outlier_ranks
 from lightning_nanguard.thresholds import DistributedThresholds
+from lightning_nanguard.types import Evidence
 
 HEALTHY = Report(
     loss=1.0,
@@ -85,3 +92,27 @@ def test_the_minority_is_named() -> None:
     """Of three ranks the odd one out; of two nobody can say."""
     assert minority_ranks([5, 9, 5]) == (1,)
     assert minority_ranks([5, 9]) == ()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_decision_is_the_same_in_any_order_of_ranks(sharded: bool) -> None:
+    """Which rank has which number decides nothing: the fault and the plan for it are those of any other order."""
+    draw = random.Random(0)
+    policy = Policy(default_remedies())
+    for _ in range(300):
+        reports = []
+        for _ in range(3):
+            loss, norm = (
+                draw.choice([1.0, 2.5, math.nan, math.inf, 1e30]),
+                draw.choice([0.0, 3.0, 1e25, math.inf, math.nan]),
+            )
+            finite = norm == norm and draw.random() < 0.7  # a sum of squares may overflow
+            reports.append(report(loss=loss, norm=norm, gradient_finite=finite, has_loss=draw.random() < 0.9))
+        told = set()
+        for order in permutations(reports):
+            reading = combined_reading(order, optimizer_index=0, sharded=sharded)
+            fault = NonFinite().check(reading)
+            evidence = Evidence(step=9, healthy_steps=8, snapshots=1, levels=(1.0,), usual_norm=1.0, lr=0.1)
+            plan = () if fault is None else policy.decide(fault, evidence, PolicyState())[0]
+            told.add((reading.finite, reading.loss_finite, None if fault is None else (fault.kind, fault.place), plan))
+        assert len(told) == 1

@@ -181,3 +181,23 @@ def test_a_long_run_takes_bounded_memory_and_rare_looks(tmp_path: Path, monkeypa
     (ring,) = rings
     assert (ring.certified, ring.pending, ring.spare()) == ([], None, None)
     assert len([step for step in looks if 0 < step < 130]) == 1
+
+
+def test_a_pending_snapshot_is_certified_without_an_average_that_went_bad() -> None:
+    """A bad averaged copy in it is replaced by the certified one, or left out; with bad weights it is dropped."""
+    managed, mean = Managed(), torch.ones(3)
+    managed.learner._averages = lambda: {"ema": {"w": mean}}
+    assert managed.certify(1) is None
+    mean.fill_(math.nan)
+    pending = managed.manager.capture(2, 2, 0.1, SETTLED)
+    managed.manager.mend_pending("")
+    assert managed.ring.pending is pending
+    assert managed.manager.objection(pending, SETTLED) == (None, ())
+    assert pending.leaves["average", "ema", "w"].tolist() == [1.0] * 3
+    managed.ring.certified.clear()
+    managed.manager.capture(3, 3, 0.1, SETTLED)
+    managed.manager.mend_pending("")
+    assert ("average", "ema", "w") not in managed.ring.pending.leaves
+    managed.ring.pending.leaves["parameter", "last.weight"].fill_(math.nan)
+    managed.manager.mend_pending("")
+    assert managed.ring.pending is None

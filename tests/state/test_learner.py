@@ -50,14 +50,16 @@ def test_a_tied_parameter_has_one_name() -> None:
 
 
 def test_statistics_are_those_of_normalisation_and_averages() -> None:
-    """Running statistics and averaged copies of parameters count as statistics, other buffers do not."""
+    """Running statistics, and averaged copies of these and of parameters, count as statistics; other buffers do not."""
     net = Net()
     average: dict[str, Tensor] = {"module.last.weight": net.last.weight.detach().clone(), "n": torch.zeros(())}
+    average["module.norm.running_mean"] = torch.zeros(8)
     learner = Learner(net, [], averages=lambda: {"EMA": average})
     assert learner.statistics(dict(learner.leaves())) == [
         ("buffer", "norm.running_mean"),
         ("buffer", "norm.running_var"),
         ("average", "EMA", "module.last.weight"),
+        ("average", "EMA", "module.norm.running_mean"),
     ]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.learner import Learner
-from lightning_nanguard.state.restore import mend_averages, restore
+from lightning_nanguard.state.restore import bad_parts, mend_averages, part_of, restore
 from lightning_nanguard.state.snapshot import capture
 from tests.helpers import copied, same_bits
 from tests.state.nets import OPTIMIZERS, Net, everything, made, train
@@ -156,3 +156,25 @@ def test_a_corrupt_average_is_set_to_the_weights() -> None:
     mend_averages(learner, FiniteCheck().corrupt)
     assert torch.equal(copies["bad"]["module.last.weight"], net.last.weight)
     assert bool((copies["good"]["module.last.weight"] == 3.0).all())
+
+
+def test_a_part_is_restored_alone() -> None:
+    """What the optimizer keeps of one weight, an averaged copy or a buffer comes back bitwise; the rest stays."""
+    net, optimizer, learner = made("adam")
+    train(net, optimizer, 3, 0)
+    taken = capture(learner, step=0, global_step=0)
+    train(net, optimizer, 3, 1)
+    before = dict(capture(learner, step=0, global_step=0).leaves)
+    name, state = next((name, optimizer.state[one]) for name, one in net.named_parameters() if one in optimizer.state)
+    state["exp_avg_sq"].view(-1)[0] = math.inf
+    bad = bad_parts(learner.leaves(), FiniteCheck().corrupt)
+    assert bad == {("optimizer", 0, name)}
+    restore(learner, taken, keep=lambda key: part_of(key) in bad)
+    for key, leaf in learner.leaves():
+        assert same_bits(leaf, (taken.leaves if part_of(key) in bad else before)[key]), key
+    assert bad_parts(learner.leaves(), FiniteCheck().corrupt) == frozenset()
+    assert [part_of(key) for key in (("parameter", "w"), ("group", 0, 0, "betas"), ("buffer", "b"))] == [
+        None,
+        None,
+        ("buffer", "b"),
+    ]

@@ -1,0 +1,158 @@
+"""A part of the state that no weight comes from is restored alone: no update is lost, and no run ends for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback
+from torch import Tensor, optim
+
+from lightning_nanguard import NaNGuard
+from tests.helpers import FaultAt, Run, copied, data_for, differences, fit, state_of, task, words
+from tests.scenarios.struck import INF, NAN, adam
+
+STEPS, EVERY = 60, 5
+
+
+class Ema(Callback):
+    """A user's average of the weights, which goes bad at some batches, or at each from one on.
+
+    Args:
+        bad: The batches after which it holds a bad number.
+        value: That number.
+    """
+
+    def __init__(self, bad: range | tuple[int, ...], value: float = NAN) -> None:
+        self.bad, self.value = bad, value
+        self.ema: dict[str, Tensor] = {}
+        self.after: dict[int, dict[str, Tensor]] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.ema = {name: parameter.detach().clone() for name, parameter in pl_module.named_parameters()}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.after[batch_idx] = copied(self.ema)  # as the guard, which comes first, has left it
+        for name, parameter in pl_module.named_parameters():
+            self.ema[name].mul_(0.9).add_(parameter.detach(), alpha=0.1)
+        if batch_idx in self.bad:
+            next(iter(self.ema.values())).view(-1)[0] = self.value
+
+
+def run_with(guard: NaNGuard | None, folder: Path, *others: Callback, model: str = "norm", **options: Any) -> Run:
+    make = options.pop("optimizer", adam)
+    data = data_for(model, STEPS)
+    return fit(task(model, make), data, guard, folder=folder, val=data[:1], callbacks=[*others], **options)
+
+
+@pytest.mark.parametrize("readback", ["step", "deferred"])
+def test_an_average_that_is_bad_again_and_again_costs_the_run_nothing(readback: str, tmp_path: Path) -> None:
+    """Whatever becomes of a user's average, the run ends to the bit as it does without a guard, and snapshots go on
+    being certified, so that a weight that is lost later costs a few updates only."""
+    bare = run_with(None, tmp_path / "bare", Ema(range(STEPS)))
+    guard = NaNGuard(snapshot_every_n_steps=EVERY, readback=readback)
+    guarded = run_with(guard, tmp_path / "guarded", Ema(range(STEPS)))
+    assert differences(state_of(bare), state_of(guarded)) == []
+    assert set(words(guard)) == {("restore part",)}
+    assert {one.fault for one in guard.interventions} == {"corrupted_state"}
+    assert guard.lr_multiplier == 1.0
+
+    guard = NaNGuard(snapshot_every_n_steps=EVERY, readback=readback)
+    lost = FaultAt("weight", NAN, 50)
+    run_with(guard, tmp_path / "lost", Ema(range(STEPS)), lost)
+    [back] = [one for one in guard.interventions if "restore" in one.remedies]
+    assert back.snapshot_step is not None
+    assert back.snapshot_step >= 50 - 2 * EVERY - 4
+
+
+@pytest.mark.parametrize("value", [NAN, INF, 1e30])
+@pytest.mark.parametrize("model", ["norm", "manual"])
+def test_an_average_that_went_bad_once(model: str, value: float, tmp_path: Path) -> None:
+    """It comes back bitwise from the snapshot and goes on averaging, and everything else is as without the fault."""
+    bare = run_with(None, tmp_path / "bare", Ema(()), model=model)
+    ema, guard = Ema((31,), value), NaNGuard(snapshot_every_n_steps=EVERY)
+    guarded = run_with(guard, tmp_path / "guarded", ema, model=model)
+    assert differences(state_of(bare), state_of(guarded)) == []
+    [found] = guard.interventions
+    assert found.remedies == ("restore part",)
+    assert "in the averaged copy of Ema.ema" in found.place
+    assert found.updates_lost == 0
+    back = ema.after[found.batch_idx]
+    assert any(differences(back, ema.after[step]) == [] for step in range(31 - 2 * EVERY, 32))
+    assert all(bool(torch.isfinite(one).all()) for one in ema.ema.values())
+
+
+@pytest.mark.parametrize("readback", ["step", "deferred"])
+def test_a_bad_batch_is_still_skipped_where_an_average_is_bad(readback: str, tmp_path: Path) -> None:
+    """The average says nothing about the batch or the weights: those are judged as they are without it."""
+    seen = {}
+    for name, bad in (("sound", ()), ("bad", range(30, STEPS))):
+        guard = NaNGuard(snapshot_every_n_steps=EVERY, readback=readback)
+        seen[name] = run_with(guard, tmp_path / name, Ema(bad), FaultAt("loss", NAN, 40))
+        assert guard.lr_multiplier == 1.0
+        assert ("skip" in {word for one in words(guard) for word in one}) is (readback == "step")
+    if readback == "step":
+        assert differences(state_of(seen["sound"]), state_of(seen["bad"])) == []
+
+
+class SpoilsInValidation(Callback):
+    """Puts a number into what the optimizer keeps of the first weight, during the validation after an epoch."""
+
+    def __init__(self, key: str, value: float) -> None:
+        self.key, self.value = key, value
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            state = trainer.optimizers[0].state[next(pl_module.parameters())]
+            state[self.key].view(-1)[0] = self.value
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (adam, "exp_avg_sq"),
+        (partial(optim.Adagrad, lr=0.05), "sum"),
+        (partial(optim.RMSprop, lr=0.01), "square_avg"),
+    ],
+    ids=["adam", "adagrad", "rmsprop"],
+)
+def test_a_moment_that_no_weight_comes_from(make: Callable[..., Any], key: str, tmp_path: Path) -> None:
+    """Where no update can be made again, what the optimizer keeps of a weight that Inf in it holds still is restored,
+    and no update is lost."""
+    seen: list[Any] = []
+
+    class Looks(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.current_epoch == 1 and not seen:
+                seen.append([parameter.detach().clone() for parameter in pl_module.parameters()])
+
+    weights = []
+    for name, others in (("bare", []), ("struck", [SpoilsInValidation(key, INF)])):
+        guard = NaNGuard(snapshot_every_n_steps=EVERY, last_good_every_n_steps=STEPS) if others else None
+        run = run_with(guard, tmp_path / name, *others, Looks(), model="manual", optimizer=make, max_epochs=2)
+        weights.append(seen.pop())
+    assert guard is not None
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+    assert [(one.fault, one.remedies, one.updates_lost) for one in guard.interventions] == [
+        ("corrupted_state", ("restore part",), 0)
+    ]
+    states = [value for optimizer in run.trainer.optimizers for value in optimizer.state.values()]
+    assert all(math.isfinite(float(one.sum())) for state in states for one in state.values())
+
+
+def test_running_statistics_that_no_weight_comes_from(tmp_path: Path) -> None:
+    """A running variance below zero, beside a GradScaler, with which no update is made again: it alone is restored."""
+    weights = []
+    for name, others in (("bare", []), ("struck", [FaultAt("buffer", -50.0, 31)])):
+        guard = NaNGuard(snapshot_every_n_steps=EVERY) if others else None
+        run = run_with(guard, tmp_path / name, *others, precision="16-mixed")
+        weights.append(dict(run.module.named_parameters()))
+    assert guard is not None
+    assert words(guard) == [("restore part",)]
+    assert differences(copied(weights[0]), copied(weights[1])) == []
+    assert float(run.module.net[1].running_var.min()) >= 0
