@@ -289,7 +289,6 @@ class NaNGuard(DisplayedGuard):
                 replay.remember(guard.updates)
             else:
                 replay.distrust(guard.updates)
-            fit.check_before_epoch_end()
             if replay.to_log is not None:
                 replay.to_log()
                 replay.to_log = None

@@ -589,3 +589,9 @@ class FaultAt(Callback):
         if self.kind == "weight":
             return parameter
         return next(o.state[parameter]["exp_avg_sq"] for o in trainer.optimizers if parameter in o.state)
+
+
+def with_last_rows(left: dict[str, Any]) -> dict[str, Any]:
+    """What is left behind, with the last value that loggers were given of each name and step."""
+    last = {(step, name): value for step, row in left["logged"] for name, value in row.items()}
+    return {**left, "logged": {f"{name} {step}": value for (step, name), value in sorted(last.items())}}

@@ -188,7 +188,7 @@ def _broken(one: Draw, twin: Left, bare: Left, guarded: Left, guard: NaNGuard) -
     if one.kind == "none" and guard.interventions:
         yield "something was done in a healthy run"
     yield from guarded.observer.wrong
-    alone = {remedy for record in guard.interventions for remedy in record.remedies} == {"restore part"}
+    alone = {remedy for record in guard.interventions for remedy in record.remedies} == {"restore averages"}
     if alone and one.kind == "average" and guarded.observer.weights != twin.observer.weights:
         yield "averages alone were put back, and the weights are not those of the run without the fault"
     yield from _clock_wrong(one, twin, guarded)

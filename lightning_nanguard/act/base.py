@@ -12,7 +12,7 @@ from lightning_nanguard.types import (
     Fault,
     PlanStep,
     Restore,
-    RestorePart,
+    RestoreAverages,
     Role,
     Scale,
     Skip,
@@ -29,8 +29,8 @@ class RunControl(Protocol):
     def restore(self, depth: int) -> None:
         """Restore the learner from a certified snapshot: ``depth`` 0 is the newest, 1 the one before it."""
 
-    def restore_part(self) -> None:
-        """Restore only what is bad: averaged copies of the weights, optimizer state of a weight, or the loss scale."""
+    def restore_averages(self) -> None:
+        """Restore averaged copies of the weights that are bad, and nothing else."""
 
     def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
         """Multiply the learning rate; with ``limit`` the result becomes the largest rate that is allowed."""
@@ -55,7 +55,7 @@ class RunControl(Protocol):
 _ROLES: dict[type[PlanStep], Role] = {
     Skip: "skip",
     Restore: "restore",
-    RestorePart: "restore",
+    RestoreAverages: "restore",
     Scale: "rate",
     Clip: "clip",
     DropMoments: "moments",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_nanguard.act.average_rollback import AverageRollback
 from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.act.clip_gradients import ClipGradients
-from lightning_nanguard.act.part_rollback import PartRollback
 from lightning_nanguard.act.reduce_lr import ReduceLR
 from lightning_nanguard.act.reset_moments import ResetMoments
 from lightning_nanguard.act.rollback import Rollback
@@ -38,7 +38,7 @@ def executors(remedies: Sequence[Remedy]) -> dict[type[PlanStep], Remedy]:
     always: tuple[Remedy, ...] = (
         SkipStep(),
         Rollback(),
-        PartRollback(),
+        AverageRollback(),
         ReduceLR(),
         ClipGradients(),
         ResetMoments(),

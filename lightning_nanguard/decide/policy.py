@@ -6,8 +6,7 @@ The evidence decides what is at fault, and that decides the remedy:
 * a diverged *learner* goes back to a certified snapshot, with a lower learning rate or clipped gradients; the
   correction is stronger each time it diverges again soon;
 * *state* that went bad by itself is restored, without a correction;
-* where a *part* of the state alone is bad from which no weight comes (averaged copies, or moments and a loss scale
-  while all weights are finite), that part alone is restored;
+* where averaged copies of the weights alone are bad, they alone are restored, because no update is made from them;
 * a run without one good update, or over its budget, is stopped.
 
 The policy calls every listed remedy whose role the verdict needs. If the learner is to blame, these are a restore and
@@ -36,7 +35,7 @@ from lightning_nanguard.types import (
     Plan,
     PlanStep,
     Restore,
-    RestorePart,
+    RestoreAverages,
     Role,
     Scale,
     Scope,
@@ -81,24 +80,18 @@ class Policy:
         told = (one.propose(fault, evidence, state.attempt) for one in self.remedies if one.role == "notify")
         return (*plan, *(step for step in told if step is not None)), state
 
-    def _restore_part(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
-        """The plan where a part of the state alone is bad: no update is lost for it."""
-        whole, where = replace(evidence, bad_part=""), _where(fault)
+    def _restore_averages(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
+        """The plan where averages alone are bad: neither the run nor its budget pays for them, however often."""
+        plan: Plan = ()
+        if fault.scope != "state":
+            plan, state = self._decide(fault, replace(evidence, averages_alone=False, corrupt=None), state)
+        goes_back = any(isinstance(step, (Restore, Stop)) for step in plan)
         allowed = any(one.role == "restore" for one in self.remedies)
-        if evidence.bad_part == "averages":
-            # Neither the run nor its budget pays for averages, however often they go bad.
-            plan: Plan = ()
-            if fault.scope != "state":
-                plan, state = self._decide(fault, replace(whole, corrupt=None), state)
-            goes_back = any(isinstance(step, (Restore, Stop)) for step in plan)
-            return (plan if goes_back or not allowed else (RestorePart(), *plan)), state
-        if not allowed or state.unproven.count(where) >= self.thresholds.same_restores:
-            return self._decide(fault, whole, state)
-        return (RestorePart(),), replace(state, unproven=(*state.unproven, where))
+        return (plan if goes_back or not allowed else (RestoreAverages(), *plan)), state
 
     def _decide(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
-        if evidence.bad_part:
-            return self._restore_part(fault, evidence, state)
+        if evidence.averages_alone:
+            return self._restore_averages(fault, evidence, state)
         start = evidence.healthy_steps == 0 and evidence.bad_in_a_row >= self._most_in_a_row(start=True)
         if start and not self._other_learns(evidence):
             return (Stop(f"no update was ever good: the first {evidence.bad_in_a_row} were all bad"),), state

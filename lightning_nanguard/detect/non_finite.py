@@ -58,8 +58,7 @@ class NonFinite(Detector):
         if not reading.finite and scale is not None and not self._may_be(scale):
             # The scaler halves it after an overflow, which leaves Inf as it is, and takes long from 1e30 down.
             message = f"the scale of the GradScaler is {scale:g}"
-            place = "scale of the GradScaler"
-            return Fault("corrupted_state", "state", place, scale, message, spares_weights=True)
+            return Fault("corrupted_state", "state", "scale of the GradScaler", scale, message)
         if not reading.loss_finite:
             message = f"the loss is {reading.loss}"
             # With a finite gradient nothing bad would reach the weights: neither they nor the rate are at fault.

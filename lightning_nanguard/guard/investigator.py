@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from operator import itemgetter
-from typing import Any, Literal, final
+from typing import Any, final
 
 from torch import Tensor
 
@@ -135,7 +135,7 @@ class Investigator:
         known = replace(
             known,
             corrupt=bad,
-            bad_part=self._bad_part(fault, unchanged, bad),
+            averages_alone=self._averages_alone(fault, unchanged, bad),
             batch_finite=batch_finite,
             batch_strange=self._batch_strange() if at_hand and batch_finite is not False else None,
             sound=sound,
@@ -148,25 +148,14 @@ class Investigator:
         known = self._look_at_weights(fault, reading, history, known, target)
         return self._look_at_rates(fault, history, known, target)
 
-    def _bad_part(
-        self, fault: Fault, leaves: list[tuple[StateKey, Any]], bad: str | None
-    ) -> Literal["", "averages", "state"]:
-        """The part of the state that alone is bad, where no weight comes from it."""
-        by_itself = fault.scope == "state"
-        if not (bad or by_itself):
-            return ""
-        corrupt, beside = self._context.finite.corrupt, {key for key, _ in self._learner.beside_weights()}
-        weights = corrupt((key, leaf) for key, leaf in leaves if key not in beside)
-        others = corrupt((key, leaf) for key, leaf in leaves if key in beside and key[0] != "average")
+    def _averages_alone(self, fault: Fault, leaves: list[tuple[StateKey, Any]], bad: str | None) -> bool:
+        """Whether averaged copies of the weights are bad, and nothing that updates are made from."""
+        if not (bad or fault.scope == "state"):
+            return False
+        others = self._context.finite.corrupt((key, leaf) for key, leaf in leaves if key[0] != "average")
         average = any(describe(key) == (bad or fault.place) for key, _ in leaves if key[0] == "average")
-        spared = fault.spares_weights or (bad is not None and others is not None)
-        answers = self._ranks.gather((weights is not None, others is not None, average, spared))
-        if any(one[0] for one in answers):
-            return ""
-        if any(one[2] for one in answers) and not any(one[1] for one in answers):
-            return "averages"
-        spared = any(one[3] for one in answers) and not self._context.many  # ranks go back together
-        return "state" if by_itself and spared and self._ring.certified else ""
+        answers = self._ranks.gather((others is not None, average))
+        return any(one[1] for one in answers) and not any(one[0] for one in answers)
 
     def _look_at_weights(
         self, fault: Fault, reading: Reading, history: ReadingHistory, known: Evidence, target: Snapshot | None

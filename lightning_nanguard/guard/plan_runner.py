@@ -17,7 +17,7 @@ from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.remedy_actions import RemedyActions
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.restore import restore
-from lightning_nanguard.types import Clip, DropMoments, Plan, PlanStep, Restore, RestorePart, Scale, Skip, Stop
+from lightning_nanguard.types import Clip, DropMoments, Plan, PlanStep, Restore, RestoreAverages, Scale, Skip, Stop
 
 _CORRECTIONS = (Clip, DropMoments, Scale)
 
@@ -104,7 +104,7 @@ class ActingRunner:
         for step in plan:
             if went_on and isinstance(step, _CORRECTIONS):
                 continue  # the state had gone bad by itself, and nothing has to be corrected
-            if isinstance(step, RestorePart) and found.fault.scope == "state" and self._made_again(found):
+            if isinstance(step, RestoreAverages) and found.fault.scope == "state" and self._made_again(found):
                 made.append(Restore())
                 continue
             self._remedies[type(step)].apply(step, self._actions)

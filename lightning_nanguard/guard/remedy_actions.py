@@ -14,7 +14,7 @@ from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.state.learner import StateKey, describe
-from lightning_nanguard.state.restore import bad_parts, mend_averages, part_of, restore
+from lightning_nanguard.state.restore import average_of, bad_averages, mend_averages, restore
 from lightning_nanguard.state.snapshot import Snapshot
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -96,21 +96,19 @@ class RemedyActions:
             # Where batches cannot be run again, the gradients may be where a captured graph writes them.
             optimizer.zero_grad(set_to_none=context.replay.comparable())
 
-    def restore_part(self) -> None:
-        """Restore averages, moments of a weight, running statistics or the loss scale from the newest snapshot.
+    def restore_averages(self) -> None:
+        """Restore averaged copies of the weights that are bad from the newest snapshot.
 
-        Averaged copies that it does not hold are set to the weights.
+        Copies that it does not hold are set to the weights.
         """
         context, certified, fault = self._context, self._context.ring.certified, None
         learner, corrupt = context.learner, context.finite.corrupt
         snapshot = context.ranks.join_snapshot(certified[0]) if certified else None
         if self._found is not None:
             fault = self._found.fault
-        bad = bad_parts(learner.beside_weights(), corrupt, "" if fault is None else fault.place)
-        if fault is not None and fault.spares_weights:
-            bad |= {("scaler",)}
+        bad = bad_averages(learner.averages(), corrupt, "" if fault is None else fault.place)
         if snapshot is not None:
-            restore(learner, snapshot, keep=lambda key: key in bad or part_of(key) in bad)
+            restore(learner, snapshot, keep=lambda key: average_of(key) in bad)
         mend_averages(learner, corrupt)
         self._snapshots.mend_pending("" if fault is None else fault.place)
 

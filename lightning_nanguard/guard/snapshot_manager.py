@@ -20,7 +20,7 @@ from lightning_nanguard.state.learner import Learner, StateKey, describe
 from lightning_nanguard.state.moment_bound import MomentScreen
 from lightning_nanguard.state.norm_screen import NormScreen
 from lightning_nanguard.state.plausibility import PlausibilityCheck
-from lightning_nanguard.state.restore import bad_parts, part_of
+from lightning_nanguard.state.restore import average_of, bad_averages
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.state.snapshot import Snapshot, clone
 from lightning_nanguard.state.snapshot_placement import SnapshotPlacement
@@ -272,9 +272,9 @@ class SnapshotManager:
         if self._many or any(describe(key) == place for key, _ in rest) or self._finite.corrupt(rest):
             self._ring.drop_pending()
             return
-        bad = bad_parts(averages.items(), self._finite.corrupt, place)
+        bad = bad_averages(averages.items(), self._finite.corrupt, place)
         newest = self._ring.certified[0].leaves if self._ring.certified else {}
-        for key in [key for key in averages if part_of(key) in bad]:
+        for key in [key for key in averages if average_of(key) in bad]:
             if key in newest:
                 pending.leaves[key] = clone(newest[key], None)
             else:

@@ -13,7 +13,7 @@ from lightning_nanguard.types import ActOn
 _ACTIONS = {
     "skip": ("batch skipped", "batches skipped"),
     "restore": ("rollback", "rollbacks"),
-    "restore part": ("part of the state put back", "parts of the state put back"),
+    "restore averages": ("restored average", "restored averages"),
     "scale": ("change of the learning rate", "changes of the learning rate"),
     "clip": ("change of gradient clipping", "changes of gradient clipping"),
     "reset moments": ("reset of the optimizer's state", "resets of the optimizer's state"),

@@ -218,13 +218,6 @@ class Learner:
             yield from self.optimizer_leaves(index)
         yield from self.averages()
 
-    def beside_weights(self) -> Iterator[tuple[StateKey, Any]]:
-        """The leaves from which no weight comes as long as they are not read: running statistics, moments, averages."""
-        leaves = dict(self.leaves())
-        statistics = set(self.statistics(leaves))
-        kinds = ("optimizer", "wrapped", "average")
-        return ((key, leaf) for key, leaf in leaves.items() if key[0] in kinds or key in statistics)
-
     def averages(self) -> Iterator[tuple[StateKey, Tensor]]:
         """Averaged copies kept elsewhere."""
         for owner, tensors in self._averages().items():

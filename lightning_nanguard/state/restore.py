@@ -100,21 +100,17 @@ def _restore_weights(learner: Learner, saved: Mapping[StateKey, Any]) -> tuple[l
     return pairs, tuple(failed)
 
 
-def part_of(key: StateKey) -> StateKey | None:
-    """What is restored together with a leaf where no weight comes from it; ``None`` for weights and groups.
-
-    An averaged copy is one part, and so are what an optimizer keeps of one weight, and a buffer.
-    """
-    length = {"average": 2, "optimizer": 3, "wrapped": 4, "buffer": 2}.get(key[0])
-    return None if length is None else key[:length]
+def average_of(key: StateKey) -> StateKey | None:
+    """The averaged copy that a leaf belongs to, which is restored as a whole; ``None`` for other leaves."""
+    return key[:2] if key[0] == "average" else None
 
 
-def bad_parts(
+def bad_averages(
     leaves: Iterable[tuple[StateKey, Any]],
     corrupt: Callable[[Iterable[tuple[StateKey, Any]]], str | None],
     place: str = "",
 ) -> frozenset[StateKey]:
-    """The parts, as :func:`part_of` gives them, that are bad.
+    """The averaged copies, as :func:`average_of` gives them, that are bad.
 
     Args:
         leaves: Leaves of a learner, or of a snapshot.
@@ -123,7 +119,7 @@ def bad_parts(
     """
     parts: dict[StateKey, list[tuple[StateKey, Any]]] = {}
     for key, tensor in leaves:
-        part = part_of(key)
+        part = average_of(key)
         if part is not None:
             parts.setdefault(part, []).append((key, tensor))
     return frozenset(
@@ -141,9 +137,9 @@ def mend_averages(learner: Learner, corrupt: Callable[[Iterable[tuple[StateKey, 
         corrupt: Names a tensor that is not finite, ``None`` if all are.
     """
     weights = {key[1]: leaf for key, leaf in learner.weights()}
-    bad = bad_parts(learner.averages(), corrupt)
+    bad = bad_averages(learner.averages(), corrupt)
     for key, tensor in learner.averages():
-        source = weights.get(unwrapped(key[2])) if part_of(key) in bad else None
+        source = weights.get(unwrapped(key[2])) if average_of(key) in bad else None
         if source is not None and fits(tensor, source):
             with torch.no_grad():
                 tensor.copy_(source)

@@ -119,8 +119,6 @@ class PlausibilityThresholds:
         times_gradient: Multiple of the largest element of the newest gradient up to which a moment is in proportion to
             it, whatever it was before; of its square for second moments. Momentum of 0.99 sums up to 100 gradients.
         trials: How often one tensor that is found again and again is still tried on the newest batches.
-        epoch_end_after: Updates since the last look after which the state is looked at before an epoch's means are
-            logged. A look takes as long as about three gradient norms, so that short epochs are not looked at each.
         moments: When a first moment is out of its bound.
     """
 
@@ -132,7 +130,6 @@ class PlausibilityThresholds:
     least_magnitude: float = 1.0
     times_gradient: float = 100.0
     trials: int = 3
-    epoch_end_after: int = 4
     moments: MomentThresholds = field(default_factory=MomentThresholds)
 
 

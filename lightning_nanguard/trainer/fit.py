@@ -97,7 +97,6 @@ class Fit:
         self.carried: CarriedAttributes | None = None
         self._accumulates = accumulation(trainer)
         self._unknown: set[int] = set()
-        self._looked_at = 0
         self._patches = ExitStack()
 
     def start(self, max_memory: float | None, listens: Callable[[Any], bool]) -> None:
@@ -256,18 +255,6 @@ class Fit:
         self.folder.log("end", **counts, lr_multiplier=multiplier)
         if self.rank_zero:
             rank_zero_info(fit_summary(memory, self.context.settings, updates, multiplier, self.folder.path))
-
-    def check_before_epoch_end(self) -> None:
-        """After an epoch's last batch: check the state before callbacks and loggers are given the epoch's means.
-
-        Several ranks with uneven data end their epochs at different times, and check with the next snapshot.
-        """
-        trainer, updates = self._trainer, self.guard.updates
-        last = trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step
-        due = updates - self._looked_at >= self.context.thresholds.snapshots.plausibility.epoch_end_after
-        if last and due and not self.context.many:
-            self._looked_at = updates
-            self.guard.check(sizes=True)
 
     def end_epoch(self) -> None:
         """Forget a batch that began and was not run."""

@@ -50,9 +50,7 @@ class Evidence:
         good_beside: Number of the newest of them in whose batch another optimizer's update was accepted; ``None``
             without one.
         corrupt: Name of the first tensor of the learner that is not finite but was at the start; ``None`` without one.
-        bad_part: The part of the state that is bad while all weights are finite: ``"averages"`` of the weights, from
-            which no update is made, or ``"state"`` for moments, running statistics or the loss scale; ``""`` if more
-            is bad, or nothing.
+        averages_alone: Whether averaged copies of the weights are bad, and nothing that updates are made from.
         jump: Name of a weight that is finite but far larger than any was in the snapshot; ``None`` if none is.
         batch_strange: Whether its numbers are far larger than those of the batches kept; ``None`` if not known.
         batch_finite: Whether every floating number in the batch is finite; ``None`` if it was not looked at.
@@ -91,7 +89,7 @@ class Evidence:
     bad_in_a_row: int = 1
     good_beside: int | None = None
     corrupt: str | None = None
-    bad_part: Literal["", "averages", "state"] = ""
+    averages_alone: bool = False
     jump: str | None = None
     batch_strange: bool | None = None
     batch_finite: bool | None = None

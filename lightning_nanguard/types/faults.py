@@ -83,8 +83,6 @@ class Fault:
             then blamed instead.
         conclusive: True if the detector has already established that ``scope`` is at fault, so that no further evidence
             can change it. Example: statistics were in range before a batch and far out of range after it.
-        spares_weights: True if no weight can come from what is bad, so that nothing else has to be restored. Example:
-            the scale of a GradScaler, which skips the updates that it spoils.
         only_if_corrupt: True if the guard acts only if a tensor of the learner is not finite, and otherwise only
             records the fault. Example: a validation loss that is not finite.
     """
@@ -103,4 +101,3 @@ class Fault:
     rate_may_cause: bool = False
     conclusive: bool = False
     only_if_corrupt: bool = False
-    spares_weights: bool = False

@@ -31,8 +31,8 @@ class Restore(PlanStep):
 
 
 @dataclass(frozen=True, slots=True)
-class RestorePart(PlanStep):
-    """Put back the part of the state that went bad, and nothing else: no weight comes from it."""
+class RestoreAverages(PlanStep):
+    """Restore averaged copies of the weights that are bad, and nothing else."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ class RunControl:
     def restore(self, depth: int) -> None:
         self.done.append(("restore", depth))
 
-    def restore_part(self) -> None:
-        self.done.append(("restore part",))
+    def restore_averages(self) -> None:
+        self.done.append(("restore averages",))
 
     def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
         self.done.append(("scale", factor, min_lr))

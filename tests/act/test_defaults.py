@@ -7,7 +7,7 @@ import pytest
 from lightning_nanguard import ClipGradients, Fault, ReduceLR, Rollback, SkipStep
 from lightning_nanguard.act.defaults import default_remedies, executors
 from lightning_nanguard.thresholds.rate_search import CutThresholds
-from lightning_nanguard.types import Clip, DropMoments, Evidence, Restore, RestorePart, Scale, Skip, Stop
+from lightning_nanguard.types import Clip, DropMoments, Evidence, Restore, RestoreAverages, Scale, Skip, Stop
 
 
 def test_every_step_has_an_executor_and_the_users_comes_first() -> None:
@@ -15,7 +15,7 @@ def test_every_step_has_an_executor_and_the_users_comes_first() -> None:
     mine = ReduceLR(factor=0.3)
     found = executors([mine])
     assert found[Scale] is mine
-    assert {Skip, Restore, RestorePart, Scale, Clip, DropMoments, Stop} <= set(found)
+    assert {Skip, Restore, RestoreAverages, Scale, Clip, DropMoments, Stop} <= set(found)
     with pytest.raises(ValueError, match="ReduceLR and ReduceLR both carry out Scale"):
         executors([ReduceLR(), ReduceLR()])
 
@@ -35,7 +35,7 @@ def test_steps_that_the_policy_makes_itself_can_be_carried_out() -> None:
     assert [remedy.word for remedy in executors([]).values()] == [
         "skip",
         "restore",
-        "restore part",
+        "restore averages",
         "scale",
         "clip",
         "reset moments",

@@ -273,7 +273,7 @@ def test_save_while_the_average_is_validated(hook_name: str, tmp_path: Path) -> 
     if hook_name == "on_validation_batch_start":
         pairs = [(known[PER_EPOCH - 1][0], averages) for _, averages in pairs]
     assert any(not differences(pair, later[0]) for pair in pairs)
-    remedy = "restore part" if hook_name == "on_validation_batch_start" else "restore"
+    remedy = "restore averages" if hook_name == "on_validation_batch_start" else "restore"
     assert (remedy,) in [i.remedies for i in guard.interventions]
 
 

@@ -20,7 +20,7 @@ from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.decide.recovery import give_back
 from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.thresholds.decision import RecoveryThresholds
-from lightning_nanguard.types import Comparison, Evidence, Plan, Restore, RestorePart, Scale, Skip, Stop, Trial
+from lightning_nanguard.types import Comparison, Evidence, Plan, Restore, RestoreAverages, Scale, Skip, Stop, Trial
 
 LOSS = Fault("non_finite_loss", "batch", "loss", math.nan, "the loss is nan", clipping_helps=True)
 SPIKE = Fault("gradient_spike", "batch", "gradient", 1e9, certain=False, clipping_helps=True)
@@ -33,9 +33,8 @@ FAULTS: dict[str, tuple[Fault, dict[str, Any]]] = {
     "ruined learner": (LOSS, {"comparison": Comparison(math.nan, 0.5), "climbing": True, "growth": 30.0}),
     "lost weights": (LOSS, {"corrupt": "parameter w", "climbing": True}),
     "lost buffer": (BUFFER, {"corrupt": "buffer bn.running_var"}),
-    "lost average": (BUFFER, {"corrupt": "w of an average", "bad_part": "averages"}),
-    "bad batch beside a lost average": (LOSS, {"corrupt": "w", "bad_part": "averages", "batch_finite": False}),
-    "lost moment": (BUFFER, {"corrupt": "moment of w", "bad_part": "state"}),
+    "lost average": (BUFFER, {"corrupt": "w of an average", "averages_alone": True}),
+    "bad batch beside a lost average": (LOSS, {"corrupt": "w", "averages_alone": True, "batch_finite": False}),
     "spike": (SPIKE, {"comparison": Comparison(1.0, 1.0)}),
     "behind": (STUCK, {"trial": Trial(1.1, "start", 1 / 16)}),
     "beside": (STUCK, {"trial": Trial()}),
@@ -126,8 +125,8 @@ def check(plan: Plan, evidence: Evidence, world: World, event: str, *, may_resto
             assert 0 <= one.least <= 1
     if evidence.corrupt is not None and not any(isinstance(one, Stop) for one in plan):
         back = any(isinstance(one, Restore) for one in plan)
-        part = evidence.bad_part and any(isinstance(one, RestorePart) for one in plan)
-        spared = evidence.bad_part == "averages" and not may_restore
+        part = evidence.averages_alone and any(isinstance(one, RestoreAverages) for one in plan)
+        spared = evidence.averages_alone and not may_restore
         assert back or part or spared, "lost weights are never trained on, or skipped for"
     if event == "lost average":
         assert not any(isinstance(one, (Restore, Scale, Skip, Stop)) for one in plan), "averages cost the run nothing"
@@ -185,7 +184,7 @@ def test_faults_without_a_healthy_update_end(event: str, other: str) -> None:
         decides, world, done = Policy(remedies, budget), World(healthy=400, step=400, snapshots=3), False
         for turn in range(2 * budget.window):
             world, plan = faulty(world, decides, (event, other)[turn % 2])
-            done |= any(not isinstance(step, RestorePart) for step in plan)
+            done |= any(not isinstance(step, RestoreAverages) for step in plan)
             if world.ended:
                 break
         assert world.ended or not done

@@ -24,7 +24,7 @@ from lightning_nanguard.types import (
     Plan,
     PlanStep,
     Restore,
-    RestorePart,
+    RestoreAverages,
     Scale,
     Skip,
     Stop,
@@ -68,15 +68,13 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("a corrupt weight after a rise of the rate", EXPLODING, {"corrupt": "parameter w", "rate_rose": True},
      (Restore(0), Scale(0.5, limit=True))),
     ("corrupted state", CORRUPTED, {}, (Restore(0),)),
-    ("averages alone are bad", CORRUPTED, {"corrupt": "w of an average", "bad_part": "averages"}, (RestorePart(),)),
+    ("averages alone are bad", CORRUPTED, {"corrupt": "w of an average", "averages_alone": True}, (RestoreAverages(),)),
     ("averages alone are bad at a peak of the rate", CORRUPTED,
-     {"corrupt": "w of an average", "bad_part": "averages", "rate_rose": True}, (RestorePart(),)),
+     {"corrupt": "w of an average", "averages_alone": True, "rate_rose": True}, (RestoreAverages(),)),
     ("a bad batch beside a bad average", BATCH,
-     {"corrupt": "w of an average", "bad_part": "averages", "comparison": THE_BATCH}, (RestorePart(), Skip())),
-    ("a divergence beside a bad average", EXPLODING, {"corrupt": "w of an average", "bad_part": "averages"},
+     {"corrupt": "w of an average", "averages_alone": True, "comparison": THE_BATCH}, (RestoreAverages(), Skip())),
+    ("a divergence beside a bad average", EXPLODING, {"corrupt": "w of an average", "averages_alone": True},
      (Restore(0), Clip(2.0), CUT)),
-    ("moments that no weight comes from", CORRUPTED, {"corrupt": "moment of w", "bad_part": "state"},
-     (RestorePart(),)),
     ("a divergence", EXPLODING, {}, (Restore(0), Clip(2.0), CUT)),
     ("a bad update that was made, and is back at once", BATCH,
      {"undo": True, "comparison": THE_LEARNER, "healthy_since_restore": 2}, (Restore(0), Clip(2.0), CUT)),
@@ -331,21 +329,12 @@ def test_stopping_makes_no_later_remedy_unheard() -> None:
     assert decide(EXPLODING, remedies) == (Restore(0), Scale(0.5))
 
 
-def test_a_part_is_restored_as_often_as_it_goes_bad_if_the_run_does_not_need_it() -> None:
-    """Averages cost the budget nothing and never end a run; a moment is restored with the rest where that alone has not
-    helped twice. Where no remedy may restore, averages are left alone."""
-    averages = dataclasses.replace(GOOD, corrupt="w of an average", bad_part="averages")
-    moments = dataclasses.replace(GOOD, corrupt="moment of w", bad_part="state")
+def test_averages_are_restored_as_often_as_they_go_bad() -> None:
+    """Averages cost the budget nothing and never end a run. Where no remedy may restore, they are left alone."""
+    averages = dataclasses.replace(GOOD, corrupt="w of an average", averages_alone=True)
     policy, state = Policy(default_remedies(), Budget(max_rollbacks=1)), PolicyState()
     for _ in range(50):
         plan, state = policy.decide(CORRUPTED, averages, state)
-        assert plan == (RestorePart(),)
+        assert plan == (RestoreAverages(),)
     assert state == PolicyState()
-    plans = []
-    for _ in range(3):
-        plan, state = policy.decide(CORRUPTED, moments, state)
-        plans.append(plan)
-    assert plans[:2] == [(RestorePart(),)] * 2
-    assert isinstance(plans[2][0], Restore)
     assert Policy(()).decide(CORRUPTED, averages, PolicyState())[0] == ()
-    assert isinstance(Policy(()).decide(CORRUPTED, moments, PolicyState())[0][0], Stop)

@@ -135,7 +135,7 @@ def test_a_scale_that_no_scaler_has_grown_to(value: float) -> None:
     guard, scale = NaNGuard(snapshot_every_n_steps=3), Scale()
     run = fit(make(optimizer=adam())(), batches(count=24), guard, callbacks=[SpoilScale(value), scale], **scaled(64.0))
     assert [(one.fault, one.place, one.remedies) for one in guard.interventions] == [
-        ("corrupted_state", "scale of the GradScaler", ("restore part",))
+        ("corrupted_state", "scale of the GradScaler", ("restore",))
     ]
     assert scale.after[BAD_BATCH:] == [64.0] * (24 - BAD_BATCH)
     assert_alive(run)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.learner import Learner
-from lightning_nanguard.state.restore import bad_parts, mend_averages, part_of, restore
+from lightning_nanguard.state.restore import average_of, bad_averages, mend_averages, restore
 from lightning_nanguard.state.snapshot import capture
 from tests.helpers import copied, same_bits
 from tests.state.nets import OPTIMIZERS, Net, everything, made, train
@@ -158,23 +158,21 @@ def test_a_corrupt_average_is_set_to_the_weights() -> None:
     assert bool((copies["good"]["module.last.weight"] == 3.0).all())
 
 
-def test_a_part_is_restored_alone() -> None:
-    """What the optimizer keeps of one weight, an averaged copy or a buffer comes back bitwise; the rest stays."""
-    net, optimizer, learner = made("adam")
+def test_averaged_copies_are_restored_alone() -> None:
+    """A bad copy comes back bitwise and as a whole; the other copy and all else stay."""
+    net, optimizer, _ = made("adam")
+    copies = {name: {f"module.{key}": one.detach().clone() for key, one in net.named_parameters()} for name in "ab"}
+    learner = Learner(net, [optimizer], averages=lambda: copies)
     train(net, optimizer, 3, 0)
     taken = capture(learner, step=0, global_step=0)
     train(net, optimizer, 3, 1)
+    for one in copies["b"].values():
+        one += 1
+    next(iter(copies["a"].values())).view(-1)[0] = math.inf
     before = dict(capture(learner, step=0, global_step=0).leaves)
-    name, state = next((name, optimizer.state[one]) for name, one in net.named_parameters() if one in optimizer.state)
-    state["exp_avg_sq"].view(-1)[0] = math.inf
-    bad = bad_parts(learner.leaves(), FiniteCheck().corrupt)
-    assert bad == {("optimizer", 0, name)}
-    restore(learner, taken, keep=lambda key: part_of(key) in bad)
+    bad = bad_averages(learner.averages(), FiniteCheck().corrupt)
+    assert bad == {("average", "a")}
+    restore(learner, taken, keep=lambda key: average_of(key) in bad)
     for key, leaf in learner.leaves():
-        assert same_bits(leaf, (taken.leaves if part_of(key) in bad else before)[key]), key
-    assert bad_parts(learner.leaves(), FiniteCheck().corrupt) == frozenset()
-    assert [part_of(key) for key in (("parameter", "w"), ("group", 0, 0, "betas"), ("buffer", "b"))] == [
-        None,
-        None,
-        ("buffer", "b"),
-    ]
+        assert same_bits(leaf, (taken.leaves if average_of(key) in bad else before)[key]), key
+    assert bad_averages(learner.averages(), FiniteCheck().corrupt) == frozenset()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_nanguard import Intervention, NaNGuard, Sink
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.trainer.fit import Fit
-from tests.helpers import batches, fit, mlp, task, trainer_for, with_bad, words
+from tests.helpers import batches, mlp, task, trainer_for, with_bad
 from tests.trainer.fits import captured
 
 
@@ -146,31 +146,3 @@ def test_an_optimizer_is_known_by_its_index(ended: Fit, caplog: pytest.LogCaptur
 def test_the_share_of_bad_updates_is_counted(ended: Fit) -> None:
     """Of all updates of the fit."""
     assert ended.non_finite_rate() == 0.25
-
-
-class SpoilsOnce(Callback):
-    """Makes a weight huge before one batch, and notes the loss of each epoch as callbacks are given it."""
-
-    def __init__(self, at: int | None) -> None:
-        self.at, self.means = at, list[float]()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.at:
-            self.at = None
-            pl_module.net[0].bias.data[0] = 1e20
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self.means.append(float(trainer.callback_metrics["loss"]))
-
-
-@pytest.mark.parametrize("options", [{"max_epochs": 2}, {"max_steps": 23, "max_epochs": 9}], ids=["epochs", "steps"])
-def test_the_state_is_checked_before_the_means_of_an_epoch(options: dict[str, Any], tmp_path: Path) -> None:
-    """A weight goes bad late in an epoch: the loss that callbacks monitor is that of the run without the fault."""
-    means = []
-    for at in (None, 22):
-        spoils, guard = SpoilsOnce(at), NaNGuard(snapshot_every_n_steps=10)
-        fit(task("norm"), batches(count=12), guard, folder=tmp_path, callbacks=[spoils], **options)
-        assert words(guard) == ([] if at is None else [("restore", "redo")])
-        means.append(spoils.means)
-    assert means[0] == means[1]
-    assert len(means[0]) == 2

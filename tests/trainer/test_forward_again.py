@@ -33,6 +33,7 @@ from tests.helpers import (
     learner_of,
     mlp,
     task,
+    with_last_rows,
     with_nan,
     words,
 )
@@ -102,12 +103,6 @@ def test_state_that_went_bad_by_itself(way: str, kind: str, folder: Path, tmp_pa
     # Where losses stayed finite, callbacks have been given those of the spoiled weights.
     late = kind in ("weight", "buffer")
     assert [one for one in found if not (late and one.startswith("/losses"))] == []
-
-
-def with_last_rows(left: dict[str, Any]) -> dict[str, Any]:
-    """What is left behind, with the last value that loggers were given of each name and step."""
-    last = {(step, name): value for step, row in left["logged"] for name, value in row.items()}
-    return {**left, "logged": {f"{name} {step}": value for (step, name), value in sorted(last.items())}}
 
 
 def test_rows_of_spoiled_weights_are_logged_again(tmp_path: Path) -> None:

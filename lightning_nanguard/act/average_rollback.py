@@ -1,0 +1,24 @@
+"""Restores averaged copies of the weights."""
+
+from __future__ import annotations
+
+from typing import final
+
+from lightning_nanguard.act.base import Remedy, RunControl
+from lightning_nanguard.types import Evidence, Fault, PlanStep, RestoreAverages
+
+
+@final
+class AverageRollback(Remedy):
+    """Restores averaged copies of the weights (EMA, SWA) where they alone are bad. No update is lost."""
+
+    word = "restore averages"
+    step = RestoreAverages
+
+    def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
+        """Such a step, where nothing else is bad."""
+        return RestoreAverages() if evidence.averages_alone else None
+
+    def apply(self, step: PlanStep, run: RunControl) -> None:
+        """Restore them."""
+        run.restore_averages()
