@@ -61,12 +61,12 @@ def run(chosen: argparse.Namespace) -> int:
     from lightning_nanguard.trainer.offline_check import check_config
     from lightning_nanguard.trainer.private.messages import without_messages
 
+    model, data = (None if name is None else load(name) for name in (chosen.model, chosen.data))
     wrong = wrong_parts(chosen.config)
     for line in wrong:
         say(f"nanguard: {line}", file=sys.stderr)
     if wrong:
         return 2
-    model, data = (None if name is None else load(name) for name in (chosen.model, chosen.data))
     with without_messages():
         report = check_config(chosen.config, model, data, gradients=chosen.gradients, overfit=chosen.overfit)
     for finding in report.findings:

@@ -60,7 +60,7 @@ def summary(
     Example:
         >>> summary(1200)
         'NaNGuard: 1,200 updates watched (act_on="certain"), no interventions'
-        >>> summary(200, whole=(1400, 3))[-97:]
+        >>> summary(200, whole=(1400, 3))[-98:]
         'in this fit (act_on="certain"), no interventions; in the whole run: 1,400 updates, 3 interventions'
         >>> summary(1200, {"non_finite_loss": 1}, {"skip": 1}, path="runs/7")[-77:]
         '(non-finite loss 1): 1 batch skipped; read more with: nanguard explain runs/7'
