@@ -48,6 +48,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 if not hasattr(stock, "EMAWeightAveraging"):
     del WAYS["averaged"]  # this Lightning has none
+LEARNER = ("parameters", "buffers", "state_dict", "optimizers", "random", "progress", "carried", "steps", "seen")
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"momentum": partial(SGD, lr=0.05, momentum=0.9)}
 
 
@@ -100,9 +101,9 @@ def test_state_that_went_bad_by_itself(way: str, kind: str, folder: Path, tmp_pa
     assert fault.hits == 2
     assert {one.remedies for one in guard.interventions} == {("restore", "redo")}
     found = differences(with_last_rows(left), with_last_rows(twin(way, folder)))
-    # Where losses stayed finite, callbacks have been given those of the spoiled weights.
+    # Where losses stayed finite, callbacks and epoch means may have been given those of the spoiled weights.
     late = kind in ("weight", "buffer")
-    assert [one for one in found if not (late and one.startswith("/losses"))] == []
+    assert [one for one in found if not late or one.split("/")[1] in LEARNER or "/loss_step " in one] == []
 
 
 def test_rows_of_spoiled_weights_are_logged_again(tmp_path: Path) -> None:
