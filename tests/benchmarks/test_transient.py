@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.transient import __main__ as command
-from benchmarks.transient.__main__ import is_same
+from benchmarks.transient.__main__ import learner_is_same
 from benchmarks.transient.draws import KINDS, draw
 from benchmarks.transient.running import Strike, outcome
 
@@ -19,21 +19,21 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.mark.parametrize("number", range(12))
 def test_a_transient_fault_costs_nothing(number: int) -> None:
-    """A run that meets one ends bit for bit as without it, and the last row of each step is that of such a run."""
+    """A run that meets one ends bit for bit as without it, but for what was logged of bad state until that showed."""
     one = outcome((6, number, "step"))
     assert one.hits == 1
     assert one.records
-    assert is_same(one), one
+    assert learner_is_same(one), one
     if one.one.kind in ("loss", "activation", "gradient"):
         assert not one.different, one
 
 
 @pytest.mark.parametrize("number", range(0, 12, 2))
 def test_a_transient_fault_that_is_read_late(number: int) -> None:
-    """In deferred readback, too, where more rows are logged again."""
+    """In deferred readback, too, but that more was logged meanwhile."""
     one = outcome((6, number, "deferred"))
     assert one.hits == 1
-    assert is_same(one), one
+    assert learner_is_same(one), one
 
 
 def test_a_difference_shows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ def test_a_difference_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Strike, "hits", property(lambda self: 0, lambda self, value: None), raising=False)
     one = outcome((5, 0, "step"))
     assert one.one.kind == "loss"
-    assert not is_same(one)
+    assert not learner_is_same(one)
 
 
 def test_a_draw_depends_on_its_numbers_alone() -> None:
@@ -54,7 +54,7 @@ def test_the_command_names_what_repeats_a_run(tmp_path: Path, capsys: pytest.Cap
     """A table by kind of fault, and figures; a share that was not reached is its status."""
     output = tmp_path / "figures.json"
     assert command.main(["--seed", "5", "--runs", "3", "--output", str(output)]) == 0
-    assert "| all | 3 | 3 | 0 |" in capsys.readouterr().out
+    assert "| all | 3 | 3 | 3 |" in capsys.readouterr().out
     assert json.loads(output.read_text())["same"] == 3
     assert command.main(["--seed", "5", "--only", "0", "--wanted", "1.1"]) == 1
 
@@ -64,5 +64,4 @@ def test_the_long_campaign(file: str, runs: int) -> None:
     """The figures that the documents name."""
     figures = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
     assert figures["struck"] >= runs
-    # Earlier campaigns counted apart what differed in logged rows alone.
-    assert figures.get("same but for values logged meanwhile", figures["same"]) >= 0.99 * figures["struck"]
+    assert figures["same but for values logged meanwhile"] >= 0.99 * figures["struck"]
