@@ -231,7 +231,12 @@ class Guard:
                 bad,
             )
             return
-        self.check(sizes=True)
+        if self.check():
+            # No snapshot may have fallen due since a weight or an average went out of range.
+            leaves = dict(self._context.learner.leaves())
+            fault = self._parts.plausibility.implausible(leaves, self._state.healthy_steps)
+            if fault is not None:
+                self._report(fault, ())
 
     def excuses(self, optimizer: Optimizer, *, numeric: bool) -> bool:
         """Whether an exception in an optimizer's step need not end the run, because the update is skipped anyway.
@@ -299,34 +304,27 @@ class Guard:
         """Record what was done outside the order of a step."""
         self._parts.recorder.note(fault, *words)
 
-    def check(self, *, sizes: bool = False) -> None:
-        """Check the present state, and go back to the last good one if it is bad.
-
-        Args:
-            sizes: Whether a finite state is bad, too, if it is far out of range, as when a snapshot is certified.
-        """
+    def check(self) -> bool:
+        """Check the present state, and go back to the last good one if it is bad; whether it was good."""
         self._snapshots.settle()  # the caller may write to it next
         self.flush()
         self._snapshots.look_at_room()
         context = self._context
         bad, ranks = context.corrupt()
         if bad is None:
-            leaves = dict(context.learner.leaves()) if sizes else {}
-            far = self._parts.plausibility.implausible(leaves, self._state.healthy_steps) if sizes else None
-            if far is not None:
-                self._report(far, ())
-            return
+            return True
         fault = Fault("corrupted_state", "state", bad, None, f"{bad} is no longer finite")
         if self._open and not context.settings.observe:
             # A batch that was not finished may have made batch norm's statistics bad.
             self._undos[0].undo()
             if context.corrupt()[0] is None:
                 self.note(fault, "undo")
-                return
+                return False
         self._judge.readings = []
         self._report(fault, ranks)
         if not context.settings.observe:
             mend_averages(context.learner, context.finite.corrupt)
+        return False
 
     # ---------------------------------------------------------------------------------------- clip and certify
 

@@ -101,16 +101,15 @@ class RemedyActions:
 
         Copies that it does not hold are set to the weights.
         """
-        context, certified, fault = self._context, self._context.ring.certified, None
+        context, certified = self._context, self._context.ring.certified
         learner, corrupt = context.learner, context.finite.corrupt
+        place = "" if self._found is None else self._found.fault.place
         snapshot = context.ranks.join_snapshot(certified[0]) if certified else None
-        if self._found is not None:
-            fault = self._found.fault
-        bad = bad_averages(learner.averages(), corrupt, "" if fault is None else fault.place)
+        bad = bad_averages(learner.averages(), corrupt, place)
         if snapshot is not None:
             restore(learner, snapshot, keep=lambda key: average_of(key) in bad)
         mend_averages(learner, corrupt)
-        self._snapshots.mend_pending("" if fault is None else fault.place)
+        self._snapshots.mend_pending(place)
 
     def gone_on(self, snapshot: Snapshot) -> None:
         """All updates since a snapshot were made again."""

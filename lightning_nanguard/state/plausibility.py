@@ -232,13 +232,13 @@ class PlausibilityCheck:
 
     def _of_gradients(self, keys: Collection[StateKey]) -> dict[StateKey, float]:
         """About how large the gradients seen can make each moment of torch's optimizers among ``keys``."""
-        made: dict[StateKey, float] = {}
-        for key in keys:
-            if key[0] == "optimizer" and key[-1] in _MOMENTS:
-                optimizer, norm = self._learner.optimizers[key[1]], self._largest_norm(key[1])
-                if norm is not None and type(optimizer).__module__.startswith("torch.optim."):
-                    made[key] = max(norm, norm * norm, self._limits.least_magnitude)
-        return made
+        moments = [key for key in keys if key[0] == "optimizer" and key[-1] in _MOMENTS]
+        sizes: dict[int, float] = {}
+        for index in {key[1] for key in moments}:
+            norm = self._largest_norm(index)
+            if norm is not None and type(self._learner.optimizers[index]).__module__.startswith("torch.optim."):
+                sizes[index] = max(norm, norm * norm, self._limits.least_magnitude)
+        return {key: sizes[key[1]] for key in moments if key[1] in sizes}
 
     def _growth(self, healthy_steps: int, usual: float) -> float:
         return usual if healthy_steps > self._limits.settled_after else self._limits.early_growth

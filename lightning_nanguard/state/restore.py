@@ -33,8 +33,8 @@ def restore(
     Args:
         learner: What to put back.
         snapshot: To what; it is not changed and may be used again.
-        keep: Says which state keys to put back; all by default. ``("scaler",)`` is that of the GradScaler, and an
-            optimizer's state is asked for by weight, as in ``("optimizer", index, name)``.
+        keep: Says which state keys to put back; all by default. ``("scaler",)`` is that of the GradScaler, and the
+            state of an optimizer is asked for as a whole, as in ``("optimizer", index)``.
 
     Returns:
         The keys of the weights and buffers that both have and that could not be put back: their shape is another now.
@@ -46,13 +46,8 @@ def restore(
     names = learner.parameter_names()
     for index, optimizer in enumerate(learner.optimizers):
         for prefix, state in states_of(optimizer, index):
-            kept = {
-                id(parameter): name
-                for parameter in learner.stepped(index)
-                if keep((*prefix, name := names.get(id(parameter), f"#{id(parameter)}")))
-            }
-            stepped = [parameter for parameter in learner.stepped(index) if id(parameter) in kept]
-            pairs += _restore_state(prefix, state, stepped, kept, saved, snapshot)
+            if keep(prefix):
+                pairs += _restore_state(prefix, state, learner.stepped(index), names, saved, snapshot)
         pairs += _restore_groups(optimizer, index, saved, snapshot)
     averages = ((key, live) for key, live in learner.averages() if fits(live, saved.get(key)))
     pairs += [(live, saved[key]) for key, live in averages]
@@ -160,7 +155,7 @@ def _restore_state(
             wanted.setdefault(name, {})[key] = value, snapshot.homes.get(state_key)
     pairs: list[_Pair] = []
     for parameter in stepped:
-        name = names[id(parameter)]
+        name = names.get(id(parameter), f"#{id(parameter)}")
         entries, own = wanted.get(name, {}), state.get(parameter, {})
         left_out = {key for key in own if (*prefix, name, key) in snapshot.left_out}
         if not entries and not left_out:
