@@ -39,7 +39,7 @@ def _batch_or_learner(fault: Fault, evidence: Evidence, limits: BlameThresholds)
         return "batch"  # no update was accepted since the start or the restore, so the state is not at fault
     if not fault.certain and evidence.comparable:
         return "batch"  # a finite spike under good weights; if it lasts, it becomes the usual level
-    patience = limits.patience_while_holding if evidence.holds_elsewhere else limits.patience
+    patience = limits.patience_with_chance if evidence.holds_elsewhere else limits.patience
     if evidence.bad_in_a_row >= patience and evidence.bad_in_a_row % patience == 0:
         # If the loss is bad under good weights too, the data are at fault.
         data = comparison is not None and not comparison.then <= sane

@@ -135,7 +135,7 @@ class Policy:
     def _most_in_a_row(self, *, start: bool = False) -> int:
         budget = self.budget
         most = budget.window if budget.max_bad_batches is None else budget.max_bad_batches
-        return min(most, self.thresholds.blame.start_patience) if start else most
+        return min(most, self.thresholds.blame.patience_with_chance) if start else most
 
     def _skip(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
         if evidence.bad_in_a_row > self._most_in_a_row() and not self._other_learns(evidence):

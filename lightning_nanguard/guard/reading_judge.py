@@ -134,7 +134,7 @@ class ReadingJudge:
 
     def _large_is_usual(self, fault: Fault, reading: Reading) -> bool:
         """Whether every gradient since the start was too large and finite, so that one like it is to be tried."""
-        state, patience = self._context.state, self._context.thresholds.decision.blame.start_patience
+        state, patience = self._context.state, self._context.thresholds.decision.blame.patience_with_chance
         large = fault.certain and fault.scope == "batch" and reading.finite and not state.large_gradients_usual
         if not (large and state.note_large_gradient(patience)):
             return False

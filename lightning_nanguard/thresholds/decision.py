@@ -17,10 +17,9 @@ class BlameThresholds:
             prove nothing.
         beginning: Updates accepted since the start up to which the learner is blamed where nothing else is.
         patience: Faulty updates in a row before the learner is suspected.
-        patience_while_holding: The same where the weights do no worse on other batches, so that the fault may be one of
-            many bad batches. Where four of five are bad by chance, so many come in a row once in a million runs.
-        start_patience: Faulty updates before the first healthy one after which the run is stopped. Where four of five
-            batches are bad by chance, so many come in a row once in a million runs.
+        patience_with_chance: Faulty updates in a row that the data alone may make: where four of five batches are bad
+            by chance, so many come in a row once in a million runs. After so many the learner is suspected if the
+            weights do no worse on other batches, and the run is stopped if no update was healthy yet.
         rate_risen: Ratio of two learning rates from which on the larger one has clearly risen.
         sane_loss: Loss units above the first loss; a batch whose loss is higher under good weights is itself at fault.
         worse_for_batch: Loss units by which the present weights must be worse than the good ones to clear the batch.
@@ -30,8 +29,7 @@ class BlameThresholds:
     calm_when_late: int = 20
     beginning: int = 20
     patience: int = 4
-    patience_while_holding: int = 64
-    start_patience: int = 64
+    patience_with_chance: int = 64
     rate_risen: float = 1.5
     sane_loss: float = 10.0
     worse_for_batch: float = 0.5

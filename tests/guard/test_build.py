@@ -31,7 +31,7 @@ class BadLoss(PlainLoop):
 
 def test_a_threshold_is_set_without_patching() -> None:
     """A run whose first updates are all bad ends after as many as the threshold says, instead of after 64."""
-    blame = replace(DEFAULTS.decision.blame, start_patience=3)
+    blame = replace(DEFAULTS.decision.blame, patience_with_chance=3)
     thresholds = replace(DEFAULTS, decision=replace(DEFAULTS.decision, blame=blame))
     loop = BadLoss(thresholds=thresholds)
     with pytest.raises(TrainingDivergedError, match="the first 3 were all bad"):
