@@ -7,6 +7,11 @@ _FOLDER = "lists a folder; the guard writes the records of a run without a logge
 _PROCESSES = "uses a strategy for one device with two processes, which the guard refuses"
 _REASONS: dict[str, str] = {
     "test_throughput_monitor_": _LOGS,
+    "test_adding_datamodule_hparams": _LOGS,
+    "test_validation_step_log_with_tensorboard": _LOGS,
+    "test_log_metrics_epoch_step_values": _LOGS,
+    "test_log_on_train_start": _LOGS,
+    "test_log_every_n_steps": _LOGS,
     "test_hpc_restore_attempt": _FOLDER,
     "test_skip_training_step_not_allowed[2]": _PROCESSES,
 }
