@@ -289,6 +289,8 @@ class NaNGuard(DisplayedGuard):
                 replay.remember(guard.updates)
             else:
                 replay.distrust(guard.updates)
+            if trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step:
+                guard.look_before_epoch_end()
             if replay.to_log is not None:
                 replay.to_log()
                 replay.to_log = None

@@ -304,6 +304,20 @@ class Guard:
         """Record what was done outside the order of a step."""
         self._parts.recorder.note(fault, *words)
 
+    def look_before_epoch_end(self) -> None:
+        """After an epoch's last update: go back if the state is bad, before means over the epoch are logged.
+
+        Nothing is done if the state was looked at shortly before.
+        """
+        state = self._state
+        if self._open or self._context.settings.observe or not self._snapshots.look_due(state.step):
+            return
+        self._snapshots.settle()  # handling a fault may write to the learner
+        self.flush()
+        fault = self._snapshots.look(state.step, state.healthy_steps)
+        if fault is not None:
+            self._report(fault, ())
+
     def check(self) -> bool:
         """Check the present state, and go back to the last good one if it is bad; whether it was good."""
         self._snapshots.settle()  # the caller may write to it next
