@@ -100,6 +100,24 @@ def test_a_snapshot_is_looked_at_before_it_is_certified() -> None:
     assert [snapshot.step for snapshot in managed.ring.certified] == [1]
 
 
+def test_the_state_is_looked_at_between_snapshots() -> None:
+    """At most twice an interval, against the newest certified snapshot, and without a copy."""
+    managed = Managed(every=4)
+    manager, weight = managed.manager, managed.net.last.weight
+    train(managed.net, managed.optimizer, 1, seed=1)
+    assert not manager.look_due(4)  # nothing is certified
+    assert managed.certify(1) is None
+    assert [manager.look_due(step) for step in (2, 3)] == [False, True]
+    assert manager.look(3, SETTLED) is None
+    assert [manager.look_due(step) for step in (4, 5)] == [False, True]
+    for value, kind in ((1e6, "implausible_state"), (math.inf, "corrupted_state")):
+        weight.data[0, 0] = value
+        fault = manager.look(5, SETTLED)
+        assert fault is not None
+        assert (fault.kind, fault.place) == (kind, "parameter last.weight")
+    assert managed.ring.pending is None
+
+
 def test_a_pending_snapshot_is_judged_when_its_norms_have_arrived() -> None:
     """On the CPU they have at once; among one process there is nobody to agree with."""
     managed = Managed()
