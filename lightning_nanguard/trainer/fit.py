@@ -27,7 +27,6 @@ from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.fit_summary import fit_summary
 from lightning_nanguard.trainer.logger_curves import LoggerCurves
 from lightning_nanguard.trainer.logger_report import log_report
-from lightning_nanguard.trainer.numeric_errors import is_numeric
 from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
 from lightning_nanguard.trainer.private.callbacks import after_every_batch, is_from_callback
@@ -39,9 +38,10 @@ from lightning_nanguard.trainer.private.optimizer_step import skipped_steps_rais
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, rank_zero_info
 from lightning_nanguard.trainer.private.saving import guard_saves
 from lightning_nanguard.trainer.private.strategies import accumulation, collects
+from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric
+from lightning_nanguard.trainer.repeat.step_runner import StepRunner
 from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
-from lightning_nanguard.trainer.step_runner import StepRunner
 from lightning_nanguard.trainer.validation import ValidationWatch
 
 _logger = logging.getLogger("lightning_nanguard")

@@ -35,9 +35,9 @@ from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.batch_origin import BatchOrigin
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
-from lightning_nanguard.trainer.numeric_errors import is_numeric
 from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric
 from lightning_nanguard.types import Evidence, Fault, Finding, Row
 
 _logger = logging.getLogger("lightning_nanguard")

@@ -18,11 +18,11 @@ from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.batch_origin import BatchOrigin
 from lightning_nanguard.thresholds.samples import SamplesThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
-from lightning_nanguard.trainer.numeric_errors import is_numeric
 from lightning_nanguard.trainer.private.packages import LightningModule
+from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric
+from lightning_nanguard.trainer.repeat.outcome import Outcome
+from lightning_nanguard.trainer.repeat.window import Micro
 from lightning_nanguard.trainer.sample_finder import SampleFinder
-from lightning_nanguard.trainer.step_outcome import Outcome
-from lightning_nanguard.trainer.window import Micro
 from lightning_nanguard.types import Fault, Finding
 
 _logger = logging.getLogger("lightning_nanguard")

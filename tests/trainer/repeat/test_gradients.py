@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lightning_nanguard.trainer.gradient_copies import give_gradients, gradients_if_room, gradients_of
+from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_if_room, gradients_of
 
 
 def test_copies_of_gradients(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, RMSprop
 
 from lightning_nanguard import NaNGuard, TrainingDivergedError
-from lightning_nanguard.trainer.bad_again import buffer_in_words, update_in_words
+from lightning_nanguard.trainer.repeat.repeated_cause import buffer_in_words, update_in_words
 from tests.helpers import Batch, Task, batches, fit, mlp
 
 COUNT, RESTS, EMPTY = 40, 12, -100.0
@@ -109,7 +109,7 @@ def test_buffers_that_the_forward_pass_makes_bad(tmp_path: Path) -> None:
     for one in guard.interventions:
         assert one.finding is not None
         assert one.cause == "forward_writes_buffer"
-        assert one.finding.place.startswith("buffer net.0.mean of Usage (test_bad_again.py:")
+        assert one.finding.place.startswith("buffer net.0.mean of Usage (test_repeated_cause.py:")
         assert "device" not in one.finding.suggestion
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.thresholds import BatchesThresholds, Thresholds
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
-from lightning_nanguard.trainer import forward_again
+from lightning_nanguard.trainer.repeat import updates_again
 from tests.helpers import (
     OUTPUTS,
     Batch,
@@ -178,13 +178,13 @@ def cloned(batch: Batch) -> Any:
 def test_graphs_that_steps_keep_leave_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The size of what an attribute's graph holds is not known, whether or not the update before is kept."""
     rooms: list[int] = []
-    keep = forward_again.ForwardAgain.keep
+    keep = updates_again.ForwardAgain.keep
 
-    def noted(self: forward_again.ForwardAgain, *args: Any) -> None:
+    def noted(self: updates_again.ForwardAgain, *args: Any) -> None:
         keep(self, *args)
         rooms.append(self._room)
 
-    monkeypatch.setattr(forward_again.ForwardAgain, "keep", noted)
+    monkeypatch.setattr(updates_again.ForwardAgain, "keep", noted)
     fit(Remembers(mlp()), batches(count=20), NaNGuard(), folder=tmp_path)
     assert set(rooms[1:]) == {0}
 
@@ -193,12 +193,12 @@ def test_nothing_is_kept_where_snapshots_are_too_far_apart(tmp_path: Path, monke
     """Updates that the room does not reach back from are of no use, and cost nothing."""
     made: list[int] = []
 
-    class Counted(forward_again._Update):  # type: ignore[misc]
+    class Counted(updates_again._Update):  # type: ignore[misc]
         def __init__(self, number: int, *rest: Any) -> None:
             made.append(number)
             super().__init__(number, *rest)
 
-    monkeypatch.setattr(forward_again, "_Update", Counted)
+    monkeypatch.setattr(updates_again, "_Update", Counted)
     room = Thresholds(batches=BatchesThresholds(repeated=RepeatedStepsThresholds(updates_again=5)))
     guard = NaNGuard(thresholds=room, snapshot_every_n_steps=20)
     fit(Takes(mlp()), batches(count=100), guard, folder=tmp_path)

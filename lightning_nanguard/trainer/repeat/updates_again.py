@@ -25,14 +25,14 @@ from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
 from lightning_nanguard.state.step_start import StepMemory, StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
-from lightning_nanguard.trainer.bad_again import buffer_in_words, update_in_words
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.averages import RepeatedAverages
 from lightning_nanguard.trainer.private.closures import end_backward, logging_for, uncounted
 from lightning_nanguard.trainer.private.logged_rows import LoggedRow, log_row, row_of_step
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, logged_at
-from lightning_nanguard.trainer.repeated_measures import RepeatedMeasures
-from lightning_nanguard.trainer.window import Micro
+from lightning_nanguard.trainer.repeat.measures import RepeatedMeasures
+from lightning_nanguard.trainer.repeat.repeated_cause import buffer_in_words, update_in_words
+from lightning_nanguard.trainer.repeat.window import Micro
 from lightning_nanguard.types import Reading
 
 _logger = logging.getLogger("lightning_nanguard")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.trainer.numeric_errors import finite_in, is_numeric, with_values_of
+from lightning_nanguard.trainer.repeat.numeric_errors import finite_in, is_numeric, with_values_of
 from tests.helpers import Task, batches, fit, mlp, with_bad, with_nan
 
 

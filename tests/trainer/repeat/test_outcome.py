@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_nanguard.trainer.step_outcome import Outcome, fault_of, given, nan_loss
+from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, given, nan_loss
 from lightning_nanguard.types import Fault
 
 

@@ -15,10 +15,6 @@ from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.state.step_start import StepClock, StepMemory, StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
-from lightning_nanguard.trainer.forward_again import ForwardAgain
-from lightning_nanguard.trainer.gradient_copies import give_gradients, gradients_if_room
-from lightning_nanguard.trainer.micro_runs import MicroRuns
-from lightning_nanguard.trainer.numeric_errors import NumericErrors, is_numeric
 from lightning_nanguard.trainer.private.closures import (
     MicroBatchRun,
     accumulates,
@@ -28,11 +24,15 @@ from lightning_nanguard.trainer.private.closures import (
     uncounted,
 )
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.ranks_again import RanksAgain
+from lightning_nanguard.trainer.repeat.attempts import MicroRuns
+from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_if_room
+from lightning_nanguard.trainer.repeat.numeric_errors import NumericErrors, is_numeric
+from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, given, nan_loss
+from lightning_nanguard.trainer.repeat.ranks_again import RanksAgain
+from lightning_nanguard.trainer.repeat.updates_again import ForwardAgain
+from lightning_nanguard.trainer.repeat.window import NOTHING_LEFT, Micro, Window
+from lightning_nanguard.trainer.repeat.window_again import WindowAgain
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
-from lightning_nanguard.trainer.step_outcome import Outcome, fault_of, given, nan_loss
-from lightning_nanguard.trainer.window import NOTHING_LEFT, Micro, Window
-from lightning_nanguard.trainer.window_again import WindowAgain
 from lightning_nanguard.types import Fault, Reading
 
 _logger = logging.getLogger("lightning_nanguard")

@@ -13,13 +13,13 @@ from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.step_start import StepClock, StepMemory
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
-from lightning_nanguard.trainer.gradient_copies import give_gradients, undo_if_room
-from lightning_nanguard.trainer.micro_runs import MicroRuns
-from lightning_nanguard.trainer.numeric_errors import NumericErrors
 from lightning_nanguard.trainer.private.closures import logging_for
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.step_outcome import Outcome, fault_of, no_loss
-from lightning_nanguard.trainer.window import Micro, Window
+from lightning_nanguard.trainer.repeat.attempts import MicroRuns
+from lightning_nanguard.trainer.repeat.gradients import give_gradients, undo_if_room
+from lightning_nanguard.trainer.repeat.numeric_errors import NumericErrors
+from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, no_loss
+from lightning_nanguard.trainer.repeat.window import Micro, Window
 from lightning_nanguard.types import Fault
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from lightning_nanguard.metrics import NonFiniteRate
-from lightning_nanguard.trainer.repeated_measures import RepeatedMeasures
+from lightning_nanguard.trainer.repeat.measures import RepeatedMeasures
 
 
 class Measured(nn.Module):

@@ -10,13 +10,13 @@ import torch
 
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.state.step_start import StepMemory
-from lightning_nanguard.trainer.numeric_errors import is_numeric
 from lightning_nanguard.trainer.private.callbacks import is_from_callback
 from lightning_nanguard.trainer.private.closures import accumulates, changes_gradients, uncounted
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.patches import wrap_method
-from lightning_nanguard.trainer.step_outcome import BadLossError, Outcome, nan_loss
-from lightning_nanguard.trainer.window import Micro, Window
+from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric
+from lightning_nanguard.trainer.repeat.outcome import BadLossError, Outcome, nan_loss
+from lightning_nanguard.trainer.repeat.window import Micro, Window
 from lightning_nanguard.types import Fault
 
 
