@@ -290,7 +290,7 @@ class NaNGuard(DisplayedGuard):
             else:
                 replay.distrust(guard.updates)
             if trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step:
-                guard.look_before_epoch_end()
+                guard.look()  # before means over the epoch are logged
             if replay.to_log is not None:
                 replay.to_log()
                 replay.to_log = None
