@@ -39,6 +39,7 @@ from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.saving import guard_saves
 from lightning_nanguard.trainer.private.strategies import accumulation, collects
 from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric
+from lightning_nanguard.trainer.repeat.parts import made_parts
 from lightning_nanguard.trainer.repeat.step_runner import StepRunner
 from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
@@ -121,7 +122,8 @@ class Fit:
         module, limits = self._trainer.lightning_module, self.context.thresholds.batches.repeated
         keeper = None if self._keeps_whole(module) else self._keeper
         if module.automatic_optimization and self.context.learner.optimizers:
-            runner = StepRunner(self._trainer, module, self.guard, self.replay, listens, limits, keeper)
+            parts = made_parts(self._trainer, module, self.guard, self.replay, listens, limits, keeper)
+            runner = StepRunner(parts, limits)
             later(run_micro_batches_by(self._trainer, runner))
             self.context.state.go_on = runner.go_on_from
             later(setattr, self.context.state, "go_on", None)

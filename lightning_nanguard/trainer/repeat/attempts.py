@@ -8,30 +8,22 @@ from typing import Any, final
 
 import torch
 
-from lightning_nanguard.guard.guard import Guard
-from lightning_nanguard.state.step_start import StepMemory
 from lightning_nanguard.trainer.private.callbacks import is_from_callback
 from lightning_nanguard.trainer.private.closures import accumulates, changes_gradients, uncounted
-from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.patches import wrap_method
 from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric
 from lightning_nanguard.trainer.repeat.outcome import BadLossError, Outcome, nan_loss
-from lightning_nanguard.trainer.repeat.window import Micro, Window
+from lightning_nanguard.trainer.repeat.parts import RepeatParts
+from lightning_nanguard.trainer.repeat.window import WindowEntry
 from lightning_nanguard.types import Fault
 
 
 @final
-class MicroRuns:
+class Attempts:
     """Runs micro-batches, for the first time or again.
 
     Args:
-        trainer: The trainer.
-        module: Its module.
-        guard: The guard.
-        window: The micro-batches of the present update.
-        memory: What is remembered before a step.
-        listens: Says which callback is the guard's.
-        extreme: Whether a finite loss that is far too large is checked, too.
+        parts: What the parts that run steps again share.
 
     Attributes:
         allowed: Whether steps may be made again in this run.
@@ -40,28 +32,15 @@ class MicroRuns:
         may_pass: Whether a bad loss may go on to its backward pass.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        guard: Guard,
-        window: Window,
-        memory: StepMemory,
-        listens: Callable[[Any], bool],
-        *,
-        extreme: bool,
-    ) -> None:
-        self._trainer = trainer
-        self._guard = guard
-        self._check = guard.steps
-        self._window = window
-        self._memory = memory
-        self._listens = listens
-        self._extreme = extreme
-        self._careful = changes_gradients(trainer, module)
-        self._module = module
-        self.together = guard.steps.together()
-        self.allowed = guard.steps.allowed() or self.together
+    def __init__(self, parts: RepeatParts) -> None:
+        self._parts = parts
+        self._check = parts.check
+        self._window = parts.window
+        # Whether a finite loss that is far too large is checked, too.
+        self._extreme = parts.keeper is not None and parts.keeper.always
+        self._careful = changes_gradients(parts.trainer, parts.module)
+        self.together = self._check.together()
+        self.allowed = self._check.allowed() or self.together
         self.repeats = self.may_pass = False
         # Whether the present forward pass is over, and what takes its place.
         self._forward_over = False
@@ -85,7 +64,7 @@ class MicroRuns:
 
     def _forward_among_ranks(self, forward: Callable[[], Any]) -> Any:
         """Run the forward pass so that this rank goes on to its backward pass, for which the others wait."""
-        undo = wrap_method(self._module, "training_step", self._training_step)
+        undo = wrap_method(self._parts.module, "training_step", self._training_step)
         try:
             return forward()
         finally:
@@ -97,11 +76,11 @@ class MicroRuns:
         try:
             return original(*args, **kwargs)
         except Exception as error:
-            numeric = is_numeric(error) and not is_from_callback(error, self._listens)
+            numeric = is_numeric(error) and not is_from_callback(error, self._parts.listens)
             if not (self.repeats or (numeric and self.may_repeat() and self._check.reads_in_time(0))):
                 raise
             self._caught = error
-            return nan_loss(self._module)
+            return nan_loss(self._parts.module)
 
     @contextmanager
     def in_place_of_step(self, step: Callable[[], Any]) -> Iterator[None]:
@@ -114,13 +93,13 @@ class MicroRuns:
 
     def accumulating(self) -> bool:
         """Whether the present update has more than one micro-batch."""
-        return len(self._window.micros) > 1 or accumulates(self._trainer)
+        return len(self._window.micros) > 1 or accumulates(self._parts.trainer)
 
     def may_repeat(self) -> bool:
         """Whether the present update can be made again."""
-        return self.allowed and self._memory.repeatable and self._window.is_kept()
+        return self.allowed and self._parts.memory.repeatable and self._window.is_kept()
 
-    def attempt(self, micro: Micro, *, steps: bool) -> Outcome:
+    def attempt(self, micro: WindowEntry, *, steps: bool) -> Outcome:
         """Run a micro-batch once, and check the result.
 
         Args:
@@ -133,7 +112,7 @@ class MicroRuns:
         except BadLossError as bad:
             return Outcome(bad.result, bad.fault, early=True)
         except Exception as error:
-            if is_from_callback(error, self._listens) or not (self.repeats or is_numeric(error)):
+            if is_from_callback(error, self._parts.listens) or not (self.repeats or is_numeric(error)):
                 raise
             return Outcome(error=error, early=not self._forward_over)
         if not self.repeats:
@@ -162,16 +141,16 @@ class MicroRuns:
         """
         self.repeats, self.may_pass, self._instead = True, passing, instead
         try:
-            with uncounted(self._trainer, self._listens) if counted else nullcontext():
+            with uncounted(self._parts.trainer, self._parts.listens) if counted else nullcontext():
                 yield
         finally:
             self.repeats, self.may_pass, self._instead = False, False, None
 
-    def rewind(self, micro: Micro, outcome: Outcome) -> None:
+    def rewind(self, micro: WindowEntry, outcome: Outcome) -> None:
         """Restore everything except the gradients to the start of a micro-batch, after a run that gave an outcome."""
         if not outcome.early:
             self._check.drop_losses()
         self._window.rewind(micro)
 
     def _gradients(self) -> list[torch.Tensor]:
-        return self._guard.context.learner.gradients(0)
+        return self._parts.guard.context.learner.gradients(0)

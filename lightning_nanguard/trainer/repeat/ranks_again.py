@@ -9,17 +9,14 @@ from typing import Any, final
 import torch
 
 from lightning_nanguard.distributed.ranks import most_confident_over_ranks
-from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.state.batch_undo import BatchUndo
-from lightning_nanguard.state.step_start import StepClock, StepMemory
-from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.state.step_start import StepClock
 from lightning_nanguard.trainer.private.closures import logging_for
-from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.repeat.attempts import MicroRuns
+from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.gradients import give_gradients, undo_if_room
-from lightning_nanguard.trainer.repeat.numeric_errors import NumericErrors
 from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, no_loss
-from lightning_nanguard.trainer.repeat.window import Micro, Window
+from lightning_nanguard.trainer.repeat.parts import RepeatParts
+from lightning_nanguard.trainer.repeat.window import WindowEntry
 from lightning_nanguard.types import Fault
 
 
@@ -31,37 +28,16 @@ class RanksAgain:
     points.
 
     Args:
-        trainer: The trainer.
-        module: Its module.
-        guard: The guard.
-        replay: Makes what undoes a micro-batch.
-        window: The micro-batches of the update.
-        runs: Runs them.
-        memory: What is remembered before a step.
-        errors: Knows which exceptions NaN or Inf caused.
+        parts: What the parts that run steps again share.
+        runs: Runs micro-batches.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        guard: Guard,
-        replay: TrainerBatchReplay,
-        window: Window,
-        runs: MicroRuns,
-        memory: StepMemory,
-        errors: NumericErrors,
-    ) -> None:
-        self._trainer = trainer
-        self._module = module
-        self._guard = guard
-        self._check = guard.steps
-        self._ranks = guard.context.ranks
-        self._replay = replay
-        self._window = window
+    def __init__(self, parts: RepeatParts, runs: Attempts) -> None:
+        self._parts = parts
+        self._check = parts.check
+        self._ranks = parts.guard.context.ranks
+        self._window = parts.window
         self._runs = runs
-        self._memory = memory
-        self._errors = errors
 
     def run(self, first: Outcome) -> Any:
         """Run the update again, of which all ranks know that its gradient is bad.
@@ -77,7 +53,7 @@ class RanksAgain:
             if raised is not None:
                 raise raised
             return first.result
-        self._memory.close()
+        self._parts.memory.close()
         after = self._window.micros[-1].start.clock_now()
         if len(self._window.micros) > 1:
             return self._window_again(first, after)
@@ -100,7 +76,7 @@ class RanksAgain:
         self._tell_errors([] if last.caught is None else [micro])
         return last.result  # forward and backward have run on all ranks, and the guard sees what they gave
 
-    def _tell_errors(self, again: Sequence[Micro]) -> None:
+    def _tell_errors(self, again: Sequence[WindowEntry]) -> None:
         """Let all ranks know of exceptions that came back; raises one that numbers have not caused."""
         raised = [(micro, micro.raised) for micro in again if micro.raised is not None]
         users = next((one for micro, one in raised if not self._is_of_numbers(micro)), None)
@@ -109,21 +85,21 @@ class RanksAgain:
             raise users
         self._check.raised(next((one for one in told if one is not None), None))
 
-    def _is_of_numbers(self, micro: Micro) -> bool:
-        return self._errors.caused_by_numbers(micro.run, micro.start, backward=False)
+    def _is_of_numbers(self, micro: WindowEntry) -> bool:
+        return self._parts.errors.caused_by_numbers(micro.run, micro.start, backward=False)
 
     # ---------------------------------------------------------------------------------------- windows
 
     def _window_again(self, first: Outcome, after: StepClock) -> Any:
         """Find the bad micro-batches of each rank, and make the update from the others."""
-        window, parameters = self._window, list(self._module.parameters())
-        trace = undo_if_room(self._replay.make_undo, parameters)
+        window, parameters = self._window, list(self._parts.module.parameters())
+        trace = undo_if_room(self._parts.replay.make_undo, parameters)
         if not all(self._ranks.gather(trace is not None)) or trace is None:
             return first.result
         self._check.drop_losses()
         self._check.rewind()
         with self._runs.repeating(counted=True):
-            with self._trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
+            with self._parts.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
                 raised = [micro for micro in window.micros if self._raises(micro, trace, parameters)]
             self._tell_errors(raised)
             good = [micro for micro in window.micros if micro.left_out is None]
@@ -146,14 +122,14 @@ class RanksAgain:
             self._record_left_out()
         return outcome.result if first.result is None or window.micros[-1].left_out is None else first.result
 
-    def _raises(self, micro: Micro, trace: BatchUndo, parameters: Sequence[Any]) -> bool:
+    def _raises(self, micro: WindowEntry, trace: BatchUndo, parameters: Sequence[Any]) -> bool:
         """Run a micro-batch for itself, and leave it out if it is bad; whether it has raised."""
         give_gradients(parameters, [None] * len(parameters))
         clean = all(one.left_out is None for one in self._window.micros)
         micro.start.restore(carried=clean)
-        attributes = self._memory.attributes_now()
+        attributes = self._parts.memory.attributes_now()
         trace.open()
-        with logging_for(self._trainer, micro.run.batch):
+        with logging_for(self._parts.trainer, micro.run.batch):
             outcome = self._attempt(micro, steps=False)
         loss = getattr(outcome.result, "closure_loss", None)
         fault = self._check.fault_of_loss(loss, 0) or self._check.fault_of_gradients(0)
@@ -164,23 +140,23 @@ class RanksAgain:
         micro.left_out = fault_of(Outcome(error=outcome.caught)) if fault is None or outcome.caught else fault
         return outcome.caught is not None
 
-    def _make(self, good: Sequence[Micro]) -> Outcome:
+    def _make(self, good: Sequence[WindowEntry]) -> Outcome:
         """Run the good micro-batches, the last one with synchronised gradients; every rank runs one so."""
         for index, micro in enumerate(good):
             clean = index == 0 or all(one.left_out is None for one in self._window.micros)
             micro.start.restore(carried=clean)
-            with logging_for(self._trainer, micro.run.batch):
+            with logging_for(self._parts.trainer, micro.run.batch):
                 if micro is good[-1]:
                     return self._attempt(micro, steps=True)
-                with self._trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
+                with self._parts.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
                     self._attempt(micro, steps=False)
         # This rank has nothing to learn from, and the others wait for its part of the sum.
         micro = self._window.micros[-1]
         micro.start.restore()
-        with self._runs.in_place_of_step(partial(no_loss, self._module)):
+        with self._runs.in_place_of_step(partial(no_loss, self._parts.module)):
             return self._attempt(micro, steps=True)
 
-    def _attempt(self, micro: Micro, *, steps: bool) -> Outcome:
+    def _attempt(self, micro: WindowEntry, *, steps: bool) -> Outcome:
         outcome = self._runs.attempt(micro, steps=steps)
         if outcome.error is not None:
             raise outcome.error  # this rank's part of the sum is missing, and no further pass can make up for it
@@ -190,7 +166,7 @@ class RanksAgain:
         """Nothing is left to learn from: the guard sees a bad gradient on every rank, and skips the update."""
         loss = getattr(first.result, "closure_loss", None)
         if loss is not None:
-            self._guard.see_loss(loss)
+            self._parts.guard.see_loss(loss)
         trained = [torch.full_like(one, torch.nan) if one.requires_grad else None for one in parameters]
         give_gradients(parameters, trained)
 
@@ -200,7 +176,7 @@ class RanksAgain:
         for rank, those in enumerate(self._ranks.gather(told)):
             for batch_idx, kind, scope, place, message in those:
                 fault = Fault(kind, scope, place, None, message)
-                with self._replay.suspecting(batch_idx):
+                with self._parts.replay.suspecting(batch_idx):
                     # Each rank looks at its own micro-batch of that index: they ask each other on the way.
                     finding = most_confident_over_ranks(self._ranks, self._check.diagnosis(fault))
                     self._check.record_left_out(fault, finding, (rank,))

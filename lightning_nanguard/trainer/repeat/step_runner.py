@@ -9,12 +9,10 @@ from typing import Any, final
 
 import torch
 
-from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.state.attribute_numbers import AttributeNumbers
 from lightning_nanguard.state.snapshot import Snapshot
-from lightning_nanguard.state.step_start import StepClock, StepMemory, StepStart
+from lightning_nanguard.state.step_start import StepClock, StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
-from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.closures import (
     MicroBatchRun,
     accumulates,
@@ -23,16 +21,15 @@ from lightning_nanguard.trainer.private.closures import (
     result_of,
     uncounted,
 )
-from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.repeat.attempts import MicroRuns
+from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_if_room
-from lightning_nanguard.trainer.repeat.numeric_errors import NumericErrors, is_numeric
+from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric
 from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, given, nan_loss
+from lightning_nanguard.trainer.repeat.parts import RepeatParts
 from lightning_nanguard.trainer.repeat.ranks_again import RanksAgain
-from lightning_nanguard.trainer.repeat.updates_again import ForwardAgain
-from lightning_nanguard.trainer.repeat.window import NOTHING_LEFT, Micro, Window
+from lightning_nanguard.trainer.repeat.updates_again import UpdatesAgain
+from lightning_nanguard.trainer.repeat.window import NOTHING_LEFT, WindowEntry
 from lightning_nanguard.trainer.repeat.window_again import WindowAgain
-from lightning_nanguard.trainer.sample_keeper import SampleKeeper
 from lightning_nanguard.types import Fault, Reading
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -48,55 +45,20 @@ class StepRunner:
     the update is made from the others: their mean. All else is left to the guard, as if nothing had been run again.
 
     Args:
-        trainer: The trainer.
-        module: Its module.
-        guard: The guard.
-        replay: Keeps the batches.
-        listens: Says which callback is the guard's.
+        parts: What the parts that run steps again share.
         thresholds: What is remembered before a step.
-        keeper: Gives the good samples of a bad batch; ``None`` if those are not to be kept.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        guard: Guard,
-        replay: TrainerBatchReplay,
-        listens: Callable[[Any], bool],
-        thresholds: RepeatedStepsThresholds,
-        keeper: SampleKeeper | None = None,
-    ) -> None:
-        self._trainer = trainer
-        self._module = module
-        self._guard = guard
-        self._check = guard.steps
-        self._alone = guard.steps.allowed()
-        self._replay = replay
-        self._listens = listens
-        self._memory = StepMemory(module, thresholds)
+    def __init__(self, parts: RepeatParts, thresholds: RepeatedStepsThresholds) -> None:
+        self._parts = parts
+        self._check = parts.check
+        self._alone = self._check.allowed()
+        self._window = parts.window
         self._numbers = AttributeNumbers(thresholds)
-        self._errors = NumericErrors(trainer, module, guard, replay)
-        self._keeper = keeper
-        self._window = Window(trainer, guard.steps, thresholds)
-        self._forward = ForwardAgain(trainer, module, guard.context, replay, thresholds)
-        self._runs = MicroRuns(
-            trainer, module, guard, self._window, self._memory, listens, extreme=keeper is not None and keeper.always
-        )
-        self._windows = WindowAgain(
-            trainer,
-            module,
-            guard.steps,
-            replay,
-            self._window,
-            self._runs,
-            self._memory,
-            self._errors,
-            keeper,
-            listens,
-        )
-
-        self._ranks = RanksAgain(trainer, module, guard, replay, self._window, self._runs, self._memory, self._errors)
+        self._updates = UpdatesAgain(parts.trainer, parts.module, parts.guard.context, parts.replay, thresholds)
+        self._runs = Attempts(parts)
+        self._windows = WindowAgain(parts, self._runs)
+        self._ranks = RanksAgain(parts, self._runs)
 
     # ---------------------------------------------------------------------------------------- Lightning's side
 
@@ -108,27 +70,27 @@ class StepRunner:
         """Run a micro-batch, and run it again if needed; returns the result for Lightning."""
         if self._runs.repeats:
             return run.whole()
-        random = self._replay.batches.begin_step()
+        random = self._parts.replay.batches.begin_step()
         try:
-            if self._guard.context.settings.observe:  # nothing is undone or made again
+            if self._parts.guard.context.settings.observe:  # nothing is undone or made again
                 return run.whole()
             if run.zero_grad is not None:
                 self._numbers.begin()
-            start = self._memory.open(run.batch, random)
+            start = self._parts.memory.open(run.batch, random)
             if run.zero_grad is not None:
                 self._check.undo_also(start.carried_back)
                 self._check.undo_also(self._numbers.undo)
                 self._numbers.open(start.attributes)
-            if self._alone and self._replay.batches.nothing_left():
+            if self._alone and self._parts.replay.batches.nothing_left():
                 return self._pass_over(run, start)
             return self._guarded(run, start) if self._runs.allowed and run.repeatable else run.whole()
         finally:
-            self._replay.batches.end_step()
-            self._memory.close()
+            self._parts.replay.batches.end_step()
+            self._parts.memory.close()
 
     def _guarded(self, run: MicroBatchRun, start: StepStart) -> Any:
         micro = self._window.add(run, start)
-        steps = not accumulates(self._trainer)
+        steps = not accumulates(self._parts.trainer)
         try:
             outcome = self._runs.attempt(micro, steps=steps)
             if outcome.good:
@@ -137,7 +99,7 @@ class StepRunner:
                 return self._ranks.run(outcome)
             if self._runs.together or not self._runs.may_repeat():
                 return given(outcome)
-            self._memory.close()
+            self._parts.memory.close()
             if len(self._window.micros) > 1 and not outcome.early:
                 return self._over(self._windows.run(outcome, steps=steps), steps=steps)
             return self._micro_again(micro, outcome, steps=steps)
@@ -147,7 +109,7 @@ class StepRunner:
 
     # ---------------------------------------------------------------------------------------- one micro-batch again
 
-    def _micro_again(self, micro: Micro, first: Outcome, *, steps: bool) -> Any:
+    def _micro_again(self, micro: WindowEntry, first: Outcome, *, steps: bool) -> Any:
         """Run a bad micro-batch again, where the gradients hold at most those of earlier micro-batches."""
         after = micro.start.clock_now()
         last, counted = first, False
@@ -163,25 +125,25 @@ class StepRunner:
                 if keeps:
                     after.restore_counters()
                 if first.error is not None and not first.early:
-                    call_after_backward(self._trainer, self._listens)
+                    call_after_backward(self._parts.trainer, self._parts.listens)
                 self._check.record_transient(fault_of(first), counters=after.names if keeps else ())
                 return self._over(last.result, steps=steps)
             if last.error is not None and not is_numeric(last.error):
-                self._memory.repeatable = False
+                self._parts.memory.repeatable = False
                 _logger.debug("NaNGuard: a step cannot be made again: %r", last.error)
                 break
         return self._stays_bad(micro, first, last, after, counted=counted or not last.early, steps=steps)
 
     def _stays_bad(
-        self, micro: Micro, first: Outcome, last: Outcome, after: StepClock, *, counted: bool, steps: bool
+        self, micro: WindowEntry, first: Outcome, last: Outcome, after: StepClock, *, counted: bool, steps: bool
     ) -> Any:
         """The fault came back: keep the good samples, leave the micro-batch out, or give it to the guard as it is."""
         kept = self._with_good_samples(micro, first, last, counted=counted, steps=steps)
         if micro.kept is not None and kept is not None:
             if first.error is not None and not first.early:
-                call_after_backward(self._trainer, self._listens)
+                call_after_backward(self._parts.trainer, self._parts.listens)
             return self._window_over(kept.result, steps=steps)
-        if first.error is not None and not self._errors.caused_by_numbers(
+        if first.error is not None and not self._parts.errors.caused_by_numbers(
             micro.run, micro.start, backward=not first.early
         ):
             raise first.error
@@ -203,43 +165,50 @@ class StepRunner:
         return self._pass_on(micro, first, after, counted=counted)
 
     def _with_good_samples(
-        self, micro: Micro, first: Outcome, last: Outcome, *, counted: bool, steps: bool
+        self, micro: WindowEntry, first: Outcome, last: Outcome, *, counted: bool, steps: bool
     ) -> Outcome | None:
         """Run the good samples of a bad micro-batch; ``None`` if nothing was run, not even put back."""
-        if self._keeper is None or not self._memory.repeatable or micro.kept is not None or not self._keeper.active():
+        if (
+            self._parts.keeper is None
+            or not self._parts.memory.repeatable
+            or micro.kept is not None
+            or not self._parts.keeper.active()
+        ):
             return None
         self._runs.rewind(micro, last)
-        part = self._keeper.good_part(micro, fault_of(first))
+        part = self._parts.keeper.good_part(micro, fault_of(first))
         if part is None:
             return Outcome(early=True)
-        with self._runs.repeating(counted=counted), logging_for(self._trainer, micro.run.batch):
+        with self._runs.repeating(counted=counted), logging_for(self._parts.trainer, micro.run.batch):
             # What is wrong with the gradients of a window may come from its other micro-batches.
             outcome = self._runs.attempt(micro, steps=steps and len(self._window.micros) == 1)
-        if self._keeper.settle(micro, outcome, part):
+        if self._parts.keeper.settle(micro, outcome, part):
             return outcome
         self._runs.rewind(micro, outcome)
         return Outcome(fault=None if outcome.early else fault_of(outcome), early=True)
 
     def _may_go_back(self, fault: Fault) -> bool:
-        ring = self._guard.context.ring
+        ring = self._parts.guard.context.ring
         if not ring.certified or self._window.left_out() or not self._check.may_go_back(fault):
             return False
         last = self._check.number - 1
-        if self._replay.batch_finite() is False or self._forward.since(ring.certified[0], last) is None:
+        if self._parts.replay.batch_finite() is False or self._updates.since(ring.certified[0], last) is None:
             return False
-        return not (self._forward.futile and self._check.state_is_finite())
+        return not (self._updates.futile and self._check.state_is_finite())
 
-    def _from_snapshot(self, micro: Micro, first: Outcome, last: Outcome, *, counted: bool, steps: bool) -> Outcome:
+    def _from_snapshot(
+        self, micro: WindowEntry, first: Outcome, last: Outcome, *, counted: bool, steps: bool
+    ) -> Outcome:
         """The state may be at fault: make the updates since the snapshot again, and then this micro-batch."""
-        snapshot = self._guard.context.ring.certified[0]
+        snapshot = self._parts.guard.context.ring.certified[0]
         spoilt = self._check.spoilt_since(snapshot)
-        parameters, earliest = list(self._module.parameters()), self._window.micros[0].start
+        parameters, earliest = list(self._parts.module.parameters()), self._window.micros[0].start
         self._runs.rewind(micro, last)
         gradients = gradients_if_room(parameters)
         if gradients is None:
             return first
         self._check.rewind()
-        before = self._forward.go(snapshot, self._check.number - 1, then=micro)
+        before = self._updates.go(snapshot, self._check.number - 1, then=micro)
         give_gradients(parameters, gradients)
         again = first
         if before is not None:
@@ -249,15 +218,15 @@ class StepRunner:
                 again = self._runs.attempt(micro, steps=steps)
             if again.good:
                 if first.error is not None and not first.early:
-                    call_after_backward(self._trainer, self._listens)
+                    call_after_backward(self._parts.trainer, self._parts.listens)
                 self._check.record_transient(fault_of(first), spoilt=spoilt, since=snapshot)
-                self._forward.log_again()
+                self._updates.log_again()
                 return again
             self._runs.rewind(micro, again)
             before()
             self._check.begin_again(earliest.carried_back)
             give_gradients(parameters, gradients)
-            self._forward.futile = True
+            self._updates.futile = True
         self._window.rewind(micro)
         return again
 
@@ -268,17 +237,17 @@ class StepRunner:
             snapshot: What the rollback restored.
             bad: The reading of an update that was bad, where it was made.
         """
-        if self._guard.swapped or not self._trainer.training:
+        if self._parts.guard.swapped or not self._parts.trainer.training:
             return False  # weights are averages, or modules are in evaluation mode
-        if self._forward.go(snapshot, self._guard.updates, attributes=self._memory, bad=bad) is None:
+        if self._updates.go(snapshot, self._parts.guard.updates, attributes=self._parts.memory, bad=bad) is None:
             return False
-        self._forward.log_again()
+        self._updates.log_again()
         return True
 
-    def _pass_on(self, micro: Micro, first: Outcome, after: StepClock, *, counted: bool) -> Any:
+    def _pass_on(self, micro: WindowEntry, first: Outcome, after: StepClock, *, counted: bool) -> Any:
         """Run a bad micro-batch through its backward pass, an exception as a loss of NaN."""
         self._check.raised(self._check.in_words(first.error))
-        stands = self._nan_result() if first.error is not None or not self._memory.repeatable else None
+        stands = self._nan_result() if first.error is not None or not self._parts.memory.repeatable else None
         with (
             self._runs.repeating(counted=counted, passing=True, instead=stands),
             torch.autograd.set_detect_anomaly(False) if stands is not None else nullcontext(),
@@ -289,19 +258,19 @@ class StepRunner:
         return result if first.result is None else first.result
 
     def _nan_result(self) -> Any:
-        return result_of(self._trainer, nan_loss(self._module))
+        return result_of(self._parts.trainer, nan_loss(self._parts.module))
 
     def _pass_over(self, run: MicroBatchRun, start: StepStart) -> Any:
         """Make no forward and no backward pass on a batch whose samples are all known to be bad."""
-        micro, steps = self._window.add(run, start), not accumulates(self._trainer)
+        micro, steps = self._window.add(run, start), not accumulates(self._parts.trainer)
         micro.left_out, result = NOTHING_LEFT, self._nan_result()
         if run.zero_grad is not None:
             run.zero_grad()
         try:
             if steps and len(self._window.left_out()) == len(self._window.micros):
                 self._check.pass_over()
-                if self._guard.context.learner.scaler is not None:  # which has to find gradients
-                    for parameter in self._module.parameters():
+                if self._parts.guard.context.learner.scaler is not None:  # which has to find gradients
+                    for parameter in self._parts.module.parameters():
                         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
                 return self._over(result, steps=steps)
             return self._window_over(result, steps=steps)
@@ -311,10 +280,10 @@ class StepRunner:
 
     # ---------------------------------------------------------------------------------------- windows
 
-    def _leave_out(self, micro: Micro, first: Outcome, after: StepClock, *, counted: bool, steps: bool) -> Any:
+    def _leave_out(self, micro: WindowEntry, first: Outcome, after: StepClock, *, counted: bool, steps: bool) -> Any:
         """Go on as if a micro-batch, to whose start all has been restored, had not been in its window."""
         if micro.run.zero_grad is not None:
-            with uncounted(self._trainer, self._listens) if counted else nullcontext():
+            with uncounted(self._parts.trainer, self._parts.listens) if counted else nullcontext():
                 micro.run.zero_grad()
         after.restore()
         micro.left_out = fault_of(first)
@@ -336,14 +305,14 @@ class StepRunner:
         if steps:
             for micro, fault in self._window.left_out():
                 if fault is not NOTHING_LEFT:
-                    with self._replay.suspecting(micro.run.batch_idx):
+                    with self._parts.replay.suspecting(micro.run.batch_idx):
                         self._check.record_left_out(fault, self._check.diagnosis(fault))
             for micro, (fault, finding) in self._window.kept():
-                with self._replay.suspecting(micro.run.batch_idx):
+                with self._parts.replay.suspecting(micro.run.batch_idx):
                     self._check.record_kept(fault, finding)
         return result
 
     def _keep(self, *, steps: bool) -> None:
         """Keep the update that follows, so that it can be made again."""
         if steps:
-            self._forward.keep(self._check.number, self._window.whole(), self._check.measures)
+            self._updates.keep(self._check.number, self._window.whole(), self._check.measures)

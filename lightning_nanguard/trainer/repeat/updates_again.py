@@ -32,7 +32,7 @@ from lightning_nanguard.trainer.private.logged_rows import LoggedRow, log_row, r
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, logged_at
 from lightning_nanguard.trainer.repeat.measures import RepeatedMeasures
 from lightning_nanguard.trainer.repeat.repeated_cause import buffer_in_words, update_in_words
-from lightning_nanguard.trainer.repeat.window import Micro
+from lightning_nanguard.trainer.repeat.window import WindowEntry
 from lightning_nanguard.types import Reading
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -56,7 +56,7 @@ class _Update:
     """
 
     number: int
-    micros: list[Micro]
+    micros: list[WindowEntry]
     groups: list[dict[str, Any]]
     global_step: int
     measures: Sequence[Callable[[], None]]
@@ -66,7 +66,7 @@ class _Update:
 
 
 @final
-class ForwardAgain:
+class UpdatesAgain:
     """Keeps references to the batches since the last certified snapshot, and makes their updates again.
 
     Each update is made from its own batches, random numbers, attributes and rates. If the first losses are the same bit
@@ -117,7 +117,9 @@ class ForwardAgain:
         plain = len(learner.optimizers) == 1 and not learner.quasi_newton and learner.scaler is None
         self._possible = alone and plain and thresholds.updates_again > 0
 
-    def keep(self, number: int, micros: list[Micro], measures: Callable[[], Sequence[Callable[[], None]]]) -> None:
+    def keep(
+        self, number: int, micros: list[WindowEntry], measures: Callable[[], Sequence[Callable[[], None]]]
+    ) -> None:
         """An update is about to be made: keep what it is made from.
 
         Args:
@@ -178,7 +180,7 @@ class ForwardAgain:
         step, number = self._gone_on
         return number if snapshot.step == step else snapshot.step + 1
 
-    def _bytes_of(self, micros: list[Micro]) -> int | None:
+    def _bytes_of(self, micros: list[WindowEntry]) -> int | None:
         """Bytes that are kept for an update alone; ``None`` if they are not known."""
         starts = [*([] if self._before is None else [self._before]), *(micro.start for micro in micros)]
         values = [value for one, other in pairwise(starts) for value in other.not_in(one)]
@@ -207,7 +209,7 @@ class ForwardAgain:
         snapshot: Snapshot,
         number: int,
         *,
-        then: Micro | None = None,
+        then: WindowEntry | None = None,
         attributes: StepMemory | None = None,
         bad: Reading | None = None,
     ) -> Callable[[], None] | None:
@@ -278,7 +280,7 @@ class ForwardAgain:
         step, clock = self._context.state.step, self._trainer.global_step
         return capture(self._context.learner, step=step, global_step=clock, device=beside.device())
 
-    def _is_finite(self, micro: Micro) -> bool:
+    def _is_finite(self, micro: WindowEntry) -> bool:
         micro.start.restore()
         loss = micro.run.forward().closure_loss
         return loss is None or bool(torch.isfinite(loss).all())

@@ -24,7 +24,7 @@ NOTHING_LEFT = Fault("quarantine", "batch", "batch", None, "every sample of the 
 
 @final
 @dataclass(slots=True, eq=False)
-class Micro:
+class WindowEntry:
     """A micro-batch of the present update.
 
     Attributes:
@@ -64,15 +64,15 @@ class Window:
         self._limits = thresholds
         # Bytes of the micro-batches so far, and how many of them have been released, since they are too many.
         self._bytes, self._let_go = 0.0, 0
-        self.micros: list[Micro] = []
+        self.micros: list[WindowEntry] = []
         self.shares: tuple[int, int] | None = None
 
-    def add(self, run: MicroBatchRun, start: StepStart) -> Micro:
+    def add(self, run: MicroBatchRun, start: StepStart) -> WindowEntry:
         """Take a micro-batch that is about to be run."""
         micros = self.micros
         if run.zero_grad is not None:
             self.close()
-        micros.append(Micro(run, start))
+        micros.append(WindowEntry(run, start))
         if len(micros) > 1 or self._trainer.accumulate_grad_batches > 1:
             carried = [] if len(micros) == 1 else start.not_in(micros[-2].start)
             held = bytes_of([run.batch, *(one for one in carried if isinstance(one, Tensor))])
@@ -95,11 +95,11 @@ class Window:
         micros = self.micros
         return bool(micros) and micros[0].run.zero_grad is not None and self._bytes <= self._limits.window_bytes
 
-    def whole(self) -> list[Micro]:
+    def whole(self) -> list[WindowEntry]:
         """The micro-batches of an update that can be made again as it is; none where it cannot."""
         return [] if self.left_out() or not self.is_kept() else self.micros
 
-    def rewind(self, micro: Micro) -> None:
+    def rewind(self, micro: WindowEntry) -> None:
         """Put everything but the gradients back to where a micro-batch began.
 
         What the earlier ones have changed, such as running statistics, is made again by their forward passes.
@@ -114,11 +114,11 @@ class Window:
                     earlier.run.forward()
         micro.start.restore()
 
-    def left_out(self) -> list[tuple[Micro, Fault]]:
+    def left_out(self) -> list[tuple[WindowEntry, Fault]]:
         """The micro-batches that are left out, and why."""
         return [(micro, micro.left_out) for micro in self.micros if micro.left_out is not None]
 
-    def kept(self) -> list[tuple[Micro, tuple[Fault, Finding | None]]]:
+    def kept(self) -> list[tuple[WindowEntry, tuple[Fault, Finding | None]]]:
         """The micro-batches of which only a part is learned from, and why."""
         return [(micro, micro.kept) for micro in self.micros if micro.kept is not None]
 

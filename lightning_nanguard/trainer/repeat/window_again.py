@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, final
 
-from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.state.batch_undo import BatchUndo
-from lightning_nanguard.state.step_start import StepMemory
-from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.closures import call_after_backward, logging_for
-from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.repeat.attempts import MicroRuns
+from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_of, undo_if_room
-from lightning_nanguard.trainer.repeat.numeric_errors import NumericErrors
 from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, given
-from lightning_nanguard.trainer.repeat.window import Micro, Window
-from lightning_nanguard.trainer.sample_keeper import SampleKeeper
+from lightning_nanguard.trainer.repeat.parts import RepeatParts
+from lightning_nanguard.trainer.repeat.window import WindowEntry
 
 
 @final
@@ -25,41 +20,15 @@ class WindowAgain:
     """Makes a window with a bad gradient again, to find out which of its micro-batches is at fault.
 
     Args:
-        trainer: The trainer.
-        module: Its module.
-        check: Checks losses and gradients.
-        replay: Makes what undoes a micro-batch.
-        window: The micro-batches.
-        runs: Runs them.
-        memory: What is remembered before a step.
-        errors: Knows which exceptions NaN or Inf caused.
-        keeper: Gives the good samples of a bad batch; ``None`` if those are not to be kept.
-        listens: Says which callback is the guard's.
+        parts: What the parts that run steps again share.
+        runs: Runs micro-batches.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        check: StepCheck,
-        replay: TrainerBatchReplay,
-        window: Window,
-        runs: MicroRuns,
-        memory: StepMemory,
-        errors: NumericErrors,
-        keeper: SampleKeeper | None,
-        listens: Callable[[Any], bool],
-    ) -> None:
-        self._trainer = trainer
-        self._module = module
-        self._check = check
-        self._replay = replay
-        self._window = window
+    def __init__(self, parts: RepeatParts, runs: Attempts) -> None:
+        self._parts = parts
+        self._check = parts.check
+        self._window = parts.window
         self._runs = runs
-        self._memory = memory
-        self._errors = errors
-        self._keeper = keeper
-        self._listens = listens
 
     def run(self, first: Outcome, *, steps: bool) -> Any:
         """Run all micro-batches of the window again, one by one, and leave out those that are bad.
@@ -72,7 +41,7 @@ class WindowAgain:
             The result for Lightning.
         """
         window, result, fault = self._window, None, None
-        trace = undo_if_room(self._replay.make_undo, [*self._module.parameters()])
+        trace = undo_if_room(self._parts.replay.make_undo, [*self._parts.module.parameters()])
         if trace is None:
             return given(first)
         known, kept = len(window.left_out()), len(window.kept())
@@ -84,18 +53,18 @@ class WindowAgain:
                 result = self._one(micro, known, trace, last=last)
         if first.error is not None and window.micros[-1].left_out is not None:
             micro = window.micros[-1]
-            if not self._errors.caused_by_numbers(micro.run, micro.start, backward=not first.early):
+            if not self._parts.errors.caused_by_numbers(micro.run, micro.start, backward=not first.early):
                 raise first.error
         if steps:
             fault = self._runs.weighed_fault()
         if len(window.left_out()) == known and len(window.kept()) == kept and fault is None:
             if first.error is not None:
-                call_after_backward(self._trainer, self._listens)
+                call_after_backward(self._parts.trainer, self._parts.listens)
             self._check.record_transient(fault_of(first))
         return first.result if result is None else result
 
-    def _one(self, micro: Micro, known: int, trace: BatchUndo, *, last: bool) -> Any:
-        parameters = list(self._module.parameters())
+    def _one(self, micro: WindowEntry, known: int, trace: BatchUndo, *, last: bool) -> Any:
+        parameters = list(self._parts.module.parameters())
         if micro.left_out is not None:
             if micro.run.zero_grad is not None:
                 micro.run.zero_grad()
@@ -103,11 +72,11 @@ class WindowAgain:
         before = [None] * len(parameters) if micro.run.zero_grad is not None else gradients_of(parameters)
         # Attributes that a bad micro-batch had changed were restored, and must not be set again.
         micro.start.restore(carried=len(self._window.left_out()) == known)
-        attributes = self._memory.attributes_now()
+        attributes = self._parts.memory.attributes_now()
         trace.open()
         only = last and len(self._window.left_out()) == len(self._window.micros) - 1
         outcome = self._attempt(micro, passing=only)
-        keeper = self._keeper if self._keeper is not None and self._keeper.active() else None
+        keeper = self._parts.keeper if self._parts.keeper is not None and self._parts.keeper.active() else None
         if outcome.good or (only and outcome.error is None and keeper is None):
             return outcome.result
         start = partial(micro.start.restore, carried=len(self._window.left_out()) == known)
@@ -126,9 +95,9 @@ class WindowAgain:
         micro.left_out = fault_of(outcome)
         return outcome.result
 
-    def _attempt(self, micro: Micro, *, passing: bool = False) -> Outcome:
+    def _attempt(self, micro: WindowEntry, *, passing: bool = False) -> Outcome:
         self._runs.may_pass = passing
-        with logging_for(self._trainer, micro.run.batch):
+        with logging_for(self._parts.trainer, micro.run.batch):
             outcome = self._runs.attempt(micro, steps=False)
         self._runs.may_pass = False
         if outcome.good:

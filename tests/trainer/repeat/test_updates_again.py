@@ -178,13 +178,13 @@ def cloned(batch: Batch) -> Any:
 def test_graphs_that_steps_keep_leave_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The size of what an attribute's graph holds is not known, whether or not the update before is kept."""
     rooms: list[int] = []
-    keep = updates_again.ForwardAgain.keep
+    keep = updates_again.UpdatesAgain.keep
 
-    def noted(self: updates_again.ForwardAgain, *args: Any) -> None:
+    def noted(self: updates_again.UpdatesAgain, *args: Any) -> None:
         keep(self, *args)
         rooms.append(self._room)
 
-    monkeypatch.setattr(updates_again.ForwardAgain, "keep", noted)
+    monkeypatch.setattr(updates_again.UpdatesAgain, "keep", noted)
     fit(Remembers(mlp()), batches(count=20), NaNGuard(), folder=tmp_path)
     assert set(rooms[1:]) == {0}
 
