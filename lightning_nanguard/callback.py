@@ -26,7 +26,7 @@ from lightning_nanguard.trainer.build import build_fit
 from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.guard_copies import NO_RUN, allow_in_checkpoints
 from lightning_nanguard.trainer.guard_display import DisplayedGuard
-from lightning_nanguard.trainer.logger_settings import log_settings
+from lightning_nanguard.trainer.loggers.settings import log_settings
 from lightning_nanguard.trainer.never_called import expect_hooks, hooks_called
 from lightning_nanguard.trainer.private.averages import swaps_weights
 from lightning_nanguard.trainer.private.callbacks import put_first

@@ -25,8 +25,8 @@ from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.carried_attributes import CarriedAttributes
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.fit_summary import fit_summary
-from lightning_nanguard.trainer.logger_curves import LoggerCurves
-from lightning_nanguard.trainer.logger_report import log_report
+from lightning_nanguard.trainer.loggers.curves import LoggerCurves
+from lightning_nanguard.trainer.loggers.report import log_report
 from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
 from lightning_nanguard.trainer.private.callbacks import after_every_batch, is_from_callback

@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.record.run_log import read_run
 from lightning_nanguard.thresholds.records import RecordsThresholds
-from lightning_nanguard.trainer.logger_settings import begun_with
+from lightning_nanguard.trainer.loggers.settings import begun_with
 from tests.helpers import MemoryLogger, batches, fit, folder_of, task
 
 
