@@ -18,7 +18,7 @@ from lightning_nanguard.diagnosis.rules import findings
 from lightning_nanguard.measure.batches import mapped
 from lightning_nanguard.thresholds.check import CHECK, CheckThresholds
 from lightning_nanguard.thresholds.diagnosis import DEFAULT
-from lightning_nanguard.trainer.overfit import overfit as overfitted
+from lightning_nanguard.trainer.offline.overfit import overfit as overfitted
 from lightning_nanguard.trainer.private.first_batch import at_first_batch
 from lightning_nanguard.trainer.private.lightning_cli import from_config
 from lightning_nanguard.trainer.private.loaders import readable_loader

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_nanguard import Finding
-from lightning_nanguard.trainer.offline_check import CheckReport, check_batch, first_rows
+from lightning_nanguard.trainer.offline.check import CheckReport, check_batch, first_rows
 from lightning_nanguard.trainer.private.first_batch import at_first_batch
 from tests.classifier import Model, Numbers
 from tests.helpers import trainer_for

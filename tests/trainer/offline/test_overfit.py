@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_nanguard.thresholds.check import CHECK
-from lightning_nanguard.trainer.offline_check import check_batch
+from lightning_nanguard.trainer.offline.check import check_batch
 from lightning_nanguard.trainer.private.first_batch import at_first_batch
 from tests.classifier import Model, Numbers
 from tests.helpers import trainer_for

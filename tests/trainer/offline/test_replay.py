@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_nanguard import Fault, NaNGuard
 from lightning_nanguard.diagnosis.bundle import Bundle, read
-from lightning_nanguard.trainer.offline_replay import ReplayReport, replay_bundle
+from lightning_nanguard.trainer.offline.replay import ReplayReport, replay_bundle
 from lightning_nanguard.types import Evidence
 from tests.classifier import Model, Numbers
 from tests.helpers import FaultAt, seed_all, trainer_for

@@ -8,7 +8,7 @@ import pytest
 
 import lightning_nanguard
 from lightning_nanguard.cli.main import main
-from lightning_nanguard.trainer.config_parts import wrong_parts
+from lightning_nanguard.trainer.offline.config_parts import wrong_parts
 
 pytest.importorskip("yaml")
 
