@@ -123,7 +123,7 @@ class ActingRunner:
         if state.restored is None or state.go_on is None:
             return False
         self._skipper.skipped.clear()  # these updates must be made
-        state.went_on = state.go_on(state.restored, found.reading if found.reached else None)
+        state.went_on = state.go_on(state.restored, found.not_again(state.restored.step))
         if state.went_on and self._plausibility.is_far(found.fault.place):
             restore(learner, state.restored)
             state.went_on = False

@@ -331,7 +331,8 @@ class SnapshotManager:
         healthy_steps: int,
         pending: Snapshot | None = None,
     ) -> Fault | None:
-        before = self._ring.certified[0].typical if self._ring.certified else {}
+        origin = self._ring.origin()
+        before = {} if origin is None else origin.typical
         beyond = self._plausibility.screen(screen, before, healthy_steps)
         self._wide |= beyond
         if not (self._plausibility.moments.beyond(moments) or beyond):

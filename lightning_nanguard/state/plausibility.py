@@ -68,7 +68,8 @@ def _comparable(one: Any, other: Any) -> bool:
 class PlausibilityCheck:
     """Finds weights, statistics and moments that have grown beyond what training does, though they are finite.
 
-    Layers that normalise hide such tensors from the loss. The newest certified snapshot is what they are compared with.
+    Layers that normalise hide such tensors from the loss. They are compared with the newest certified snapshot, or with a
+    state beside the run that the run has gone on from since.
 
     Args:
         learner: What is trained.
@@ -138,14 +139,14 @@ class PlausibilityCheck:
             healthy_steps: Updates accepted so far.
             state: The same state as a snapshot, if there is one: a doubtful case is then tried on the newest batches.
         """
-        if not self._ring.certified:
+        newest = self._ring.origin()
+        if newest is None:
             return None
         beyond = self.moments.beyond(self.moments.screen(leaves))
         if beyond:
             first = describe(next(key for key in leaves if key in beyond))
             message = f"{first} is larger than its second moment allows, whatever the gradients were"
             return Fault("implausible_state", "state", first, None, message, conclusive=True)
-        newest = self._ring.certified[0]
         weights = {key for key in leaves if key[0] == "parameter"}
         statistics = set(self._learner.statistics(leaves))
         others = {*statistics, *(key for key in leaves if key[0] == "optimizer")}
@@ -183,9 +184,10 @@ class PlausibilityCheck:
         """
         now, limits = dict(self._learner.leaves()), self._limits
         keys = [key for key in now if describe(key) == place]
-        if not (keys and self._ring.certified):
+        origin = self._ring.origin()
+        if not keys or origin is None:
             return False
-        far = first_jump(now, self._ring.certified[0].leaves, keys, limits.weight_growth, limits.least_magnitude)
+        far = first_jump(now, origin.leaves, keys, limits.weight_growth, limits.least_magnitude)
         return far is not None
 
     def strange_statistics(self, before: Mapping[str, Tensor], healthy_steps: int) -> Fault | None:
