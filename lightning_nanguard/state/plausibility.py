@@ -68,8 +68,8 @@ def _comparable(one: Any, other: Any) -> bool:
 class PlausibilityCheck:
     """Finds weights, statistics and moments that have grown beyond what training does, though they are finite.
 
-    Layers that normalise hide such tensors from the loss. They are compared with the newest certified snapshot, or with a
-    state beside the run that the run has gone on from since.
+    Layers that normalise hide such tensors from the loss. They are compared with the newest certified snapshot, or with
+    the state beside the run that the run has gone on from since.
 
     Args:
         learner: What is trained.

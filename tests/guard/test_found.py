@@ -29,7 +29,7 @@ def test_a_fault_found_outside_a_batch() -> None:
     ids=["batch", "reached", "earlier gradient", "state"],
 )
 def test_which_update_is_not_made_again(found: FoundFault, number: int | None) -> None:
-    """Neither that of a bad batch, nor the one whose gradient has spoiled the state: it may be any after the restored."""
+    """Neither that of a bad batch, nor the one whose gradient has spoiled the state: any after the restored one."""
     reading = found.not_again(4)
     assert (None if reading is None else reading.step) == number
     if number == 5:
