@@ -159,12 +159,13 @@ class Interventions:
         """Tell the user once that losses are not finite where gradients are."""
         infinite = reading.loss is not None and math.isinf(reading.loss)
         what, remedy = (
-            ("infinite", "Look at which of its terms is. If it overflows, compute it in a wider number format.")
+            ("infinite", "Look for the term that is infinite. If it overflows, compute it in a wider number format.")
             if infinite
             else ("NaN", "Look for the term that is NaN and has no gradient: a detached or a masked one.")
         )
         suggestion = (
-            f"the loss of {self.patience} updates in a row is not finite, now {what}, and their gradients are finite. "
+            f"the loss of {self.patience} updates in a row is not finite (the last is {what}), and their gradients are "
+            "finite. "
             f"{self._from_now_on('because they do not harm the weights')} {remedy}"
         )
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
@@ -176,7 +177,7 @@ class Interventions:
         """Tell the user once that every gradient so far was finite and too large."""
         state, confidence = self._context.state, self._context.thresholds.diagnosis.confidence.suspicion
         suggestion = (
-            f"{fault.message}. The same was found of each of the {state.step} updates so far. "
+            f"{fault.message}. The same is true of all {state.step} updates so far. "
             f"{self._from_now_on('because otherwise no update would ever be made')} "
             "Scale the loss down and the learning rate up."
         )
