@@ -111,7 +111,7 @@ THREADS = {
             r"learning rate 0\.001: .*inf.*\n  ends at nan",
             r"with NaNGuard\(\): .*\n  ends at \d\.",
             r"cause: (ill_conditioned|learning_rate_too_high) in ",
-            r"learning rate 0\.001 .*allows a rate of at most 0\.000\d+",
+            r"learning rate of 0\.001 .*allows a rate of at most 0\.000\d+",
         ],
         "nan_classifier.py": [
             r"loss by hand: not finite from batch \d+ on; held-out accuracy 10\.0%",
