@@ -45,7 +45,7 @@ class Confidences:
         gradient_large: A finite gradient is far above the usual norm.
         gradient_initial: The gradient of an untrained model grows toward the input.
         rate_trial: A trial of a lower rate, or the growth of the weights or the loss, blames the learner.
-        rate_diverged: The learner diverged, shown in another way.
+        rate_diverged: Other signs show that the learner diverged.
         rate_worse: Only the comparison with the last good weights supports it.
         rate_above_limit: In addition, the rate is above the one that the curvature allows.
         ill_conditioned: One direction is far steeper than the others, and the rate looks low.

@@ -59,7 +59,7 @@ class DivergingLossThresholds:
     Attributes:
         readings: Newest losses of which all but one have to be above a level. By chance, less than one run in a
             thousand without a trend has so many above its median.
-        level_readings: Newest losses whose median is the loss level. The best level is the lowest of these.
+        level_readings: Newest losses whose median is the loss level. The best level is the lowest so far.
     """
 
     readings: int = 16
