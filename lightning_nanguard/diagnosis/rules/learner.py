@@ -68,7 +68,7 @@ def _corrupted(
     # A fault of memory is gone on the good state, and does not come back as soon as that is restored.
     gone = case.clues.change is None or case.clues.good_finite is True
     if case.evidence.told:
-        text = f"and earlier, {case.evidence.told}."
+        text = f"and {case.evidence.told}."
     elif times == 1 or not gone:
         text = (
             "although no earlier reading was bad. Look for code that writes to it: a hook, a callback, an in-place "
