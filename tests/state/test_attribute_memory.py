@@ -146,3 +146,14 @@ def test_a_number_that_is_not_finite_is_no_counter() -> None:
     assert {name for _, name, _ in before.plain_now()} == {"seen", "new"}
     before.restore(plain=False)
     assert (module.mean, module.seen) == (1.0, 1)
+
+
+def test_what_a_check_reaches_is_not_new() -> None:
+    """A step that is looked at as a whole holds what a plain one left out; only what the step between made is new."""
+    module = Carries()
+    module.rows = [{"a": one} for one in range(100)]
+    memory = AttributeMemory(module)
+    plain, checked = memory.now(), memory.open(checked=True)
+    assert checked.not_in(plain) == []
+    module.hidden = torch.ones(1)
+    assert memory.now().not_in(checked) == [module.hidden]
