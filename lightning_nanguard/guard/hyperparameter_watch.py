@@ -68,11 +68,12 @@ class HyperparameterWatch:
         place = first.name
         if len(self._context.learner.optimizers) > 1:
             place += f" of optimizer {optimizer_index}"
+        cause = "invalid_learning_rate" if is_rate else "invalid_hyperparameter"
         fault = Fault(
             "invalid_learning_rate" if is_rate else "invalid_hyperparameter", "learner", place, first.number, message
         )
         finding = Finding(
-            fault.kind,
+            cause,
             confidence=1.0,
             evidence={what: first.number, "group": float(first.group), "scheduler": scheduler},
             place=f"{scheduler}, group {first.group}" if scheduler else place,

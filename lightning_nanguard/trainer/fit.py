@@ -27,7 +27,7 @@ from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.fit_summary import fit_summary
 from lightning_nanguard.trainer.logger_curves import LoggerCurves
 from lightning_nanguard.trainer.logger_report import log_report
-from lightning_nanguard.trainer.numeric_errors import is_numeric
+from lightning_nanguard.trainer.numeric_errors import is_numeric, may_lack_gradients
 from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
 from lightning_nanguard.trainer.private.callbacks import after_every_batch, is_from_callback
@@ -143,7 +143,9 @@ class Fit:
 
     def _excuses(self, listens: Callable[[Any], bool], optimizer: Optimizer, error: Exception) -> bool:
         """Whether an exception comes of an update being skipped; none that a callback raises does."""
-        return not is_from_callback(error, listens) and self.guard.excuses(optimizer, numeric=is_numeric(error))
+        numeric = is_numeric(error)
+        possible = (numeric or may_lack_gradients(error)) and not is_from_callback(error, listens)
+        return possible and self.guard.excuses(optimizer, numeric=numeric)
 
     def _keeps_whole(self, module: LightningModule) -> bool:
         """Whether bad batches are skipped as a whole, which is said where their good samples were to be kept."""
