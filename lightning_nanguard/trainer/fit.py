@@ -28,6 +28,7 @@ from lightning_nanguard.trainer.fit_summary import fit_summary
 from lightning_nanguard.trainer.logger_curves import LoggerCurves
 from lightning_nanguard.trainer.logger_report import log_report
 from lightning_nanguard.trainer.numeric_errors import is_numeric, may_lack_gradients
+from lightning_nanguard.trainer.own_scalers import fallen_scales
 from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
 from lightning_nanguard.trainer.private.callbacks import after_every_batch, is_from_callback
@@ -259,7 +260,9 @@ class Fit:
             rank_zero_info(fit_summary(memory, self.context.settings, updates, multiplier, self.folder.path))
 
     def end_epoch(self) -> None:
-        """Forget a batch that began and was not run."""
+        """Forget a batch that began and was not run; give advice about a GradScaler of the module's own."""
+        for finding in fallen_scales(self.context.learner.module):
+            self.diagnostics.advise("loss scale", finding)
         if self.guard.end_epoch():
             self.replay.batch = None
             self.replay.batches.withdraw()
