@@ -49,6 +49,8 @@ def restore(
             if keep(prefix):
                 pairs += _restore_state(prefix, state, learner.stepped(index), names, saved, snapshot)
         pairs += _restore_groups(optimizer, index, saved, snapshot)
+        if keep(("own", index)):
+            pairs += _restore_own(learner, index, saved, snapshot)
     averages = ((key, live) for key, live in learner.averages() if fits(live, saved.get(key)))
     pairs += [(live, saved[key]) for key, live in averages]
     copy_all([live for live, _ in pairs], [value for _, value in pairs], learner.device)
@@ -178,6 +180,16 @@ def _restore_groups(optimizer: Optimizer, index: int, saved: Mapping[StateKey, A
             del group[key]
         for key, value in known.items():
             pairs += _put(group, key, value, snapshot.homes.get(("group", index, number, key)))
+    return pairs
+
+
+def _restore_own(learner: Learner, index: int, saved: Mapping[StateKey, Any], snapshot: Snapshot) -> list[_Pair]:
+    pairs: list[_Pair] = []
+    for key, owner, name in learner.own_leaves(index):
+        if key in saved:
+            pairs += _put(owner, name, saved[key], snapshot.homes.get(key))
+        elif len(key) == 4 and isinstance(name, Tensor) and key not in snapshot.left_out:
+            del owner[name]  # state of a parameter that began later
     return pairs
 
 
