@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, final
 
@@ -84,8 +85,7 @@ class Attributes:
                     attributes[name] = value
         for value, held in self._contents:
             if isinstance(held, int):
-                if isinstance(value, (list, bytearray)):
-                    del value[held:]
+                _shorten(value, held)
                 continue
             give_back(value, held)
 
@@ -145,6 +145,15 @@ class Attributes:
             for value, held in self._contents
             if (len(value) != held if isinstance(held, int) else not same(value, held))
         }
+
+
+def _shorten(container: Any, length: int) -> None:
+    """Take out what was added since; what a full deque has dropped is gone."""
+    if isinstance(container, (list, bytearray)):
+        del container[length:]
+    elif isinstance(container, (deque, dict)):
+        while len(container) > length:
+            container.pop() if isinstance(container, deque) else container.popitem()
 
 
 def _counts(value: Any) -> bool:

@@ -17,7 +17,7 @@ _NOT_OWN = frozenset({"state", "param_groups", "defaults"})
 
 def own_leaves(
     optimizer: Optimizer, names: Mapping[int, str], stepped: Iterable[Tensor]
-) -> Iterator[tuple[tuple[str, ...], dict[Any, Any], Any]]:
+) -> Iterator[tuple[tuple[Any, ...], dict[Any, Any], Any]]:
     """The tensors, lists of tensors and numbers among an optimizer's own attributes.
 
     Entries of dictionaries are given one by one. The weights are left out, and what shares memory with them.
@@ -28,7 +28,8 @@ def own_leaves(
         stepped: The tensors that it steps.
 
     Yields:
-        The path of names, and the dictionary and the key in it at which the value lies.
+        The path, the dictionary in which the value lies, and its key there. The path is the name of the attribute, and
+        the key in it; in place of a parameter as the key its name.
     """
     if type(optimizer).__module__.startswith("torch.optim"):
         return
@@ -39,7 +40,7 @@ def own_leaves(
         if type(value) is dict:
             for key, entry in list(value.items()):
                 if _holds_state(entry, weights):
-                    yield (name, names.get(id(key), str(key))), value, key
+                    yield (name, names.get(id(key), key)), value, key
         elif _holds_state(value, weights) or (type(value) in (int, float) and not name.startswith("_")):
             yield (name,), attributes, name
 

@@ -157,3 +157,20 @@ def test_what_a_check_reaches_is_not_new() -> None:
     assert checked.not_in(plain) == []
     module.hidden = torch.ones(1)
     assert memory.now().not_in(checked) == [module.hidden]
+
+
+def test_long_containers_that_grew_are_shortened() -> None:
+    """Of a long one only the length is known; a deque and a dictionary lose what was added last."""
+    module = Carries()
+    module.outputs, module.table, module.last = list(range(300)), dict.fromkeys("ab"), deque(range(300))
+    module.table |= {str(one): one for one in range(300)}
+    memory, names = AttributeMemory(module), ("outputs", "table", "last")
+    before = memory.open(checked=True)
+    lengths = [len(getattr(module, name)) for name in names]
+    module.outputs.append(1)
+    module.table["new"] = 1
+    module.last.append(1)
+    before.restore()
+    assert [len(getattr(module, name)) for name in names] == lengths
+    assert "new" not in module.table
+    assert module.last[-1] == 299

@@ -64,6 +64,8 @@ def test_they_are_restored_in_place() -> None:
     assert FiniteCheck().corrupt(learner.leaves()) is None
     restore(learner, begin)
     assert (optimizer.momentum, optimizer.steps) == ({}, 0)
+    restore(learner, later)
+    assert optimizer.momentum[module.weight].tolist() == [[1.0, 1.0]], "a trial goes to the start and comes back"
 
 
 def test_a_weight_that_goes_bad_by_itself_costs_nothing(tmp_path: Path) -> None:
