@@ -144,8 +144,9 @@ class Interventions:
         context, growth = self._context, self._investigator.growth()
         if growth <= context.thresholds.diagnosis.learner.ruined:
             return None
-        lr = next(iter(context.rate.effective()), None)
-        evidence = Evidence(context.state.step, growth=growth, loss_unit=context.monitors.loss_unit(), lr=lr)
+        rates, unit = context.rate.effective(), context.monitors.loss_unit()
+        lr, highest = next(iter(rates), None), max(rates, default=None)
+        evidence = Evidence(context.state.step, growth=growth, loss_unit=unit, lr=lr, group_lr=highest)
         mine = self._loop.diagnose(fault, evidence, "nothing", context.state.step)
         found = most_confident_over_ranks(context.ranks, mine)
         told = context.thresholds.diagnosis.confidence.told

@@ -112,6 +112,8 @@ class ActingRunner:
             went_on |= isinstance(step, Restore) and may_go_on and self._go_on(found)
         # After a restore no reading is pending.
         if self._context.state.restored is not None:
+            if not went_on:  # otherwise it was chance
+                self._plausibility.watch(found.fault.place)
             self._caution.update_undone(found, statistics=self._plausibility.watches_statistics)
         kept = self._context.rate.effective() == before
         # Where clipping alone is enough, a cut that was planned has not been made.

@@ -113,6 +113,7 @@ _PHRASES = {
     "resume": ("resumed from another checkpoint", "resumed from another checkpoint"),
     "rewrite": ("wrote the last good state in its place", "written the last good state in its place"),
     "hold rate": ("used the last valid learning rate", "used the last valid learning rate"),
+    "hold value": ("used the last valid value", "used the last valid value"),
     "give back": ("raised the learning rate again{rise}", "raised the learning rate again{rise}"),
     "take back": ("took the intervention back", "taken the intervention back"),
     "end clipping": ("turned gradient clipping off", "turned gradient clipping off"),

@@ -53,7 +53,8 @@ def first_jump(
     far = (
         key
         for (key, _, _), one, other in zip(pairs, largest, was, strict=True)
-        if one > (factor * max(other, least) if other > 0 or key[0] != "optimizer" else most.get(key, math.inf))
+        if other == other  # of what was NaN before nothing can be said
+        and not one <= (factor * max(other, least) if other > 0 or key[0] != "optimizer" else most.get(key, math.inf))
     )
     found = next(far, None)
     return None if found is None else describe(found)
@@ -175,6 +176,15 @@ class PlausibilityCheck:
             # What a trial on the newest batches has shown is finite evidence, and is compared with the branch given up.
             return Fault("implausible_state", "state", far, None, message, certain=not doubtful, rate_may_cause=True)
         return None
+
+    def watch(self, place: str) -> None:
+        """From now on look at what each batch does to running statistics, if one of them was bad.
+
+        Args:
+            place: The tensor that was bad, as :func:`~lightning_nanguard.state.learner.describe` names it.
+        """
+        weights = dict(self._learner.weights())
+        self.watches_statistics |= any(place.endswith(describe(key)) for key in self._learner.statistics(weights))
 
     def is_far(self, place: str) -> bool:
         """Whether a tensor is far out of range now; nothing is noted.

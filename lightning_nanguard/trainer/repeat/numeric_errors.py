@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 # A check of the user's or of a package, or anomaly mode.
 _NOT_FINITE = re.compile(r"\b(nans?|infs?|infinite|infinity|non-?finite|not finite)\b", re.IGNORECASE)
+_WITHOUT_GRADIENTS = frozenset(
+    {TypeError, AttributeError, AssertionError, ValueError, IndexError, KeyError, ZeroDivisionError, RuntimeError}
+)
 # Some packages put a constant in place of a loss that is not finite.
 _NO_GRAPH = "element 0 of tensors does not require grad"
 
@@ -45,6 +48,15 @@ def is_numeric(error: BaseException) -> bool:
         return False
     message = str(error)
     return message.startswith(_NO_GRAPH) or _NOT_FINITE.search(message) is not None
+
+
+def may_lack_gradients(error: BaseException) -> bool:
+    """Whether it can be the cause of an exception that an optimizer found no gradients.
+
+    Code that meets ``None``, or nothing at all, raises these types. Those of the user's own and of the system (a full
+    disk) have another cause.
+    """
+    return type(error) in _WITHOUT_GRADIENTS
 
 
 @final

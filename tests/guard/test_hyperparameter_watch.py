@@ -1,4 +1,4 @@
-"""Updates at a learning rate that is none."""
+"""Updates with a learning rate or another hyperparameter that is none."""
 
 from __future__ import annotations
 
@@ -113,3 +113,26 @@ def test_rates_are_looked_at_once_an_update(tmp_path: Path) -> None:
     groups = len(list(module.parameters()))
     fit(module, batches(count=12), NaNGuard(snapshot_every_n_steps=100), folder=tmp_path)
     assert 12 * groups <= Counted.looks < 24 * groups
+
+
+def test_a_weight_decay_that_is_none_is_replaced(tmp_path: Path) -> None:
+    """The record names group and key, not the scheduler, which sets the rate; the run is the one without the fault."""
+
+    def run(guard: NaNGuard | None, at: int) -> Any:
+        torch.manual_seed(0)
+        module = Task(mlp(), lambda p: AdamW(p, lr=0.01), lambda optimizer: LambdaLR(optimizer, lambda n: 1.0))
+
+        def start(batch: Any, batch_idx: int) -> None:
+            if batch_idx == at:
+                module.optimizers().param_groups[0]["weight_decay"] = INF
+
+        module.on_train_batch_start = start
+        return fit(module, batches(count=12), guard, folder=tmp_path)
+
+    guard = NaNGuard(dirpath=tmp_path)
+    guarded, sound = run(guard, 6), run(None, -1)
+    assert differences(dict(guarded.module.named_parameters()), dict(sound.module.named_parameters())) == []
+    (found,) = guard.interventions
+    assert (found.fault, found.remedies, found.global_step) == ("invalid_hyperparameter", ("hold value",), 6)
+    assert found.place == "weight_decay of group 0"
+    assert "LambdaLR" not in found.message

@@ -1,4 +1,4 @@
-"""Replaces invalid learning rates before each update."""
+"""Replaces invalid learning rates and other hyperparameters before each update."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from collections.abc import Mapping
 from typing import final
 
 from lightning_nanguard.act.skip import StepSkipper
-from lightning_nanguard.act.valid_rates import InvalidRate, words_for
+from lightning_nanguard.act.valid_hyperparameters import InvalidHyperparameter, words_for
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.types import Fault, Finding
 
 
 @final
-class RateWatch:
-    """Looks at the learning rates before each update: an invalid one is replaced by the last valid one, or the update
-    is left out where there never was one.
+class HyperparameterWatch:
+    """Looks at the learning rates, weight decay, momentum, betas and eps before each update.
+
+    An invalid one is replaced by the last valid one, or the update is left out where there never was one.
 
     Args:
         context: What the parts of the guard share.
         skipper: Leaves updates out.
-        recorder: Records the beginning of each stretch of invalid rates; of many stretches, the 1st, 2nd, 4th, 8th, ….
+        recorder: Records the beginning of each stretch of invalid values; of many stretches, the 1st, 2nd, 4th, 8th, ….
         schedulers: Name of the scheduler of each optimizer that has one, by the optimizer's index.
     """
 
@@ -39,13 +40,13 @@ class RateWatch:
         self._stretches = 0
 
     def look(self, optimizer_index: int) -> None:
-        """Look at the rates of an optimizer that steps next."""
-        rates = self._context.rate.valid
+        """Look at the hyperparameters of an optimizer that steps next."""
+        valid = self._context.rate.valid
         optimizer = self._context.learner.optimizers[optimizer_index]
-        rates.look(optimizer)
-        if not rates.any() and not self._within:
+        valid.look(optimizer)
+        if not valid.any() and not self._within:
             return
-        invalid = rates.invalid(optimizer)
+        invalid = valid.invalid(optimizer)
         if not invalid:
             self._within.discard(optimizer_index)
             return
@@ -56,22 +57,28 @@ class RateWatch:
             self._within.add(optimizer_index)
             self._stretches += 1
             if self._stretches & (self._stretches - 1) == 0:
-                self._record(optimizer_index, invalid, "skip" if left_out else "hold rate")
+                self._record(optimizer_index, invalid, left_out=left_out)
 
-    def _record(self, optimizer_index: int, invalid: list[InvalidRate], word: str) -> None:
-        scheduler = self._schedulers.get(optimizer_index, "")
-        message = "; ".join(words_for(invalid, scheduler))
+    def _record(self, optimizer_index: int, invalid: list[InvalidHyperparameter], *, left_out: bool) -> None:
         first = invalid[0]
-        place = f"learning rate of group {first.group}"
+        is_rate = first.key == "lr"
+        what = "rate" if is_rate else "value"
+        scheduler = self._schedulers.get(optimizer_index, "") if is_rate else ""
+        message = "; ".join(words_for(invalid, scheduler))
+        place = first.name
         if len(self._context.learner.optimizers) > 1:
             place += f" of optimizer {optimizer_index}"
-        fault = Fault("invalid_learning_rate", "learner", place, first.rate, message)
-        finding = Finding(
-            "invalid_learning_rate",
-            confidence=1.0,
-            evidence={"rate": first.rate, "group": float(first.group), "scheduler": scheduler},
-            place=f"{scheduler}, group {first.group}" if scheduler else place,
-            suggestion=f"Correct {scheduler or 'the code that sets the rate'}: {message}.",
+        cause = "invalid_learning_rate" if is_rate else "invalid_hyperparameter"
+        fault = Fault(
+            "invalid_learning_rate" if is_rate else "invalid_hyperparameter", "learner", place, first.number, message
         )
+        finding = Finding(
+            cause,
+            confidence=1.0,
+            evidence={what: first.number, "group": float(first.group), "scheduler": scheduler},
+            place=f"{scheduler}, group {first.group}" if scheduler else place,
+            suggestion=f"Correct {scheduler or f'the code that sets the {what}'}: {message}.",
+        )
+        word = "skip" if left_out else "hold rate" if is_rate else "hold value"
         self._context.state.restored = None
         self._recorder.record(fault, place, (word,), self._context.rate.effective(), finding)
