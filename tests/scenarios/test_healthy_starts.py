@@ -237,7 +237,9 @@ def test_a_healthy_run_is_left_alone(
     with caplog.at_level(logging.INFO, "lightning_nanguard"):
         guarded = run(MAKES[kind], guard)
     assert list(guard.interventions) == []
-    assert [record.message for record in caplog.records if record.levelno > logging.INFO] == []
+    # Guards that other tests never used may be collected meanwhile, and say so.
+    said = [one.message for one in caplog.records if one.levelno > logging.INFO and one.module != "never_called"]
+    assert said == []
     assert differences(numbers(guarded), numbers(run(MAKES[kind], None))) == []
 
 
