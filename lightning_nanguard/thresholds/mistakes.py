@@ -11,15 +11,19 @@ class MistakeThresholds:
 
     Attributes:
         updates: Updates that are looked at; nothing is after them.
-        updates_between_rates: Updates between two looks at the learning rates.
+        updates_between_rates: Updates between two looks at scheduled learning rates; a prime, so that they do not
+            meet a cyclic schedule at the same place each time.
         least_updates: Updates of a shorter run from which on it is judged at its end.
         most_modules: Calls of modules that are looked at in the first batch.
         batches: Batches that are compared with each other.
+        small_batch: Bytes of the first batch up to which batches are kept themselves until they are compared; of
+            larger ones some numbers are copied.
         fields_per_batch: Fields of a batch that it is known by again; the first may be a mask that is always the same.
         numbers_per_batch: Numbers of one field of a batch that it is known by again.
         least_batches: Batches of one epoch from which on they can be said to repeat.
         repeated: Share of the batches of one epoch that are repetitions, from which on they repeat.
-        looks_at_gradients: Updates of one optimizer for which its gradients are looked at before they are added to.
+        looks_at_gradients: Updates of one optimizer for which its gradients are looked at before they are added to,
+            unless they are seen to be cleared.
         added: Updates in a row whose gradients were added to those before, from which on they add up.
         ended: Share of its highest rate in these updates, below which a schedule has ended.
         runs_on: Factor on the number of observed updates: a run whose schedule has ended has to be at least as long.
@@ -34,10 +38,11 @@ class MistakeThresholds:
     """
 
     updates: int = 64
-    updates_between_rates: int = 4
+    updates_between_rates: int = 7
     least_updates: int = 16
     most_modules: int = 4096
     batches: int = 8
+    small_batch: int = 4 << 20
     fields_per_batch: int = 3
     numbers_per_batch: int = 32
     least_batches: int = 8
