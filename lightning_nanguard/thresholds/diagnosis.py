@@ -72,6 +72,8 @@ class ModelThresholds:
             deviation 1 exceed it.
         huge_activation: Root mean square that an untrained model rarely reaches on normalised inputs.
         scales_apart: Between the largest and the smallest layer of an untrained model, from which on it is unbalanced.
+        steep_above_chance: Factor on the loss at chance level, above which a layer that enlarges what goes through it
+            is the reason; other untrained models begin at that level.
         cross_entropy_above_chance: Factor on the loss at chance level, above which a first loss comes from outputs that
             are far too large.
         mse_above_chance: The same for a squared loss.
@@ -96,6 +98,7 @@ class ModelThresholds:
     max_gain: float = 5.0
     huge_activation: float = 100.0
     scales_apart: float = 1e4
+    steep_above_chance: float = 1.5
     cross_entropy_above_chance: float = 3.0
     mse_above_chance: float = 30.0
     gradient_error: float = 0.02
@@ -294,7 +297,8 @@ class GradientCheckThresholds:
     """How gradients are compared with finite differences.
 
     Attributes:
-        max_parameters: Parameters that are checked; each takes two forward passes.
+        max_parameters: Parameters that are checked; each takes two forward passes for each direction.
+        directions: Random directions that are compared; a wrong gradient may be right along one of them.
         difference: Size of the first finite difference, in double precision.
         differences: Sizes that are tried, each a tenth of the one before: a kink between the two points makes a
             difference that another size lacks.
@@ -306,6 +310,7 @@ class GradientCheckThresholds:
     """
 
     max_parameters: int = 200
+    directions: int = 2
     difference: float = 1e-5
     differences: int = 3
     close: float = 0.01
