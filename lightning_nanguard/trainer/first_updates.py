@@ -47,13 +47,12 @@ class FirstUpdates:
         self._context = context
         self._limits = thresholds
         optimizers = context.learner.optimizers
-        owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        self._named = dict(module.named_parameters())
-        self._optimized = {name for name, p in self._named.items() if id(p) in owned}
-        self._modes = {path: one for path, one in module.named_modules() if _has_modes(one)}
+        self._named: Mapping[str, nn.Parameter] = {}
+        self._optimized: set[str] = set()
+        self._modes: Mapping[str, nn.Module] = {}
         # Whatever has not been seen to be in order: parameters that got no gradient, modules in evaluation mode.
-        self._waiting = dict(self._named)
-        self._idle = dict(self._modes)
+        self._waiting = self._named
+        self._idle: Mapping[str, nn.Module] = self._modes
         self._trainable: set[str] = set()  # of those that wait
         self._evaluating = True
         self._calls: ModuleCalls | None = None
@@ -80,8 +79,7 @@ class FirstUpdates:
         """A batch begins."""
         if len(self._batches) < self._limits.batches:
             if not self._batches:
-                self._begun = self._context.state.step
-                self._next = self._begun + 1
+                self._begin()
                 self._copies_batches = sum(map(size, nested_tensors(batch))) > self._limits.small_batch
             kept = [one.clone() for one in _some_numbers(batch, self._limits)] if self._copies_batches else batch
             self._batches.append((self._trainer.current_epoch, kept))
@@ -90,6 +88,16 @@ class FirstUpdates:
             self._calls = ModuleCalls(modules, self._limits.most_modules)
             if not any(map(_is_compiled, modules.values())):
                 self._calls.begin(batch)
+
+    def _begin(self) -> None:
+        # Not before the first batch: a hook before it may have replaced a layer.
+        optimizers = self._context.learner.optimizers
+        owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        self._named = self._waiting = dict(self._module.named_parameters())
+        self._optimized = {name for name, p in self._named.items() if id(p) in owned}
+        self._modes = self._idle = {path: one for path, one in self._module.named_modules() if _has_modes(one)}
+        self._begun = self._context.state.step
+        self._next = self._begun + 1
 
     def see_loss(self, loss: Tensor) -> None:
         """A backward pass is about to begin."""
@@ -108,6 +116,9 @@ class FirstUpdates:
             groups = self._context.learner.optimizers[optimizer_index].param_groups
             for rates, group in zip(self._rates[optimizer_index], groups, strict=False):
                 rates.see(group.get("lr"))
+            if optimizer_index == 0 and self._updates <= self._limits.least_updates:
+                # A mode may be switched after the first batches: this is the first look that counts.
+                self._evaluating, self._idle = True, self._modes
             self._evaluating &= not self._module.training
             self._idle = {path: one for path, one in self._idle.items() if not one.training}
 

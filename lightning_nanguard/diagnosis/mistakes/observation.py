@@ -56,7 +56,7 @@ class ModeSeen:
         path: Its path.
         kind: Name of its class.
         drops: Whether it drops numbers at random.
-        training: Whether it was in training mode in any update looked at.
+        training: Whether it was in training mode in any update looked at, but for the very first ones.
         within: Path of the outermost module around it that was in evaluation mode in each of them; its own path where
             those around it were in training mode.
     """
