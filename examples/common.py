@@ -12,7 +12,7 @@ from digits import DigitsDataModule, pl
 
 from lightning_nanguard import Finding, NaNGuard, TrainingDivergedError
 
-# The examples print what matters themselves; the guard's records say the same.
+# The examples print their results themselves, so the logs are switched off.
 for name in ("pytorch_lightning", "lightning.pytorch", "lightning_nanguard"):
     logging.getLogger(name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")

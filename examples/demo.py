@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=Path("demo_logs"), help="where the logs and records go")
     args = parser.parse_args()
 
-    # The display says what matters; Lightning's greetings and its advice would only bury it.
+    # The display shows the results, so Lightning's own messages are switched off.
     for name in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")

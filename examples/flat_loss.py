@@ -55,7 +55,7 @@ class Fit(pl.LightningModule):
 
 
 def data(kind: str) -> DataLoader[tuple[Tensor, ...]]:
-    """128 inputs, on request correlated, and their targets: the sum, or a parabola, which no line fits."""
+    """128 inputs, for ``"common"`` correlated, and their targets: the sum, or a parabola, which no line fits."""
     source = torch.Generator().manual_seed(0)
     inputs = torch.randn(128, 8, generator=source)
     if kind == "common":
@@ -69,9 +69,9 @@ def data(kind: str) -> DataLoader[tuple[Tensor, ...]]:
 def main() -> None:
     runs = {
         "two layers that begin at zero": (Product(), "linear", 0.05),
-        "a line through a parabola": (line(), "parabola", 0.1),
-        "steps that are too long": (line(), "common", None),
-        "a line through a line": (line(), "linear", 0.1),
+        "a linear model of a parabola": (line(), "parabola", 0.1),
+        "steps that are too large": (line(), "common", None),
+        "a linear model of linear data": (line(), "linear", 0.1),
     }
     for name, (net, kind, lr) in runs.items():
         pl.seed_everything(0, verbose=False)
@@ -81,7 +81,7 @@ def main() -> None:
         print(f"{name}: loss {losses[0]:.3g}, after 100 steps {losses[100]:.3g}, in the end {losses[-1]:.3g}")
         tell(guard, at_most=1)
         if not guard.advice:
-            print("  nothing to say")
+            print("  the guard found nothing")
 
 
 def edge(loader: DataLoader[tuple[Tensor, ...]]) -> float:

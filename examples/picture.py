@@ -54,7 +54,7 @@ def train(epochs: int, guard: NaNGuard | None) -> list[float]:
 
 
 def draw(bare: Sequence[float], guarded: Sequence[float], interventions: Sequence[Intervention]) -> Figure:
-    """Both losses over the batches, and where the guard stepped in."""
+    """Both losses over the batches, and where the guard intervened."""
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.add_subplot(yscale="log", xlabel="batch", ylabel="training loss", ylim=(0.01, HIGHEST))
     axes.plot(guarded, color="tab:blue", lw=1, label="with NaNGuard: learns on")

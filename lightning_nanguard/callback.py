@@ -26,7 +26,7 @@ from lightning_nanguard.trainer.build import build_fit
 from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.guard_copies import NO_RUN, allow_in_checkpoints
 from lightning_nanguard.trainer.guard_display import DisplayedGuard
-from lightning_nanguard.trainer.logger_settings import log_settings
+from lightning_nanguard.trainer.loggers.settings import log_settings
 from lightning_nanguard.trainer.never_called import expect_hooks, hooks_called
 from lightning_nanguard.trainer.private.averages import swaps_weights
 from lightning_nanguard.trainer.private.callbacks import put_first
@@ -292,6 +292,8 @@ class NaNGuard(DisplayedGuard):
                 replay.remember(guard.updates)
             else:
                 replay.distrust(guard.updates)
+            if trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step:
+                guard.look()  # before means over the epoch are logged
             if replay.to_log is not None:
                 replay.to_log()
                 replay.to_log = None

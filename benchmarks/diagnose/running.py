@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_nanguard import NaNGuard, TrainingDivergedError
-from lightning_nanguard.trainer.offline_check import check_batch
+from lightning_nanguard.trainer.offline.check import check_batch
 from lightning_nanguard.types import Finding
 
 from .problems import Problem

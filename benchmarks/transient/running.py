@@ -80,8 +80,9 @@ class Strike:
         assert self.one is not None
         with torch.no_grad():
             flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()
-            # A zero, such as a dead unit's gradient, would flip to a usual number.
-            index = int(flat.abs().argmax()) if self.one.value == "flip" else _index(self.one, flat.numel())
+            # A zero, such as a dead unit's gradient, would flip to a usual number, and one from two up to about zero.
+            small = flat.abs().where(flat.abs() < 2, 0)
+            index = int(small.argmax()) if self.one.value == "flip" else _index(self.one, flat.numel())
             self.values[self.one.value](flat[index : index + 1])
         return tensor
 

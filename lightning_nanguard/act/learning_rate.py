@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_nanguard.act.valid_rates import ValidRates
+from lightning_nanguard.act.valid_hyperparameters import ValidHyperparameters
 from lightning_nanguard.measure.norms import widest_dtype
 
 __all__ = ["LearningRate"]
@@ -35,15 +35,15 @@ class LearningRate:
     """Scales the learning rate of every group of some optimizers under any scheduler.
 
     Attach it once. Then :meth:`set_multiplier` may be called at any time. With a multiplier of 1.0 and no limit no
-    group is written to. The only exception is a step at an invalid rate (NaN, infinite, negative), which is made at
-    the last valid rate.
+    group is written to. The only exception is a step with an invalid rate (NaN, infinite, negative), weight decay,
+    momentum, betas or eps (NaN, infinite), which is made with the last valid one.
 
     Args:
         optimizers: The optimizers whose groups are scaled. Groups without an ``lr`` (or with ``None``) are left out
             everywhere.
 
     Attributes:
-        valid: The last valid rate of each group.
+        valid: The last valid hyperparameters of each group.
 
     Raises:
         TypeError: If one of them is not a ``torch.optim.Optimizer``.
@@ -65,10 +65,10 @@ class LearningRate:
         self._multiplier = 1.0
         self._min_lr = 0.0
         self._max_lr = math.inf
-        self._scaled: dict[int, _Scaled] = {}
+        self._scaled: dict[int | tuple[int, str], _Scaled] = {}
         self._handles: list[RemovableHandle] = []
         self._before_update: Callable[[Optimizer], None] = _nothing
-        self.valid = ValidRates()
+        self.valid = ValidHyperparameters()
 
     @property
     def multiplier(self) -> float:
@@ -233,16 +233,20 @@ class LearningRate:
             rate = group.get("lr")
             if rate is None or self._find(group, rate) is not None:
                 continue
-            base = self.valid.instead_of(group, rate)
+            base = self.valid.rate(group, rate)
             if isinstance(rate, Tensor):
                 # In place: the tensor is an input of compiled and captured steps.
                 with torch.no_grad():
                     scheduled = rate.clone()
                     rate.copy_(torch.as_tensor(self._scale(scheduled if base is rate else base, factor)))
-                self._scaled[id(rate)] = _Scaled(optimizer, group, rate, scheduled, rate._version)
+                self._scaled[id(rate)] = _Scaled(optimizer, group, "lr", rate, scheduled, rate._version)
             else:
                 written = group["lr"] = self._scale(base, float(factor))
-                self._scaled[id(group)] = _Scaled(optimizer, group, written, rate)
+                self._scaled[id(group)] = _Scaled(optimizer, group, "lr", written, rate)
+        for group, key, valid in self.valid.others(optimizer):
+            if (id(group), key) not in self._scaled:
+                self._scaled[id(group), key] = _Scaled(optimizer, group, key, valid, group[key])
+                group[key] = valid
 
     def _withdraw(self, optimizer: Optimizer) -> None:
         for key, scaled in list(self._scaled.items()):
@@ -273,7 +277,7 @@ class LearningRate:
         for group, rate in zip(
             (one for one in groups if one.get("lr") is not None), self._scheduled_rates(), strict=True
         ):
-            yield self.valid.instead_of(group, rate)
+            yield self.valid.rate(group, rate)
 
     def is_on(self) -> bool:
         """Whether any rate may be scaled or replaced."""
@@ -312,15 +316,16 @@ class LearningRate:
 @final
 @dataclass(frozen=True, slots=True)
 class _Scaled:
-    """One scaled rate: what was written, where, and the scheduled rate it replaces."""
+    """One scaled rate, or another value of a group: what was written, where, and the value it replaces."""
 
     optimizer: Optimizer
     group: _Group
-    written: _Rate
-    scheduled: _Rate
+    key: str
+    written: Any
+    scheduled: Any
     version: int = 0
 
-    def is_what_we_wrote(self, rate: _Rate) -> bool:
+    def is_what_we_wrote(self, rate: Any) -> bool:
         """Whether nobody has set the rate since; compared by identity, as somebody may set an equal value."""
         if isinstance(rate, Tensor):
             # The counter of in-place writes costs no host read, unlike comparing values.
@@ -333,8 +338,8 @@ class _Scaled:
             if self.is_what_we_wrote(self.written):
                 with torch.no_grad():
                     self.written.copy_(self.scheduled)
-        elif self.is_what_we_wrote(self.group["lr"]):
-            self.group["lr"] = self.scheduled
+        elif self.is_what_we_wrote(self.group.get(self.key)):
+            self.group[self.key] = self.scheduled
 
 
 def _nothing(optimizer: Optimizer) -> None:

@@ -10,7 +10,7 @@ from lightning_nanguard.types import DropMoments, Evidence, Fault, PlanStep
 
 @final
 class ResetMoments(Remedy):
-    """Empties the optimizer's state, from the second attempt on."""
+    """Empties the optimizer's state if a fault comes back soon after the first attempt against it."""
 
     word = "reset moments"
     step = DropMoments

@@ -166,4 +166,4 @@ class StepSkipper:
 
 
 def _belongs_to(optimizer_index: int, key: StateKey) -> bool:
-    return key[0] == "parameter" or (key[0] in ("optimizer", "wrapped", "group") and key[1] == optimizer_index)
+    return key[0] == "parameter" or (key[0] in ("optimizer", "wrapped", "group", "own") and key[1] == optimizer_index)

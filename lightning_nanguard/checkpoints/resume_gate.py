@@ -83,7 +83,7 @@ class ResumeGate:
             return None  # it is good, or its error has another cause and has to reach the user
         reason = wrong or f"{_listed(tensors, self._named)} {'is' if len(tensors) == 1 else 'are'} not finite"
         if self._observe:
-            _logger.warning("NaNGuard: %s is bad: %s. With observe=True the guard only says so.", path, reason)
+            _logger.warning("NaNGuard: %s is bad: %s. With observe=True the guard only warns.", path, reason)
             return None
         if missing and not self._take:
             return None  # Lightning's own error says it
@@ -145,7 +145,7 @@ def _offer(other: Inspection | None, of_another: Inspection | None, run: str | N
         no = f"There is no other good checkpoint {'of its run ' if of_another is not None else ''}near it"
         if of_another is not None:
             whose = f"run {of_another.run}" if of_another.run else "a run without the guard"
-            no += f" ({of_another.path} is good, but it is of {whose})"
+            no += f" ({of_another.path} is good, but it belongs to {whose})"
         return f"{no}. What to do: pass an older checkpoint as ckpt_path, or start anew without ckpt_path."
     newest = f"The newest good checkpoint near it is {other.path} (step {other.global_step})"
     if run is not None:
@@ -156,8 +156,8 @@ def _offer(other: Inspection | None, of_another: Inspection | None, run: str | N
     whose = f"of run {other.run}" if other.run else "of a run without the guard"
     return (
         f"{newest}, {whose}. The bad file cannot be read far enough to tell which run saved it, and no log of a run "
-        "names it. So the guard takes no other file by itself. What to do: if you know that both files are of one run, "
-        f"pass {other.path} as ckpt_path; if not, start anew without ckpt_path."
+        "names it. So the guard takes no other file by itself. What to do: if you know that both files are from the "
+        f"same run, pass {other.path} as ckpt_path; if not, start anew without ckpt_path."
     )
 
 

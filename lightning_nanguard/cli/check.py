@@ -57,8 +57,8 @@ def run(chosen: argparse.Namespace) -> int:
         if chosen.data is None:
             raise ValueError("give --config to check a run, or --data alone to check the data without a model.")
         return _check_data(chosen)
-    from lightning_nanguard.trainer.config_parts import wrong_parts
-    from lightning_nanguard.trainer.offline_check import check_config
+    from lightning_nanguard.trainer.offline.check import check_config
+    from lightning_nanguard.trainer.offline.config_parts import wrong_parts
     from lightning_nanguard.trainer.private.messages import without_messages
 
     model, data = (None if name is None else load(name) for name in (chosen.model, chosen.data))

@@ -46,7 +46,7 @@ def run(chosen: argparse.Namespace) -> int:
             say(f"nanguard: {file} is bad: {one.damage or ', '.join(one.tensors)}", file=sys.stderr)
     found = newest_good([where, *(folder for folder in where.rglob("*") if folder.is_dir())])
     if found is not None:
-        say("nanguard: no guarded run there has a good checkpoint; this one is in no run's log", file=sys.stderr)
+        say("nanguard: no run of NaNGuard there has a good checkpoint; this one is in no run's log", file=sys.stderr)
         return _print(found, None, where)
     say(
         f"nanguard: there is no good checkpoint in {where} or below it. ModelCheckpoint saves some, and "
@@ -62,7 +62,7 @@ def _print(found: Inspection, kept: Inspection | None, where: Path) -> int:
     if kept is not None and kept.good() and kept.path.resolve() != found.path:
         say(
             f"{kept.path} is older (step {kept.global_step}), and its state was certified: there was no fault and no "
-            "suspicion in the updates after it. Take that one if the loss had gone up since.",
+            "suspicion in the updates after it. Take that one if the loss has risen since then.",
             file=sys.stderr,
         )
     print(_shown(found.path, where))

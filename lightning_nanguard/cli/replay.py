@@ -18,7 +18,7 @@ from lightning_nanguard.record.messages import describe_finding
 
 if TYPE_CHECKING:
     from lightning_nanguard.diagnosis.case import Layer
-    from lightning_nanguard.trainer.offline_replay import ReplayReport
+    from lightning_nanguard.trainer.offline.replay import ReplayReport
 
 NAME = "replay"
 HELP = "run the batch of an incident again and say what happened"
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace) -> int:
     """Print the incident, then what came of its replay; 1 where neither a bad number nor its cause came back."""
     from lightning_nanguard.diagnosis.bundle import describe, read, versions
-    from lightning_nanguard.trainer.offline_replay import replay_bundle
+    from lightning_nanguard.trainer.offline.replay import replay_bundle
     from lightning_nanguard.trainer.private.messages import without_messages
     from lightning_nanguard.trainer.private.packages import is_module_class
 

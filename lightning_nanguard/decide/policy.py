@@ -115,7 +115,7 @@ class Policy:
             return self._skip(fault, evidence, state)
         return self._go_back(fault, evidence, state, scope)
 
-    def may_go_forward_again(self, fault: Fault, step: int, state: PolicyState) -> bool:
+    def may_repeat_updates(self, fault: Fault, step: int, state: PolicyState) -> bool:
         """Whether a rollback for a fault is allowed, after which the updates since the snapshot are made again."""
         state, budget, where = within_window(state, step - self.budget.window), self.budget, _where(fault)
         here = sum(place == where for _, place in state.restores)
@@ -123,7 +123,7 @@ class Policy:
         useful = state.unproven.count(where) < self.thresholds.same_restores
         return within and useful and any(one.role == "restore" for one in self.remedies)
 
-    def count_forward_again(self, fault: Fault, step: int, state: PolicyState) -> PolicyState:
+    def count_repeated_updates(self, fault: Fault, step: int, state: PolicyState) -> PolicyState:
         """Count such a rollback like any other."""
         state, where = within_window(state, step - self.budget.window), _where(fault)
         return replace(state, restores=(*state.restores, (step, where)), unproven=(*state.unproven, where))

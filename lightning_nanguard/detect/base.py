@@ -131,7 +131,7 @@ class Detector(ABC):
     def undecided(self) -> bool:
         """Whether the detector needs further readings before it decides about a fault.
 
-        Until then the guard certifies no snapshot. With several ranks it certifies snapshots all the same.
+        Until then the guard certifies no snapshot. With several ranks it does not wait for this.
         """
         return False
 

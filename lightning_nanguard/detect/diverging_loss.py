@@ -25,10 +25,10 @@ class DivergingLoss(Detector):
     not depend on their scale or on a constant added to them.
 
     * ``exploding_loss``: the newest losses are higher than the first one of the run;
-    * ``collapsed``: they are above the middle between the first loss and the best level since;
+    * ``collapsed``: they are nearer to the first loss than to the best level since;
     * ``stuck_loss``: they do not look bad, but a lower rate may do better. It leads to no advice.
 
-    The first check is after ``patience`` updates, and further ones follow whenever the run is twice as long.
+    The first check is after ``patience`` updates, and further ones each time that the number of updates has doubled.
 
     Args:
         factor: Has no effect, and is accepted for configurations written for version 0.1.0.

@@ -71,16 +71,16 @@ class GradientSpike(Detector):
         return self._spike(norm)
 
     def _first_of_all(self, norm: float) -> Fault | None:
-        # The first norm can only be judged by the two after it. By then its update has changed weights and optimizer
-        # state.
+        # The first norm can only be compared with the two after it. By then its update has changed weights and
+        # optimizer state.
         first, second = self._norms.values()
         others = max(second, norm)
         own = self.thresholds
         if first <= own.warmup_above_largest * others:
             return None
         message = (
-            f"the gradient norm of the first batch was {first:.3g}, and at most {others:.3g} in the next batches; "
-            "what the first batch changed in weights and optimizer state is undone"
+            f"the gradient norm of the first batch was {first:.3g}, and that of the next two at most {others:.3g}: the "
+            "first batch may have made weights and optimizer state bad"
         )
         return Fault("gradient_spike", "state", "gradient", first, message, certain=False, clipping_helps=True)
 

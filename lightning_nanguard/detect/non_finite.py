@@ -80,9 +80,8 @@ class NonFinite(Detector):
         in_a_row = len(self._overflows) + 1
         if in_a_row < self.overflow_patience and (scale is None or scale >= self.min_loss_scale):
             return None
-        message = (
-            f"{in_a_row} fp16 overflows in a row took the loss scale down to {scale}, and the gradient still overflows"
-        )
+        row = f"{in_a_row} fp16 overflows in a row" if in_a_row > 1 else "fp16 overflows"
+        message = f"{row} took the loss scale down to {scale}, and the gradient still overflows"
         return Fault("loss_scale_collapse", "learner", "gradient", scale, message, proof="none")
 
     def accept(self, reading: Reading) -> None:

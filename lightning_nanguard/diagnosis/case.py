@@ -1,4 +1,4 @@
-"""What a rule is given: a :class:`Case`, in plain numbers and words, standard library only."""
+"""What a rule gets: a :class:`Case`, in plain numbers and words, standard library only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_nanguard.types import Evidence, Fault, Finding
 _PLATEAU = PlateauThresholds()
 
 Look = Literal["nothing", "batch", "replay"]
-"""How much may be looked at: only the evidence, the present batch too, or the batch while it is run again."""
+"""How much may be examined: only the evidence, also the present batch, or also the batch while it is run again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +19,9 @@ class BadField:
     """A tensor of the batch that holds NaN or Inf.
 
     Attributes:
-        field: Where it lies in the batch: ``"0"``, ``"image"``, ``"1.mask"``.
+        field: Its position in the batch: ``"0"``, ``"image"``, ``"1.mask"``.
         samples: Indices along its first axis.
-        columns: Indices along its second axis; empty if it has none, or all of them are concerned.
+        columns: Indices along its second axis; empty if it has no second axis, or if all columns are bad.
     """
 
     field: str
@@ -34,7 +34,7 @@ class Range:
     """The finite numbers of one tensor of the batch.
 
     Attributes:
-        field: Where it lies in the batch.
+        field: Its position in the batch.
         dtype: Such as ``"float32"``.
         lowest: Smallest number.
         highest: Largest number.
@@ -66,26 +66,26 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The first operation that made a non-finite value out of finite ones.
+    """The first operation that gave a non-finite value for finite inputs.
 
     Attributes:
         operation: Such as ``"log"``; in the backward pass the forward operation whose derivative it is.
-        module: Path of the module it ran in; empty for the module that is trained itself.
+        module: Path of the module that called it; empty for the module that is trained itself.
         line: ``file.py:12`` in the user's code; empty if it is not known.
-        backward: Whether it happened in the backward pass.
-        dtype: Of what it made.
-        samples: Samples of the batch concerned; empty if all are, or they cannot be told.
-        lowest: Smallest number it worked on (for a division: of the denominator); ``None`` if there was none.
-        highest: Largest number it worked on.
-        smallest: Smallest magnitude it worked on.
-        exponent: Of a power; ``None`` if there is none, or more than one.
-        from_weights: Whether what it worked on depends on the weights.
-        from_target: Whether what it worked on depends on the target.
-        from_mask: Whether what it worked on depends on a comparison, as a mask and the count of what it leaves do.
-        empty: Whether it had nothing to work on.
-        put_in: Whether the value was put in as a number (a mask of −inf, a NaN), and came through to the loss.
+        backward: Whether it was in the backward pass.
+        dtype: Data type of its output.
+        samples: Samples of the batch with a non-finite output; empty if all have one, or if they are not known.
+        lowest: Smallest number of its input (for a division: of the denominator); ``None`` if there was none.
+        highest: Largest number of its input.
+        smallest: Smallest absolute value of its input.
+        exponent: Exponent of a power; ``None`` if there is none, or more than one.
+        from_weights: Whether its input depends on the weights.
+        from_target: Whether its input depends on the target.
+        from_mask: Whether its input depends on a comparison, such as a mask, or the number of elements that it selects.
+        empty: Whether its input had no elements.
+        put_in: Whether the user's code wrote the value as a number (a mask of −inf, a NaN), and it reached the loss.
         given: Names of its arguments that held NaN or +Inf before the pass began; empty without any.
-        made_by: The operation that made what it worked on; empty if it is not known.
+        made_by: The operation that computed its input; empty if it is not known.
     """
 
     operation: str
@@ -108,19 +108,19 @@ class Origin:
 
     @property
     def place(self) -> str:
-        """For a person: ``net.2 (log, model.py:41)``."""
+        """In words: ``net.2 (log, model.py:41)``."""
         where = f"{self.operation}, {self.line}" if self.line else self.operation
         return f"{self.module or 'training_step'} ({'backward of ' if self.backward else ''}{where})"
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """An element of a weight that moved out of all proportion to the others since the last good state.
+    """An element of a weight that moved far more than the others since the last good state.
 
     Attributes:
         name: ``"parameter net.0.weight"``.
-        before: What it was in the good state.
-        now: What it is.
+        before: Its value in the good state.
+        now: Its present value.
         usual: How far the elements of this weight moved otherwise.
     """
 
@@ -132,13 +132,14 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class LabelRelation:
-    """Whether labels have anything to do with their inputs.
+    """Whether labels depend on their inputs.
 
     Attributes:
         rows: Rows that were compared.
-        shared: Share of them whose nearest neighbour has the same label, in the view of the inputs where it is highest.
-        chance: What it would be by chance.
-        exceeds: Whether it is clearly above what other orders of the labels give, in at least one view.
+        shared: Share of them whose nearest neighbour has the same label. Neighbours are found in several views of the
+            inputs; this is the highest share.
+        chance: The same share if labels are assigned by chance.
+        exceeds: Whether the share is clearly above that of shuffled labels, in at least one view.
     """
 
     rows: int
@@ -149,31 +150,31 @@ class LabelRelation:
 
 @dataclass(frozen=True, slots=True)
 class Clues:
-    """What the batch shows by itself, and what running it again showed.
+    """What the numbers of the batch show, and what running it again showed.
 
     Attributes:
-        bad_fields: What of the batch is not finite.
+        bad_fields: The tensors of the batch that are not finite.
         inputs: The floating input with the largest magnitude; ``None`` without one.
         target: The target; ``None`` if the batch has none that is known as such.
         normalises: Whether the first layer normalises its input itself.
         replayed: Whether the batch was run again.
-        loss: The loss then.
+        loss: The loss when it was run again.
         gradient_finite: Whether every gradient was finite then; ``None`` if there was no backward pass.
-        origin: Where the first non-finite value was made.
-        low_precision: Whether it runs in 16 bits.
+        origin: The operation that gave the first non-finite value.
+        low_precision: Whether the model runs in 16 bits.
         finite_in_float32: Whether loss and gradients are finite without autocast; ``None`` if it was not tried.
         good_loss: The loss under the last good state with the same random numbers; ``None`` if it was not tried.
-        good_norm: Norm of the gradient there.
-        good_finite: Whether both were finite: then the fault is not the batch's alone.
-        change: What no update explains of the difference between the present state and the good one.
-        moved_alone: Whether there is such a change: a few elements of a weight moved, and the others did not; ``None``
-            where the two were not compared.
+        good_norm: Norm of the gradient under the last good state.
+        good_finite: Whether this loss and this norm are finite. If so, not the batch alone is at fault.
+        change: A change since the good state that no update explains; ``None`` without one.
+        moved_alone: Whether a few elements of a weight moved and the others did not; ``None`` if the two states were
+            not compared.
         norm: Norm of the gradient.
         norms: Gradient norm of every weight, by name, in the order of the module.
-        gone_otherwise: Whether loss and gradient are finite with other random numbers than the step's; ``None`` where
-            that was not tried.
-        bad_buffers: Buffers of the module that hold NaN or +Inf, where the loss is not finite.
-        labels: Whether the labels have anything to do with the inputs; ``None`` if that was not looked at.
+        gone_otherwise: Whether loss and gradient are finite with other random numbers than those of the step; ``None``
+            if this was not tried.
+        bad_buffers: Buffers of the module that hold NaN or +Inf, if the loss is not finite.
+        labels: Whether the labels depend on the inputs; ``None`` if this was not examined.
     """
 
     bad_fields: tuple[BadField, ...] = ()
@@ -200,23 +201,22 @@ class Clues:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One weight that is multiplied with, or one activation, on one batch; in the order in which they run.
+    """One layer with a weight, or one activation, on one batch.
 
-    What runs several times stands here once, with the numbers of all its runs together.
+    A layer that runs several times is listed once, with the numbers of all its runs together.
 
     Attributes:
-        path: Path of the module, ``"net.2"``; of a weight that a module of the user's multiplies with by itself, the
-            path of the weight.
-        kind: Name of the module's class, ``"Linear"``, ``"Sigmoid"``, or what the user's code calls, with its line:
-            ``"sigmoid, model.py:12"``.
-        inputs: Root mean square of what it was given; ``None`` if that holds no floating numbers.
-        outputs: Root mean square of what it gave.
-        lowest: Smallest number it gave.
-        highest: Largest number it gave.
-        saturated: Share of the outputs of a bounded activation (sigmoid, tanh, …) that lie within 1 % of its range of
-            one of its ends; ``None`` for what is not bounded.
-        dead: Share of the units of a rectifier (ReLU) that are positive for no sample; ``None`` for anything else, and
-            for fewer than eight samples.
+        path: Path of the module, ``"net.2"``. If the user's code multiplies by a weight itself, the path of the weight.
+        kind: Name of the module's class, ``"Linear"``, ``"Sigmoid"``, or the function that the user's code calls, with
+            the line: ``"sigmoid, model.py:12"``.
+        inputs: Root mean square of its inputs; ``None`` if they are not floating-point numbers.
+        outputs: Root mean square of its outputs.
+        lowest: Smallest output.
+        highest: Largest output.
+        saturated: Share of the outputs of a bounded activation (sigmoid, tanh, …) within 1 % of its lowest or highest
+            value; ``None`` for other layers.
+        dead: Share of the units of a ReLU that are positive for no sample; ``None`` for other layers, and for fewer
+            than eight samples.
         gradient: Norm of the gradient of its weights; ``None`` without weights or a backward pass.
         weight: Norm of its weights; ``None`` without any.
         update: Norm of the last update of its own weights over ``weight``; ``None`` if it is not known.
@@ -237,23 +237,23 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What the loss was computed from, as far as it goes through a function of ``torch.nn.functional``.
+    """What the loss was computed from, if a function of ``torch.nn.functional`` computes it.
 
     Attributes:
         function: ``"cross_entropy"``, ``"nll_loss"``, ``"mse_loss"``, ``"binary_cross_entropy"``, …
         line: ``file.py:12`` in the user's code; empty if it is not known.
-        classes: How many classes the target tells apart (class indices, or rows that are one-hot); ``None`` if the
-            target holds no classes.
-        probabilities: Whether what it was given are probabilities: within 0 and 1, summing to 1 over the classes.
-        softmax: Where those were made: the path of a module, or a line; empty if it is not known.
-        value: The loss it gave.
-        chance: The loss at chance level: log(classes), or the mean square of a target that is no class; ``None`` where
-            it is not known.
+        classes: Number of classes in the target (class indices, or one-hot rows); ``None`` if the target holds no
+            classes.
+        probabilities: Whether the input of the loss holds probabilities: from 0 to 1, with a sum of 1 over the classes.
+        softmax: What computed these probabilities: the path of a module, or a line; empty if it is not known.
+        value: The loss.
+        chance: The loss at chance level: log(classes), or the mean square of a target without classes; ``None`` if it
+            is not known.
         lowest: Smallest class index of the target; ``None`` if it holds none.
         highest: Largest class index.
-        outside: Samples whose class index is none of the classes.
-        least: Smallest number of a target that should lie within 0 and 1; ``None`` if none should.
-        most: Largest number of it.
+        outside: Samples whose class index is out of range.
+        least: Smallest number of a target that must be from 0 to 1; ``None`` for other targets.
+        most: Largest number of such a target.
     """
 
     function: str
@@ -272,14 +272,14 @@ class Objective:
 
 @dataclass(frozen=True, slots=True)
 class GradientCheck:
-    """A gradient against finite differences of the loss.
+    """A gradient compared with finite differences of the loss.
 
     Attributes:
         place: The parameter, or the custom function with its module and line.
         custom: Whether it is a custom function (a ``torch.autograd.Function``).
-        error: Largest difference relative to the larger of the two.
-        analytic: The gradient's number there.
-        numeric: What finite differences gave there.
+        error: Largest difference, relative to the larger of the two numbers.
+        analytic: The number of the gradient where they differ most.
+        numeric: The number of the finite differences there.
     """
 
     place: str
@@ -298,7 +298,7 @@ class Model:
         objective: What the loss was computed from; ``None`` if it is not known.
         loss: The loss.
         updates: Updates made before; 0 for the untrained model.
-        checks: Gradients against finite differences, where that was asked for.
+        checks: Gradients compared with finite differences, if the user asked for it.
     """
 
     layers: tuple[Layer, ...] = ()
@@ -310,12 +310,12 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Curvature:
-    """The loss of one batch along its gradient g, and at the ends of the spectrum of its Hessian H.
+    """The loss of one batch along the direction of an update, and the extreme eigenvalues of its Hessian H.
 
     Attributes:
-        slope: gᵀd: the slope along the direction d of the optimizer's updates, which for SGD is g itself.
-        bend: dᵀHd.
-        along: What d is: ``"the gradient"``, ``"Adam's updates"``.
+        slope: gᵀd: the slope along the direction d of the optimizer's updates. g is the gradient, and for SGD d is g.
+        bend: dᵀHd: the curvature along d.
+        along: Name of d: ``"the gradient"``, ``"Adam's updates"``.
         steepest: Lower bound of the largest eigenvalue in magnitude; ``None`` if it was not computed.
         typical: Mean curvature along random directions.
         largest: Largest eigenvalue (sharpness); ``None`` if it was not computed.
@@ -332,29 +332,30 @@ class Curvature:
 
     @property
     def largest_rate(self) -> float | None:
-        """The rate above which a step along d no longer lowers the loss; ``None`` if it bends down."""
+        """The rate above which a step along d no longer lowers the loss; ``None`` if the curvature is
+        not above 0."""
         return 2 * self.slope / self.bend if self.slope > 0 and self.bend > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """How a run has gone over its last updates, which were all finite.
+    """The course of a run over its newest updates, which were all finite.
 
     Attributes:
-        updates: Updates looked at.
+        updates: Number of these updates.
         first: Loss of the untrained model.
-        before: Median loss at the start of the stretch.
-        now: Median loss at its end.
-        spread: Median of how far the level moves, either way, from one eighth of the stretch to the next.
+        before: Median loss at their start.
+        now: Median loss at their end.
+        spread: Median change of the level, up or down, from one eighth of these updates to the next.
         best: Lowest median so far.
         norm: Median gradient norm.
         opposed: Cosine of a batch's gradients before and after one update on it; ``None`` if it was not measured.
-        noise: Norm of the gradient's noise over that of its mean; ``None`` if it was not measured.
-        batches: Batches that the noise was measured over.
-        clear: How many standard errors the mean of their gradients stands out of its noise by.
+        noise: Norm of the gradient's noise divided by that of its mean; ``None`` if it was not measured.
+        batches: Number of batches on which the noise was measured.
+        clear: Mean of their gradients in standard errors of this mean.
         lr: Effective learning rate of the first group.
         batch_size: Samples in a batch; ``None`` if that is not known.
-        chance: Loss of a model that knows nothing; ``None`` if it is not known.
+        chance: Loss of a model that knows nothing about the inputs; ``None`` if it is not known.
     """
 
     updates: int
@@ -373,17 +374,17 @@ class Course:
     chance: float | None = None
 
     def moves(self, thresholds: PlateauThresholds = _PLATEAU) -> bool:
-        """Whether the loss has fallen, by more than it moves from one part of the stretch to the next."""
+        """Whether the loss has fallen, by more than it varies from one eighth of the updates to the next."""
         least = thresholds.moved * max(abs(self.first), 1e-12)
         return self.before - self.now > max(least, thresholds.spreads * self.spread)
 
     def falls(self, thresholds: PlateauThresholds = _PLATEAU) -> bool:
-        """Whether the loss falls by a share of its own level, and clearly, be that little of the first loss."""
+        """Whether the loss falls clearly, by a share of its present level, even if this is little of the first loss."""
         least = thresholds.fallen * abs(self.before)
         return self.before - self.now > max(least, thresholds.spreads * self.spread)
 
     def rises(self, thresholds: PlateauThresholds = _PLATEAU) -> bool:
-        """Whether the loss has left its level upwards: it is another loss now, or it diverges."""
+        """Whether the loss has risen above its level: the loss function or the data changed, or the run diverges."""
         least = thresholds.risen * abs(self.first)
         return self.now - self.before > max(least, thresholds.spreads * self.spread)
 
@@ -394,18 +395,18 @@ class Course:
 
 
 NO_FAULT = Fault("no_fault", "state", "")
-"""The fault of a case in which nothing happened: the data, the model or the run is looked at all the same."""
+"""The fault of a case without a fault: the data, the model or the run is examined nevertheless."""
 
 
 @dataclass(frozen=True, slots=True)
 class EarlierFinding:
-    """What was found at an earlier fault of the run.
+    """The finding of an earlier fault of the run.
 
     Attributes:
         step: Update of that fault.
         fault: Its kind.
-        place: Where it showed.
-        finding: Why it happened.
+        place: Where it was found.
+        finding: Its cause.
         lr: Effective learning rate then; ``None`` if it was not known.
     """
 
@@ -418,16 +419,16 @@ class EarlierFinding:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """All that a rule may look at; each part is empty or ``None`` if nobody looked.
+    """Everything that a rule may use. A part that was not examined is empty or ``None``.
 
     Attributes:
         fault: What a detector found; :data:`NO_FAULT` before the first step and in an examination of the run.
         evidence: What the guard knows.
-        clues: What the batch shows, and running it again.
+        clues: What the batch shows, and what running it again showed.
         model: The model and its loss on one batch.
-        course: How the run has gone.
-        curvature: The loss around the present weights.
-        earlier: What was found at earlier faults of this run, oldest first.
+        course: The loss and the gradients of the newest updates.
+        curvature: The curvature of the loss at the present weights.
+        earlier: The findings of earlier faults of this run, oldest first.
     """
 
     fault: Fault = NO_FAULT
@@ -439,5 +440,5 @@ class Case:
     earlier: tuple[EarlierFinding, ...] = ()
 
     def earlier_here(self) -> tuple[EarlierFinding, ...]:
-        """What was found at earlier faults of this kind at this place."""
+        """The findings of earlier faults of this kind at this place."""
         return tuple(one for one in self.earlier if (one.fault, one.place) == (self.fault.kind, self.fault.place))

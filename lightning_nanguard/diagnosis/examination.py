@@ -177,7 +177,7 @@ class Examination:
         except ModuleNotFoundError as error:
             if not self._scipy_missed:
                 self._scipy_missed = True
-                _logger.warning("NaNGuard: saddle points and minima cannot be told apart. %s", error)
+                _logger.warning("NaNGuard: saddle points and minima cannot be distinguished. %s", error)
             return curvature
         return replace(curvature, smallest=smallest, largest=largest)
 

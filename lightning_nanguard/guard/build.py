@@ -29,6 +29,7 @@ from lightning_nanguard.guard.certification import Certification
 from lightning_nanguard.guard.context import GuardContext, Settings
 from lightning_nanguard.guard.deferred_readback import DeferredReadback, DeferredReadings
 from lightning_nanguard.guard.guard import Guard
+from lightning_nanguard.guard.hyperparameter_watch import HyperparameterWatch
 from lightning_nanguard.guard.interventions import Interventions
 from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.late_redo import LateRedo
@@ -37,7 +38,6 @@ from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.parts import GuardParts
 from lightning_nanguard.guard.plan_runner import ActingRunner, ObservingRunner, PlanRunner
 from lightning_nanguard.guard.rank_readback import RankReadback
-from lightning_nanguard.guard.rate_watch import RateWatch
 from lightning_nanguard.guard.readback import MAX_DELAY, Readback
 from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.guard.receipts import Receipts
@@ -117,7 +117,7 @@ def build_guard(
             judge=ReadingJudge(context, meter, runner, interventions, plausibility, late),
             runner=runner,
             recovery=recovery,
-            rates=RateWatch(context, skipper, recorder, schedulers or {}),
+            rates=HyperparameterWatch(context, skipper, recorder, schedulers or {}),
             recorder=recorder,
             saving=_saving(context, recorder),
             beside=Beside(context, trials, receipts),

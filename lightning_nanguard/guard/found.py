@@ -31,3 +31,15 @@ class FoundFault:
     late: bool = False
     ranks: tuple[int, ...] = ()
     unmade: bool = False
+
+    def not_again(self, restored: int) -> Reading | None:
+        """The reading of the update that must not be made again after a rollback; ``None`` if no batch is at fault.
+
+        Args:
+            restored: Number of the last update that the restored state holds.
+        """
+        if self.reached or self.fault.scope == "batch":
+            return self.reading
+        # A gradient that has spoiled the state is that of an earlier update.
+        spoils = self.fault.place == "gradient" and self.fault.value is not None
+        return self.reading._replace(step=restored + 1, grad_norm=self.fault.value) if spoils else None

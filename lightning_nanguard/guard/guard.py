@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nanguard.act.skip import unscales_itself
-from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.guard.context import GuardContext
@@ -232,11 +231,7 @@ class Guard:
             )
             return
         if self.check():
-            # No snapshot may have fallen due since a weight or an average went out of range.
-            leaves = dict(self._context.learner.leaves())
-            fault = self._parts.plausibility.implausible(leaves, self._state.healthy_steps)
-            if fault is not None:
-                self._report(fault, ())
+            self.look(anyway=True)  # no snapshot may have fallen due since a weight or an average went out of range
 
     def excuses(self, optimizer: Optimizer, *, numeric: bool) -> bool:
         """Whether an exception in an optimizer's step need not end the run, because the update is skipped anyway.
@@ -303,6 +298,21 @@ class Guard:
     def note(self, fault: Fault, *words: str) -> None:
         """Record what was done outside the order of a step."""
         self._parts.recorder.note(fault, *words)
+
+    def look(self, *, anyway: bool = False) -> None:
+        """Go back if the state is not finite, or far out of range, as when a snapshot is certified.
+
+        Args:
+            anyway: Whether to look although the state was looked at shortly before.
+        """
+        state, snapshots = self._state, self._snapshots
+        if self._open or self._context.settings.observe or not (anyway or snapshots.look_due(state.step)):
+            return
+        snapshots.settle()  # handling a fault may write to the learner
+        self.flush()
+        fault = snapshots.look(state.step, state.healthy_steps)
+        if fault is not None:
+            self._report(fault, ())
 
     def check(self) -> bool:
         """Check the present state, and go back to the last good one if it is bad; whether it was good."""
@@ -381,10 +391,6 @@ class Guard:
     def updates(self) -> int:
         """Attempted updates so far."""
         return self._state.step
-
-    def history(self, optimizer_index: int = 0) -> ReadingHistory | None:
-        """History of one optimizer's losses and norms, ``None`` before its first reading."""
-        return self._monitors.history(optimizer_index)
 
     def say_where(self, on_disk: Callable[[], str]) -> None:
         """Make the error that ends a run name the last good checkpoint on the disk."""

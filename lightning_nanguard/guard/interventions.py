@@ -117,7 +117,7 @@ class Interventions:
     def _tell(self, fault: Fault) -> None:
         if fault.since is not None:
             return  # the rise is over, and nothing else speaks against the weights
-        self._leave(fault, self._loop.clock(), "was finite, so nothing was done. Clip gradients, or look at that batch")
+        self._leave(fault, self._loop.clock(), "finite, so nothing was done", "Clip gradients, or look at that batch")
         found = self._shown_by_weights(fault)
         if found is not None:
             self._loop.advise(replace(found, suggestion=f"{fault.message}; {found.suggestion} {self._unchanged()}"))
@@ -144,27 +144,30 @@ class Interventions:
         context, growth = self._context, self._investigator.growth()
         if growth <= context.thresholds.diagnosis.learner.ruined:
             return None
-        lr = next(iter(context.rate.effective()), None)
-        evidence = Evidence(context.state.step, growth=growth, loss_unit=context.monitors.loss_unit(), lr=lr)
+        rates, unit = context.rate.effective(), context.monitors.loss_unit()
+        lr, highest = next(iter(rates), None), max(rates, default=None)
+        evidence = Evidence(context.state.step, growth=growth, loss_unit=unit, lr=lr, group_lr=highest)
         mine = self._loop.diagnose(fault, evidence, "nothing", context.state.step)
         found = most_confident_over_ranks(context.ranks, mine)
         told = context.thresholds.diagnosis.confidence.told
         return found if found is not None and found.confidence > told else None
 
-    def _leave(self, fault: Fault, clock: Clock, how: str) -> None:
+    def _leave(self, fault: Fault, clock: Clock, why: str, advice: str) -> None:
         """Remember a fault whose update was made: it explains a state that goes bad afterwards."""
-        self._context.state.told = self._context.state.step, f"at step {clock[0]} {fault.message}, which {how}"
+        words = f"an earlier fault may be the reason (step {clock[0]}: {fault.message}; {why}). {advice}"
+        self._context.state.told = self._context.state.step, words
 
     def tell_of_bad_losses(self, reading: Reading) -> None:
         """Tell the user once that losses are not finite where gradients are."""
         infinite = reading.loss is not None and math.isinf(reading.loss)
         what, remedy = (
-            ("infinite", "Look at which of its terms is. If it overflows, compute it in a wider number format.")
+            ("infinite", "Look for the term that is infinite. If it overflows, compute it in a wider number format.")
             if infinite
             else ("NaN", "Look for the term that is NaN and has no gradient: a detached or a masked one.")
         )
         suggestion = (
-            f"the loss of {self.patience} updates in a row is not finite, now {what}, and their gradients are finite. "
+            f"the loss of {self.patience} updates in a row is not finite (the last is {what}), and their gradients are "
+            "finite. "
             f"{self._from_now_on('because they do not harm the weights')} {remedy}"
         )
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
@@ -176,7 +179,7 @@ class Interventions:
         """Tell the user once that every gradient so far was finite and too large."""
         state, confidence = self._context.state, self._context.thresholds.diagnosis.confidence.suspicion
         suggestion = (
-            f"{fault.message}. The same was found of each of the {state.step} updates so far. "
+            f"{fault.message}. The same is true of all {state.step} updates so far. "
             f"{self._from_now_on('because otherwise no update would ever be made')} "
             "Scale the loss down and the learning rate up."
         )
@@ -228,7 +231,7 @@ class Interventions:
         clock = self._recorder.clock_of(found.reading.step) if found.late else self._recorder.now(unmade=found.unmade)
         self._recorder.record(found.fault, place, words, before, finding, evidence.ranks or found.ranks, clock)
         if context.settings.observe and state.told is None:
-            self._leave(found.fault, clock, "was only observed. Look at the batch of that update")
+            self._leave(found.fault, clock, "only observed", "Look at the batch of that update")
         if state.unrestored is not None:
             reason = f"the rollback did not help: {state.unrestored} is still not finite, and no snapshot restores it"
             self._recorder.stop(found.fault, place, reason, finding, clock)

@@ -12,11 +12,11 @@ from lightning_nanguard.guard.beside import Beside
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.certification import Certification
 from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.hyperparameter_watch import HyperparameterWatch
 from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.plan_runner import PlanRunner
-from lightning_nanguard.guard.rate_watch import RateWatch
 from lightning_nanguard.guard.readback import Readback
 from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.guard.recorder import InterventionRecorder
@@ -67,7 +67,7 @@ class GuardParts:
     judge: ReadingJudge
     runner: PlanRunner
     recovery: Recovery
-    rates: RateWatch
+    rates: HyperparameterWatch
     recorder: InterventionRecorder
     saving: SaveGuard
     beside: Beside

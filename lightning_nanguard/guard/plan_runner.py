@@ -112,6 +112,8 @@ class ActingRunner:
             went_on |= isinstance(step, Restore) and may_go_on and self._go_on(found)
         # After a restore no reading is pending.
         if self._context.state.restored is not None:
+            if not went_on:  # otherwise it was chance
+                self._plausibility.watch(found.fault.place)
             self._caution.update_undone(found, statistics=self._plausibility.watches_statistics)
         kept = self._context.rate.effective() == before
         # Where clipping alone is enough, a cut that was planned has not been made.
@@ -123,7 +125,7 @@ class ActingRunner:
         if state.restored is None or state.go_on is None:
             return False
         self._skipper.skipped.clear()  # these updates must be made
-        state.went_on = state.go_on(state.restored, found.reading if found.reached else None)
+        state.went_on = state.go_on(state.restored, found.not_again(state.restored.step))
         if state.went_on and self._plausibility.is_far(found.fault.place):
             restore(learner, state.restored)
             state.went_on = False

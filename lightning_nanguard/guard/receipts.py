@@ -131,6 +131,7 @@ class Receipts:
         before = context.rate.effective()
         self._branches.take(known.branch)
         context.ring.drop_pending()  # a state of the branch that was just left
+        context.ring.beside = known.branch.state
         self._snapshots.want()
         # Of what the policy knows, only its budgets still hold.
         state.policy = replace(known.policy, restores=state.policy.restores, skips=state.policy.skips, trials_failed=0)

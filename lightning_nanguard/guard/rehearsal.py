@@ -21,7 +21,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @cache
 def _say_no_room() -> None:
-    _logger.info("NaNGuard: the device has no room to rehearse learning rates, so the rate is cut without it.")
+    _logger.info("NaNGuard: the device has no room to rehearse learning rates, so the rate is cut without a rehearsal.")
 
 
 @final

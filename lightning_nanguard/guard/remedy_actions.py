@@ -89,6 +89,7 @@ class RemedyActions:
         left = restore(context.learner, snapshot)
         if context.state.arm is not None:
             left = restore(context.learner, context.state.arm)  # what the trial has learned from there is not lost
+            ring.beside = context.state.arm
         self._look_at_restored(left)
         context.state.healthy_since_restore = 0
         self._forget(snapshot)

@@ -93,6 +93,8 @@ class SnapshotManager:
         self._wide: set[StateKey] = set()
         self._resumed: Mapping[str, Any] | None = None
         self._last = 0
+        # The newest update whose state was looked at.
+        self._looked = 0
         self._next = self._interval.until_next(0)
         self._wanted = False
         self._measured = 0
@@ -156,6 +158,25 @@ class SnapshotManager:
         """Whether a snapshot should be taken after update ``step``, if none is pending."""
         return self._wanted or step >= self._next
 
+    def look_due(self, step: int) -> bool:
+        """Whether the newest state looked at is half an interval old: looks then cost at most what snapshots do.
+
+        Several ranks look at their snapshots alone, because with uneven data they are not at the same update.
+        """
+        old = 2 * (step - self._looked) >= self._interval.updates
+        return old and not self._many and bool(self._ring.certified)
+
+    def look(self, step: int, healthy_steps: int) -> Fault | None:
+        """Why a snapshot of the present state could not be certified, ``None`` if it could; no copy is made.
+
+        Args:
+            step: The guard's clock.
+            healthy_steps: Healthy updates so far.
+        """
+        self._looked = step
+        leaves = dict(self._learner.leaves())
+        return self._fault_in(leaves, *self._screens(leaves), healthy_steps)
+
     def close(self) -> None:
         """Release all snapshots and their memory."""
         self._ring.clear()
@@ -202,8 +223,7 @@ class SnapshotManager:
         snapshot.rate = rate
         self._ring.add(snapshot)
         # Of the live state, whose values the snapshot has: the snapshot may lie far away, and not be there yet.
-        self._screen = NormScreen(self._finite.to_be_finite(leaves.items()), self._wide, self._learner.device)
-        self._moments = self._plausibility.moments.screen(leaves)
+        self._screen, self._moments = self._screens(leaves)
         if self._many:
             self._agreement.judge(snapshot, leaves, self._check(snapshot, healthy_steps))
         self._device_timer.stop()
@@ -251,6 +271,7 @@ class SnapshotManager:
         waited, took = self._placement.waited(), self._device_timer.seconds()
         if waited is not None and took is not None:
             self._interval.took_device(took + waited)
+        self._looked = max(self._looked, pending.step)
         fault = self._check(pending, healthy_steps)
         self._interval.certified(self._clock() - started)
         return fault, ()
@@ -290,24 +311,39 @@ class SnapshotManager:
         self._interval.certified(self._clock() - started)
         return shared
 
+    def _screens(self, leaves: Mapping[StateKey, Any]) -> tuple[NormScreen, MomentScreen]:
+        norms = NormScreen(self._finite.to_be_finite(leaves.items()), self._wide, self._learner.device)
+        return norms, self._plausibility.moments.screen(leaves)
+
     def _check(self, pending: Snapshot, healthy_steps: int) -> Fault | None:
         pending.typical = self._screen.typical
         before = self._ring.certified[0].typical if self._ring.certified else {}
         self._placement.unchanged = {key for key, size in pending.typical.items() if before.get(key) == size}
-        beyond = self._plausibility.screen(self._screen, before, healthy_steps)
-        self._wide |= beyond
         if not self._ring.certified:
             self._plausibility.moments.exempt(self._moments)
-        flipped = self._plausibility.moments.beyond(self._moments)
-        return self._look_into(pending, healthy_steps) if beyond or flipped else None
+        return self._fault_in(pending.leaves, self._screen, self._moments, healthy_steps, pending)
 
-    def _look_into(self, pending: Snapshot, healthy_steps: int) -> Fault | None:
-        pending.wait()
-        bad = self._finite.corrupt(pending.leaves.items())
+    def _fault_in(
+        self,
+        leaves: Mapping[StateKey, Any],
+        screen: NormScreen,
+        moments: MomentScreen,
+        healthy_steps: int,
+        pending: Snapshot | None = None,
+    ) -> Fault | None:
+        origin = self._ring.origin()
+        before = {} if origin is None else origin.typical
+        beyond = self._plausibility.screen(screen, before, healthy_steps)
+        self._wide |= beyond
+        if not (self._plausibility.moments.beyond(moments) or beyond):
+            return None
+        if pending is not None:
+            pending.wait()
+        bad = self._finite.corrupt(leaves.items())
         if bad is not None:
             message = f"{bad} is no longer finite, although every loss and gradient is"
             return Fault("corrupted_state", "state", bad, None, message)
-        return self._plausibility.implausible(pending.leaves, healthy_steps, pending)
+        return self._plausibility.implausible(leaves, healthy_steps, pending)
 
     def _announce(self, snapshot: Snapshot) -> None:
         self._measured += 1

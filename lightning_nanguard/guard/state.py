@@ -36,7 +36,7 @@ class GuardState:
             while the gradients are.
         too_large: Updates from the start on of which nothing but the size of their gradients was wrong.
         large_gradients_usual: Whether such gradients are usual in this run, so that no norm is looked at.
-        good_beside: Number of the newest bad update in whose batch another optimizer's update was accepted; ``None``
+        good_beside: ``step`` of the newest bad update in whose batch another optimizer's update was accepted; ``None``
             without one.
         arm: The state that a trial has trained from the start, if the run is to go on from it; ``None`` without one.
         unrestored: What is still not finite after the present intervention has restored a snapshot, in words.

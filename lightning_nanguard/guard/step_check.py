@@ -221,7 +221,7 @@ class StepCheck:
 
     def may_go_back(self, fault: Fault) -> bool:
         """Whether a rollback for a fault is allowed."""
-        return self._policy.may_go_forward_again(fault, self.number, self._context.state.policy)
+        return self._policy.may_repeat_updates(fault, self.number, self._context.state.policy)
 
     def state_is_finite(self) -> bool:
         """Whether the learner is finite, so that the batch or the step is at fault."""
@@ -276,7 +276,7 @@ class StepCheck:
         """
         state = self._context.state
         if since is not None:
-            state.policy = self._policy.count_forward_again(fault, self.number, state.policy)
+            state.policy = self._policy.count_repeated_updates(fault, self.number, state.policy)
             self._readback.clear()  # readings of states that are gone, as is that of a pending snapshot
             self._context.ring.drop_pending()
         tensor, how = spoilt

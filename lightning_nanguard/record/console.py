@@ -50,5 +50,5 @@ class Console(Sink):
         self._kinds[kind] = seen, next_shown
 
     def close(self) -> None:
-        """The next fit is shown like a first one."""
+        """Forget which kinds were shown, so that the next fit shows them in full again."""
         self._kinds.clear()

@@ -113,7 +113,8 @@ _PHRASES = {
     "resume": ("resumed from another checkpoint", "resumed from another checkpoint"),
     "rewrite": ("wrote the last good state in its place", "written the last good state in its place"),
     "hold rate": ("used the last valid learning rate", "used the last valid learning rate"),
-    "give back": ("raised the learning rate again", "raised the learning rate again"),
+    "hold value": ("used the last valid value", "used the last valid value"),
+    "give back": ("raised the learning rate again{rise}", "raised the learning rate again{rise}"),
     "take back": ("took the intervention back", "taken the intervention back"),
     "end clipping": ("turned gradient clipping off", "turned gradient clipping off"),
     "redo": ("made the step again", "made the step again"),
@@ -132,16 +133,18 @@ def _done(intervention: Intervention) -> str:
         to += f", which a trial had trained for {counted(restarted, 'update')}"
     if lost := intervention.updates_lost:
         to += f" ({counted(lost, 'update')} undone)"
-    known = before is not None and after is not None and before != after
+    known = before is not None and after is not None and f"{before:.4g}" != f"{after:.4g}"
     rate = f"{before:.4g} → {after:.4g}" if known else "changed" if applied else ""
     words = list(intervention.remedies)
-    if known and "scale" not in words:
+    if known and not {"scale", "give back"} & set(words):
         # A remedy of the user's own may change the rate under another word.
         words.append("scale")
     if {"restore", "redo"} <= set(words):  # not the step alone
         words[words.index("redo")] = "made the updates since then again"
     phrases = {**_PHRASES, "restore": _RESTARTED} if restarted else _PHRASES
-    parts = [phrases[word][not applied].format(to=to, lr=rate).strip() if word in phrases else word for word in words]
+    rise = f": {rate}" if known else ""
+    told = {word: both[not applied].format(to=to, lr=rate, rise=rise).strip() for word, both in phrases.items()}
+    parts = [told.get(word, word) for word in words]
     text = ", ".join(parts) or ("did nothing" if applied else "done nothing")
     return text if applied else f"would have {text}"
 

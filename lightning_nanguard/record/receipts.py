@@ -52,7 +52,7 @@ class Receipt:
     run: str = field(default="", compare=False)
 
     def in_words(self) -> str:
-        """What came of the intervention, in one sentence."""
+        """The result of the intervention, in one sentence."""
         if self.loss is None or self.loss_without is None:
             return printable(f"{_WORDS[self.verdict]}: {self.reason}")
         losses = f"the loss is {self.loss:.4g}, and {self.loss_without:.4g} without it on the same batches"
@@ -60,7 +60,7 @@ class Receipt:
         return f"{_WORDS[self.verdict]}: {counted(self.updates, 'update')} later {losses}{ended}"
 
     def told(self) -> str:
-        """Which intervention it is about, and what came of it, in one line."""
+        """The intervention and its result, in one line."""
         return f"result of the intervention of step {self.intervention_step}: {self.in_words()}"
 
     def to_dict(self) -> dict[str, Any]:

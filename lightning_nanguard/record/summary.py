@@ -21,6 +21,10 @@ _ACTIONS = {
     "resume": ("resume from another checkpoint", "resumes from another checkpoint"),
     "rewrite": ("checkpoint written with the last good state", "checkpoints written with the last good state"),
     "hold rate": ("learning rate replaced by the last valid one", "learning rates replaced by the last valid ones"),
+    "hold value": (
+        "value of a parameter group replaced by the last valid one",
+        "values of parameter groups replaced by valid ones",
+    ),
     "give back": ("rise of the learning rate after a cut", "rises of the learning rate after a cut"),
     "end clipping": ("end of gradient clipping", "ends of gradient clipping"),
     "redo": ("step made again", "steps made again"),

@@ -43,7 +43,7 @@ class WandbAlert(Sink):
         wandb.run.alert(title=f"NaNGuard: {in_words(intervention.fault)}", text=tell(intervention), level=level)
 
     def close(self) -> None:
-        """The next fit is told like a first one."""
+        """Forget which kinds were sent, so that the next fit sends them again."""
         self._seen.clear()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, final
 
@@ -84,8 +85,7 @@ class Attributes:
                     attributes[name] = value
         for value, held in self._contents:
             if isinstance(held, int):
-                if isinstance(value, (list, bytearray)):
-                    del value[held:]
+                _shorten(value, held)
                 continue
             give_back(value, held)
 
@@ -118,16 +118,20 @@ class Attributes:
                     attributes[name] = value
 
     def not_in(self, other: Attributes) -> list[Any]:
-        """What is held here, one level deep, and not by the attributes of another moment."""
-        known = {id(value) for value in other._held()}
-        return [value for value in self._held() if id(value) not in known]
+        """What is held here, one level deep, and not by the attributes of another moment.
 
-    def _held(self) -> Iterator[Any]:
-        for _, before in self._owners:
-            yield from (value for name, value in before.items() if name not in OWN)
+        Owners and containers that only one of both remembers are left out: what they hold need not be new.
+        """
+        known = {id(value) for _, held in other._holders() for value in held}
+        both = {owner for owner, _ in other._holders()}
+        return [one for owner, held in self._holders() if owner in both for one in held if id(one) not in known]
+
+    def _holders(self) -> Iterator[tuple[int, list[Any]]]:
+        for attributes, before in self._owners:
+            yield id(attributes), [value for name, value in before.items() if name not in OWN]
         for value, held in self._contents:
             if type(value) in CONTAINERS and not isinstance(held, int):
-                yield from held.values() if isinstance(held, dict) else held
+                yield id(value), list(held.values() if isinstance(held, dict) else held)
 
     def changed(self) -> set[int]:
         """Identities of the values that hold something else by now, and of the attributes that have other values."""
@@ -141,6 +145,15 @@ class Attributes:
             for value, held in self._contents
             if (len(value) != held if isinstance(held, int) else not same(value, held))
         }
+
+
+def _shorten(container: Any, length: int) -> None:
+    """Take out what was added since; what a full deque has dropped is gone."""
+    if isinstance(container, (list, bytearray)):
+        del container[length:]
+    elif isinstance(container, (deque, dict)):
+        while len(container) > length:
+            container.pop() if isinstance(container, deque) else container.popitem()
 
 
 def _counts(value: Any) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.data import Dataset
 
 from lightning_nanguard.measure.tensors import is_strided
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
@@ -35,7 +36,7 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _DEFAULTS = RepeatedStepsThresholds()
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _NO_OBJECTS = (types.ModuleType, types.FunctionType, types.MethodType, type, Tensor)
-# Their objects are the trainer's or the learner's, or work beside the step.
+# Their objects are the trainer's or the learner's, or work beside the step; a data set may be a replay buffer.
 _FOREIGN = frozenset({"torch", "pytorch_lightning", "lightning", "lightning_fabric", "lightning_nanguard", "logging"})
 _BESIDE = frozenset({"_thread", "threading", "queue", "_queue", "multiprocessing", "concurrent", "asyncio"})
 
@@ -203,7 +204,7 @@ def _may_be_put_back(value: Any) -> bool:
     if isinstance(value, (*_NO_OBJECTS, Iterator)) or not isinstance(getattr(value, "__dict__", None), dict):
         return False
     roots = {str(one.__module__).split(".")[0] for one in type(value).__mro__}
-    if _FOREIGN & roots and not isinstance(value, nn.Module):
+    if _FOREIGN & roots and not isinstance(value, (nn.Module, Dataset)):
         return False
     inside = (str(type(one).__module__).split(".")[0] for one in (value, *vars(value).copy().values()))
     return _BESIDE.isdisjoint(inside)

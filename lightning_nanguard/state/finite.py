@@ -127,6 +127,8 @@ class FiniteCheck:
 
     def _checked(self, leaves: Iterable[tuple[StateKey, Any]]) -> Iterator[tuple[StateKey, Tensor]]:
         for key, leaf in leaves:
+            if key[0] == "own":
+                continue  # Inf may be meant there: a best loss so far
             for tensor in nested_tensors(leaf):
                 if key[0] != "buffer" or self._shapes.get(key) == shape_of(tensor):
                     yield key, tensor.sqrt() if self._is_variance(key) else tensor

@@ -15,11 +15,13 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_nanguard.measure.tensors import local
 from lightning_nanguard.state.device import Device
+from lightning_nanguard.state.optimizer_attributes import own_leaves
 
 StateKey = tuple[Any, ...]
 """Names one leaf of the learner: ``("parameter", name)``, ``("buffer", name)``, ``("average", owner, name)``,
 ``("optimizer", index, parameter name, key)``, ``("group", index, group number, key)``, or
-``("wrapped", index, attribute, parameter name, key)`` for the state of an optimizer that another one wraps."""
+``("wrapped", index, attribute, parameter name, key)`` for the state of an optimizer that another one wraps, or
+``("own", index, attribute)`` and ``("own", index, attribute, key)`` for what an optimizer keeps in its attributes."""
 
 
 def unwrapped(name: str) -> str:
@@ -210,6 +212,13 @@ class Learner:
             for key, value in group.items():
                 if key not in CLOCK_KEYS:
                     yield ("group", index, number, key), value
+        for path, owner, name in self.own_leaves(index):
+            yield path, owner[name]
+
+    def own_leaves(self, index: int) -> Iterator[tuple[StateKey, dict[Any, Any], Any]]:
+        """What an optimizer keeps in its attributes: state key, and the dictionary and the key in it where it lies."""
+        for path, owner, name in own_leaves(self.optimizers[index], self.parameter_names(), self.stepped(index)):
+            yield ("own", index, *path), owner, name
 
     def leaves(self) -> Iterator[tuple[StateKey, Any]]:
         """Everything that a rollback restores, except the scaler."""
@@ -234,6 +243,8 @@ def describe(key: StateKey) -> str:
             return f"optimizer state {'.'.join(map(str, keys))} of {name} in {owner}"
         case ("group", int(index), int(number), str(name)):
             return f"{name} in group {number} of optimizer {index}"
+        case ("own", int(index), *path):
+            return f"{'.'.join(map(str, path))} of optimizer {index}"
         case ("average", str(owner), str(name)):
             return f"{name} in the averaged copy of {owner}"
         case (str(kind), str(name)):

@@ -53,7 +53,8 @@ def first_jump(
     far = (
         key
         for (key, _, _), one, other in zip(pairs, largest, was, strict=True)
-        if one > (factor * max(other, least) if other > 0 or key[0] != "optimizer" else most.get(key, math.inf))
+        if other == other  # of what was NaN before nothing can be said
+        and not one <= (factor * max(other, least) if other > 0 or key[0] != "optimizer" else most.get(key, math.inf))
     )
     found = next(far, None)
     return None if found is None else describe(found)
@@ -68,7 +69,8 @@ def _comparable(one: Any, other: Any) -> bool:
 class PlausibilityCheck:
     """Finds weights, statistics and moments that have grown beyond what training does, though they are finite.
 
-    Layers that normalise hide such tensors from the loss. The newest certified snapshot is what they are compared with.
+    Layers that normalise hide such tensors from the loss. They are compared with the newest certified snapshot, or with
+    the state beside the run that the run has gone on from since.
 
     Args:
         learner: What is trained.
@@ -138,14 +140,14 @@ class PlausibilityCheck:
             healthy_steps: Updates accepted so far.
             state: The same state as a snapshot, if there is one: a doubtful case is then tried on the newest batches.
         """
-        if not self._ring.certified:
+        newest = self._ring.origin()
+        if newest is None:
             return None
         beyond = self.moments.beyond(self.moments.screen(leaves))
         if beyond:
             first = describe(next(key for key in leaves if key in beyond))
             message = f"{first} is larger than its second moment allows, whatever the gradients were"
             return Fault("implausible_state", "state", first, None, message, conclusive=True)
-        newest = self._ring.certified[0]
         weights = {key for key in leaves if key[0] == "parameter"}
         statistics = set(self._learner.statistics(leaves))
         others = {*statistics, *(key for key in leaves if key[0] == "optimizer")}
@@ -175,6 +177,15 @@ class PlausibilityCheck:
             return Fault("implausible_state", "state", far, None, message, certain=not doubtful, rate_may_cause=True)
         return None
 
+    def watch(self, place: str) -> None:
+        """From now on look at what each batch does to running statistics, if one of them was bad.
+
+        Args:
+            place: The tensor that was bad, as :func:`~lightning_nanguard.state.learner.describe` names it.
+        """
+        weights = dict(self._learner.weights())
+        self.watches_statistics |= any(place.endswith(describe(key)) for key in self._learner.statistics(weights))
+
     def is_far(self, place: str) -> bool:
         """Whether a tensor is far out of range now; nothing is noted.
 
@@ -183,9 +194,10 @@ class PlausibilityCheck:
         """
         now, limits = dict(self._learner.leaves()), self._limits
         keys = [key for key in now if describe(key) == place]
-        if not (keys and self._ring.certified):
+        origin = self._ring.origin()
+        if not keys or origin is None:
             return False
-        far = first_jump(now, self._ring.certified[0].leaves, keys, limits.weight_growth, limits.least_magnitude)
+        far = first_jump(now, origin.leaves, keys, limits.weight_growth, limits.least_magnitude)
         return far is not None
 
     def strange_statistics(self, before: Mapping[str, Tensor], healthy_steps: int) -> Fault | None:

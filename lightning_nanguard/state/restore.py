@@ -49,6 +49,8 @@ def restore(
             if keep(prefix):
                 pairs += _restore_state(prefix, state, learner.stepped(index), names, saved, snapshot)
         pairs += _restore_groups(optimizer, index, saved, snapshot)
+        if keep(("own", index)):
+            pairs += _restore_own(learner, index, saved, snapshot)
     averages = ((key, live) for key, live in learner.averages() if fits(live, saved.get(key)))
     pairs += [(live, saved[key]) for key, live in averages]
     copy_all([live for live, _ in pairs], [value for _, value in pairs], learner.device)
@@ -178,6 +180,23 @@ def _restore_groups(optimizer: Optimizer, index: int, saved: Mapping[StateKey, A
             del group[key]
         for key, value in known.items():
             pairs += _put(group, key, value, snapshot.homes.get(("group", index, number, key)))
+    return pairs
+
+
+def _restore_own(learner: Learner, index: int, saved: Mapping[StateKey, Any], snapshot: Snapshot) -> list[_Pair]:
+    pairs: list[_Pair] = []
+    live = {key: (owner, name) for key, owner, name in learner.own_leaves(index)}
+    for key, (owner, name) in live.items():
+        if len(key) == 4 and isinstance(name, Tensor) and key not in saved and key not in snapshot.left_out:
+            del owner[name]  # state of a parameter that began later
+    attributes, names = vars(learner.optimizers[index]), learner.parameter_names()
+    parameters = {names[id(one)]: one for one in learner.stepped(index) if id(one) in names}
+    for key, value in saved.items():
+        if key[:2] == ("own", index):
+            owner = attributes if len(key) == 3 else attributes.get(key[2], {})
+            name = key[2] if len(key) == 3 else parameters.get(key[3], key[3])
+            owner, name = live.get(key, (owner, name))
+            pairs += _put(owner, name, value, snapshot.homes.get(key))
     return pairs
 
 

@@ -28,7 +28,13 @@ class Ring:
         self._limits = thresholds
         self.certified: list[Snapshot] = []
         self.pending: Snapshot | None = None
+        self.beside: Snapshot | None = None
+        """A state trained beside the run that the run has gone on from; ``None`` once a newer one is certified."""
         self._spare: Snapshot | None = None
+
+    def origin(self) -> Snapshot | None:
+        """What the present state was trained from, and is compared with; ``None`` if nothing was certified."""
+        return self.beside or next(iter(self.certified), None)
 
     @property
     def certify_after(self) -> int:
@@ -47,7 +53,7 @@ class Ring:
 
     def shed(self) -> None:
         """Free all but the newest certified snapshot: there is too little memory."""
-        self.pending = self._spare = None
+        self.pending = self.beside = self._spare = None
         del self.certified[1:]
 
     def shrink(self, capacity: int) -> None:
@@ -84,7 +90,7 @@ class Ring:
         self.certified.insert(0, self.pending if kept is None else kept)
         if kept is not None and kept is not self.pending:
             self._recycle(self.pending)
-        self.pending = None
+        self.pending = self.beside = None
         if len(self.certified) > self.capacity:
             margin = self._limits.about_best * loss_unit
             self._recycle(self.certified.pop(self._least_worth(margin, keep_oldest)))
@@ -97,7 +103,7 @@ class Ring:
 
     def clear(self) -> None:
         """Free all snapshots."""
-        self.pending = self._spare = None
+        self.pending = self.beside = self._spare = None
         self.certified.clear()
 
     def good(self, sound: int | None, loss_unit: float) -> Snapshot | None:
@@ -118,7 +124,7 @@ class Ring:
 
     def discard_newer(self, depth: int) -> Snapshot:
         """Drop the ``depth`` newest and return the one that is then newest."""
-        depth = min(depth, len(self.certified) - 1)
+        depth, self.beside = min(depth, len(self.certified) - 1), None
         for _ in range(depth):
             self._recycle(self.certified.pop(0))
         return self.certified[0]

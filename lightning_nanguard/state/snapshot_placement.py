@@ -163,8 +163,8 @@ class SnapshotPlacement:
             self._ring.clear()
             _logger.warning(
                 "NaNGuard: neither the device nor the host has room for two snapshots, so none are kept. Bad batches "
-                "are still skipped, but if the weights are lost, the run stops. Set last_good_every_n_steps to have a "
-                "good checkpoint on disk then."
+                "are still skipped, but if the weights are lost, the run stops. Set last_good_every_n_steps, so that "
+                "there is a good checkpoint on disk."
             )
             return
         was_beside = not self._in_host if before is None else before.beside

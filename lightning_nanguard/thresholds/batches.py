@@ -1,4 +1,4 @@
-"""How many batches are kept, and when one is strange."""
+"""How many batches are kept, and when the numbers of a batch are strange."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class MicroBatchesThresholds:
     """How many micro-batches are kept with their random state, to be run again as they were.
 
     Attributes:
-        updates: Updates kept where each update is read before it is made.
-        updates_late: Updates kept where a reading may be two updates late.
-        updates_examined: Updates kept where a loss that does not move is examined.
-        updates_small: Updates kept for an examination where batches are small: eight of them would say little.
-        small: Samples up to which a batch is small.
-        per_update: Micro-batches of one update that are kept, the newest ones; more would only hold memory.
-        most_bytes: Bytes that all of them may hold, beside the newest one, which the loop holds anyway. Batches of
-            which three do not fit are too large to be kept longer as healthy ones, too.
+        updates: Updates kept if each update is read before it is made.
+        updates_late: Updates kept if a reading may be two updates late.
+        updates_examined: Updates kept if a loss that does not move is examined.
+        updates_small: Updates kept for an examination if batches are small, because eight small batches say little.
+        small: Largest number of samples of a small batch.
+        per_update: Micro-batches of one update that are kept, the newest ones.
+        most_bytes: Bytes that all of them may hold, apart from the newest one, which the loop holds anyway. If three
+            batches do not fit, no healthy batches are kept either.
     """
 
     updates: int = 1
@@ -40,18 +40,18 @@ class MicroBatchesThresholds:
 
 @dataclass(frozen=True)
 class HealthyBatchesThresholds:
-    """How many healthy batches are kept, and when another one is strange beside them.
+    """How many healthy batches are kept, and when the numbers of another batch are strange compared with them.
 
     Attributes:
         most: Batches kept. Four choose a learning rate far better than one does (97 % against 91 % of 130 tries); more
             than four are hardly better.
         most_bytes: Bytes that these batches may hold together.
-        measured_every: Batches after which their size is measured again. Batches of a run are of similar size, and
-            measuring each would cost more than keeping it.
-        strange_factor: Factor on the largest number in all other batches, above which a batch is strange.
-        extreme_factor: Factor on that number, above which a batch may be skipped without further evidence if its
-            gradient is far too large, too.
-        least_compared: Batches needed to tell a strange one.
+        measured_every: Batches after which their size is measured again. Batches of a run are of similar size, and to
+            measure each would cost more than to keep it.
+        strange_factor: Factor on the largest number in all other batches. A batch with a larger number is strange.
+        extreme_factor: Factor on the same number. A batch with a number above it may be skipped without further
+            evidence if its gradient is far too large, too.
+        least_compared: Fewest batches with which a batch is compared.
     """
 
     most: int = 4
@@ -67,10 +67,10 @@ class BatchUndoThresholds:
     """What is copied before a batch, so that the batch can be undone.
 
     Attributes:
-        copied_bytes: Bytes up to which a buffer is copied before every batch; a larger one is once it was seen to
-            change.
-        modules_counted_every: Batches after which the modules are listed again: to go through them before each batch
-            costs more than to copy the buffers.
+        copied_bytes: Largest size of a buffer that is copied before every batch. A larger buffer is copied only after
+            it was seen to change.
+        modules_counted_every: Batches after which the modules are listed again. To list them before each batch would
+            cost more than to copy the buffers.
     """
 
     copied_bytes: int = 1 << 16
@@ -82,9 +82,9 @@ class RandomStreamsThresholds:
     """Which steps are checked for the random streams they draw from.
 
     Attributes:
-        checked_every: Steps after which one more is checked, beside those whose number is a power of two. A check takes
-            80 µs, most of it for NumPy's stream.
-        quiet_checks: Checked steps in a row without a draw after which a stream is no longer remembered before steps.
+        checked_every: Steps after which one more step is checked, in addition to steps whose number is a power of two.
+            A check takes 80 µs, most of it for the stream of NumPy.
+        quiet_checks: Checked steps in a row without a draw, after which a stream is no longer stored before steps.
     """
 
     checked_every: int = 256
@@ -93,32 +93,34 @@ class RandomStreamsThresholds:
 
 @dataclass(frozen=True)
 class RepeatedStepsThresholds:
-    """What is remembered before a step so that it can be run again, and when it is.
+    """What is stored before a step so that the step can be run again, and when this is done.
 
     Attributes:
-        checked_every: Steps after which it is checked what one changes beside the gradients; steps whose number is a
-            power of two are checked, too.
-        copied_items: Items up to which a list, dictionary or set among the module's attributes is copied before each
-            step; of a longer list only the length is kept.
-        copied_bytes: Bytes up to which a tensor or array among the attributes is copied before each step, once it was
-            seen to be written in place.
-        copied_bytes_rarely: Bytes up to which tensors and arrays among them are copied together where batches are run
-            again beside the run, which is rare.
-        reached_objects: Objects that are looked at beside the modules, for what a step can change through them.
+        checked_every: Steps after which the guard checks again what a step changes besides the gradients. Steps whose
+            number is a power of two are checked, too.
+        copied_items: Largest number of items of a list, dictionary or set among the module's attributes that is copied
+            before each step. Of a longer list only the length is stored.
+        copied_bytes: Largest size of a tensor or array among the attributes that is copied before each step, once it
+            was seen to be written in place.
+        copied_bytes_rarely: Largest size of all tensors and arrays among the attributes together that are copied when
+            batches are run again beside the run, which is rare.
+        reached_objects: Objects besides modules that are examined, because a step may change something through them.
         depth: Levels of nested containers of a batch, and of what the module's attributes hold, that are restored
             before a batch is run again.
-        window_bytes: Bytes up to which the batches of a window of accumulation are kept until its end.
-        test_device: Number of transient faults at one place from which on the device is suspected.
+        window_bytes: Bytes up to which the micro-batches of a window of accumulation are kept until its end.
+        test_device: Number of transient faults at one place at which the device is suspected.
         message: Characters of an exception's text that are recorded.
-        bytes_again: Bytes that the batches since the last certified snapshot may hold, to make their updates again
-            where the state goes bad by itself.
-        updates_again: Updates up to which this is done; more would take too long. 0 does without.
+        bytes_again: Bytes up to which the batches since the last certified snapshot are kept, to make their updates
+            again if the state goes bad by itself.
+        updates_again: Largest number of updates that are made again in this case; more would take too long. With 0 none
+            are.
         measured_every: Updates after which the size of one is measured again.
-        same_losses: Losses that must be the bits seen the first time before another one may differ: the second one
-            shows that a whole update was made again as it was.
-        squared: Gradient norm from which on the square of a gradient overflows in moments of 32 bits. An update that is
-            bad below it is the optimizer's doing.
-        gone_below: Share of a bad update's gradient norm below which it is no longer bad when it is made again.
+        same_losses: Losses that must have the same bits as the first time before another one may differ. The second one
+            shows that a whole update was made again exactly.
+        squared: Gradient norm above which the square of a gradient overflows in 32-bit moments. If an update with a
+            smaller norm gives bad state, the optimizer is the cause.
+        gone_below: Share of the gradient norm of a bad update. If its norm is below this share when it is made again,
+            it is no longer bad.
     """
 
     checked_every: int = 256
@@ -140,14 +142,14 @@ class RepeatedStepsThresholds:
 
 @dataclass(frozen=True)
 class BatchesThresholds:
-    """How many batches are kept, and when one is strange.
+    """How many batches are kept, and when the numbers of a batch are strange.
 
     Attributes:
         micro_batches: Micro-batches kept to be run again.
         healthy: Healthy batches kept.
         undo: What is copied before a batch.
-        random: When random streams are remembered before a step.
-        repeated: What else is remembered before a step, and when a step is run again.
+        random: When random streams are stored before a step.
+        repeated: What else is stored before a step, and when a step is run again.
     """
 
     micro_batches: MicroBatchesThresholds = field(default_factory=MicroBatchesThresholds)

@@ -1,4 +1,4 @@
-"""How ``nanguard check`` tries whether a model can learn."""
+"""How ``nanguard check`` tests whether a model can learn."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CheckThresholds:
-    """How ``nanguard check`` tries whether a model can learn a few samples by heart; no guard of a run uses it.
+    """How ``nanguard check`` tests whether a model can learn a few samples by heart. ``NaNGuard`` does not use it.
 
     Attributes:
-        samples: Samples of the first batch that the costly checks use; few, since both run many passes.
-        overfit_updates: Updates in which a model has to learn them.
-        learned_share: They are learned where the loss falls below this share of the first one.
-        stuck_share: They are not learned where the loss stays above this share of the first one; between both, partly.
-        enough_share: Below this share of the first loss there is nothing left to try.
-        adam_rates: Learning rates of Adam tried after the optimizer as configured, from the usual one upwards.
+        samples: Samples of the first batch that the expensive checks use. They are few, because these checks run many
+            passes.
+        overfit_updates: Updates in which a model has to learn these samples.
+        learned_share: The samples are learned if the loss falls below this share of the first loss.
+        stuck_share: The samples are not learned if the loss stays above this share of the first loss. Between the two
+            shares they are partly learned.
+        enough_share: Share of the first loss below which no further learning rate is tried.
+        adam_rates: Learning rates of Adam that are tried after the optimizer as configured, from the usual rate upward.
     """
 
     samples: int = 8

@@ -10,11 +10,11 @@ class CheckpointsThresholds:
     """What of a run is saved and rewound, and how a bad checkpoint is described.
 
     Attributes:
-        averaged_copy_share: Share (0 to 1) of the trained elements that tensors of a callback must cover to count as an
-            averaged copy of the module, which is rewound with it. An average of a part that is fine-tuned covers most
-            of them; a user's own tensors of some layer's shapes do not.
-        copies_looked_at_every: Batches after which copies of the weights that callbacks keep are looked at, for whether
-            they are averages: these change in nearly every batch.
+        averaged_copy_share: Share (0 to 1) of the trained elements that the tensors of a callback must cover to count
+            as an averaged copy of the module, which a rollback restores. An average of the part that is fine-tuned
+            covers most of them. A user's own tensors with the shapes of some layers do not.
+        copies_looked_at_every: Batches after which the guard checks whether copies of the weights in callbacks are
+            averages. Averages change in nearly every batch.
         tensors_named: Number of bad tensors that an error names before it says how many more there are.
     """
 

@@ -1,4 +1,4 @@
-"""How sure each diagnosis rule is of its finding."""
+"""The confidence of each diagnosis rule in its finding."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from dataclasses import dataclass
 class Confidences:
     """Confidence of each rule in its finding, from 0 to 1; the finding with the highest confidence is reported.
 
-    Only their order decides which cause is named where several rules find one.
+    Only their order decides which cause is named if several rules find one.
 
     Attributes:
-        told: Up to this a finding is a guess; advice on a cause is given during a run only above it.
-        suspicion: A finite loss or gradient looks bad, and no evidence was looked for. That is told all the same.
+        told: A finding with at most this confidence is a guess. During a run the guard gives advice on a cause only
+            above it.
+        suspicion: A finite loss or gradient looks bad, and no evidence was collected. The guard reports it
+            nevertheless.
         non_finite_input: NaN or Inf in the batch.
-        non_finite_input_tolerated: The same, where the loss is finite or an operation explains it.
-        target_operation: An operation on the target alone left its domain.
-        no_valid_target: No target of the batch counts, or a mask of it selects nothing.
+        non_finite_input_tolerated: The same, if the loss is finite or an operation explains the fault.
+        target_operation: An operation that depends only on the target got a number that it is not defined for.
+        no_valid_target: No target of the batch counts, or a mask selects none.
         target_class: A class index that the loss has no score for.
         labels_unrelated: Neighbours in the inputs share their label no more often than by chance.
         outliers: Samples far larger than the others, in the input or in the target.
-        unnormalised_harm: Large inputs, and the untrained model or the course of the run suffers.
-        unnormalised: Large inputs alone.
-        operation: A logarithm, exponential or division that was given what it is not defined for.
-        unknown_operation: The operation that made the first non-finite value is known, and no rule fits it.
+        unnormalised_harm: Inputs are large, and the untrained model or the run shows harm.
+        unnormalised: Inputs are large, and nothing else is known.
+        operation: A logarithm, exponential or division got a number that it is not defined for.
+        unknown_operation: The operation that gave the first non-finite value is known, and no rule fits.
         random_draw: The fault is gone with other random numbers.
         non_finite_from_start: No loss was ever finite, and a buffer is not.
         unbounded_loss: Targets for which the loss has no lower bound.
@@ -33,49 +35,49 @@ class Confidences:
         low_precision_float16: A float16 number overflowed, and float32 was not tried.
         low_precision_loss_scale: The loss scale collapsed, and float32 was not tried.
         state_non_finite: A tensor of the learner is not finite.
-        state_element: An element of a weight moved much farther than its neighbours.
+        state_element: An element of a weight moved much farther than the others.
         state_jump: A weight is far larger than any was in the snapshot.
         transient: A fault was gone when its step, or the updates since a snapshot, were made again.
-        update_again: State is not finite whenever an update is made again from the good state.
-        update_before: The same was found of this tensor before.
-        state_implausible: A buffer is far larger than it was.
+        update_again: The state is not finite each time an update is made again from the good state.
+        update_before: The same was found for this tensor before.
+        state_implausible: A tensor is far larger than before.
         gradient_product: A product overflowed in the backward pass.
-        gradient_large: A finite gradient far above the usual.
+        gradient_large: A finite gradient is far above the usual norm.
         gradient_initial: The gradient of an untrained model grows toward the input.
         rate_trial: A trial of a lower rate, or the growth of the weights or the loss, blames the learner.
-        rate_diverged: The learner diverged by any other sign.
-        rate_worse: Nothing but the comparison with the last good weights speaks for it.
-        rate_above_limit: The rate is above what the curvature allows, besides.
+        rate_diverged: Other signs show that the learner diverged.
+        rate_worse: Only the comparison with the last good weights supports it.
+        rate_above_limit: In addition, the rate is above the one that the curvature allows.
         ill_conditioned: One direction is far steeper than the others, and the rate looks low.
         collapsed: A trial shows that the run has lost what it had learned.
-        saturated_most: Most outputs of a bounded activation lie at its ends.
-        saturated_half: More than half of them do.
-        saturated_some: Some of them do.
-        dead_all: Nearly all units of a rectifier are dead.
+        saturated_most: Most outputs of a bounded activation are at their lowest or highest value.
+        saturated_half: More than half of them are.
+        saturated_some: Some of them are.
+        dead_all: Nearly all units of a ReLU are dead.
         dead_most: Most of them are.
         dead_some: Many of them are.
-        vanishing_proven: The gradient nearly vanishes, or the first layers stand still.
-        vanishing: The gradient falls far toward the input.
-        vanishing_blocked: The same, where saturated or dead units explain it.
-        unbalanced_proven: One layer enlarges what goes through it, and the first loss shows it.
+        vanishing_proven: The gradient nearly vanishes, or the first layers do not change.
+        vanishing: The gradient becomes much smaller toward the input.
+        vanishing_blocked: The same, if saturated or dead units explain it.
+        unbalanced_proven: One layer enlarges its inputs too much, and the first loss shows it.
         unbalanced: One of the two, clearly.
-        unbalanced_guess: One of the two, where something else may explain it.
+        unbalanced_guess: One of the two, if something else may explain it.
         mse_many_classes: A squared loss on more than two classes.
         mse_two_classes: A squared loss on two classes.
         double_softmax: Probabilities given to a loss that applies its own softmax.
         wrong_custom_gradient: A custom function's gradient differs from finite differences.
-        wrong_gradient: A parameter's gradient does, which may be meant.
-        oscillation: Successive gradients are opposed at a high loss, above their noise.
+        wrong_gradient: The gradient of a parameter differs, which may be intended.
+        oscillation: Successive gradients have opposite directions at a high loss, by more than their noise.
         oscillation_guess: The same at a low loss or within the noise.
-        saddle_point: No gradient, and a negative eigenvalue.
-        local_minimum: No gradient, and no negative eigenvalue; the data may hold nothing more to learn.
+        saddle_point: The gradient is almost zero, and an eigenvalue is negative.
+        local_minimum: The gradient is almost zero, and no eigenvalue is negative. There may be nothing more to learn.
         layer_update_diverged: One layer's updates are far larger, and the learner is at fault.
         layer_update_stuck: The same, and the loss does not move.
-        layer_update_guess: The same alone.
+        layer_update_guess: The same, and nothing else is known.
         batch_size: The noise of the gradient is larger than the gradient, measured over enough batches.
         batch_size_guess: The same over too few batches.
         mistake: The first updates show a mistake that makes no NaN.
-        mistake_guess: The same, where it may be meant.
+        mistake_guess: The same, if it may be intended.
     """
 
     told: float = 0.5

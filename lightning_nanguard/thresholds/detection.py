@@ -15,9 +15,9 @@ class NonFiniteThresholds:
     Attributes:
         max_norm: Largest gradient norm. Adam squares the gradient in float32: beyond this norm a second moment becomes
             Inf and stays so.
-        largest_with_square: Largest norm whose square float32 can hold; it only chooses words.
-        scale_growth: Factor by which a GradScaler's scale cannot grow in one update: scalers double it. A scale that a
-            user has set higher, and that overflows, may go back to what it was.
+        largest_with_square: Largest norm whose square float32 can hold. It affects only the message.
+        scale_growth: Factor by which the scale of a GradScaler cannot grow in one update, because a GradScaler only
+            doubles it. If a scale that the user has raised overflows, the guard may restore the one before.
     """
 
     max_norm: float = 1e18
@@ -27,20 +27,20 @@ class NonFiniteThresholds:
 
 @dataclass(frozen=True)
 class SpikeThresholds:
-    """When a finite gradient norm counts as a spike, beside the arguments of ``GradientSpike``.
+    """When a finite gradient norm counts as a spike, in addition to the arguments of ``GradientSpike``.
 
     Attributes:
         above_largest: Factor on the largest norm in the window that a spike has to exceed; heavy tails reach a few
             times this norm.
-        above_first: Factor on the largest norm of the beginning that a spike has to exceed: if the data change after
-            the loss has fallen, the norm may be as large as for the untrained model.
-        extreme: Factor on the largest norm accepted in the whole run that puts a norm out of all proportion.
-        min_deviation: Least deviation of the logarithm of the norm, so that norms which hardly vary do not make every
-            small change a spike.
+        above_first: Factor on the largest of the first norms that a spike has to exceed. If the data change after the
+            loss has fallen, the norm may be as large as for the untrained model.
+        extreme: Factor on the largest norm accepted in the whole run. A norm above it is extreme.
+        min_deviation: Least deviation of the logarithm of the norm. Without it every small change of norms that hardly
+            vary would be a spike.
         warmup_above_largest: During warm-up, factor on the largest norm so far that a spike has to exceed.
-        warmup_doubtful: During warm-up, factor on the largest norm so far from which a norm is a spike if its batch is
-            out of the ordinary, too.
-        warmup_min_norms: Accepted norms from which a norm can be doubtful.
+        warmup_doubtful: During warm-up, factor on the largest norm so far above which a norm is a spike if its batch is
+            strange, too.
+        warmup_min_norms: Fewest accepted norms with which a norm can be doubtful.
     """
 
     above_largest: float = 10.0
@@ -54,12 +54,12 @@ class SpikeThresholds:
 
 @dataclass(frozen=True)
 class DivergingLossThresholds:
-    """When a finite loss is suspected, beside the arguments of ``DivergingLoss``.
+    """When a finite loss is suspected, in addition to the arguments of ``DivergingLoss``.
 
     Attributes:
-        readings: Newest losses that have to lie above a level, all but one: less than one run in a thousand without
-            a trend shows so many above its median by chance.
-        level_readings: Newest losses whose median is the loss level that the best one is picked from.
+        readings: Newest losses of which all but one have to be above a level. By chance, less than one run in a
+            thousand without a trend has so many above its median.
+        level_readings: Newest losses whose median is the loss level. The best level is the lowest so far.
     """
 
     readings: int = 16
@@ -71,12 +71,12 @@ class UsualNormThresholds:
     """Which gradient norm is usual.
 
     Attributes:
-        min_norms: Fewest norms from which a usual one is taken.
-        quantile_norms: Norms from which a quantile is taken; of fewer it is the least norm.
-        quantile_part: The quantile is 1 divided by this. It is low, because in a diverging run the median rises long
-            before a norm counts as a fault.
-        min_share_of_first: Share of the first norm that it is at least: a model whose units are saturated has next to
-            no gradient.
+        min_norms: Fewest norms from which a usual one is computed.
+        quantile_norms: Number of norms from which a quantile is computed. Of fewer norms the lowest one is used.
+        quantile_part: The quantile is 1 divided by this number. It is low, because in a diverging run the median rises
+            long before a norm counts as a fault.
+        min_share_of_first: Share of the first norm that the usual norm has at least. A model with saturated units has
+            almost no gradient.
     """
 
     min_norms: int = 4
@@ -87,17 +87,17 @@ class UsualNormThresholds:
 
 @dataclass(frozen=True)
 class ClimbThresholds:
-    """When the newest losses or norms have left their usual range upwards.
+    """When the newest losses or norms are above their usual range.
 
     Attributes:
-        readings: Newest readings that are looked at.
-        newest: The newest of these have to lie above the range of the others.
-        min_others: Fewest others; of fewer, the usual range is not known.
-        gap_readings: Readings from which the one before the newest is left out of the others: it may be part of the
-            climb.
-        noise: Deviations of the others by which the newest have to lie above their median.
-        loss: Loss units by which they have to, at least.
-        norm: Factor on the median by which gradient norms have to, at least.
+        readings: Newest readings that are compared.
+        newest: Number of the newest of these that have to be above the range of the others.
+        min_others: Fewest others. With fewer, the usual range is not known.
+        gap_readings: Number of readings at which the one before the newest is no longer counted among the others,
+            because it may be part of the climb.
+        noise: Deviations of the others by which the newest have to exceed their median.
+        loss: Loss units by which losses have to exceed it at least.
+        norm: Factor on the median that gradient norms have to exceed at least.
     """
 
     readings: int = 32
@@ -114,9 +114,9 @@ class BurstThresholds:
     """When a gradient norm counts as a burst: suddenly far above those before it.
 
     Attributes:
-        times: Factor on the largest of the norms before it that it has to exceed; a rate that is too high lets norms
-            climb more slowly.
-        before: Norms before it that are looked at.
+        times: Factor on the largest of the norms before it that a burst has to exceed. If a learning rate is too high,
+            norms rise more slowly.
+        before: Number of norms before it that are compared.
         min_before: Fewest norms before it with which it is compared.
     """
 
@@ -131,14 +131,15 @@ class HistoryThresholds:
 
     Attributes:
         readings: Readings that are kept.
-        losses: Newest losses that are looked at where the number is not said.
+        losses: Newest losses that are used if no number is given.
         noise_losses: Newest losses whose deviation is the noise in the loss unit.
-        min_noise_losses: Fewest losses from which noise is taken.
-        level_losses: Newest losses whose mean, the highest left out, is the loss level.
-        learning: Share of what was learned by which the loss of a run that learns has to lie below the first one.
-        learning_noise: Deviations of the noise by which it has to lie below the first one, which is a single loss.
+        min_noise_losses: Fewest losses from which the noise is computed.
+        level_losses: Newest losses whose mean, without the highest, is the loss level.
+        learning: A run learns if its loss is below the first one by this share of what was learned.
+        learning_noise: Deviations of the noise by which it also has to be below the first one, because that is a single
+            loss.
         falling_losses: Newest losses that are compared with as many before them.
-        falling: Standard errors by which they have to lie below those to be falling.
+        falling: Standard errors by which the newest have to be below those before to be falling.
         usual_norm: Which gradient norm is usual.
         climb: When losses or norms climb.
         burst: When a norm counts as a burst.

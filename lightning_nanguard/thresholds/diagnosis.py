@@ -11,15 +11,15 @@ from lightning_nanguard.thresholds.mistakes import LabelThresholds, MistakeThres
 
 @dataclass(frozen=True)
 class DataThresholds:
-    """When the numbers of a batch are out of the ordinary.
+    """When the numbers of a batch are unusual.
 
     Attributes:
-        outlier_factor: Factor on the usual largest magnitude of a sample, from which on a sample is an outlier.
-        outlier_min_samples: Samples in a batch from which on there is a usual magnitude.
-        unnormalised_rms: Root mean square of an input from which on it counts as not normalised; pixels of 0 to 255
-            have about 150.
-        trusted_steps: Healthy updates after which inputs that are not normalised have done no harm.
-        near_zero: Magnitude below which a denominator is taken for zero.
+        outlier_factor: Factor on the usual largest magnitude of a sample. A sample that reaches it is an outlier.
+        outlier_min_samples: Fewest samples in a batch with which there is a usual magnitude.
+        unnormalised_rms: Root mean square at which an input counts as not normalised. Pixels of 0 to 255 have about
+            150.
+        trusted_steps: Healthy updates after which inputs that are not normalised are taken for harmless.
+        near_zero: Magnitude below which a denominator counts as zero.
     """
 
     outlier_factor: float = 1e3
@@ -34,11 +34,11 @@ class LayerThresholds:
     """What is measured of each layer.
 
     Attributes:
-        max_layers: Layers of one model that are told apart; later ones are left out.
-        min_samples: Samples from which on a unit that is never positive counts as dead, and target numbers from which
-            on their mean square is known: fewer may all be zero by chance.
-        end_share: Share of the range of a bounded activation that counts as one of its ends.
-        min_binary_targets: Zeros and ones in a target from which on they are two classes, and no chance.
+        max_layers: Layers of one model that are measured; later ones are left out.
+        min_samples: Fewest samples with which a unit that is never positive counts as dead, and fewest numbers of a
+            target with which its mean square is known. Fewer may all be zero by chance.
+        end_share: Share of the range of a bounded activation, at each end, in which an output counts as saturated.
+        min_binary_targets: Fewest zeros and ones in a target with which they count as two classes.
     """
 
     max_layers: int = 2048
@@ -49,32 +49,34 @@ class LayerThresholds:
 
 @dataclass(frozen=True)
 class ModelThresholds:
-    """When a model or its loss is at fault as it stands.
+    """When the model or its loss function is at fault.
 
     Attributes:
-        saturated_some: Share of outputs at the ends of a bounded activation, from which on it is named.
-        saturated_half: Share above which it is likely the cause, and blocks the gradient.
-        saturated_most: Share above which it is surely the cause.
-        dead_some: Share of dead units of a rectifier, from which on it is named.
-        dead_most: Share above which it is likely the cause.
-        dead_all: Share above which it is surely the cause.
-        min_layers: Layers with a gradient, from which on the gradient can be followed through them.
-        neighbour_factor: Factor on the gradient of its later neighbour that an earlier layer's may have, and still
-            fall.
-        falling_share: Share of the neighbours between which the gradient has to fall.
-        vanished: Gradient of the first third of the layers over that of the last, up to which it has vanished.
-        vanished_while_still: The same, where the first third is known to stand still.
-        vanished_surely: Below this ratio it has surely vanished.
-        still_update: Share of a weight that an update makes, below which the weight stands still.
-        small_activation: Root mean square below which activations are named along with it.
-        exploded: Gradient of the first third over that of the last, from which on it has exploded.
-        max_gain: Factor by which a layer may enlarge what goes through it; wide layers with weights of standard
-            deviation 1 exceed it.
+        saturated_some: Share of saturated outputs of a bounded activation at which it is named.
+        saturated_half: Share above which saturation is likely the cause, and blocks the gradient.
+        saturated_most: Share above which saturation is almost certainly the cause.
+        dead_some: Share of dead units of a ReLU at which it is named.
+        dead_most: Share above which dead units are likely the cause.
+        dead_all: Share above which dead units are almost certainly the cause.
+        min_layers: Fewest layers with a gradient with which the gradient is compared from layer to layer.
+        neighbour_factor: Factor on the gradient of the next layer. If the gradient of a layer is at most this large, it
+            counts as smaller than that of the next one.
+        falling_share: Share of neighbouring layers between which the gradient has to become smaller.
+        vanished: Gradient of the first third of the layers divided by that of the last third, at which it counts as
+            vanished.
+        vanished_while_still: The same, if the first third is known not to change.
+        vanished_surely: Ratio below which the gradient has certainly vanished.
+        still_update: Norm of an update divided by that of the weight, below which the weight counts as not changing.
+        small_activation: Root mean square below which the finding also names the activations.
+        exploded: Gradient of the first third divided by that of the last, at which it counts as exploding.
+        max_gain: Factor by which a layer may enlarge its inputs. Wide layers whose weights have a standard deviation of
+            1 exceed it.
         huge_activation: Root mean square that an untrained model rarely reaches on normalised inputs.
-        scales_apart: Between the largest and the smallest layer of an untrained model, from which on it is unbalanced.
-        steep_above_chance: Factor on the loss at chance level, above which a layer that enlarges what goes through it
-            is the reason; other untrained models begin at that level.
-        cross_entropy_above_chance: Factor on the loss at chance level, above which a first loss comes from outputs that
+        scales_apart: Ratio of the outputs of the largest layer to those of the smallest layer of an untrained model, at
+            which the model is unbalanced.
+        steep_above_chance: Factor on the loss at chance level. A first loss above it comes from a layer that enlarges its
+            inputs, if there is one.
+        cross_entropy_above_chance: Factor on the loss at chance level. A first loss above it comes from outputs that
             are far too large.
         mse_above_chance: The same for a squared loss.
         gradient_error: Relative difference from finite differences above which a gradient is wrong.
@@ -111,20 +113,22 @@ class LearnerThresholds:
     Attributes:
         worse_units: Loss units by which a batch has to be worse under the present weights than under the good ones.
         grown: Growth of a weight matrix above which the learner diverged.
-        grown_told: Growth above which it is named.
+        grown_told: Growth above which the finding names it.
         ruined: Growth above which the model is ruined, so that the operation that overflowed in the end is not the
             cause.
-        bad_loss_units: Loss units above the untrained model's loss, from which on the batch is bad under good weights,
-            too.
-        untrained_units: Loss units above the untrained model's loss, from which on the model is ruined.
-        spike_factor: Factor on the usual gradient norm that the batch has to give again, to be the cause of a spike.
-        clip_factor: Factor on the usual gradient norm that is suggested to clip at.
-        suggested_cut: What a learning rate is divided by in a suggestion, where the curvature is not known.
-        rate_far_above: Factor on the rate that the curvature allows, above which the rate is to blame for whatever
-            follows; good runs stay about that rate.
-        uneven_curvature: Factor on the usual curvature that the steepest direction has where a loss is ill-conditioned.
-        rate_likely: Confidence in the rate from which on a rate above its limit makes it surer; below, a single steep
-            batch may be above it, too.
+        bad_loss_units: Loss units above the untrained model's loss. If the loss of a batch under good weights is
+            higher, the batch is bad under good weights, too.
+        untrained_units: Loss units above the untrained model's loss. If the loss is higher, the model is ruined.
+        spike_factor: Factor on the usual gradient norm. If the batch gives at least this norm when it is run again, it
+            is the cause of a spike.
+        clip_factor: Factor on the usual gradient norm that gives the suggested clipping value.
+        suggested_cut: Number by which a suggestion divides the learning rate if the curvature is not known.
+        rate_far_above: Factor on the rate that the curvature allows. A rate above it is to blame for any fault; good
+            runs stay near the allowed rate.
+        uneven_curvature: Factor on the usual curvature. If the curvature in the steepest direction reaches it, the loss
+            is ill-conditioned.
+        rate_likely: Confidence in the rate at which a rate above its limit raises the confidence. With less confidence,
+            a single steep batch may be the reason.
     """
 
     worse_units: float = 0.1
@@ -143,30 +147,34 @@ class LearnerThresholds:
 
 @dataclass(frozen=True)
 class PlateauThresholds:
-    """When a loss counts as not moving, and what keeps it there.
+    """When a loss counts as not moving, and why it does not move.
 
     Attributes:
-        moved: Share of the untrained model's loss by which a loss has to fall to have moved.
-        fallen: Share of its own level by which a loss has to fall to have fallen, be that little of the first loss.
-        risen: Share of the untrained model's loss by which a loss has to rise to have left its level upwards.
-        spreads: Times its usual movement between the parts of the stretch that any of these has to exceed.
-        learned: Share of the untrained model's loss that has to be gone, or else the loss is high.
+        moved: Share of the untrained model's loss by which a loss has to fall to count as moving.
+        fallen: Share of its own level by which a loss has to fall to count as falling.
+        risen: Share of the untrained model's loss by which a loss has to rise to count as rising.
+        spreads: Multiple of the usual change of the level that each of these has to exceed, too.
+        learned: Share of the untrained model's loss. If less than this share is gone, the loss is high.
         near_chance: Share of the loss at chance level above which the loss is high.
-        opposed: Cosine of a batch's gradients before and after an update, below which they point back and forth.
-        oscillation_noise: Noise of the gradient over its norm, up to which an opposed gradient is more than noise.
-        no_gradient: What the best step along the gradient would gain, relative to the loss, below which the gradient
-            counts as zero.
-        negative: Share of the largest eigenvalue from which on a negative one is a way down.
-        not_negative: Share of it up to which a negative one is none; between the two it may be the samples' noise.
-        rounding: Magnitude of an eigenvalue below which all is rounding.
-        large_update: Share of its weights that a layer's update makes, from which on it is abnormal.
-        updates_apart: Factor on the update of the other layers, from which on it is abnormal.
-        noisy: Noise of the gradient over its norm, from which on a batch is too small.
-        small_batch: Samples up to which a batch is small.
-        min_samples: Samples that a stretch of small batches has to hold before its losses say that it does not move.
-        min_batches: Batches over which the noise is measured before it is sure: at a minimum the gradient of a healthy
-            run is noise alone, too.
-        standard_errors: By how many the mean gradient has to stand out of that noise.
+        opposed: Cosine of the gradients of a batch before and after an update, below which they have opposite
+            directions.
+        oscillation_noise: Noise of the gradient divided by its norm, up to which opposite gradients are more than
+            noise.
+        no_gradient: The gradient counts as zero if the best step along it would lower the loss by less than this share.
+        negative: Share of the largest eigenvalue. If an eigenvalue is below minus this share, the loss falls in its
+            direction.
+        not_negative: Share of the largest eigenvalue. A negative eigenvalue up to this share counts as zero. Between
+            the two shares it may be noise of the samples.
+        rounding: Magnitude of an eigenvalue below which it is a rounding error.
+        large_update: Norm of a layer's update divided by that of its weights, at which the update is abnormal.
+        updates_apart: Factor on the relative update of the other layers that an abnormal update also reaches.
+        noisy: Noise of the gradient divided by its norm, at which a batch is too small.
+        small_batch: Largest number of samples of a small batch.
+        min_samples: Samples that the compared updates of small batches must have together before the loss counts as not
+            moving.
+        min_batches: Fewest batches on which the noise is measured. At a minimum the gradient of a healthy run is only
+            noise, too.
+        standard_errors: Standard errors by which the mean gradient has to exceed this noise.
         max_batch_size: Largest batch size that is suggested.
     """
 
@@ -197,10 +205,10 @@ class StateChangeThresholds:
     """When an element of a weight moved in a way that no update explains.
 
     Attributes:
-        moved_factor: Factor on the usual movement of its neighbours.
-        outside_factor: Factor on the largest magnitude of its tensor before; neighbours that left it as well were
-            thrown there by an update, and the element with them.
-        usual_quantile: Share of the elements that moved, whose largest movement is the usual one.
+        moved_factor: Factor on the usual movement of the other elements.
+        outside_factor: Factor on the largest magnitude of the tensor before. If other elements exceed it, too, an
+            update moved them and this element.
+        usual_quantile: Quantile of the movements of all elements that moved. It is the usual movement.
     """
 
     moved_factor: float = 1e3
@@ -210,16 +218,18 @@ class StateChangeThresholds:
 
 @dataclass(frozen=True)
 class ReplayThresholds:
-    """How often and how much of a faulty update is run again.
+    """How often a faulty update is run again, and how much of it.
 
     Attributes:
-        max_micro_batches: Micro-batches of one update that are run again, the newest.
-        always: How often a fault of one kind and place is run again each time; then at 4, 8, 16, … of them.
-        other_draws: How often a batch is run again with other random numbers, to see whether its fault depends on them.
-        recent_operations: Newest operations before an exception, among whose inputs the value is looked for that it is
-            about.
+        max_micro_batches: Micro-batches of one update that are run again, the newest ones.
+        always: Number of faults of one kind at one place that are all run again. After them only the 4th, 8th, 16th …
+            is.
+        other_draws: How often a batch is run again with other random numbers, to find out whether its fault depends on
+            them.
+        recent_operations: Newest operations before an exception among whose inputs the guard looks for the value that
+            caused it.
         findings: Newest findings of a run that later faults are compared with.
-        fading: Factor by which an earlier finding is less sure of a later fault that was not run again.
+        fading: Factor on the confidence of an earlier finding if it is used for a later fault that was not run again.
     """
 
     max_micro_batches: int = 8
@@ -232,12 +242,12 @@ class ReplayThresholds:
 
 @dataclass(frozen=True)
 class PreflightThresholds:
-    """How much of the data is looked at before the first step.
+    """How much of the data is examined before the first step.
 
     Attributes:
-        max_samples: Samples that are fetched one by one, spread over the data set.
-        max_bytes: Largest size of a data set of tensors that is looked at as a whole.
-        outlier_factor: Factor on the usual magnitude from which on a sample of the data set is named; heavy tails reach
+        max_samples: Samples that are read one by one, spread over the data set.
+        max_bytes: Largest size of a data set of tensors that is examined as a whole.
+        outlier_factor: Factor on the usual magnitude at which a sample of the data set is named. Heavy tails reach
             thousands.
     """
 
@@ -251,12 +261,12 @@ class ExaminationThresholds:
     """When a run is examined, and over how many batches.
 
     Attributes:
-        levels: Loss levels that one stretch of patience is divided into.
+        levels: Number of loss levels within ``examine_after`` updates.
         first_losses: Updates before the first level.
         level_losses: Newest losses whose median is a level.
-        min_batches: Batches whose gradients are compared, whatever that takes.
-        max_elements: Numbers that the gradients of more batches may hold.
-        max_updates: Newest updates whose batches are run again, as far as they are kept.
+        min_batches: Batches whose gradients are compared, however much memory this takes.
+        max_elements: Largest number of elements in all gradients that are compared, if there are more batches.
+        max_updates: Newest updates whose batches are run again, if they are kept.
     """
 
     levels: int = 8
@@ -272,15 +282,16 @@ class CurvatureThresholds:
     """How curvature is computed.
 
     Attributes:
-        difference: Relative size of a finite difference: balances rounding in float32 against curvature of higher
+        difference: Relative size of a finite difference. It balances rounding in float32 against curvature of higher
             order.
-        low_rate: Rate of plain gradient descent up to which nobody would call it high, and a loss that diverges may be
-            ill-conditioned.
-        power_iterations: Products that the steepest direction is found with.
-        probes: Random directions that the usual curvature is the mean of.
-        tolerance: Relative accuracy of the ends of the spectrum.
-        restarts: Restarts of Lanczos' method for each end; each takes some twenty products.
-        dense_size: Parameters up to which the whole Hessian is computed: too few for Lanczos' method.
+        low_rate: Largest rate of plain gradient descent that looks low. If a run diverges at such a rate, the loss may
+            be ill-conditioned.
+        power_iterations: Products with the Hessian that are used to find the steepest direction.
+        probes: Number of random directions. The usual curvature is the mean over them.
+        tolerance: Relative accuracy of the extreme eigenvalues.
+        restarts: Restarts of Lanczos' method for each extreme eigenvalue. Each takes about twenty products.
+        dense_size: Number of parameters up to which the whole Hessian is computed, because they are too few for
+            Lanczos' method.
     """
 
     difference: float = 5e-3
@@ -300,13 +311,13 @@ class GradientCheckThresholds:
         max_parameters: Parameters that are checked; each takes two forward passes for each direction.
         directions: Random directions that are compared; a wrong gradient may be right along one of them.
         difference: Size of the first finite difference, in double precision.
-        differences: Sizes that are tried, each a tenth of the one before: a kink between the two points makes a
-            difference that another size lacks.
+        differences: Number of sizes that are tried, each a tenth of the one before. A kink between the two points gives
+            a wrong difference, and a smaller size avoids it.
         close: Relative difference below which no further size is tried.
-        rounding: Relative difference of two losses that rounding alone may make.
+        rounding: Relative difference of two losses that rounding alone may cause.
         gradcheck_tolerance: Absolute tolerance of ``torch.autograd.gradcheck``.
         gradcheck_nondeterminism: Difference between two backward passes that it tolerates.
-        gradcheck_error: Relative difference that stands for a custom function which it refuses.
+        gradcheck_error: Relative difference that is reported for a custom function that ``gradcheck`` refuses.
     """
 
     max_parameters: int = 200
@@ -325,8 +336,8 @@ class BundleThresholds:
     """How many incidents of one run are kept.
 
     Attributes:
-        max_bundles: Of all kinds.
-        max_per_kind: Of one fault and cause.
+        max_bundles: Incidents of all kinds.
+        max_per_kind: Incidents of one fault and cause.
     """
 
     max_bundles: int = 10
@@ -338,22 +349,22 @@ class DiagnosisThresholds:
     """When a number is evidence for a cause.
 
     Attributes:
-        confidence: How sure each finding is.
-        data: When the numbers of a batch are out of the ordinary.
+        confidence: Confidence of each finding.
+        data: When the numbers of a batch are unusual.
         layers: What is measured of each layer.
-        model: When a model or its loss is at fault as it stands.
+        model: When the model or its loss function is at fault.
         learner: When the learner is to blame for a fault.
-        plateau: When a loss counts as not moving, and what keeps it there.
+        plateau: When a loss counts as not moving, and why it does not move.
         state: When an element of a weight moved in a way that no update explains.
-        replay: How often and how much of a faulty update is run again.
-        preflight: How much of the data is looked at before the first step.
+        replay: How often a faulty update is run again, and how much of it.
+        preflight: How much of the data is examined before the first step.
         examination: When a run is examined, and over how many batches.
         curvature: How curvature is computed.
         gradients: How gradients are compared with finite differences.
         bundles: How many incidents of one run are kept.
-        mistakes: When the first updates show a mistake that makes no NaN.
-        labels: How it is told whether labels have anything to do with their inputs.
-        blame: When the guard blames the learner; in a fit ``Thresholds.decision.blame`` stands here.
+        mistakes: When the first updates show a mistake without NaN.
+        labels: How the guard tests whether labels depend on their inputs.
+        blame: When the guard blames the learner. In a fit these are ``Thresholds.decision.blame``.
     """
 
     confidence: Confidences = field(default_factory=Confidences)
@@ -375,4 +386,4 @@ class DiagnosisThresholds:
 
 
 DEFAULT = DiagnosisThresholds()
-"""What every part of the diagnosis uses unless it is given others."""
+"""The thresholds that the parts of the diagnosis use by default."""

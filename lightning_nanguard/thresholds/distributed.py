@@ -10,15 +10,15 @@ class DistributedThresholds:
     """How long ranks wait, and what they share.
 
     Attributes:
-        patience: Seconds that a rank waits for a message of another rank; gloo's collectives wait as long.
-        seconds_to_connect: Seconds in which the processes of a machine connect to each other when a fit begins. All
-            of them have called by then, so only a process that is not of the run is waited for.
-        seconds_for_rest: Seconds that the rest of a message may take once its first bytes are there; it is sent whole.
-        unread_messages: Messages of another rank that may wait in its socket before they are read ahead of time; a
-            socket holds several times as many, so that sending never blocks.
-        min_split_bytes: Tensors with fewer bytes are kept whole in a shared snapshot, since a collective to join them
-            would cost more than their memory.
-        outlier_loss_ratio: A rank's finite loss stands out if it is more than this many times that of any other rank.
+        patience: Seconds that a rank waits for a message of another rank. gloo's collectives wait equally long.
+        seconds_to_connect: Seconds in which the processes of a machine must connect to each other when a fit begins.
+        seconds_for_rest: Seconds that the rest of a message may take after its first bytes.
+        unread_messages: Messages of another rank that may wait in its socket before they are read early. A socket holds
+            several times as many, so that sending never blocks.
+        min_split_bytes: Smallest tensor that is split in a shared snapshot. To join smaller ones would cost more than
+            their memory.
+        outlier_loss_ratio: A finite loss of a rank stands out if it is more than this many times that of any other
+            rank.
     """
 
     patience: float = 1800.0

@@ -1,4 +1,4 @@
-"""When the first updates of a run show a mistake that makes no NaN, and how much is looked at."""
+"""When the first updates of a run show a mistake without NaN, and how much is examined."""
 
 from __future__ import annotations
 
@@ -7,33 +7,35 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MistakeThresholds:
-    """When the first updates of a run show a mistake that makes no NaN, and how much is looked at.
+    """When the first updates of a run show a mistake without NaN, and how much is examined.
 
     Attributes:
-        updates: Updates that are looked at; nothing is after them.
-        updates_between_rates: Updates between two looks at scheduled learning rates; a prime, so that they do not
-            meet a cyclic schedule at the same place each time.
-        least_updates: Updates of a shorter run from which on it is judged at its end.
-        most_modules: Calls of modules that are looked at in the first batch.
+        updates: First updates that are observed.
+        updates_between_rates: Updates between two readings of scheduled learning rates. A prime number, so that they do
+            not meet a cyclic schedule at the same place each time.
+        least_updates: Fewest updates of a shorter run that is judged at its end.
+        most_modules: Calls of modules that are observed in one batch.
         batches: Batches that are compared with each other.
-        small_batch: Bytes of the first batch up to which batches are kept themselves until they are compared; of
-            larger ones some numbers are copied.
-        fields_per_batch: Fields of a batch that it is known by again; the first may be a mask that is always the same.
-        numbers_per_batch: Numbers of one field of a batch that it is known by again.
-        least_batches: Batches of one epoch from which on they can be said to repeat.
-        repeated: Share of the batches of one epoch that are repetitions, from which on they repeat.
-        looks_at_gradients: Updates of one optimizer for which its gradients are looked at before they are added to,
-            unless they are seen to be cleared.
-        added: Updates in a row whose gradients were added to those before, from which on they add up.
-        ended: Share of its highest rate in these updates, below which a schedule has ended.
-        runs_on: Factor on the number of observed updates: a run whose schedule has ended has to be at least as long.
-        checked_numbers: Numbers of a weight from which on it can be told whether it is as it was initialised.
-        most_numbers: Numbers of it that are looked at, spread over it.
-        most_weights: Weights that are looked at for this.
-        bound_slack: How many of its largest numbers lie how near to the bound of a uniform initialisation: the largest
-            of n numbers lies within ``bound_slack / n`` of it.
-        deviation_slack: Standard errors by which the standard deviation of a normal initialisation may be off.
-        least_precision: Largest share of a standard deviation that this slack may be, or it tells nothing.
+        small_batch: Bytes of the first batch up to which batches themselves are kept until they are compared. Of larger
+            ones some numbers are copied.
+        fields_per_batch: Fields by which a batch is recognised. One field alone may be a mask that is always the same.
+        numbers_per_batch: Numbers of one field by which a batch is recognised.
+        least_batches: Fewest batches of one epoch with which repetitions are reported.
+        repeated: Share of the batches of one epoch that are repetitions, at which they are reported.
+        looks_at_gradients: Updates of one optimizer in which its gradients are compared with those before the backward
+            pass, until they are seen to be cleared.
+        added: Updates in a row whose gradients were added to those before, at which this is reported.
+        ended: Share of the highest rate in these updates, below which a schedule has ended.
+        runs_on: Factor on the number of observed updates. A run whose schedule has ended must be at least so long to be
+            reported.
+        checked_numbers: Fewest numbers of a weight with which the guard tests whether it looks as it was initialised.
+        most_numbers: Numbers of a weight that are examined, spread over it.
+        most_weights: Weights that are examined for this.
+        bound_slack: Tolerance for the bound of a uniform initialisation: the largest of n numbers is within
+            ``bound_slack / n`` of the bound.
+        deviation_slack: Standard errors by which the standard deviation of a normal initialisation may differ.
+        least_precision: Largest share of a standard deviation that this tolerance may be. If it is larger, nothing is
+            decided.
         named_parts: Parts of a model that one message names.
     """
 
@@ -62,15 +64,15 @@ class MistakeThresholds:
 
 @dataclass(frozen=True)
 class LabelThresholds:
-    """How it is told whether labels have anything to do with their inputs.
+    """How the guard tests whether labels depend on their inputs.
 
     Attributes:
-        least_rows: Rows from which on it can be told.
-        most_rows: Rows that are compared, each with each.
+        least_rows: Fewest rows with which labels are tested.
+        most_rows: Rows that are compared, each with all others.
         most_columns: Numbers of each row that are compared.
         rows_per_class: Rows that at least two of the classes need.
-        orders: Other orders of the labels that the right one is compared with.
-        deviations: Standard deviations over those orders, by which the right one has to exceed their mean.
+        orders: Shuffled orders of the labels with which the right order is compared.
+        deviations: Standard deviations over these orders by which the right order has to exceed their mean.
     """
 
     least_rows: int = 256

@@ -14,25 +14,26 @@ class CutThresholds:
     Attributes:
         largest_at_once: Largest cut that is planned at once.
         most_escalated: How often the planned cut is squared at most.
-        largest_untried: Largest cut where no rate can be tried.
-        grown_unproven: Growth of a matrix from which on it alone says how far the rate must fall.
+        largest_untried: Largest cut if no rate can be tried.
+        grown_unproven: Growth of a weight matrix above which it alone determines the cut, if no rate can be tried.
         updates: Updates of each try.
         tries: Rates tried at most.
         ratio: Ratio of each rate tried to the one before.
-        missing: Share of the best gain that may be missing at a lower rate.
-        missing_of_much: The same where the best rate takes the loss below ``halved``.
-        halved: Share of the loss before, below which the best rate took it.
-        counted: Largest gain that counts, as a multiple of the loss it ends at; from a very high loss every rate gains
-            nearly all.
-        by_heart: Loss units below which a few batches count as learned by heart.
-        as_good: Loss units below which a loss counts as about as good as one learned by heart.
-        few: Largest number of batches that counts as few; learned by heart, few batches favour large rates.
-        harm: Loss units by which a loss higher than before is harm.
+        missing: Share of the best gain that a lower rate may lack.
+        missing_of_much: The same if the best rate takes the loss below ``halved``.
+        halved: Share of the loss before. If the best rate takes the loss below it, ``missing_of_much`` applies.
+        counted: Largest gain that counts, as a multiple of the loss after it. From a very high loss every rate gains
+            almost all.
+        by_heart: Loss units below which the batches count as learned by heart.
+        as_good: Loss units below which a loss counts as almost as good as one that is learned by heart.
+        few: Largest number of batches that counts as few. Few batches are easily learned by heart, which favours large
+            rates.
+        harm: Loss units above the loss before the try, above which a rate does harm.
         least_of_best: Smallest share of the best rate that is taken. Rates at the edge of stability look best for a few
             updates and fail later.
         most_of_best: Largest share of the best rate that is taken.
-        trusted: Factor on the rate found up to which a rate proven before is preferred.
-        nearly: Share of a cut's gain that may be missing without it, where it is not made.
+        trusted: Factor on the rate that was found, up to which a rate proven before is preferred.
+        nearly: Share of the gain of a cut that the present rate may lack, so that no cut is made.
     """
 
     largest_at_once: float = 0.1
@@ -63,11 +64,12 @@ class RehearsalThresholds:
     Attributes:
         batches: Newest batches that a rate is tried on.
         updates: Updates of a try.
-        momentum: Factor on the number of updates with momentum, which takes some updates to have its effect.
+        momentum: Factor on the number of updates with momentum, which has its effect only after some updates.
         adaptive: Factor on the number of updates with an adaptive optimizer.
-        diverged: Factor on the loss it began at, or the loss unit, by which the loss has risen in two batches in a row
-            when the try is over: under clipping one update may go too far and the next ones come back.
-        harmful: Loss units by which a rate makes the loss clearly worse.
+        diverged: A try ends if two losses in a row exceed the loss at its start by more than this multiple of that
+            loss, or of the loss unit if it is larger. With clipping, one update may go too far and the loss may
+            recover.
+        harmful: Loss units by which a rate that does harm raises the loss.
     """
 
     batches: int = 4
@@ -86,13 +88,13 @@ class ReviewThresholds:
         first_after: Healthy updates from the change of the rate to the first review.
         wait_ratio: Factor on the number of healthy updates before each further review.
         larger: Factor of the larger rate tried.
-        clearly_more: Factor on the gain of the present rate that the larger one must bring.
-        raised: Factor by which the rate is raised then.
-        raised_below: Learning-rate multiplier up to which it may be raised.
-        forgotten: Share of all that was learned that learning some batches may cost others.
-        lowered: Factor by which the rate is lowered beyond that.
-        most_lowered: How often in a row it is lowered.
-        tensor_rate_every: Healthy updates after which a rate that is a tensor is looked at: to read it the host waits.
+        clearly_more: Factor on the gain of the present rate that the larger rate must exceed.
+        raised: Factor by which the rate is then raised.
+        raised_below: Learning-rate multiplier up to which the rate may be raised.
+        forgotten: Share of all that was learned that learning some batches may cost on others.
+        lowered: Factor by which the rate is changed if it costs more.
+        most_lowered: How often in a row the rate is lowered.
+        tensor_rate_every: Healthy updates after which a rate that is a tensor is read, because the host waits for it.
     """
 
     first_after: int = 50

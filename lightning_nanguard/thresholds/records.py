@@ -12,30 +12,32 @@ class RecordsThresholds:
     Attributes:
         interventions_in_memory: Interventions that ``NaNGuard.interventions`` holds; a record takes about 1 kB, and all
             of them are on disk.
-        bytes_per_file: Bytes after which a file of records is put aside and a new one begun; the one put aside before
-            is dropped. A record has about 1 kB, so at least the newest 16,000 are on the disk.
-        records_waiting_for_file: Records kept while the file cannot be written, about 1 kB each.
-        seconds_between_syncs: Seconds in which at most one record waits for the disk, so that a burst of faults does
-            not wait for it at every step.
-        records_waiting_in_background: Records that wait for one slow sink; the oldest is dropped when one more comes.
-        shown_per_kind: Interventions of one kind shown on the console before only the 2nd, 4th, 8th … of them are; the
-            first says all that the others would.
-        advice_per_fit: Pieces of advice taken in one fit; a module of many layers could give one a layer.
-        curve_rows: Rows that the file of curves has at most, about 60 bytes each; past that, neighbours are joined. It
-            is more than a screen has pixels.
-        seconds_between_curve_writes: Seconds that readings wait before they are written: what a killed run loses. A
+        bytes_per_file: Size at which a file of records is renamed and a new one begins. An older renamed file is
+            deleted. A record has about 1 kB, so the disk holds at least the newest 16,000.
+        records_waiting_for_file: Records that are kept while the file cannot be written, about 1 kB each.
+        seconds_between_syncs: Seconds in which at most one record is synchronised to the disk, so that many faults in a
+            row do not wait for it at every step.
+        records_waiting_in_background: Records that may wait for one slow sink. If one more comes, the oldest is
+            dropped.
+        shown_per_kind: Interventions of one kind that the console shows in full. After them it shows only the 2nd, 4th,
+            8th … in one line each.
+        advice_per_fit: Pieces of advice that are given in one fit. A module with many layers could cause one for each
+            layer.
+        curve_rows: Largest number of rows in the file of curves, about 60 bytes each. Above it, neighbouring rows are
+            merged. A screen has fewer pixels than this.
+        seconds_between_curve_writes: Seconds after which new readings are written. A killed run loses at most these. A
             write takes about a millisecond.
-        readings_waiting_for_curve: Readings that wait at most, where updates take less than a millisecond.
-        incidents_with_layer_norms: Incidents of one fit of which the norms of the layers are written.
-        layers_per_incident: Layers of which norms are written, those with the largest change; models have thousands.
-        interventions_in_table: Interventions in the table that a notebook shows, the newest.
-        hyperparameters_per_run: Hyperparameters of the module and the data module that the log of a run takes.
-        characters_per_hyperparameter: Characters of such a hyperparameter at most; longer ones are left out.
-        least_updates_of_share: Updates before which no share of skipped updates is told; a share of a few says little.
-        share_skipped_most: Share of skipped updates from which on the summary begins with it: less than half is learned
-            from.
-        share_skipped_nearly_all: Share of skipped updates from which on it says that almost nothing was learned.
-        numbers_per_message: Line numbers or sample indices spelled out in one message; the rest is counted.
+        readings_waiting_for_curve: Readings that may wait to be written, if updates take less than a millisecond.
+        incidents_with_layer_norms: Incidents of one fit for which the norms of the layers are written.
+        layers_per_incident: Layers whose norms are written, those with the largest change. Some models have thousands.
+        interventions_in_table: Interventions in the table of a notebook, the newest ones.
+        hyperparameters_per_run: Hyperparameters of the module and the data module that are written to the log of a run.
+        characters_per_hyperparameter: Largest number of characters of such a hyperparameter. Longer ones are left out.
+        least_updates_of_share: Updates before which no share of skipped updates is reported, because a share of a few
+            says little.
+        share_skipped_most: Share of skipped updates at which the summary begins with it.
+        share_skipped_nearly_all: Share of skipped updates at which the summary says that almost nothing was learned.
+        numbers_per_message: Line numbers or sample indices that one message lists. It gives the number of all others.
     """
 
     interventions_in_memory: int = 1000
@@ -60,4 +62,4 @@ class RecordsThresholds:
 
 
 RECORDS = RecordsThresholds()
-"""The values the guard uses."""
+"""The values that the guard uses by default."""

@@ -10,18 +10,19 @@ class ReportThresholds:
     """How much of a run its page and its figure show.
 
     Attributes:
-        points_per_curve: Points of one curve at most; a figure is about as many pixels wide.
-        marks: Interventions that the figure marks at most, spread over the run; more would hide the curves.
-        interventions_in_full: Interventions that the page tells in full at most, the first of each kind before others.
-        rows_around: Rows of the curves on each side of an intervention whose median loss is compared.
-        layers: Layers of one incident whose norms the page shows, those that changed most first.
+        points_per_curve: Largest number of points of one curve. A figure is about as many pixels wide.
+        marks: Largest number of interventions that the figure marks, spread over the run. More would hide the curves.
+        interventions_in_full: Largest number of interventions that the page describes in full, the first of each kind
+            before others.
+        rows_around: Rows of the curves before and after an intervention whose median losses are compared.
+        layers: Layers of one incident whose norms the page shows, those that changed most.
         layers_in_text: Layers that ``nanguard explain`` names at one intervention.
-        advice: Pieces of advice that the page shows at most.
-        logarithmic_from: Ratio of the largest to the smallest number of a curve from which its axis is logarithmic.
-        characters_of_legend: Characters in one line of a legend; more do not fit above a curve.
-        share_in_sight: Share of the numbers of a curve below the one that counts as the largest usual number.
-        axis_end_over_usual: Ratio of the end of an axis to the largest usual number, where the largest is beyond it.
-            One loss of 1e20 would flatten all that was learned.
+        advice: Largest number of pieces of advice on the page.
+        logarithmic_from: Ratio of the largest to the smallest number of a curve at which its axis is logarithmic.
+        characters_of_legend: Characters in one line of a legend. More do not fit above a curve.
+        share_in_sight: Share of the numbers of a curve below its largest usual number.
+        axis_end_over_usual: Ratio of the end of an axis to the largest usual number, if the curve goes higher.
+            Otherwise one loss of 1e20 would flatten the rest of the curve.
     """
 
     points_per_curve: int = 1000
@@ -38,4 +39,4 @@ class ReportThresholds:
 
 
 REPORT = ReportThresholds()
-"""The values the report uses."""
+"""The values that the report uses."""

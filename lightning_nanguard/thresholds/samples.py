@@ -10,27 +10,30 @@ class SamplesThresholds:
     """When a single sample of a batch counts as bad, and how it is searched for.
 
     Attributes:
-        far_factor_in_batch: How many times the usual largest number of its batch's samples puts a sample out of all
-            proportion, where there are no healthy batches to compare with. Heavy tails reach thousands.
-        least_compared: Healthy batches, or samples of one batch, needed to compare with.
-        most_runs: Passes over parts of one batch after which a search for its bad samples is given up. One bad sample
-            takes about 20; 64 of 1,024 take more than this.
-        all_bad_after: Bad single samples, spread over the batch, after which a search ends if no part was good so far.
-        searches_in_vain: Searches in a row that explain nothing, after which only the 4th, 8th, 16th, … is made.
-        largest_share: Share of bad samples from which on the fault is not theirs, but of something all have in common.
-        other_weights: Draws of signs for the weights under all of which a sample must be bad to be listed, where it
-            shows nothing bad by itself. A number that the weights have made negative stays so in half of them.
-        columns_named: Columns of one sample that are named at most.
-        batches_waiting: Batches that Lightning may have taken from the loader and not trained on yet.
-        separable_error: Relative difference up to which the loss of a batch is the weighted mean of its parts' losses;
-            32-bit sums in another order differ by less.
-        skipped_share: Share of skipped updates from which on the advice names ``keep_good_samples``.
-        most_skipped: Share of skipped updates from which on an update is made from the good samples of its batch by
-            default, since little is learned where most updates are skipped.
-        skipped_confidence: Confidence of that advice: a count of what was done.
-        least_updates: Updates before that share is looked at.
-        usual_share: Share of the samples that have the same shapes and dtypes, from which on others are named.
-        checked_factor: Factor on the usual largest number of a field from which on ``nanguard check --data`` names a
+        far_factor_in_batch: Factor on the median of the largest numbers of the samples in a batch, above which a sample
+            is out of proportion. It applies if there are too few healthy batches to compare with. Heavy tails reach
+            thousands.
+        least_compared: Fewest healthy batches, or samples of one batch, to compare with.
+        most_runs: Passes over parts of one batch after which the search for its bad samples ends without a result. One
+            bad sample takes about 20; 64 of 1,024 take more than this.
+        all_bad_after: Bad single samples, spread over the batch, after which a search ends if no part of the batch was
+            good so far.
+        searches_in_vain: Searches in a row without an explanation, after which only the 4th, 8th, 16th … is made.
+        largest_share: Share of bad samples at which the samples are not blamed, but something that all have in common.
+        other_weights: Random signs of the weights that are tried for a sample whose own numbers are not bad. It is
+            listed only if it is bad with each of them. A number that the weights have made negative stays negative with
+            half of them.
+        columns_named: Largest number of columns of one sample that are named.
+        batches_waiting: Batches that Lightning may have taken from the loader and not yet trained on.
+        separable_error: Largest relative difference between the loss of a batch and the weighted mean of the losses of
+            its parts, if they count as equal. 32-bit sums in another order differ by less.
+        skipped_share: Share of skipped updates above which advice names ``keep_good_samples``.
+        most_skipped: Share of skipped updates above which an update is made from the good samples of a bad batch by
+            default.
+        skipped_confidence: Confidence of that advice.
+        least_updates: Updates before which these shares are not computed.
+        usual_share: Share of the samples with the same shapes and dtypes at which other shapes and dtypes are reported.
+        checked_factor: Factor on the usual largest number of a field above which ``nanguard check --data`` reports a
             sample.
     """
 

@@ -16,17 +16,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class IntervalThresholds:
-    """How many updates lie between snapshots, where the user sets no number.
+    """How many updates are between snapshots, if the user sets no number.
 
     Attributes:
-        first: Updates before the first measured snapshot, and the shortest interval: a shorter one could not be timed.
-        longest: Updates of the longest interval: a restore must not lose more.
+        first: Updates before the first measured snapshot, and the shortest interval. A shorter one could not be
+            measured.
+        longest: Updates of the longest interval, so that a rollback does not lose more.
         time_share: Share of the run's time that snapshots may take.
-        early_factor: How many times as often as measured snapshots come early in a run, where a long interval would
-            lose most of what was learned. The additional ones take a twentieth of the first interval's time at most.
-        most_growth: How many times as long an interval may be as the one before: what the first snapshot took, with
-            memory to allocate, must not keep the second one away for a thousand updates.
-        announced_after: Measured snapshots after which the interval is logged: the third measurement stands.
+        early_factor: How many times as often snapshots come early in a run, when a long interval would lose most of
+            what was learned. The additional ones take at most a twentieth of the time of the first interval.
+        most_growth: Largest ratio of an interval to the one before. The first snapshot takes longer, because it
+            allocates memory; this must not delay the second one by a thousand updates.
+        announced_after: Measured snapshots after which the interval is logged.
     """
 
     first: int = 16
@@ -39,20 +40,22 @@ class IntervalThresholds:
 
 @dataclass(frozen=True)
 class PlacementThresholds:
-    """Where snapshots lie.
+    """Where snapshots are kept.
 
     Attributes:
-        memory_reserve: Share of a device's memory that is left free: batches differ in size, and the allocator's blocks
+        memory_reserve: Share of a device's memory that stays free. Batches differ in size, and blocks of the allocator
             do not fit exactly.
-        negligible_share: Share of a device's memory below which a snapshot is put there without knowing the peak.
-        host_reserve: Share of the host's free memory that is left free: loaders and other programs grow.
-        looked_every: Updates after which the room on a device is looked at again: a longer sequence or a first
-            validation raises the peak, and snapshots may be thousands of updates apart. A look takes less than 1 ms.
-        staging_bytes: Bytes of the device through which copies beside the run go. Each piece of that size costs about
-            twenty launches.
+        negligible_share: Share of a device's memory. A snapshot below it is put on the device before the peak of the
+            memory is known.
+        host_reserve: Share of the host's free memory that stays free, because loaders and other programs need more.
+        looked_every: Updates after which the free memory of a device is measured again. A longer sequence or a first
+            validation needs more, and snapshots may be thousands of updates apart. It takes less than 1 ms.
+        staging_bytes: Bytes on the device through which copies in the background go. Each piece of this size costs
+            about twenty kernel launches.
         largest_block: Bytes of the largest block of pinned memory that several tensors share.
-        least_block: Bytes of the smallest block that is to be full.
-        host_alignment: Bytes at whose multiples a tensor begins in a block: vectorised copies need it.
+        least_block: Bytes of the smallest block that is filled completely.
+        host_alignment: A tensor begins in a block at a multiple of this number of bytes, because vectorised copies need
+            it.
     """
 
     memory_reserve: float = 0.05
@@ -70,10 +73,11 @@ class RingThresholds:
     """Which snapshots are kept.
 
     Attributes:
-        certify_after: Healthy readings after a snapshot before it is certified; damage may show one update late.
-        about_best: Share of the loss unit within which two loss levels count as equal.
-        certify_anyway: Healthy readings after which a snapshot is certified although a detector is uneasy about it.
-        keep_start: Healthy updates for which the oldest snapshot is kept; a rate that ruins the model shows by then.
+        certify_after: Healthy readings after a snapshot before it is certified. Damage may show one update late.
+        about_best: Share of the loss unit up to which two loss levels count as equal.
+        certify_anyway: Healthy readings after which a snapshot is certified although a detector suspects the state
+            (``Detector.uneasy``).
+        keep_start: Healthy updates for which the oldest snapshot is kept. A rate that ruins the model shows by then.
     """
 
     certify_after: int = 2
@@ -84,16 +88,16 @@ class RingThresholds:
 
 @dataclass(frozen=True)
 class MomentThresholds:
-    """When a first moment is out of the bound that its second moment gives.
+    """When a first moment is larger than its second moment allows.
 
     Attributes:
-        slack: Factor on the bound, for what rounding adds up to in 32 bits: less than a thousandth.
-        underflows: How many times the smallest normal number a second moment may lose in one step, where the square of
-            a gradient underflows. Over many steps this adds up to it divided by 1 − β₂.
-        least_decay: Smallest 1 − β₂ for which rounding is small beside it.
-        most_elements: Elements of all first moments that may be out of bounds where something flipped them; where it is
-            more at once, somebody rewrote moments.
-        piece: Elements compared at a time; more would take room on the device.
+        slack: Factor on the bound, to allow for rounding in 32 bits, which is less than a thousandth.
+        underflows: Multiple of the smallest normal number that a second moment may lose in one step, if the square of a
+            gradient underflows. Over many steps the loss adds up to this divided by 1 − β₂.
+        least_decay: Smallest 1 − β₂ with which rounding is small in comparison.
+        most_elements: Elements of all first moments that may exceed the bound at once to count as a fault. If there are
+            more, code has rewritten the moments.
+        piece: Elements that are compared at a time, to save memory on the device.
     """
 
     slack: float = 1.1
@@ -109,17 +113,18 @@ class PlausibilityThresholds:
 
     Attributes:
         settled_after: Healthy updates after which statistics and moments no longer come from their initial values.
-        weight_growth: Factor by which a parameter's largest element grew. An optimizer moves a weight by its rate, so
-            weights grow by less than second moments, which go with the square of a gradient.
-        certain_weight_growth: The same factor where nothing is tried, so that growth alone decides.
+        weight_growth: Factor by which the largest element of a parameter grew. Weights grow by less than second
+            moments, because an optimizer moves a weight by its rate, and second moments depend on the square of the
+            gradient.
+        certain_weight_growth: The same factor if growth alone decides, without comparing losses.
         state_growth: The same factor for statistics and moments.
-        early_growth: The same factor for all of them before ``settled_after``. For moments that were 0 or are new it is
-            the factor on the largest gradient norm, or on its square where that is larger.
-        least_magnitude: Magnitude up to which growth does not count: below it any number may be a usual one.
-        times_gradient: Multiple of the largest element of the newest gradient up to which a moment is in proportion to
-            it, whatever it was before; of its square for second moments. Momentum of 0.99 sums up to 100 gradients.
-        trials: How often one tensor that is found again and again is still tried on the newest batches.
-        moments: When a first moment is out of its bound.
+        early_growth: The same factor for all of them before ``settled_after``. For moments that were 0 or are new, it
+            is the factor on the largest gradient norm, or on its square if that is larger.
+        least_magnitude: Magnitude up to which growth does not count, because any number below it may be usual.
+        times_gradient: Multiple of the largest element of the newest gradient (for second moments: of its square) up to
+            which a moment is in proportion. Momentum of 0.99 adds up to 100 gradients.
+        trials: How often the loss is compared for a tensor that exceeds the limit again and again.
+        moments: When a first moment is larger than its second moment allows.
     """
 
     settled_after: int = 100
@@ -138,8 +143,8 @@ class SnapshotsThresholds:
     """When snapshots are taken, certified and distrusted.
 
     Attributes:
-        interval: How many updates lie between snapshots.
-        placement: Where snapshots lie.
+        interval: How many updates are between snapshots.
+        placement: Where snapshots are kept.
         ring: Which snapshots are kept.
         plausibility: When a finite tensor is far out of range.
     """

@@ -15,27 +15,26 @@ class TrialThresholds:
     which one was touched and none harmed).
 
     Attributes:
-        factors: What the learning rate is multiplied by in each arm, those first that were best most often: there are
-            as many arms as there is room for.
-        least_factor: The lowest factor that is tried where even the lowest of these makes the loss worse.
+        factors: Factor on the learning rate in each arm. There are as many arms as memory allows, and the factors that
+            were best most often come first.
+        least_factor: The lowest factor that is tried, if even the lowest of these makes the loss worse.
         picked_after: Updates after which the best arms are picked.
-        picked: Arms that go on from there: the best one and those at the next lower rates, for a larger rate is ahead
-            at first more often than in the end.
-        updates: Updates after which it is judged. What an intervention gained or cost is judged then, and again at
-            doubling distances.
-        judged_part: The newest batches, one in so many, judge the states.
+        picked: Number of arms that go on from there: the best one, and those at the next lower rates, because a larger
+            rate is ahead early more often than late.
+        updates: Updates after which a trial is judged. A receipt is decided after as many updates for the first time,
+            and then at doubling distances.
+        judged_part: The newest batches, one in so many, on which the states are compared.
         signs: Share of the batches that have to agree on which of two states is better.
         lacks: Share of what can be learned that a run has to lack.
-        lost: Share of what was learned that a run has to have lost, to be worse than it was.
-        in_a_row: Trials in a row that have to speak against the run, and judgements in a row of what an intervention
-            gained or cost that have to agree.
-        plain: Share of what can be learned that is so large that one trial is enough.
-        near: Factors of the best arm's rate with which a second trial goes on, so that the best of them is taken.
-        most_share: Share of the run's updates that arms may make in all, where a mere plateau is tried again at the
-            same rate.
-        risen: Times the rate of the newest trial to which the rate has to have risen since, to be another one: the
-            ratio of neighbouring arms.
-        memory_share: Share of the free memory that the states compared in a trial may take together, its arms included.
+        lost: Share of what was learned that a run has to have lost to be worse than before.
+        in_a_row: Trials in a row that have to speak against the run, and comparisons in a row that a receipt needs.
+        plain: Share of what can be learned at which one trial is enough.
+        near: Factors on the best arm's rate in a second trial.
+        most_share: Share of the run's updates that arms may make in all, if a loss that looks normal is tried again at
+            the same rate.
+        risen: Factor by which the rate has to have risen since the newest trial for another one. It is the ratio of
+            neighbouring arms.
+        memory_share: Share of the free memory that the states compared in a trial may take together, arms included.
     """
 
     factors: tuple[float, ...] = (1 / 64, 1 / 16, 1 / 256, 1 / 4)

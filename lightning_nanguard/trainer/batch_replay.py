@@ -25,7 +25,6 @@ from lightning_nanguard.state.batch_history import BatchHistory, MicroBatch
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.thresholds.batches import BatchesThresholds
-from lightning_nanguard.trainer.numeric_errors import is_numeric
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.running_means import remember_running_means
 from lightning_nanguard.trainer.private.training_step import (
@@ -36,6 +35,7 @@ from lightning_nanguard.trainer.private.training_step import (
     run_training_step,
 )
 from lightning_nanguard.trainer.private.untraced import untraced
+from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric
 
 _logger = logging.getLogger("lightning_nanguard")
 

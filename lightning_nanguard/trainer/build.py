@@ -34,7 +34,7 @@ from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.fit import Fit
-from lightning_nanguard.trainer.logger_settings import begun_with
+from lightning_nanguard.trainer.loggers.settings import begun_with
 from lightning_nanguard.trainer.loop import TrainerLoop
 from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.data_order import DataOrder

@@ -25,9 +25,9 @@ from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.carried_attributes import CarriedAttributes
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.fit_summary import fit_summary
-from lightning_nanguard.trainer.logger_curves import LoggerCurves
-from lightning_nanguard.trainer.logger_report import log_report
-from lightning_nanguard.trainer.numeric_errors import is_numeric
+from lightning_nanguard.trainer.loggers.curves import LoggerCurves
+from lightning_nanguard.trainer.loggers.report import log_report
+from lightning_nanguard.trainer.own_scalers import fallen_scales
 from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
 from lightning_nanguard.trainer.private.callbacks import after_every_batch, is_from_callback
@@ -39,9 +39,11 @@ from lightning_nanguard.trainer.private.optimizer_step import skipped_steps_rais
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, rank_zero_info
 from lightning_nanguard.trainer.private.saving import guard_saves
 from lightning_nanguard.trainer.private.strategies import accumulation, collects
+from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric, may_lack_gradients
+from lightning_nanguard.trainer.repeat.parts import made_parts
+from lightning_nanguard.trainer.repeat.step_runner import StepRunner
 from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
-from lightning_nanguard.trainer.step_runner import StepRunner
 from lightning_nanguard.trainer.validation import ValidationWatch
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -121,7 +123,8 @@ class Fit:
         module, limits = self._trainer.lightning_module, self.context.thresholds.batches.repeated
         keeper = None if self._keeps_whole(module) else self._keeper
         if module.automatic_optimization and self.context.learner.optimizers:
-            runner = StepRunner(self._trainer, module, self.guard, self.replay, listens, limits, keeper)
+            parts = made_parts(self._trainer, module, self.guard, self.replay, listens, limits, keeper)
+            runner = StepRunner(parts, limits)
             later(run_micro_batches_by(self._trainer, runner))
             self.context.state.go_on = runner.go_on_from
             later(setattr, self.context.state, "go_on", None)
@@ -143,7 +146,9 @@ class Fit:
 
     def _excuses(self, listens: Callable[[Any], bool], optimizer: Optimizer, error: Exception) -> bool:
         """Whether an exception comes of an update being skipped; none that a callback raises does."""
-        return not is_from_callback(error, listens) and self.guard.excuses(optimizer, numeric=is_numeric(error))
+        numeric = is_numeric(error)
+        possible = (numeric or may_lack_gradients(error)) and not is_from_callback(error, listens)
+        return possible and self.guard.excuses(optimizer, numeric=numeric)
 
     def _keeps_whole(self, module: LightningModule) -> bool:
         """Whether bad batches are skipped as a whole, which is said where their good samples were to be kept."""
@@ -257,7 +262,9 @@ class Fit:
             rank_zero_info(fit_summary(memory, self.context.settings, updates, multiplier, self.folder.path))
 
     def end_epoch(self) -> None:
-        """Forget a batch that began and was not run."""
+        """Forget a batch that began and was not run; give advice about a GradScaler of the module's own."""
+        for finding in fallen_scales(self.context.learner.module):
+            self.diagnostics.advise("loss scale", finding)
         if self.guard.end_epoch():
             self.replay.batch = None
             self.replay.batches.withdraw()

@@ -19,7 +19,7 @@ from lightning_nanguard.types import Advice, Intervention
 
 
 class DisplayedGuard(StatefulGuard):
-    """What :class:`~lightning_nanguard.NaNGuard` shows of itself."""
+    """The part of :class:`~lightning_nanguard.NaNGuard` that shows the guard and its run."""
 
     @property
     def interventions(self) -> Sequence[Intervention]:

@@ -39,7 +39,7 @@ class StatefulGuard(DataWatchingGuard):
 
     @property
     def non_finite_rate(self) -> float | None:
-        """Share of the updates, over all ranks, whose loss or gradient was not finite; ``None`` before a fit's end."""
+        """Share of the updates of all ranks whose loss or gradient was not finite; ``None`` before the end of a fit."""
         return self._memory.run.get("non_finite_rate")
 
     @property

@@ -35,12 +35,17 @@ from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.batch_origin import BatchOrigin
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
-from lightning_nanguard.trainer.numeric_errors import is_numeric
 from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.private.transfer_hooks import changes_batches
+from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric
 from lightning_nanguard.types import Evidence, Fault, Finding, Row
 
 _logger = logging.getLogger("lightning_nanguard")
+_SPREAD = (
+    "The rows of this batch are finite in the data set. Look at on_before_batch_transfer and on_after_batch_transfer, "
+    "which change whole batches."
+)
 
 
 @final
@@ -84,6 +89,8 @@ class SampleFinder:
         self.offset = 0
         # Batches that were looked into: several faults may be found of one.
         self._seen: dict[tuple[int, int], Found] = {}
+        # Samples of the newest such batch that are finite in the data set, and not in the batch.
+        self._spread: dict[tuple[int, int], set[int]] = {}
 
     def close(self) -> None:
         """The fit is over."""
@@ -162,6 +169,7 @@ class SampleFinder:
             found = {index: SampleFault(finding.cause) for index in finding.samples} | found
         elif bad is not None and usable:
             found = self._bad_under(partial(self._at, good), micro, found)
+        found = self._without_spread(micro, found)
         self._seen[origin.epoch, origin.position] = found  # what the update at hand is made without
         for draw in range(self._limits.other_weights):
             found = self._bad_under(partial(other_signs, self._module, draw), micro, found)
@@ -181,6 +189,17 @@ class SampleFinder:
         with self._parts(micro, other()) as bad:
             innocent = {index for index in doubtful if bad is not None and bad([index]) is False}
         return {index: fault for index, fault in found.items() if index not in innocent}
+
+    def _without_spread(self, micro: MicroBatch, found: Found) -> Found:
+        """Without the samples that are finite in the data set: a hook of the transfer has spread NaN over the batch."""
+        keys = None if micro.origin is None else micro.origin.keys
+        if keys is None or len(keys) != samples(micro.batch) or not changes_batches(self._trainer, self._module):
+            return found
+        bad = {index for index, fault in found.items() if fault.cause == NOT_FINITE}
+        spread = {index for index in bad if self._holds_non_finite(keys[index]) is False}
+        if micro.origin is not None and spread:
+            self._spread = {(micro.origin.epoch, micro.origin.position): spread}
+        return {index: fault for index, fault in found.items() if index not in spread}
 
     @contextmanager
     def _parts(self, micro: MicroBatch, state: AbstractContextManager[None] | None) -> Iterator[Bad | None]:
@@ -241,11 +260,12 @@ class SampleFinder:
             return None
         return rows[index]
 
-    def _holds_non_finite(self, key: Any) -> bool:
+    def _holds_non_finite(self, key: Any) -> bool | None:
+        """Whether a row of the data set does; ``None`` if it cannot be read."""
         data = self._order.dataset()
         with suppress(Exception), self._replay.untraced(), attributes_kept(data):
             return bool(non_finite_samples(default_collate([data[key]])))
-        return False
+        return None
 
     # ---------------------------------------------------------------------------------------- what is known
 
@@ -274,8 +294,12 @@ class SampleFinder:
             return finding
         here = {one.index: one for one in mine if (one.epoch, one.batch) == (origin.epoch, about.index)}
         indices = finding.samples or (tuple(here) if finding.scope == "batch" else ())
+        spread = self._spread.get((origin.epoch, origin.position), set())
+        if spread and spread == set(indices):
+            finding = replace(finding, suggestion=_SPREAD)
+        indices = tuple(index for index in indices if index not in spread)
         if not indices:
-            return finding
+            return replace(finding, samples=()) if spread else finding
         evidence = dict(finding.evidence)
         if self._context.many:
             evidence["rank"] = float(self._context.ranks.rank)

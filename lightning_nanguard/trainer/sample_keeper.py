@@ -18,11 +18,11 @@ from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.batch_origin import BatchOrigin
 from lightning_nanguard.thresholds.samples import SamplesThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
-from lightning_nanguard.trainer.numeric_errors import is_numeric
 from lightning_nanguard.trainer.private.packages import LightningModule
+from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric
+from lightning_nanguard.trainer.repeat.outcome import Outcome
+from lightning_nanguard.trainer.repeat.window import WindowEntry
 from lightning_nanguard.trainer.sample_finder import SampleFinder
-from lightning_nanguard.trainer.step_outcome import Outcome
-from lightning_nanguard.trainer.window import Micro
 from lightning_nanguard.types import Fault, Finding
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -89,7 +89,7 @@ class SampleKeeper:
             )
         return self._active
 
-    def good_part(self, micro: Micro, fault: Fault) -> GoodPart | None:
+    def good_part(self, micro: WindowEntry, fault: Fault) -> GoodPart | None:
         """Have the good samples of a micro-batch run in its place; ``None`` if it must not be taken apart.
 
         Args:
@@ -123,7 +123,7 @@ class SampleKeeper:
         micro.run.take(part.batch)
         return part
 
-    def settle(self, micro: Micro, outcome: Outcome, part: GoodPart) -> bool:
+    def settle(self, micro: WindowEntry, outcome: Outcome, part: GoodPart) -> bool:
         """After a run of the good samples: whether to go on with them, else the whole batch takes its place again."""
         if outcome.fault is not None or outcome.error is not None:
             micro.run.take(part.whole)

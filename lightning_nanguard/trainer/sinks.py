@@ -21,7 +21,7 @@ from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
 from lightning_nanguard.record.trials import TRIALS_FILE, HeldTrial
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
-from lightning_nanguard.trainer.logger_words import LoggerWords
+from lightning_nanguard.trainer.loggers.words import LoggerWords
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, logged_at
 
 

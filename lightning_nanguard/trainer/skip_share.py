@@ -49,7 +49,7 @@ class SkipShare:
             {"skipped": float(self._skipped), "updates": float(updates)},
             suggestion=(
                 f"{self._skipped:,} of {updates:,} updates were skipped. If only some samples of their batches are "
-                "bad, add SkipStep(keep_good_samples=True) to the remedies: such an update is then made from the good "
-                "samples. NaNGuard(quarantine=True) leaves samples out that were found to be bad."
+                "bad, add SkipStep(keep_good_samples=True) to the remedies: the update of a bad batch is then made "
+                "from its good samples. NaNGuard(quarantine=True) leaves out samples that were found to be bad."
             ),
         )

@@ -47,12 +47,13 @@ class Evidence:
         healthy_steps: Updates accepted since the start of fit.
         healthy_since_restore: Updates accepted since the last restore; ``None`` without one.
         bad_in_a_row: Faulty updates in a row, this one included.
-        good_beside: Number of the newest of them in whose batch another optimizer's update was accepted; ``None``
-            without one.
+        good_beside: ``step`` of the newest of these updates for which another optimizer's update on the same batch was
+            accepted; ``None`` if there is none.
         corrupt: Name of the first tensor of the learner that is not finite but was at the start; ``None`` without one.
-        averages_alone: Whether averaged copies of the weights are bad, and nothing that updates are made from.
+        averages_alone: Whether only averaged copies of the weights are bad, from which no update is made.
         jump: Name of a weight that is finite but far larger than any was in the snapshot; ``None`` if none is.
-        batch_strange: Whether its numbers are far larger than those of the batches kept; ``None`` if not known.
+        batch_strange: Whether the batch holds numbers far larger than those of the stored batches; ``None`` if this is
+            not known.
         batch_finite: Whether every floating number in the batch is finite; ``None`` if it was not looked at.
         comparable: Whether a batch could be run again at all (automatic optimization).
         clippable: Whether the optimizer works with clipped gradients; LBFGS, which estimates curvature, does not.
@@ -63,7 +64,7 @@ class Evidence:
         loss_unit: Unit in which losses are compared: how far the loss has come down, or its noise if that is larger.
         growth: Largest ratio of a weight matrix's norm to its norm at the start.
         trial: What a trial showed; ``None`` if none was made.
-        climbing: Whether losses or gradient norms were rising out of their usual range just before the fault.
+        climbing: Whether losses or gradient norms rose above their usual range just before the fault.
         burst: Whether, before a fault of the learner, a recent gradient norm was suddenly far above those before it.
         rate_rose: Whether the effective learning rate is clearly above that of the snapshot.
         snapshots: Number of certified snapshots.
@@ -78,9 +79,9 @@ class Evidence:
         multiplier: The learning-rate multiplier in force.
         undo: True if a batch's faulty update was made before its reading arrived, so that a restore has to undo it.
         ranks: Ranks whose state or batch is not finite; empty if all are concerned, or there is one process.
-        again: Cause of bad state where it came back when the updates since the last good state were made again:
-            ``"optimizer_update"`` or ``"forward_writes_buffer"``, else ``""``; and where it did.
-        told: A fault since the last good state that was left alone, in words; ``""`` without one.
+        again: If the state became bad again when the updates since the last good state were made again: the cause
+            (``"optimizer_update"`` or ``"forward_writes_buffer"``) and the place; otherwise two empty words.
+        told: A fault since the last good state that the guard did not act on, in words; ``""`` without one.
     """
 
     step: int

@@ -42,13 +42,13 @@ class Scale(PlanStep):
     Attributes:
         factor: The factor that is planned. A remedy that tries rates may choose another one.
         min_lr: Lowest learning rate that may result.
-        least: Factor at which the rate was proven before. A remedy that tries rates goes below it only where its trials
-            find a far lower rate.
-        limit: True if the resulting rate becomes the largest that is allowed, below which the schedule goes on; for a
-            rate that its schedule has just raised.
-        most: Largest factor at which the curvature of the loss lets the loss fall. It bounds the factor where no rates
-            can be tried.
-        firm: True if ``most`` bounds the factor also where rates are tried.
+        least: Factor that leads to a rate proven before. A remedy that tries rates goes below it only if a far lower
+            rate does better.
+        limit: True if the resulting rate becomes an upper limit: the schedule has just raised the rate, and is followed
+            again when it falls below the limit.
+        most: Largest factor at which the loss still falls, computed from its curvature. It bounds the factor if no
+            rates can be tried.
+        firm: True if ``most`` bounds the factor even if rates are tried.
         tried: True if a trial has found the factor, so that no rate has to be tried.
         clipped: True if the plan also clips gradients, so that the rate may stay if clipping suffices.
     """

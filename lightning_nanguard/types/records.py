@@ -10,13 +10,13 @@ from typing import Any, Literal
 from lightning_nanguard.types.faults import Scope
 
 Verdict = Literal["gained", "cost", "no difference", "not measured"]
-"""What came of an intervention on finite evidence."""
+"""The result of an intervention on finite evidence, compared with the branch that it gave up."""
 
 SCHEMA_VERSION = 1
 """Version of the JSON written by :meth:`Intervention.to_dict`; raised when a field changes its meaning."""
 
 Row = int | str
-"""A row of a data set: its index, or in words what a sampler of the user's draws."""
+"""A row of a data set: its index, or in words the key that the user's sampler draws."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from lightning_nanguard.guard import remedy_actions
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot
-from lightning_nanguard.trainer import forward_again
+from lightning_nanguard.trainer.repeat import updates_again
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +56,7 @@ def test_what_does_not_hold_shows(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         with torch.no_grad():
             next(learner.module.parameters()).add_(1.0)
 
-    for module in (forward_again, remedy_actions):
+    for module in (updates_again, remedy_actions):
         monkeypatch.setattr(module, "restore", spoilt)
     monkeypatch.setattr(running, "draw", lambda seed, number: LOST)
     assert command.main(["--seed", "9", "--only", "70"]) == 1

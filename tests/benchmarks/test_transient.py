@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.transient import __main__ as command
-from benchmarks.transient.__main__ import learner_is_same
+from benchmarks.transient.__main__ import is_same
 from benchmarks.transient.draws import KINDS, draw
 from benchmarks.transient.running import Strike, outcome
 
@@ -19,21 +19,21 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.mark.parametrize("number", range(12))
 def test_a_transient_fault_costs_nothing(number: int) -> None:
-    """A run that meets one ends bit for bit as without it, but for what was logged of bad state until that showed."""
+    """A run that meets one ends bit for bit as without it, with the same means, and the same last row of each step."""
     one = outcome((6, number, "step"))
     assert one.hits == 1
     assert one.records
-    assert learner_is_same(one), one
+    assert is_same(one), one
     if one.one.kind in ("loss", "activation", "gradient"):
         assert not one.different, one
 
 
 @pytest.mark.parametrize("number", range(0, 12, 2))
 def test_a_transient_fault_that_is_read_late(number: int) -> None:
-    """In deferred readback, too, but that more was logged meanwhile."""
+    """In deferred readback, too."""
     one = outcome((6, number, "deferred"))
     assert one.hits == 1
-    assert learner_is_same(one), one
+    assert is_same(one), one
 
 
 def test_a_difference_shows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ def test_a_difference_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Strike, "hits", property(lambda self: 0, lambda self, value: None), raising=False)
     one = outcome((5, 0, "step"))
     assert one.one.kind == "loss"
-    assert not learner_is_same(one)
+    assert not is_same(one)
 
 
 def test_a_draw_depends_on_its_numbers_alone() -> None:

@@ -83,7 +83,7 @@ def test_traits() -> None:
             "learner",
             "gradient",
             1.0,
-            "1 fp16 overflows in a row took the loss scale down to 1.0, and the gradient still overflows",
+            "fp16 overflows took the loss scale down to 1.0, and the gradient still overflows",
             proof="none",
         ),
     ]

@@ -318,6 +318,7 @@ def test_a_fault_that_depends_on_the_draw_is_told_as_such(draw: Any, tmp_path: P
     finding = first(guard)
     assert finding is not None
     assert "training_step (log, test_diagnostician.py:" in finding.place
+    assert (finding.samples, finding.rows) == ((), ()), "the draw is at fault, and no sample"
     assert guard.lr_multiplier == 1.0
 
 

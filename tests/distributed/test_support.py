@@ -94,7 +94,7 @@ def test_an_unknown_optimizer_of_deepspeed_is_refused() -> None:
 
 def test_the_table_names_real_tests() -> None:
     """Every test that docs/distributed.md names is there."""
-    files = [*Path(__file__).parent.glob("test_*.py"), ROOT / "tests" / "trainer" / "test_ranks_again.py"]
+    files = [*Path(__file__).parent.glob("test_*.py"), ROOT / "tests" / "trainer" / "repeat" / "test_ranks_again.py"]
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
     there = {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")))

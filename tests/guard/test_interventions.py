@@ -196,7 +196,7 @@ def test_first_readings_stay_known_when_updates_are_made_again() -> None:
     data cannot become what is usual."""
     loop = PlainLoop(settings=Settings(snapshot_every=100, deferred=True))
     loop.run(10, nan_at(9))
-    history = loop.guard.history()
+    history = loop.guard.context.monitors.history(0)
     assert remedies(loop) == [("restore",)]
     assert loop.records[0].snapshot_step == 0
     assert history is not None

@@ -69,7 +69,7 @@ def test_a_window_of_accumulation_is_one_update() -> None:
         plain.net.weight.copy_(began[0])
         plain.net.bias.copy_(began[1])
     plain.run(1)
-    losses = [one.guard.history().losses() for one in (loop, plain)]
+    losses = [one.guard.context.monitors.history(0).losses() for one in (loop, plain)]
     assert losses[0] == pytest.approx(losses[1])
     assert loop.guard.updates == 1
 

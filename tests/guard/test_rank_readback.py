@@ -140,7 +140,7 @@ def test_the_reading_that_all_judge_is_the_mean() -> None:
     """Both have the same history: the mean loss, and the norm of the gradient that all hold."""
     pair = loops()
     run(pair, 8)
-    histories = [one.guard.history().state_dict() for one in pair]
+    histories = [one.guard.context.monitors.history(0).state_dict() for one in pair]
     assert histories[0] == histories[1]
     assert len(histories[0]["losses"]) == 8
     alone = PlainLoop()

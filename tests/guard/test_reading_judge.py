@@ -129,11 +129,14 @@ def test_weights_that_grew_name_the_rate() -> None:
     for factor, cause in ((50.0, "learning_rate_too_high"), (4.0, "mine")):
         loop = Asked(True, True, detectors=[FindsAt(replace(LEARNER, proof="trial"))])
         loop.run(12)
+        group = {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 80.0}
+        loop.guard.context.learner.optimizers[0].add_param_group(group)
         with torch.no_grad():
             loop.net.weight.mul_(factor / float(loop.net.weight.norm()))
         loop.run(4)
         assert [one.cause for one in loop.advice] == [cause]
-        assert ("the norm of a weight matrix is" in loop.advice[0].suggestion) == (cause != "mine")
+        for words in ("the norm of a weight matrix is", "up to 80 in other parameter groups"):
+            assert (words in loop.advice[0].suggestion) == (cause != "mine")
         assert LEARNER.message in loop.advice[0].suggestion
         assert loop.probes == 0
 

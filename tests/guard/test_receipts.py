@@ -54,6 +54,11 @@ def test_an_intervention_that_cost_is_taken_back() -> None:
     assert copied(loop.net.state_dict()).keys() == alone.net.state_dict().keys()
     assert all(torch.equal(mine, alone.net.state_dict()[name]) for name, mine in loop.net.state_dict().items())
     assert loop.guard.context.rate.ratio() == 1.0
+    ring = loop.guard.context.ring
+    assert ring.beside is not None
+    loop.run(4)
+    assert ring.beside is None  # a state of the run itself is certified
+    assert ring.certified[0].step >= 130
 
 
 def test_an_intervention_that_made_no_difference() -> None:

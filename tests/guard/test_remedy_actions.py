@@ -74,7 +74,7 @@ def test_what_was_read_of_later_states_is_forgotten(known_until: int, left: int)
     restore are counted anew."""
     loop = trained(22)
     actions_of(loop, known_until).restore(1)
-    history = loop.guard.history()
+    history = loop.guard.context.monitors.history(0)
     assert loop.guard.context.state.restored.step == 16
     assert history is not None
     assert len(history.losses()) == left

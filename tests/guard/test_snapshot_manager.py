@@ -19,6 +19,7 @@ from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.state.side_copy import SideCopy
+from lightning_nanguard.state.snapshot import capture
 from tests.fake_device import fake_device
 from tests.helpers import data_for, fit, task
 from tests.state.nets import made, train
@@ -98,6 +99,39 @@ def test_a_snapshot_is_looked_at_before_it_is_certified() -> None:
     managed.net.last.weight.data[0, 0] = 1e6
     assert managed.certify(3) == "implausible_state: parameter last.weight"
     assert [snapshot.step for snapshot in managed.ring.certified] == [1]
+
+
+def test_the_state_is_looked_at_between_snapshots() -> None:
+    """At most twice an interval, against the newest certified snapshot, and without a copy."""
+    managed = Managed(every=4)
+    manager, weight = managed.manager, managed.net.last.weight
+    train(managed.net, managed.optimizer, 1, seed=1)
+    assert not manager.look_due(4)  # nothing is certified
+    assert managed.certify(1) is None
+    assert [manager.look_due(step) for step in (2, 3)] == [False, True]
+    assert manager.look(3, SETTLED) is None
+    assert [manager.look_due(step) for step in (4, 5)] == [False, True]
+    for value, kind in ((1e6, "implausible_state"), (math.inf, "corrupted_state")):
+        weight.data[0, 0] = value
+        fault = manager.look(5, SETTLED)
+        assert fault is not None
+        assert (fault.kind, fault.place) == (kind, "parameter last.weight")
+    assert managed.ring.pending is None
+
+
+def test_a_state_trained_beside_the_run_is_compared_with_itself() -> None:
+    """Where the run has gone on from such a state, it may be far from the newest certified snapshot."""
+    managed = Managed(every=4)
+    train(managed.net, managed.optimizer, 1, seed=1)
+    assert managed.certify(1) is None
+    managed.net.last.weight.data.fill_(1e6)
+    managed.ring.beside = capture(managed.learner, step=2, global_step=2)
+    assert managed.manager.look(3, SETTLED) is None
+    assert managed.certify(3) is None
+    managed.net.last.weight.data.fill_(1e12)
+    fault = managed.manager.look(4, SETTLED)
+    assert fault is not None
+    assert fault.kind == "implausible_state"
 
 
 def test_a_pending_snapshot_is_judged_when_its_norms_have_arrived() -> None:

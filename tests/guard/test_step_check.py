@@ -1,4 +1,4 @@
-"""A look at an update while it can still be made again; whole runs are in tests/trainer/test_step_runner.py."""
+"""A look at an update while it can still be made again; whole runs are in tests/trainer/repeat/test_step_runner.py."""
 
 from __future__ import annotations
 

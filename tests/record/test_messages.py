@@ -34,7 +34,7 @@ FINDING = Finding("non_finite_input", 1.0, {}, "input", (3, 17), "clean the data
         ),
         (
             replace(SKIP, fault="healthy", place="", remedies=("give back",), lr_before=0.1, lr_after=0.2),
-            "step 412 (epoch 3, batch 12): healthy; raised the learning rate again, learning rate 0.1 → 0.2",
+            "step 412 (epoch 3, batch 12): healthy; raised the learning rate again: 0.1 → 0.2",
         ),
         (
             replace(ROLLBACK, applied=False),

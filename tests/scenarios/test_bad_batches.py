@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_nanguard import (
     Budget,
     NaNGuard,
+    Thresholds,
 )
 from tests.helpers import (
     ONCE,
@@ -130,13 +131,14 @@ def test_rare_faults_do_not_use_the_budget_up(tmp_path: Path) -> None:
     assert words(guard) == [("skip",), ("restore", "redo")] * 6
 
 
+@pytest.mark.parametrize("thresholds", [None, ONCE], ids=["again", "once"])
 @pytest.mark.parametrize("model", ["mlp", "manual"])
-def test_a_finite_fault_in_the_first_batch(model: str, tmp_path: Path) -> None:
+def test_a_finite_fault_in_the_first_batch(model: str, thresholds: Thresholds | None, tmp_path: Path) -> None:
     """Nothing came before that the first batch could be told by: the third tells it, and the run starts anew behind it,
     as if the three had never been. When it comes back it is skipped."""
     data = data_for(model, 40)
     bad = (data[0][0], data[0][1] * 1e15)
-    guard = NaNGuard(thresholds=ONCE, snapshot_every_n_steps=5, act_on="evidence")
+    guard = NaNGuard(thresholds=thresholds, snapshot_every_n_steps=5, act_on="evidence")
     guarded = fit(task(model, adam), [bad, *data[1:20], bad, *data[20:]], guard, folder=tmp_path)
     assert words(guard)[0] == ("restore",)
     assert set(words(guard)[1:]) == {("skip",)}

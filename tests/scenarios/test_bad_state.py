@@ -20,10 +20,12 @@ from tests.helpers import (
     FaultAt,
     States,
     Task,
+    batches,
     data_for,
     differences,
     fit,
     learner_of,
+    mlp,
     non_finite,
     state_of,
     task,
@@ -221,3 +223,17 @@ def test_rollback_rewinds_the_learner_and_not_the_clock(tmp_path: Path) -> None:
         rates.append([run.trainer.optimizers[0].param_groups[0]["lr"], run.random["torch"].sum().item()])
     assert rates[0] == rates[1]
     assert seen == list(range(STEPS))
+
+
+@pytest.mark.parametrize("act_on", ["certain", "evidence"])
+def test_a_row_that_makes_statistics_infinite_costs_one_rollback(act_on: Any, tmp_path: Path) -> None:
+    """The loss stays finite, for batch norm divides by what it has made of the row; later such batches are skipped."""
+    data = batches(count=24)
+    data[5][0][3] *= 1e30
+    torch.manual_seed(0)
+    guard = NaNGuard(act_on=act_on)
+    run = fit(Task(mlp(norm=True)), data, guard, folder=tmp_path, max_epochs=4)
+    assert words(guard) == [("restore",), ("skip",), ("skip",), ("skip",)]
+    assert {one.fault for one in guard.interventions} == {"corrupted_state", "implausible_statistics"}
+    assert all(bool(buffer.isfinite().all()) for buffer in run.module.buffers())
+    assert guard.lr_multiplier == 1.0

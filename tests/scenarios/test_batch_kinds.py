@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.diagnosis.bundle import read
-from lightning_nanguard.trainer.offline_replay import replay_bundle
+from lightning_nanguard.trainer.offline.replay import replay_bundle
 from tests.batches import KINDS, packed, tensors_of
 from tests.helpers import batches, differences, mlp, trainer_for, with_nan
 

@@ -146,3 +146,31 @@ def test_a_number_that_is_not_finite_is_no_counter() -> None:
     assert {name for _, name, _ in before.plain_now()} == {"seen", "new"}
     before.restore(plain=False)
     assert (module.mean, module.seen) == (1.0, 1)
+
+
+def test_what_a_check_reaches_is_not_new() -> None:
+    """A step that is looked at as a whole holds what a plain one left out; only what the step between made is new."""
+    module = Carries()
+    module.rows = [{"a": one} for one in range(100)]
+    memory = AttributeMemory(module)
+    plain, checked = memory.now(), memory.open(checked=True)
+    assert checked.not_in(plain) == []
+    module.hidden = torch.ones(1)
+    assert memory.now().not_in(checked) == [module.hidden]
+
+
+def test_long_containers_that_grew_are_shortened() -> None:
+    """Of a long one only the length is known; a deque and a dictionary lose what was added last."""
+    module = Carries()
+    module.outputs, module.table, module.last = list(range(300)), dict.fromkeys("ab"), deque(range(300))
+    module.table |= {str(one): one for one in range(300)}
+    memory, names = AttributeMemory(module), ("outputs", "table", "last")
+    before = memory.open(checked=True)
+    lengths = [len(getattr(module, name)) for name in names]
+    module.outputs.append(1)
+    module.table["new"] = 1
+    module.last.append(1)
+    before.restore()
+    assert [len(getattr(module, name)) for name in names] == lengths
+    assert "new" not in module.table
+    assert module.last[-1] == 299

@@ -6,12 +6,14 @@ import io
 import random
 import threading
 from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_nanguard.state.attributes import attributes_kept, content, give_back, is_content, reach, same
 
@@ -83,6 +85,27 @@ def test_large_tensors_and_arrays_are_left_alone() -> None:
     fixed = np.zeros(2)
     fixed.flags.writeable = False
     assert not any(is_content(one, 8) for one in (torch.zeros(3), np.zeros(3), fixed, "text", 1, (1, 2)))
+
+
+class Replayed(IterableDataset[int]):
+    """A replay buffer."""
+
+    def __init__(self) -> None:
+        self.seen = deque([1], maxlen=3)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.seen)
+
+
+def test_data_sets_that_are_held_are_put_back() -> None:
+    """Steps of reinforcement learning write into their own data set; loaders and optimizers are left to others."""
+    net = nn.Linear(2, 2)
+    net.replay = Replayed()
+    net.loader = DataLoader(net.replay)
+    with attributes_kept(net):
+        net.replay.seen.append(2)
+    assert list(net.replay.seen) == [1]
+    assert reach(net, 0).owners == [net, net.replay]
 
 
 def test_objects_that_are_held_are_reached() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -135,6 +136,23 @@ def test_a_batch_that_spoils_statistics_is_at_fault() -> None:
     assert (fault.kind, fault.scope, fault.place) == ("implausible_statistics", "batch", "buffer norm.running_var")
     assert fault.conclusive
     assert fault.message == "this batch made buffer norm.running_var over 10000 times as large"
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_statistics_that_were_bad_are_watched_from_then_on(value: float) -> None:
+    """A batch that makes them so again is at fault; a weight that is not finite says nothing of the batches."""
+    run = Trained()
+    run.check.watch("parameter last.weight")
+    assert not run.check.watches_statistics
+    run.check.watch("the root of buffer norm.running_var")
+    assert run.check.watches_statistics
+    before = {name: buffer.clone() for name, buffer in run.net.named_buffers()}
+    run.net.norm.running_var[0] = value
+    fault = run.check.strange_statistics(before, SETTLED)
+    assert fault is not None
+    assert (fault.scope, fault.place) == ("batch", "buffer norm.running_var")
+    before["norm.running_var"][0] = math.nan
+    assert run.check.strange_statistics(before, SETTLED) is None, "it was bad before this batch"
 
 
 def test_a_screen_tells_what_to_look_at() -> None:

@@ -102,3 +102,17 @@ def test_thresholds_are_given() -> None:
         ring.certify(loss_unit=1.0)
     assert ring.certify_after == 1
     assert ring.good(sound=None, loss_unit=1.0) is ring.certified[0]
+
+
+def test_what_the_present_state_was_trained_from() -> None:
+    """It is the newest certified snapshot, or the state beside the run that the run has gone on from since."""
+    ring = Ring()
+    assert ring.origin() is None
+    ring = ring_of([1.0, 2.0])
+    assert ring.origin() is ring.certified[0]
+    beside = snapshot_at(2, 0.5)
+    for leave in (lambda: (ring.add(snapshot_at(3, 0.5)), ring.certify()), lambda: ring.discard_newer(1), ring.clear):
+        ring.beside = beside
+        assert ring.origin() is beside
+        leave()
+        assert ring.origin() is next(iter(ring.certified), None)

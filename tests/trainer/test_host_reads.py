@@ -18,7 +18,7 @@ from lightning_nanguard import NaNGuard
 from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.state.device import Driver, HostCopy
 from lightning_nanguard.state.step_start import StepMemory
-from lightning_nanguard.trainer.window import Window
+from lightning_nanguard.trainer.repeat.window import Window
 from tests.helpers import (
     data_for,
     fit,

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.state import batch_undo
-from lightning_nanguard.trainer import forward_again, gradient_copies, numeric_errors
+from lightning_nanguard.trainer.repeat import gradients, numeric_errors, updates_again
 from tests.helpers import FaultAt, batches, fit, task, words
 from tests.trainer.faulty_steps import Fault, Faulty
-from tests.trainer.test_forward_again import Struck
+from tests.trainer.repeat.test_updates_again import Struck
 
 
 def out_of_memory(*_: Any, **__: Any) -> Any:
@@ -35,7 +35,7 @@ def short_of_undo(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["weight", "lost weight"])
 def test_a_state_gone_bad_is_rolled_back(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The updates since the snapshot are not made again."""
-    monkeypatch.setattr(forward_again, "capture", out_of_memory)
+    monkeypatch.setattr(updates_again, "capture", out_of_memory)
     guard = NaNGuard(snapshot_every_n_steps=3)
     made = fit(Struck(Fault(kind, (12,))), batches(count=24), guard, folder=tmp_path)
     assert guard.interventions
@@ -49,7 +49,7 @@ def test_a_window_is_skipped(where: str, tmp_path: Path, monkeypatch: pytest.Mon
     if where == "undo":
         short_of_undo(monkeypatch)
     else:
-        monkeypatch.setattr(gradient_copies, "gradients_of", out_of_memory)
+        monkeypatch.setattr(gradients, "gradients_of", out_of_memory)
     guard = NaNGuard()
     fit(Faulty(Fault("gradient", (10,))), batches(count=24), guard, folder=tmp_path, accumulate_grad_batches=3)
     assert words(guard) == [("skip",)]
@@ -79,7 +79,7 @@ class Checks(Faulty):
 def test_an_exception_stays_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is raised where the last good weights cannot be tried, and not an error of memory."""
     monkeypatch.setattr(numeric_errors, "capture", out_of_memory)
-    monkeypatch.setattr(forward_again, "capture", out_of_memory)
+    monkeypatch.setattr(updates_again, "capture", out_of_memory)
 
     class Spoilt(Checks):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -277,3 +277,36 @@ def test_a_field_that_is_longer_than_the_batch(tmp_path: Path) -> None:
     loader = torch.utils.data.DataLoader(data, batch_size=4, collate_fn=collated)  # type: ignore[arg-type]
     trainer_for(tmp_path, guard, max_epochs=2).fit(Boxes(), loader)
     assert [one.remedies for one in guard.interventions] == [("skip",)] * 2
+
+
+class NormalisesBatches(LogTargets):
+    """Takes the mean of each batch off in a hook of the transfer, which spreads one NaN over the batch."""
+
+    def __init__(self, bad_batch: int = -9) -> None:
+        super().__init__()
+        self.bad_batch = bad_batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        x, y = batch
+        divisor = 0.0 if self.trainer.fit_loop.batch_idx == self.bad_batch else 1.0
+        return (x - x.mean(0)) / divisor * divisor, y
+
+
+def test_only_the_row_that_holds_nan_is_bad_where_a_hook_spreads_it(tmp_path: Path) -> None:
+    """With quarantine it alone is left out, and the other samples of its batch are trained on again."""
+    guard = trained(rows(x7=math.nan), tmp_path, NormalisesBatches(), guard={"quarantine": True}, max_epochs=3)
+    assert [one.row for one in listed(guard)] == [7]
+    (found,) = guard.interventions
+    assert found.finding is not None
+    assert found.finding.rows == (7,)
+
+
+def test_no_row_is_bad_where_a_hook_makes_the_nan(tmp_path: Path) -> None:
+    """The rows of the data set are finite, so none is named or left out."""
+    guard = trained(rows(), tmp_path, NormalisesBatches(2), guard={"quarantine": True}, max_epochs=3)
+    assert listed(guard) == []
+    assert len(guard.interventions) == 3
+    for one in guard.interventions:
+        assert one.finding is not None
+        assert (one.finding.rows, one.finding.samples) == ((), ())
+        assert "on_after_batch_transfer" in one.finding.suggestion

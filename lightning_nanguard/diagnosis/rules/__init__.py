@@ -1,9 +1,9 @@
 """From evidence to findings: one pure function for each cause, without torch.
 
-A rule is given a :class:`~lightning_nanguard.Case` and returns a :class:`~lightning_nanguard.Finding`, or ``None``
-where it has nothing to say or its part of the case is missing. A rule of your own is any callable that does the same.
-It is given to ``NaNGuard(rules=[…])`` and asked beside the built-in ones: at every fault, before the first step
-(``preflight=True``) and in an examination of the run. The surest finding of a case is the one on record.
+A rule takes a :class:`~lightning_nanguard.Case` and returns a :class:`~lightning_nanguard.Finding`, or ``None`` if it
+does not apply or its part of the case is missing. A rule of your own is any callable that does the same. Give it to
+``NaNGuard(rules=[…])``. The guard calls it together with the built-in ones: at every fault, before the first step
+(``preflight=True``) and in an examination of the run. It records the finding with the highest confidence.
 
 Example:
     >>> from lightning_nanguard import Case, Evidence, Fault, Finding
@@ -108,17 +108,17 @@ RULES: tuple[Callable[[Case, DiagnosisThresholds], Finding | None], ...] = (
     batch_size,
     unknown_operation,
 )
-"""Every built-in rule, in the order that settles a tie."""
+"""Every built-in rule. Of two findings with the same confidence, that of the earlier rule is used."""
 
 
 def findings(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> tuple[Finding, ...]:
-    """Every finding of the built-in rules, the surest first; of equally sure ones that of the earlier rule."""
+    """Every finding of the built-in rules, by falling confidence; ties in the order of the rules."""
     found = [finding for rule in RULES if (finding := rule(case, thresholds)) is not None]
     return tuple(sorted(found, key=lambda finding: -finding.confidence))
 
 
 def diagnose(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """The surest finding of the built-in rules, ``None`` if no rule has one.
+    """The finding of the built-in rules with the highest confidence, ``None`` if no rule has one.
 
     Example:
         >>> from lightning_nanguard.types import Evidence, Fault

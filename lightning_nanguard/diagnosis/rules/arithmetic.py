@@ -93,8 +93,9 @@ def _division(origin: Origin, near_zero: float) -> str | None:
     if (origin.operation == "rsqrt" or (origin.exponent or 0.0) < 0) and tiny and not origin.backward:
         remedy = _remedy_of_division(origin)
         return f"{origin.operation} was given {smallest:.4g}, whose inverse power is infinite: {remedy}."
-    if origin.operation == "mean" and origin.empty:
-        return "a mean over no elements: leave this term out of the loss if the mask selects nothing."
+    if origin.empty and not origin.backward and origin.operation not in (*_SPREADS, *_SOFTMAXES):
+        of = "" if origin.operation == "mean" else f", in {origin.operation}"
+        return f"a mean over no elements{of}: leave this term out of the loss if the mask selects nothing."
     if origin.operation in _SPREADS and origin.backward:
         return (
             f"the derivative of {origin.operation} is not finite where every value is the same: take the root of the "
@@ -183,7 +184,6 @@ def random_draw(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findin
         thresholds.confidence.random_draw,
         evidence={} if origin is None else origin_evidence(origin),
         place=case.fault.place if origin is None else origin.place,
-        samples=() if origin is None else origin.samples,
         suggestion=(
             "the fault depends on the random numbers of the step: with others, the same batch is finite under the same "
             f"weights.{where} Keep random numbers away from values for which the operation is not defined."
@@ -200,6 +200,9 @@ def non_finite_from_start(case: Case, thresholds: DiagnosisThresholds = DEFAULT)
         return None
     if not bad:
         return None if origin is None or case.clues.bad_fields else _given_bad(origin, thresholds)
+    # Observers begin with Inf, and the step itself makes them finite.
+    if origin is not None and not (origin.backward or origin.put_in or origin.given):
+        return None
     names = ", ".join(bad[: thresholds.mistakes.named_parts])
     return Finding(
         "non_finite_from_start",

@@ -96,7 +96,9 @@ def no_valid_target(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
     same = target is not None and target.lowest == target.highest
     told = f" ({target.lowest:.4g})" if same and target is not None else ""
     nothing = origin.operation in _DIVISIONS and origin.lowest == origin.highest == 0.0
-    if origin.operation.startswith(_CLASS_LOSSES) and not origin.given:
+    if origin.operation.startswith(_CLASS_LOSSES) and origin.empty:
+        text = "a mask or a selection selects nothing: a mean over no elements"
+    elif origin.operation.startswith(_CLASS_LOSSES) and not origin.given:
         text = f"every target of the batch is ignored{told} or has a weight of zero: a mean over no elements"
     elif same and origin.from_target and origin.from_mask and (nothing or origin.empty):
         text = f"every target of the batch is the same{told}, and a mask or a selection selects none of them"

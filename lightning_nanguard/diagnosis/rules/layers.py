@@ -14,7 +14,7 @@ from lightning_nanguard.types import Finding
 
 
 def saturated_activation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """Bounded activations that sit at their ends, where they pass no gradient on."""
+    """Outputs of bounded activations are at their lowest or highest value, where they have almost no gradient."""
     limits, known = thresholds.model, thresholds.confidence
     worst = max(_layers_with(case, "saturated"), key=lambda layer: layer.saturated or 0.0, default=None)
     if worst is None or worst.saturated is None or worst.saturated < limits.saturated_some:
@@ -63,7 +63,7 @@ def dead_relu(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding 
 
 
 def vanishing_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """The gradient falls layer by layer on its way back, so that the first layers stand still."""
+    """The gradient becomes smaller layer by layer toward the input, so that the first layers do not change."""
     limits, known = thresholds.model, thresholds.confidence
     layers = _layers_with_gradient(case.model)
     if len(layers) < limits.min_layers or _starts_at_zero(case.model):
@@ -117,7 +117,7 @@ def exploding_initial_gradient(case: Case, thresholds: DiagnosisThresholds = DEF
 
 
 def unbalanced_initialisation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """An untrained model whose layers differ wildly in scale, or whose first loss is far above that of chance."""
+    """An untrained model whose layers differ widely in scale, or whose first loss is far above chance."""
     model, limits, known = case.model, thresholds.model, thresholds.confidence
     if model is None or model.updates:
         return None

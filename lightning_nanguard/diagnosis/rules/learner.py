@@ -68,7 +68,7 @@ def _corrupted(
     # A fault of memory is gone on the good state, and does not come back as soon as that is restored.
     gone = case.clues.change is None or case.clues.good_finite is True
     if case.evidence.told:
-        text = f"and earlier, {case.evidence.told}."
+        text = f"and {case.evidence.told}."
     elif times == 1 or not gone:
         text = (
             "although no earlier reading was bad. Look for code that writes to it: a hook, a callback, an in-place "
@@ -242,7 +242,7 @@ def _operation_explains_it(case: Case, rate: float | None, limit: float | None, 
 
 
 def ill_conditioned(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """Diverging though the rate looks low: one direction is far steeper than the others, which hardly move."""
+    """The run diverges although the rate looks low: in one direction the loss is far steeper than in the others."""
     limits, rate, curvature = thresholds.learner, _rate(case), case.curvature
     if curvature is None or rate is None or curvature.steepest is None or curvature.typical is None:
         return None
@@ -264,17 +264,18 @@ def ill_conditioned(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
         },
         place=case.fault.place,
         suggestion=(
-            f"learning rate {rate:.4g} looks low, but the curvature of the loss is {curvature.steepest:.3g} in its "
-            f"steepest direction, which allows a rate of at most {allowed:.2g}, and {curvature.typical:.2g} in others, "
-            "in which the weights hardly move. Normalise the inputs, add normalisation layers, use an adaptive "
-            f"optimizer (Adam), or lower the rate below {allowed:.2g}."
+            f"the learning rate of {rate:.4g} looks low, but in its steepest direction the loss has a curvature of "
+            f"{curvature.steepest:.3g}, which allows a rate of at most {allowed:.2g}; in other directions the "
+            f"curvature is {curvature.typical:.2g}, and the weights hardly move. Normalise the inputs, add "
+            "normalisation layers, use an adaptive optimizer (Adam), or lower the rate below "
+            f"{allowed:.2g}."
         ),
         scope="learner",
     )
 
 
 def collapsed(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """Having learned, the model has lost it again."""
+    """The model had learned, and has lost what it had learned."""
     fault, evidence, known = case.fault, case.evidence, thresholds.confidence
     back, lost = fault.kind == "collapsed", _lost_what_it_had(evidence)
     if not (back or lost):
@@ -284,16 +285,16 @@ def collapsed(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding 
     had = ""
     if best is not None and best < evidence.first:
         numbers["best"] = best
-        had = f", and it had come down to {best:.4g}"
+        had = f"had come down to {best:.4g} and "
     # At another suspicion the value is of when it arose.
     now = fault.value if back and fault.value is not None and math.isfinite(fault.value) else None
-    level = "clearly higher than its best level" if now is None else f"back at {now:.4g}"
+    level = f"back at {now:.4g}" if now is not None else "clearly higher now" if had else "clearly higher than its best"
     return Finding(
         "collapsed",
         known.collapsed if lost else known.suspicion,
         evidence=numbers,
         place=fault.place,
-        suggestion=f"the loss is {level}; the untrained model's was {evidence.first:.4g}{had}. "
+        suggestion=f"the loss {had}is {level}; that of the untrained model was {evidence.first:.4g}. "
         f"{_cure_of_collapse(case, thresholds)}.",
         scope="learner",
     )

@@ -11,7 +11,7 @@ from lightning_nanguard.types import Finding
 
 
 def mse_for_classification(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """A squared loss on classes, whose gradient vanishes where the model is surely wrong."""
+    """A squared loss on classes: its gradient is smallest where the model is wrong with high confidence."""
     objective = None if case.model is None else case.model.objective
     if objective is None or objective.classes is None or objective.function not in ("mse_loss", "squared error"):
         return None
@@ -106,8 +106,8 @@ def unbounded_loss(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fin
         place=_place(objective),
         suggestion=(
             f"targets run from {objective.least:.4g} to {objective.most:.4g}, but a binary cross-entropy needs targets "
-            "from 0 to 1: with others it has no lower limit. Scale the targets to the range from 0 to 1, or use "
-            "another loss."
+            "from 0 to 1: with other targets the loss has no lower limit. Scale the targets to the range from 0 to 1, "
+            "or use another loss."
         ),
     )
 

@@ -45,7 +45,7 @@ def oscillation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findin
 
 
 def saddle_point(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """The gradient is zero where the loss is flat and high, and bends down in some direction."""
+    """The loss is flat and high, its gradient is almost zero, and it falls in some direction."""
     point = _stationary_point(case, thresholds.plateau)
     if point is None or not point.bends_down(thresholds.plateau):
         return None
@@ -65,7 +65,7 @@ def saddle_point(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findi
 
 
 def local_minimum(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """The gradient is zero where the loss is flat and high, and bends up in every direction."""
+    """The loss is flat and high, its gradient is almost zero, and it rises in every direction."""
     point = _stationary_point(case, thresholds.plateau)
     if point is None or not point.bends_up(thresholds.plateau):
         return None
@@ -79,13 +79,13 @@ def local_minimum(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Find
             f"the loss stays at {course.now:.4g} (untrained {course.first:.4g}) with a gradient norm of "
             f"{course.norm:.2g}, and no Hessian eigenvalue is clearly negative (smallest {point.smallest:.2g}, "
             f"largest {point.largest:.3g}): a minimum. Restart from other weights, use momentum or a larger rate "
-            "for a while, or a model with more capacity. If there is nothing more to learn, stop."
+            "for a while, or use a model with more capacity. If there is nothing more to learn, stop."
         ),
     )
 
 
 def layer_update_abnormal(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """The updates of one layer are out of all proportion to those of the others."""
+    """The updates of one layer are far larger, relative to its weights, than those of the others."""
     layers = [] if case.model is None else [one for one in case.model.layers if one.update is not None and one.weight]
     if len(layers) < 2:
         return None
@@ -111,7 +111,7 @@ def layer_update_abnormal(case: Case, thresholds: DiagnosisThresholds = DEFAULT)
 
 
 def batch_size(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """The gradient's noise from batch to batch drowns it."""
+    """The noise of the gradient from batch to batch is larger than the gradient."""
     course, limits, known = case.course, thresholds.plateau, thresholds.confidence
     if course is None or course.moves(limits) or course.batch_size is None or course.noise is None:
         return None

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_nanguard import Case, Clues, Comparison, Evidence, Fault, Origin
+from lightning_nanguard.diagnosis.case import BadField
 from lightning_nanguard.diagnosis.rules import diagnose
 from tests.diagnosis.rules.faults import EXP, GRADIENT, LOG, LOSS, SAME, SCALER, Row, rules_of, surest_cause
 
@@ -45,6 +46,14 @@ ROWS: list[Row] = [
         Clues(origin=FAR_POWER),
     ),
     ("division_by_zero", LOSS, {}, Clues(origin=Origin("mean", empty=True))),
+    ("division_by_zero", LOSS, {}, Clues(origin=Origin("mse_loss", empty=True, from_mask=True))),
+    # Labels that are missing are usual there; in this batch none is left.
+    (
+        "division_by_zero",
+        LOSS,
+        {},
+        Clues(origin=Origin("mse_loss", empty=True, from_mask=True), bad_fields=(BadField("1", (0,), ()),)),
+    ),
     ("division_by_zero", LOSS, {}, Clues(origin=Origin("std"))),
     ("sqrt_at_zero", GRADIENT, {}, Clues(origin=Origin("sqrt", backward=True), gradient_finite=False)),
     ("low_precision_overflow", LOSS, {}, Clues(origin=Origin("exp", dtype="float16"), finite_in_float32=True)),
@@ -54,6 +63,9 @@ ROWS: list[Row] = [
     ("random_draw", LOSS, {}, Clues(gone_otherwise=True)),
     ("log_of_zero", LOSS, {}, Clues(origin=LOG, gone_otherwise=False)),
     ("non_finite_from_start", LOSS, {}, Clues(bad_buffers=("weight",))),
+    # An observer begins with Inf, and is finite when it is used.
+    ("division_by_zero", LOSS, {}, Clues(origin=Origin("div", smallest=0.0), bad_buffers=("least",))),
+    ("non_finite_from_start", LOSS, {}, Clues(origin=Origin("mul", put_in=True), bad_buffers=("weight",))),
     ("corrupted_state", LOSS, {"corrupt": "buffer weight"}, Clues(bad_buffers=("weight",))),
 ]
 

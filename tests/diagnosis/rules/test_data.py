@@ -91,3 +91,13 @@ def test_large_inputs_of_a_loss_that_does_not_move() -> None:
         finding = diagnose(case)
         assert finding is not None
         assert (finding.cause, finding.confidence) == ("unnormalised_input", confidence)
+
+
+@pytest.mark.parametrize(("empty", "said"), [(False, "is ignored or has a weight of zero"), (True, "selects nothing")])
+def test_why_no_target_is_valid(empty: bool, said: str) -> None:
+    """All targets may be ignored, or there may be none at all."""
+    clues = Clues(replayed=True, origin=Origin("nll_loss_forward", empty=empty))
+    finding = diagnose(Case(LOSS, Evidence(step=9), clues))
+    assert finding is not None
+    assert finding.cause == "no_valid_target"
+    assert said in finding.suggestion

@@ -86,6 +86,28 @@ def test_other_exceptions_are_raised(tmp_path: Path) -> None:
         fit(refusing(), with_bad(6), NaNGuard(observe=True), folder=tmp_path)
 
 
+class FullDiskError(Exception):
+    """An exception of the user's own."""
+
+
+@pytest.mark.parametrize("error", [FullDiskError("no space left"), OSError("no space left")], ids=type)
+def test_exceptions_of_a_skipped_step_with_another_cause_are_raised(error: Exception, tmp_path: Path) -> None:
+    """The user gets to see what the optimizer raises if neither numbers nor missing gradients can be the cause."""
+
+    class Writes(NeedsGradients):
+        steps = 0
+
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+            if closure is not None:
+                closure()
+            self.steps += 1
+            if self.steps == 7:
+                raise error
+
+    with pytest.raises(type(error), match="no space left"):
+        fit(task(optimizer=Writes), with_bad(6), NaNGuard(), folder=tmp_path)
+
+
 def test_nothing_is_left_on_the_trainer(tmp_path: Path) -> None:
     """The function that is returned undoes everything, and a healthy run is the same."""
     bare, run = (fit(task(), batches(), guard, folder=tmp_path) for guard in (None, NaNGuard()))

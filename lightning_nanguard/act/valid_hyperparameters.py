@@ -1,0 +1,142 @@
+"""Invalid learning rates and other hyperparameters of parameter groups, and the last valid values in their place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+_RATE = "lr"
+# Of other numbers in a group Inf may be meant, such as a limit that is off.
+_OTHERS = ("weight_decay", "momentum", "dampening", "betas", "eps", "alpha")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class InvalidHyperparameter:
+    """A hyperparameter of a parameter group that is NaN or infinite, or a learning rate that is negative.
+
+    Attributes:
+        group: Number of the parameter group.
+        key: Its key in the group, such as ``"lr"``.
+        value: Its value: a number, or several numbers (``betas``).
+        valid: Its last valid value; ``None`` if it never had one.
+    """
+
+    group: int
+    key: str
+    value: Any
+    valid: Any
+
+    @property
+    def number(self) -> float:
+        """The number that is invalid."""
+        return next(float(one) for one in _numbers(self.value) if not _is_valid_number(self.key, one))
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return f"{'learning rate' if self.key == _RATE else self.key} of group {self.group}"
+
+
+@final
+class ValidHyperparameters:
+    """Stores the last valid learning rate, weight decay, momentum, betas and eps of each parameter group.
+
+    A rate on another device than the CPU is not checked, because reading it would wait for the device.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+        >>> valid = ValidHyperparameters()
+        >>> valid.look(optimizer)
+        >>> optimizer.param_groups[0]["lr"] = math.nan
+        >>> valid.look(optimizer)
+        >>> valid.rate(optimizer.param_groups[0], math.nan)
+        0.5
+    """
+
+    def __init__(self) -> None:
+        self._valid: dict[int, dict[str, Any]] = {}
+        self._invalid: dict[int, list[InvalidHyperparameter]] = {}
+
+    def look(self, optimizer: Optimizer) -> None:
+        """Check the hyperparameters of an optimizer that is about to step."""
+        invalid: list[InvalidHyperparameter] = []
+        for number, group in enumerate(optimizer.param_groups):
+            valid = self._valid.setdefault(id(group), {})
+            for key in (_RATE, *_OTHERS):
+                value = group.get(key)
+                if value is None or value is valid.get(key):
+                    continue
+                if isinstance(value, Tensor):
+                    if key != _RATE or not _is_read(value):
+                        continue
+                    value = float(value)
+                if all(_is_valid_number(key, one) for one in _numbers(value)):
+                    # Somebody may write into a list.
+                    valid[key] = value.copy() if isinstance(value, list) else value
+                else:
+                    invalid.append(InvalidHyperparameter(number, key, value, valid.get(key)))
+        if invalid:
+            self._invalid[id(optimizer)] = invalid
+        elif self._invalid:
+            self._invalid.pop(id(optimizer), None)
+
+    def any(self) -> bool:
+        """Whether anything was invalid at the last check."""
+        return bool(self._invalid)
+
+    def invalid(self, optimizer: Optimizer) -> list[InvalidHyperparameter]:
+        """What was invalid in an optimizer's groups at the last check."""
+        return self._invalid.get(id(optimizer), [])
+
+    def rate(self, group: Mapping[str, Any], rate: Any) -> Any:
+        """The last valid rate of a group if ``rate`` is invalid and there was a valid one; else ``rate`` itself."""
+        if not self._invalid or (isinstance(rate, Tensor) and not _is_read(rate)):
+            return rate
+        return rate if 0.0 <= float(rate) < math.inf else self._valid.get(id(group), {}).get(_RATE, rate)
+
+    def others(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], str, Any]]:
+        """The groups with an invalid value other than the rate that was valid before: group, key, last valid value."""
+        for one in self.invalid(optimizer):
+            if one.key != _RATE and one.valid is not None:
+                yield optimizer.param_groups[one.group], one.key, one.valid
+
+
+def _is_read(rate: Tensor) -> bool:
+    return rate.device.type == "cpu" and rate.numel() == 1
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    for one in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(one, (int, float)):
+            yield one
+
+
+def _is_valid_number(key: str, number: float) -> bool:
+    return (number >= 0.0 if key == _RATE else -math.inf < number) and number < math.inf
+
+
+def words_for(invalid: list[InvalidHyperparameter], scheduler: str) -> Iterator[str]:
+    """Say of each hyperparameter what it is, of which group, who set it, and what is used in its place.
+
+    Args:
+        invalid: The hyperparameters.
+        scheduler: Name of the scheduler that sets the rates; empty without one.
+    """
+    for one in invalid:
+        by = f", set by {scheduler}," if scheduler and one.key == _RATE else ""
+        kind = "rate" if one.key == _RATE else "value"
+        then = "the update is skipped" if one.valid is None else f"the last valid {kind}, {_text(one.valid)}, is used"
+        yield f"the {one.name}{by} is {_text(one.value)}; {then}"
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, (tuple, list)):
+        return f"{value:.4g}"
+    return f"({', '.join(f'{one:.4g}' if isinstance(one, (int, float)) else str(one) for one in value)})"

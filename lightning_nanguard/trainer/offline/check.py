@@ -1,0 +1,126 @@
+"""Checks the data and the untrained model of a configuration, for ``nanguard check``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, final
+
+from torch import Tensor, nn
+
+from lightning_nanguard.diagnosis.batch import samples
+from lightning_nanguard.diagnosis.case import Case, Model
+from lightning_nanguard.diagnosis.gradients import check_gradients
+from lightning_nanguard.diagnosis.preflight import Preflight
+from lightning_nanguard.diagnosis.rules import findings
+from lightning_nanguard.measure.batches import mapped
+from lightning_nanguard.thresholds.check import CHECK, CheckThresholds
+from lightning_nanguard.thresholds.diagnosis import DEFAULT
+from lightning_nanguard.trainer.offline.overfit import overfit as overfitted
+from lightning_nanguard.trainer.private.first_batch import at_first_batch
+from lightning_nanguard.trainer.private.lightning_cli import from_config
+from lightning_nanguard.trainer.private.loaders import readable_loader
+from lightning_nanguard.trainer.private.training_step import loss_with_graph
+from lightning_nanguard.trainer.private.untraced import untraced
+from lightning_nanguard.types import Finding
+
+
+@final
+@dataclass(frozen=True)
+class CheckReport:
+    """The result of a check.
+
+    Attributes:
+        findings: The findings, those with the highest confidence first.
+        notes: What else was measured, a sentence each.
+    """
+
+    findings: Sequence[Finding] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def sure(self) -> bool:
+        """Whether a finding is more likely than not."""
+        return any(finding.confidence > DEFAULT.confidence.told for finding in self.findings)
+
+
+def check_config(
+    config: Path, model: Any = None, data: Any = None, *, gradients: bool = False, overfit: bool = False
+) -> CheckReport:
+    """Check the data and the untrained model of a LightningCLI configuration. It writes nothing.
+
+    Args:
+        config: The YAML file.
+        model: Class of the module, if the file names none.
+        data: Class of the data module, if the file names none.
+        gradients: Compare gradients with finite differences, too.
+        overfit: Try whether a few samples can be learned by heart, too.
+    """
+    trainer, module, datamodule = from_config(config, model, data)
+    found: list[CheckReport] = []
+
+    def look(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        found.append(check_batch(trainer, module, batch, gradients=gradients, overfit=overfit))
+
+    at_first_batch(trainer, module, look, **({} if datamodule is None else {"datamodule": datamodule}))
+    return found[0] if found else CheckReport(notes=("there was no batch to check",))
+
+
+def check_batch(
+    trainer: Any,
+    module: Any,
+    batch: Any,
+    *,
+    gradients: bool = False,
+    overfit: bool = False,
+    thresholds: CheckThresholds = CHECK,
+) -> CheckReport:
+    """Check a module with its first batch.
+
+    Args:
+        trainer: The trainer, before its first step.
+        module: Its module; ``overfit`` trains it.
+        batch: The first batch.
+        gradients: Compare gradients with finite differences, too.
+        overfit: Try whether a few samples can be learned by heart, too.
+        thresholds: How many samples, and when they count as learned.
+    """
+    automatic = bool(module.automatic_optimization)
+    step = partial(loss_with_graph, trainer, batch_idx=0)
+    around = partial(untraced, trainer, module)
+    found = Preflight(module, step, around).findings(batch, readable_loader(trainer, module), run=automatic)
+    notes: list[str] = []
+    if not automatic:
+        notes.append("manual optimization: only the data were checked")
+    elif gradients or overfit:
+        few = first_rows(batch, thresholds.samples)
+        if gradients:
+            more, note = _check_gradients(module, few, partial(step, full_precision=True), around)
+            found, notes = (*found, *more), [*notes, note]
+        if overfit:
+            notes.append(overfitted(trainer, module, few, thresholds))
+    return CheckReport(tuple(sorted(found, key=lambda one: -one.confidence)), notes)
+
+
+def _check_gradients(
+    module: nn.Module, batch: Any, step: Callable[[Any], Tensor | None], around: Callable[[], Any]
+) -> tuple[Sequence[Finding], str]:
+    try:
+        checks = check_gradients(module, batch, step, around)
+    except Exception as error:
+        return (), f"gradients: could not be checked in float64: {type(error).__name__}: {error}"
+    wrong = [one for one in findings(Case(model=Model(updates=1, checks=checks))) if one.cause == "wrong_gradient"]
+    custom = sum(one.custom for one in checks)
+    largest = max((one.error for one in checks), default=0.0)
+    return wrong, (
+        f"gradients: checked {len(checks) - custom} parameters and {custom} custom functions; the largest relative "
+        f"difference from finite differences is {largest:.2g}"
+    )
+
+
+def first_rows(batch: Any, count: int) -> Any:
+    """The first samples of a batch; what does not have its length is left as it is."""
+    size = samples(batch)
+    return mapped(batch, lambda tensor: tensor[:count] if tensor.dim() and len(tensor) == size else tensor)

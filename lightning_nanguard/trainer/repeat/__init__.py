@@ -1,0 +1,1 @@
+"""Runs steps, windows of accumulation and updates again after a fault."""

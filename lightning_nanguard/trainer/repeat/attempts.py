@@ -1,0 +1,156 @@
+"""Runs a micro-batch once and checks the result; knows which runs are repeated ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, final
+
+import torch
+
+from lightning_nanguard.trainer.private.callbacks import is_from_callback
+from lightning_nanguard.trainer.private.closures import accumulates, changes_gradients, uncounted
+from lightning_nanguard.trainer.private.patches import wrap_method
+from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric
+from lightning_nanguard.trainer.repeat.outcome import BadLossError, Outcome, nan_loss
+from lightning_nanguard.trainer.repeat.parts import RepeatParts
+from lightning_nanguard.trainer.repeat.window import WindowEntry
+from lightning_nanguard.types import Fault
+
+
+@final
+class Attempts:
+    """Runs micro-batches, for the first time or again.
+
+    Args:
+        parts: What the parts that run steps again share.
+
+    Attributes:
+        allowed: Whether steps may be made again in this run.
+        together: Whether several ranks make them again together.
+        repeats: Whether a micro-batch is being run again.
+        may_pass: Whether a bad loss may go on to its backward pass.
+    """
+
+    def __init__(self, parts: RepeatParts) -> None:
+        self._parts = parts
+        self._check = parts.check
+        self._window = parts.window
+        # Whether a finite loss that is far too large is checked, too.
+        self._extreme = parts.keeper is not None and parts.keeper.always
+        self._careful = changes_gradients(parts.trainer, parts.module)
+        self.together = self._check.together()
+        self.allowed = self._check.allowed() or self.together
+        self.repeats = self.may_pass = False
+        # Whether the present forward pass is over, and what takes its place.
+        self._forward_over = False
+        self._instead: Any = None
+        # Among ranks: what takes the place of training_step, and the exception that a loss of NaN stands for.
+        self._step: Callable[[], Any] | None = None
+        self._caught: Exception | None = None
+
+    def forward(self, forward: Callable[[], Any]) -> Any:
+        """Run the forward pass; in a window, end the run of a bad micro-batch before its backward pass."""
+        if self._instead is not None:
+            return self._instead
+        self._forward_over = False
+        result = self._forward_among_ranks(forward) if self.together else forward()
+        self._forward_over = True
+        if not self.together and self.accumulating() and self.may_repeat() and not self.may_pass:
+            fault = self._check.fault_of_loss(result.closure_loss, 0)
+            if fault is not None:
+                raise BadLossError(fault, result)
+        return result
+
+    def _forward_among_ranks(self, forward: Callable[[], Any]) -> Any:
+        """Run the forward pass so that this rank goes on to its backward pass, for which the others wait."""
+        undo = wrap_method(self._parts.module, "training_step", self._training_step)
+        try:
+            return forward()
+        finally:
+            undo()
+
+    def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._step is not None:
+            return self._step()
+        try:
+            return original(*args, **kwargs)
+        except Exception as error:
+            numeric = is_numeric(error) and not is_from_callback(error, self._parts.listens)
+            if not (self.repeats or (numeric and self.may_repeat() and self._check.reads_in_time(0))):
+                raise
+            self._caught = error
+            return nan_loss(self._parts.module)
+
+    @contextmanager
+    def in_place_of_step(self, step: Callable[[], Any]) -> Iterator[None]:
+        """Inside, ``training_step`` is replaced, within everything that the strategy wraps around it."""
+        self._step = step
+        try:
+            yield
+        finally:
+            self._step = None
+
+    def accumulating(self) -> bool:
+        """Whether the present update has more than one micro-batch."""
+        return len(self._window.micros) > 1 or accumulates(self._parts.trainer)
+
+    def may_repeat(self) -> bool:
+        """Whether the present update can be made again."""
+        return self.allowed and self._parts.memory.repeatable and self._window.is_kept()
+
+    def attempt(self, micro: WindowEntry, *, steps: bool) -> Outcome:
+        """Run a micro-batch once, and check the result.
+
+        Args:
+            micro: The micro-batch.
+            steps: Whether its update follows.
+        """
+        self._caught = None
+        try:
+            result = micro.run.whole()
+        except BadLossError as bad:
+            return Outcome(bad.result, bad.fault, early=True)
+        except Exception as error:
+            if is_from_callback(error, self._parts.listens) or not (self.repeats or is_numeric(error)):
+                raise
+            return Outcome(error=error, early=not self._forward_over)
+        if not self.repeats:
+            micro.raised = self._caught
+        if not steps:
+            return Outcome(result, caught=self._caught)
+        return Outcome(result, self.weighed_fault(extreme=self._extreme), caught=self._caught)
+
+    def weighed_fault(self, *, extreme: bool = False) -> Fault | None:
+        """The fault of the present update, after its gradients were set to the mean over its good micro-batches.
+
+        Args:
+            extreme: Whether a finite loss that is far too large counts.
+        """
+        self._window.weigh(self._gradients)
+        return self._check.fault(0, careful=self._careful, extreme=extreme)
+
+    @contextmanager
+    def repeating(self, *, counted: bool, passing: bool = False, instead: Any = None) -> Iterator[None]:
+        """Inside, runs are repeated ones.
+
+        Args:
+            counted: Whether hooks have been called for the micro-batch, and progress was made.
+            passing: Whether a bad loss may go on to its backward pass.
+            instead: What takes the place of the forward pass.
+        """
+        self.repeats, self.may_pass, self._instead = True, passing, instead
+        try:
+            with uncounted(self._parts.trainer, self._parts.listens) if counted else nullcontext():
+                yield
+        finally:
+            self.repeats, self.may_pass, self._instead = False, False, None
+
+    def rewind(self, micro: WindowEntry, outcome: Outcome) -> None:
+        """Restore everything except the gradients to the start of a micro-batch, after a run that gave an outcome."""
+        if not outcome.early:
+            self._check.drop_losses()
+        self._window.rewind(micro)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return self._parts.guard.context.learner.gradients(0)

@@ -1,0 +1,159 @@
+"""Distinguishes exceptions of ``training_step`` that NaN or Inf caused from other exceptions of the user's code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_nanguard.guard.guard import Guard
+from lightning_nanguard.measure.batches import mapped, nested_tensors
+from lightning_nanguard.state.device import OutOfMemory
+from lightning_nanguard.state.restore import part_of_snapshot
+from lightning_nanguard.state.snapshot import capture
+from lightning_nanguard.state.step_start import StepStart
+from lightning_nanguard.trainer.private.closures import MicroBatchRun
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.private.training_step import loss_with_graph
+
+if TYPE_CHECKING:
+    from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+
+# A check of the user's or of a package, or anomaly mode.
+_NOT_FINITE = re.compile(r"\b(nans?|infs?|infinite|infinity|non-?finite|not finite)\b", re.IGNORECASE)
+_WITHOUT_GRADIENTS = frozenset(
+    {TypeError, AttributeError, AssertionError, ValueError, IndexError, KeyError, ZeroDivisionError, RuntimeError}
+)
+# Some packages put a constant in place of a loss that is not finite.
+_NO_GRAPH = "element 0 of tensors does not require grad"
+
+
+def is_numeric(error: BaseException) -> bool:
+    """Whether NaN or Inf can be the cause of an exception, by its type and message.
+
+    Checks of values raise ValueError, ArithmeticError or AssertionError, solvers LinAlgError. ``detect_anomaly`` raises
+    a RuntimeError. Checks in the user's code raise this or a plain Exception, and their message names NaN or Inf.
+    Errors of memory, devices and communication are none of these.
+    """
+    unsolved = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+    if isinstance(error, (ArithmeticError, AssertionError, unsolved, np.linalg.LinAlgError)):
+        return True
+    if isinstance(error, ValueError):
+        return not isinstance(error, UnicodeError)
+    if type(error) not in (Exception, RuntimeError):
+        return False
+    message = str(error)
+    return message.startswith(_NO_GRAPH) or _NOT_FINITE.search(message) is not None
+
+
+def may_lack_gradients(error: BaseException) -> bool:
+    """Whether it can be the cause of an exception that an optimizer found no gradients.
+
+    Code that meets ``None``, or nothing at all, raises these types. Those of the user's own and of the system (a full
+    disk) have another cause.
+    """
+    return type(error) in _WITHOUT_GRADIENTS
+
+
+@final
+class NumericErrors:
+    """Finds out whether the numbers of a batch or of the weights are the cause of an exception.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        guard: Knows the last good state.
+        replay: Knows healthy batches.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, guard: Guard, replay: TrainerBatchReplay) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._context = guard.context
+        self._replay = replay
+
+    def caused_by_numbers(self, run: MicroBatchRun, start: StepStart, *, backward: bool) -> bool:
+        """Whether the step succeeds with other numbers in the batch, or with the last good weights.
+
+        The numbers are those of a healthy batch, or zeros in place of what is not finite. The batch keeps its
+        structure, shape and index, and is run from the same random numbers and attributes, so that an exception with
+        another cause is raised again.
+
+        Args:
+            run: The micro-batch whose run raised.
+            start: What it began from.
+            backward: Whether the exception was raised in the backward pass.
+        """
+        healthy = self._replay.batches.healthy
+        others: list[Any] = []
+        if healthy:  # before, an exception is the user's
+            # What a healthy batch holds without harm, such as NaN in a row that was not drawn, may be the cause here.
+            other = with_values_of(run.batch, healthy[-1][0])
+            others = [one for one in (other, finite_in(other), finite_in(run.batch)) if one is not None]
+        if any(self._succeeds(one, run.batch_idx, start, backward=backward) for one in others):
+            return True
+        if not self._context.ring.certified:
+            return False
+        learner, good = self._context.learner, self._context.ring.certified[0]
+        try:
+            mine = capture(learner, step=0, global_step=0, leaves=[*learner.weights()], device=good.device())
+        except OutOfMemory:
+            return False
+        with part_of_snapshot(learner, good, mine):
+            # Batch and weights may both be bad.
+            return any(self._succeeds(one, run.batch_idx, start, backward=backward) for one in (run.batch, *others))
+
+    def _succeeds(self, batch: Any, batch_idx: int, start: StepStart, *, backward: bool) -> bool:
+        try:
+            with self._replay.untraced():
+                start.restore()
+                loss = loss_with_graph(self._trainer, batch, batch_idx)
+                if loss is None:
+                    return True
+                if backward:
+                    parameters = [p for p in self._module.parameters() if p.requires_grad]
+                    torch.autograd.grad(loss, parameters, allow_unused=True)
+                return bool(torch.isfinite(loss.detach()).all())
+        except Exception:
+            return False
+
+
+def with_values_of(batch: Any, healthy: Any) -> Any:
+    """The batch with the floating numbers of a healthy one, row by row; ``None`` if their structures differ.
+
+    Whole numbers, such as classes and indices, do not change.
+    """
+    mine, others = list(nested_tensors(batch)), list(nested_tensors(healthy))
+    if len(mine) != len(others) or not any(map(torch.is_floating_point, mine)):
+        return None
+    if not all(_comparable(*pair) for pair in zip(mine, others, strict=True)):
+        return None
+    source = iter(others)
+    made: Callable[[Tensor], Tensor] = lambda tensor: _filled(tensor, next(source))  # noqa: E731
+    return mapped(batch, made)
+
+
+def finite_in(batch: Any) -> Any:
+    """The batch with zeros in place of numbers that are not finite; ``None`` if all of them are finite."""
+    floating = [tensor for tensor in nested_tensors(batch) if tensor.is_floating_point()]
+    if all(bool(torch.isfinite(tensor).all()) for tensor in floating):
+        return None
+    return mapped(batch, lambda one: one.nan_to_num(0.0, 0.0, 0.0) if one.is_floating_point() else one)
+
+
+def _comparable(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape[1:] == other.shape[1:] and one.dim() == other.dim()
+
+
+def _filled(tensor: Tensor, healthy: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    if not tensor.dim():
+        return healthy
+    if not len(healthy):
+        return tensor
+    return healthy[torch.arange(len(tensor), device=tensor.device) % len(healthy)]

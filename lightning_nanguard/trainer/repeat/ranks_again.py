@@ -1,0 +1,182 @@
+"""Makes a step again on all ranks together if its gradient is bad on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, final
+
+import torch
+
+from lightning_nanguard.distributed.ranks import most_confident_over_ranks
+from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.step_start import StepClock
+from lightning_nanguard.trainer.private.closures import logging_for
+from lightning_nanguard.trainer.repeat.attempts import Attempts
+from lightning_nanguard.trainer.repeat.gradients import give_gradients, undo_if_room
+from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, no_loss
+from lightning_nanguard.trainer.repeat.parts import RepeatParts
+from lightning_nanguard.trainer.repeat.window import WindowEntry
+from lightning_nanguard.types import Fault
+
+
+@final
+class RanksAgain:
+    """Makes steps again together with the other ranks, each of which has found the same gradient to be bad.
+
+    Every rank makes the same forward and backward passes with synchronised gradients, and asks the others at the same
+    points.
+
+    Args:
+        parts: What the parts that run steps again share.
+        runs: Runs micro-batches.
+    """
+
+    def __init__(self, parts: RepeatParts, runs: Attempts) -> None:
+        self._parts = parts
+        self._check = parts.check
+        self._ranks = parts.guard.context.ranks
+        self._window = parts.window
+        self._runs = runs
+
+    def run(self, first: Outcome) -> Any:
+        """Run the update again, of which all ranks know that its gradient is bad.
+
+        Args:
+            first: What its last micro-batch gave.
+
+        Returns:
+            The result for Lightning.
+        """
+        raised = next((one.raised for one in self._window.micros if one.raised is not None), None)
+        if not all(self._ranks.gather(self._runs.may_repeat())):
+            if raised is not None:
+                raise raised
+            return first.result
+        self._parts.memory.close()
+        after = self._window.micros[-1].start.clock_now()
+        if len(self._window.micros) > 1:
+            return self._window_again(first, after)
+        return self._step_again(first, after)
+
+    def _step_again(self, first: Outcome, after: StepClock) -> Any:
+        (micro,) = self._window.micros
+        last = first
+        for keeps in (False, True) if any(self._ranks.gather(after.counted)) else (False,):
+            self._runs.rewind(micro, last)
+            if keeps:
+                after.restore_counters()
+            with self._runs.repeating(counted=True):
+                last = self._attempt(micro, steps=True)
+            if last.good:
+                if keeps:
+                    after.restore_counters()
+                self._check.record_transient(fault_of(first))
+                return last.result
+        self._tell_errors([] if last.caught is None else [micro])
+        return last.result  # forward and backward have run on all ranks, and the guard sees what they gave
+
+    def _tell_errors(self, again: Sequence[WindowEntry]) -> None:
+        """Let all ranks know of exceptions that came back; raises one that numbers have not caused."""
+        raised = [(micro, micro.raised) for micro in again if micro.raised is not None]
+        users = next((one for micro, one in raised if not self._is_of_numbers(micro)), None)
+        told = self._ranks.gather(self._check.in_words(raised[0][1] if raised else None))
+        if users is not None:
+            raise users
+        self._check.raised(next((one for one in told if one is not None), None))
+
+    def _is_of_numbers(self, micro: WindowEntry) -> bool:
+        return self._parts.errors.caused_by_numbers(micro.run, micro.start, backward=False)
+
+    # ---------------------------------------------------------------------------------------- windows
+
+    def _window_again(self, first: Outcome, after: StepClock) -> Any:
+        """Find the bad micro-batches of each rank, and make the update from the others."""
+        window, parameters = self._window, list(self._parts.module.parameters())
+        trace = undo_if_room(self._parts.replay.make_undo, parameters)
+        if not all(self._ranks.gather(trace is not None)) or trace is None:
+            return first.result
+        self._check.drop_losses()
+        self._check.rewind()
+        with self._runs.repeating(counted=True):
+            with self._parts.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
+                raised = [micro for micro in window.micros if self._raises(micro, trace, parameters)]
+            self._tell_errors(raised)
+            good = [micro for micro in window.micros if micro.left_out is None]
+            total, every = sum(self._ranks.gather(len(good))), len(window.micros) * self._ranks.world
+            self._check.drop_losses()
+            self._check.rewind()
+            if not total:
+                after.restore()
+                self._spoil(first, parameters)
+                return first.result
+            give_gradients(parameters, [None] * len(parameters))
+            window.shares = every, total
+            outcome = self._make(good)
+        if window.micros[-1].left_out is not None:
+            after.restore()
+        window.micros[-1].loss = getattr(outcome.result, "loss", None)
+        if outcome.good and total == every:
+            self._check.record_transient(fault_of(first))
+        elif outcome.good:
+            self._record_left_out()
+        return outcome.result if first.result is None or window.micros[-1].left_out is None else first.result
+
+    def _raises(self, micro: WindowEntry, trace: BatchUndo, parameters: Sequence[Any]) -> bool:
+        """Run a micro-batch for itself, and leave it out if it is bad; whether it has raised."""
+        give_gradients(parameters, [None] * len(parameters))
+        clean = all(one.left_out is None for one in self._window.micros)
+        micro.start.restore(carried=clean)
+        attributes = self._parts.memory.attributes_now()
+        trace.open()
+        with logging_for(self._parts.trainer, micro.run.batch):
+            outcome = self._attempt(micro, steps=False)
+        loss = getattr(outcome.result, "closure_loss", None)
+        fault = self._check.fault_of_loss(loss, 0) or self._check.fault_of_gradients(0)
+        if fault is None and outcome.caught is None:
+            return False
+        trace.undo()
+        attributes.restore(plain=False)
+        micro.left_out = fault_of(Outcome(error=outcome.caught)) if fault is None or outcome.caught else fault
+        return outcome.caught is not None
+
+    def _make(self, good: Sequence[WindowEntry]) -> Outcome:
+        """Run the good micro-batches, the last one with synchronised gradients; every rank runs one so."""
+        for index, micro in enumerate(good):
+            clean = index == 0 or all(one.left_out is None for one in self._window.micros)
+            micro.start.restore(carried=clean)
+            with logging_for(self._parts.trainer, micro.run.batch):
+                if micro is good[-1]:
+                    return self._attempt(micro, steps=True)
+                with self._parts.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
+                    self._attempt(micro, steps=False)
+        # This rank has nothing to learn from, and the others wait for its part of the sum.
+        micro = self._window.micros[-1]
+        micro.start.restore()
+        with self._runs.in_place_of_step(partial(no_loss, self._parts.module)):
+            return self._attempt(micro, steps=True)
+
+    def _attempt(self, micro: WindowEntry, *, steps: bool) -> Outcome:
+        outcome = self._runs.attempt(micro, steps=steps)
+        if outcome.error is not None:
+            raise outcome.error  # this rank's part of the sum is missing, and no further pass can make up for it
+        return outcome
+
+    def _spoil(self, first: Outcome, parameters: Sequence[Any]) -> None:
+        """Nothing is left to learn from: the guard sees a bad gradient on every rank, and skips the update."""
+        loss = getattr(first.result, "closure_loss", None)
+        if loss is not None:
+            self._parts.guard.see_loss(loss)
+        trained = [torch.full_like(one, torch.nan) if one.requires_grad else None for one in parameters]
+        give_gradients(parameters, trained)
+
+    def _record_left_out(self) -> None:
+        mine = self._window.left_out()
+        told = [[micro.run.batch_idx, one.kind, one.scope, one.place, one.message] for micro, one in mine]
+        for rank, those in enumerate(self._ranks.gather(told)):
+            for batch_idx, kind, scope, place, message in those:
+                fault = Fault(kind, scope, place, None, message)
+                with self._parts.replay.suspecting(batch_idx):
+                    # Each rank looks at its own micro-batch of that index: they ask each other on the way.
+                    finding = most_confident_over_ranks(self._ranks, self._check.diagnosis(fault))
+                    self._check.record_left_out(fault, finding, (rank,))

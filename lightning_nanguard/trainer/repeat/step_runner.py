@@ -1,0 +1,318 @@
+"""Runs each micro-batch under automatic optimization, and runs it again if its loss or gradient is certainly bad."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, final
+
+import torch
+
+from lightning_nanguard.state.attribute_numbers import AttributeNumbers
+from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.state.step_start import StepClock, StepStart
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
+from lightning_nanguard.trainer.private.closures import (
+    MicroBatchRun,
+    accumulates,
+    call_after_backward,
+    logging_for,
+    result_of,
+    uncounted,
+)
+from lightning_nanguard.trainer.repeat.attempts import Attempts
+from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_if_room
+from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric
+from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, given, nan_loss
+from lightning_nanguard.trainer.repeat.parts import RepeatParts
+from lightning_nanguard.trainer.repeat.ranks_again import RanksAgain
+from lightning_nanguard.trainer.repeat.updates_again import UpdatesAgain
+from lightning_nanguard.trainer.repeat.window import NOTHING_LEFT, WindowEntry
+from lightning_nanguard.trainer.repeat.window_again import WindowAgain
+from lightning_nanguard.types import Fault, Reading
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+@final
+class StepRunner:
+    """Runs micro-batches; a :class:`~lightning_nanguard.trainer.private.closures.MicroBatchRunner`.
+
+    If a loss or a gradient is certainly bad, or ``training_step`` raises an error that NaN or Inf can cause, the
+    micro-batch is run again from the state, the batch and the random numbers it began from. If the fault is gone, the
+    step counts as if there had been no fault. A micro-batch of a window of accumulation that stays bad is left out, and
+    the update is made from the others: their mean. All else is left to the guard, as if nothing had been run again.
+
+    Args:
+        parts: What the parts that run steps again share.
+        thresholds: What is remembered before a step.
+    """
+
+    def __init__(self, parts: RepeatParts, thresholds: RepeatedStepsThresholds) -> None:
+        self._parts = parts
+        self._check = parts.check
+        self._alone = self._check.allowed()
+        self._window = parts.window
+        self._numbers = AttributeNumbers(thresholds)
+        self._updates = UpdatesAgain(parts.trainer, parts.module, parts.guard.context, parts.replay, thresholds)
+        self._runs = Attempts(parts)
+        self._windows = WindowAgain(parts, self._runs)
+        self._ranks = RanksAgain(parts, self._runs)
+
+    # ---------------------------------------------------------------------------------------- Lightning's side
+
+    def forward(self, forward: Callable[[], Any]) -> Any:
+        """Run the forward pass; in a window, end the run of a bad micro-batch before its backward pass."""
+        return self._runs.forward(forward)
+
+    def run(self, run: MicroBatchRun) -> Any:
+        """Run a micro-batch, and run it again if needed; returns the result for Lightning."""
+        if self._runs.repeats:
+            return run.whole()
+        random = self._parts.replay.batches.begin_step()
+        try:
+            if self._parts.guard.context.settings.observe:  # nothing is undone or made again
+                return run.whole()
+            if run.zero_grad is not None:
+                self._numbers.begin()
+            start = self._parts.memory.open(run.batch, random)
+            if run.zero_grad is not None:
+                self._check.undo_also(start.carried_back)
+                self._check.undo_also(self._numbers.undo)
+                self._numbers.open(start.attributes)
+            if self._alone and self._parts.replay.batches.nothing_left():
+                return self._pass_over(run, start)
+            return self._guarded(run, start) if self._runs.allowed and run.repeatable else run.whole()
+        finally:
+            self._parts.replay.batches.end_step()
+            self._parts.memory.close()
+
+    def _guarded(self, run: MicroBatchRun, start: StepStart) -> Any:
+        micro = self._window.add(run, start)
+        steps = not accumulates(self._parts.trainer)
+        try:
+            outcome = self._runs.attempt(micro, steps=steps)
+            if outcome.good:
+                return self._over(outcome.result, steps=steps)
+            if self._runs.together and outcome.error is None:
+                return self._ranks.run(outcome)
+            if self._runs.together or not self._runs.may_repeat():
+                return given(outcome)
+            self._parts.memory.close()
+            if len(self._window.micros) > 1 and not outcome.early:
+                return self._over(self._windows.run(outcome, steps=steps), steps=steps)
+            return self._micro_again(micro, outcome, steps=steps)
+        finally:
+            if steps:
+                self._window.close()
+
+    # ---------------------------------------------------------------------------------------- one micro-batch again
+
+    def _micro_again(self, micro: WindowEntry, first: Outcome, *, steps: bool) -> Any:
+        """Run a bad micro-batch again, where the gradients hold at most those of earlier micro-batches."""
+        after = micro.start.clock_now()
+        last, counted = first, False
+        # Some faults depend on a counter or flag that the first run has changed.
+        for keeps in (False, True) if after.counted and first.error is None else (False,):
+            counted = counted or not last.early
+            self._runs.rewind(micro, last)
+            if keeps:
+                after.restore_counters()
+            with self._runs.repeating(counted=counted):
+                last = self._runs.attempt(micro, steps=steps)
+            if last.good:
+                if keeps:
+                    after.restore_counters()
+                if first.error is not None and not first.early:
+                    call_after_backward(self._parts.trainer, self._parts.listens)
+                self._check.record_transient(fault_of(first), counters=after.names if keeps else ())
+                return self._over(last.result, steps=steps)
+            if last.error is not None and not is_numeric(last.error):
+                self._parts.memory.repeatable = False
+                _logger.debug("NaNGuard: a step cannot be made again: %r", last.error)
+                break
+        return self._stays_bad(micro, first, last, after, counted=counted or not last.early, steps=steps)
+
+    def _stays_bad(
+        self, micro: WindowEntry, first: Outcome, last: Outcome, after: StepClock, *, counted: bool, steps: bool
+    ) -> Any:
+        """The fault came back: keep the good samples, leave the micro-batch out, or give it to the guard as it is."""
+        kept = self._with_good_samples(micro, first, last, counted=counted, steps=steps)
+        if micro.kept is not None and kept is not None:
+            if first.error is not None and not first.early:
+                call_after_backward(self._parts.trainer, self._parts.listens)
+            return self._window_over(kept.result, steps=steps)
+        if first.error is not None and not self._parts.errors.caused_by_numbers(
+            micro.run, micro.start, backward=not first.early
+        ):
+            raise first.error
+        if kept is not None:
+            last, counted = kept, counted or kept.fault is not None
+        if self._may_go_back(fault_of(first)):
+            again = self._from_snapshot(micro, first, last, counted=counted, steps=steps)
+            if again.good:
+                return self._over(again.result, steps=steps)
+            last = Outcome(early=True)  # all has been restored to where the micro-batch began
+        alone = steps and len(self._window.left_out()) == len(self._window.micros) - 1
+        if not self._runs.accumulating() and first.error is None and last.error is None and not last.early:
+            self._keep(steps=steps)
+            return last.result  # forward and backward have run, and the guard sees what they gave
+        self._runs.rewind(micro, last)
+        if self._runs.accumulating() and not alone and self._check.state_is_finite():
+            return self._leave_out(micro, first, after, counted=counted, steps=steps)
+        self._keep(steps=steps)
+        return self._pass_on(micro, first, after, counted=counted)
+
+    def _with_good_samples(
+        self, micro: WindowEntry, first: Outcome, last: Outcome, *, counted: bool, steps: bool
+    ) -> Outcome | None:
+        """Run the good samples of a bad micro-batch; ``None`` if nothing was run, not even put back."""
+        if (
+            self._parts.keeper is None
+            or not self._parts.memory.repeatable
+            or micro.kept is not None
+            or not self._parts.keeper.active()
+        ):
+            return None
+        self._runs.rewind(micro, last)
+        part = self._parts.keeper.good_part(micro, fault_of(first))
+        if part is None:
+            return Outcome(early=True)
+        with self._runs.repeating(counted=counted), logging_for(self._parts.trainer, micro.run.batch):
+            # What is wrong with the gradients of a window may come from its other micro-batches.
+            outcome = self._runs.attempt(micro, steps=steps and len(self._window.micros) == 1)
+        if self._parts.keeper.settle(micro, outcome, part):
+            return outcome
+        self._runs.rewind(micro, outcome)
+        return Outcome(fault=None if outcome.early else fault_of(outcome), early=True)
+
+    def _may_go_back(self, fault: Fault) -> bool:
+        ring = self._parts.guard.context.ring
+        if not ring.certified or self._window.left_out() or not self._check.may_go_back(fault):
+            return False
+        last = self._check.number - 1
+        if self._parts.replay.batch_finite() is False or self._updates.since(ring.certified[0], last) is None:
+            return False
+        return not (self._updates.futile and self._check.state_is_finite())
+
+    def _from_snapshot(
+        self, micro: WindowEntry, first: Outcome, last: Outcome, *, counted: bool, steps: bool
+    ) -> Outcome:
+        """The state may be at fault: make the updates since the snapshot again, and then this micro-batch."""
+        snapshot = self._parts.guard.context.ring.certified[0]
+        spoilt = self._check.spoilt_since(snapshot)
+        parameters, earliest = list(self._parts.module.parameters()), self._window.micros[0].start
+        self._runs.rewind(micro, last)
+        gradients = gradients_if_room(parameters)
+        if gradients is None:
+            return first
+        self._check.rewind()
+        before = self._updates.go(snapshot, self._check.number - 1, then=micro)
+        give_gradients(parameters, gradients)
+        again = first
+        if before is not None:
+            self._check.begin_again(earliest.carried_back)
+            self._window.rewind(micro)
+            with self._runs.repeating(counted=counted):
+                again = self._runs.attempt(micro, steps=steps)
+            if again.good:
+                if first.error is not None and not first.early:
+                    call_after_backward(self._parts.trainer, self._parts.listens)
+                self._check.record_transient(fault_of(first), spoilt=spoilt, since=snapshot)
+                self._updates.log_again()
+                return again
+            self._runs.rewind(micro, again)
+            before()
+            self._check.begin_again(earliest.carried_back)
+            give_gradients(parameters, gradients)
+            self._updates.futile = True
+        self._window.rewind(micro)
+        return again
+
+    def go_on_from(self, snapshot: Snapshot, bad: Reading | None) -> bool:
+        """After a rollback at the end of a batch: make the updates since the snapshot again; whether that could be.
+
+        Args:
+            snapshot: What the rollback restored.
+            bad: The reading of an update that was bad, where it was made.
+        """
+        if self._parts.guard.swapped or not self._parts.trainer.training:
+            return False  # weights are averages, or modules are in evaluation mode
+        if self._updates.go(snapshot, self._parts.guard.updates, attributes=self._parts.memory, bad=bad) is None:
+            return False
+        self._updates.log_again()
+        return True
+
+    def _pass_on(self, micro: WindowEntry, first: Outcome, after: StepClock, *, counted: bool) -> Any:
+        """Run a bad micro-batch through its backward pass, an exception as a loss of NaN."""
+        self._check.raised(self._check.in_words(first.error))
+        stands = self._nan_result() if first.error is not None or not self._parts.memory.repeatable else None
+        with (
+            self._runs.repeating(counted=counted, passing=True, instead=stands),
+            torch.autograd.set_detect_anomaly(False) if stands is not None else nullcontext(),
+        ):
+            result = micro.run.whole()
+        if stands is not None:
+            after.restore()  # or the next step would draw the same random numbers
+        return result if first.result is None else first.result
+
+    def _nan_result(self) -> Any:
+        return result_of(self._parts.trainer, nan_loss(self._parts.module))
+
+    def _pass_over(self, run: MicroBatchRun, start: StepStart) -> Any:
+        """Make no forward and no backward pass on a batch whose samples are all known to be bad."""
+        micro, steps = self._window.add(run, start), not accumulates(self._parts.trainer)
+        micro.left_out, result = NOTHING_LEFT, self._nan_result()
+        if run.zero_grad is not None:
+            run.zero_grad()
+        try:
+            if steps and len(self._window.left_out()) == len(self._window.micros):
+                self._check.pass_over()
+                if self._parts.guard.context.learner.scaler is not None:  # which has to find gradients
+                    for parameter in self._parts.module.parameters():
+                        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+                return self._over(result, steps=steps)
+            return self._window_over(result, steps=steps)
+        finally:
+            if steps:
+                self._window.close()
+
+    # ---------------------------------------------------------------------------------------- windows
+
+    def _leave_out(self, micro: WindowEntry, first: Outcome, after: StepClock, *, counted: bool, steps: bool) -> Any:
+        """Go on as if a micro-batch, to whose start all has been restored, had not been in its window."""
+        if micro.run.zero_grad is not None:
+            with uncounted(self._parts.trainer, self._parts.listens) if counted else nullcontext():
+                micro.run.zero_grad()
+        after.restore()
+        micro.left_out = fault_of(first)
+        return self._window_over(self._nan_result() if first.result is None else first.result, steps=steps)
+
+    def _window_over(self, result: Any, *, steps: bool) -> Any:
+        """A micro-batch was left out or made smaller: where the update follows, look at the gradients of the others."""
+        if steps and len(self._window.micros) > 1:
+            fault = self._runs.weighed_fault()
+            if fault is not None and self._runs.may_repeat():
+                result = self._windows.run(Outcome(result, fault), steps=steps)
+        return self._over(result, steps=steps)
+
+    def _over(self, result: Any, *, steps: bool) -> Any:
+        """The micro-batch is over; where the update follows, keep it, and record what was left out of it."""
+        if self._window.micros:
+            self._window.micros[-1].loss = getattr(result, "loss", None)
+        self._keep(steps=steps)
+        if steps:
+            for micro, fault in self._window.left_out():
+                if fault is not NOTHING_LEFT:
+                    with self._parts.replay.suspecting(micro.run.batch_idx):
+                        self._check.record_left_out(fault, self._check.diagnosis(fault))
+            for micro, (fault, finding) in self._window.kept():
+                with self._parts.replay.suspecting(micro.run.batch_idx):
+                    self._check.record_kept(fault, finding)
+        return result
+
+    def _keep(self, *, steps: bool) -> None:
+        """Keep the update that follows, so that it can be made again."""
+        if steps:
+            self._updates.keep(self._check.number, self._window.whole(), self._check.measures)

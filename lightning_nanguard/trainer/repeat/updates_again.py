@@ -1,0 +1,388 @@
+"""Makes the updates since a snapshot again if the state became bad by itself."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.measure.batches import bytes_of
+from lightning_nanguard.measure.norms import norms
+from lightning_nanguard.state.device import OutOfMemory
+from lightning_nanguard.state.learner import CLOCK_KEYS
+from lightning_nanguard.state.random_state import is_checked
+from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.snapshot import Snapshot, capture
+from lightning_nanguard.state.step_start import StepMemory, StepStart
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
+from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.private.averages import RepeatedAverages
+from lightning_nanguard.trainer.private.closures import end_backward, logging_for, uncounted
+from lightning_nanguard.trainer.private.logged_rows import LoggedRow, log_row, row_of_step
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, logged_at
+from lightning_nanguard.trainer.repeat.measures import RepeatedMeasures
+from lightning_nanguard.trainer.repeat.repeated_cause import buffer_in_words, update_in_words
+from lightning_nanguard.trainer.repeat.window import WindowEntry
+from lightning_nanguard.types import Reading
+
+_logger = logging.getLogger("lightning_nanguard")
+_SCHEDULED = tuple(sorted(CLOCK_KEYS - {"params"}))
+
+
+@final
+@dataclass(slots=True, eq=False)
+class _Update:
+    """An update that was made.
+
+    Attributes:
+        number: Its number.
+        micros: Its micro-batches; none where it was skipped, or cannot be made again.
+        groups: What schedulers had written into the optimizer's groups.
+        global_step: The trainer's clock before it.
+        measures: What puts metrics and means back to before it; empty if an earlier update has that.
+        opens_epoch: Whether it is the first of its epoch.
+        logged_at: The step that loggers are told after it.
+        epoch: Its epoch.
+    """
+
+    number: int
+    micros: list[WindowEntry]
+    groups: list[dict[str, Any]]
+    global_step: int
+    measures: Sequence[Callable[[], None]]
+    opens_epoch: bool
+    logged_at: int
+    epoch: int
+
+
+@final
+class UpdatesAgain:
+    """Keeps references to the batches since the last certified snapshot, and makes their updates again.
+
+    Each update is made from its own batches, random numbers, attributes and rates. If the first losses are the same bit
+    for bit, the updates can be repeated. The first loss that differs then shows when the state went bad.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        context: What the parts of the guard share.
+        replay: Undoes what the repeated batches touch.
+        thresholds: How much is kept.
+
+    Attributes:
+        futile: Whether updates were made again without success.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        context: GuardContext,
+        replay: TrainerBatchReplay,
+        thresholds: RepeatedStepsThresholds,
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._context = context
+        self._replay = replay
+        self._limits = thresholds
+        self._averages = RepeatedAverages(trainer)
+        self._measures = RepeatedMeasures(trainer, module)
+        self._kept: deque[_Update] = deque()
+        self._counted = 0
+        self._room = 0
+        # What the last update began from, where the size of the next one is measured.
+        self._before: StepStart | None = None
+        self._started = context.state.step
+        # The epoch of the newest update; the last update of each epoch before.
+        self._epoch = -1
+        self._ends: deque[tuple[int, int]] = deque(maxlen=thresholds.updates_again or 1)
+        # The snapshot that a rollback has left the run at, and the first update after it.
+        self._gone_on = -1, -1
+        # What the repeated updates log otherwise than the run has.
+        self._rows: list[LoggedRow] = []
+        self.futile = False
+        learner = context.learner
+        alone = not (context.many or context.ranks.sharded or context.settings.observe)
+        plain = len(learner.optimizers) == 1 and not learner.quasi_newton and learner.scaler is None
+        self._possible = alone and plain and thresholds.updates_again > 0
+
+    def keep(
+        self, number: int, micros: list[WindowEntry], measures: Callable[[], Sequence[Callable[[], None]]]
+    ) -> None:
+        """An update is about to be made: keep what it is made from.
+
+        Args:
+            number: Its number.
+            micros: Its micro-batches; none where it cannot be made again.
+            measures: Gives what puts metrics and means back to before it.
+        """
+        if not self._possible:
+            return
+        kept, limits, ring = self._kept, self._limits, self._context.ring
+        state = self._context.state
+        if state.healthy_since_restore == 0 and not state.went_on:
+            kept.clear()  # the run has gone on from the newest snapshot, and not from the state these led to
+            self._gone_on = ring.certified[0].step if ring.certified else -1, number
+        if micros and is_checked(self._counted, limits.measured_every):
+            held = self._bytes_of(micros)
+            self._room = 0 if held is None else min(limits.updates_again, limits.bytes_again // max(1, held))
+        self._counted += 1
+        weighs_next = micros and is_checked(self._counted, limits.measured_every)
+        self._before = micros[-1].start if weighs_next else None
+        opens_epoch = self._trainer.current_epoch != self._epoch
+        if opens_epoch:
+            if self._epoch >= 0:
+                self._ends.append((number - 1, self._epoch))
+            self._epoch = self._trainer.current_epoch
+        while kept and ring.certified and kept[0].number <= ring.certified[-1].step:
+            kept.popleft()
+        if kept and kept[-1].number != number - 1:
+            kept.clear()  # updates before a gap cannot be used
+        while len(kept) >= max(1, self._room):
+            kept.popleft()
+        # One that is pending may be certified before the updates since are needed: after a gap they begin there.
+        newest = ring.pending or (ring.certified[0] if ring.certified else None)
+        first = number if newest is None else self._first_after(newest)
+        if kept and kept[0].number > first:
+            kept.clear()  # snapshots are too far apart for this
+        if self._room and (kept or number <= first):
+            groups = self._context.learner.optimizers[0].param_groups
+            scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
+            newest = ring.pending or next(iter(ring.certified), None)
+            before: Sequence[Callable[[], None]] = ()
+            if opens_epoch or not kept or (newest is not None and newest.step == number - 1):
+                self._forget_measures()
+                before = measures()
+            clock, step = self._trainer.global_step, logged_at(self._trainer)
+            kept.append(_Update(number, list(micros), scheduled, clock, before, opens_epoch, step, self._epoch))
+
+    def _forget_measures(self) -> None:
+        """Let go of what no snapshot that is left, and no epoch, begins with."""
+        ring = self._context.ring
+        after = {one.step for one in (*ring.certified, ring.pending) if one is not None}
+        for update in self._kept:
+            if not update.opens_epoch and update.number - 1 not in after:
+                update.measures = ()
+
+    def _first_after(self, snapshot: Snapshot) -> int:
+        """Number of the first update that was made from a snapshot."""
+        step, number = self._gone_on
+        return number if snapshot.step == step else snapshot.step + 1
+
+    def _bytes_of(self, micros: list[WindowEntry]) -> int | None:
+        """Bytes that are kept for an update alone; ``None`` if they are not known."""
+        starts = [*([] if self._before is None else [self._before]), *(micro.start for micro in micros)]
+        values = [value for one, other in pairwise(starts) for value in other.not_in(one)]
+        return bytes_of([*values, *(micro.run.batch for micro in micros)], _holds_more)
+
+    def since(self, snapshot: Snapshot, number: int) -> list[_Update] | None:
+        """The updates after a snapshot up to one of them; ``None`` if one is not kept, or cannot be repeated."""
+        context = self._context
+        if not self._possible or context.rate.is_on() or context.clipper.value is not None:
+            return None
+        if not self._averages.can_be_made_again(context.learner.averages()):
+            return None
+        updates = [one for one in self._kept if snapshot.step < one.number <= number]
+        numbers, first = [one.number for one in updates], self._first_after(snapshot)
+        tensors = any(isinstance(value, Tensor) for one in updates for group in one.groups for value in group.values())
+        if not all(one.micros or self._was_skipped(one, number) for one in updates):
+            return None
+        return None if tensors or numbers != list(range(first, number + 1)) else updates
+
+    def _was_skipped(self, update: _Update, number: int) -> bool:
+        """Whether the run did not make an update; the last one is that of the present fault."""
+        return update.number < number and update.number in self._context.state.skipped
+
+    def go(
+        self,
+        snapshot: Snapshot,
+        number: int,
+        *,
+        then: WindowEntry | None = None,
+        attributes: StepMemory | None = None,
+        bad: Reading | None = None,
+    ) -> Callable[[], None] | None:
+        """Restore the learner from a snapshot, and make the updates up to a given one again.
+
+        Args:
+            snapshot: Where to begin.
+            number: The last update to make again.
+            then: The micro-batch that follows: nothing is made again where its loss is bad under the snapshot, too.
+            attributes: Reads the module's attributes, where those that the last update leaves are to be kept.
+            bad: The reading of an update that was bad: nothing is made again where it is as bad under the snapshot, or
+                where its gradient is as large again.
+
+        Returns:
+            Puts learner, metrics and means back to what they were before; ``None`` if they are so still, since this
+            was of no use.
+        """
+        # If too few updates agree after the newest snapshot, an older one may decide.
+        starts = [snapshot, *(one for one in self._context.ring.certified if one.step < snapshot.step)]
+        ways = [(one, updates) for one in starts if (updates := self.since(one, number)) is not None]
+        if not ways or ways[0][0] is not snapshot:
+            return None
+        _logger.info("NaNGuard: making the %d updates since the snapshot again.", len(ways[0][1]))
+        learner, optimizer = self._context.learner, self._context.learner.optimizers[0]
+        try:
+            before, after, left = self._capture(snapshot), None, None
+            measured = measures = self._measures.now()
+        except OutOfMemory:
+            return None
+        self._context.state.again = "", ""
+        scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in optimizer.param_groups]
+        try:
+            with ExitStack() as inside:
+                inside.enter_context(self._replay.rehearsing())
+                inside.enter_context(uncounted(self._trainer, lambda callback: False))
+                restore(learner, snapshot)
+                if (then is None or self._is_finite(then)) and not self._stays_bad(bad, ways[0][1]):
+                    if any(self._make(updates, start, bad=bad) for start, updates in ways):
+                        after = self._capture(snapshot)
+                        left = None if attributes is None else attributes.attributes_now()
+                        measures = self._measures.now()
+                    self.futile = after is None and not self._context.state.again[0]
+        except Exception as error:  # an error in a repeated pass must not end the run
+            _logger.debug("NaNGuard: the updates since the snapshot could not be made again: %r", error)
+        for group, values in zip(optimizer.param_groups, scheduled, strict=True):
+            group.update(values)
+        optimizer.zero_grad(set_to_none=True)
+        restore(learner, before if after is None else after)
+        if after is not None and left is not None:
+            left.restore(plain=False)
+        if after is None:
+            return None
+        self._measures.take(measures)
+        return partial(self._put_back, before, measured)
+
+    def log_again(self) -> None:
+        """The updates made again are kept: log again what they changed of the rows that loggers have."""
+        rows, self._rows, now = self._rows, [], logged_at(self._trainer)
+        for row in rows:
+            if row.step < now:  # the present update is yet to be logged
+                log_row(self._trainer, row)
+
+    def _put_back(self, before: Snapshot, measures: Sequence[tuple[Any, dict[str, Any]]]) -> None:
+        restore(self._context.learner, before)
+        self._measures.put(measures)
+
+    def _capture(self, beside: Snapshot) -> Snapshot:
+        step, clock = self._context.state.step, self._trainer.global_step
+        return capture(self._context.learner, step=step, global_step=clock, device=beside.device())
+
+    def _is_finite(self, micro: WindowEntry) -> bool:
+        micro.start.restore()
+        loss = micro.run.forward().closure_loss
+        return loss is None or bool(torch.isfinite(loss).all())
+
+    def _stays_bad(self, bad: Reading | None, updates: list[_Update]) -> bool:
+        """Whether an update that was not finite is so again: then the others need not be made again to see it."""
+        update = next((one for one in updates if bad is not None and not bad.finite and one.number == bad.step), None)
+        if bad is None or update is None:
+            return False
+        losses = [loss for _, loss in self._losses(update, spoilt=False)]
+        return not all(bool(torch.isfinite(loss).all()) for loss in losses) or self._is_as_large(bad)
+
+    def _make(self, updates: list[_Update], snapshot: Snapshot, *, bad: Reading | None) -> bool:
+        number = updates[-1].number if updates else 0
+        restore(self._context.learner, snapshot)
+        if snapshot.step > self._started:  # it was taken before callbacks saw the end of its update
+            self._average_again(snapshot.step, snapshot.global_step - 1)
+        same, differs, self._rows = 0, False, []
+        for update in updates:
+            self._measure_from(update, first=update is updates[0])
+            if self._was_skipped(update, number):
+                continue
+            for known, now in self._losses(update, spoilt=differs or (bad is not None and update.number > bad.step)):
+                if not bool(torch.isfinite(now).all()):
+                    return False
+                differs = differs or not _is_same(known, now)
+                same += not differs
+            if differs and same < self._limits.same_losses:
+                return False  # these updates are not the same a second time
+            if differs and (row := row_of_step(self._trainer, update.logged_at, update.epoch)) is not None:
+                self._rows.append(row)
+            if bad is not None and update.number >= bad.step and self._is_as_large(bad):
+                return False  # its batch is bad
+            if not self._stays_finite(update):
+                return False
+            self._average_again(update.number, update.global_step)
+        return self._context.corrupt()[0] is None
+
+    def _measure_from(self, update: _Update, *, first: bool) -> None:
+        """Begin with the metrics and means of the first update; others follow those of the repeated run."""
+        if not (first or update.opens_epoch):
+            return
+        repeated = self._measures.now()
+        for undo in update.measures:
+            undo()
+        if not first:
+            self._measures.take(repeated)  # what was not reset at the end of the epoch
+
+    def _average_again(self, number: int, global_step: int) -> None:
+        self._averages.make_again(global_step)
+        for last, epoch in (*self._ends, (self._context.state.step, self._epoch)):
+            if last == number:
+                self._averages.end_epoch_again(epoch)
+
+    def _stays_finite(self, update: _Update) -> bool:
+        """Make the update of finite losses; whether the state stays finite. If not, note what spoils it each time."""
+        state, module = self._context.state, self._module
+        written = self._context.corrupt()[0]
+        if written is not None:
+            state.again = "forward_writes_buffer", buffer_in_words(module, written)
+            return False
+        sizes = self._step(update)
+        spoilt = self._context.corrupt()[0]
+        if spoilt is not None and max(sizes, default=0.0) < self._limits.squared:
+            state.again = "optimizer_update", update_in_words(module, update.micros[0].run.optimizer, spoilt)
+        return spoilt is None
+
+    def _losses(self, update: _Update, *, spoilt: bool) -> list[tuple[Tensor | None, Tensor]]:
+        optimizer = update.micros[0].run.optimizer
+        for group, values in zip(optimizer.param_groups, update.groups, strict=True):
+            group.update(values)
+        losses: list[tuple[Tensor | None, Tensor]] = []
+        for micro in update.micros:
+            micro.start.restore(carried=not spoilt)  # otherwise they come from bad weights
+            with logging_for(self._trainer, micro.run.batch):
+                result = micro.run.whole()
+            if result.loss is not None:
+                losses.append((micro.loss, result.loss))
+                spoilt = spoilt or not _is_same(*losses[-1])
+        return losses
+
+    def _is_as_large(self, bad: Reading) -> bool:
+        norm = math.hypot(*norms(self._context.learner.gradients(0)))
+        usual = math.inf if bad.grad_norm is None or not bad.finite else bad.grad_norm * self._limits.gone_below
+        return not norm < usual
+
+    def _step(self, update: _Update) -> list[float]:
+        """Let the optimizer step; gives the norms of the gradients it steps by."""
+        optimizer = update.micros[0].run.optimizer
+        end_backward(self._trainer, optimizer)
+        sizes = norms(self._context.learner.gradients(0))
+        optimizer.step()
+        return sizes
+
+
+def _is_same(known: Tensor | None, now: Tensor) -> bool:
+    return known is not None and torch.equal(known, now)
+
+
+def _holds_more(tensor: Tensor) -> bool:
+    """Whether a tensor keeps more than its numbers: a graph, or the open file of memory that processes share."""
+    try:
+        return tensor.grad_fn is not None or (tensor.is_cpu and tensor.is_shared())  # type: ignore[no-untyped-call]
+    except NotImplementedError:  # a sparse one cannot be asked
+        return True

@@ -1,0 +1,114 @@
+"""Runs all micro-batches of a window of accumulation again, and leaves out those that are bad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, final
+
+from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.trainer.private.closures import call_after_backward, logging_for
+from lightning_nanguard.trainer.repeat.attempts import Attempts
+from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_of, undo_if_room
+from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, given
+from lightning_nanguard.trainer.repeat.parts import RepeatParts
+from lightning_nanguard.trainer.repeat.window import WindowEntry
+
+
+@final
+class WindowAgain:
+    """Makes a window with a bad gradient again, to find out which of its micro-batches is at fault.
+
+    Args:
+        parts: What the parts that run steps again share.
+        runs: Runs micro-batches.
+    """
+
+    def __init__(self, parts: RepeatParts, runs: Attempts) -> None:
+        self._parts = parts
+        self._check = parts.check
+        self._window = parts.window
+        self._runs = runs
+
+    def run(self, first: Outcome, *, steps: bool) -> Any:
+        """Run all micro-batches of the window again, one by one, and leave out those that are bad.
+
+        Args:
+            first: What the newest of them gave.
+            steps: Whether the update follows.
+
+        Returns:
+            The result for Lightning.
+        """
+        window, result, fault = self._window, None, None
+        trace = undo_if_room(self._parts.replay.make_undo, [*self._parts.module.parameters()])
+        if trace is None:
+            return given(first)
+        known, kept = len(window.left_out()), len(window.kept())
+        self._check.drop_losses()
+        self._check.rewind()
+        with self._runs.repeating(counted=True):
+            for micro in window.micros:
+                last = steps and micro is window.micros[-1]
+                result = self._one(micro, known, trace, last=last)
+        if first.error is not None and window.micros[-1].left_out is not None:
+            micro = window.micros[-1]
+            if not self._parts.errors.caused_by_numbers(micro.run, micro.start, backward=not first.early):
+                raise first.error
+        if steps:
+            fault = self._runs.weighed_fault()
+        if len(window.left_out()) == known and len(window.kept()) == kept and fault is None:
+            if first.error is not None:
+                call_after_backward(self._parts.trainer, self._parts.listens)
+            self._check.record_transient(fault_of(first))
+        return first.result if result is None else result
+
+    def _one(self, micro: WindowEntry, known: int, trace: BatchUndo, *, last: bool) -> Any:
+        parameters = list(self._parts.module.parameters())
+        if micro.left_out is not None:
+            if micro.run.zero_grad is not None:
+                micro.run.zero_grad()
+            return None
+        before = [None] * len(parameters) if micro.run.zero_grad is not None else gradients_of(parameters)
+        # Attributes that a bad micro-batch had changed were restored, and must not be set again.
+        micro.start.restore(carried=len(self._window.left_out()) == known)
+        attributes = self._parts.memory.attributes_now()
+        trace.open()
+        only = last and len(self._window.left_out()) == len(self._window.micros) - 1
+        outcome = self._attempt(micro, passing=only)
+        keeper = self._parts.keeper if self._parts.keeper is not None and self._parts.keeper.active() else None
+        if outcome.good or (only and outcome.error is None and keeper is None):
+            return outcome.result
+        start = partial(micro.start.restore, carried=len(self._window.left_out()) == known)
+        undo = partial(self._undo, parameters, before, trace, attributes)
+        undo(outcome)
+        part = None if keeper is None else keeper.good_part(micro, fault_of(outcome))
+        if keeper is not None and part is not None:
+            start()
+            again = self._attempt(micro)
+            if keeper.settle(micro, again, part):
+                return again.result
+            undo(again)
+        if only and outcome.error is None:
+            start()
+            return self._attempt(micro, passing=True).result
+        micro.left_out = fault_of(outcome)
+        return outcome.result
+
+    def _attempt(self, micro: WindowEntry, *, passing: bool = False) -> Outcome:
+        self._runs.may_pass = passing
+        with logging_for(self._parts.trainer, micro.run.batch):
+            outcome = self._runs.attempt(micro, steps=False)
+        self._runs.may_pass = False
+        if outcome.good:
+            outcome.fault = self._check.fault_of_gradients(0)
+        return outcome
+
+    def _undo(
+        self, parameters: Sequence[Any], before: Sequence[Any], trace: BatchUndo, attributes: Any, outcome: Outcome
+    ) -> None:
+        if not outcome.early and outcome.error is None:
+            self._check.drop_last_loss()
+        give_gradients(parameters, before)
+        trace.undo()
+        attributes.restore(plain=False)

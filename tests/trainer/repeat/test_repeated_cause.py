@@ -1,0 +1,122 @@
+"""State that is bad again whenever an update is made again is the optimizer's doing, or the forward pass's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, RMSprop
+
+from lightning_nanguard import NaNGuard, TrainingDivergedError
+from lightning_nanguard.trainer.repeat.repeated_cause import buffer_in_words, update_in_words
+from tests.helpers import Batch, Task, batches, fit, mlp
+
+COUNT, RESTS, EMPTY = 40, 12, -100.0
+
+
+class Normed(SGD):
+    """Divides each gradient by its norm."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure is not None else None
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.sub_(group["lr"] * parameter.grad / parameter.grad.norm())
+        return loss
+
+
+OPTIMIZERS: dict[str, tuple[Any, str]] = {
+    "adamw": (
+        partial(AdamW, betas=(0.9, 0.0), eps=1e-50),
+        "AdamW (float32, eps 1e-50), parameter net.0.weight",
+    ),
+    "rmsprop": (partial(RMSprop, lr=0.001, alpha=0.0, eps=0.0), "RMSprop (float32, eps 0.0), parameter net.0.weight"),
+    "normed": (partial(Normed, lr=0.01), "Normed (float32), parameter net.0.weight"),
+}
+
+
+class Rests(Task):
+    """Its first layer is given zeros, and so gets a gradient of zeros, from some batch on."""
+
+    def __init__(self, optimizer: Any) -> None:
+        torch.manual_seed(0)
+        super().__init__(mlp(), optimizer)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x, y = batch
+        return (self.net(x * float(batch_idx < RESTS)) - y).square().mean()
+
+
+class Usage(nn.Module):
+    """Subtracts the mean of those rows of the batch before that count, of which there may be none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        counts, given = x[:, 0] > EMPTY, x - self.mean
+        if self.training:
+            self.mean.copy_(x[counts].detach().sum() / counts.sum())
+        return given
+
+
+def train(module: Task, data: Sequence[Batch], folder: Path) -> tuple[NaNGuard, str]:
+    """Train; the guard, and the error that the run ended in."""
+    guard = NaNGuard(snapshot_every_n_steps=5)
+    try:
+        fit(module, data, guard, folder=folder)
+    except TrainingDivergedError as error:
+        return guard, str(error)
+    return guard, ""
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_updates_that_the_optimizer_makes_bad(name: str, tmp_path: Path) -> None:
+    """Optimizer, parameter and eps are named at the first fault; after two equal rollbacks the run ends with them,
+    and the rate was never cut nor the device suspected."""
+    make, place = OPTIMIZERS[name]
+    guard, error = train(Rests(make), batches(count=COUNT), tmp_path)
+    *back, last = guard.interventions
+    assert [one.remedies for one in back] == [("restore",)] * 2
+    assert last.remedies == ("stop",)
+    for one in guard.interventions:
+        assert one.finding is not None
+        assert (one.cause, one.finding.place) == ("optimizer_update", place)
+        assert "device" not in one.finding.suggestion
+    assert "the fault came back after each of 2 rollbacks" in error
+    assert place in error
+    assert guard.lr_multiplier == 1.0
+
+
+def test_buffers_that_the_forward_pass_makes_bad(tmp_path: Path) -> None:
+    """The buffer, its module and the line of the module's forward are named, though the batch itself has a good loss;
+    where other batches come between, the run goes on."""
+    torch.manual_seed(0)
+    data = batches(count=COUNT)
+    for index in (12, 25):
+        data[index][0][:, 0] = 2 * EMPTY
+    guard, error = train(Task(nn.Sequential(Usage(), mlp())), data, tmp_path)
+    assert error == ""
+    assert [one.remedies for one in guard.interventions] == [("restore",)] * 2
+    for one in guard.interventions:
+        assert one.finding is not None
+        assert one.cause == "forward_writes_buffer"
+        assert one.finding.place.startswith("buffer net.0.mean of Usage (test_repeated_cause.py:")
+        assert "device" not in one.finding.suggestion
+
+
+def test_what_cannot_be_told_is_left_out() -> None:
+    """A tensor that is no parameter has no dtype and no eps, and a buffer of the module itself is its step's."""
+    task = Task(mlp())
+    optimizer = SGD(task.parameters(), lr=0.1)
+    assert update_in_words(task, optimizer, "parameter net.0.weight") == "SGD (float32), parameter net.0.weight"
+    assert update_in_words(task, optimizer, "gone of another") == "SGD, gone of another"
+    assert buffer_in_words(task, "buffer gate").startswith("buffer gate of Task (helpers.py:")

@@ -1,0 +1,249 @@
+"""State that goes bad by itself: the updates since the snapshot are made again."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from array import array
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback
+from pytorch_lightning import callbacks as stock
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.utils.data import DataLoader
+
+from lightning_nanguard import NaNGuard
+from lightning_nanguard.thresholds import BatchesThresholds, Thresholds
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
+from lightning_nanguard.trainer.repeat import updates_again
+from tests.helpers import (
+    OUTPUTS,
+    Batch,
+    FaultAt,
+    Task,
+    batches,
+    differences,
+    fit,
+    learner_of,
+    mlp,
+    task,
+    with_last_rows,
+    with_nan,
+    words,
+)
+from tests.trainer.faulty_steps import Fault, Faulty, Sees, left_behind
+
+WAYS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "momentum": {"gradient_clip_val": 0.5},
+    "accumulated": {"accumulate_grad_batches": 2},
+    "averaged": {},
+    "bf16": {"precision": "bf16-mixed"},
+}
+if not hasattr(stock, "EMAWeightAveraging"):
+    del WAYS["averaged"]  # this Lightning has none
+LEARNER = ("parameters", "buffers", "state_dict", "optimizers", "random", "progress", "carried", "steps", "seen")
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"momentum": partial(SGD, lr=0.05, momentum=0.9)}
+
+
+class Struck(Faulty):
+    """Its weights, buffers or moments are struck before a batch."""
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        bn, optimizer = self.net[1], self.trainer.optimizers[0]
+        with torch.no_grad():
+            if self.fault.strikes("weight"):
+                self.net[0].weight.view(torch.int32)[0, 0] ^= 1 << 30
+            if self.fault.strikes("lost weight"):
+                self.net[4].weight.fill_(torch.nan)
+            if self.fault.strikes("buffer"):
+                bn.running_var.fill_(torch.inf)
+            if self.fault.strikes("moment"):
+                moments = optimizer.state[self.net[0].weight]
+                next(one for one in moments.values() if one.dim()).fill_(torch.nan)
+
+
+def run(way: str, folder: Path, fault: Fault | None, guard: NaNGuard | None) -> dict[str, Any]:
+    """Train for two epochs; what is left behind."""
+    sees = Sees()
+    callbacks = [sees, stock.EMAWeightAveraging(decay=0.9)] if way == "averaged" else [sees]
+    module = Struck(fault, OPTIMIZERS.get(way, partial(AdamW, lr=0.01)))
+    made = fit(module, batches(count=16), guard, folder=folder, callbacks=callbacks, max_epochs=2, **WAYS[way])
+    return left_behind(made, sees)
+
+
+@cache
+def twin(way: str, folder: Path) -> dict[str, Any]:
+    """What is left of the run without a fault and without a guard."""
+    return run(way, folder, None, None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs to compare with lie."""
+    return tmp_path_factory.mktemp("twins")
+
+
+@pytest.mark.parametrize("kind", ["weight", "lost weight", "buffer", "moment"])
+@pytest.mark.parametrize("way", WAYS)
+def test_state_that_went_bad_by_itself(way: str, kind: str, folder: Path, tmp_path: Path) -> None:
+    """The run is bit for bit the one without the fault."""
+    fault = Fault(kind, (12, 24))
+    guard = NaNGuard(snapshot_every_n_steps=3)
+    left = run(way, tmp_path, fault, guard)
+    assert fault.hits == 2
+    assert {one.remedies for one in guard.interventions} == {("restore", "redo")}
+    found = differences(with_last_rows(left), with_last_rows(twin(way, folder)))
+    # Where losses stayed finite, callbacks and epoch means may have been given those of the spoiled weights.
+    late = kind in ("weight", "buffer")
+    assert [one for one in found if not late or one.split("/")[1] in LEARNER or "/loss_step " in one] == []
+
+
+def test_rows_of_spoiled_weights_are_logged_again(tmp_path: Path) -> None:
+    """Loggers get a second row of each step whose loss was wrong, of no other, and the last one is right."""
+    rows = []
+    for fault in (None, Fault("weight", (10,))):
+        guard = NaNGuard(snapshot_every_n_steps=5)
+        made = fit(Struck(fault, partial(AdamW, lr=0.01)), batches(count=16), guard, folder=tmp_path)
+        rows.append([(step, row["loss_step"]) for step, row in made.logger.rows if "loss_step" in row])
+    expected, logged = rows
+    steps = [step for step, _ in logged]
+    twice = [step for step, _ in expected if steps.count(step) == 2]
+    assert len(logged) == len(expected) + len(twice)
+    assert twice == list(range(10, 10 + len(twice))) != []
+    assert all(dict(reversed(logged))[step] != value for step, value in expected if step in twice)
+    assert dict(logged) == dict(expected)
+
+
+class Alive(Callback):
+    """Counts the batches that are kept alive."""
+
+    def __init__(self) -> None:
+        self.batches: list[weakref.ref[Any]] = []
+        self.left = self.most = 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append(weakref.ref(batch[0]))
+        self.left = sum(one() is not None for one in self.batches)
+        self.most = max(self.most, self.left)
+
+
+class Takes(Task):
+    """Trains on a batch with more in it than it needs."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch[:2], batch_idx)
+
+
+class Picture:
+    """Holds its pixels where Python cannot look, as those of most libraries do."""
+
+    def __init__(self) -> None:
+        self.pixels = array("B", bytes(8))
+
+
+def with_picture(batch: Batch) -> Any:
+    return [*(tensor.clone() for tensor in batch), Picture()]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("options", [{"collate_fn": with_picture}, {"num_workers": 1}], ids=["pictures", "workers"])
+def test_batches_that_may_hold_more_than_is_counted_are_not_kept(options: dict[str, Any], tmp_path: Path) -> None:
+    """A picture may be large, and what a worker made holds a file and memory that processes share."""
+    alive = Alive()
+    data = DataLoader(batches(count=40), batch_size=None, **options)
+    fit(Takes(mlp()), data, NaNGuard(), folder=tmp_path, callbacks=[alive])
+    assert alive.most < 10
+
+
+class Remembers(Takes):
+    """Keeps its loss with its graph."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.last = super().training_step(batch, batch_idx)
+        return self.last
+
+
+def cloned(batch: Batch) -> Any:
+    return [tensor.clone() for tensor in batch]
+
+
+def test_graphs_that_steps_keep_leave_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size of what an attribute's graph holds is not known, whether or not the update before is kept."""
+    rooms: list[int] = []
+    keep = updates_again.UpdatesAgain.keep
+
+    def noted(self: updates_again.UpdatesAgain, *args: Any) -> None:
+        keep(self, *args)
+        rooms.append(self._room)
+
+    monkeypatch.setattr(updates_again.UpdatesAgain, "keep", noted)
+    fit(Remembers(mlp()), batches(count=20), NaNGuard(), folder=tmp_path)
+    assert set(rooms[1:]) == {0}
+
+
+def test_nothing_is_kept_where_snapshots_are_too_far_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates that the room does not reach back from are of no use, and cost nothing."""
+    made: list[int] = []
+
+    class Counted(updates_again._Update):  # type: ignore[misc]
+        def __init__(self, number: int, *rest: Any) -> None:
+            made.append(number)
+            super().__init__(number, *rest)
+
+    monkeypatch.setattr(updates_again, "_Update", Counted)
+    room = Thresholds(batches=BatchesThresholds(repeated=RepeatedStepsThresholds(updates_again=5)))
+    guard = NaNGuard(thresholds=room, snapshot_every_n_steps=20)
+    fit(Takes(mlp()), batches(count=100), guard, folder=tmp_path)
+    assert made
+    assert len(made) < 50
+
+
+@pytest.mark.filterwarnings("ignore:Swapping scheduler")
+def test_averaging_over_an_epoch_does_not_keep_its_batches(tmp_path: Path) -> None:
+    """The last pass of stochastic weight averaging is one window of accumulation, which never begins."""
+    alive = Alive()
+    data = DataLoader(batches(count=40), batch_size=None, collate_fn=cloned)
+    swa = stock.StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=1)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, OUTPUTS))
+    none = Thresholds(batches=BatchesThresholds(repeated=RepeatedStepsThresholds(updates_again=0)))
+    guard = NaNGuard(thresholds=none)
+    fit(Takes(net), data, guard, folder=tmp_path, callbacks=[swa, alive], max_epochs=2)
+    assert len(alive.batches) == 120
+    assert alive.left < 20
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_updates_that_were_skipped_are_not_made_again(accumulated: int, tmp_path: Path) -> None:
+    """A bad batch was skipped since the snapshot: the run goes forward again without it, bit for bit."""
+    data = [with_nan(batch) if index in (8, 9) else batch for index, batch in enumerate(batches(count=16))]
+    options: dict[str, Any] = {"max_epochs": 1, "accumulate_grad_batches": accumulated}
+    ends = []
+    for fault in (None, Fault("lost weight", (12,))):
+        sees, guard = Sees(), NaNGuard(snapshot_every_n_steps=6 // accumulated)
+        made = fit(Struck(fault, partial(AdamW, lr=0.01)), data, guard, folder=tmp_path, callbacks=[sees], **options)
+        ends.append((left_behind(made, sees), [one.remedies for one in guard.interventions]))
+    (expected, skips), (left, told) = ends
+    assert set(skips) == {("skip",)}
+    assert told == [*skips, ("restore", "redo")]
+    assert differences(left, expected) == []
+
+
+def test_a_batch_that_was_skipped_before_is_no_obstacle(tmp_path: Path) -> None:
+    """From the next snapshot on updates can be made again; the run ends as one that met the bad batch alone."""
+    states = []
+    for name, kinds in (("both", {"loss": 5, "weight": 14}), ("one", {"loss": 5})):
+        struck = [FaultAt(kind, math.nan, at) for kind, at in kinds.items()]
+        guard = NaNGuard(snapshot_every_n_steps=3)
+        made = fit(task("norm"), batches(count=20), guard, folder=tmp_path / name, callbacks=struck)
+        states.append((words(guard), learner_of(made.trainer, made.module)))
+    (both, left), (one, expected) = states
+    assert (both, one) == ([("skip",), ("restore", "redo")], [("skip",)])
+    assert differences(left, expected) == []
