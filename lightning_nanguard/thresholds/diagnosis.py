@@ -74,8 +74,8 @@ class ModelThresholds:
         huge_activation: Root mean square that an untrained model rarely reaches on normalised inputs.
         scales_apart: Ratio of the outputs of the largest layer to those of the smallest layer of an untrained model, at
             which the model is unbalanced.
-        steep_above_chance: Factor on the loss at chance level. A first loss above it comes from a layer that enlarges its
-            inputs, if there is one.
+        steep_above_chance: Factor on the loss at chance level. A first loss above it comes from a layer that enlarges
+            its inputs, if there is one.
         cross_entropy_above_chance: Factor on the loss at chance level. A first loss above it comes from outputs that
             are far too large.
         mse_above_chance: The same for a squared loss.
