@@ -142,8 +142,8 @@ kills: .venv/.stamp
 diagnose: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.diagnose --show-failures $(if $(FAST),--draws 1 --healthy 0) $(if $(RESUME),--resume)
 
-# Lightning's own tests with the guard in every Trainer, against the same with an empty callback. SOURCES is a checkout of
-# Lightning's repository at the tag of the installed version, TESTS what of it to run.
+# Lightning's own tests with the guard in every Trainer; those that fail, once more with it and with an empty callback.
+# SOURCES is a checkout of Lightning's repository at the tag of the installed version, TESTS what of it to run.
 TESTS ?= tests/tests_pytorch/trainer
 upstream: .venv/.stamp
 	@test -n "$(SOURCES)" || { echo "make upstream SOURCES=/path/to/pytorch-lightning TESTS=tests/tests_pytorch/trainer"; exit 2; }

@@ -1,1 +1,1 @@
-"""Lightning's own tests with the guard in every Trainer, against the same tests with an empty callback."""
+"""Lightning's own tests with the guard in every Trainer; those that fail, with an empty callback in its place."""

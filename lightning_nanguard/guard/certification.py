@@ -44,9 +44,9 @@ class Certification:
 
     def start(self) -> None:
         """Take the snapshot of the start, which is certified when the first loss is healthy."""
-        self._start(self._context.state.step)
+        self._start(self._context.state.step, self._context.ring.certify_after - 1)
 
-    def _start(self, step: int) -> None:
+    def _start(self, step: int, healthy: int) -> None:
         context = self._context
         self._lazy = context.learner.lazy()
         if not self._investigator.initial_norms:
@@ -57,7 +57,7 @@ class Certification:
         if not self._snapshots.resume(level, partial(self._capture, step)):
             first = self._capture(step)
             if first is not None:
-                first.healthy = context.ring.certify_after - 1
+                first.healthy = healthy
 
     def start_again_if_lazy(self) -> None:
         """Take the snapshot of the start again where the first forward pass has made parameters."""
@@ -80,7 +80,8 @@ class Certification:
         resized = any(_is_resized(newest.leaves.get(key), live) for key, live in context.learner.weights())
         if resized and context.corrupt()[0] is None:
             self._investigator.initial_norms = {}
-            self._start(context.state.step - 1)
+            # One healthy reading certifies it, even an uneasy one: that compares with losses of the former layers.
+            self._start(context.state.step - 1, self._limits.certify_anyway - 1)
             self._snapshots.settle()
         return resized
 

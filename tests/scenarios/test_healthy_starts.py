@@ -219,17 +219,21 @@ def numbers(module: Base) -> dict[str, Any]:
     return {name: value for name, value in module.state_dict().items() if not value.is_meta and "odd" not in name}
 
 
+FEW = ("VectorLoss", "TrainableInf", "ResetInStep", "EightBits", "Complex", "csr buffer", "jagged parameter")
+
+
 @pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`:UserWarning")
 @pytest.mark.parametrize(
-    ("kind", "readback"),
-    [(kind, "step") for kind in MAKES]
-    + [(kind, "deferred") for kind in ("VectorLoss", "EightBits", "Complex", "csr buffer", "jagged parameter")],
+    ("kind", "readback", "act_on"),
+    [(kind, "step", "certain") for kind in MAKES]
+    + [(kind, "deferred", "certain") for kind in FEW]
+    + [(kind, "step", "evidence") for kind in FEW],
 )
 def test_a_healthy_run_is_left_alone(
-    kind: str, readback: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str, readback: Any, act_on: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No error, no intervention, no warning, and the same bits as without the guard."""
-    guard = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=5, readback=readback)
+    guard = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=5, readback=readback, act_on=act_on)
     with caplog.at_level(logging.INFO, "lightning_nanguard"):
         guarded = run(MAKES[kind], guard)
     assert list(guard.interventions) == []

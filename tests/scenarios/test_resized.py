@@ -20,11 +20,13 @@ from tests.helpers import ONCE, batches, differences, trainer_for
 class Resized(LightningModule):
     """The hidden layer shrinks at one batch, grows at another, and a weight is lost at a third."""
 
-    def __init__(self, resize: dict[int, int], lost: int | None = None, everything: bool = False) -> None:
+    def __init__(
+        self, resize: dict[int, int], lost: int | None = None, everything: bool = False, factor: float = 1.0
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
-        self.resize, self.lost, self.everything = resize, lost, everything
+        self.resize, self.lost, self.everything, self.factor = resize, lost, everything, factor
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -33,7 +35,7 @@ class Resized(LightningModule):
             width = self.resize[batch_idx]
             first.weight.set_(torch.cat([first.weight, first.weight])[:width].clone())
             first.bias.set_(torch.cat([first.bias, first.bias])[:width].clone())
-            last.weight.set_(torch.cat([last.weight, last.weight], 1)[:, :width].clone())
+            last.weight.set_(torch.cat([last.weight, last.weight], 1)[:, :width] * self.factor)
         if batch_idx == self.lost:
             first.weight[: None if self.everything else 1] = math.nan
 
@@ -59,6 +61,16 @@ def test_a_weight_lost_after_a_resize_comes_back(resize: dict[int, int], readbac
     assert [one.remedies for one in guard.interventions] == [("restore", "redo")]
     assert guard.interventions[0].updates_lost <= 5
     assert len(module.net[0].bias) == resize[max(resize)]
+    assert all(bool(parameter.isfinite().all()) for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("act_on", ["certain", "evidence"])
+@pytest.mark.parametrize("readback", ["step", "deferred"])
+def test_a_loss_that_a_resize_raised_delays_no_snapshot(readback: Any, act_on: Any, tmp_path: Path) -> None:
+    """The new snapshot is certified although the loss is above that of the untrained model."""
+    guard = NaNGuard(dirpath=tmp_path, readback=readback, act_on=act_on)
+    module = run(Resized({9: 6}, lost=12, factor=-4.0), guard)
+    assert [one.remedies for one in guard.interventions] == [("restore", "redo")]
     assert all(bool(parameter.isfinite().all()) for parameter in module.parameters())
 
 
