@@ -246,8 +246,9 @@ class NaNGuard(DisplayedGuard):
             fit.diagnostics.preflight(batch)
         fit.averages.watch()
         fit.replay.batches.add(fit.guard.updates + 1, batch_idx, batch, fit.order.origin(batch_idx))
-        if fit.diagnostics.first_updates is not None:
-            fit.diagnostics.first_updates.see_batch(batch)
+        first = fit.diagnostics.first_updates
+        if first is not None and first.looks:
+            first.see_batch(batch)
         fit.guard.open_batch()
         if fit.carried is not None:
             fit.carried.open()
@@ -257,8 +258,9 @@ class NaNGuard(DisplayedGuard):
         fit = self._fit
         if fit is None:
             return
-        if fit.diagnostics.first_updates is not None:
-            fit.diagnostics.first_updates.see_loss(loss)
+        first = fit.diagnostics.first_updates
+        if first is not None and first.looks:
+            first.see_loss(loss)
         fit.guard.see_loss(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -266,8 +268,9 @@ class NaNGuard(DisplayedGuard):
         fit = self._fit
         index = None if fit is None else fit.optimizer_index(optimizer)
         if fit is not None and index is not None:
-            if fit.diagnostics.first_updates is not None:
-                fit.diagnostics.first_updates.see_step(index)
+            first = fit.diagnostics.first_updates
+            if first is not None and first.looks:
+                first.see_step(index)
             fit.guard.before_step(index)
 
     def on_train_batch_end(
@@ -295,7 +298,8 @@ class NaNGuard(DisplayedGuard):
                 replay.to_log()
                 replay.to_log = None
             fit.diagnostics.examine_if_due()
-            if fit.diagnostics.first_updates is not None and fit.diagnostics.first_updates.end_batch():
+            first = fit.diagnostics.first_updates
+            if first is not None and first.end_batch():
                 fit.diagnostics.judge_first_updates()
         finally:
             replay.may_log = False

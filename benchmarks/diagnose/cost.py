@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -64,8 +65,23 @@ class Clock(pl.Callback):
         return watched
 
 
-def cost(name: str) -> tuple[float, float, float]:
-    """Share of the first updates' time, share of as many after them, and the median step in milliseconds."""
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one run.
+
+    Attributes:
+        first: What looked on in the first updates.
+        after: What looked on in as many updates after them.
+        step: The median step. The first one takes longer than others, and would flatter.
+    """
+
+    first: float
+    after: float
+    step: float
+
+
+def cost(name: str) -> Cost:
+    """What one run of a model took."""
     workload, clock = CPU[name], Clock()
     originals = [(owner, part, getattr(owner, part)) for owner, part in _WATCHED]
     for owner, part, call in originals:
@@ -81,21 +97,23 @@ def cost(name: str) -> tuple[float, float, float]:
         for owner, part, call in originals:
             setattr(owner, part, call)
     first, after = clock.steps[: UPDATES + 1], clock.steps[UPDATES + 1 : 2 * UPDATES]
-    shares = [sum(inside for _, inside in steps) / sum(whole for whole, _ in steps) for steps in (first, after)]
-    return shares[0], shares[1], 1e3 * median(whole for whole, _ in clock.steps)
+    return Cost(
+        sum(inside for _, inside in first), sum(inside for _, inside in after), median(one for one, _ in clock.steps)
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure some models, each several times, and print the lowest shares: other load on the machine only adds."""
+    """Measure some models, each several times, and compare the lowest times: other load on the machine only adds."""
     parser = argparse.ArgumentParser(prog="benchmarks.diagnose.cost", description=main.__doc__)
     parser.add_argument("--models", nargs="+", choices=sorted(CPU), default=["mlp", "resnet", "transformer"])
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args(argv)
     for name in arguments.models:
         found = [cost(name) for _ in range(arguments.runs)]
-        first, after, step = (min(column) for column in zip(*found, strict=True))
+        first, after, step = (min(column) for column in zip(*map(astuple, found), strict=True))
         print(
-            f"{CPU[name].title:30} step {step:8.2f} ms   first {UPDATES} updates {first:.2%}   after {after:.2%}",
+            f"{CPU[name].title:30} step {1e3 * step:8.2f} ms   first {UPDATES} updates {1e6 * first:.0f} µs, "
+            f"{first / (UPDATES * step):.2%}   after {1e6 * after:.0f} µs",
             flush=True,
         )
     return 0

@@ -331,6 +331,12 @@ def detached_part(dice: Dice) -> Problem:
 # ---------------------------------------------------------------------------------------------------- the course
 
 
+def _settled(problem: Problem) -> Problem:
+    """The problem, run on after its loss has come down a little: that is no loss which does not move."""
+    problem.patience, problem.steps = problem.steps - 24, 2 * problem.steps
+    return problem
+
+
 def valley(dice: Dice) -> Problem:
     """A bounded loss at a rate far above what its valley allows: updates jump from side to side."""
 
@@ -348,7 +354,7 @@ def valley(dice: Dice) -> Problem:
 
     net = Bowl()
     rate = 2 * float(net.w.detach().abs().mean()) * 12 / 10  # a step as long as the valley is wide
-    return _stuck(dice, "oscillation", net, loss, dice.regression(60, features=12), _sgd(rate), "loss")
+    return _settled(_stuck(dice, "oscillation", net, loss, dice.regression(60, features=12), _sgd(rate), "loss"))
 
 
 def two_sides(dice: Dice) -> Problem:
@@ -361,7 +367,9 @@ def two_sides(dice: Dice) -> Problem:
         return (scale * (net(x) - functional.one_hot(y, 2).float())).square().clamp(max=1e9).mean()
 
     rate = dice.uniform(0.5, 1.0)
-    return _stuck(dice, "oscillation", net, loss, batches, _sgd(rate), "loss", gradient_clip_val=dice.uniform(1.0, 2.0))
+    return _settled(
+        _stuck(dice, "oscillation", net, loss, batches, _sgd(rate), "loss", gradient_clip_val=dice.uniform(1.0, 2.0))
+    )
 
 
 def across(dice: Dice) -> Problem:
@@ -379,7 +387,7 @@ def across(dice: Dice) -> Problem:
         return (1 - torch.cos(net(x))).sum() / 10 + 1e-3 * (net(x) * x[:, :10].mean(0)).sum()
 
     rate = 10 * dice.uniform(2.3, 2.9)
-    return _stuck(dice, "oscillation", Angles(), loss, dice.regression(60, features=10), _sgd(rate), "loss")
+    return _settled(_stuck(dice, "oscillation", Angles(), loss, dice.regression(60, features=10), _sgd(rate), "loss"))
 
 
 def all_zero(dice: Dice) -> Problem:

@@ -99,8 +99,10 @@ class Examination:
         with errors_logged("the run could not be examined"):
             case = self.case(micros, course, evidence)
             high = case.course is not None and case.course.high(self._thresholds.plateau)
-            # An oscillation is worth a word at any level: a lower rate takes the loss further down.
-            return tuple(one for one in self._rules.findings(case) if high or asked or one.cause == "oscillation")
+            # Two are worth a word at any level: a lower rate or a larger batch takes the loss further down.
+            return tuple(
+                one for one in self._rules.findings(case) if high or asked or one.cause in ("oscillation", "batch_size")
+            )
         return ()
 
     def case(self, micros: Sequence[MicroBatch], course: Course, evidence: Evidence) -> Case:

@@ -54,10 +54,10 @@ class ModuleCalls:
 
     def end(self) -> None:
         """Note no more calls."""
-        self._ran = {call.path for call in self._calls}
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+            self._ran = {call.path for call in self._calls}
 
     def _see(self, module: nn.Module, given: Any, made: Any) -> None:
         if torch.compiler.is_compiling():

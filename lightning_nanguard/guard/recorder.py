@@ -11,9 +11,8 @@ from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.loop import Clock, TrainingLoop
 from lightning_nanguard.types import Fault, Finding, Intervention
 
-_ADVICE = (
-    "Look at the records of the earlier interventions. Lower the learning rate, check the data that they name, or "
-    "raise the limits of the budget if the run should have gone on."
+_MORE = (
+    "The records of the earlier interventions say more. Raise the limits of the budget if the run should have gone on."
 )
 
 
@@ -148,7 +147,7 @@ class InterventionRecorder:
         raise TrainingDivergedError(
             f"Training cannot go on: {reason}. Step {global_step} (epoch {epoch}, batch {batch_idx}): {fault.message} "
             f"({fault.kind}, {place}). {_why(finding)}Tried before: {'; '.join(self._tried) or 'nothing'}. "
-            f"{good} {self.on_disk()}{_ADVICE}",
+            f"{good} {self.on_disk()}{_MORE}",
             fault=fault,
             reason=reason,
             tried=tuple(self._tried),
@@ -159,6 +158,6 @@ class InterventionRecorder:
 
 def _why(finding: Finding | None) -> str:
     if finding is None:
-        return ""
+        return "No cause was found: try a lower learning rate, and look at the batch. "
     place = f" in {finding.place}" if finding.place else ""
     return f"Most likely cause: {finding.cause}{place}: {finding.suggestion} "

@@ -74,6 +74,8 @@ class ModelThresholds:
         huge_activation: Root mean square that an untrained model rarely reaches on normalised inputs.
         scales_apart: Ratio of the outputs of the largest layer to those of the smallest layer of an untrained model, at
             which the model is unbalanced.
+        steep_above_chance: Factor on the loss at chance level. A first loss above it comes from a layer that enlarges
+            its inputs, if there is one.
         cross_entropy_above_chance: Factor on the loss at chance level. A first loss above it comes from outputs that
             are far too large.
         mse_above_chance: The same for a squared loss.
@@ -98,6 +100,7 @@ class ModelThresholds:
     max_gain: float = 5.0
     huge_activation: float = 100.0
     scales_apart: float = 1e4
+    steep_above_chance: float = 1.5
     cross_entropy_above_chance: float = 3.0
     mse_above_chance: float = 30.0
     gradient_error: float = 0.02
@@ -305,7 +308,8 @@ class GradientCheckThresholds:
     """How gradients are compared with finite differences.
 
     Attributes:
-        max_parameters: Parameters that are checked; each takes two forward passes.
+        max_parameters: Parameters that are checked; each takes two forward passes for each direction.
+        directions: Random directions that are compared; a wrong gradient may be right along one of them.
         difference: Size of the first finite difference, in double precision.
         differences: Number of sizes that are tried, each a tenth of the one before. A kink between the two points gives
             a wrong difference, and a smaller size avoids it.
@@ -317,6 +321,7 @@ class GradientCheckThresholds:
     """
 
     max_parameters: int = 200
+    directions: int = 2
     difference: float = 1e-5
     differences: int = 3
     close: float = 0.01

@@ -11,16 +11,19 @@ class MistakeThresholds:
 
     Attributes:
         updates: First updates that are observed.
-        updates_between_rates: Updates between two readings of the learning rates.
+        updates_between_rates: Updates between two readings of scheduled learning rates. A prime number, so that they do
+            not meet a cyclic schedule at the same place each time.
         least_updates: Fewest updates of a shorter run that is judged at its end.
-        most_modules: Calls of modules that are observed in the first batch.
+        most_modules: Calls of modules that are observed in one batch.
         batches: Batches that are compared with each other.
+        small_batch: Bytes of the first batch up to which batches themselves are kept until they are compared. Of larger
+            ones some numbers are copied.
         fields_per_batch: Fields by which a batch is recognised. One field alone may be a mask that is always the same.
         numbers_per_batch: Numbers of one field by which a batch is recognised.
         least_batches: Fewest batches of one epoch with which repetitions are reported.
         repeated: Share of the batches of one epoch that are repetitions, at which they are reported.
         looks_at_gradients: Updates of one optimizer in which its gradients are compared with those before the backward
-            pass.
+            pass, until they are seen to be cleared.
         added: Updates in a row whose gradients were added to those before, at which this is reported.
         ended: Share of the highest rate in these updates, below which a schedule has ended.
         runs_on: Factor on the number of observed updates. A run whose schedule has ended must be at least so long to be
@@ -37,10 +40,11 @@ class MistakeThresholds:
     """
 
     updates: int = 64
-    updates_between_rates: int = 4
+    updates_between_rates: int = 7
     least_updates: int = 16
     most_modules: int = 4096
     batches: int = 8
+    small_batch: int = 4 << 20
     fields_per_batch: int = 3
     numbers_per_batch: int = 32
     least_batches: int = 8

@@ -18,6 +18,8 @@ from lightning_nanguard.diagnosis.isolation import errors_logged
 from lightning_nanguard.diagnosis.mistakes.observation import ModeSeen, Observation, ParameterSeen, RateSeen
 from lightning_nanguard.diagnosis.module_calls import ModuleCalls
 from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.measure.batches import nested_tensors
+from lightning_nanguard.measure.tensors import size
 from lightning_nanguard.thresholds.mistakes import MistakeThresholds
 from lightning_nanguard.trainer.private.callbacks import unfreezes
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
@@ -45,65 +47,80 @@ class FirstUpdates:
         self._context = context
         self._limits = thresholds
         optimizers = context.learner.optimizers
-        owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        self._named = dict(module.named_parameters())
-        self._optimized = {name for name, p in self._named.items() if id(p) in owned}
-        self._waiting = dict(self._named)  # those without a gradient so far
-        self._trainable = {name for name, p in self._named.items() if p.requires_grad}
-        self._modules = dict(module.named_modules())
-        self._modes = {path: one for path, one in self._modules.items() if _has_modes(one)}
-        self._training: set[str] = set()
+        self._named: Mapping[str, nn.Parameter] = {}
+        self._optimized: set[str] = set()
+        self._modes: Mapping[str, nn.Module] = {}
+        # Whatever has not been seen to be in order: parameters that got no gradient, modules in evaluation mode.
+        self._waiting = self._named
+        self._idle: Mapping[str, nn.Module] = self._modes
+        self._trainable: set[str] = set()  # of those that wait
         self._evaluating = True
         self._calls: ModuleCalls | None = None
-        self._batches: list[tuple[int, list[Tensor]]] = []
+        self._batches: list[tuple[int, Any]] = []
+        self._copies_batches = False
         self._rates = [[_GroupRates() for _ in optimizer.param_groups] for optimizer in optimizers]
-        self._gradients = [_AddedGradients(optimizer, thresholds) for optimizer in optimizers]
-        self._losses = self._graphless = self._updates = 0
-        # Whether losses are still to be looked at: the first ones, and all until one has a graph.
-        self._sees_losses = True
-        last = thresholds.updates - 1
-        self._rates_due = frozenset({*range(0, last, thresholds.updates_between_rates), last})
-        self._modes_due = frozenset({0, thresholds.least_updates, last})
-        self._stepped = False
+        self._gradients = [_AddedGradients(optimizer, thresholds.looks_at_gradients) for optimizer in optimizers]
+        self._losses = self._updates = 0
+        self._graph = False
+        last = thresholds.updates - max(1, len(optimizers))  # each of them makes an update of the last batch
+        rates_change = range(0, last, thresholds.updates_between_rates) if trainer.lr_scheduler_configs else ()
+        # Updates whose rates and modes are looked at, but for the present one if that is one of them.
+        self._due = sorted({thresholds.least_updates, last, *rates_change} - {0})
+        self._closely = True
+        # Updates of the run before this fit, and those after which to decide what to look at.
+        self._begun = self._next = 0
+        # Whether the present update is looked at: the first ones are, a few later ones, and each as long as parameters
+        # wait for a gradient.
+        self.looks = True
 
     # ---------------------------------------------------------------------------------------------- while it trains
 
     def see_batch(self, batch: Any) -> None:
         """A batch begins."""
-        if self._calls is None:
-            self._calls = ModuleCalls(self._modules, self._limits.most_modules)
-            if not any(map(_is_compiled, self._modules.values())):
-                self._calls.begin(batch)
         if len(self._batches) < self._limits.batches:
-            self._batches.append((self._trainer.current_epoch, _fingerprint(batch, self._limits)))
+            if not self._batches:
+                self._begin()
+                self._copies_batches = sum(map(size, nested_tensors(batch))) > self._limits.small_batch
+            kept = [one.clone() for one in _some_numbers(batch, self._limits)] if self._copies_batches else batch
+            self._batches.append((self._trainer.current_epoch, kept))
+        if self._updates and self._waiting and self._calls is None:
+            modules = dict(self._module.named_modules())
+            self._calls = ModuleCalls(modules, self._limits.most_modules)
+            if not any(map(_is_compiled, modules.values())):
+                self._calls.begin(batch)
+
+    def _begin(self) -> None:
+        # Not before the first batch: a hook before it may have replaced a layer.
+        optimizers = self._context.learner.optimizers
+        owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        self._named = self._waiting = dict(self._module.named_parameters())
+        self._optimized = {name for name, p in self._named.items() if id(p) in owned}
+        self._modes = self._idle = {path: one for path, one in self._module.named_modules() if _has_modes(one)}
+        self._begun = self._context.state.step
+        self._next = self._begun + 1
 
     def see_loss(self, loss: Tensor) -> None:
         """A backward pass is about to begin."""
-        if not self._sees_losses:
-            return
-        self._losses += 1
-        if loss.grad_fn is None:
-            self._graphless += 1
-        if self._updates < self._limits.looks_at_gradients:
-            for one in self._gradients:
-                one.before_backward()
-        else:
-            self._sees_losses = self._graphless == self._losses
+        if not self._graph:
+            self._losses += 1
+            self._graph = loss.grad_fn is not None
+        for one in self._gradients:
+            one.before_backward()
 
     def see_step(self, optimizer_index: int) -> None:
         """An optimizer is about to step."""
-        self._stepped = True
         if self._waiting:
             self._note_gradients()
-        updates = self._updates
-        if updates < self._limits.looks_at_gradients:
-            self._gradients[optimizer_index].before_step()
-        if updates in self._rates_due:
+        self._gradients[optimizer_index].before_step()
+        if self._closely:
             groups = self._context.learner.optimizers[optimizer_index].param_groups
             for rates, group in zip(self._rates[optimizer_index], groups, strict=False):
                 rates.see(group.get("lr"))
-        if updates in self._modes_due:
-            self._note_modes()
+            if optimizer_index == 0 and self._updates <= self._limits.least_updates:
+                # A mode may be switched after the first batches: this is the first look that counts.
+                self._evaluating, self._idle = True, self._modes
+            self._evaluating &= not self._module.training
+            self._idle = {path: one for path, one in self._idle.items() if not one.training}
 
     def end_batch(self) -> bool:
         """A batch is over.
@@ -111,32 +128,38 @@ class FirstUpdates:
         Returns:
             Whether all has been seen.
         """
-        if self._updates == 0 and self._calls is not None:
+        if self._calls is not None:
             self._calls.end()
-        if not self._stepped:
+        made = self._context.state.step
+        if made < self._next:
             return False
-        self._stepped = False
-        self._updates += 1
-        return self._updates >= self._limits.updates
+        self._updates = updates = made - self._begun
+        due = [one for one in self._due if one > updates]
+        self._closely, self._due = len(due) < len(self._due), due
+        self.looks = (
+            self._closely
+            or len(self._batches) < self._limits.batches
+            or bool(self._waiting)
+            or (self._losses > 0 and not self._graph)
+            or any(one.looks for one in self._gradients)
+        )
+        self._next = made + 1 if self.looks else self._begun + min(due, default=self._limits.updates)
+        return updates >= self._limits.updates
 
     def close(self) -> None:
-        """Stop observing."""
+        """Note no more calls of modules."""
         if self._calls is not None:
             self._calls.end()
 
     def _note_gradients(self) -> None:
-        for name in [name for name, p in self._waiting.items() if p.grad is not None]:
-            del self._waiting[name]
+        self._waiting = {name: p for name, p in self._waiting.items() if p.grad is None}
         self._trainable.update(name for name, p in self._waiting.items() if p.requires_grad)
-
-    def _note_modes(self) -> None:
-        self._evaluating &= not self._module.training
-        self._training.update(path for path, one in self._modes.items() if one.training)
 
     # ---------------------------------------------------------------------------------------------- what was seen
 
     def observation(self) -> Observation | None:
         """What was seen; ``None`` if it was too little, or all is well."""
+        self._updates = self._context.state.step - self._begun
         if self._updates < self._limits.least_updates:
             return None
         self._note_gradients()
@@ -158,7 +181,7 @@ class FirstUpdates:
             expected=self._expected_updates() if self._trainer.lr_scheduler_configs else math.inf,
             scheduled=bool(self._trainer.lr_scheduler_configs),
             losses=self._losses,
-            graphless=self._graphless,
+            graphless=0 if self._graph else self._losses,
             added=max((one.most for one in self._gradients), default=0),
             batches=batches,
             distinct=distinct,
@@ -170,8 +193,8 @@ class FirstUpdates:
         return (
             not self._waiting
             and len(self._optimized) == len(self._named)
-            and len(self._training) == len(self._modes)
-            and not self._graphless
+            and not self._idle
+            and (self._graph or not self._losses)
             and not any(one.most for one in self._gradients)
             and all(one.last > self._limits.ended * one.highest for groups in self._rates for one in groups)
         )
@@ -199,7 +222,7 @@ class FirstUpdates:
         return tuple(
             ParameterSeen(
                 name=name,
-                trainable=name in self._trainable,
+                trainable=name in with_gradient or name in self._trainable,
                 optimized=name in self._optimized,
                 gradient=name in with_gradient,
                 ran=seen[name] != "" and seen[name] in ran,
@@ -254,7 +277,7 @@ class FirstUpdates:
         words = path.split(".")
         around = (".".join(words[: count + 1]) for count in range(len(words)))
         within = next((name for name in around if not self._module.get_submodule(name).training), path)
-        return ModeSeen(path, type(one).__name__, _drops(one), path in self._training, within)
+        return ModeSeen(path, type(one).__name__, _drops(one), path not in self._idle, within)
 
     def _distinct_batches(self) -> tuple[int, int]:
         """How many batches of one epoch were compared, and how many of them differ."""
@@ -263,10 +286,11 @@ class FirstUpdates:
         draws = isinstance(loader, DataLoader) and loader.batch_size is not None
         if not draws or bool(getattr(self._trainer, "overfit_batches", False)) or not self._batches:
             return 0, 0
-        first = self._batches[0][0]
-        kept = (mark for epoch, mark in self._batches if epoch == first and mark)
-        marks = [tuple(number for part in mark for number in part.tolist()) for mark in kept]
-        return len(marks), len(set(marks))
+        kept = [_some_numbers(batch, self._limits) for epoch, batch in self._batches if epoch == self._batches[0][0]]
+        kept = [fields for fields in kept if fields]
+        if len({fields[0].data_ptr() for fields in kept}) < len(kept):
+            return 0, 0  # a loader that writes each batch over the last one
+        return len(kept), len({tuple(number for part in fields for number in part.tolist()) for fields in kept})
 
     def _expected_updates(self) -> float:
         with errors_logged("the length of the run is not known"):
@@ -293,15 +317,16 @@ class _GroupRates:
 class _AddedGradients:
     """Whether the gradients of one optimizer are added to those that it has used already."""
 
-    def __init__(self, optimizer: Optimizer, thresholds: MistakeThresholds) -> None:
+    def __init__(self, optimizer: Optimizer, looks: int) -> None:
         self._optimizer = optimizer
-        self._looks = thresholds.looks_at_gradients
-        self._used: Tensor | None = None
+        # Updates that are still to be looked at: none after gradients were seen to be cleared.
+        self.looks = looks
+        self._used: nn.Parameter | None = None
         self._version = 0
         # Whether a backward pass began with the gradients used last still there.
         self._kept = False
-        self._in_a_row = 0
-        self.most = 0
+        # Updates in a row whose gradients were added, and the most of them.
+        self._in_a_row = self.most = 0
 
     def before_backward(self) -> None:
         """Look whether the gradients used last are gone."""
@@ -309,25 +334,23 @@ class _AddedGradients:
             return
         gradient = self._used.grad
         if gradient is None or gradient.layout != torch.strided or not bool(gradient.any()):
-            self._used, self._in_a_row = None, 0
+            self._used, self.looks = None, 0
         else:
             self._kept = True
 
     def before_step(self) -> None:
         """The gradients are used."""
-        if self._looks == 0:
+        if not self.looks:
             return
         # A gradient that the user has set is a tensor of its own, to which nothing was added.
         gradient = None if self._used is None or not self._kept else self._used.grad
         self._in_a_row = self._in_a_row + 1 if gradient is not None and gradient._version > self._version else 0
         self.most = max(self.most, self._in_a_row)
-        self._looks -= 1
-        self._used, self._kept = None, False
-        if self._looks:
-            every = (p for group in self._optimizer.param_groups for p in group["params"])
-            self._used = next((p for p in every if p.grad is not None), None)
-            if self._used is not None and self._used.grad is not None:
-                self._version = self._used.grad._version
+        self.looks -= 1
+        every = (p for group in self._optimizer.param_groups for p in group["params"])
+        self._used, self._kept = next((p for p in every if p.grad is not None), None), False
+        if self._used is not None and self._used.grad is not None:
+            self._version = self._used.grad._version
 
 
 def _has_modes(module: nn.Module) -> bool:
@@ -356,13 +379,12 @@ def _part_apart_from(name: str, other: str) -> str:
     return ".".join(words)
 
 
-def _fingerprint(batch: Any, limits: MistakeThresholds) -> list[Tensor]:
-    """Some numbers of each field that a batch is known by again, left on the device."""
+def _some_numbers(batch: Any, limits: MistakeThresholds) -> list[Tensor]:
+    """Some numbers of each field that a batch is known by again."""
     found, numbers = [], limits.numbers_per_batch
     for _, tensor in islice(tensor_fields(batch), limits.fields_per_batch):
         count = tensor.numel()
         if count and not tensor.is_complex():
-            flat = tensor if tensor.is_contiguous() else tensor.reshape(-1)
-            taken = flat.as_strided((min(numbers, count),), (max(1, count // numbers),))
-            found.append(taken.detach().clone())
+            flat = tensor.detach() if tensor.is_contiguous() else tensor.detach().reshape(-1)
+            found.append(flat.as_strided((min(numbers, count),), (max(1, count // numbers),), flat.storage_offset()))
     return found

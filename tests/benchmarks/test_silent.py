@@ -30,7 +30,7 @@ def test_a_mistake_is_named_and_what_is_meant_is_not(others: bool) -> None:
 
 def test_after_the_first_updates_nothing_is_looked_at() -> None:
     """What looks on takes a share of the first updates, and none of those after them."""
-    first, after, step = cost.cost("mlp")
-    assert 0 < first < 0.5
-    assert after == 0.0
-    assert step > 0
+    found = cost.cost("mlp")
+    assert 0 < found.first < 0.5 * cost.UPDATES * found.step
+    assert found.after == 0.0
+    assert found.step > 0

@@ -59,9 +59,9 @@ def test_the_command_names_what_repeats_a_run(tmp_path: Path, capsys: pytest.Cap
     assert command.main(["--seed", "5", "--only", "0", "--wanted", "1.1"]) == 1
 
 
-@pytest.mark.parametrize(("file", "runs"), [("transient.json", 500), ("transient-deferred.json", 300)])
+@pytest.mark.parametrize(("file", "runs"), [("transient.json", 500), ("transient-deferred.json", 200)])
 def test_the_long_campaign(file: str, runs: int) -> None:
     """The figures that the documents name."""
     figures = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
     assert figures["struck"] >= runs
-    assert figures["same but for values logged meanwhile"] >= 0.99 * figures["struck"]
+    assert figures["same"] >= 0.99 * figures["struck"]

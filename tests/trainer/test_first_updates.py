@@ -6,12 +6,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.diagnose.silent import MEANT, MISTAKES, named, said
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.record.files import read_advice
-from tests.helpers import TwoOptimizers, batches, fit, task
+from lightning_nanguard.thresholds import Thresholds
+from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
+from lightning_nanguard.thresholds.mistakes import MistakeThresholds
+from tests.helpers import OUTPUTS, TwoOptimizers, batches, fit, task
+
+
+class Task(pl.LightningModule):
+    """A regression."""
+
+    early = False
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -63,6 +86,54 @@ def test_gradients_that_no_backward_pass_of_lightning_makes(own: bool, tmp_path:
     guard = NaNGuard(dirpath=tmp_path)
     fit(ByHand(), batches(count=40), guard, folder=tmp_path)
     assert [advice.finding.cause for advice in guard.advice] == []
+
+
+def test_a_mode_that_is_switched_after_the_first_batches(tmp_path: Path) -> None:
+    """A model that evaluates from the thirteenth batch on is named; one that does so in the first three is not."""
+
+    class Evaluating(Task):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.train(batch_idx >= 3 if self.early else batch_idx < 12)
+
+    for early, causes in ((True, []), (False, ["eval_mode"])):
+        module = Evaluating(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, OUTPUTS)))
+        module.early = early
+        guard = NaNGuard(dirpath=tmp_path / str(early))
+        fit(module, batches(count=70), guard, folder=tmp_path)
+        assert [advice.finding.cause for advice in guard.advice] == causes
+
+
+def test_a_layer_that_is_replaced_after_the_optimizer_was_made(tmp_path: Path) -> None:
+    """The new layer gets gradients, and no optimizer has it."""
+
+    class Replacing(Task):
+        def on_train_start(self) -> None:
+            self.net[0] = nn.Linear(6, 8)
+
+    guard = NaNGuard(dirpath=tmp_path)
+    fit(
+        Replacing(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))), batches(count=70), guard, folder=tmp_path
+    )
+    (advice,) = guard.advice
+    assert (advice.finding.cause, advice.finding.place) == ("parameter_not_in_optimizer", "net.0")
+
+
+def test_batches_that_are_large_or_written_over_each_other(tmp_path: Path) -> None:
+    """Of large batches a few numbers are kept; a loader that fills the same memory again has not repeated itself."""
+    buffer = torch.zeros(8, 4)
+
+    def over(rows: list[Any]) -> Any:
+        return buffer.copy_(torch.stack([x for x, _ in rows])), torch.stack([y for _, y in rows])
+
+    x, y = torch.randn(640, 4), torch.randn(640, 1)
+    same, other = TensorDataset(x[:1].expand(640, 4), y[:1].expand(640, 1)), TensorDataset(x, y)
+    for small in (0, 1 << 20):
+        limits = MistakeThresholds(small_batch=small)
+        for data, collate, causes in ((same, None, {"data_repeats"}), (other, None, set()), (other, over, set())):
+            thresholds = Thresholds(diagnosis=DiagnosisThresholds(mistakes=limits))
+            guard = NaNGuard(dirpath=tmp_path, thresholds=thresholds)
+            fit(Task(nn.Linear(4, 1)), DataLoader(data, 8, collate_fn=collate), guard, folder=tmp_path)
+            assert named(guard) == causes
 
 
 def test_groups_without_a_rate(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def dropout_off(seen: Observation, thresholds: DiagnosisThresholds) -> Finding |
         evidence={"modules": float(len(off)), "updates": float(seen.updates)},
         place=layers,
         suggestion=(
-            f"{layers} ({off[0].kind}) stayed in evaluation mode in the first {seen.updates} updates, while the "
-            "model around was in training mode. Call train() on the module, or set p to 0 if you want no dropout."
+            f"{layers} ({off[0].kind}) stayed in evaluation mode up to update {seen.updates}, while the model around "
+            "was in training mode. Call train() on the module, or set p to 0 if you want no dropout."
         ),
     )

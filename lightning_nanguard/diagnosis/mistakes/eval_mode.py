@@ -33,8 +33,8 @@ def eval_mode(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | N
         evidence={"modules": float(len(what)), "updates": float(seen.updates)},
         place=place,
         suggestion=(
-            f"{place} was in evaluation mode in the first {seen.updates} updates, so that {kinds} did not work as in "
-            "training. Call train() before the first batch, and after every call of eval() in your code."
+            f"{place} was in evaluation mode when update {seen.updates} was made, and before it, so that {kinds} did "
+            "not work as in training. Call train() before the first batch, and after every call of eval() in your code."
         ),
     )
 

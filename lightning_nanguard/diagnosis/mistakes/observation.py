@@ -16,7 +16,7 @@ class ParameterSeen:
         trainable: Whether it required a gradient at any time.
         optimized: Whether an optimizer has it.
         gradient: Whether it ever got a gradient.
-        ran: Whether the module that owns it was run in the first batch.
+        ran: Whether the module that owns it was run in one of the first batches.
         graph: Whether something that this module gave required a gradient then.
         cut: Whether another part was given what this module gave, without its graph.
         untrained: Whether it looks as if it were just initialised; ``None`` if that was not looked at or cannot be
@@ -56,7 +56,7 @@ class ModeSeen:
         path: Its path.
         kind: Name of its class.
         drops: Whether it drops numbers at random.
-        training: Whether it was in training mode in any update looked at.
+        training: Whether it was in training mode in any update looked at, but for the very first ones.
         within: Path of the outermost module around it that was in evaluation mode in each of them; its own path where
             those around it were in training mode.
     """
@@ -99,8 +99,8 @@ class Observation:
         rates: Of each parameter group.
         expected: Updates that the run is to have in all; infinite where that is not known.
         scheduled: Whether a scheduler changes the rates.
-        losses: Losses that were looked at.
-        graphless: How many of them depend on nothing that is trained.
+        losses: Losses that were looked at: all up to the first one that depends on something trained.
+        graphless: As many, where none of them does; else 0.
         added: Updates in a row whose gradients were added to those of the update before, the most of all optimizers.
         batches: Batches of one epoch that were compared.
         distinct: How many different ones they were.

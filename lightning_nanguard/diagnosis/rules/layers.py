@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 from lightning_nanguard.diagnosis.case import Case, Layer, Model
@@ -130,9 +131,10 @@ def unbalanced_initialisation(case: Case, thresholds: DiagnosisThresholds = DEFA
     apart = ratio >= limits.scales_apart
     bad = model.loss is not None and not math.isfinite(model.loss)
     huge = largest is not None and largest.outputs is not None and largest.outputs > limits.huge_activation
+    steeply = too_steep and above_chance(model, replace(limits, cross_entropy_above_chance=limits.steep_above_chance))
     if too_steep and (above or bad):
         confidence = known.unbalanced_proven
-    elif too_steep and (huge or apart):
+    elif too_steep and (steeply or huge or apart):
         confidence = known.unbalanced
     elif above or apart:
         guess = inputs_are_large(case, thresholds.data) or not above
@@ -140,7 +142,7 @@ def unbalanced_initialisation(case: Case, thresholds: DiagnosisThresholds = DEFA
     else:
         return None
     place = steep if too_steep else largest if apart else None
-    parts = [first_loss(model)] if above else []
+    parts = [first_loss(model)] if above or steeply else []
     if steep is not None and too_steep:
         parts.append(f"{steep.path} turns inputs of about ±{steep.inputs:.3g} into outputs of ±{steep.outputs:.3g}")
     elif apart and largest is not None and smallest is not None:

@@ -113,13 +113,14 @@ def layer_update_abnormal(case: Case, thresholds: DiagnosisThresholds = DEFAULT)
 def batch_size(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """The noise of the gradient from batch to batch is larger than the gradient."""
     course, limits, known = case.course, thresholds.plateau, thresholds.confidence
-    if course is None or course.moves(limits) or not course.high(limits):
-        return None
-    if course.batch_size is None or course.noise is None:
+    if course is None or course.moves(limits) or course.batch_size is None or course.noise is None:
         return None
     if course.batch_size > limits.small_batch or course.noise < limits.noisy:
         return None
+    # At a minimum the gradient is noise alone; where its mean stands out, the loss can fall further at any level.
     proven = course.batches >= limits.min_batches and course.clear > limits.standard_errors
+    if not proven and not course.high(limits):
+        return None
     suggested = _power_of_two(course.batch_size * course.noise**2, limits.max_batch_size)
     return Finding(
         "batch_size",

@@ -18,6 +18,8 @@ def layer(path: str, gradient: float, **more: float) -> Layer:
     return Layer(path, "Linear", inputs=1.0, outputs=1.0, gradient=gradient, weight=1.0, **more)
 
 
+STEEP = replace(layer("net.2", 1.0), inputs=0.4, outputs=20.0)
+
 ROWS: list[tuple[str | None, Model]] = [
     (None, Model()),
     (None, Model(layers=(layer("a", 1.0), layer("b", 1.0), layer("c", 1.0)))),
@@ -27,6 +29,11 @@ ROWS: list[tuple[str | None, Model]] = [
     ("vanishing_gradient", Model(layers=(layer("a", 1e-9), layer("b", 1e-4), layer("c", 1.0)), updates=500)),
     (None, Model(layers=(layer("a", 0.0), layer("b", 0.0), layer("c", 0.0)))),
     (None, Model(objective=Objective("cross_entropy", classes=10, value=6.0, chance=2.3))),
+    (None, Model(layers=(STEEP,), objective=Objective("cross_entropy", classes=10, value=2.9, chance=2.3))),
+    (
+        "unbalanced_initialisation",
+        Model(layers=(STEEP,), objective=Objective("cross_entropy", classes=10, value=6.0, chance=2.3)),
+    ),
     ("unbalanced_initialisation", Model(objective=Objective("cross_entropy", classes=10, value=41.2, chance=2.3))),
     (None, Model(objective=Objective("cross_entropy", classes=10, value=41.2, chance=2.3), updates=9)),
     ("saturated_activation", Model(layers=(SATURATED,))),

@@ -48,6 +48,8 @@ ROWS: list[tuple[str | None, Case]] = [
     ("batch_size", Case(course=replace(NOISY, batch_size=2))),
     (None, Case(course=replace(NOISY, batch_size=2, batches=8))),
     (None, Case(course=replace(NOISY, batch_size=2, clear=1.0))),
+    ("batch_size", Case(course=replace(NOISY, batch_size=2, before=1.0, now=1.0))),
+    (None, Case(course=replace(NOISY, batch_size=2, before=1.0, now=1.0, clear=1.0))),
     (None, Case(course=replace(NOISY, batch_size=2, updates=64))),
     (None, Case(course=replace(FLAT, batch_size=1), curvature=replace(NOTHING, smallest=-0.5))),
     (None, Case(course=replace(NOISY, batch_size=64))),
