@@ -16,8 +16,6 @@ class MistakeThresholds:
         least_updates: Fewest updates of a shorter run that is judged at its end.
         most_modules: Calls of modules that are observed in one batch.
         batches: Batches that are compared with each other.
-        small_batch: Bytes of the first batch up to which batches themselves are kept until they are compared. Of larger
-            ones some numbers are copied.
         fields_per_batch: Fields by which a batch is recognised. One field alone may be a mask that is always the same.
         numbers_per_batch: Numbers of one field by which a batch is recognised.
         least_batches: Fewest batches of one epoch with which repetitions are reported.
@@ -44,7 +42,6 @@ class MistakeThresholds:
     least_updates: int = 16
     most_modules: int = 4096
     batches: int = 8
-    small_batch: int = 4 << 20
     fields_per_batch: int = 3
     numbers_per_batch: int = 32
     least_batches: int = 8

@@ -18,8 +18,6 @@ from lightning_nanguard.diagnosis.isolation import errors_logged
 from lightning_nanguard.diagnosis.mistakes.observation import ModeSeen, Observation, ParameterSeen, RateSeen
 from lightning_nanguard.diagnosis.module_calls import ModuleCalls
 from lightning_nanguard.guard.context import GuardContext
-from lightning_nanguard.measure.batches import nested_tensors
-from lightning_nanguard.measure.tensors import size
 from lightning_nanguard.thresholds.mistakes import MistakeThresholds
 from lightning_nanguard.trainer.private.callbacks import unfreezes
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
@@ -56,8 +54,7 @@ class FirstUpdates:
         self._trainable: set[str] = set()  # of those that wait
         self._evaluating = True
         self._calls: ModuleCalls | None = None
-        self._batches: list[tuple[int, Any]] = []
-        self._copies_batches = False
+        self._batches: list[tuple[int, list[Tensor]]] = []
         self._rates = [[_GroupRates() for _ in optimizer.param_groups] for optimizer in optimizers]
         self._gradients = [_AddedGradients(optimizer, thresholds.looks_at_gradients) for optimizer in optimizers]
         self._losses = self._updates = 0
@@ -80,9 +77,7 @@ class FirstUpdates:
         if len(self._batches) < self._limits.batches:
             if not self._batches:
                 self._begin()
-                self._copies_batches = sum(map(size, nested_tensors(batch))) > self._limits.small_batch
-            kept = [one.clone() for one in _some_numbers(batch, self._limits)] if self._copies_batches else batch
-            self._batches.append((self._trainer.current_epoch, kept))
+            self._batches.append((self._trainer.current_epoch, _fingerprint(batch, self._limits)))
         if self._updates and self._waiting and self._calls is None:
             modules = dict(self._module.named_modules())
             self._calls = ModuleCalls(modules, self._limits.most_modules)
@@ -286,10 +281,7 @@ class FirstUpdates:
         draws = isinstance(loader, DataLoader) and loader.batch_size is not None
         if not draws or bool(getattr(self._trainer, "overfit_batches", False)) or not self._batches:
             return 0, 0
-        kept = [_some_numbers(batch, self._limits) for epoch, batch in self._batches if epoch == self._batches[0][0]]
-        kept = [fields for fields in kept if fields]
-        if len({fields[0].data_ptr() for fields in kept}) < len(kept):
-            return 0, 0  # a loader that writes each batch over the last one
+        kept = [fields for epoch, fields in self._batches if epoch == self._batches[0][0] and fields]
         return len(kept), len({tuple(number for part in fields for number in part.tolist()) for fields in kept})
 
     def _expected_updates(self) -> float:
@@ -379,12 +371,14 @@ def _part_apart_from(name: str, other: str) -> str:
     return ".".join(words)
 
 
-def _some_numbers(batch: Any, limits: MistakeThresholds) -> list[Tensor]:
-    """Some numbers of each field that a batch is known by again."""
+@torch.no_grad()
+def _fingerprint(batch: Any, limits: MistakeThresholds) -> list[Tensor]:
+    """Some numbers of each field that a batch is known by again, left on the device."""
     found, numbers = [], limits.numbers_per_batch
     for _, tensor in islice(tensor_fields(batch), limits.fields_per_batch):
         count = tensor.numel()
         if count and not tensor.is_complex():
-            flat = tensor.detach() if tensor.is_contiguous() else tensor.detach().reshape(-1)
-            found.append(flat.as_strided((min(numbers, count),), (max(1, count // numbers),), flat.storage_offset()))
+            flat = tensor if tensor.is_contiguous() else tensor.reshape(-1)
+            size, stride = (min(numbers, count),), (max(1, count // numbers),)
+            found.append(torch.as_strided_copy(flat, size, stride, flat.storage_offset()))
     return found
