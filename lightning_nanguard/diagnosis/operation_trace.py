@@ -183,12 +183,14 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         keys = [storage_key(one) for one in bad]
         given = [storage_key(one) for one in before]
         origin = next((self._origins[key] for key in given if key in self._origins), None)
+        purpose = next((self._purposes[key] for key in given if key in self._purposes), None)
         if origin is None and self._is_origin(func, args, kwargs, bad, before):
             origin = self._describe(func, args, kwargs, bad[0], labels)
+            if purpose is not None and purpose[0].given:
+                origin = purpose[0]  # NaN that is made of an Inf that came from outside begins there
         if origin is not None:
             self._origins.update((key, origin) for key in keys)
             return
-        purpose = next((self._purposes[key] for key in given if key in self._purposes), None)
         with_others, reduced = len(inputs) > 1, bool(before) and before[0].dim() > bad[0].dim()
         put_in = _puts_in(args, kwargs) or any(map(self._comes_bad, before))
         if purpose is None and self._purposeful and put_in:

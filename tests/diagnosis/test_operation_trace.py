@@ -104,6 +104,10 @@ def test_a_tensor_that_was_bad_before() -> None:
         origin = traced(step, nn.Identity(), {})
         assert origin is not None
         assert origin.given == given
+    scale, ones = torch.tensor([1.0, math.inf]), torch.ones(2, 2)
+    origin = traced(lambda: ((ones * scale).relu() @ torch.tensor([[1.0, 1.0], [-1.0, 0.0]])).sum(), nn.Identity(), {})
+    assert origin is not None
+    assert (origin.operation, origin.given) == ("mul", "other")  # NaN is made of its Inf later
     mask = torch.full((2, 2), -math.inf)
     origin = traced(lambda: (X @ X.T + mask).softmax(1).sum(), nn.Identity(), {})
     assert origin is not None
