@@ -36,7 +36,7 @@ def looks_untrained(weight: Tensor, owner: nn.Module, thresholds: MistakeThresho
         return True
     count, fans = len(values), _fans(weight, owner)
     if weight.dim() < 2 and fans is None and not isinstance(owner, nn.RNNBase):
-        return False  # of a normalisation, whose numbers begin as zeros and ones
+        return False if len(values) > 1 else None  # of a normalisation, whose numbers begin as zeros and ones
     largest, mean, spread = float(values.abs().max()), float(values.mean()), float(values.std(correction=0))
     few, bounds = count < thresholds.checked_numbers, list(_bounds(fans, owner))
     lowest = math.exp(-thresholds.bound_slack / count)
