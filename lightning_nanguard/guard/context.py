@@ -66,7 +66,7 @@ class GuardContext:
         monitors: Detectors and histories, by optimizer.
         rate: The learning rate's multiplier.
         clipper: Clips gradients once that is turned on.
-        ring: The snapshots.
+        ring: Stores the snapshots.
         ranks: All processes of the run.
         finite: Finds tensors of the learner that are not finite.
         state: Counts and other state.

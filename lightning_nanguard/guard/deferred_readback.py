@@ -84,7 +84,7 @@ class DeferredReadback:
     """Reads an update after it is made, if that is allowed; a :class:`~lightning_nanguard.guard.readback.Readback`.
 
     Args:
-        meter: Measures.
+        meter: Measures loss and gradient norm.
         state: The guard's counts.
         readings: The readings that have not arrived yet.
         caution: Decides which updates are read before they are made.

@@ -50,7 +50,7 @@ class Meter:
     """Measures loss and gradient of the update that is about to be made.
 
     Args:
-        learner: What is trained.
+        learner: The learner of the run.
         micro_batches: Gives the number of micro-batches by which a loss is divided.
         many_losses: Whether an update may have several losses even if ``micro_batches`` gives 1, as under manual
             optimization.

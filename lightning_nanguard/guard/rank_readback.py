@@ -70,7 +70,7 @@ class RankReadback:
 
     Args:
         context: What the parts of the guard share.
-        meter: Measures.
+        meter: Measures loss and gradient norm.
         readings: Readings of this rank that have not arrived yet.
         caution: Decides which updates are read before they are made.
         skipper: Skips an update that looks bad on this rank.

@@ -17,7 +17,7 @@ class StepReadback:
     """Reads each update before it is made; a :class:`~lightning_nanguard.guard.readback.Readback`.
 
     Args:
-        meter: Measures.
+        meter: Measures loss and gradient norm.
         state: The guard's counts.
     """
 

@@ -169,7 +169,7 @@ class Learner:
         return tuple(p.grad is not None for group in groups for p in group["params"])
 
     def named_sizes(self, index: int) -> list[tuple[str, int]]:
-        """Names and numbers of elements of the tensors that an optimizer steps. Shards count on their own rank only."""
+        """Names and element counts of the tensors that an optimizer steps; of a sharded tensor, this rank's part."""
         names = self.parameter_names()
         return [(names.get(id(p), "a parameter"), local(p).numel()) for p in self.stepped(index) if _ready(p)]
 

@@ -72,7 +72,7 @@ class MomentBound:
     once, because somebody has rewritten them.
 
     Args:
-        learner: What is trained.
+        learner: The learner of the run.
         thresholds: Numerical tolerance.
     """
 

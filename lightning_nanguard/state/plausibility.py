@@ -73,8 +73,8 @@ class PlausibilityCheck:
     has since continued from a state that was trained beside it, they are compared with that state.
 
     Args:
-        learner: What is trained.
-        ring: The snapshots.
+        learner: The learner of the run.
+        ring: Stores the snapshots.
         is_worse: Says whether the loss of the newest batches is clearly higher under one state than under another;
             ``False`` if that is not known.
         thresholds: What is too much.
@@ -106,7 +106,7 @@ class PlausibilityCheck:
         """Finds first moments that are out of bounds."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers."""
+        """The state in plain containers."""
         return {"jumps": dict(self._jumps), "watches_statistics": self.watches_statistics}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
