@@ -43,7 +43,7 @@ class DeferredReadings:
         """Send a reading to the host. If the optimizer supports it, the device itself skips a bad update."""
         optimizer = self._learner.optimizers[pending.optimizer_index]
         if self._learner.scaler is None and skips_on_device(optimizer) and not self._observe:
-            # Fused optimizers change nothing if this flag is set. The device decides, and the host does not wait.
+            # Fused optimizers change nothing if this flag is set. The device decides, so the host does not wait.
             bad = pending.is_bad(by_loss=self._by_loss and not self._state.bad_losses_usual)
             optimizer.found_inf, optimizer.grad_scale = bad, None  # type: ignore[attr-defined]
             self._flagged = True

@@ -113,8 +113,8 @@ class RankReadback:
             undo: Undoes what its batch changed.
 
         Returns:
-            The reading of all ranks and the ranks that stand out, if the update looks bad to all ranks, so that all
-            have reported it here; ``None`` if it looks good to some rank.
+            The reading of all ranks and the ranks that stand out, if the update looks bad to all ranks; else ``None``.
+            All ranks have then reported it at this point.
         """
         sent = self._tell(reading, undo, suspects=True)
         self._told = Told(reading, sent)

@@ -19,8 +19,8 @@ class BatchOrigin:
         position: Number of batches that the loader gave before it in this epoch. After a resume within an epoch it
             differs from Lightning's ``batch_idx``, because the loader begins again.
         epoch: The epoch.
-        keys: The keys that the sampler drew for it, one for each sample; ``None`` without a sampler over a map-style
-            data set, or if the batches do not come in the order of the sampler.
+        keys: The keys that the sampler drew for it, one for each sample. ``None`` without a sampler over a map-style
+            data set, and if the batches do not come in the order of the sampler.
         collated: Whether torch's ``default_collate`` made it, so that sample ``i`` belongs to key ``i``.
         nothing_left: Whether every sample of it is known to be bad, so that none is left to train on.
     """

@@ -32,7 +32,6 @@ def restore(
 
     Args:
         learner: The learner to restore.
-        learner: What to put back.
         snapshot: The snapshot. It does not change and may be used again.
         keep: Says for each state key whether to restore it; by default all. The key of the GradScaler is
             ``("scaler",)``. For the state of a whole optimizer the key is ``("optimizer", index)``.

@@ -15,8 +15,8 @@ _DEFAULTS = RingThresholds()
 class Ring:
     """Keeps certified snapshots, newest first, and the pending one.
 
-    A full ring drops the oldest, except two snapshots: the newest one with about the best loss level, and the oldest
-    one while no newer one is clearly better. A fault that is found late needs a state from before the fault.
+    A full ring drops the oldest. It always keeps the newest one with about the best loss level. It also keeps the
+    oldest one while no newer one is clearly better. A fault that is found late needs a state from before the fault.
 
     Args:
         capacity: Number of certified snapshots kept.
@@ -83,8 +83,8 @@ class Ring:
         Args:
             kept: The snapshot to keep instead, such as this rank's part of it; ``None`` to keep the pending one.
             loss_unit: The unit of the loss, in which two loss levels are compared.
-            keep_oldest: Whether to keep the oldest even if a newer one has a clearly better loss, because newer states
-                may be bad although the loss does not show it.
+            keep_oldest: Whether to keep the oldest even if a newer one has a clearly better loss, since newer states may
+                be bad although the loss does not show it.
         """
         assert self.pending is not None
         self.certified.insert(0, self.pending if kept is None else kept)

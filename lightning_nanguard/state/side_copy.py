@@ -57,8 +57,8 @@ class SideCopy:
     """Copies from a device to pinned memory on its own stream, while the run continues.
 
     Forward and backward do not wait for the copy. The next update does, on the device. Any write to a source before
-    that is detected: the bytes pass through staging memory on the device, and their checksum there is compared with
-    that of the sources at the beginning.
+    that is detected. For this the bytes pass through staging memory on the device. Their checksum there is compared
+    with that of the sources at the beginning.
 
     Args:
         device: The device.
