@@ -109,8 +109,8 @@ _DEFAULTS = DistributedThresholds()
 def outlier_ranks(reports: Sequence[Report], thresholds: DistributedThresholds = _DEFAULTS) -> tuple[int, ...]:
     """Ranks whose loss or gradient differs clearly from the others; none if all ranks look alike.
 
-    These are the ranks with a loss that is not finite, else those with a gradient that is not finite, else the rank
-    whose loss is far larger than that of any other.
+    These are the ranks with a loss that is not finite. Without such a loss they are those with a gradient that is not
+    finite. If all is finite, it is the rank whose loss is far larger than that of any other.
     """
     by_loss = tuple(rank for rank, one in enumerate(reports) if one.has_loss and not math.isfinite(one.loss))
     if by_loss:

@@ -19,7 +19,7 @@ class Beside:
     """Trains the arms of a trial and the branch that an intervention gave up, to compare them with the run.
 
     Attributes:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         trials: Tests whether a lower rate learns what the run does not.
         receipts: Tests whether interventions in a run with finite numbers helped.
     """

@@ -36,7 +36,7 @@ class Branches:
     """Makes branches and trains them on the present batch, then restores learner, rate, clipping and gradients.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         rehearsal: Stores the present state while branches are trained.
     """
 

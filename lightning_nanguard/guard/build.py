@@ -69,7 +69,7 @@ def build_guard(
     """Make a guard.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         loop: The training loop.
         policy: Decides on a plan.
         remedies: The remedies used if skipping the batch is not enough, in order of preference.

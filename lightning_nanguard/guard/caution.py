@@ -21,7 +21,7 @@ class Caution:
     again, the number doubles. After a batch made running statistics bad, this holds for all further updates.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         skipper: Knows which optimizers cannot skip on the device.
     """
 

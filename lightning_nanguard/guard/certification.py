@@ -25,7 +25,7 @@ class Certification:
     """Takes snapshots when they are due, and certifies the pending one if the readings after it were healthy.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         loop: Gives the present ``global_step``.
         investigator: Stores the norms of the weights at the start.
         snapshots: Takes and checks snapshots.

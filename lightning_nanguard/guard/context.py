@@ -1,4 +1,4 @@
-"""What the parts of one guard share, given to each of them once."""
+"""The objects and settings that all parts of one guard share."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Settings:
 @final
 @dataclass(frozen=True, slots=True)
 class GuardContext:
-    """What the parts of one guard share.
+    """The objects and settings that all parts of one guard share.
 
     Attributes:
         learner: The learner of the run.

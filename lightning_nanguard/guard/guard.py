@@ -369,7 +369,7 @@ class Guard:
 
     @property
     def context(self) -> GuardContext:
-        """What the parts of the guard share."""
+        """Objects and settings that the parts of the guard share."""
         return self._context
 
     @property

@@ -19,7 +19,7 @@ class HyperparameterWatch:
     An invalid value is replaced by the last valid one. If there was none, the update is skipped.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         skipper: Skips updates.
         recorder: Records the start of each stretch of invalid values; of many stretches the 1st, 2nd, 4th, 8th, ….
         schedulers: Name of the scheduler of each optimizer that has one, by the optimizer's index.

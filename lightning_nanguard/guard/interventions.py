@@ -27,7 +27,7 @@ class Interventions:
     """Handles the faults that were found.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         loop: Runs the diagnosis, and gives the trainer's step, epoch and batch.
         policy: Decides on a plan.
         investigator: Gathers evidence.

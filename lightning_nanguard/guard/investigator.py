@@ -33,7 +33,7 @@ class Investigator:
     All ranks get the same evidence.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         rehearsal: Tries learning rates on the newest batches.
         trials: Tests whether the model learns much more at a lower rate.
     """

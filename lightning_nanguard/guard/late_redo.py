@@ -18,7 +18,7 @@ class LateRedo:
     """Makes an update that was not finite again, with all updates that followed before its reading arrived.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         steps: Decides whether a rollback is allowed, and records.
         skipper: Skips updates.
         snapshots: Is told about the rollback.

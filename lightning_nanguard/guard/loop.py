@@ -8,7 +8,7 @@ A loop calls the guard in this order::
         guard.see_loss(loss)        # for every backward pass
         guard.before_step(0)        # gradients are there, unscaled and unclipped; optimizer 0 steps next
         guard.close_batch()         # after the optimizer and the schedulers
-    guard.end_epoch()               # where a batch may be left without having been run
+    guard.end_epoch()               # if a batch may have been opened but not run
     guard.finish()
     guard.close()
 

@@ -33,7 +33,7 @@ class GuardParts:
     """The parts of a guard, as :func:`~lightning_nanguard.guard.build.build_guard` puts them together.
 
     Attributes:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         loop: The training loop.
         meter: Measures loss and gradient norm.
         readback: Brings readings from the device to the host.

@@ -49,7 +49,7 @@ class ActingRunner:
     """Carries plans out; a :class:`PlanRunner`.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         actions: What remedies may do to the run.
         remedies: The remedy that carries out each kind of step.
         recovery: Raises a cut rate again and ends clipping.
@@ -163,7 +163,7 @@ class ObservingRunner:
     """Changes nothing; a :class:`PlanRunner`.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
     """
 
     look: Look = "batch"

@@ -69,7 +69,7 @@ class RankReadback:
     """Readings that all ranks have reported; a :class:`~lightning_nanguard.guard.readback.Readback`.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         meter: Measures loss and gradient norm.
         readings: Readings of this rank that have not arrived yet.
         caution: Decides which updates are read before they are made.

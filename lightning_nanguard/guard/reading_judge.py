@@ -24,7 +24,7 @@ class ReadingJudge:
     """Passes each reading to the detectors, and blocks the update if it is bad.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         meter: Names the gradient that is not finite.
         runner: Blocks updates.
         interventions: Handles faults.

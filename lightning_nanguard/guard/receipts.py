@@ -37,7 +37,7 @@ class Receipts:
     verdicts in a row agree. If the branch given up is clearly better, the run continues from it.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         branches: Trains the branch.
         recorder: Records that an intervention was taken back, and gives the clock.
         snapshots: Takes a new snapshot after that.

@@ -21,7 +21,7 @@ class InterventionRecorder:
     """Makes the record of each intervention, and the error that ends a run.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         loop: Stores records, and gives ``global_step``, epoch and batch index (the clock).
         memory: Number of batches whose clock is stored.
     """

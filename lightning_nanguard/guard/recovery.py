@@ -30,7 +30,7 @@ class Recovery:
     """Cuts the rate, reviews the cut, turns clipping on, and ends both after many healthy updates in a row.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         rehearsal: Tries rates.
         recorder: Records what was done.
         reduce: How the user wants the rate to be cut and raised again.

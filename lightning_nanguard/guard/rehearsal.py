@@ -63,7 +63,7 @@ class Rehearsal:
     With several ranks each trains on its own batches, and all continue from the mean.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
     """
 
     def __init__(self, context: GuardContext) -> None:

@@ -25,7 +25,7 @@ class RemedyActions:
     """Does what remedies ask for; a :class:`~lightning_nanguard.act.base.RunControl`.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         recovery: Cuts the rate and clips.
         rehearsal: Tries rates.
         skipper: Skips updates.

@@ -34,7 +34,7 @@ class StepCheck:
     A reading made here is also the one that the guard judges before the optimizer's step. Nothing is read twice.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         loop: Finds causes.
         meter: Measures loss and gradient.
         caution: Decides which updates are read before they are made.

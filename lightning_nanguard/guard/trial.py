@@ -68,7 +68,7 @@ class TrialRunner:
     With several ranks each trains on its own batches, and all continue from the mean.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         branches: Trains the arms.
         clock: Gives the present ``global_step``, epoch and batch index.
     """
@@ -105,7 +105,7 @@ class TrialRunner:
             arm: The arm of an earlier trial, if the new arms continue from it, at about its rate.
             factor: Factor on the rate of that arm.
 
-            Returns:
+        Returns:
             Whether a trial is running now.
         """
         if self._running is not None or not self._branches.possible():
@@ -154,7 +154,7 @@ class TrialRunner:
         return {"made": self._made, "newest": self._newest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`; nothing is known where it is empty."""
+        """The inverse of :meth:`state_dict`. The state may be empty."""
         self._made, newest = int(state.get("made", 0)), state.get("newest")
         self._newest = None if newest is None else (int(newest[0]), float(newest[1]), float(newest[2]))
 

@@ -98,7 +98,7 @@ def bytes_of(
         unknown: Whether a tensor takes more memory than can be measured.
         thresholds: How deep to look into the value.
 
-        Returns:
+    Returns:
         The bytes; ``None`` if a part of the value has a type that cannot be measured, such as an image.
     """
     total, seen, left = 0, dict[int, Any](), [(value, thresholds.deepest_part)]

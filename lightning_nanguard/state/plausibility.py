@@ -110,7 +110,7 @@ class PlausibilityCheck:
         return {"jumps": dict(self._jumps), "watches_statistics": self.watches_statistics}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`; nothing is known where it is empty."""
+        """The inverse of :meth:`state_dict`. The state may be empty."""
         self._jumps = Counter(state.get("jumps", {}))
         self.watches_statistics = bool(state.get("watches_statistics", False))
 

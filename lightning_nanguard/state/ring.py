@@ -83,8 +83,8 @@ class Ring:
         Args:
             kept: The snapshot to keep instead, such as this rank's part of it; ``None`` to keep the pending one.
             loss_unit: The unit of the loss, in which two loss levels are compared.
-            keep_oldest: Whether to keep the oldest even if a newer one has a clearly better loss, since newer states may
-                be bad although the loss does not show it.
+            keep_oldest: Whether to keep the oldest even if a newer one has a clearly better loss, since newer states
+                may be bad although the loss does not show it.
         """
         assert self.pending is not None
         self.certified.insert(0, self.pending if kept is None else kept)
