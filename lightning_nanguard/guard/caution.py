@@ -18,7 +18,7 @@ class Caution:
     """Decides for each update in deferred readback whether its reading may arrive after the update is made.
 
     After an update had to be undone, the next 1000 updates are read before they are made. Each time this happens
-    again, the number doubles. After a batch made running statistics bad, this holds for all further updates.
+    again, the number doubles. After a batch made running statistics bad, every update is read before it is made.
 
     Args:
         context: Objects and settings that the parts of the guard share.

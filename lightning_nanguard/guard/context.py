@@ -97,7 +97,7 @@ class GuardContext:
     trials: OutcomeLog[HeldTrial] = field(default_factory=OutcomeLog)
 
     def corrupt(self) -> tuple[str | None, tuple[int, ...]]:
-        """The first tensor of the learner that is not finite but was at the start, and the ranks on which it is not.
+        """The first tensor of the learner that has become non-finite since the start, and the ranks where it has.
 
         All ranks must call it at the same point. It waits for the device.
         """

@@ -266,8 +266,8 @@ class Guard:
     def before_save(self) -> None:
         """Check the state before it is saved.
 
-        The state is not changed during a batch, because its autograd graph needs the tensors unchanged, nor while
-        averages replace the weights. In both cases :meth:`mend` alone makes the checkpoint good.
+        The state is not changed during a batch, because autograd needs the tensors unchanged. It is not changed while
+        averages replace the weights either. In both cases only :meth:`mend` makes the checkpoint good.
         """
         self._parts.saving.begin()
         if not self._open and not self.swapped:
@@ -300,7 +300,7 @@ class Guard:
         self._parts.recorder.note(fault, *words)
 
     def look(self, *, anyway: bool = False) -> None:
-        """Check the state in the same way as a snapshot, and go back if it is not finite or far out of range.
+        """Check the state as if it were a snapshot, and go back if it is not finite or far out of range.
 
         Args:
             anyway: Whether to check even if the state was checked shortly before.
@@ -393,7 +393,7 @@ class Guard:
         return self._state.step
 
     def say_where(self, on_disk: Callable[[], str]) -> None:
-        """Give the function that names the last good checkpoint, for the error that ends a run."""
+        """Set the function that names the last good checkpoint in the error that ends a run."""
         self._parts.recorder.on_disk = on_disk
 
     def state_dict(self) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class InterventionRecorder:
         self._clocks.append((self._context.state.step, self._loop.clock()))
 
     def now(self, *, unmade: bool = False) -> Clock:
-        """The clock of now, as a record has it.
+        """Return the present clock for a record.
 
         Args:
             unmade: Whether the present update is still to be made. A record has the step after its update.

@@ -88,7 +88,7 @@ class RemedyActions:
         context.state.restored = snapshot
         left = restore(context.learner, snapshot)
         if context.state.arm is not None:
-            left = restore(context.learner, context.state.arm)  # keep what the arm has learned from there
+            left = restore(context.learner, context.state.arm)  # keep what the arm has learned since
             ring.beside = context.state.arm
         self._look_at_restored(left)
         context.state.healthy_since_restore = 0

@@ -248,7 +248,7 @@ class SnapshotManager:
             self.count_from(self._last)
 
     def judged(self, pending: Snapshot) -> bool:
-        """Whether ``pending`` has been checked, on all ranks. At first it is not waited for."""
+        """Whether ``pending`` has been checked on all ranks. At first this does not wait for the check."""
         if self._many:
             return self._agreement.judged(pending)
         # Some updates later the check is worth a wait: a run without a certified state cannot be restored.

@@ -33,7 +33,7 @@ class GuardState:
         raised: An exception of ``training_step``, in words. The next non-finite loss stands for it.
         bad_alone: The newest update whose loss alone was not finite, and the number of such updates in a row.
         bad_losses_usual: Whether such losses are usual in this run. They are then ignored.
-        too_large: Number of updates since the start whose only fault was a too large gradient.
+        too_large: Number of updates since the start whose only fault was that the gradient was too large.
         large_gradients_usual: Whether such gradients are usual in this run. Gradient norms are then ignored.
         good_beside: ``step`` of the newest bad update in whose batch another optimizer's update was accepted; ``None``
             without one.
