@@ -28,7 +28,7 @@ from lightning_nanguard.types import Comparison, Evidence, Fault, Reading
 
 @final
 class Investigator:
-    """Gathers the evidence by which the policy decides. It restores the weights and rates that it changes for that.
+    """Gathers the evidence by which the policy decides. It restores all weights and rates that it changes.
 
     All ranks get the same evidence.
 

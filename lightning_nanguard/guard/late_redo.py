@@ -15,7 +15,7 @@ from lightning_nanguard.state.snapshot import Snapshot
 
 @final
 class LateRedo:
-    """Makes an update that was not finite again, with all updates that followed before its reading arrived.
+    """Repeats an update that was not finite, and all updates that were made before its reading arrived.
 
     Args:
         context: Objects and settings that the parts of the guard share.

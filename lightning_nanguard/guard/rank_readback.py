@@ -114,7 +114,7 @@ class RankReadback:
 
         Returns:
             The reading of all ranks and the ranks that stand out, if the update looks bad to all ranks; else ``None``.
-            All ranks have then reported it at this point.
+            In the first case all ranks have reported it by now.
         """
         sent = self._tell(reading, undo, suspects=True)
         self._told = Told(reading, sent)

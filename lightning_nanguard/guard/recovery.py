@@ -62,7 +62,7 @@ class Recovery:
         self._clipping_since = 0
 
     def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
-        """Multiply the learning rate. With ``limit`` the result is also the highest rate allowed from now on."""
+        """Multiply the learning rate. With ``limit``, set the product as the highest rate allowed instead."""
         rate = self._rate
         effective = rate.effective()
         if not effective:

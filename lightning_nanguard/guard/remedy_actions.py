@@ -137,7 +137,7 @@ class RemedyActions:
         self._context.monitors.rewind(max(snapshot.step, self._known_until))
 
     def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
-        """Multiply the learning rate. With ``limit`` the result is also the highest rate allowed from now on."""
+        """Multiply the learning rate. With ``limit``, set the product as the highest rate allowed instead."""
         self._recovery.scale(factor, min_lr, limit=limit)
 
     def clip(self, value: float, algorithm: Literal["norm", "value"]) -> None:

@@ -200,7 +200,7 @@ class StepCheck:
         self._context.state.passed_over = True
 
     def begin_again(self, undo: Callable[[], None]) -> None:
-        """Note that the present batch begins again from another state, and remember what it may change.
+        """Note that the present batch begins again from another state, and store what it may change.
 
         Args:
             undo: Also called if the batch is undone.

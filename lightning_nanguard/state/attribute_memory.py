@@ -197,7 +197,7 @@ class AttributeMemory:
         return Attributes(self._changing, self._items, self._limits, self._learned)
 
     def open(self, *, checked: bool) -> Attributes:
-        """Remember the attributes before a step.
+        """Store the attributes before a step.
 
         Args:
             checked: Whether to find out which objects this step changes.

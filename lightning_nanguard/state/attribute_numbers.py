@@ -57,7 +57,7 @@ class AttributeNumbers:
         """
         if not self._undone:
             self._good = self._newest
-        # This runs in every step, so classes are compared first.
+        # This runs in every step, so the cheap check of the class comes first.
         bound, most = attributes.bound(_KINDS), self._limits.copied_bytes
         self._newest = [one for one in bound if type(one[2]) is float or _is_small(one[2], most)]
         self._undone = False

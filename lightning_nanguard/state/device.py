@@ -156,7 +156,7 @@ class HostCopy:
         self._done: Event | None = None
         device = driver.where(numbers)
         if device is None:
-            # Without events nothing tells when a copy has arrived, so the numbers are copied when they are read.
+            # Without events nothing tells when a copy has arrived, so it is made when the numbers are read.
             self._numbers = numbers.clone()
             return
         self._numbers = driver.pinned_like(numbers)
