@@ -30,7 +30,7 @@ class Inspection:
         path: The file.
         damage: Why it cannot be read, in words; ``""`` if it can.
         tensors: Names of its tensors that are not finite and should be.
-        global_step: The ``global_step`` at which it was written; ``None`` if it does not contain it.
+        global_step: The ``global_step`` at which it was written; ``None`` if the file does not contain it.
         whole_run: Whether it holds more than weights, so that a run can be resumed from it.
         run: Id of the guarded run that saved it; ``""`` if it has none, as in version 0.1.0.
     """

@@ -94,8 +94,8 @@ class Group:
         # Each rank fills only its own row, so the sum is exact for any bits.
         rows = torch.zeros(self.world, len(data) // 8, dtype=torch.int64, device=_HOST)
         rows[self.rank] = torch.frombuffer(bytearray(data), dtype=torch.int64)
-        # A profiler of the user that stops while the all-reduce is running must not include it: torch 2.13 then
-        # crashes.
+        # Hide the all-reduce from profilers: torch 2.13 crashes if a user's profiler stops while one that it has
+        # recorded is running.
         torch._C._autograd._enable_record_function(False)
         try:
             work: Any = dist.all_reduce(rows, group=self._group, async_op=True)

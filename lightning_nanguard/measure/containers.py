@@ -38,7 +38,7 @@ class _Anatomy:
     make: Callable[[Any, list[Any]], Any]
 
 
-# Values of these types have no parts of a batch. Other objects could lead to the whole program.
+# Values of these types hold no part of a batch, and could lead to the whole program.
 _WHOLE = (
     Tensor, np.ndarray, np.generic, str, bytes, bytearray, range, numbers.Number, enum.Enum, type(None), type, slice,
     types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, Iterator, PurePath,

@@ -36,8 +36,7 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _DEFAULTS = RepeatedStepsThresholds()
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _NO_OBJECTS = (types.ModuleType, types.FunctionType, types.MethodType, type, Tensor)
-# Objects of these packages belong to the trainer or the learner, or work beside the step. A data set may be a replay
-# buffer.
+# Objects of these packages belong to the trainer or the learner, or work beside the step.
 _FOREIGN = frozenset({"torch", "pytorch_lightning", "lightning", "lightning_fabric", "lightning_nanguard", "logging"})
 _BESIDE = frozenset({"_thread", "threading", "queue", "_queue", "multiprocessing", "concurrent", "asyncio"})
 

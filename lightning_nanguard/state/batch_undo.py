@@ -240,8 +240,7 @@ class _Copies:
         live, behind = [self.buffers[i] for i in changed], [now[i] for i in changed]
         torch._foreach_copy_(behind, live)
         torch.where(condition, self.flat, flat, out=flat)
-        # Keep the version counters: a later backward pass may need these buffers, and gets the values that it had
-        # stored.
+        # Keep the version counters: a later backward pass may need these buffers, and gets the right values.
         with ExitStack() as versions:
             for buffer in live:
                 versions.enter_context(_unsafe_preserve_version_counter(buffer))

@@ -81,8 +81,7 @@ class NormScreen:
 
     @cached_property
     def _numbers(self) -> list[tuple[StateKey, int, float, float]]:
-        # Key, number of elements, norm, and largest element. If that was not sent, the norm stands for it as an upper
-        # bound.
+        # Key, number of elements, norm, and largest element, or the norm as its upper bound if it was not sent.
         found = []
         for about, copy in self._sent:
             numbers = copy.read()

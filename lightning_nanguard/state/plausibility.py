@@ -101,7 +101,7 @@ class PlausibilityCheck:
         self._largest_norm = largest_norm
         self._jumps: Counter[str] = Counter()
         self.watches_statistics = False
-        """Whether a batch may have made running statistics bad, so that they are checked after each batch."""
+        """Whether a batch may have made running statistics bad, so that they are checked for each batch."""
         self.moments = MomentBound(learner, limits.moments)
         """Finds first moments that are out of bounds."""
 
@@ -173,8 +173,7 @@ class PlausibilityCheck:
             buffers = {key for key in statistics if key[0] == "buffer"}
             self.watches_statistics |= self._first_jump(leaves, newest.leaves, buffers, usual) is not None
             message = f"{far} is over {factor:g} times as large as before"
-            # The result of a trial on the newest batches is finite evidence, so the branch that is given up is
-            # compared.
+            # A trial on the newest batches gives finite evidence. So the branch that is given up is compared later.
             return Fault("implausible_state", "state", far, None, message, certain=not doubtful, rate_may_cause=True)
         return None
 

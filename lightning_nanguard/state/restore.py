@@ -28,7 +28,7 @@ def restore(
 ) -> tuple[StateKey, ...]:
     """Restore the learner from a snapshot, in place.
 
-    What only one of the two has does not change, except that optimizer state which the snapshot lacks is removed.
+    Values that only one of the two has do not change. But optimizer state that the snapshot lacks is removed.
 
     Args:
         learner: The learner to restore.
