@@ -36,7 +36,8 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _DEFAULTS = RepeatedStepsThresholds()
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _NO_OBJECTS = (types.ModuleType, types.FunctionType, types.MethodType, type, Tensor)
-# Objects of these packages belong to the trainer or the learner, or work beside the step.
+# Objects of these packages belong to the trainer or the learner, or work beside the step. Data sets are checked all the
+# same, because one may be a replay buffer.
 _FOREIGN = frozenset({"torch", "pytorch_lightning", "lightning", "lightning_fabric", "lightning_nanguard", "logging"})
 _BESIDE = frozenset({"_thread", "threading", "queue", "_queue", "multiprocessing", "concurrent", "asyncio"})
 
