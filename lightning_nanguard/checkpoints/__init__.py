@@ -1,1 +1,1 @@
-"""Checkpoint files: the guard writes no poisoned one, and resumes from none without notice."""
+"""Checkpoint files: the guard writes no poisoned one, and does not resume from one without notice."""

@@ -29,10 +29,10 @@ class Inspection:
     Attributes:
         path: The file.
         damage: Why it cannot be read, in words; ``""`` if it can.
-        tensors: Names of the tensors in it that are not finite and should be.
-        global_step: The step it was written at, ``None`` if it does not say.
+        tensors: Names of its tensors that are not finite and should be.
+        global_step: The ``global_step`` at which it was written; ``None`` if the file does not contain it.
         whole_run: Whether it holds more than weights, so that a run can be resumed from it.
-        run: Id of the guarded run that saved it; ``""`` if it names none, as those of version 0.1.0.
+        run: Id of the guarded run that saved it; ``""`` if it has none, as in version 0.1.0.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class Inspection:
 
 
 def run_of(checkpoint: Mapping[str, Any]) -> str:
-    """Id of the guarded run that a checkpoint is of; ``""`` if it names none."""
+    """Id of the guarded run that saved a checkpoint; ``""`` if the checkpoint has none."""
     callbacks = checkpoint.get("callbacks")
     states = callbacks.items() if isinstance(callbacks, Mapping) else ()
     ids = (state.get("run") for key, state in states if "NaNGuard" in str(key) and isinstance(state, Mapping))
@@ -56,22 +56,22 @@ def run_of(checkpoint: Mapping[str, Any]) -> str:
 
 
 def run_of_file(path: Path) -> str | None:
-    """Id of the guarded run that a checkpoint file is of; ``None`` if it cannot be read. Its tensors are not read.
+    """Id of the guarded run that saved a checkpoint file; ``None`` if it cannot be read. The tensors are not read.
 
     Args:
         path: The file.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # whatever keeps torch from reading it
+    except Exception:  # any error of torch means that the file cannot be read
         return None
     return run_of(checkpoint) if isinstance(checkpoint, Mapping) else None
 
 
 def damage(path: Path) -> str:
-    """Why a checkpoint file is not whole, in words; ``""`` if it is whole, and for a folder, which is not checked.
+    """Why a checkpoint file is not whole, in words; ``""`` if it is whole. A folder counts as whole, unchecked.
 
-    A file that was cut short lacks the zip directory at its end. Parts that a power failure has destroyed do not match
+    A file that was cut short lacks the zip directory at its end. Parts that a power failure has damaged do not match
     their checksums, which ``torch.load`` does not compare.
     """
     if not path.is_file():
@@ -79,7 +79,7 @@ def damage(path: Path) -> str:
     if not zipfile.is_zipfile(path):
         size = path.stat().st_size
         return f"it is cut short, or is not a checkpoint ({size:,} bytes without a zip directory at the end)"
-    # A process that has turned checksums off has written none.
+    # A process that has turned checksums off has not written any.
     checked = getattr(torch.serialization, "get_crc32_options", lambda: True)()
     try:
         with zipfile.ZipFile(path) as file:
@@ -101,10 +101,10 @@ def inspect(
 
     Args:
         path: The file.
-        weights: The module's parameters and buffers; ``None`` goes by the names in the file's ``state_dict``.
-        allowed: Where weights and buffers are non-finite by design; ``None`` allows −inf in whatever is a mask by its
-            name.
-        infinite: Names of the buffers that may hold Inf; ``None`` for what is an extreme by its name.
+        weights: The module's parameters and buffers; ``None`` uses the names in the file's ``state_dict``.
+        allowed: Elements of weights and buffers that are non-finite by design; ``None`` allows −inf in every tensor
+            whose name says that it is a mask.
+        infinite: Names of the buffers that may hold Inf; ``None`` for buffers whose name says that they are an extreme.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -123,7 +123,7 @@ def inspect(
         if wrong:
             return Inspection(path, wrong)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever keeps torch from reading it keeps a run from being resumed
+    except Exception as error:  # a file that torch cannot read cannot be resumed from
         return Inspection(path, f"it cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})")
     if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("state_dict"), Mapping):
         return Inspection(path, "it holds no state_dict")
@@ -145,12 +145,12 @@ def inspect(
 
 
 def checkpoint_files(folders: Iterable[Path]) -> list[Path]:
-    """The checkpoint files in some folders; a folder that does not exist is left out."""
+    """The checkpoint files in some folders. Folders that do not exist are ignored."""
     return [file for folder in folders if folder.is_dir() for file in folder.glob("*.ckpt") if file.is_file()]
 
 
 def folders_of_run(log: RunLog) -> list[Path]:
-    """The folders in which the checkpoints of a run lie, with those from before it was resumed.
+    """The folders with the checkpoints of a run, including those from before it was resumed.
 
     Args:
         log: The log of the run.
@@ -171,14 +171,14 @@ def newest_good(
     wanted: Callable[[Inspection], bool] = lambda found: True,
     infinite: Collection[str] | None = None,
 ) -> Inspection | None:
-    """The newest checkpoint file in some folders that a run may be resumed from, by its time of writing.
+    """The newest checkpoint file, by time of writing, from which a run may be resumed.
 
     Args:
-        folders: Where to look; one that does not exist is left out.
-        other_than: A file that is not wanted.
+        folders: The folders to search. Folders that do not exist are ignored.
+        other_than: A file to leave out.
         weights: See :func:`inspect`.
         allowed: See :func:`inspect`.
-        wanted: Whether a good one is taken; the next older one is tried where it is not.
+        wanted: Whether a good file is accepted. If not, the next older one is tried.
         infinite: See :func:`inspect`.
     """
     unwanted = other_than.resolve() if other_than is not None else None

@@ -1,4 +1,4 @@
-"""The last good checkpoint on disk: written together with a snapshot, final once that snapshot is certified."""
+"""Writes the last good checkpoint to disk, together with a snapshot. It is final once that snapshot is certified."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _logger = logging.getLogger("lightning_nanguard")
 class LastGood:
     """Keeps one checkpoint file of a certified state on disk.
 
-    A file is written under a temporary name at the end of a batch in which a snapshot was taken, so that both hold the
-    state of the same update. When the snapshot is certified, the file replaces the older one. When the snapshot is
-    dropped, the file is deleted. An error in writing is logged once, and the guard tries again later.
+    A file is written under a temporary name, at the end of a batch in which a snapshot was taken. So file and snapshot
+    hold the state of the same update. When the snapshot is certified, the file replaces the older one. When the
+    snapshot is dropped, the file is deleted. A write error is logged once, and the guard tries again later.
 
     Args:
         folder: Folder of the file.
         every: Number of updates between files.
-        ring: The snapshots.
-        write: Writes a whole checkpoint of now to a path, on every rank; it may return before the file is whole.
-        leads: Whether this process moves and removes files.
+        ring: Stores the snapshots.
+        write: Writes a whole checkpoint to a path, and is called on every rank. It may return before the file is whole.
+        leads: Whether this rank moves and removes files.
 
     Attributes:
         path: The certified file.
@@ -46,24 +46,24 @@ class LastGood:
         self._ring = ring
         self._write = write
         self._leads = leads
-        # The update of the snapshot that the pending file was written with; the same on every rank.
+        # The update of the snapshot that belongs to the pending file. It is the same on every rank.
         self._pending_step: int | None = None
-        # On the process that leads: whether a certified file is not whole yet, and whether writing it has failed.
+        # On the rank that leads: whether a certified file is not whole yet, and whether writing it has failed.
         self._waiting = self._failed = False
         self._seen = self._last = 0
         self._warned = False
 
     def begin(self, step: int) -> None:
-        """A fit begins at update ``step``: remove what a killed run has left half written."""
+        """Start a fit at update ``step``: remove a file that a killed run has written in part."""
         self._seen = self._last = step
         self._remove(self.pending)
 
     def due(self, step: int) -> bool:
-        """Whether a snapshot should be taken after update ``step``, for a file to be written with it."""
+        """Whether a snapshot should be taken after update ``step``, because a file is due with it."""
         return self._pending_step is None and step - self._last >= self._every
 
     def close_batch(self, step: int) -> None:
-        """A batch is over for every callback, after ``step`` updates: write a file where one is due."""
+        """After all callbacks have seen the end of a batch: write a file if one is due after ``step`` updates."""
         updated, self._seen = step > self._seen, step
         self._settle()
         taken = self._ring.pending is not None and self._ring.pending.step == step
@@ -72,13 +72,13 @@ class LastGood:
         self._pending_step = self._last = step
         self._waiting = self._failed = False
         try:
-            # Nothing before this may fail on one rank alone: the others would wait for it in here.
+            # Nothing before this line may fail on one rank alone, because the other ranks wait for it in this call.
             self._write(self.pending)
-        except Exception as error:  # no error in writing may end a run
+        except Exception as error:  # a write error must not end a run
             self.failed(error)
 
     def failed(self, error: Exception) -> None:
-        """The pending file could not be written: remove it, keep the older one, and warn the first time."""
+        """Handle a write error: remove the pending file, keep the older one, and warn the first time."""
         if not self._warned and self._leads:
             self._warned = True
             _logger.warning(
@@ -97,7 +97,7 @@ class LastGood:
         return f"The last good checkpoint is {self.path}. " if self.path.exists() else ""
 
     def end(self) -> None:
-        """The fit is over: a certified file replaces the older one, a file that is not certified is dropped."""
+        """End the fit: a certified file replaces the older one, and a file that is not certified is removed."""
         self._settle()
         self._pending_step = None
         self._remove(self.pending)
@@ -124,12 +124,12 @@ class LastGood:
 
 
 def _whole(path: Path) -> bool:
-    # A plugin may still be writing it in the background; the zip directory at its end comes last.
+    # A plugin may still be writing it in the background. The zip directory at the end of a file is written last.
     return path.is_dir() or zipfile.is_zipfile(path)
 
 
 def _replace(new: Path, old: Path) -> None:
-    """Replace ``old`` by ``new`` so that a power failure leaves one of the two whole."""
+    """Replace ``old`` by ``new``. After a power failure one of the two is whole."""
     if new.is_dir():
         aside = old.with_name(f"{old.name}.older")
         if old.exists():

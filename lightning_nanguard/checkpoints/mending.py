@@ -12,12 +12,12 @@ from lightning_nanguard.state.learner import Learner, StateKey, unwrapped
 
 
 def mended(checkpoint: Mapping[str, Any], learner: Learner, good: Mapping[StateKey, Any]) -> dict[str, Any]:
-    """Return a checkpoint with a good state in place of its own. Its progress, schedulers and scores do not change.
+    """Return a copy of a checkpoint with a good state. Its counters, schedulers and scores do not change.
 
     Args:
-        checkpoint: What was about to be written; it is not changed.
-        learner: The learner it was made from.
-        good: The good state by its keys, such as a snapshot's leaves.
+        checkpoint: The checkpoint that is about to be written. It is not changed.
+        learner: The learner whose state it holds.
+        good: The good state by its keys, such as the leaves of a snapshot.
     """
     weights = {key[1]: leaf for key, leaf in good.items() if key[0] in ("parameter", "buffer")}
     averages: dict[str, dict[str, Tensor]] = {}
@@ -49,14 +49,14 @@ def mended(checkpoint: Mapping[str, Any], learner: Learner, good: Mapping[StateK
 def _average_of(
     names: set[str], averages: Iterable[dict[str, Tensor]], weights: dict[str, Tensor]
 ) -> Mapping[str, Tensor]:
-    """The averaged copy that has all these names; the weights where there is none, or for names it lacks."""
+    """The averaged copy that has all these names. The weights stand in for names that it lacks, or if there is none."""
     wanted = {unwrapped(name) for name in names}
     fitting = next((average for average in averages if wanted <= average.keys()), {})
     return {**weights, **fitting}
 
 
 def _optimizer_state(learner: Learner, index: int, good: Mapping[StateKey, Any]) -> dict[str, Any]:
-    """What an optimizer keeps in a good state and in its groups, numbered as in its ``state_dict()``."""
+    """The good state of an optimizer and the values in its groups, numbered as in its ``state_dict()``."""
     names = learner.parameter_names()
     packed = learner.optimizers[index].state_dict()
     by_name: dict[str, dict[Any, Any]] = {}
@@ -75,7 +75,7 @@ def _optimizer_state(learner: Learner, index: int, good: Mapping[StateKey, Any])
 
 
 def _with_good_state(value: Mapping[str, Any], optimizers: Sequence[dict[str, Any]]) -> Any:
-    """An optimizer's state in a checkpoint with the good one of the optimizer of the same group sizes in its place."""
+    """An optimizer's state in a checkpoint, replaced by the good state of the optimizer with the same group sizes."""
     for good in optimizers:
         if good["sizes"] == _sizes(value):
             groups = [{**group, **own} for group, own in zip(value["param_groups"], good["param_groups"], strict=True)]

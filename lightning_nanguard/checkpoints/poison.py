@@ -1,4 +1,4 @@
-"""Finds the tensors of a checkpoint that are poisoned: they hold NaN or Inf and should not."""
+"""Finds the poisoned tensors of a checkpoint, which hold NaN or Inf and should not."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def poisoned(
 ) -> list[str]:
     """Names of the weights, buffers, moments and averaged copies in a checkpoint that hold NaN or Inf.
 
-    Anything else in it (scores of callbacks, metrics) may be infinite and is not checked.
+    Other values in it (scores of callbacks, metrics) may be infinite and are not checked.
 
     Args:
-        checkpoint: Lightning's or any other nesting of dictionaries and lists.
-        weights: The module's parameters and buffers; what has the name and the shape of one counts as a weight.
-        allowed: Where weights and buffers are non-finite by design, from
+        checkpoint: A checkpoint of Lightning, or any other nesting of dictionaries and lists.
+        weights: The module's parameters and buffers. A tensor with the name and the shape of one counts as a weight.
+        allowed: Elements of weights and buffers that are non-finite by design, from
             :func:`lightning_nanguard.state.finite.allowances`.
         infinite: Names of the buffers that may hold Inf, from :func:`lightning_nanguard.state.finite.may_be_infinite`.
 

@@ -33,16 +33,17 @@ class ResumeGate:
     """Refuses to resume a run from a checkpoint that is poisoned (holds NaN or Inf) or torn (damaged).
 
     Args:
-        module: The module as it was built: where its buffers are not finite, such as in a mask, those of a checkpoint
-            may be so too.
-        folders: Folders beside the checkpoint's own in which good checkpoints may lie.
-        take: Resume from the newest good checkpoint of the same run instead of raising an error that names it.
-        observe: Only warn.
-        thresholds: How much the error names.
+        module: The module as it was built. If its buffers have non-finite elements, such as in a mask, those of a
+            checkpoint may have them too.
+        folders: Folders, besides that of the checkpoint, in which good checkpoints may be.
+        take: Whether to resume from the newest good checkpoint of the same run, instead of raising an error that names
+            it.
+        observe: Whether to warn only.
+        thresholds: How many tensors the error names.
 
     Attributes:
-        refused: Which checkpoint was bad and why, in words; ``None`` if nothing was wrong or nothing was taken.
-        taken: The checkpoint that was taken in its place, ``None`` if none was.
+        refused: Which checkpoint was bad and why, in words; ``None`` if it was good, or no other one was taken.
+        taken: The checkpoint that was taken in its place; ``None`` if none was.
     """
 
     def __init__(
@@ -63,15 +64,15 @@ class ResumeGate:
         self.taken: Inspection | None = None
 
     def __call__(self, path: Path, content: Mapping[str, Any] | None, error: Exception | None) -> Path | None:
-        """The file to resume from in place of ``path``, ``None`` for ``path`` itself.
+        """The file to resume from in place of ``path``; ``None`` for ``path`` itself.
 
         Args:
             path: The checkpoint asked for.
-            content: What was loaded from it, ``None`` if that failed.
-            error: Why it failed.
+            content: The loaded checkpoint; ``None`` if loading failed.
+            error: The error of loading.
 
         Raises:
-            BadCheckpointError: If it is poisoned or torn, and nothing is to be taken in its place.
+            BadCheckpointError: If it is poisoned or torn, and no other checkpoint is to be taken.
         """
         weights = [*Learner(self._module, []).weights()]
         allowed, named = allowances(weights), {name: tensor for (_, name), tensor in weights}
@@ -80,16 +81,16 @@ class ResumeGate:
         infinite = may_be_infinite(self._module)
         tensors = poisoned(content, named, allowed, infinite) if content is not None else []
         if not wrong and not tensors:
-            return None  # it is good, or its error has another cause and has to reach the user
+            return None  # it is good, or the error has another cause and must reach the user
         reason = wrong or f"{_listed(tensors, self._named)} {'is' if len(tensors) == 1 else 'are'} not finite"
         if self._observe:
             _logger.warning("NaNGuard: %s is bad: %s. With observe=True the guard only warns.", path, reason)
             return None
         if missing and not self._take:
-            return None  # Lightning's own error says it
+            return None  # Lightning raises its own error
         nearby = _nearby(path, self._folders)
         run = _run_of(path, content, nearby)
-        # Those that `nanguard last-good` looks at, so that both take the same file.
+        # `nanguard last-good` uses the same folders, so both find the same file.
         logs = [log for folder in nearby if (log := read_run(folder)) is not None and log.run_id == run]
         nearby += [folder for log in logs for folder in folders_of_run(log)]
 
@@ -112,7 +113,7 @@ class ResumeGate:
 
 
 def _nearby(path: Path, folders: Iterable[Path]) -> list[Path]:
-    """Where checkpoints of the same run may lie: beside it, in the guard's folders there, and in those given."""
+    """Folders that may have checkpoints of the same run: its own folder, the guard's folders there, and ``folders``."""
     guards = [path.parent / "nanguard", path.parent.parent / "nanguard", *folders]
     below = [
         child
@@ -125,11 +126,11 @@ def _nearby(path: Path, folders: Iterable[Path]) -> list[Path]:
 
 
 def _run_of(path: Path, content: Mapping[str, Any] | None, nearby: Iterable[Path]) -> str | None:
-    """Id of the run that a checkpoint is of, ``""`` for one without an id; ``None`` if that is not known."""
+    """Id of the run that saved a checkpoint; ``""`` if it has none, ``None`` if that is not known."""
     if content is not None:
         return run_of(content)
     logs = [log for folder in nearby if (log := read_run(folder)) is not None]
-    # Where several runs have written to the same path, the file is of the last one.
+    # If several runs have written to the same path, the file belongs to the last one.
     saved = [save for log in logs if (save := log.saved_by(path)) is not None]
     if saved:
         return max(saved)[1]
@@ -140,7 +141,7 @@ def _run_of(path: Path, content: Mapping[str, Any] | None, nearby: Iterable[Path
 
 
 def _offer(other: Inspection | None, of_another: Inspection | None, run: str | None) -> str:
-    """What to do next, for the error."""
+    """The end of the error, which says what to do next."""
     if other is None:
         no = f"There is no other good checkpoint {'of its run ' if of_another is not None else ''}near it"
         if of_another is not None:

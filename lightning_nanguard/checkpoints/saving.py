@@ -25,8 +25,8 @@ class SaveGuard:
     """Checks every checkpoint before it is written, and replaces bad state in it by the last good state.
 
     Args:
-        learner: What is trained.
-        ring: The snapshots.
+        learner: The learner of the run.
+        ring: Stores the snapshots.
         finite: Finds tensors that are not finite.
         note: Records a fault and what was done about it.
         observe: Whether checkpoints are only checked, and not changed.
@@ -49,20 +49,20 @@ class SaveGuard:
         self._note = note
         self._observe = observe
         self._ranks = ranks
-        # The last good state, put together from all ranks while a checkpoint is written.
+        # The last good state, joined from all ranks while a checkpoint is written.
         self._whole: Snapshot | None = None
-        # The present state, while the last good one is in its place.
+        # The present state, while the last good state is in its place.
         self._set_aside: Snapshot | None = None
 
     def begin(self) -> None:
-        """A checkpoint is about to be written."""
+        """Start to write a checkpoint."""
         self._whole = None
 
     def prepare(self) -> None:
-        """Have the last good state ready among several ranks where the present state is bad.
+        """With several ranks, make the last good state available if the present state is bad.
 
-        Where one rank alone writes, all put the snapshot together for it. Sharded parameters and moments are collected
-        by all ranks: there the good state takes the place of the present state until :meth:`end`.
+        If only one rank writes, all ranks join the snapshot for it. Sharded parameters and moments are saved by all
+        ranks. In this case the good state replaces the present state until :meth:`end`.
         """
         good = self._ring.newest()
         if good is None or (self._ranks.world == 1 and not self._ranks.sharded):
@@ -80,25 +80,25 @@ class SaveGuard:
             self._put(good)
 
     def end(self) -> None:
-        """The checkpoint has been written: put the present state back where :meth:`prepare` has replaced it."""
+        """After the checkpoint has been written, restore the present state if :meth:`prepare` has replaced it."""
         aside, self._set_aside = self._set_aside, None
         if aside is not None:
             self._put(aside)
 
     def mend(self, checkpoint: dict[str, Any], path: str, *, recorded: bool) -> dict[str, Any]:
-        """The checkpoint to write: the same, or one with the last good state where it is poisoned.
+        """The checkpoint to write: the given one or, if it is poisoned, a copy with the last good state.
 
         Args:
-            checkpoint: What is about to be written.
-            path: Where to, for the record.
-            recorded: Whether a fault of the state it was collected from has just been recorded.
+            checkpoint: The checkpoint that is about to be written.
+            path: Its path, for the record.
+            recorded: Whether a fault of its state has just been recorded.
         """
         if self._ranks.rank > 0 and not self._ranks.sharded:
-            return checkpoint  # rank 0 writes
+            return checkpoint  # only rank 0 writes
         weights = {key[1]: leaf for key, leaf in self._learner.weights()}
         bad = poisoned(checkpoint, weights, self._finite.allowed, self._finite.infinite)
         if self._ranks.sharded:
-            # Each rank has looked at its own shards only; a checkpoint mended by one would not fit the others.
+            # Each rank has checked only its own shards. If one rank mended its checkpoint, it would not fit the others.
             name, _ = first_over_ranks(self._ranks, bad[0] if bad else None)
             if name is not None and not recorded:
                 message = f"{name} of a checkpoint about to be written to {path} is not finite"
@@ -113,7 +113,7 @@ class SaveGuard:
         return checkpoint if self._observe or good is None else mended(checkpoint, self._learner, good)
 
     def _put(self, snapshot: Snapshot) -> None:
-        # The graph of the present batch finds its tensors as they were, so their version counters must not change.
+        # Keep the version counters: the backward pass of the present batch needs the tensors unchanged.
         with ExitStack() as versions:
             for _, leaf in self._learner.weights():
                 versions.enter_context(_unsafe_preserve_version_counter(local(leaf)))
@@ -132,5 +132,5 @@ class SaveGuard:
 
 
 def _has_key(key: StateKey) -> bool:
-    # Everything but the GradScaler: its scale must not fall because of a save.
+    # Restore all but the GradScaler, because saving must not lower the loss scale.
     return key != ("scaler",)

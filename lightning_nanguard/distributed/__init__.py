@@ -1,1 +1,1 @@
-"""Agreement between the processes of one run, by ``torch.distributed`` only."""
+"""Communication among the ranks of a run, through ``torch.distributed`` and sockets."""

@@ -44,15 +44,15 @@ class _PostedReports:
 class Group:
     """The ranks of ``torch.distributed``'s default group, for a guard in each of them.
 
-    On one machine reports travel over sockets (:mod:`lightning_nanguard.distributed.sockets`), else by an asynchronous
-    all-reduce. All collectives but :meth:`average` run over gloo groups of its own, so that they cannot be mistaken for
-    those of the trainer or the user, and need no synchronisation of a device. All ranks must construct it at the same
+    On one machine reports are sent over sockets (:mod:`lightning_nanguard.distributed.sockets`), else by an
+    asynchronous all-reduce. All collectives except :meth:`average` run over gloo groups of the guard. So they cannot be
+    confused with those of the trainer or the user, and wait for no device. All ranks must construct a group at the same
     point of the run.
 
     Args:
         sharded: Whether each rank holds a shard of the parameters; else all ranks hold the same parameters.
-        node: Name of the machine. Ranks of the same name keep snapshots together.
-        thresholds: How long ranks wait, and what they share.
+        node: Name of the machine. Ranks of the same name store snapshots together.
+        thresholds: How long ranks wait, and which tensors they split.
 
     Raises:
         RuntimeError: If this build of ``torch.distributed`` has no gloo.
@@ -77,7 +77,7 @@ class Group:
         self._node_group: Any = self._group
         if len(set(nodes)) > 1:
             for name in dict.fromkeys(nodes):
-                # torch demands that every rank makes every group.
+                # torch requires that every rank makes every group.
                 group = dist.new_group([rank for rank, other in enumerate(nodes) if other == name], backend="gloo")
                 if name == mine:
                     self._node_group = group
@@ -91,10 +91,11 @@ class Group:
         data = report.pack()
         if self._channel is not None:
             return _PostedReports(partial(self._channel.read, self._channel.post(data)))
-        # Each rank fills a row of its own, so the sum is exact for any bits.
+        # Each rank fills only its own row, so the sum is exact for any bits.
         rows = torch.zeros(self.world, len(data) // 8, dtype=torch.int64, device=_HOST)
         rows[self.rank] = torch.frombuffer(bytearray(data), dtype=torch.int64)
-        # A user's profile that ends while the all-reduce is in flight must not hold it: torch 2.13 then crashes.
+        # Hide the all-reduce from profilers: torch 2.13 crashes if a user's profiler stops while one that it has
+        # recorded is running.
         torch._C._autograd._enable_record_function(False)
         try:
             work: Any = dist.all_reduce(rows, group=self._group, async_op=True)
@@ -108,7 +109,7 @@ class Group:
         return _PostedReports(read)
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks; only this rank's after :meth:`leave`."""
+        """The values of all ranks. After :meth:`leave`, only the value of this rank."""
         if self._left:
             return [value]
         data = json.dumps(value).encode()
@@ -122,7 +123,7 @@ class Group:
         return [json.loads(row[:size].numpy().tobytes()) for row, size in rows]
 
     def split_snapshot(self, snapshot: Snapshot) -> Snapshot:
-        """A copy of the snapshot with this rank's part of each large parameter and moment, and all else whole."""
+        """A copy of the snapshot with only this rank's part of each large parameter and moment. The rest is whole."""
         return replace(snapshot, leaves={key: self._split(key, leaf) for key, leaf in snapshot.leaves.items()})
 
     def _split(self, key: StateKey, leaf: Any) -> Any:
@@ -136,7 +137,7 @@ class Group:
         return Share(part, leaf.shape, leaf.dtype)
 
     def join_snapshot(self, snapshot: Snapshot) -> Snapshot:
-        """The snapshot with every tensor whole; not possible for a split one after :meth:`leave`."""
+        """The snapshot with every tensor whole. After :meth:`leave` a split snapshot cannot be joined."""
         shares = {key: leaf for key, leaf in snapshot.leaves.items() if isinstance(leaf, Share)}
         if not shares:
             return snapshot

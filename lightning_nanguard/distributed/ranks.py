@@ -1,4 +1,4 @@
-"""All processes of a run as seen from one of them, and what they agree on together."""
+"""The interface through which one rank sees all ranks of a run, and functions by which they agree."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning_nanguard.types import Finding
 
 
 class PendingReports(Protocol):
-    """The reports of all ranks on one update, some of which may not have arrived."""
+    """The reports of all ranks about one update. Some may not have arrived yet."""
 
     def reports(self) -> Sequence[Report]:
-        """The reports in the order of ranks; waits for ranks that have not posted theirs."""
+        """The reports in the order of ranks. Waits for ranks that have not posted theirs."""
 
 
 class Ranks(Protocol):
@@ -27,8 +27,8 @@ class Ranks(Protocol):
         rank: Number of this process.
         world: Number of processes.
         sharded: Whether each rank holds a shard of the parameters; else all ranks hold the same parameters.
-        snapshot_parts: Number of ranks on this node that keep one snapshot together.
-        sharers: Number of ranks on this node, which share its memory.
+        snapshot_parts: Number of ranks on this node that store one snapshot together.
+        sharers: Number of ranks on this node, which share its host memory.
     """
 
     rank: int
@@ -38,33 +38,33 @@ class Ranks(Protocol):
     sharers: int
 
     def post(self, report: Report) -> PendingReports:
-        """Send a report to all ranks, without waiting. Every rank posts the same number of reports."""
+        """Send a report to all ranks, without waiting. Every rank must post the same number of reports."""
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks (numbers, strings, ``None`` and lists of them), in order; all ranks must call it."""
+        """The values of all ranks in order: numbers, strings, ``None`` and lists of them. All ranks must call it."""
 
     def split_snapshot(self, snapshot: Snapshot) -> Snapshot:
-        """A copy of a snapshot that is equal on all ranks, which holds this rank's part only."""
+        """A copy, with this rank's part only, of a snapshot that is equal on all ranks."""
 
     def join_snapshot(self, snapshot: Snapshot) -> Snapshot:
-        """The inverse of :meth:`split_snapshot`; all ranks must call it."""
+        """The inverse of :meth:`split_snapshot`. All ranks must call it."""
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their mean over ranks, in place; all ranks must call it."""
+        """Replace tensors by their mean over ranks, in place. All ranks must call it."""
 
     def leave(self) -> None:
-        """Stop waiting for other ranks, because this one has raised."""
+        """Stop waiting for other ranks, because this one has raised an exception."""
 
     def close(self) -> None:
-        """Release what was opened for the run."""
+        """Release sockets and groups that were opened for the run."""
 
 
 @final
 class SingleProcess:
-    """The only process of a run.
+    """The ``Ranks`` of a run with a single process.
 
     Args:
-        sharded: Whether the strategy keeps parameters as it would among several processes.
+        sharded: Whether the strategy keeps parameters in the same way as with several ranks.
     """
 
     rank = 0
@@ -76,7 +76,7 @@ class SingleProcess:
         self.sharded = sharded
 
     def post(self, report: Report) -> PendingReports:
-        """Not possible."""
+        """Raise an error: there is no other rank."""
         raise RuntimeError("a run of one process has no other rank to report to")
 
     def gather(self, value: Any) -> list[Any]:
@@ -92,30 +92,30 @@ class SingleProcess:
         return snapshot
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def leave(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 def mean_over_ranks(ranks: Ranks, value: float | None) -> float | None:
-    """Mean over ranks, ``None`` if one of them has no value; all ranks must call it."""
+    """Mean over ranks; ``None`` if one of them has no value. All ranks must call it."""
     values = ranks.gather(value)
     return None if any(one is None for one in values) else sum(one / len(values) for one in values)
 
 
 def first_over_ranks(ranks: Ranks, value: str | None) -> tuple[str | None, tuple[int, ...]]:
-    """The value of the lowest rank that has one, and the ranks that have one unless all do; all ranks must call it."""
+    """The value of the lowest rank that has one, and the ranks that have one, unless all do. All ranks must call it."""
     values = ranks.gather(value)
     having = tuple(rank for rank, one in enumerate(values) if one is not None)
     return (values[having[0]] if having else None), (having if len(having) < len(values) else ())
 
 
 def most_confident_over_ranks(ranks: Ranks, finding: Finding | None) -> Finding | None:
-    """The finding with the highest confidence, among equals one that names samples; all ranks must call it."""
+    """The finding with the highest confidence. Among equals, one that names samples. All ranks must call it."""
     if ranks.world == 1:
         return finding
     mine = None if finding is None else {field.name: getattr(finding, field.name) for field in fields(Finding)}

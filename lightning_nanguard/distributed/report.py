@@ -1,4 +1,4 @@
-"""What one rank tells the others about one update, and what follows from the reports of all ranks."""
+"""The report of one rank to the others about one update, and the reading made from the reports of all ranks."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from typing import Any, NamedTuple, final
 from lightning_nanguard.thresholds import DistributedThresholds
 from lightning_nanguard.types import Reading
 
-# 72 bytes: whole words of eight bytes, so that a collective can sum them as integers.
+# 72 bytes are a multiple of 8, so that a collective can sum them as integers of 64 bits.
 _FORMAT = struct.Struct("<3dq5?2q?2q?b")
 
 
 @final
 class Report(NamedTuple):
-    """What one rank says about one update. All fields are numbers, and arrive bit by bit.
+    """The report of one rank about one update. All fields are numbers, and are sent without loss of bits.
 
     Attributes:
         loss: Its loss.
         norm: Norm of its gradient, or of its shard of the gradient.
         scale: The GradScaler's scale.
-        step: The guard's clock.
+        step: Number of the update.
         has_loss: Whether there was a loss.
         has_gradient: Whether there was a gradient.
         gradient_finite: Whether the gradient is finite.
         has_scale: Whether there is a GradScaler.
         suspects: Whether this rank suspects a fault from the gradient alone.
-        snapshot_interval: Updates between snapshots that this rank would choose.
+        snapshot_interval: Number of updates between snapshots that this rank would choose.
         pending_step: Step of the pending snapshot, ``-1`` without one.
         rejects_pending: Whether this rank found a fault in the pending snapshot.
         parameter_checksum: Checksum of the pending snapshot's parameters.
         optimizer_checksum: Checksum of the pending snapshot's optimizer state.
-        outside_fault: Whether this rank found a fault outside an update, such as in validation, since its last report.
-        snapshot_place: Where this rank would keep how many snapshots, as
-            :meth:`~lightning_nanguard.state.snapshot_room.Place.code` gives it; ``-1`` where that is open.
+        outside_fault: Whether this rank has found a fault outside an update since its last report, such as in
+            validation.
+        snapshot_place: Where this rank would keep snapshots, and how many, as
+            :meth:`~lightning_nanguard.state.snapshot_room.Place.code` gives it; ``-1`` if that is open.
     """
 
     loss: float
@@ -70,9 +71,9 @@ def combined_reading(reports: Sequence[Report], *, optimizer_index: int, sharded
     """The one reading that all ranks judge: the mean loss, and the norm of the whole gradient.
 
     Args:
-        reports: One of each rank, in the order of ranks.
+        reports: One report of each rank, in the order of ranks.
         optimizer_index: Index of the optimizer.
-        sharded: Whether each rank's norm is that of a shard; else all ranks hold the same gradient.
+        sharded: Whether the norm of each rank is that of a shard; else all ranks hold the same gradient.
 
     Example:
         >>> healthy = Report(1.0, 3.0, 0.0, 7, True, True, True, False, False, 16, -1, False, 0, 0)
@@ -93,7 +94,7 @@ def combined_reading(reports: Sequence[Report], *, optimizer_index: int, sharded
     return Reading(
         step=reports[0].step,
         optimizer_index=optimizer_index,
-        # Divided first: the sum of finite losses may overflow.
+        # Divide first: the sum of finite losses may overflow.
         loss=sum([loss / len(losses) for loss in losses]) if losses else None,
         grad_norm=norm,
         finite=gradient_finite and loss_finite,
@@ -106,10 +107,10 @@ _DEFAULTS = DistributedThresholds()
 
 
 def outlier_ranks(reports: Sequence[Report], thresholds: DistributedThresholds = _DEFAULTS) -> tuple[int, ...]:
-    """Ranks whose own loss or gradient stands out; none where all ranks look alike.
+    """Ranks whose loss or gradient differs clearly from the others; none if all ranks look alike.
 
-    Those with a loss that is not finite; else those with a gradient that is not finite; else the one whose loss is far
-    larger than that of any other rank.
+    These are the ranks with a loss that is not finite. Without such a loss they are those with a gradient that is not
+    finite. If all is finite, it is the rank whose loss is far larger than that of any other.
     """
     by_loss = tuple(rank for rank, one in enumerate(reports) if one.has_loss and not math.isfinite(one.loss))
     if by_loss:
@@ -125,7 +126,7 @@ def outlier_ranks(reports: Sequence[Report], thresholds: DistributedThresholds =
 
 
 def minority_ranks(checksums: Sequence[int]) -> tuple[int, ...]:
-    """Ranks whose checksum is not the most common one; none where no value is more common than all others."""
+    """Ranks whose checksum is not the most common one; none if no checksum is more common than all others."""
     (value, count), *others = Counter(checksums).most_common()
     if others and others[0][1] == count:
         return ()

@@ -1,4 +1,4 @@
-"""Messages among the processes of one machine over Unix sockets: no thread, no collective, no waiting to send."""
+"""Messages among the ranks of one machine over Unix sockets. Sending needs no thread or collective, and never waits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DEFAULTS = DistributedThresholds()
 
 @final
 class SocketMessage:
-    """One message of each process, in the order of ranks; those of other ranks are empty until they are read."""
+    """One message of each rank, in the order of ranks. Those of other ranks are empty until they are read."""
 
     __slots__ = ("parts",)
 
@@ -35,11 +35,11 @@ class SocketMessage:
 
 @final
 class SocketChannel:
-    """A socket to each of the other processes. Every process posts the same number of messages, all of one length.
+    """Sockets to all other ranks. Every rank posts the same number of messages, all of the same length.
 
     Args:
-        rank: This process.
-        sockets: A connected socket for each of the others.
+        rank: Number of this rank.
+        sockets: A connected socket for each other rank.
         thresholds: How long a read waits, and how many messages may stay unread.
     """
 
@@ -53,25 +53,25 @@ class SocketChannel:
         _open_channels.add(self)
 
     def post(self, data: bytes) -> SocketMessage:
-        """Send a message to all, without waiting."""
+        """Send a message to all ranks, without waiting."""
         message = SocketMessage(len(self._sockets) + 1)
         message.parts[self._rank] = data
         for other, connection in self._sockets.items():
             unread = self._unread[other]
             unread.append(message)
-            # A rank that has gone is reported by the read of what it did not send.
+            # If a rank is gone, reading its message raises an error.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.sendall(data)
-            # Messages that nobody reads must not fill the socket's buffer.
+            # Unread messages must not fill the buffer of the socket.
             if len(unread) > self._thresholds.unread_messages:
                 self._read_next(other, len(data))
         return message
 
     def read(self, message: SocketMessage) -> list[bytes]:
-        """The message of each process, in the order of ranks; waits for those that have not been posted yet.
+        """The messages of all ranks in order. Waits for those that have not been posted yet.
 
         Raises:
-            RuntimeError: If a rank has gone, or is silent for longer than ``thresholds.patience``.
+            RuntimeError: If a rank is gone, or has sent nothing for ``thresholds.patience``.
         """
         parts = message.parts
         for other in self._sockets:
@@ -80,20 +80,20 @@ class SocketChannel:
         return parts
 
     def _read_next(self, other: int, size: int) -> None:
-        # A socket delivers messages in the order in which they were posted.
+        # A socket delivers messages in the order in which they were sent.
         data = _receive(self._sockets[other], other, size, self._thresholds)
         self._unread[other].popleft().parts[other] = data
 
     def close(self) -> None:
-        """Send nothing any more; other ranks can still read what was sent."""
+        """Stop sending. Other ranks can still read the messages sent before."""
         for connection in self._sockets.values():
-            # Ends the connection although a forked process holds the socket too.
+            # This ends the connection even if a forked process holds the socket too.
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()
 
     def close_in_fork(self) -> None:
-        """Close the copies of the sockets in a forked process; those of the process it was forked from stay open."""
+        """Close the copies of the sockets in a forked process. Those of its parent stay open."""
         for connection in self._sockets.values():
             connection.close()
 
@@ -102,7 +102,7 @@ _open_channels: WeakSet[SocketChannel] = WeakSet()
 
 
 def _close_in_fork() -> None:
-    # A DataLoader's worker may outlive its rank. If it held the sockets, no other rank would see that the rank is gone.
+    # A DataLoader's worker may outlive its rank. If it kept the sockets open, other ranks would not see the rank's end.
     for channel in list(_open_channels):
         channel.close_in_fork()
 
@@ -134,13 +134,13 @@ def _receive(connection: socket.socket, other: int, size: int, thresholds: Distr
 def connect(
     rank: int, gather: Callable[[Any], list[Any]], thresholds: DistributedThresholds = _DEFAULTS
 ) -> SocketChannel | None:
-    """A channel among all processes, ``None`` if they cannot all reach each other; all ranks must call it.
+    """Connect all ranks; ``None`` if they cannot all reach each other. All ranks must call it.
 
-    Every process makes a secret, which ``gather`` takes to the others. A process that calls sends the secret of the one
-    that listens; one that does not know it is turned away.
+    Every rank makes a secret, and ``gather`` sends it to the others. A rank that connects sends the secret of the rank
+    that listens, which closes connections that do not send it.
 
     Args:
-        rank: This process.
+        rank: Number of this rank.
         gather: Returns the values of all ranks, in order.
         thresholds: How long a connection and a read wait, and how many messages may stay unread.
     """
@@ -174,7 +174,7 @@ def connect(
 def _accept(
     listener: socket.socket, secret: bytes, callers: set[int], thresholds: DistributedThresholds
 ) -> dict[int, socket.socket]:
-    """The connections of the ranks that call; fewer where one of them has not called in time."""
+    """Accept the connections of the ranks that call; fewer if some do not call in time."""
     accepted: dict[int, socket.socket] = {}
     ends = time.monotonic() + thresholds.seconds_to_connect
     while callers - set(accepted) and (left := ends - time.monotonic()) > 0:
@@ -183,7 +183,7 @@ def _accept(
             connection = listener.accept()[0]
         except OSError:
             break
-        # A rank of this run has said who it is before it was waited for.
+        # A rank of this run sends its secret right after it connects, so it is not waited for here.
         connection.setblocking(False)
         try:
             hello = connection.recv(len(secret) + 8)
@@ -205,7 +205,7 @@ def _open_socket(prepare: Callable[[socket.socket], None], patience: float) -> s
     _set_timeout(made, patience)
     try:
         prepare(made)
-    except OSError:  # the path is too long, or belongs to another machine
+    except OSError:  # the path is too long, or it is on another machine
         made.close()
         return None
     return made
@@ -222,7 +222,7 @@ def _call(path: str, hello: bytes, made: socket.socket) -> None:
 
 
 def _set_timeout(made: socket.socket, seconds: float) -> None:
-    # Python's own timeout would make two system calls for each message. Zero would wait without end.
+    # Python's own timeout makes two system calls for each message. A limit of zero waits forever.
     limit = struct.pack("ll", *divmod(max(1, round(seconds * 1e6)), 1_000_000))
     for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         made.setsockopt(socket.SOL_SOCKET, option, limit)

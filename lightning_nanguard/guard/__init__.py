@@ -1,1 +1,1 @@
-"""The order of a guarded step, for any training loop; nothing here knows Lightning."""
+"""The order of a guarded step, for any training loop. Nothing here depends on Lightning."""

@@ -16,12 +16,12 @@ from lightning_nanguard.types import Reading
 @final
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """Other states that are trained beside the run, to compare them with it.
+    """Trains the arms of a trial and the branch that an intervention gave up, to compare them with the run.
 
     Attributes:
-        context: What the parts of the guard share.
-        trials: Finds out whether a lower rate learns what the run does not.
-        receipts: Finds out whether interventions in a run with finite numbers helped.
+        context: Objects and settings that the parts of the guard share.
+        trials: Tests whether a lower rate learns what the run does not.
+        receipts: Tests whether interventions in a run with finite numbers helped.
     """
 
     context: GuardContext
@@ -29,13 +29,13 @@ class Beside:
     receipts: Receipts
 
     def after(self, readings: Sequence[Reading]) -> FoundFault | None:
-        """Go on after a healthy update, unless the run was rolled back.
+        """Continue trial and comparison after a healthy update, unless the run was rolled back.
 
         Args:
             readings: Healthy readings of the batch that has just ended.
 
         Returns:
-            A suspicion about which a trial has just shown something.
+            The suspicion whose trial has just ended; ``None`` if no trial has.
         """
         if not readings or self.context.state.restored is not None:
             return None
@@ -43,6 +43,6 @@ class Beside:
         return self.trials.after(readings)
 
     def close(self) -> None:
-        """The run is over."""
+        """End trial and comparison, because the run is over."""
         self.receipts.close("the run ended first")
         self.trials.cancel()

@@ -18,11 +18,11 @@ from lightning_nanguard.state.snapshot import Snapshot, capture, tensor_bytes
 @final
 @dataclass(slots=True)
 class Branch:
-    """A state that is trained beside the run.
+    """A state of the learner that is trained beside the run.
 
     Attributes:
         state: The learner.
-        rate: State of the learning rate's multiplier.
+        rate: State of the learning-rate multiplier.
         clipping: State of the guard's clipping.
     """
 
@@ -33,11 +33,11 @@ class Branch:
 
 @final
 class Branches:
-    """Makes branches and trains them on the present batch; learner, rate, clipping and gradients are restored.
+    """Makes branches and trains them on the present batch, then restores learner, rate, clipping and gradients.
 
     Args:
-        context: What the parts of the guard share.
-        rehearsal: Keeps the present state meanwhile.
+        context: Objects and settings that the parts of the guard share.
+        rehearsal: Stores the present state while branches are trained.
     """
 
     def __init__(self, context: GuardContext, rehearsal: Rehearsal) -> None:
@@ -45,12 +45,12 @@ class Branches:
         self._rehearsal = rehearsal
 
     def possible(self) -> bool:
-        """Whether the present batch can be run again as the run trains on it."""
+        """Whether the present batch can be run again exactly as in the run."""
         context = self._context
         return len(context.learner.optimizers) == 1 and not context.settings.observe and context.replay.trainable()
 
     def room(self) -> int:
-        """How many states there is room for, at the share of the free memory that they may take together."""
+        """Number of states that fit into the share of the free memory that branches may take together."""
         context = self._context
         device, leaves = context.learner.device, dict(context.learner.leaves())
         places = device.devices(leaves.values())
@@ -60,10 +60,10 @@ class Branches:
 
     @contextmanager
     def beside(self) -> Iterator[bool]:
-        """Inside, branches are made, trained and measured; at its end the run is as it was.
+        """Context in which branches are made, trained and measured. At its end the run is restored.
 
         Yields:
-            Whether there is room for it.
+            Whether there is enough memory for it.
         """
         with self._rehearsal.present() as present:
             if present is None:
@@ -73,10 +73,10 @@ class Branches:
                 yield True
 
     def of(self, base: Snapshot | None = None, factor: float = 1.0) -> Branch | None:
-        """A branch that begins at a state, with the present rate times a factor; ``None`` without room for a copy.
+        """Make a branch from a state, with the present rate times a factor; ``None`` if there is no room for a copy.
 
         Args:
-            base: The state; ``None`` for the present one, before any other is trained or measured.
+            base: The state; ``None`` for the present one, before another one is trained or measured.
             factor: Factor on the rate.
         """
         rate, context = self._context.rate, self._context
@@ -110,22 +110,22 @@ class Branches:
         return loss
 
     def loss(self, state: Snapshot) -> float | None:
-        """Loss of the present batch under a state."""
+        """The loss of the present batch under a state."""
         restore(self._context.learner, state)
         return self._context.replay.probe()
 
     def losses_of(self, earlier: Sequence[Callable[[], float | None]], state: Snapshot) -> list[float] | None:
-        """Losses of batches from before under a state; ``None`` if one cannot be run again."""
+        """The losses of earlier batches under a state; ``None`` if one of them cannot be run again."""
         restore(self._context.learner, state)
         losses = [one() for one in earlier]
         known = [one for one in losses if one is not None]
         return known if len(known) == len(losses) else None
 
     def take(self, branch: Branch) -> None:
-        """Have the run go on from a branch.
+        """Continue the run from a branch.
 
         Args:
-            branch: The branch; it must not be used any more.
+            branch: The branch. It must not be used afterwards.
         """
         context = self._context
         restore(context.learner, branch.state)

@@ -69,10 +69,10 @@ def build_guard(
     """Make a guard.
 
     Args:
-        context: What its parts share.
-        loop: The loop around.
-        policy: Decides.
-        remedies: What may follow when skipping is not enough, in order of preference.
+        context: Objects and settings that the parts of the guard share.
+        loop: The training loop.
+        policy: Decides on a plan.
+        remedies: The remedies used if skipping the batch is not enough, in order of preference.
         make_undo: Makes an object that undoes what a batch changed.
         schedulers: Name of each optimizer's scheduler, by the optimizer's index.
     """
@@ -97,7 +97,7 @@ def build_guard(
         runner = ActingRunner(context, actions, carried_out_by, recovery, skipper, plausibility, caution)
     receipts = Receipts(context, branches, recorder, snapshots)
     interventions = Interventions(context, loop, policy, investigator, recorder, runner, carried_out_by, receipts)
-    # Read late, a batch is judged up to two updates later.
+    # With late readings a batch is judged up to two updates later.
     open_batches = MAX_DELAY + 2 if context.many or context.settings.deferred else 1
     undos = deque(make_undo() for _ in range(open_batches))
     steps = StepCheck(context, loop, meter, caution, recorder, policy, undos, make_undo(), readback)
@@ -196,10 +196,10 @@ def guard_for(
     Args:
         module: The module trained.
         optimizers: Its optimizers, by the index that :meth:`Guard.before_step` is given.
-        loop: The loop.
-        replay: Runs batches again; by default none can be.
+        loop: The training loop.
+        replay: Runs batches again; by default no batch can be run again.
         detectors: The detectors that find faults.
-        remedies: What may follow when skipping is not enough, in order of preference.
+        remedies: The remedies used if skipping the batch is not enough, in order of preference.
         budget: Limits on interventions.
         settings: How the guard works.
         ranks: All processes; one by default.
@@ -233,7 +233,7 @@ def guard_for(
 def _readback(
     context: GuardContext, meter: Meter, caution: Caution, skipper: StepSkipper, snapshots: SnapshotManager
 ) -> Readback:
-    # By the loss only where there is one process: among ranks losses differ.
+    # The loss counts only with a single process, because the losses of ranks differ.
     observe = context.settings.observe
     readings = DeferredReadings(context.learner, context.state, by_loss=not context.many, observe=observe)
     if context.many:

@@ -1,4 +1,4 @@
-"""Decides when an update is read before it is made although readback is deferred."""
+"""Decides which updates are read before they are made although readback is deferred."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class Caution:
-    """Decides for each update, under deferred readback, whether its reading may arrive after the update is made.
+    """Decides for each update in deferred readback whether its reading may arrive after the update is made.
 
-    After an update had to be undone, the next 1000 updates are read before they are made, and twice as many each time
-    this happens again. After a batch made running statistics bad, all further updates are.
+    After an update had to be undone, the next 1000 updates are read before they are made. Each time this happens
+    again, the number doubles. After a batch made running statistics bad, every update is read before it is made.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         skipper: Knows which optimizers cannot skip on the device.
     """
 
@@ -44,13 +44,13 @@ class Caution:
 
         Args:
             found: The fault that led to the restore.
-            statistics: Whether a batch has spoiled running statistics.
+            statistics: Whether a batch has made running statistics bad.
         """
         context = self._context
         if self._never_late:
             return
         level = logging.DEBUG if context.ranks.rank else logging.WARNING
-        # Statistics can be checked only before the update. Ranks do not agree on what they see there, so not with many.
+        # Statistics can be checked only before the update. Not with several ranks, which may see different statistics.
         if statistics and not context.many:
             self._never_late = True
             _logger.log(
@@ -71,7 +71,7 @@ class Caution:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers."""
+        """The state in plain containers."""
         return {
             "undone": self._undone,
             "careful_until": self._careful_until,

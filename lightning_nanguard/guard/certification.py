@@ -22,12 +22,12 @@ from lightning_nanguard.types import Reading
 
 @final
 class Certification:
-    """Takes snapshots when they are due, and certifies the pending one when the readings after it were healthy.
+    """Takes snapshots when they are due, and certifies the pending one if the readings after it were healthy.
 
     Args:
-        context: What the parts of the guard share.
-        loop: Knows the time.
-        investigator: Notes the size of the weights at the start.
+        context: Objects and settings that the parts of the guard share.
+        loop: Gives the present ``global_step``.
+        investigator: Stores the norms of the weights at the start.
         snapshots: Takes and checks snapshots.
     """
 
@@ -39,11 +39,11 @@ class Certification:
         self._investigator = investigator
         self._snapshots = snapshots
         self._limits = context.thresholds.snapshots.ring
-        # Parameters made by the first forward pass are missing from the start's snapshot until then.
+        # Whether the first snapshot lacks parameters, because the first forward pass makes them.
         self._lazy = False
 
     def start(self) -> None:
-        """Take the snapshot of the start, which is certified when the first loss is healthy."""
+        """Take the first snapshot, which is certified when the first loss is healthy."""
         self._start(self._context.state.step, self._context.ring.certify_after - 1)
 
     def _start(self, step: int, healthy: int) -> None:
@@ -60,18 +60,18 @@ class Certification:
                 first.healthy = healthy
 
     def start_again_if_lazy(self) -> None:
-        """Take the snapshot of the start again where the first forward pass has made parameters."""
+        """Take the first snapshot again if the first forward pass has made parameters."""
         if self._lazy and not self._context.learner.lazy():
             self.start()
             self._snapshots.settle()
 
     def start_again_if_resized(self) -> bool:
-        """Within an update: begin again where a weight or buffer has another shape than in the newest snapshot.
+        """Start again during an update, if a weight or buffer has another shape than in the newest snapshot.
 
-        An older state cannot be restored then. One that is not finite is no start.
+        Older snapshots cannot be restored then. A state that is not finite is not used as a start.
 
         Returns:
-            Whether one has.
+            Whether a shape has changed.
         """
         context = self._context
         newest = context.ring.pending or next(iter(context.ring.certified), None)
@@ -80,19 +80,19 @@ class Certification:
         resized = any(_is_resized(newest.leaves.get(key), live) for key, live in context.learner.weights())
         if resized and context.corrupt()[0] is None:
             self._investigator.initial_norms = {}
-            # One healthy reading certifies it, even an uneasy one: that compares with losses of the former layers.
+            # One healthy reading certifies it. Undecided detectors do not count: they compare with the old layers.
             self._start(context.state.step - 1, self._limits.certify_anyway - 1)
             self._snapshots.settle()
         return resized
 
     def judge(self, readings: Sequence[Reading]) -> FoundFault | None:
-        """Certify the pending snapshot, where the newest readings say that it is good.
+        """Certify the pending snapshot if the newest readings show that it is good.
 
         Args:
             readings: Healthy readings of the batch that has just ended.
 
         Returns:
-            Why the snapshot is not certified, ``None`` if nothing is against it.
+            Why the snapshot is not certified; ``None`` if nothing speaks against it.
         """
         context, state = self._context, self._context.state
         pending = context.ring.pending
@@ -108,7 +108,7 @@ class Certification:
         if fault is not None:
             self._snapshots.mend_pending(fault.place)
             return FoundFault(fault, readings[-1], ranks=ranks)
-        # With several ranks the guard certifies all the same: while one snapshot waits, no other one is checked.
+        # With several ranks the guard certifies anyway: while one snapshot is pending, no other one is checked.
         if context.many or not context.monitors.undecided():
             self._certify(pending, readings[0].optimizer_index)
         return None
@@ -127,7 +127,7 @@ class Certification:
             state.policy = prove(pending.rate, pending.level, unit, state.policy, recovery)
 
     def capture_if_due(self) -> None:
-        """Take a snapshot where none is pending and one is due."""
+        """Take a snapshot if one is due and none is pending."""
         if self._context.ring.pending is None and self._snapshots.due(self._context.state.step):
             self._capture(self._context.state.step)
 

@@ -1,4 +1,4 @@
-"""What the parts of one guard share, given to each of them once."""
+"""The objects and settings that all parts of one guard share."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Settings:
 
     Attributes:
         snapshot_every: Updates between snapshots; ``None`` chooses so that they take at most 1 % of the time.
-        snapshot_device: Where snapshots are kept; ``None`` on the device of the originals.
-        snapshot_bytes: Bytes that snapshots, and the batches that are kept, may take together.
-        choose_place: Whether they go to host memory by themselves where the device has no room.
-        deferred: Read late, without waiting for the device.
-        observe: Record what would be done, change nothing.
+        snapshot_device: Where snapshots are kept; ``None`` for the device of the originals.
+        snapshot_bytes: Limit in bytes for snapshots and stored batches together.
+        choose_place: Whether snapshots move to host memory if the device has no room for them.
+        deferred: Whether readback is deferred.
+        observe: Whether the guard only records what it would do, and changes nothing.
         act_on: Whether finite suspicions change the run (``"evidence"``) or are advice (``"certain"``).
-        clock: Seconds, by which the interval between snapshots is measured.
+        clock: Gives the time in seconds, to measure the interval between snapshots.
     """
 
     snapshot_every: int | None = None
@@ -58,25 +58,25 @@ class Settings:
 @final
 @dataclass(frozen=True, slots=True)
 class GuardContext:
-    """What the parts of one guard share.
+    """The objects and settings that all parts of one guard share.
 
     Attributes:
-        learner: What is trained.
+        learner: The learner of the run.
         replay: Runs batches again.
         monitors: Detectors and histories, by optimizer.
         rate: The learning rate's multiplier.
         clipper: Clips gradients once that is turned on.
-        ring: The snapshots.
+        ring: Stores the snapshots.
         ranks: All processes of the run.
         finite: Finds tensors of the learner that are not finite.
-        state: Counts.
+        state: Counts and other state.
         settings: How the guard works.
         thresholds: All thresholds.
         norms: Gradient norms of the newest updates, layer by layer.
-        curve: Keeps the readings of all updates in a file; ``None`` keeps none.
-        samples: The bad samples met so far.
+        curve: Stores the readings of all updates in a file; ``None`` stores none.
+        samples: The bad samples found so far.
         receipts: Whether interventions in a run with finite numbers helped.
-        trials: What the trials showed.
+        trials: The results of trials.
     """
 
     learner: Learner
@@ -97,9 +97,9 @@ class GuardContext:
     trials: OutcomeLog[HeldTrial] = field(default_factory=OutcomeLog)
 
     def corrupt(self) -> tuple[str | None, tuple[int, ...]]:
-        """The first tensor of the learner that is not finite and was at the start, and the ranks where it is so.
+        """The first tensor of the learner that has become non-finite since the start, and the ranks where it has.
 
-        All ranks have to call it at the same point; it waits for the device.
+        All ranks must call it at the same point. It waits for the device.
         """
         return first_over_ranks(self.ranks, self.finite.corrupt(self.learner.leaves()))
 

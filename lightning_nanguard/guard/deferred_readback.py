@@ -19,11 +19,11 @@ from lightning_nanguard.types import Fault, Reading
 
 @final
 class DeferredReadings:
-    """Readings that have not arrived yet, oldest first, each with what undoes its batch.
+    """Readings that have not arrived yet, oldest first. Each is stored with an object that undoes its batch.
 
     Args:
-        learner: What is trained.
-        state: Knows whether a loss that is not finite is usual.
+        learner: The learner of the run.
+        state: Knows whether non-finite losses are usual in this run.
         by_loss: Whether the device may use the loss besides the gradient. Not with several ranks, whose losses differ.
         observe: Whether the device must not skip updates.
     """
@@ -43,17 +43,17 @@ class DeferredReadings:
         """Send a reading to the host. If the optimizer supports it, the device itself skips a bad update."""
         optimizer = self._learner.optimizers[pending.optimizer_index]
         if self._learner.scaler is None and skips_on_device(optimizer) and not self._observe:
-            # Fused optimizers leave their state alone where this flag is set: decided without the host.
+            # Fused optimizers change nothing if this flag is set. The device decides, so the host does not wait.
             bad = pending.is_bad(by_loss=self._by_loss and not self._state.bad_losses_usual)
             optimizer.found_inf, optimizer.grad_scale = bad, None  # type: ignore[attr-defined]
             self._flagged = True
-            undo.undo_where(bad)  # now: the next batch builds on the buffers of this one
+            undo.undo_where(bad)  # now, because the next batch changes the same buffers
             pending.held_back = True
         pending.send(self._learner.device.read_later)
         self._queue.append((pending, undo))
 
     def drop_flags(self) -> None:
-        """Remove from the optimizers what :meth:`defer` has set."""
+        """Remove the flags that :meth:`defer` has set on the optimizers."""
         if not self._flagged:
             return
         self._flagged = False
@@ -62,7 +62,7 @@ class DeferredReadings:
                 vars(optimizer).pop(name, None)
 
     def arrived(self, step: int) -> tuple[PendingReading, BatchUndo] | None:
-        """The oldest one, if it has arrived or must be waited for in update ``step``."""
+        """The oldest reading, if it has arrived or must be waited for in update ``step``."""
         if not self._queue:
             return None
         pending, _ = self._queue[0]
@@ -71,22 +71,22 @@ class DeferredReadings:
         return self._queue.popleft()
 
     def next(self) -> tuple[PendingReading, BatchUndo]:
-        """The oldest one."""
+        """Remove the oldest reading and return it."""
         return self._queue.popleft()
 
     def clear(self) -> None:
-        """Forget them all."""
+        """Forget all readings."""
         self._queue.clear()
 
 
 @final
 class DeferredReadback:
-    """Readings that are read late, where the update may be; a :class:`~lightning_nanguard.guard.readback.Readback`.
+    """Reads an update after it is made, if that is allowed; a :class:`~lightning_nanguard.guard.readback.Readback`.
 
     Args:
-        meter: Measures.
+        meter: Measures loss and gradient norm.
         state: The guard's counts.
-        readings: The readings on their way.
+        readings: The readings that have not arrived yet.
         caution: Decides which updates are read before they are made.
     """
 
@@ -99,12 +99,12 @@ class DeferredReadback:
         self.at_hand: Reading | None = None
 
     def due(self, optimizer_index: int) -> Iterator[Arrived]:
-        """Readings that have arrived; all of them where the next update is to be read in time."""
+        """Readings that have arrived. If the next update must be read before it is made, all readings."""
         self._late = self._caution.may_be_late(optimizer_index)
         return self._arrived_by(optimizer_index, self._state.step + (0 if self._late else MAX_DELAY))
 
     def submit(self, optimizer_index: int, undo: BatchUndo) -> Arrived | None:
-        """The reading of this update where it is read in time."""
+        """The reading of this update, if it must be read before it is made."""
         step, self.at_hand = self._state.step, None
         if self._late:
             pending = self._meter.measure_later(step, optimizer_index)
@@ -117,7 +117,7 @@ class DeferredReadback:
         return Arrived(self.at_hand, undo, line_search=self._meter.is_line_search(optimizer_index))
 
     def arrived(self, optimizer_index: int) -> Iterator[Arrived]:
-        """Readings that have arrived meanwhile."""
+        """Readings of earlier updates that have arrived by now."""
         return self._arrived_by(optimizer_index, self._state.step)
 
     def _arrived_by(self, optimizer_index: int, step: int) -> Iterator[Arrived]:
@@ -126,24 +126,24 @@ class DeferredReadback:
 
     def _read(self, pending: PendingReading, undo: BatchUndo, *, line_search: bool = False) -> Arrived:
         reading = pending.read()
-        # The device holds back what is not finite; a finite spike reached the weights.
+        # The device skips an update that is not finite. A finite loss spike has reached the weights.
         reached = not (pending.held_back and not reading.finite)
         return Arrived(reading, undo, reached=reached, late=True, line_search=line_search)
 
     def flush(self) -> Iterator[Arrived]:
-        """All readings on their way."""
+        """Wait for all readings that have not arrived yet, and return them."""
         while self._readings:
             yield self._read(*self._readings.next())
 
     def hold(self, fault: Fault) -> bool:
-        """It can be judged now."""
+        """Keep no fault: it can be judged at once."""
         return False
 
     def end_batch(self) -> bool:
-        """The device's flags are no longer needed; readings may still arrive."""
+        """Remove the flags from the optimizers; readings may still arrive."""
         self._readings.drop_flags()
         return True
 
     def clear(self) -> None:
-        """Forget all readings on their way."""
+        """Forget all readings that have not arrived yet."""
         self._readings.clear()

@@ -19,8 +19,8 @@ class FoundFault:
         reading: The reading it was found in.
         undo: Undoes what its batch changed; ``None`` outside a batch.
         reached: Whether the bad update reached the weights.
-        late: Whether the present batch is another one.
-        ranks: Ranks that saw it, where not all did.
+        late: Whether the fault belongs to an earlier batch than the present one.
+        ranks: Ranks that saw it, if not all of them did.
         unmade: Whether the present update has not been made yet, so that ``global_step`` does not count it.
     """
 
@@ -33,13 +33,13 @@ class FoundFault:
     unmade: bool = False
 
     def not_again(self, restored: int) -> Reading | None:
-        """The reading of the update that must not be made again after a rollback; ``None`` if no batch is at fault.
+        """The reading of the update that is left out after a rollback; ``None`` if no batch is at fault.
 
         Args:
             restored: Number of the last update that the restored state holds.
         """
         if self.reached or self.fault.scope == "batch":
             return self.reading
-        # A gradient that has spoiled the state is that of an earlier update.
+        # A gradient that made the state bad is the gradient of an earlier update.
         spoils = self.fault.place == "gradient" and self.fault.value is not None
         return self.reading._replace(step=restored + 1, grad_norm=self.fault.value) if spoils else None

@@ -48,9 +48,9 @@ class Guard:
         self._judge = parts.judge
         # Whether weights and averages are swapped, as WeightAveraging does in validation.
         self.swapped = False
-        # A trained parameter that was not finite before the first update, until an update was healthy.
+        # A trained parameter that was not finite before the first update. A healthy update resets it to None.
         self._bad_start: str | None = None
-        # What belongs to the present batch.
+        # State of the present batch.
         self._open = False
         self._running = False
         self._updated = False
@@ -59,10 +59,10 @@ class Guard:
     # ---------------------------------------------------------------------------------------- the order of a step
 
     def start(self) -> None:
-        """Check the state before the first update, and keep a copy of it."""
+        """Check the state before the first update, and take the first snapshot."""
         context = self._context
         context.finite.begin(context.learner)
-        # Frozen ones may be masks of -inf.
+        # Frozen parameters may be masks of -inf.
         trained = (key for key, leaf in context.learner.weights() if key[0] == "parameter" and leaf.requires_grad)
         mine = next((describe(key) for key in trained if key in context.finite.allowed), None)
         bad, _ = first_over_ranks(context.ranks, mine)
@@ -72,19 +72,19 @@ class Guard:
         statistics = context.learner.statistics([key for key, _ in context.learner.weights()])
         spoilt = next((describe(key) for key in statistics if key in context.finite.allowed), None)
         if spoilt is not None:
-            # Batches that are trained on use their own statistics, so that no loss shows it.
+            # A training batch is normalised by its own statistics, so its loss does not show bad running statistics.
             _logger.warning(
                 "NaNGuard: %s holds NaN or Inf before the first update, so that the module gives NaN in evaluation "
                 "mode. Call reset_running_stats() of that layer, or begin with a good checkpoint.",
                 spoilt,
             )
         if not context.settings.observe:
-            # The same hook scales the rate and takes the gradients of blocked steps away.
+            # The same hook scales the rate and removes the gradients of skipped updates.
             context.rate.attach(self._parts.skipper.remove_gradients, self._parts.skipper.return_gradients)
         self._parts.certification.start()
 
     def open_batch(self) -> None:
-        """Copy what the coming batch may change; a window of accumulation counts as one batch."""
+        """Copy what the next batch may change. A window of accumulation counts as one batch."""
         self._running = True
         self._loss_seen = False
         within, self._open = self._open, True
@@ -100,7 +100,7 @@ class Guard:
         self._parts.meter.see_loss(loss)
 
     def before_step(self, optimizer_index: int) -> None:
-        """Measure and detect; skip the update if it is bad.
+        """Measure the update and detect faults; skip the update if it is bad.
 
         Args:
             optimizer_index: Index of the optimizer about to step.
@@ -113,7 +113,7 @@ class Guard:
         self._state.note_rate(self._context.rate.first())
         self._updated = True
         if self._judge.weights_are_bad() or self._state.passed_over:
-            # The weights are already bad, or the batch is known to be bad: skip its update unmeasured.
+            # The weights are already bad, or the batch is known to be bad: skip the update without measuring it.
             self._parts.meter.drop_losses()
             self._parts.skipper.skip(optimizer_index)
             return
@@ -130,10 +130,10 @@ class Guard:
             self._clip(optimizer_index, None if reading is None else reading.grad_norm)
 
     def close_batch(self) -> bool:
-        """Decide, act and record; else certify and take snapshots.
+        """Handle the faults of this batch. Without faults, certify and take snapshots.
 
         Returns:
-            Whether nothing was found, and the batch is not known to be bad.
+            Whether no fault was found, and the batch is not known to be bad.
 
         Raises:
             TrainingDivergedError: If the run cannot be saved, or its first weights were not finite.
@@ -171,12 +171,12 @@ class Guard:
             self._state.raised, self._state.again = None, ("", "")
             self._state.passed_over = False
             self._parts.meter.end_batch()
-            self._parts.skipper.return_gradients()  # where the step raised
+            self._parts.skipper.return_gradients()  # needed if the optimizer's step raised
             self._parts.skipper.skipped.clear()
         return not found and not passed_over
 
     def _stop_if_lost_from_the_start(self, found: FoundFault) -> None:
-        # Training may survive such a weight, and a batch may be bad by itself.
+        # Training may survive such a weight, and the batch itself may be bad.
         context = self._context
         if found.reading.finite or False in context.ranks.gather(context.replay.batch_finite()):
             return
@@ -186,7 +186,7 @@ class Guard:
         )
 
     def end_epoch(self) -> bool:
-        """The epoch is over: forget a batch that began and was not run; whether there is one."""
+        """End the epoch: forget a batch that was opened but not run; return whether there was one."""
         if not self._running or self._updated:
             return False
         self._open = self._running = False
@@ -196,8 +196,8 @@ class Guard:
     def report(self, fault: Fault) -> None:
         """Handle a fault that was found outside a step, such as in validation.
 
-        The guard acts on it at once. With several ranks, this may be the only one that saw it. Then all ranks act on it
-        together with the next update.
+        The guard acts on it at once. With several ranks, this rank may be the only one that saw it. Then all ranks act
+        on it together with the next update.
         """
         if not self._readback.hold(fault):
             self._report(fault, ())
@@ -216,9 +216,9 @@ class Guard:
                 return
 
     def finish(self) -> None:
-        """The last update has been made: check the final state, and read the readings that have not arrived yet.
+        """Check the final state after the last update, and read the readings that have not arrived yet.
 
-        With several ranks it only reads, because with uneven data other ranks may never come here.
+        With several ranks it only reads, because with uneven data some ranks may never call it.
         """
         if self._context.many:
             self.flush()
@@ -231,16 +231,16 @@ class Guard:
             )
             return
         if self.check():
-            self.look(anyway=True)  # no snapshot may have fallen due since a weight or an average went out of range
+            self.look(anyway=True)  # the last check may be older than the last change of a weight or an average
 
     def excuses(self, optimizer: Optimizer, *, numeric: bool) -> bool:
-        """Whether an exception in an optimizer's step need not end the run, because the update is skipped anyway.
+        """Whether an exception in an optimizer's step can be ignored, because the update is skipped anyway.
 
         Args:
             optimizer: The optimizer.
             numeric: Whether NaN or Inf can be the cause of the exception.
         """
-        context = self._context  # a GradScaler has to finish its step
+        context = self._context  # a GradScaler must finish its step
         if context.learner.scaler is not None or not self._parts.skipper.excuses(optimizer, numeric=numeric):
             return False
         context.rate.withdraw()
@@ -256,7 +256,7 @@ class Guard:
         self._context.ranks.close()
 
     def leave(self) -> None:
-        """This process has raised an exception: from now on it waits for no other rank."""
+        """Stop waiting for other ranks, because this process has raised an exception."""
         if self._context.many:
             self._readback.clear()
             self._context.ranks.leave()
@@ -266,8 +266,8 @@ class Guard:
     def before_save(self) -> None:
         """Check the state before it is saved.
 
-        During a batch, whose graph needs its tensors unchanged, and while averages replace the weights, the state is
-        not changed. Then :meth:`mend` alone makes sure that the checkpoint is good.
+        The state is not changed during a batch, because autograd needs the tensors unchanged. It is not changed while
+        averages replace the weights either. In both cases only :meth:`mend` makes the checkpoint good.
         """
         self._parts.saving.begin()
         if not self._open and not self.swapped:
@@ -276,17 +276,17 @@ class Guard:
             self._parts.saving.prepare()
 
     def after_save(self) -> None:
-        """The checkpoint has been written."""
+        """Finish after a checkpoint has been written."""
         self._parts.saving.end()
 
     def mend(self, checkpoint: dict[str, Any], path: str, *, checked: bool = False) -> dict[str, Any]:
-        """What to write in place of a checkpoint: the same, or one with the last good state where it is poisoned.
+        """The checkpoint to write: the given one or, if it is poisoned, a copy with the last good state.
 
-        The run itself is left alone.
+        The run itself does not change.
 
         Args:
-            checkpoint: What is about to be written.
-            path: Where to, for the record.
+            checkpoint: The checkpoint that is about to be written.
+            path: Its path, for the record.
             checked: Whether :meth:`before_save` has just been called.
         """
         return self._parts.saving.mend(checkpoint, path, recorded=checked and not self._open and not self.swapped)
@@ -300,10 +300,10 @@ class Guard:
         self._parts.recorder.note(fault, *words)
 
     def look(self, *, anyway: bool = False) -> None:
-        """Go back if the state is not finite, or far out of range, as when a snapshot is certified.
+        """Check the state as if it were a snapshot, and go back if it is not finite or far out of range.
 
         Args:
-            anyway: Whether to look although the state was looked at shortly before.
+            anyway: Whether to check even if the state was checked shortly before.
         """
         state, snapshots = self._state, self._snapshots
         if self._open or self._context.settings.observe or not (anyway or snapshots.look_due(state.step)):
@@ -315,7 +315,7 @@ class Guard:
             self._report(fault, ())
 
     def check(self) -> bool:
-        """Check the present state, and go back to the last good one if it is bad; whether it was good."""
+        """Check the present state, and go back to the last good one if it is bad; return whether it was good."""
         self._snapshots.settle()  # the caller may write to it next
         self.flush()
         self._snapshots.look_at_room()
@@ -325,7 +325,7 @@ class Guard:
             return True
         fault = Fault("corrupted_state", "state", bad, None, f"{bad} is no longer finite")
         if self._open and not context.settings.observe:
-            # A batch that was not finished may have made batch norm's statistics bad.
+            # An unfinished batch may have made the statistics of batch norm bad.
             self._undos[0].undo()
             if context.corrupt()[0] is None:
                 self.note(fault, "undo")
@@ -343,10 +343,10 @@ class Guard:
         optimizer = context.learner.optimizers[optimizer_index]
         scale = meter.loss_scale() if unscales_itself(optimizer) else None
         if context.ranks.sharded:
-            # The only collective that a healthy update waits for, and only while sharded gradients are clipped.
+            # A healthy update waits for no other collective. This one runs only while sharded gradients are clipped.
             norm = math.hypot(*context.ranks.gather(meter.gradient_norm(optimizer_index)))
         elif scale is not None:
-            norm = None  # what was read is that of unscaled gradients
+            norm = None  # the norm that was read belongs to unscaled gradients
         if optimizer_index not in self._parts.skipper.skipped and not context.settings.observe:
             known = None if norm is None else torch.tensor(norm)
             context.clipper.clip(context.learner.gradients(optimizer_index), scale, known)
@@ -355,7 +355,7 @@ class Guard:
         state, self._bad_start = self._state, None
         state.bad_in_a_row, state.good_beside = 0, None
         if all(reading.scaler_skips for reading in self._judge.readings):
-            return  # the scaler skipped it: nothing was learned about the state
+            return  # the GradScaler skipped the update, so it says nothing about the state
         state.healthy_steps += 1
         if state.healthy_since_restore is not None:
             state.healthy_since_restore += 1
@@ -369,22 +369,22 @@ class Guard:
 
     @property
     def context(self) -> GuardContext:
-        """What the parts of the guard share."""
+        """Objects and settings that the parts of the guard share."""
         return self._context
 
     @property
     def steps(self) -> StepCheck:
-        """Looks at an update while it can still be made again."""
+        """Checks an update while it can still be made again."""
         return self._parts.steps
 
     @property
     def non_finite(self) -> int:
-        """Updates so far whose loss or gradient was not finite, but for overflows that a GradScaler skips."""
+        """Number of updates so far whose loss or gradient was not finite, without overflows that a GradScaler skips."""
         return self._judge.non_finite
 
     @property
     def in_window(self) -> bool:
-        """Whether an update is being accumulated."""
+        """Whether a window of accumulation is open."""
         return self._open
 
     @property
@@ -393,11 +393,11 @@ class Guard:
         return self._state.step
 
     def say_where(self, on_disk: Callable[[], str]) -> None:
-        """Make the error that ends a run name the last good checkpoint on the disk."""
+        """Set the function that names the last good checkpoint in the error that ends a run."""
         self._parts.recorder.on_disk = on_disk
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to go on as if it had not stopped, in plain containers."""
+        """Everything that a resumed run needs to continue as if it had not stopped, in plain containers."""
         parts = self._parts
         return {
             "non_finite": self._judge.non_finite,

@@ -14,14 +14,14 @@ from lightning_nanguard.types import Fault, Finding
 
 @final
 class HyperparameterWatch:
-    """Looks at the learning rates, weight decay, momentum, betas and eps before each update.
+    """Checks the learning rates, weight decay, momentum, betas and eps before each update.
 
-    An invalid one is replaced by the last valid one, or the update is left out where there never was one.
+    An invalid value is replaced by the last valid one. If there was none, the update is skipped.
 
     Args:
-        context: What the parts of the guard share.
-        skipper: Leaves updates out.
-        recorder: Records the beginning of each stretch of invalid values; of many stretches, the 1st, 2nd, 4th, 8th, ….
+        context: Objects and settings that the parts of the guard share.
+        skipper: Skips updates.
+        recorder: Records the start of each stretch of invalid values; of many stretches the 1st, 2nd, 4th, 8th, ….
         schedulers: Name of the scheduler of each optimizer that has one, by the optimizer's index.
     """
 
@@ -40,7 +40,7 @@ class HyperparameterWatch:
         self._stretches = 0
 
     def look(self, optimizer_index: int) -> None:
-        """Look at the hyperparameters of an optimizer that steps next."""
+        """Check the hyperparameters of the optimizer that steps next."""
         valid = self._context.rate.valid
         optimizer = self._context.learner.optimizers[optimizer_index]
         valid.look(optimizer)

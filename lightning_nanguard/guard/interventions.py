@@ -27,13 +27,13 @@ class Interventions:
     """Handles the faults that were found.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         loop: Runs the diagnosis, and gives the trainer's step, epoch and batch.
         policy: Decides on a plan.
         investigator: Gathers evidence.
         recorder: Records the intervention.
         runner: Carries the plan out.
-        remedies: The remedy for each kind of plan step; it gives the word for the record.
+        remedies: The remedy for each kind of plan step. It gives the word for the record.
         receipts: Compares the run with the branch that an intervention gave up.
     """
 
@@ -59,21 +59,21 @@ class Interventions:
 
     @property
     def patience(self) -> int:
-        """Number of bad batches in a row from which on their values count as usual for the data."""
+        """Number of bad batches in a row after which their values count as usual for the data."""
         return self._policy.thresholds.blame.patience
 
     def handle(self, found: FoundFault) -> bool:
         """Handle a fault.
 
         Returns:
-            Whether its reading belongs to the history of healthy ones after all.
+            Whether its reading is healthy after all, and belongs to the history.
 
         Raises:
             TrainingDivergedError: If the run cannot be saved.
         """
         context, state = self._context, self._context.state
         fault, reading = found.fault, found.reading
-        # What the batch changed in batch norm's statistics is undone first, so that it does not count as bad state.
+        # Undo first what the batch changed in the statistics of batch norm, so that it does not count as bad state.
         undo = fault.scope == "batch" and not found.reached
         before = self._runner.undo(found) if undo and found.undo is not None else {}
         known = Evidence(
@@ -96,7 +96,7 @@ class Interventions:
         if not plan:
             state.arm = None
             if not (fault.certain or fault.doubtful or self._investigator.trial_runs):
-                self._tell(fault)  # no trial was possible, or one has shown nothing
+                self._tell(fault)  # no trial was possible, or a trial has shown nothing
             return self._dismiss(found)
         skipped = any(isinstance(step, Skip) for step in plan)
         self._investigator.conclude(fault, batch=skipped)
@@ -110,7 +110,7 @@ class Interventions:
         return stays and reading.finite and reading.loss_finite and self._dismiss(found)
 
     def advise(self, fault: Fault, reading: Reading) -> None:
-        """Give advice about a suspicion that the guard does not act on, and silence the detectors for a while."""
+        """Give advice about a suspicion that the guard does not act on, and pause the detectors for a while."""
         self._context.monitors.dismiss(reading)
         self._tell(fault)
 
@@ -138,7 +138,7 @@ class Interventions:
         )
 
     def _shown_by_weights(self, fault: Fault) -> Finding | None:
-        """The cause of a suspicion of the learner, where the growth of its weights shows one; no batch is run."""
+        """The cause of a suspicion of the learner, if the growth of its weights shows one. No batch is run."""
         if fault.scope != "learner":
             return None
         context, growth = self._context, self._investigator.growth()
@@ -153,12 +153,12 @@ class Interventions:
         return found if found is not None and found.confidence > told else None
 
     def _leave(self, fault: Fault, clock: Clock, why: str, advice: str) -> None:
-        """Remember a fault whose update was made: it explains a state that goes bad afterwards."""
+        """Remember a fault whose update was made, because it may explain a state that becomes bad later."""
         words = f"an earlier fault may be the reason (step {clock[0]}: {fault.message}; {why}). {advice}"
         self._context.state.told = self._context.state.step, words
 
     def tell_of_bad_losses(self, reading: Reading) -> None:
-        """Tell the user once that losses are not finite where gradients are."""
+        """Tell the user once that losses are not finite while gradients are."""
         infinite = reading.loss is not None and math.isinf(reading.loss)
         what, remedy = (
             ("infinite", "Look for the term that is infinite. If it overflows, compute it in a wider number format.")
@@ -194,7 +194,7 @@ class Interventions:
 
     @contextmanager
     def batch_of(self, found: FoundFault) -> Iterator[bool]:
-        """Make the faulty batch the present one within the context, if it is kept; yields whether it is there."""
+        """Make the faulty batch the present one within the context, if it is stored; yield whether it is."""
         if found.late and found.undo is not None:
             with self._context.replay.showing(found.reading.step) as shown:
                 if all(self._context.ranks.gather(shown)):
@@ -206,8 +206,8 @@ class Interventions:
         context, state = self._context, self._context.state
         before = context.rate.effective()
         stop = next((step for step in plan if isinstance(step, Stop)), None)
-        # If the learner is not to blame, keep the readings of its first updates through the restore. Else detectors
-        # might learn what is usual from data that are bad for a while.
+        # If the learner is not to blame, keep the readings of its first updates through the restore. Otherwise
+        # detectors might learn from data that are bad for a while.
         blameless = found.reached and state.policy.learner_step != evidence.step
         known_until = min(found.reading.step - 1, context.thresholds.decision.late.beginning) if blameless else 0
         # Diagnose before the plan changes weights and batch.
@@ -215,13 +215,13 @@ class Interventions:
         mine = self._loop.diagnose(found.fault, evidence, look, found.reading.step)
         finding = most_confident_over_ranks(context.ranks, mine)
         plan = spare_rate(plan, finding, evidence)
-        if evidence.trial is None:  # else it has shown which rate is right
+        if evidence.trial is None:  # otherwise the trial has shown which rate is right
             plan = within_curvature(plan, finding, before[0] if before else None)
         state.went_on = False
         if stop is None and not found.fault.certain and context.settings.act_on == "evidence":
             self._receipts.before(self._loop.clock()[0], skipped=any(isinstance(step, Skip) for step in plan))
         done = self._runner.apply(plan, found, known_until)
-        if state.again != evidence.again:  # found out by a rollback
+        if state.again != evidence.again:  # a rollback has shown it
             known = replace(evidence, again=state.again)
             finding = self._loop.diagnose(found.fault, known, "nothing", found.reading.step) or finding
         words = tuple(self._remedies[type(step)].word for step in done)

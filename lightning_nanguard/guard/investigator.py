@@ -1,4 +1,4 @@
-"""Examines a fault: gathers the evidence that the policy decides by."""
+"""Gathers the evidence about a fault by which the policy decides."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from lightning_nanguard.types import Comparison, Evidence, Fault, Reading
 
 @final
 class Investigator:
-    """Gathers the evidence that the policy decides by. Weights and rates that it changes for a trial are restored.
+    """Gathers the evidence by which the policy decides. It restores all weights and rates that it changes.
 
     All ranks get the same evidence.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         rehearsal: Tries learning rates on the newest batches.
-        trials: Finds out whether the model learns much more at a lower rate.
+        trials: Tests whether the model learns much more at a lower rate.
     """
 
     def __init__(self, context: GuardContext, rehearsal: Rehearsal, trials: TrialRunner) -> None:
@@ -52,16 +52,16 @@ class Investigator:
         # Whether a trial was requested while another one was running.
         self._asked_again = False
         self.initial_norms: dict[str, float] = {}
-        # How often in a row the batch was blamed, by kind and place of the fault.
+        # Number of times in a row that the batch was blamed, by kind and place of the fault.
         self._batches: Counter[tuple[str, str]] = Counter()
 
     @property
     def trial_runs(self) -> bool:
-        """Whether a trial goes on beside the run."""
+        """Whether a trial is running beside the run."""
         return self._trials.running
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers."""
+        """The state in plain containers."""
         return {
             "initial_norms": dict(self.initial_norms),
             "blamed_batches": [[*key, times] for key, times in self._batches.items()],
@@ -84,12 +84,12 @@ class Investigator:
     def is_worse(self, state: Snapshot, than: Snapshot) -> bool:
         """Whether the loss of the newest batches is clearly higher under one state than under another.
 
-        ``False`` where that is not known, and always with several ranks, which would not compare at the same time.
+        ``False`` if that is not known, and always with several ranks, which would not compare at the same time.
         """
         if not self._finite_compared or self._ranks.world > 1:
             return False
         pairs = [pair for pair in self._rehearsal.compare_each(state, than) if math.isfinite(pair[1])]
-        # Only the better half of the batches counts, since some may be corrupt; nor is the loss unit trusted alone.
+        # Only the better half of the batches counts, since some may be corrupt. The loss unit alone sets no limit.
         better = sorted(pairs, key=itemgetter(1))[: math.ceil(len(pairs) / 2)]
         unit = self._context.monitors.loss_unit()
         least = min(self._limits.nothing * unit, self._limits.nothing)
@@ -98,8 +98,8 @@ class Investigator:
         )
 
     def _known_to_be_the_batch(self, fault: Fault, known: Evidence, history: ReadingHistory) -> bool:
-        # A corrupt sample comes back in every epoch. A single fault among healthy updates is blamed on it again; if the
-        # cause is another, the next update is faulty too and is examined.
+        # A corrupt sample comes back in every epoch. A single fault among healthy updates is blamed on the batch again.
+        # If that is wrong, the next update is faulty too and is examined.
         times = self._batches[fault.kind, fault.place]
         again = times > self._limits.known_batches and times & (times - 1) != 0
         return again and known.bad_in_a_row == 1 and not known.undo and not history.climbing()
@@ -118,16 +118,16 @@ class Investigator:
         Args:
             fault: The fault that was found.
             reading: The reading it was found in.
-            known: The guard's own counts.
+            known: The counts of the guard.
             at_hand: Whether the present batch is the faulty one.
-            before: Buffers as they were before the faulty batch, where it has not been undone.
+            before: Buffers as they were before the faulty batch, if the batch has not been undone.
         """
         history = self._context.monitors.history(reading.optimizer_index) or ReadingHistory()
         sound = self._sound(fault)
         target = self._ring.good(sound, history.loss_unit())
         leaves = self._learner.leaves()
         unchanged = [(key, before.get(key[1], leaf) if key[0] == "buffer" else leaf) for key, leaf in leaves]
-        # If the faulty update was made, bad weights now do not show bad weights before it.
+        # If the faulty update was made, bad weights now do not prove that the weights were bad before it.
         bad, corrupted = (
             (None, ()) if known.undo else first_over_ranks(self._ranks, self._context.finite.corrupt(unchanged))
         )
@@ -149,7 +149,7 @@ class Investigator:
         return self._look_at_rates(fault, history, known, target)
 
     def _averages_alone(self, fault: Fault, leaves: list[tuple[StateKey, Any]], bad: str | None) -> bool:
-        """Whether averaged copies of the weights are bad, and nothing that updates are made from."""
+        """Whether only averaged copies of the weights are bad. No update is made from these."""
         if not (bad or fault.scope == "state"):
             return False
         others = self._context.finite.corrupt((key, leaf) for key, leaf in leaves if key[0] != "average")
@@ -196,7 +196,7 @@ class Investigator:
             self._trials.begin(fault, start, best)  # it was requested while the last one was running
         self._asked_again = False
         if 0 < trial.lacks <= limits.plain and state.policy.trials_failed + 1 < limits.in_a_row:
-            # One trial is not enough: its arm goes on beside the run, which goes on from it if it stays ahead.
+            # One trial is not enough. Its arm goes on beside the run. The run continues from the arm if it stays ahead.
             self._trials.begin(fault, start, best, arm=arm, factor=trial.factor)
         if trial.lacks > 0 and trial.base == "start":
             state.arm = arm
@@ -236,13 +236,13 @@ class Investigator:
     def _compare(self, fault: Fault, reading: Reading, target: Snapshot, *, undo: bool) -> Comparison | None:
         if reading.loss is None:
             return None
-        # The loss is measured again: the reading may be of another micro-batch, or of older weights.
+        # Measure the loss again: the reading may belong to another micro-batch, or to older weights.
         now = self._replay.probe()
         if now is None:
             return None
         if undo:
-            # The question is whether the weights before the faulty update were bad. It may have made them worse since,
-            # so the lower of the loss now and the loss read before that update counts.
+            # The question is whether the weights were bad before the faulty update, which may have made them worse. So
+            # the lower of the loss now and the loss read before that update counts.
             now = min(filter(math.isfinite, (now, reading.loss)), default=now)
         try:
             mine = capture(self._learner, step=0, global_step=0, leaves=[*self._learner.weights()])
@@ -257,7 +257,7 @@ class Investigator:
         return None if then is None else Comparison(now, then, then_finite)
 
     def _blames_learner(self, fault: Fault, known: Evidence, found: Comparison | None) -> bool:
-        """Whether one batch alone speaks against the weights, or several in a row do, whatever they compute of it."""
+        """Whether the weights are to blame, by the loss of this batch or because several batches in a row were bad."""
         if found is None or not fault.certain or known.undo or not math.isfinite(found.then):
             return False
         limits = self._context.thresholds.decision.blame
@@ -265,7 +265,7 @@ class Investigator:
         return known.bad_in_a_row % limits.patience == 0 or worse(found, least)
 
     def _holds_elsewhere(self, target: Snapshot) -> bool | None:
-        """Whether the present weights do no worse than older ones on most of the newest healthy batches."""
+        """Whether the present weights are no worse than older ones on most of the newest healthy batches."""
         with self._rehearsal.present() as present:
             pairs = [] if present is None else self._rehearsal.compare_each(present, target)
         holds = sum(math.isfinite(now) and now <= then for now, then in pairs)
@@ -315,7 +315,7 @@ def norms_to_grow_from(leaves: Iterable[tuple[StateKey, Any]]) -> dict[str, floa
     """
     matrices = _matrices(leaves)
     begun = zip(matrices.items(), norms(list(matrices.values())), strict=True)
-    # A matrix of zeros, such as position embeddings, has no size to measure growth by, nor has a mask of -inf.
+    # Growth cannot be measured for a matrix of zeros, such as position embeddings, or for a mask of -inf.
     return {
         name: max(norm, math.sqrt(matrix.shape[0] / 3)) if 0 < norm < math.inf else 0.0
         for (name, matrix), norm in begun

@@ -15,14 +15,14 @@ from lightning_nanguard.state.snapshot import Snapshot
 
 @final
 class LateRedo:
-    """Makes an update again that was not finite, and all that followed it before its reading arrived.
+    """Repeats an update that was not finite, and all updates that were made before its reading arrived.
 
     Args:
-        context: What the parts of the guard share.
-        steps: Says whether a rollback is allowed, and records.
+        context: Objects and settings that the parts of the guard share.
+        steps: Decides whether a rollback is allowed, and records.
         skipper: Skips updates.
-        snapshots: Is informed about the rollback.
-        caution: Is informed about the rollback.
+        snapshots: Is told about the rollback.
+        caution: Is told about the rollback.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class LateRedo:
         self._caution = caution
 
     def made_again(self, found: FoundFault) -> bool:
-        """Make the updates since the last good state again; whether the fault was gone.
+        """Make the updates since the last good state again; return whether the fault was gone.
 
-        If not, nothing has changed.
+        If it was not, nothing has changed.
 
         Args:
             found: The fault.
@@ -62,7 +62,7 @@ class LateRedo:
         return True
 
     def _snapshot(self, found: FoundFault) -> Snapshot | None:
-        """The snapshot to begin at; ``None`` if updates cannot be made again."""
+        """The snapshot to begin at; ``None`` if the updates cannot be made again."""
         fault, reading, certified = found.fault, found.reading, self._context.ring.certified
         if not (found.late and fault.certain and fault.scope == "batch") or reading.finite or reading.scaler_skips:
             return None

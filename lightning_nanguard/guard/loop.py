@@ -1,4 +1,4 @@
-"""What a training loop tells the guard, and what the guard may ask of the loop.
+"""The methods of the guard that a training loop calls, and the methods of the loop that the guard calls.
 
 A loop calls the guard in this order::
 
@@ -8,13 +8,13 @@ A loop calls the guard in this order::
         guard.see_loss(loss)        # for every backward pass
         guard.before_step(0)        # gradients are there, unscaled and unclipped; optimizer 0 steps next
         guard.close_batch()         # after the optimizer and the schedulers
-    guard.end_epoch()               # where a batch may be left without having been run
+    guard.end_epoch()               # if a batch may have been opened but not run
     guard.finish()
     guard.close()
 
-With gradient accumulation ``open_batch`` and ``see_loss`` are called for each micro-batch, ``before_step`` once a
-window. The guard calls the methods of :class:`TrainingLoop`. If batches can be run again, it also uses the loop's
-:class:`BatchReplay`. A loop that cannot do this provides :class:`NoReplay`.
+With gradient accumulation ``open_batch`` and ``see_loss`` are called for each micro-batch, and ``before_step`` once
+for each window. The guard calls the methods of :class:`TrainingLoop`. If batches can be run again, it also uses the
+:class:`BatchReplay` of the loop. A loop that cannot do this provides :class:`NoReplay`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Clock = tuple[int, int, int]
 class BatchReplay(Protocol):
     """Examines batches and runs them again, without side effects. ``None`` means that this is not possible.
 
-    Without an implementation of its own each method answers so.
+    Each method that is not overridden says that nothing is possible.
     """
 
     def comparable(self) -> bool:
@@ -41,18 +41,18 @@ class BatchReplay(Protocol):
         return False
 
     def showing(self, update: int) -> AbstractContextManager[bool]:
-        """Inside, the present batch is that of an earlier update; gives whether it is still there."""
+        """Context in which the batch of an earlier update is the present one; gives whether it is still stored."""
         return nullcontext(False)
 
     def batch_finite(self) -> bool | None:
-        """Whether the present batch is finite; ``None`` if it holds no floating numbers or is not there."""
+        """Whether the present batch is finite; ``None`` if it has no floating-point numbers or is missing."""
         return None
 
     def batch_strange(self, *, extreme: bool = False) -> bool | None:
-        """Whether the present batch reaches far beyond those before it; ``None`` if that is not known.
+        """Whether the present batch holds much larger numbers than earlier ones; ``None`` if that is not known.
 
         Args:
-            extreme: Whether to ask if it is far larger than them.
+            extreme: Whether to ask for far larger numbers.
         """
         return None
 
@@ -61,19 +61,19 @@ class BatchReplay(Protocol):
         return None
 
     def gradient_finite(self) -> bool | None:
-        """Whether the present batch has a finite gradient under the present weights; gradients are gone afterwards."""
+        """Whether the present batch has a finite gradient under the present weights; removes the gradients."""
         return None
 
     def rehearsal_batches(self) -> int:
-        """How many recent batches there are to try learning rates on."""
+        """Number of recent batches on which learning rates can be tried."""
         return 0
 
     def rehearsing(self) -> AbstractContextManager[None]:
-        """Inside, batches run outside the run's count; at its end all they touched but the learner is restored."""
+        """Context in which batches run without being counted; at its end everything but the learner is restored."""
         return nullcontext()
 
     def train_on(self, index: int) -> float | None:
-        """Make one plain update on a recent batch; gives its loss before the update."""
+        """Make one plain update on a recent batch; return its loss before the update."""
         return None
 
     def loss_on(self, index: int) -> float | None:
@@ -81,24 +81,27 @@ class BatchReplay(Protocol):
         return None
 
     def earlier(self) -> Sequence[Callable[[], float | None]]:
-        """For some recent batches each what gives its loss under the weights of then, also when others have come."""
+        """For each of some recent batches, a function that gives its loss under the weights of the call.
+
+        The functions still work when newer batches have come.
+        """
         return ()
 
     def trainable(self) -> bool:
-        """Whether all that the present update is made of is kept, so that another state can make the same update."""
+        """Whether everything that the present update is made from is stored, so that another state can make it too."""
         return False
 
     def train_at_hand(self) -> float | None:
-        """Make the present update with the random numbers it had, from the present state; gives the loss before it."""
+        """Make the present update again from the present state, with its random numbers; return the loss before it."""
         return None
 
     def bytes_kept(self) -> int:
-        """Bytes of the batches that are kept to be run again."""
+        """Bytes of the batches that are stored to be run again."""
         return 0
 
 
 class NoReplay(BatchReplay):
-    """The replay of a loop that cannot run batches again. Subclass it for a loop that can do some of it."""
+    """The replay of a loop that cannot run batches again. Subclass it if the loop can do a part of this."""
 
 
 class TrainingLoop(Protocol):
@@ -108,7 +111,7 @@ class TrainingLoop(Protocol):
         """The present ``global_step``, epoch and batch index."""
 
     def micro_batches(self) -> int:
-        """By how many micro-batches the loss given to ``backward`` is divided."""
+        """Number of micro-batches by which the loss given to ``backward`` is divided."""
 
     def record(self, intervention: Intervention) -> None:
         """Store the record of an intervention."""
@@ -117,4 +120,4 @@ class TrainingLoop(Protocol):
         """Report a suspicion that the guard does not act on."""
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
-        """Find the cause of a fault, ``None`` if none was found. It changes nothing."""
+        """Find the cause of a fault; ``None`` if none was found. It changes nothing."""

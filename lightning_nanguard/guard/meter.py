@@ -28,14 +28,14 @@ _numel = methodcaller("numel")
 @final
 @dataclass(frozen=True, slots=True)
 class _Early:
-    """A reading that was taken before :meth:`Meter.measure_now` asks for it.
+    """A reading that was measured before :meth:`Meter.measure_now` was called.
 
     Attributes:
         step: Number of the update.
         optimizer_index: Index of the optimizer.
         reading: What was read.
-        losses: The losses it was read from.
-        versions: Identity and version of the gradients; ``None`` if nobody changes them meanwhile.
+        losses: The losses that were measured.
+        versions: Identity and version of the gradients; ``None`` if no other code changes them before the step.
     """
 
     step: int
@@ -50,9 +50,9 @@ class Meter:
     """Measures loss and gradient of the update that is about to be made.
 
     Args:
-        learner: What is trained.
+        learner: The learner of the run.
         micro_batches: Gives the number of micro-batches by which a loss is divided.
-        many_losses: Whether an update may have several losses even where that number is 1, as under manual
+        many_losses: Whether an update may have several losses even if ``micro_batches`` gives 1, as under manual
             optimization.
         thresholds: How gradient norms are measured.
         history: Keeps the norms of the newest updates.
@@ -72,12 +72,12 @@ class Meter:
         self._many_losses = many_losses
         self._thresholds = MeasurementThresholds() if thresholds is None else thresholds
         self._history = NormHistory(self._thresholds) if history is None else history
-        # How often each optimizer that runs its closure several times in a step was measured in this batch.
+        # Number of measurements in this batch, for each optimizer that runs its closure several times in a step.
         self._closures: dict[int, int] = {}
         # Numbers of elements that the gradients of an optimizer had.
         self._sizes: dict[int, set[int]] = {}
         self.has_new_size = False
-        """Whether the gradients measured last have another number of elements than all before."""
+        """Whether the gradients measured last have a number of elements that none before had."""
         self._divided_by = 1
         self._losses: list[Tensor] = []
         self._early: _Early | None = None
@@ -86,15 +86,15 @@ class Meter:
         """Keep a reference to the loss of one backward pass."""
         self._divided_by = self._micro_batches()
         loss = _number(loss.detach())
-        # A captured graph writes the next loss to the same place.
+        # A captured CUDA graph writes the next loss to the same memory.
         self._losses.append(loss.clone() if self._many_losses or self._divided_by > 1 else loss)
 
     def forget_sizes(self) -> None:
-        """A layer has changed its size: numbers of elements that were known are new again."""
+        """Forget the known numbers of elements, because a layer has changed its size."""
         self._sizes.clear()
 
     def drop_losses(self) -> None:
-        """Forget the losses that were seen: no update comes of them."""
+        """Forget the losses that were seen, because no update is made from them."""
         self._losses = []
         self._early = None
 
@@ -103,12 +103,12 @@ class Meter:
         del self._losses[-1:]
 
     def measure_early(self, step: int, optimizer_index: int, *, careful: bool) -> Reading | None:
-        """What :meth:`measure_now` will give for this update, before a GradScaler has unscaled the gradients.
+        """The reading that :meth:`measure_now` will give for this update, before a GradScaler unscales the gradients.
 
         Args:
             step: Number of the update.
             optimizer_index: Index of the optimizer.
-            careful: Whether the gradients may be changed before :meth:`measure_now`; it measures again then.
+            careful: Whether other code may change the gradients before :meth:`measure_now`. It then measures again.
         """
         losses = self._losses
         reading = self._measure(step, optimizer_index, scaled=True)
@@ -117,7 +117,7 @@ class Meter:
         return reading
 
     def drop_early(self) -> None:
-        """Forget what was measured early: its closure is run again."""
+        """Forget the early measurement, because the closure runs again."""
         early, self._early = self._early, None
         if early is not None and early.optimizer_index in self._closures:
             self._closures[early.optimizer_index] -= 1
@@ -145,7 +145,7 @@ class Meter:
 
     def _measure(self, step: int, optimizer_index: int, *, scaled: bool = False) -> Reading | None:
         norms, losses = self._partial_norms(step, optimizer_index), self._take_losses()
-        # The short way for finite numbers on the host: most updates on a CPU take it.
+        # A fast path for finite numbers on the host. Most updates on a CPU take it.
         if losses and norms and self._learner.scaler is None and all(map(is_on_host, (*losses, *norms))):
             norm, loss = math.hypot(*map(float, norms)), sum(map(float, losses)) * self._divided_by / len(losses)
             if math.isfinite(norm) and math.isfinite(loss):
@@ -159,22 +159,22 @@ class Meter:
         return float(total_norm(partial_norms(values, self._thresholds))) if values else 0.0
 
     def first_bad_gradient(self, optimizer_index: int) -> str | None:
-        """The first of the present gradients that is not finite, in words."""
+        """The first of the present gradients that is not finite, in words; ``None`` if all are finite."""
         named = self._learner.named_gradients(optimizer_index)
         bad = non_finite_indices(dense_gradients([gradient for _, gradient in named]))
         return f"gradient of {named[bad[0]][0]}" if bad else None
 
     def loss_scale(self) -> Tensor | None:
-        """What the GradScaler multiplies losses by; ``None`` without one."""
+        """The factor by which the GradScaler multiplies losses; ``None`` without a GradScaler."""
         # The tensor itself: get_scale() reads from the device.
         return None if self._learner.scaler is None else getattr(self._learner.scaler, "_scale", None)
 
     def is_line_search(self, optimizer_index: int) -> bool:
-        """Whether what was measured last is of a further closure of one step (LBFGS), which only searches its line."""
+        """Whether the last measurement belongs to a further closure of one step, as in the line search of LBFGS."""
         return self._closures.get(optimizer_index, 1) > 1
 
     def end_batch(self) -> None:
-        """Count closures again: the batch is over."""
+        """Reset the counts of closures at the end of the batch."""
         self._closures.clear()
 
     def _partial_norms(self, step: int, optimizer_index: int) -> list[Tensor]:
@@ -190,7 +190,7 @@ class Meter:
         except (NotImplementedError, TypeError, RuntimeError) as error:
             if isinstance(error, OutOfMemory):
                 raise
-            # Of an unusual kind; to look at the kind of each gradient in every step would cost more than their norm.
+            # Some gradients are of an unusual kind. To check for these in every step would cost more than the norms.
             values = [one for gradient in gradients if (one := dense_values(gradient)).numel()]
             norms = partial_norms(values, self._thresholds)
         named = self._learner.which_have_gradients(optimizer_index, len(values))
@@ -225,7 +225,7 @@ class Meter:
 
 
 def _number(loss: Tensor) -> Tensor:
-    """A loss as one number: under manual optimization one of several elements has a ``gradient``, which is not seen."""
+    """Reduce a loss to one number: under manual optimization it may have several elements."""
     if loss.numel() == 1 and not loss.is_complex():
         return loss
     values = dense_values(loss)

@@ -33,24 +33,24 @@ class GuardParts:
     """The parts of a guard, as :func:`~lightning_nanguard.guard.build.build_guard` puts them together.
 
     Attributes:
-        context: What all of them share.
-        loop: The loop around.
+        context: Objects and settings that the parts of the guard share.
+        loop: The training loop.
         meter: Measures loss and gradient norm.
-        readback: How readings arrive.
-        caution: When an update is read before it is made although readings are deferred.
+        readback: Brings readings from the device to the host.
+        caution: Decides which updates are read before they are made although readback is deferred.
         skipper: Skips updates.
         snapshots: Takes and checks snapshots.
-        plausibility: Finds what is finite and far out of range.
-        certification: When a state counts as good.
+        plausibility: Finds tensors that are finite and far out of range.
+        certification: Decides when snapshots are taken and certified.
         investigator: Gathers evidence.
         judge: Separates healthy readings from faults.
         runner: Carries plans out.
-        recovery: Lower rates and clipping.
-        rates: Replaces invalid learning rates.
+        recovery: Cuts the rate, clips, and ends both again.
+        rates: Replaces invalid learning rates and other hyperparameters.
         recorder: Makes records.
         saving: Checks checkpoints before they are written.
         beside: Trains other states beside the run, to compare them with it.
-        steps: Looks at an update while it can still be made again.
+        steps: Checks an update while it can still be made again.
         undos: One object for each batch that may still have to be undone.
     """
 

@@ -1,4 +1,4 @@
-"""How plans are carried out: by acting on the run, or by observing it only."""
+"""Carries plans out. An observing guard only says what the plan would do."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _CORRECTIONS = (Clip, DropMoments, Scale)
 
 
 class PlanRunner(Protocol):
-    """How the guard carries out what it decides."""
+    """The interface of the classes that carry out what the guard decides."""
 
     look: Look
-    """How far a diagnosis may look at a faulty batch."""
+    """How closely a diagnosis may examine a faulty batch."""
 
     at_once: bool
     """Whether a bad batch is recorded before its update is made, rather than at the end of the batch."""
@@ -35,13 +35,13 @@ class PlanRunner(Protocol):
         """Skip the update that an optimizer is about to make."""
 
     def undo(self, found: FoundFault) -> Mapping[str, Tensor]:
-        """Undo what a faulty batch changed; gives the buffers as they were before it where it was not undone."""
+        """Undo what a faulty batch changed; if nothing is undone, return the buffers as they were before it."""
 
     def apply(self, plan: Plan, found: FoundFault, known_until: int) -> Iterable[PlanStep]:
-        """Carry out a plan; gives the steps that were made, or would have been."""
+        """Carry out a plan; return the steps that were made, or would have been."""
 
     def give_back(self) -> None:
-        """After a healthy update: raise a cut rate again or end clipping, if it is time."""
+        """After a healthy update: raise a cut rate again, or end clipping, if that is due."""
 
 
 @final
@@ -49,13 +49,13 @@ class ActingRunner:
     """Carries plans out; a :class:`PlanRunner`.
 
     Args:
-        context: What the parts of the guard share.
-        actions: What remedies may do.
+        context: Objects and settings that the parts of the guard share.
+        actions: What remedies may do to the run.
         remedies: The remedy that carries out each kind of step.
-        recovery: Gives back.
+        recovery: Raises a cut rate again and ends clipping.
         skipper: Skips updates.
-        plausibility: Knows whether statistics were spoiled.
-        caution: Is informed about undone updates.
+        plausibility: Knows whether a batch made running statistics bad.
+        caution: Is told about undone updates.
     """
 
     look: Look = "replay"
@@ -89,13 +89,13 @@ class ActingRunner:
         return {}
 
     def apply(self, plan: Plan, found: FoundFault, known_until: int) -> Iterable[PlanStep]:
-        """Carry out a plan; gives the steps that were made."""
+        """Carry out a plan; return the steps that were made."""
         before = self._context.rate.effective()
         self._actions.begin(found, known_until)
         if any(isinstance(step, Skip) for step in plan):
             self._context.state.skipped.append(found.reading.step)
         else:
-            self._actions.skip()  # a restore, too, leaves nothing of the batch behind
+            self._actions.skip()  # undo the batch too if a restore follows
         if any(isinstance(step, Stop) for step in plan):
             self._leave_good()
         made: list[PlanStep] = []
@@ -103,7 +103,7 @@ class ActingRunner:
         went_on = False
         for step in plan:
             if went_on and isinstance(step, _CORRECTIONS):
-                continue  # the state had gone bad by itself, and nothing has to be corrected
+                continue  # the state became bad by itself, so no correction is needed
             if isinstance(step, RestoreAverages) and found.fault.scope == "state" and self._made_again(found):
                 made.append(Restore())
                 continue
@@ -112,15 +112,15 @@ class ActingRunner:
             went_on |= isinstance(step, Restore) and may_go_on and self._go_on(found)
         # After a restore no reading is pending.
         if self._context.state.restored is not None:
-            if not went_on:  # otherwise it was chance
+            if not went_on:  # otherwise the fault happened by chance
                 self._plausibility.watch(found.fault.place)
             self._caution.update_undone(found, statistics=self._plausibility.watches_statistics)
         kept = self._context.rate.effective() == before
-        # Where clipping alone is enough, a cut that was planned has not been made.
+        # If clipping alone is enough, the planned cut has not been made.
         return [step for step in made if not (kept and isinstance(step, Scale) and step.clipped)]
 
     def _go_on(self, found: FoundFault) -> bool:
-        """After a restore: make the updates since the snapshot again; whether they ended in a good state."""
+        """Make the updates since the restored snapshot again; return whether they ended in a good state."""
         state, learner = self._context.state, self._context.learner
         if state.restored is None or state.go_on is None:
             return False
@@ -132,15 +132,15 @@ class ActingRunner:
         return state.went_on
 
     def _made_again(self, found: FoundFault) -> bool:
-        """Make the updates since the newest snapshot again, with their averages; whether the state is good then.
+        """Make the updates since the newest snapshot again, with their averages; return whether the state is then good.
 
-        If not, nothing has changed.
+        If it is not, nothing has changed.
         """
         state, certified = self._context.state, self._context.ring.certified
         if state.go_on is None or not certified or not state.go_on(certified[0], None):
             return False
         if self._plausibility.is_far(found.fault.place):
-            return False  # and what was made again has the same bits
+            return False  # the updates that were made again have the same bits
         self._actions.gone_on(certified[0])
         state.went_on = True
         return True
@@ -154,7 +154,7 @@ class ActingRunner:
             restore(learner, pending)
 
     def give_back(self) -> None:
-        """Raise a cut rate again or end clipping, if it is time."""
+        """Raise a cut rate again, or end clipping, if that is due."""
         self._recovery.give_back()
 
 
@@ -163,7 +163,7 @@ class ObservingRunner:
     """Changes nothing; a :class:`PlanRunner`.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
     """
 
     look: Look = "batch"
@@ -176,13 +176,13 @@ class ObservingRunner:
         """Let the update be made."""
 
     def undo(self, found: FoundFault) -> Mapping[str, Tensor]:
-        """Nothing is undone; gives the buffers as they were before the batch."""
+        """Undo nothing; return the buffers as they were before the batch."""
         return {} if found.undo is None else found.undo.before()
 
     def apply(self, plan: Plan, found: FoundFault, known_until: int) -> Iterable[PlanStep]:
-        """Nothing is done; gives the steps that would have been made."""
+        """Do nothing; return the steps that would have been made."""
         self._context.state.restored = None
         return plan
 
     def give_back(self) -> None:
-        """Nothing was cut."""
+        """Do nothing, because nothing was cut."""

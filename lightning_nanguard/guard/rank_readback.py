@@ -1,9 +1,9 @@
-"""Readings of several processes: every rank reports each update to the others, and all judge the same reading.
+"""Readings of several ranks: every rank reports each update to the others, and all judge the same reading.
 
-Whether and when a rank waits must not depend on what it alone knows. So every rank reports every update, and reads the
-reports of all ranks at the same point of a later update. If an update looks bad to a rank, it may read the reports
-earlier, because all ranks have posted theirs or are about to. If it looks bad to all ranks, all have read the reports
-earlier, and they act together.
+A rank must not decide by its own data alone whether and when it waits. So every rank reports every update, and reads
+the reports of all ranks at the same point of a later update. A rank to which an update looks bad may read the reports
+earlier, because all ranks have posted theirs or are about to. If the update looks bad to all ranks, all of them have
+read the reports, and they act together.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Sent(NamedTuple):
     """One update that was reported to the other ranks.
 
     Attributes:
-        posted: The reports of all ranks about it.
+        posted: The reports of all ranks about the update.
         optimizer_index: Index of the optimizer.
         undo: Undoes what its batch changed.
         held_back: Whether the device itself skips a bad update.
-        line_search: Whether it was a further evaluation of one step.
+        line_search: Whether it was a further closure of one step, as in the line search of LBFGS.
     """
 
     posted: PendingReports
@@ -47,17 +47,17 @@ class Sent(NamedTuple):
     line_search: bool
 
     def suspected_by_all(self) -> bool:
-        """Whether it looks bad to every rank."""
+        """Whether the update looks bad to every rank."""
         return all(one.suspects for one in self.posted.reports())
 
 
 @final
 class Told(NamedTuple):
-    """What was told early of an update.
+    """An update that was reported before the loop could make it.
 
     Attributes:
-        reading: What this rank has read of it.
-        sent: What the other ranks were told.
+        reading: The reading of this rank.
+        sent: The report to the other ranks.
     """
 
     reading: Reading
@@ -69,10 +69,10 @@ class RankReadback:
     """Readings that all ranks have reported; a :class:`~lightning_nanguard.guard.readback.Readback`.
 
     Args:
-        context: What the parts of the guard share.
-        meter: Measures.
-        readings: Readings of this rank that are on their way from the device.
-        caution: Says which updates are read before they are made.
+        context: Objects and settings that the parts of the guard share.
+        meter: Measures loss and gradient norm.
+        readings: Readings of this rank that have not arrived yet.
+        caution: Decides which updates are read before they are made.
         skipper: Skips an update that looks bad on this rank.
         snapshots: Exchanges reports about snapshots.
     """
@@ -94,9 +94,9 @@ class RankReadback:
         self._snapshots = snapshots
         self._sent: deque[Sent] = deque()
         self._late = False
-        # A fault that this rank found outside a step, of which the others hear with the next update.
+        # A fault that this rank found outside a step. The others are told of it with the next update.
         self._outside: Fault | None = None
-        # What was told of the update that is about to be made, where it looked bad before the loop could make it.
+        # The early report of the next update, if the update looked bad.
         self._told: Told | None = None
         self.at_hand: Reading | None = None
 
@@ -109,12 +109,12 @@ class RankReadback:
         """Report an update that looks bad to this rank, right after its backward pass.
 
         Args:
-            reading: What this rank has read of it.
-            undo: Undoes its batch.
+            reading: The reading of this rank.
+            undo: Undoes what its batch changed.
 
         Returns:
-            The reading of all ranks and those that stand out, if it looks bad to all, and so all have told of it here;
-            ``None`` if to this rank alone.
+            The reading of all ranks and the ranks that stand out, if the update looks bad to all ranks; else ``None``.
+            In the first case all ranks have reported it by now.
         """
         sent = self._tell(reading, undo, suspects=True)
         self._told = Told(reading, sent)
@@ -125,11 +125,11 @@ class RankReadback:
         return combined, outlier_ranks(reports, context.thresholds.distributed)
 
     def forget_told(self) -> None:
-        """The update is made again: what was told of it is over."""
+        """Forget the early report, because the update is made again."""
         self._told = None
 
     def submit(self, optimizer_index: int, undo: BatchUndo) -> Arrived | None:
-        """Tell of this update; gives its reading only where it looks bad to all ranks."""
+        """Report this update; return its reading only if it looks bad to all ranks."""
         step = self._context.state.step
         told, self._told = self._told, None
         if told is not None and (told.reading.step, told.reading.optimizer_index) == (step, optimizer_index):
@@ -150,7 +150,7 @@ class RankReadback:
         return None
 
     def _wait_or_skip(self, reading: Reading, sent: Sent) -> Arrived | None:
-        """An update looks bad to this rank: hear of it now if it does to all, else skip it on this rank."""
+        """Handle an update that looks bad here: return its reading if all ranks see it so, else skip it here."""
         if sent.suspected_by_all():
             return self._hear(sent, late=False)
         if not _gradient_finite(reading) and not self._context.settings.observe:
@@ -159,7 +159,7 @@ class RankReadback:
         return None
 
     def arrived(self, optimizer_index: int) -> Iterator[Arrived]:
-        """None: what was told now is heard with the next update."""
+        """Return nothing: the reports are read with the next update."""
         return iter(())
 
     def _heard(self) -> Iterator[Arrived]:
@@ -182,7 +182,7 @@ class RankReadback:
         )
 
     def _ask_outside(self) -> tuple[Fault, tuple[int, ...]] | None:
-        # All ranks call it at the same time.
+        # All ranks call this at the same time.
         mine, self._outside = self._outside, None
         told: list[dict[str, Any] | None] = self._context.ranks.gather(None if mine is None else asdict(mine))
         ranks = tuple(rank for rank, one in enumerate(told) if one is not None)
@@ -190,9 +190,9 @@ class RankReadback:
         return None if first is None else (Fault(**first), ranks if len(ranks) < len(told) else ())
 
     def _suspects(self, reading: Reading) -> bool:
-        # By the gradient alone, which is the same on all ranks: losses are not.
+        # Only the gradient counts, because it is the same on all ranks. Losses are not.
         if self._context.learner.scaler is not None and not _gradient_finite(reading):
-            return True  # whether it is an overflow, or comes from a loss, shows in the losses of all
+            return True  # the losses of all ranks show whether it is an overflow or comes from a loss
         gradient = reading._replace(loss=None, loss_finite=True, finite=_gradient_finite(reading))
         return self._context.monitors.check(gradient) is not None
 
@@ -233,22 +233,22 @@ class RankReadback:
         return Sent(posted, reading.optimizer_index, undo, held_back, line_search)
 
     def flush(self) -> Iterator[Arrived]:
-        """What all ranks have told, and what this rank has still to tell."""
+        """Read what all ranks have reported, and what this rank has still to report."""
         self._tell_queued(0)
         return self._heard()
 
     def hold(self, fault: Fault) -> bool:
-        """The other ranks hear of it with the next update."""
+        """Keep the fault: the other ranks are told of it with the next update."""
         self._outside = fault
         return True
 
     def end_batch(self) -> bool:
-        """The device's flags are no longer needed; readings may still arrive."""
+        """Remove the flags from the optimizers; readings may still arrive."""
         self._readings.drop_flags()
         return True
 
     def clear(self) -> None:
-        """Forget all that was told or is on its way."""
+        """Forget all reports, and all readings that have not arrived yet."""
         self._sent.clear()
         self._readings.clear()
 

@@ -21,19 +21,19 @@ from lightning_nanguard.types import Fault, Reading
 
 @final
 class ReadingJudge:
-    """Has the detectors look at each reading that arrives, and blocks the update of a bad one.
+    """Passes each reading to the detectors, and blocks the update if it is bad.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         meter: Names the gradient that is not finite.
         runner: Blocks updates.
-        interventions: Handle faults.
-        plausibility: Looks at running statistics.
-        late: Makes updates again whose fault was chance.
+        interventions: Handles faults.
+        plausibility: Checks running statistics.
+        late: Makes updates again whose fault happened by chance.
 
     Attributes:
         readings: Healthy readings since the last batch ended.
-        non_finite: Updates so far whose loss or gradient was not finite, but for overflows that a GradScaler skips.
+        non_finite: Updates so far whose loss or gradient was not finite, without overflows that a GradScaler skips.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ReadingJudge:
         """Judge readings of earlier updates, up to the first fault.
 
         Args:
-            arrived: The readings; no more of them are taken than are judged.
+            arrived: The readings. No more are read than are judged.
             stepping: Index of the optimizer about to step, ``None`` if none is.
         """
         if self._found:
@@ -80,9 +80,9 @@ class ReadingJudge:
         if self._curve is not None and not arrived.line_search:
             rates = self._context.state.rates
             self._curve.add(arrived.reading, rates[-1][1] if rates else None, self._context.clipper.value)
-        # Further evaluations of one step (LBFGS) try bad points on purpose, so they do not enter the history.
+        # Further closures of one step (LBFGS) try bad points on purpose, so their readings do not enter the history.
         if not arrived.line_search and self._monitors.passes(arrived.reading):
-            self.readings.append(arrived.reading)  # nearly always
+            self.readings.append(arrived.reading)  # the usual case
         else:
             self._look_closer(arrived, stepping)
         if arrived.outside is not None:
@@ -113,11 +113,11 @@ class ReadingJudge:
             fault = replace(fault, place=first_over_ranks(self._context.ranks, named)[0] or fault.place)
         reached = arrived.reached and fault.scope == "batch"
         found = FoundFault(fault, reading, arrived.undo, reached, arrived.late, arrived.ranks())
-        # A suspicion is no reason to block: its update is finite, and a restore would rewind it with the rest.
+        # A suspicion is no reason to skip the update: it is finite, and a rollback would undo it.
         suspicion = fault.scope == "learner" and not reading.scaler_skips
         if self._runner.at_once and not suspicion and not arrived.late:
             self._context.state.bad_in_a_row += 1
-            # Now, while the update that an acting guard would block has not been made.
+            # Handle it now: the update has not been made yet, as if an acting guard had skipped it.
             self.handle(replace(found, unmade=True))
             return
         self._found.append(found)
@@ -125,7 +125,7 @@ class ReadingJudge:
             self._runner.block(stepping)
 
     def _unusual(self, reading: Reading) -> Reading:
-        """The reading without what is usual in this run; the user is told once what that is."""
+        """Remove from a reading the numbers that are usual in this run; tell the user once about them."""
         state = self._context.state
         new = reading.loss_is_bad_alone and not state.bad_losses_usual
         if new and state.note_bad_loss(reading.step, self._interventions.patience):
@@ -133,7 +133,7 @@ class ReadingJudge:
         return state.unusual(reading)
 
     def _large_is_usual(self, fault: Fault, reading: Reading) -> bool:
-        """Whether every gradient since the start was too large and finite, so that one like it is to be tried."""
+        """Whether every gradient since the start was finite and too large, so that the update is made anyway."""
         state, patience = self._context.state, self._context.thresholds.decision.blame.patience_with_chance
         large = fault.certain and fault.scope == "batch" and reading.finite and not state.large_gradients_usual
         if not (large and state.note_large_gradient(patience)):
@@ -156,22 +156,22 @@ class ReadingJudge:
             return True in ranks.gather(at_hand and replay.batch_strange(extreme=extreme) is True)
 
     def look_at_statistics(self, reading: Reading, undo: BatchUndo) -> None:
-        """Where a batch has spoiled running statistics before: look at what this one did to them, before its update.
+        """Check before an update what its batch did to running statistics, if an earlier batch has made some bad.
 
         Args:
             reading: The reading of the present update.
-            undo: Knows the buffers as they were before the batch.
+            undo: Has the buffers as they were before the batch.
         """
         if not self._plausibility.watches_statistics or self._found:
             return
         fault = self._plausibility.strange_statistics(undo.before(), self._context.state.healthy_steps)
-        # A value that comes in batch after batch is usual for the data from now on.
+        # A value that occurs in many batches in a row is usual for the data.
         if fault is not None and self._context.state.bad_in_a_row < self._interventions.patience:
             self._runner.block(reading.optimizer_index)
             self._found.append(FoundFault(fault, reading, undo))
 
     def take_found(self) -> list[FoundFault]:
-        """The faults that were found, oldest first; none of them is given again."""
+        """Return the faults found so far, oldest first, and forget them."""
         if not self._found:
             return []
         found, self._found = self._found, []
@@ -182,7 +182,7 @@ class ReadingJudge:
         return found
 
     def handle(self, found: FoundFault) -> None:
-        """Handle a fault; if it turns out to be none, its reading is a healthy one."""
+        """Handle a fault; if it proves to be none, keep its reading as a healthy one."""
         if self._late.made_again(found):
             self.non_finite -= 1
         elif self._interventions.handle(found):

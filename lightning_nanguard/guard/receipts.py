@@ -1,4 +1,4 @@
-"""Finds out afterwards whether an intervention in a run with finite numbers helped."""
+"""Tests afterwards whether an intervention in a run with finite numbers helped."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class _Open:
 class Receipts:
     """Trains the branch that an intervention gave up beside the run, on the same batches, and compares the two.
 
-    One intervention is compared at a time. It is judged at doubling distances until two verdicts in a row agree. Where
-    the branch given up turns out clearly better, the run goes on from it.
+    One intervention is compared at a time. It is judged after a number of updates that doubles each time, until two
+    verdicts in a row agree. If the branch given up is clearly better, the run continues from it.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         branches: Trains the branch.
-        recorder: Records that an intervention was taken back, and knows the clock.
-        snapshots: Takes a new snapshot then.
+        recorder: Records that an intervention was taken back, and gives the clock.
+        snapshots: Takes a new snapshot after that.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Receipts:
         self._open: _Open | None = None
 
     def before(self, global_step: int, *, skipped: bool) -> None:
-        """An intervention on finite evidence is about to be carried out: keep the branch that it gives up.
+        """Keep the branch that an intervention on finite evidence is about to give up.
 
         Args:
             global_step: ``global_step`` of the intervention.
-            skipped: Whether it skips the present batch; the branch makes its update.
+            skipped: Whether the intervention skips the present batch. The branch makes its update.
         """
         self.close("another intervention was made")
         branches, state = self._branches, self._context.state
@@ -74,17 +74,17 @@ class Receipts:
         self._open = _Open(global_step, state.step, branch, state.policy, self._limits.updates)
 
     def close(self, reason: str) -> None:
-        """The branch cannot be compared any more.
+        """End the comparison, because it cannot be continued.
 
         Args:
-            reason: Why, in words.
+            reason: The reason, in words.
         """
         known, self._open = self._open, None
         if known is not None:
             self._not_measured(known.global_step, self._context.state.step - known.step, reason)
 
     def after(self, readings: Sequence[Reading]) -> None:
-        """Go on with the comparison after a healthy update.
+        """Continue the comparison after a healthy update.
 
         Args:
             readings: Its readings.
@@ -94,7 +94,7 @@ class Receipts:
             return
         reading = readings[-1]
         if reading.step <= known.step:
-            return  # read late: it is from before the intervention
+            return  # a late reading from before the intervention
         if self._context.state.rolled_back_since(known.step):
             self.close("the run was rolled back again")
             return
@@ -130,10 +130,10 @@ class Receipts:
         context, state = self._context, self._context.state
         before = context.rate.effective()
         self._branches.take(known.branch)
-        context.ring.drop_pending()  # a state of the branch that was just left
+        context.ring.drop_pending()  # it belongs to the branch that was just left
         context.ring.beside = known.branch.state
         self._snapshots.want()
-        # Of what the policy knows, only its budgets still hold.
+        # Of the policy's memory only the budgets are still valid.
         state.policy = replace(known.policy, restores=state.policy.restores, skips=state.policy.skips, trials_failed=0)
         state.restored = None
         message = f"the intervention of step {known.global_step} {receipt.in_words()}"

@@ -21,37 +21,37 @@ class InterventionRecorder:
     """Makes the record of each intervention, and the error that ends a run.
 
     Args:
-        context: What the parts of the guard share.
-        loop: Keeps records, and knows the time.
-        memory: Number of batches of which the clock is stored.
+        context: Objects and settings that the parts of the guard share.
+        loop: Stores records, and gives ``global_step``, epoch and batch index (the clock).
+        memory: Number of batches whose clock is stored.
     """
 
     def __init__(self, context: GuardContext, loop: TrainingLoop, *, memory: int) -> None:
         self._context = context
         self._loop = loop
-        # The clock at the end of the newest batches, with the number of their last update.
+        # The clock at the end of each of the newest batches, with the number of its last update.
         self._clocks: deque[tuple[int, Clock]] = deque(maxlen=memory)
         self._tried: deque[str] = deque(maxlen=5)
-        # The surest finding of each kind of fault at each place.
+        # For each kind of fault at each place, the finding with the highest confidence.
         self._surest: dict[tuple[str, str], Finding] = {}
-        # Names the last good checkpoint on the disk, from which the run can be started again.
+        # Names the last good checkpoint on disk, from which the run can be started again.
         self.on_disk: Callable[[], str] = str
 
     def mark(self) -> None:
-        """A batch ends: store its clock for faults that are found late."""
+        """Store the clock of the batch that ends, for faults that are found late."""
         self._clocks.append((self._context.state.step, self._loop.clock()))
 
     def now(self, *, unmade: bool = False) -> Clock:
-        """The present clock.
+        """Return the present clock for a record.
 
         Args:
-            unmade: Whether the present update is still to be made: every record has the step after its update.
+            unmade: Whether the present update is still to be made. A record has the step after its update.
         """
         global_step, epoch, batch_idx = self._loop.clock()
         return global_step + unmade, epoch, batch_idx
 
     def clock_of(self, step: int) -> Clock:
-        """The clock of the batch of an update, the present one if it is not stored."""
+        """The clock of the batch of an update; the present clock if that is not stored."""
         past = (clock for last, clock in self._clocks if last >= step)
         return next(past, self._loop.clock())
 
@@ -68,19 +68,19 @@ class InterventionRecorder:
         """Record what was done.
 
         Args:
-            fault: Why.
-            place: Where the fault lies.
+            fault: The fault.
+            place: Where the fault was found.
             words: What was done.
             before: Effective learning rates before it.
-            finding: Why the fault happened.
-            ranks: Ranks that saw it, where not all did.
-            clock: When; ``None`` for now.
+            finding: The cause of the fault.
+            ranks: Ranks that saw it, if not all of them did.
+            clock: The clock of the fault; ``None`` for now.
         """
         global_step, epoch, batch_idx = self._loop.clock() if clock is None else clock
         self._note_finding(fault, finding)
         after, restored = self._context.rate.effective(), self._context.state.restored
         kept, state = restored is None or "redo" in words, self._context.state
-        made = 0 if state.arm is None else state.arm.healthy  # by the restart that the run goes on from
+        made = 0 if state.arm is None else state.arm.healthy  # by the arm from which the run continues
         self._loop.record(
             Intervention(
                 global_step=global_step,
@@ -120,7 +120,7 @@ class InterventionRecorder:
         return here or max(self._surest.values(), key=lambda finding: finding.confidence, default=None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers."""
+        """The state in plain containers."""
         return {"tried": list(self._tried)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -128,7 +128,7 @@ class InterventionRecorder:
         self._tried.extend(state.get("tried", ()))
 
     def tried(self, fault: Fault, words: tuple[str, ...]) -> None:
-        """Store what was done, for the error that may end the run."""
+        """Store what was done, for the error that may end the run later."""
         self._tried.append(f"{fault.kind}: {', '.join(words)}")
 
     def stop(self, fault: Fault, place: str, reason: str, finding: Finding | None, clock: Clock) -> NoReturn:
@@ -140,7 +140,7 @@ class InterventionRecorder:
         self._note_finding(fault, finding)
         best = self.best_finding(fault)
         if finding is None or best is None or best.cause == finding.cause or not best.samples:
-            finding = best  # else the surest one blames samples of another batch, and this fault has a cause of its own
+            finding = best  # otherwise the surest one names samples of another batch, and this fault has its own cause
         global_step, epoch, batch_idx = clock
         to = None if self._context.state.restored is None else self._context.state.restored.global_step
         good = "There is no good state to go back to." if to is None else f"The module holds the weights of step {to}."

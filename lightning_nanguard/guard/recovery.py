@@ -1,4 +1,4 @@
-"""Cuts the rate and turns clipping on, reviews a cut, and ends both after many healthy updates in a row."""
+"""Cuts the rate, reviews the cut, turns clipping on, and ends both after many healthy updates in a row."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _STILL_HIGH = Fault(
 
 @final
 class Recovery:
-    """Cuts the rate and turns clipping on, reviews a cut, and ends both after many healthy updates in a row.
+    """Cuts the rate, reviews the cut, turns clipping on, and ends both after many healthy updates in a row.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         rehearsal: Tries rates.
         recorder: Records what was done.
-        reduce: How the user wants the rate to be cut and given back.
+        reduce: How the user wants the rate to be cut and raised again.
         clip: How the user wants gradients to be clipped.
         may_lower: Whether the user allows a cut of the rate.
     """
@@ -62,11 +62,11 @@ class Recovery:
         self._clipping_since = 0
 
     def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
-        """Multiply the learning rate, or with ``limit`` allow no larger one than results."""
+        """Multiply the learning rate. With ``limit``, set the product as the highest rate allowed instead."""
         rate = self._rate
         effective = rate.effective()
         if not effective:
-            return  # optimizers without a rate, or none
+            return  # no optimizer has a rate
         if (limit or rate.ratio() < rate.multiplier) and effective[0] > 0:
             rate.set_multiplier(rate.multiplier, min_lr=min_lr, max_lr=effective[0] * factor)
         else:
@@ -74,14 +74,14 @@ class Recovery:
         self._reviews.begin(self._state.healthy_steps)
 
     def clip(self, value: float, algorithm: Literal["norm", "value"]) -> None:
-        """Clip from now on; ``inf`` ends it."""
+        """Clip gradients from now on; ``inf`` ends clipping."""
         self._context.clipper.set(value, algorithm)
         self._clipping_since = self._state.healthy_steps
-        # Clipping alone may have been too little.
+        # A review may find that clipping alone was not enough.
         self._reviews.begin(self._state.healthy_steps)
 
     def give_back(self) -> None:
-        """After a healthy update: raise the rate, review it, or end clipping, if it is time."""
+        """After a healthy update: raise the rate, review it, or end clipping, if that is due."""
         if not self._rate.is_on() and self._context.clipper.value is None:
             return
         state, reduce = self._state, self._reduce
@@ -114,7 +114,7 @@ class Recovery:
         self._end_clipping()
 
     def _review(self, reduce: ReduceLR) -> None:
-        # The cut was chosen on very little evidence; now there is more.
+        # The rate was cut on very little evidence. Now there is more.
         state, limits = self._state, self._limits
         if not (reduce.rehearse and self._reviews.due(state.healthy_steps)):
             return
@@ -123,7 +123,7 @@ class Recovery:
         if not before:
             return
         may_rise = ratio <= limits.raised_below and limits.larger * before[0] < state.policy.bad_rate
-        # If the loss falls, this rate is good enough. If it never fell, it says nothing about the rate.
+        # If the loss falls, this rate is good enough. If it has never fallen, it says nothing about the rate.
         rests = history.learning() and not history.falling()
         rests &= self._may_lower and self._lowered < limits.most_lowered and before[0] > reduce.min_lr
         if not (may_rise or rests):
@@ -160,7 +160,7 @@ class Recovery:
             self._recorder.record(_HEALTHY, "", ("end clipping",), self._rate.effective())
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers."""
+        """The state in plain containers."""
         return {
             "clipping_since": self._clipping_since,
             "lowered": self._lowered,

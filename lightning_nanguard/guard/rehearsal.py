@@ -1,4 +1,4 @@
-"""Tries learning rates: makes a few updates on the newest batches from a given state, and undoes them."""
+"""Tries learning rates: makes a few updates on the newest batches from a given state, then undoes them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Reviews:
         self._next = healthy_steps + self._wait
 
     def due(self, healthy_steps: int) -> bool:
-        """Whether a review is due; if so, the next one is due after four times the wait."""
+        """Whether a review is due. If so, the wait for the next one is four times as long."""
         if self._next is None or healthy_steps < self._next:
             return False
         self._wait *= self._limits.wait_ratio
@@ -47,7 +47,7 @@ class Reviews:
         return True
 
     def state_dict(self) -> dict[str, int | None]:
-        """Plain containers."""
+        """The state in plain containers."""
         return {"next": self._next, "wait": self._wait}
 
     def load_state_dict(self, state: Mapping[str, int | None]) -> None:
@@ -59,11 +59,11 @@ class Reviews:
 class Rehearsal:
     """Tries learning rates on the newest batches.
 
-    Learner, rates and gradients are restored afterwards; only :meth:`loss_after` leaves the learner at its ``base``.
-    With several processes each trains on its own batches, and all continue from the mean.
+    Learner, rates and gradients are restored afterwards, except that :meth:`loss_after` leaves the learner at ``base``.
+    With several ranks each trains on its own batches, and all continue from the mean.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
     """
 
     def __init__(self, context: GuardContext) -> None:
@@ -73,22 +73,22 @@ class Rehearsal:
         self._replay = context.replay
         self._limits = context.thresholds.rate_search.rehearsal
         self._reviews = context.thresholds.rate_search.review
-        # The loss of each batch under the state last rehearsed from, where measured: losses of batches may differ.
+        # The losses of single batches under the base state, if measured: batches may have different losses.
         self._base: tuple[int, int] = (0, 0)
         self._began: dict[int, float] = {}
 
     def loss_after(self, base: Snapshot, factor: float, updates: int, *, unseen: bool = False) -> float | None:
-        """Mean loss of the recent batches after ``updates`` from ``base`` with the rate times ``factor``.
+        """Mean loss of the recent batches after some updates from a state, with the rate times a factor.
 
-        The updates take the batches in turn. The loss is infinite where it diverged during them, and ``None`` if no
-        batch can be run. The learner is left at ``base``, without gradients.
+        The updates use the batches in turn. The loss is infinite if it diverged during them, and ``None`` if no batch
+        can be run. The learner is left at ``base``, without gradients.
 
         Args:
-            base: State to begin at.
-            factor: Number that the rate is multiplied by.
+            base: The state to begin at.
+            factor: Factor on the rate.
             updates: Number of updates, before it is adapted to the optimizer (more with momentum).
-            unseen: Whether to train on every other batch and measure the loss on the rest, so that learning by heart
-                does not count.
+            unseen: Whether to train on every other batch and measure the loss on the rest, so that memorised batches do
+                not count.
         """
         count = self._replay.rehearsal_batches()
         batches = range(max(0, count - self._limits.batches), count)
@@ -123,7 +123,7 @@ class Rehearsal:
 
     def _inertia(self) -> float:
         group = self._learner.optimizers[0].param_groups[0]
-        # Momentum takes some updates to build up, so more are made.
+        # Momentum takes some updates to build up, so more updates are made.
         return self._limits.momentum if group.get("momentum") else self._limits.adaptive if "betas" in group else 1.0
 
     def _play(self, trained: Sequence[int], measured: Sequence[int], updates: int) -> list[float] | None:
@@ -133,7 +133,7 @@ class Rehearsal:
             stays = self._train(trained, steps)
         if not stays:
             return None if stays is None else [math.inf] * len(measured)
-        # Enter again, so that random numbers in the loss are the same whatever was trained before.
+        # Start a new context, so that random numbers in the loss do not depend on the training before.
         with self._replay.rehearsing():
             losses = [self._replay.loss_on(index) for index in measured]
         known = [loss for loss in losses if loss is not None]
@@ -156,14 +156,14 @@ class Rehearsal:
         return True
 
     def review(self, untrained: float | None, *, at_most: float) -> float:
-        """The factor by which the rate should change: ``at_most`` (larger), 1 (keep) or 1/4 (lower).
+        """The factor by which the rate should change: ``at_most`` (raise), 1 (keep) or 1/4 (lower).
 
-        Short trials favour small rates. So the rate is lowered only if training on some batches clearly raises the loss
-        of the others, and raised only if four times the present rate lowers the loss clearly more.
+        Short tests favour low rates. So the rate is lowered only if training on some batches clearly raises the loss of
+        the others. It is raised only if four times the present rate lowers the loss clearly more.
 
         Args:
             untrained: Loss of the first healthy update; ``None`` if the rate may not be lowered.
-            at_most: The factor returned for a larger rate; 1 if the rate may not be raised.
+            at_most: The factor that stands for a higher rate; 1 if the rate may not be raised.
         """
         reviews = self._reviews
         with self.present() as present:
@@ -183,7 +183,7 @@ class Rehearsal:
             return at_most if more else 1.0
 
     def harmful(self, factor: float) -> bool:
-        """Whether from the present state the rate times ``factor`` makes the loss clearly worse."""
+        """Whether training from the present state at the rate times ``factor`` clearly raises the loss."""
         with self.present() as present:
             if present is None:
                 return False
@@ -210,13 +210,13 @@ class Rehearsal:
         finally:
             restore(self._learner, present)
             if self._learner.scaler is not None and present.scaler:
-                # Restoring an older snapshot lowers the scale, and restoring this one does not raise it again.
+                # Restoring an older snapshot lowers the loss scale, and restoring this one does not raise it again.
                 self._learner.scaler.load_state_dict(present.scaler)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
 
     def compare_each(self, one: Snapshot, other: Snapshot) -> list[tuple[float, float]]:
-        """Loss of each recent batch under two states; empty without batches."""
+        """The loss of each recent batch under two states; empty if no batch is stored."""
         if not self._replay.rehearsal_batches():
             return []
         with self.present() as present:

@@ -1,4 +1,4 @@
-"""What remedies may do to a run: restore the learner, cut the rate, clip, try rates."""
+"""Actions that remedies may take on a run: restore the learner, cut the rate, clip, try rates."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class RemedyActions:
     """Does what remedies ask for; a :class:`~lightning_nanguard.act.base.RunControl`.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         recovery: Cuts the rate and clips.
         rehearsal: Tries rates.
         skipper: Skips updates.
-        snapshots: Is informed about a restore.
-        readback: Is informed about a restore.
+        snapshots: Is told about a restore.
+        readback: Is told about a restore.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class RemedyActions:
         self._known_until = 0
 
     def begin(self, found: FoundFault, known_until: int) -> None:
-        """An intervention begins.
+        """Begin an intervention.
 
         Args:
             found: The fault.
-            known_until: Update up to which readings are kept even if a state from before it is restored.
+            known_until: Last update whose reading is kept even if a state from before it is restored.
         """
         self._found, self._known_until = found, known_until
         self._context.state.restored = self._context.state.unrestored = None
@@ -64,7 +64,7 @@ class RemedyActions:
     def undo(self, found: FoundFault) -> None:
         """Undo what the batch of a fault changed."""
         if found.undo is not None:
-            # What the device held back it has undone already, and later batches have built on it.
+            # The device has already undone an update that it skipped, and later batches have changed the buffers since.
             found.undo.undo(buffers=not found.late or found.reached)
             self._skipper.undo()
 
@@ -88,19 +88,19 @@ class RemedyActions:
         context.state.restored = snapshot
         left = restore(context.learner, snapshot)
         if context.state.arm is not None:
-            left = restore(context.learner, context.state.arm)  # what the trial has learned from there is not lost
+            left = restore(context.learner, context.state.arm)  # keep what the arm has learned since
             ring.beside = context.state.arm
         self._look_at_restored(left)
         context.state.healthy_since_restore = 0
         self._forget(snapshot)
         for optimizer in context.learner.optimizers:
-            # Where batches cannot be run again, the gradients may be where a captured graph writes them.
+            # If batches cannot be run again, a captured CUDA graph may write to the memory of the gradients.
             optimizer.zero_grad(set_to_none=context.replay.comparable())
 
     def restore_averages(self) -> None:
-        """Restore averaged copies of the weights that are bad from the newest snapshot.
+        """Restore bad averaged copies of the weights from the newest snapshot.
 
-        Copies that it does not hold are set to the weights.
+        Copies that it does not have are set to the weights.
         """
         context, certified = self._context, self._context.ring.certified
         learner, corrupt = context.learner, context.finite.corrupt
@@ -113,14 +113,14 @@ class RemedyActions:
         self._snapshots.mend_pending(place)
 
     def gone_on(self, snapshot: Snapshot) -> None:
-        """All updates since a snapshot were made again."""
+        """Note that all updates since a snapshot were made again."""
         self._context.state.restored = snapshot
         self._forget(snapshot)
 
     def _look_at_restored(self, left: Sequence[StateKey]) -> None:
         context, state = self._context, self._context.state
         if context.corrupt()[0] is not None:
-            mend_averages(context.learner, context.finite.corrupt)  # of one that began since, no snapshot holds a copy
+            mend_averages(context.learner, context.finite.corrupt)  # no snapshot has an average that began later
         state.unrestored, _ = context.corrupt()
         if state.unrestored is not None:
             # No snapshot helps, so none is tried again.
@@ -131,17 +131,17 @@ class RemedyActions:
             _logger.warning("NaNGuard: the rollback did not restore %s, because the shape has changed.", names)
 
     def _forget(self, snapshot: Snapshot) -> None:
-        # Everything that was read of states after this one.
+        # Forget everything that was read about states after this one.
         self._snapshots.count_from(self._context.state.step)
         self._readback.clear()
         self._context.monitors.rewind(max(snapshot.step, self._known_until))
 
     def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
-        """Multiply the learning rate, or with ``limit`` allow no larger one than results."""
+        """Multiply the learning rate. With ``limit``, set the product as the highest rate allowed instead."""
         self._recovery.scale(factor, min_lr, limit=limit)
 
     def clip(self, value: float, algorithm: Literal["norm", "value"]) -> None:
-        """Clip from now on; ``inf`` ends it."""
+        """Clip gradients from now on; ``inf`` ends clipping."""
         self._recovery.clip(value, algorithm)
 
     def drop_moments(self) -> None:
@@ -150,14 +150,14 @@ class RemedyActions:
             optimizer.state.clear()
 
     def rehearse(self, factor: float, updates: int) -> float | None:
-        """Try a rate from the state just restored."""
+        """Try a rate from the state that was just restored."""
         restored = self._context.state.restored
         if restored is None:
             return None
-        self._skipper.skipped.clear()  # the faulty update is over, and rehearsed ones must be made
+        self._skipper.skipped.clear()  # rehearsed updates must be made
         loss = self._rehearsal.loss_after(restored, factor, updates)
         return None if loss is None else loss / self._context.monitors.loss_unit()
 
     def rehearsal_batches(self) -> int:
-        """How many batches there are to try rates on."""
+        """Number of batches on which rates can be tried."""
         return self._context.replay.rehearsal_batches()

@@ -23,9 +23,9 @@ class SnapshotVerdict:
     """The verdict of one rank about the pending snapshot.
 
     Attributes:
-        step: The snapshot's.
-        objection: Why it cannot be certified, ``None`` if it can.
-        checksums: Of its parameters and of its moments.
+        step: Step of the snapshot.
+        objection: Why it cannot be certified; ``None`` if it can.
+        checksums: Checksums of its parameters and of its moments.
     """
 
     step: int = -1
@@ -39,13 +39,13 @@ class SnapshotAgreement:
 
     Args:
         ranks: All processes.
-        interval: Updates between snapshots, until the ranks have told theirs.
+        interval: Updates between snapshots, until the ranks have reported theirs.
     """
 
     def __init__(self, ranks: Ranks, interval: int) -> None:
         self._ranks = ranks
         self.interval = interval
-        """The longest interval that a rank has chosen, which holds for all."""
+        """The longest interval that a rank has chosen. All ranks use it."""
         self._verdict = SnapshotVerdict()
         self._heard: Sequence[Report] = ()
         self._equal = False
@@ -53,11 +53,11 @@ class SnapshotAgreement:
         self._parted_before: set[str] = set()
 
     def judge(self, pending: Snapshot, leaves: Mapping[StateKey, Any], objection: Fault | None) -> None:
-        """Store the verdict of this rank about the pending snapshot; the next report has it for the other ranks.
+        """Store the verdict of this rank about the pending snapshot. The next report sends it to the other ranks.
 
         Args:
             pending: The snapshot.
-            leaves: The learner's leaves of now, whose values it has: it may not have arrived in host memory yet.
+            leaves: The present leaves of the learner. They equal the snapshot, whose copy may not have arrived yet.
             objection: Why it cannot be certified.
         """
         sums = (0, 0) if self._ranks.sharded else checksums(leaves)
@@ -69,17 +69,20 @@ class SnapshotAgreement:
         return verdict.step, verdict.objection is not None, *verdict.checksums
 
     def hear(self, reports: Sequence[Report]) -> bool:
-        """Take the reports of all ranks; whether another interval holds from now on."""
+        """Take the reports of all ranks; return whether the interval has changed."""
         self._heard = reports
         before, self.interval = self.interval, max([one.snapshot_interval for one in reports])
         return self.interval != before
 
     def judged(self, pending: Snapshot) -> bool:
-        """Whether all ranks have told what they think of ``pending``."""
+        """Whether all ranks have reported their verdict about ``pending``."""
         return all(one.pending_step == pending.step for one in self._heard)
 
     def objection(self, pending: Snapshot) -> tuple[Fault | None, tuple[int, ...]]:
-        """Why ``pending`` cannot be certified, ``None`` if it can, and the ranks concerned; all must call it."""
+        """Why ``pending`` cannot be certified, and the ranks concerned; ``None`` if it can be.
+
+        All ranks must call it.
+        """
         objecting = tuple(rank for rank, one in enumerate(self._heard) if one.rejects_pending)
         if objecting:
             mine = self._verdict.objection
@@ -88,7 +91,7 @@ class SnapshotAgreement:
         return (None, ()) if self._ranks.sharded else self._parted(pending)
 
     def share(self) -> bool:
-        """Whether each rank keeps a part of the snapshot only: where it was found equal on all of them."""
+        """Whether each rank keeps only a part of the snapshot, because it was equal on all ranks."""
         return self._ranks.snapshot_parts > 1 and self._equal
 
     def _parted(self, pending: Snapshot) -> tuple[Fault | None, tuple[int, ...]]:
@@ -103,13 +106,13 @@ class SnapshotAgreement:
                 continue
             self._equal = False
             if name not in self._were_equal:
-                continue  # an optimizer that is itself shared among ranks, or parameters that were never synchronised
+                continue  # a sharded optimizer, or parameters that were never synchronised
             self._were_equal.remove(name)
             if name not in self._parted_before:
                 self._parted_before.add(name)
                 message = f"the {name} of the ranks, which were equal before, differ at step {pending.global_step}"
                 return Fault("parted_ranks", "state", name, None, message), minority_ranks(sums)
-            # What parts again after a restore does so by itself.
+            # Values that differ again after a restore are made different by the run itself.
             if self._ranks.rank == 0:
                 _logger.warning(
                     "NaNGuard: the %s of the ranks differ again at step %d. From now on each rank keeps whole "

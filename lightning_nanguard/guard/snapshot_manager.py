@@ -36,17 +36,17 @@ class SnapshotManager:
     """Takes snapshots of the learner for the guard, and checks them before they are certified.
 
     Args:
-        learner: What is kept.
-        ring: Where snapshots go.
+        learner: The learner of the run.
+        ring: Stores the snapshots.
         finite: Finds tensors that are not finite.
         plausibility: Finds finite tensors that are far out of range.
         every: Updates between snapshots; ``None`` chooses so that they take at most 1 % of the time, and less later.
-        device: Where snapshots are kept; ``None`` on the device of the originals.
-        choose: Whether they go to host memory by themselves where a device has no room for them.
-        limit: Bytes that all of them together may take.
+        device: Where snapshots are kept; ``None`` for the device of the originals.
+        choose: Whether snapshots move to host memory if a device has no room for them.
+        limit: Limit in bytes for all snapshots together.
         others: Bytes that count in the limit beside snapshots.
-        ranks: All processes: they take and certify the same snapshots.
-        thresholds: When snapshots are taken, and where they lie.
+        ranks: All processes. They take and certify the same snapshots.
+        thresholds: When snapshots are taken, and where they are kept.
         clock: Gives the time in seconds.
     """
 
@@ -89,11 +89,11 @@ class SnapshotManager:
         self._agreement = SnapshotAgreement(self._ranks, self._interval.updates)
         self._device_timer = DeviceTimer(learner.device)
         self._screen, self._moments = NormScreen(()), MomentScreen({})
-        # State keys of tensors whose norm is larger than one element may be.
+        # State keys of tensors whose norm may be larger than the largest value that one element may have.
         self._wide: set[StateKey] = set()
         self._resumed: Mapping[str, Any] | None = None
         self._last = 0
-        # The newest update whose state was looked at.
+        # The newest update whose state was checked.
         self._looked = 0
         self._next = self._interval.until_next(0)
         self._wanted = False
@@ -101,12 +101,12 @@ class SnapshotManager:
         self._announced_after = thresholds.interval.announced_after
 
     def count_from(self, step: int) -> None:
-        """The next snapshot is due an interval after update ``step``."""
+        """Make the next snapshot due one interval after update ``step``."""
         self._last = step
         self._next = step + self._interval.until_next(step, self._agreement.interval if self._many else None)
 
     def state_dict(self) -> dict[str, Any]:
-        """When snapshots fall due, and what is known of the pending one; the snapshots themselves are not saved."""
+        """When snapshots are due, and the counts of the pending one. The snapshots themselves are not saved."""
         if self._resumed is not None:  # loaded, and not started yet
             return dict(self._resumed)
         pending = self._ring.pending
@@ -123,18 +123,18 @@ class SnapshotManager:
             self._interval.resume(int(state["interval"]))
 
     def resume(self, level: float | None, capture: Callable[[], Snapshot | None]) -> bool:
-        """At the start: go on with the snapshots as the run that was stopped would have; whether it was one.
+        """Continue with snapshots like the run that was stopped; return whether this fit resumes one.
 
-        The state that was saved is certified at once, since it was looked at then. It also takes the place of the
-        pending snapshot, of which the learning rate is known: what follows from its certification then follows at the
-        same update.
+        The loaded state is certified at once, because it was checked when it was saved. A second copy of it takes the
+        place of the pending snapshot, with the saved rate and count. So that snapshot is certified at the same update
+        as without the stop.
 
         Args:
             level: Level of the loss.
             capture: Takes a snapshot.
         """
         resumed, self._resumed = self._resumed, None
-        # Several processes certify together, and none has said anything yet.
+        # Several ranks certify together, and no rank has reported yet.
         if resumed is None or self._many:
             return False
         first = capture()
@@ -151,7 +151,7 @@ class SnapshotManager:
         return True
 
     def want(self) -> None:
-        """The next snapshot is due at once."""
+        """Make the next snapshot due at once."""
         self._wanted = True
 
     def due(self, step: int) -> bool:
@@ -159,15 +159,15 @@ class SnapshotManager:
         return self._wanted or step >= self._next
 
     def look_due(self, step: int) -> bool:
-        """Whether the newest state looked at is half an interval old: looks then cost at most what snapshots do.
+        """Whether the last check is half an interval ago. Checks then cost at most as much as snapshots.
 
-        Several ranks look at their snapshots alone, because with uneven data they are not at the same update.
+        Several ranks check only their snapshots, because with uneven data they are not at the same update.
         """
         old = 2 * (step - self._looked) >= self._interval.updates
         return old and not self._many and bool(self._ring.certified)
 
     def look(self, step: int, healthy_steps: int) -> Fault | None:
-        """Why a snapshot of the present state could not be certified, ``None`` if it could; no copy is made.
+        """Why a snapshot of the present state could not be certified; ``None`` if it could. No copy is made.
 
         Args:
             step: The guard's clock.
@@ -183,27 +183,27 @@ class SnapshotManager:
         self._placement.close()
 
     def where(self) -> torch.device | None:
-        """Where a copy of a part of the learner goes: where snapshots go; ``None`` for beside it."""
+        """Where copies of a part of the learner are kept: where snapshots are; ``None`` for beside the original."""
         return self._placement.where()
 
     def wanted_place(self) -> int:
-        """For a :class:`Report`: where snapshots would lie if this process were alone; ``-1`` where that is open."""
+        """For a :class:`Report`: where this rank alone would keep snapshots; ``-1`` if that is open."""
         return self._placement.wanted()
 
     def look_at_room(self) -> None:
-        """Keep fewer snapshots, or keep them elsewhere, if the run needs more memory than before.
+        """Keep fewer snapshots, or move them, if the run needs more memory than before.
 
-        Before the first measured snapshot nothing is decided.
+        It decides nothing before the first measured snapshot.
         """
         if self._measured:
             self._placement.look_at_room()
 
     def capture(self, step: int, global_step: int, rate: float | None, healthy_steps: int = 0) -> Snapshot | None:
-        """Take a snapshot, which is then pending; ``None`` if there is no room for one.
+        """Take a snapshot and make it the pending one; ``None`` if there is no room for it.
 
         Args:
             step: The guard's clock.
-            global_step: The trainer's.
+            global_step: ``global_step`` of the trainer.
             rate: Effective learning rate of the first group.
             healthy_steps: Healthy updates so far.
         """
@@ -215,14 +215,14 @@ class SnapshotManager:
             self._placement.look_at_room(leaves)
         pinned = self._learner.device.pinning
         self._device_timer = self._learner.device.timer(leaves.values())
-        # Among ranks, of which one alone may see that its copy was disturbed, no copy goes on beside the run.
+        # Copies in the background only without other ranks: one rank alone may see that its copy was disturbed.
         snapshot = self._placement.copy(step, global_step, leaves, beside_run=since > 0 and not self._many)
         if snapshot is None:
             self.count_from(step)
             return None
         snapshot.rate = rate
         self._ring.add(snapshot)
-        # Of the live state, whose values the snapshot has: the snapshot may lie far away, and not be there yet.
+        # Measure the live state, which equals the snapshot: the copy may be in host memory, and not have arrived yet.
         self._screen, self._moments = self._screens(leaves)
         if self._many:
             self._agreement.judge(snapshot, leaves, self._check(snapshot, healthy_steps))
@@ -234,29 +234,29 @@ class SnapshotManager:
         return snapshot
 
     def settle(self) -> None:
-        """Before an update, and before anything else that writes to the learner: it waits for copies under way."""
+        """Let the next update, or other write to the learner, wait for copies that are under way."""
         self._placement.settle()
 
     def tell(self) -> tuple[int, int, bool, int, int]:
-        """For a :class:`Report`: the interval chosen here, then what :meth:`SnapshotAgreement.tell` gives."""
+        """For a :class:`Report`: the interval chosen here, then the values of :meth:`SnapshotAgreement.tell`."""
         return self._interval.updates, *self._agreement.tell()
 
     def hear(self, reports: Sequence[Report]) -> None:
-        """Take what all ranks say of their snapshots."""
+        """Take the reports of all ranks about their snapshots."""
         self._placement.hear([one.snapshot_place for one in reports])
         if self._agreement.hear(reports):
             self.count_from(self._last)
 
     def judged(self, pending: Snapshot) -> bool:
-        """Whether it is known, on all ranks, what to think of ``pending``; at first only where that needs no wait."""
+        """Whether ``pending`` has been checked on all ranks. At first this does not wait for the check."""
         if self._many:
             return self._agreement.judged(pending)
-        # Updates later it is there, or is worth a wait: a run without a certified state cannot be helped.
+        # Some updates later the check is worth a wait: a run without a certified state cannot be restored.
         overdue = pending.healthy > self._ring.certify_after + 1
         return overdue or (self._screen.arrived() and self._moments.arrived() and pending.check.arrived())
 
     def is_whole(self, pending: Snapshot) -> bool:
-        """Whether nothing wrote to the learner while it was copied; if something has, another one is due at once."""
+        """Whether nothing wrote to the learner while it was copied. If something did, a new snapshot is due at once."""
         whole = pending.intact() if pending.check.events else True
         if not whole:
             self._placement.torn()
@@ -277,12 +277,12 @@ class SnapshotManager:
         return fault, ()
 
     def mend_pending(self, place: str) -> None:
-        """Drop the pending snapshot if it is bad, but for averaged copies: no update is made from these.
+        """Drop the pending snapshot if it is bad. If only averaged copies are bad, mend these.
 
-        Bad copies are taken from the newest certified snapshot, or left out where it has none.
+        Bad copies are taken from the newest certified snapshot, or left out if it has none.
 
         Args:
-            place: What is bad in it, beside what is not finite.
+            place: A tensor of it that is bad, besides those that are not finite.
         """
         pending = self._ring.pending
         if pending is None:
@@ -302,7 +302,7 @@ class SnapshotManager:
                 del pending.leaves[key]
 
     def kept(self, pending: Snapshot) -> Snapshot:
-        """How a certified snapshot is kept: shared among ranks where it was found equal on all of them."""
+        """The certified snapshot as it is kept: split among the ranks if it was equal on all of them."""
         if not self._agreement.share():
             return pending
         started = self._clock()

@@ -15,31 +15,30 @@ from lightning_nanguard.types import Reading
 @final
 @dataclass(slots=True)
 class GuardState:
-    """Counts that the parts of a guard share.
+    """Counts and other state that the parts of a guard share.
 
     Attributes:
         step: Attempted updates so far.
-        healthy_steps: Healthy ones among them.
-        healthy_since_restore: Those since the last restore; ``None`` before the first.
+        healthy_steps: Healthy updates among them.
+        healthy_since_restore: Healthy updates since the last restore; ``None`` before the first one.
         bad_in_a_row: Bad batches since the last healthy one.
-        policy: What the policy remembers.
+        policy: The memory of the policy.
         restored: The snapshot that the present intervention restored; ``None`` if it restored none.
-        go_on: Makes the updates since a snapshot again after a rollback, and gives whether it could; it is given the
-            reading of the update that was bad, where one was made. ``None`` if the loop cannot.
-        went_on: Whether the updates since it were made again in the present intervention.
+        go_on: Makes the updates since a snapshot again after a rollback, and returns whether it could. Its arguments
+            are the snapshot and the reading of the bad update, if one was made. ``None`` if the loop cannot do this.
+        went_on: Whether the present intervention made the updates since ``restored`` again.
         again: What made the state bad when updates were made again, as in :attr:`Evidence.again`.
-        told: Update and words of the last fault that was left alone: a finite suspicion that the user was told of, or
-            the first fault that was only observed; ``None`` before.
-        raised: The exception of ``training_step`` that the next non-finite loss stands for, in words.
-        bad_alone: Step of the newest update whose loss alone was not finite, and how many were so in a row.
-        bad_losses_usual: Whether such losses are usual in this run, so that no loss is looked at that is not finite
-            while the gradients are.
-        too_large: Updates from the start on of which nothing but the size of their gradients was wrong.
-        large_gradients_usual: Whether such gradients are usual in this run, so that no norm is looked at.
+        told: Update and words of the last fault that was left alone: a suspicion that the user was told of, or the
+            first fault that was only observed; ``None`` before.
+        raised: An exception of ``training_step``, in words. The next non-finite loss stands for it.
+        bad_alone: The newest update whose loss alone was not finite, and the number of such updates in a row.
+        bad_losses_usual: Whether such losses are usual in this run. They are then ignored.
+        too_large: Number of updates since the start whose only fault was that the gradient was too large.
+        large_gradients_usual: Whether such gradients are usual in this run. Gradient norms are then ignored.
         good_beside: ``step`` of the newest bad update in whose batch another optimizer's update was accepted; ``None``
             without one.
-        arm: The state that a trial has trained from the start, if the run is to go on from it; ``None`` without one.
-        unrestored: What is still not finite after the present intervention has restored a snapshot, in words.
+        arm: The arm of a trial from which the run is to continue; ``None`` without one.
+        unrestored: A tensor that is still not finite after the present intervention restored a snapshot, in words.
         skipped: Numbers of the newest updates that were skipped.
         passed_over: Whether the present update is left out because every sample of it is known to be bad.
         rates: Step and effective learning rate of the first group, for each step at which it changed.
@@ -68,7 +67,7 @@ class GuardState:
     rates: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=1024))
 
     def state_dict(self) -> dict[str, Any]:
-        """What lasts from one step to the next, in plain containers."""
+        """The state that lasts from one step to the next, in plain containers."""
         return {
             "step": self.step,
             "healthy_steps": self.healthy_steps,
@@ -93,24 +92,24 @@ class GuardState:
         self.rates.extend((int(step), float(rate)) for step, rate in state.get("rates", ()))
 
     def rolled_back_since(self, step: int) -> bool:
-        """Whether the run was rolled back after an update."""
+        """Whether the run was rolled back after update ``step``."""
         return any(at > step for at, _ in self.policy.restores)
 
     def note_bad_loss(self, step: int, patience: int) -> bool:
-        """Note an update whose loss alone was not finite; whether so many were in a row that this is usual."""
+        """Note an update whose loss alone was not finite; return whether so many in a row make this usual."""
         last, times = self.bad_alone
         self.bad_alone = step, times + 1 if step == last + 1 else 1
         self.bad_losses_usual = self.bad_alone[1] >= patience
         return self.bad_losses_usual
 
     def note_large_gradient(self, patience: int) -> bool:
-        """Note an update whose gradients were only too large; whether so many were, and no other one was good."""
+        """Note an update whose gradients were only too large; return whether all were so far, and were many."""
         self.too_large += 1
         self.large_gradients_usual = self.healthy_steps == 0 and self.too_large == self.step >= patience
         return self.large_gradients_usual
 
     def unusual(self, reading: Reading) -> Reading:
-        """A reading without the numbers that would be a fault in other runs, and are usual in this one."""
+        """A reading without the numbers that are usual in this run, and would be a fault in others."""
         if self.bad_losses_usual and reading.loss_is_bad_alone:
             reading = reading._replace(loss=None, loss_finite=True, finite=True)
         if self.large_gradients_usual and reading.finite:
@@ -118,6 +117,6 @@ class GuardState:
         return reading
 
     def note_rate(self, rate: float | None) -> None:
-        """Remember the effective learning rate of this step, where it changed."""
+        """Store the effective learning rate of this step, if it changed."""
         if rate is not None and (not self.rates or self.rates[-1][1] != rate):
             self.rates.append((self.step, rate))

@@ -29,20 +29,20 @@ from lightning_nanguard.types import Evidence, Fault, Finding, Reading
 
 @final
 class StepCheck:
-    """Tells a loop whether an update that is about to be made is certainly bad, and what to put back to make it again.
+    """Tells a loop whether the next update is certainly bad, and restores what is needed to make it again.
 
-    What is read here is what the guard judges before the optimizer's step: nothing is read twice.
+    A reading made here is also the one that the guard judges before the optimizer's step. Nothing is read twice.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         loop: Finds causes.
-        meter: Measures.
-        caution: Says which updates are read before they are made.
+        meter: Measures loss and gradient.
+        caution: Decides which updates are read before they are made.
         recorder: Records what was made again.
-        policy: Says whether a rollback is allowed.
+        policy: Decides whether a rollback is allowed.
         undos: The first one undoes what the present batch changed.
         within: Undoes what one micro-batch of a window changed.
-        readback: Forgets readings of states that are gone; with several ranks it tells the others of a bad update.
+        readback: Forgets readings of undone states. With several ranks it reports a bad update to the others.
     """
 
     def __init__(
@@ -70,19 +70,19 @@ class StepCheck:
         self._ranks = readback if isinstance(readback, RankReadback) else None
         self._seen_by: tuple[int, ...] = ()
         self._limits = context.thresholds.batches.repeated
-        # How often a fault at a place was gone when its step was made again.
+        # How often the fault at a place was gone when its step was made again.
         self.transient: Counter[str] = Counter()
 
     def allowed(self) -> bool:
-        """Whether a step may be made again: by a single process, and not where the guard only observes."""
+        """Whether a step may be made again: only with a single process, and not if the guard only observes."""
         context = self._context
         return not (context.many or context.ranks.sharded or context.settings.observe)
 
     def share_skipped(self, least: int) -> float:
-        """Share of skipped updates within the budget's window; 0.0 before a number of updates.
+        """Share of skipped updates within the budget's window; 0.0 before ``least`` updates.
 
         Args:
-            least: That number.
+            least: Number of updates from which the share is given.
         """
         seen = min(self._policy.budget.window, self._context.state.step)
         return 0.0 if seen < least else len(self._context.state.policy.skips) / seen
@@ -98,12 +98,12 @@ class StepCheck:
         return not self._caution.may_be_late(optimizer_index)
 
     def fault(self, optimizer_index: int, *, careful: bool, extreme: bool = False) -> Fault | None:
-        """The certain fault of the update that is about to be made; ``None`` without one, or where it is read late.
+        """The certain fault of the next update; ``None`` if there is none, or if the update is read late.
 
         Args:
             optimizer_index: Index of the optimizer.
-            careful: Whether others may change the gradients between now and the optimizer's step.
-            extreme: Whether a finite fault counts, too, if loss or gradient and batch are far too large.
+            careful: Whether other code may change the gradients before the optimizer's step.
+            extreme: Whether a finite fault also counts, if the batch and its loss or gradient are far too large.
         """
         if not self.reads_in_time(optimizer_index):
             return None
@@ -116,7 +116,7 @@ class StepCheck:
         return self._fault_of(reading, extreme=extreme) if self._ranks is None else self._fault_of_all(reading)
 
     def _fault_of_all(self, reading: Reading) -> Fault | None:
-        """The fault of an update whose gradient is bad on all ranks; ``None`` if only some can know of it."""
+        """The fault of an update whose gradient is bad on all ranks; ``None`` if only some ranks see it."""
         assert self._ranks is not None
         if reading.grad_norm is None or math.isfinite(reading.grad_norm):
             return None
@@ -143,7 +143,7 @@ class StepCheck:
         return fault if named is None else replace(fault, place=named)
 
     def fault_of_loss(self, loss: Tensor | None, optimizer_index: int) -> Fault | None:
-        """The fault of the loss of one micro-batch, before its backward pass; ``None`` if reading it would wait."""
+        """The fault of one micro-batch's loss, before its backward pass; ``None`` if reading the loss would wait."""
         if loss is None or not is_on_host(loss) or loss.numel() != 1:
             return None
         value = float(loss.detach())
@@ -153,32 +153,32 @@ class StepCheck:
         return self._context.monitors.check(reading)
 
     def fault_of_gradients(self, optimizer_index: int) -> Fault | None:
-        """The fault of the gradients accumulated so far; ``None`` if none is certain. Reads from the device."""
+        """The certain fault of the gradients accumulated so far; ``None`` without one. Reads from the device."""
         norm = self._meter.gradient_norm(optimizer_index)
         finite = self._meter.first_bad_gradient(optimizer_index) is None
         return self._fault_of(Reading(self._context.state.step + 1, optimizer_index, None, norm, finite=finite))
 
     def rewind(self) -> None:
-        """Restore what the present batch, or the window of accumulation, has changed in buffers, metrics and means."""
+        """Restore the buffers, metrics and means that the present batch or window of accumulation has changed."""
         self._undos[0].undo()
 
     def measures(self) -> Sequence[Undo]:
-        """What puts metrics and means back to before the present batch, or the window; still when others have begun."""
+        """Functions that restore metrics and means as before the present batch or window, even after later batches."""
         return self._undos[0].measures()
 
     def undo_also(self, undo: Callable[[], None]) -> None:
-        """Have one more function called where the present batch, or the window, is left out."""
+        """Add a function that is called if the present batch, or the window, is undone."""
         self._undos[0].also(undo)
 
     def open_batch(self, *, within: bool) -> None:
-        """A batch begins, or ``within`` a window one more micro-batch."""
+        """Note that a batch begins, or with ``within`` the next micro-batch of a window."""
         self._is_within = within
         (self._within if within else self._undos[0]).open()
 
     def undo_spoilt_buffers(self) -> None:
-        """Put back what a forward pass has written, where a buffer is not finite by it and no update comes of it.
+        """Restore buffers that a forward pass made NaN or Inf, if no update is made from its batch.
 
-        A user who leaves a bad batch out, by no loss or by no step, does not undo what batch norm has taken from it.
+        A user who returns no loss for a bad batch, or does not step, does not undo its effect on batch norm.
         """
         if not self.allowed():
             return
@@ -188,7 +188,7 @@ class StepCheck:
         spoilt = finite.corrupt((key, leaf) for key, leaf in now if key in before)
         sound = finite.corrupt(before.items()) is None
         if spoilt is None or not sound or finite.corrupt((key, leaf) for key, leaf in now if key not in before):
-            return  # what is bad came from elsewhere
+            return  # the bad value has another source
         message = f"the forward pass made {spoilt} NaN or Inf, and no update was made from its batch"
         fault = Fault("non_finite_statistics", "batch", spoilt, None, message)
         finding = self.diagnosis(fault)
@@ -200,23 +200,23 @@ class StepCheck:
         self._context.state.passed_over = True
 
     def begin_again(self, undo: Callable[[], None]) -> None:
-        """The present batch begins again, from another state: remember what it may change.
+        """Note that the present batch begins again from another state, and store what it may change.
 
         Args:
-            undo: Called too where the batch is left out.
+            undo: Also called if the batch is undone.
         """
         self._undos[0].open()
         self._undos[0].also(undo)
 
     def drop_losses(self) -> None:
-        """Forget the losses that were seen: their micro-batches are run again."""
+        """Forget the losses that were seen, because their micro-batches are run again."""
         self._meter.drop_early()
         self._meter.drop_losses()
         if self._ranks is not None:
             self._ranks.forget_told()
 
     def drop_last_loss(self) -> None:
-        """Forget the newest loss that was seen: its micro-batch is left out."""
+        """Forget the newest loss, because its micro-batch is left out."""
         self._meter.drop_last_loss()
 
     def may_go_back(self, fault: Fault) -> bool:
@@ -233,22 +233,22 @@ class StepCheck:
         return self._context.state.step + 1
 
     def in_words(self, error: BaseException | None) -> str | None:
-        """What a record says of an exception of ``training_step``; ``None`` without one."""
+        """The words for an exception of ``training_step`` in a record; ``None`` without one."""
         if error is None:
             return None
         text = " ".join(str(error).split())[: self._limits.message]
         return f"training_step raised {type(error).__name__}: {text}"
 
     def raised(self, words: str | None) -> None:
-        """The next loss that is not finite stands for an exception of ``training_step``, of this rank or another.
+        """Note an exception of ``training_step`` on any rank. The next loss that is not finite stands for it.
 
         Args:
-            words: What :meth:`in_words` gives there; ``None`` without an exception.
+            words: The result of :meth:`in_words` on that rank; ``None`` without an exception.
         """
         self._context.state.raised = words
 
     def spoilt_since(self, snapshot: Snapshot) -> tuple[str, str]:
-        """The tensor that has gone bad by itself since a snapshot, and how; empty if that is not known."""
+        """A tensor that became bad by itself since a snapshot, and how; empty if none is known."""
         corrupt, _ = self._context.corrupt()
         if corrupt is not None:
             return corrupt, "is no longer finite"
@@ -268,16 +268,16 @@ class StepCheck:
 
         Args:
             fault: The fault.
-            spoilt: What of the state had gone bad, and how.
-            since: The snapshot since which all updates were made again, where the state had gone bad by itself;
-                ``None`` if the step alone was.
-            late: Number of the update that was bad, where its reading arrived after it was made.
-            counters: Attributes without whose first values the fault was gone.
+            spoilt: The tensor that had become bad, and how.
+            since: The snapshot from which all updates were made again, because the state had become bad by itself;
+                ``None`` if only the step was made again.
+            late: Number of the bad update, if its reading arrived after it was made.
+            counters: Attributes that had to be reset for the fault to go.
         """
         state = self._context.state
         if since is not None:
             state.policy = self._policy.count_repeated_updates(fault, self.number, state.policy)
-            self._readback.clear()  # readings of states that are gone, as is that of a pending snapshot
+            self._readback.clear()  # they belong to undone states, like the pending snapshot
             self._context.ring.drop_pending()
         tensor, how = spoilt
         if tensor:
@@ -304,12 +304,12 @@ class StepCheck:
         self._record(fault, *words, finding=finding, restored=since, late=late)
 
     def record_left_out(self, fault: Fault, finding: Finding | None, ranks: tuple[int, ...] = ()) -> None:
-        """Record that a micro-batch was left out of its window, whose update is made from the others.
+        """Record that a bad micro-batch was left out, and the update is made from the others of its window.
 
         Args:
-            fault: Why.
+            fault: The fault.
             finding: The cause.
-            ranks: Whose it was, among several ranks.
+            ranks: The ranks of the micro-batch, if there are several.
         """
         self._seen_by = ranks
         self._record(fault, "leave out", finding=finding)
@@ -332,7 +332,7 @@ class StepCheck:
         restored: Snapshot | None = None,
         late: int | None = None,
     ) -> None:
-        # Without a late one the update is still to be made, and other records are made after it.
+        # Without ``late`` the update is still to be made. The step of a record is that after its update.
         clock = self._recorder.now(unmade=True) if late is None else self._recorder.clock_of(late)
         self._context.state.restored = restored
         rates = self._context.rate.effective()

@@ -14,10 +14,10 @@ from lightning_nanguard.types import Fault, Reading
 
 @final
 class StepReadback:
-    """Readings that are read at once; a :class:`~lightning_nanguard.guard.readback.Readback`.
+    """Reads each update before it is made; a :class:`~lightning_nanguard.guard.readback.Readback`.
 
     Args:
-        meter: Measures.
+        meter: Measures loss and gradient norm.
         state: The guard's counts.
     """
 
@@ -27,31 +27,31 @@ class StepReadback:
         self.at_hand: Reading | None = None
 
     def due(self, optimizer_index: int) -> Iterator[Arrived]:
-        """None: all have been judged."""
+        """Return nothing: all earlier readings have been judged."""
         return iter(())
 
     def submit(self, optimizer_index: int, undo: BatchUndo) -> Arrived | None:
-        """The reading of this update."""
+        """Measure and read this update."""
         self.at_hand = self._meter.measure_now(self._state.step, optimizer_index)
         if self.at_hand is None:
             return None
         return Arrived(self.at_hand, undo, line_search=self._meter.is_line_search(optimizer_index))
 
     def arrived(self, optimizer_index: int) -> Iterator[Arrived]:
-        """None: all have been judged."""
+        """Return nothing: all earlier readings have been judged."""
         return iter(())
 
     def flush(self) -> Iterator[Arrived]:
-        """None is on its way."""
+        """Return nothing: no reading is on its way."""
         return iter(())
 
     def hold(self, fault: Fault) -> bool:
-        """It can be judged now."""
+        """Keep no fault: it can be judged at once."""
         return False
 
     def end_batch(self) -> bool:
-        """Nothing arrives any more."""
+        """Note the end of a batch: no reading arrives later."""
         return False
 
     def clear(self) -> None:
-        """None is on its way."""
+        """Do nothing: no reading is on its way."""

@@ -1,4 +1,4 @@
-"""Makes a trial: restarts with lower rates take the batches of the run beside it, and are compared with it."""
+"""Makes trials: trains copies of an old state at lower rates on the batches of the run, and compares them with it."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class _Running:
     """A trial that has begun, with the losses so far.
 
     Attributes:
-        fault: The suspicion that it is about.
+        fault: The suspicion that the trial tests.
         begun: The update after which it began.
-        begun_step: ``global_step`` then.
-        rate: State of the learning rate's multiplier then.
-        states: What is compared with the arm on the last batches: the start, the best state and the present one.
-        arms: The arms; the best two from the pick on.
-        before: Updates that an earlier trial has made from the start, where the arms go on from its arm.
+        begun_step: ``global_step`` at its beginning.
+        rate: State of the learning-rate multiplier at its beginning.
+        states: The states compared with the arm on the last batches: the start, the best one and the present one.
+        arms: The arms. After the pick only the best two.
+        before: Updates that an earlier trial made from the start, if the arms continue from its arm.
         updates: Updates of each arm.
-        earlier: For some batches from before the trial what gives their loss.
+        earlier: For some batches from before the trial, the functions that give their losses.
         later: Losses of the run.
         under: Losses under each of the states.
     """
@@ -61,14 +61,14 @@ class _Running:
 
 @final
 class TrialRunner:
-    """Finds out whether a lower rate learns what the run does not.
+    """Tests whether a lower rate learns what the run does not.
 
-    The arms take the batches of the run as they come, with the same random numbers. Each loss is measured before the
-    update on its batch, so that every batch is new to the run and to the arms alike. The run itself is not touched.
-    With several processes each trains on its own batches, and all continue from the mean.
+    The arms are trained on the batches of the run, with the same random numbers. Each loss is measured before the
+    update on its batch, so every batch is new both to the run and to the arms. The run itself does not change.
+    With several ranks each trains on its own batches, and all continue from the mean.
 
     Args:
-        context: What the parts of the guard share.
+        context: Objects and settings that the parts of the guard share.
         branches: Trains the arms.
         clock: Gives the present ``global_step``, epoch and batch index.
     """
@@ -89,7 +89,7 @@ class TrialRunner:
         return self._running is not None
 
     def take_shown(self) -> tuple[Trial | None, Snapshot | None]:
-        """What the trial that has just ended showed, and the state of its arm with the number of its updates; once."""
+        """Return once what the last trial showed, and the state of its arm with the number of its updates."""
         shown, self._shown = self._shown, (None, None)
         return shown
 
@@ -102,11 +102,11 @@ class TrialRunner:
             fault: The suspicion.
             start: The oldest certified snapshot.
             best: The certified snapshot of the lowest loss level.
-            arm: What an earlier trial has trained from the start: the arms go on from there, at about its rate.
-            factor: What the rate was multiplied by for it.
+            arm: The arm of an earlier trial, if the new arms continue from it, at about its rate.
+            factor: Factor on the rate of that arm.
 
         Returns:
-            Whether one runs now.
+            Whether a trial is running now.
         """
         if self._running is not None or not self._branches.possible():
             return self._running is not None
@@ -142,7 +142,7 @@ class TrialRunner:
         return True
 
     def _asks_anew(self) -> bool:
-        """Whether the rate is or was another than in the newest trial: the guard has changed it, or it has risen."""
+        """Whether the rate has changed since the newest trial: the guard has changed it, or it has risen."""
         if self._newest is None:
             return True
         step, ratio, rate = self._newest
@@ -150,16 +150,16 @@ class TrialRunner:
         return self._context.rate.ratio() != ratio or highest > rate <= highest / self._limits.risen
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers."""
+        """The state in plain containers."""
         return {"made": self._made, "newest": self._newest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`; nothing is known where it is empty."""
+        """The inverse of :meth:`state_dict`. The state may be empty."""
         self._made, newest = int(state.get("made", 0)), state.get("newest")
         self._newest = None if newest is None else (int(newest[0]), float(newest[1]), float(newest[2]))
 
     def cancel(self) -> None:
-        """The run is over."""
+        """Cancel the trial, because the run is over."""
         self._end("no result", "the run ended first")
 
     def _end(self, outcome: Outcome, reason: str = "", lacks: float = 0.0, factor: float = 1.0) -> None:
@@ -170,19 +170,19 @@ class TrialRunner:
             self._context.trials.give(held)
 
     def after(self, readings: Sequence[Reading]) -> FoundFault | None:
-        """Go on with the trial after a healthy update.
+        """Continue the trial after a healthy update.
 
         Args:
             readings: Its readings.
 
         Returns:
-            The suspicion that it is about, where it ends with this update; :meth:`take_shown` gives what it showed.
+            The suspicion, if its trial ends with this update. :meth:`take_shown` returns the result.
         """
         running, reading = self._running, readings[-1]
         if running is None or reading.step <= running.begun:
             return None
         if self._context.rate.state_dict() != running.rate:
-            # The factors of the arms are those of a rate that the run has left.
+            # The factors of the arms belong to a rate that the run no longer has.
             self._end("no result", "the learning rate was changed meanwhile")
             return None
         with self._context.replay.showing(reading.step) as shown:
@@ -205,7 +205,7 @@ class TrialRunner:
         return FoundFault(running.fault, reading)
 
     def _best(self, running: _Running) -> _Arm:
-        # By other batches than those that judge it.
+        # Pick by other batches than those of the final comparison.
         judged = self._judged()
         return min(running.arms, key=lambda arm: _mean(arm.losses[-2 * judged : -judged]))
 
@@ -238,12 +238,12 @@ class TrialRunner:
         return self._pick(running) if running.updates == limits.picked_after else True
 
     def _pick(self, running: _Running) -> bool:
-        """Keep the best arm; try lower rates where even the lowest one makes the loss worse."""
+        """Keep the best arm; try lower rates if even the lowest rate raises the loss."""
         limits, lowest = self._limits, min(arm.factor for arm in running.arms)
         best = min(running.arms, key=_Arm.newest)
         lower = [arm for arm in running.arms if arm.factor < best.factor]
         running.arms = [best, *sorted(lower, key=lambda arm: -arm.factor)[: limits.picked - 1]]
-        learns = best.newest() < best.losses[0] or running.before > 0  # one that goes on has shown that it learns
+        learns = best.newest() < best.losses[0] or running.before > 0  # a continued arm has shown that it learns
         if not learns and lowest > limits.least_factor:
             start = running.states["start"]
             running.arms = self._arms(start, [lowest * factor for factor in limits.factors[: self._room()]])
@@ -256,7 +256,7 @@ class TrialRunner:
         return arms if len(arms) == len(factors) else []
 
     def _room(self) -> int:
-        # Copies of the start, the best and the present state are kept to compare with, and one while an arm is trained.
+        # Memory is needed for copies of the start, the best and the present state, and for one copy during training.
         return self._branches.room() - 4
 
     def _judged(self) -> int:

@@ -1,4 +1,4 @@
-"""The tensors in a batch of any kind."""
+"""Finds the tensors in a batch of any type."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_nanguard.measure.tensors import dense_values, size
 from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 
 _DEFAULTS = MeasurementThresholds()
-# What leads to no other value that a batch would keep alive.
+# Types whose values lead to no other value that a batch would keep in memory.
 _LEAVES = (
     int, float, str, bytes, bytearray, numbers.Number, np.generic, type(None), enum.Enum, range, slice, type, PurePath,
     dt.date, dt.time, dt.timedelta, dt.tzinfo, torch.dtype, torch.device, torch.Size, weakref.ReferenceType,
@@ -30,13 +30,13 @@ _LEAVES = (
 
 
 def largest_magnitudes(batch: Any) -> list[float]:
-    """Largest absolute value of every floating tensor in a batch. Reads from the device."""
+    """Largest absolute value of every floating-point tensor in a batch. Reads from the device."""
     dense = [dense_values(tensor) for tensor in floating_tensors(batch)]
     return [float(values.abs().max()) for values in dense if values.numel() > 0]
 
 
 def floating_tensors(batch: Any) -> Iterator[Tensor]:
-    """Every floating tensor in a batch."""
+    """Every floating-point tensor in a batch."""
     return (tensor for tensor in nested_tensors(batch) if tensor.is_floating_point() or tensor.is_complex())
 
 
@@ -49,17 +49,17 @@ def nested_tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def named_tensors(batch: Any, thresholds: MeasurementThresholds = _DEFAULTS) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in a batch, by its path: ``"0"``, ``"x"``, ``"graph.nodes"``; floating arrays of NumPy as tensors.
+    """Every tensor in a batch with its path: ``"0"``, ``"x"``, ``"graph.nodes"``. Float arrays of NumPy become tensors.
 
-    What several paths lead to is given once.
+    A value with several paths is given once.
 
     Args:
         batch: The batch.
-        thresholds: How deep it is looked into.
+        thresholds: How deep to look into the batch.
     """
     used: set[str] = set()
     for path, tensor in _walk(batch, (), {}, thresholds.deepest_part):
-        # What a private attribute leads to has names of its own.
+        # Leave out the names of private attributes: the names inside them are enough.
         short = [part for part in path[:-1] if not part.startswith("_")]
         name = ".".join([*short, *path[-1:]]) or "0"
         name = ".".join(path) if name in used else name
@@ -75,7 +75,7 @@ def _walk(
     elif isinstance(value, np.ndarray):
         yield from ((path, tensor) for tensor in _floating_array(value))
     elif depth and id(value) not in seen and (parts := parts_of(value)):
-        seen[id(value)] = value  # kept, or another value might get its identity
+        seen[id(value)] = value  # stored, or another value might get the same identity
         for name, part in parts:
             yield from _walk(part, (*path, str(name)), seen, depth - 1)
 
@@ -84,22 +84,22 @@ def _floating_array(array: np.ndarray[Any, Any]) -> Iterator[Tensor]:
     if np.issubdtype(array.dtype, np.inexact):
         try:
             yield torch.from_numpy(np.array(array))  # a copy: the original may not be writable
-        except TypeError:  # a type that torch has not
+        except TypeError:  # torch does not have this type
             return
 
 
 def bytes_of(
     value: Any, unknown: Callable[[Tensor], bool] = lambda tensor: False, thresholds: MeasurementThresholds = _DEFAULTS
 ) -> int | None:
-    """Bytes of the tensors, arrays, texts and numbers that a value keeps alive, each counted once.
+    """Bytes of the tensors, arrays, texts and numbers that a value keeps in memory, each counted once.
 
     Args:
         value: The value.
-        unknown: Whether a tensor holds more than can be measured.
-        thresholds: How deep the value is looked into.
+        unknown: Whether a tensor takes more memory than can be measured.
+        thresholds: How deep to look into the value.
 
     Returns:
-        The bytes; ``None`` if a part of the value is of a type that cannot be measured, such as an image.
+        The bytes; ``None`` if a part of the value has a type that cannot be measured, such as an image.
     """
     total, seen, left = 0, dict[int, Any](), [(value, thresholds.deepest_part)]
     while left:
@@ -128,15 +128,15 @@ def mapped(
     kind: type = Tensor,
     thresholds: MeasurementThresholds = _DEFAULTS,
 ) -> Any:
-    """The batch with every tensor replaced by what ``function`` makes of it.
+    """A copy of the batch in which ``function`` has replaced every tensor.
 
-    Values that hold none are the same objects as before, all others are copies.
+    Values without tensors are the same objects as before. All others are copies.
 
     Args:
         batch: The batch.
-        function: Makes another tensor of one.
-        kind: The type whose instances are replaced, by default tensors.
-        thresholds: How deep the batch is looked into.
+        function: Returns the replacement of a tensor.
+        kind: The type of the values to replace; by default tensors.
+        thresholds: How deep to look into the batch.
     """
     made: dict[int, Any] = {}
 
@@ -144,7 +144,7 @@ def mapped(
         if isinstance(value, kind):
             return function(value)
         if id(value) not in made and depth and (parts := parts_of(value)):
-            made[id(value)] = value  # where it holds itself
+            made[id(value)] = value  # needed if it contains itself
             new = [of(part, depth - 1) for _, part in parts]
             if any(one is not part for one, (_, part) in zip(new, parts, strict=True)):
                 made[id(value)] = remade(value, new)

@@ -1,4 +1,4 @@
-"""Checksums of tensors, which depend on every bit and on its place."""
+"""Checksums of tensors, which depend on every bit and its position."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WEIGHT_STEP, _TAIL_WEIGHT = 0x9E3779B97F4A7C1, 0x5851F42D4C957F2D
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """A number of 63 bits that depends on every bit of some tensors and on the bit's place.
+    """A checksum of 63 bits, which depends on every bit of some tensors and its position.
 
     Example:
         >>> one, other = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])
@@ -41,7 +41,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 def _bytes(tensor: Tensor) -> Tensor:
     data = local(tensor).detach().contiguous().view(-1)
-    # A view as words of eight bytes must begin at a multiple of eight.
+    # A view as 64-bit words must begin at a multiple of eight bytes.
     return (data.clone() if data.storage_offset() * data.itemsize % 8 else data).view(torch.uint8)
 
 
@@ -51,17 +51,17 @@ def word_weights(like: Tensor) -> Tensor:
 
 
 def weighted_sum(words: Tensor, weights: Tensor) -> Tensor:
-    """Checksum of words of 64 bits, 0-dim, on their device.
+    """Checksum of 64-bit words, 0-dim, on the device of the words.
 
     Args:
         words: The words, one-dimensional.
         weights: From :func:`word_weights`.
     """
-    # All weights are odd, so that no change of one word is lost when a sum overflows.
+    # All weights are odd, so that a change of one word is not lost if a sum overflows.
     if len(words) <= _ROW:
         return (words * weights[: len(words)]).sum()
     whole = len(words) // _ROW * _ROW
     rows = words[:whole].view(-1, _ROW)
-    # Sums by column and by row together depend on a word's place, and run at the speed of memory.
+    # Sums by column and by row together depend on the position of a word, and are limited only by memory bandwidth.
     placed = weighted_sum(rows.sum(0), weights) + 2 * weighted_sum(rows.sum(1), weights)
     return placed + _TAIL_WEIGHT * weighted_sum(words[whole:], weights)

@@ -1,6 +1,6 @@
-"""Takes a value apart: containers, and objects that keep tensors in attributes or slots.
+"""Splits a value into its parts: containers, and objects that keep tensors in attributes or slots.
 
-How a type is taken apart is found when the first value of it is met, and remembered.
+The first value of a type determines how to split it. This is stored for later values.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 _logger = logging.getLogger("lightning_nanguard")
 
 Parts: TypeAlias = list[tuple[Any, Any]]
-"""What a value holds, with the name, key or index of each part."""
+"""The parts of a value, each with its name, key or index."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Anatomy:
-    """How values of one type are taken apart, and made again of other parts in the same order."""
+    """Functions that split values of one type into parts, and make a value from new parts in the same order."""
 
     take: Callable[[Any], Parts]
     make: Callable[[Any, list[Any]], Any]
 
 
-# What holds nothing that a batch is made of; an object may lead to a whole program.
+# Values of these types hold no part of a batch, and could lead to the whole program.
 _WHOLE = (
     Tensor, np.ndarray, np.generic, str, bytes, bytearray, range, numbers.Number, enum.Enum, type(None), type, slice,
     types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, Iterator, PurePath,
@@ -51,9 +51,9 @@ _slots_known: dict[type, dict[str, Any]] = {}
 
 
 def parts_of(value: Any) -> Parts | None:
-    """The parts of a value with their names, keys or indices; ``None`` if it is whole.
+    """The parts of a value, with their names, keys or indices; ``None`` if the value cannot be split.
 
-    A type that cannot be taken apart is logged once.
+    A type that cannot be split is logged once.
     """
     kind = type(value)
     if kind not in _known:
@@ -70,7 +70,7 @@ def parts_of(value: Any) -> Parts | None:
 
 
 def remade(value: Any, parts: list[Any]) -> Any:
-    """A copy of a value that has other parts, in the order in which :func:`parts_of` gives them."""
+    """A copy of a value with new parts, in the order of :func:`parts_of`."""
     anatomy = _known[type(value)]
     assert anatomy is not None
     return anatomy.make(value, parts)
@@ -82,7 +82,7 @@ def _anatomy(kind: type) -> _Anatomy | None:
     if issubclass(kind, Mapping):
         return _Anatomy(lambda value: list(value.items()), _make_mapping)
     if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-        # Not the constructor: that of a PackedSequence checks what it is given.
+        # Do not call the constructor: that of a PackedSequence checks its arguments.
         return _Anatomy(_fields, lambda value, parts: value._make(parts))
     if issubclass(kind, (list, tuple, set, frozenset, deque)):
         return _Anatomy(lambda value: list(enumerate(value)), _make_sequence)
@@ -113,7 +113,7 @@ def _make_mapping(value: Any, parts: list[Any]) -> Any:
             for key, part in zip(keys, parts, strict=True):
                 made[key] = part
             return made
-        except Exception as error:  # one that cannot be written to, or copied
+        except Exception as error:  # it cannot be written or copied
             _logger.debug("NaNGuard: %s becomes a dict: %r", type(value).__name__, error)
     return dict(zip(keys, parts, strict=True))
 
@@ -124,17 +124,17 @@ def _make_sequence(value: Any, parts: list[Any]) -> Any:
         return deque(parts, value.maxlen)
     try:
         return kind(parts)
-    except Exception:  # a subclass whose constructor takes something else
+    except Exception:  # the constructor of a subclass may take other arguments
         return next(base for base in (list, tuple, set, frozenset) if isinstance(value, base))(parts)
 
 
 def attributes_of(value: Any) -> Parts:
-    """The attributes of an object by name, those in slots too."""
+    """The attributes of an object by name, including those in slots."""
     found: Parts = list(getattr(value, "__dict__", {}).items())
     for name, slot in _slots(type(value)).items():
         try:
             found.append((name, slot.__get__(value)))
-        except AttributeError:  # never set
+        except AttributeError:  # not set
             continue
     return found
 
@@ -146,14 +146,14 @@ def _make_object(value: Any, parts: list[Any]) -> Any:
 
 
 def set_attributes(value: Any, parts: Parts) -> None:
-    """Set what :func:`attributes_of` gives, past the ``__setattr__`` that a frozen dataclass forbids."""
+    """Set the result of :func:`attributes_of`, without the class's ``__setattr__``: a frozen dataclass forbids it."""
     for name, part in parts:
         object.__setattr__(value, name, part)
 
 
 def _slots(kind: type) -> dict[str, Any]:
     if kind not in _slots_known:
-        # What Python classes declare as slots; classes written in C have members of other meanings.
+        # Only slots that Python classes declare. Classes written in C have other members.
         _slots_known[kind] = {
             name: member
             for base in reversed(kind.__mro__)

@@ -1,4 +1,4 @@
-"""Whether tensors and batches are finite."""
+"""Checks whether tensors and batches are finite."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def non_finite_indices(tensors: Sequence[Tensor]) -> list[int]:
-    """Indices of the tensors that hold a non-finite element; one read for each device, some more where there are any.
+    """Indices of the tensors with an element that is not finite. Reads once from each device, more if there are any.
 
-    Tensors of integers, and empty ones, hold none.
+    Tensors of integers, and empty tensors, count as finite.
     """
     groups: dict[torch.device, tuple[list[int], list[Tensor]]] = {}
     for index, tensor in enumerate(tensors):
@@ -37,7 +37,7 @@ def non_finite_indices(tensors: Sequence[Tensor]) -> list[int]:
                 values.append(dense)
     bad: list[int] = []
     for indices, values in groups.values():
-        # A finite norm proves every element finite in one cheap pass.
+        # One cheap pass: if the norm is finite, every element is.
         if not math.isfinite(float(total_norm(partial_norms(values)))):
             bad += _non_finite_among(indices, values)
     return sorted(bad)
@@ -47,7 +47,7 @@ def _non_finite_among(
     indices: Sequence[int], values: Sequence[Tensor], thresholds: MeasurementThresholds = _DEFAULTS
 ) -> list[int]:
     sums = torch.stack([value.sum(dtype=WIDER.get(value.dtype)).to(torch.float32) for value in values]).tolist()
-    # The sum alone may have overflowed: look at every element then.
+    # A finite tensor may have a sum that overflows, so check every element then.
     return [
         index
         for index, value, total in zip(indices, values, sums, strict=True)
@@ -56,13 +56,13 @@ def _non_finite_among(
 
 
 def _each_finite(value: Tensor, most: int) -> bool:
-    # Piece by piece: the answers for all elements at once take room on a device that may be full.
+    # Check in pieces: a mask of all elements takes memory, and the device may be full.
     pieces = torch.split(value.flatten(), most)
     return bool(torch.stack([torch.isfinite(piece).all() for piece in pieces]).all())
 
 
 def batch_finite(batch: Any) -> bool | None:
-    """Whether every floating tensor in a nested batch is finite; ``None`` if it holds no floating tensor."""
+    """Whether every floating-point tensor in a nested batch is finite; ``None`` if it has no such tensor."""
     seen = False
     for tensor in floating_tensors(batch):
         seen = True

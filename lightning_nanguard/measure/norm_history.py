@@ -1,4 +1,4 @@
-"""Gradient norms of the newest updates, layer by layer, kept where they were measured."""
+"""Stores gradient norms of the newest updates, layer by layer, on their device."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 
 @final
 class NormHistory:
-    """Keeps the norms that an update's norm was put together from, for the newest updates.
+    """Stores the partial norms of the gradients for the newest updates.
 
-    They stay on their device and are read only when somebody asks. Those of small tensors that were joined before they
-    were measured are known together only.
+    The norms stay on their device, and are read only on request. Small tensors that were joined before the measurement
+    have one norm together.
 
     Args:
-        thresholds: Of how many updates they are kept.
+        thresholds: Number of updates whose norms are stored.
     """
 
     def __init__(self, thresholds: MeasurementThresholds | None = None) -> None:
@@ -32,13 +32,13 @@ class NormHistory:
         self._newest: deque[tuple[int, int, list[Tensor], tuple[bool, ...] | None]] = deque(maxlen=kept)
 
     def keep(self, step: int, optimizer_index: int, norms: list[Tensor], which: tuple[bool, ...] | None = None) -> None:
-        """Keep the partial norms of an update; called in every update.
+        """Store the partial norms of an update. This runs in every update.
 
         Args:
             step: Number of the update.
             optimizer_index: Index of the optimizer.
-            norms: What :func:`~lightning_nanguard.measure.norms.partial_norms` gave.
-            which: For each tensor that the optimizer steps whether it had a gradient; ``None`` for all of them.
+            norms: The result of :func:`~lightning_nanguard.measure.norms.partial_norms`.
+            which: For each tensor that the optimizer steps, whether it had a gradient; ``None`` if all of them had one.
         """
         if norms and norms[0].requires_grad:
             norms = [norm.detach() for norm in norms]  # a graph would stay in memory
@@ -49,14 +49,14 @@ class NormHistory:
     def read(
         self, named_sizes: Callable[[int], Sequence[tuple[str, int]]]
     ) -> tuple[list[int], dict[str, list[float | None]]]:
-        """Read them; waits for the device.
+        """Read the norms. Waits for the device.
 
         Args:
             named_sizes: Names and sizes of the tensors that an optimizer steps.
 
         Returns:
-            The numbers of the updates, oldest first, and for each layer its norm in each of them; ``None`` if it had
-            no gradient.
+            The numbers of the updates, oldest first; and for each layer its norm in each of them, ``None`` without a
+            gradient.
         """
         named = {index: named_sizes(index) for _, index, _, _ in self._newest}
         rows = [self._by_layer(named[index], norms, which) for _, index, norms, which in self._newest]
@@ -73,7 +73,7 @@ class NormHistory:
             joined, alone = joined_as([size for _, size in named], self._thresholds)
             labels = [*(f"{count} small tensors" for count in joined), *(labels[place] for place in alone)]
         if len(labels) != len(norms) or not norms:
-            return {}  # parameters were added or taken away since
+            return {}  # parameters have been added or removed
         squares: dict[str, float] = {}
         numbers = torch.stack([norm.to("cpu", torch.float64) for norm in norms]).tolist()
         for label, number in zip(labels, numbers, strict=True):

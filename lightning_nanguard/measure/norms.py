@@ -14,15 +14,15 @@ from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 
 _DEFAULTS = MeasurementThresholds()
 
-# Applied with `map`: a loop in Python costs more than the norms on a model of many small parameters.
+# Used with `map`: with many small parameters a loop in Python takes longer than the norms.
 _numel = methodcaller("numel")
 _dtype = attrgetter("dtype")
 
 
 def partial_norms(values: list[Tensor], thresholds: MeasurementThresholds = _DEFAULTS) -> list[Tensor]:
-    """2-norms, 0-dim, whose own 2-norm is that over all tensors; fewer than there are tensors where these are small.
+    """2-norms (0-dim) of single tensors or groups of small ones. Their own 2-norm is that of all tensors together.
 
-    Finite results prove every element finite; the inverse does not hold, since squares overflow.
+    If the results are finite, every element is. The inverse does not hold, because squares may overflow.
 
     Args:
         values: Dense tensors.
@@ -49,12 +49,12 @@ def partial_norms(values: list[Tensor], thresholds: MeasurementThresholds = _DEF
 def _norms_of(values: list[Tensor], dtypes: set[torch.dtype]) -> Sequence[Tensor]:
     if dtypes.isdisjoint(WIDER):
         return torch._foreach_norm(values)
-    # Half precision overflows at 65,504, which is no unusual norm.
+    # Half precision overflows at 65,504, and larger norms are common.
     return torch._foreach_norm(values, 2, torch.float32)
 
 
 def _norms_by_kind(values: list[Tensor]) -> list[Tensor]:
-    # Of several dtypes or devices at once torch takes each norm by itself.
+    # For tensors of several dtypes or devices in one call, torch computes each norm separately.
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for index, value in enumerate(values):
         kinds.setdefault((value.dtype, value.device), []).append(index)
@@ -65,14 +65,14 @@ def _norms_by_kind(values: list[Tensor]) -> list[Tensor]:
 
 
 def joined_as(sizes: Sequence[int], thresholds: MeasurementThresholds = _DEFAULTS) -> tuple[list[int], list[int]]:
-    """What the norms that :func:`partial_norms` gives for tensors on the host are of.
+    """Which tensors on the host belong to each norm that :func:`partial_norms` returns.
 
     Args:
         sizes: Numbers of elements of the tensors.
         thresholds: Which tensors are joined before their norm is taken.
 
     Returns:
-        How many tensors were joined for each of the first norms, and the places of the tensors that the others are of.
+        Numbers of tensors that were joined for the first norms, and indices of the tensors of the other norms.
     """
     if len(sizes) < thresholds.fewest_tensors_joined:
         return [], list(range(len(sizes)))
@@ -83,25 +83,25 @@ def joined_as(sizes: Sequence[int], thresholds: MeasurementThresholds = _DEFAULT
 
 
 def total_norm(norms: Sequence[Tensor]) -> Tensor:
-    """2-norm of partial norms, a 0-dim float tensor on the first one's device."""
+    """2-norm of partial norms, a 0-dim float tensor on the device of the first one."""
     first = norms[0]
     if len(norms) > 1:
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         if any(norm.device != first.device or norm.dtype != dtype for norm in norms):
             norms = [moved_to(norm, first.device, dtype) for norm in norms]
         first = torch.linalg.vector_norm(torch.stack(list(norms)))
-    return first.detach()  # gradients that keep their graph have a norm that does
+    return first.detach()  # if gradients have a graph, so does their norm
 
 
 def each_norm(values: list[Tensor], order: float = 2.0) -> list[Tensor]:
-    """A norm of each of several dense tensors of one device and dtype, none of them empty; 0-dim."""
+    """A norm (0-dim) of each of several dense tensors. None may be empty, and all have the same device and dtype."""
     return list(torch._foreach_norm(values, order, WIDER.get(values[0].dtype))) if values else []
 
 
 def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[float]:
-    """A norm of each tensor, 0.0 of an empty one; one read for each device and dtype."""
+    """A norm of each tensor; 0.0 for an empty one. Reads once from each device and for each dtype."""
     found = [0.0] * len(tensors)
-    # Complex numbers stay whole here: the largest element is that of the largest magnitude.
+    # Complex tensors are not split here, because the largest element is the one with the largest magnitude.
     whole = [local(tensor).detach() for tensor in tensors]
     dense = [one if is_plain(one) else stored_values(one) for one in whole]
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -116,22 +116,22 @@ def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[float]:
 
 
 def float64_norm(tensor: Tensor) -> float:
-    """2-norm of one tensor, summed up in float64. Reads from the device."""
+    """2-norm of one tensor, computed in float64. Reads from the device."""
     return float(_norm(dense_values(tensor), torch.float64))
 
 
 def exact_norm(tensors: Sequence[Tensor]) -> float:
-    """2-norm in float64, for the rare gradient whose squares overflow its own precision. Reads from the device."""
+    """2-norm in float64, for gradients whose squares overflow their own precision. Reads from the device."""
     return math.sqrt(sum(float64_norm(tensor) ** 2 for tensor in tensors))
 
 
 def safe_norm(values: Tensor) -> Tensor:
-    """2-norm of a dense tensor that is finite exactly when its elements are; 0-dim, waits for no device.
+    """2-norm (0-dim) of a dense tensor. It is finite exactly if all elements are. Waits for no device.
 
-    A norm past the largest number of the result's dtype counts as that number.
+    A norm above the largest number of the result's dtype is replaced by this number.
     """
     if values.dtype != torch.float64 and values.device.type != "mps":
-        # The squares of every narrower type fit into float64.
+        # The squares of all narrower types fit into float64.
         return _norm(values, torch.float64)
     wide = values if values.dtype == torch.float64 else values.float()
     largest = torch.linalg.vector_norm(wide, torch.inf)
@@ -140,19 +140,19 @@ def safe_norm(values: Tensor) -> Tensor:
 
 
 def safe_total_norm(norms: Sequence[Tensor], device: torch.device) -> Tensor:
-    """2-norm of norms from :func:`safe_norm`, in float32 on ``device``; finite exactly when all of them are."""
+    """2-norm of norms from :func:`safe_norm`, in float32 on ``device``. It is finite exactly if all of them are."""
     parts = torch.stack([norm.to(device, widest_dtype(device)) for norm in norms])
     return clamped(safe_norm(parts), parts.isfinite().all())
 
 
 def clamped(norm: Tensor, finite: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``norm`` in ``dtype``; where it is too large for that though ``finite``, the largest number of ``dtype``."""
+    """``norm`` in ``dtype``. If a finite norm is too large for ``dtype``, the largest number of ``dtype``."""
     largest = torch.finfo(dtype).max
     return torch.where(finite, norm.clamp(max=largest), norm).to(dtype)
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
-    """The widest floating type that a device can compute with."""
+    """The widest floating-point type with which a device can compute."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

@@ -1,4 +1,4 @@
-"""Loss and gradient norm of one update as one small device tensor, read at once or up to two updates later."""
+"""Loss and gradient norm of one update as one small tensor on the device, read at once or up to two updates later."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class SentNumbers(Protocol):
         """Whether :meth:`read` would not wait for the device."""
 
     def read(self) -> list[float]:
-        """The numbers; waits until they are there."""
+        """Wait until the numbers have arrived, and return them."""
 
 
 @final
 @dataclass(slots=True)
 class PendingReading:
-    """One update's loss and gradient norm, not yet read; :meth:`read` makes a reading of them.
+    """Loss and gradient norm of one update that are not read yet. :meth:`read` makes a reading from them.
 
     Attributes:
         step: Number of the update.
         optimizer_index: Index of the optimizer.
-        loss: Sum of the losses as they were given to ``backward``, 0-dim; ``None`` without one.
-        norms: Partial gradient norms, 0-dim, from :func:`partial_norms`; none without a gradient.
-        loss_scale: A GradScaler's scale; ``None`` without one.
-        loss_factor: What undoes the division of the loss by the number of micro-batches.
-        gradients_scaled: Whether the gradients are multiplied by the scale, as the loss is.
-        held_back: Whether the optimizer skips the update on the device where it is bad.
+        loss: Sum of the losses that were passed to ``backward``, 0-dim; ``None`` without one.
+        norms: Partial gradient norms, 0-dim, from :func:`partial_norms`; empty without a gradient.
+        loss_scale: The loss scale of a GradScaler; ``None`` without one.
+        loss_factor: Factor that undoes the division of the loss by the number of micro-batches.
+        gradients_scaled: Whether the gradients are multiplied by the loss scale, like the loss.
+        held_back: Whether the optimizer skips the update on the device if it is bad.
     """
 
     step: int
@@ -53,7 +53,7 @@ class PendingReading:
     _packed: Tensor | None = field(default=None, init=False)
 
     def packed(self) -> Tensor:
-        """Norm, loss and loss scale, as far as there are any, as one tensor on the norm's device."""
+        """Norm, loss and loss scale, as far as they exist, as one tensor on the device of the norm."""
         if self._packed is None:
             norm = [total_norm(self.norms)] if self.norms else []
             parts = [*norm, *(part for part in (self.loss, self.loss_scale) if part is not None)]
@@ -74,22 +74,22 @@ class PendingReading:
         """1.0 if loss or norm is not finite, else 0.0; a 0-dim float32 tensor on the device.
 
         Args:
-            by_loss: Whether the loss counts; where ranks have losses of their own it must not.
+            by_loss: Whether the loss counts. It must not if ranks have different losses.
         """
         packed = self.packed() if by_loss else self.packed()[: bool(self.norms)]
-        # What is finite less itself is 0, what is not is NaN.
+        # A finite number minus itself is 0. NaN and Inf give NaN.
         return (packed - packed).sum().ne(0).to(torch.float32)
 
     def arrived(self) -> bool:
-        """Whether reading it would not wait for the device."""
+        """Whether reading the numbers would not wait for the device."""
         return self._copy is None or self._copy.arrived()
 
     def read(self, confirm: Callable[[], float | None] | None = None) -> Reading:
-        """The reading; waits until it is on the host.
+        """Wait until the numbers have arrived, and return the reading.
 
         Args:
-            confirm: Called when the norm is not finite: gives the exact norm where the gradient is finite and only its
-                norm has overflowed, ``None`` if the gradient is not finite.
+            confirm: Called if the norm is not finite. It returns the exact norm if the gradient is finite and only its
+                norm has overflowed; ``None`` if the gradient is not finite.
         """
         norm, loss, scale = self._numbers()
         if loss is not None:
@@ -100,7 +100,7 @@ class PendingReading:
             if exact is not None:
                 norm, finite_gradient = exact, True
         if scale is not None:
-            # Of what was multiplied by zero nothing is known; the scaler skips such a step.
+            # With a loss scale of zero the loss is unknown. The GradScaler skips such a step.
             loss = None if loss is None or scale == 0 else loss / scale
             if norm is not None and self.gradients_scaled:
                 norm = norm / abs(scale) if scale else math.nan
@@ -135,15 +135,16 @@ def pending_reading(
     loss_scale: Tensor | None = None,
     gradients_scaled: bool = False,
 ) -> PendingReading | None:
-    """What was measured of one update, not yet read; ``None`` if nothing was measured.
+    """Collect the measurements of one update without reading them; ``None`` if nothing was measured.
 
     Args:
         step: Number of the update.
         optimizer_index: Index of the optimizer.
-        losses: The update's micro-batch losses, as they were given to ``backward``.
-        loss_factor: What undoes the division by the number of micro-batches.
-        norms: Of its gradients, from :func:`partial_norms`.
-        loss_scale: The GradScaler's scale; losses are multiplied by it, and gradients when ``gradients_scaled``.
+        losses: The losses of the update's micro-batches, as passed to ``backward``.
+        loss_factor: Factor that undoes the division by the number of micro-batches.
+        norms: Partial norms of its gradients, from :func:`partial_norms`.
+        loss_scale: The loss scale of a GradScaler. Losses are multiplied by it, and so are gradients if
+            ``gradients_scaled``.
     """
     if not losses and not norms:
         return None

@@ -1,4 +1,4 @@
-"""Single samples of a batch that torch's ``default_collate`` has put together."""
+"""Selects single samples of a batch that was made by torch's ``default_collate``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DEFAULTS = MeasurementThresholds()
 
 
 def is_separable(batch: Any, count: int) -> bool:
-    """Whether every tensor of a batch has one entry a sample, and there is one.
+    """Whether a batch has tensors, and every one has one entry for each sample.
 
     Args:
         batch: The batch.
@@ -30,11 +30,11 @@ def is_separable(batch: Any, count: int) -> bool:
 
 
 def part_of(batch: Any, indices: Sequence[int]) -> Any:
-    """The batch that the loader would have given for some of the samples.
+    """The batch that the loader would have made from some of the samples.
 
     Args:
-        batch: A batch that is separable.
-        indices: The samples, in this order.
+        batch: A separable batch.
+        indices: Indices of the samples, in this order.
     """
     chosen = list(indices)
     count = next(len(tensor) for _, tensor in named_tensors(batch))
@@ -42,7 +42,7 @@ def part_of(batch: Any, indices: Sequence[int]) -> Any:
     def pick(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value[torch.tensor(chosen, device=value.device)]
-        # What is no number, default_collate leaves in lists.
+        # default_collate leaves values that are not numbers in lists.
         whole = len(value) == count and not any(isinstance(one, (Tensor, list, tuple, dict)) for one in value)
         return type(value)(value[one] for one in chosen) if whole else value
 
@@ -50,7 +50,7 @@ def part_of(batch: Any, indices: Sequence[int]) -> Any:
 
 
 def _picked(value: Any, pick: Any) -> Any:
-    """Lists of words cut like the tensors beside them."""
+    """Select the samples in lists of words too."""
     if isinstance(value, dict):
         return type(value)({key: _picked(one, pick) for key, one in value.items()}) if type(value) is dict else value
     if type(value) in (list, tuple):
@@ -61,7 +61,7 @@ def _picked(value: Any, pick: Any) -> Any:
 
 
 def hash_of(batch: Any, index: int) -> str:
-    """The hash of one sample of a batch, of the bytes of its tensors: first of a few numbers, then of all.
+    """The hash of one sample of a batch. The first half covers some of its numbers, the second half all of them.
 
     Args:
         batch: The batch.
@@ -76,11 +76,11 @@ def hash_of(batch: Any, index: int) -> str:
 
 
 def found_again(batch: Any, hashes: Collection[str]) -> list[int]:
-    """The samples of a batch that have one of some hashes.
+    """Indices of the samples of a batch whose hash is in ``hashes``.
 
     Args:
         batch: The batch.
-        hashes: What :func:`hash_of` gave.
+        hashes: Results of :func:`hash_of`.
     """
     firsts = {one[:8] for one in hashes}
     likely = (index for index, first in enumerate(_first_halves(_by_sample(batch))) if first in firsts)
@@ -99,7 +99,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _first_halves(tensors: Sequence[Tensor], thresholds: MeasurementThresholds = _DEFAULTS) -> list[str]:
-    # Of every batch, where samples are left out by their hashes: all of the numbers would take too long.
+    # This runs on every batch if samples are left out by hash. To hash all numbers would take too long.
     few = []
     for tensor in tensors:
         flat = tensor.reshape(len(tensor), -1)
@@ -109,10 +109,10 @@ def _first_halves(tensors: Sequence[Tensor], thresholds: MeasurementThresholds =
 
 
 def sample_hash(sample: Any) -> str:
-    """The hash by which records name a sample whose data set has no rows.
+    """The hash that identifies a sample in records if its data set has no rows.
 
     Args:
-        sample: What the data set gives for one sample, as it goes into torch's ``default_collate``.
+        sample: One sample of the data set, as it is passed to torch's ``default_collate``.
 
     Example:
         >>> sample_hash((torch.zeros(2), 1)) == hash_of([torch.zeros(1, 2), torch.tensor([1])], 0)

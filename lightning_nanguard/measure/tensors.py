@@ -1,4 +1,4 @@
-"""Local, dense values of any tensor: sharded, sparse, nested, quantised, complex, of eight bits, of a subclass."""
+"""Local and dense values of any tensor: sharded, sparse, nested, quantised, complex, 8-bit, or of a subclass."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 _logger = logging.getLogger("lightning_nanguard")
 
 WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
-"""The dtype in which a norm or a sum of a half-precision tensor is taken: in its own it would soon overflow."""
+"""The dtype for norms and sums of half-precision tensors, which would soon overflow in their own dtype."""
 
 _WHOLE = (Tensor, torch.nn.Parameter)
 _COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
-# Floating dtypes that torch can hold and convert, and little else.
+# Floating-point dtypes that torch can store and convert, and with which it can hardly compute.
 _STORAGE_ONLY = frozenset(
     dtype for name in dir(torch) if name.startswith("float8") and isinstance(dtype := getattr(torch, name), torch.dtype)
 )
@@ -26,11 +26,11 @@ _STORAGE_ONLY = frozenset(
 _is_sparse = attrgetter("is_sparse")
 
 is_on_host = attrgetter("is_cpu")
-"""Whether reading a tensor waits for no device."""
+"""Whether a tensor can be read without waiting for a device."""
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor (``DTensor``, ``ShardedTensor``), on the same memory; any other as it is."""
+    """This rank's part of a sharded tensor (``DTensor``, ``ShardedTensor``), in the same memory; others unchanged."""
     if type(tensor) in _WHOLE:
         return tensor
     mine = getattr(tensor, "_local_tensor", None)
@@ -45,15 +45,15 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def dense_values(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor as a dense, real one: of a sharded tensor this rank's; see :func:`stored_values`."""
+    """The numbers of a tensor as a dense real tensor; of a sharded one this rank's part. See :func:`stored_values`."""
     return stored_values(local(tensor))
 
 
 def stored_values(tensor: Tensor) -> Tensor:
-    """The numbers a tensor stores as a dense, real one without a graph; an empty one where they cannot be read.
+    """The numbers that a tensor stores, as a dense real tensor without a graph; empty if they cannot be read.
 
-    Duplicate entries of a sparse tensor are added up; a complex tensor counts as its real and imaginary parts, a
-    quantised one as what it stands for. A type whose numbers cannot be read is logged once.
+    Duplicate entries of a sparse tensor are summed. A complex tensor gives its real and imaginary parts, a quantised
+    tensor its dequantised values. A type whose numbers cannot be read is logged once.
     """
     values = tensor.detach()
     if is_plain(values):
@@ -66,13 +66,13 @@ def stored_values(tensor: Tensor) -> Tensor:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is one of torch's own kind: dense, with numbers of its own that torch can compute with."""
+    """Whether a tensor is dense and of torch's own class, with numbers of its own with which torch can compute."""
     return is_strided(tensor) and tensor.dtype not in _STORAGE_ONLY
 
 
 def is_strided(tensor: Tensor) -> bool:
-    """Whether a tensor is one of torch's own kind that is copied as memory is, whatever its numbers stand for."""
-    # Subclasses of Parameter, such as those that carry quantised weights, are plain tensors without their class.
+    """Whether a tensor is of torch's own class and can be copied as plain memory, whatever its numbers mean."""
+    # Subclasses of Parameter, such as those for quantised weights, count as plain tensors.
     return (
         (type(tensor) in _WHOLE or type(tensor.detach()) is Tensor)
         and tensor.layout == torch.strided
@@ -81,11 +81,11 @@ def is_strided(tensor: Tensor) -> bool:
 
 
 def shape_of(tensor: Tensor) -> tuple[Any, ...]:
-    """The shape of a tensor; of a nested one those of its parts."""
+    """The shape of a tensor; for a nested tensor, the shapes of its parts."""
     try:
         nested = tensor.is_nested
     except RuntimeError:
-        nested = False  # a ShardedTensor answers few questions
+        nested = False  # a ShardedTensor supports few attributes
     return tuple(map(shape_of, tensor.unbind())) if nested else tuple(tensor.shape)
 
 
@@ -112,11 +112,11 @@ def _read(values: Tensor) -> Tensor:
 def _read_subclass(values: Tensor) -> Tensor:
     if not hasattr(values, "__tensor_flatten__"):
         plain = values.as_subclass(Tensor)
-        plain.data_ptr()  # raises where the subclass keeps its numbers elsewhere
+        plain.data_ptr()  # raises if the subclass stores its numbers elsewhere
         return stored_values(plain)
     try:
         return stored_values(values.dequantize())
-    except Exception:  # most do not stand for other numbers than they hold
+    except Exception:  # most subclasses cannot be dequantised
         names, _ = values.__tensor_flatten__()
         parts = [stored_values(part) for name in names if (part := getattr(values, name)).is_floating_point()]
         return torch.cat([part.flatten().double() for part in parts]) if parts else torch.empty(0)
@@ -128,27 +128,27 @@ def _say_unread(kind: str, why: str) -> None:
 
 
 def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The gradients there are; sparse ones as the numbers they store, sharded ones as this rank's part."""
+    """All existing gradients: sparse ones as the numbers that they store, sharded ones as this rank's part."""
     return dense_gradients([gradient for p in parameters if (gradient := p.grad) is not None])
 
 
 def dense_gradients(found: list[Tensor]) -> list[Tensor]:
-    """Sparse gradients as the numbers they store, sharded ones as this rank's part, others as they are."""
+    """Gradients: sparse ones as the numbers that they store, sharded ones as this rank's part, others unchanged."""
     if set(map(type, found)) - {Tensor}:
         found = [local(gradient) for gradient in found]
-    # One pass in C: a call for each costs more than the norm on a model of many small parameters.
+    # One pass in C: with many small parameters a call for each gradient takes longer than the norm.
     return [dense_values(g) if g.is_sparse else g for g in found] if any(map(_is_sparse, found)) else found
 
 
 def moved_to(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The tensor on another device; towards an accelerator without waiting for it."""
-    # A copy to the host that is not waited for would be read before it has arrived.
+    """The tensor on another device. Only a copy to the host is waited for."""
+    # A copy to the host that is not waited for would be read too early.
     return tensor.to(device, dtype, non_blocking=device.type == "cuda")
 
 
 def size(tensor: Tensor) -> int:
-    """Bytes of the numbers a tensor stores."""
+    """Bytes of the numbers that a tensor stores."""
     if tensor.is_sparse:
         return size(tensor.coalesce().values())
-    # Not `nbytes`, which a compressed tensor gives as if it were dense.
+    # `nbytes` of a compressed tensor is that of a dense one.
     return size(tensor.values()) if tensor.layout in _COMPRESSED else tensor.numel() * tensor.element_size()

@@ -1,4 +1,4 @@
-"""Stores plain attributes of a module (counters, hidden states, lists) before every step, at little cost."""
+"""Stores plain attributes of a module (counters, hidden states, lists) before every step, at a low cost."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _DEFAULTS = RepeatedStepsThresholds()
 class Attributes:
     """The plain attributes of some objects at one moment.
 
-    Attributes are bound again to what they were bound to; containers, arrays, tensors and generators among them get
-    back what they held.
+    A restore binds the attributes to the same objects again. It also restores the contents of containers, arrays,
+    tensors and generators among them.
 
     Args:
-        owners: The objects, each with the names of the attributes whose values are copied.
-        items: Further values that are copied.
-        limits: What is copied; of a list that is too long only the length is kept.
-        learned: Memory of parameters and buffers, which are not copied.
+        owners: The objects, each with the names of the attributes whose contents are copied.
+        items: Further values whose contents are copied.
+        limits: What is copied. Of a list that is too long only the length is stored.
+        learned: The memory of parameters and buffers, which are not copied here.
     """
 
     __slots__ = ("_contents", "_owners")
@@ -69,10 +69,10 @@ class Attributes:
             self._contents.append((value, content(value)))
 
     def restore(self, *, plain: bool = True) -> None:
-        """Put them back.
+        """Restore the attributes.
 
         Args:
-            plain: Whether to put numbers, strings and flags back too, and not only tensors, containers and objects.
+            plain: Whether to restore numbers, strings and flags too, and not only tensors, containers and objects.
         """
         for attributes, before in self._owners:
             for name in [name for name in attributes if name not in before and name not in OWN]:
@@ -90,7 +90,7 @@ class Attributes:
             give_back(value, held)
 
     def bound(self, kinds: Collection[type]) -> list[tuple[dict[str, Any], str, Any]]:
-        """The attributes bound to values of some classes, each with what it lies in, its name and the value."""
+        """The attributes bound to values of some classes: the dictionary that holds each, its name and its value."""
         return [
             (attributes, name, value)
             for attributes, before in self._owners
@@ -99,9 +99,9 @@ class Attributes:
         ]
 
     def plain_now(self) -> list[tuple[dict[str, Any], str, Any]]:
-        """Numbers, strings and flags with another value by now: the attributes they lie in, name and value.
+        """The numbers, strings and flags that have changed since: the dictionary of each, its name and its value.
 
-        A number that is not finite has come of the step, and is left out.
+        A number that is not finite is left out, because the step may have made it so.
         """
         return [
             (attributes, name, value)
@@ -111,16 +111,16 @@ class Attributes:
         ]
 
     def restore_plain(self) -> None:
-        """Put numbers, strings and flags back, and leave tensors, containers and objects as they are."""
+        """Restore numbers, strings and flags, but not tensors, containers and objects."""
         for attributes, before in self._owners:
             for name, value in before.items():
                 if name not in OWN and isinstance(value, PLAIN) and isinstance(attributes.get(name), PLAIN):
                     attributes[name] = value
 
     def not_in(self, other: Attributes) -> list[Any]:
-        """What is held here, one level deep, and not by the attributes of another moment.
+        """The values stored here, one level deep, that are not among the attributes of another moment.
 
-        Owners and containers that only one of both remembers are left out: what they hold need not be new.
+        Owners and containers that only one of the two moments has are left out, because their values need not be new.
         """
         known = {id(value) for _, held in other._holders() for value in held}
         both = {owner for owner, _ in other._holders()}
@@ -134,7 +134,7 @@ class Attributes:
                 yield id(value), list(held.values() if isinstance(held, dict) else held)
 
     def changed(self) -> set[int]:
-        """Identities of the values that hold something else by now, and of the attributes that have other values."""
+        """Identities of the values with changed contents, and of the attribute dictionaries with changed values."""
         bound = {
             id(attributes)
             for attributes, before in self._owners
@@ -148,7 +148,7 @@ class Attributes:
 
 
 def _shorten(container: Any, length: int) -> None:
-    """Take out what was added since; what a full deque has dropped is gone."""
+    """Remove the items that were added since. Items that a full deque has dropped are lost."""
     if isinstance(container, (list, bytearray)):
         del container[length:]
     elif isinstance(container, (deque, dict)):
@@ -157,7 +157,7 @@ def _shorten(container: Any, length: int) -> None:
 
 
 def _counts(value: Any) -> bool:
-    """Whether a value may belong to the clock: a number, a string or a flag, but none that a bad batch leaves."""
+    """Whether a value may belong to the clock: a number, a string or a flag, but not one that a bad batch makes."""
     return isinstance(value, PLAIN) and not (isinstance(value, float) and not math.isfinite(value))
 
 
@@ -167,7 +167,7 @@ def _same(value: Any, before: Any) -> bool:
 
 @final
 class AttributeMemory:
-    """Remembers plain attributes before every step: the root's always, those of modules that were seen to change too.
+    """Stores plain attributes before every step: those of the root, and of modules that were seen to change theirs.
 
     Args:
         module: The module trained.
@@ -186,7 +186,7 @@ class AttributeMemory:
     def __init__(self, module: nn.Module, thresholds: RepeatedStepsThresholds = _DEFAULTS) -> None:
         self._root = module
         self._limits = thresholds
-        # What steps were seen to change: owners, each with the names of values that are copied, and values elsewhere.
+        # The objects that steps were seen to change, each with the names of the values to copy; and values elsewhere.
         self._changing: list[tuple[Any, set[str]]] = [(module, set())]
         self._items: list[Any] = []
         self._learned: frozenset[int] = frozenset()
@@ -197,10 +197,10 @@ class AttributeMemory:
         return Attributes(self._changing, self._items, self._limits, self._learned)
 
     def open(self, *, checked: bool) -> Attributes:
-        """Remember the attributes before a step.
+        """Store the attributes before a step.
 
         Args:
-            checked: Whether this step is looked at for objects whose attributes change.
+            checked: Whether to find out which objects this step changes.
         """
         if not checked:
             return self.now()
@@ -211,7 +211,7 @@ class AttributeMemory:
         return self._checked[1]
 
     def close(self) -> None:
-        """The step is over: from now on those objects are remembered, too, whose attributes it changed."""
+        """Note the objects whose attributes a checked step changed. From now on they are stored before every step."""
         if self._checked is None:
             return
         (found, before), self._checked = self._checked, None
@@ -226,5 +226,5 @@ class AttributeMemory:
         self._items = [one for one in found.items if id(one) in kept]
 
     def _is_undone(self, owner: Any) -> bool:
-        # The states of metrics are attributes that are written in place: BatchUndo copies them.
+        # Metrics write their states in place, and BatchUndo copies these.
         return isinstance(owner, Metric) and any(owner is one for one in self._root.modules())

@@ -1,4 +1,4 @@
-"""Puts numbers among a module's attributes back, such as running means, where hooks around a bad step made them NaN."""
+"""Restores numbers among a module's attributes, such as running means, if hooks around a bad step made them NaN."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _KINDS = frozenset({float, Tensor, np.ndarray})
 
 @final
 class AttributeNumbers:
-    """Remembers the numbers with which the last good step began.
+    """Stores the numbers with which the last good step began.
 
-    What a step itself has changed is put back by its :class:`Attributes`. This is for what was changed before it, in
-    ``on_after_batch_transfer`` or ``on_train_batch_start``, or after it, in ``on_train_batch_end``. Infinite numbers
-    stay, since code that looks for a minimum begins with one.
+    :class:`Attributes` restores what the step itself changed. This class restores what was changed before it, in
+    ``on_after_batch_transfer`` or ``on_train_batch_start``, or after it, in ``on_train_batch_end``. It does not restore
+    infinite numbers, because code that looks for a minimum begins with one.
 
     Args:
-        limits: Bytes up to which tensors and arrays are remembered.
+        limits: Bytes up to which tensors and arrays are stored.
 
     Example:
         >>> from types import SimpleNamespace
@@ -45,25 +45,25 @@ class AttributeNumbers:
         self._undone = False
 
     def begin(self) -> None:
-        """A step is about to begin: put back what was changed since a step that was left out."""
+        """Before a step, restore what was changed since a step that was left out."""
         if self._undone:
             self._put_back()
 
     def open(self, attributes: Attributes) -> None:
-        """A step begins.
+        """Store the numbers with which a step begins.
 
         Args:
-            attributes: The attributes it begins with.
+            attributes: The attributes at its beginning.
         """
         if not self._undone:
             self._good = self._newest
-        # In every step, so that classes are looked up first.
+        # This runs in every step, so the cheap check of the class comes first.
         bound, most = attributes.bound(_KINDS), self._limits.copied_bytes
         self._newest = [one for one in bound if type(one[2]) is float or _is_small(one[2], most)]
         self._undone = False
 
     def undo(self) -> None:
-        """The step is left out."""
+        """Restore the numbers, because the step is left out."""
         self._undone = True
         self._put_back()
 
@@ -76,7 +76,7 @@ class AttributeNumbers:
 
 def _is_small(value: Any, copied_bytes: int) -> bool:
     if isinstance(value, Tensor):
-        # A graph would keep the activations of its step alive.
+        # A value with a graph would keep the activations of its step in memory.
         return value.grad_fn is None and is_strided(value) and value.nbytes <= copied_bytes
     return bool(value.nbytes <= copied_bytes)
 

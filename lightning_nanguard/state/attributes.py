@@ -22,13 +22,13 @@ from lightning_nanguard.measure.tensors import is_strided
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 
 CONTAINERS = (list, dict, set, deque, bytearray, defaultdict, OrderedDict, Counter)
-"""What holds things and does no more; a subclass of the user's may."""
+"""Plain containers. Subclasses are not among them, because they may do more."""
 
 MISSING: Any = object()
-"""Stands for an attribute that is not there."""
+"""Stands for a missing attribute."""
 
 OWN = frozenset(vars(nn.Module()))
-"""What torch keeps in every module itself: parameters, buffers, hooks. Who copies tensors puts it back."""
+"""What torch keeps in every module: parameters, buffers, hooks. The code that copies tensors restores these."""
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 """Values that cannot be changed."""
@@ -36,13 +36,14 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _DEFAULTS = RepeatedStepsThresholds()
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _NO_OBJECTS = (types.ModuleType, types.FunctionType, types.MethodType, type, Tensor)
-# Their objects are the trainer's or the learner's, or work beside the step; a data set may be a replay buffer.
+# Objects of these packages belong to the trainer or the learner, or work beside the step. Data sets are checked all the
+# same, because one may be a replay buffer.
 _FOREIGN = frozenset({"torch", "pytorch_lightning", "lightning", "lightning_fabric", "lightning_nanguard", "logging"})
 _BESIDE = frozenset({"_thread", "threading", "queue", "_queue", "multiprocessing", "concurrent", "asyncio"})
 
 
 def same(value: Any, held: Any) -> bool:
-    """Whether a value still holds what :func:`content` has copied: the same objects, or equal plain values."""
+    """Whether a value still has the contents copied by :func:`content`: the same objects, or equal plain values."""
     if isinstance(value, Tensor):
         return bool(value._version == held[0])
     if isinstance(value, np.ndarray):
@@ -69,13 +70,13 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def refill(container: Any, held: Any) -> None:
-    """Restore what a container held; the container itself stays the same object."""
+    """Restore the contents of a container, which stays the same object."""
     container.clear()
     (container.update if isinstance(container, (dict, set)) else container.extend)(held)
 
 
 def learned_memory(owner: Any) -> frozenset[int]:
-    """Where the parameters and buffers of a module lie; attributes may be other names of them."""
+    """Addresses of the parameters and buffers of a module. Attributes may refer to the same memory."""
     if not isinstance(owner, nn.Module):
         return frozenset()
     tensors = [one for one in (*owner.parameters(), *owner.buffers()) if not is_lazy(one) and is_strided(one)]
@@ -83,12 +84,12 @@ def learned_memory(owner: Any) -> frozenset[int]:
 
 
 def is_content(value: Any, copied_bytes: int, learned: frozenset[int] = frozenset()) -> bool:
-    """Whether a step may change a value without another being bound, so that what it holds has to be copied.
+    """Whether a step may change the contents of a value in place, so that these have to be copied.
 
     Args:
         value: The value of an attribute, or of an item in a container.
         copied_bytes: Bytes up to which tensors and arrays are copied.
-        learned: What :func:`learned_memory` gives: tensors that lie there are left to others.
+        learned: The result of :func:`learned_memory`. Tensors at these addresses are not copied.
     """
     if type(value) in CONTAINERS or isinstance(value, _GENERATORS):
         return True
@@ -99,7 +100,7 @@ def is_content(value: Any, copied_bytes: int, learned: frozenset[int] = frozense
 
 
 def content(value: Any) -> Any:
-    """A copy of what a value holds, for :func:`give_back`."""
+    """A copy of the contents of a value, for :func:`give_back`."""
     if isinstance(value, Tensor):
         return value._version, value.detach().clone()
     if isinstance(value, np.random.Generator):
@@ -110,11 +111,11 @@ def content(value: Any) -> Any:
 
 
 def give_back(value: Any, held: Any) -> None:
-    """Put back what :func:`content` has copied."""
+    """Restore the contents that :func:`content` has copied."""
     if isinstance(value, Tensor):
         _, numbers = held
         if value.shape == numbers.shape:
-            # By ``data``, which a step may have written through as well, and of which no autograd graph takes notice.
+            # Write through ``data``, because a step may have done so too, and autograd does not notice it.
             value.data.copy_(numbers)
     elif isinstance(value, np.ndarray):
         value[...] = held
@@ -130,12 +131,12 @@ def give_back(value: Any, held: Any) -> None:
 
 @final
 class Reached(NamedTuple):
-    """What a step can change through some objects.
+    """The objects and values that a step can change.
 
     Attributes:
-        owners: The objects that have attributes: modules first, then the plain objects that they hold.
-        items: Containers, arrays, tensors and generators that lie in containers.
-        streams: Whether there is an iterator, which cannot be put back.
+        owners: The objects with attributes: modules first, then the plain objects that they hold.
+        items: Containers, arrays, tensors and generators inside containers.
+        streams: Whether there is an iterator, which cannot be restored.
     """
 
     owners: list[Any]
@@ -144,12 +145,12 @@ class Reached(NamedTuple):
 
 
 def reach(owner: Any, copied_bytes: int, limits: RepeatedStepsThresholds = _DEFAULTS) -> Reached:
-    """Find what a step can change through an object: a few levels deep, and not into long containers.
+    """Find what a step can change through an object, a few levels deep and not in long containers.
 
     Args:
-        owner: The object; of a module also every module in it.
+        owner: The object. For a module, also every module in it.
         copied_bytes: Bytes up to which tensors and arrays are copied.
-        limits: How far it looks.
+        limits: How deep to look.
     """
     owners, learned = list(_parts(owner)), learned_memory(owner)
     items: list[Any] = []
@@ -184,19 +185,19 @@ def _items(value: Any, most: int) -> list[Any]:
 
 
 def attributes_of(owner: Any) -> Mapping[str, Any]:
-    """The attributes of an object; of a module those that are not torch's own."""
+    """The attributes of an object. For a module, only those that are not torch's own."""
     attributes = getattr(owner, "__dict__", None)
     if not isinstance(attributes, dict):
         return {}
     skipped = OWN if isinstance(owner, nn.Module) else ()
-    # A copy, since another thread may add one meanwhile.
+    # Copy first: another thread may add an attribute meanwhile.
     return {name: value for name, value in attributes.copy().items() if name not in skipped}
 
 
 def _is_plain_object(value: Any) -> bool:
     try:
         return _may_be_put_back(value)
-    except Exception:  # what an object says of itself may be code of the user's
+    except Exception:  # `isinstance` may run code of the user
         return False
 
 
@@ -212,15 +213,15 @@ def _may_be_put_back(value: Any) -> bool:
 
 @contextmanager
 def attributes_kept(*owners: Any, limits: RepeatedStepsThresholds = _DEFAULTS) -> Iterator[None]:
-    """Put the attributes of some objects back at the end: counters, lists that grow, generators of random numbers.
+    """Restore the attributes of some objects at the end: counters, lists that grow, random generators.
 
-    Attributes are bound again to what they were bound to; containers, arrays, small tensors and generators get back
-    what they held, also in plain objects that are held, such as a meter of the user's. Parameters and buffers are left
-    alone, and iterators, which nothing can put back.
+    Attributes are bound to the same objects again. Containers, arrays, small tensors and generators get their contents
+    back, also in plain objects that are held, such as a meter of the user. Parameters and buffers are not restored, and
+    neither are iterators, which nothing can restore.
 
     Args:
-        owners: The objects; of a module also every module in it.
-        limits: How far it looks, and what is copied.
+        owners: The objects. For a module, also every module in it.
+        limits: How deep to look, and what is copied.
 
     Example:
         >>> class Counter:

@@ -1,4 +1,4 @@
-"""The newest batches: micro-batches to be run again as they were, and healthy ones to try learning rates on."""
+"""Stores the newest batches: micro-batches to be run again, and healthy batches to try learning rates on."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class MicroBatch:
         update: Number of the update it belongs to.
         index: Its index in the epoch.
         batch: The batch itself.
-        random: torch's random states before it: on CPU, and on the device where that has one.
+        random: Random states of torch before it: on the CPU, and on the device if that has one.
         streams: Positions of all random streams before it; ``None`` if they are not known.
-        origin: Where it came from; ``None`` if that is not known.
+        origin: Where the batch came from; ``None`` if that is not known.
     """
 
     update: int
@@ -45,13 +45,13 @@ class MicroBatch:
 class BatchHistory:
     """Keeps references to the newest batches, to run them again or to compare other batches with them.
 
-    The micro-batches of the last updates are kept with the random state each began with, so that one can be run again
-    as it was. Of the batches that turned out healthy the newest few are kept longer, without their random state.
+    The micro-batches of the last updates are stored with the random state before each, so that they can be run again
+    unchanged. The newest few healthy batches are kept longer, without their random state.
 
     Args:
-        device: The device of the run, whose random state is kept beside the CPU's.
-        updates: Updates whose micro-batches are kept; 1 for the present one.
-        updates_small: The same where batches are small; ``updates`` if that is more.
+        device: The device of the run, whose random state is stored too.
+        updates: Number of updates whose micro-batches are stored; 1 stores those of the present one.
+        updates_small: The same for small batches; ``updates`` is used if it is larger.
         thresholds: How many batches are kept, and when one is strange.
 
     Example:
@@ -76,9 +76,9 @@ class BatchHistory:
         self._healthy_limits = thresholds.healthy
         self._updates = updates
         self._updates_small = max(updates_small, updates)
-        # What a MicroBatch is made of; one is made only where it is asked for, since this runs in every step.
+        # The fields of MicroBatch objects. These are made only on request, because this runs in every step.
         self._micros: deque[tuple[int, int, Any, RandomState | None, BatchOrigin | None]] = deque()
-        # Bytes of each of them but the newest.
+        # Bytes of each micro-batch except the newest.
         self._sizes: deque[int] = deque()
         self._most = self._healthy_limits.most
         self._healthy: deque[tuple[Any, int]] = deque(maxlen=self._most)
@@ -86,14 +86,14 @@ class BatchHistory:
         self._exchanged: tuple[Any, Any] = None, None
 
     def add(self, update: int, index: int, batch: Any, origin: BatchOrigin | None = None) -> None:
-        """Take a micro-batch that is about to be run."""
+        """Store a micro-batch that is about to be run."""
         micros, updates, limits = self._micros, self._updates, self._limits
         if self._updates_small > updates and (_samples(batch) or limits.small + 1) <= limits.small:
             updates = self._updates_small
         while micros and (micros[0][0] <= update - updates or len(micros) >= updates * limits.per_update):
             self._let_go()
         if micros:
-            if len(self._sizes) < len(micros):  # one alone is not measured
+            if len(self._sizes) < len(micros):  # a single micro-batch is not measured
                 self._sizes.append(_bytes(micros[-1][2]))
             while micros and sum(self._sizes) > limits.most_bytes:
                 self._let_go()
@@ -105,33 +105,33 @@ class BatchHistory:
             self._sizes.popleft()
 
     def bytes_kept(self) -> int:
-        """Bytes of the tensors that batches keep alive, each counted once."""
+        """Bytes of the tensors that the stored batches keep in memory, each counted once."""
         batches = [one[2] for one in self._micros] + [batch for batch, _ in self._healthy]
         tensors = {id(tensor): tensor for batch in batches for tensor in nested_tensors(batch)}
         return sum(map(size, tensors.values()))
 
     def withdraw(self) -> None:
-        """The newest micro-batch is not run after all."""
+        """Remove the newest micro-batch, because it is not run."""
         if self._micros:
             self._micros.pop()
             while len(self._sizes) > len(self._micros):
                 self._sizes.pop()
 
     def begin_step(self) -> RandomState:
-        """The step of the newest micro-batch begins: remember the random streams for it, and give their positions."""
+        """Store the random streams before the step of the newest micro-batch, and return their positions."""
         state = self._streams.open()
         if self._micros:
             update, index, batch, known, origin = self._micros[-1]
-            if known is None:  # of several evaluations in one step (LBFGS), the first counts
+            if known is None:  # if one step evaluates several times (LBFGS), the first evaluation counts
                 self._micros[-1] = update, index, batch, state, origin
         return state
 
     def end_step(self) -> None:
-        """That step is over."""
+        """Note the end of that step."""
         self._streams.close()
 
     def exchange(self, batch: Any, part: Any, origin: BatchOrigin) -> None:
-        """Have a part of a micro-batch take its place: only that was learned from.
+        """Replace a micro-batch by a part of it, because only this part was trained on.
 
         Args:
             batch: The whole micro-batch.
@@ -144,7 +144,7 @@ class BatchHistory:
                 self._micros[place] = update, index, part, state, origin
 
     def accept(self, batch: Any, index: int) -> None:
-        """Keep a batch that turned out healthy, once."""
+        """Store a batch that turned out healthy, once."""
         healthy, limits = self._healthy, self._healthy_limits
         whole, part = self._exchanged
         if batch is whole:
@@ -158,7 +158,7 @@ class BatchHistory:
         healthy.append((batch, index))
 
     def accept_update(self, update: int) -> None:
-        """Keep the newest micro-batch of an update that turned out healthy, where it is still there."""
+        """Store the newest micro-batch of a healthy update, if it is still here."""
         for known, index, batch, _, origin in reversed(self._micros):
             if known <= update and not (origin is not None and origin.nothing_left):
                 self.accept(batch, index)
@@ -170,13 +170,13 @@ class BatchHistory:
         return list(self._healthy)
 
     def strange(self, batch: Any, *, extreme: bool = False) -> bool | None:
-        """Whether a tensor of ``batch`` reaches far beyond what it reaches in any of the healthy batches.
+        """Whether a tensor of ``batch`` has much larger values than in any of the stored healthy batches.
 
         ``None`` if too few healthy batches have the same structure to compare with. Reads from the device.
 
         Args:
             batch: The batch.
-            extreme: Whether to ask if it is far larger than them.
+            extreme: Whether to ask for far larger values, by the limit for ``extreme`` faults.
         """
         limits, mine = self._healthy_limits, largest_magnitudes(batch)
         others = [one for kept, _ in self._healthy if len(one := largest_magnitudes(kept)) == len(mine)]
@@ -188,7 +188,7 @@ class BatchHistory:
         )
 
     def of(self, update: int) -> list[MicroBatch]:
-        """The micro-batches of an update, the newest last; a batch with several updates is found under each."""
+        """The micro-batches of an update, the newest last. A batch with several updates belongs to each of them."""
         known = max((one[0] for one in self._micros if one[0] <= update), default=None)
         return self._made(() if known is None else (known,))
 
@@ -198,7 +198,7 @@ class BatchHistory:
         return origin is not None and origin.nothing_left
 
     def since(self, update: int) -> list[MicroBatch]:
-        """The micro-batches of all updates after one."""
+        """The micro-batches of all updates after ``update``."""
         return self._made({one[0] for one in self._micros if one[0] > update})
 
     def newest(self, updates: int = 1) -> list[MicroBatch]:
@@ -206,13 +206,13 @@ class BatchHistory:
         return self._made(sorted({one[0] for one in self._micros})[-updates:])
 
     def clear(self) -> None:
-        """Let go of the micro-batches of an update that is over, where those of no earlier update are needed."""
+        """Drop the micro-batches of a finished update, if those of no earlier update are needed."""
         if self._updates == 1:
             self._micros.clear()
             self._sizes.clear()
 
     def rewind(self, micro: MicroBatch) -> None:
-        """Put the random streams where they were before a micro-batch."""
+        """Restore the random streams as they were before a micro-batch."""
         if micro.streams is not None:
             micro.streams.restore()
 

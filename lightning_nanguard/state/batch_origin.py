@@ -1,4 +1,4 @@
-"""Where a batch came from: its place in the epoch, and the rows of the data set it holds."""
+"""Where a batch came from: its position in the epoch, and its rows of the data set."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class BatchOrigin:
     """Where a batch came from.
 
     Attributes:
-        position: Number of batches that the loader gave before it since the epoch began. After a resume in mid-epoch it
-            differs from Lightning's ``batch_idx``, since the loader begins again.
+        position: Number of batches that the loader gave before it in this epoch. After a resume within an epoch it
+            differs from Lightning's ``batch_idx``, because the loader begins again.
         epoch: The epoch.
-        keys: What the sampler drew for it, one key a sample; ``None`` if there is no sampler over a map-style data
-            set, or its batches do not come in its order.
-        collated: Whether torch's ``default_collate`` put it together, so that sample ``i`` is that of key ``i``.
-        nothing_left: Whether every sample of it is known to be bad, so that nothing of it is to be learned.
+        keys: The keys that the sampler drew for it, one for each sample. ``None`` without a sampler over a map-style
+            data set, and if the batches do not come in the order of the sampler.
+        collated: Whether torch's ``default_collate`` made it, so that sample ``i`` belongs to key ``i``.
+        nothing_left: Whether every sample of it is known to be bad, so that none is left to train on.
     """
 
     position: int
@@ -32,12 +32,12 @@ class BatchOrigin:
     nothing_left: bool = False
 
     def rows(self) -> tuple[Row, ...] | None:
-        """The rows of the data set, one a sample; ``None`` if they are not known."""
+        """The rows of the data set, one for each sample; ``None`` if they are not known."""
         return None if self.keys is None else tuple(map(row_of, self.keys))
 
 
 def row_of(key: Any) -> Row:
-    """The row that a sampler's key stands for: an integer, else the key in words.
+    """The row for a sampler's key: the key itself if it is an integer, else the key in words.
 
     Example:
         >>> row_of(7), row_of("cat/3.png")
@@ -50,7 +50,7 @@ def row_of(key: Any) -> Row:
 
 
 def without(keys: Iterable[Any], rows: set[Row]) -> list[Any]:
-    """The keys of a batch that stand for none of some rows, in their order.
+    """The keys of a batch whose rows are not among ``rows``, in their order.
 
     Example:
         >>> without([3, 1, 4], {1})

@@ -1,7 +1,7 @@
-"""Undoes what one batch changed, so that the run goes on as if a skipped batch had never been there.
+"""Undoes what one batch changed, so that the run continues as if a skipped batch had never been there.
 
-Buffers (batch-norm statistics), torchmetrics objects on the module, and what the caller gives as ``others``
-(Lightning's running means) are restored as they were before the batch.
+It restores buffers (statistics of batch norm), torchmetrics objects of the module, and what ``others`` of the caller
+store (Lightning's running means).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _DEFAULTS = BatchUndoThresholds()
 
 @final
 class BatchUndo:
-    """Remembers, before a batch, what the batch may change, and undoes the change.
+    """Stores, before a batch, what the batch may change, and undoes the changes.
 
     Args:
         module: The module trained.
-        others: Called when a batch opens; each gives what undoes its own part.
-        thorough: Remember large buffers and frozen parameters too (the queue and the teacher of self-supervised
-            learning): for a batch that is run again, which is rare and must leave no trace.
+        others: Functions called before each batch. Each returns a function that undoes its own part.
+        thorough: Whether to store large buffers and frozen parameters too (the queue and the teacher in self-supervised
+            learning). This is for batches that are run again, which is rare and must leave no trace.
         thresholds: What is copied.
     """
 
@@ -56,23 +56,23 @@ class BatchUndo:
         self._others = tuple(others)
         self._opened = 0
         self._owners: list[tuple[str, bool, dict[str, Tensor | None]]] = []
-        # Buffers of the modules that have none so far.
+        # The buffer dictionaries of modules that have no buffer so far.
         self._empty: list[dict[str, Tensor | None]] = []
         self._metrics: list[_MetricMemory] = []
-        # The plan: the buffers it was made for, the copies by name, and what is copied, by dtype and device.
+        # The plan: the buffers it was made for, their copies by name, and the copies by dtype and device.
         self._planned: list[Tensor | None] | None = None
         self._saved: dict[str, Tensor] = {}
         self._copies: list[_Copies] = []
-        # Copies of sparse, nested and other odd buffers, with the version they were copied at.
+        # Copies of sparse, nested and other unusual buffers, each with its version at that time.
         self._odd: list[tuple[Tensor, Any, int]] = []
-        # Large buffers that have not changed so far, with their versions, and names of those that have.
+        # Large buffers that have not changed so far, with their versions; and the names of those that have.
         self._watched: list[tuple[str, Tensor, int]] = []
         self._live: set[str] = set()
         self._undo: list[Undo] = []
         self._also: list[Undo] = []
 
     def open(self) -> None:
-        """Remember the state before a batch."""
+        """Store the state before a batch."""
         if self._opened % self._limits.modules_counted_every == 0 or any(self._empty):
             self._list_modules()
         self._opened += 1
@@ -84,11 +84,11 @@ class BatchUndo:
             self._also = []
 
     def measures(self) -> Sequence[Undo]:
-        """What puts metrics, and what the caller remembers, back to before the batch; still when others have begun."""
+        """Functions that restore metrics and the caller's part as before this batch, even after later batches."""
         return self._undo
 
     def also(self, undo: Undo) -> None:
-        """Have this batch undone by one more function."""
+        """Add a function that is called when this batch is undone."""
         self._also.append(undo)
 
     def _open_buffers(self) -> None:
@@ -102,7 +102,7 @@ class BatchUndo:
         if self._copies:
             try:
                 self._copy()
-            except RuntimeError:  # one has another shape than it had
+            except RuntimeError:  # a buffer has changed its shape
                 self._plan(buffers)
                 self._copy()
 
@@ -131,7 +131,7 @@ class BatchUndo:
         self._empty = [module._buffers for _, module in named if not module._buffers]
 
     def _plan(self, buffers: list[Tensor | None]) -> None:
-        # A lazy buffer keeps its identity when forward makes it, so the plan does not last.
+        # A lazy buffer keeps its identity when the forward pass makes it, so a plan with one must not last.
         lazy = any(buffer is not None and is_lazy(buffer) for buffer in buffers)
         self._planned = None if lazy else buffers
         self._saved, self._watched = {}, []
@@ -145,7 +145,7 @@ class BatchUndo:
             names, among, versions = groups.setdefault((buffer.dtype, buffer.device), ([], [], []))
             names.append(name)
             among.append(buffer)
-            # Batch norm writes its statistics without changing their version.
+            # Batch norm writes its statistics without changing their version counter.
             versions.append(-1 if normalises else buffer._version)
         self._copies = [_Copies(among, versions) for _, among, versions in groups.values()]
         for (names, _, _), copies in zip(groups.values(), self._copies, strict=True):
@@ -165,26 +165,26 @@ class BatchUndo:
                     yield name, parameter.data, False
 
     def before(self) -> dict[str, Tensor]:
-        """The buffers as they were before the batch, by name, as far as it may have changed them."""
+        """The buffers as they were before the batch, by name. Buffers that it cannot have changed may be missing."""
         return dict(self._saved)
 
     def undo_where(self, bad: Tensor) -> None:
-        """Put buffers back if ``bad``, 0-dim, is not 0; decided on the device, which nothing waits for."""
+        """Restore buffers if the 0-dim tensor ``bad`` is not 0. The device decides this, and the host does not wait."""
         conditions: dict[torch.device, Tensor] = {}
         with torch.no_grad():
             for copies in self._copies:
                 if changed := copies.changed():
                     device = copies.flat.device
                     if device not in conditions:
-                        # A copy to the host must be waited for, or something else would be read.
+                        # A copy to the host must be waited for, or other values would be read.
                         conditions[device] = bad.to(device, non_blocking=device.type == "cuda") != 0
                     copies.put_back_where(conditions[device], changed)
 
     def undo(self, *, buffers: bool = True) -> None:
-        """Restore what the batch changed; may be called again.
+        """Restore what the batch changed. This may be called again.
 
         Args:
-            buffers: Whether to put buffers back too, and not only what the caller and metrics remember.
+            buffers: Whether to restore buffers too, and not only metrics and the caller's part.
         """
         if buffers:
             self._undo_buffers()
@@ -205,11 +205,11 @@ class BatchUndo:
 
 @final
 class _Copies:
-    """Copies of buffers of one dtype and device, one behind the other, so that few calls serve all of them.
+    """Copies of all buffers of one dtype and device in one block of memory, so that few calls are needed.
 
     Args:
         buffers: The buffers.
-        versions: Their versions at the time of the copy; −1 where writes do not change it.
+        versions: Their version counters at the time of the copy; −1 if writes do not change the counter.
     """
 
     __slots__ = ("_now", "buffers", "flat", "saved", "versions")
@@ -218,7 +218,7 @@ class _Copies:
         self.buffers = buffers
         self.versions = versions
         self.flat, self.saved = self._memory()
-        # What the buffers hold now; made when it is first needed.
+        # The present values of the buffers; made when first needed.
         self._now: tuple[Tensor, list[Tensor]] | None = None
 
     def _memory(self) -> tuple[Tensor, list[Tensor]]:
@@ -228,19 +228,19 @@ class _Copies:
         return flat, [part.view(buffer.shape) for part, buffer in zip(parts, self.buffers, strict=True)]
 
     def changed(self) -> list[int]:
-        """Which buffers may have changed since they were copied: a mask is never written."""
+        """Indices of the buffers that may have changed since the copy. Masks, for example, never change."""
         pairs = zip(self.buffers, self.versions, strict=True)
         return [index for index, (buffer, version) in enumerate(pairs) if buffer._version != version]
 
     def put_back_where(self, condition: Tensor, changed: list[int]) -> None:
-        """Put buffers back where a condition on their device holds."""
+        """Restore buffers if a condition on their device holds."""
         if self._now is None:
             self._now = self._memory()
         flat, now = self._now
         live, behind = [self.buffers[i] for i in changed], [now[i] for i in changed]
         torch._foreach_copy_(behind, live)
         torch.where(condition, self.flat, flat, out=flat)
-        # Without changing the version: a backward still to come may need them, and finds them as they were.
+        # Keep the version counters: a later backward pass may need these buffers, and gets the right values.
         with ExitStack() as versions:
             for buffer in live:
                 versions.enter_context(_unsafe_preserve_version_counter(buffer))
@@ -254,19 +254,19 @@ def _copied(tensor: Tensor) -> bool:
 def _odd_copy(buffer: Tensor) -> tuple[Tensor, Any, int]:
     try:
         return buffer, clone(buffer, None), buffer._version
-    except Exception as error:  # a batch that is undone leaves this one as it is then
+    except Exception as error:  # when the batch is undone, this buffer is left as it is
         _logger.debug("NaNGuard: a buffer of type %s cannot be copied: %r", type(buffer).__name__, error)
         return buffer, None, -1
 
 
 def is_undone(metric: Metric) -> bool:
-    """Whether a metric forgets a batch that is undone: the guard's own metrics count skipped batches."""
+    """Whether undoing a batch also undoes it in a metric. The guard's own metrics count skipped batches."""
     return not getattr(type(metric), "keep_when_skipped", False)
 
 
 @final
 class _MetricMemory:
-    """Remembers the states of a metric, and copies them only where they have changed since they were copied last.
+    """Stores the states of a metric, and copies them only if they have changed since the last copy.
 
     Args:
         metric: The metric.
@@ -280,11 +280,11 @@ class _MetricMemory:
         self._states: dict[str, Any] = {}
 
     def open(self) -> Undo:
-        """Remember the states before a batch; gives what puts them back."""
+        """Store the states before a batch; return a function that restores them."""
         metric = self.metric
         live = {name: getattr(metric, name) for name in metric._defaults}
         count, computed = metric._update_count, metric._computed
-        # Of tensors that have no version, and of lists, the count of updates says whether they have changed.
+        # Lists, and tensors without a version counter, have changed if the count of updates has.
         marks = [(value, (count, _mark(value))) for value in live.values()]
         if len(marks) != len(self._marks) or not all(map(_same, marks, self._marks)):
             self._marks, self._states = marks, {name: _copy_state(value) for name, value in live.items()}
@@ -300,7 +300,7 @@ class _MetricMemory:
 
 
 def _mark(state: Any) -> Any:
-    """What changes where a state is written in place."""
+    """A value that changes if a state is written in place."""
     if isinstance(state, Tensor):
         return None if state.is_inference() else state._version
     return len(state), id(state[-1]) if state else None

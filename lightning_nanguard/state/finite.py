@@ -1,4 +1,4 @@
-"""Which tensors of a learner are not finite."""
+"""Finds the tensors of a learner that are not finite."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_nanguard.measure.tensors import dense_values, shape_of
 from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import Learner, StateKey, describe, unwrapped
 
-# Parts of the names of buffers that are averages: Inf in one of them is no value that anybody sets.
+# Words in the names of buffers that are averages. Nobody sets an average to Inf on purpose.
 _AVERAGES = frozenset({"mean", "var", "variance", "std", "avg", "average", "ema"})
 
 
 def allowances(leaves: Iterable[tuple[StateKey, Any]]) -> dict[StateKey, Tensor]:
-    """Where weights and buffers are non-finite by design (a mask of −inf): state key to a bool mask of such elements.
+    """The elements of weights and buffers that are non-finite by design (a mask of −inf): a bool mask by state key.
 
-    The masks have the shape of the numbers that a tensor stores, see
+    Each mask has the shape of the numbers that the tensor stores, see
     :func:`~lightning_nanguard.measure.tensors.dense_values`.
     """
     weights = [(key, leaf) for key, leaf in leaves if key[0] in ("parameter", "buffer")]
@@ -34,9 +34,9 @@ def allowances(leaves: Iterable[tuple[StateKey, Any]]) -> dict[StateKey, Tensor]
 
 
 def may_be_infinite(module: nn.Module) -> frozenset[str]:
-    """Names of the buffers that may hold Inf at any time: running minima, observers, whatever is no average.
+    """Names of the buffers that may hold Inf at any time: running minima, observers, and others that are no average.
 
-    Statistics of normalisation layers, and buffers that are called averages, are none of them.
+    Statistics of normalisation layers, and buffers that are averages by their name, may not.
     """
     averages = {name for name, layer in module.named_modules() if isinstance(layer, _NormBase)}
     return frozenset(
@@ -48,7 +48,7 @@ def may_be_infinite(module: nn.Module) -> frozenset[str]:
 
 
 def variances(module: nn.Module) -> frozenset[str]:
-    """Names of the buffers that are running variances: no average of squares is negative."""
+    """Names of the buffers that are running variances. These can never be negative."""
     return frozenset(
         f"{name}.running_var".lstrip(".")
         for name, layer in module.named_modules()
@@ -58,13 +58,13 @@ def variances(module: nn.Module) -> frozenset[str]:
 
 @final
 class FiniteCheck:
-    """Finds tensors of a learner that are not finite, for all parts of the guard that look at its state.
+    """Finds tensors of a learner that are not finite, for all parts of the guard that check its state.
 
-    A running variance below zero counts as not finite, since a layer that normalises takes its root.
+    A negative running variance counts as not finite, because a normalising layer takes its root.
 
-    Elements of weights and buffers that were not finite when the fit began are allowed, and so is Inf in a buffer that
-    may be set to it at any time (:func:`may_be_infinite`). A buffer that was made or resized since (a mask built in the
-    first forward) is left out, since nothing says what it should hold.
+    Elements of weights and buffers that were not finite at the start of the fit are allowed. So is Inf in a buffer that
+    may be set to it at any time (:func:`may_be_infinite`). A buffer that was made or resized since (a mask made in the
+    first forward pass) is not checked, because nothing says what it should hold.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class FiniteCheck:
         self._variances: frozenset[str] = frozenset()
 
     def begin(self, learner: Learner) -> None:
-        """Note which elements of the learner's weights and buffers are non-finite by design: those that are so now."""
+        """Note the elements of the learner's weights and buffers that are not finite now: they are so by design."""
         weights = dict(learner.weights())
         self._allowed = allowances(weights.items())
         self._nan = {key for key in self._allowed if bool(torch.isnan(dense_values(weights[key])).any())}
@@ -98,7 +98,7 @@ class FiniteCheck:
             values = dense_values(tensor)
             try:
                 corrupt = self._is_corrupt(key, values)
-            except OutOfMemory:  # it takes masks as large as a quarter of the tensor
+            except OutOfMemory:  # the check needs a quarter of the tensor's memory for masks
                 corrupt = self._is_corrupt(key, values.cpu())
             if corrupt:
                 negative = self._is_variance(key) and bool(torch.isfinite(leaves[key]).all())
@@ -116,7 +116,7 @@ class FiniteCheck:
         return bool(bad.any())
 
     def to_be_finite(self, leaves: Iterable[tuple[StateKey, Any]]) -> Iterator[tuple[StateKey, Tensor]]:
-        """The tensors that :meth:`corrupt` looks at, zero where they may be non-finite; waits for no device."""
+        """The tensors that :meth:`corrupt` checks, set to zero where they may be non-finite. Waits for no device."""
         for key, tensor in self._checked(leaves):
             if any(source in self._allowed for source in _sources(key)):
                 values = dense_values(tensor)
@@ -128,7 +128,7 @@ class FiniteCheck:
     def _checked(self, leaves: Iterable[tuple[StateKey, Any]]) -> Iterator[tuple[StateKey, Tensor]]:
         for key, leaf in leaves:
             if key[0] == "own":
-                continue  # Inf may be meant there: a best loss so far
+                continue  # Inf may be intended, as in the best loss so far
             for tensor in nested_tensors(leaf):
                 if key[0] != "buffer" or self._shapes.get(key) == shape_of(tensor):
                     yield key, tensor.sqrt() if self._is_variance(key) else tensor
@@ -145,8 +145,8 @@ class FiniteCheck:
 
 
 def _sources(key: StateKey) -> tuple[StateKey, ...]:
-    """The keys of the weights and buffers from which a leaf may have its non-finite elements."""
-    # An averaged copy holds the module's masks too, and may appear during a run; optimizers keep copies of parameters.
+    """Keys of the weights and buffers whose non-finite elements a leaf may have too."""
+    # An averaged copy has the module's masks too, and may appear during a run. Optimizers keep copies of parameters.
     if key[0] == "average":
         return key, ("buffer", unwrapped(key[2])), ("parameter", unwrapped(key[2]))
     return (key, ("parameter", key[2])) if key[0] == "optimizer" else (key,)

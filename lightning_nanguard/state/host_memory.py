@@ -9,12 +9,12 @@ _NOT_KNOWN = sys.maxsize
 
 
 def available_host_memory(root: Path = Path("/")) -> int:
-    """Bytes that processes here can still take: the least of ``MemAvailable`` and what each control group leaves.
+    """Bytes that processes can still take here: the least of ``MemAvailable`` and what each control group leaves.
 
-    A very large number where the system tells neither, as outside of Linux.
+    It is a very large number if the system does not tell, as outside of Linux.
 
     Args:
-        root: Where ``proc`` and ``sys`` lie.
+        root: The folder that holds ``proc`` and ``sys``.
     """
     return min([_from_kernel(root), *_from_control_groups(root)])
 
@@ -39,7 +39,7 @@ def _from_control_groups(root: Path) -> list[int]:
         else:
             continue
         own = base / path.strip("/")
-        # A limit holds for all groups below it. Inside of a container the path may be one of the host.
+        # A limit also holds for all groups below. Inside a container the path may be that of the host.
         groups = [own, *own.parents[: len(own.relative_to(base).parts)]] if own.exists() else [base]
         found += [_left_by(group, *names) for group in groups]
     return found
@@ -49,7 +49,7 @@ def _left_by(group: Path, limit_name: str, usage_name: str, cache_name: str) -> 
     limit, used = _text(group / limit_name).strip(), _text(group / usage_name).strip()
     if not (limit.isdigit() and used.isdigit()):
         return _NOT_KNOWN
-    # Files that were read count as used, and go where memory is needed.
+    # The kernel counts cached files as used, but frees them if memory is needed.
     cached = 0
     for line in _text(group / "memory.stat").splitlines():
         name, _, value = line.partition(" ")

@@ -1,4 +1,4 @@
-"""How many updates lie between snapshots."""
+"""Chooses the number of updates between snapshots."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _DEFAULTS = IntervalThresholds()
 
 @final
 class Interval:
-    """Chooses the updates between snapshots, so that snapshots take at most a share of the run's time.
+    """Chooses the number of updates between snapshots, so that snapshots take at most a share of the run's time.
 
-    Where snapshots cost as much as ``cost`` updates and the run has made ``made`` updates, the time lost to snapshots
-    and to a restore together is least at every ``sqrt(2 * cost * made)`` updates (Young 1974,
-    doi:10.1145/361147.361115). So the share falls as the run goes on.
+    Let a snapshot cost as much time as ``cost`` updates, and let the run have made ``made`` updates. The time lost to
+    snapshots and to one restore is then least with a snapshot every ``sqrt(2 * cost * made)`` updates (Young 1974,
+    doi:10.1145/361147.361115). So the share falls during the run.
 
     Args:
-        every: A fixed interval; ``None`` measures.
+        every: A fixed interval; ``None`` chooses one by measurement.
         thresholds: Bounds of what is measured.
         clock: Gives the time in seconds.
     """
@@ -43,28 +43,28 @@ class Interval:
         self.updates = every if every is not None else thresholds.first
 
     def resume(self, updates: int) -> None:
-        """Go on with the interval of a run that was stopped, where none is fixed."""
+        """Continue with the interval of the run that was stopped, unless a fixed one is set."""
         if not self._fixed:
             self.updates = updates
 
     def until_next(self, last: int, every: int | None = None) -> int:
-        """Updates after which a snapshot is due; fewer early in a run, where a long interval would lose most.
+        """Updates until the next snapshot. There are fewer early in a run, where a long interval would lose most.
 
         Args:
-            last: Updates made before the last one was taken.
-            every: The interval, if another than the one measured here.
+            last: Updates made before the last snapshot.
+            every: The interval, if not the one measured here.
         """
         every = self.updates if every is None else every
         return every if self._fixed else min(every, max(self._limits.first, every // self._limits.early_factor, last))
 
     def measure(self, started: float, since: int, made: int, once: float = 0.0) -> None:
-        """Take note that a capture has just ended.
+        """Note a snapshot that has just been taken.
 
         Args:
-            started: When it began.
-            since: Updates since the one before.
+            started: The time at which it began.
+            since: Updates since the snapshot before.
             made: Updates made so far.
-            once: Seconds of it that later captures do not take, such as those for allocating memory.
+            once: Seconds of it that later snapshots do not need, such as for allocating memory.
         """
         ended = self._clock()
         update = (started - self._mark) / max(1, since)
@@ -75,21 +75,21 @@ class Interval:
         self._capturing = _least(max(0.0, ended - started - once), self._capturing)
         cost = (self._capturing + self._certifying + self._on_device) / self._update
         wanted = max(cost / self._limits.time_share, math.sqrt(2 * cost * made))
-        # In powers of two, so that small differences do not move it.
+        # Round to powers of two, so that small differences do not change the interval.
         power = 1 << max(0, math.ceil(math.log2(max(wanted, 1.0))))
-        # The first captures may take long for reasons that are not known here.
+        # The first snapshots may take long for other reasons.
         longest = min(self._limits.longest, self.updates * self._limits.most_growth)
         self.updates = min(max(self._limits.first, power), longest)
 
     def certified(self, seconds: float) -> None:
-        """Take note of the time in which a pending snapshot was checked."""
+        """Note the time that the check of a pending snapshot took."""
         self._certifying = _least(seconds, self._certifying)
 
     def took_device(self, seconds: float) -> None:
-        """Take note of the time for which a capture occupied the device, which the host's clock does not see."""
+        """Note the time for which a snapshot occupied the device. The clock of the host does not measure it."""
         self._on_device = _least(seconds, self._on_device)
 
 
 def _least(seconds: float, before: float) -> float:
-    # The smallest of all times seen: one slow moment must not decide.
+    # Use the smallest time seen, so that one slow moment does not decide.
     return min(seconds, before) if before else seconds

@@ -1,7 +1,8 @@
 """The learner: the part of a run's state that a rollback restores, as state keys and leaves.
 
-Parameters, buffers, optimizer state (and what optimizers keep in their groups), the GradScaler's growth tracker and
-averaged copies are the learner. Learning rates, schedulers and progress are the clock, which no rollback changes.
+The learner consists of parameters, buffers, optimizer state (with what optimizers keep in their groups), the growth
+tracker of the GradScaler and averaged copies. Learning rates, schedulers and counters are the clock, which no rollback
+changes.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from lightning_nanguard.state.optimizer_attributes import own_leaves
 
 StateKey = tuple[Any, ...]
 """Names one leaf of the learner: ``("parameter", name)``, ``("buffer", name)``, ``("average", owner, name)``,
-``("optimizer", index, parameter name, key)``, ``("group", index, group number, key)``, or
-``("wrapped", index, attribute, parameter name, key)`` for the state of an optimizer that another one wraps, or
-``("own", index, attribute)`` and ``("own", index, attribute, key)`` for what an optimizer keeps in its attributes."""
+``("optimizer", index, parameter name, key)`` or ``("group", index, group number, key)``. The state of an optimizer that
+another one wraps is ``("wrapped", index, attribute, parameter name, key)``. Values in an optimizer's own attributes are
+``("own", index, attribute)`` and ``("own", index, attribute, key)``."""
 
 
 def unwrapped(name: str) -> str:
-    """The name of a tensor without the wrapper around its module: AveragedModel and DDP keep it as ``module``."""
+    """The name of a tensor without the prefix of a wrapper: AveragedModel and DDP hold their module as ``module``."""
     return name.removeprefix("module.")
 
 
@@ -39,38 +40,38 @@ CLOCK_KEYS = frozenset(
 
 
 class Scaler(Protocol):
-    """What the learner uses of a ``torch.amp.GradScaler``."""
+    """The methods of a ``torch.amp.GradScaler`` that the learner uses."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Its scale and growth tracker."""
+        """The loss scale and the growth tracker."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Set scale and growth tracker."""
+        """Set the loss scale and the growth tracker."""
 
 
 class Partitions(Protocol):
-    """Partitions that a strategy trains in place of the module's parameters; each process steps its own.
+    """Partitions that a strategy trains in place of the module's parameters. Each rank steps its own.
 
-    The strategy makes the parameters from them again after each step, and the parameters have no ``grad`` before it.
+    After each step the strategy makes the parameters from them. The parameters have no ``grad`` before a step.
     """
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """By name: the part of each parameter that this process keeps, and the tensors it steps."""
+        """Names and tensors: this rank's part of each parameter, and the tensors that its optimizer steps."""
 
     def stepped(self) -> Mapping[str, Tensor]:
         """The tensors that the optimizer steps, by name."""
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """The part of each parameter's gradient that the next step will use, by the parameter's name."""
+        """This rank's part of each gradient that the next step will use, with the name of the parameter."""
 
     def restored(self) -> None:
-        """The tensors of :meth:`weights` were restored: drop what was made from their earlier values."""
+        """Drop tensors that were made from the old values, because the tensors of :meth:`weights` were restored."""
 
 
 def states_of(optimizer: Optimizer, index: int) -> Iterator[tuple[StateKey, MutableMapping[Any, Any]]]:
-    """What an optimizer keeps of each parameter, and what those keep that it wraps: how its keys begin, and the state.
+    """The state that an optimizer, and each optimizer inside it, keeps of its parameters: start of its keys, and state.
 
-    Optimizers such as SAM or Lookahead have the moments in another optimizer, which they hold as an attribute.
+    Optimizers such as SAM or Lookahead hold another optimizer as an attribute, and this one has the moments.
     """
     yield ("optimizer", index), optimizer.state
     for name, inner in getattr(optimizer, "__dict__", {}).items():
@@ -84,15 +85,15 @@ def _ready(tensor: Tensor) -> bool:
 
 @final
 class Learner:
-    """Gives the live state of a run that may be restored, as state keys and leaves (tensors and plain values).
+    """Gives the live state of a run that a rollback restores, as state keys and leaves (tensors and plain values).
 
     Args:
         module: The module trained.
         optimizers: Its optimizers.
         scaler: The GradScaler, if there is one.
-        averages: Gives averaged copies of the module kept elsewhere (EMA, SWA), by name; asked again each time, since
-            such copies come and go.
-        partitions: What is stepped in place of the parameters, if a strategy keeps partitions of them.
+        averages: Gives averaged copies of the module that are kept elsewhere (EMA, SWA), by name. It is called each
+            time, because such copies come and go.
+        partitions: The partitions that are stepped in place of the parameters, if the strategy has any.
         device: The device of the run.
     """
 
@@ -107,7 +108,7 @@ class Learner:
     ) -> None:
         self.module = module
         self.optimizers = list(optimizers)
-        # Indices of optimizers that evaluate their closure several times in one step, as a line search does.
+        # Indices of optimizers that evaluate their closure several times in one step, as in a line search.
         self.quasi_newton = frozenset(i for i, one in enumerate(self.optimizers) if isinstance(one, LBFGS))
         self.scaler = scaler
         self.device = Device() if device is None else device
@@ -115,7 +116,7 @@ class Learner:
         self._partitions = partitions
 
     def weights(self) -> Iterator[tuple[StateKey, Tensor]]:
-        """Parameters and buffers (also those that are not persistent)."""
+        """Parameters, and buffers including those that are not persistent."""
         own = self._partitions
         for name, parameter in self.module.named_parameters() if own is None else own.weights():
             if _ready(parameter):
@@ -125,7 +126,7 @@ class Learner:
                 yield ("buffer", name), buffer
 
     def statistics(self, keys: Collection[StateKey]) -> list[StateKey]:
-        """Among ``keys`` running statistics of normalisation layers, and averaged copies of weights."""
+        """The keys among ``keys`` of running statistics of normalisation layers, and of averaged copies."""
         prefixes = {name for name, layer in self.module.named_modules() if isinstance(layer, _NormBase)}
 
         def counts(name: str) -> bool:
@@ -139,11 +140,11 @@ class Learner:
         ]
 
     def lazy(self) -> bool:
-        """Whether a parameter is uninitialised until the first forward."""
+        """Whether a parameter is uninitialised until the first forward pass."""
         return any(not _ready(parameter) for parameter in self.module.parameters())
 
     def parameter_names(self) -> dict[int, str]:
-        """Identity of every parameter to its name; tied parameters have their first name."""
+        """The name of every parameter by its identity. Tied parameters have their first name."""
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         if self._partitions is not None:
             names |= {id(tensor): name for name, tensor in self._partitions.stepped().items()}
@@ -156,11 +157,11 @@ class Learner:
         return [parameter for group in self.optimizers[index].param_groups for parameter in group["params"]]
 
     def which_have_gradients(self, index: int, found: int) -> tuple[bool, ...] | None:
-        """For each tensor that an optimizer steps whether it has a gradient; ``None`` for all of them.
+        """For each tensor that an optimizer steps, whether it has a gradient; ``None`` if all of them have one.
 
         Args:
             index: Index of the optimizer.
-            found: How many gradients there are, so that the tensors need not be looked at where all have one.
+            found: Number of gradients. If all tensors have one, the tensors are not inspected.
         """
         groups = self.optimizers[index].param_groups
         if self._partitions is not None or found == sum(len(group["params"]) for group in groups):
@@ -168,7 +169,7 @@ class Learner:
         return tuple(p.grad is not None for group in groups for p in group["params"])
 
     def named_sizes(self, index: int) -> list[tuple[str, int]]:
-        """Names and numbers of elements of the tensors that an optimizer steps, of sharded ones those of this rank."""
+        """Names and element counts of the tensors that an optimizer steps; of a sharded tensor, this rank's part."""
         names = self.parameter_names()
         return [(names.get(id(p), "a parameter"), local(p).numel()) for p in self.stepped(index) if _ready(p)]
 
@@ -181,14 +182,14 @@ class Learner:
         return [(key, leaf) for key, leaf in parameters if id(leaf) in own]
 
     def gradients(self, index: int) -> list[Tensor]:
-        """The gradients an optimizer steps by, as they are: sparse or sharded ones too."""
+        """The gradients that an optimizer uses, unchanged: also sparse or sharded ones."""
         if self._partitions is not None:
             return [gradient for _, gradient in self._partitions.gradients()]
         groups = self.optimizers[index].param_groups
         return [grad for group in groups for p in group["params"] if (grad := p.grad) is not None]
 
     def named_gradients(self, index: int) -> list[tuple[str, Tensor]]:
-        """The gradients an optimizer steps by, with the parameters' names."""
+        """The gradients that an optimizer uses, with the names of the parameters."""
         if self._partitions is not None:
             return list(self._partitions.gradients())
         names = self.parameter_names()
@@ -196,12 +197,12 @@ class Learner:
         return [(name, grad) for name, grad in found if grad is not None]
 
     def restored(self) -> None:
-        """Weights were restored: a strategy that made other tensors from them makes those again."""
+        """Note that weights were restored. A strategy then makes the tensors again that it has made from them."""
         if self._partitions is not None:
             self._partitions.restored()
 
     def optimizer_leaves(self, index: int) -> Iterator[tuple[StateKey, Any]]:
-        """State of one optimizer and what it keeps in its groups."""
+        """State of one optimizer, and the values that it keeps in its groups."""
         optimizer = self.optimizers[index]
         names = self.parameter_names()
         for prefix, state in states_of(optimizer, index):
@@ -216,19 +217,19 @@ class Learner:
             yield path, owner[name]
 
     def own_leaves(self, index: int) -> Iterator[tuple[StateKey, dict[Any, Any], Any]]:
-        """What an optimizer keeps in its attributes: state key, and the dictionary and the key in it where it lies."""
+        """The values in an optimizer's own attributes: state key, the dictionary of the value, and the key there."""
         for path, owner, name in own_leaves(self.optimizers[index], self.parameter_names(), self.stepped(index)):
             yield ("own", index, *path), owner, name
 
     def leaves(self) -> Iterator[tuple[StateKey, Any]]:
-        """Everything that a rollback restores, except the scaler."""
+        """Everything that a rollback restores, except the GradScaler."""
         yield from self.weights()
         for index in range(len(self.optimizers)):
             yield from self.optimizer_leaves(index)
         yield from self.averages()
 
     def averages(self) -> Iterator[tuple[StateKey, Tensor]]:
-        """Averaged copies kept elsewhere."""
+        """The averaged copies that are kept elsewhere."""
         for owner, tensors in self._averages().items():
             for name, tensor in tensors.items():
                 yield ("average", owner, name), tensor
@@ -253,7 +254,7 @@ def describe(key: StateKey) -> str:
 
 
 def _leaves(prefix: StateKey, value: Any) -> Iterator[tuple[StateKey, Any]]:
-    # A list or dictionary of tensors inside (LBFGS's history) is one leaf, since its length changes.
+    # A list or dictionary of tensors inside (the history of LBFGS) is one leaf, because its length changes.
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield (*prefix, key), item

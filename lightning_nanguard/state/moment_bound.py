@@ -17,15 +17,16 @@ from lightning_nanguard.thresholds.snapshots import MomentThresholds
 
 _DEFAULTS = MomentThresholds()
 _logger = logging.getLogger("lightning_nanguard")
-# Others may keep something else under the same names.
+# Other optimizers may keep something else under the same names.
 _KNOWN = (Adam, AdamW, NAdam, RAdam)
 _EXACT = (torch.float32, torch.float64)
 
 
 def largest_ratio(beta1: float, beta2: float) -> float | None:
-    """Bound of m² / v for the moments m and v of one sequence of numbers; ``None`` if there is none.
+    """Bound of m² / v for the two moments m and v of one sequence of numbers; ``None`` if there is none.
 
-    It is that of Cauchy and Schwarz: m = (1 − β₁) Σ β₁ⁱ gᵢ and v = (1 − β₂) Σ β₂ⁱ gᵢ². Moments within it stay so.
+    It follows from the inequality of Cauchy and Schwarz, with m = (1 − β₁) Σ β₁ⁱ gᵢ and v = (1 − β₂) Σ β₂ⁱ gᵢ². Moments
+    within the bound stay within it.
 
     Example:
         >>> round(largest_ratio(0.9, 0.999) ** 0.5, 2)
@@ -38,11 +39,11 @@ def largest_ratio(beta1: float, beta2: float) -> float | None:
 
 @final
 class MomentScreen:
-    """How many elements of first moments exceed their bound, on the way to the host.
+    """Counts of elements of first moments that exceed their bound, on their way to the host.
 
     Args:
         counts: For each first moment the number of its elements that are out of bounds.
-        device: Sends them.
+        device: Sends the counts.
     """
 
     def __init__(self, counts: Mapping[StateKey, Tensor], device: Device | None = None) -> None:
@@ -53,11 +54,11 @@ class MomentScreen:
         self._sent = [(list(one), device.read_later(torch.stack(list(one.values())))) for one in devices.values()]
 
     def arrived(self) -> bool:
-        """Whether reading it would not wait for a device."""
+        """Whether reading the counts would not wait for a device."""
         return all(copy.arrived() for _, copy in self._sent)
 
     def beyond(self) -> dict[StateKey, int]:
-        """State keys of the first moments that are out of bounds, with how many of their elements are."""
+        """State keys of the first moments that are out of bounds, each with the number of such elements."""
         counts = (pair for keys, copy in self._sent for pair in zip(keys, copy.read(), strict=True))
         return {key: int(count) for key, count in counts if count > 0}
 
@@ -66,13 +67,13 @@ class MomentScreen:
 class MomentBound:
     """Checks the first moments of torch's Adam, AdamW, NAdam and RAdam.
 
-    Moments that begin out of bounds, such as those of a checkpoint that was trained with other betas, are left alone.
-    So are all of an optimizer whose betas change, and those that go out of bounds in many elements at once: somebody
-    has rewritten moments.
+    Moments that are out of bounds from the start, such as those of a checkpoint from a run with other betas, are
+    exempt. So are all moments of an optimizer whose betas change, and moments that go out of bounds in many elements at
+    once, because somebody has rewritten them.
 
     Args:
-        learner: What is trained.
-        thresholds: Numerical slack.
+        learner: The learner of the run.
+        thresholds: Numerical tolerance.
     """
 
     def __init__(self, learner: Learner, thresholds: MomentThresholds = _DEFAULTS) -> None:
@@ -83,7 +84,7 @@ class MomentBound:
         self._exempt: set[StateKey] = set()
 
     def screen(self, leaves: Mapping[StateKey, Any]) -> MomentScreen:
-        """Measure a state of the learner, without waiting for a device; nothing where the device has no room for it."""
+        """Measure a state of the learner without waiting for a device; measure nothing if the device has no room."""
         try:
             return MomentScreen(self._counts(leaves), self._learner.device)
         except OutOfMemory as error:
@@ -100,7 +101,7 @@ class MomentBound:
         return counts
 
     def beyond(self, screen: MomentScreen) -> set[StateKey]:
-        """State keys of the first moments that something other than a gradient has changed in a few elements."""
+        """State keys of the first moments that are out of bounds in a few elements, which no gradient can cause."""
         found = screen.beyond()
         if sum(found.values()) > self._limits.most_elements:
             self._exempt |= found.keys()
@@ -108,7 +109,7 @@ class MomentBound:
         return set(found)
 
     def exempt(self, screen: MomentScreen) -> None:
-        """Leave those alone from now on that are out of bounds."""
+        """Exempt the moments that are out of bounds from now on."""
         self._exempt |= screen.beyond().keys()
 
     def _bounded(self) -> Iterator[tuple[StateKey, float, float]]:
@@ -139,7 +140,7 @@ class MomentBound:
         ratio *= limits.slack**2
         floor = least * torch.finfo(first.dtype).tiny
         pieces = zip(*(torch.split(one.reshape(-1), limits.piece) for one in (first, second)), strict=True)
-        # A second moment of exactly 0 was reset or pruned, which no flipped bit does.
+        # A second moment of exactly 0 was reset or pruned. A flipped bit does not give 0.
         counts = [
             (one.square().sub_(other, alpha=ratio) > ratio * floor).logical_and_(other > 0).sum()
             for one, other in pieces

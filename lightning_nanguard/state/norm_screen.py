@@ -1,4 +1,4 @@
-"""A first, cheap check of a state, which does not wait for the device."""
+"""A cheap first check of a state, which does not wait for the device."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lightning_nanguard.state.learner import StateKey
 
 @final
 class NormScreen:
-    """Sends one norm of each tensor of a state to the host: they show whether the tensors must be looked at.
+    """Sends one norm of each tensor of a state to the host. The norms show which tensors must be checked.
 
     Args:
-        tensors: What must be finite, and may not have grown too far since an older screen.
-        wide: State keys of tensors with so many elements that their norm does not tell whether one has grown: their
+        tensors: Tensors that must be finite, and must not have grown too far since an older screen.
+        wide: State keys of tensors with so many elements that the norm does not show whether one has grown. Their
             largest element is sent too.
-        device: Sends them.
+        device: Sends the norms.
     """
 
     def __init__(
@@ -52,18 +52,18 @@ class NormScreen:
         ]
 
     def arrived(self) -> bool:
-        """Whether reading it would not wait for a device."""
+        """Whether reading the norms would not wait for a device."""
         return all(numbers.arrived() for _, numbers in self._sent)
 
     def beyond(self, before: Mapping[StateKey, float], factor: float, least: float = 1.0) -> set[StateKey]:
-        """State keys of tensors that may not be finite, or of which an element may have grown too far.
+        """State keys of tensors that may not be finite, or that may have an element that has grown too far.
 
         Args:
-            before: The older screen's :attr:`typical`.
-            factor: Growth of a tensor's largest element that would be too much.
+            before: :attr:`typical` of the older screen.
+            factor: Growth of a tensor's largest element that is too much.
             least: Magnitude from which growth is counted.
         """
-        # The largest element lies between the root mean square and the norm, so no jump of it goes unseen.
+        # The largest element lies between the root mean square and the norm, so this misses no jump of it.
         return {
             key
             for key, _, norm, largest in self._numbers
@@ -72,7 +72,7 @@ class NormScreen:
 
     @cached_property
     def typical(self) -> dict[StateKey, float]:
-        """Root mean square of each tensor; of the smallest one where a state key holds several."""
+        """Root mean square of each tensor. For a state key with several tensors, the smallest one."""
         found: dict[StateKey, float] = {}
         for key, elements, norm, _ in self._numbers:
             size = norm / math.sqrt(elements)
@@ -81,7 +81,7 @@ class NormScreen:
 
     @cached_property
     def _numbers(self) -> list[tuple[StateKey, int, float, float]]:
-        # Key, elements, norm and largest element, which is no larger than the norm where it was not sent.
+        # Key, number of elements, norm, and largest element, or the norm as its upper bound if it was not sent.
         found = []
         for about, copy in self._sent:
             numbers = copy.read()

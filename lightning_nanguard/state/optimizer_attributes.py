@@ -1,4 +1,4 @@
-"""What an optimizer of the user's keeps in attributes of its own rather than in ``state``: moments, counters, lists."""
+"""Finds what a user's optimizer keeps in attributes of its own instead of ``state``: moments, counters, lists."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def own_leaves(
 ) -> Iterator[tuple[tuple[Any, ...], dict[Any, Any], Any]]:
     """The tensors, lists of tensors and numbers among an optimizer's own attributes.
 
-    Entries of dictionaries are given one by one. The weights are left out, and what shares memory with them.
+    The values of dictionaries are given one by one. The weights, and tensors that share memory with them, are left out.
 
     Args:
-        optimizer: The optimizer. Torch's own keep everything in ``state``.
-        names: Names of parameters, by identity, for dictionaries with parameters as keys.
-        stepped: The tensors that it steps.
+        optimizer: The optimizer. Those of torch keep everything in ``state``.
+        names: Names of parameters by identity, for dictionaries whose keys are parameters.
+        stepped: The tensors that the optimizer steps.
 
     Yields:
-        The path, the dictionary in which the value lies, and its key there. The path is the name of the attribute, and
-        the key in it; in place of a parameter as the key its name.
+        The path, the dictionary that holds the value, and its key there. The path is the name of the attribute,
+        followed by the key in it, or by the name of the parameter that is the key.
     """
     if type(optimizer).__module__.startswith("torch.optim"):
         return

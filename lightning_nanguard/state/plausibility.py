@@ -1,4 +1,4 @@
-"""Which finite tensors of a learner are far out of range."""
+"""Finds tensors of a learner that are finite and far out of range."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def first_jump(
     least: float,
     most: Mapping[StateKey, float] | None = None,
 ) -> str | None:
-    """Name of the first tensor among ``keys`` whose largest element has grown ``factor`` times, from ``least`` up.
+    """Name of the first tensor among ``keys`` whose largest element has grown more than ``factor`` times.
 
     Args:
-        now: The tensors.
-        then: What they were.
-        keys: Which tensors count.
+        now: The present tensors.
+        then: The earlier tensors.
+        keys: The tensors to compare.
         factor: Growth that is too much.
         least: Magnitude from which growth is counted.
-        most: Largest magnitude of moments that were 0 or are new. Without it they do not count, because how far they go
-            at first depends on the unit of the loss.
+        most: Largest magnitude of moments that were 0 or are new. Moments without an entry do not count, because their
+            first values depend on the unit of the loss.
     """
     most = {} if most is None else most
     pairs = [(key, now[key], then.get(key)) for key in now if key in keys and (key in then or key in most)]
@@ -53,7 +53,7 @@ def first_jump(
     far = (
         key
         for (key, _, _), one, other in zip(pairs, largest, was, strict=True)
-        if other == other  # of what was NaN before nothing can be said
+        if other == other  # a tensor that was NaN before cannot be compared
         and not one <= (factor * max(other, least) if other > 0 or key[0] != "optimizer" else most.get(key, math.inf))
     )
     found = next(far, None)
@@ -67,19 +67,19 @@ def _comparable(one: Any, other: Any) -> bool:
 
 @final
 class PlausibilityCheck:
-    """Finds weights, statistics and moments that have grown beyond what training does, though they are finite.
+    """Finds weights, statistics and moments that are finite, but have grown more than training can explain.
 
-    Layers that normalise hide such tensors from the loss. They are compared with the newest certified snapshot, or with
-    the state beside the run that the run has gone on from since.
+    Normalising layers hide such tensors from the loss. They are compared with the newest certified snapshot. If the run
+    has since continued from a state that was trained beside it, they are compared with that state.
 
     Args:
-        learner: What is trained.
-        ring: The snapshots.
-        is_worse: Says whether the newest batches do clearly worse under one state than under another; ``False`` where
-            that is not known.
+        learner: The learner of the run.
+        ring: Stores the snapshots.
+        is_worse: Says whether the loss of the newest batches is clearly higher under one state than under another;
+            ``False`` if that is not known.
         thresholds: What is too much.
-        certain_only: Whether only what is out of all proportion counts, and nothing is tried.
-        largest_norm: Gives the largest gradient norm that an optimizer was given; ``None`` if that is not known.
+        certain_only: Whether only extreme growth counts, and no batch is run.
+        largest_norm: Gives the largest gradient norm of an optimizer so far; ``None`` if it is not known.
     """
 
     def __init__(
@@ -101,31 +101,31 @@ class PlausibilityCheck:
         self._largest_norm = largest_norm
         self._jumps: Counter[str] = Counter()
         self.watches_statistics = False
-        """Whether a batch may have spoiled running statistics, so that each batch's are worth a look."""
+        """Whether a batch may have made running statistics bad, so that they are checked for each batch."""
         self.moments = MomentBound(learner, limits.moments)
         """Finds first moments that are out of bounds."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers."""
+        """The state in plain containers."""
         return {"jumps": dict(self._jumps), "watches_statistics": self.watches_statistics}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`; nothing is known where it is empty."""
+        """The inverse of :meth:`state_dict`. The state may be empty."""
         self._jumps = Counter(state.get("jumps", {}))
         self.watches_statistics = bool(state.get("watches_statistics", False))
 
     def screen(self, screen: NormScreen, before: Mapping[StateKey, float], healthy_steps: int) -> set[StateKey]:
-        """State keys that the norms alone do not clear, so that :meth:`implausible` must look at the tensors.
+        """State keys of tensors that may be out of range by their norms, so that :meth:`implausible` must check them.
 
         Args:
             screen: The norms.
-            before: Usual size of each tensor in the newest certified snapshot.
+            before: Typical size of each tensor in the newest certified snapshot.
             healthy_steps: Updates accepted so far.
         """
         limits, before = self._limits, {**self._of_gradients(screen.typical.keys() - before.keys()), **before}
         beyond = screen.beyond(before, self._weight_growth, limits.least_magnitude)
         if healthy_steps <= limits.settled_after:
-            # Statistics and moments still come from their initial values then.
+            # Statistics and moments are still close to their initial values then.
             parameters = {key for key in beyond if key[0] == "parameter"}
             return parameters | screen.beyond(before, limits.early_growth, limits.least_magnitude)
         return beyond
@@ -133,12 +133,12 @@ class PlausibilityCheck:
     def implausible(
         self, leaves: Mapping[StateKey, Any], healthy_steps: int, state: Snapshot | None = None
     ) -> Fault | None:
-        """What is far out of range, ``None`` if nothing is or nothing is certified yet.
+        """The fault of a tensor that is far out of range; ``None`` if there is none, or nothing is certified yet.
 
         Args:
             leaves: A state of the learner.
             healthy_steps: Updates accepted so far.
-            state: The same state as a snapshot, if there is one: a doubtful case is then tried on the newest batches.
+            state: The same state as a snapshot, if there is one. In a doubtful case it is tried on the newest batches.
         """
         newest = self._ring.origin()
         if newest is None:
@@ -161,24 +161,24 @@ class PlausibilityCheck:
                 far = self._first_jump(leaves, newest.leaves, rest, factor, most)
             if far is None:
                 continue
-            # A tensor that is out of range again after a restore belongs there, and some weights have far to go at
-            # first, where data are not scaled. Then the loss decides, which tells of weights alone.
+            # A tensor that is out of range again after a restore may belong there. Some weights grow far at first, if
+            # data are not scaled. The loss then decides, but it says something about weights only.
             doubtful = far in self._jumps or (
                 factor < sure and self._first_jump(leaves, newest.leaves, keys, sure, most) is None
             )
             if doubtful and not (keys is weights and self._is_ruin(far, state, newest)):
                 continue
             self._jumps[far] += 1
-            # Where it came from a batch, the next such batch can be skipped.
+            # If a batch caused it, the next such batch can be skipped.
             buffers = {key for key in statistics if key[0] == "buffer"}
             self.watches_statistics |= self._first_jump(leaves, newest.leaves, buffers, usual) is not None
             message = f"{far} is over {factor:g} times as large as before"
-            # What a trial on the newest batches has shown is finite evidence, and is compared with the branch given up.
+            # A trial on the newest batches gives finite evidence. So the branch that is given up is compared later.
             return Fault("implausible_state", "state", far, None, message, certain=not doubtful, rate_may_cause=True)
         return None
 
     def watch(self, place: str) -> None:
-        """From now on look at what each batch does to running statistics, if one of them was bad.
+        """Check from now on what each batch does to running statistics, if ``place`` is one of them.
 
         Args:
             place: The tensor that was bad, as :func:`~lightning_nanguard.state.learner.describe` names it.
@@ -187,7 +187,7 @@ class PlausibilityCheck:
         self.watches_statistics |= any(place.endswith(describe(key)) for key in self._learner.statistics(weights))
 
     def is_far(self, place: str) -> bool:
-        """Whether a tensor is far out of range now; nothing is noted.
+        """Whether a tensor is far out of range now. This stores nothing.
 
         Args:
             place: The tensor, as :func:`~lightning_nanguard.state.learner.describe` names it.
@@ -201,7 +201,7 @@ class PlausibilityCheck:
         return far is not None
 
     def strange_statistics(self, before: Mapping[str, Tensor], healthy_steps: int) -> Fault | None:
-        """What the present batch has just done to running statistics, ``None`` if it is within range.
+        """The fault of the present batch if it made running statistics far too large; else ``None``.
 
         Args:
             before: Buffers as they were before the batch, by name.
@@ -217,9 +217,9 @@ class PlausibilityCheck:
         return Fault("implausible_statistics", "batch", far, None, message, conclusive=True)
 
     def _in_proportion(self, leaves: Mapping[StateKey, Any], keys: Collection[StateKey]) -> set[StateKey]:
-        """Moments that are as large as the newest gradients make them: the unit of the loss may have changed."""
+        """Moments whose size fits the newest gradients. They may be large because the unit of the loss has changed."""
         if self._learner.scaler is not None:
-            return set()  # gradients may be scaled
+            return set()  # the gradients may be multiplied by the loss scale
         indices = range(len(self._learner.optimizers))
         gradients = {("optimizer", i, name): one for i in indices for name, one in self._learner.named_gradients(i)}
         found = [(key, leaves[key], gradients[key[:3]]) for key in keys if key[:3] in gradients]
@@ -243,7 +243,7 @@ class PlausibilityCheck:
         return first_jump(now, then, keys, factor, self._limits.least_magnitude, most)
 
     def _of_gradients(self, keys: Collection[StateKey]) -> dict[StateKey, float]:
-        """About how large the gradients seen can make each moment of torch's optimizers among ``keys``."""
+        """About the largest size that past gradients can give each moment of torch's optimizers among ``keys``."""
         moments = [key for key in keys if key[0] == "optimizer" and key[-1] in _MOMENTS]
         sizes: dict[int, float] = {}
         for index in {key[1] for key in moments}:

@@ -1,4 +1,4 @@
-"""Restoring: bitwise, in place, repeatable."""
+"""Restores the learner from a snapshot: bit for bit and in place, as often as needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateK
 from lightning_nanguard.state.snapshot import Snapshot, clone, copy_all, fits, put, writable
 
 _Pair = tuple[Tensor, Tensor]
-"""A live tensor and what is copied into it."""
+"""A live tensor, and the tensor that is copied into it."""
 
 
 def _is_weight(key: StateKey) -> bool:
@@ -26,18 +26,18 @@ def _is_weight(key: StateKey) -> bool:
 def restore(
     learner: Learner, snapshot: Snapshot, *, keep: Callable[[StateKey], bool] | None = None
 ) -> tuple[StateKey, ...]:
-    """Put the learner back to a snapshot, in place.
+    """Restore the learner from a snapshot, in place.
 
-    What only one of them has is left alone, but optimizer state that the snapshot lacks is removed.
+    Values that only one of the two has do not change. But optimizer state that the snapshot lacks is removed.
 
     Args:
-        learner: What to put back.
-        snapshot: To what; it is not changed and may be used again.
-        keep: Says which state keys to put back; all by default. ``("scaler",)`` is that of the GradScaler, and the
-            state of an optimizer is asked for as a whole, as in ``("optimizer", index)``.
+        learner: The learner to restore.
+        snapshot: The snapshot. It does not change and may be used again.
+        keep: Says for each state key whether to restore it; by default all. The key of the GradScaler is
+            ``("scaler",)``. For the state of a whole optimizer the key is ``("optimizer", index)``.
 
     Returns:
-        The keys of the weights and buffers that both have and that could not be put back: their shape is another now.
+        Keys of the weights and buffers that both have but that could not be restored, because their shape has changed.
     """
     snapshot.wait()
     keep = _everything if keep is None else keep
@@ -68,13 +68,13 @@ def _everything(key: StateKey) -> bool:
 def part_of_snapshot(
     learner: Learner, snapshot: Snapshot, own: Snapshot, keep: Callable[[StateKey], bool] = _is_weight
 ) -> Iterator[None]:
-    """Run what is inside with a part of a snapshot, and put that of now back bit for bit.
+    """Context in which a part of the learner has the values of a snapshot. At its end the part is restored bit for bit.
 
     Args:
-        learner: Whose state it is.
-        snapshot: The state inside; it is not changed.
-        own: The state of now.
-        keep: Says which state keys change; weights and buffers by default.
+        learner: The learner.
+        snapshot: The state inside the context. It does not change.
+        own: The present state.
+        keep: Says which state keys change; by default weights and buffers.
     """
     restore(learner, snapshot, keep=keep)
     try:
@@ -98,7 +98,7 @@ def _restore_weights(learner: Learner, saved: Mapping[StateKey, Any]) -> tuple[l
 
 
 def average_of(key: StateKey) -> StateKey | None:
-    """The averaged copy that a leaf belongs to, which is restored as a whole; ``None`` for other leaves."""
+    """The averaged copy that a leaf belongs to; ``None`` for other leaves. Averaged copies are restored as a whole."""
     return key[:2] if key[0] == "average" else None
 
 
@@ -107,12 +107,12 @@ def bad_averages(
     corrupt: Callable[[Iterable[tuple[StateKey, Any]]], str | None],
     place: str = "",
 ) -> frozenset[StateKey]:
-    """The averaged copies, as :func:`average_of` gives them, that are bad.
+    """The averaged copies that are bad, as :func:`average_of` names them.
 
     Args:
         leaves: Leaves of a learner, or of a snapshot.
         corrupt: Names a tensor that is not finite, ``None`` if all are.
-        place: Name of a tensor that is bad, too.
+        place: Name of another tensor that is bad.
     """
     parts: dict[StateKey, list[tuple[StateKey, Any]]] = {}
     for key, tensor in leaves:
@@ -127,10 +127,10 @@ def bad_averages(
 
 
 def mend_averages(learner: Learner, corrupt: Callable[[Iterable[tuple[StateKey, Any]]], str | None]) -> None:
-    """Set corrupt averaged copies to the weights; no snapshot holds one that began after it was taken.
+    """Set corrupt averaged copies to the weights. This is for copies that began after the last snapshot was taken.
 
     Args:
-        learner: Whose copies.
+        learner: The learner with the copies.
         corrupt: Names a tensor that is not finite, ``None`` if all are.
     """
     weights = {key[1]: leaf for key, leaf in learner.weights()}
@@ -188,7 +188,7 @@ def _restore_own(learner: Learner, index: int, saved: Mapping[StateKey, Any], sn
     live = {key: (owner, name) for key, owner, name in learner.own_leaves(index)}
     for key, (owner, name) in live.items():
         if len(key) == 4 and isinstance(name, Tensor) and key not in saved and key not in snapshot.left_out:
-            del owner[name]  # state of a parameter that began later
+            del owner[name]  # state of a parameter that began after the snapshot
     attributes, names = vars(learner.optimizers[index]), learner.parameter_names()
     parameters = {names[id(one)]: one for one in learner.stepped(index) if id(one) in names}
     for key, value in saved.items():
@@ -203,7 +203,7 @@ def _restore_own(learner: Learner, index: int, saved: Mapping[StateKey, Any], sn
 def _put(
     owner: dict[Any, Any], key: Any, value: Any, home: torch.device | None, like: Tensor | None = None
 ) -> list[_Pair]:
-    # What can be copied in place is given back, so that all of it is copied in one call.
+    # Return the pairs that can be copied in place, so that one call copies all of them.
     live = owner.get(key)
     if isinstance(live, Tensor) and fits(live, value):
         return [(live, value)]
@@ -232,7 +232,7 @@ def _restore_scaler(scaler: Scaler, saved: Mapping[str, Any]) -> None:
     if not now:
         return
     scale = float(now["scale"])
-    # Never back to a larger scale: the present one is what the scaler learned from the overflows since. One that is not
-    # finite was not learned.
+    # Never raise the scale: the GradScaler has lowered the present one after overflows. A scale that is not finite does
+    # not come from overflows.
     scale = min(scale, float(saved["scale"])) if math.isfinite(scale) else float(saved["scale"])
     scaler.load_state_dict({**saved, "scale": scale})

@@ -1,4 +1,4 @@
-"""The snapshots that are kept, certified and pending."""
+"""Stores the certified snapshots and the pending one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _DEFAULTS = RingThresholds()
 
 @final
 class Ring:
-    """Keeps certified snapshots, newest first, and the one still pending.
+    """Keeps certified snapshots, newest first, and the pending one.
 
-    A full ring drops the oldest, except two snapshots: the newest at about the best loss level, and the oldest while no
-    newer one is clearly better. A fault that is found late needs a state from before it began.
+    A full ring drops the oldest. It always keeps the newest one with about the best loss level. It also keeps the
+    oldest one while no newer one is clearly better. A fault that is found late needs a state from before the fault.
 
     Args:
         capacity: Number of certified snapshots kept.
@@ -29,11 +29,11 @@ class Ring:
         self.certified: list[Snapshot] = []
         self.pending: Snapshot | None = None
         self.beside: Snapshot | None = None
-        """A state trained beside the run that the run has gone on from; ``None`` once a newer one is certified."""
+        """A state trained beside the run, from which the run has continued; ``None`` once a newer one is certified."""
         self._spare: Snapshot | None = None
 
     def origin(self) -> Snapshot | None:
-        """What the present state was trained from, and is compared with; ``None`` if nothing was certified."""
+        """The state that the present one was trained from, and is compared with; ``None`` if nothing was certified."""
         return self.beside or next(iter(self.certified), None)
 
     @property
@@ -42,7 +42,7 @@ class Ring:
         return self._limits.certify_after
 
     def spare(self) -> Snapshot | None:
-        """A snapshot no longer needed, whose memory may be used again; ``None`` without one."""
+        """A snapshot that is no longer needed, whose memory may be used again; ``None`` without one."""
         spare, self._spare = self._spare, None
         return spare
 
@@ -52,12 +52,12 @@ class Ring:
         self.pending = snapshot
 
     def shed(self) -> None:
-        """Free all but the newest certified snapshot: there is too little memory."""
+        """Free all certified snapshots but the newest, because there is too little memory."""
         self.pending = self.beside = self._spare = None
         del self.certified[1:]
 
     def shrink(self, capacity: int) -> None:
-        """Keep fewer certified snapshots from now on, the newest ones; give the memory of all others back."""
+        """Keep fewer certified snapshots from now on. Keep the newest ones, and free the others."""
         self.capacity, self._spare = capacity, None
         del self.certified[capacity:]
 
@@ -68,9 +68,9 @@ class Ring:
             self.pending = None
 
     def healthy(self, step: int) -> bool:
-        """Count a healthy reading of update ``step``; whether the pending snapshot has waited long enough.
+        """Count a healthy reading of update ``step``; return whether the pending snapshot has waited long enough.
 
-        A late reading of an update from before the snapshot does not count.
+        A late reading of an update from before the snapshot is not counted.
         """
         if self.pending is None or step <= self.pending.step:
             return False
@@ -83,8 +83,8 @@ class Ring:
         Args:
             kept: The snapshot to keep instead, such as this rank's part of it; ``None`` to keep the pending one.
             loss_unit: The unit of the loss, in which two loss levels are compared.
-            keep_oldest: Whether to keep the oldest even if a newer one has a clearly better loss: newer states may be
-                ruined although the loss does not show it.
+            keep_oldest: Whether to keep the oldest even if a newer one has a clearly better loss, since newer states
+                may be bad although the loss does not show it.
         """
         assert self.pending is not None
         self.certified.insert(0, self.pending if kept is None else kept)
@@ -96,7 +96,7 @@ class Ring:
             self._recycle(self.certified.pop(self._least_worth(margin, keep_oldest)))
 
     def newest(self) -> Snapshot | None:
-        """The newest certified snapshot; where nothing was certified yet, the pending one if it is whole."""
+        """The newest certified snapshot. If nothing is certified yet, the pending one if it is whole."""
         if self.certified:
             return self.certified[0]
         return self.pending if self.pending is not None and self.pending.intact() else None
@@ -110,7 +110,7 @@ class Ring:
         """The certified snapshot to compare with; ``None`` without one.
 
         Args:
-            sound: Depth of the one to take, where that is known; else it is the newest whose loss was about the best.
+            sound: Depth of the snapshot to take; ``None`` takes the newest whose loss was about the best.
             loss_unit: The unit of the loss.
         """
         certified = self.certified
@@ -132,7 +132,7 @@ class Ring:
     def _least_worth(self, margin: float, keep_oldest: bool) -> int:
         last = len(self.certified) - 1
         levels = [math.inf if snapshot.level is None else snapshot.level for snapshot in self.certified]
-        # Beside the newest, keep the newest whose level is about the best and, until a newer one is clearly better, the
+        # Keep the newest, the newest whose level is about the best, and, until a newer one is clearly better, the
         # oldest.
         good = next((i for i, level in enumerate(levels) if level <= min(levels) + margin), 0)
         unbeaten = keep_oldest or levels[last] < min(levels[:last]) + margin
@@ -140,6 +140,6 @@ class Ring:
         return next((index for index in range(last, 0, -1) if index not in kept), last)
 
     def _recycle(self, snapshot: Snapshot) -> None:
-        # Memory of one whole state is enough; a shared snapshot holds only a part.
+        # The memory of one whole state is enough. A split snapshot has only a part.
         if self._spare is None and not snapshot.shared():
             self._spare = snapshot

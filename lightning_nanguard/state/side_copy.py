@@ -1,4 +1,4 @@
-"""Copies from a device to the host in the background, and notices if the sources changed during the copy."""
+"""Copies from a device to the host in the background, and detects if the sources changed during the copy."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _DEFAULTS = PlacementThresholds()
 
 @final
 class CopyCheck:
-    """Says whether what a :class:`SideCopy` copied is what was there when it was sent.
+    """Says whether a :class:`SideCopy` has copied the values that the sources had when it was started.
 
     Args:
-        events: Events behind the copies.
-        verdicts: For each device, in pinned memory, a 1 where it is.
+        events: Events after the copies.
+        verdicts: For each device a number in pinned memory: 1 if the copy is right.
     """
 
     def __init__(self, events: Sequence[Event] = (), verdicts: Sequence[Tensor] = ()) -> None:
@@ -36,7 +36,7 @@ class CopyCheck:
         return all(event.query() for event in self.events)
 
     def intact(self) -> bool:
-        """Whether nothing wrote to the sources before they were copied; waits for the copies."""
+        """Whether nothing wrote to the sources before they were copied. Waits for the copies."""
         for event in self.events:
             event.synchronize()
         return all(bool(verdict) for verdict in self._verdicts)
@@ -45,7 +45,7 @@ class CopyCheck:
 @final
 @dataclass(slots=True)
 class _Pack:
-    """What goes through the staging memory at once: bytes of the sources, and where each of them goes."""
+    """Tensors that pass through the staging memory together: the bytes of the sources and their targets."""
 
     sources: list[Tensor] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
@@ -54,15 +54,15 @@ class _Pack:
 
 @final
 class SideCopy:
-    """Copies from a device to pinned memory on a stream of its own, while the run goes on.
+    """Copies from a device to pinned memory on its own stream, while the run continues.
 
-    The next update waits for the copy, on the device; forward and backward do not. Whoever writes to a source before
-    then is noticed, however it is done: the bytes go through a little memory of the device, and their checksum there is
-    compared with that of the sources at the beginning.
+    Forward and backward do not wait for the copy. The next update does, on the device. Any write to a source before
+    that is detected. For this the bytes pass through staging memory on the device. Their checksum there is compared
+    with that of the sources at the beginning.
 
     Args:
         device: The device.
-        thresholds: Bytes of that memory.
+        thresholds: Size of the staging memory.
     """
 
     def __init__(self, device: Device, thresholds: PlacementThresholds = _DEFAULTS) -> None:
@@ -70,19 +70,19 @@ class SideCopy:
         self._limits = thresholds
         self._staging: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._under_way: list[tuple[torch.device, Event]] = []
-        # Sources, and what the run's own stream has made for the side stream: while they are kept, the allocator gives
-        # their memory to nobody else.
+        # The sources, and tensors of the run's stream that the side stream reads. While they are referenced, the
+        # allocator does not reuse their memory.
         self._in_use: list[Tensor] = []
         self._waits: list[tuple[Event, Event]] = []
 
     @staticmethod
     def can_take(source: Tensor) -> bool:
-        """Whether a tensor of a device can be copied beside the run: memory like it has its strides then."""
+        """Whether a tensor can be copied in the background: it must be dense, so that its copy has the same strides."""
         dense: bool = torch.ops.aten.is_non_overlapping_and_dense.default(source)
         return dense and source.numel() > 0
 
     def send(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> CopyCheck:
-        """Begin to copy; each target lies in host memory and is like its source, which lies on a device."""
+        """Start to copy. Each target is in host memory and is like its source, which is on a device."""
         self.settle()
         self._waits, self._in_use = [], list(sources)
         pairs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
@@ -123,7 +123,7 @@ class SideCopy:
         return known
 
     def settle(self) -> None:
-        """Have the run's next work wait for copies under way, without the host."""
+        """Let the next work of the run wait for copies under way. The host does not wait."""
         driver = self._device.driver
         for where, event in self._under_way:
             own = driver.own_stream(where)
@@ -133,14 +133,14 @@ class SideCopy:
         self._under_way, self._in_use = [], []
 
     def waited(self) -> float | None:
-        """Seconds that the run waited for the last copy, ``None`` if that is not known yet."""
+        """Seconds that the run waited for the last copy; ``None`` if that is not known yet."""
         if self._under_way or not all(after.query() for _, after in self._waits):
             return None
         return max([before.elapsed_time(after) / 1e3 for before, after in self._waits], default=0.0)
 
 
 def _flat_bytes(tensor: Tensor) -> Tensor:
-    # In the order of memory, whatever the strides are.
+    # Take the elements in the order of memory, whatever the strides are.
     flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
     return (torch.view_as_real(flat).view(-1) if flat.is_complex() else flat).view(torch.uint8)
 

@@ -22,7 +22,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 
 def clone(value: Any, device: torch.device | None) -> Any:
-    """A copy of a leaf of the learner on a device, ``None`` for where it lies; waits for it."""
+    """A copy of a leaf of the learner on a device, ``None`` for the leaf's own. Waits for the copy."""
     if isinstance(value, Tensor):
         value = local(value).detach()
         if is_strided(value):
@@ -38,7 +38,7 @@ def clone(value: Any, device: torch.device | None) -> Any:
 def _clone_odd(value: Tensor, device: torch.device | None) -> Tensor:
     try:
         return value.clone() if device is None else value.to(device, copy=True)
-    except NotImplementedError:  # a subclass that knows few operations: copy what it is made of
+    except NotImplementedError:  # for a subclass that supports few operations, copy its inner tensors
         parts, context = _parts(value)
         copies = {name: clone(part, device) for name, part in parts.items()}
         made: Tensor = type(value).__tensor_unflatten__(copies, context, value.size(), value.stride())  # type: ignore[attr-defined]
@@ -56,7 +56,7 @@ _NOTHING = object()
 
 
 def _cloned(key: StateKey, value: Any, device: torch.device | None) -> Any:
-    # What cannot be copied is not guarded; that must not cost the run.
+    # What cannot be copied is not guarded. The run must not fail because of it.
     try:
         return clone(value, device)
     except OutOfMemory:
@@ -72,13 +72,13 @@ def _say_left_out(what: str, kind: str, why: str) -> None:
 
 
 def writable(tensor: Tensor) -> bool:
-    """Whether a strided tensor can be written in place: none of inference mode, and no two elements in one place."""
+    """Whether a strided tensor can be written in place: no inference tensor, and no two elements in the same memory."""
     expanded = any(stride == 0 and length > 1 for stride, length in zip(tensor.stride(), tensor.shape, strict=True))
     return not tensor.is_inference() and not expanded
 
 
 def fits(live: Any, saved: Any) -> bool:
-    """Whether ``saved`` can be copied into ``live`` in place, with others in one call."""
+    """Whether ``saved`` can be copied into ``live`` in place, together with others in one call."""
     if not isinstance(live, Tensor) or not isinstance(saved, Tensor):
         return False
     live = local(live)
@@ -92,9 +92,9 @@ def fits(live: Any, saved: Any) -> bool:
 
 
 def put(live: Tensor, saved: Tensor) -> bool:
-    """Copy a tensor that does not fit so into another of its kind; whether that could be done.
+    """Copy a tensor that does not fit in this way into another one of its kind; return whether this was possible.
 
-    Sparse, nested and quantised tensors and those of subclasses are copied one by one.
+    Sparse, nested and quantised tensors, and tensors of subclasses, are copied one by one.
     """
     if type(live.detach()) is not type(saved) or live.layout != saved.layout or shape_of(live) != shape_of(saved):
         return False
@@ -117,8 +117,8 @@ def _put(live: Tensor, saved: Tensor) -> None:
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor], device: Device) -> None:
-    """Copy each source into its target; from a device to the host without waiting for it."""
-    # One call for all tensors of a dtype and device pair: a loop of copy_ costs three times as much on small ones.
+    """Copy each source into its target. Copies from a device to the host are not waited for."""
+    # Use one call for each pair of dtype and device: a loop of copy_ takes three times as long for small tensors.
     groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
         mine, its = local(target).detach(), local(source).detach()
@@ -140,9 +140,9 @@ class Share:
     """One rank's part of a tensor that all ranks hold.
 
     Attributes:
-        part: Its bytes, padded to the same number on each rank.
-        shape: The whole tensor's.
-        dtype: The whole tensor's.
+        part: The bytes of the part, padded to the same number on each rank.
+        shape: Shape of the whole tensor.
+        dtype: Dtype of the whole tensor.
     """
 
     part: Tensor
@@ -151,28 +151,28 @@ class Share:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held here."""
+        """Bytes of the part."""
         return self.part.nbytes
 
 
 @final
 @dataclass(slots=True)
 class Snapshot:
-    """A copy of the learner; of sharded tensors this rank's own part.
+    """A copy of the learner. Of a sharded tensor it has the shard of this rank.
 
     Attributes:
-        step: The guard's clock when it was taken: the update with this number had been made.
-        global_step: The trainer's.
+        step: Number of the last update before it was taken.
+        global_step: ``global_step`` of the trainer at that time.
         leaves: State key to copied value, or to a :class:`Share` of it.
-        scaler: The GradScaler's state.
+        scaler: State of the GradScaler.
         rate: Scheduled learning rate of the first group.
-        level: Loss level of the first optimizer when it was taken, in the loss's own numbers.
-        healthy: Healthy readings seen since.
+        level: Loss level of the first optimizer at that time, in the units of the loss itself.
+        healthy: Number of healthy readings since.
         typical: Root mean square of each tensor, from its :class:`~lightning_nanguard.state.norm_screen.NormScreen`.
         done: Events that say when a copy to the host has arrived.
-        check: Whether what was copied beside the run is what was there.
-        homes: Device of each original, if the copies lie elsewhere.
-        left_out: State keys of what could not be copied.
+        check: Says whether the background copy has the right values.
+        homes: Device of each original, if the copies are elsewhere.
+        left_out: State keys of values that could not be copied.
     """
 
     step: int
@@ -194,21 +194,21 @@ class Snapshot:
             self.done.pop().synchronize()
 
     def intact(self) -> bool:
-        """Whether nothing wrote to the learner while it was copied; waits for the copy."""
+        """Whether nothing wrote to the learner while it was copied. Waits for the copy."""
         self.wait()
         return self.check.intact()
 
     def device(self) -> torch.device | None:
-        """Where the copies lie; ``None`` for beside the originals."""
+        """The device of the copies; ``None`` for that of the originals."""
         tensors = (leaf for leaf in self.leaves.values() if isinstance(leaf, Tensor))
         return next((leaf.device for leaf in tensors), None) if self.homes else None
 
     def shared(self) -> bool:
-        """Whether several ranks keep it together, a part each."""
+        """Whether several ranks store it together, a part each."""
         return any(isinstance(leaf, Share) for leaf in self.leaves.values())
 
     def nbytes(self) -> int:
-        """Bytes of tensor memory it holds."""
+        """Bytes of its tensors."""
         shares = sum(leaf.nbytes for leaf in self.leaves.values() if isinstance(leaf, Share))
         return shares + tensor_bytes(self.leaves)
 
@@ -232,13 +232,13 @@ def capture(
 
     Args:
         learner: What to copy.
-        step: The guard's clock.
-        global_step: The trainer's.
-        device: Where the copy lies; ``None`` beside the original.
-        reuse: A snapshot no longer needed, whose memory is used again.
-        leaves: Copy only these leaves.
-        copy: Copies tensors into others that are like them, and says itself when they have arrived; by default they are
-            copied in the order of the run's work.
+        step: Number of the last update.
+        global_step: ``global_step`` of the trainer.
+        device: Device of the copy; ``None`` for that of the original.
+        reuse: A snapshot that is no longer needed, whose memory is used again.
+        leaves: The leaves to copy; by default all.
+        copy: Copies tensors into others that are like them, and says itself when they have arrived. By default they are
+            copied after the work of the run so far.
     """
     old = reuse.leaves if reuse is not None else {}
     copied: dict[StateKey, Any] = {}
@@ -278,7 +278,7 @@ def capture(
 
 
 def capture_whole(learner: Learner) -> Snapshot:
-    """Copy the learner for a moment: beside it, or in host memory where the device has no room."""
+    """Copy the learner for a short time: to its own device, or to host memory if the device has no room."""
     try:
         return capture(learner, step=0, global_step=0)
     except OutOfMemory:
@@ -286,7 +286,7 @@ def capture_whole(learner: Learner) -> Snapshot:
 
 
 def _memory_for(live: Any, old: Any, device: torch.device | None) -> Tensor | None:
-    """The memory of an older copy of a leaf, if the leaf fits there."""
+    """The memory of an older copy of a leaf, if the leaf fits into it."""
     fitting = isinstance(old, Tensor) and fits(live, old) and old.stride() == local(live).stride()
     if not fitting or old.device != (device or live.device):
         return None
@@ -295,6 +295,6 @@ def _memory_for(live: Any, old: Any, device: torch.device | None) -> Tensor | No
 
 
 def _goes_without_wait(live: Any, device: torch.device | None, source: Device) -> bool:
-    """Whether a leaf lies on a device and its copy in host memory, so that nobody waits for the copy."""
+    """Whether a leaf is on a device and its copy in host memory, so that the copy is not waited for."""
     to_host = device is not None and device.type == "cpu"
     return to_host and isinstance(live, Tensor) and is_strided(local(live)) and source.where(local(live)) is not None

@@ -1,4 +1,4 @@
-"""Puts snapshots on the device or in host memory while the run goes on."""
+"""Keeps snapshots on the device or in host memory, and copies the learner there while the run continues."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ _HOST = torch.device("cpu")
 
 @final
 class SnapshotPlacement:
-    """Copies the learner to where snapshots lie: beside the weights, or in host memory.
+    """Copies the learner to where snapshots are kept: on the device of the weights, or in host memory.
 
-    Place and number follow from the room there is, and only ever shrink: the run's peak grows.
+    Place and number of the snapshots depend on the free memory. They only ever shrink, because the run's peak only
+    grows.
 
     Args:
-        learner: What is copied.
-        ring: Where snapshots go; its memory is used again.
-        device: Where snapshots lie; ``None`` beside the originals.
-        choose: Whether host memory is chosen where a device has no room for snapshots.
-        alone: Whether this is the only process. Several keep the same snapshots, so that a place is taken only when all
-            have told theirs (:meth:`hear`).
+        learner: The learner of the run.
+        ring: Stores the snapshots. Its memory is used again.
+        device: Where snapshots are kept; ``None`` for the device of the originals.
+        choose: Whether host memory is chosen if a device has no room for snapshots.
+        alone: Whether this is the only process. Several ranks keep the same snapshots, so they change the place only
+            when all have reported theirs (:meth:`hear`).
         sharers: Number of processes on this host.
-        parts: Number of them that keep a certified snapshot together.
-        limit: Bytes that all snapshots together may take.
-        others: Bytes that are taken from the limit for other things.
+        parts: Number of processes that store a certified snapshot together.
+        limit: Limit in bytes for all snapshots together.
+        others: Bytes that other things take from the limit.
         thresholds: What counts as room.
     """
 
@@ -73,8 +74,7 @@ class SnapshotPlacement:
         self._peaks = DevicePeaks(thresholds)
         self._side_copy = SideCopy(learner.device, thresholds)
         self._overlap = True
-        # The place of now and the one wanted, and the least bytes that snapshots held beside the weights since the last
-        # look.
+        # The present place, the wanted place, and the least bytes of snapshots beside the weights since the last check.
         self._place: Place | None = None
         self._wanted: Place | None = None
         self._held: float = math.inf
@@ -85,24 +85,25 @@ class SnapshotPlacement:
 
     @property
     def beside(self) -> bool:
-        """Whether snapshots lie beside the weights."""
+        """Whether snapshots are kept on the device of the weights."""
         return not self._in_host if self._place is None else self._place.beside
 
     def is_nowhere(self) -> bool:
-        """Whether there is room for no snapshot."""
+        """Whether there is no room for any snapshot."""
         return self._place is not None and self._place.certified == 0
 
     def where(self) -> torch.device | None:
-        """Where a copy of a part of the learner goes: where snapshots go."""
+        """Where copies of a part of the learner are kept: where snapshots are; ``None`` for beside the original."""
         return None if self.beside else _HOST
 
     def look_at_room(self, leaves: Mapping[StateKey, Any] | None = None) -> None:
-        """Take a place with less room where the present one has become too large; nothing is moved to a larger one.
+        """Choose a place that needs less memory if the present one needs too much. Nothing moves to a larger place.
 
-        Call it after the first updates, when activations have had their peak and moments exist, and then now and then.
+        Call it after the first updates, when activations have reached their peak and moments exist, and regularly
+        after.
 
         Args:
-            leaves: The learner's leaves, where they are at hand; else they are as large as at the last call.
+            leaves: The learner's leaves; ``None`` if their sizes have not changed since the last call.
         """
         if self.is_nowhere():
             return
@@ -120,7 +121,7 @@ class SnapshotPlacement:
             in_host=self._in_host or self._choose,
         )
         if wanted == NOWHERE and one.beside and not fixed_host and not self._choose:
-            wanted = Place(True, 1)  # as the user wants it; where memory runs out, they go to the host
+            wanted = Place(True, 1)  # as the user wants it; if memory runs out, they go to the host
         elif fixed_host:
             wanted = Place(False, wanted.certified)
         self._wanted = wanted
@@ -128,14 +129,14 @@ class SnapshotPlacement:
             self._take(wanted)
 
     def wanted(self) -> int:
-        """Where snapshots would lie if this process were alone, as :meth:`Place.code`; ``-1`` where that is open."""
+        """Where this rank alone would keep snapshots, as :meth:`Place.code`; ``-1`` if that is open."""
         return -1 if self._wanted is None else self._wanted.code()
 
     def hear(self, wanted: Sequence[int]) -> None:
-        """Take the place of the process with the least room; all have to be told the same at the same point.
+        """Use the place of the rank with the least room. All ranks must be given the same at the same point.
 
         Args:
-            wanted: What :meth:`wanted` gives in each process.
+            wanted: The result of :meth:`wanted` on each rank.
         """
         code = min(wanted)
         if code >= 0 and (self._place is None or code != self._place.code()):
@@ -179,7 +180,7 @@ class SnapshotPlacement:
             )
 
     def _to_host(self) -> None:
-        if self._alone:  # the device needs the room: only the newest state is brought over
+        if self._alone:  # the device needs the room: only the newest certified state is moved
             self._ring.shed()
         for snapshot in (*self._ring.certified, self._ring.pending):
             if snapshot is not None:
@@ -201,13 +202,13 @@ class SnapshotPlacement:
     def copy(
         self, step: int, global_step: int, leaves: Mapping[StateKey, Any], *, beside_run: bool = True
     ) -> Snapshot | None:
-        """Copy the learner, to host memory from now on where the device has no room left; ``None`` if neither has.
+        """Copy the learner. If the device has no room left, use host memory from now on; ``None`` if neither has room.
 
         Args:
-            step: The guard's clock.
-            global_step: The trainer's.
-            leaves: The learner's leaves.
-            beside_run: Whether a copy to the host may go on beside the run.
+            step: Number of the last update.
+            global_step: ``global_step`` of the trainer.
+            leaves: The leaves of the learner.
+            beside_run: Whether a copy to the host may be made in the background.
         """
         if self.is_nowhere():
             return None
@@ -229,13 +230,13 @@ class SnapshotPlacement:
         return snapshot
 
     def close(self) -> None:
-        """Give all memory back that is not the snapshots' own."""
+        """Free all memory except that of the snapshots."""
         self._side_copy.settle()
         self._side_copy = SideCopy(self._learner.device, self._limits)
         self._learner.device.driver.release()
 
     def settle(self) -> None:
-        """Before an update: let it wait for copies under way; now and then look whether a device is too full."""
+        """Let the next update wait for copies under way. At regular intervals check whether a device is too full."""
         self._side_copy.settle()
         self._settled += 1
         on_device = self._place is not None and self._one is not None and self._one.beside
@@ -243,7 +244,7 @@ class SnapshotPlacement:
             self.look_at_room()
 
     def torn(self) -> None:
-        """Somebody has written to a source while it was copied: later copies are not made beside the run."""
+        """Stop copies in the background, because something wrote to a source while it was copied."""
         if self._overlap:
             _logger.info(
                 "NaNGuard: weights or moments were changed while they were copied, so the snapshot was dropped. From "
@@ -252,13 +253,13 @@ class SnapshotPlacement:
         self._overlap, self._side_copy = False, SideCopy(self._learner.device, self._limits)
 
     def waited(self) -> float | None:
-        """Seconds that the run waited for the last copy, ``None`` if that is not known yet."""
+        """Seconds that the run waited for the last copy; ``None`` if that is not known yet."""
         return self._side_copy.waited()
 
     def _goes_to_host(self, leaves: Mapping[StateKey, Any]) -> bool:
         if self._place is not None or not self._choose:
             return not self.beside
-        # What room there is shows only after the first updates, which may need it all.
+        # The first updates may need all memory. Only after them is it known how much room there is.
         device = self._learner.device
         return any(
             nbytes > self._limits.negligible_share * device.driver.memory(where).total
@@ -290,7 +291,7 @@ class SnapshotPlacement:
             values = [local(source).detach() for source in sources]
             try:
                 snapshot.check = self._side_copy.send(targets, values)
-            except OutOfMemory:  # not even for the little memory that the copy goes through
+            except OutOfMemory:  # there is no room even for the staging memory
                 self._overlap, self._side_copy = False, SideCopy(self._learner.device, self._limits)
                 copy_all(targets, values, self._learner.device)
                 snapshot.done += self._learner.device.mark(values)
@@ -304,7 +305,7 @@ class SnapshotPlacement:
     def _can_wait(self, key: StateKey, leaf: Any) -> bool:
         if not self._overlap or not isinstance(leaf, Tensor) or self._learner.device.where(leaf) is None:
             return False
-        # Before the next update, forward writes to buffers, and others write to averages and to a teacher.
+        # Before the next update the forward pass writes to buffers, and other code to averages and to a teacher.
         frozen = key[0] == "parameter" and not leaf.requires_grad
         if key[0] in ("buffer", "average") or (frozen and key not in self.unchanged):
             return False

@@ -23,18 +23,18 @@ _MANY = 1 << 6
 
 @final
 class Place(NamedTuple):
-    """Where snapshots lie and how many are kept.
+    """Where snapshots are kept, and how many.
 
     Attributes:
-        beside: Whether they lie beside the weights; else in host memory.
-        certified: Number of certified snapshots, beside which one is pending; 0 if there is room for none.
+        beside: Whether they are on the device of the weights; else they are in host memory.
+        certified: Number of certified snapshots. One pending one comes in addition. 0 if there is no room for any.
     """
 
     beside: bool
     certified: int
 
     def code(self) -> int:
-        """The place as a number of seven bits; the lower one of two has less room."""
+        """The place as a number of seven bits. Of two places the one with the lower number needs less room."""
         return min(self.certified, _MANY - 1) + _MANY * self.beside
 
     @classmethod
@@ -53,9 +53,9 @@ class SnapshotSize:
     """Bytes that one snapshot takes.
 
     Attributes:
-        beside: Bytes on each device, where it lies beside the weights.
-        in_host: Bytes of the host, where it lies there; what torch's allocator rounds up is counted.
-        at_home: Bytes of the host that a snapshot beside the weights takes: those of tensors that lie there.
+        beside: Bytes on each device, if it is kept on the device of the weights.
+        in_host: Bytes in host memory, if it is kept there, with what torch's allocator adds by rounding up.
+        at_home: Bytes in host memory of a snapshot beside the weights: those of tensors that are there themselves.
     """
 
     beside: Mapping[torch.device, int]
@@ -64,7 +64,7 @@ class SnapshotSize:
 
     @classmethod
     def of(cls, leaves: Mapping[Any, Any], device: Device) -> SnapshotSize:
-        """What a copy of some leaves takes."""
+        """The size of a copy of some leaves."""
         beside: dict[torch.device, int] = {}
         sizes: list[int] = []
         at_home = 0
@@ -81,7 +81,7 @@ class SnapshotSize:
 
     @classmethod
     def expected(cls, learner: Learner) -> SnapshotSize:
-        """What a copy of the learner will take; moments come with the first steps, and Adam has two a parameter."""
+        """The expected size of a copy of the learner. Before the first step it counts two moments a parameter."""
         leaves = dict(learner.leaves())
         if not any(key[0] == "optimizer" for key in leaves):
             indices = range(len(learner.optimizers))
@@ -100,11 +100,11 @@ class Room:
     """Bytes that all snapshots together may take.
 
     Attributes:
-        on: On each device, beside what the run takes at its peak.
-        in_host: In the host, the share of this process.
-        parts: Number of processes that keep a certified snapshot together.
-        limit: What the user allows; no limit by default.
-        others: What batches take of the limit. One certified snapshot goes before them.
+        on: Free bytes on each device at the peak of the run.
+        in_host: Free bytes in host memory, the share of this process.
+        parts: Number of processes that store a certified snapshot together.
+        limit: Limit set by the user; by default none.
+        others: Bytes of the limit that stored batches take. One certified snapshot has priority over them.
     """
 
     on: Mapping[torch.device, float]
@@ -114,8 +114,8 @@ class Room:
     others: int = 0
 
     def fits(self, one: SnapshotSize, place: Place) -> bool:
-        """Whether so many snapshots fit there."""
-        # The pending one is whole, and it is what a certified one is split from.
+        """Whether the snapshots of a place fit into the memory."""
+        # The pending snapshot is whole. A certified one is split, and each rank stores a part.
         copies = 1 + place.certified / self.parts
         if copies * one.total(beside=place.beside) > self.limit - (self.others if place.certified > 1 else 0):
             return False
@@ -126,14 +126,14 @@ class Room:
 
 
 def choose_place(one: SnapshotSize, room: Room, most: int, *, beside: bool = True, in_host: bool = True) -> Place:
-    """The best place that has room: as many snapshots beside the weights as fit, else as many as fit in host memory.
+    """The best place with enough room: as many snapshots as fit beside the weights, else as many as fit in host memory.
 
     Args:
-        one: What one snapshot takes.
-        room: What all may take.
-        most: Certified snapshots wanted.
-        beside: Whether they may lie beside the weights.
-        in_host: Whether they may lie in host memory.
+        one: Size of one snapshot.
+        room: Room for all snapshots.
+        most: Number of certified snapshots wanted.
+        beside: Whether they may be on the device of the weights.
+        in_host: Whether they may be in host memory.
     """
     places = [Place(True, count) for count in range(most, 0, -1) if beside]
     if one.beside:
@@ -144,10 +144,10 @@ def choose_place(one: SnapshotSize, room: Room, most: int, *, beside: bool = Tru
 @final
 @dataclass(slots=True)
 class DevicePeaks:
-    """What the run takes of devices at its peak without snapshots, though they are part of what torch counts.
+    """Computes the peak memory of the run on each device without snapshots, which torch counts too.
 
     Attributes:
-        thresholds: What is left free.
+        thresholds: What stays free.
     """
 
     thresholds: PlacementThresholds = _DEFAULTS
@@ -160,7 +160,7 @@ class DevicePeaks:
         Args:
             where: The device.
             memory: Its memory now.
-            held: Least bytes of snapshots that lay there since the last call.
+            held: Least bytes of snapshots on the device since the last call.
         """
         if memory.peak > self._seen.get(where, 0):
             self._without[where] = max(self._without.get(where, 0), memory.peak - held)

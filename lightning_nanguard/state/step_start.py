@@ -22,12 +22,12 @@ _DEFAULTS = RepeatedStepsThresholds()
 
 @final
 class StepClock:
-    """Random streams and counters after a step, which do not go back where the step is left out.
+    """Random streams and counters after a step. They are not rewound if the step is left out.
 
     Args:
         random: The random streams.
-        counters: Numbers, strings and flags among the module's attributes that the step has changed: the attributes
-            they lie in, name and value.
+        counters: Numbers, strings and flags among the module's attributes that the step has changed: the dictionary
+            that holds each, its name and its value.
     """
 
     __slots__ = ("_counters", "_random")
@@ -43,29 +43,29 @@ class StepClock:
 
     @property
     def names(self) -> list[str]:
-        """The attributes that count."""
+        """The names of the counters."""
         return [name for _, name, _ in self._counters]
 
     def restore(self) -> None:
-        """Put random streams and counters where they were after the step."""
+        """Set random streams and counters to their values after the step."""
         self._random.restore()
         self.restore_counters()
 
     def restore_counters(self) -> None:
-        """Put the counters where they were after the step."""
+        """Set the counters to their values after the step."""
         for attributes, name, value in self._counters:
             attributes[name] = value
 
 
 @final
 class StepStart:
-    """What one step began from, beside weights and buffers.
+    """What one step began from, except weights and buffers.
 
     Args:
         random: The random streams.
         attributes: The module's plain attributes.
-        batch: The batch; steps take entries out of dictionaries and lists.
-        depth: Levels of nested containers of it that are kept.
+        batch: The batch. Steps may remove entries from its dictionaries and lists.
+        depth: Levels of its nested containers that are stored.
     """
 
     __slots__ = ("_attributes", "_contents", "_random")
@@ -76,11 +76,11 @@ class StepStart:
         self._contents = list(_containers(batch, depth))
 
     def restore(self, *, carried: bool = True) -> None:
-        """Put random streams, the batch's containers and the module's attributes back.
+        """Restore random streams, the containers of the batch, and the module's attributes.
 
         Args:
-            carried: Whether to put back more of the attributes than numbers, strings and flags: what is carried from
-                step to step may have come of a bad one.
+            carried: Whether to restore all attributes, and not only numbers, strings and flags. The others carry values
+                from step to step, and a bad step may have changed them.
         """
         for container, held in self._contents:
             refill(container, held)
@@ -88,9 +88,9 @@ class StepStart:
         self._random.restore()
 
     def carried_back(self) -> None:
-        """Put those attributes back that a batch which is left out may have spoilt: all but numbers, strings and flags.
+        """Restore the attributes that a skipped batch may have made bad: all but numbers, strings and flags.
 
-        Those count steps, and belong to the clock.
+        Numbers, strings and flags count steps, and belong to the clock.
         """
         self._attributes.restore(plain=False)
 
@@ -100,15 +100,15 @@ class StepStart:
         return self._attributes
 
     def not_in(self, other: StepStart) -> list[Any]:
-        """What attributes are kept alive for this step, and not for another one."""
+        """The values that attributes keep in memory for this step, and not for another one."""
         return self._attributes.not_in(other._attributes)
 
     def emptied(self) -> StepStart:
-        """The same without the batch and the attributes, whose tensors may be large."""
+        """A copy without the batch and the attributes, whose tensors may be large."""
         return StepStart(self._random, Attributes(()), None, 0)
 
     def clock_now(self) -> StepClock:
-        """What of all this the clock has moved on by now."""
+        """The present state of random streams and counters, which belong to the clock."""
         return StepClock(self._random.now(), self._attributes.plain_now())
 
 
@@ -125,17 +125,17 @@ def _containers(batch: Any, depth: int) -> Iterator[tuple[Any, Any]]:
 
 @final
 class StepMemory:
-    """Remembers before every step what it begins from, and finds steps that cannot be made again.
+    """Stores before every step what it begins from, and finds steps that cannot be made again.
 
     A step that writes into its batch or into parameters would not be the same a second time. The first steps are
-    checked for it, and further ones now and then.
+    checked for this, and some of the later ones.
 
     Args:
         module: The module trained.
         thresholds: Which steps are checked, and what is copied.
 
     Attributes:
-        repeatable: Whether steps can be made again, as far as was seen.
+        repeatable: Whether steps can be made again, as far as is known.
     """
 
     def __init__(self, module: nn.Module, thresholds: RepeatedStepsThresholds = _DEFAULTS) -> None:
@@ -151,7 +151,7 @@ class StepMemory:
         return self._attributes.now()
 
     def open(self, batch: Any, random: RandomState) -> StepStart:
-        """Remember what the coming step begins from.
+        """Store what the next step begins from.
 
         Args:
             batch: Its batch.
@@ -166,7 +166,7 @@ class StepMemory:
         return StepStart(random, self._attributes.open(checked=checked), batch, limits.depth)
 
     def close(self) -> None:
-        """Forward and backward are over: look at what they changed, where this step is a checked one."""
+        """After forward and backward, note what they changed, if this step is a checked one."""
         self._attributes.close()
         written, self._written = self._written, []
         if self.repeatable and any(tensor._version != version for tensor, version in written):
