@@ -78,7 +78,10 @@ class ModuleCalls:
         return self._ran
 
     def seen_of(self, owner: str) -> str:
-        """The module that was run for a parameter's owner: some of torch's take the weights of those inside of them."""
+        """The module that ran for a parameter's owner.
+
+        Some of torch's modules use the weights of their submodules directly.
+        """
         while owner and owner not in self._ran:
             owner = owner.rpartition(".")[0]
         return owner
