@@ -112,7 +112,7 @@ class TrainerBatchReplay:
             self.suspect, self.batch_idx = None, before
 
     def remember(self, update: int) -> None:
-        """The present batch is over, in which update ``update`` was the last; keep what turned out healthy."""
+        """The present batch is over, with ``update`` as its last update. Keep the batches now known to be healthy."""
         if not self._delay:
             self.batches.accept(self.batch, self.batch_idx)
         elif (known := update - self._delay) > self._distrusted:
@@ -188,7 +188,7 @@ class TrainerBatchReplay:
         return self._update(optimizer, lambda: self._gradients(optimizer, batch, batch_idx))
 
     def earlier(self) -> Sequence[Callable[[], float | None]]:
-        """For each healthy batch that is kept what gives its loss under the weights of then."""
+        """For each healthy batch that is kept, a function that returns its loss under the present weights."""
 
         def loss(batch: Any, batch_idx: int) -> float | None:
             with torch.no_grad():
