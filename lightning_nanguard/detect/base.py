@@ -109,7 +109,7 @@ class Detector(ABC):
         """
 
     def dismiss(self, reading: Reading) -> None:  # noqa: B027
-        """The fault of this reading was not confirmed: report no such fault for a while.
+        """Report no fault like the one of this reading for a while, because it was not confirmed.
 
         It is called for every detector. A detector can call its own :meth:`check` to find out whether it found the
         fault. If it reports the fault again and again, the guard collects evidence each time, which takes time.

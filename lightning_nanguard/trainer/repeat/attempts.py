@@ -63,7 +63,7 @@ class Attempts:
         return result
 
     def _forward_among_ranks(self, forward: Callable[[], Any]) -> Any:
-        """Run the forward pass so that this rank goes on to its backward pass, for which the others wait."""
+        """Run the forward pass. After an exception, go on to the backward pass, because other ranks wait there."""
         undo = wrap_method(self._parts.module, "training_step", self._training_step)
         try:
             return forward()
