@@ -30,7 +30,7 @@ class Clipper:
         self._algorithm: Literal["norm", "value"] = "norm"
 
     def set(self, value: float, algorithm: Literal["norm", "value"]) -> None:
-        """Clip from now on, at the smaller of this and a value set before by the same algorithm; ``inf`` ends it."""
+        """Clip from now on, at the smaller one of this value and an earlier one of the algorithm; ``inf`` ends it."""
         if math.isinf(value):
             self.value = None
             return

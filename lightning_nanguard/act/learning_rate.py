@@ -82,7 +82,7 @@ class LearningRate:
 
     @property
     def max_lr(self) -> float:
-        """Largest effective rate of the first group; where its rate would be larger, all are scaled down with it."""
+        """Largest effective rate of the first group. If its rate would be larger, all groups are scaled down."""
         return self._max_lr
 
     def has_tensors(self) -> bool:

@@ -23,7 +23,7 @@ class Console(Sink):
     interventions.
 
     Args:
-        thresholds: How many of a kind are shown in full.
+        thresholds: How many of a kind are all shown. After these, the count doubles from one to the next.
 
     Example:
         >>> Console().write(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
