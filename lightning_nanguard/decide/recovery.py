@@ -28,7 +28,7 @@ def give_back(
     several times as long. It doubles each time that rate fails again.
 
     Args:
-        state: What the policy remembers.
+        state: The state of the policy.
         multiplier: The present multiplier of the learning rate.
         healthy_steps: Updates accepted since the start of fit.
         scheduled_lr: Scheduled rate of the first group, ``None`` if it is not known.
@@ -51,7 +51,7 @@ def give_back(
     if healthy_steps - state.given_back_at < wait:
         return (), state
     across = scheduled_lr * larger >= failed_from
-    # A proven rate is set as a limit, since a multiplier would have to be renewed in each step of a schedule.
+    # A proven rate is set as a limit, because a multiplier would have to change in each step of a schedule.
     return (Scale(larger / multiplier, limit=proven > multiplier),), replace(
         state, given_back_at=healthy_steps, bad_rate=math.inf if across else state.bad_rate
     )
@@ -84,7 +84,7 @@ def prove(
         rate: Effective learning rate.
         level: Level of the loss.
         loss_unit: The unit of the loss.
-        state: What the policy remembers.
+        state: The state of the policy.
         limits: The thresholds.
     """
     if rate is None or level is None or level > state.proven_level - limits.progress * loss_unit:

@@ -1,4 +1,4 @@
-"""What the policy remembers from one decision to the next."""
+"""The state that the policy keeps from one decision to the next."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, final
 @final
 @dataclass(frozen=True, slots=True)
 class PolicyState:
-    """What the policy remembers: plain tuples and numbers.
+    """The state that the policy keeps between decisions, in plain tuples and numbers.
 
     Attributes:
         attempt: Number of the attempt against a diverged learner; 0 at first.

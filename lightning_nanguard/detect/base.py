@@ -90,7 +90,7 @@ class Detector(ABC):
         It must not change the detector's history, because the guard may call it twice with the same reading.
 
         Args:
-            reading: What was measured about one update.
+            reading: The reading of one update.
         """
 
     def accept(self, reading: Reading) -> None:  # noqa: B027
@@ -151,5 +151,5 @@ class Detector(ABC):
         """Restore the history from a checkpoint.
 
         Args:
-            state: What :meth:`state_dict` returned.
+            state: The result of :meth:`state_dict`.
         """

@@ -44,12 +44,12 @@ class LayerNorms:
 
 @final
 class LayerNormsFile(Sink):
-    """Appends the norms of the layers to a file, for the first interventions of each kind.
+    """Appends the norms of the layers to a file, for the first intervention of each kind.
 
     Args:
         path: The file.
         read: Returns the norms of the newest updates.
-        thresholds: How many interventions and layers are written.
+        thresholds: Largest number of interventions, and of layers for each.
     """
 
     def __init__(self, path: Path, read: Callable[[], Norms], thresholds: RecordsThresholds = RECORDS) -> None:
@@ -59,7 +59,7 @@ class LayerNormsFile(Sink):
         self._seen: set[tuple[str, str | None, tuple[str, ...]]] = set()
 
     def write(self, intervention: Intervention) -> None:
-        """Write the norms of the newest updates, unless there are enough for this kind."""
+        """Write the norms of the newest updates, if this is the first intervention of its kind."""
         kind = (intervention.fault, intervention.cause, intervention.remedies)
         if kind in self._seen or len(self._seen) >= self._thresholds.incidents_with_layer_norms:
             return
@@ -82,7 +82,7 @@ class LayerNormsFile(Sink):
                 file.write(json.dumps(plain(entry), allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
-        """Forget the counts, so that the next fit starts anew."""
+        """Forget which kinds were written, so that the next fit writes them again."""
         self._seen.clear()
 
 

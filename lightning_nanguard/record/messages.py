@@ -18,7 +18,7 @@ def describe(intervention: Intervention, thresholds: RecordsThresholds = RECORDS
     """Say in one line when and where a fault was found, what was done, and why it happened.
 
     Args:
-        intervention: What happened.
+        intervention: The intervention.
         thresholds: How many samples one message lists.
 
     Example:
@@ -40,7 +40,7 @@ def tell(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) ->
     """Say in a few lines what happened, why, what was done, and what to do.
 
     Args:
-        intervention: What happened.
+        intervention: The intervention.
         thresholds: How many samples one message lists.
 
     Example:
@@ -78,7 +78,7 @@ def tell_again(intervention: Intervention, thresholds: RecordsThresholds = RECOR
     """Say in one short line that a fault has come again.
 
     Args:
-        intervention: What happened.
+        intervention: The intervention.
         thresholds: How many samples one message lists.
 
     Example:
@@ -179,7 +179,7 @@ def describe_advice(advice: Advice, thresholds: RecordsThresholds = RECORDS) -> 
     """Say in one line what was noticed, and when.
 
     Args:
-        advice: What was noticed.
+        advice: The advice.
         thresholds: How many samples the message lists.
 
     Example:

@@ -39,7 +39,7 @@ class Diagnostics:
     Args:
         trainer: The trainer.
         module: Its module.
-        context: What the parts of the guard share.
+        context: The objects that the parts of the guard share.
         replay: Runs batches again.
         advice: Keeps advice.
         examine_after: Number of updates after which a loss that has not moved is examined; ``None`` for never.

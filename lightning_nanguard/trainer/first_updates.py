@@ -33,7 +33,7 @@ class FirstUpdates:
     Args:
         trainer: The trainer.
         module: Its module.
-        context: What the parts of the guard share.
+        context: The objects that the parts of the guard share.
         thresholds: How much is checked.
     """
 

@@ -55,7 +55,7 @@ class SampleFinder:
     Args:
         trainer: The trainer.
         module: Its module.
-        context: What the parts of the guard share.
+        context: The objects that the parts of the guard share.
         replay: Runs batches again.
         order: Gives the rows of each batch.
         file: Where bad samples are written; ``None`` on other ranks than 0.

@@ -42,7 +42,7 @@ def fit_sinks(
         run: Facts about the fit for sinks.
         memory: Keeps interventions from one fit to the next.
         own: The user's sinks.
-        context: What the parts of the guard share.
+        context: The objects that the parts of the guard share.
         replay: Says whether metrics may be logged now.
     """
     thresholds = context.thresholds.records

@@ -42,7 +42,7 @@ class CheckReport:
 
     @property
     def sure(self) -> bool:
-        """Whether a finding has a confidence above one half."""
+        """Whether a finding has enough confidence to be reported as a problem."""
         return any(finding.confidence > DEFAULT.confidence.told for finding in self.findings)
 
 

@@ -46,7 +46,7 @@ def at_first_batch(trainer: Any, module: Any, look: Look, **data: Any) -> None:
         trainer: A trainer that writes nothing.
         module: The module.
         look: Called with trainer, module, batch and its index, before the first step.
-        data: What ``trainer.fit`` takes: ``datamodule`` or ``train_dataloaders``.
+        data: The data argument of ``trainer.fit``: ``datamodule`` or ``train_dataloaders``.
     """
     callback = _AtFirstBatch(look)
     trainer.callbacks = [*trainer.callbacks, callback]

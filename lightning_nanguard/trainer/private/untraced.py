@@ -31,7 +31,7 @@ def untraced(trainer: Trainer, module: LightningModule, thresholds: BatchesThres
     Args:
         trainer: The trainer.
         module: Its module.
-        thresholds: What is copied, and how deep attributes are searched.
+        thresholds: Which objects are copied, and how deep attributes are searched.
     """
     trace = BatchUndo(module, [partial(remember_running_means, trainer)], thorough=True, thresholds=thresholds.undo)
     trace.open()

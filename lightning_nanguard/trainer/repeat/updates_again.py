@@ -75,7 +75,7 @@ class UpdatesAgain:
     Args:
         trainer: The trainer.
         module: Its module.
-        context: What the parts of the guard share.
+        context: The objects that the parts of the guard share.
         replay: Undoes what the repeated batches change.
         thresholds: How much is kept.
 
