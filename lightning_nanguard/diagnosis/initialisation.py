@@ -37,16 +37,17 @@ def looks_untrained(weight: Tensor, owner: nn.Module, thresholds: MistakeThresho
     count, fans = len(values), _fans(weight, owner)
     if weight.dim() < 2 and fans is None and not isinstance(owner, nn.RNNBase):
         return False  # weights of a normalisation start as zeros and ones
-    if count < thresholds.checked_numbers:
-        return None
     largest, mean, spread = float(values.abs().max()), float(values.mean()), float(values.std(correction=0))
-    lowest = 1 - thresholds.bound_slack / count
-    if any(lowest * bound <= largest <= bound * (1 + 1e-6) for bound in _bounds(fans, owner)):
-        return True
+    few, bounds = count < thresholds.checked_numbers, list(_bounds(fans, owner))
+    lowest = math.exp(-thresholds.bound_slack / count)
+    if any(lowest * bound <= largest <= bound * (1 + 1e-6) for bound in bounds):
+        return None if few else True
+    if weight.dim() < 2:
+        return False if bounds else None  # biases start as zeros or uniform
+    if few:
+        return None
     if abs(mean) > thresholds.deviation_slack * spread / math.sqrt(count):
         return False
-    if weight.dim() < 2:
-        return False  # biases start as zeros or uniform
     slack = thresholds.deviation_slack / math.sqrt(2 * count)
     if slack > thresholds.least_precision:
         return None

@@ -28,9 +28,9 @@ class MistakeThresholds:
             reported.
         checked_numbers: Fewest numbers of a weight with which the guard tests whether it looks as it was initialised.
         most_numbers: Numbers of a weight that are examined, spread over it.
-        most_weights: Weights that are examined for this.
-        bound_slack: Tolerance for the bound of a uniform initialisation: the largest of n numbers is within
-            ``bound_slack / n`` of the bound.
+        most_weights: Matrices that are examined for this, and as many vectors.
+        bound_slack: Tolerance for the bound of a uniform initialisation: the largest of n numbers is at least
+            ``exp(-bound_slack / n)`` of the bound. Smaller ones have a chance of ``exp(-bound_slack)``, 1e-7.
         deviation_slack: Standard errors by which the standard deviation of a normal initialisation may differ.
         least_precision: Largest share of a standard deviation that this tolerance may be. If it is larger, nothing is
             decided.

@@ -244,9 +244,9 @@ class FirstUpdates:
 
     def _untrained(self, names: Sequence[str], start: Mapping[str, Tensor]) -> bool | None:
         """Whether all parameters look untrained; ``None`` if it is not known."""
-        found = []
-        # Matrices first, because they give the best evidence.
-        for name in sorted(names, key=lambda name: self._named[name].dim() < 2)[: self._limits.most_weights]:
+        found, most = [], self._limits.most_weights
+        matrices, vectors = ([one for one in names if (self._named[one].dim() > 1) is wide] for wide in (True, False))
+        for name in (*matrices[:most], *vectors[:most]):
             owner = self._module.get_submodule(name.rpartition(".")[0])
             found.append(looks_untrained(start.get(name, self._named[name]), owner, self._limits))
         known = [one for one in found if one is not None]
