@@ -1,1 +1,1 @@
-"""Remedies, one a file, and what they use to change a run."""
+"""Remedies, one in each file, and the tools by which they change a run."""

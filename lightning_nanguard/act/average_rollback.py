@@ -10,15 +10,15 @@ from lightning_nanguard.types import Evidence, Fault, PlanStep, RestoreAverages
 
 @final
 class AverageRollback(Remedy):
-    """Restores averaged copies of the weights (EMA, SWA) where they alone are bad. No update is lost."""
+    """Restores averaged copies of the weights (EMA, SWA) if only they are bad. No update is lost."""
 
     word = "restore averages"
     step = RestoreAverages
 
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
-        """Such a step, where nothing else is bad."""
+        """A restore of the averages, if nothing else is bad."""
         return RestoreAverages() if evidence.averages_alone else None
 
     def apply(self, step: PlanStep, run: RunControl) -> None:
-        """Restore them."""
+        """Restore the averages."""
         run.restore_averages()

@@ -1,4 +1,4 @@
-"""The base class of remedies, and what a remedy may do to a run."""
+"""The base class of remedies, and the actions on a run that a remedy may call."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RunControl(Protocol):
         """Restore averaged copies of the weights that are bad, and nothing else."""
 
     def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
-        """Multiply the learning rate; with ``limit`` the result becomes the largest rate that is allowed."""
+        """Multiply the learning rate. With ``limit`` the result becomes the largest allowed rate."""
 
     def clip(self, value: float, algorithm: Literal["norm", "value"]) -> None:
         """Clip gradients from now on; ``inf`` ends it."""
@@ -42,7 +42,7 @@ class RunControl(Protocol):
         """Empty the optimizers' state."""
 
     def rehearse(self, factor: float, updates: int) -> float | None:
-        """Mean loss of the newest batches after ``updates`` on them with the learning rate multiplied by ``factor``.
+        """Mean loss of the newest batches after ``updates`` on them, at the learning rate times ``factor``.
 
         The loss is in loss units, and infinite if it diverged. The learner is restored afterwards. ``None`` if no batch
         can be run again.
@@ -87,8 +87,8 @@ class Remedy(ABC):
 
     The guard calls every listed remedy whose role the verdict needs. ``"notify"`` is called at every fault,
     ``"restore"`` if the learner or its state is bad, and ``"rate"``, ``"clip"`` and ``"moments"`` if the learner
-    diverged. Of these three roles the plan takes that of the first remedy that proposes something, and all of them if
-    one role may not be enough.
+    diverged. Of these three roles the plan uses only that of the first remedy that proposes a step. If one role may not
+    be enough, it uses all three.
     """
 
     word: ClassVar[str]
@@ -99,16 +99,16 @@ class Remedy(ABC):
 
     @property
     def role(self) -> Role:
-        """What the remedy is for. It follows from the class of its step; your own class has the role ``"notify"``."""
+        """The role of the remedy. It follows from the class of its step. Your own class has the role ``"notify"``."""
         return next((role for kind, role in _ROLES.items() if issubclass(self.step, kind)), "notify")
 
     @abstractmethod
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
-        """Return the plan step for this fault, ``None`` if the remedy does not apply. It changes nothing.
+        """Return the plan step for this fault, or ``None`` if the remedy does not apply. It changes nothing.
 
         Args:
             fault: The fault that was found.
-            evidence: What the guard knows about it.
+            evidence: The evidence about it.
             attempt: 0 at first, one more each time the fault came back soon.
         """
 

@@ -50,7 +50,7 @@ class ClipGradients(Remedy):
         self.algorithm = algorithm
 
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
-        """Clipping, where gradients are at fault, or one that came out of nothing led to a fault of the learner."""
+        """Clipping, if it helps against the fault, or if a sudden large gradient came before the fault."""
         # If the scheduled rate has just risen, the rate is the likelier cause.
         concerned = fault.clipping_helps or evidence.burst
         if not concerned or not evidence.clippable or (evidence.rate_rose and attempt == 0):
@@ -58,7 +58,7 @@ class ClipGradients(Remedy):
         if isinstance(self.clip_val, str):
             if evidence.usual_norm is not None and evidence.usual_norm > 0:
                 return Clip(2.0 * evidence.usual_norm, self.algorithm)
-            # No norm is known yet: the value that is used most often.
+            # No norm is known yet: use the most common value.
             return Clip(1.0, self.algorithm)
         return Clip(float(self.clip_val), self.algorithm)
 

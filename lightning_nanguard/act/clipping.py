@@ -18,7 +18,7 @@ _DEFAULTS = MeasurementThresholds()
 
 @final
 class Clipper:
-    """Clips gradients in place after a value was set; without a value it does nothing.
+    """Clips gradients in place once a value is set. Without a value it does nothing.
 
     Args:
         thresholds: How norms are measured.
@@ -30,7 +30,7 @@ class Clipper:
         self._algorithm: Literal["norm", "value"] = "norm"
 
     def set(self, value: float, algorithm: Literal["norm", "value"]) -> None:
-        """Clip from now on, at the smaller of this and a value set before by the same algorithm; ``inf`` ends it."""
+        """Clip from now on, at the smaller one of this value and an earlier one of the algorithm; ``inf`` ends it."""
         if math.isinf(value):
             self.value = None
             return
@@ -42,10 +42,10 @@ class Clipper:
         """Clip in place, on a device without waiting for it.
 
         Args:
-            gradients: Those of one optimizer, dense or sparse.
+            gradients: The gradients of one optimizer, dense or sparse.
             loss_scale: The GradScaler's scale, if the gradients are still multiplied by it.
-            norm: Norm of the whole gradient, scaled like the gradients, if it is known. It must be given if this
-                process holds only a part of the gradient.
+            norm: Norm of the whole gradient, scaled like the gradients, if it is known. It is required if this process
+                holds only a part of the gradient.
         """
         if self.value is None or not gradients:
             return
@@ -73,7 +73,7 @@ class Clipper:
 
 
 def _multiply(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    # One call for all tensors of a dtype and device: a call for each costs more than the arithmetic on small ones.
+    # One call for all tensors of a dtype and device, because one call for each is slow for small tensors.
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
@@ -86,7 +86,7 @@ def _clamp(gradient: Tensor, limit: float) -> None:
     if not gradient.is_sparse:
         gradient.clamp_(-limit, limit)
         return
-    # Duplicate entries of one element are added up first.
+    # Coalesced, so that duplicate entries of one element are added before clamping.
     whole = gradient.coalesce()
     whole.values().clamp_(-limit, limit)
     gradient.copy_(whole)

@@ -17,12 +17,12 @@ from lightning_nanguard.types import PlanStep
 
 
 def default_remedies(thresholds: CutThresholds | None = None) -> tuple[Remedy, ...]:
-    """What ``NaNGuard(remedies=None)`` uses."""
+    """The remedies of ``NaNGuard(remedies=None)``."""
     return (Rollback(), ClipGradients(), ReduceLR(thresholds=thresholds))
 
 
 def executors(remedies: Sequence[Remedy]) -> dict[type[PlanStep], Remedy]:
-    """Who carries out which step: the user's own instance where listed, a default one for what is always allowed.
+    """The remedy for each class of plan step: the user's own if listed, else a default one for steps always allowed.
 
     Raises:
         ValueError: If two remedies have the same class of plan step.

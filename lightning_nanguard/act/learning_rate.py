@@ -72,7 +72,7 @@ class LearningRate:
 
     @property
     def multiplier(self) -> float:
-        """What the scheduled rates are multiplied by; 1.0 leaves them untouched."""
+        """The factor on the scheduled rates; 1.0 does not change them."""
         return self._multiplier
 
     @property
@@ -82,7 +82,7 @@ class LearningRate:
 
     @property
     def max_lr(self) -> float:
-        """Largest effective rate of the first group; where its rate would be larger, all are scaled down with it."""
+        """Largest effective rate of the first group. If its rate would be larger, all groups are scaled down."""
         return self._max_lr
 
     def has_tensors(self) -> bool:
@@ -92,11 +92,11 @@ class LearningRate:
     def ratio(self) -> float:
         """Effective rate over scheduled rate of the first group: the multiplier in effect, limits included."""
         scheduled, effective = next(self._bases(), None), self.effective()[:1]
-        # There is no ratio to a rate of zero, nor to one that is not finite.
+        # No ratio exists for a rate that is zero or not finite.
         return effective[0] / float(scheduled) if scheduled and math.isfinite(scheduled) else self._multiplier
 
     def set_multiplier(self, value: float, *, min_lr: float = 0.0, max_lr: float = math.inf) -> None:
-        """Changes the multiplier, starting with the update that is being prepared.
+        """Changes the multiplier, starting with the next update.
 
         Args:
             value: Positive and finite.
@@ -114,13 +114,13 @@ class LearningRate:
             self._apply(optimizer)
 
     def effective(self) -> list[float]:
-        """What the next step will use, one rate per group over all optimizers; reads tensor rates to the host."""
+        """The rates of the next step, one per group over all optimizers. It reads tensor rates to the host."""
         factor = self._factor()
         return [float(self._scale(rate, factor)) for rate in self._bases()]
 
     def first(self) -> float | None:
         """Effective rate of the first group, ``None`` if reading it would wait for a device."""
-        if self._optimizers and not self.is_on():  # the short way, as this is called in every step
+        if self._optimizers and not self.is_on():  # faster, because this is called in every step
             rate = self._optimizers[0].param_groups[0].get("lr")
             if isinstance(rate, float):
                 return rate
@@ -141,8 +141,8 @@ class LearningRate:
         """Registers the hooks around every optimizer's ``step``; does nothing if they are already registered.
 
         Args:
-            before_update: Called in each step when its gradients are ready: after the closure, or at the beginning of
-                a step without one. The caller has to let ``valid`` check the rates before each of these calls.
+            before_update: Called in each step when its gradients are ready: after the closure, or at the beginning of a
+                step without one. The caller has to let ``valid`` check the rates before each call.
             after_update: Called after each step.
         """
         if self._handles:
@@ -259,7 +259,7 @@ class LearningRate:
 
     def _find(self, group: _Group, rate: _Rate) -> _Scaled | None:
         """The record of a scaled rate, ``None`` if ``rate`` is a scheduled one."""
-        # Groups may share one tensor, which must be scaled once: tensors are found by their own identity.
+        # Groups may share one tensor, which must be scaled only once, so tensors are identified by their own id.
         scaled = self._scaled.get(id(rate) if isinstance(rate, Tensor) else id(group))
         return scaled if scaled is not None and scaled.is_what_we_wrote(rate) else None
 
@@ -284,14 +284,14 @@ class LearningRate:
         return self._multiplier != 1.0 or self._max_lr != math.inf or self.valid.any()
 
     def _factor(self) -> float:
-        """What every scheduled rate is multiplied by; where a limit is set, it reads the first group's rate."""
+        """The factor on every scheduled rate. If a limit is set, it reads the first group's rate."""
         if self._max_lr == math.inf:
             return self._multiplier
         first = float(next(self._bases(), 0.0))
         return min(self._multiplier, self._max_lr / first) if first > 0 else self._multiplier
 
     def _factor_where_it_is(self) -> _Rate:
-        """The same; where the first group's rate is a tensor, as a tensor, so that the host does not wait for it."""
+        """The same factor. It is a tensor if the first group's rate is one, so that the host does not wait for it."""
         first = next(self._bases(), None) if self._max_lr != math.inf else None
         if not isinstance(first, Tensor):
             return self._factor()
@@ -316,7 +316,7 @@ class LearningRate:
 @final
 @dataclass(frozen=True, slots=True)
 class _Scaled:
-    """One scaled rate, or another value of a group: what was written, where, and the value it replaces."""
+    """One scaled rate, or another value of a group: the written value, its place, and the value it replaces."""
 
     optimizer: Optimizer
     group: _Group
@@ -326,9 +326,9 @@ class _Scaled:
     version: int = 0
 
     def is_what_we_wrote(self, rate: Any) -> bool:
-        """Whether nobody has set the rate since; compared by identity, as somebody may set an equal value."""
+        """Whether the rate was not set since. It compares identity, because somebody may set an equal value."""
         if isinstance(rate, Tensor):
-            # The counter of in-place writes costs no host read, unlike comparing values.
+            # Unlike a comparison of values, the version counter does not wait for the device.
             return rate is self.written and rate._version == self.version
         return rate is self.written
 

@@ -1,4 +1,4 @@
-"""Searches the learning rate at which the loss of the newest batches falls. Pure functions of a trial's results."""
+"""Searches the learning rate at which the loss of the newest batches falls, by rehearsals. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Rehearse = Callable[[float, int], float | None]
 
 
 def rehearsed_cut(rehearse: Rehearse, largest: float, limits: CutThresholds, *, few: bool = False) -> float | None:
-    """The cut at which the loss of the newest batches falls.
+    """Search the cut at which the loss of the newest batches falls.
 
     Rates are tried from ``largest`` down, until one gains clearly less than a larger one did. Rates at the edge of
-    stability look best for a few updates and fail later. So the result is the lowest rate, in a row below the best one,
-    that gains nearly as much, within a range below the best. If a still lower rate also takes the loss nearly to zero,
-    that one is taken.
+    stability look best for a few updates and fail later. So the result is a lower rate than the best one: the lowest of
+    the next rates that gain nearly as much, within a limited range. If a still lower rate also takes the loss nearly to
+    zero, that one is the result.
 
     Args:
         rehearse: Tries a rate.
@@ -42,7 +42,7 @@ def rehearsed_cut(rehearse: Rehearse, largest: float, limits: CutThresholds, *, 
         if after < best_after:
             best, lowest, best_after, least = cut, cut, after, limits.least_of_best * cut
         elif best is not None and after > before + limits.harm:
-            # A lower rate does harm, so the larger one was good only by accident (units died, say).
+            # If a lower rate does harm, the larger one was good only by chance, for example because units died.
             best_after, least = before - limits.harm, 0.0
         elif best is not None:
             # If the best rate halves the loss, a rate that gains less is too slow; otherwise all rates are slow.

@@ -18,8 +18,8 @@ class ReduceLR(Remedy):
 
     If batches can be run again, the guard first tries rates: a few updates on the newest batches, from the state of the
     rollback, show at which rate the loss falls, and the guard takes this rate. Otherwise the first cut is ``factor``,
-    the next ``factor ** 2``, ``factor ** 4``, …, and at least a tenth. Such a cut goes further down if the finding
-    names a lower largest rate. The cut is a multiplier on the rate that the schedule sets.
+    the next ``factor ** 2``, ``factor ** 4``, …, and at least a tenth. This cut is larger if the finding names a lower
+    limit for the rate. The cut is a multiplier on the rate that the schedule sets.
 
     Args:
         factor: The first cut.
@@ -73,7 +73,7 @@ class ReduceLR(Remedy):
         return Scale(factor, self.min_lr)
 
     def apply(self, step: PlanStep, run: RunControl) -> None:
-        """Change the multiplier."""
+        """Try rates if possible, and cut the learning rate."""
         assert isinstance(step, Scale)
         limits, rehearses = self._limits, self.rehearse and step.factor < 1 and not step.tried
         if rehearses and step.clipped and not step.firm and clipping_suffices(run.rehearse, step.factor, limits):
@@ -81,10 +81,10 @@ class ReduceLR(Remedy):
         few = rehearses and run.rehearsal_batches() <= limits.few
         found = rehearsed_cut(run.rehearse, step.factor, limits, few=few) if rehearses else None
         if found is None:
-            # No rate was tried: only the curvature of one batch at one point is known.
+            # No rate was tried, so only the curvature of one batch is known.
             factor = min(step.factor, max(step.most, limits.largest_untried))
         else:
-            # A rate proven long ago may be too high now: a trial that shows this clearly is believed.
+            # A rate proven long ago may be too high now. A rehearsal that clearly shows this has priority.
             factor = max(found, min(step.least, limits.trusted * found))
             if step.firm:
                 factor = min(factor, max(step.most, limits.least_of_best * factor))

@@ -16,7 +16,7 @@ class ResetMoments(Remedy):
     step = DropMoments
 
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
-        """A reset, once a first attempt did not help."""
+        """A reset, if the first attempt did not help."""
         return DropMoments() if attempt > 0 else None
 
     def apply(self, step: PlanStep, run: RunControl) -> None:

@@ -29,10 +29,10 @@ def unscales_itself(optimizer: Optimizer) -> bool:
 def skips_on_device(optimizer: Optimizer) -> bool:
     """Whether the optimizer skips a step when a ``found_inf`` flag on the device says so, as torch's fused ones do.
 
-    An optimizer of another type may say that it works with a GradScaler and read no such flag, and a subclass may have
-    a step of its own.
+    Only known classes count. Another optimizer may claim to support a GradScaler and read no such flag, and a subclass
+    may override the step.
     """
-    # Loading the state of a run without fused steps turns them off in the groups only.
+    # Read from the groups, because loading the state of a run without fused steps changes only them.
     fused = all(group.get("fused") for group in optimizer.param_groups)
     return type(optimizer) in _READ_FOUND_INF and unscales_itself(optimizer) and fused
 
@@ -45,16 +45,16 @@ def _beside() -> torch.device | None:
 class StepSkipper:
     """Skips updates, and restores what an optimizer changes even in a skipped step.
 
-    The gradients are removed at the last moment (:meth:`remove_gradients`), after clipping, a GradScaler's check and
-    the user's hooks, some of which fail without gradients. After the step they are there again
-    (:meth:`return_gradients`), since a captured graph writes to the same ones each time. Torch's own optimizers then
-    change nothing, except LBFGS: by that moment it has changed its state and the weights between the closures of the
-    step. Optimizers that are not torch's may count steps in their groups, or move the weights without a gradient. For
-    LBFGS and for these a copy of the state is kept.
+    The gradients are removed just before the step (:meth:`remove_gradients`): after clipping, a GradScaler's check and
+    the user's hooks, because some of these fail without gradients. After the step they are given back
+    (:meth:`return_gradients`), because a captured graph writes to the same tensors each time. Without gradients,
+    torch's own optimizers change nothing, except LBFGS: it changes its state and the weights between the closures of
+    the step. Optimizers of other packages may count steps in their groups, or change the weights without a gradient.
+    For LBFGS and for these a copy of the state is kept.
 
     Args:
-        learner: What is trained.
-        where: Gives where a copy lies, ``None`` for beside the original.
+        learner: The learner.
+        where: Returns the device of a copy; ``None`` for that of the original.
 
     Attributes:
         skipped: Indices of the optimizers whose update in this batch is skipped.
@@ -71,7 +71,7 @@ class StepSkipper:
         self.skipped: set[int] = set()
 
     def open(self) -> None:
-        """A batch begins: nothing is skipped yet. Copy what could not be restored later."""
+        """A batch begins: nothing is skipped yet. Copy the state that could not be restored later."""
         self.skipped.clear()
         for index in self._learner.quasi_newton:
             self._copy(index)
@@ -84,15 +84,15 @@ class StepSkipper:
             self._copy(optimizer_index)
 
     def device_cannot_skip(self, optimizer_index: int) -> bool:
-        """Whether the next update must not be left to the device to skip, though the optimizer can skip there.
+        """Whether the device must not skip the next update itself, although the optimizer supports this.
 
-        Fused SGD makes the momentum of a parameter in its first step. Where that step is skipped on the device, the
-        momentum's memory stays uninitialised, and the next step takes it for momentum.
+        Fused SGD allocates the momentum of a parameter in its first step. If the device skips this step, the momentum
+        stays uninitialised, and the next step uses it.
         """
         optimizer = self._learner.optimizers[optimizer_index]
         if not isinstance(optimizer, SGD) or self._learner.scaler is not None or not skips_on_device(optimizer):
             return False
-        # A parameter keeps its momentum until the state is replaced; looking at all of them in each step is slow.
+        # Cached until the state is replaced, because a check of all parameters in each step is slow.
         known, key = self._without_momentum.get(optimizer_index), (id(optimizer.state), len(optimizer.state))
         if known is None or known[0] != key:
             state: Any = optimizer.state
@@ -122,17 +122,17 @@ class StepSkipper:
                         parameter.grad = None
 
     def return_gradients(self) -> None:
-        """Give the gradients back that were removed, unless there are new ones."""
+        """Give back the removed gradients, unless there are new ones."""
         self._stripped.clear()
-        while self._taken:  # of several evaluations in one step, the last one counts
+        while self._taken:  # if a step has several evaluations, the last one counts
             parameter, gradient = self._taken.pop()
             if parameter.grad is None:
                 parameter.grad = gradient
 
     def excuses(self, optimizer: Optimizer, *, numeric: bool) -> bool:
-        """Whether an exception of an optimizer's step comes of an update that is skipped.
+        """Whether a skipped update caused an exception of an optimizer's step.
 
-        Some optimizers expect a gradient of every parameter, and some ways of clipping refuse one that is not finite.
+        Some optimizers need a gradient of every parameter, and some ways of clipping reject one that is not finite.
 
         Args:
             optimizer: The optimizer.
@@ -145,7 +145,8 @@ class StepSkipper:
         return [p for group in self._learner.optimizers[optimizer_index].param_groups for p in group["params"]]
 
     def _copy(self, optimizer_index: int) -> None:
-        # Only the weights of this optimizer: others may have made good steps since. The batch's undo restores buffers.
+        # Only the weights of this optimizer, because others may have made good steps. The batch's undo restores
+        # buffers.
         leaves = [*self._learner.weights_of(optimizer_index), *self._learner.optimizer_leaves(optimizer_index)]
         reuse = self._copies.pop(optimizer_index, None)
         for device in dict.fromkeys((self._where(), _HOST)):

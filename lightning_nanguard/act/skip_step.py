@@ -35,9 +35,9 @@ class SkipStep(Remedy):
         self.keep_good_samples = keep_good_samples
 
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
-        """Nothing: what a skip can help was skipped before remedies are asked."""
+        """Nothing: the guard skips single bad batches before it asks remedies."""
         return None
 
     def apply(self, step: PlanStep, run: RunControl) -> None:
-        """Undo what the batch touched."""
+        """Undo what the batch changed."""
         run.skip()

@@ -20,4 +20,4 @@ class StopTraining(Remedy):
         return Stop("skipping is not enough, and StopTraining is listed")
 
     def apply(self, step: PlanStep, run: RunControl) -> None:
-        """Nothing: the engine ends the run itself."""
+        """Nothing: the guard ends the run itself."""

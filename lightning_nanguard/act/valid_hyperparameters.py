@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 _RATE = "lr"
-# Of other numbers in a group Inf may be meant, such as a limit that is off.
+# Other values of a group may be Inf on purpose, for example a limit that is off.
 _OTHERS = ("weight_decay", "momentum", "dampening", "betas", "eps", "alpha")
 
 
@@ -39,7 +39,7 @@ class InvalidHyperparameter:
 
     @property
     def name(self) -> str:
-        """What it is called in messages."""
+        """Its name in messages."""
         return f"{'learning rate' if self.key == _RATE else self.key} of group {self.group}"
 
 
@@ -78,7 +78,7 @@ class ValidHyperparameters:
                         continue
                     value = float(value)
                 if all(_is_valid_number(key, one) for one in _numbers(value)):
-                    # Somebody may write into a list.
+                    # Copied, because somebody may change the list.
                     valid[key] = value.copy() if isinstance(value, list) else value
                 else:
                     invalid.append(InvalidHyperparameter(number, key, value, valid.get(key)))
@@ -92,7 +92,7 @@ class ValidHyperparameters:
         return bool(self._invalid)
 
     def invalid(self, optimizer: Optimizer) -> list[InvalidHyperparameter]:
-        """What was invalid in an optimizer's groups at the last check."""
+        """The hyperparameters of an optimizer's groups that were invalid at the last check."""
         return self._invalid.get(id(optimizer), [])
 
     def rate(self, group: Mapping[str, Any], rate: Any) -> Any:
@@ -102,7 +102,7 @@ class ValidHyperparameters:
         return rate if 0.0 <= float(rate) < math.inf else self._valid.get(id(group), {}).get(_RATE, rate)
 
     def others(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], str, Any]]:
-        """The groups with an invalid value other than the rate that was valid before: group, key, last valid value."""
+        """Each invalid value except rates, if it was valid before: its group, key and last valid value."""
         for one in self.invalid(optimizer):
             if one.key != _RATE and one.valid is not None:
                 yield optimizer.param_groups[one.group], one.key, one.valid
@@ -123,7 +123,7 @@ def _is_valid_number(key: str, number: float) -> bool:
 
 
 def words_for(invalid: list[InvalidHyperparameter], scheduler: str) -> Iterator[str]:
-    """Say of each hyperparameter what it is, of which group, who set it, and what is used in its place.
+    """Describe each invalid hyperparameter: its value, its group, who set it, and the value used instead.
 
     Args:
         invalid: The hyperparameters.

@@ -1,1 +1,1 @@
-"""From a fault and its evidence to a plan: pure functions over frozen data. Standard library only."""
+"""Makes a plan from a fault and its evidence: pure functions of frozen data. Standard library only."""

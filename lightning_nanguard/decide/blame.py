@@ -9,7 +9,7 @@ from lightning_nanguard.types import Comparison, Evidence, Fault, Scope
 
 
 def find_scope(fault: Fault, evidence: Evidence, limits: BlameThresholds) -> Scope | None:
-    """What is at fault: the batch, the learner or the state; ``None`` if the fault was a false alarm."""
+    """Find what is at fault: the batch, the learner or the state; ``None`` if the fault was a false alarm."""
     if fault.scope == "state":
         return "learner" if evidence.rate_rose and fault.rate_may_cause else "state"
     if fault.conclusive:
@@ -34,11 +34,11 @@ def _batch_or_learner(fault: Fault, evidence: Evidence, limits: BlameThresholds)
     if evidence.undo and comparison is None and evidence.healthy_since_restore is not None:
         return "learner" if evidence.healthy_since_restore < limits.calm_when_late else "batch"
     if comparison is not None and comparison.then_finite is False:
-        return "batch"  # good weights have no finite gradient on this batch either, so a restore would not help
+        return "batch"  # good weights have no finite gradient on it either
     if evidence.healthy_steps == 0 or evidence.healthy_since_restore == 0:
-        return "batch"  # no update was accepted since the start or the restore, so the state is not at fault
+        return "batch"  # the state is still that of the start or the restore
     if not fault.certain and evidence.comparable:
-        return "batch"  # a finite spike under good weights; if it lasts, it becomes the usual level
+        return "batch"  # a spike that lasts becomes the usual level
     patience = limits.patience_with_chance if evidence.holds_elsewhere else limits.patience
     if evidence.bad_in_a_row >= patience and evidence.bad_in_a_row % patience == 0:
         # If the loss is bad under good weights too, the data are at fault.
@@ -51,9 +51,9 @@ def worse(comparison: Comparison, least: float, *, sane: float = math.inf) -> bo
     """Whether the present weights are clearly worse on the batch than the last good ones.
 
     Args:
-        comparison: Loss of one batch under both.
-        least: Least difference of the losses.
-        sane: A batch whose loss is above this under good weights is itself at fault.
+        comparison: Loss of one batch under both weights.
+        least: Smallest difference of the losses that counts.
+        sane: If the loss under good weights is above this, the batch itself is at fault.
     """
     if not math.isfinite(comparison.then) or comparison.then > sane:
         return False
@@ -61,7 +61,7 @@ def worse(comparison: Comparison, least: float, *, sane: float = math.inf) -> bo
 
 
 def learner_did_it(evidence: Evidence, limits: BlameThresholds) -> bool:
-    """Whether the learner caused a fault; a sudden fault after many healthy updates is not blamed on it."""
+    """Whether the learner caused a fault. A sudden fault after many healthy updates is not its fault."""
     # If the faulty update was made, bad weights alone do not blame the learner. They do if the fault follows soon
     # after a restore, or early in the run with a finite loss to show it.
     calm = limits.calm_when_late if evidence.undo else limits.calm
@@ -71,7 +71,7 @@ def learner_did_it(evidence: Evidence, limits: BlameThresholds) -> bool:
 
 
 def rate_rises(evidence: Evidence, limits: BlameThresholds) -> bool:
-    """Whether the rate has clearly risen since the snapshot or the start; it may rise on and outgrow a multiplier."""
+    """Whether the rate has clearly risen since the snapshot or the start, and so may rise above any cut."""
     if evidence.rate_rose:
         return True
     lowest = evidence.lowest_lr

@@ -14,8 +14,8 @@ class Budget:
     Args:
         max_rollbacks: Number of rollbacks within ``window`` updates; one more stops the run.
         max_rollbacks_per_place: The same number for one fault at one place.
-        max_bad_batches: Number of bad updates in a row that are skipped; the next one stops the run. ``None`` stands
-            for ``window``.
+        max_bad_batches: Number of bad updates in a row that are skipped; the next one stops the run. ``None`` means
+            ``window``.
         max_skip_share: Share (0 to 1) of skipped updates among the last ``window``, once 32 were skipped; ``None`` for
             no limit.
         window: Length of the sliding window, in updates.

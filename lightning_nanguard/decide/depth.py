@@ -1,4 +1,4 @@
-"""How deep a rollback goes among the certified snapshots."""
+"""Chooses the certified snapshot of a rollback."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from lightning_nanguard.types import Evidence
 
 
 def depth_by_level(depth: int, evidence: Evidence, *, same_level: float, keeps: bool) -> int:
-    """How many snapshots to go back: at least ``depth``, and more while an older one was at a clearly better loss.
+    """Number of snapshots to go back: at least ``depth``, and more while an older one has a clearly lower loss.
 
     Args:
         depth: Depth to begin with; 0 is the newest snapshot.
         evidence: Levels and unit of the loss.
         same_level: Loss units within which two snapshots have the same level.
-        keeps: Whether to begin at a newer snapshot where the one at ``depth`` would lose half of what was learned.
+        keeps: Whether to begin at a newer snapshot if the one at ``depth`` would lose half of what was learned.
     """
     depth = min(depth, max(0, evidence.snapshots - 1))
     levels = evidence.levels

@@ -1,13 +1,13 @@
-"""From a fault and its evidence to a plan: pure functions over frozen data.
+"""Makes a plan from a fault and its evidence: pure functions of frozen data.
 
-The evidence decides what is at fault, and that decides the remedy:
+The evidence decides what is at fault. The scope then decides the remedy:
 
-* one bad *batch* is skipped;
-* a diverged *learner* goes back to a certified snapshot, with a lower learning rate or clipped gradients; the
-  correction is stronger each time it diverges again soon;
-* *state* that went bad by itself is restored, without a correction;
-* where averaged copies of the weights alone are bad, they alone are restored, because no update is made from them;
-* a run without one good update, or over its budget, is stopped.
+* A single bad *batch* is skipped.
+* A diverged *learner* goes back to a certified snapshot, with a lower learning rate or clipped gradients. The
+  correction is stronger each time it diverges again soon.
+* *State* that became bad by itself is restored, without a correction.
+* If only averaged copies of the weights are bad, only they are restored, because no update is made from them.
+* A run without one good update, or over its budget, is stopped.
 
 The policy calls every listed remedy whose role the verdict needs. If the learner is to blame, these are a restore and
 all listed corrections (clipping and the rate), because a loss may explode by its rate or by rare large gradients. If
@@ -49,10 +49,10 @@ class Proposes(Protocol):
 
     @property
     def role(self) -> Role:
-        """What the remedy is for."""
+        """The role of the remedy."""
 
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
-        """What this remedy would do at the given attempt (0 at first, +1 each time the fault comes back soon)."""
+        """The remedy's plan step at this attempt (0 at first, +1 each time the fault comes back soon)."""
 
 
 @final
@@ -64,7 +64,7 @@ class Policy:
         remedies: The remedies used if skipping is not enough, in order of preference.
         budget: Limits on interventions.
         thresholds: When the batch, the learner or the state is blamed.
-        trials: What a trial has to show.
+        trials: What a trial has to show before the guard acts.
     """
 
     remedies: Sequence[Proposes]
@@ -81,7 +81,7 @@ class Policy:
         return (*plan, *(step for step in told if step is not None)), state
 
     def _restore_averages(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
-        """The plan where averages alone are bad: neither the run nor its budget pays for them, however often."""
+        """The plan if only averages are bad. It loses no update, and does not count against the budget."""
         plan: Plan = ()
         if fault.scope != "state":
             plan, state = self._decide(fault, replace(evidence, averages_alone=False, corrupt=None), state)
@@ -110,13 +110,13 @@ class Policy:
             if times >= self.thresholds.same_updates:
                 return (Stop(f"after {times} rollbacks an update from finite numbers still makes {where}"),), state
         elif scope == "state" and state.unproven.count(_where(fault)) >= self.thresholds.same_restores:
-            scope = "learner"  # the same action would have the same result
+            scope = "learner"  # repeated restores without success
         if scope == "batch":
             return self._skip(fault, evidence, state)
         return self._go_back(fault, evidence, state, scope)
 
     def may_repeat_updates(self, fault: Fault, step: int, state: PolicyState) -> bool:
-        """Whether a rollback for a fault is allowed, after which the updates since the snapshot are made again."""
+        """Whether the budget allows a rollback after which the updates since the snapshot are repeated."""
         state, budget, where = within_window(state, step - self.budget.window), self.budget, _where(fault)
         here = sum(place == where for _, place in state.restores)
         within = len(state.restores) < budget.max_rollbacks and here < budget.max_rollbacks_per_place
@@ -124,7 +124,7 @@ class Policy:
         return within and useful and any(one.role == "restore" for one in self.remedies)
 
     def count_repeated_updates(self, fault: Fault, step: int, state: PolicyState) -> PolicyState:
-        """Count such a rollback like any other."""
+        """Count a rollback with repeated updates like any other."""
         state, where = within_window(state, step - self.budget.window), _where(fault)
         return replace(state, restores=(*state.restores, (step, where)), unproven=(*state.unproven, where))
 
@@ -144,7 +144,7 @@ class Policy:
         seen, share = min(self.budget.window, evidence.step + 1), self.budget.max_skip_share
         if share is not None and len(state.skips) > max(self.thresholds.few_skips, share * seen):
             return (Stop(f"{len(state.skips)} of the last {seen} updates were bad"),), state
-        # A batch that was read late is skipped by undoing its update.
+        # With deferred readback the update was already made, so a rollback undoes it.
         return ((Restore(0),) if evidence.undo else (Skip(),)), state
 
     def _go_back(self, fault: Fault, evidence: Evidence, state: PolicyState, scope: Scope) -> tuple[Plan, PolicyState]:
@@ -199,7 +199,7 @@ class Policy:
         limits = self.thresholds
         recent = sum(1 for step, _ in state.restores if step > evidence.step - limits.blame.calm)
         deeper = 0 if scope == "learner" else min(recent // limits.depth_by_state, limits.deepest)
-        # A tensor that is not finite now was finite in every certified snapshot, so any depth will do.
+        # Certified snapshots are finite, so against a tensor that is not finite any depth is enough.
         sound = evidence.sound if evidence.corrupt is None else None
         depth = max(proposal.depth + deeper, sound or 0)
         return Restore(depth_by_level(depth, evidence, same_level=limits.same_level, keeps=sound is None))
@@ -216,7 +216,7 @@ class Policy:
         return replace(proposal, least=least, limit=rate_rises(evidence, self.thresholds.blame), clipped=clipped)
 
     def _peak_is_over(self, evidence: Evidence, state: PolicyState) -> bool:
-        # It diverged at a peak of the schedule, and the present rate is one at which it learned before.
+        # The run diverged at a peak of the schedule, and it learned before at the present rate.
         lr, highest = evidence.lr, evidence.highest_lr
         if lr is None or highest is None:
             return False
@@ -226,7 +226,7 @@ class Policy:
         if evidence.lr is None or evidence.lr <= 0:
             return 0.0
         highest = max(evidence.lr, evidence.highest_lr or 0.0)
-        # Snapshots taken at about the rate that has just failed are no proof.
+        # Snapshots from about the rate that has just failed prove nothing.
         proven = state.proven_rate <= highest * self.thresholds.recovery.proven_below
         return min(factor, state.proven_rate / evidence.lr) if proven else 0.0
 

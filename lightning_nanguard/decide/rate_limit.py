@@ -9,14 +9,14 @@ from lightning_nanguard.types import Evidence, Finding, Plan, Scale
 
 
 def within_curvature(plan: Plan, finding: Finding | None, lr: float | None) -> Plan:
-    """The plan, with the rate that the finding allows entered in its cut as ``Scale.most``.
+    """Add the largest rate that the finding allows to the cut of a plan, as ``Scale.most``.
 
-    That rate comes from the curvature along one gradient. For an untrained model it may be a ten-thousandth of the rate
-    that trials show to be right, so it bounds the cut only where no rates can be tried. In an ill-conditioned loss the
-    curvature is that of the steepest direction, so it bounds the cut in any case (``Scale.firm``).
+    This rate comes from the curvature along one gradient. For an untrained model it may be 10,000 times lower than the
+    best rate, so it limits the cut only if no rates can be tried. For an ill-conditioned loss it comes from the
+    steepest direction, so it always limits the cut (``Scale.firm``).
 
     Args:
-        plan: What is to be done.
+        plan: The plan.
         finding: The cause found; ``None`` without one.
         lr: The present effective learning rate.
     """
@@ -30,14 +30,14 @@ def within_curvature(plan: Plan, finding: Finding | None, lr: float | None) -> P
 
 
 def spare_rate(plan: Plan, finding: Finding | None, evidence: Evidence) -> Plan:
-    """The plan without a cut of the rate, where the finding blames the batch and the weights are not known to be bad.
+    """Remove the cut from a plan if the finding blames the batch and the weights are not known to be bad.
 
-    That the good weights do better on this batch shows it only if they do so on others, too.
+    A better loss of the good weights on this batch proves bad weights only if they are better on other batches, too.
 
     Args:
-        plan: What is to be done.
+        plan: The plan.
         finding: The cause found; ``None`` without one.
-        evidence: What is known of the fault.
+        evidence: The evidence about the fault.
     """
     comparison = evidence.comparison
     better = comparison is not None and comparison.then_finite is not False and math.isfinite(comparison.then)

@@ -31,7 +31,7 @@ def judge_receipt(
         return "no difference", False
     mine, other = median(run), median(without)
     learned = math.nan if start is None else start - min(mine, other)
-    # As in a trial, the size of the difference decides: a small difference counts as none, even if it is certain.
+    # As in a trial, a small difference does not count, even if it is significant.
     if learned > 0 and abs(mine - other) <= limits.lacks * learned:
         return "no difference", False
     return ("gained", False) if better else ("cost", bool(learned > 0))

@@ -1,4 +1,4 @@
-"""When a learning rate that was cut is given back, and which rates are proven. Pure functions of the policy's state."""
+"""Decides when a cut of the rate is given back, and which rates are proven. Pure functions of the policy's state."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def give_back(
 ) -> tuple[Plan, PolicyState]:
     """Give back a part of the learning rate's cut after many healthy updates in a row.
 
-    Up to a proven rate the cut is given back at once, after a short wait, if the run is learning. Else one ``factor``
-    is given back after every ``after`` healthy updates. Before the rate crosses the lowest rate that failed, the wait
-    is several times as long, and doubles each time that rate fails again.
+    If the run is learning, the rate rises to a proven rate in one step, after a short wait. Otherwise one ``factor`` is
+    given back after every ``after`` healthy updates. Before the rate crosses the lowest rate that failed, the wait is
+    several times as long. It doubles each time that rate fails again.
 
     Args:
-        state: What the policy remembers.
-        multiplier: The learning-rate multiplier in force.
+        state: The state of the policy.
+        multiplier: The present multiplier of the learning rate.
         healthy_steps: Updates accepted since the start of fit.
         scheduled_lr: Scheduled rate of the first group, ``None`` if it is not known.
         factor: The factor (below 1) of one cut; the multiplier is divided by it.
@@ -51,20 +51,20 @@ def give_back(
     if healthy_steps - state.given_back_at < wait:
         return (), state
     across = scheduled_lr * larger >= failed_from
-    # A proven rate is set as a limit, since a multiplier would have to be renewed in each step of a schedule.
+    # A proven rate is set as a limit, because a multiplier would have to change in each step of a schedule.
     return (Scale(larger / multiplier, limit=proven > multiplier),), replace(
         state, given_back_at=healthy_steps, bad_rate=math.inf if across else state.bad_rate
     )
 
 
 def note_too_high(rate: float, healthy_steps: int, state: PolicyState) -> PolicyState:
-    """Note a rate that trials found too high, though nothing diverged: it has failed, and no rate is proven now."""
+    """Note a rate that trials found too high without a divergence: it has failed, and no rate is proven now."""
     bad_rate = min(state.bad_rate, rate)
     return replace(state, bad_rate=bad_rate, proven_rate=0.0, proven_level=math.inf, given_back_at=healthy_steps)
 
 
 def note_failed(rate: float, healthy_steps: int, state: PolicyState, limits: RecoveryThresholds) -> PolicyState:
-    """Note a rate at which the learner diverged: it has failed, and a proven rate close to it counts no longer."""
+    """Note a rate at which the learner diverged: it has failed, and a proven rate close to it no longer counts."""
     bad = min(state.bad_rate, rate)
     state = replace(state, bad_rate=bad, given_back_at=healthy_steps)
     if state.proven_rate > bad * limits.proven_below:
@@ -77,14 +77,14 @@ def prove(
 ) -> PolicyState:
     """Note a rate as proven, when a snapshot was certified while the run was learning.
 
-    A rate is proven only where the loss has fallen since the last proof, because a run that has converged tolerates
-    rates at which it could not have converged.
+    A rate is proven only if the loss has fallen since the last proof, because a converged run tolerates rates at which
+    it could not have converged.
 
     Args:
         rate: Effective learning rate.
         level: Level of the loss.
         loss_unit: The unit of the loss.
-        state: What the policy remembers.
+        state: The state of the policy.
         limits: The thresholds.
     """
     if rate is None or level is None or level > state.proven_level - limits.progress * loss_unit:

@@ -1,4 +1,4 @@
-"""What the policy remembers from one decision to the next."""
+"""The state that the policy keeps from one decision to the next."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any, final
 @final
 @dataclass(frozen=True, slots=True)
 class PolicyState:
-    """What the policy remembers: plain tuples and numbers.
+    """The state that the policy keeps between decisions, in plain tuples and numbers.
 
     Attributes:
-        attempt: Escalation for a diverged learner; 0 at first.
+        attempt: Number of the attempt against a diverged learner; 0 at first.
         learner_step: Step of the last plan for a diverged learner, ``-1`` without one.
         restores: ``(step, fault and place)`` of the restores within the budget's window.
         skips: Steps of the skips within the budget's window.
-        bad_rate: Lowest effective learning rate at which the learner diverged, ``inf`` when it never did.
+        bad_rate: Lowest effective learning rate at which the learner diverged; ``inf`` if it never did.
         proven_rate: Highest effective learning rate at which a snapshot was certified while the loss was falling, kept
             below ``bad_rate``.
         failed_returns: How often the learner diverged again after a cut was given back.
-        given_back_at: Healthy-step count at the last change of the multiplier.
+        given_back_at: Number of healthy updates at the last change of the multiplier.
         unproven: Fault and place of each rollback since a snapshot was last certified.
-        trials_failed: Trials in a row that spoke against the run.
-        proven_level: Level of the loss when it was last seen to have fallen, ``inf`` before.
+        trials_failed: Number of trials in a row that confirmed a suspicion.
+        proven_level: Level of the loss at the last proof of a rate; ``inf`` before.
     """
 
     attempt: int = 0

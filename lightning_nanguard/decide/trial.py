@@ -1,9 +1,9 @@
 """Judges a trial: pure functions of the losses of the same batches under several states.
 
 The run, now and some updates later, is compared with an arm: a restart from an early snapshot with a lower rate.
-Lowering the rate late in training makes any loss fall for a while. An arm has no such advantage, because it starts
-again from an early snapshot. The result depends on how much the run lacks, and not only on whether it lacks something,
-because a short trial finds a slightly better rate in a quarter of all healthy runs.
+Lowering the rate late in training makes any loss fall for a while. An arm has no such advantage, because it starts from
+an early snapshot. The difference must be large, because a short trial finds a slightly better rate in a quarter of all
+healthy runs.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
     pairs = ((losses.start, losses.arm), (losses.now, losses.arm), (losses.later, losses.arm))
     if not all(share_above(*pair) >= limits.signs for pair in pairs):
         return Trial()
-    # If data have an order, new batches may be of a kind that the run has not met. It must be worse on old ones, too.
+    # In ordered data new batches may be new to the run, so the run must be worse on earlier batches, too.
     if losses.earlier_arm and share_above(losses.earlier_now, losses.earlier_arm) < limits.signs:
         return Trial()
     start, best, arm = median(losses.start), median(losses.best), median(losses.arm)
@@ -75,7 +75,7 @@ def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
 
 
 def may_begin(fault: Fault, made: int, updates: int, limits: TrialThresholds) -> bool:
-    """Whether another trial of a suspicion may begin: of a mere plateau they take a small share of the run's updates.
+    """Whether another trial of a suspicion may begin. Trials of a plateau may use a small share of the updates.
 
     Args:
         fault: The suspicion.
@@ -93,6 +93,6 @@ def may_begin(fault: Fault, made: int, updates: int, limits: TrialThresholds) ->
 
 
 def share_above(higher: Sequence[float], lower: Sequence[float]) -> float:
-    """Share of the batches of which one loss is higher than another."""
+    """Share of the batches whose loss in ``higher`` is above the one in ``lower``."""
     # NaN counts as higher than any number.
     return fmean(math.isfinite(low) and not high <= low for high, low in zip(higher, lower, strict=True))

@@ -90,7 +90,7 @@ class Detector(ABC):
         It must not change the detector's history, because the guard may call it twice with the same reading.
 
         Args:
-            reading: What was measured about one update.
+            reading: The reading of one update.
         """
 
     def accept(self, reading: Reading) -> None:  # noqa: B027
@@ -109,7 +109,7 @@ class Detector(ABC):
         """
 
     def dismiss(self, reading: Reading) -> None:  # noqa: B027
-        """The fault of this reading was not confirmed: report no such fault for a while.
+        """Report no fault like the one of this reading for a while, because it was not confirmed.
 
         It is called for every detector. A detector can call its own :meth:`check` to find out whether it found the
         fault. If it reports the fault again and again, the guard collects evidence each time, which takes time.
@@ -151,5 +151,5 @@ class Detector(ABC):
         """Restore the history from a checkpoint.
 
         Args:
-            state: What :meth:`state_dict` returned.
+            state: The result of :meth:`state_dict`.
         """

@@ -1,4 +1,4 @@
-"""The detectors used where the user lists none."""
+"""The detectors used if the user lists none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DEFAULT = DetectionThresholds()
 
 
 def default_detectors(thresholds: DetectionThresholds = _DEFAULT) -> tuple[Detector, ...]:
-    """What ``NaNGuard(detectors=None)`` uses, in the order they are asked.
+    """The detectors of ``NaNGuard(detectors=None)``, in the order in which they check readings.
 
     Args:
         thresholds: When a reading counts as a fault.

@@ -1,4 +1,4 @@
-"""The detectors of one optimizer, asked so that an exception in one of them does not end the run."""
+"""Runs the detectors of one optimizer, so that an exception in one of them does not end the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 _T = TypeVar("_T")
 
-# No reading is below these.
+# No reading is below these limits.
 LOOK_AT_EACH = Limits(-math.inf, -math.inf)
 
 
@@ -28,9 +28,9 @@ class Found(NamedTuple):
 
 @final
 class DetectorGroup:
-    """Asks the detectors of one optimizer, in their order.
+    """Runs the detectors of one optimizer, in their order.
 
-    A detector that raises an exception is left out of that one call; the exception is logged the first time.
+    A detector that raises an exception is skipped in this call. The exception is logged the first time.
 
     Args:
         detectors: The detectors; they belong to this group alone.
@@ -46,12 +46,12 @@ class DetectorGroup:
         """The first fault that a detector finds in a reading, ``None`` if none does.
 
         Args:
-            reading: What was measured.
-            line_search: Whether it comes from a further evaluation of one step; then only detectors with
-                ``judges_line_search`` are asked.
+            reading: The reading.
+            line_search: Whether it comes from a further evaluation of one step. Then only detectors with
+                ``judges_line_search`` check it.
 
         Raises:
-            TypeError: If a detector returns something else than a fault or ``None``.
+            TypeError: If a detector returns anything but a fault or ``None``.
         """
         for detector in self._line_search if line_search else self._detectors:
             try:
@@ -66,7 +66,7 @@ class DetectorGroup:
         return None
 
     def accept(self, readings: Sequence[Reading]) -> None:
-        """Take healthy readings into the histories."""
+        """Add healthy readings to the histories."""
         for detector in self._detectors:
             for reading in readings:
                 try:
@@ -75,7 +75,7 @@ class DetectorGroup:
                     self._log(detector, "accept", error)
 
     def rewind(self, step: int) -> None:
-        """Forget what was accepted after ``step``."""
+        """Forget the readings accepted after ``step``."""
         for detector in self._detectors:
             self._ask(detector, "rewind", detector.rewind, None, step)
 
@@ -96,7 +96,7 @@ class DetectorGroup:
         """Loss and gradient norm below which no detector finds a fault in the next readings.
 
         Raises:
-            TypeError: If a detector returns something else than limits or ``None``.
+            TypeError: If a detector returns anything but limits or ``None``.
         """
         limits = [self._limits(detector) for detector in self._detectors]
         return Limits(

@@ -69,7 +69,7 @@ class DivergingLoss(Detector):
         if loss is None or first is None or best is None or self._history.since + 1 < self._next:
             return None
         recent = [*self._history.accepted.last(self.thresholds.readings - 1), loss]
-        # All but the lowest: one lucky batch is no progress.
+        # Without the lowest loss, because one easy batch is no progress.
         least, level = sorted(recent)[1], median(recent)
         updates = self._history.since + 1
         if least > first:
@@ -83,12 +83,12 @@ class DivergingLoss(Detector):
         return replace(_suspicion("stuck_loss", level, message), doubtful=True)
 
     def limits(self) -> Limits:
-        """Any reading, until it asks again."""
+        """No limits, until the next check is due."""
         asks = self._history.since + AT_ONCE >= self._next
         return Limits(-math.inf if asks else math.inf, math.inf)
 
     def accept(self, reading: Reading) -> None:
-        """Take a healthy loss into the history."""
+        """Add a healthy loss to the history."""
         loss = reading.loss
         if loss is None or not math.isfinite(loss):
             return
@@ -98,7 +98,7 @@ class DivergingLoss(Detector):
             self._next = 2 * since
 
     def uneasy(self, reading: Reading) -> bool:
-        """Whether this loss and the one before are nearer to the first one, or above it, than to the best level.
+        """Whether this loss and the one before are nearer to the first loss than to the best level, or above it.
 
         The run may be diverging. One such loss is noise.
         """
@@ -109,7 +109,7 @@ class DivergingLoss(Detector):
         return min(reading.loss, next(before, math.inf)) > 0.5 * (first + best)
 
     def rewind(self, step: int) -> None:
-        """Forget what was accepted after ``step``."""
+        """Forget the losses accepted after ``step``."""
         self._history.rewind(step)
         self._next = self.patience
 

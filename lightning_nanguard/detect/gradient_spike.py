@@ -1,4 +1,4 @@
-"""Detects a gradient norm far outside everything accepted so far."""
+"""Detects a gradient norm far above all norms accepted so far."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_nanguard.types import Fault, Reading
 
 @final
 class GradientSpike(Detector):
-    """Detects a gradient norm far outside everything accepted so far.
+    """Detects a gradient norm far above all norms accepted so far.
 
     It compares the logarithm of the norm by median and MAD (median absolute deviation), so that heavy tails and slow
     drifts are no fault. A spike is more than ``threshold`` deviations above the median, ``ratio`` times the median, ten
@@ -58,7 +58,7 @@ class GradientSpike(Detector):
         self._norms = Window(window)
         self._first = Window(warmup)
         self._newest = 0.0
-        # Of the whole run: readings that a rollback takes back are not forgotten here.
+        # The largest norm of the whole run. A rollback does not lower it.
         self._largest = 0.0
 
     def check(self, reading: Reading) -> Fault | None:
@@ -85,11 +85,11 @@ class GradientSpike(Detector):
         return Fault("gradient_spike", "state", "gradient", first, message, certain=False, clipping_helps=True)
 
     def _spike(self, norm: float) -> Fault | None:
-        # The cheap test first: every limit is at least this many times any norm in the window.
+        # A cheap test first: every limit is at least this many times any norm in the window.
         if norm <= self.thresholds.above_largest * self._newest:
             return None
         doubtful = not norm > self._find_limit()
-        # During warm-up a high norm may be normal; whether its batch is strange decides.
+        # During warm-up a high norm may be normal, so it counts only if its batch is strange.
         stands_out = self._warming_up() and norm > self.thresholds.warmup_doubtful * max(self._norms.values())
         if doubtful and not stands_out:
             return None
@@ -121,7 +121,7 @@ class GradientSpike(Detector):
         return self.thresholds.warmup_min_norms <= len(self._norms) < self.warmup
 
     def accept(self, reading: Reading) -> None:
-        """Take a healthy norm into the window."""
+        """Add a healthy norm to the window."""
         norm = reading.grad_norm
         if norm is None or not reading.finite:
             return
@@ -146,7 +146,7 @@ class GradientSpike(Detector):
         return max(math.exp(limit), by_first) if limit < 700 else math.inf
 
     def rewind(self, step: int) -> None:
-        """Forget what was accepted after ``step``."""
+        """Forget the norms accepted after ``step``."""
         self._norms.rewind(step)
         self._first.rewind(step)
         self._newest = next(iter(self._norms.last(1)), 0.0)

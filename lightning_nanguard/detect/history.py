@@ -30,7 +30,7 @@ class ReadingHistory:
 
     def __init__(self, thresholds: HistoryThresholds | None = None) -> None:
         self._thresholds = thresholds or HistoryThresholds()
-        # Step, loss and norm of each reading. It is written in every step and seldom read.
+        # Step, loss and norm of each reading. It is written in every step and rarely read.
         self._read: deque[tuple[int, float | None, float | None]] = deque(maxlen=self._thresholds.readings)
         self._best = math.inf
         self._until_level = self._thresholds.level_losses
@@ -40,7 +40,7 @@ class ReadingHistory:
         """Loss of the first healthy update of the run ("the untrained model's loss"), ``None`` before it."""
 
     def accept(self, reading: Reading) -> None:
-        """Take a healthy reading."""
+        """Add a healthy reading."""
         loss = reading.loss if reading.loss_finite else None
         self._read.append((reading.step, loss, reading.grad_norm if reading.finite else None))
         if loss is not None:
@@ -54,7 +54,7 @@ class ReadingHistory:
                 self._best = min(self._best, self._best if level is None else level)
 
     def rewind(self, step: int) -> None:
-        """Forget what was read after ``step``."""
+        """Forget the readings after ``step``."""
         while self._read and self._read[-1][0] > step:
             self._read.pop()
         if self._first_step is not None and step < self._first_step:
@@ -87,11 +87,11 @@ class ReadingHistory:
         return loss_noise(self.losses(self._thresholds.noise_losses), self._thresholds)
 
     def level(self) -> float | None:
-        """Mean of the newest losses without the highest; a median would miss a model that is wrong on some batches."""
+        """Mean of the newest losses without the highest. A median would miss a model that fails on some batches."""
         return loss_level(self.losses(self._thresholds.level_losses))
 
     def learning(self) -> bool:
-        """Whether the loss is below the first one, by more than its noise and by a share of what was learned."""
+        """Whether the loss is below the first one by more than its noise and by a share of the whole fall."""
         level, first = self.level(), self.first
         if level is None or first is None:
             return False
@@ -99,13 +99,13 @@ class ReadingHistory:
         return first - level > max(own.learning_noise * self._noise(), own.learning * self._learned())
 
     def falling(self) -> bool:
-        """Whether the newest losses lie clearly below as many before them, or are too few to tell."""
+        """Whether the newest losses are clearly below the same number before them, or are too few to decide."""
         count = 2 * self._thresholds.falling_losses
         losses = self.losses(count)
         return len(losses) < count or loss_falls(losses, self._thresholds.falling)
 
     def usual_norm(self) -> float | None:
-        """A low quantile of the healthy gradient norms above 0, the smallest of few; ``None`` with too few."""
+        """A low quantile of the healthy gradient norms above 0, or the minimum of a few; ``None`` with too few."""
         return usual_norm(self._norms(), self._first_norm, self._thresholds.usual_norm)
 
     def largest_norm(self) -> float | None:

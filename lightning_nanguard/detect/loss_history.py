@@ -11,7 +11,7 @@ from lightning_nanguard.detect.window import Window
 
 @final
 class LossHistory:
-    """Keeps the newest accepted losses, the first one ("the untrained model's") and the best level.
+    """Keeps the newest accepted losses, the first one (that of the untrained model) and the best level.
 
     Args:
         size: How many losses are kept.
@@ -31,11 +31,11 @@ class LossHistory:
 
     @property
     def best(self) -> float | None:
-        """The lowest loss level so far; the first loss before there is a level."""
+        """The lowest loss level so far. Before the first level it is the first loss."""
         return self.first if self._best is None else self._best
 
     def accept(self, step: int, loss: float) -> None:
-        """Take a healthy, finite loss."""
+        """Add a healthy, finite loss."""
         if self._first_step is None:
             self.first, self._first_step = loss, step
         self.accepted.append(step, loss)
@@ -47,7 +47,7 @@ class LossHistory:
                 self._best = level
 
     def rewind(self, step: int) -> None:
-        """Forget what was accepted after ``step``."""
+        """Forget the losses accepted after ``step``."""
         self.accepted.rewind(step)
         self.since = 0
         if not len(self.accepted):

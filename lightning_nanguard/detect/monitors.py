@@ -31,12 +31,12 @@ class Monitor:
         self._loss, self._norm = LOOK_AT_EACH
 
     def is_calm(self, reading: Reading) -> bool:
-        """Whether no detector needs to look at a reading."""
+        """Whether no detector needs to check a reading."""
         loss, norm = reading.loss, reading.grad_norm
         return reading.finite and (loss is None or loss < self._loss) and (norm is None or norm <= self._norm)
 
     def accept(self, reading: Reading) -> None:
-        """Take a healthy reading."""
+        """Add a healthy reading."""
         self._waiting.append(reading)
         self._taken += 1
         # The count decides when limits are renewed, so that all ranks have the same limits.
@@ -54,7 +54,7 @@ class Monitor:
         return self._detectors, self._history
 
     def rewind(self, step: int) -> None:
-        """Forget what came after update ``step``."""
+        """Forget the readings after update ``step``."""
         detectors, history = self.up_to_date()
         history.rewind(step)
         detectors.rewind(step)
@@ -85,8 +85,8 @@ class Monitors:
     """Watches every optimizer of a run, each with detectors and a history of its own.
 
     Args:
-        prototypes: Detectors, of which each optimizer gets copies of its own with its first reading.
-        thresholds: What the histories are judged by; the detectors have their own. ``None`` for the defaults.
+        prototypes: The detectors. Each optimizer gets its own copies at its first reading.
+        thresholds: Thresholds of the histories; ``None`` for the defaults. The detectors have their own.
     """
 
     def __init__(self, prototypes: Sequence[Detector], thresholds: DetectionThresholds | None = None) -> None:
@@ -102,7 +102,7 @@ class Monitors:
         return self._monitors[optimizer_index]
 
     def passes(self, reading: Reading) -> bool:
-        """Accept the reading if it lies below all limits; return whether it was accepted."""
+        """Accept the reading if it is below all limits; return whether it was accepted."""
         monitor = self._monitors.get(reading.optimizer_index)
         if monitor is None or not monitor.is_calm(reading):
             return False
@@ -110,21 +110,21 @@ class Monitors:
         return True
 
     def calm(self, reading: Reading) -> bool:
-        """Whether the reading lies below all limits; nothing is accepted."""
+        """Whether the reading is below all limits. It is not accepted."""
         monitor = self._monitors.get(reading.optimizer_index)
         return monitor is not None and monitor.is_calm(reading)
 
     def check(self, reading: Reading, *, line_search: bool = False, quasi_newton: bool = False) -> Fault | None:
-        """The fault that the detectors of its optimizer find in a reading; the first call makes these detectors.
+        """The fault that the detectors of its optimizer find in a reading; the first call creates these detectors.
 
         Args:
-            reading: What was measured.
+            reading: The reading.
             line_search: Whether it comes from a further evaluation of one step, as in the line search of LBFGS, which
                 evaluates losses at bad places on purpose.
             quasi_newton: Whether the loss may rise far and recover by itself, as with LBFGS on mini-batches.
 
         Raises:
-            TypeError: If a detector returns something that is no fault.
+            TypeError: If a detector returns anything but a fault or ``None``.
         """
         monitor = self._made(reading.optimizer_index)
         if monitor.is_calm(reading):
@@ -143,7 +143,7 @@ class Monitors:
         return None if known is None else known.up_to_date()[1]
 
     def accept(self, reading: Reading) -> None:
-        """Take a reading into the history of its optimizer, for which :meth:`check` was called before."""
+        """Add a reading to the history of its optimizer. :meth:`check` must have been called for it before."""
         self._monitors[reading.optimizer_index].accept(reading)
 
     def dismiss(self, reading: Reading) -> bool:
@@ -158,7 +158,7 @@ class Monitors:
         return known is not None
 
     def rewind(self, step: int) -> None:
-        """Forget what came after update ``step``."""
+        """Forget the readings after update ``step``."""
         for monitor in self._monitors.values():
             monitor.rewind(step)
 

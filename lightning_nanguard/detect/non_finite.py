@@ -50,18 +50,18 @@ class NonFinite(Detector):
         self.min_loss_scale = min_loss_scale
         self.thresholds = thresholds or NonFiniteThresholds()
         self._overflows: deque[int] = deque(maxlen=overflow_patience)
-        self._scale = math.inf  # of the last accepted update
+        self._scale = math.inf  # loss scale of the last accepted update
 
     def check(self, reading: Reading) -> Fault | None:
         """The fault of this reading, or ``None``."""
         norm, scale = reading.grad_norm, reading.loss_scale
         if not reading.finite and scale is not None and not self._may_be(scale):
-            # The scaler halves it after an overflow, which leaves Inf as it is, and takes long from 1e30 down.
+            # The scaler halves the scale after an overflow. That does not change Inf, and takes too long from 1e30.
             message = f"the scale of the GradScaler is {scale:g}"
             return Fault("corrupted_state", "state", "scale of the GradScaler", scale, message)
         if not reading.loss_finite:
             message = f"the loss is {reading.loss}"
-            # With a finite gradient nothing bad would reach the weights: neither they nor the rate are at fault.
+            # With a finite gradient the update is not bad, so neither the weights nor the rate are at fault.
             infinite = reading.loss_is_bad_alone and reading.loss is not None and math.isinf(reading.loss)
             alone = infinite and norm is not None and norm <= self.thresholds.max_norm
             return Fault(
@@ -98,7 +98,7 @@ class NonFinite(Detector):
         return Limits(math.inf, self.thresholds.max_norm)
 
     def rewind(self, step: int) -> None:
-        """Start counting overflows again."""
+        """Restart the count of overflows."""
         self._overflows.clear()
 
     def _may_be(self, scale: float) -> bool:

@@ -1,4 +1,4 @@
-"""Robust statistics of some losses or gradient norms: outliers and heavy tails hardly change them."""
+"""Statistics of losses or gradient norms that are robust against outliers and heavy tails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def spread(values: Iterable[float]) -> float:
 
 
 def falling(values: Sequence[float], noise: float, errors: float) -> bool:
-    """Whether the newer half of some values lies below the older half by more than ``errors`` standard errors.
+    """Whether the newer half of some values is below the older half by more than ``errors`` standard errors.
 
     The standard error is ``noise`` divided by the square root of the number of values in a half.
 

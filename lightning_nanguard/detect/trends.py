@@ -17,21 +17,21 @@ from lightning_nanguard.thresholds.detection import (
 
 
 def loss_noise(losses: Sequence[float], thresholds: HistoryThresholds) -> float:
-    """The noise of some losses: of few their range, else the deviation of neighbours, so that a trend is no noise."""
+    """The noise of some losses: the range of a few, else the spread of differences, which excludes a trend."""
     if len(losses) < thresholds.min_noise_losses:
         return max(losses, default=0.0) - min(losses, default=0.0)
-    # The difference of two has twice the variance of one.
+    # The difference of two losses has twice the variance of one.
     return spread([after - before for before, after in pairwise(losses)]) / math.sqrt(2)
 
 
 def loss_level(losses: Sequence[float]) -> float | None:
-    """Mean of some losses without the highest; a median would miss a model that is wrong on some batches."""
+    """Mean of some losses without the highest. A median would miss a model that fails on some batches."""
     values = sorted(losses)
     return fmean(values[:-1] or values) if values else None
 
 
 def loss_falls(losses: Sequence[float], errors: float) -> bool:
-    """Whether the newer half of some losses lies clearly below the older half, given the noise within each half."""
+    """Whether the newer half of some losses is clearly below the older half, given the noise in each half."""
     half = len(losses) // 2
     older, newer = losses[:half], losses[half:]
     noise = spread([loss - median(part) for part in (older, newer) for loss in part])
@@ -39,12 +39,14 @@ def loss_falls(losses: Sequence[float], errors: float) -> bool:
 
 
 def usual_norm(norms: Sequence[float], first: float, thresholds: UsualNormThresholds) -> float | None:
-    """A low quantile of the gradient norms, the smallest of few, at least a share of the first; ``None`` with too few.
+    """A low quantile of the gradient norms, or the minimum of a few; ``None`` with too few.
+
+    It is at least a share of the first norm.
 
     Args:
         norms: Healthy gradient norms above 0.
         first: The first norm of the run, 0 if it is not known.
-        thresholds: Which quantile it is, and how many norms it takes.
+        thresholds: Which quantile it is, and how many norms it needs.
     """
     norms = sorted(norms)
     if len(norms) < thresholds.min_norms:
@@ -55,7 +57,7 @@ def usual_norm(norms: Sequence[float], first: float, thresholds: UsualNormThresh
 
 
 def climbs(values: Sequence[float], least: float, thresholds: ClimbThresholds) -> bool:
-    """Whether the newest of some values lie above the range of the others, by more than ``least``."""
+    """Whether the newest values are above the range of the others by more than ``least``."""
     newest = thresholds.newest
     if len(values) < newest + thresholds.min_others:
         return False
@@ -65,7 +67,7 @@ def climbs(values: Sequence[float], least: float, thresholds: ClimbThresholds) -
 
 
 def has_burst(norms: Sequence[float], first: float, thresholds: BurstThresholds) -> bool:
-    """Whether one of some norms is above the first of the run and far above all of several before it."""
+    """Whether a norm is above the first norm of the run, and far above all of the several norms before it."""
     return any(
         norms[i] > max(first, thresholds.times * max(norms[max(0, i - thresholds.before) : i]))
         for i in range(thresholds.min_before, len(norms))

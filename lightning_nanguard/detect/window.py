@@ -35,7 +35,7 @@ class Window:
         self._items.append((step, value))
 
     def rewind(self, step: int) -> None:
-        """Forget what was read after ``step``."""
+        """Forget the values after ``step``."""
         while self._items and self._items[-1][0] > step:
             self._items.pop()
 
@@ -45,7 +45,7 @@ class Window:
         return [items[i][1] for i in range(max(0, len(items) - count), len(items))]
 
     def step_before(self, step: int) -> int:
-        """Step of the newest value that was read before ``step``; ``step - 1`` if none is known."""
+        """Step of the newest value before ``step``; ``step - 1`` if none is known."""
         return next((read for read, _ in reversed(self._items) if read < step), step - 1)
 
     def items(self) -> Iterator[tuple[int, float]]:

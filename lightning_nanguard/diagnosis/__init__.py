@@ -1,4 +1,4 @@
-"""Why a fault happened: ``replay`` gathers clues, ``rules`` judge them, one rule a cause.
+"""Finds why a fault happened: ``replay`` gathers clues, and ``rules`` judge them, with one rule for each cause.
 
-Nothing is imported here, so that the rules stay importable without torch.
+This file imports nothing, so that the rules can be imported without torch.
 """

@@ -1,4 +1,4 @@
-"""Which samples of a batch are bad: by what they hold, and by what parts of the batch do when they are run."""
+"""Finds the bad samples of a batch by their values, or by running parts of the batch."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class SampleFault:
     """Why one sample of a batch is bad.
 
     Attributes:
-        cause: Why.
-        columns: Field of the batch to its columns that are concerned; no columns where all are.
+        cause: Cause of the fault.
+        columns: The bad columns of each field of the batch. An empty tuple means all columns.
     """
 
     cause: str
@@ -39,7 +39,7 @@ Found = dict[int, SampleFault]
 
 
 def non_finite_samples(batch: Any, thresholds: SamplesThresholds = _DEFAULTS) -> Found:
-    """Samples that hold NaN or Inf, in inputs or in targets."""
+    """Find the samples that hold NaN or Inf, in inputs or in targets."""
     columns: dict[int, dict[str, tuple[int, ...]]] = {}
     for name, tensor in _by_sample(batch).items():
         bad = ~torch.isfinite(tensor)
@@ -51,13 +51,13 @@ def non_finite_samples(batch: Any, thresholds: SamplesThresholds = _DEFAULTS) ->
 def far_samples(
     batch: Any, healthy: Sequence[Any] = (), thresholds: SamplesThresholds = _DEFAULTS, extreme: float = _EXTREME
 ) -> Found:
-    """Samples whose numbers are out of all proportion to those of healthy batches, else to the batch's other samples.
+    """Find samples that are far larger than healthy batches, or else than the other samples of the batch.
 
     Args:
         batch: The batch.
         healthy: Healthy batches.
-        thresholds: From which factor on, beside the other samples.
-        extreme: From which factor on, beside healthy batches: that by which the guard calls a whole batch so.
+        thresholds: The factor to the other samples.
+        extreme: The factor to healthy batches. The guard uses the same factor for a whole batch.
     """
     others = [{name: largest(one) for name, one in _by_sample(kept).items()} for kept in healthy]
     columns: dict[int, dict[str, tuple[int, ...]]] = {}
@@ -85,14 +85,14 @@ def _by_sample(batch: Any) -> dict[str, Tensor]:
 
 
 def largest(tensor: Tensor) -> Tensor:
-    """Largest magnitude of each sample, on the CPU; 0 in place of what is not finite."""
+    """Largest magnitude of each sample, on the CPU. Numbers that are not finite count as 0."""
     if not tensor.numel():
         return torch.zeros(len(tensor), dtype=torch.float64)
     return tensor.abs().reshape(len(tensor), -1).double().nan_to_num(0.0, 0.0, 0.0).amax(1).cpu()
 
 
 def _columns(bad: Tensor, thresholds: SamplesThresholds) -> tuple[int, ...]:
-    """Columns of one sample; none where all are, or there are too many to name."""
+    """Bad columns of one sample; empty if all columns are bad, or too many to name."""
     if not bad.dim():
         return ()
     hit = true_indices(bad.reshape(len(bad), -1).any(1))
@@ -106,13 +106,15 @@ Bad = Callable[[Sequence[int]], bool | None]
 def search(
     indices: Sequence[int], bad: Bad, share: float = 1.0, thresholds: SamplesThresholds = _DEFAULTS
 ) -> tuple[int, ...] | None:
-    """Find by halving the samples that spoil every part that holds them; ``None`` if they do not explain the fault.
+    """Find bad samples by halving the batch; ``None`` if no samples explain the fault.
+
+    Every part of the batch that holds a bad sample is bad.
 
     Args:
-        indices: The samples searched among.
+        indices: Indices of the samples to search.
         bad: Runs a part of the batch.
-        share: Largest share of them that may be bad.
-        thresholds: How many parts are run.
+        share: Largest share of the samples that may be bad.
+        thresholds: How many parts may be run.
     """
     found: list[int] = []
     waiting, runs, any_good = [list(indices)], 0, False
@@ -132,7 +134,7 @@ def search(
             if share < 1.0 and not any_good and len(found) == thresholds.all_bad_after:
                 return None
             continue
-        # Every other one, so that the first single samples looked at lie all over the batch.
+        # Take every other sample, so that the first single samples come from all over the batch.
         waiting += [part[1::2], part[::2]]
     rest = [index for index in indices if index not in set(found)]
     explained = not found or not rest or bad(rest) is False
@@ -141,17 +143,17 @@ def search(
 
 @final
 class SampleSearch:
-    """Finds the bad samples of batches; parts are run more rarely where they have explained nothing several times.
+    """Finds the bad samples of batches. If running parts explains nothing several times, it runs parts less often.
 
     Args:
-        thresholds: When a sample counts as bad, and how often is searched.
+        thresholds: When a sample counts as bad, and how often to search.
         extreme: As in :func:`far_samples`.
     """
 
     def __init__(self, thresholds: SamplesThresholds = _DEFAULTS, extreme: float = _EXTREME) -> None:
         self._limits = thresholds
         self._extreme = extreme
-        # Batches in a row that no single samples explain, as far as is known.
+        # Batches in a row in which no samples were found to explain the fault.
         self._unexplained = 0
 
     def judged(self, batch: Any, healthy: Sequence[Any], bad: Bad | None, cause: str) -> Found:
@@ -161,12 +163,12 @@ class SampleSearch:
             batch: The batch.
             healthy: Healthy batches.
             bad: Runs a part of the batch; ``None`` if none can be run.
-            cause: The cause of what no sample shows by itself.
+            cause: The cause to give to samples whose values alone show no fault.
         """
         limits = self._limits
         far, found = far_samples(batch, healthy, limits, self._extreme), non_finite_samples(batch, limits)
         if bad is not None and found:
-            # Some models take NaN for what is missing.
+            # Some models use NaN for missing values.
             spoiling = search(tuple(found), bad, thresholds=limits)
             found = found if spoiling is None else {index: found[index] for index in spoiling}
         found = {**far, **found}

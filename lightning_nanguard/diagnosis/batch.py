@@ -1,4 +1,4 @@
-"""What a batch shows by itself: non-finite values, ranges and outliers. Nothing is run."""
+"""Measures the values of a batch: non-finite values, ranges and outliers. The model is not run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DATA = DataThresholds()
 
 
 def batch_clues(batch: Any, module: nn.Module, thresholds: DataThresholds = _DATA) -> Clues:
-    """What a batch shows by itself."""
+    """Measure the values of a batch, without running the model."""
     fields = dict(named_tensors(mapped(batch, _padded, PackedSequence)))
     targets = target_fields(batch, fields)
     inputs = [
@@ -39,22 +39,22 @@ def batch_clues(batch: Any, module: nn.Module, thresholds: DataThresholds = _DAT
 
 
 def tensor_fields(batch: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every dense tensor in a batch, by its path."""
+    """Every dense tensor in a batch, with its path."""
     return ((name, tensor) for name, tensor in named_tensors(batch) if is_plain(tensor))
 
 
 def _padded(packed: PackedSequence) -> Tensor:
-    # Packed, the rows of all samples lie together by time.
+    # A packed sequence mixes the rows of all samples, ordered by time.
     return pad_packed_sequence(packed, batch_first=True)[0]
 
 
 def samples(batch: Any) -> int | None:
-    """Samples in a batch; ``None`` if that is not known."""
+    """Number of samples in a batch; ``None`` if it is not known."""
     return next((len(tensor) for _, tensor in tensor_fields(batch) if tensor.dim()), None)
 
 
 def target_fields(batch: Any, fields: Mapping[str, Tensor]) -> list[str]:
-    """Paths of the target: what the batch calls so, or the last of several items without names."""
+    """Paths of the target: fields with such a name, or the last of several items without names."""
     if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields") and len(batch) > 1:
         last = str(len(batch) - 1)
         return [name for name in fields if name == last or name.startswith(f"{last}.")]
@@ -68,7 +68,7 @@ def _bad_field(name: str, tensor: Tensor) -> BadField | None:
 
 
 def _bad_places(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Rows that hold NaN or Inf, and columns unless all do; none where that is not known."""
+    """Rows and columns that hold NaN or Inf. Columns are empty if all hold some; both are empty if not known."""
     if tensor.is_nested:
         return tuple(row for row, part in enumerate(tensor.unbind()) if not all_finite(part)), ()
     if tensor.layout != torch.strided:
@@ -88,7 +88,7 @@ def _bad_places(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def true_indices(mask: Tensor) -> tuple[int, ...]:
-    """Where a mask of one dimension is set."""
+    """Indices at which a mask of one dimension is true."""
     return tuple(mask.nonzero().flatten().tolist())
 
 

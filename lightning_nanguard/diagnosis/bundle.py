@@ -1,8 +1,7 @@
-"""An incident in a folder: the batch, the state before the step, the random state and the versions, without pickle.
+"""Stores an incident in a folder, without pickle: the batch, the state before the step, random states and versions.
 
-``tensors.safetensors`` holds every tensor by name and ``bundle.json`` the rest: the structure of the batch, the fault,
-what was known about it, what was found, and with which versions. It holds data of the run, so nothing is written unless
-it is asked for.
+``tensors.safetensors`` holds every tensor by name. ``bundle.json`` holds the structure of the batch, the fault, its
+evidence, the finding and the versions. A bundle holds data of the run, so it is written only if the user asks for it.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ from lightning_nanguard.types import Comparison, Evidence, Fault, Finding, Inter
 _SCHEMA = 3
 _TENSORS, _REST = "tensors.safetensors", "bundle.json"
 
-# Bundles of schema 1 lack the traits of their fault: those of the built-in kinds, by which the rules judge it. What was
-# recorded had been confirmed.
+# Traits of the built-in faults, for the rules: bundles of schema 1 lack them. A recorded fault was confirmed.
 _TRAITS_BEFORE: dict[str, dict[str, Any]] = {
     "non_finite_loss": {"clipping_helps": True},
     "non_finite_gradient": {"clipping_helps": True},
@@ -49,20 +47,20 @@ _RENAMED = {"scale": "loss_unit"}
 
 @dataclass(frozen=True)
 class Bundle:
-    """An incident: a faulty update with all that running it again takes.
+    """An incident: a faulty update, with everything that is needed to run it again.
 
     Attributes:
-        module: Class of the module, ``"package.file:Class"``: a hint for people, which is never imported.
-        hparams: What the module saved of its arguments (``save_hyperparameters``), as far as JSON knows it.
-        fault: What was found.
-        evidence: What was known about it.
-        finding: The cause found then, ``None`` if none was.
+        module: Class of the module, ``"package.file:Class"``. It is shown to the user and never imported.
+        hparams: Arguments that the module saved with ``save_hyperparameters``, if JSON has a type for them.
+        fault: The fault.
+        evidence: The evidence about the fault.
+        finding: The cause that was found; ``None`` if none was.
         batches: The micro-batches of the update, each with its index and random state.
         state: Parameters and buffers before the step, by name.
-        precision: The trainer's.
-        loss_scale: The GradScaler's scale, ``None`` without one.
-        versions: Of Python and the packages that matter.
-        missing: What of the batch is of a kind that JSON and safetensors do not know, by its place.
+        precision: The trainer's precision.
+        loss_scale: Scale of the GradScaler; ``None`` without one.
+        versions: Versions of Python and of packages that affect a replay.
+        missing: Places of the batch that hold an object which neither JSON nor safetensors can store.
     """
 
     module: str
@@ -82,7 +80,7 @@ def safetensors() -> ModuleType:
     """The functions of safetensors for torch.
 
     Raises:
-        ModuleNotFoundError: If it is not installed, with the name of the extra.
+        ModuleNotFoundError: If safetensors is not installed. The message names the extra.
     """
     try:
         return import_module("safetensors.torch")
@@ -93,7 +91,7 @@ def safetensors() -> ModuleType:
 
 
 def write(bundle: Bundle, folder: Path) -> None:
-    """Write an incident into a folder that exists."""
+    """Write an incident into an existing folder."""
     tensors: dict[str, Tensor] = {f"state/{name}": value for name, value in bundle.state.items()}
     missing: list[str] = []
     micros = []
@@ -102,12 +100,12 @@ def write(bundle: Bundle, folder: Path) -> None:
         for index, state in enumerate(micro.random):
             tensors[f"random/{number}/{index}"] = state
         micros.append({"index": micro.index, "update": micro.update, "structure": structure})
-    # A copy each: safetensors takes neither views nor shared memory.
+    # Copied, because safetensors accepts neither views nor shared memory.
     safetensors().save_file(
         {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()},
         folder / _TENSORS,
     )
-    # The record of an intervention already knows how to write a finding down.
+    # The record of an intervention already converts a finding to plain containers.
     record = Intervention(0, 0, 0, bundle.fault.kind, bundle.fault.place, (), None, None, finding=bundle.finding)
     rest = {
         "schema": _SCHEMA,
@@ -126,18 +124,17 @@ def write(bundle: Bundle, folder: Path) -> None:
 
 
 def read(folder: Path, *, with_batch: bool = True) -> Bundle:
-    """Read an incident, also one that an earlier version wrote.
+    """Read an incident, including one of an earlier version.
 
-    Nothing is imported for it: the classes of its batch must have been imported before.
+    It imports nothing: the program must already have imported the classes of the batch.
 
     Args:
-        folder: Where it is.
-        with_batch: Whether the batch is put together, too; else there is none.
+        folder: The folder of the incident.
+        with_batch: Whether to read the batch, too.
 
     Raises:
-        FileNotFoundError: If the folder holds none.
-        ValueError: If it was written by a later version or is damaged, or its batch holds objects of a class that has
-            not been imported.
+        FileNotFoundError: If the folder holds no incident.
+        ValueError: If a later version wrote it, if it is damaged, or if a class of its batch is not imported.
     """
     for name in (_REST, _TENSORS):
         if not (folder / name).is_file():
@@ -193,13 +190,13 @@ def _evidence(data: Mapping[str, Any]) -> Evidence:
 
 
 def _fields(of: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a class that were written down; what other versions write beside them is left out."""
+    """The stored fields of a class. Fields that only other versions know are left out."""
     names = {one.name for one in fields(of)}
     return {key: _number(value) for key, value in data.items() if key in names}
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of what a replay depends on."""
+    """Versions of Python and of the packages that affect a replay."""
     found = {"python": platform.python_version()}
     for name in ("torch", "pytorch-lightning", "lightning", "lightning-nanguard"):
         try:
@@ -210,7 +207,7 @@ def versions() -> dict[str, str]:
 
 
 def describe(bundle: Bundle) -> str:
-    """An incident in words."""
+    """Describe an incident in words."""
     finding = bundle.finding
     known = "no cause found in the run" if finding is None else f"cause in the run: {describe_finding(finding)}"
     return f"{bundle.fault.kind} in {bundle.fault.place or bundle.module}: {bundle.fault.message or '-'}; {known}"

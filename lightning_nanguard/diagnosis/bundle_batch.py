@@ -1,8 +1,8 @@
-"""A batch of an incident as JSON and named tensors, without pickle.
+"""Converts a batch of an incident to JSON and named tensors and back, without pickle.
 
-An incident may come from somebody else, and what it says must not run code. So a class that it names is never imported,
-only looked up among what the program has imported. Of Python's own classes only containers are made, and no constructor
-gets an argument but the items of a container.
+An incident may come from somebody else, and must not run code. So a class that it names is never imported, but only
+looked up among the imported modules. Of Python's own classes only containers are made. A constructor gets no arguments
+except the items of a container.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ _OF_PYTHON = (set, frozenset, deque, OrderedDict, defaultdict, Counter, UserDict
 
 
 def take_apart(batch: Any, name: str, tensors: dict[str, Tensor], missing: list[str]) -> dict[str, Any]:
-    """The structure of a batch as JSON knows it; :func:`put_together` is the inverse.
+    """Convert a batch to a structure that JSON can store; :func:`put_together` is the inverse.
 
     Args:
         batch: The batch.
-        name: What its tensors are called.
+        name: Prefix of the names of its tensors.
         tensors: Its tensors are added here, by name.
-        missing: What cannot be kept is named here.
+        missing: The places of objects that cannot be stored are added here.
     """
     return _Taker(tensors, missing).take(batch, name)
 
 
 def put_together(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    """The batch of a structure.
+    """Make the batch again from its structure.
 
     Raises:
-        ValueError: If a class in it has not been imported, or cannot be made.
+        ValueError: If one of its classes is not imported, or cannot be made.
     """
     return _Maker(tensors).make(structure)
 
 
 @final
 class _Taker:
-    """Takes one batch apart."""
+    """Converts one batch to its structure."""
 
     def __init__(self, tensors: dict[str, Tensor], missing: list[str]) -> None:
         self._tensors = tensors
         self._missing = missing
-        # The objects met so far, numbered; they are kept, or another might get the identity of one.
+        # Number of each object met so far. Objects are kept, because Python reuses the id of an object that is freed.
         self._objects: dict[int, tuple[int, Any]] = {}
 
     def take(self, value: Any, name: str) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class _Taker:
         return {"object": [home, how, self._pairs(attributes_of(value) if how == "attributes" else parts, name)]}
 
     def _pairs(self, parts: Parts, name: str) -> list[Any]:
-        # JSON knows these keys in a list; others have a structure of their own.
+        # JSON can store these keys in a list. Other keys have a structure of their own.
         return [
             [key if isinstance(key, (str, int)) else self.take(key, f"{name}/key"), self.take(part, f"{name}/{key}")]
             for key, part in parts
@@ -92,7 +92,7 @@ class _Taker:
 
 @final
 class _Maker:
-    """Puts one batch together."""
+    """Makes one batch from its structure."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
@@ -134,7 +134,7 @@ class _Maker:
             )
         self._objects.append(None)
         try:
-            # Without the constructor, whose arguments are not known; what it leads to may lead back to it.
+            # Made without the constructor, whose arguments are not known. Its attributes may refer back to it.
             made = self._objects[number] = kind.__new__(kind) if how == "attributes" else None
             parts = self._pairs(pairs)
             if how == "attributes":
@@ -216,7 +216,7 @@ def _layout(name: str) -> torch.layout:
 
 
 def _how(kind: type[Any]) -> str:
-    """How an object is made again: of its items by key, of its items in their order, or of its attributes."""
+    """How to make an object again: from items with keys, from items in order, or from attributes."""
     if issubclass(kind, dict):
         return "mapping"
     if hasattr(kind, "_fields") and issubclass(kind, tuple):
@@ -225,7 +225,7 @@ def _how(kind: type[Any]) -> str:
 
 
 def _class(home: str) -> Any:
-    """The class of that name where it has been imported and may be made; ``None`` otherwise."""
+    """The class of that name; ``None`` if it is not imported or must not be made."""
     package, _, name = home.partition(":")
     found: Any = sys.modules.get(package)
     for part in name.split("."):

@@ -20,11 +20,11 @@ _BUNDLES = BundleThresholds()
 
 @final
 class BundleStore:
-    """Writes incidents into folders of their own, a bounded number of them. An error while writing ends no run.
+    """Writes a bounded number of incidents, each into its own folder. An error while writing does not end the run.
 
     Args:
-        folder: Where the folders go.
-        thresholds: How many are kept.
+        folder: The folder that holds the folders of the incidents.
+        thresholds: How many incidents are kept.
 
     Raises:
         ModuleNotFoundError: If safetensors is not installed.
@@ -37,15 +37,15 @@ class BundleStore:
         self._kept: Counter[tuple[str, str]] = Counter()
 
     def due(self, fault: Fault, finding: Finding | None) -> bool:
-        """Whether another incident of this kind is kept."""
+        """Whether to keep another incident of this kind."""
         limits, same = self._thresholds, self._kept[_kind(fault, finding)]
         return same < limits.max_per_kind and self._kept.total() < limits.max_bundles
 
     def keep(self, bundle: Bundle, global_step: int) -> Path | None:
-        """Write an incident; its folder, ``None`` if it could not be written."""
+        """Write an incident; return its folder, or ``None`` if it could not be written."""
         self._kept[_kind(bundle.fault, bundle.finding)] += 1
         path = _unused(self.folder / f"step_{global_step:07d}_{bundle.fault.kind}")
-        partial = path.with_name(f".{path.name}")  # until it is whole
+        partial = path.with_name(f".{path.name}")  # renamed when it is complete
         try:
             partial.mkdir(parents=True)
             write(bundle, partial)

@@ -1,4 +1,4 @@
-"""How the loss of a batch curves: products with its Hessian H, the rate they allow, and the ends of its spectrum.
+"""Measures the curvature of a batch's loss: products with its Hessian H, the largest stable rate, and eigenvalues.
 
 Along a direction d the loss changes by −ε·gᵀd + ½ε²·dᵀHd, so it stops falling at ε = 2·gᵀd / dᵀHd and falls most at
 half of that (Goodfellow, Bengio and Courville, "Deep Learning", 2016, section 4.3.1).
@@ -28,11 +28,11 @@ _CURVATURE = CurvatureThresholds()
 
 @final
 class Hessian:
-    """The Hessian of a loss, as products with vectors: by double backward, or where that fails, finite differences.
+    """The Hessian of a loss, as products with vectors: by double backward, or by finite differences if that fails.
 
     Args:
-        step: Gives the loss with its graph; every call must give the same loss for the same weights.
-        parameters: What the loss is differentiated by; finite differences move them, and put them back bit for bit.
+        step: Returns the loss with its graph. It must return the same loss for the same weights.
+        parameters: The parameters to differentiate by. Finite differences change them and restore them bit for bit.
         difference: Relative size of a finite difference.
 
     Raises:
@@ -61,28 +61,28 @@ class Hessian:
                 node.name() == "torch::autograd::Error"
                 for node in autograd_nodes(*(one.grad_fn for one in self._graph))
             ):
-                # A function that can be differentiated once: differentiated again it would be left out in silence.
+                # This function can be differentiated only once. A second derivative would silently ignore it.
                 raise NotImplementedError
             self.gradient = [one.detach() for one in self._graph]
-            # Attention kernels and compiled modules fail only when they are differentiated again.
+            # Attention kernels and compiled modules fail only at the second derivative.
             self._image: Vector | None = self._twice(self._graph, self.gradient)
         except (RuntimeError, NotImplementedError):
             self._graph = self._image = None
             self.gradient = self._gradient()
 
     def times(self, vector: Vector) -> Vector:
-        """Hv, of the shapes of the parameters."""
+        """The product Hv, in the shapes of the parameters."""
         self.products += 1
         return self._twice(self._graph, vector) if self._graph is not None else self._differences(vector)
 
     def of_gradient(self) -> Vector:
-        """Hg, computed once."""
+        """The product of H and the gradient, computed once."""
         if self._image is None:
             self._image = self.times(self.gradient)
         return self._image
 
     def along(self, direction: Vector | None = None) -> Curvature:
-        """Slope and bend along a direction; along the gradient itself by default."""
+        """Slope and curvature along a direction, by default that of the gradient."""
         if direction is None:
             return Curvature(slope=dot(self.gradient, self.gradient), bend=dot(self.gradient, self.of_gradient()))
         return Curvature(slope=dot(self.gradient, direction), bend=dot(direction, self.times(direction)))
@@ -95,7 +95,7 @@ class Hessian:
         return zero_filled(found, self._all)
 
     def _twice(self, gradient: Vector, vector: Vector) -> Vector:
-        # A gradient that does not depend on the weights (a loss that is linear in them) has no graph: H is zero there.
+        # If the loss is linear in the weights, its gradient has no graph, and H is zero.
         pairs = [(one, v) for one, v in zip(gradient, vector, strict=True) if one.requires_grad]
         if not pairs:
             return [torch.zeros_like(parameter) for parameter in self._all]
@@ -121,12 +121,12 @@ class Hessian:
 def largest_stable_rate(
     step: Callable[[], Tensor | None], parameters: Sequence[Tensor], direction: Vector | None = None
 ) -> float | None:
-    """The rate above which a step along a direction no longer lowers the loss; ``None`` if it bends down.
+    """The rate above which a step along a direction does not lower the loss; ``None`` if the curvature is not positive.
 
     Args:
-        step: Gives the loss with its graph, the same for the same weights.
-        parameters: What is trained.
-        direction: What the weights are moved against, times the rate; the gradient by default.
+        step: Returns the loss with its graph, the same for the same weights.
+        parameters: The trained parameters.
+        direction: The step is minus the rate times this direction; the gradient by default.
 
     Example:
         >>> w = torch.tensor([3.0], requires_grad=True)
@@ -142,15 +142,15 @@ def curvature_along_update(
     named: Mapping[str, Tensor],
     thresholds: CurvatureThresholds = _CURVATURE,
 ) -> tuple[Curvature, tuple[Layer, ...]] | None:
-    """The curvature along an optimizer's next update, and what that would make of each weight matrix.
+    """The curvature along an optimizer's next update, and the effect of this update on each weight matrix.
 
-    ``None`` for an optimizer whose updates are not known, and where the gradient is not finite.
+    It is ``None`` if the updates of the optimizer are not known, or the gradient is not finite.
 
     Args:
-        step: Gives the loss with its graph, the same for the same weights.
-        optimizer: Its state is read, and left as it is.
-        named: What is trained, by name.
-        thresholds: How curvature is computed.
+        step: Returns the loss with its graph, the same for the same weights.
+        optimizer: The optimizer. Its state does not change.
+        named: The trained parameters by name.
+        thresholds: How to compute the curvature.
     """
     parameters = list(named.values())
     hessian = Hessian(step, parameters, thresholds.difference)
@@ -166,21 +166,21 @@ def curvature_along_update(
     if name != "SGD":
         return replace(hessian.along(moved), along=f"the updates of {name}"), layers
     found = hessian.along(moved if len(optimizer.param_groups) > 1 else None)
-    # What the further products answer is only asked of a rate that looks low.
+    # Only a rate that looks low needs further products.
     if rate <= thresholds.low_rate:
         steep, top = steepest(hessian, thresholds.power_iterations)
         found = replace(found, steepest=steep)
-        # Whether the other directions bend as much is only of interest where the steepest does not allow the rate.
+        # The other directions matter only if the steepest one does not allow the rate.
         if rate * steep >= 2:
             found = replace(found, typical=typical(hessian, top, thresholds.probes))
     return found, layers
 
 
 def update_direction(optimizer: Optimizer, gradient: Sequence[Tensor], parameters: Sequence[Tensor]) -> Vector | None:
-    """What an optimizer would move the weights against, for the rate of its first group and leaving momentum out.
+    """The direction of an optimizer's update, for the rate of its first group and without momentum.
 
-    ``None`` for one whose update is not known: it is for SGD, and for what divides by a mean of squares (Adam, AdamW,
-    RMSprop, Adagrad).
+    It is known for SGD and for Adam, AdamW, RMSprop and Adagrad, which divide by a mean of squares. For other
+    optimizers it is ``None``.
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     first = float(optimizer.param_groups[0]["lr"])
@@ -200,7 +200,7 @@ def update_direction(optimizer: Optimizer, gradient: Sequence[Tensor], parameter
 def _scaled_gradient(name: str, group: dict[str, Any], state: dict[str, Any], g: Tensor) -> Tensor | None:
     if name == "SGD":
         return g
-    # As the update would: with this gradient in the mean, which without it may be zero yet.
+    # The mean includes this gradient, as in the update. Without it the mean may still be zero.
     square = g.square()
     if name in ("Adam", "AdamW", "NAdam", "RAdam"):
         beta = group["betas"][1]
@@ -220,7 +220,7 @@ def _moving_mean(mean: Tensor | None, value: Tensor, keep: float) -> Tensor:
 
 
 def steepest(hessian: Hessian, products: int = _CURVATURE.power_iterations) -> tuple[float, Vector]:
-    """A lower bound of the largest eigenvalue in magnitude, by power iteration from the gradient, and its direction."""
+    """A lower bound of the eigenvalue largest in magnitude, and its direction, by power iteration from the gradient."""
     size = norm(hessian.gradient)
     vector = unit(hessian.gradient)
     value = 0.0
@@ -235,10 +235,10 @@ def steepest(hessian: Hessian, products: int = _CURVATURE.power_iterations) -> t
 
 
 def typical(hessian: Hessian, top: Vector, probes: int = _CURVATURE.probes) -> float:
-    """Mean curvature, in magnitude, along random directions at right angles to ``top``."""
+    """Mean magnitude of the curvature along random directions that are orthogonal to ``top``."""
     values = []
     for seed in range(probes):
-        draw = torch.Generator().manual_seed(seed)  # of its own: the run's streams stay as they are
+        draw = torch.Generator().manual_seed(seed)  # leaves the random streams of the run unchanged
         probe = [torch.randn(one.shape, generator=draw, device=draw.device).to(one.device, one.dtype) for one in top]
         share = dot(probe, top)
         probe = unit([p - share * t for p, t in zip(probe, top, strict=True)])
@@ -250,11 +250,11 @@ def extreme_eigenvalues(hessian: Hessian, thresholds: CurvatureThresholds = _CUR
     """Smallest and largest eigenvalue, by SciPy's Lanczos method (``eigsh``).
 
     Args:
-        hessian: Of which.
-        thresholds: The accuracy, and what bounds the time.
+        hessian: The Hessian.
+        thresholds: The accuracy, and the limits on time.
 
     Raises:
-        ModuleNotFoundError: Without SciPy, which comes with the extra ``curvature``.
+        ModuleNotFoundError: If SciPy is not installed. It comes with the extra ``curvature``.
 
     Example:
         >>> w = torch.ones(20, requires_grad=True)
@@ -287,7 +287,7 @@ def extreme_eigenvalues(hessian: Hessian, thresholds: CurvatureThresholds = _CUR
         values = np.linalg.eigvalsh((dense + dense.T) / 2)
         return float(values[0]), float(values[-1])
     operator = LinearOperator((size, size), matvec=matvec, dtype=np.float64)
-    # A start of its own: what eigsh draws would come from NumPy's global stream.
+    # Without a start vector, eigsh draws one from NumPy's global random stream.
     start = np.cos(np.arange(1, size + 1) ** 1.5)
     ends = []
     for which in ("SA", "LA"):
@@ -309,7 +309,7 @@ def extreme_eigenvalues(hessian: Hessian, thresholds: CurvatureThresholds = _CUR
 
 @contextmanager
 def values_kept(parameters: Sequence[Tensor]) -> Iterator[Vector]:
-    """Run what is inside, which may move parameters, and put them back bit for bit; gives what they hold."""
+    """Restore parameters bit for bit after the block, which may change them; yields their values."""
     before = [parameter.detach().clone() for parameter in parameters]
     try:
         yield before
@@ -326,16 +326,16 @@ def dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 
 def norm(vector: Sequence[Tensor]) -> float:
-    """2-norm over all tensors."""
+    """The 2-norm over all tensors."""
     return math.sqrt(dot(vector, vector))
 
 
 def unit(vector: Sequence[Tensor]) -> Vector:
-    """The same direction with norm 1; zero stays zero."""
+    """The vector scaled to norm 1; a zero vector stays zero."""
     size = norm(vector)
     return [one / size if size > 0 else one for one in vector]
 
 
 def zero_filled(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Vector:
-    """Gradients with zeros where a parameter had none."""
+    """Gradients, with zeros for parameters that have none."""
     return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]

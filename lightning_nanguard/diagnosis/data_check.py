@@ -1,4 +1,4 @@
-"""Looks at the samples of a data set one after the other, and says which are unlike the others."""
+"""Checks the samples of a data set one by one, and reports those that are unlike the others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Shapes = tuple[tuple[str, str], ...]
 @final
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Stands for a sample whose reading raised.
+    """Takes the place of a sample that raised an exception when it was read.
 
     Attributes:
         error: The exception in words.
@@ -38,7 +38,7 @@ class Unreadable:
 @final
 @dataclass(frozen=True, slots=True)
 class Collated:
-    """A sample that is a batch of one already.
+    """A sample that is already a batch of one.
 
     Attributes:
         batch: The batch.
@@ -49,14 +49,14 @@ class Collated:
 
 @final
 class DataCheck:
-    """Takes samples, and tells at the end which are not finite, far out of range, or of another shape or dtype.
+    """Takes samples, and reports at the end which are not finite, out of range, or of another shape or dtype.
 
-    Of each sample a few numbers are kept.
+    It keeps a few numbers of each sample.
 
     Args:
-        factor: Times the usual largest number of a field from which on a sample is out of range; ``None`` for what the
-            thresholds say.
-        thresholds: What is usual.
+        factor: A sample is out of range if it is this many times as large as the usual largest number of the field.
+            ``None`` for the default.
+        thresholds: Which values are usual.
 
     Example:
         >>> import torch
@@ -74,7 +74,7 @@ class DataCheck:
         self._places: list[BadSample] = []
         self._shapes: list[int] = []
         self._known: dict[Shapes, int] = {}
-        # Largest number of each field, NaN for a sample that lacks it.
+        # Largest number of each field in each sample; NaN if the sample lacks the field.
         self._largest: dict[str, array[float]] = {}
         self.count = 0
 
@@ -82,8 +82,8 @@ class DataCheck:
         """Take one sample.
 
         Args:
-            place: Where it is: its row, or its batch and index.
-            sample: What the data set gave.
+            place: Its row, or its batch and index.
+            sample: The sample as the data set returned it.
         """
         self.count += 1
         if isinstance(sample, Unreadable):
@@ -104,7 +104,7 @@ class DataCheck:
             kept.append(float(largest(tensor[:1])[0]) if tensor.is_floating_point() else 0.0)
 
     def found(self) -> list[BadSample]:
-        """The samples that are unlike the others, in the order in which they were seen for each cause."""
+        """The samples that are unlike the others, by cause, in the order in which they were seen."""
         return [*self._bad, *self._other_shapes(), *self._out_of_range()]
 
     def shapes_vary(self) -> bool:
@@ -150,7 +150,7 @@ def _batch_of_one(sample: Any) -> Any:
         return sample.batch
     try:
         return default_collate([sample])
-    except (TypeError, RuntimeError, ValueError):  # what a collate function of the user's puts together
+    except (TypeError, RuntimeError, ValueError):  # the user's collate function may return anything
         return {name: tensor[None] for name, tensor in named_tensors(sample)}
 
 
@@ -170,5 +170,5 @@ def _difference(mine: Mapping[str, str], usual: Mapping[str, str]) -> str:
 
 
 def place_of(row: Row | None, batch: int = 0, index: int = 0) -> BadSample:
-    """Where a sample is, before anything is known of it."""
+    """The place of a sample, before it is checked."""
     return BadSample("", row, batch=batch, index=index)

@@ -1,4 +1,4 @@
-"""Finds the cause of a fault: gathers what may be known of it, and asks the rules."""
+"""Finds the cause of a fault: gathers clues, and asks the rules."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ _AS_BEFORE = "not run again; most likely as at update"
 
 @final
 class Diagnostician:
-    """Finds the cause of a fault. It never raises, and what it runs leaves no trace.
+    """Finds the cause of a fault. It never raises, and undoes everything that its runs change.
 
     Args:
-        learner: What is trained.
-        ring: Its snapshots.
-        step: Runs a micro-batch forward with the random numbers it had: ``step(micro, full_precision)`` gives the loss
-            with its graph, ``None`` if there is none.
-        untraced: What is run within is undone.
-        loss_scale: The GradScaler's scale, ``None`` without one.
+        learner: The learner.
+        ring: The snapshots of the learner.
+        step: Runs a micro-batch forward with its recorded random numbers. ``step(micro, full_precision)`` returns the
+            loss with its graph, or ``None``.
+        untraced: A context that undoes what a run changes.
+        loss_scale: Scale of the GradScaler; ``None`` without one.
         low_precision: Whether the run computes in 16 bits.
-        rules: The rules that are asked; ``None`` for the built-in ones.
-        thresholds: When a number is evidence for a cause, and how much is run again.
+        rules: The rules; ``None`` for the built-in ones.
+        thresholds: When a number is evidence for a cause, and how much to run again.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class Diagnostician:
         self._thresholds = thresholds
         self._times_seen: Counter[tuple[str, str]] = Counter()
         self._earlier: deque[EarlierFinding] = deque(maxlen=thresholds.replay.findings)
-        # The micro-batch that the last finding is about; None where none was looked at.
+        # The micro-batch that the last finding is about; None if none was examined.
         self.looked_at: MicroBatch | None = None
-        # The update, kind and place that were asked about last, the micro-batch looked at, and what it gave.
+        # The last question (update, kind and place), the micro-batch that was examined, and the result.
         self._gathered: tuple[tuple[int, str, str], MicroBatch, Clues] | None = None
 
     def diagnose(
@@ -82,14 +82,14 @@ class Diagnostician:
         look: Look,
         good: Snapshot | None = None,
     ) -> Finding | None:
-        """The cause, ``None`` if none was found.
+        """Find the cause of a fault; ``None`` if none was found.
 
         Args:
-            fault: What was found.
-            evidence: What is known.
+            fault: The fault.
+            evidence: The evidence about it.
             micros: The micro-batches of the faulty update, the newest last.
-            look: How much may be looked at.
-            good: The state to run the batch again from; chosen from the ring by default.
+            look: How much may be examined.
+            good: The good state to run the batch from. By default it is chosen from the ring.
         """
         case = Case(fault, evidence, earlier=tuple(self._earlier))
         self.looked_at = None
@@ -99,7 +99,7 @@ class Diagnostician:
             if fault.rate_may_cause and case.clues.moved_alone is None:
                 case = self._compare_states(case, good)
             finding, before = self._rules.diagnose(case), self._as_before(case)
-            # What was found here with a look at the batch says more than a guess without one.
+            # An earlier finding from a run of the batch is better than a guess without one.
             if finding is None or (before is not None and finding.confidence <= self._thresholds.confidence.told):
                 return before
             self._earlier.append(EarlierFinding(evidence.step, fault.kind, fault.place, finding, evidence.lr))
@@ -107,7 +107,7 @@ class Diagnostician:
         return None
 
     def _as_before(self, case: Case) -> Finding | None:
-        """What was found here before, where this time the batch was not run again and nothing was found."""
+        """The earlier finding, if the batch was not run again this time and nothing was found."""
         here = case.earlier_here()
         if case.clues.replayed or not here:
             return None
@@ -138,7 +138,7 @@ class Diagnostician:
         if look == "batch" or not self._replay_due(fault):
             return case
         good = self._ring.good(evidence.sound, evidence.loss_unit) if good is None else good
-        # Of weights that are bad themselves a replay would only say so.
+        # If the weights are bad, a replay shows only that.
         usable = evidence.corrupt is None and not evidence.undo
         if fault.scope == "batch" or number_format_exhausted(fault):
             known = bool(clues[chosen].bad_fields)
@@ -152,7 +152,7 @@ class Diagnostician:
                         self.looked_at = micros[chosen]
                         case = replace(case, clues=self._look_closer(replayed, micros[index]))
                         break
-        # Over the many updates of a trial any element may go far.
+        # During the many updates of a trial any element may change a lot.
         recent = fault.scope != "learner" or fault.certain
         if good is not None and usable and recent and not case.clues.bad_fields:
             with errors_logged(_failed(fault)):
@@ -187,7 +187,7 @@ class Diagnostician:
         return clues
 
     def _look_closer(self, clues: Clues, micro: MicroBatch) -> Clues:
-        """Whether the fault depends on the random numbers of the step, or on buffers."""
+        """Find out whether the fault depends on the random numbers of the step, or on buffers."""
         module = self._learner.module
         # A mask of -inf is no fault.
         bad = [n for n, b in module.named_buffers() if b.is_floating_point() and not bool((b < torch.inf).all())]
@@ -204,7 +204,7 @@ class Diagnostician:
         return replace(clues, gone_otherwise=False)
 
     def _compare_states(self, case: Case, good: Snapshot | None) -> Case:
-        """Whether a weight that is out of all proportion grew as a whole, or in a few elements; no batch is run."""
+        """Find out whether an implausible weight grew as a whole or in a few elements. No batch is run."""
         good = self._ring.good(case.evidence.sound, case.evidence.loss_unit) if good is None else good
         if good is None:
             return case
@@ -235,7 +235,7 @@ class Diagnostician:
         module, (optimizer,) = self._learner.module, self._learner.optimizers
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         with self._untraced(), self._at_snapshot(good), untrained_kept(module), uncompiled():
-            # In full precision: second derivatives do not survive 16 bits.
+            # In full precision, because second derivatives are not usable in 16 bits.
             step = partial(self._step, micro, True)
             found = curvature_along_update(step, optimizer, named, self._thresholds.curvature)
         if found is None:

@@ -1,4 +1,4 @@
-"""Examines a run that is finite and does not learn: its layers, its gradients, and the loss around its weights."""
+"""Examines a finite run that does not learn: its layers, its gradients, and the curvature of its loss."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class Examination:
-    """Finds out why a loss does not move. What it runs leaves no trace.
+    """Finds out why a loss does not move. It undoes everything that its runs change.
 
     Args:
-        learner: What is trained.
-        step: Runs a micro-batch forward with the random numbers it had: ``step(micro, full_precision)`` gives the loss
-            with its graph, ``None`` if there is none.
-        untraced: What is run within is undone.
-        patience: Updates over which a loss has to move; ``None`` waits to be asked.
-        rules: The rules that are asked; ``None`` for the built-in ones.
-        thresholds: When a number is evidence for a cause, and over how many batches.
+        learner: The learner.
+        step: Runs a micro-batch forward with its recorded random numbers. ``step(micro, full_precision)`` returns the
+            loss with its graph, or ``None``.
+        untraced: A context that undoes what a run changes.
+        patience: Number of updates within which the loss has to move. With ``None`` it examines only on request.
+        rules: The rules; ``None`` for the built-in ones.
+        thresholds: When a number is evidence for a cause, and how many batches are used.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class Examination:
         self._scipy_missed = False
 
     def due(self, updates: int, history: ReadingHistory, *, asked: bool = False) -> Course | None:
-        """How the run has gone where it is to be examined now, ``None`` if it is not.
+        """The course of the loss if an examination is due now; ``None`` otherwise.
 
         Args:
             updates: Updates so far.
             history: History of the losses.
-            asked: Whether somebody asked for it.
+            asked: Whether the user asked for it.
         """
         progress = self._progress
         if progress is not None and progress.due(updates):
@@ -95,22 +95,25 @@ class Examination:
     def findings(
         self, micros: Sequence[MicroBatch], course: Course, evidence: Evidence, *, asked: bool = False
     ) -> tuple[Finding, ...]:
-        """What is wrong, the surest first; it never raises. A loss that has settled low is well, unless asked for."""
+        """Findings, those with the highest confidence first. It never raises.
+
+        A loss that has settled at a low level is no problem, unless the user asked.
+        """
         with errors_logged("the run could not be examined"):
             case = self.case(micros, course, evidence)
             high = case.course is not None and case.course.high(self._thresholds.plateau)
-            # Two are worth a word at any level: a lower rate or a larger batch takes the loss further down.
+            # These two matter at any level: a lower rate or a larger batch would lower the loss further.
             return tuple(
                 one for one in self._rules.findings(case) if high or asked or one.cause in ("oscillation", "batch_size")
             )
         return ()
 
     def case(self, micros: Sequence[MicroBatch], course: Course, evidence: Evidence) -> Case:
-        """The case of a run.
+        """Collect the case of a run for the rules.
 
         Args:
             micros: The micro-batches of the last updates, the newest last.
-            course: How it has gone.
+            course: The course of its loss.
             evidence: The guard's counts.
 
         Raises:
@@ -146,7 +149,7 @@ class Examination:
         return replace(case, model=None if model is None else _with_updates(model, layers), curvature=curvature)
 
     def _compare_gradients(self, micros: Sequence[MicroBatch], course: Course, parameters: list[Tensor]) -> Course:
-        """Noise from batch to batch, and whether one update turns the gradient of its batch around."""
+        """Measure the noise between batches, and whether one update reverses the gradient of its batch."""
         optimizer, limits = self._learner.optimizers[0], self._thresholds.examination
         elements = sum(parameter.numel() for parameter in parameters)
         most = max(limits.min_batches, limits.max_elements // max(1, elements))
@@ -190,15 +193,15 @@ def _noise(found: Sequence[Vector]) -> tuple[float, float | None]:
     if count < 2:
         return size, None
     apart = sum(norm([g - m for g, m in zip(one, mean, strict=True)]) ** 2 for one in found) / (count - 1)
-    # The mean of a few holds a share of the noise itself.
+    # The mean of a few gradients contains a share of the noise, which is subtracted.
     true = math.sqrt(max(size**2 - apart / count, 0.0))
     return size, math.sqrt(apart) / true if true > 0 else math.inf if apart > 0 else 0.0
 
 
 def _standard_errors(found: Sequence[Vector]) -> float:
-    """How many standard errors the mean gradient stands out by: over all pairs, the sum of gᵢᵀgⱼ over its own noise.
+    """How many standard errors the mean gradient is from zero: the sum of gᵢᵀgⱼ over all pairs, divided by its noise.
 
-    Were the gradients noise alone, of either sign alike, this would have mean 0 and variance 1.
+    For gradients that are pure symmetric noise, it has mean 0 and variance 1.
     """
     flat = torch.stack([torch.cat([one.detach().reshape(-1).float() for one in vector]) for vector in found])
     pairs = (flat @ flat.T).double()[tuple(torch.triu_indices(len(flat), len(flat), 1))]
@@ -209,7 +212,7 @@ def _standard_errors(found: Sequence[Vector]) -> float:
 def _with_updates(model: Model, layers: Sequence[Layer]) -> Model:
     known = {layer.path: layer.update for layer in layers}
     measured = {one.path for one in model.layers}
-    # Weights of which a function is multiplied with, such as a multiple, were seen in no product.
+    # The trace sees no product with weights that are transformed first, for example scaled.
     others = tuple(layer for layer in layers if layer.path not in measured)
     return replace(model, layers=tuple(replace(one, update=known.get(one.path)) for one in model.layers) + others)
 
@@ -218,5 +221,5 @@ def _chance_level(objective: Objective | None) -> float | None:
     if objective is None or objective.chance is None:
         return None
     one_hot = objective.function == "mse_loss" and objective.classes is not None
-    # Of rows that are one-hot the mean is known to a model that knows nothing else.
+    # An untrained model can still predict the mean of one-hot rows.
     return objective.chance * (1 - 1 / objective.classes) if one_hot and objective.classes else objective.chance

@@ -23,20 +23,20 @@ from lightning_nanguard.diagnosis.operation_trace import (
 
 
 def gradients_by_name(loss: Tensor, module: nn.Module) -> dict[str, Tensor]:
-    """Every gradient there is, by the name of its parameter; ``.grad`` is left alone."""
+    """Every gradient by the name of its parameter. ``.grad`` does not change."""
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     found: Sequence[Tensor | None] = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {name: one for name, one in zip(named, found, strict=True) if one is not None}
 
 
 def origin_of_bad_gradient(loss: Tensor, module: nn.Module, modules: RunningModules, size: int) -> Origin | None:
-    """The first node that made a non-finite gradient out of finite ones.
+    """The first node that computed a non-finite gradient from finite ones.
 
     Args:
-        loss: The loss, made inside ``without_anomaly_checks(lines=True)`` where lines are to be known.
-        module: What is trained.
-        modules: Which module made which node.
-        size: Samples in the batch.
+        loss: The loss. For source lines it must be computed inside ``without_anomaly_checks(lines=True)``.
+        module: The trained module.
+        modules: Maps each node to its module.
+        size: Number of samples in the batch.
     """
     first: list[Origin] = []
 
@@ -51,14 +51,14 @@ def origin_of_bad_gradient(loss: Tensor, module: nn.Module, modules: RunningModu
     try:
         gradients_by_name(loss, module)
     finally:
-        # A node and a hook that holds it keep each other, the graph and the module alive for good.
+        # A hook that refers to its node would form a cycle, which keeps the graph and the module in memory.
         for hook in hooks:
             hook.remove()
     return first[0] if first else None
 
 
 def autograd_nodes(*roots: Any) -> list[Any]:
-    """Every node that a backward pass from ``roots`` goes through, but the leaves."""
+    """Every node of a backward pass from ``roots``, except the leaves."""
     waiting = [root for root in roots if root is not None]
     seen = set(waiting)
     while waiting:
@@ -87,11 +87,11 @@ def _node_origin(node: Any, bad: Tensor, module: str, size: int) -> Origin:
 
 
 def _saved_operand(node: Any) -> Any:
-    # What the derivative divides by or takes a power of, under the name autograd keeps it.
+    # Autograd's names for the saved tensors that the derivative divides by or takes a power of.
     for name in ("_saved_other", "_saved_result", "_saved_self"):
         try:
             value = getattr(node, name, None)
-        except RuntimeError:  # freed already
+        except RuntimeError:  # already freed
             continue
         if isinstance(value, (Tensor, float, int)):
             return value

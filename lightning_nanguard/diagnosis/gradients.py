@@ -34,18 +34,18 @@ def check_gradients(
 ) -> tuple[GradientCheck, ...]:
     """Compare every parameter's gradient, and that of every custom function, with finite differences.
 
-    Parameters, buffers and the batch's floating tensors are in float64 meanwhile, and come back bit for bit. Every pass
-    draws the same random numbers.
+    During the check parameters, buffers and the batch's floating tensors are float64. They are restored bit for bit.
+    Every pass draws the same random numbers.
 
     Args:
-        module: What is trained.
-        batch: A batch; a small one will do.
-        step: Runs a batch forward and gives the loss with its graph.
-        untraced: What is run within is undone.
-        thresholds: How gradients are compared.
+        module: The trained module.
+        batch: A batch; a small one is enough.
+        step: Runs a batch forward and returns the loss with its graph.
+        untraced: A context that undoes what a run changes.
+        thresholds: How to compare gradients.
 
     Raises:
-        Exception: Where the model cannot run in float64, whatever it raises then.
+        Exception: The model's own exception if it cannot run in float64.
     """
     with _in_float64(module):
         batch = mapped(batch, _to_float64)
@@ -77,7 +77,7 @@ def _check_parameters(
 
 @final
 class _DifferenceCheck:
-    """Compares gradients with finite differences of a loss, along random directions from a generator of its own."""
+    """Compares gradients with finite differences of a loss, along random directions from its own generator."""
 
     def __init__(self, loss: Callable[[], float], thresholds: GradientCheckThresholds, loss_size: float) -> None:
         self._loss = loss
@@ -86,7 +86,7 @@ class _DifferenceCheck:
         self._generator = torch.Generator().manual_seed(0)
 
     def __call__(self, name: str, values: Tensor, gradient: Tensor) -> GradientCheck:
-        """The comparison of the direction that agrees least; of several sizes of the difference that agrees best."""
+        """The comparison along the direction that agrees least, with the step size that agrees best."""
         along = (self._best(name, values, gradient) for _ in range(self._thresholds.directions))
         return max(along, key=lambda one: one.error)
 
@@ -101,7 +101,7 @@ class _DifferenceCheck:
         return best
 
     def _along(self, name: str, values: Tensor, gradient: Tensor, size: float) -> GradientCheck:
-        # Half of the direction lies along the gradient, so that there is something to see.
+        # Half of the direction is the gradient itself, so that the loss changes measurably.
         random = torch.randn(
             values.shape, generator=self._generator, dtype=torch.float64, device=self._generator.device
         ).to(values.device)
@@ -119,7 +119,7 @@ class _DifferenceCheck:
     def _error(self, analytic: float, numeric: float, size: float) -> float:
         apart = abs(analytic - numeric)
         largest = max(abs(analytic), abs(numeric))
-        # What rounding alone may do to a difference of two losses.
+        # The largest rounding error of a difference of two losses.
         rounding = self._thresholds.rounding * self._loss_size / size
         return 0.0 if apart <= rounding or largest == 0.0 else apart / largest
 
@@ -152,7 +152,7 @@ def _check_functions(
 
 @contextmanager
 def _recording_calls(function: type[Function]) -> Iterator[list[tuple[Any, ...]]]:
-    # At ``forward``: ``apply`` is often kept under another name.
+    # ``forward`` is patched, because users often store ``apply`` under another name.
     original = inspect.getattr_static(function, "forward")
     forward = function.forward
     own = "forward" in vars(function)
@@ -194,8 +194,8 @@ def _check_function(
         nondet_tol=thresholds.gradcheck_nondeterminism,
         atol=thresholds.gradcheck_tolerance,
     )
-    # Either sees what the other may not: gradcheck in its fast mode lets errors pass that are small beside the number
-    # of elements, and a direction may miss an error in a few of them.
+    # Both checks are needed. The fast mode of gradcheck misses errors that are small relative to the number of
+    # elements. A random direction may miss an error in a few elements.
     worst = _worst_input(call, inputs, place, thresholds)
     return worst if right else replace(worst, error=max(worst.error, thresholds.gradcheck_error))
 

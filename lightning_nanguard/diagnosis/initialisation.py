@@ -1,4 +1,4 @@
-"""Whether weights look as they were initialised: within the bounds, or with the spread, of a usual initialisation."""
+"""Checks whether weights look untrained: with the bounds or the spread of a usual initialisation."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _SPREADS = (0.01, 0.02, 1.0)
 
 
 def looks_untrained(weight: Tensor, owner: nn.Module, thresholds: MistakeThresholds) -> bool | None:
-    """Whether a parameter looks as it was initialised; ``None`` if it holds too few numbers to tell.
+    """Whether a parameter looks untrained; ``None`` if it has too few elements to decide.
 
-    All zeros or all ones are, and so are several equal numbers. Else it has to fill the bounds of a uniform
-    initialisation and not leave them, or to have the mean, spread and kurtosis of a normal one. A few updates take a
-    weight out of both.
+    Several equal numbers, such as all zeros or all ones, look untrained. Other weights look untrained if they fill
+    exactly the bounds of a uniform initialisation, or have the mean, spread and kurtosis of a normal one. A few updates
+    change both.
 
     Args:
         weight: The parameter.
-        owner: The module that it belongs to.
-        thresholds: How much it may be off.
+        owner: The module that has the parameter.
+        thresholds: The largest deviation.
     """
     values = weight.detach()
     if not values.is_floating_point() or values.layout != torch.strided or not values.numel():
@@ -36,14 +36,14 @@ def looks_untrained(weight: Tensor, owner: nn.Module, thresholds: MistakeThresho
         return True
     count, fans = len(values), _fans(weight, owner)
     if weight.dim() < 2 and fans is None and not isinstance(owner, nn.RNNBase):
-        return False if len(values) > 1 else None  # of a normalisation, whose numbers begin as zeros and ones
+        return False if len(values) > 1 else None  # weights of a normalisation start as zeros and ones
     largest, mean, spread = float(values.abs().max()), float(values.mean()), float(values.std(correction=0))
     few, bounds = count < thresholds.checked_numbers, list(_bounds(fans, owner))
     lowest = math.exp(-thresholds.bound_slack / count)
     if any(lowest * bound <= largest <= bound * (1 + 1e-6) for bound in bounds):
         return None if few else True
     if weight.dim() < 2:
-        return False if bounds else None  # biases are zeros, or uniform
+        return False if bounds else None  # biases start as zeros or uniform
     if few:
         return None
     if abs(mean) > thresholds.deviation_slack * spread / math.sqrt(count):

@@ -1,4 +1,4 @@
-"""Running a batch again so that the module is afterwards as before."""
+"""Runs a batch again and restores the module afterwards."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Untraced = Callable[[], AbstractContextManager[None]]
 
 @contextmanager
 def errors_logged(failed: str) -> Iterator[None]:
-    """Run what is inside, and only log an exception: not to know something must never cost the run.
+    """Log an exception of the block instead of raising it, because a failed diagnosis must not end the run.
 
     Args:
-        failed: What could not be done then, in words.
+        failed: What failed, in words for the log.
     """
     try:
         yield
@@ -31,11 +31,11 @@ def errors_logged(failed: str) -> Iterator[None]:
 
 @contextmanager
 def isolated(module: nn.Module, untraced: Untraced) -> Iterator[None]:
-    """Run what is inside without a trace, on compiled modules as they are written, and put untrained state back.
+    """Run the block uncompiled, and undo what it changes, untrained state included.
 
     Args:
-        module: What is trained.
-        untraced: What is run within is undone by the caller.
+        module: The trained module.
+        untraced: The caller's context, which undoes what a run changes.
     """
     with untraced(), untrained_kept(module), uncompiled(), without_anomaly_checks():
         yield
@@ -43,10 +43,10 @@ def isolated(module: nn.Module, untraced: Untraced) -> Iterator[None]:
 
 @contextmanager
 def without_anomaly_checks(*, lines: bool = False) -> Iterator[None]:
-    """Let a backward pass give the NaN that anomaly detection would raise about.
+    """Let a backward pass return NaN where anomaly detection would raise.
 
     Args:
-        lines: Whether every node of the graph is to know the line that it comes from, as under anomaly detection.
+        lines: Whether to record the source line of every node, as anomaly detection does.
     """
     enabled, checks = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
     torch.autograd.set_detect_anomaly(enabled or lines, check_nan=False)
@@ -58,8 +58,8 @@ def without_anomaly_checks(*, lines: bool = False) -> Iterator[None]:
 
 @contextmanager
 def untrained_kept(module: nn.Module) -> Iterator[None]:
-    """Restore what a ``training_step`` may move by itself: buffers, and parameters that are not trained."""
-    # Averages and target networks, that a training_step may move by itself. What is trained it does not touch.
+    """Restore the state that a ``training_step`` may change: buffers, and parameters that are not trained."""
+    # Untrained parameters may be averages and target networks, which a training_step may update itself.
     live = [*module.buffers(), *(p for p in module.parameters() if not p.requires_grad)]
     before = [(tensor, tensor.detach().clone()) for tensor in live]
     named = [(owner, dict(owner._buffers)) for owner in module.modules() if owner._buffers]
@@ -74,7 +74,7 @@ def untrained_kept(module: nn.Module) -> Iterator[None]:
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Run compiled modules as they are written."""
-    # A compiled module shows no operations; torch before 2.6 cannot be told to leave its compiled code out.
+    """Run compiled modules uncompiled."""
+    # The operations of a compiled module cannot be traced. Torch before 2.6 cannot skip compiled code.
     stance = getattr(torch.compiler, "set_stance", None)
     return nullcontext() if stance is None else stance("force_eager")

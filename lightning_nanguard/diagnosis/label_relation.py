@@ -1,4 +1,4 @@
-"""Whether labels have anything to do with their inputs: do neighbours share a label more often than by chance?"""
+"""Checks whether labels are related to their inputs: whether neighbours share a label more often than by chance."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lightning_nanguard.thresholds.mistakes import LabelThresholds
 
 
 def label_relation(batches: Sequence[Any], thresholds: LabelThresholds) -> LabelRelation | None:
-    """How often neighbours in the inputs share a label, and how often they would by chance.
+    """How often neighbours in the inputs share a label, and how often they do by chance.
 
-    ``None`` if that is not known: without class labels and real-valued inputs, with too few rows, and where inputs
-    take two values only, as those of a parity do, whose neighbours share nothing.
+    It is ``None`` without class labels and real-valued inputs, or with too few rows. It is also ``None`` if inputs take
+    only two values, as in a parity task, whose neighbours have different labels.
 
     Args:
         batches: Rows of the data set, in batches of one structure.
-        thresholds: How many rows are compared, and with how many other orders of the labels.
+        thresholds: How many rows are compared, and with how many permutations of the labels.
     """
     fields = _joined(batches)
     found = _inputs_and_labels(batches[-1], fields, thresholds) if fields else None
     if found is None:
         return None
     inputs, labels = found
-    own = torch.Generator().manual_seed(0)  # the run's own random stream is left alone
+    own = torch.Generator().manual_seed(0)  # leaves the random stream of the run unchanged
     orders = [torch.randperm(len(labels), generator=own, device=own.device) for _ in range(thresholds.orders)]
     best, exceeds = 0.0, False
     chance = 0.0
@@ -43,7 +43,7 @@ def label_relation(batches: Sequence[Any], thresholds: LabelThresholds) -> Label
 
 
 def _joined(batches: Sequence[Any]) -> dict[str, Tensor]:
-    """The fields of all batches, one after another; empty if they do not fit together."""
+    """The fields of all batches, concatenated; empty if their shapes do not match."""
     each = [dict(tensor_fields(batch)) for batch in batches]
     if not each or any(one.keys() != each[0].keys() for one in each):
         return {}
@@ -78,10 +78,10 @@ def _inputs_and_labels(
 
 
 def _views(rows: Tensor) -> Iterator[Tensor]:
-    """The rows in several ways in which they may be alike."""
+    """Several representations of the rows in which neighbours may be similar."""
     spread = rows.std(0)
     standard = (rows - rows.mean(0)) / torch.where(spread > 0, spread, 1.0)
     yield standard
     yield torch.nn.functional.normalize(standard, dim=1)
     if rows.shape[1] >= 8:
-        yield torch.fft.rfft(rows).abs()  # waves of any phase
+        yield torch.fft.rfft(rows).abs()  # similar waves, whatever their phase

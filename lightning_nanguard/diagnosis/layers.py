@@ -1,6 +1,6 @@
-"""Measures a model layer by layer in one forward and one backward pass, and says what its loss is computed from.
+"""Measures a model layer by layer in one forward and one backward pass, and identifies its loss function.
 
-Only sums, counts and one bit for each unit are kept on the way, so that the memory taken does not grow with the batch.
+It keeps only sums, counts and one bit for each unit, so the memory that it needs does not grow with the batch.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from lightning_nanguard.measure.tensors import dense_values
 from lightning_nanguard.thresholds.diagnosis import LayerThresholds
 
 _LAYERS = LayerThresholds()
-# What multiplies with a weight.
+# Operations that multiply by a weight.
 _PRODUCTS = frozenset(
     ["mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "convolution", "embedding", "embedding_bag"]
 )
-# What makes a view, a copy or another precision of the same values.
+# Operations whose result has the same values: views, copies and conversions of precision.
 _SAME_VALUES = frozenset(
     {"to_copy", "to", "clone", "contiguous", "view", "reshape", "unsafe_view", "alias", "detach", "t", "transpose"}
     | {"permute", "expand", "unsqueeze", "squeeze", "slice", "select"}
 )
-# Activations with ends: their lowest and highest output.
+# Bounded activations, with their lowest and highest output.
 _BOUNDED = {"sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0), "hardsigmoid": (0.0, 1.0)}
 _FROM_CLASSES = frozenset({"nll_loss_forward", "nll_loss2d_forward", "nll_loss", "nll_loss2d"})
 _BINARY = frozenset({"binary_cross_entropy", "binary_cross_entropy_with_logits"})
@@ -50,7 +50,7 @@ def measure_layers_untraced(
     untraced: Untraced,
     thresholds: LayerThresholds = _LAYERS,
 ) -> Model | None:
-    """What :func:`measure_layers` finds of a batch, without a trace."""
+    """The result of :func:`measure_layers` for a batch. Everything that the pass changes is undone."""
     fields = dict(tensor_fields(batch))
     targets = [fields[name] for name in target_fields(batch, fields)]
     with isolated(module, untraced):
@@ -65,20 +65,20 @@ def measure_layers(
 ) -> Model | None:
     """Measure every layer while a batch runs forward and backward.
 
-    ``.grad`` is left alone. What the pass itself touches (random streams, buffers, metrics) is for the caller to put
-    back.
+    ``.grad`` does not change. The caller has to restore what the pass changes: random streams, buffers and metrics.
 
     Args:
-        module: What is trained.
-        step: Runs a batch forward and gives the loss with its graph.
+        module: The trained module.
+        step: Runs a batch forward and returns the loss with its graph.
         targets: The tensors of the batch that hold targets.
-        thresholds: What is measured of each layer.
+        thresholds: Limits of the measurement.
 
     Returns:
-        What was seen; ``None`` if there was no loss.
+        The measurements; ``None`` if there was no loss.
 
     Raises:
-        Exception: What ``step`` raises, unless it is that a target is none of the classes, which is told.
+        Exception: An exception of ``step``. If its cause is a target outside the classes, the result reports it
+            instead.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Sigmoid())
@@ -112,12 +112,12 @@ def _gradient_norms(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str,
     try:
         made: Sequence[Tensor | None] = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     except RuntimeError:
-        return {}  # some graphs, such as those of re-entrant checkpointing, give no gradient this way
+        return {}  # some graphs (re-entrant checkpointing) do not support autograd.grad
     return {name: _norm(one) for name, one in zip(parameters, made, strict=True) if one is not None}
 
 
 def _most_suspect(objectives: Sequence[Objective]) -> Objective | None:
-    """Of several parts of a loss the one most likely at fault."""
+    """The part of a loss that is most likely at fault."""
 
     def suspicion(one: Objective) -> tuple[bool, bool, float]:
         above = one.value / one.chance if one.value is not None and one.chance is not None and one.chance > 0 else 0.0
@@ -133,7 +133,7 @@ def _norm(tensor: Tensor) -> float:
 
 @dataclass(slots=True)
 class _Measured:
-    """What was measured of one layer so far."""
+    """The measurements of one layer so far."""
 
     path: str
     kind: str
@@ -144,7 +144,7 @@ class _Measured:
     lowest: float = math.inf
     highest: float = -math.inf
     at_ends: int | None = None
-    # Whether a unit was positive once; the units of a tensor of three axes may lie along either of two.
+    # For each unit whether it was positive at least once. With three axes the units may lie along either of two.
     alive: tuple[Tensor, ...] = ()
     samples: int = 0
 
@@ -195,7 +195,7 @@ def _root_mean(sums: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """What the numbers in a tensor are: ``"probabilities"``, ``"log_softmax"``, ``"target"``, ``"difference"``."""
+    """The meaning of a tensor's values: ``"probabilities"``, ``"log_softmax"``, ``"target"``, ``"difference"``."""
 
     what: str
     place: str = ""
@@ -204,7 +204,7 @@ class _Value:
 
 @final
 class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows every operation of a forward pass, and by storage what its operands are."""
+    """Traces every operation of a forward pass, and by storage the meaning of its operands."""
 
     def __init__(
         self,
@@ -219,7 +219,7 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._owners = {path.replace("_orig_mod.", ""): one for path, one in module.named_modules()}
         self._modules = modules
         self._weights = {storage_key(p): name for name, p in parameters.items()}
-        self._learned = set(self._weights)  # what depends on a weight
+        self._learned = set(self._weights)  # storages whose values depend on a weight
         self._values = {storage_key(one): _Value("target") for one in targets}
         self._last_weight = ""
         self.layers: dict[tuple[str, str, str], _Measured] = {}
@@ -255,8 +255,8 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for place in map(storage_key, outputs):
             (self._learned.add if learned else self._learned.discard)(place)
             if place in places and value is None and not same:
-                continue  # written in place: what it depends on is known, what it is stays
-            # What was there before is gone, the memory is used again.
+                continue  # written in place: its label stays
+            # The memory may be reused: drop the label of an earlier tensor.
             _set_or_drop(self._values, place, value)
             if place not in places:
                 _set_or_drop(self._weights, place, weight)
@@ -338,7 +338,7 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _check_classes(self, inputs: list[Tensor]) -> None:
         scores, target = inputs[:2]
         classes = scores.shape[min(1, scores.dim() - 1)]
-        counted = target[target >= 0] if target.dim() else target  # ignore_index is below
+        counted = target[target >= 0] if target.dim() else target  # ignore_index is negative
         if not counted.numel() or int(counted.max()) < classes:
             return
         outside = (target >= classes).reshape(len(target), -1).any(1) if target.dim() else torch.zeros(0)
@@ -358,12 +358,12 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         classes = 2 if binary else scores.shape[min(1, scores.dim() - 1)]
         known = self._values.get(storage_key(scores))
         if known is None or name == "binary_cross_entropy":
-            place = ""  # probabilities are what it asks for
+            place = ""  # this loss expects probabilities
         elif binary:
             place = known.place if known.what == "probabilities" else ""
         else:
             place = known.place if known.what == "log_softmax" else ""
-        # A weighted sum, or a loss for each sample, has no such chance level.
+        # The chance level is known only for an unweighted mean.
         plain = value.dim() == 0 and len(inputs) == 2 and given.get("reduction", 1) == 1
         least, most = (float(inputs[1].min()), float(inputs[1].max())) if binary and inputs[1].numel() else (None, None)
         self.objectives.append(
@@ -395,7 +395,7 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         target = next((t for t in inputs[:2] if self._is_target(storage_key(t))), None) if name == "mse_loss" else None
         plain = target is not None and value.dim() == 0 and given.get("reduction", 1) == 1
-        # A few may all be near 0.
+        # A few targets may all be near 0 by chance.
         known = target is not None and plain and target.numel() >= self._thresholds.min_samples
         self.objectives.append(
             Objective(
@@ -416,7 +416,7 @@ def _set_or_drop(table: dict[int, Any], place: int, value: Any) -> None:
 
 
 def _classes(target: Tensor, thresholds: LayerThresholds) -> int | None:
-    """How many classes a target of zeros and ones tells apart, ``None`` if it is anything else."""
+    """Number of classes of a target of zeros and ones; ``None`` for any other target."""
     if target.dim() == 0 or target.is_complex() or bool(((target != 0) & (target != 1)).any()):
         return None
     if target.dim() > 1 and target.shape[1] > 1:

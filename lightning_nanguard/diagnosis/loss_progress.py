@@ -1,4 +1,4 @@
-"""Whether a loss moves, from its level now and then; at any other update it compares two integers."""
+"""Checks whether a loss moves, from its level at a few updates. Other updates cost only an integer comparison."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _PLATEAU = PlateauThresholds()
 
 @final
 class LossProgress:
-    """Takes the level of the loss several times in each stretch of ``patience`` updates.
+    """Takes the level of the loss several times in ``patience`` updates, and checks whether it moves.
 
     Args:
-        patience: Updates over which a loss has to move.
-        thresholds: How many levels there are, and of how many losses each is the median.
+        patience: Number of updates within which the loss has to move.
+        thresholds: How many levels are taken, and from how many losses each is computed.
         plateau: When a loss counts as not moving.
     """
 
@@ -43,7 +43,7 @@ class LossProgress:
 
     @classmethod
     def of(cls, history: ReadingHistory, thresholds: ExaminationThresholds = _EXAMINATION) -> LossProgress:
-        """The stretch of the newest losses alone, where nobody took levels on the way."""
+        """The progress of the newest losses only, if no levels were taken during the run."""
         losses = history.losses()
         size = max(1, len(losses) // (thresholds.levels + 1))
         made = cls(len(losses) or 1, thresholds)
@@ -57,18 +57,18 @@ class LossProgress:
         return updates >= self._next
 
     def take_level(self, updates: int, history: ReadingHistory) -> None:
-        """Take the level of now."""
+        """Take the present level."""
         self._next = updates + self._every
         losses = history.losses()[-self._thresholds.level_losses :]
         if losses:
             level = median(losses)
             self._levels.append(level)
-            # One loss of a small batch says little of the untrained model.
+            # The first level is a median, because one loss of a small batch is too noisy.
             self._first = level if self._first is None else self._first
             self._best = level if self._best is None else min(level, self._best)
 
     def course(self, updates: int, history: ReadingHistory) -> Course | None:
-        """How the run has gone so far; ``None`` before the first reading."""
+        """The course of the loss so far; ``None`` before the first reading."""
         if not self._levels or self._first is None or self._best is None:
             return None
         levels = [*self._levels]
@@ -85,7 +85,7 @@ class LossProgress:
         )
 
     def stuck(self, updates: int, course: Course) -> bool:
-        """Whether the loss has not moved for as long as the patience lasts; true less and less often."""
+        """Whether the loss has not moved for ``patience`` updates. If it stays so, this is true less and less often."""
         early = len(self._levels) <= self._thresholds.levels
         if early or updates < self._quiet_until or course.moves(self._plateau):
             return False

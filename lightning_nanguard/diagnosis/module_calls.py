@@ -1,4 +1,4 @@
-"""Notes which modules are run in a batch, and where what one gives goes on without its graph."""
+"""Records which modules run in a batch, and whose outputs are used without their graph."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class _Call:
 
 @final
 class ModuleCalls:
-    """Notes the calls of a model's modules, from :meth:`begin` to :meth:`end`. It holds no tensor.
+    """Records the calls of a model's modules, from :meth:`begin` to :meth:`end`. It holds no tensor.
 
-    One hook for all modules, rather than one on each: some of torch's modules take another way where they have hooks.
+    It uses one global hook, because some of torch's modules run other code if they have hooks of their own.
 
     Args:
         modules: The model's modules, by path.
-        most: Calls that are noted at most.
+        most: Largest number of recorded calls.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], most: int) -> None:
@@ -48,12 +48,12 @@ class ModuleCalls:
         self._raw: set[int] = set()
 
     def begin(self, batch: Any) -> None:
-        """Note calls from now on, with a batch whose tensors need no graph."""
+        """Record calls from now on. The tensors of the batch need no graph."""
         self._raw = {storage_key(tensor) for _, tensor in tensor_fields(batch)}
         self._handle = register_module_forward_hook(self._see)
 
     def end(self) -> None:
-        """Note no more calls."""
+        """Stop recording calls."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -61,11 +61,11 @@ class ModuleCalls:
 
     def _see(self, module: nn.Module, given: Any, made: Any) -> None:
         if torch.compiler.is_compiling():
-            return  # the hook would become a part of what is compiled
+            return  # the hook would be compiled, too
         path = self._paths.get(id(module))
         if path is None or len(self._calls) >= self._most:
             return
-        # Tensors inside a transform of torch.func have no memory to ask for; to look must never cost the run.
+        # Tensors inside a transform of torch.func have no storage. Recording must never end the run.
         with contextlib.suppress(Exception):
             outputs = [one for one in _tensors(made) if one.requires_grad]
             inputs = list(_tensors(given))
@@ -78,20 +78,23 @@ class ModuleCalls:
         return self._ran
 
     def seen_of(self, owner: str) -> str:
-        """The module that was run for a parameter's owner: some of torch's take the weights of those inside of them."""
+        """The module that ran for a parameter's owner.
+
+        Some of torch's modules use the weights of their submodules directly.
+        """
         while owner and owner not in self._ran:
             owner = owner.rpartition(".")[0]
         return owner
 
     def with_graph(self) -> set[str]:
-        """Paths of those that gave something which requires a gradient."""
+        """Paths of the modules with an output that requires a gradient."""
         return {call.path for call in self._calls if call.graph}
 
     def cut(self, trained: Collection[str]) -> set[str]:
-        """Paths of the modules whose results went on without their graph, into a module that is trained.
+        """Paths of the modules whose outputs entered a trained module without their graph.
 
         Args:
-            trained: Paths of the modules that own a parameter which gets a gradient.
+            trained: Paths of the modules with a parameter that gets a gradient.
         """
         places: dict[int, int] = {}
         shapes: dict[tuple[int, ...], int] = {}
@@ -99,10 +102,10 @@ class ModuleCalls:
         for index, call in enumerate(self._calls):
             if call.path in trained:
                 for place, shape in call.given:
-                    # The same memory, or what was made of it: a tensor of the same shape that is no part of the batch.
+                    # The same memory, or a tensor of the same shape that is no part of the batch.
                     found = places.get(place, -1 if place in self._raw else shapes.get(shape, -1))
                     last = max(last, found)
-            if call.drops:  # the graph ends inside of it
+            if call.drops:  # the graph ends inside this module
                 places.clear()
                 shapes.clear()
             for place, shape in call.made:

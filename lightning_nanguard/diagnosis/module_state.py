@@ -1,4 +1,4 @@
-"""The parameters and buffers of a module, taken out and put back by name."""
+"""Reads and sets the parameters and buffers of a module by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Every dense parameter and buffer of a module, also those that are not persistent."""
+    """Every dense parameter and buffer of a module, including buffers that are not persistent."""
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     ready = {
         name: t for name, t in named.items() if not isinstance(t, (nn.UninitializedParameter, nn.UninitializedBuffer))
@@ -18,10 +18,10 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def put_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put a state into a module that was built with the same arguments.
+    """Load a state into a module that was built with the same arguments.
 
     Raises:
-        ValueError: If the module is another one.
+        ValueError: If the state does not fit the module.
     """
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     wrong = [name for name, value in state.items() if name not in own or own[name].shape != value.shape]

@@ -1,4 +1,4 @@
-"""Follows a forward pass operation by operation, to find where the first non-finite value was made."""
+"""Traces a forward pass operation by operation, to find the origin of the first non-finite value."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ LIBRARIES = (
 )
 """Packages whose code is not the user's."""
 
-# What these make holds whatever was in memory before.
+# The results of these operations are uninitialised memory.
 _UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 _REPLAY = ReplayThresholds()
 _NONE: frozenset[str] = frozenset()
 _MASK = frozenset({"mask"})
-# Index of the argument that an operation divides by, or takes the logarithm of.
+# Index of the divisor, or of the argument of a logarithm.
 _DENOMINATOR = {"div": 1, "true_divide": 1, "divide": 1, "remainder": 1, "fmod": 1, "addcdiv": 2, "xlogy": 1}
 
 
 @final
 class RunningModules:
-    """Knows which module is running, and later, which one a node of the autograd graph comes from."""
+    """Tracks which module is running, and maps nodes of the autograd graph to modules."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -58,7 +58,7 @@ class RunningModules:
     def __enter__(self) -> RunningModules:
         for path, one in self._module.named_modules():
             if not isinstance(one, torch.jit.ScriptModule):
-                name = path.replace("_orig_mod.", "")  # torch.compile puts a level of its own between
+                name = path.replace("_orig_mod.", "")  # torch.compile adds this level
                 enter = one.register_forward_pre_hook(partial(self._enter, name), prepend=True)
                 self._handles += [enter, one.register_forward_hook(self._leave, always_call=True)]
         return self
@@ -76,13 +76,13 @@ class RunningModules:
             self._spans.append((since, _sequence(), name))
 
     def current(self) -> str:
-        """Path of the module that is running; empty for the one that is trained itself."""
+        """Path of the module that is running; empty for the trained module itself."""
         return self._running[-1][0] if self._running else ""
 
     def of_node(self, node: Any) -> str:
-        """Path of the module that made a node of the graph."""
+        """Path of the module that created a node of the graph."""
         number = node._sequence_nr()
-        # The inner ones leave first.
+        # Spans of inner modules come first, because inner modules return first.
         return next((name for since, until, name in self._spans if since <= number < until), "")
 
 
@@ -92,19 +92,19 @@ def _sequence() -> int:
 
 @final
 class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows every operation: what its result depends on, and where non-finite values come from.
+    """Traces for every operation the inputs of its result, and the origin of non-finite values.
 
-    Both are kept by storage, so that views share them. Non-finite values that are put in on purpose (a mask of −inf)
-    have an origin only where they come through to the loss, and one that does not reach the loss is of no interest.
+    Both are kept by storage, so that views share them. Non-finite values that were inserted on purpose, such as a mask
+    of −inf, get an origin only if they reach the loss.
 
     Args:
         modules: Knows which module is running.
-        labels: What is known of tensors from the start, by :func:`storage_key`: ``"weights"``, ``"target"``. What
-            comes out of a comparison is labelled ``"mask"``.
-        size: Samples in the batch.
-        purposeful: Whether the origin may be one of values that were put in on purpose, since nothing else is known
-            that is not finite.
-        thresholds: How far back an exception is followed.
+        labels: Labels of tensors by :func:`storage_key`, such as ``"weights"`` or ``"target"``. Results of comparisons
+            get the label ``"mask"``.
+        size: Number of samples in the batch.
+        purposeful: Whether values that were inserted on purpose may be the origin, because no other non-finite value is
+            known.
+        thresholds: How many operations before an exception are searched.
     """
 
     def __init__(
@@ -122,25 +122,25 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._size = size
         self._purposeful = purposeful
         self._origins: dict[int, Origin] = {}
-        # Where values that were put in on purpose came together with others, and whether they did so far.
+        # Where values that were inserted on purpose were combined with others, and whether this has happened yet.
         self._purposes: dict[int, tuple[Origin, bool]] = {}
         self._made_by: dict[int, str] = {}
         self._recent: deque[set[int]] = deque(maxlen=thresholds.recent_operations)
         self._last: tuple[Any, Any, list[Tensor], str] | None = None
 
     def origin_of(self, tensor: Tensor) -> Origin | None:
-        """Where a tensor's non-finite values were first made; ``None`` if it has none, or they have no origin."""
+        """The origin of a tensor's non-finite values; ``None`` if it has none, or their origin is not known."""
         return None if all_finite(tensor.detach()) else self._known([storage_key(tensor)])
 
     def origin_of_exception(self, error: Exception) -> Origin | None:
-        """Where the non-finite value was made that a check has raised about, or the operation that raised itself."""
+        """The origin of the non-finite value that caused an exception, or the operation that raised it."""
         found = next((one for keys in reversed(self._recent) if (one := self._known(keys))), None)
         unsolved = isinstance(error, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
         if found is not None or self._last is None or not unsolved:
             return found
         func, args, made, module = self._last
         origin = replace(self._describe(func, args, {}, made[0], _NONE), module=module, line=line_of(error))
-        # Solvers give a code for each matrix.
+        # Solvers return an error code for each matrix.
         codes = [one for one in made if not one.is_floating_point() and one.dim() and len(one) == self._size]
         failed = codes[-1].reshape(self._size, -1).any(1) if codes else None
         return replace(origin, samples=() if failed is None or bool(failed.all()) else true_indices(failed))
@@ -158,7 +158,7 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         sources = {storage_key(one) for one in inputs}
         self._recent.append(sources)
         result = func(*args, **kwargs)
-        # What shares memory with what went in, and wrote nothing there, is a view, and known already.
+        # A result that shares memory with an input and was not written is a view, and already known.
         made = [one for one in _tensors(result) if mutated or storage_key(one) not in sources]
         if made:
             self._last = func, args, made, self._modules.current()
@@ -169,7 +169,7 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._labels[key] = labels | _MASK if one.dtype == torch.bool else labels
             self._made_by[key] = operation_name(func)
             if key not in sources:
-                self._origins.pop(key, None)  # memory used before
+                self._origins.pop(key, None)  # the memory is reused
                 self._purposes.pop(key, None)
         bad = non_finite(made)
         if bad:
@@ -187,7 +187,7 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if origin is None and self._is_origin(func, args, kwargs, bad, before):
             origin = self._describe(func, args, kwargs, bad[0], labels)
             if purpose is not None and purpose[0].given:
-                origin = purpose[0]  # NaN that is made of an Inf that came from outside begins there
+                origin = purpose[0]  # the origin of this NaN is the Inf from outside
         if origin is not None:
             self._origins.update((key, origin) for key in keys)
             return
@@ -210,7 +210,7 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return False
         if not before:
             return True
-        # Of −inf that was put in on purpose NaN can still be made, such as by the softmax of a row that is all masked.
+        # A −inf that was inserted on purpose can still give NaN, for example in the softmax of a fully masked row.
         return not _mutates(func) and any(map(_has_nan, bad)) and not any(map(_has_nan, before))
 
     def _describe(self, func: Any, args: Any, kwargs: Any, bad: Tensor, labels: frozenset[str]) -> Origin:
@@ -239,7 +239,7 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
     def _bad_arguments(self, func: Any, args: Any, kwargs: Any) -> str:
-        """Arguments that hold NaN or +Inf which no operation of this pass has made; a mask of −inf is none."""
+        """Arguments with NaN or +Inf that no operation of this pass has computed. A mask of −inf does not count."""
         names = [one.name for one in func._schema.arguments]
         named = [*zip(names, args, strict=False), *kwargs.items()]
         bad = (name for name, one in named if isinstance(one, Tensor) and self._comes_bad(one))
@@ -252,7 +252,7 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _puts_in(args: Any, kwargs: Any) -> bool:
-    """Whether an operation was given a number that is not finite, as a mask is made with."""
+    """Whether an operation has a non-finite number as argument, as in ``masked_fill(mask, -inf)``."""
     return any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in leaves((args, kwargs)))
 
 
@@ -264,7 +264,7 @@ def _tensors(value: Any) -> list[Tensor]:
     elif not isinstance(value, (list, tuple)):
         return []
     found: list[Tensor] = []
-    for item in value:  # mostly tensors and numbers: this runs for every operation
+    for item in value:  # checks the common types first, because it runs for every operation
         if isinstance(item, Tensor):
             found.append(item)
         elif isinstance(item, (list, tuple, Mapping)):
@@ -278,7 +278,7 @@ def _mutates(func: Any) -> bool:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """Everything in nested mappings and sequences."""
+    """All leaves of nested mappings and sequences."""
     if isinstance(value, Mapping):
         value = value.values()
     elif not isinstance(value, (list, tuple)):
@@ -289,7 +289,7 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """A number that tensors share whose memory is the same."""
+    """A number that is equal for tensors that share memory."""
     if tensor.layout != torch.strided or is_lazy(tensor):
         return -id(tensor)
     return tensor.untyped_storage().data_ptr() or -id(tensor)
@@ -307,7 +307,7 @@ def non_finite(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _has_finite_sum(tensor: Tensor) -> bool:
-    """Whether the sum is finite, which proves every element finite; a cheap first look at a tensor of plain layout."""
+    """Whether the sum is finite, which proves that every element is finite. This is a cheap first check."""
     return tensor.layout == torch.strided and not tensor.is_complex() and math.isfinite(float(tensor.detach().sum()))
 
 
@@ -316,7 +316,7 @@ def _has_nan(tensor: Tensor) -> bool:
 
 
 def bad_samples(tensor: Tensor, size: int) -> tuple[int, ...]:
-    """Samples with a value that is not finite; empty if all have one, or they cannot be told."""
+    """Samples with a value that is not finite; empty if all samples have one, or it is not known."""
     if tensor.layout != torch.strided or tensor.dim() == 0 or len(tensor) != size:
         return ()
     bad = ~torch.isfinite(tensor.detach()).reshape(size, -1).all(1)
@@ -324,7 +324,7 @@ def bad_samples(tensor: Tensor, size: int) -> tuple[int, ...]:
 
 
 def operand_range(operand: Any) -> tuple[float | None, float | None, float | None, bool]:
-    """Smallest and largest finite number, smallest magnitude, and whether there is nothing at all."""
+    """Smallest and largest finite number, smallest magnitude, and whether the operand is empty."""
     if isinstance(operand, (list, tuple)):
         operand = next((item for item in operand if isinstance(item, Tensor)), None)
     if isinstance(operand, (int, float)):
@@ -339,7 +339,7 @@ def operand_range(operand: Any) -> tuple[float | None, float | None, float | Non
 
 
 def user_line() -> str:
-    """``file.py:12``: the innermost line running that is in no library."""
+    """The innermost running line outside libraries, such as ``file.py:12``."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if _is_users(frame):
@@ -349,7 +349,7 @@ def user_line() -> str:
 
 
 def line_of(error: BaseException) -> str:
-    """``file.py:12``: the innermost line of an exception that is in no library."""
+    """The innermost line of an exception outside libraries, such as ``file.py:12``."""
     lines = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_users(frame)]
     return f"{os.path.basename(lines[-1][0].f_code.co_filename)}:{lines[-1][1]}" if lines else ""
 

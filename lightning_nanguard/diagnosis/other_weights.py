@@ -1,4 +1,4 @@
-"""Other weights of the same size, under which a sample that is bad by itself stays bad."""
+"""Changes the signs of weights, to test whether a sample stays bad under other weights of the same size."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_nanguard.measure.tensors import is_strided
 
 @contextmanager
 def other_signs(module: nn.Module, draw: int) -> Iterator[None]:
-    """Inside, each row of a trained parameter has a sign that is drawn; afterwards all are the same bit for bit.
+    """Inside, each row of a trained parameter has a random sign. Afterwards the weights are restored bit for bit.
 
     Args:
-        module: The module trained.
-        draw: Which signs are drawn.
+        module: The trained module.
+        draw: Seed of the signs.
 
     Example:
         >>> layer = nn.Linear(1, 8)
@@ -28,7 +28,7 @@ def other_signs(module: nn.Module, draw: int) -> Iterator[None]:
         >>> torch.equal(layer.weight, before)
         True
     """
-    # By ``data``, or an autograd graph that is still to be used would take the weights for changed ones.
+    # Changed through ``data``: an autograd graph that is still needed would otherwise report modified weights.
     trained = [p.data for p in module.parameters() if p.requires_grad and is_strided(p) and p.is_floating_point()]
     generator = torch.Generator().manual_seed(draw)
     signs = [_signs(one, generator) for one in trained]

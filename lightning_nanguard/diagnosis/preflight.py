@@ -1,4 +1,4 @@
-"""Looks at the data and the untrained model before the first step: advice, and no trace."""
+"""Checks the data and the untrained model before the first step."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from lightning_nanguard.types import Finding
 
 @final
 class Preflight:
-    """Finds what is wrong with the data and an untrained model, on one batch.
+    """Finds problems of the data and the untrained model, on one batch. It undoes everything that its runs change.
 
     Args:
-        module: What will be trained.
-        step: Runs a batch forward: ``step(batch)`` gives the loss with its graph, ``None`` if there is none.
-        untraced: What is run within is undone: random streams, buffers, metrics, logged values, attributes.
-        rules: The rules that are asked; ``None`` for the built-in ones.
-        thresholds: When a number is evidence for a cause, and how much of the data is looked at.
+        module: The module that will be trained.
+        step: Runs a batch forward. ``step(batch)`` returns the loss with its graph, or ``None``.
+        untraced: A context that undoes what a run changes: random streams, buffers, metrics, logged values, attributes.
+        rules: The rules; ``None`` for the built-in ones.
+        thresholds: When a number is evidence for a cause, and how much of the data is checked.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Preflight:
         self._thresholds = thresholds
 
     def findings(self, batch: Any, loader: Any = None, *, run: bool = True) -> tuple[Finding, ...]:
-        """What is wrong, the surest first. It never raises.
+        """Findings, those with the highest confidence first. It never raises.
 
         Args:
             batch: The first batch.
-            loader: Where more of the data is looked at, if it can be read again without a trace.
-            run: Whether the batch may be run forward and backward; ``False`` looks at the data alone.
+            loader: The loader, to check more of the data if this changes nothing.
+            run: Whether to run the batch forward and backward. ``False`` checks only the data.
         """
         model: Sequence[Finding] = ()
         data: Sequence[Finding] = ()
@@ -69,16 +69,16 @@ class Preflight:
         with errors_logged("the data could not be looked at before the first step"):
             data = self._data_findings(loader, case.clues)
         first: dict[str, Finding] = {}
-        # The data set's comes first: it names every sample, with numbers that mean something to the user.
+        # Findings about the data set come first, because they name samples by their rows.
         for finding in (*data, *model):
             first.setdefault(finding.cause, finding)
         return tuple(sorted(first.values(), key=lambda finding: -finding.confidence))
 
     def case(self, batch: Any, *, run: bool = True) -> Case:
-        """What a batch and the model show, for the rules."""
+        """Collect the case of a batch and the model for the rules."""
         clues = batch_clues(batch, self._module, self._thresholds.data)
         if not run or any(isinstance(p, nn.UninitializedParameter) for p in self._module.parameters()):
-            return Case(clues=clues)  # the first forward makes what is missing, which is for the run to do
+            return Case(clues=clues)  # the run has to initialise lazy parameters itself
         step = partial(self._step, batch)
         model = measure_layers_untraced(self._module, batch, step, self._untraced, self._thresholds.layers)
         if model is None or model.objective is None or not model.objective.outside:
@@ -112,7 +112,7 @@ class Preflight:
 
     def _bad_rows(self, clues: Clues, numbers: Sequence[int], first: Clues) -> list[Finding]:
         """Findings about rows of the data set that hold NaN or Inf."""
-        # Some models take NaN for what is missing.
+        # Some models use NaN for missing values.
         tolerated = first.loss is not None and math.isfinite(first.loss)
         harmless = {one.field for one in first.bad_fields} if tolerated else set()
         bad = tuple(
@@ -124,15 +124,15 @@ class Preflight:
 
 
 def sample_rows(loader: Any, thresholds: PreflightThresholds = DEFAULT.preflight) -> tuple[Any, Sequence[int]] | None:
-    """Rows of a data set, read neither by the loader's iterator nor in its order, as one batch with their numbers.
+    """Rows of a data set as one batch, with their row numbers. The loader's iterator is not used.
 
-    All rows of a :class:`~torch.utils.data.TensorDataset`, else some that are spread over the data set. ``None`` where
-    reading could leave a trace: data that comes as a stream, or in an order of the user's own. Random streams are for
-    the caller to put back.
+    It reads all rows of a :class:`~torch.utils.data.TensorDataset`, and some rows spread over any other data set. It
+    returns ``None`` if reading could change the run: for a stream, or with the user's own sampler. The caller has to
+    restore random streams.
 
     Args:
-        loader: What gives the batches.
-        thresholds: How much of the data is looked at.
+        loader: The loader of the batches.
+        thresholds: How much of the data is checked.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         return None
@@ -151,5 +151,5 @@ def sample_rows(loader: Any, thresholds: PreflightThresholds = DEFAULT.preflight
     with attributes_kept(data):
         rows = many(numbers) if callable(many) else [data[number] for number in numbers]
         batch = loader.collate_fn(rows)
-    # A collate function of the user's may give something else than one row for each sample.
+    # The user's collate function may not return one row for each sample.
     return (batch, numbers) if all(len(t) == count for _, t in tensor_fields(batch) if t.dim()) else None

@@ -1,4 +1,4 @@
-"""Runs a faulty batch again, and looks on where the loss or its gradient is not finite."""
+"""Runs a faulty batch again, and traces the operations if the loss or its gradient is not finite."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ def replay(
     untraced: Untraced = nullcontext,
     loss_scale: float | None = None,
 ) -> Clues:
-    """Add to the clues of a batch what a further run of it shows.
+    """Run a batch again, and add the results to its clues.
 
     Args:
-        clues: What is known.
+        clues: The clues so far.
         batch: The batch that ``step`` runs.
-        module: What is trained.
-        step: Runs the batch forward and gives the loss with its graph; twice where something is not finite.
-        untraced: What is run within is undone.
-        loss_scale: A GradScaler's scale, which the loss is multiplied with before its gradient is taken.
+        module: The trained module.
+        step: Runs the batch forward and returns the loss with its graph. It is called twice if a value is not finite.
+        untraced: A context that undoes what a run changes.
+        loss_scale: Scale of the GradScaler. The loss is multiplied by it before the backward pass.
     """
     scale = loss_scale or 1.0
-    # To look on costs several times the pass itself: it is first run alone, and looked at only where it is not finite.
+    # Tracing costs several times the pass itself, so the first run is not traced.
     with isolated(module, untraced):
         try:
             loss = step()
         except OutOfMemory:
             raise
-        except Exception:  # a check has found what is not finite, or an operation has no result
+        except Exception:  # a check found a non-finite value, or an operation failed
             return _closer(clues, batch, module, step, untraced)
         if loss is None:
             return clues
@@ -59,7 +59,7 @@ def replay(
         try:
             gradients = gradients_by_name(loss * scale, module) if differentiable else {}
         except RuntimeError:
-            return clues  # some graphs, such as those of re-entrant checkpointing, give no gradient this way
+            return clues  # some graphs (re-entrant checkpointing) do not support autograd.grad
         norms = {name: _norm(gradient) / scale for name, gradient in gradients.items()}
         del loss
     if not math.isfinite(value):
@@ -84,7 +84,7 @@ def replay(
 def _closer(clues: Clues, batch: Any, module: nn.Module, step: Step, untraced: Untraced) -> Clues:
     with isolated(module, untraced):
         origin = _origin_of_bad_loss(batch, module, step, purposeful=not clues.bad_fields)
-    # A gradient of it would say no more.
+    # The gradient of a non-finite loss gives no further clue.
     return replace(clues, replayed=True, origin=origin, gradient_finite=False)
 
 
@@ -105,7 +105,7 @@ def _origin_of_bad_loss(batch: Any, module: nn.Module, step: Step, *, purposeful
 
 
 def loss_and_gradient_norm(module: nn.Module, step: Step) -> tuple[float, float] | None:
-    """Loss and gradient norm of one more run; ``None`` if it gives no loss."""
+    """Loss and gradient norm of one more run; ``None`` if there is no loss."""
     with untrained_kept(module), without_anomaly_checks():
         loss = step()
         if loss is None:

@@ -1,4 +1,4 @@
-"""The rules of one guard: a user's own beside the built-in ones."""
+"""The rules of one guard: the built-in ones and the user's own."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Rule = Callable[[Case], Finding | None]
 
 @final
 class RuleSet:
-    """Asks the built-in rules and a user's own for the causes of a case.
+    """Asks the built-in rules and the user's own for the causes of a case.
 
-    A rule of a user's own that raises, or that returns something else than a finding or ``None``, is logged once by
-    name and asked again in the next case.
+    If a rule of the user raises, or returns anything but a finding or ``None``, this is logged once with its name. The
+    rule is asked again in the next case.
 
     Args:
-        own: The user's rules, see :func:`check_rules`. Of equally sure findings theirs come first.
-        thresholds: When a number is evidence for a cause; for the built-in rules.
+        own: The user's rules, see :func:`check_rules`. At equal confidence their findings come first.
+        thresholds: When a number is evidence for a cause, for the built-in rules.
     """
 
     def __init__(self, own: Sequence[Rule] = (), thresholds: DiagnosisThresholds = DEFAULT) -> None:
@@ -36,13 +36,13 @@ class RuleSet:
         self._logged: set[int] = set()
 
     def findings(self, case: Case) -> tuple[Finding, ...]:
-        """Every finding, the surest first."""
+        """All findings, those with the highest confidence first."""
         own = [finding for index in range(len(self._own)) if (finding := self._ask(index, case)) is not None]
         found = (*own, *findings(case, self._thresholds))
         return tuple(sorted(found, key=lambda finding: -finding.confidence)) if own else found
 
     def diagnose(self, case: Case) -> Finding | None:
-        """The surest finding, ``None`` if no rule has one."""
+        """The finding with the highest confidence; ``None`` if no rule has one."""
         return next(iter(self.findings(case)), None)
 
     def _ask(self, index: int, case: Case) -> Finding | None:
@@ -67,7 +67,7 @@ class RuleSet:
 
 
 def _what_is_wrong(found: object) -> str | None:
-    """What keeps a finding from being compared with others and recorded, ``None`` if nothing does."""
+    """Why a rule's result is not a valid finding; ``None`` if it is."""
     if not isinstance(found, Finding):
         return f"returned {type(found).__name__} {found!r}"
     confidence: Any = found.confidence
@@ -86,16 +86,16 @@ def _what_is_wrong(found: object) -> str | None:
 
 
 def rule_name(rule: Callable[..., Any]) -> str:
-    """What a rule is called in messages: the name of the function, or of the class of a callable object."""
+    """Name of a rule in messages: that of the function, or of the class of a callable object."""
     named = rule if hasattr(rule, "__qualname__") else getattr(rule, "func", type(rule))
     return f"{named.__module__}.{named.__qualname__}"
 
 
 def check_rules(rules: Sequence[Rule] | None) -> tuple[Rule, ...]:
-    """The rules as they were given to ``NaNGuard``.
+    """Check the rules that were given to ``NaNGuard``, and return them.
 
     Raises:
-        TypeError: If one is no rule, by name.
+        TypeError: If one is not a rule. The message names it.
     """
     listed: Any = () if rules is None else rules
     if isinstance(listed, (str, bytes)) or not isinstance(listed, Sequence):
@@ -116,5 +116,5 @@ def _takes_a_case(rule: Callable[..., Any]) -> bool:
     except TypeError:
         return False
     except ValueError:
-        return True  # written in C, without a signature that can be read
+        return True  # written in C, without a readable signature
     return True

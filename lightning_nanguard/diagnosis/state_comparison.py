@@ -1,4 +1,4 @@
-"""The learner's state of now against a snapshot: run code with that, and find what no update explains."""
+"""Compares the present state of the learner with a snapshot, and runs code with a snapshot's state."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _STATE = StateChangeThresholds()
 
 @contextmanager
 def state_of_snapshot(learner: Learner, snapshot: Snapshot) -> Iterator[None]:
-    """Run what is inside with the weights, buffers and moments of a snapshot, and put those of now back bit for bit.
+    """Run the block with the state of a snapshot, and restore the present state bit for bit.
 
     Args:
-        learner: Whose state it is.
-        snapshot: The state inside; the snapshot is not changed.
+        learner: The learner.
+        snapshot: Its weights, buffers and moments are used. The snapshot is not changed.
     """
     with part_of_snapshot(learner, snapshot, capture_whole(learner), _is_state):
         yield
@@ -36,9 +36,9 @@ def _is_state(path: StateKey) -> bool:
 def unexplained_change(
     learner: Learner, snapshot: Snapshot, thresholds: StateChangeThresholds = _STATE
 ) -> Change | None:
-    """The trained weight of which a few elements moved out of all proportion to the rest since a snapshot.
+    """The trained weight in which a few elements changed far more than the rest since a snapshot.
 
-    Updates move the elements of a tensor by amounts of one order; a flipped bit or a stray write moves one far out.
+    Updates change the elements of a tensor by similar amounts. A bit flip or memory corruption changes one far more.
     """
     found: list[Change] = []
     for path, live in learner.weights():
@@ -59,11 +59,11 @@ def _furthest_change(name: str, before: Tensor, now: Tensor, thresholds: StateCh
     others = moved[moved > 0]
     usual = 0.0
     if others.numel() > 1:
-        # Of what moved at all, since an embedding moves a few rows; all but the furthest hundredth.
+        # A high quantile of the elements that changed at all, because only a few rows of an embedding change.
         rank = max(1, int(thresholds.usual_quantile * (others.numel() - 1)))
         usual = float(others.kthvalue(rank)[0])
     far, outside = float(moved[furthest]), thresholds.outside_factor * float(before.abs().max())
-    # Neighbours that left their range as well were thrown there by an update, and it with them.
+    # If the other elements left their range, too, an update changed all of them.
     stayed = usual <= outside or outside == 0
     if stayed and far > thresholds.moved_factor * usual and abs(float(now[furthest])) > outside and far > 0:
         return Change(name, float(before[furthest]), float(now[furthest]), usual)

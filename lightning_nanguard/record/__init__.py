@@ -1,1 +1,1 @@
-"""Records of interventions, and the sinks that store or show them, one a file. Standard library only."""
+"""Records of interventions, and the sinks that store or show them, one in each file. Standard library only."""

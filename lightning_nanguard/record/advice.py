@@ -20,12 +20,12 @@ _logger = logging.getLogger("lightning_nanguard")
 class AdviceLog:
     """Keeps the advice of one fit in memory, on the console, and in a file of its own beside the records.
 
-    The same advice is taken once, and the number of pieces is bounded.
+    The same advice is kept only once, and the number of pieces is bounded.
 
     Args:
         sink: The file; ``None`` keeps advice in memory only and shows none on the console.
-        thresholds: How much advice is taken at most.
-        run_id: Id of the run, which each piece of advice is given.
+        thresholds: How many pieces of advice are kept.
+        run_id: Id of the run, which is added to each piece of advice.
 
     Attributes:
         given: The advice so far, oldest first.
@@ -50,7 +50,7 @@ class AdviceLog:
         self.given: list[Advice] = []
 
     def give(self, advice: Advice) -> None:
-        """Take one piece of advice; an error while it is written does not end the run."""
+        """Add one piece of advice. An error while it is written does not end the run."""
         said = (advice.occasion, advice.finding.cause, advice.finding.place)
         if said in self._said or len(self.given) >= self._most:
             return
@@ -63,7 +63,7 @@ class AdviceLog:
                 self._sink.write(advice)
 
     def close(self) -> None:
-        """Try once more to write what could not be written."""
+        """Try once more to write advice that could not be written."""
         if self._sink is not None:
             with contextlib.suppress(Exception):
                 self._sink.close()

@@ -19,19 +19,19 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class BackgroundSink(Sink):
-    """Opens a sink, writes to it and closes it from one daemon thread, which lives from :meth:`open` to :meth:`close`.
+    """Opens a sink, writes to it and closes it from one daemon thread, from :meth:`open` to :meth:`close`.
 
-    Records wait in a bounded queue; when it is full the oldest is dropped and counted. What the sink raises is treated
-    as by :class:`IsolatedSink`.
+    Records wait in a bounded queue. If it is full, the oldest is dropped and counted. Exceptions of the sink are
+    handled as in :class:`IsolatedSink`.
 
     Args:
         sink: The slow sink.
-        seconds: How long :meth:`close` waits at most.
-        thresholds: How many records wait.
+        seconds: Longest time that :meth:`close` waits, in seconds.
+        thresholds: How many records may wait.
     """
 
     def __init__(self, sink: Sink, seconds: float, thresholds: RecordsThresholds = RECORDS) -> None:
-        # In a thread, an exit would go unnoticed, too.
+        # In a thread, SystemExit would also end the thread silently, so it is caught, too.
         self._sink = IsolatedSink(sink, catches=BaseException)
         self._seconds = seconds
         self._queue = RecordQueue(thresholds)
@@ -45,11 +45,11 @@ class BackgroundSink(Sink):
         self._thread.start()
 
     def write(self, intervention: Intervention) -> None:
-        """Leave the record to the thread."""
+        """Put the record into the queue of the thread."""
         self._queue.put(intervention)
 
     def close(self) -> None:
-        """Wait until the thread has written what waits, or until the time is over; say what was not written."""
+        """Wait for the thread to write all records, at most ``seconds``, and log how many were not written."""
         thread, self._thread = self._thread, None
         self._queue.end()
         if thread is not None:
@@ -73,10 +73,10 @@ class BackgroundSink(Sink):
 
 @final
 class RecordQueue:
-    """Records on their way from the thread that trains to the thread of a slow sink.
+    """The queue of records from the training thread to the thread of a slow sink.
 
     Args:
-        thresholds: How many records wait.
+        thresholds: How many records may wait.
     """
 
     def __init__(self, thresholds: RecordsThresholds = RECORDS) -> None:
@@ -89,14 +89,14 @@ class RecordQueue:
         self._ended = self._abandoned = False
 
     def put(self, record: Intervention) -> None:
-        """Add a record, in place of the oldest where the queue is full."""
+        """Add a record. If the queue is full, it replaces the oldest."""
         with self._changed:
             self._dropped += len(self._waiting) == self._waiting.maxlen
             self._waiting.append(record)
             self._changed.notify()
 
     def take(self) -> Intervention | None:
-        """Wait for the oldest record and take it, ``None`` if no more will come; the one taken before is written."""
+        """Wait for the oldest record and take it; ``None`` at the end. The record taken before counts as written."""
         with self._changed:
             self._taken = 0
             self._changed.wait_for(lambda: self._waiting or self._ended)
@@ -106,13 +106,13 @@ class RecordQueue:
             return self._waiting.popleft()
 
     def end(self) -> None:
-        """No more records will come."""
+        """Mark the end: no more records will be added."""
         with self._changed:
             self._ended = True
             self._changed.notify()
 
     def abandon(self) -> tuple[int, int]:
-        """Give up the records that are not written; return how many were dropped, and how many are left."""
+        """Give up the records that are not written; return how many were dropped and how many are left."""
         with self._changed:
             counts = self._dropped, len(self._waiting) + self._taken
             self._waiting.clear()
@@ -121,7 +121,7 @@ class RecordQueue:
             return counts
 
     def abandoned(self) -> bool:
-        """Whether the fit no longer waits."""
+        """Whether the fit no longer waits for the sink."""
         with self._changed:
             return self._abandoned
 
@@ -130,6 +130,6 @@ def _serve(sink: Sink, queue: RecordQueue, run: RunInfo) -> None:
     sink.open(run)
     while (record := queue.take()) is not None:
         sink.write(record)
-    # If the sink is late, the next fit may already have opened it.
+    # Not closed if the thread is late, because the next fit may already have opened the sink.
     if not queue.abandoned():
         sink.close()

@@ -1,4 +1,4 @@
-"""Bad samples of the data: how a run records them, and how they are shown."""
+"""Records of bad samples: how they are stored and shown."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class BadSample:
     Attributes:
         cause: Why it counts as bad: ``"not finite"``, ``"out of proportion"``, or the cause that the diagnosis found.
         row: Row of the data set; ``None`` if the data have no rows.
-        hash: What :func:`~lightning_nanguard.sample_hash` gives for it.
-        columns: Field of the batch to its columns that are concerned; no columns where all are.
-        epoch: Epoch in which it was met.
+        hash: Its hash by :func:`~lightning_nanguard.sample_hash`.
+        columns: The bad columns of each field of the batch. An empty tuple means all columns.
+        epoch: Epoch in which it was found.
         batch: Index of its batch in that epoch, Lightning's ``batch_idx``.
         index: Its place in that batch.
-        rank: The process that met it.
-        global_step: The trainer's ``global_step`` then.
-        times: How often it was met so far.
+        rank: Rank of the process that found it.
+        global_step: The trainer's ``global_step`` at that time.
+        times: How often it was found so far.
         run: Id of the run.
-        position: Number of batches that the loader gave before its batch, if that is another number: a run that is
-            resumed within an epoch begins its loader again, unless the loader saves its position.
+        position: Number of batches that the loader returned before its batch, if it differs from ``batch``. It differs
+            after a resume within an epoch if the loader does not save its position.
     """
 
     cause: str
@@ -56,7 +56,7 @@ class BadSample:
 
     @property
     def key(self) -> Row:
-        """What it is recognised by: its row, else its hash."""
+        """The key that identifies it: its row, else its hash."""
         return hash_key(self.hash) if self.row is None else self.row
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class BadSample:
         """The inverse of :meth:`to_dict`; keys of later versions are ignored.
 
         Raises:
-            ValueError: If ``data`` is no record of a sample.
+            ValueError: If ``data`` is not a record of a sample.
         """
         try:
             known = {one.name: data[one.name] for one in fields(cls) if one.name in data}
@@ -84,17 +84,17 @@ class BadSample:
 
 
 def merged(samples: Iterable[BadSample]) -> list[BadSample]:
-    """Each sample once, as it was first met, with how often it was met; in the order of their rows.
+    """Merge the records of each sample into its first one, with the count of all; ordered by row.
 
     Args:
-        samples: The samples as they were met, the oldest first.
+        samples: The records, the oldest first.
     """
     found: dict[Row, BadSample] = {}
     met: Counter[Row] = Counter()
     for one in samples:
         met[one.key] += 1
         first = found.setdefault(one.key, one)
-        # A run that trains steps again after a resume counts from its checkpoint on.
+        # A resumed run restarts from the count in its checkpoint, so the largest count is used.
         found[one.key] = replace(first, times=max(first.times, one.times, met[one.key]))
     return sorted(found.values(), key=_order)
 
@@ -105,24 +105,24 @@ def _order(sample: BadSample) -> tuple[bool, int, str, int, int]:
 
 
 def read_bad_samples(path: str | os.PathLike[str]) -> list[BadSample]:
-    """The bad samples of a file as they were met, the oldest first; lines that are no records are left out.
+    """Read the bad samples of a file, the oldest first. Lines that are not records are left out.
 
     Args:
         path: The file.
 
     Raises:
-        FileNotFoundError: If there is no such file. A run that met none writes none.
+        FileNotFoundError: If there is no such file. A run without bad samples writes none.
     """
     found: list[BadSample] = []
     for line in b"\n".join(map(read_whole, with_put_aside(path))).splitlines():
-        # A run that was killed while it wrote leaves half a line.
+        # A killed run may leave half a line.
         with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
             found.append(BadSample.from_dict(json.loads(line)))
     return found
 
 
 def describe_sample(sample: BadSample) -> str:
-    """One sample in one line.
+    """Describe one sample in one line.
 
     Example:
         >>> where = {"epoch": 1, "batch": 6, "index": 4, "global_step": 27}
@@ -137,7 +137,7 @@ def describe_sample(sample: BadSample) -> str:
 
 
 def describe_fault(sample: BadSample) -> str:
-    """Which sample it is, and what is wrong with it.
+    """Describe which sample it is, and its fault.
 
     Example:
         >>> describe_fault(BadSample("not finite", 100, columns={"0": (2,)}))
@@ -158,7 +158,7 @@ def write_csv(samples: Iterable[BadSample], file: TextIO) -> None:
 
     Args:
         samples: The samples.
-        file: Where to.
+        file: The file to write to.
     """
     names = [one.name for one in fields(BadSample)]
     writer = csv.writer(file, lineterminator="\n")

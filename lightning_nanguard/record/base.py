@@ -1,4 +1,4 @@
-"""The base class of sinks, and what a sink gets to know about a fit.
+"""The base class of sinks, and the facts about a fit that a sink gets.
 
 Your own sink is a class with the method :meth:`Sink.write`, or any function that takes one intervention::
 

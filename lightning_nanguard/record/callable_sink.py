@@ -1,4 +1,4 @@
-"""A sink that calls a function, and the check of what a user lists as sinks."""
+"""A sink that calls a function, and the check of the argument ``sinks``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class CallableSink(Sink):
     """Calls a function with each intervention.
 
     Args:
-        function: Called with the intervention; what it returns is not used.
+        function: Called with the intervention. Its return value is not used.
         every_rank: Whether it is called on every rank instead of on rank 0 only.
 
     Example:
@@ -36,14 +36,14 @@ class CallableSink(Sink):
 
 
 def as_sinks(owner: object, given: object) -> tuple[Sink, ...]:
-    """The sinks that a user listed, functions among them wrapped; ``None`` for none.
+    """Check the sinks that a user listed, and wrap functions among them. ``None`` means no sinks.
 
     Args:
-        owner: Whose argument ``sinks`` it is.
-        given: What the user listed.
+        owner: The object that has the argument ``sinks``, for messages.
+        given: The user's value.
 
     Raises:
-        TypeError: If it is no list, or holds something that is neither a sink nor a function of one argument.
+        TypeError: If it is not a list, or holds an object that is neither a sink nor a function of one argument.
         ValueError: If a sink's timeout is out of its range.
     """
     if given is None:
@@ -77,6 +77,6 @@ def _takes_one_argument(function: Callable[..., Any]) -> bool:
         inspect.signature(function).bind(None)
     except TypeError:
         return False
-    except ValueError:  # some functions written in C tell no signature
+    except ValueError:  # some functions written in C have no signature
         return True
     return True

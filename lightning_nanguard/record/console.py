@@ -23,7 +23,7 @@ class Console(Sink):
     interventions.
 
     Args:
-        thresholds: How many of a kind are shown before only the 2nd, 4th, 8th … of them are.
+        thresholds: How many of a kind are all shown. After these, the count doubles from one to the next.
 
     Example:
         >>> Console().write(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
@@ -33,7 +33,7 @@ class Console(Sink):
         self._thresholds = thresholds
         self._show_first = thresholds.shown_per_kind
         require(self._show_first >= 1, thresholds, "shown_per_kind", self._show_first, "at least 1")
-        # How many of each kind were seen, and at which count the next one is shown.
+        # The count of each kind, and the count at which the next one is shown.
         self._kinds: dict[tuple[str, str | None, tuple[str, ...]], tuple[int, int]] = {}
 
     def write(self, intervention: Intervention) -> None:

@@ -1,4 +1,4 @@
-"""The curves of a run: loss, gradient norm and learning rate of every update, in a small file."""
+"""Stores the curves of a run in a small file: loss, gradient norm and learning rate of every update."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ CURVE_FILE = "curve.csv"
 
 
 class CurvePoint(NamedTuple):
-    """What was measured of one update, or of several in a row.
+    """The measurements of one update, or of several in a row.
 
     Attributes:
         step: ``global_step`` after the update, or after the last of several.
         updates: Number of updates.
         optimizer: Index of the optimizer.
-        loss: Mean of the finite losses; NaN or Inf where none is finite, ``None`` if there is none.
-        loss_max: The largest loss, NaN where one is NaN.
+        loss: Mean of the finite losses; NaN or Inf if none is finite; ``None`` if there is no loss.
+        loss_max: The largest loss; NaN if one is NaN.
         grad_norm: Mean of the finite gradient norms.
-        grad_norm_max: The largest gradient norm, NaN where one is NaN.
+        grad_norm_max: The largest gradient norm; NaN if one is NaN.
         lr: Effective learning rate of the first group in the last update.
-        clip_val: The clipping value that the guard had turned on then.
+        clip_val: The clipping value that the guard had turned on at that time.
     """
 
     step: int
@@ -50,18 +50,18 @@ class CurvePoint(NamedTuple):
 
 @final
 class CurveFile:
-    """Keeps the curves of a run in a file of bounded size, and writes to it rarely.
+    """Writes the curves of a run to a file of bounded size, rarely.
 
-    Readings wait in memory, a few seconds at most. Where the file has too many rows, neighbouring ones are joined, and
-    from then on each new row stands for twice as many updates: it keeps the largest values, so that no spike is lost.
+    Readings wait in memory for a few seconds at most. If the file has too many rows, neighbouring rows are joined, and
+    each new row then stands for twice as many updates. A joined row keeps the largest values, so that no spike is lost.
 
     Args:
-        path: The file. What it already holds is kept.
+        path: The file. Existing rows are kept.
         thresholds: How many rows it has, and how often it is written to.
-        clock: Seconds.
+        clock: Returns the time in seconds.
 
     Attributes:
-        offset: What is added to a reading's step to give ``global_step``.
+        offset: The difference between ``global_step`` and the step of a reading.
         listener: Called with each reading and its learning rate; ``None`` for none.
     """
 
@@ -75,7 +75,7 @@ class CurveFile:
         self._due = clock() + thresholds.seconds_between_curve_writes
         self._waiting: list[tuple[Reading, float | None, float | None]] = []
         self._unjoined: list[CurvePoint] = []
-        # Updates that one row stands for, and rows in the file; not known before the first write.
+        # Number of updates in one row, and number of rows in the file; not known before the first write.
         self._stride = 0
         self._rows = 0
         self._warned = False
@@ -83,7 +83,7 @@ class CurveFile:
         self.listener: Callable[[Reading, float | None], None] | None = None
 
     def add(self, reading: Reading, lr: float | None, clip_val: float | None) -> None:
-        """Take the reading of an update; called in every update."""
+        """Add the reading of an update; called in every update."""
         self._waiting.append((reading, lr, clip_val))
         if self.listener is not None:
             self.listener(reading, lr)
@@ -91,10 +91,10 @@ class CurveFile:
             self.write()
 
     def write(self, *, last: bool = False) -> None:
-        """Write what waits; what cannot be written is lost, which is said once.
+        """Write the waiting readings. If this fails, they are lost, and a message is logged once.
 
         Args:
-            last: Whether nothing more comes, so that the last row may stand for fewer updates.
+            last: Whether this is the last write, so that the last row may stand for fewer updates.
         """
         self._due = self._clock() + self._thresholds.seconds_between_curve_writes
         try:
@@ -128,7 +128,7 @@ class CurveFile:
         if not points:
             return
         with open(self._path, "ab") as file:
-            # A killed run may have left a row without its end, which would make this one unreadable.
+            # A killed run may have left a torn row, which would make the next row unreadable.
             start = _line(CurvePoint._fields) if file.tell() == 0 else "\n"
             file.write((start + "".join(map(_row, points))).encode())
         self._rows += len(points)
@@ -144,7 +144,7 @@ class CurveFile:
 
 
 def read_curve(path: Path) -> list[CurvePoint]:
-    """The rows of a file that :class:`CurveFile` wrote, in the order they were written; torn ones are left out.
+    """Read the rows of a file that :class:`CurveFile` wrote, in order. Torn rows are left out.
 
     A resumed run begins again at an earlier step: its rows come later.
 
@@ -169,11 +169,11 @@ def read_curve(path: Path) -> list[CurvePoint]:
 
 
 def thinned(points: Sequence[CurvePoint], rows: int) -> list[CurvePoint]:
-    """At most as many points as asked for, neighbours joined; the largest values are kept.
+    """Join neighbouring points until at most ``rows`` are left; the largest values are kept.
 
     Args:
         points: Points of one optimizer.
-        rows: How many points are wanted at most; a few more come where a run was resumed.
+        rows: Largest number of points. For a resumed run there may be a few more.
 
     Example:
         >>> points = [CurvePoint(step, 1, 0, 1.0, float(step), None, None, None, None) for step in range(100)]
@@ -187,7 +187,7 @@ def thinned(points: Sequence[CurvePoint], rows: int) -> list[CurvePoint]:
 
 
 def trained_again(points: Sequence[CurvePoint]) -> list[bool]:
-    """For each point whether a resumed run has trained its step again later, so that it is no part of the final run.
+    """For each point, whether a resumed run has trained its step again, so that the point is not part of the final run.
 
     Args:
         points: Points of one optimizer, in the order they were written.
@@ -198,7 +198,7 @@ def trained_again(points: Sequence[CurvePoint]) -> list[bool]:
         [False, True, True, False, False, False]
     """
     again = [False] * len(points)
-    later, first = math.inf, math.inf  # the first step of the fits after this one, and of the fit at hand
+    later, first = math.inf, math.inf  # first step of later fits, and of this fit
     for index in range(len(points) - 1, -1, -1):
         step = points[index].step
         if step >= first:
@@ -208,15 +208,15 @@ def trained_again(points: Sequence[CurvePoint]) -> list[bool]:
 
 
 def _joined(points: Sequence[CurvePoint], stride: int, *, keep_rest: bool) -> tuple[list[CurvePoint], list[CurvePoint]]:
-    """Points that stand for up to ``stride`` updates each, and those that still wait for more."""
+    """Points that stand for up to ``stride`` updates each, and the points that wait to be joined."""
     if stride == 1:
         return list(points), []
     done: list[CurvePoint] = []
-    # By optimizer: points that will be one, and the number of their updates.
+    # For each optimizer: points that will be joined, and the number of their updates.
     buckets: dict[int, tuple[list[CurvePoint], int]] = {}
     for point in points:
         bucket, updates = buckets.get(point.optimizer, ([], 0))
-        # Points of a resumed run, which begins again at an earlier step, are not joined with those before it.
+        # If a resumed run begins at an earlier step, its points are not joined with those before it.
         if bucket and (updates + point.updates > stride or point.step <= bucket[-1].step):
             done.append(_join(bucket))
             bucket, updates = [], 0
@@ -245,7 +245,7 @@ def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | Non
     if not finite:
         return next((value for value in values if value is not None), None)
     total = sum(weight for _, weight in finite)
-    # Divided first: the sum of large numbers could overflow.
+    # Divided first, because the sum of large numbers could overflow.
     return sum(value * (weight / total) for value, weight in finite)
 
 
@@ -257,7 +257,7 @@ def _largest(values: Sequence[float | None]) -> float | None:
 def _row(point: CurvePoint) -> str:
     step, updates, optimizer, loss, loss_max, norm, norm_max, lr, clip_val = point
     if updates == 1:
-        loss_max = norm_max = None  # the same, and left out
+        loss_max = norm_max = None  # equal to the mean, so left out
     numbers = (loss, loss_max, norm, norm_max, lr, clip_val)
     return _line([step, updates, optimizer, *("" if number is None else f"{number:.7g}" for number in numbers)])
 

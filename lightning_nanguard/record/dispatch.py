@@ -20,12 +20,12 @@ class SinkDispatcher:
     other ranks than 0 only sinks with ``every_rank`` are used.
 
     Args:
-        sinks: Where the records go, in this order.
+        sinks: The sinks that get the records, in this order.
         run: Facts about the fit for the sinks.
         thresholds: How many records wait for a slow sink.
 
     Attributes:
-        sinks: Those that are used on this rank.
+        sinks: The sinks that are used on this rank.
 
     Example:
         >>> from lightning_nanguard.record.memory import Memory

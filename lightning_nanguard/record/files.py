@@ -26,14 +26,14 @@ _Record = TypeVar("_Record", Intervention, Advice, Receipt, HeldTrial)
 
 
 def read_whole(path: str | os.PathLike[str], begin: int = 0) -> bytes:
-    """All bytes of a file.
+    """Read all bytes of a file.
 
     Args:
         path: The file.
-        begin: How many to leave out.
+        begin: Number of bytes to leave out at the beginning.
 
     Raises:
-        OSError: If there is no such file, or it is a pipe, a device or a folder, which might never end.
+        OSError: If there is no such file, or it is a folder, a pipe or a device, which might never end.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"{os.fspath(path)} is not a file.")
@@ -43,7 +43,7 @@ def read_whole(path: str | os.PathLike[str], begin: int = 0) -> bytes:
 
 
 def put_aside(path: str | os.PathLike[str]) -> Path:
-    """Where :class:`JsonLines` puts a file of records that has grown too large.
+    """The new path of a file of records that has grown too large for :class:`JsonLines`.
 
     Example:
         >>> put_aside("interventions.jsonl").name
@@ -54,7 +54,7 @@ def put_aside(path: str | os.PathLike[str]) -> Path:
 
 
 def with_put_aside(path: str | os.PathLike[str]) -> list[Path]:
-    """The files in which the records of a path lie, the oldest first."""
+    """The existing files with the records of a path, the oldest first."""
     older = put_aside(path)
     return [older, Path(path)] if older.is_file() else [Path(path)]
 
@@ -62,8 +62,8 @@ def with_put_aside(path: str | os.PathLike[str]) -> list[Path]:
 def read_records(path: str | os.PathLike[str]) -> list[Intervention]:
     """Read the records of a file that :class:`JsonLines` wrote, oldest first.
 
-    Lines that are no records, such as one torn by a killed run, are left out with one logged warning. Of records of
-    later versions the fields that this version knows are read.
+    Lines that are not records, such as one torn by a killed run, are left out with one logged warning. In records of
+    later versions, unknown fields are ignored.
 
     Args:
         path: The file.
@@ -125,7 +125,7 @@ def _read_file(path: Path, parse: Callable[[Mapping[str, Any]], _Record]) -> lis
             data = json.loads(line)
             later = later or (isinstance(data, dict) and _is_later(data.get("schema")))
             records.append(parse(data))
-        # A torn or overwritten line may hold wrong bytes, another type, or more brackets than can be parsed.
+        # A torn or overwritten line may have wrong bytes, another type, or too many nested brackets.
         except (ValueError, TypeError, AttributeError, RecursionError):
             unreadable.append(number)
     if unreadable:

@@ -12,7 +12,7 @@ from lightning_nanguard.types import Intervention
 
 
 def escaped(text: object) -> str:
-    """Text for a page: no markup, no control characters.
+    """Escape text for a page: no markup, no control characters.
 
     Example:
         >>> escaped("<script>\\x1b[2J")
@@ -22,7 +22,7 @@ def escaped(text: object) -> str:
 
 
 def parts_of(intervention: Intervention) -> list[tuple[str, str]]:
-    """What the console tells of an intervention, by what each line is: ``seen``, ``why``, ``done``, ``to do``."""
+    """The console's lines about an intervention, each with its kind: ``seen``, ``why``, ``done``, ``to do``."""
     seen, *lines = tell(intervention).split("\n")
     return [("seen", seen), *((line.strip().partition(": ")[0], line.partition(": ")[2]) for line in lines)]
 
@@ -42,12 +42,12 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
 def interventions_table(
     interventions: Sequence[Intervention], total: int, thresholds: RecordsThresholds = RECORDS
 ) -> str:
-    """A table of the newest interventions, with their words.
+    """A table of the newest interventions, with their messages.
 
     Args:
-        interventions: Those that are kept.
-        total: How many there were.
-        thresholds: How many are shown.
+        interventions: The interventions in memory.
+        total: Number of all interventions.
+        thresholds: How many interventions are shown.
     """
     if not total:
         return "<p>No interventions.</p>"

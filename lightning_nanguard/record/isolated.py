@@ -1,4 +1,4 @@
-"""A wrapper that catches and logs what a sink raises."""
+"""A wrapper that catches and logs the exceptions of a sink."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _logger = logging.getLogger("lightning_nanguard")
 class IsolatedSink(Sink):
     """Passes everything on to a sink. An exception of the sink is logged the first time, with its name, and not raised.
 
-    The sink gets the next record again. Closing logs how many records it missed.
+    After an exception the sink still gets the next record. Closing logs how many records it missed.
 
     Args:
         sink: The sink.
-        catches: The exceptions that are caught. In the thread that trains, Ctrl-C and an exit have to pass.
+        catches: The exceptions that are caught. In the training thread, Ctrl-C and SystemExit must not be caught.
 
     Attributes:
-        name: How messages call the sink.
+        name: Name of the sink in messages.
     """
 
     def __init__(self, sink: Sink, *, catches: type[BaseException] = Exception) -> None:
@@ -42,14 +42,14 @@ class IsolatedSink(Sink):
             self._sink.open(run)
 
     def write(self, intervention: Intervention) -> None:
-        """Give the sink a record, and count the record if it does not take it."""
+        """Give the sink a record. If it raises, count the record as missed."""
         self._missed += 1
         with self._isolated("could not take a record"):
             self._sink.write(intervention)
             self._missed -= 1
 
     def close(self) -> None:
-        """Say how many records the sink missed, and close it."""
+        """Log how many records the sink missed, and close it."""
         if self._missed:
             _logger.warning("NaNGuard: the sink %s missed %s.", self.name, counted(self._missed, "record"))
         self._missed, self._told = 0, False
@@ -75,7 +75,7 @@ class IsolatedSink(Sink):
 
 
 def name_of(sink: Sink) -> str:
-    """How messages call a sink: the path of its class, or of the function it calls."""
+    """Name of a sink in messages: the path of its class, or of the function that it calls."""
     target: object = sink.function if isinstance(sink, CallableSink) else sink
     named = target if hasattr(target, "__qualname__") else type(target)
     home = getattr(named, "__module__", None) or "builtins"

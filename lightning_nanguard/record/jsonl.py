@@ -23,7 +23,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 
 class Record(Protocol):
-    """What can be written as one line."""
+    """An object that can be written as one line."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts."""
@@ -90,7 +90,7 @@ class JsonLines(Sink):
             )
 
     def close(self) -> None:
-        """Try once more to write what waits, and say so if it is lost."""
+        """Try once more to write the waiting records, and log a message if they are lost."""
         error = self._flush(last=True)
         if error is not None and self._warns:
             _logger.warning(
@@ -108,9 +108,9 @@ class JsonLines(Sink):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.is_file() and self.path.stat().st_size >= self._bytes_per_file:
-                with contextlib.suppress(OSError):  # if the file cannot be renamed, it can still be appended to
+                with contextlib.suppress(OSError):  # if it cannot be renamed, records are still appended
                     os.replace(self.path, put_aside(self.path))
-            # Unbuffered, since a buffer left over from a full disk would be written again when the file is closed.
+            # Unbuffered, because close() would write a buffer again that was left over from a full disk.
             with open(self.path, "a+b", buffering=0) as file:
                 while self._waiting:
                     _append(file, self._waiting[0], lasting=lasting)
@@ -128,13 +128,13 @@ class JsonLines(Sink):
 
 
 def _append(file: FileIO, line: bytes, *, lasting: bool) -> None:
-    """Add a line and, if ``lasting``, wait until it is on the disk; if that fails the file stays as it was."""
+    """Add a line and, if ``lasting``, wait until it is on the disk. If this fails, the file does not change."""
     status = os.fstat(file.fileno())
     torn = False
     if status.st_size:
         file.seek(-1, os.SEEK_END)
         torn = file.read(1) != b"\n"
-    # A line that a killed run left without its end would make this record unreadable, too.
+    # A killed run may have left a torn line, which would make this record unreadable, too.
     rest = memoryview((b"\n" if torn else b"") + line + b"\n")
     try:
         while rest:
@@ -142,7 +142,7 @@ def _append(file: FileIO, line: bytes, *, lasting: bool) -> None:
         if lasting:
             _sync(file)
     except BaseException:
-        # Half of a record, or one that may be lost, would be there twice after the next try.
+        # Remove the partial record, because the next try writes it again.
         with contextlib.suppress(OSError):
             file.truncate(status.st_size)
         raise
@@ -154,7 +154,7 @@ def _sync(file: FileIO) -> None:
 
 
 def _jsonable(value: object) -> Any:
-    """The JSON value for an object JSON does not know, such as a NumPy scalar among the evidence."""
+    """The JSON value of an object that JSON does not know, such as a NumPy scalar in the evidence."""
     item = getattr(value, "item", None)
     if callable(item):
         with contextlib.suppress(Exception):

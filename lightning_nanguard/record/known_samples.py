@@ -1,4 +1,4 @@
-"""The bad samples that a run knows, and how often each was found."""
+"""Counts the bad samples of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def hash_key(name: str) -> str:
 
 @final
 class KnownSamples:
-    """Counts how often each bad sample was found, in this run and in those that it resumed from.
+    """Counts how often each bad sample was found, in all fits of a run.
 
     Args:
         quarantine: Whether rows that are known to be bad are left out of later batches.
@@ -44,10 +44,10 @@ class KnownSamples:
         self.hashes: set[str] = set()
 
     def met(self, key: Row) -> int:
-        """Count a sample; gives how often it was met so far.
+        """Count a sample; return how often it was found so far.
 
         Args:
-            key: Its row, or what :func:`hash_key` gives.
+            key: Its row, or the result of :func:`hash_key`.
         """
         times = self._times[key] = self._times.get(key, 0) + 1
         if self.quarantine:
@@ -55,11 +55,11 @@ class KnownSamples:
         return times
 
     def __len__(self) -> int:
-        """Number of samples met so far."""
+        """Number of different samples found so far."""
         return len(self._times)
 
     def times(self, key: Row) -> int:
-        """How often a sample was met so far."""
+        """How often a sample was found so far."""
         return self._times.get(key, 0)
 
     def _leave_out(self, key: Row) -> None:
@@ -73,7 +73,7 @@ class KnownSamples:
         return {"times": [[key, times] for key, times in self._times.items()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`; earlier versions lack this."""
+        """The inverse of :meth:`state_dict`. Checkpoints of earlier versions lack this state."""
         for key, times in state.get("times", ()):
             self._times[key] = int(times)
             if self.quarantine:

@@ -25,14 +25,14 @@ Norms = tuple[list[int], dict[str, list[float | None]]]
 @final
 @dataclass(frozen=True, slots=True)
 class LayerNorms:
-    """The gradient norms of the layers in the newest updates when an intervention was recorded.
+    """The gradient norms of the layers in the updates before an intervention.
 
     Attributes:
         run: Id of the run.
-        global_step: That of the intervention.
+        global_step: ``global_step`` of the intervention.
         fault: Kind of the fault.
         updates: Numbers of the updates, oldest first.
-        layers: For each layer its norm in each of these updates, those that changed most first.
+        layers: The norms of each layer in these updates; the layers that changed most come first.
     """
 
     run: str
@@ -48,8 +48,8 @@ class LayerNormsFile(Sink):
 
     Args:
         path: The file.
-        read: Gives the norms of the newest updates.
-        thresholds: Of how many incidents and layers they are written.
+        read: Returns the norms of the newest updates.
+        thresholds: Largest number of interventions, and of layers for each.
     """
 
     def __init__(self, path: Path, read: Callable[[], Norms], thresholds: RecordsThresholds = RECORDS) -> None:
@@ -59,7 +59,7 @@ class LayerNormsFile(Sink):
         self._seen: set[tuple[str, str | None, tuple[str, ...]]] = set()
 
     def write(self, intervention: Intervention) -> None:
-        """Write the norms of the updates up to now, unless there are enough of this kind."""
+        """Write the norms of the newest updates, if this is the first intervention of its kind."""
         kind = (intervention.fault, intervention.cause, intervention.remedies)
         if kind in self._seen or len(self._seen) >= self._thresholds.incidents_with_layer_norms:
             return
@@ -76,18 +76,18 @@ class LayerNormsFile(Sink):
             "updates": updates,
             "layers": {layer: layers[layer] for layer in most_changed[: self._thresholds.layers_per_incident]},
         }
-        with contextlib.suppress(OSError):  # the file of records already warns that nothing can be written
+        with contextlib.suppress(OSError):  # the sink of the records already warns
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(self._path, "ab") as file:
                 file.write(json.dumps(plain(entry), allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
-        """The next fit is written like a first one."""
+        """Forget which kinds were written, so that the next fit writes them again."""
         self._seen.clear()
 
 
 def read_layer_norms(path: Path) -> list[LayerNorms]:
-    """Read what :class:`LayerNormsFile` wrote, oldest first; lines that cannot be read are left out.
+    """Read a file of :class:`LayerNormsFile`, oldest first. Lines that cannot be read are left out.
 
     Args:
         path: The file; it need not exist.
@@ -109,7 +109,7 @@ def _number(value: float | str | None) -> float | None:
 
 
 def _change(norms: Sequence[float | None]) -> float:
-    """How far the last norm is from the smallest; infinite where one is not finite."""
+    """The change from the smallest norm to the last one; infinite if one is not finite."""
     known = [norm for norm in norms if norm is not None]
     if not known or not all(map(math.isfinite, known)):
         return math.inf if known else 0.0

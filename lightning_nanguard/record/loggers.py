@@ -1,4 +1,4 @@
-"""A sink that gives experiment loggers the numbers of the run after each intervention."""
+"""A sink that logs the numbers of the run to experiment loggers after each intervention."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lightning_nanguard.types import Intervention
 
 
 class RunNumbers(NamedTuple):
-    """The numbers of a guarded run that loggers get, each as ``nanguard/`` and its name; ``None`` is not logged.
+    """The numbers of a guarded run that are logged as ``nanguard/NAME``; ``None`` is not logged.
 
     Attributes:
         interventions: Number of all interventions so far.
         lr_multiplier: Factor on the scheduled learning rates.
-        clip_val: The clipping value the guard has turned on.
+        clip_val: The clipping value that the guard has turned on.
     """
 
     interventions: int
@@ -28,7 +28,7 @@ class Loggers(Sink):
     """Logs the numbers of the run after each intervention.
 
     Args:
-        numbers: Gives the present numbers.
+        numbers: Returns the present numbers.
         log: Logs some values by name.
 
     Example:

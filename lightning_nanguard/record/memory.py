@@ -60,37 +60,37 @@ class Memory(Sink, Sequence[Intervention]):
     def take_advice(
         self, advice: Sequence[Advice], receipts: Sequence[Receipt] = (), trials: Sequence[HeldTrial] = ()
     ) -> None:
-        """Show the advice, the receipts and the trials of a fit that begins, now and while they grow."""
+        """Show the advice, the receipts and the trials of a new fit. Later ones are shown, too."""
         self.advice, self.receipts, self.trials = advice, receipts, trials
         if self._original is not None:
             self._original.take_advice(advice, receipts, trials)
 
     def take_run(self, run: Mapping[str, Any]) -> None:
-        """Show what is known of a fit in place of what was."""
+        """Replace the facts about the last fit."""
         self.run = run
         if self._original is not None:
             self._original.take_run(run)
 
     def begin_fit(self, run: Mapping[str, Any], updates: int) -> None:
-        """A fit begins: what is counted from now on is counted of it, too.
+        """A fit begins: from now on, its counts are also kept separately.
 
         Args:
-            run: What is known of it.
-            updates: Updates of its run so far.
+            run: Facts about the fit.
+            updates: Number of updates of the run so far.
         """
         self.take_run({**run, "before": (updates, dict(self.faults), dict(self.remedies))})
 
     def of_fit(self) -> tuple[int, Counter[str], Counter[str]]:
-        """Updates of the run before the newest fit, and its faults and remedies alone."""
+        """Number of updates before the newest fit, and the faults and remedies of this fit only."""
         updates, faults, remedies = self.run.get("before", (0, {}, {}))
         return updates, self.faults - Counter(faults), self.remedies - Counter(remedies)
 
     def add_to_run(self, **values: Any) -> None:
-        """Show more of the same fit."""
+        """Add facts about the same fit."""
         self.take_run({**self.run, **values})
 
     def copy(self) -> Memory:
-        """A memory of the same interventions; what is written to it later is found in this one, too."""
+        """A copy with the same interventions. This memory also shows what is later written to the copy."""
         made = Memory(RecordsThresholds(interventions_in_memory=self.maxlen))
         made.load_state_dict(self.state_dict())
         made._original = self
@@ -112,7 +112,7 @@ class Memory(Sink, Sequence[Intervention]):
         self._newest = deque(state["newest"], maxlen=state["kept"])
         self.total = int(state["total"])
         self.faults, self.remedies = Counter(state["faults"]), Counter(state["remedies"])
-        self.run = state.get("run", {})  # what earlier versions have pickled has none
+        self.run = state.get("run", {})  # pickles of earlier versions lack it
 
     @property
     def maxlen(self) -> int:
@@ -139,7 +139,7 @@ class Memory(Sink, Sequence[Intervention]):
         return tuple(self._newest)[index] if isinstance(index, slice) else self._newest[index]
 
     def __iter__(self) -> Iterator[Intervention]:
-        # Of a copy, since the guard may write while a user's loop reads.
+        # Copied, because the guard may write while the user iterates.
         return iter(tuple(self._newest))
 
     def __eq__(self, other: object) -> bool:

@@ -1,7 +1,7 @@
-"""Puts interventions, findings and advice into words, which are safe to show.
+"""Describes interventions, findings and advice in text that is safe to show.
 
-Only this module and ``summary`` look at the words of remedies. A word they do not know, such as that of a remedy of the
-user's own, is shown as it is.
+Only this module and ``summary`` translate the words of remedies. An unknown word, such as that of the user's own
+remedy, is shown unchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def describe(intervention: Intervention, thresholds: RecordsThresholds = RECORDS
     """Say in one line when and where a fault was found, what was done, and why it happened.
 
     Args:
-        intervention: What happened.
+        intervention: The intervention.
         thresholds: How many samples one message lists.
 
     Example:
@@ -40,7 +40,7 @@ def tell(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) ->
     """Say in a few lines what happened, why, what was done, and what to do.
 
     Args:
-        intervention: What happened.
+        intervention: The intervention.
         thresholds: How many samples one message lists.
 
     Example:
@@ -78,7 +78,7 @@ def tell_again(intervention: Intervention, thresholds: RecordsThresholds = RECOR
     """Say in one short line that a fault has come again.
 
     Args:
-        intervention: What happened.
+        intervention: The intervention.
         thresholds: How many samples one message lists.
 
     Example:
@@ -137,9 +137,9 @@ def _done(intervention: Intervention) -> str:
     rate = f"{before:.4g} → {after:.4g}" if known else "changed" if applied else ""
     words = list(intervention.remedies)
     if known and not {"scale", "give back"} & set(words):
-        # A remedy of the user's own may change the rate under another word.
+        # The user's own remedy may change the rate under another word.
         words.append("scale")
-    if {"restore", "redo"} <= set(words):  # not the step alone
+    if {"restore", "redo"} <= set(words):  # updates since a snapshot, and not only the step
         words[words.index("redo")] = "made the updates since then again"
     phrases = {**_PHRASES, "restore": _RESTARTED} if restarted else _PHRASES
     rise = f": {rate}" if known else ""
@@ -179,7 +179,7 @@ def describe_advice(advice: Advice, thresholds: RecordsThresholds = RECORDS) -> 
     """Say in one line what was noticed, and when.
 
     Args:
-        advice: What was noticed.
+        advice: The advice.
         thresholds: How many samples the message lists.
 
     Example:
@@ -196,5 +196,5 @@ def describe_advice(advice: Advice, thresholds: RecordsThresholds = RECORDS) -> 
 
 
 def _where(finding: Finding) -> str:
-    """The place of a finding; that it showed in the loss or the gradient is no place to look at."""
+    """The place of a finding; empty if it is only the loss or the gradient."""
     return f" in {finding.place}" if finding.place and finding.place not in ("loss", "gradient") else ""

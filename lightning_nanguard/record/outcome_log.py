@@ -22,7 +22,7 @@ class OutcomeLog(Generic[_Outcome]):
 
     Args:
         sink: The file; ``None`` keeps them in memory only.
-        run_id: Id of the run, which each outcome is given.
+        run_id: Id of the run, which is added to each outcome.
 
     Attributes:
         given: The outcomes so far, oldest first.
@@ -34,7 +34,7 @@ class OutcomeLog(Generic[_Outcome]):
         self.given: list[_Outcome] = []
 
     def give(self, outcome: _Outcome) -> None:
-        """Take one outcome; an error while it is written does not end the run."""
+        """Add one outcome. An error while it is written does not end the run."""
         outcome = replace(outcome, run=self._run_id)
         self.given.append(outcome)
         if self._sink is not None:
@@ -43,7 +43,7 @@ class OutcomeLog(Generic[_Outcome]):
                 self._sink.write(outcome)
 
     def close(self) -> None:
-        """Try once more to write what could not be written."""
+        """Try once more to write outcomes that could not be written."""
         if self._sink is not None:
             with contextlib.suppress(Exception):
                 self._sink.close()

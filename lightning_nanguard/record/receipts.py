@@ -72,7 +72,7 @@ class Receipt:
         """The inverse of :meth:`to_dict`; keys of later versions are ignored.
 
         Raises:
-            ValueError: If ``data`` is no receipt.
+            ValueError: If ``data`` is not a receipt.
         """
         try:
             known = {one.name: data[one.name] for one in fields(cls) if one.name in data}
@@ -90,7 +90,7 @@ def receipt_of(intervention: Intervention, receipts: Sequence[Receipt]) -> Recei
 
     Args:
         intervention: The intervention.
-        receipts: Those of its run, or of more.
+        receipts: The receipts of its run, or of several runs.
     """
     key = intervention.global_step, intervention.run
     changed = bool({"restore", "scale", "clip", "skip"} & set(intervention.remedies))

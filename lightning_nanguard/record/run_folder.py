@@ -24,12 +24,12 @@ LOCK_FILE = ".nanguard.lock"
 
 @final
 class RunFolder:
-    """The folder of a run while it is alive.
+    """The folder of a run that is alive.
 
     Args:
         path: The folder.
         run_id: The run's id.
-        lock: Handle of the locked file; ``None`` if nothing can be written, and no log is kept.
+        lock: Handle of the locked file; ``None`` if the folder cannot be written. Then there is no log.
 
     Attributes:
         path: The folder.
@@ -44,7 +44,7 @@ class RunFolder:
 
     @property
     def keeps_files(self) -> bool:
-        """Whether files of a healthy run are kept here, too."""
+        """Whether files are written even for a healthy run."""
         return self._lock is not None
 
     def log(self, event: str, **values: Any) -> None:
@@ -54,11 +54,11 @@ class RunFolder:
                 append_event(self.path, event, {"run": self.run_id, **values})
 
     def saved(self, path: str, step: int) -> None:
-        """Put in the log, the first time, that the run saves a checkpoint there."""
+        """Log the first time that the run saves a checkpoint at a path."""
         if path not in self._saved:
             self._saved.add(path)
             with contextlib.suppress(ValueError):  # another drive
-                # Seen from the folder, so that both can be moved together.
+                # A relative path, so that folder and checkpoint can be moved together.
                 self.log("save", path=os.path.relpath(os.path.realpath(path), os.path.realpath(self.path)), step=step)
 
     def close(self) -> None:
@@ -74,12 +74,12 @@ def open_run_folder(base: Path, run_id: str | None, *, shared: bool, begin: Mapp
     """Choose a folder for a run. No other run writes to it, and a resumed run uses the same one.
 
     Args:
-        base: The folder itself, where the logger or the user gives each run one. Where it belongs to another run, the
-            run takes a folder below it, named by its id.
-        run_id: Id of the run that is resumed; ``None`` for a new one. Where that run is still alive in another process,
-            two went on from one checkpoint, and this one takes a new id.
-        shared: Whether several runs have ``base`` in common, so that each takes a folder below it.
-        begin: What the log says of this fit; under ``"checkpoint"`` the absolute path of the one it is resumed from.
+        base: The folder itself, if the logger or the user gives each run its own. If it belongs to another run, the run
+            uses a folder below it, named by its id.
+        run_id: Id of the run that is resumed; ``None`` for a new one. If that run is still alive in another process,
+            this one gets a new id.
+        shared: Whether several runs share ``base``, so that each uses a folder below it.
+        begin: The entry of this fit in the log; under ``"checkpoint"`` the absolute path of the resumed checkpoint.
     """
     name = new_run_id() if run_id is None else run_id
     own = base / name
@@ -94,7 +94,7 @@ def open_run_folder(base: Path, run_id: str | None, *, shared: bool, begin: Mapp
                 return open_run_folder(base, None, shared=shared, begin={**begin, "branch_of": run_id})
             continue
         except OSError:
-            # Nothing can be written there now, maybe later.
+            # The folder cannot be written now, but perhaps later.
             return RunFolder(place, name)
         folder = RunFolder(place, name, lock)
         if _owner(place) in (None, name):
@@ -105,7 +105,7 @@ def open_run_folder(base: Path, run_id: str | None, *, shared: bool, begin: Mapp
 
 
 def is_alive(folder: Path) -> bool:
-    """Whether the run of a folder goes on in another process; where folders cannot be locked, whether it has not ended.
+    """Whether the run of a folder is alive in another process. Without locks: whether its log has no end.
 
     Args:
         folder: The folder of the run.
@@ -133,17 +133,17 @@ def _owner(folder: Path) -> str | None:
     run = read_run(folder)
     if run is None:  # version 0.1.0 kept no log
         return "" if any((folder / name).exists() for name in (RECORDS_FILE, ADVICE_FILE, LAST_GOOD)) else None
-    # A run that was killed before it left a last good checkpoint is begun again in its place: a program that is started
-    # again and again with one folder finds its file there. Nothing is overwritten, and each record has its run's id.
+    # If a run was killed before it wrote a last good checkpoint, a new run may use its folder. So a program that is
+    # restarted with the same folder keeps its path. Nothing is overwritten, and each record has the id of its run.
     return None if run.ended is None and not (folder / LAST_GOOD).exists() else run.run_id
 
 
 def _lock(folder: Path) -> int:
-    """Lock a folder for as long as this process lives; children that it forks do not hold the lock.
+    """Lock a folder until this process ends. Forked children do not hold the lock.
 
     Raises:
         BlockingIOError: If another process has locked it.
-        OSError: If nothing can be written there.
+        OSError: If the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
@@ -151,7 +151,7 @@ def _lock(folder: Path) -> int:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            # Some network file systems have no locks.
+            # Other errors: some network file systems have no locks.
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 os.close(handle)
                 raise BlockingIOError(str(error)) from error

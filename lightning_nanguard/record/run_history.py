@@ -1,4 +1,4 @@
-"""Finds the folders that a run lay in before it was resumed into another one."""
+"""Finds the earlier folders of a run that was resumed into another one."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ CHECKPOINT = "checkpoint"
 
 
 def seen_from(folder: Path, begin: Mapping[str, Any]) -> dict[str, Any]:
-    """What the log says of a fit, with the path of its checkpoint seen from the folder, so that both can be moved.
+    """The log entry of a fit, with a relative path of its checkpoint, so that folder and checkpoint can be moved.
 
     Args:
         folder: The folder of the run.
-        begin: What is to be said, with an absolute path.
+        begin: The entry, with an absolute path.
     """
     said = dict(begin)
     path = said.pop(CHECKPOINT, None)
@@ -32,12 +32,12 @@ def seen_from(folder: Path, begin: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def earlier_parts(log: RunLog) -> list[RunLog]:
-    """The logs of the same run in the folders that it lay in before, oldest first.
+    """The logs of the same run in its earlier folders, oldest first.
 
-    Most loggers give a program that is started again a new folder, also where it resumes from a checkpoint.
+    Most loggers give a restarted program a new folder, even if it resumes from a checkpoint.
 
     Args:
-        log: The log of the run in the folder it lies in now.
+        log: The log in the present folder of the run.
     """
     found: list[RunLog] = []
     seen = {os.path.realpath(log.folder)}
@@ -49,7 +49,7 @@ def earlier_parts(log: RunLog) -> list[RunLog]:
 
 
 def interventions_of_resumed(folder: Path) -> int | None:
-    """How many interventions a resumed run has on record, from its beginning; ``None`` for a run that was not resumed.
+    """Number of recorded interventions of a resumed run since its beginning; ``None`` if it was not resumed.
 
     Args:
         folder: The folder of the run.

@@ -30,7 +30,7 @@ def new_run_id() -> str:
 @final
 @dataclass(frozen=True, slots=True)
 class RunLog:
-    """What the log of a run says.
+    """The content of the log of a run.
 
     Attributes:
         folder: The folder of the run.
@@ -38,7 +38,7 @@ class RunLog:
         fits: One entry for each time the run was begun or resumed, oldest first: ``time``, ``step``, ``version``, ….
         ended: How the newest fit ended: ``time``, ``updates``, ``interventions``, …; ``None`` if it goes on, or was
             killed.
-        saved: When checkpoints were saved and by which run, by their paths seen from the folder.
+        saved: For each checkpoint, by its path relative to the folder: when it was saved, and by which run.
     """
 
     folder: Path
@@ -49,7 +49,7 @@ class RunLog:
 
     @property
     def begun(self) -> float:
-        """When the newest fit was begun, in seconds since 1970; 0 where that is not known."""
+        """When the newest fit began, in seconds since 1970; 0 if it is not known."""
         when = self.fits[-1].get("time") if self.fits else None
         return float(when) if isinstance(when, (int, float)) else 0.0
 
@@ -64,7 +64,7 @@ def append_event(folder: Path, event: str, values: Mapping[str, Any]) -> None:
     Args:
         folder: The folder; it exists.
         event: ``"fit"``, ``"save"`` or ``"end"``.
-        values: What is to be known of it.
+        values: The values of the event.
 
     Raises:
         OSError: If it cannot be written.
@@ -74,7 +74,7 @@ def append_event(folder: Path, event: str, values: Mapping[str, Any]) -> None:
     handle = os.open(folder / RUN_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(handle).st_size
-        # A line that a killed run left without its end would make this one unreadable.
+        # A killed run may have left a torn line, which would make this one unreadable.
         torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n" if hasattr(os, "pread") else False
         os.write(handle, b"\n" + line if torn else line)
     finally:
@@ -82,7 +82,7 @@ def append_event(folder: Path, event: str, values: Mapping[str, Any]) -> None:
 
 
 def read_run(folder: Path) -> RunLog | None:
-    """What the log in a folder says; ``None`` if there is none that can be read.
+    """Read the log in a folder; ``None`` if there is no readable one.
 
     Args:
         folder: The folder of a run.
@@ -100,7 +100,7 @@ def read_run(folder: Path) -> RunLog | None:
             entry = json.loads(line)
             match entry:
                 case {"event": "fit", "run": str(name)}:
-                    if name != run_id:  # begun again in place of one that was killed
+                    if name != run_id:  # a new run in the folder of a killed one
                         run_id, fits = name, []
                     fits.append(entry)
                     ended = None
@@ -116,10 +116,10 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def find_runs(where: Path) -> list[RunLog]:
-    """The runs in a folder and all below it, the one begun or resumed last at the end.
+    """The runs in a folder and below it, ordered by the time of their last begin or resume.
 
     Args:
-        where: Where to look.
+        where: The folder to search.
     """
     found = [run for path in where.rglob(RUN_FILE) if (run := read_run(path.parent)) is not None]
     return sorted(found, key=lambda run: (run.begun, run.run_id, str(run.folder)))

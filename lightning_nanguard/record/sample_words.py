@@ -1,4 +1,4 @@
-"""Puts into words which samples a finding is about."""
+"""Describes the samples of a finding in words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_nanguard.types import Finding
 
 
 def origin_in_words(finding: Finding, thresholds: RecordsThresholds = RECORDS) -> str:
-    """Where the samples of a finding came from, how often they were met, and on which rank; empty if not known.
+    """The rows of a finding's samples, how often they were found, and on which rank; empty if not known.
 
     Args:
         finding: The finding.
@@ -34,7 +34,7 @@ def origin_in_words(finding: Finding, thresholds: RecordsThresholds = RECORDS) -
 
 
 def samples_in_words(finding: Finding, thresholds: RecordsThresholds = RECORDS) -> str:
-    """The samples of a finding: where they came from if that is known, else their places in the batch.
+    """The samples of a finding: their rows if these are known, else their places in the batch.
 
     Args:
         finding: The finding.

@@ -1,4 +1,4 @@
-"""Says so if most updates of a run were skipped, since hardly anything is learned then."""
+"""Reports if most updates of a run were skipped, because then hardly anything is learned."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ TO_DO = (
 
 
 def mostly_skipped(skipped: int, updates: int, thresholds: RecordsThresholds = RECORDS) -> str:
-    """Say how many updates were skipped if they were most of them; ``""`` if they were not.
+    """Say how many updates were skipped, if most of them were; else ``""``.
 
     Args:
-        skipped: Updates that were skipped.
-        updates: All updates.
+        skipped: Number of skipped updates.
+        updates: Number of all updates.
         thresholds: Which share counts as most, and as nearly all.
 
     Example:

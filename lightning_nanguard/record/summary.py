@@ -58,7 +58,7 @@ def summary(
         observe: Whether the guard only observed.
         act_on: When the guard changes the run.
         advice: Causes that advice was given about.
-        trials: What is said of the trials that were held.
+        trials: The trials in words.
         whole: Updates and interventions of the whole run, if it was resumed.
 
     Example:
@@ -82,7 +82,7 @@ def summary(
     if not total:
         told = advice or trials or (whole is not None and whole[1] > 0)
         return printable(f"{watched}, no interventions{rate}{advised}{all_in_all}{where if told else ''}")
-    # Sorted, since the order in which faults came must not change the line.
+    # Sorted, so that the line does not depend on the order of the faults.
     met = ", ".join(f"{in_words(kind)} {count:,}" for kind, count in sorted((faults or {}).items(), key=_most_first))
     used = sorted((remedies or {}).items(), key=_most_first)
     done = ", ".join(counted(count, *_ACTIONS.get(word, (f"× {word}", f"× {word}"))) for word, count in used)

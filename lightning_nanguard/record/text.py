@@ -1,4 +1,4 @@
-"""Text that is safe to show, whatever a record holds."""
+"""Makes text safe to show, whatever a record holds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEPS = (
 
 
 def printable(text: str) -> str:
-    r"""One line of text without characters that control a terminal or turn text around; they are shown as escapes.
+    r"""One line of text in which characters that control a terminal or the direction of text are escaped.
 
     Names and messages come from the user's code and data, or from a file that somebody sent.
 
@@ -30,7 +30,7 @@ def printable(text: str) -> str:
 
 
 def in_words(identifier: str) -> str:
-    """An identifier of a fault or a cause as words.
+    """An identifier of a fault or a cause in words.
 
     Example:
         >>> in_words("non_finite_loss")
@@ -55,7 +55,7 @@ def steps_in_words(steps: Sequence[int]) -> str:
 
 
 def listed_numbers(noun: str, numbers: Sequence[int | str], thresholds: RecordsThresholds = RECORDS) -> str:
-    """Numbers with their noun, such as ``"lines 2, 5, 7"``; what is too many is counted."""
+    """Numbers with their noun, such as ``"lines 2, 5, 7"``. If there are too many, the rest is counted."""
     most = thresholds.numbers_per_message
     more = len(numbers) - most
     shown = ", ".join(str(number) for number in islice(numbers, most))

@@ -1,4 +1,4 @@
-"""What came of the trials that were held beside a run."""
+"""The results of the trials that ran beside a run."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Outcome = Literal["confirmed", "not confirmed", "no result"]
 @final
 @dataclass(frozen=True, slots=True)
 class HeldTrial:
-    """Says what one trial showed. A trial that did not confirm its suspicion has changed nothing.
+    """The result of one trial. A trial that does not confirm its suspicion changes nothing.
 
     Attributes:
         begun_step: ``global_step`` at which it began.
         global_step: ``global_step`` at which it ended.
         fault: Kind of the suspicion.
         outcome: Whether it confirmed the suspicion.
-        lacks: Share of what can be learned that the run lacks; 0 where the suspicion was not confirmed.
-        factor: Factor of the best restart on the learning rate.
+        lacks: Share of what can be learned that the run lacks; 0 if the suspicion was not confirmed.
+        factor: Factor on the learning rate in the best arm.
         reason: Why there is no result.
         run: Id of the run.
 
@@ -46,7 +46,7 @@ class HeldTrial:
     run: str = field(default="", compare=False)
 
     def told(self) -> str:
-        """What it showed, in one line."""
+        """The result in one line."""
         return printable(
             f"trial of steps {self.begun_step} to {self.global_step} ({in_words(self.fault)}): {self._shown()}"
         )
@@ -68,7 +68,7 @@ class HeldTrial:
         """The inverse of :meth:`to_dict`; keys of later versions are ignored.
 
         Raises:
-            ValueError: If ``data`` is no trial.
+            ValueError: If ``data`` is not a trial.
         """
         try:
             known = {one.name: data[one.name] for one in fields(cls) if one.name in data}
@@ -82,7 +82,7 @@ class HeldTrial:
 
 
 def trials_in_words(trials: Sequence[HeldTrial]) -> str:
-    """How many trials were held, and how many of them confirmed nothing; ``""`` without a trial.
+    """The number of trials, and how many of them confirmed nothing; ``""`` without a trial.
 
     Args:
         trials: The trials.

@@ -47,7 +47,7 @@ class Webhook(Sink):
         self._seen: Counter[tuple[str, str | None, tuple[str, ...]]] = Counter()
 
     def open(self, run: RunInfo) -> None:
-        """Take the name of the run."""
+        """Use the id of the run as its name, if none was given."""
         self._run = self._name or run.run_id
         self._seen.clear()
 
@@ -62,7 +62,7 @@ class Webhook(Sink):
             self._post(f"{tell_again(intervention)} ({seen:,} so far)")
 
     def _post(self, words: str) -> None:
-        # Slack takes markup and names of channels from between these.
+        # Slack interprets markup and channel names between < and >.
         text = f"NaNGuard, run {self._run}: {words}".replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
         body = json.dumps({"text": text}).encode()
         request = urllib.request.Request(self._url, body, {"Content-Type": "application/json"}, method="POST")

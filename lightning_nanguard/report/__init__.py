@@ -1,1 +1,1 @@
-"""The page and the figure of a run: what was recorded, drawn for whoever comes back to it."""
+"""Makes the page and the figure of a run from its records."""

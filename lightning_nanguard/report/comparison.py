@@ -1,4 +1,4 @@
-"""Lays runs side by side: what differs in their settings, how each went, and their curves in one figure."""
+"""Compares runs: the settings that differ, the outcome of each, and their curves in one figure."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _NONE = "–"
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """The shortest names that tell the folders of runs apart.
+    """The shortest names that distinguish the folders of runs.
 
     Args:
         folders: The folders, all different.
@@ -52,7 +52,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def compare(runs: Sequence[RunData], thresholds: ReportThresholds = REPORT) -> list[Row]:
-    """What tells runs apart: outcome, loss, rates, what the guard did, and the settings that differ.
+    """The rows of a comparison: outcome, loss, rates, interventions, and the settings that differ.
 
     Args:
         runs: The runs.
@@ -95,10 +95,10 @@ def comparison_page(names: Sequence[str], runs: Sequence[RunData], thresholds: R
         thresholds: How much is drawn.
 
     Returns:
-        HTML that needs nothing else.
+        HTML without external files.
 
     Raises:
-        ModuleNotFoundError: When matplotlib is not installed.
+        ModuleNotFoundError: If matplotlib is not installed.
     """
     rows = [(label, *values) for label, values in compare(runs, thresholds)]
     title = f"{len(runs)} runs compared"
@@ -109,7 +109,7 @@ def comparison_page(names: Sequence[str], runs: Sequence[RunData], thresholds: R
 
 
 def draw_comparison(names: Sequence[str], runs: Sequence[RunData], thresholds: ReportThresholds = REPORT) -> Any:
-    """Draw loss, gradient norm and learning rate of several runs over the steps, each run in its colour.
+    """Draw loss, gradient norm and learning rate of several runs over the steps, with one colour for each run.
 
     Args:
         names: Names of the runs.
@@ -144,23 +144,23 @@ def draw_comparison(names: Sequence[str], runs: Sequence[RunData], thresholds: R
 
 
 def _short(name: str, most: int) -> str:
-    """A name with its beginning left out where it is too long; its end tells runs apart."""
+    """A name, shortened at the beginning if it is too long, because the end distinguishes runs."""
     return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
 def _loss(curve: Sequence[CurvePoint], step: int, thresholds: ReportThresholds) -> str:
-    """Median loss of the last points up to a step; ``nan`` or ``inf`` where the last one is not finite."""
+    """Median loss of the last points up to a step; ``nan`` or ``inf`` if the last one is not finite."""
     known = [one.loss for one in curve if one.loss is not None and one.step <= step][-thresholds.rows_around :]
     finite = [loss for loss in known if math.isfinite(loss)]
     return f"{median(finite) if finite and math.isfinite(known[-1]) else known[-1]:.4g}" if known else _NONE
 
 
 def _differing(runs: Sequence[RunData], kind: str, prefix: str) -> list[Row]:
-    """Settings that are not the same in all runs; those of a run that were not recorded are left out."""
+    """Settings that are not the same in all runs. Settings that were not recorded are left out."""
     begun: list[Mapping[str, Any]] = [{} if run.log is None or not run.log.fits else run.log.fits[-1] for run in runs]
     known: list[Mapping[str, Any]] = [one if isinstance(one := fit.get(kind), dict) else {} for fit in begun]
     rows = []
-    # Names with an underscore are Lightning's own.
+    # Lightning's own entries begin with an underscore.
     for name in dict.fromkeys(name for settings in known for name in settings if not name.startswith("_")):
         values = [str(settings[name]) if name in settings else "default" if prefix else _NONE for settings in known]
         if len(set(values)) > 1 and all(known):

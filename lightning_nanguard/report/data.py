@@ -1,4 +1,4 @@
-"""Reads what a run has left in its folder."""
+"""Reads the files in the folder of a run."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ _Item = TypeVar("_Item")
 @final
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """What is known of a run.
+    """The data of a run, read from its folder.
 
     Attributes:
         folder: The folder of the run.
-        log: What its log says; ``None`` for a run of version 0.1.0.
-        alive: Whether it goes on in another process.
-        curve: Its curves, in the order they were written.
+        log: Its log; ``None`` for a run of version 0.1.0.
+        alive: Whether it is still running in another process.
+        curve: The points of its curves, in the order in which they were written.
         interventions: Its interventions, oldest first.
-        advice: What was noticed and left alone.
-        layer_norms: Norms of the layers at incidents.
-        receipts: What interventions on finite evidence have gained or cost.
-        earlier: Its logs in the folders that it lay in before it was resumed, oldest first.
-        trials: What the trials showed that were held beside it.
+        advice: Its advice.
+        layer_norms: Gradient norms of the layers at interventions.
+        receipts: Its receipts.
+        earlier: Its logs in earlier folders, before it was resumed, oldest first.
+        trials: The results of its trials.
     """
 
     folder: Path
@@ -68,7 +68,7 @@ class RunData:
 
     @property
     def updates_lost(self) -> int:
-        """Updates that rollbacks undid."""
+        """Number of updates that rollbacks undid."""
         return sum(one.updates_lost for one in self.interventions if one.applied)
 
     @property
@@ -78,7 +78,7 @@ class RunData:
 
     @property
     def updates(self) -> int:
-        """Updates of the whole run; those that were trained again after a resume count once."""
+        """Number of updates of the whole run. Steps that were trained again after a resume count once."""
         known = None if self.log is None or self.log.ended is None else self.log.ended.get("updates")
         if isinstance(known, int):
             return known
@@ -93,7 +93,7 @@ class RunData:
 
     @property
     def of_last_fit(self) -> tuple[int, int] | None:
-        """Updates and interventions since it was last resumed; ``None`` if it was not, or that is not known."""
+        """Number of updates and interventions since the last resume; ``None`` without a resume, or if not known."""
         ended = None if self.log is None else self.log.ended
         if not self.resumed_at or ended is None or not isinstance(ended.get("updates_of_fit"), int):
             return None
@@ -103,7 +103,7 @@ class RunData:
 
     @property
     def mostly_skipped(self) -> str:
-        """That most of its updates were skipped, in words; ``""`` if they were not."""
+        """A message if most of its updates were skipped; else ``""``."""
         skipped = sum("skip" in one.remedies for one in self.interventions if one.applied)
         return mostly_skipped(skipped, self.updates)
 
@@ -113,10 +113,10 @@ class RunData:
         return next((point.lr for point in reversed(self.curve) if point.optimizer == 0 and point.lr is not None), None)
 
     def losses_at_ends(self, thresholds: ReportThresholds = REPORT) -> tuple[float | None, float | None]:
-        """Median loss of the first optimizer at the beginning of the curves and at their end; ``None`` without one.
+        """Median loss of the first optimizer at the beginning and at the end of the curves; ``None`` without a loss.
 
         Args:
-            thresholds: How many rows of the curves are looked at.
+            thresholds: How many rows of the curves are used.
         """
         known = [one.loss for one in self.curve if one.optimizer == 0 and one.loss is not None]
         finite = [loss for loss in known if math.isfinite(loss)]
@@ -126,7 +126,7 @@ class RunData:
         return median(finite[:rows]), median(finite[-rows:]) if math.isfinite(known[-1]) else known[-1]
 
     def norms_at(self, intervention: Intervention) -> LayerNorms | None:
-        """The norms of the layers at an intervention; ``None`` where none were kept.
+        """The norms of the layers at an intervention; ``None`` if none were written.
 
         Args:
             intervention: The intervention.
@@ -137,11 +137,11 @@ class RunData:
     def losses_around(
         self, intervention: Intervention, thresholds: ReportThresholds = REPORT
     ) -> tuple[float | None, float | None]:
-        """Median loss before an intervention and after it; ``None`` if there is no finite one.
+        """Median loss before and after an intervention; ``None`` if there is no finite loss.
 
         Args:
             intervention: The intervention.
-            thresholds: How many rows of the curves are looked at.
+            thresholds: How many rows of the curves are used.
         """
         step, rows = intervention.global_step, thresholds.rows_around
         known = [(one.step, one.loss) for one in self.curve if one.loss is not None and math.isfinite(one.loss)]
@@ -151,7 +151,7 @@ class RunData:
 
 
 def read_run_data(folder: Path) -> RunData:
-    """Read what a run has left in its folder, and in those it lay in before it was resumed; what is not there is empty.
+    """Read the files in the folder of a run and in its earlier folders. The data of missing files is empty.
 
     Args:
         folder: The folder of the run.
@@ -178,10 +178,10 @@ def _all(folders: Sequence[Path], name: str, read: Callable[[Path], Sequence[_It
 
 
 def find_run(where: Path) -> Path | None:
-    """The folder of a run: the one given, or that of the newest run below it; ``None`` if there is none.
+    """The folder of a run: the given one, or that of the newest run below it; ``None`` if there is no run.
 
     Args:
-        where: The folder of the run, or of many.
+        where: The folder of the run, or a folder above several runs.
     """
     if read_run(where) is not None or (where / RECORDS_FILE).is_file():
         return where

@@ -15,7 +15,7 @@ from lightning_nanguard.report.data import RunData
 from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
 from lightning_nanguard.types import Intervention
 
-# Readable on light and on dark ground. In the page each is replaced by the variable of its name.
+# Readable on light and dark backgrounds. In the page each is replaced by the CSS variable of its name.
 COLOURS = {"ink": "#6b7280", "first": "#2f80d0", "second": "#c77700", "bad": "#d6404f", "back": "#9a5fd0"}
 """The colours of the figure, by what they show."""
 
@@ -48,13 +48,13 @@ AGAIN = "trained again after a resume"
 
 
 def matplotlib(name: str = "matplotlib") -> ModuleType:
-    """A module of matplotlib.
+    """Import a module of matplotlib.
 
     Args:
         name: The module.
 
     Raises:
-        ModuleNotFoundError: If it is not installed, with the name of the extra.
+        ModuleNotFoundError: If matplotlib is not installed. The message names the extra.
     """
     try:
         return import_module(name)
@@ -65,9 +65,10 @@ def matplotlib(name: str = "matplotlib") -> ModuleType:
 
 
 def draw(data: RunData, figure: Any = None, thresholds: ReportThresholds = REPORT) -> Any:
-    """Draw a run: loss, gradient norm with the clipping value, and learning rate, over the steps.
+    """Draw loss, gradient norm with the clipping value, and learning rate of a run over the steps.
 
-    Each intervention is a mark above the curves and a line through them, each rollback an arc to where it went back to.
+    Each intervention is a mark above the curves and a line through them. Each rollback is an arc to the step to which
+    it went back.
 
     Args:
         data: The run.
@@ -118,11 +119,11 @@ def draw(data: RunData, figure: Any = None, thresholds: ReportThresholds = REPOR
 
 
 def to_svg(figure: Any, title: str = "The curves of the run and its interventions") -> str:
-    """The figure as an SVG element to stand in a page, with the variables of the page for colours.
+    """Convert a figure to an SVG element for a page, with the CSS variables of the page as colours.
 
     Args:
-        figure: What :func:`draw` made.
-        title: What it shows, for those who cannot see it; no text of a record.
+        figure: The figure that :func:`draw` made.
+        title: Text alternative for screen readers. It must not come from a record.
     """
     buffer = io.StringIO()
     with matplotlib().rc_context(STYLE):
@@ -135,11 +136,11 @@ def to_svg(figure: Any, title: str = "The curves of the run and its intervention
 
 
 def spread(interventions: Sequence[Intervention], most: int) -> Iterator[Intervention]:
-    """Some of the interventions, spread over the run, those with a rollback or a stop before others.
+    """Choose some of the interventions, spread over the run. Rollbacks and stops are preferred.
 
     Args:
         interventions: All of them.
-        most: How many at most.
+        most: Largest number of them.
     """
     rare = [one for one in interventions if one.snapshot_step is not None or "stop" in one.remedies]
     common = [one for one in interventions if one.snapshot_step is None and "stop" not in one.remedies]
@@ -160,18 +161,18 @@ def _colour(intervention: Intervention) -> str:
 
 
 def add_curve(axes: Any, rows: Sequence[CurvePoint], field: str, colour: str, name: str | None) -> None:
-    """Add a curve, the largest values of joined rows behind it, and a mark where a value was not finite.
+    """Add a curve, the largest values of joined rows behind it, and a mark at each value that is not finite.
 
     Args:
-        axes: Where to.
+        axes: The axes.
         rows: The points.
         field: Name of the value, ``"loss"`` or ``"grad_norm"``.
-        colour: Its colour.
-        name: Its name in the legend; ``None`` for none.
+        colour: Colour of the curve.
+        name: Name of the curve in the legend; ``None`` for none.
     """
     again = trained_again(rows)
     if any(again):
-        # In their places, so that the line is broken where a fit ends.
+        # Other points become ``None``, so that the line is broken where a fit ends.
         values = [getattr(one, field) if old else None for one, old in zip(rows, again, strict=True)]
         label = None if AGAIN in axes.get_legend_handles_labels()[1] else AGAIN
         add_line(axes, rows, values, color=colour, alpha=0.35, linewidth=0.8, label=label)
@@ -188,18 +189,18 @@ def add_curve(axes: Any, rows: Sequence[CurvePoint], field: str, colour: str, na
 
 
 def _current(rows: Sequence[CurvePoint]) -> list[CurvePoint]:
-    """The points without those that a resumed run has trained again."""
+    """The points, except those whose steps a resumed run has trained again."""
     return [one for one, again in zip(rows, trained_again(rows), strict=True) if not again]
 
 
 def add_line(axes: Any, rows: Sequence[CurvePoint], values: Sequence[float | None], **style: Any) -> None:
-    """Add a line that is broken where a resumed run begins again at an earlier step, and where no value is finite.
+    """Add a line with gaps where a resumed run begins at an earlier step, and where no value is finite.
 
     Args:
-        axes: Where to.
+        axes: The axes.
         rows: The points.
         values: Their values.
-        style: What matplotlib is given.
+        style: Arguments of matplotlib's ``plot``.
     """
     xs: list[float] = []
     ys: list[float] = []
@@ -208,20 +209,20 @@ def add_line(axes: Any, rows: Sequence[CurvePoint], values: Sequence[float | Non
             xs.append(row.step)
             ys.append(math.nan)
         xs.append(row.step)
-        # What float64 holds and matplotlib's scales do not survive is no more than a spike, either.
+        # Matplotlib's scales fail with values close to the largest float64, so these are left out.
         ys.append(value if value is not None and abs(value) < 1e300 else math.nan)
     if any(map(math.isfinite, ys)):
-        # A single value between two that are not finite would be a line of no length.
+        # With a marker, because a single value between two gaps would have no visible line.
         alone = {"marker": ".", "markersize": 4} if len(ys) < 30 else {}
         axes.plot(xs, ys, **{"linewidth": 1.2, **alone, **style})
 
 
 def legend(axes: Any, thresholds: ReportThresholds = REPORT) -> None:
-    """Put the legend above the axes at the left: there it hides no curve, and a phone shows it without scrolling.
+    """Put the legend above the axes at the left, where it hides no curve and is visible on a phone.
 
     Args:
         axes: The axes, with their curves.
-        thresholds: How wide it is.
+        thresholds: Width of the legend.
     """
     labels = axes.get_legend_handles_labels()[1]
     if labels:
@@ -230,11 +231,11 @@ def legend(axes: Any, thresholds: ReportThresholds = REPORT) -> None:
 
 
 def scale(axes: Any, thresholds: ReportThresholds = REPORT) -> None:
-    """Choose the scale and the end of a vertical axis; what is far above the other values leaves the axis at its top.
+    """Choose the scale and the upper end of a vertical axis. Values far above the others are cut off.
 
     Args:
         axes: The axes, with their curves.
-        thresholds: From which ratio a scale is logarithmic, and where an axis ends.
+        thresholds: The ratio from which a scale is logarithmic, and the end of the axis.
     """
     lines = [line for line in axes.get_lines() if line.get_linestyle() != "None"]
     values = sorted(y for line in lines for y in line.get_ydata() if math.isfinite(y))
@@ -245,7 +246,7 @@ def scale(axes: Any, thresholds: ReportThresholds = REPORT) -> None:
     cut = 0 < end < values[-1]
     if least > 0 and min(values[-1], end) > thresholds.logarithmic_from * least:
         axes.set_yscale("log")
-        # Matplotlib's own labels are formulas, which a page cannot show: names of layers must stay plain text.
+        # Plain numbers, because matplotlib's own labels are formulas, and formulas are turned off for names of layers.
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
         axes.yaxis.set_minor_formatter(lambda value, _: "")
     if cut:
@@ -253,7 +254,7 @@ def scale(axes: Any, thresholds: ReportThresholds = REPORT) -> None:
 
 
 def _mark(axes: Any, interventions: Sequence[Intervention], library: ModuleType) -> None:
-    """The marks of interventions, with an arc from each rollback to the step it went back to."""
+    """Draw the marks of interventions, with an arc from each rollback to the step to which it went back."""
     patches = matplotlib("matplotlib.patches")
     axes.set_ylim(-0.3, 1.3)
     axes.set_yticks([])

@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file without scripts, which loads nothing."""
+"""Makes the page of a run: one HTML file without scripts and external files."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ dd { margin: 0 }
 table { border-collapse: collapse; font-size: .85rem; white-space: nowrap } th, td { padding: .2rem .5rem;
   text-align: left; border-bottom: 1px solid var(--line) }
 """
-# Even a name that got past the escaping could neither run nor load anything.
+# If a name were not escaped, this policy would still keep it from running or loading anything.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def page(data: RunData, thresholds: ReportThresholds = REPORT) -> str:
-    """The page of a run.
+    """Make the page of a run.
 
     Args:
         data: The run.
         thresholds: How much is shown.
 
     Returns:
-        HTML that needs nothing else.
+        HTML without external files.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -77,11 +77,11 @@ def page(data: RunData, thresholds: ReportThresholds = REPORT) -> str:
 
 
 def document(title: str, parts: Sequence[str]) -> str:
-    """A whole page that loads nothing, around its parts.
+    """Make a whole page without external files from its parts.
 
     Args:
-        title: Its title.
-        parts: Its body, as HTML.
+        title: Title of the page.
+        parts: The parts of its body, as HTML.
     """
     body = "\n".join(part for part in parts if part)
     return (
@@ -94,7 +94,7 @@ def document(title: str, parts: Sequence[str]) -> str:
 
 
 def verdict(data: RunData) -> tuple[str, bool | None]:
-    """How the run went, in one sentence, and whether that is good; ``None`` where it is not known.
+    """The outcome of the run in one sentence, and whether it is good; ``None`` if this is not known.
 
     Args:
         data: The run.
@@ -131,8 +131,8 @@ def heading(sentence: str, good: bool | None) -> str:
     """The heading of a page, in the colour of the outcome.
 
     Args:
-        sentence: What it says.
-        good: Whether that is good; ``None`` where it is not known.
+        sentence: The text.
+        good: Whether the outcome is good; ``None`` if it is not known.
     """
     colour = {None: "unsure", True: "good", False: "bad"}[good]
     return f'<h1 class="{colour}">{escaped(sentence)}</h1>'
@@ -163,7 +163,7 @@ def _headline(data: RunData, thresholds: ReportThresholds) -> str:
 
 
 def _resumed(data: RunData) -> str:
-    """Of which fits the numbers are, for a run that was resumed."""
+    """A note for a resumed run: which fits the numbers count."""
     if not data.resumed_at:
         return ""
     words = f"All numbers on this page are of the whole run, which was resumed at {steps_in_words(data.resumed_at)}."
@@ -195,7 +195,7 @@ def _interventions(data: RunData, thresholds: ReportThresholds) -> list[str]:
     kinds: dict[tuple[str, str | None, tuple[str, ...]], list[int]] = {}
     for number, one in enumerate(data.interventions):
         kinds.setdefault((one.fault, one.cause, one.remedies), []).append(number)
-    # The first of each kind, then the others in their order.
+    # First the first intervention of each kind, then the others in order.
     wanted = chain((numbers[0] for numbers in kinds.values()), range(len(data.interventions)))
     shown = sorted(list(dict.fromkeys(wanted))[: thresholds.interventions_in_full])
     parts = ["<h2>Interventions</h2>"]
@@ -232,7 +232,7 @@ def _intervention(one: Intervention, data: RunData, is_open: bool, thresholds: R
 
 
 def _receipt(one: Intervention, data: RunData, thresholds: ReportThresholds) -> str:
-    """What an intervention cost, and what came of it."""
+    """The lost updates and the result of an intervention."""
     words = []
     if "skip" in one.remedies:
         words.append("1 batch skipped")

@@ -1,4 +1,4 @@
-"""Says in words what the recorder saw around an intervention."""
+"""Describes in words the measurements around an intervention."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_nanguard.types import Intervention
 
 
 def recorded_around(intervention: Intervention, data: RunData, thresholds: ReportThresholds = REPORT) -> list[str]:
-    """The loss around an intervention, and the layers whose gradient norms changed most before it, a line each.
+    """The loss around an intervention, and the layers whose gradient norms changed most before it, one line each.
 
     Args:
         intervention: The intervention.

@@ -1,1 +1,1 @@
-"""Connects the guard to one fit of a Lightning Trainer, with everything that needs Lightning's private parts."""
+"""Connects the guard to one fit of a Lightning Trainer. Only this package uses Lightning's private parts."""

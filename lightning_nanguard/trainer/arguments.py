@@ -30,7 +30,7 @@ _CHOICES = {
 @final
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """What :class:`~lightning_nanguard.NaNGuard` was given; see there.
+    """The arguments of :class:`~lightning_nanguard.NaNGuard`; see there.
 
     Raises:
         ValueError: If an argument is out of its range or contradicts another.

@@ -1,4 +1,4 @@
-"""Examines the present batches and runs them again on the trainer's module, without side effects."""
+"""Checks the present batches and runs them again on the trainer's module, without side effects."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class TrainerBatchReplay:
     Args:
         trainer: The trainer.
         module: Its module.
-        learner: What is trained.
+        learner: The learner.
         ranks: All processes.
         clipper: Clips gradients as the guard does now.
-        delay: After how many further updates it is known that one was healthy.
-        examined: Whether a loss that does not move is examined, on many batches.
+        delay: Number of further updates after which an update is known to be healthy.
+        examined: Whether a loss that does not move will be examined, which takes many batches.
         thresholds: How many batches are kept.
     """
 
@@ -79,11 +79,11 @@ class TrainerBatchReplay:
         self._delay = delay
         self._limits = thresholds
         self._distrusted = -1
-        # Whether the hook at a batch's end is running, in which alone the module may log.
+        # Whether the hook at the end of a batch is running. Only in this hook may the module log.
         self.may_log = False
-        # What was to be logged meanwhile, for the next time that it may.
+        # Logs the values that have to wait for this hook.
         self.to_log: Callable[[], None] | None = None
-        # Index of the micro-batch that a diagnosis is of, where only one of its window is bad.
+        # Index of the micro-batch to diagnose, if only one of the window is bad.
         self.suspect: int | None = None
         self.batch: Any = None
         self.batch_idx = -1
@@ -112,19 +112,19 @@ class TrainerBatchReplay:
             self.suspect, self.batch_idx = None, before
 
     def remember(self, update: int) -> None:
-        """The present batch is over, in which update ``update`` was the last; keep what turned out healthy."""
+        """The present batch is over, with ``update`` as its last update. Keep the batches now known to be healthy."""
         if not self._delay:
             self.batches.accept(self.batch, self.batch_idx)
         elif (known := update - self._delay) > self._distrusted:
             self.batches.accept_update(known)
 
     def distrust(self, update: int) -> None:
-        """A fault was found with update ``update``: of no earlier one it will become known that it was healthy."""
+        """A fault was found in ``update``, so this and earlier updates are not known to be healthy."""
         self._distrusted = update
 
     @contextmanager
     def showing(self, update: int) -> Iterator[bool]:
-        """Inside, the present batch is that of an update which is over; whether it is still there."""
+        """Inside, the present batch is that of an earlier update. Yields whether this batch is still kept."""
         batch, batch_idx = self.batch, self.batch_idx
         self._shown = self.batches.of(update)
         if self._shown:
@@ -139,26 +139,26 @@ class TrainerBatchReplay:
         return batch_finite([micro.batch for micro in self._shown or self.batches.newest()])
 
     def batch_strange(self, *, extreme: bool = False) -> bool | None:
-        """Whether the present batch reaches far beyond those before it, or is far larger than them."""
+        """Whether the values of the present batch are far outside the range of the batches before, or far larger."""
         return None if self.batch is None else self.batches.strange(self.batch, extreme=extreme)
 
     def bytes_kept(self) -> int:
-        """Bytes of the batches that are kept to be run again."""
+        """Bytes of the batches that are kept for replays."""
         return self.batches.bytes_kept()
 
     def comparable(self) -> bool:
-        """Whether a batch can be run again at all: under automatic optimization."""
+        """Whether a batch can be run again, which needs automatic optimization."""
         return bool(self._module.automatic_optimization)
 
     def probe(self) -> float | None:
-        """Loss of the present batch under the present weights, with the random numbers it had. It changes nothing."""
+        """Loss of the present batch under the present weights, with its recorded random numbers. It changes nothing."""
         if not self._repeatable():
             return None
         run = partial(run_training_step, self._trainer, self.batch, self.batch_idx)
         return self._attempt(partial(self._rehearsed, run))
 
     def gradient_finite(self) -> bool | None:
-        """Whether the present batch has a finite gradient under the present weights; gradients are gone afterwards."""
+        """Whether the present batch has a finite gradient under the present weights. It removes the gradients."""
         if not self._repeatable():
             return None
         optimizer = self._learner.optimizers[0]
@@ -171,24 +171,24 @@ class TrainerBatchReplay:
         return None if None in answers else all(answers)
 
     def rehearsing(self) -> AbstractContextManager[None]:
-        """Inside, batches run outside the run's count; at its end all they touched but the learner is restored."""
+        """Inside, batches do not count as part of the run. At the end everything except the learner is restored."""
         return untraced(self._trainer, self._module, self._limits)
 
     def rehearsal_batches(self) -> int:
-        """How many batches are at hand to rehearse on; 0 if that cannot be done."""
+        """Number of batches for a rehearsal; 0 if no rehearsal is possible."""
         if not self._repeatable() or (self._ranks.world > 1 and 0 in self._learner.quasi_newton):
             return 0
         counts: list[int] = self._ranks.gather(len(self._at_hand()))
         return min(counts)
 
     def train_on(self, index: int) -> float | None:
-        """One plain update on a batch; its loss before the update."""
+        """Make one plain update on a batch; return the loss before the update."""
         batch, batch_idx = self._at_hand()[index]
         optimizer = self._learner.optimizers[0]
         return self._update(optimizer, lambda: self._gradients(optimizer, batch, batch_idx))
 
     def earlier(self) -> Sequence[Callable[[], float | None]]:
-        """For each healthy batch that is kept what gives its loss under the weights of then."""
+        """For each healthy batch that is kept, a function that returns its loss under the present weights."""
 
         def loss(batch: Any, batch_idx: int) -> float | None:
             with torch.no_grad():
@@ -197,17 +197,18 @@ class TrainerBatchReplay:
         return [partial(loss, batch, batch_idx) for batch, batch_idx in self.batches.healthy]
 
     def trainable(self) -> bool:
-        """Whether all that an update is made of is kept, so that another state can make it."""
+        """Whether everything that an update needs is kept, so that it can be made from another state."""
         kept = self._limits.micro_batches.per_update
         alone = self._ranks.world == 1 or 0 not in self._learner.quasi_newton
         one = len(self._learner.optimizers) == 1 and not self._ranks.sharded
         if not (self.comparable() and one and alone and self._trainer.accumulate_grad_batches <= kept):
             return False
-        # What a step takes from an iterator of the module's, such as a second loader's, the run would miss.
+        # If the module reads an iterator of its own, such as a second loader, a repeated step would take the run's
+        # data.
         return not reach(self._module, 0, self._limits.repeated).streams
 
     def train_at_hand(self) -> float | None:
-        """The present update, with the random numbers of its micro-batches; its loss before the update."""
+        """Make the present update with its recorded random numbers; return the loss before the update."""
         micros, optimizer = self._shown or self.batches.newest(), self._learner.optimizers[0]
         return self._update(optimizer, lambda: self._window(optimizer, micros))
 
@@ -243,7 +244,7 @@ class TrainerBatchReplay:
 
         try:
             with torch.enable_grad():
-                optimizer.step(closure)  # as Lightning does: some optimizers evaluate more than once
+                optimizer.step(closure)  # as in Lightning: some optimizers call it several times
         except _RehearsalError:
             return None
         except Exception as error:
@@ -257,7 +258,7 @@ class TrainerBatchReplay:
             return self._loss(*self._at_hand()[index])
 
     def _draw_again(self) -> None:
-        # A fault that depends on the draw comes back only with the same random numbers.
+        # A fault that depends on random numbers comes back only with the same numbers.
         for micro in reversed(self._shown or self.batches.newest()):
             if micro.batch is self.batch:
                 self.batches.rewind(micro)
@@ -271,7 +272,7 @@ class TrainerBatchReplay:
         healthy = self.batches.healthy
         if len(healthy) > 1:
             return healthy
-        # There are too few to leave out the present one, although it may be bad.
+        # There are too few healthy batches, so the present one is used, although it may be bad.
         return [*healthy, (self.batch, self.batch_idx)]
 
     def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
@@ -287,7 +288,7 @@ class TrainerBatchReplay:
         return self._attempt(partial(run_training_step, self._trainer, batch, batch_idx))
 
     def _rehearsed(self, run: Callable[[], float | None]) -> float | None:
-        """Run the present batch in a rehearsal of its own, which takes memory."""
+        """Run the present batch in its own rehearsal, which needs memory for a copy."""
         with self.rehearsing():
             self._draw_again()
             return run()
@@ -305,19 +306,19 @@ class TrainerBatchReplay:
         return mean_over_ranks(self._ranks, value)
 
     def rerun(self, micro: MicroBatch, full_precision: bool) -> Tensor | None:
-        """Loss of a micro-batch with its graph, with the random numbers it had."""
+        """Loss of a micro-batch with its graph, with its recorded random numbers."""
         self.batches.rewind(micro)
         return loss_with_graph(self._trainer, micro.batch, micro.index, full_precision=full_precision)
 
     @contextmanager
     def untraced(self) -> Iterator[None]:
-        """Inside, nothing that runs leaves a trace, and no rank waits for another."""
+        """Undo at the end everything that runs inside. Inside, no rank waits for another."""
         with untraced(self._trainer, self._module, self._limits), self._silently():
             yield
 
     @contextmanager
     def _silently(self) -> Iterator[None]:
-        # Each rank for itself: one on which this fails must not leave others waiting for it.
+        # Without collectives: if one rank fails here, the others must not wait for it.
         with alone(self._trainer, ForbidCollectives()) if self._ranks.world > 1 else nullcontext():
             yield
 

@@ -1,4 +1,4 @@
-"""Puts a guarded fit together."""
+"""Builds a guarded fit from its parts."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def build_fit(
     Args:
         trainer: The trainer.
         module: Its module.
-        arguments: What the user asks for.
+        arguments: The arguments of the guard.
         memory: Keeps interventions from one fit to the next.
-        order: Knows where batches come from, and which rows are known to be bad.
-        run_id: Id of the run that is resumed.
+        order: Gives the rows of each batch, and leaves out rows that are known to be bad.
+        run_id: Id of the run that is resumed; ``None`` for a new one.
         settings: Settings of the guard, for the log of the run.
     """
     info, folder = open_run(trainer, arguments.dirpath, run_id, **begun_with(trainer, module, settings or {}))
@@ -137,7 +137,7 @@ def _context(
     )
     clipper = Clipper(arguments.thresholds.measurement)
     deferred = _deferred(arguments.readback, trainer, module)
-    # Read late, a fault is that of an earlier batch.
+    # With deferred readback a fault belongs to an earlier batch.
     late = deferred or ranks.world > 1
     replay = TrainerBatchReplay(
         trainer,

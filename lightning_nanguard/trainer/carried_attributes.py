@@ -1,4 +1,4 @@
-"""What a batch leaves in the module's attributes under manual optimization, undone where the batch is skipped."""
+"""Undoes a skipped batch's changes to the module's attributes, under manual optimization."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 
 @final
 class CarriedAttributes:
-    """Remembers attributes before each batch, such as a hidden state that the next batch begins with.
+    """Saves the module's attributes before each batch, such as a hidden state that the next batch needs.
 
     Args:
-        module: The module trained.
-        check: Has them put back where the batch is left out.
-        thresholds: Which steps are checked, and what is copied.
+        module: The trained module.
+        check: Restores them if the batch is skipped.
+        thresholds: Which steps are checked, and which attributes are copied.
     """
 
     def __init__(self, module: nn.Module, check: StepCheck, thresholds: RepeatedStepsThresholds) -> None:
@@ -41,5 +41,5 @@ class CarriedAttributes:
         self._numbers.open(before)
 
     def close(self) -> None:
-        """It has run."""
+        """The batch has run."""
         self._memory.close()

@@ -18,7 +18,7 @@ _WHOLE = (RandomSampler, SequentialSampler, DistributedSampler)
 
 
 def sources(made: Any) -> dict[str, Any]:
-    """What is to be read, by name: the loaders of a data module, else the object itself.
+    """The sources to read, by name: the loaders of a data module, else the object itself.
 
     Args:
         made: A data module, a loader, a data set, or several of these.
@@ -68,7 +68,7 @@ class _Readable(Dataset[Any]):
     def __getitem__(self, key: Any) -> Any:
         try:
             return key, self._data[key]
-        except Exception as error:  # a broken file must not hide the samples after it
+        except Exception as error:  # go on with the samples after a broken file
             return key, Unreadable(f"{type(error).__name__}: {error}")
 
 
@@ -78,7 +78,7 @@ def _as_list(items: list[Any]) -> list[Any]:
 
 @final
 class DataWalk:
-    """The samples of one source, one after the other.
+    """Iterates over the samples of one source.
 
     Args:
         source: A loader, a data set, or an iterable of batches.
@@ -91,7 +91,7 @@ class DataWalk:
         self._rows = None if self._streams else self._keys()
 
     def __len__(self) -> int:
-        """Number of samples, or of batches where only those can be counted; 0 if it is not known."""
+        """Number of samples, or of batches if only these can be counted; 0 if it is not known."""
         try:
             return len(self._rows) if self._rows is not None else len(self._data)
         except TypeError:
@@ -103,7 +103,7 @@ class DataWalk:
             mapped = isinstance(self._data, Dataset) and hasattr(self._data, "__len__")
             return range(len(self._data)) if mapped else None
         if loader.batch_size is None and loader.batch_sampler is None:
-            return None  # the data set gives whole batches
+            return None  # the data set returns whole batches
         if type(loader.sampler) in _WHOLE and type(loader.batch_sampler).__module__.startswith("torch."):
             return range(len(self._data))
         batches: Any = loader.batch_sampler

@@ -39,11 +39,11 @@ class Diagnostics:
     Args:
         trainer: The trainer.
         module: Its module.
-        context: What the parts of the guard share.
+        context: The objects that the parts of the guard share.
         replay: Runs batches again.
         advice: Keeps advice.
-        examine_after: Updates after which a loss that has not moved is examined; ``None`` for never.
-        bundles: Keeps incidents; ``None`` keeps none.
+        examine_after: Number of updates after which a loss that has not moved is examined; ``None`` for never.
+        bundles: Writes incidents to disk; ``None`` writes none.
         rules: The user's own diagnosis rules.
         thresholds: When a number is evidence for a cause, and how much a diagnosis may cost.
         samples: Names the bad samples of a batch.
@@ -92,22 +92,22 @@ class Diagnostics:
         self.first_updates = (
             None if self._ranks.sharded else FirstUpdates(trainer, module, context, thresholds.mistakes)
         )
-        # Whether the first batch is still to be looked at, and whether an examination was asked for.
+        # Whether the preflight is still due, and whether the user asked for an examination.
         self.preflight_due = False
         self.asked = False
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
-        """Why the fault of an update happened; where folders of incidents are kept, what it can be replayed from."""
+        """Find the cause of a fault, and write the incident to disk if the user asked for it."""
         if look == "replay" and (not self._replay.comparable() or self._ranks.sharded):
             look = "batch"
         good = self._context.ring.good(evidence.sound, evidence.loss_unit) if look == "replay" else None
         if good is not None:
-            good = self._ranks.join_snapshot(good)  # here, where all ranks come, and not where only some may
+            good = self._ranks.join_snapshot(good)  # all ranks must take part, so not in a branch
         micros = self._replay.batches.of(update)
         if self._replay.suspect is not None:
             micros = [micro for micro in micros if micro.index == self._replay.suspect] or micros
         finding = self._diagnostician.diagnose(fault, evidence, micros, look, good)
-        # Batches that came after an update that was made on bad numbers were not measured.
+        # If a bad update was made, the batches after it were not checked.
         later = self._replay.batches.since(update) if evidence.undo and look != "nothing" else []
         looked = [] if look == "nothing" else [*micros, *later]
         about, run = self._diagnostician.looked_at, look == "replay"
@@ -129,7 +129,7 @@ class Diagnostics:
         if good is None and self._context.ring.certified:
             good = self._context.ring.certified[0]
         if evidence.undo and good is not None and not good.shared():
-            # The update was already made: the last good snapshot is close to the state that it began from.
+            # The update was already made: use the last good snapshot, which is close to the state before it.
             state |= {path[-1]: leaf for path, leaf in good.leaves.items() if path[0] in ("parameter", "buffer")}
         return Bundle(
             module=f"{type(self._module).__module__}:{type(self._module).__qualname__}",
@@ -172,7 +172,7 @@ class Diagnostics:
                 self.advise("preflight", finding)
 
     def examine_if_due(self) -> None:
-        """Examine a loss that does not move, or the present run where that was asked for."""
+        """Examine a loss that does not move, or the present run if the user asked for it."""
         if not (self._examines or self.asked):
             return
         history, asked = self._context.monitors.history(0), self.asked
@@ -201,11 +201,11 @@ class Diagnostics:
             self.advise("skipped batches", advice)
 
     def advise(self, occasion: str, finding: Finding) -> None:
-        """Give advice, once about one cause at one place, unless the user asks again.
+        """Give advice, once for each cause and place, unless the user asks again.
 
         Args:
-            occasion: Why the guard looked.
-            finding: What it found.
+            occasion: When the guard gives it.
+            finding: The finding.
         """
         about = {(one.finding.cause, one.finding.place) for one in self._advice.given}
         if occasion != "asked" and (finding.cause, finding.place) in about:

@@ -33,8 +33,8 @@ class FirstUpdates:
     Args:
         trainer: The trainer.
         module: Its module.
-        context: What the parts of the guard share.
-        thresholds: How much is looked at.
+        context: The objects that the parts of the guard share.
+        thresholds: How much is checked.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class FirstUpdates:
         self._named: Mapping[str, nn.Parameter] = {}
         self._optimized: set[str] = set()
         self._modes: Mapping[str, nn.Module] = {}
-        # Whatever has not been seen to be in order: parameters that got no gradient, modules in evaluation mode.
+        # Not known to be correct yet: parameters that got no gradient, and modules in evaluation mode.
         self._waiting = self._named
         self._idle: Mapping[str, nn.Module] = self._modes
-        self._trainable: set[str] = set()  # of those that wait
+        self._trainable: set[str] = set()  # those of them that require a gradient
         self._evaluating = True
         self._calls: ModuleCalls | None = None
         self._batches: list[tuple[int, list[Tensor]]] = []
@@ -59,15 +59,15 @@ class FirstUpdates:
         self._gradients = [_AddedGradients(optimizer, thresholds.looks_at_gradients) for optimizer in optimizers]
         self._losses = self._updates = 0
         self._graph = False
-        last = thresholds.updates - max(1, len(optimizers))  # each of them makes an update of the last batch
+        last = thresholds.updates - max(1, len(optimizers))  # the last batch makes one update for each optimizer
         rates_change = range(0, last, thresholds.updates_between_rates) if trainer.lr_scheduler_configs else ()
-        # Updates whose rates and modes are looked at, but for the present one if that is one of them.
+        # Updates in which rates and modes will be checked, without the present one.
         self._due = sorted({thresholds.least_updates, last, *rates_change} - {0})
         self._closely = True
-        # Updates of the run before this fit, and those after which to decide what to look at.
+        # Number of updates before this fit, and the number after which to decide again what to check.
         self._begun = self._next = 0
-        # Whether the present update is looked at: the first ones are, a few later ones, and each as long as parameters
-        # wait for a gradient.
+        # Whether the present update is checked: the first ones, a few later ones, and all while parameters have no
+        # gradient.
         self.looks = True
 
     # ---------------------------------------------------------------------------------------------- while it trains
@@ -85,7 +85,7 @@ class FirstUpdates:
                 self._calls.begin(batch)
 
     def _begin(self) -> None:
-        # Not before the first batch: a hook before it may have replaced a layer.
+        # Done at the first batch, because an earlier hook may have replaced a layer.
         optimizers = self._context.learner.optimizers
         owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         self._named = self._waiting = dict(self._module.named_parameters())
@@ -112,7 +112,7 @@ class FirstUpdates:
             for rates, group in zip(self._rates[optimizer_index], groups, strict=False):
                 rates.see(group.get("lr"))
             if optimizer_index == 0 and self._updates <= self._limits.least_updates:
-                # A mode may be switched after the first batches: this is the first look that counts.
+                # Earlier checks do not count, because a mode may change after the first batches.
                 self._evaluating, self._idle = True, self._modes
             self._evaluating &= not self._module.training
             self._idle = {path: one for path, one in self._idle.items() if not one.training}
@@ -121,7 +121,7 @@ class FirstUpdates:
         """A batch is over.
 
         Returns:
-            Whether all has been seen.
+            Whether the observation is complete.
         """
         if self._calls is not None:
             self._calls.end()
@@ -142,7 +142,7 @@ class FirstUpdates:
         return updates >= self._limits.updates
 
     def close(self) -> None:
-        """Note no more calls of modules."""
+        """Stop recording calls of modules."""
         if self._calls is not None:
             self._calls.end()
 
@@ -153,7 +153,7 @@ class FirstUpdates:
     # ---------------------------------------------------------------------------------------------- what was seen
 
     def observation(self) -> Observation | None:
-        """What was seen; ``None`` if it was too little, or all is well."""
+        """The observation; ``None`` if there were too few updates, or no mistake is possible."""
         self._updates = self._context.state.step - self._begun
         if self._updates < self._limits.least_updates:
             return None
@@ -184,7 +184,7 @@ class FirstUpdates:
         )
 
     def _nothing_stands_out(self) -> bool:
-        """Whether further checks cannot find a mistake; this is so in most runs."""
+        """Whether further checks cannot find a mistake, as in most runs."""
         return (
             not self._waiting
             and len(self._optimized) == len(self._named)
@@ -233,7 +233,7 @@ class FirstUpdates:
         )
 
     def _start(self, names: Sequence[str]) -> Mapping[str, Tensor]:
-        """Parameters before the first update, as far as a snapshot of them is left."""
+        """Parameters before the first update, if a snapshot still holds them."""
         ring = self._context.ring
         snapshots = [*ring.certified, *([ring.pending] if ring.pending is not None else [])]
         first = min(snapshots, key=lambda one: one.step, default=None)
@@ -243,7 +243,7 @@ class FirstUpdates:
         return {name: leaves[name].to(self._named[name].device) for name in leaves.keys() & self._named.keys()}
 
     def _untrained(self, names: Sequence[str], start: Mapping[str, Tensor]) -> bool | None:
-        """Whether all parameters look as they were initialised; ``None`` if that is not known."""
+        """Whether all parameters look untrained; ``None`` if it is not known."""
         found, most = [], self._limits.most_weights
         matrices, vectors = ([one for one in names if (self._named[one].dim() > 1) is wide] for wide in (True, False))
         for name in (*matrices[:most], *vectors[:most]):
@@ -253,7 +253,7 @@ class FirstUpdates:
         return all(known) if known else None
 
     def _copies(self, names: Sequence[str], trained: set[str], start: Mapping[str, Tensor]) -> set[str]:
-        """Those of ``names`` that belong to a part with the same weights at the start as one that is trained."""
+        """The parameters among ``names`` whose part had the same weights at the start as a trained part."""
         twins: dict[tuple[tuple[int, ...], str], list[str]] = {}
         for name in trained:
             twins.setdefault((tuple(self._named[name].shape), name.rpartition(".")[2]), []).append(name)
@@ -275,9 +275,9 @@ class FirstUpdates:
         return ModeSeen(path, type(one).__name__, _drops(one), path not in self._idle, within)
 
     def _distinct_batches(self) -> tuple[int, int]:
-        """How many batches of one epoch were compared, and how many of them differ."""
+        """Number of compared batches of one epoch, and number of different ones."""
         loader = self._trainer.train_dataloader
-        # A list of ready batches may hold one batch many times, and one batch may be meant to be learned by heart.
+        # In a list of ready batches, or with overfit_batches, repeated batches are intended.
         draws = isinstance(loader, DataLoader) and loader.batch_size is not None
         if not draws or bool(getattr(self._trainer, "overfit_batches", False)) or not self._batches:
             return 0, 0
@@ -299,29 +299,29 @@ class _GroupRates:
 
     def see(self, rate: Any) -> None:
         if not isinstance(rate, (int, float)):
-            return  # on the device, where reading would wait for it
-        # A schedule that goes up again after it has come down has not ended.
+            return  # a tensor: reading it may wait for the device
+        # A schedule that rises again after a fall has not ended.
         self.rose |= self.known and self.last < rate and self.last < self.highest / 2
         self.highest, self.last, self.known = max(self.highest, float(rate)), float(rate), True
 
 
 @final
 class _AddedGradients:
-    """Whether the gradients of one optimizer are added to those that it has used already."""
+    """Checks whether the gradients of one optimizer are added to the ones of its last step."""
 
     def __init__(self, optimizer: Optimizer, looks: int) -> None:
         self._optimizer = optimizer
-        # Updates that are still to be looked at: none after gradients were seen to be cleared.
+        # Number of updates still to check; 0 once the gradients were cleared.
         self.looks = looks
         self._used: nn.Parameter | None = None
         self._version = 0
-        # Whether a backward pass began with the gradients used last still there.
+        # Whether the backward pass began with the gradients of the last step.
         self._kept = False
-        # Updates in a row whose gradients were added, and the most of them.
+        # Number of updates in a row with added gradients, and the largest such number.
         self._in_a_row = self.most = 0
 
     def before_backward(self) -> None:
-        """Look whether the gradients used last are gone."""
+        """Check whether the gradients of the last step were cleared."""
         if self._used is None:
             return
         gradient = self._used.grad
@@ -331,10 +331,10 @@ class _AddedGradients:
             self._kept = True
 
     def before_step(self) -> None:
-        """The gradients are used."""
+        """Check the gradients of this step; the optimizer is about to use them."""
         if not self.looks:
             return
-        # A gradient that the user has set is a tensor of its own, to which nothing was added.
+        # A gradient that the user has set is a new tensor, to which nothing was added.
         gradient = None if self._used is None or not self._kept else self._used.grad
         self._in_a_row = self._in_a_row + 1 if gradient is not None and gradient._version > self._version else 0
         self.most = max(self.most, self._in_a_row)
@@ -358,13 +358,13 @@ def _drops(module: nn.Module) -> bool:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    # A hook would have a compiled module compiled again.
+    # A hook would make torch compile the module again.
     whole = module._compiled_call_impl is not None or type(module).__name__ in _COMPILED
     return whole or compiled_by_lightning(module)
 
 
 def _part_apart_from(name: str, other: str) -> str:
-    """The part that a parameter belongs to, where another part holds one of the same name: ``teacher``."""
+    """The part of a parameter, such as ``teacher``, if another part has a parameter of the same name."""
     words, others = name.split("."), other.split(".")
     while len(words) > 1 and others and words[-1] == others[-1]:
         words, others = words[:-1], others[:-1]
@@ -373,7 +373,7 @@ def _part_apart_from(name: str, other: str) -> str:
 
 @torch.no_grad()
 def _fingerprint(batch: Any, limits: MistakeThresholds) -> list[Tensor]:
-    """Some numbers of each field that a batch is known by again, left on the device."""
+    """Some numbers of each field, to recognise a repeated batch. They stay on the device."""
     found, numbers = [], limits.numbers_per_batch
     for _, tensor in islice(tensor_fields(batch), limits.fields_per_batch):
         count = tensor.numel()

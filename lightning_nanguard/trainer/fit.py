@@ -1,4 +1,4 @@
-"""One guarded fit: the guard, and what it needs from the trainer."""
+"""One guarded fit: the guard, and its parts on the trainer."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class Fit:
-    """One fit: its guard, and everything that is installed on the trainer for it and removed again.
+    """One fit: its guard, and everything that is installed on the trainer and removed again.
 
     Args:
         trainer: The trainer.
@@ -59,12 +59,12 @@ class Fit:
         replay: Runs batches again.
         diagnostics: Finds causes and gives advice.
         sinks: Where records go.
-        advice: Where advice goes.
+        advice: Keeps advice.
         folder: The folder of the run.
-        averages: Averaged copies that callbacks keep.
-        order: Knows where batches come from.
+        averages: The averaged copies that callbacks keep.
+        order: Gives the rows of each batch.
         samples: Finds bad samples.
-        keeper: Gives the good samples of a bad batch; ``None`` if those are not to be kept.
+        keeper: Gives the good samples of a bad batch; ``None`` if bad batches are skipped as a whole.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Fit:
         self._patches = ExitStack()
 
     def start(self, max_memory: float | None, listens: Callable[[Any], bool]) -> None:
-        """Check the state before the first update, and install on the trainer what the guard needs.
+        """Check the state before the first update, and install the guard on the trainer.
 
         Args:
             max_memory: Limit in GiB for all snapshots; ``None`` for no limit.
@@ -145,13 +145,13 @@ class Fit:
             later(keep_best_finite(self._trainer))
 
     def _excuses(self, listens: Callable[[Any], bool], optimizer: Optimizer, error: Exception) -> bool:
-        """Whether an exception comes of an update being skipped; none that a callback raises does."""
+        """Whether a skipped update caused an exception. An exception from a callback never counts."""
         numeric = is_numeric(error)
         possible = (numeric or may_lack_gradients(error)) and not is_from_callback(error, listens)
         return possible and self.guard.excuses(optimizer, numeric=numeric)
 
     def _keeps_whole(self, module: LightningModule) -> bool:
-        """Whether bad batches are skipped as a whole, which is said where their good samples were to be kept."""
+        """Whether bad batches are skipped as a whole. If the user asked to keep good samples, a message says so."""
         late = self.context.settings.deferred or not self.guard.steps.allowed() or not module.automatic_optimization
         whole = late or bool(self.context.learner.quasi_newton)
         if whole and self._keeper is not None and self._keeper.always and not self.context.settings.observe:
@@ -165,7 +165,7 @@ class Fit:
         return self.guard.mend(checkpoint, path, checked=checked)
 
     def keep_last_good(self, every: int) -> None:
-        """Write the last good checkpoint from now on, ``every`` updates."""
+        """From now on, write the last good checkpoint every ``every`` updates."""
         trainer, guard = self._trainer, self.guard
         folder, ring = self.folder.path, self.context.ring
         kept = LastGood(folder, every, ring, lambda path: write_checkpoint(trainer, path), leads=self.rank_zero)
@@ -180,7 +180,7 @@ class Fit:
         if max_memory is None or ring.pending is None:
             return
         each = SnapshotSize.expected(self.context.learner).total(beside=True) / 2**30
-        # The pending one is whole, certified ones are shared among the ranks of a node.
+        # Each rank holds the whole pending snapshot, and its share of the certified ones.
         fitting = int((max_memory / each - 1) * ranks.snapshot_parts) if each else ring.capacity
         fitting = min(ranks.gather(fitting))
         if fitting < 1:
@@ -193,7 +193,7 @@ class Fit:
 
     def non_finite_rate(self) -> float:
         """Share of the updates, over all ranks, whose loss or gradient was not finite."""
-        # Ranks agree on every update, and need not wait for each other to add up.
+        # All ranks have the same counts, so no sum over ranks is needed.
         rate = NonFiniteRate(sync_on_compute=False)
         bad = self.guard.non_finite
         rate.update(torch.tensor(math.nan), times=bad)
@@ -201,7 +201,7 @@ class Fit:
         return float(rate.compute())
 
     def optimizer_index(self, optimizer: Optimizer) -> int | None:
-        """Index of an optimizer that steps next; ``None`` if it does not, or was not there when the fit began."""
+        """Index of an optimizer that is about to step; ``None`` if it will not, or is not known to the guard."""
         if self._accumulates() or not getattr(optimizer, "param_groups", True):
             return None
         for index, known in enumerate(self.context.learner.optimizers):
@@ -217,7 +217,7 @@ class Fit:
         return None
 
     def _say_what_is_not_guarded(self) -> None:
-        """At the start of training: say so if there is nothing to guard, or not yet."""
+        """At the start of training: log a message if there is nothing to guard, or not yet."""
         learner = self.context.learner
         name = type(learner.module).__name__
         if not learner.optimizers:
@@ -232,13 +232,13 @@ class Fit:
             )
 
     def _skips_windows(self, module: Any) -> bool:
-        """Whether no micro-batch can be left out of its window, though there are windows."""
+        """Whether there are windows of accumulation, but no single micro-batch can be left out."""
         steps, accumulates = self.guard.steps, self._trainer.accumulate_grad_batches > 1
         apart = self.context.many or self.context.ranks.sharded
         return accumulates and apart and module.automatic_optimization and not steps.together()
 
     def say_if_unseen(self) -> None:
-        """At the end of training: say so if batches were trained on and the guard saw no optimizer step."""
+        """At the end of training: log a message if batches were trained on and the guard saw no optimizer step."""
         if self.replay.batch_idx >= 0 and self.guard.updates == 0 and self.context.learner.optimizers:
             automatic = self.context.learner.module.automatic_optimization
             _logger.warning(
@@ -249,10 +249,10 @@ class Fit:
             )
 
     def say_how_it_went(self, memory: Memory) -> None:
-        """At the end: write what happened to the log of the run, and log the summary line on rank 0.
+        """At the end: write the counts to the log of the run, and log the summary line on rank 0.
 
         Args:
-            memory: What was done, in this fit and before.
+            memory: The interventions of this fit and of earlier ones.
         """
         updates, multiplier = self.guard.updates, self.context.rate.ratio()
         before, faults, _ = memory.of_fit()
@@ -262,7 +262,7 @@ class Fit:
             rank_zero_info(fit_summary(memory, self.context.settings, updates, multiplier, self.folder.path))
 
     def end_epoch(self) -> None:
-        """Forget a batch that began and was not run; give advice about a GradScaler of the module's own."""
+        """Forget a batch that began and did not run, and give advice about the module's own GradScaler."""
         for finding in fallen_scales(self.context.learner.module):
             self.diagnostics.advise("loss scale", finding)
         if self.guard.end_epoch():

@@ -1,4 +1,4 @@
-"""Says in one line how the present or the last fit went."""
+"""Summarises the present or the last fit in one line."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class _Trust(Protocol):
 
 
 def fit_summary(memory: Memory, settings: _Trust, updates: int, multiplier: float, folder: Path | None) -> str:
-    """The summary line of the newest fit, with the counts of the whole run beside its own if the run was resumed.
+    """The summary line of the newest fit. If the run was resumed, it also has the counts of the whole run.
 
     Args:
-        memory: What was done, in this fit and before.
+        memory: The interventions of this fit and of earlier ones.
         settings: When the guard changes a run.
         updates: Updates of the run so far.
         multiplier: Factor on the learning rate.
@@ -32,7 +32,7 @@ def fit_summary(memory: Memory, settings: _Trust, updates: int, multiplier: floa
     before, faults, remedies = memory.of_fit()
     total = None if folder is None else interventions_of_resumed(folder)
     if total is None and before:
-        total = memory.total  # nothing could be written there
+        total = memory.total  # the folder could not be written
     return summary(
         updates - before,
         faults,

@@ -34,17 +34,17 @@ _PATHS = ("dirpath", "bundle_dir")
 
 
 def nothing() -> None:
-    """Undo what was not done."""
+    """Do nothing: the undo function of a guard without a fit."""
 
 
-# What belongs to the present run, and what a guard without one has in its place.
+# Attributes of the present run, and their values in a guard without one.
 NO_RUN: dict[str, Any] = {"_fit": None, "_order": None, "_gate": None, "_undo_gate": nothing, "_put_back": nothing}
-# Lightning leaves the module's methods on every callback.
+# Lightning also sets the module's log methods on every callback.
 _OF_A_RUN = frozenset({*NO_RUN, "_given", "log", "log_dict"})
 
 
 class CopyableGuard(GuardCallback):
-    """What :class:`~lightning_nanguard.NaNGuard` needs to be copied and pickled.
+    """The part of :class:`~lightning_nanguard.NaNGuard` that copies and pickles it.
 
     Packages copy models with their callbacks, and save them with their constructor arguments.
     """
@@ -70,13 +70,13 @@ class CopyableGuard(GuardCallback):
 
     @property
     def lr_multiplier(self) -> float:
-        """What the scheduled learning rates are multiplied by now."""
+        """The present factor on the scheduled learning rates."""
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A guard of its own, without a fit; its records are found from this one, too."""
+        """An independent guard without a fit. This guard also shows the records of the copy."""
         made = memo[id(self)] = object.__new__(type(self))
-        # Detectors and remedies are copied for each fit, and a copied sink would not be the user's.
+        # The arguments are shared: each fit copies detectors and remedies, and a sink must stay the user's own object.
         shared = {"_arguments": self._arguments, "_given": self._given, "_memory": self._memory.copy()}
         own = {name: value for name, value in self._without_run().items() if name not in shared}
         vars(made).update({**copy.deepcopy(own, memo), **shared, **NO_RUN})
@@ -88,8 +88,8 @@ class CopyableGuard(GuardCallback):
         return self.__deepcopy__({})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """In plain containers, and classes of this package."""
-        hooks_called(self)  # whoever loads it may be another process
+        """Reduce the guard to plain containers and classes of this package."""
+        hooks_called(self)  # another process may use the loaded guard
         own = self._without_run()
         arguments, memory = _plain(own.pop("_arguments")), own.pop("_memory").state_dict()
         return type(self), (), {**own, "arguments": arguments, "memory": memory}

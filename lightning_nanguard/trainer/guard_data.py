@@ -1,4 +1,4 @@
-"""What a guard knows of the data before its fit begins: a loader may draw its first batches before any hook."""
+"""Watches the data before a fit begins, because a loader may draw its first batches before any hook."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning_nanguard.trainer.private.packages import Trainer
 
 
 class DataWatchingGuard(CopyableGuard):
-    """What :class:`~lightning_nanguard.NaNGuard` does with the data of a fit."""
+    """The part of :class:`~lightning_nanguard.NaNGuard` that watches the data of a fit."""
 
     def _watch_data(self, trainer: Trainer) -> DataOrder:
-        """Learn from now on which rows each batch holds."""
+        """From now on, record the rows of each batch."""
         self._leave_data()
         given = self._given or self._arguments
         known = KnownSamples(quarantine=given.quarantine and not given.observe)
@@ -23,7 +23,7 @@ class DataWatchingGuard(CopyableGuard):
         return self._order
 
     def _know_samples(self, state: Mapping[str, Any] | None) -> None:
-        """Load what the resumed run knew about its samples, before the first batch."""
+        """Load the bad samples of the resumed run, before the first batch."""
         if self._order is not None and state is not None:
             self._order.known.load_state_dict(state.get("samples", {}))
 

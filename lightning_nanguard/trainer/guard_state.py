@@ -16,7 +16,7 @@ STATE_SCHEMA = 1
 
 
 class StatefulGuard(DataWatchingGuard):
-    """What :class:`~lightning_nanguard.NaNGuard` takes along into checkpoints and into a later fit."""
+    """The part of :class:`~lightning_nanguard.NaNGuard` that saves its state for checkpoints and later fits."""
 
     def __init__(self, arguments: Arguments) -> None:
         super().__init__(arguments)

@@ -21,7 +21,7 @@ class TrainerLoop:
     Args:
         trainer: The trainer.
         module: Its module.
-        replay: Knows the present batch.
+        replay: Keeps the present batch.
         diagnostics: Finds causes.
         sinks: Where records go.
         run_id: Id of the run, which each record is given.
@@ -48,7 +48,7 @@ class TrainerLoop:
         return self._trainer.global_step, self._trainer.current_epoch, self._replay.batch_idx
 
     def micro_batches(self) -> int:
-        """By how many micro-batches the loss is divided."""
+        """The number of micro-batches by which the loss is divided."""
         return self._trainer.accumulate_grad_batches if self._module.automatic_optimization else 1
 
     def record(self, intervention: Intervention) -> None:
@@ -61,5 +61,5 @@ class TrainerLoop:
         self._diagnostics.advise(SUSPICION, finding)
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
-        """Why the fault of an update happened, ``None`` if that was not found."""
+        """Find the cause of an update's fault; ``None`` if none was found."""
         return self._diagnostics.diagnose(fault, evidence, look, update)

@@ -1,4 +1,4 @@
-"""Advice about a GradScaler of the module's own whose scale fell to nothing."""
+"""Gives advice about the module's own GradScaler if its scale has collapsed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lightning_nanguard.types import Finding
 
 
 def fallen_scales(module: Any) -> Iterator[Finding]:
-    """Say of each GradScaler among the attributes of a module whether its scale is below 1.
+    """Findings about each GradScaler among the attributes of a module whose scale is below 1.
 
-    A scaler makes gradients larger, so it is of no use there. It skips each step that overflows without calling the
-    optimizer, so nobody else notices.
+    A scaler has to make gradients larger, so a scale below 1 is useless. It skips each step that overflows without
+    calling the optimizer, so the guard sees no step.
 
     Args:
-        module: The module trained.
+        module: The trained module.
     """
     for name, value in vars(module).copy().items():
         if not isinstance(value, GradScaler) or not value.is_enabled():

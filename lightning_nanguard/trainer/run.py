@@ -20,18 +20,20 @@ _logger = logging.getLogger("lightning_nanguard")
 def open_run(
     trainer: Trainer, dirpath: Path | None, run_id: str | None = None, **settings: Any
 ) -> tuple[RunInfo, RunFolder]:
-    """The facts about a fit for sinks, and its folder. All ranks have to call it: they use the folder of rank 0.
+    """Open the folder of a fit; return the facts about the fit for sinks, and the folder.
+
+    All ranks must call it, because they use the folder of rank 0.
 
     Args:
         trainer: The trainer.
         dirpath: The folder; ``None`` for ``nanguard`` beside the checkpoints of the trainer's first logger.
         run_id: Id of the run that is resumed.
-        settings: What the log of the run says of this fit.
+        settings: The settings of this fit, for the log of the run.
     """
     folder = None
     if trainer.is_global_zero:
         base, shared = (dirpath, False) if dirpath is not None else _beside_checkpoints(trainer)
-        if getattr(trainer, "fast_dev_run", False):  # leaves no files, unless there is something to record
+        if getattr(trainer, "fast_dev_run", False):  # writes no files unless there is a record
             name = new_run_id() if run_id is None else run_id
             folder = RunFolder(base / name, name)
         else:
@@ -43,7 +45,7 @@ def open_run(
 
 
 def _resumed_from(trainer: Trainer, run_id: str | None) -> dict[str, str]:
-    """The checkpoint that a run is resumed from, where it is a file here."""
+    """The checkpoint from which a run is resumed, if it is a local file."""
     path = trainer.ckpt_path
     if run_id is None or path is None or not os.path.exists(path):
         return {}
@@ -51,7 +53,7 @@ def _resumed_from(trainer: Trainer, run_id: str | None) -> dict[str, str]:
 
 
 def _beside_checkpoints(trainer: Trainer) -> tuple[Path, bool]:
-    """The folder ``nanguard`` beside that of ModelCheckpoint, and whether several runs have it in common."""
+    """The folder ``nanguard`` beside that of ModelCheckpoint, and whether several runs share it."""
     root = _local(trainer.default_root_dir)
     try:
         logger = trainer.logger
@@ -61,12 +63,12 @@ def _beside_checkpoints(trainer: Trainer) -> tuple[Path, bool]:
         if logger is not None and logger.name is not None and logger.version not in (None, ""):
             version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
             return _local(logger.save_dir or root) / str(logger.name) / version / "nanguard", False
-    except Exception as error:  # a logger of the user's
+    except Exception as error:  # the user's logger may raise anything
         kind = type(trainer.logger).__name__
         _logger.warning("NaNGuard: %s does not say where the folder of its run is: %s", kind, error)
     return root / "nanguard", True
 
 
 def _local(path: Any) -> Path:
-    # Records do not go to a bucket.
+    # Records are written to local disks only.
     return Path("." if "://" in str(path) else path)

@@ -1,4 +1,4 @@
-"""Names the bad samples of a faulty batch: by their rows in the data set, else by place and hash."""
+"""Finds the bad samples of a faulty batch, and names them by row, or else by place and hash."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ class SampleFinder:
     Args:
         trainer: The trainer.
         module: Its module.
-        context: What the parts of the guard share.
+        context: The objects that the parts of the guard share.
         replay: Runs batches again.
-        order: Knows where batches came from.
+        order: Gives the rows of each batch.
         file: Where bad samples are written; ``None`` on other ranks than 0.
         run_id: Id of the run.
 
     Attributes:
-        offset: What is added to the number of an update to give ``global_step`` after it.
+        offset: The difference between ``global_step`` after an update and the number of the update.
     """
 
     def __init__(
@@ -87,9 +87,9 @@ class SampleFinder:
         self._search = SampleSearch(self._limits, context.thresholds.batches.healthy.extreme_factor)
         self._said = False
         self.offset = 0
-        # Batches that were looked into: several faults may be found of one.
+        # Batches that were already searched, because one batch may cause several faults.
         self._seen: dict[tuple[int, int], Found] = {}
-        # Samples of the newest such batch that are finite in the data set, and not in the batch.
+        # Samples of the newest such batch that are finite in the data set but not in the batch.
         self._spread: dict[tuple[int, int], set[int]] = {}
 
     def close(self) -> None:
@@ -117,9 +117,9 @@ class SampleFinder:
             evidence: The facts about it.
             finding: Its cause.
             micros: The micro-batches that may hold bad samples.
-            about: The one that the finding is about.
+            about: The micro-batch of the finding.
             good: The last good state.
-            run: Whether parts of the batches may be run.
+            run: Whether parts of the batches may be run again.
         """
         mine: list[BadSample] = []
         if fault.scope == "batch" and (evidence.corrupt is None or evidence.undo):
@@ -138,7 +138,7 @@ class SampleFinder:
         return self._seen.get((origin.epoch, origin.position), {})
 
     def _at(self, good: Snapshot | None) -> AbstractContextManager[None] | None:
-        # The state of LBFGS is in use while it runs closures.
+        # LBFGS uses its state while it runs closures, so it must not be replaced.
         usable = good is not None and not self._context.learner.quasi_newton
         return state_of_snapshot(self._context.learner, good) if usable and good is not None else None
 
@@ -161,7 +161,7 @@ class SampleFinder:
         usable = evidence.corrupt is None and not evidence.undo
         state = (nullcontext() if usable else self._at(good)) if run else None
         with self._parts(micro, state) as bad:
-            # Of a window that is not over, micro-batches are among the healthy ones already.
+            # Micro-batches of an unfinished window are already among the healthy ones.
             own = {id(one.batch) for one in self._replay.batches.newest()}
             healthy = [batch for batch, _ in self._replay.batches.healthy if id(batch) not in own]
             found = self._search.judged(micro.batch, healthy, bad, _cause(finding))
@@ -170,7 +170,7 @@ class SampleFinder:
         elif bad is not None and usable:
             found = self._bad_under(partial(self._at, good), micro, found)
         found = self._without_spread(micro, found)
-        self._seen[origin.epoch, origin.position] = found  # what the update at hand is made without
+        self._seen[origin.epoch, origin.position] = found  # the present update leaves these out
         for draw in range(self._limits.other_weights):
             found = self._bad_under(partial(other_signs, self._module, draw), micro, found)
         return self._samples(micro, found)
@@ -182,16 +182,16 @@ class SampleFinder:
     def _bad_under(
         self, other: Callable[[], AbstractContextManager[None] | None], micro: MicroBatch, found: Found
     ) -> Found:
-        """Without the samples that are good under other weights: the weights are at fault there."""
+        """Remove the samples that are good under other weights, because the weights are at fault for them."""
         doubtful = [index for index, fault in found.items() if fault.cause not in (NOT_FINITE, FAR)]
         if not doubtful:
-            return found  # the state of a snapshot takes a copy of the learner
+            return found  # avoids a copy of the learner
         with self._parts(micro, other()) as bad:
             innocent = {index for index in doubtful if bad is not None and bad([index]) is False}
         return {index: fault for index, fault in found.items() if index not in innocent}
 
     def _without_spread(self, micro: MicroBatch, found: Found) -> Found:
-        """Without the samples that are finite in the data set: a hook of the transfer has spread NaN over the batch."""
+        """Remove the samples that are finite in the data set: a transfer hook has spread NaN over the batch."""
         keys = None if micro.origin is None else micro.origin.keys
         if keys is None or len(keys) != samples(micro.batch) or not changes_batches(self._trainer, self._module):
             return found
@@ -203,11 +203,11 @@ class SampleFinder:
 
     @contextmanager
     def _parts(self, micro: MicroBatch, state: AbstractContextManager[None] | None) -> Iterator[Bad | None]:
-        """Inside, parts of a batch can be run; gives ``None`` if they cannot.
+        """Inside, parts of a batch can be run. Yields ``None`` if they cannot.
 
         Args:
             micro: The batch.
-            state: The state they are run from.
+            state: The state from which they are run.
         """
         origin, count = micro.origin, samples(micro.batch) or 0
         if state is None or origin is None or not origin.collated or not is_separable(micro.batch, count):
@@ -217,7 +217,7 @@ class SampleFinder:
             yield partial(self._is_bad, micro)
 
     def _is_bad(self, micro: MicroBatch, indices: Sequence[int]) -> bool | None:
-        # Batch norm refuses a batch of one.
+        # Batch norm rejects a batch of one.
         part = part_of(micro.batch, indices if len(indices) > 1 else [*indices, *indices])
         try:
             with self._replay.untraced():
@@ -254,14 +254,14 @@ class SampleFinder:
         if origin is None or rows is None or origin.keys is None or len(rows) != samples(micro.batch):
             return None
         if index >= len(rows):
-            return None  # an index into a field that has another length, such as the boxes of all images
-        # A collate function of the user's may have put the samples into another order.
+            return None  # an index into a field of another length, such as the boxes of all images
+        # The user's collate function may have changed the order of the samples.
         if not origin.collated and not (not_finite and self._holds_non_finite(origin.keys[index])):
             return None
         return rows[index]
 
     def _holds_non_finite(self, key: Any) -> bool | None:
-        """Whether a row of the data set does; ``None`` if it cannot be read."""
+        """Whether a row of the data set holds NaN or Inf; ``None`` if it cannot be read."""
         data = self._order.dataset()
         with suppress(Exception), self._replay.untraced(), attributes_kept(data):
             return bool(non_finite_samples(default_collate([data[key]])))
@@ -270,7 +270,7 @@ class SampleFinder:
     # ---------------------------------------------------------------------------------------- what is known
 
     def _take(self, mine: Sequence[BadSample]) -> None:
-        """Count and write down what all ranks have found."""
+        """Count and record the bad samples of all ranks."""
         ranks = self._context.ranks
         found = list(mine)
         if self._context.many:

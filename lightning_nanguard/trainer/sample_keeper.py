@@ -34,9 +34,9 @@ class GoodPart(NamedTuple):
 
     Attributes:
         batch: The batch that the loader would have given for them.
-        origin: Where it came from.
+        origin: Its origin in the data.
         whole: The whole batch.
-        why: What is wrong with the whole batch, and the cause.
+        why: Fault and cause of the whole batch.
     """
 
     batch: Any
@@ -50,12 +50,13 @@ class SampleKeeper:
     """Gives the good samples of a bad batch, if the loss is the mean over its samples.
 
     Args:
-        module: What is trained.
+        module: The trained module.
         replay: Runs batches again.
-        finder: Knows the bad samples.
-        check: Finds causes, and looks at the state.
-        thresholds: When a loss counts as a mean, and how many skipped updates are most of them.
-        always: Whether the good samples of every bad batch are kept; else once most updates had to be skipped.
+        finder: Finds the bad samples.
+        check: Finds causes, and checks the state.
+        thresholds: When a loss counts as a mean, and which share of skipped updates counts as most.
+        always: Whether to keep the good samples of every bad batch. Otherwise they are kept once most updates were
+            skipped.
     """
 
     def __init__(
@@ -73,14 +74,14 @@ class SampleKeeper:
         self._finder = finder
         self._check = check
         self._limits = thresholds
-        # Whether the loss of a batch is the mean of its parts' losses; ``None`` before that was tried.
+        # Whether the loss of a batch is the mean of its parts' losses; ``None`` before the test.
         self._is_mean: bool | None = None
         self._said = False
         self.always = always
         self._active = always
 
     def active(self) -> bool:
-        """Whether the good samples of a bad batch are to be kept now."""
+        """Whether to keep the good samples of a bad batch now."""
         if not self._active and self._check.share_skipped(self._limits.least_updates) > self._limits.most_skipped:
             self._active = True
             _logger.warning(
@@ -90,11 +91,11 @@ class SampleKeeper:
         return self._active
 
     def good_part(self, micro: WindowEntry, fault: Fault) -> GoodPart | None:
-        """Have the good samples of a micro-batch run in its place; ``None`` if it must not be taken apart.
+        """Replace a micro-batch by its good samples; ``None`` if it must not be split.
 
         Args:
-            micro: The micro-batch, to whose start all has been restored.
-            fault: What is wrong with it.
+            micro: The micro-batch. Everything must be restored to its start.
+            fault: Its fault.
         """
         if micro.kept is not None or not self._check.state_is_finite():
             return None
@@ -124,7 +125,7 @@ class SampleKeeper:
         return part
 
     def settle(self, micro: WindowEntry, outcome: Outcome, part: GoodPart) -> bool:
-        """After a run of the good samples: whether to go on with them, else the whole batch takes its place again."""
+        """After a run of the good samples: return whether to keep the result; if not, bring back the whole batch."""
         if outcome.fault is not None or outcome.error is not None:
             micro.run.take(part.whole)
             return False
@@ -133,7 +134,7 @@ class SampleKeeper:
         return True
 
     def say(self, reason: str) -> None:
-        """Say once why bad batches are skipped as a whole."""
+        """Log once why bad batches are skipped as a whole."""
         if not self._said:
             self._said = True
             _logger.warning(
@@ -146,7 +147,7 @@ class SampleKeeper:
         """Whether the loss of a batch is the weighted mean of the losses of two parts of it."""
         if count <= 1:
             return None
-        cut = max(1, count // 3)  # parts of the same size could not tell a mean by parts from a weighted one
+        cut = max(1, count // 3)  # unequal parts, to distinguish a weighted mean from a plain one
         try:
             whole, one, other = (self._loss(micro, *part) for part in ((0, count), (0, cut), (cut, count)))
         except Exception as error:
@@ -161,7 +162,7 @@ class SampleKeeper:
 
     def _loss(self, micro: MicroBatch, start: int, end: int) -> float:
         part = replace(micro, batch=part_of(micro.batch, range(start, end)))
-        # Dropout and batch norm join samples by chance and by their statistics, which is no reason to skip a batch.
+        # In evaluation mode, because dropout and batch norm would make the losses differ although the loss is a mean.
         with self._replay.untraced(), _evaluating(self._module):
             loss = self._replay.rerun(part, True)
             return math.nan if loss is None else float(loss.detach())
@@ -169,7 +170,7 @@ class SampleKeeper:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    # The module itself is left as it is: what its training_step logs, and how, may depend on it.
+    # The mode of the module itself does not change, because its training_step may depend on it.
     modes = [(one, one.training) for one in module.modules() if one is not module]
     for one, _ in modes:
         one.training = False

@@ -34,7 +34,7 @@ def fit_sinks(
     context: GuardContext,
     replay: TrainerBatchReplay,
 ) -> SinkDispatcher:
-    """All sinks of a fit: memory and file before everything else, the user's own last.
+    """All sinks of a fit: memory and file first, the user's own sinks last.
 
     Args:
         trainer: The trainer.
@@ -42,8 +42,8 @@ def fit_sinks(
         run: Facts about the fit for sinks.
         memory: Keeps interventions from one fit to the next.
         own: The user's sinks.
-        context: What the parts of the guard share.
-        replay: Knows whether metrics may be logged.
+        context: The objects that the parts of the guard share.
+        replay: Says whether metrics may be logged now.
     """
     thresholds = context.thresholds.records
     metrics = _TrainerMetrics(trainer, module, memory, context, replay)
@@ -64,7 +64,7 @@ def fit_advice(run: RunInfo, thresholds: RecordsThresholds = RECORDS) -> AdviceL
     """The advice log of a fit; on other ranks than 0 it neither writes nor shows advice.
 
     Args:
-        run: What is known of the fit.
+        run: Facts about the fit.
         thresholds: How much advice is taken.
     """
     sink = JsonLines(run.dirpath / ADVICE_FILE, thresholds) if run.rank == 0 else None
@@ -74,11 +74,11 @@ def fit_advice(run: RunInfo, thresholds: RecordsThresholds = RECORDS) -> AdviceL
 def fit_outcomes(
     run: RunInfo, thresholds: RecordsThresholds = RECORDS
 ) -> tuple[OutcomeLog[Receipt], OutcomeLog[HeldTrial]]:
-    """Where receipts and trials of a fit go; on other ranks than 0 they are kept in memory only.
+    """The logs of receipts and trials of a fit; on other ranks than 0 they keep them in memory only.
 
     Args:
-        run: What is known of the fit.
-        thresholds: How many wait in memory while the file cannot be written.
+        run: Facts about the fit.
+        thresholds: How many records wait in memory while the file cannot be written.
     """
     receipts, trials = (
         JsonLines(run.dirpath / name, thresholds, warns=False) if run.rank == 0 else None
@@ -89,7 +89,7 @@ def fit_outcomes(
 
 @final
 class _TrainerMetrics:
-    """Gives the numbers of the run, and logs them in every logger of the trainer and in its progress bar."""
+    """Logs the numbers of the run to every logger of the trainer and to its progress bar."""
 
     def __init__(
         self,

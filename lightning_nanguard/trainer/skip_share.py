@@ -15,7 +15,7 @@ class SkipShare:
     """Counts skipped updates, and gives advice once if their share is large.
 
     Args:
-        thresholds: The share from which on it gives advice.
+        thresholds: The share at which it gives advice.
 
     Example:
         >>> share = SkipShare()
@@ -30,10 +30,10 @@ class SkipShare:
         self._said = False
 
     def note(self, intervention: Intervention, updates: int) -> Finding | None:
-        """Advice, where this intervention makes the share of skipped updates large.
+        """Count an intervention; return advice if the share of skipped updates is now large.
 
         Args:
-            intervention: What was done.
+            intervention: The intervention.
             updates: Updates attempted so far.
         """
         if "skip" not in intervention.remedies or not intervention.applied:

@@ -16,7 +16,7 @@ def switched(arguments: Arguments) -> Arguments | None:
     """A guard's arguments after the environment variable was applied; ``None`` if the guard is off.
 
     Args:
-        arguments: What the user gave.
+        arguments: The user's arguments.
 
     Raises:
         ValueError: If the environment variable has another value.

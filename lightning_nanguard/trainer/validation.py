@@ -21,7 +21,7 @@ class ValidationWatch:
     Args:
         trainer: The trainer.
         guard: Handles a loss that is not finite.
-        replay: Knows the present batch.
+        replay: Keeps the present batch.
     """
 
     def __init__(self, trainer: Trainer, guard: Guard, replay: TrainerBatchReplay) -> None:
@@ -45,7 +45,7 @@ class ValidationWatch:
         name = seen or next(self._bad_metrics(losses=bad is None), None)
         if name is None:
             return
-        # What was only observed may have ruined the training loss, too.
+        # With observe=True the training loss may be bad, too.
         alone = "" if self._guard.context.settings.observe else " while the training loss is"
         message = f"the {name} is not finite{alone}"
         batch_idx, self._replay.batch_idx = self._replay.batch_idx, -1
@@ -55,10 +55,10 @@ class ValidationWatch:
             self._replay.batch_idx = batch_idx
 
     def _bad_metrics(self, *, losses: bool) -> Iterator[str]:
-        """Logged metrics that are not finite, of those that decide something: a callback or a schedule follows them.
+        """Logged metrics that are not finite and that a callback or a scheduler monitors.
 
         Args:
-            losses: Whether validation losses, as their names tell, count too.
+            losses: Whether metrics named as validation losses count, too.
         """
         trainer: Any = self._trainer
         owners = (*trainer.callbacks, *trainer.lr_scheduler_configs)

@@ -56,8 +56,13 @@ def test_biases_and_normalisations() -> None:
         norm.weight += 0.01 * torch.randn(48)
     assert looks_untrained(layer.bias, layer, LIMITS) is False
     assert looks_untrained(norm.weight, norm, LIMITS) is False
-    small = nn.Linear(3, 4)
+    small, slope = nn.Linear(3, 8), nn.PReLU()
     assert looks_untrained(small.weight, small, LIMITS) is None
+    assert looks_untrained(small.bias, small, LIMITS) is None
+    assert looks_untrained(slope.weight, slope, LIMITS) is None
+    with torch.no_grad():
+        small.bias.mul_(0.05)
+    assert looks_untrained(small.bias, small, LIMITS) is False  # eight numbers hardly start so near 0
 
 
 def test_equal_numbers_of_ones_own() -> None:

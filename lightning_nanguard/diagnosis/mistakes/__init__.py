@@ -1,7 +1,7 @@
-"""Mistakes that make no NaN and raise nothing: one pure function for each, over what the first updates have shown.
+"""Finds mistakes that cause neither NaN nor an exception, with one pure function for each.
 
-A function is given an :class:`~lightning_nanguard.diagnosis.mistakes.observation.Observation` and returns a
-:class:`~lightning_nanguard.Finding`, or ``None`` if nothing is wrong or what looks wrong is meant.
+A function takes an :class:`~lightning_nanguard.diagnosis.mistakes.observation.Observation` of the first updates. It
+returns a :class:`~lightning_nanguard.Finding`, or ``None`` if nothing is wrong or a deviation is intended.
 """
 
 from __future__ import annotations
@@ -40,6 +40,6 @@ MISTAKES: tuple[Callable[[Observation, DiagnosisThresholds], Finding | None], ..
 
 
 def mistakes(seen: Observation, thresholds: DiagnosisThresholds = DEFAULT) -> tuple[Finding, ...]:
-    """What the first updates show to be wrong, the surest first."""
+    """Mistakes that the first updates show, those with the highest confidence first."""
     found = [finding for mistake in MISTAKES if (finding := mistake(seen, thresholds)) is not None]
     return tuple(sorted(found, key=lambda finding: -finding.confidence))

@@ -1,4 +1,4 @@
-"""Batches that come again within one epoch."""
+"""Detects batches that repeat within one epoch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_nanguard.types import Finding
 
 
 def data_repeats(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
-    """Many batches of one epoch are the same ones."""
+    """Many batches of one epoch are the same."""
     limits = thresholds.mistakes
     if seen.batches < limits.least_batches or seen.batches - seen.distinct < limits.repeated * seen.batches:
         return None

@@ -1,4 +1,4 @@
-"""Parts whose result goes on without its graph."""
+"""Detects parts whose output is detached from the autograd graph."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from lightning_nanguard.types import Finding
 
 
 def detached_part(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
-    """Parts are in an optimizer and get no gradient, since what they give is cut from its graph before it is used.
+    """Parts are in an optimizer and get no gradient, because their output is detached before it is used.
 
-    Copies of other parts and weights of an earlier training are meant to be used so.
+    For copies of other parts, and for weights of an earlier training, this is intended.
     """
     cut = seen.parts(
         lambda one: (

@@ -1,4 +1,4 @@
-"""Dropout that is in evaluation mode while the model around it trains."""
+"""Detects dropout layers in evaluation mode inside a model in training mode."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_nanguard.types import Finding
 
 
 def dropout_off(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
-    """Dropout layers with a rate above zero are in evaluation mode, and what is around them is not."""
+    """Dropout layers with a rate above zero are in evaluation mode, and the modules around them are not."""
     if seen.evaluating or not any(one.trained for one in seen.parameters):
         return None
     off = [one for one in seen.modes if one.drops and not one.training and one.within == one.path]

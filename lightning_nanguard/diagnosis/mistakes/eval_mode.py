@@ -1,4 +1,4 @@
-"""A model that is trained in evaluation mode."""
+"""Detects a model that is trained in evaluation mode."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lightning_nanguard.types import Finding
 
 
 def eval_mode(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
-    """What is trained is in evaluation mode as a whole: dropout drops nothing, batch norm learns no statistics.
+    """A trained part is in evaluation mode as a whole: dropout is off, and batch norm does not update its statistics.
 
-    A part that is not trained is meant to be so. Where only batch norm of a trained part is, weights of an earlier
-    training are being fine-tuned, and it is meant, too.
+    For a part that is not trained this is intended. If only the batch norm of a trained part is in evaluation mode, the
+    model is fine-tuned, and this is intended, too.
     """
     trained = [one for one in seen.parameters if one.trained]
     stuck = [one for one in seen.modes if not one.training and one.within != one.path]

@@ -1,4 +1,4 @@
-"""Parts that are frozen though they were never trained."""
+"""Detects parts that are frozen although they were never trained."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lightning_nanguard.types import Finding
 
 
 def frozen_part(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
-    """Parts require no gradient and look as they were initialised.
+    """Parts require no gradient and look untrained.
 
-    A frozen part with weights of an earlier training is meant, and so is a part that an optimizer has (it is to be
-    unfrozen), a copy of another part, and one among whose layers others are trained (adapters).
+    These frozen parts are intended: one with weights of an earlier training, one in an optimizer (it will be unfrozen),
+    a copy of another part, and one in which other layers are trained (adapters).
     """
     if seen.unfreezes:
         return None
@@ -44,6 +44,6 @@ def frozen_part(seen: Observation, thresholds: DiagnosisThresholds) -> Finding |
 
 
 def _among(part: str, trained: list[str]) -> bool:
-    """Whether parameters beside a frozen layer are trained, within one part of the model."""
+    """Whether other parameters of the same part of the model are trained."""
     around = part.rpartition(".")[0]
     return bool(around) and any(name.startswith(f"{around}.") for name in trained)

@@ -1,4 +1,4 @@
-"""Gradients that add up from update to update."""
+"""Detects gradients that are not set to zero between updates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_nanguard.types import Finding
 
 
 def gradient_not_zeroed(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
-    """Every gradient is added to that of the update before, which has been used already."""
+    """Every gradient is added to the gradient of the update before."""
     if seen.added < thresholds.mistakes.added:
         return None
     return Finding(

@@ -1,4 +1,4 @@
-"""A learning rate that is zero."""
+"""Detects a learning rate of zero."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_nanguard.types import Finding
 
 
 def learning_rate_zero(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
-    """All groups of an optimizer had a rate of zero in every update; single groups of zero are meant."""
+    """All groups of an optimizer had a rate of zero in every update. Single groups of zero are intended."""
     for index in dict.fromkeys(one.optimizer for one in seen.rates):
         rates = [one for one in seen.rates if one.optimizer == index]
         if all(one.highest == 0.0 for one in rates):

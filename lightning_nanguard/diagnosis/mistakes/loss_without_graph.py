@@ -1,4 +1,4 @@
-"""A loss that depends on nothing that is trained."""
+"""Detects a loss that does not depend on trained parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_nanguard.types import Finding
 
 
 def loss_without_graph(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
-    """Every loss was made again and has no graph, or no parameter ever got a gradient from it."""
+    """Every loss is a new tensor without a graph, or no parameter ever got a gradient from it."""
     nobody = seen.parameters and not any(one.gradient for one in seen.parameters)
     if not seen.losses or not (seen.graphless == seen.losses or nobody):
         return None

@@ -1,4 +1,4 @@
-"""What the first updates of a run have shown: an :class:`Observation`, in plain numbers and words."""
+"""The :class:`Observation` of the first updates of a run, in plain numbers and strings."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ParameterSeen:
-    """One parameter over the first updates.
+    """Observations of one parameter in the first updates.
 
     Attributes:
         name: Its name, ``"net.0.weight"``.
         trainable: Whether it required a gradient at any time.
-        optimized: Whether an optimizer has it.
+        optimized: Whether it is in an optimizer.
         gradient: Whether it ever got a gradient.
-        ran: Whether the module that owns it was run in one of the first batches.
-        graph: Whether something that this module gave required a gradient then.
-        cut: Whether another part was given what this module gave, without its graph.
-        untrained: Whether it looks as if it were just initialised; ``None`` if that was not looked at or cannot be
-            told.
-        copy: Whether a part with weights of the same shapes is trained, so that this may be an average or a target of
-            it.
-        moved: Whether it has changed; ``None`` if that was not looked at.
+        ran: Whether the module that has it was run in one of the first batches.
+        graph: Whether an output of this module required a gradient.
+        cut: Whether another part got the output of this module without its graph.
+        untrained: Whether it looks untrained; ``None`` if this was not checked or is not known.
+        copy: Whether its part has the same weights as a trained part, so that it may be an average or target network.
+        moved: Whether it has changed; ``None`` if this was not checked.
     """
 
     name: str
@@ -39,7 +37,7 @@ class ParameterSeen:
 
     @property
     def owner(self) -> str:
-        """Path of the module that owns it."""
+        """Path of the module that has it."""
         return self.name.rpartition(".")[0]
 
     @property
@@ -50,15 +48,15 @@ class ParameterSeen:
 
 @dataclass(frozen=True, slots=True)
 class ModeSeen:
-    """A module that computes something else in training than in evaluation, while batches were trained on.
+    """The mode of a module, such as dropout, that behaves differently in training and in evaluation.
 
     Attributes:
         path: Its path.
         kind: Name of its class.
         drops: Whether it drops numbers at random.
-        training: Whether it was in training mode in any update looked at, but for the very first ones.
-        within: Path of the outermost module around it that was in evaluation mode in each of them; its own path where
-            those around it were in training mode.
+        training: Whether it was in training mode in any checked update except the very first ones.
+        within: Path of the outermost module around it that was in evaluation mode in each of these updates. Its own
+            path if the modules around it were in training mode.
     """
 
     path: str
@@ -89,22 +87,22 @@ class RateSeen:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What the first updates of a run have shown.
+    """The observations of the first updates of a run.
 
     Attributes:
-        updates: Updates that were looked at.
+        updates: Number of observed updates.
         parameters: Every parameter of the model.
-        modes: Modules that compute something else in training than in evaluation.
-        evaluating: Whether the module that is trained was itself in evaluation mode in every update looked at.
-        rates: Of each parameter group.
-        expected: Updates that the run is to have in all; infinite where that is not known.
+        modes: Modules that behave differently in training and in evaluation.
+        evaluating: Whether the trained module itself was in evaluation mode in every checked update.
+        rates: The learning rate of each parameter group.
+        expected: Planned number of updates of the run; infinite if it is not known.
         scheduled: Whether a scheduler changes the rates.
-        losses: Losses that were looked at: all up to the first one that depends on something trained.
-        graphless: As many, where none of them does; else 0.
-        added: Updates in a row whose gradients were added to those of the update before, the most of all optimizers.
-        batches: Batches of one epoch that were compared.
-        distinct: How many different ones they were.
-        unfreezes: Whether a callback unfreezes parts in the course of the run.
+        losses: Number of checked losses, up to the first one that depends on a trained parameter.
+        graphless: The same number if none of them depends on a trained parameter; else 0.
+        added: Largest number of updates in a row, over all optimizers, whose gradients were added to the ones before.
+        batches: Number of compared batches of one epoch.
+        distinct: Number of different ones among them.
+        unfreezes: Whether a callback unfreezes parts during the run.
     """
 
     updates: int
@@ -122,13 +120,13 @@ class Observation:
     unfreezes: bool = False
 
     def parts(self, chosen: Callable[[ParameterSeen], bool]) -> tuple[str, ...]:
-        """The largest parts of the model all of whose parameters are ``chosen``, in the order of the model."""
+        """The largest parts of the model in which every parameter is ``chosen``, in the order of the model."""
         found = {one.name for one in self.parameters if chosen(one)}
         return largest_parts([one.name for one in self.parameters], found) if found else ()
 
 
 def largest_parts(names: Sequence[str], chosen: Collection[str]) -> tuple[str, ...]:
-    """The shortest paths under which every name is chosen, in order.
+    """The shortest paths below which every name is chosen, in order.
 
     Example:
         >>> largest_parts(["a.0.w", "a.0.b", "a.1.w", "b.w"], {"a.0.w", "a.0.b", "b.w"})
@@ -146,13 +144,13 @@ def largest_parts(names: Sequence[str], chosen: Collection[str]) -> tuple[str, .
 
 
 def _prefixes(name: str) -> Iterable[str]:
-    """``a``, ``a.0``, ``a.0.w``."""
+    """All prefixes of a path, such as ``a``, ``a.0`` and ``a.0.w``."""
     words = name.split(".")
     return (".".join(words[: count + 1]) for count in range(len(words)))
 
 
 def named(parts: Sequence[str], most: int) -> str:
-    """``body and neck``, ``body, neck and 3 more``.
+    """List parts in words, such as ``body and neck`` or ``body, neck and 3 more``.
 
     Example:
         >>> named(["body", "neck"], 4)

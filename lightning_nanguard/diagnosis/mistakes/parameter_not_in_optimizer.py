@@ -1,4 +1,4 @@
-"""Parameters that get a gradient and belong to no optimizer."""
+"""Detects parameters that get a gradient and are in no optimizer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lightning_nanguard.types import Finding
 
 
 def parameter_not_in_optimizer(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
-    """Parts get a gradient in each update and are in no optimizer, so that they stay as they were initialised.
+    """Parts get a gradient in each update and are in no optimizer, so they are never trained.
 
-    A part without a gradient is not meant to learn. One with weights from an earlier training is left alone, too: only
-    what is behind it is trained.
+    A part without a gradient is intended not to learn. A part with weights of an earlier training is no finding either:
+    only later layers are trained.
     """
     if seen.unfreezes:
         return None

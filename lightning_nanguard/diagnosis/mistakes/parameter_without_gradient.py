@@ -1,4 +1,4 @@
-"""Parameters in an optimizer that get no gradient, since what they compute is computed without one."""
+"""Detects parameters in an optimizer whose part runs with gradients switched off."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lightning_nanguard.types import Finding
 
 
 def parameter_without_gradient(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
-    """Parts are run without gradients (``no_grad``), though they are in an optimizer and were never trained.
+    """Parts run without gradients (``no_grad``), although they are in an optimizer and were never trained.
 
-    Averages and targets of other parts, weights of an earlier training, and parts that move in another way are meant
-    to be run so; parts that are not run at all are meant to wait.
+    This is intended for averages and target networks of other parts, for weights of an earlier training, and for parts
+    that change in another way. Parts that do not run at all are no finding.
     """
     cut = seen.parts(
         lambda one: (

@@ -1,4 +1,4 @@
-"""A learning-rate schedule that is over long before the run is."""
+"""Detects a learning-rate schedule that ends long before the run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from lightning_nanguard.types import Finding
 
 
 def schedule_ended(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
-    """All rates have fallen to next to nothing, and most of the run is still to come.
+    """All rates have fallen almost to zero, and most of the run is still to come.
 
-    A schedule that is as short as the run, and one that goes up again, is meant.
+    A schedule that ends with the run, or that rises again, is intended.
     """
     limits = thresholds.mistakes
     if not seen.scheduled or seen.expected < limits.runs_on * seen.updates:

@@ -1,4 +1,4 @@
-"""From evidence to findings: one pure function for each cause, without torch.
+"""Rules that judge evidence and return findings: one pure function for each cause, without torch.
 
 A rule takes a :class:`~lightning_nanguard.Case` and returns a :class:`~lightning_nanguard.Finding`, or ``None`` if it
 does not apply or its part of the case is missing. A rule of your own is any callable that does the same. Give it to
@@ -16,7 +16,7 @@ Example:
     >>> [finding.cause for finding in RuleSet([zero_rate]).findings(case)]
     ['zero_rate']
 
-A built-in rule is entered in :data:`RULES` and has a row in the tests of its file. It takes
+A built-in rule is listed in :data:`RULES` and has a row in the tests of its file. It takes
 :class:`~lightning_nanguard.thresholds.DiagnosisThresholds` as a second argument. The identifiers of the causes are part
 of the records.
 """
@@ -112,7 +112,7 @@ RULES: tuple[Callable[[Case, DiagnosisThresholds], Finding | None], ...] = (
 
 
 def findings(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> tuple[Finding, ...]:
-    """Every finding of the built-in rules, by falling confidence; ties in the order of the rules."""
+    """All findings of the built-in rules, those with the highest confidence first; ties in the order of the rules."""
     found = [finding for rule in RULES if (finding := rule(case, thresholds)) is not None]
     return tuple(sorted(found, key=lambda finding: -finding.confidence))
 

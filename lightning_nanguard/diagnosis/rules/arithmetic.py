@@ -1,4 +1,4 @@
-"""Causes that lie in an operation: it was given what it is not defined for, or made what it cannot hold."""
+"""Rules for causes in one operation: a number outside its domain, or a result that overflows."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _ROOTS = ("sqrt", "pow", "rsqrt", "linalg_vector_norm", "norm", "cdist", "acos",
 
 
 def log_of_zero(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """The logarithm of something that reached zero, or its derivative there."""
+    """The logarithm of zero, or its derivative at zero."""
     origin = case.clues.origin
     if origin is None or origin.operation not in _LOGARITHMS:
         return None
     lowest, smallest = origin.lowest, origin.smallest
-    # Of numbers well above zero the logarithm is finite: something else came to it.
+    # The logarithm of numbers well above zero is finite, so it is not the cause.
     if origin.operation not in ("log1p", "logit") and lowest is not None and lowest > thresholds.data.near_zero:
         return None
     given = "" if lowest is None and smallest is None else f"{origin.operation} was given {_extreme(origin)}. "
@@ -41,7 +41,7 @@ def log_of_zero(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findin
 
 
 def _extreme(origin: Origin) -> str:
-    """The number by which a logarithm leaves its domain."""
+    """The number that lies outside the domain of a logarithm."""
     if origin.operation == "logit" and origin.highest is not None and origin.highest >= 1:
         return f"{origin.highest:.4g}"
     if origin.operation in ("log1p", "logit") and origin.lowest is not None:
@@ -58,7 +58,7 @@ def exp_overflow(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findi
     if largest is not None and origin.operation in ("sinh", "cosh"):
         largest = max(largest, -(origin.lowest or 0.0))
     if origin.backward:
-        # What autograd keeps of an exponential is its result.
+        # Autograd saves the result of an exponential, not its argument.
         made = "" if largest is None else f", whose result reaches {largest:.4g}"
         what = f"the derivative of {origin.operation}{made}, overflows in {origin.dtype}"
     elif largest is None:
@@ -76,7 +76,7 @@ def exp_overflow(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findi
 
 
 def division_by_zero(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """A division by zero or nearly so, a mean over nothing, the spread of one value, a row that is all masked."""
+    """A division by (almost) zero, a mean over nothing, the variance of one value, or a fully masked row."""
     origin = case.clues.origin
     text = None if origin is None else _division(origin, thresholds.data.near_zero)
     if origin is None or text is None:
@@ -141,7 +141,7 @@ def sqrt_at_zero(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findi
 
 
 def low_precision_overflow(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """A batch that is finite in float32, and not in 16 bits."""
+    """A batch that is finite in float32 and not in 16 bits."""
     fault, clues, confidence = case.fault, case.clues, thresholds.confidence
     origin = clues.origin
     if clues.finite_in_float32 is True:
@@ -152,7 +152,7 @@ def low_precision_overflow(case: Case, thresholds: DiagnosisThresholds = DEFAULT
         sure = confidence.low_precision_float16
     else:
         return None
-    # A float32 number may be the first that is not finite, made of 16-bit ones.
+    # The first non-finite number may be float32, computed from 16-bit numbers.
     dtype = origin.dtype if origin is not None and origin.dtype == "bfloat16" else "float16"
     proven = "the same batch is finite in float32, but not in" if clues.finite_in_float32 else "a number overflows in"
     if dtype == "bfloat16":
@@ -174,7 +174,7 @@ def low_precision_overflow(case: Case, thresholds: DiagnosisThresholds = DEFAULT
 
 
 def random_draw(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """A fault that depends on the step's random numbers, and on neither batch nor weights alone."""
+    """A fault that depends on the random numbers of the step, and not on the batch or the weights alone."""
     origin = case.clues.origin
     if not case.clues.gone_otherwise or case.evidence.climbing or case.evidence.rate_rose:
         return None
@@ -193,14 +193,14 @@ def random_draw(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findin
 
 
 def non_finite_from_start(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """A buffer that is not finite since before the first update, such as a weight of a class."""
+    """A buffer, such as class weights, that was not finite before the first update."""
     bad, origin = case.clues.bad_buffers, case.clues.origin
-    # One that was finite at the start is corrupted state.
+    # A buffer that was finite at the start is corrupted state.
     if case.evidence.corrupt is not None or case.evidence.undo:
         return None
     if not bad:
         return None if origin is None or case.clues.bad_fields else _given_bad(origin, thresholds)
-    # Observers begin with Inf, and the step itself makes them finite.
+    # Quantization observers start with Inf, and the step makes them finite.
     if origin is not None and not (origin.backward or origin.put_in or origin.given):
         return None
     names = ", ".join(bad[: thresholds.mistakes.named_parts])
@@ -216,7 +216,7 @@ def non_finite_from_start(case: Case, thresholds: DiagnosisThresholds = DEFAULT)
 
 
 def _given_bad(origin: Origin, thresholds: DiagnosisThresholds) -> Finding | None:
-    """A tensor of the user's own that is no buffer."""
+    """A non-finite tensor of the user that is not a buffer."""
     if not origin.given:
         return None
     return finding_at(
@@ -243,14 +243,14 @@ _OVERFLOWS = PRODUCTS | {"add", "sum", "mean", "cumsum", "cumprod", "matmul", "m
 
 
 def unknown_operation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """The operation that made the first non-finite value, whatever it is: where no other rule fits, that is told."""
+    """The operation that computed the first non-finite value. It is named if no other rule fits."""
     origin = case.clues.origin
     if origin is None:
         return None
     given = ""
     beyond = outside(origin)
     if origin.lowest is not None and origin.highest is not None:
-        # What is outside by rounding alone is told with all its digits.
+        # A number that is outside only by a rounding error is shown with all digits.
         digits = ".4g" if not beyond or DOMAINS[origin.operation].leaves(*_rounded(origin)) else ".8g"
         given = f", given numbers from {origin.lowest:{digits}} to {origin.highest:{digits}}"
     if beyond:
@@ -274,5 +274,5 @@ def unknown_operation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> 
 
 
 def _rounded(origin: Origin) -> tuple[float, float]:
-    """What an operation was given, as it is told."""
+    """The range of an operation's input, rounded as in messages."""
     return float(f"{origin.lowest or 0.0:.4g}"), float(f"{origin.highest or 0.0:.4g}")

@@ -1,4 +1,4 @@
-"""Causes that lie in the data."""
+"""Rules for causes in the data."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def non_finite_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> F
     clues = case.clues
     if not clues.bad_fields and case.evidence.batch_finite is not False:
         return None
-    # Some models take NaN for what is missing: then something else made the loss bad.
+    # Some models use NaN for missing values. Then something else made the loss bad.
     tolerated = clues.origin is not None or (clues.loss is not None and math.isfinite(clues.loss))
-    # A bounded activation makes a finite loss of it, and its product with a gradient of 0 is NaN.
+    # A bounded activation gives a finite loss for Inf, and in backward Inf times a gradient of 0 is NaN.
     if clues.origin is not None and clues.origin.backward and clues.origin.operation in PRODUCTS:
         tolerated = False
     known = thresholds.confidence
     confidence = known.non_finite_input_tolerated if tolerated else known.non_finite_input
-    # Where the loss leaves out what is missing, as torch.where does, its gradient does not.
+    # If the loss masks missing values with torch.where, its gradient can still be NaN.
     forward = clues.loss is not None and math.isfinite(clues.loss) and clues.gradient_finite is False
     if not clues.bad_fields:
         text = "The batch holds NaN or Inf: clean the data."
@@ -81,18 +81,18 @@ def target_out_of_domain(case: Case, thresholds: DiagnosisThresholds = DEFAULT) 
 
 
 def _leaves_domain(origin: Origin) -> bool:
-    # A power of large numbers overflows, which is another matter; so does a whole power of negative ones.
+    # An integer power is defined for every number, so it can only overflow, which is another cause.
     if origin.operation == "pow" and (origin.exponent or 0.0).is_integer():
         return False
     return outside(origin) is True
 
 
 def no_valid_target(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """A mean over no target at all: every label is ignored, or a mask selects nothing."""
+    """A mean over zero targets: every label is ignored, or a mask selects nothing."""
     origin, target = case.clues.origin, case.clues.target
     if origin is None or origin.backward:
         return None
-    # Where every target is the same one, it stands for those that are missing.
+    # If all targets have the same value, this value stands for missing targets.
     same = target is not None and target.lowest == target.highest
     told = f" ({target.lowest:.4g})" if same and target is not None else ""
     nothing = origin.operation in _DIVISIONS and origin.lowest == origin.highest == 0.0
@@ -109,7 +109,7 @@ def no_valid_target(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
 
 
 def labels_unrelated(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """Labels that have nothing to do with their inputs, as after one of the two was shuffled."""
+    """Labels that are unrelated to their inputs, for example because only one of the two was shuffled."""
     labels = case.clues.labels
     if labels is None or labels.exceeds:
         return None
@@ -140,7 +140,7 @@ def unnormalised_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
     stuck = course is not None and course.high(limits) and not course.moves(limits)
     diverged = bool(harm) or stuck or learner_diverged(fault, evidence, thresholds)
     if not diverged and evidence.healthy_steps >= thresholds.data.trusted_steps and "gradient" not in fault.place:
-        return None  # it went well with such inputs
+        return None  # the run has been healthy with such inputs
     return Finding(
         "unnormalised_input",
         known.unnormalised_harm if diverged else known.unnormalised,

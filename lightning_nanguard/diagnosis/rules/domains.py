@@ -1,4 +1,4 @@
-"""For which numbers operations are defined, and which they can hold the result of."""
+"""Domains of operations, and the numbers above which their results overflow."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Domain:
     """The numbers that an operation is defined for.
 
     Attributes:
-        words: ``"above 0"``.
+        words: The domain in words, such as ``"above 0"``.
         low: Lower end.
         high: Upper end; ``None`` if there is none.
-        open: Whether the ends themselves lie outside.
+        open: Whether the ends themselves are excluded.
     """
 
     words: str
@@ -24,7 +24,7 @@ class Domain:
     open: bool = True
 
     def leaves(self, lowest: float, highest: float) -> bool:
-        """Whether numbers from ``lowest`` to ``highest`` lie outside in part."""
+        """Whether a part of the range from ``lowest`` to ``highest`` lies outside the domain."""
         low = lowest <= self.low if self.open else lowest < self.low
         if self.high is None:
             return low
@@ -50,14 +50,14 @@ DOMAINS: dict[str, Domain] = {
 
 
 def outside(origin: Origin) -> bool | None:
-    """Whether an operation was given numbers outside its domain; ``None`` if that is not known."""
+    """Whether the input of an operation lies outside its domain; ``None`` if this is not known."""
     domain = DOMAINS.get(origin.operation)
     if domain is None or origin.lowest is None or origin.highest is None:
         return None
     return domain.leaves(origin.lowest, origin.highest)
 
 
-# The largest number whose exponential each format holds, to base e and to base 2.
+# The largest exponent that does not overflow in each format, to base e and to base 2.
 _EXPONENTS = {"float16": (11.0, 16.0), "float64": (709.0, 1024.0)}
 _SINGLE = (88.0, 128.0)
 # The square of a larger number overflows.
@@ -70,6 +70,6 @@ def largest_exponent(origin: Origin) -> float:
 
 
 def squares_overflow(origin: Origin) -> bool:
-    """Whether the squares of what an operation was given overflow."""
+    """Whether the squares of an operation's input overflow."""
     largest = max(abs(origin.lowest or 0.0), abs(origin.highest or 0.0))
     return largest > _SQUARES.get(origin.dtype, 1.8e19)

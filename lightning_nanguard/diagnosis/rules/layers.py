@@ -1,4 +1,4 @@
-"""Causes that lie in the layers of a model, seen in one forward and backward pass."""
+"""Rules for causes in the layers of a model, measured in one forward and backward pass."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def dead_relu(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding 
         confidence = known.dead_all
     else:
         confidence = known.dead_most if worst.dead > limits.dead_most else known.dead_some
-    # No update has been made of an untrained model.
+    # Without an update the learning rate is not the cause.
     lower = "S" if case.model is None or not case.model.updates else "Lower the learning rate, s"
     return Finding(
         "dead_relu",
@@ -77,7 +77,7 @@ def vanishing_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
     first, last = layers[0], layers[-1]
     smallest = min(layer.outputs or 0.0 for layer in layers)
     scale = f" Activations are as small as {smallest:.1e}." if smallest < limits.small_activation else ""
-    # Where units sit at their ends or are dead, that is why, and they have a finding of their own.
+    # If units are saturated or dead, this is the cause, and another rule reports it.
     blocked = any((one.saturated or one.dead or 0.0) > limits.saturated_half for one in _layers_with(case, "kind"))
     proven = ratio < limits.vanished_surely or still
     return Finding(
@@ -167,7 +167,7 @@ def unbalanced_initialisation(case: Case, thresholds: DiagnosisThresholds = DEFA
 
 
 def harm_of_large_inputs(model: Model | None, thresholds: ModelThresholds) -> str:
-    """What inputs that are too large do to an untrained model, in words; empty if they do no harm."""
+    """The harm that too large inputs do to an untrained model, in words; empty if there is none."""
     if model is None or model.updates:
         return ""
     if above_chance(model, thresholds):
@@ -187,32 +187,33 @@ def _layers_with_gradient(model: Model | None) -> list[Layer]:
 
 
 def _outputs_before(model: Model | None, layer: Layer) -> float | None:
-    """Root mean square that the last weight before a layer gave."""
+    """Root mean square of the output of the last layer with a weight before a layer."""
     layers = () if model is None else model.layers
     known = [one.outputs for one in layers[: layers.index(layer)] if one.weight]
     return known[-1] if known else None
 
 
 def _starts_at_zero(model: Model | None) -> bool:
-    # The last layer of a head or of a residual branch, on purpose: the gradient before it is zero for one update.
+    # The last layer of a head or residual branch may start at zero on purpose. Then earlier gradients are zero at
+    # first.
     return model is not None and any(one.weight == 0.0 for one in model.layers)
 
 
 def _end_gradients(layers: list[Layer]) -> tuple[float, float]:
-    """The largest gradient of the first third, and of the last."""
+    """The largest gradient in the first third of the layers, and in the last third."""
     third = max(1, len(layers) // 3)
     return max(map(_gradient, layers[:third])), max(map(_gradient, layers[-third:]))
 
 
 def _stand_still(layers: list[Layer], thresholds: ModelThresholds) -> bool:
-    """Whether the updates of the first third are known, and next to nothing."""
+    """Whether the updates of the first third of the layers are known and almost zero."""
     first = layers[: max(1, len(layers) // 3)]
     return all(one.update is not None and one.update < thresholds.still_update for one in first)
 
 
 def _falls(layers: list[Layer], thresholds: ModelThresholds) -> bool:
-    """Whether the gradient is mostly smaller in the earlier of two neighbours."""
-    # Where nearly nothing arrives it may be as little in one as in the next.
+    """Whether in most pairs of neighbouring layers the earlier one has the smaller gradient."""
+    # Gradients that are almost zero may be equal in both layers.
     steps = [_gradient(a) <= thresholds.neighbour_factor * _gradient(b) for a, b in pairwise(layers)]
     return sum(steps) >= thresholds.falling_share * len(steps)
 

@@ -1,4 +1,4 @@
-"""Causes that lie in the learner: its state, its gradients, its updates."""
+"""Rules for causes in the learner: its state, its gradients, its updates."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lightning_nanguard.types import Evidence, Finding
 
 
 def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """Weights, buffers or moments went bad though no batch was: the fault is gone on good state."""
+    """Weights, buffers or moments became bad, but no batch was bad. With the good state the fault is gone."""
     fault, evidence, change, known = case.fault, case.evidence, case.clues.change, thresholds.confidence
     if evidence.undo or evidence.climbing or evidence.rate_rose or evidence.again[0]:
         return None
     if fault.rate_may_cause:
         if _updates_enlarged_it(case, thresholds.learner):
             return None
-        # Running statistics also jump where a batch far out of range passes a normalisation.
+        # Running statistics also jump if a batch far out of range passes a normalisation layer.
         return _corrupted(case, thresholds, known.state_implausible, fault.place, "became far larger than before")
     if evidence.corrupt is not None:
         if fault.scope == "learner" and fault.certain:
@@ -49,7 +49,7 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
 
 
 def _updates_enlarged_it(case: Case, limits: LearnerThresholds) -> bool:
-    """Whether a weight that is out of all proportion grew as a whole; a stray write enlarges a few elements."""
+    """Whether an implausible weight grew as a whole. Memory corruption enlarges only a few elements."""
     grew = case.fault.rate_may_cause and case.evidence.growth > limits.ruined
     return grew and case.fault.place.startswith("parameter") and case.clues.moved_alone is False
 
@@ -65,7 +65,7 @@ def _corrupted(
     times = 1 + sum(one.finding.cause == "corrupted_state" and one.finding.place == name for one in case.earlier)
     since = case.evidence.healthy_since_restore
     soon = since is not None and since < thresholds.blame.calm_when_late
-    # A fault of memory is gone on the good state, and does not come back as soon as that is restored.
+    # A memory fault is gone with the good state, and does not come back soon after a restore.
     gone = case.clues.change is None or case.clues.good_finite is True
     if case.evidence.told:
         text = f"and {case.evidence.told}."
@@ -112,7 +112,7 @@ def exploding_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
             return None
         confidence, place = thresholds.confidence.gradient_product, origin.place
     else:
-        # A gradient that is small when the batch is run again was none of the batch's.
+        # If the gradient is small when the batch is run again, the batch is not at fault.
         if clues.norm is not None and usual is not None and clues.norm < limits.spike_factor * usual:
             return None
         confidence = thresholds.confidence.gradient_large
@@ -140,7 +140,7 @@ def exploding_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
 
 
 def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """The updates themselves made the loss worse."""
+    """The updates increased the loss, because the rate is too high."""
     fault, limits = case.fault, thresholds.learner
     rate, allowed = _rate(case), _allowed(case, thresholds)
     confidence = _rate_confidence(case, thresholds)
@@ -164,9 +164,9 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
 
 
 def _rate_is_shown(case: Case, limits: LearnerThresholds) -> bool:
-    """Whether it shows that the rate is too high, whatever the bend of the loss under the good weights allows.
+    """Whether the rate is clearly too high, even if the curvature under the good weights allows it.
 
-    Momentum, and a loss that bends more elsewhere, bring weights out of range at rates that the bend allows.
+    With momentum, or if the curvature is larger elsewhere, weights can diverge at such a rate.
     """
     trial = case.evidence.trial
     if trial is not None and trial.lacks:
@@ -175,7 +175,7 @@ def _rate_is_shown(case: Case, limits: LearnerThresholds) -> bool:
 
 
 def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
-    """How sure it is that the rate is to blame, by what confirms a suspicion of this kind; 0 if it is not."""
+    """Confidence that the rate is to blame; 0 if it is not. A suspicion has to be confirmed first."""
     fault, evidence, limits, known = case.fault, case.evidence, thresholds.learner, thresholds.confidence
     worse = worse_than_before(evidence, thresholds)
     signs = evidence.growth > limits.grown or evidence.climbing
@@ -183,7 +183,7 @@ def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
         return known.rate_diverged
     if fault.scope == "learner" and not fault.certain:
         if _lost_what_it_had(evidence) and not signs:
-            return 0.0  # it learned well at this rate
+            return 0.0  # the run learned well at this rate
         return known.rate_trial if evidence.trial is not None or fault.proof == "none" or signs or worse else 0.0
     if learner_diverged(fault, evidence, thresholds):
         return known.rate_diverged
@@ -192,7 +192,7 @@ def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
 
 
 def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[str, float | str], list[str]]:
-    """What speaks against the rate, in numbers and in words."""
+    """The evidence against the rate, in numbers and in words."""
     evidence, curvature, rate = case.evidence, case.curvature, _rate(case)
     limit = None if curvature is None else curvature.largest_rate
     numbers: dict[str, float | str] = {"weights_grew": evidence.growth}
@@ -219,24 +219,24 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
 
 
 def _operation_explains_it(case: Case, rate: float | None, limit: float | None, limits: LearnerThresholds) -> bool:
-    """Whether a good model was given to an operation that does not hold it, and not a ruined one.
+    """Whether an operation fails although the model is good, so that the rate is not to blame.
 
-    A rate that is far too high ruins any model, and in the end its exponential overflows, too.
+    A rate that is far too high ruins any model, and then its operations overflow, too.
     """
     fault, evidence, clues = case.fault, case.evidence, case.clues
-    # A finite loss that cannot be differentiated is an operation's doing, also where it was not looked for again.
+    # If the loss is finite and its gradient is not, an operation is the cause, even without a replay.
     unseen = not clues.replayed and gradient_not_finite(fault)
-    # What an operation did here before it does again, where it was not looked for.
+    # Without a replay, an earlier finding at this place applies again.
     before = any(one.finding.scope == "batch" for one in case.earlier_here())
     operation = unseen or before if clues.origin is None else clues.origin.operation not in PRODUCTS
     signs = evidence.climbing or evidence.rate_rose
-    # Weights that grew at a rate that the loss does not allow are the updates' doing, be it early.
+    # Weights that grew at a rate above the largest stable one were ruined by updates, even early in the run.
     fast = rate is not None and limit is not None and rate > limit and evidence.growth > limits.grown
     ruined = signs or fast or evidence.growth > limits.ruined or bool(evidence.jump)
     now = evidence.comparison.now if evidence.comparison is not None else math.nan
-    # One that is not finite is the operation's own, and says nothing of the model.
+    # A loss that is not finite comes from the operation, and gives no evidence about the model.
     untrained = math.isfinite(now) and now > evidence.first + limits.untrained_units * evidence.loss_unit
-    # Good runs stay about the largest rate; far above it nothing is learned.
+    # Good runs stay near the largest stable rate. Far above it nothing is learned.
     above = rate is not None and limit is not None and rate > limits.rate_far_above * limit
     return operation and not (ruined or untrained or above)
 
@@ -275,7 +275,7 @@ def ill_conditioned(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
 
 
 def collapsed(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """The model had learned, and has lost what it had learned."""
+    """The model had learned, and its loss is back at that of the untrained model."""
     fault, evidence, known = case.fault, case.evidence, thresholds.confidence
     back, lost = fault.kind == "collapsed", _lost_what_it_had(evidence)
     if not (back or lost):
@@ -286,7 +286,7 @@ def collapsed(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding 
     if best is not None and best < evidence.first:
         numbers["best"] = best
         had = f"had come down to {best:.4g} and "
-    # At another suspicion the value is of when it arose.
+    # For other suspicions the value is older.
     now = fault.value if back and fault.value is not None and math.isfinite(fault.value) else None
     level = f"back at {now:.4g}" if now is not None else "clearly higher now" if had else "clearly higher than its best"
     return Finding(
@@ -301,7 +301,7 @@ def collapsed(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding 
 
 
 def _lost_what_it_had(evidence: Evidence) -> bool:
-    """Whether a trial shows that the run was as good, at its own rate, as what a lower rate has learned."""
+    """Whether a trial shows that the run had learned as much, at its own rate, as an arm with a lower rate."""
     trial = evidence.trial
     return trial is not None and trial.lacks > 0 and trial.base == "best" and not evidence.rate_rose
 
@@ -326,19 +326,19 @@ def _cure_of_collapse(case: Case, thresholds: DiagnosisThresholds) -> str:
 
 
 def _rate(case: Case) -> float | None:
-    """The highest rate since the good state; ``None`` if it is not known, or is none at all."""
+    """The highest rate since the good state; ``None`` if it is not known or not valid."""
     rate = case.evidence.highest_lr if case.evidence.highest_lr is not None else case.evidence.lr
     return rate if rate is not None and 0 < rate < math.inf else None
 
 
 def _in_other_groups(case: Case, rate: float) -> str:
-    """What to add where another parameter group has a higher rate than the first one."""
+    """A note if another parameter group has a higher rate than the first one."""
     highest = case.evidence.group_lr
     return f", and up to {highest:.4g} in other parameter groups" if highest is not None and highest > rate else ""
 
 
 def _allowed(case: Case, thresholds: DiagnosisThresholds) -> float | None:
-    """The largest rate that the loss allows, as it is now or as it was found a short while ago."""
+    """The largest stable rate, as it is now or as it was found shortly before."""
     if case.curvature is not None and case.curvature.largest_rate is not None:
         return case.curvature.largest_rate
     since = case.evidence.step - thresholds.blame.calm

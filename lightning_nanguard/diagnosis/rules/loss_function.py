@@ -1,4 +1,4 @@
-"""Causes that lie in the loss function, what it is given, and the gradient it gives."""
+"""Rules for causes in the loss function, its inputs and its gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_nanguard.types import Finding
 
 
 def mse_for_classification(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """A squared loss on classes: its gradient is smallest where the model is wrong with high confidence."""
+    """A classifier with a squared loss, whose gradient is smallest for confident wrong predictions."""
     objective = None if case.model is None else case.model.objective
     if objective is None or objective.classes is None or objective.function not in ("mse_loss", "squared error"):
         return None
@@ -32,11 +32,11 @@ def mse_for_classification(case: Case, thresholds: DiagnosisThresholds = DEFAULT
 
 
 def double_softmax(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """Probabilities given to a loss that applies a softmax or sigmoid of its own."""
+    """Probabilities are the input of a loss that applies a softmax or sigmoid itself."""
     objective = None if case.model is None else case.model.objective
     if objective is None or not objective.probabilities or objective.classes is None:
         return None
-    # The largest score a softmax can give to one class is 1, and 0 to the others.
+    # The best case: a softmax gives 1 to the right class and 0 to the others.
     least = math.log1p((objective.classes - 1) * math.exp(-1))
     binary = objective.function == "binary_cross_entropy"
     return Finding(
@@ -74,7 +74,7 @@ def wrong_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fin
 
 
 def class_out_of_range(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """Class indices that the loss has no score for."""
+    """Class indices for which the model has no score."""
     objective = None if case.model is None else case.model.objective
     if objective is None or objective.highest is None or objective.classes is None:
         return None
@@ -93,7 +93,7 @@ def class_out_of_range(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
 
 
 def unbounded_loss(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """Targets for which the loss has no lower bound: outside of 0 and 1 under a binary cross-entropy."""
+    """Targets outside the range from 0 to 1, for which a binary cross-entropy has no lower bound."""
     objective = None if case.model is None else case.model.objective
     if objective is None or objective.least is None or objective.most is None:
         return None
@@ -126,7 +126,7 @@ def above_chance(model: Model | None, thresholds: ModelThresholds) -> bool:
 
 
 def first_loss(model: Model) -> str:
-    """``first loss 41.2, chance level for 10 classes is 2.3``."""
+    """The first loss in words, such as ``first loss 41.2, chance level for 10 classes is 2.3``."""
     objective = model.objective
     if objective is None or objective.value is None:
         return f"first loss {model.loss:.3g}"
@@ -135,7 +135,7 @@ def first_loss(model: Model) -> str:
 
 
 def chance_level(model: Model) -> float:
-    """The loss of a model that knows nothing; NaN where it is not known."""
+    """The loss of a model that knows nothing; NaN if the level is not known."""
     objective = model.objective
     return math.nan if objective is None or objective.chance is None else objective.chance
 

@@ -1,4 +1,4 @@
-"""How findings put numbers, samples and places into words."""
+"""Puts numbers, samples and places of findings into words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_nanguard.types import Finding
 
 
 def finding_at(cause: str, confidence: float, origin: Origin, suggestion: str) -> Finding:
-    """A finding about the operation that made the first non-finite value."""
+    """A finding about the operation that computed the first non-finite value."""
     return Finding(cause, confidence, origin_evidence(origin), origin.place, origin.samples, suggestion, scope="batch")
 
 
@@ -49,7 +49,7 @@ def outlier_finding(cause: str, confidence: float, found: Range, remedy: str) ->
 
 
 def target_span(target: Range | None, origin: Origin) -> str:
-    """From where to where the targets run, or what an operation was given that was made of them."""
+    """The range of the targets, or of an operation's input that was computed from them."""
     domain = DOMAINS.get(origin.operation)
     if target is not None and domain is not None and domain.leaves(target.lowest, target.highest):
         return f"targets run from {target.lowest:.4g} to {target.highest:.4g}"
@@ -57,19 +57,19 @@ def target_span(target: Range | None, origin: Origin) -> str:
 
 
 def smallest_operand(origin: Origin) -> str:
-    """The smallest number that an operation was given, by its magnitude where none is below zero."""
+    """The smallest input of an operation; the one of smallest magnitude if none is below zero."""
     if origin.lowest is not None and origin.lowest < 0:
         return f"{origin.lowest:.4g}"
     return "zero" if not origin.smallest else f"{origin.smallest:.4g}"
 
 
 def of_samples(samples: Sequence[int]) -> str:
-    """`` of samples 3 and 17``; empty without samples."""
+    """Samples in words, such as `` of samples 3 and 17``; empty without samples."""
     return f" of {listed('sample', samples)}" if samples else ""
 
 
 def listed(noun: str, numbers: Sequence[int], at_most: int = 8) -> str:
-    """``samples 3, 17 and 20``; empty without numbers.
+    """A noun with numbers, such as ``samples 3, 17 and 20``; empty without numbers.
 
     Example:
         >>> listed("sample", (3, 17))

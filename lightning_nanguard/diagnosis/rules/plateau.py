@@ -1,4 +1,4 @@
-"""Causes of a loss that does not move: how the run has gone, its gradients, and the loss around the present weights."""
+"""Rules for a loss that does not move, from the course of the run, its gradients and the curvature."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lightning_nanguard.types import Finding
 
 
 def oscillation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """The loss is flat because updates jump over the minimum and back: successive gradients are opposed."""
+    """Updates jump over the minimum and back: successive gradients have opposite directions."""
     course, limits, known = case.course, thresholds.plateau, thresholds.confidence
     if course is None or course.opposed is None or course.opposed > limits.opposed:
         return None
     high = course.high(limits)
-    # A model that has learned most goes on by little; Adam's updates swing about the valley that they travel along.
+    # Near the end a model still improves slowly, and Adam's updates oscillate although the loss falls.
     if course.moves(limits) or course.rises(limits) or (course.falls(limits) and not high):
         return None
     numbers: dict[str, float | str] = {"cosine": course.opposed, "gradient_norm": course.norm}
@@ -25,11 +25,11 @@ def oscillation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findin
         numbers["lr"] = course.lr
         rate = f", at learning rate {course.lr:.4g}"
         limit = None if case.curvature is None else case.curvature.largest_rate
-        # Where the parabola allows more, the loss is none: the update that was tried says so.
+        # If the quadratic model allows a higher rate, it is wrong, because the tried update reversed the gradient.
         if limit is not None and limit / 2 < course.lr:
             numbers["largest_rate"] = limit
             lower = f" to about {limit / 2:.2g}, which lowers this batch's loss most"
-    # Where batches disagree more than they agree each of them points back, and the loss is down in its noise.
+    # If the noise exceeds the gradient, each batch's gradient reverses, although only noise is left.
     clear = course.noise is None or course.noise <= limits.oscillation_noise
     return Finding(
         "oscillation",
@@ -117,7 +117,7 @@ def batch_size(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding
         return None
     if course.batch_size > limits.small_batch or course.noise < limits.noisy:
         return None
-    # At a minimum the gradient is noise alone; where its mean stands out, the loss can fall further at any level.
+    # At a minimum the gradient is only noise. If its mean is significant, the loss can fall further.
     proven = course.batches >= limits.min_batches and course.clear > limits.standard_errors
     if not proven and not course.high(limits):
         return None
@@ -178,7 +178,7 @@ def _stationary_point(case: Case, limits: PlateauThresholds) -> _StationaryPoint
         return None
     if curvature is None or curvature.smallest is None or curvature.largest is None:
         return None
-    # The step along the gradient that is best by the parabola through it lowers the loss by slope² / 2·bend.
+    # In the quadratic model the best step along the gradient lowers the loss by slope² / (2·bend).
     gain = curvature.slope**2 / (2 * abs(curvature.bend)) if curvature.bend else float("inf")
     if curvature.slope != 0.0 and not gain < limits.no_gradient * abs(course.now):
         return None

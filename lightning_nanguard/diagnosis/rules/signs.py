@@ -1,4 +1,4 @@
-"""What several rules ask of a case: what kind of fault it is, and whether the learner diverged."""
+"""Conditions that several rules use: the kind of a fault, and whether the learner diverged."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def gradient_not_finite(fault: Fault) -> bool:
 
 
 def number_format_exhausted(fault: Fault) -> bool:
-    """Whether the gradient overflows at any loss scale: the number format is at fault, not the course of the run."""
+    """Whether the gradient overflows at any loss scale, so that the number format is at fault."""
     return fault.scope == "learner" and fault.certain and fault.proof == "none"
 
 
 def learner_diverged(fault: Fault, evidence: Evidence, thresholds: DiagnosisThresholds) -> bool:
-    """Whether the updates made the weights bad, by the fault itself or by the signs around it."""
+    """Whether updates made the weights bad, judged by the fault and its evidence."""
     if fault.scope == "learner" and not number_format_exhausted(fault):
         return True
     if evidence.corrupt is not None:
         return evidence.climbing or evidence.rate_rose
     comparison = evidence.comparison
     if not fault.certain and comparison is not None and comparison.now <= evidence.first:
-        return False  # a model that is better than untrained has not diverged; its batch may be steep
+        return False  # better than untrained, so it has not diverged
     grew = evidence.growth > thresholds.learner.grown and evidence.jump is None
     return worse_than_before(evidence, thresholds) and (learner_did_it(evidence, thresholds.blame) or grew)
 
@@ -45,8 +45,8 @@ def worse_than_before(evidence: Evidence, thresholds: DiagnosisThresholds) -> bo
     """Whether the present weights are clearly worse on the batch than the last good ones."""
     comparison = evidence.comparison
     if comparison is None or comparison.then_finite is False:
-        return False  # of a batch that cannot be differentiated under good weights either, the loss says nothing
-    # A batch that is far off under good weights, too, says little of those of now.
+        return False  # the batch is bad under good weights, too
+    # A batch with a high loss under good weights gives little evidence against the present weights.
     least = max(thresholds.learner.worse_units * evidence.loss_unit, comparison.then - evidence.first)
     return worse(comparison, least)
 

@@ -1,4 +1,4 @@
-"""Causes that come back whenever an update is made again from the good state."""
+"""Rules for causes that come back each time an update is made again from the good state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_nanguard.types import Finding
 
 
 def optimizer_update(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """Loss, gradient and state are finite, and the optimizer's step makes a weight or a moment that is not."""
+    """Loss, gradient and state are finite, and the optimizer's step gives a weight or a moment that is not."""
     cure = (
         "Look at what its step divides by: an eps that is 0 or too small for this dtype, the norm of an update that "
         "is zero, a second moment that has decayed to zero. Raise eps, keep the weights in float32, or use another "
@@ -19,7 +19,7 @@ def optimizer_update(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> F
 
 
 def forward_writes_buffer(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """The loss is finite, and the forward pass writes a number into a buffer that is not."""
+    """The loss is finite, and the forward pass writes a number that is not finite into a buffer."""
     cure = (
         "Look at what the forward pass writes there: a division by a count or a sum that may be zero, the variance of "
         "one value."
@@ -32,7 +32,7 @@ def _comes_back(case: Case, thresholds: DiagnosisThresholds, cause: str, what: s
     known, place = case.evidence.again
     confidence = thresholds.confidence.update_again
     if not known and case.evidence.corrupt is not None:
-        # Where updates can no longer be made again, such as at a lower rate: what was found of this tensor before.
+        # Updates cannot be made again, for example after a cut: use the earlier finding about this tensor.
         tensor = case.evidence.corrupt
         places = [one.finding.place for one in case.earlier if one.finding.cause == cause]
         place = next((one for one in reversed(places) if tensor in one), "")

@@ -1,1 +1,1 @@
-"""Gives the trainer's loggers what the guard records: curves, words, settings and the page of a run."""
+"""Gives the trainer's loggers the curves, messages and settings of the guard, and the page of a run."""

@@ -14,7 +14,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class LoggerCurves:
-    """Logs gradient norm and effective learning rate each ``log_every_n_steps``, at the step of Lightning's own values.
+    """Logs gradient norm and effective learning rate every ``log_every_n_steps``, at Lightning's own logging step.
 
     Args:
         trainer: The trainer.
@@ -25,7 +25,7 @@ class LoggerCurves:
         self._every = logs_every(trainer)
 
     def take(self, reading: Reading, lr: float | None) -> None:
-        """Log the reading of an update, where Lightning logs, too."""
+        """Log the reading of an update, if Lightning logs at this step."""
         if self._every < 1 or ((step := logged_at(self._trainer)) + 1) % self._every:
             return
         suffix = f"_{reading.optimizer_index}" if reading.optimizer_index else ""

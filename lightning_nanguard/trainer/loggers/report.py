@@ -1,4 +1,4 @@
-"""Gives the page of a run to the loggers that keep files, at the end of a fit."""
+"""Uploads the page of a run to loggers that store files, at the end of a fit."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _logger = logging.getLogger("lightning_nanguard")
 
 
 def log_report(trainer: Trainer, folder: Path, run_id: str) -> None:
-    """Give the page of a run, as an artifact, to each logger that keeps files; what fails is said, and costs no run.
+    """Log the page of a run as an artifact of each logger that stores files. An error is logged and does not end the
+    run.
 
-    W&B and MLflow keep files. A run with neither interventions nor advice has nothing to tell, and gives no page.
-    Without matplotlib there is no page, either.
+    W&B and MLflow store files. There is no page for a run without interventions and advice, or without matplotlib.
 
     Args:
         trainer: The trainer.
-        folder: The folder of the run; what is on record there is complete.
+        folder: The folder of the run. Its records must be complete.
         run_id: The run's id.
     """
     loggers = [logger for logger in trainer.loggers if is_kind(logger, "MLFlowLogger", "WandbLogger")]

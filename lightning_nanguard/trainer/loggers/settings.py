@@ -1,4 +1,4 @@
-"""Gives the settings of the guard to the trainer's loggers, among their hyperparameters, and to the log of the run."""
+"""Writes the settings of the guard to the hyperparameters of the trainer's loggers, and to the log of the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 
 def log_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
-    """Put the settings of the guard among the hyperparameters of every logger; what fails is said, and costs no run.
+    """Log the settings of the guard as hyperparameters of every logger. An error is logged and does not end the run.
 
     Args:
         trainer: The trainer.
@@ -25,7 +25,7 @@ def log_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
     named = {f"nanguard/{name}": plain_value(value) for name, value in settings.items()}
     for logger in trainer.loggers:
         log: Callable[..., Any] = logger.log_hyperparams
-        # TensorBoard would add a metric of its own to a run that has none.
+        # Without this, TensorBoard adds a metric of its own.
         more: dict[str, Any] = {"metrics": {}} if "metrics" in inspect.signature(log).parameters else {}
         try:
             log(named, **more)
@@ -34,10 +34,10 @@ def log_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
 
 
 def plain_value(value: Any) -> Any:
-    """The value of a setting as a number, a word or ``None``, which every logger and file takes.
+    """The value of a setting as a number, a string or ``None``, which every logger and file accepts.
 
     Args:
-        value: The value; of an object its type is named.
+        value: The value. An object is replaced by the name of its type.
     """
     if isinstance(value, list):
         return ", ".join(map(str, value))
@@ -48,11 +48,12 @@ def plain_value(value: Any) -> Any:
 def begun_with(
     trainer: Trainer, module: LightningModule, settings: Mapping[str, Any], thresholds: RecordsThresholds = RECORDS
 ) -> dict[str, dict[str, Any]]:
-    """What a fit is begun with, for the log of the run, so that runs can be compared.
+    """The settings of a fit for the log of the run, so that runs can be compared.
 
     Args:
         trainer: The trainer.
-        module: Its module. Of its hyperparameters and those of the data module the numbers and short words are taken.
+        module: Its module. Numbers and short strings among its hyperparameters, and among those of the data module, are
+            taken.
         settings: The settings of the guard.
         thresholds: How many hyperparameters are taken.
     """

@@ -1,4 +1,4 @@
-"""A sink that gives the trainer's loggers the words of interventions, where they have text."""
+"""A sink that writes interventions as text to the trainer's loggers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_nanguard.types import Intervention
 
 @final
 class LoggerWords(Sink):
-    """Gives loggers that have text the words of interventions: the 1st, 2nd, 4th, 8th … of each kind.
+    """Writes the 1st, 2nd, 4th, 8th … intervention of each kind as text to loggers that support text.
 
     TensorBoard shows them under Text, W&B as a table, MLflow as the artifact ``nanguard/interventions.txt``; CSV files
     have no text.
@@ -28,7 +28,7 @@ class LoggerWords(Sink):
         self._rows: list[list[Any]] = []
 
     def write(self, intervention: Intervention) -> None:
-        """Log the words, or count them."""
+        """Log the intervention, or count it."""
         kind = (intervention.fault, intervention.cause, intervention.remedies)
         self._seen[kind] += 1
         seen = self._seen[kind]
@@ -41,13 +41,13 @@ class LoggerWords(Sink):
             self._log(logger, words, step)
 
     def _log(self, logger: Any, words: str, step: int) -> None:
-        if hasattr(logger, "log_text"):  # W&B replaces a table by what it is given
+        if hasattr(logger, "log_text"):  # W&B replaces the whole table
             rows = [list(row) for row in self._rows]
             logger.log_text("nanguard/interventions_told", columns=["step", "what"], data=rows, step=step)
-        elif is_kind(logger, "MLFlowLogger"):  # and MLflow a file
+        elif is_kind(logger, "MLFlowLogger"):  # MLflow replaces the whole file
             text = "".join(f"{row[1]}\n" for row in self._rows)
             logger.experiment.log_text(logger.run_id, text, "nanguard/interventions.txt")
         elif hasattr(getattr(logger, "experiment", None), "add_text"):
-            # TensorBoard takes Markdown: as code nothing in it is markup.
+            # TensorBoard renders Markdown. A code block is not rendered.
             code = "\n".join(f"    {line}" for line in words.split("\n"))
             logger.experiment.add_text("nanguard/interventions", code, step)

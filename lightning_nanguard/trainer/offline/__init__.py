@@ -1,1 +1,1 @@
-"""What the commands run on a module outside of a fit: checks of a configuration, and the batches of an incident."""
+"""Runs modules outside of a fit, for commands: checks of a configuration, and replays of an incident."""

@@ -34,7 +34,7 @@ class CheckReport:
 
     Attributes:
         findings: The findings, those with the highest confidence first.
-        notes: What else was measured, a sentence each.
+        notes: Further measurements, one sentence each.
     """
 
     findings: Sequence[Finding] = ()
@@ -42,7 +42,7 @@ class CheckReport:
 
     @property
     def sure(self) -> bool:
-        """Whether a finding is more likely than not."""
+        """Whether a finding has enough confidence to be reported as a problem."""
         return any(finding.confidence > DEFAULT.confidence.told for finding in self.findings)
 
 
@@ -55,8 +55,8 @@ def check_config(
         config: The YAML file.
         model: Class of the module, if the file names none.
         data: Class of the data module, if the file names none.
-        gradients: Compare gradients with finite differences, too.
-        overfit: Try whether a few samples can be learned by heart, too.
+        gradients: Whether to compare gradients with finite differences, too.
+        overfit: Whether to test, too, if the model can overfit a few samples.
     """
     trainer, module, datamodule = from_config(config, model, data)
     found: list[CheckReport] = []
@@ -83,8 +83,8 @@ def check_batch(
         trainer: The trainer, before its first step.
         module: Its module; ``overfit`` trains it.
         batch: The first batch.
-        gradients: Compare gradients with finite differences, too.
-        overfit: Try whether a few samples can be learned by heart, too.
+        gradients: Whether to compare gradients with finite differences, too.
+        overfit: Whether to test, too, if the model can overfit a few samples.
         thresholds: How many samples, and when they count as learned.
     """
     automatic = bool(module.automatic_optimization)
@@ -121,6 +121,6 @@ def _check_gradients(
 
 
 def first_rows(batch: Any, count: int) -> Any:
-    """The first samples of a batch; what does not have its length is left as it is."""
+    """The first samples of a batch. Fields that do not have the length of the batch do not change."""
     size = samples(batch)
     return mapped(batch, lambda tensor: tensor[:count] if tensor.dim() and len(tensor) == size else tensor)

@@ -1,4 +1,4 @@
-"""Says in one line each what is wrong with the guard's entries in a LightningCLI configuration."""
+"""Finds errors in the guard's entries of a LightningCLI configuration, with one line for each."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _PACKAGE = "lightning_nanguard"
 
 
 def wrong_parts(path: Path) -> list[str]:
-    """What is wrong with the names, arguments and values of this package's parts in a configuration.
+    """Errors in the names, arguments and values of this package's classes in a configuration.
 
-    LightningCLI refuses them, too, but its message takes a screen.
+    LightningCLI also rejects them, but its message fills a screen.
 
     Args:
         path: The YAML file.
@@ -26,7 +26,7 @@ def wrong_parts(path: Path) -> list[str]:
     try:
         config = import_module("yaml").safe_load(path.read_text(encoding="utf-8"))
     except ModuleNotFoundError:
-        return []  # the check of the configuration says what to install
+        return []  # a later check reports the missing package
     return [*_wrong(config, "")]
 
 
@@ -54,7 +54,7 @@ def _wrong_part(name: str, given: Any, place: str) -> Iterator[str]:
     for key in unknown:
         yield f"{place}: {short} has no argument {key!r}.{_meant(str(key), known)}"
     if not unknown and isinstance(given, Mapping):
-        # Only numbers and words: what LightningCLI makes objects of is checked where it stands itself.
+        # Only plain values: nested objects are checked at their own entry.
         plain = {key: one for key, one in given.items() if not isinstance(one, (Mapping, list))}
         try:
             hooks_called(part(**plain))

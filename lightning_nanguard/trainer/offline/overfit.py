@@ -1,4 +1,4 @@
-"""Tries whether a model can learn a few samples by heart."""
+"""Tests whether a model can overfit a few samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def overfit(trainer: Any, module: nn.Module, batch: Any, thresholds: CheckThresh
         trainer: The trainer, at its first batch.
         module: Its module; it is left trained.
         batch: The samples.
-        thresholds: How long, and when they count as learned.
+        thresholds: Number of updates, and when the samples count as learned.
     """
     before = {name: tensor.clone() for name, tensor in state_of(module).items()}
     said = []

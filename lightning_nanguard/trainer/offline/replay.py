@@ -34,7 +34,7 @@ class ReplayReport:
         losses: The loss of every micro-batch.
         gradient_finite: Whether the gradient was finite; ``None`` without a backward pass.
         finding: The cause found now, ``None`` if none was.
-        layers: The numbers of each layer, in the order in which they ran.
+        layers: The measurements of each layer, in the order in which the layers ran.
     """
 
     losses: Sequence[float] = ()
@@ -63,7 +63,7 @@ def replay_bundle(bundle: Bundle, module: Any) -> ReplayReport:
         module: A module built with the same arguments.
 
     Raises:
-        ValueError: If the state does not fit the module, or the batch could not be kept whole.
+        ValueError: If the state does not fit the module, or the bundle lacks a part of the batch.
     """
     if bundle.missing or not bundle.batches:
         lost = ", ".join(bundle.missing) or "all of it"
@@ -77,7 +77,7 @@ def replay_bundle(bundle: Bundle, module: Any) -> ReplayReport:
 
 
 def _look(bundle: Bundle, seen: _Seen, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-    put_into(module, bundle.state)  # a hook of the module may have changed its weights
+    put_into(module, bundle.state)  # again, because a hook may have changed the weights
     around = partial(untraced, trainer, module)
     for micro in bundle.batches:
         step = partial(_step, trainer, micro)

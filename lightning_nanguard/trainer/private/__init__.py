@@ -1,1 +1,1 @@
-"""The private parts of Lightning that the guard touches, each in one file."""
+"""Access to private parts of Lightning, with one file for each concern."""

@@ -1,4 +1,4 @@
-"""Averaged copies of the module that other callbacks keep."""
+"""Finds the averaged copies of the module that other callbacks keep."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lightning_nanguard.thresholds.checkpoints import CheckpointsThresholds
 
 _SHORT = frozenset({"ema", "avg", "swa"})
 _AVERAGES = ("averag", "polyak", "shadow", "teacher")
-# What an averaging callback keeps beside its average: the weights while they have changed places, or the best ones.
+# Names of other copies in an averaging callback: the original weights during a swap, or the best ones.
 _OTHERS = frozenset({"backup", "best", "collected", "initial", "last", "original", "previous", "saved", "stored"})
 
 
 def swaps_weights(trainer: Any) -> bool:
-    """Whether a callback validates its average in the weights' place (WeightAveraging)."""
+    """Whether a callback swaps its average into the module for validation (WeightAveraging)."""
     return any(callable(getattr(callback, "_swap_models", None)) for callback in trainer.callbacks)
 
 
 @final
 class RepeatedAverages:
-    """Has Lightning's ``WeightAveraging`` callbacks average an update that is made again.
+    """Lets Lightning's ``WeightAveraging`` callbacks average updates that are made again.
 
     Args:
         trainer: The trainer.
@@ -38,7 +38,7 @@ class RepeatedAverages:
         self._known: list[Any] = []
 
     def can_be_made_again(self, averages: Iterator[tuple[Any, Tensor]]) -> bool:
-        """Whether every averaged copy is one of a callback that averages when it is told to."""
+        """Whether every averaged copy belongs to a callback that can average on demand."""
         self._known = [one for one in self._trainer.callbacks if callable(getattr(one, "should_update", None))]
         held = {
             id(tensor)
@@ -49,7 +49,7 @@ class RepeatedAverages:
         return all(id(tensor) in held for _, tensor in averages)
 
     def make_again(self, global_step: int) -> None:
-        """An update has been made again: average it where it was averaged before.
+        """Average an update that was made again, if it was averaged the first time.
 
         Args:
             global_step: The trainer's clock before the update.
@@ -57,7 +57,7 @@ class RepeatedAverages:
         self._update("_latest_update_step", global_step + 1, step_idx=global_step)
 
     def end_epoch_again(self, epoch: int) -> None:
-        """The updates of an epoch have been made again: average them where they were averaged at its end.
+        """Average at the end of an epoch that was made again, if it was averaged there the first time.
 
         Args:
             epoch: Its index.
@@ -67,7 +67,7 @@ class RepeatedAverages:
     def _update(self, latest: str, least: int, **index: int) -> None:
         for callback in self._known:
             model = getattr(callback, "_average_model", None)
-            # What the callback has yet to average it will average by itself.
+            # The callback will average later updates by itself.
             if model is not None and getattr(callback, latest, -1) >= least and callback.should_update(**index):
                 model.update_parameters(self._trainer.lightning_module)
 
@@ -76,16 +76,15 @@ class RepeatedAverages:
 class AveragedCopies:
     """Finds the averaged copies of a module's weights that callbacks keep (EMA, SWA, WeightAveraging), by callback.
 
-    Lightning has no public name for them. A module, a dictionary or a list of tensors may be one when it has the shapes
-    (and names) of all parameters of the module, or of a part that holds a large share of what is trained, or of the
-    trained ones among them. It is one where it is an ``AveragedModel`` or is called so, or once it was seen to change
-    from one batch to the next to something else than the weights. Anything else a callback keeps, such as the best
-    weights so far, is the user's and is left alone.
+    Lightning has no public name for them. A candidate is a module, a dictionary or a list of tensors with the shapes
+    (and names) of all or of the trained parameters of the module, or of a large part of it. A candidate is a copy if it
+    is an ``AveragedModel`` or has such a name, or once it changed between two batches to values other than the weights.
+    Anything else, such as the best weights so far, belongs to the user and does not change.
 
     Args:
         trainer: The trainer.
         module: Its module.
-        thresholds: How large that share is, and how often unknown copies are looked at.
+        thresholds: How large the part must be, and how often unknown copies are checked.
     """
 
     def __init__(self, trainer: Any, module: nn.Module, thresholds: CheckpointsThresholds | None = None) -> None:
@@ -94,15 +93,15 @@ class AveragedCopies:
         self._limits = CheckpointsThresholds() if thresholds is None else thresholds
         self._seen: set[str] = set()
         self._batches = 0
-        # Unknown copies at the start of the batch before: their tensors, each with its version.
+        # Tensors of unknown copies at the start of the previous batch, each with its version.
         self._before: dict[str, list[tuple[Tensor, int]]] = {}
 
     def __call__(self) -> dict[str, dict[str, Tensor]]:
-        """The copies there are now."""
+        """The averaged copies at present."""
         return {name: tensors for name, tensors, known in self._candidates() if known}
 
     def watch(self) -> None:
-        """At the start of a batch: see whether an unknown copy changes as averages do."""
+        """At the start of a batch: check whether an unknown copy changes as averages do."""
         if self._before:
             now = {name: tensors for name, tensors, known in self._candidates() if not known}
             for name, before in self._before.items():
@@ -129,7 +128,7 @@ class AveragedCopies:
         shapes = list(_shapes_of_copies(self._module, self._limits.averaged_copy_share))
         live = {id(parameter) for parameter in self._module.parameters()}
         for name, value, tensors in found:
-            # The live module under another name holds the very same tensors, and those are rewound already.
+            # An alias of the module holds the same tensors, which are restored with the module.
             if not any(id(tensor) in live for tensor in tensors.values()) and _is_copy(tensors, shapes):
                 yield name, tensors, name in self._seen or _is_called_average(name, value)
 
@@ -143,7 +142,7 @@ class AveragedCopies:
 def _is_called_average(name: str, value: Any) -> bool:
     if isinstance(value, torch.optim.swa_utils.AveragedModel):
         return True
-    # Words of CamelCase and snake_case: EMA, WeightAveraging, _average_model, shadow_params.
+    # Splits CamelCase and snake_case names: EMA, WeightAveraging, _average_model, shadow_params.
     words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
     called = not _SHORT.isdisjoint(words) or any(word.startswith(_AVERAGES) for word in words)
     return called and _OTHERS.isdisjoint(words)
@@ -183,7 +182,7 @@ def _tensors_of(value: Any) -> dict[str, Tensor]:
     if isinstance(value, nn.Module):
         return {} if isinstance(value, Metric) else dict([*value.named_parameters(), *value.named_buffers()])
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    # Before names are made: a callback may keep long lists of something else.
+    # Checked first, because a callback may keep long lists of other objects.
     if not items or not all(isinstance(item, Tensor) for item in items):
         return {}
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""ModelCheckpoint never takes a model for the best one whose metric is not finite."""
+"""Keeps ModelCheckpoint from choosing a best model whose metric is not finite."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
 
 
 def keep_best_finite(trainer: Any) -> Callable[[], None]:
-    """Have every ModelCheckpoint take a metric that is not finite for the worst there is, and for no best.
+    """Make every ModelCheckpoint rank a metric that is not finite as the worst, and never as the best.
 
-    Lightning stores NaN as the worst value, and calls it best while slots are free; −inf stays the best of a minimum
-    for good, and drives finite ones out. The same files are saved as without this: only the ranking differs, and while
-    no metric was finite there is no best model.
+    Lightning stores NaN as the worst value, but calls it best while slots are free. With ``mode="min"``, −inf stays the
+    best forever, and replaces finite ones. The same files are saved as without this function: only the ranking differs.
+    While no metric was finite, there is no best model.
 
     Args:
         trainer: The trainer of either Lightning package.
@@ -30,7 +30,7 @@ def keep_best_finite(trainer: Any) -> Callable[[], None]:
     undos = []
     for callback in trainer.callbacks:
         if all(callable(getattr(callback, name, None)) for name in _WRAPPERS) and is_kind(callback, "ModelCheckpoint"):
-            _forget_best(callback)  # a checkpoint of a run without the guard may have brought it along
+            _forget_best(callback)  # loaded from a checkpoint without the guard
             undos += [wrap_method(callback, name, partial(wrapper, callback)) for name, wrapper in _WRAPPERS.items()]
     return undo_all(undos)
 
@@ -44,7 +44,7 @@ def _update_best_and_save(callback: Any, update: Callable[..., Any], current: An
 
 
 def _save_checkpoint(callback: Any, save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    _forget_best(callback)  # before it goes into the file
+    _forget_best(callback)  # before it is written to the file
     return save(*args, **kwargs)
 
 
@@ -56,14 +56,14 @@ _WRAPPERS: dict[str, Callable[..., Any]] = {
 
 
 def _ranked(callback: Any, current: Any) -> Any:
-    """The metric, or the worst there is in its place where it is not finite."""
+    """The metric, or the worst possible value if it is not finite."""
     if isinstance(current, Tensor) and not bool(torch.isfinite(current).all()):
         return torch.full_like(current, math.inf if callback.mode == "min" else -math.inf)
     return current
 
 
 def _forget_best(callback: Any) -> None:
-    """Choose the best model again where the metric of the one chosen is not finite."""
+    """Choose another best model if the metric of the present one is not finite."""
     best = callback.best_model_score
     if not isinstance(best, Tensor) or bool(torch.isfinite(best).all()):
         return

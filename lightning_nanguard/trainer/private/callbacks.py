@@ -1,4 +1,4 @@
-"""The guard's place among the other callbacks: ahead of all in most hooks, behind all when a batch is over."""
+"""Orders the callbacks: the guard comes first in most hooks, and last at the end of a batch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _TUNERS = ("BatchSizeFinder", "LearningRateFinder")
 
 
 def put_first(trainer: Any, guard: Any) -> Callable[[], None]:
-    """Move the guard ahead of all callbacks but the tuners, so that none sees a state the guard is about to undo.
+    """Move the guard before all callbacks except tuners, so that none sees a state that the guard will undo.
 
-    The list is replaced rather than changed: Lightning may be walking over it.
+    The list is replaced and not changed, because Lightning may be iterating over it.
 
     Returns:
-        A function that undoes this: the guard goes back behind those it stood behind. All others stay where they are
-        then, with those that were added meanwhile.
+        A function that undoes this: it moves the guard back behind the callbacks that were before it. The order of the
+            other callbacks does not change.
     """
     ahead = {id(callback) for callback in takewhile(lambda one: one is not guard, trainer.callbacks)}
     others = _without(trainer.callbacks, guard)
@@ -30,7 +30,7 @@ def put_first(trainer: Any, guard: Any) -> Callable[[], None]:
     def undo() -> None:
         others = _without(trainer.callbacks, guard)
         if len(others) == len(trainer.callbacks):
-            return  # somebody has taken the guard out
+            return  # somebody has removed the guard
         place = max((index for index, callback in enumerate(others, 1) if id(callback) in ahead), default=0)
         trainer.callbacks = [*others[:place], guard, *others[place:]]
 
@@ -42,7 +42,7 @@ def _without(callbacks: list[Any], guard: Any) -> list[Any]:
 
 
 def unfreezes(trainer: Any) -> bool:
-    """Whether a callback unfreezes parts of the module in the course of the run."""
+    """Whether a callback unfreezes parts of the module during the run."""
     return any(is_kind(one, "BaseFinetuning") for one in trainer.callbacks)
 
 
@@ -56,20 +56,20 @@ def is_from_callback(error: BaseException, listens: Callable[[Any], bool]) -> bo
     trace = error.__traceback__
     while trace is not None:
         frame, trace = trace.tb_frame, trace.tb_next
-        # Hooks may be plain functions (LambdaCallback), so that their own frames do not say whose they are.
+        # The caller's frame names the callback. The hook's own frame may not, as with LambdaCallback.
         if frame.f_code.co_name == "_call_callback_hooks" and not listens(frame.f_locals.get("callback")):
             return True
     return False
 
 
 def after_every_batch(trainer: Any, function: Callable[[], None]) -> Callable[[], None]:
-    """Call ``function`` at the end of every training batch, behind all callbacks: an average is then up to date.
+    """Call ``function`` at the end of every training batch, after all callbacks, when averages are up to date.
 
     Returns:
         A function that undoes this.
     """
     last = _LastCallback(function)
-    trainer.callbacks = [*trainer.callbacks, last]  # replaced: Lightning may be walking over the list
+    trainer.callbacks = [*trainer.callbacks, last]  # replaced: Lightning may be iterating over the list
 
     def undo() -> None:
         trainer.callbacks = [callback for callback in trainer.callbacks if callback is not last]
@@ -79,7 +79,7 @@ def after_every_batch(trainer: Any, function: Callable[[], None]) -> Callable[[]
 
 @final
 class _LastCallback(Callback):
-    """Calls a function when a batch is over for all callbacks before it in the list."""
+    """Calls a function at the end of a batch, after the callbacks before it in the list."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function

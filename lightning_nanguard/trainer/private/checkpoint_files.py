@@ -1,4 +1,4 @@
-"""Writing a checkpoint of the guard's own through the trainer, without its errors reaching the user's run."""
+"""Writes the guard's own checkpoints through the trainer, without raising errors in the user's run."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from lightning_nanguard.trainer.private.patches import wrap_method
 
 
 def write_checkpoint(trainer: Any, path: Path) -> None:
-    """Save a checkpoint as the trainer does, with whatever strategy and plugin it has."""
+    """Save a checkpoint as the trainer does, with its strategy and plugins."""
     try:
         trainer.save_checkpoint(path, weights_only=False)
     except Exception:
-        # The other ranks wait for this one where saving ends.
+        # The other ranks wait in this barrier at the end of saving.
         trainer.strategy.barrier("NaNGuard.write_checkpoint")
         raise
 
 
 def catch_write_errors(strategy: Any, path: Path, failed: Callable[[Exception], None]) -> Callable[[], None]:
-    """Give errors in writing ``path`` to ``failed``, and raise them nowhere else.
+    """Pass errors in writing ``path`` to ``failed`` instead of raising them.
 
-    A plugin that writes in the background would raise them in a later save of the user's, or at the end of the run.
+    A plugin that writes in the background would raise them in a later save of the user, or at the end of the run.
 
     Returns:
         A function that undoes this.

@@ -1,4 +1,4 @@
-"""The closure of automatic optimization: forward, ``zero_grad`` and backward of one micro-batch, run once or again."""
+"""Wraps the closure of automatic optimization: forward, ``zero_grad`` and backward of one micro-batch."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class MicroBatchRun:
     """One micro-batch, as Lightning runs it.
 
     Attributes:
-        optimizer: The optimizer it is run for.
+        optimizer: The optimizer that steps with its gradients.
         batch: The batch; ``None`` if ``training_step`` takes batches from the loader by itself.
         batch_idx: Its index in the epoch.
-        repeatable: Whether Lightning gives the batch to ``training_step``, so that it can be given again.
-        forward: Runs ``training_step``; gives a result that holds the loss.
+        repeatable: Whether Lightning passes the batch to ``training_step``, so that it can be run again.
+        forward: Runs ``training_step``; returns a result with the loss.
         zero_grad: Empties the gradients before backward; ``None`` within a window of accumulation.
         whole: Runs all three.
-        give: Gives Lightning another batch to run; :meth:`take` calls it.
+        give: Replaces the batch in Lightning; :meth:`take` calls it.
     """
 
     optimizer: Optimizer
@@ -43,23 +43,23 @@ class MicroBatchRun:
     give: Callable[[Any], None]
 
     def take(self, batch: Any) -> None:
-        """Run another batch from now on."""
+        """Use another batch from now on."""
         self.batch = batch
         self.give(batch)
 
 
 class MicroBatchRunner(Protocol):
-    """Runs micro-batches in Lightning's place."""
+    """Runs micro-batches instead of Lightning."""
 
     def run(self, micro: MicroBatchRun) -> Any:
-        """Run a micro-batch, ``micro.whole()`` or more; gives the result."""
+        """Run a micro-batch at least once with ``micro.whole()``; return the result."""
 
     def forward(self, forward: Callable[[], Any]) -> Any:
-        """Called by ``micro.whole()`` for the forward pass, ``forward()`` or more; gives the result."""
+        """Run the forward pass, called by ``micro.whole()``; return the result."""
 
 
 def run_micro_batches_by(trainer: Any, runner: MicroBatchRunner) -> Callable[[], None]:
-    """Have ``runner`` run every micro-batch under automatic optimization.
+    """Let ``runner`` run every micro-batch under automatic optimization.
 
     Returns:
         A function that undoes this.
@@ -77,7 +77,7 @@ def _make_closure(
     batch_idx: int,
 ) -> Any:
     closure = original(kwargs, optimizer, batch_idx)
-    # A cycle of references would keep the batch until Python collects garbage.
+    # Copied, because a reference cycle would keep the batch in memory until a garbage collection.
     inner = copy.copy(closure)
     inner._step_fn = partial(runner.forward, closure._step_fn)
     micro = MicroBatchRun(
@@ -104,22 +104,22 @@ def accumulates(trainer: Any) -> bool:
 
 
 def result_of(trainer: Any, loss: Tensor) -> Any:
-    """What the forward pass gives for a loss."""
+    """The result of a forward pass with the given loss."""
     loop = trainer.fit_loop.epoch_loop.automatic_optimization
     return loop.output_result_cls.from_training_step_output(loss, trainer.accumulate_grad_batches)
 
 
 @contextmanager
 def uncounted(trainer: Any, listens: Callable[[Any], bool]) -> Iterator[None]:
-    """Inside, a micro-batch is run that has been counted before: no callback is called, no progress is made.
+    """Inside, a micro-batch is run a second time: no callback is called, and progress is not counted.
 
     Args:
         trainer: The trainer.
-        listens: Says which callbacks are called all the same.
+        listens: Says which callbacks are still called.
     """
     loop = trainer.fit_loop.epoch_loop.automatic_optimization
     progress = copy.deepcopy(loop.optim_progress.state_dict())
-    # The callbacks stay in the trainer's list: the thread of a progress bar looks itself up there.
+    # The callbacks stay in the trainer's list, because the thread of a progress bar searches it.
     silenced = [one for one in trainer.callbacks if not listens(one)]
     undo = undo_all([wrap_method(one, name, call_nothing) for one in silenced for name in _HOOKS])
     try:
@@ -130,20 +130,20 @@ def uncounted(trainer: Any, listens: Callable[[Any], bool]) -> Iterator[None]:
 
 
 def call_after_backward(trainer: Any, listens: Callable[[Any], bool]) -> None:
-    """Call ``on_after_backward`` of the callbacks that have seen the loss, where a backward pass was made again."""
+    """Call ``on_after_backward`` of the callbacks after a repeated backward pass."""
     for callback in trainer.callbacks:
         if not listens(callback):
             callback.on_after_backward(trainer, trainer.lightning_module)
 
 
 def end_backward(trainer: Any, optimizer: Optimizer) -> None:
-    """What follows the backward pass before the optimizer steps: the hooks before it, and clipping as configured."""
+    """Run the steps between backward and the optimizer: the hooks before its step, and the configured clipping."""
     trainer.precision_plugin._after_closure(trainer.lightning_module, optimizer)
 
 
 @contextmanager
 def logging_for(trainer: Any, batch: Any) -> Iterator[None]:
-    """Inside, ``self.log`` takes the batch size from this batch rather than from the present one."""
+    """Inside, ``self.log`` uses the size of this batch instead of the present one."""
     results = trainer.fit_loop.epoch_loop._results
     before = results.batch, results.batch_size
     results.batch, results.batch_size = batch, None
@@ -154,7 +154,7 @@ def logging_for(trainer: Any, batch: Any) -> Iterator[None]:
 
 
 def changes_gradients(trainer: Any, module: Any) -> bool:
-    """Whether code that is not Lightning's may run between backward and ``on_before_optimizer_step``."""
+    """Whether the user's code may run between backward and ``on_before_optimizer_step``."""
     own = type(module).optimizer_step.__module__.split(".")[0]
     parts = (trainer.strategy, trainer.precision_plugin)
     return any(type(part).__module__.split(".")[0] not in _PACKAGES for part in parts) or own not in _PACKAGES

@@ -1,4 +1,4 @@
-"""Which rows of the data set the present batch holds, by watching what the loader's sampler draws."""
+"""Finds the rows of the present batch, by watching the loader's sampler."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from lightning_nanguard.types import Row
 
 @final
 class _Draws(Iterator[Any]):
-    """What a sampler draws in one epoch, passed on to the loader.
+    """Passes the keys that a sampler draws in one epoch on to the loader, and records them.
 
     Args:
         sampler: Draws the keys of a batch.
         leave_out: Rows that are left out of every batch.
-        ahead: How many batches may have been drawn and not given yet.
+        ahead: Number of batches that may be drawn ahead of the training.
     """
 
     def __init__(self, sampler: Any, leave_out: set[Row], ahead: int) -> None:
-        self._inner = iter(sampler)  # at once, as the loader does: some samplers draw random numbers here
+        self._inner = iter(sampler)  # now, as in the loader: iter() may draw random numbers
         self._leave_out = leave_out
         self._kept: deque[tuple[tuple[Any, ...], bool]] = deque(maxlen=ahead)
         self._count = 0
@@ -36,10 +36,10 @@ class _Draws(Iterator[Any]):
     def __next__(self) -> Any:
         keys = next(self._inner)
         nothing, rows = False, ()
-        # A sampler may give anything that its data set takes, such as a tensor or a slice.
+        # A sampler may return any key of its data set, such as a tensor or a slice.
         if isinstance(keys, (list, tuple)):
             left = without(keys, self._leave_out) if self._leave_out else keys
-            # A loader cannot give an empty batch. It gives the whole one, which is then passed over.
+            # A loader cannot return an empty batch. It returns the whole batch, which is skipped later.
             nothing = len(keys) > 0 and not left
             keys = keys if nothing or len(left) == len(keys) else left
             rows = tuple(keys)
@@ -48,20 +48,20 @@ class _Draws(Iterator[Any]):
         return keys
 
     def of(self, position: int) -> tuple[tuple[Any, ...], bool] | None:
-        """Keys of the batch at a position, and whether nothing of it is left; ``None`` if it is not kept."""
+        """Keys of the batch at a position, and whether all its rows are left out; ``None`` if it is not kept."""
         index = position - self._count
         return self._kept[index] if -len(self._kept) <= index < 0 else None
 
 
 @final
 class _WatchedSampler:
-    """Takes a sampler's place in a loader's iterator, which draws from it as before.
+    """Wraps the sampler of a loader's iterator. The order of the keys does not change.
 
     Args:
         sampler: The sampler.
         leave_out: Rows that are left out of every training batch.
-        ahead: How many batches may have been drawn and not given yet.
-        trainer: Says whether it trains: the same loader may serve for validation.
+        ahead: Number of batches that may be drawn ahead of the training.
+        trainer: The trainer. The same loader may be used for validation, so its state is checked.
     """
 
     def __init__(self, sampler: Any, leave_out: set[Row], ahead: int, trainer: Any) -> None:
@@ -82,7 +82,7 @@ class _WatchedSampler:
 
 @final
 class _Watch:
-    """Has the iterators of one loader draw from a watched sampler; the loader itself keeps its own.
+    """Lets the iterators of one loader use a watched sampler. The loader itself keeps its own sampler.
 
     Args:
         loader: The loader.
@@ -95,14 +95,14 @@ class _Watch:
         self._loader = loader
         ahead = (loader.prefetch_factor or 0) * loader.num_workers + waiting
         self._sampler = _WatchedSampler(loader.batch_sampler, leave_out, ahead, trainer)
-        # The iterator of persistent workers outlives a fit.
+        # With persistent workers the iterator of an earlier fit is used again.
         there = loader._iterator
         if there is not None:
             there._index_sampler = self._sampler
         self._undo = wrap_method(loader, "_get_iterator", self._get_iterator)
 
     def _get_iterator(self, original: Callable[[], Any]) -> Any:
-        # Past the loader's own way of setting, which refuses.
+        # Set in the dictionary, because DataLoader.__setattr__ refuses to change its sampler.
         own = vars(self._loader)
         own["batch_sampler"] = self._sampler
         try:
@@ -118,7 +118,7 @@ class _Watch:
 
 
 def _can_be_watched(loader: Any) -> bool:
-    """Whether a loader's batches hold what its sampler draws, in this order."""
+    """Whether a loader's batches hold the rows that its sampler draws, in the same order."""
     if not isinstance(loader, DataLoader) or loader._dataset_kind != _DatasetKind.Map or loader.batch_sampler is None:
         return False
     kind = type(loader)
@@ -128,12 +128,12 @@ def _can_be_watched(loader: Any) -> bool:
 
 @final
 class DataOrder:
-    """Knows where the present batch came from. Neither the order of batches nor any random number is changed.
+    """Knows the rows of the present batch. It changes neither the order of batches nor any random number.
 
     Args:
         trainer: The trainer.
-        known: The bad samples met so far; rows that it says are left out of every batch drawn from now on.
-        waiting: How many batches Lightning may hold that it has not trained on yet.
+        known: The bad samples so far. Rows that it leaves out are removed from every batch drawn from now on.
+        waiting: Number of batches that Lightning may prefetch.
     """
 
     def __init__(self, trainer: Any, known: KnownSamples, waiting: int) -> None:
@@ -141,7 +141,7 @@ class DataOrder:
         self.known = known
         self._waiting = waiting
         self._watches: dict[int, _Watch] = {}
-        # After Lightning has put its samplers in, and before the first iterator is made, at which no hook is called.
+        # Called after Lightning replaced the samplers and before the first iterator. There is no hook at this point.
         undos = [wrap_method(trainer.strategy, "process_dataloader", self._process)]
         if known.quarantine:
             undos.append(wrap_method(trainer.strategy, "batch_to_device", self._without_known))
@@ -159,7 +159,7 @@ class DataOrder:
         return loader
 
     def _without_known(self, original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Leave out samples by their hashes, where the data have no rows by which the sampler leaves them out."""
+        """Leave out samples by their hashes, if the data have no rows for the sampler to leave out."""
         if self._trainer.training and self.known.hashes:
             self._nothing_left = False
             origin, count = self.origin(0), samples(batch) or 0
@@ -171,14 +171,14 @@ class DataOrder:
         return original(batch, *args, **kwargs)
 
     def origin(self, batch_idx: int) -> BatchOrigin:
-        """Where the present batch came from.
+        """The origin of the present batch in the data.
 
         Args:
             batch_idx: Its index in the epoch, as Lightning counts.
         """
         loop, epoch = self._trainer.fit_loop, self._trainer.current_epoch
         if hasattr(loop._data_fetcher, "iterator_wrapper"):
-            return BatchOrigin(batch_idx, epoch)  # the module takes batches by itself, as many as it likes
+            return BatchOrigin(batch_idx, epoch)  # training_step takes any number of batches itself
         try:
             combined, waiting = loop._combined_loader, len(getattr(loop._data_fetcher, "batches", ()))
             position = combined._iterator._idx - 1 - waiting
@@ -197,17 +197,17 @@ class DataOrder:
         return BatchOrigin(position, epoch, keys or None, collated, nothing)
 
     def _forget_all_but(self, loaders: Iterable[Any]) -> None:
-        """Let go of loaders that were replaced, with their data and workers (``reload_dataloaders_every_n_epochs``)."""
+        """Release loaders that were replaced, with their data and workers (``reload_dataloaders_every_n_epochs``)."""
         for other in self._watches.keys() - set(map(id, loaders)):
             self._watches.pop(other).undo()
 
     def dataset(self) -> Any:
-        """The training data set, where there is one loader with rows; ``None`` else."""
+        """The training data set if there is one loader with rows; else ``None``."""
         loaders: Any = getattr(self._trainer.fit_loop._combined_loader, "flattened", ())
         return loaders[0].dataset if len(loaders) == 1 and id(loaders[0]) in self._watches else None
 
     def close(self) -> None:
-        """Take everything off the loaders again."""
+        """Remove everything from the loaders."""
         self._undo()
         for watch in self._watches.values():
             watch.undo()

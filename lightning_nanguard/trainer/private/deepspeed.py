@@ -1,8 +1,8 @@
-"""What DeepSpeed's ZeRO trains in place of a module's parameters; tested with DeepSpeed 0.19.
+"""Access to the partitions that DeepSpeed's ZeRO trains instead of a module's parameters; for DeepSpeed 0.19.
 
 Each rank updates its own partition in full precision (``fp32_partition``). After every step the module's parameters are
-made again from the partitions: gathered whole (stages 1 and 2), or as this rank's part of each (stage 3), which is
-gathered when it is needed. All of it is plain tensors, so that it can be copied and restored bit by bit.
+computed from the partitions. In stages 1 and 2 they are gathered as a whole. In stage 3 each rank has its part of each
+parameter, which is gathered when needed. All are plain tensors, so they can be copied and restored bit for bit.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ _USED = {
     ),
 }  # fmt: skip
 
-# Options of `zero_optimization` that put weights elsewhere, or make further copies of them, with the values that turn
-# the second kind off.
+# Options of `zero_optimization` that offload weights, and options that make further copies, with their "off" values.
 _ELSEWHERE = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_params")
 _OTHERWISE = {
     "mics_shard_size": -1,
@@ -66,7 +65,7 @@ def unsupported(config: Mapping[str, Any], precision: str) -> str | None:
 
 
 def accumulation(engine: Any) -> Callable[[], bool]:
-    """A function that says whether DeepSpeed, which is asked to step after each micro-batch, will only accumulate."""
+    """A function that says whether DeepSpeed will only accumulate. Lightning calls its step after each micro-batch."""
     return lambda: not engine.is_gradient_accumulation_boundary()
 
 
@@ -79,7 +78,7 @@ class ZeroPartitions:
         module: The module it trains.
 
     Attributes:
-        optimizer: The optimizer of torch behind it.
+        optimizer: The torch optimizer that it wraps.
 
     Raises:
         ValueError: If it is another kind of optimizer.
@@ -102,7 +101,7 @@ class ZeroPartitions:
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What this process keeps of each parameter, and its partitions."""
+        """This rank's part of each parameter, and its partitions."""
         parameters: Iterator[tuple[str, Any]] = self._module.named_parameters()
         for name, parameter in parameters:
             yield name, parameter.ds_tensor if self._parted else parameter
@@ -119,13 +118,13 @@ class ZeroPartitions:
         zero = self._zero
         groups = zero.fp16_groups if self._parted else zero.params_in_partition
         for number, found in zero.averaged_gradients.items():
-            # Between them lies padding, which belongs to no parameter.
+            # The padding between them belongs to no parameter.
             own = [gradient for gradient in found or () if not getattr(gradient, "_zero_padding", False)]
             for parameter, gradient in zip(groups[number], own, strict=False):
                 yield self._names.get(id(parameter), "a parameter"), gradient
 
     def restored(self) -> None:
-        """Drop what was made from other values: gathered parameters, and links to moments that may be new."""
+        """Drop what is out of date after a restore: gathered parameters, and links to moments."""
         if self._parted:
             self._zero._partition_all_parameters()
         else:

@@ -1,4 +1,4 @@
-"""Running a fit as far as its first batch, for commands that look at a run from outside."""
+"""Runs a fit up to its first batch, for commands that check a run."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class _AtFirstBatch(GuardCallback):
 
 
 def at_first_batch(trainer: Any, module: Any, look: Look, **data: Any) -> None:
-    """Fit as far as the first batch, call ``look`` there, and end before the first step.
+    """Fit up to the first batch, call ``look`` there, and end before the first step.
 
     Args:
         trainer: A trainer that writes nothing.
         module: The module.
         look: Called with trainer, module, batch and its index, before the first step.
-        data: What ``trainer.fit`` takes: ``datamodule`` or ``train_dataloaders``.
+        data: The data argument of ``trainer.fit``: ``datamodule`` or ``train_dataloaders``.
     """
     callback = _AtFirstBatch(look)
     trainer.callbacks = [*trainer.callbacks, callback]
@@ -59,7 +59,7 @@ def at_first_batch(trainer: Any, module: Any, look: Look, **data: Any) -> None:
 
 
 class _OneBatch:
-    """A source of one batch; a list would be taken for a list of sources."""
+    """An iterable with one batch. Lightning would take a list for a list of loaders."""
 
     def __init__(self, batch: Any) -> None:
         self._batch = batch
@@ -72,7 +72,7 @@ class _OneBatch:
 
 
 def one_batch(module: Any, batch: Any, look: Look, *, precision: str = "32-true") -> None:
-    """Give a module one batch as it is, without the hooks that would change it on its way, and call ``look`` there.
+    """Give a module one batch without the hooks that change batches, and call ``look`` there.
 
     Args:
         module: The module.

@@ -1,4 +1,4 @@
-"""LearningRateMonitor logs the effective learning rate, not the scheduled one that the groups hold."""
+"""Makes LearningRateMonitor log the effective learning rate instead of the scheduled one in the groups."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def around_learning_rate_monitors(
 ) -> Callable[[], None]:
     """Call ``before`` and ``after`` around each moment at which a LearningRateMonitor reads the learning rates.
 
-    Scaling the rates for all callbacks at once would be simpler and wrong: BackboneFinetuning computes the rate of the
-    group it adds from the one it reads in the same hook, and so may a user's own callback.
+    Other callbacks must not see scaled rates. For example, in the same hook BackboneFinetuning computes the rate of a
+    new group from the rate that it reads.
 
     Args:
         trainer: The trainer of either Lightning package; its callbacks must be complete (from ``on_fit_start`` on).

@@ -1,4 +1,4 @@
-"""Trainer, module and data of a LightningCLI configuration, for commands that look at a run from outside."""
+"""Builds trainer, module and data of a LightningCLI configuration, for commands that check a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from lightning_nanguard.trainer.private.first_batch import QUIET
 from lightning_nanguard.trainer.private.packages import package_of
 
-# Options of a configuration's trainer that bear on one step; the others would write, wait or spread over devices.
+# Trainer options that affect a single step. The others could write files, wait or use several devices.
 _KEPT = {
     "accelerator",
     "accumulate_grad_batches",
@@ -23,7 +23,7 @@ _KEPT = {
     "plugins",
     "precision",
 }
-# Arguments of `fit` that stand beside the parts of a configuration.
+# Arguments of `fit` that a configuration may hold.
 _OF_FIT = ("ckpt_path", "weights_only")
 
 
@@ -32,8 +32,8 @@ def from_config(path: Path, model: Any = None, data: Any = None) -> tuple[Any, A
 
     Args:
         path: The YAML file.
-        model: Class of the module, where the configuration names none.
-        data: Class of the data module, where the configuration names none.
+        model: Class of the module, if the configuration names none.
+        data: Class of the data module, if the configuration names none.
 
     Raises:
         ModuleNotFoundError: If the extra ``cli`` is not installed.

@@ -1,4 +1,4 @@
-"""The training data, where nothing changes a batch between the loader and the module."""
+"""Access to the training data, if no hook changes a batch between the loader and the module."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def readable_loader(trainer: Any, module: Any) -> Any:
 
 
 def _is_the_users(owner: Any, name: str) -> bool:
-    # Lightning's own way to ask does not know the classes of its other package.
+    # Lightning's is_overridden does not know the classes of its other package.
     home = getattr(getattr(type(owner), name, None), "__module__", "lightning")
     return not str(home).startswith(("pytorch_lightning", "lightning."))

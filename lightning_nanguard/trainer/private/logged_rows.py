@@ -1,4 +1,4 @@
-"""What Lightning gives the loggers after an update: read where the update was made again, and given to them again."""
+"""Reads the values that Lightning logs after an update, and logs them again for an update that was made again."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class LoggedRow:
     """The values of one update.
 
     Attributes:
-        values: What ``training_step`` has logged with ``on_step=True``.
-        step: The step that the loggers are told.
+        values: The values that ``training_step`` logged with ``on_step=True``.
+        step: The step that the loggers get.
         epoch: The epoch of the update.
     """
 
@@ -30,12 +30,12 @@ class LoggedRow:
 
 
 def row_of_step(trainer: Trainer, step: int, epoch: int) -> LoggedRow | None:
-    """The row of the newest pass through ``training_step``; ``None`` if Lightning gives loggers no row at this step."""
+    """The row of the newest pass through ``training_step``; ``None`` if Lightning does not log at this step."""
     every = logs_every(trainer)
     if every < 1 or (step + 1) % every:
         return None
     results = trainer.fit_loop.epoch_loop._results
-    # What hooks have logged is not of this pass, for they are not called again.
+    # Values that hooks logged belong to the first pass, because hooks are not called again.
     of_step = type(results)(True)
     of_step.update((key, item) for key, item in results.items() if item.meta.fx == "training_step")
     values = of_step.metrics(True)["log"]

@@ -1,4 +1,4 @@
-"""Lightning's own messages, kept away from what a command prints."""
+"""Hides Lightning's own messages from the output of a command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_messages() -> Iterator[None]:
-    """Keep Lightning's greetings, hints and warnings from being shown inside."""
+    """Inside, show none of Lightning's tips and warnings."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

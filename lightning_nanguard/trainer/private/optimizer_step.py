@@ -1,4 +1,4 @@
-"""Exceptions in the step of an optimizer whose update is skipped do not end the run."""
+"""Suppresses exceptions in the step of an optimizer whose update is skipped."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _logger = logging.getLogger("lightning_nanguard")
 
 
 def skipped_steps_raise_nothing(trainer: Any, excuses: Callable[[Optimizer, Exception], bool]) -> Callable[[], None]:
-    """End the step of an optimizer at an exception that comes of the update being skipped.
+    """End the step of an optimizer without error at an exception that the skip has caused.
 
-    The step is what follows the backward pass: hooks, clipping and the optimizer's own computation.
+    The step consists of hooks, clipping and the optimizer's own computation.
 
     Args:
         trainer: The trainer.
-        excuses: Says whether an exception comes of a skipped update.
+        excuses: Says whether the skip has caused an exception.
 
     Returns:
         A function that undoes this.

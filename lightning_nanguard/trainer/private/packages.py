@@ -1,4 +1,4 @@
-"""Both names of Lightning: ``pytorch_lightning`` and ``lightning.pytorch``, whose classes are not each other's."""
+"""Supports both packages of Lightning, ``pytorch_lightning`` and ``lightning.pytorch``, which have separate classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 else:
 
     def _base() -> type:
-        # LightningCLI checks the class: it takes callbacks of its own package only.
+        # LightningCLI accepts only callbacks of its own package.
         try:
             present = find_spec("lightning.pytorch") is not None
         except ModuleNotFoundError:
@@ -45,33 +45,33 @@ __all__ = [
 
 
 def logged_at(trainer: Any) -> int:
-    """The step loggers are told, as LearningRateMonitor tells it; ``global_step`` where that is gone."""
+    """The step that loggers get from LearningRateMonitor; ``global_step`` if Lightning lacks it."""
     loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
     step = getattr(loop, "_batches_that_stepped", None)
     return int(step) if step is not None else int(trainer.global_step)
 
 
 def logs_every(trainer: Any) -> int:
-    """How many steps lie between two that are logged; 0 if none is."""
+    """Number of steps from one logged step to the next; 0 if none is logged."""
     return int(getattr(trainer, "log_every_n_steps", 0))
 
 
 def package_of(module_class: Any) -> ModuleType:
-    """The one of the two packages that a class belongs to."""
+    """The Lightning package of a class."""
     names = {cls.__module__.split(".")[0] for cls in getattr(module_class, "__mro__", ())}
     return import_module("lightning.pytorch" if "lightning" in names else "pytorch_lightning")
 
 
 def is_kind(value: object, *names: str) -> bool:
-    """Whether an object is of a class of Lightning with one of these names, or of one made from it, of either package.
+    """Whether an object is an instance of a Lightning class with one of these names, in either package.
 
     Args:
         value: The object.
-        names: Such as ``"MLFlowLogger"``. Its package need not be installed, and none is imported.
+        names: Names of classes, such as ``"MLFlowLogger"``. Nothing is imported.
     """
     return any(kind.__name__ in names for kind in type(value).__mro__)
 
 
 def is_module_class(value: Any) -> bool:
-    """Whether it is a class of LightningModules, of either package."""
+    """Whether a value is a subclass of LightningModule, of either package."""
     return isinstance(value, type) and issubclass(value, package_of(value).LightningModule)

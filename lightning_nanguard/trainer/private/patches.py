@@ -1,4 +1,4 @@
-"""Wrapping a method of one object of Lightning or of the user, and taking the wrapper away again."""
+"""Wraps a method of one object, and removes the wrapper again."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _ABSENT = object()
 
 @final
 class _Wrapper:
-    """Lies on an object in place of a method, and only passes calls on once it is undone.
+    """Replaces a method of an object. Once undone, it only calls the original method.
 
-    Copied and pickled it becomes the method of the copy: neither the wrapper nor whom it acts for goes along.
+    A copied or pickled wrapper becomes the plain method of the copy.
     """
 
-    # What somebody wraps around it takes over the dictionary, with the method's name in it, and nothing else.
+    # Slots: functools.wraps around it copies __dict__, which must hold only the method's name.
     __slots__ = ("__dict__", "before", "original", "wrapper")
 
     def __init__(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -38,19 +38,19 @@ def _same(value: Any) -> Any:
 
 
 def wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Callable[[], None]:
-    """Have ``wrapper`` called in place of a method of one object, until the returned function is called.
+    """Call ``wrapper`` instead of a method of one object, until the returned function is called.
 
-    The wrapper lies on the object itself, so that other objects of its class are not touched.
+    The wrapper is an attribute of the object itself, so other objects of its class do not change.
 
     Args:
         owner: The object.
         name: Name of the method.
-        wrapper: Called with the original method first, then with what the method was called with.
+        wrapper: Called with the original method, followed by the arguments of the call.
 
     Returns:
-        A function that undoes this: what lay on the object before lies there again, in whatever order several wrappers
-        are undone. Where somebody else has wrapped this wrapper since, theirs stays, and this one only passes calls on.
-        Calling it again does nothing.
+        A function that undoes this. Several wrappers can be undone in any order. If somebody else has wrapped this
+        wrapper, their wrapper stays, and this one only calls the original method. Calling the function again does
+        nothing.
     """
     wrapped = _Wrapper(owner, name, wrapper)
     setattr(owner, name, wrapped)
@@ -71,7 +71,7 @@ def wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Callable[
 
 
 def undo_all(undos: list[Callable[[], None]]) -> Callable[[], None]:
-    """One function that calls all of several, the newest first; calling it again does nothing."""
+    """A function that calls all given functions, the newest first. Calling it again does nothing."""
 
     def undo() -> None:
         with ExitStack() as all_of_them:

@@ -1,4 +1,4 @@
-"""Looking at the checkpoint that a fit is about to be resumed from, before anything of it is used."""
+"""Checks the checkpoint of a resumed fit before any of it is used."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from lightning_nanguard.trainer.private.patches import wrap_method
 
 
 class Judge(Protocol):
-    """Decides which checkpoint a fit is resumed from."""
+    """Decides from which checkpoint a fit is resumed."""
 
     def __call__(self, path: Path, content: Mapping[str, Any] | None, error: Exception | None) -> Path | None:
         """``None`` to resume from ``path``, or a file to resume from in its place; it may raise.
 
         Args:
-            path: The file asked for.
-            content: What was loaded from it, ``None`` if that failed.
-            error: Why it failed.
+            path: The file that the user asked for.
+            content: The loaded content; ``None`` if loading failed.
+            error: The exception of a failed load.
         """
 
 
 def before_resuming(trainer: Any, judge: Judge) -> Callable[[], None]:
-    """Ask ``judge`` when a checkpoint was loaded and nothing of it has been used yet.
+    """Call ``judge`` after a checkpoint was loaded and before any of it is used.
 
-    No hook of a callback comes between the two, and none at all where the file cannot be read. Sharded strategies have
-    filled the module by then; they fill it again from what the judge chooses.
+    No callback hook is called between the two, and none at all if the file cannot be read. Sharded strategies have
+    already loaded the module. They load it again from the file that the judge chooses.
 
     Returns:
         A function that undoes this.

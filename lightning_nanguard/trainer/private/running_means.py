@@ -1,4 +1,4 @@
-"""The running means behind ``self.log(on_epoch=True)``: remembered before a batch, put back after a bad one."""
+"""Saves the running means of ``self.log(on_epoch=True)`` before a batch, and restores them after a bad one."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ FIELDS = frozenset({"value", "cumulated_batch_size", "_update_count", "has_reset
 
 
 def remember_running_means(trainer: Any) -> Callable[[], None]:
-    """Remember what was logged so far in this epoch.
+    """Save the values that were logged so far in this epoch.
 
     Returns:
-        A function that puts it back. Values are updated out of place, so references suffice; a torchmetrics object
-        that was logged is left to whoever undoes metrics.
+        A function that restores them. Values are updated out of place, so references are enough. A logged torchmetrics
+        object is not restored here.
     """
-    # What Trainer._results leads to in training, by the short way: this runs before every batch.
+    # The same as Trainer._results in training, but faster, because this runs before every batch.
     results = trainer.fit_loop.epoch_loop._results
     saved = {key: vars(item).copy() for key, item in results.items()}
 
@@ -34,5 +34,5 @@ def remember_running_means(trainer: Any) -> Callable[[], None]:
 
 
 def running_means(trainer: Any) -> list[Any]:
-    """The running means of training: metrics of Lightning's own, whose state is in :data:`FIELDS`."""
+    """The running means of training: Lightning's own metrics, whose state is in :data:`FIELDS`."""
     return list(trainer.fit_loop.epoch_loop._results.values())

@@ -1,4 +1,4 @@
-"""Every checkpoint that is saved, by whatever path, is looked at before it is written."""
+"""Checks every checkpoint before it is written, whoever saves it."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
 
 
 class Mend(Protocol):
-    """Gives what to write in place of a checkpoint."""
+    """Returns the checkpoint to write."""
 
     def __call__(self, checkpoint: dict[str, Any], path: str, *, checked: bool = False) -> dict[str, Any]:
         """The checkpoint, or one that is not poisoned.
 
         Args:
-            checkpoint: What is about to be written.
-            path: Where to.
-            checked: Whether the state it was collected from has just been looked at.
+            checkpoint: The checkpoint that is about to be written.
+            path: The file or folder that it is written to.
+            checked: Whether the state that it was collected from has just been checked.
         """
 
 
 def guard_saves(
     trainer: Any, before: Callable[[], None], mend: Mend, after: Callable[[], None], *, collects: bool = False
 ) -> Callable[[], None]:
-    """Call ``before`` when a checkpoint is about to be collected, write what ``mend`` gives, then call ``after``.
+    """Call ``before`` when a checkpoint is about to be collected, write the result of ``mend``, then call ``after``.
 
-    Checkpoint callbacks and users call ``trainer.save_checkpoint``. No hook is called for weights-only saves, and the
-    hook there is comes when the state has been collected. ``strategy.save_checkpoint`` sees every save, also one that
-    a user made a dictionary for. There nothing of the run is changed, since the state may have been collected at any
-    time and by one rank alone.
+    Checkpoint callbacks and users call ``trainer.save_checkpoint``. Hooks are not enough: there is none for
+    weights-only saves, and others come after the state is collected. ``strategy.save_checkpoint`` is called in every
+    save, including a save of the user's own dictionary. In this method the run is not changed, because the state may be
+    old or from one rank only.
 
     Args:
         trainer: The trainer.
         before: Makes the state of the run good.
         mend: Makes a dictionary good.
         after: Called when a checkpoint was written.
-        collects: Whether ``strategy.save_checkpoint`` writes the present state whatever dictionary it is given, by all
-            ranks: then ``before`` and ``after`` are called around it too.
+        collects: Whether ``strategy.save_checkpoint`` ignores its dictionary and writes the present state from all
+            ranks. Then ``before`` and ``after`` are called around it, too.
 
     Returns:
         A function that undoes this.
@@ -82,7 +82,7 @@ def guard_saves(
 
 
 def _writes_what_is_there_later(strategy: Any) -> bool:
-    """Whether a thread writes tensors that go on changing, as AsyncCheckpointIO of Lightning before 2.5.4 does."""
+    """Whether a thread writes tensors that training still changes, as in AsyncCheckpointIO before Lightning 2.5.4."""
     classes = type(getattr(strategy, "checkpoint_io", None)).__mro__
     kinds = (kind for kind in classes if kind.__name__ == "AsyncCheckpointIO")
     return any(not hasattr(sys.modules[kind.__module__], "_clone_tensor") for kind in kinds)

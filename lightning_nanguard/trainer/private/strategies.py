@@ -1,4 +1,4 @@
-"""Which strategies the guard supports, and what each of them steps."""
+"""Knows which strategies the guard supports, and which tensors their optimizers step."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def is_sharded(trainer: Any) -> bool:
 
 
 def what_steps(trainer: Any, module: nn.Module) -> tuple[list[Optimizer], deepspeed.ZeroPartitions | None]:
-    """The torch optimizers that step, and what they step where that is not the module's parameters themselves."""
+    """The torch optimizers, and the partitions that they step if these are not the module's parameters."""
     if not is_kind(trainer.strategy, _DEEPSPEED):
-        # One without groups stands for a module that configures none.
+        # Lightning uses an optimizer without groups if a module configures none.
         return [optimizer for optimizer in trainer.optimizers if optimizer.param_groups], None
     (zero,) = trainer.optimizers
     partitions = deepspeed.ZeroPartitions(zero, module)
@@ -31,12 +31,12 @@ def what_steps(trainer: Any, module: nn.Module) -> tuple[list[Optimizer], deepsp
 
 
 def collects(trainer: Any) -> bool:
-    """Whether saving through the strategy writes the present state, whatever dictionary it is given."""
+    """Whether the strategy's save ignores its dictionary and writes the present state."""
     return is_kind(trainer.strategy, _DEEPSPEED)
 
 
 def accumulation(trainer: Any) -> Callable[[], bool]:
-    """A function that says whether the optimizer about to be asked to step will only accumulate gradients."""
+    """A function that says whether the next call of the optimizer's step will only accumulate gradients."""
     return deepspeed.accumulation(trainer.strategy.model) if is_kind(trainer.strategy, _DEEPSPEED) else _never
 
 

@@ -1,4 +1,4 @@
-"""Running ``training_step`` outside the loops: forward and backward of one batch, without hooks and counters."""
+"""Runs ``training_step`` outside the loops: forward and backward of one batch, without hooks and counters."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def _loss(trainer: Any, batch: Any, batch_idx: int) -> Tensor | None:
 
 
 def run_training_step(trainer: Any, batch: Any, batch_idx: int) -> float | None:
-    """The loss of ``training_step``, in the trainer's precision, without backward; ``None`` if it gives none."""
+    """The loss of ``training_step`` in the trainer's precision, without backward; ``None`` if it returns none."""
     loss = _loss(trainer, batch, batch_idx)
     return None if loss is None else float(loss.detach())
 
 
 def loss_with_graph(trainer: Any, batch: Any, batch_idx: int, *, full_precision: bool = False) -> Tensor | None:
-    """The loss of ``training_step`` with its graph; ``None`` if it gives none.
+    """The loss of ``training_step`` with its graph; ``None`` if it returns none.
 
     Args:
         trainer: The trainer.
         batch: A batch.
         batch_idx: Its index.
-        full_precision: Leave autocast out.
+        full_precision: Whether to run without autocast.
     """
     with _without_autocast(trainer) if full_precision else nullcontext():
         return _loss(trainer, batch, batch_idx)
@@ -43,7 +43,7 @@ def loss_with_graph(trainer: Any, batch: Any, batch_idx: int, *, full_precision:
 
 @contextmanager
 def _without_autocast(trainer: Any) -> Iterator[None]:
-    # The plugin enters its own forward_context around training_step.
+    # The precision plugin enters its forward_context around training_step.
     undo = wrap_method(trainer.precision_plugin, "forward_context", lambda original: nullcontext())
     try:
         yield
@@ -53,11 +53,11 @@ def _without_autocast(trainer: Any) -> Iterator[None]:
 
 @contextmanager
 def alone(trainer: Any, silence: Any) -> Iterator[None]:
-    """Run the module itself inside, not what wraps it among ranks, so that no rank waits for another.
+    """Inside, run the module itself and not its DDP wrapper, so that no rank waits for another.
 
     Args:
         trainer: The trainer.
-        silence: A context in which a collective raises.
+        silence: A context in which collectives raise an exception.
     """
     strategy = trainer.strategy
     wrapper = strategy.model
@@ -70,9 +70,9 @@ def alone(trainer: Any, silence: Any) -> Iterator[None]:
 
 
 def forward_backward(trainer: Any, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
-    """Compute the gradients of a batch; gives its loss, ``None`` if there is none.
+    """Compute the gradients of a batch; return its loss, or ``None`` if there is none.
 
-    Gradients there were are gone. A GradScaler's scale is used but not updated.
+    Earlier gradients are removed. The scale of a GradScaler is used but not updated.
     """
     loss = _loss(trainer, batch, batch_idx)
     if loss is None:
@@ -88,7 +88,7 @@ def forward_backward(trainer: Any, optimizer: Optimizer, batch: Any, batch_idx: 
 
 
 def clip_as_configured(trainer: Any, optimizer: Optimizer) -> None:
-    """Clip the gradients there are as the trainer is configured to."""
+    """Clip the present gradients as the trainer is configured to."""
     if not trainer.gradient_clip_val:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -98,5 +98,5 @@ def clip_as_configured(trainer: Any, optimizer: Optimizer) -> None:
 
 
 def compiled_by_lightning(module: Any) -> bool:
-    """Whether a LightningModule's steps were compiled: ``fit`` unpacks what ``torch.compile`` gave into the module."""
+    """Whether a LightningModule was compiled: ``fit`` moves the compiled steps from torch's wrapper to the module."""
     return getattr(module, "_compiler_ctx", None) is not None

@@ -1,4 +1,4 @@
-"""Whether hooks around the transfer of a batch to the device may change what it holds."""
+"""Checks whether hooks around the transfer of a batch to the device may change its values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_nanguard.trainer.private.packages import LightningModule
 
 
 def changes_batches(trainer: Any, module: LightningModule) -> bool:
-    """Whether the module or the data module has a hook of its own that is given whole batches before the step.
+    """Whether the module or the data module overrides a hook that gets batches before the step.
 
     Args:
         trainer: The trainer.

@@ -1,4 +1,4 @@
-"""Running the user's code outside the run, and undoing everything it touched."""
+"""Runs the user's code outside the run, and undoes everything that it changes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _METRICS = ("_logged_metrics", "_callback_metrics", "_progress_bar_metrics")
 
 @contextmanager
 def untraced(trainer: Trainer, module: LightningModule, thresholds: BatchesThresholds = _DEFAULTS) -> Iterator[None]:
-    """Undo at the end what a step touches: random streams, buffers, metrics, logged values, attributes.
+    """Undo at the end everything that a step changes: random streams, buffers, metrics, logged values, attributes.
 
-    Inside, gradients are enabled and nothing is saved: weights that are only tried out belong in no file.
+    Inside, gradients are enabled, and no checkpoint is saved, because the weights may be temporary.
 
     Args:
         trainer: The trainer.
-        module: What is trained by it.
-        thresholds: What is copied, and how far attributes are looked into.
+        module: Its module.
+        thresholds: Which objects are copied, and how deep attributes are searched.
     """
     trace = BatchUndo(module, [partial(remember_running_means, trainer)], thorough=True, thresholds=thresholds.undo)
     trace.open()
@@ -50,7 +50,7 @@ def untraced(trainer: Trainer, module: LightningModule, thresholds: BatchesThres
 
 @contextmanager
 def _same_randomness(device: torch.device) -> Iterator[None]:
-    """Put every random stream back at the end: torch's on CPU and on the device, NumPy's and Python's."""
+    """Restore every random stream at the end: torch's on CPU and on the device, NumPy's and Python's."""
     python, numpy_state = random.getstate(), np.random.get_state()
     devices = [device.index or 0] if device.type == "cuda" else []
     try:
@@ -63,7 +63,7 @@ def _same_randomness(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _without_saves(trainer: Any) -> Iterator[None]:
-    """Write no checkpoint inside, whoever asks for one."""
+    """Inside, write no checkpoint, whoever asks for one."""
     owners = (trainer, trainer.strategy)
     undo = undo_all([wrap_method(owner, "save_checkpoint", call_nothing) for owner in owners])
     try:
@@ -74,7 +74,7 @@ def _without_saves(trainer: Any) -> Iterator[None]:
 
 @contextmanager
 def _without_logs(trainer: Any) -> Iterator[None]:
-    """Keep what ``self.log`` gives inside out of the metrics that loggers, callbacks and the progress bar see."""
+    """Inside, hide the values of ``self.log`` from loggers, callbacks and the progress bar."""
     connector = getattr(trainer, "_logger_connector", None)
     if connector is None:
         yield

@@ -1,4 +1,4 @@
-"""Runs a micro-batch once and checks the result; knows which runs are repeated ones."""
+"""Runs a micro-batch once and checks the result. It knows whether the run is a repeated one."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Attempts:
     """Runs micro-batches, for the first time or again.
 
     Args:
-        parts: What the parts that run steps again share.
+        parts: The objects that all classes of this package share.
 
     Attributes:
-        allowed: Whether steps may be made again in this run.
-        together: Whether several ranks make them again together.
-        repeats: Whether a micro-batch is being run again.
+        allowed: Whether steps may be repeated in this run.
+        together: Whether several ranks repeat them together.
+        repeats: Whether the present run of a micro-batch is a repeated one.
         may_pass: Whether a bad loss may go on to its backward pass.
     """
 
@@ -42,10 +42,10 @@ class Attempts:
         self.together = self._check.together()
         self.allowed = self._check.allowed() or self.together
         self.repeats = self.may_pass = False
-        # Whether the present forward pass is over, and what takes its place.
+        # Whether the present forward pass is over, and the function that replaces it.
         self._forward_over = False
         self._instead: Any = None
-        # Among ranks: what takes the place of training_step, and the exception that a loss of NaN stands for.
+        # With several ranks: the function that replaces training_step, and the exception replaced by a loss of NaN.
         self._step: Callable[[], Any] | None = None
         self._caught: Exception | None = None
 
@@ -63,7 +63,7 @@ class Attempts:
         return result
 
     def _forward_among_ranks(self, forward: Callable[[], Any]) -> Any:
-        """Run the forward pass so that this rank goes on to its backward pass, for which the others wait."""
+        """Run the forward pass. After an exception, go on to the backward pass, because other ranks wait there."""
         undo = wrap_method(self._parts.module, "training_step", self._training_step)
         try:
             return forward()
@@ -84,7 +84,7 @@ class Attempts:
 
     @contextmanager
     def in_place_of_step(self, step: Callable[[], Any]) -> Iterator[None]:
-        """Inside, ``training_step`` is replaced, within everything that the strategy wraps around it."""
+        """Inside, ``training_step`` is replaced, within the strategy's wrapper."""
         self._step = step
         try:
             yield
@@ -96,7 +96,7 @@ class Attempts:
         return len(self._window.micros) > 1 or accumulates(self._parts.trainer)
 
     def may_repeat(self) -> bool:
-        """Whether the present update can be made again."""
+        """Whether the present update can be repeated."""
         return self.allowed and self._parts.memory.repeatable and self._window.is_kept()
 
     def attempt(self, micro: WindowEntry, *, steps: bool) -> Outcome:
@@ -122,10 +122,10 @@ class Attempts:
         return Outcome(result, self.weighed_fault(extreme=self._extreme), caught=self._caught)
 
     def weighed_fault(self, *, extreme: bool = False) -> Fault | None:
-        """The fault of the present update, after its gradients were set to the mean over its good micro-batches.
+        """The fault of the present update. It first scales the gradients to the mean over the good micro-batches.
 
         Args:
-            extreme: Whether a finite loss that is far too large counts.
+            extreme: Whether a finite loss that is far too large counts as a fault.
         """
         self._window.weigh(self._gradients)
         return self._check.fault(0, careful=self._careful, extreme=extreme)
@@ -135,9 +135,9 @@ class Attempts:
         """Inside, runs are repeated ones.
 
         Args:
-            counted: Whether hooks have been called for the micro-batch, and progress was made.
+            counted: Whether hooks and progress of the micro-batch were already done by an earlier run.
             passing: Whether a bad loss may go on to its backward pass.
-            instead: What takes the place of the forward pass.
+            instead: The function that replaces the forward pass.
         """
         self.repeats, self.may_pass, self._instead = True, passing, instead
         try:
@@ -147,7 +147,7 @@ class Attempts:
             self.repeats, self.may_pass, self._instead = False, False, None
 
     def rewind(self, micro: WindowEntry, outcome: Outcome) -> None:
-        """Restore everything except the gradients to the start of a micro-batch, after a run that gave an outcome."""
+        """Restore everything except the gradients to the start of a micro-batch, after a run with an outcome."""
         if not outcome.early:
             self._check.drop_losses()
         self._window.rewind(micro)

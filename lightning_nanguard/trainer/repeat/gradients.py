@@ -1,4 +1,4 @@
-"""Copies of gradients, and what undoes a micro-batch, as far as memory has room for them."""
+"""Copies gradients, and makes the undo of a micro-batch, if there is enough memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lightning_nanguard.state.device import OutOfMemory
 
 
 def gradients_of(parameters: Sequence[Tensor]) -> list[Any]:
-    """Copies of the gradients of some parameters; ``None`` for one without."""
+    """Copies of the gradients of some parameters; ``None`` for a parameter without one."""
     return [None if p.grad is None else p.grad.detach().clone() for p in parameters]
 
 
 def gradients_if_room(parameters: Sequence[Tensor]) -> list[Any] | None:
-    """Copies of the gradients of some parameters; ``None`` if memory is too short for them."""
+    """Copies of the gradients of some parameters; ``None`` if there is not enough memory."""
     try:
         return gradients_of(parameters)
     except OutOfMemory:
@@ -25,11 +25,11 @@ def gradients_if_room(parameters: Sequence[Tensor]) -> list[Any] | None:
 
 
 def undo_if_room(make_undo: Callable[..., BatchUndo], parameters: Sequence[Tensor]) -> BatchUndo | None:
-    """What undoes a micro-batch; ``None`` if memory is too short for it and for copies of the gradients.
+    """An object that undoes a micro-batch; ``None`` if memory is not enough for it and for copies of gradients.
 
     Args:
-        make_undo: Makes it.
-        parameters: Those with gradients.
+        make_undo: Makes the object.
+        parameters: The parameters with gradients.
     """
     try:
         undo = make_undo(thorough=True)
@@ -40,6 +40,6 @@ def undo_if_room(make_undo: Callable[..., BatchUndo], parameters: Sequence[Tenso
 
 
 def give_gradients(parameters: Sequence[Tensor], gradients: Sequence[Any]) -> None:
-    """Give some parameters other gradients."""
+    """Set the gradients of some parameters."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient

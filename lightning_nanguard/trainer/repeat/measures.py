@@ -1,4 +1,4 @@
-"""Sets running means and metrics when updates are made again, as if their batches came for the first time."""
+"""Keeps running means and metrics correct when updates are repeated, so that no batch counts twice."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lightning_nanguard.trainer.private.running_means import FIELDS, running_mea
 
 @final
 class RepeatedMeasures:
-    """Stores metrics and running means, and replaces them by those of repeated updates.
+    """Stores metrics and running means, and replaces them with the values from repeated updates.
 
-    What repeated updates leave is taken only of those that have seen as many batches as in the run: others were reset
-    or updated by code that is not run again, such as a validation.
+    A value is replaced only if it has as many updates as in the run. Otherwise code that is not repeated, such as a
+    validation, has reset or updated it.
 
     Args:
         trainer: The trainer.
@@ -30,13 +30,13 @@ class RepeatedMeasures:
         self._module = module
 
     def now(self) -> list[tuple[Metric, dict[str, Any]]]:
-        """All of them as they are now."""
+        """The present state of all of them."""
         counted = [one for one in self._module.modules() if isinstance(one, Metric) and is_undone(one)]
         return [(one, _held(one)) for one in (*counted, *running_means(self._trainer))]
 
     @staticmethod
     def put(measures: Sequence[tuple[Metric, dict[str, Any]]]) -> None:
-        """Restore what :meth:`now` returned."""
+        """Restore the state that :meth:`now` returned."""
         for metric, held in measures:
             for name, value in held.items():
                 setattr(metric, name, _copied(value))
@@ -45,7 +45,7 @@ class RepeatedMeasures:
         """Use the values after repeated updates.
 
         Args:
-            repeated: What :meth:`now` gave after the last of them.
+            repeated: The result of :meth:`now` after the last repeated update.
         """
         self.put([(metric, held) for metric, held in repeated if held["_update_count"] == metric._update_count])
 

@@ -1,4 +1,4 @@
-"""Distinguishes exceptions of ``training_step`` that NaN or Inf caused from other exceptions of the user's code."""
+"""Separates exceptions of ``training_step`` that NaN or Inf caused from other errors of the user's code."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from lightning_nanguard.trainer.private.training_step import loss_with_graph
 if TYPE_CHECKING:
     from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 
-# A check of the user's or of a package, or anomaly mode.
+# Messages of checks in the user's code or in packages, and of anomaly mode.
 _NOT_FINITE = re.compile(r"\b(nans?|infs?|infinite|infinity|non-?finite|not finite)\b", re.IGNORECASE)
 _WITHOUT_GRADIENTS = frozenset(
     {TypeError, AttributeError, AssertionError, ValueError, IndexError, KeyError, ZeroDivisionError, RuntimeError}
 )
-# Some packages put a constant in place of a loss that is not finite.
+# Some packages replace a loss that is not finite by a constant, which has no graph.
 _NO_GRAPH = "element 0 of tensors does not require grad"
 
 
 def is_numeric(error: BaseException) -> bool:
     """Whether NaN or Inf can be the cause of an exception, by its type and message.
 
-    Checks of values raise ValueError, ArithmeticError or AssertionError, solvers LinAlgError. ``detect_anomaly`` raises
-    a RuntimeError. Checks in the user's code raise this or a plain Exception, and their message names NaN or Inf.
-    Errors of memory, devices and communication are none of these.
+    Checks of values raise ValueError, ArithmeticError or AssertionError, and solvers LinAlgError. ``detect_anomaly``
+    raises a RuntimeError. Checks in the user's code raise this or a plain Exception with a message that names NaN or
+    Inf. Errors of memory, devices and communication do not match.
     """
     unsolved = torch.linalg.LinAlgError  # type: ignore[attr-defined]
     if isinstance(error, (ArithmeticError, AssertionError, unsolved, np.linalg.LinAlgError)):
@@ -51,23 +51,23 @@ def is_numeric(error: BaseException) -> bool:
 
 
 def may_lack_gradients(error: BaseException) -> bool:
-    """Whether it can be the cause of an exception that an optimizer found no gradients.
+    """Whether missing gradients in an optimizer can be the cause of an exception.
 
-    Code that meets ``None``, or nothing at all, raises these types. Those of the user's own and of the system (a full
-    disk) have another cause.
+    Code that gets ``None`` or an empty list raises these types. Exceptions of the user's own types and of the system (a
+    full disk) have another cause.
     """
     return type(error) in _WITHOUT_GRADIENTS
 
 
 @final
 class NumericErrors:
-    """Finds out whether the numbers of a batch or of the weights are the cause of an exception.
+    """Finds out whether the numbers in a batch or in the weights caused an exception.
 
     Args:
         trainer: The trainer.
         module: Its module.
-        guard: Knows the last good state.
-        replay: Knows healthy batches.
+        guard: Has the last good state.
+        replay: Has healthy batches.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, guard: Guard, replay: TrainerBatchReplay) -> None:
@@ -79,19 +79,19 @@ class NumericErrors:
     def caused_by_numbers(self, run: MicroBatchRun, start: StepStart, *, backward: bool) -> bool:
         """Whether the step succeeds with other numbers in the batch, or with the last good weights.
 
-        The numbers are those of a healthy batch, or zeros in place of what is not finite. The batch keeps its
-        structure, shape and index, and is run from the same random numbers and attributes, so that an exception with
-        another cause is raised again.
+        The other numbers come from a healthy batch, or are zeros instead of NaN and Inf. The batch keeps its structure,
+        shape and index, and runs from the same random numbers and attributes. So an exception with another cause is
+        raised again.
 
         Args:
-            run: The micro-batch whose run raised.
-            start: What it began from.
+            run: The micro-batch that raised the exception.
+            start: The state from which it began.
             backward: Whether the exception was raised in the backward pass.
         """
         healthy = self._replay.batches.healthy
         others: list[Any] = []
-        if healthy:  # before, an exception is the user's
-            # What a healthy batch holds without harm, such as NaN in a row that was not drawn, may be the cause here.
+        if healthy:  # before the first healthy batch, the user's code is at fault
+            # A healthy batch may hold NaN that did no harm there but causes the exception here.
             other = with_values_of(run.batch, healthy[-1][0])
             others = [one for one in (other, finite_in(other), finite_in(run.batch)) if one is not None]
         if any(self._succeeds(one, run.batch_idx, start, backward=backward) for one in others):

@@ -1,4 +1,4 @@
-"""What a run of a micro-batch gave."""
+"""The outcome of a run of a micro-batch."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class BadLossError(Exception):
 
 @dataclass(slots=True)
 class Outcome:
-    """What a run of a micro-batch gave.
+    """The outcome of a run of a micro-batch.
 
     Attributes:
         result: The result for Lightning; ``None`` after an exception.
-        fault: What is wrong with it; ``None`` if nothing is.
-        error: The exception it ended in.
-        early: Whether it ended before its backward pass, and so before any gradient and any hook of it.
-        caught: The exception in whose place a loss of NaN stands, so that other ranks do not wait for this one.
+        fault: Its fault; ``None`` if there is none.
+        error: The exception that ended it.
+        early: Whether it ended before its backward pass, so that no gradient was computed and no hook called.
+        caught: The exception that was replaced by a loss of NaN, so that other ranks do not wait for this one.
     """
 
     result: Any = None
@@ -42,23 +42,23 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        """Whether nothing is wrong with it."""
+        """Whether there is neither a fault nor an exception."""
         return self.fault is None and self.error is None
 
 
 def given(outcome: Outcome) -> Any:
-    """The result for Lightning; raises the exception there was."""
+    """Return the result for Lightning, or raise the exception of the run."""
     if outcome.error is not None:
         raise outcome.error
     return outcome.result
 
 
 def fault_of(outcome: Outcome, thresholds: RepeatedStepsThresholds = _DEFAULTS) -> Fault:
-    """What is wrong with it, an exception as a loss that is not finite.
+    """The fault of an outcome. An exception counts as a loss that is not finite.
 
     Args:
-        outcome: What a run gave.
-        thresholds: How much of an exception's text is told.
+        outcome: The outcome of a run.
+        thresholds: How much of an exception's text is shown.
     """
     if outcome.fault is not None:
         return outcome.fault

@@ -1,4 +1,4 @@
-"""What the parts that run steps again share."""
+"""The objects that the classes of this package share."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from lightning_nanguard.trainer.sample_keeper import SampleKeeper
 @final
 @dataclass(frozen=True, slots=True)
 class RepeatParts:
-    """What the parts that run steps again share.
+    """The objects that the classes which repeat steps share.
 
     Attributes:
         trainer: The trainer.
         module: Its module.
         guard: The guard.
-        replay: Keeps the batches, and makes what undoes a micro-batch.
+        replay: Keeps the batches, and makes the objects that undo a micro-batch.
         listens: Says which callback is the guard's.
         window: The micro-batches of the present update.
-        memory: What is remembered before a step.
-        errors: Knows which exceptions NaN or Inf caused.
-        keeper: Gives the good samples of a bad batch; ``None`` if those are not to be kept.
+        memory: Saves the state before a step.
+        errors: Finds out whether NaN or Inf caused an exception.
+        keeper: Gives the good samples of a bad batch; ``None`` if bad batches are skipped as a whole.
     """
 
     trainer: Trainer
@@ -59,7 +59,7 @@ def made_parts(
     thresholds: RepeatedStepsThresholds,
     keeper: SampleKeeper | None,
 ) -> RepeatParts:
-    """Make the parts of one fit.
+    """Make the shared objects of one fit.
 
     Args:
         trainer: The trainer.
@@ -67,7 +67,7 @@ def made_parts(
         guard: The guard.
         replay: Keeps the batches.
         listens: Says which callback is the guard's.
-        thresholds: What is remembered before a step.
+        thresholds: Limits on the state that is saved before a step.
         keeper: Gives the good samples of a bad batch.
     """
     window, memory = Window(trainer, guard.steps, thresholds), StepMemory(module, thresholds)

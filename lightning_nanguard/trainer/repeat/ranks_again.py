@@ -1,4 +1,4 @@
-"""Makes a step again on all ranks together if its gradient is bad on all of them."""
+"""Repeats a step on all ranks together if its gradient is bad on all of them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ from lightning_nanguard.types import Fault
 
 @final
 class RanksAgain:
-    """Makes steps again together with the other ranks, each of which has found the same gradient to be bad.
+    """Repeats steps together with the other ranks, all of which found the same gradient to be bad.
 
-    Every rank makes the same forward and backward passes with synchronised gradients, and asks the others at the same
-    points.
+    Every rank makes the same number of passes with synchronised gradients, and calls the same collectives.
 
     Args:
-        parts: What the parts that run steps again share.
+        parts: The objects that all classes of this package share.
         runs: Runs micro-batches.
     """
 
@@ -40,10 +39,10 @@ class RanksAgain:
         self._runs = runs
 
     def run(self, first: Outcome) -> Any:
-        """Run the update again, of which all ranks know that its gradient is bad.
+        """Repeat the update; all ranks know that its gradient is bad.
 
         Args:
-            first: What its last micro-batch gave.
+            first: The outcome of its last micro-batch.
 
         Returns:
             The result for Lightning.
@@ -74,10 +73,10 @@ class RanksAgain:
                 self._check.record_transient(fault_of(first))
                 return last.result
         self._tell_errors([] if last.caught is None else [micro])
-        return last.result  # forward and backward have run on all ranks, and the guard sees what they gave
+        return last.result  # backward has run on all ranks; the guard handles the result
 
     def _tell_errors(self, again: Sequence[WindowEntry]) -> None:
-        """Let all ranks know of exceptions that came back; raises one that numbers have not caused."""
+        """Tell all ranks about exceptions that came back. Raise one if NaN or Inf did not cause it."""
         raised = [(micro, micro.raised) for micro in again if micro.raised is not None]
         users = next((one for micro, one in raised if not self._is_of_numbers(micro)), None)
         told = self._ranks.gather(self._check.in_words(raised[0][1] if raised else None))
@@ -123,7 +122,7 @@ class RanksAgain:
         return outcome.result if first.result is None or window.micros[-1].left_out is None else first.result
 
     def _raises(self, micro: WindowEntry, trace: BatchUndo, parameters: Sequence[Any]) -> bool:
-        """Run a micro-batch for itself, and leave it out if it is bad; whether it has raised."""
+        """Run a micro-batch alone, and leave it out if it is bad; return whether it raised."""
         give_gradients(parameters, [None] * len(parameters))
         clean = all(one.left_out is None for one in self._window.micros)
         micro.start.restore(carried=clean)
@@ -141,7 +140,7 @@ class RanksAgain:
         return outcome.caught is not None
 
     def _make(self, good: Sequence[WindowEntry]) -> Outcome:
-        """Run the good micro-batches, the last one with synchronised gradients; every rank runs one so."""
+        """Run the good micro-batches. Every rank runs the last one with synchronised gradients."""
         for index, micro in enumerate(good):
             clean = index == 0 or all(one.left_out is None for one in self._window.micros)
             micro.start.restore(carried=clean)
@@ -150,7 +149,7 @@ class RanksAgain:
                     return self._attempt(micro, steps=True)
                 with self._parts.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
                     self._attempt(micro, steps=False)
-        # This rank has nothing to learn from, and the others wait for its part of the sum.
+        # This rank has no good micro-batch. The others wait for its part of the sum, so it adds a loss of 0.
         micro = self._window.micros[-1]
         micro.start.restore()
         with self._runs.in_place_of_step(partial(no_loss, self._parts.module)):
@@ -159,11 +158,11 @@ class RanksAgain:
     def _attempt(self, micro: WindowEntry, *, steps: bool) -> Outcome:
         outcome = self._runs.attempt(micro, steps=steps)
         if outcome.error is not None:
-            raise outcome.error  # this rank's part of the sum is missing, and no further pass can make up for it
+            raise outcome.error  # this rank's part of the sum is lost
         return outcome
 
     def _spoil(self, first: Outcome, parameters: Sequence[Any]) -> None:
-        """Nothing is left to learn from: the guard sees a bad gradient on every rank, and skips the update."""
+        """No micro-batch is good: make a bad gradient on every rank, so that the guard skips the update."""
         loss = getattr(first.result, "closure_loss", None)
         if loss is not None:
             self._parts.guard.see_loss(loss)
@@ -177,6 +176,6 @@ class RanksAgain:
             for batch_idx, kind, scope, place, message in those:
                 fault = Fault(kind, scope, place, None, message)
                 with self._parts.replay.suspecting(batch_idx):
-                    # Each rank looks at its own micro-batch of that index: they ask each other on the way.
+                    # Every rank diagnoses its micro-batch of this index, because the diagnosis calls collectives.
                     finding = most_confident_over_ranks(self._ranks, self._check.diagnosis(fault))
                     self._check.record_left_out(fault, finding, (rank,))

@@ -1,4 +1,4 @@
-"""Names what makes the state bad each time an update is made again: an optimizer, or a module that writes a buffer."""
+"""Names the optimizer or the buffer that makes the state bad each time an update is repeated."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch.optim import Optimizer
 
 
 def update_in_words(module: nn.Module, optimizer: Optimizer, spoilt: str) -> str:
-    """An optimizer that makes a tensor bad, with what its update is computed in.
+    """Describe an optimizer that makes a tensor bad, with the precision of its update.
 
     Args:
-        module: The module trained.
+        module: The trained module.
         optimizer: The optimizer.
-        spoilt: The tensor, in words that end with a parameter's name.
+        spoilt: The tensor, in words that end with the name of the parameter.
 
     Example:
         >>> net = nn.Linear(2, 1)
@@ -33,10 +33,10 @@ def update_in_words(module: nn.Module, optimizer: Optimizer, spoilt: str) -> str
 
 
 def buffer_in_words(module: nn.Module, spoilt: str) -> str:
-    """A buffer that a forward pass makes bad, with where that is written down.
+    """Describe a buffer that a forward pass makes bad, with the place of the code.
 
     Args:
-        module: The module trained.
+        module: The trained module.
         spoilt: The buffer, in words that end with its name.
 
     Example:

@@ -39,14 +39,14 @@ _logger = logging.getLogger("lightning_nanguard")
 class StepRunner:
     """Runs micro-batches; a :class:`~lightning_nanguard.trainer.private.closures.MicroBatchRunner`.
 
-    If a loss or a gradient is certainly bad, or ``training_step`` raises an error that NaN or Inf can cause, the
-    micro-batch is run again from the state, the batch and the random numbers it began from. If the fault is gone, the
-    step counts as if there had been no fault. A micro-batch of a window of accumulation that stays bad is left out, and
-    the update is made from the others: their mean. All else is left to the guard, as if nothing had been run again.
+    A micro-batch is run again if its loss or gradient is certainly bad, or if ``training_step`` raises an error that
+    NaN or Inf can cause. It runs from the same state, batch and random numbers. If the fault is gone, the step counts
+    as healthy. In a window of accumulation, a micro-batch that stays bad is left out, and the update is made from the
+    mean of the others. In all other cases the guard handles the fault.
 
     Args:
-        parts: What the parts that run steps again share.
-        thresholds: What is remembered before a step.
+        parts: The objects that all classes of this package share.
+        thresholds: Limits on the state that is saved before a step.
     """
 
     def __init__(self, parts: RepeatParts, thresholds: RepeatedStepsThresholds) -> None:
@@ -72,7 +72,7 @@ class StepRunner:
             return run.whole()
         random = self._parts.replay.batches.begin_step()
         try:
-            if self._parts.guard.context.settings.observe:  # nothing is undone or made again
+            if self._parts.guard.context.settings.observe:  # nothing is undone or repeated
                 return run.whole()
             if run.zero_grad is not None:
                 self._numbers.begin()
@@ -110,10 +110,10 @@ class StepRunner:
     # ---------------------------------------------------------------------------------------- one micro-batch again
 
     def _micro_again(self, micro: WindowEntry, first: Outcome, *, steps: bool) -> Any:
-        """Run a bad micro-batch again, where the gradients hold at most those of earlier micro-batches."""
+        """Run a bad micro-batch again. The gradients may hold those of earlier micro-batches, but not its own."""
         after = micro.start.clock_now()
         last, counted = first, False
-        # Some faults depend on a counter or flag that the first run has changed.
+        # The second try keeps counters and flags that the first run changed, because some faults depend on them.
         for keeps in (False, True) if after.counted and first.error is None else (False,):
             counted = counted or not last.early
             self._runs.rewind(micro, last)
@@ -137,7 +137,7 @@ class StepRunner:
     def _stays_bad(
         self, micro: WindowEntry, first: Outcome, last: Outcome, after: StepClock, *, counted: bool, steps: bool
     ) -> Any:
-        """The fault came back: keep the good samples, leave the micro-batch out, or give it to the guard as it is."""
+        """The fault came back: keep the good samples, leave out the micro-batch, or let the guard handle it."""
         kept = self._with_good_samples(micro, first, last, counted=counted, steps=steps)
         if micro.kept is not None and kept is not None:
             if first.error is not None and not first.early:
@@ -153,11 +153,11 @@ class StepRunner:
             again = self._from_snapshot(micro, first, last, counted=counted, steps=steps)
             if again.good:
                 return self._over(again.result, steps=steps)
-            last = Outcome(early=True)  # all has been restored to where the micro-batch began
+            last = Outcome(early=True)  # everything was restored to the start of the micro-batch
         alone = steps and len(self._window.left_out()) == len(self._window.micros) - 1
         if not self._runs.accumulating() and first.error is None and last.error is None and not last.early:
             self._keep(steps=steps)
-            return last.result  # forward and backward have run, and the guard sees what they gave
+            return last.result  # forward and backward have run; the guard handles the result
         self._runs.rewind(micro, last)
         if self._runs.accumulating() and not alone and self._check.state_is_finite():
             return self._leave_out(micro, first, after, counted=counted, steps=steps)
@@ -167,7 +167,7 @@ class StepRunner:
     def _with_good_samples(
         self, micro: WindowEntry, first: Outcome, last: Outcome, *, counted: bool, steps: bool
     ) -> Outcome | None:
-        """Run the good samples of a bad micro-batch; ``None`` if nothing was run, not even put back."""
+        """Run the good samples of a bad micro-batch; ``None`` if nothing was run or restored."""
         if (
             self._parts.keeper is None
             or not self._parts.memory.repeatable
@@ -180,7 +180,7 @@ class StepRunner:
         if part is None:
             return Outcome(early=True)
         with self._runs.repeating(counted=counted), logging_for(self._parts.trainer, micro.run.batch):
-            # What is wrong with the gradients of a window may come from its other micro-batches.
+            # In a window, bad gradients may come from other micro-batches.
             outcome = self._runs.attempt(micro, steps=steps and len(self._window.micros) == 1)
         if self._parts.keeper.settle(micro, outcome, part):
             return outcome
@@ -199,7 +199,7 @@ class StepRunner:
     def _from_snapshot(
         self, micro: WindowEntry, first: Outcome, last: Outcome, *, counted: bool, steps: bool
     ) -> Outcome:
-        """The state may be at fault: make the updates since the snapshot again, and then this micro-batch."""
+        """The state may be at fault: repeat the updates since the snapshot, and then run this micro-batch."""
         snapshot = self._parts.guard.context.ring.certified[0]
         spoilt = self._check.spoilt_since(snapshot)
         parameters, earliest = list(self._parts.module.parameters()), self._window.micros[0].start
@@ -231,11 +231,11 @@ class StepRunner:
         return again
 
     def go_on_from(self, snapshot: Snapshot, bad: Reading | None) -> bool:
-        """After a rollback at the end of a batch: make the updates since the snapshot again; whether that could be.
+        """After a rollback at the end of a batch: repeat the updates since the snapshot; return whether this succeeded.
 
         Args:
-            snapshot: What the rollback restored.
-            bad: The reading of an update that was bad, where it was made.
+            snapshot: The snapshot that the rollback restored.
+            bad: The reading of the bad update, if this update was made.
         """
         if self._parts.guard.swapped or not self._parts.trainer.training:
             return False  # weights are averages, or modules are in evaluation mode
@@ -245,7 +245,7 @@ class StepRunner:
         return True
 
     def _pass_on(self, micro: WindowEntry, first: Outcome, after: StepClock, *, counted: bool) -> Any:
-        """Run a bad micro-batch through its backward pass, an exception as a loss of NaN."""
+        """Run a bad micro-batch with its backward pass. An exception is replaced by a loss of NaN."""
         self._check.raised(self._check.in_words(first.error))
         stands = self._nan_result() if first.error is not None or not self._parts.memory.repeatable else None
         with (
@@ -254,14 +254,14 @@ class StepRunner:
         ):
             result = micro.run.whole()
         if stands is not None:
-            after.restore()  # or the next step would draw the same random numbers
+            after.restore()  # else the next step would draw the same random numbers
         return result if first.result is None else first.result
 
     def _nan_result(self) -> Any:
         return result_of(self._parts.trainer, nan_loss(self._parts.module))
 
     def _pass_over(self, run: MicroBatchRun, start: StepStart) -> Any:
-        """Make no forward and no backward pass on a batch whose samples are all known to be bad."""
+        """Skip the forward and backward pass of a batch whose samples are all known to be bad."""
         micro, steps = self._window.add(run, start), not accumulates(self._parts.trainer)
         micro.left_out, result = NOTHING_LEFT, self._nan_result()
         if run.zero_grad is not None:
@@ -269,7 +269,7 @@ class StepRunner:
         try:
             if steps and len(self._window.left_out()) == len(self._window.micros):
                 self._check.pass_over()
-                if self._parts.guard.context.learner.scaler is not None:  # which has to find gradients
+                if self._parts.guard.context.learner.scaler is not None:  # a GradScaler raises if it finds no gradients
                     for parameter in self._parts.module.parameters():
                         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
                 return self._over(result, steps=steps)
@@ -281,7 +281,7 @@ class StepRunner:
     # ---------------------------------------------------------------------------------------- windows
 
     def _leave_out(self, micro: WindowEntry, first: Outcome, after: StepClock, *, counted: bool, steps: bool) -> Any:
-        """Go on as if a micro-batch, to whose start all has been restored, had not been in its window."""
+        """Go on as if the micro-batch were not in its window. Everything was already restored to its start."""
         if micro.run.zero_grad is not None:
             with uncounted(self._parts.trainer, self._parts.listens) if counted else nullcontext():
                 micro.run.zero_grad()
@@ -290,7 +290,7 @@ class StepRunner:
         return self._window_over(self._nan_result() if first.result is None else first.result, steps=steps)
 
     def _window_over(self, result: Any, *, steps: bool) -> Any:
-        """A micro-batch was left out or made smaller: where the update follows, look at the gradients of the others."""
+        """A micro-batch was left out or made smaller: before the update, check the gradients of the others."""
         if steps and len(self._window.micros) > 1:
             fault = self._runs.weighed_fault()
             if fault is not None and self._runs.may_repeat():
@@ -298,7 +298,7 @@ class StepRunner:
         return self._over(result, steps=steps)
 
     def _over(self, result: Any, *, steps: bool) -> Any:
-        """The micro-batch is over; where the update follows, keep it, and record what was left out of it."""
+        """The micro-batch is over. If the update follows, keep it, and record the micro-batches that were left out."""
         if self._window.micros:
             self._window.micros[-1].loss = getattr(result, "loss", None)
         self._keep(steps=steps)
@@ -313,6 +313,6 @@ class StepRunner:
         return result
 
     def _keep(self, *, steps: bool) -> None:
-        """Keep the update that follows, so that it can be made again."""
+        """Keep the data of the next update, so that it can be repeated."""
         if steps:
             self._updates.keep(self._check.number, self._window.whole(), self._check.measures)

@@ -1,4 +1,4 @@
-"""Makes the updates since a snapshot again if the state became bad by itself."""
+"""Repeats the updates since a snapshot if the state became bad by itself."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ _SCHEDULED = tuple(sorted(CLOCK_KEYS - {"params"}))
 @final
 @dataclass(slots=True, eq=False)
 class _Update:
-    """An update that was made.
+    """The data of an earlier update, to repeat it.
 
     Attributes:
         number: Its number.
-        micros: Its micro-batches; none where it was skipped, or cannot be made again.
-        groups: What schedulers had written into the optimizer's groups.
+        micros: Its micro-batches; empty if it was skipped or cannot be repeated.
+        groups: The values in the optimizer's groups that schedulers set.
         global_step: The trainer's clock before it.
-        measures: What puts metrics and means back to before it; empty if an earlier update has that.
+        measures: Functions that restore the metrics and means before it; empty if an earlier update has them.
         opens_epoch: Whether it is the first of its epoch.
-        logged_at: The step that loggers are told after it.
+        logged_at: The step that loggers get after it.
         epoch: Its epoch.
     """
 
@@ -67,20 +67,20 @@ class _Update:
 
 @final
 class UpdatesAgain:
-    """Keeps references to the batches since the last certified snapshot, and makes their updates again.
+    """Keeps references to the batches since the last certified snapshot, and repeats their updates.
 
-    Each update is made from its own batches, random numbers, attributes and rates. If the first losses are the same bit
-    for bit, the updates can be repeated. The first loss that differs then shows when the state went bad.
+    Each update is repeated with its own batches, random numbers, attributes and rates. If the first losses are equal
+    bit for bit, the updates are reproducible. The first loss that differs then shows when the state became bad.
 
     Args:
         trainer: The trainer.
         module: Its module.
-        context: What the parts of the guard share.
-        replay: Undoes what the repeated batches touch.
+        context: The objects that the parts of the guard share.
+        replay: Undoes what the repeated batches change.
         thresholds: How much is kept.
 
     Attributes:
-        futile: Whether updates were made again without success.
+        futile: Whether updates were repeated without success.
     """
 
     def __init__(
@@ -101,15 +101,15 @@ class UpdatesAgain:
         self._kept: deque[_Update] = deque()
         self._counted = 0
         self._room = 0
-        # What the last update began from, where the size of the next one is measured.
+        # The start of the last update, if the size of the next one is measured.
         self._before: StepStart | None = None
         self._started = context.state.step
         # The epoch of the newest update; the last update of each epoch before.
         self._epoch = -1
         self._ends: deque[tuple[int, int]] = deque(maxlen=thresholds.updates_again or 1)
-        # The snapshot that a rollback has left the run at, and the first update after it.
+        # The snapshot that the last rollback restored, and the first update after it.
         self._gone_on = -1, -1
-        # What the repeated updates log otherwise than the run has.
+        # Logged values of repeated updates that differ from those of the run.
         self._rows: list[LoggedRow] = []
         self.futile = False
         learner = context.learner
@@ -120,19 +120,19 @@ class UpdatesAgain:
     def keep(
         self, number: int, micros: list[WindowEntry], measures: Callable[[], Sequence[Callable[[], None]]]
     ) -> None:
-        """An update is about to be made: keep what it is made from.
+        """Keep the data of an update that is about to be made.
 
         Args:
             number: Its number.
-            micros: Its micro-batches; none where it cannot be made again.
-            measures: Gives what puts metrics and means back to before it.
+            micros: Its micro-batches; empty if it cannot be repeated.
+            measures: Makes the functions that restore the metrics and means before it.
         """
         if not self._possible:
             return
         kept, limits, ring = self._kept, self._limits, self._context.ring
         state = self._context.state
         if state.healthy_since_restore == 0 and not state.went_on:
-            kept.clear()  # the run has gone on from the newest snapshot, and not from the state these led to
+            kept.clear()  # these updates were undone by a rollback
             self._gone_on = ring.certified[0].step if ring.certified else -1, number
         if micros and is_checked(self._counted, limits.measured_every):
             held = self._bytes_of(micros)
@@ -151,7 +151,7 @@ class UpdatesAgain:
             kept.clear()  # updates before a gap cannot be used
         while len(kept) >= max(1, self._room):
             kept.popleft()
-        # One that is pending may be certified before the updates since are needed: after a gap they begin there.
+        # After a gap, the kept updates begin at the pending snapshot, which may be certified before they are needed.
         newest = ring.pending or (ring.certified[0] if ring.certified else None)
         first = number if newest is None else self._first_after(newest)
         if kept and kept[0].number > first:
@@ -168,7 +168,7 @@ class UpdatesAgain:
             kept.append(_Update(number, list(micros), scheduled, clock, before, opens_epoch, step, self._epoch))
 
     def _forget_measures(self) -> None:
-        """Let go of what no snapshot that is left, and no epoch, begins with."""
+        """Release the metrics and means that no remaining snapshot and no epoch needs."""
         ring = self._context.ring
         after = {one.step for one in (*ring.certified, ring.pending) if one is not None}
         for update in self._kept:
@@ -181,13 +181,13 @@ class UpdatesAgain:
         return number if snapshot.step == step else snapshot.step + 1
 
     def _bytes_of(self, micros: list[WindowEntry]) -> int | None:
-        """Bytes that are kept for an update alone; ``None`` if they are not known."""
+        """Bytes that are kept only for one update; ``None`` if they are not known."""
         starts = [*([] if self._before is None else [self._before]), *(micro.start for micro in micros)]
         values = [value for one, other in pairwise(starts) for value in other.not_in(one)]
         return bytes_of([*values, *(micro.run.batch for micro in micros)], _holds_more)
 
     def since(self, snapshot: Snapshot, number: int) -> list[_Update] | None:
-        """The updates after a snapshot up to one of them; ``None`` if one is not kept, or cannot be repeated."""
+        """The updates after a snapshot up to ``number``; ``None`` if one is not kept or cannot be repeated."""
         context = self._context
         if not self._possible or context.rate.is_on() or context.clipper.value is not None:
             return None
@@ -201,7 +201,7 @@ class UpdatesAgain:
         return None if tensors or numbers != list(range(first, number + 1)) else updates
 
     def _was_skipped(self, update: _Update, number: int) -> bool:
-        """Whether the run did not make an update; the last one is that of the present fault."""
+        """Whether the run skipped an update. The last update, with the present fault, does not count as skipped."""
         return update.number < number and update.number in self._context.state.skipped
 
     def go(
@@ -213,19 +213,19 @@ class UpdatesAgain:
         attributes: StepMemory | None = None,
         bad: Reading | None = None,
     ) -> Callable[[], None] | None:
-        """Restore the learner from a snapshot, and make the updates up to a given one again.
+        """Restore the learner from a snapshot, and repeat the updates up to a given one.
 
         Args:
-            snapshot: Where to begin.
-            number: The last update to make again.
-            then: The micro-batch that follows: nothing is made again where its loss is bad under the snapshot, too.
-            attributes: Reads the module's attributes, where those that the last update leaves are to be kept.
-            bad: The reading of an update that was bad: nothing is made again where it is as bad under the snapshot, or
-                where its gradient is as large again.
+            snapshot: The snapshot to begin from.
+            number: The last update to repeat.
+            then: The next micro-batch. If its loss is bad under the snapshot, too, nothing is repeated.
+            attributes: Reads the module's attributes, if their values after the last update are to be kept.
+            bad: The reading of a bad update. If it is equally bad under the snapshot, or its gradient is as large
+                again, nothing is repeated.
 
         Returns:
-            Puts learner, metrics and means back to what they were before; ``None`` if they are so still, since this
-            was of no use.
+            A function that restores learner, metrics and means as they were before; ``None`` if the repetition failed
+            and nothing has changed.
         """
         # If too few updates agree after the newest snapshot, an older one may decide.
         starts = [snapshot, *(one for one in self._context.ring.certified if one.step < snapshot.step)]
@@ -266,10 +266,10 @@ class UpdatesAgain:
         return partial(self._put_back, before, measured)
 
     def log_again(self) -> None:
-        """The updates made again are kept: log again what they changed of the rows that loggers have."""
+        """The repeated updates are kept: log the values again that differ from those that loggers have."""
         rows, self._rows, now = self._rows, [], logged_at(self._trainer)
         for row in rows:
-            if row.step < now:  # the present update is yet to be logged
+            if row.step < now:  # the present update is logged later
                 log_row(self._trainer, row)
 
     def _put_back(self, before: Snapshot, measures: Sequence[tuple[Any, dict[str, Any]]]) -> None:
@@ -286,7 +286,7 @@ class UpdatesAgain:
         return loss is None or bool(torch.isfinite(loss).all())
 
     def _stays_bad(self, bad: Reading | None, updates: list[_Update]) -> bool:
-        """Whether an update that was not finite is so again: then the others need not be made again to see it."""
+        """Whether a non-finite update is not finite again. Then the other updates need not be repeated."""
         update = next((one for one in updates if bad is not None and not bad.finite and one.number == bad.step), None)
         if bad is None or update is None:
             return False
@@ -296,7 +296,7 @@ class UpdatesAgain:
     def _make(self, updates: list[_Update], snapshot: Snapshot, *, bad: Reading | None) -> bool:
         number = updates[-1].number if updates else 0
         restore(self._context.learner, snapshot)
-        if snapshot.step > self._started:  # it was taken before callbacks saw the end of its update
+        if snapshot.step > self._started:  # the snapshot is older than the averages of its update
             self._average_again(snapshot.step, snapshot.global_step - 1)
         same, differs, self._rows = 0, False, []
         for update in updates:
@@ -309,7 +309,7 @@ class UpdatesAgain:
                 differs = differs or not _is_same(known, now)
                 same += not differs
             if differs and same < self._limits.same_losses:
-                return False  # these updates are not the same a second time
+                return False  # the updates are not reproducible
             if differs and (row := row_of_step(self._trainer, update.logged_at, update.epoch)) is not None:
                 self._rows.append(row)
             if bad is not None and update.number >= bad.step and self._is_as_large(bad):
@@ -320,14 +320,14 @@ class UpdatesAgain:
         return self._context.corrupt()[0] is None
 
     def _measure_from(self, update: _Update, *, first: bool) -> None:
-        """Begin with the metrics and means of the first update; others follow those of the repeated run."""
+        """Restore the metrics and means before the first update. Later ones follow from the repeated updates."""
         if not (first or update.opens_epoch):
             return
         repeated = self._measures.now()
         for undo in update.measures:
             undo()
         if not first:
-            self._measures.take(repeated)  # what was not reset at the end of the epoch
+            self._measures.take(repeated)  # metrics that were not reset at the end of the epoch
 
     def _average_again(self, number: int, global_step: int) -> None:
         self._averages.make_again(global_step)
@@ -336,7 +336,7 @@ class UpdatesAgain:
                 self._averages.end_epoch_again(epoch)
 
     def _stays_finite(self, update: _Update) -> bool:
-        """Make the update of finite losses; whether the state stays finite. If not, note what spoils it each time."""
+        """Make an update with finite losses; return whether the state stays finite. If not, note the cause."""
         state, module = self._context.state, self._module
         written = self._context.corrupt()[0]
         if written is not None:
@@ -354,7 +354,7 @@ class UpdatesAgain:
             group.update(values)
         losses: list[tuple[Tensor | None, Tensor]] = []
         for micro in update.micros:
-            micro.start.restore(carried=not spoilt)  # otherwise they come from bad weights
+            micro.start.restore(carried=not spoilt)  # values carried from bad weights are not used
             with logging_for(self._trainer, micro.run.batch):
                 result = micro.run.whole()
             if result.loss is not None:
@@ -368,7 +368,7 @@ class UpdatesAgain:
         return not norm < usual
 
     def _step(self, update: _Update) -> list[float]:
-        """Let the optimizer step; gives the norms of the gradients it steps by."""
+        """Let the optimizer step; return the norms of the gradients."""
         optimizer = update.micros[0].run.optimizer
         end_backward(self._trainer, optimizer)
         sizes = norms(self._context.learner.gradients(0))
@@ -381,8 +381,8 @@ def _is_same(known: Tensor | None, now: Tensor) -> bool:
 
 
 def _holds_more(tensor: Tensor) -> bool:
-    """Whether a tensor keeps more than its numbers: a graph, or the open file of memory that processes share."""
+    """Whether a tensor keeps more than its numbers in memory: a graph, or a file of shared memory."""
     try:
         return tensor.grad_fn is not None or (tensor.is_cpu and tensor.is_shared())  # type: ignore[no-untyped-call]
-    except NotImplementedError:  # a sparse one cannot be asked
+    except NotImplementedError:  # not supported for sparse tensors
         return True

@@ -29,9 +29,9 @@ class WindowEntry:
 
     Attributes:
         run: Runs it.
-        start: Everything that it began from, except weights and buffers.
-        left_out: Why the update is made without it; ``None`` if it is a part of it.
-        kept: Why the update is made with a part of it only, and the cause; ``None`` if it is with all of it.
+        start: The state at its start, except weights and buffers.
+        left_out: The fault for which it is left out of the update; ``None`` if it is not left out.
+        kept: Fault and cause if only its good samples are used; ``None`` if all are.
         loss: Its loss; ``None`` if it is not known.
         raised: The exception that its first run raised, if it was replaced by a loss of NaN for the other ranks.
     """
@@ -50,7 +50,7 @@ class Window:
 
     Args:
         trainer: The trainer.
-        check: Restores what the window has changed.
+        check: Restores the state before the window.
         thresholds: Bytes up to which batches are kept.
 
     Attributes:
@@ -62,13 +62,13 @@ class Window:
         self._trainer = trainer
         self._check = check
         self._limits = thresholds
-        # Bytes of the micro-batches so far, and how many of them have been released, since they are too many.
+        # Bytes of the micro-batches so far, and the number of micro-batches that were released to save memory.
         self._bytes, self._let_go = 0.0, 0
         self.micros: list[WindowEntry] = []
         self.shares: tuple[int, int] | None = None
 
     def add(self, run: MicroBatchRun, start: StepStart) -> WindowEntry:
-        """Take a micro-batch that is about to be run."""
+        """Add a micro-batch that is about to be run."""
         micros = self.micros
         if run.zero_grad is not None:
             self.close()
@@ -96,13 +96,13 @@ class Window:
         return bool(micros) and micros[0].run.zero_grad is not None and self._bytes <= self._limits.window_bytes
 
     def whole(self) -> list[WindowEntry]:
-        """The micro-batches of an update that can be made again as it is; none where it cannot."""
+        """The micro-batches of an update that can be repeated unchanged; empty if it cannot."""
         return [] if self.left_out() or not self.is_kept() else self.micros
 
     def rewind(self, micro: WindowEntry) -> None:
-        """Put everything but the gradients back to where a micro-batch began.
+        """Restore everything except the gradients to the start of a micro-batch.
 
-        What the earlier ones have changed, such as running statistics, is made again by their forward passes.
+        Changes by earlier micro-batches, such as running statistics, are made again by their forward passes.
         """
         self._check.rewind()
         for earlier in self.micros:
@@ -115,11 +115,11 @@ class Window:
         micro.start.restore()
 
     def left_out(self) -> list[tuple[WindowEntry, Fault]]:
-        """The micro-batches that are left out, and why."""
+        """The micro-batches that are left out, each with its fault."""
         return [(micro, micro.left_out) for micro in self.micros if micro.left_out is not None]
 
     def kept(self) -> list[tuple[WindowEntry, tuple[Fault, Finding | None]]]:
-        """The micro-batches of which only a part is learned from, and why."""
+        """The micro-batches of which only the good samples are used, each with its fault and cause."""
         return [(micro, micro.kept) for micro in self.micros if micro.kept is not None]
 
     def weigh(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
@@ -128,7 +128,7 @@ class Window:
         Lightning divides each loss by the length of a window.
 
         Args:
-            gradients: Gives the gradients.
+            gradients: Returns the gradients.
         """
         count = len(self.micros)
         good = count - len(self.left_out()) if count > 1 else count

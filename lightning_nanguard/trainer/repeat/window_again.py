@@ -17,10 +17,10 @@ from lightning_nanguard.trainer.repeat.window import WindowEntry
 
 @final
 class WindowAgain:
-    """Makes a window with a bad gradient again, to find out which of its micro-batches is at fault.
+    """Repeats a window with a bad gradient, to find out which of its micro-batches is at fault.
 
     Args:
-        parts: What the parts that run steps again share.
+        parts: The objects that all classes of this package share.
         runs: Runs micro-batches.
     """
 
@@ -34,7 +34,7 @@ class WindowAgain:
         """Run all micro-batches of the window again, one by one, and leave out those that are bad.
 
         Args:
-            first: What the newest of them gave.
+            first: The outcome of the newest one.
             steps: Whether the update follows.
 
         Returns:
@@ -70,7 +70,7 @@ class WindowAgain:
                 micro.run.zero_grad()
             return None
         before = [None] * len(parameters) if micro.run.zero_grad is not None else gradients_of(parameters)
-        # Attributes that a bad micro-batch had changed were restored, and must not be set again.
+        # After a micro-batch was left out, later ones must not get the attributes that it had changed.
         micro.start.restore(carried=len(self._window.left_out()) == known)
         attributes = self._parts.memory.attributes_now()
         trace.open()
