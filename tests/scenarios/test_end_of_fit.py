@@ -73,7 +73,7 @@ def test_stop_says_what_why_and_what_to_do() -> None:
     text = str(error)
     assert error.fault is not None
     assert error.fault.kind == "non_finite_loss"
-    for part in ("Step ", "epoch 1", "non_finite_loss", "loss", error.reason, "skip", "Lower the learning rate"):
+    for part in ("Step ", "epoch 1", "non_finite_loss", "loss", error.reason, "skip", "Raise the limits of the budget"):
         assert part in text, part
     assert error.tried
     assert guard.interventions[-1].remedies[-1] == "stop"
