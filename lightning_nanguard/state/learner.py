@@ -213,12 +213,17 @@ class Learner:
             for key, value in group.items():
                 if key not in CLOCK_KEYS:
                     yield ("group", index, number, key), value
-        for path, owner, name in self.own_leaves(index):
+        for path, owner, name in self.own_leaves(index, names):
             yield path, owner[name]
 
-    def own_leaves(self, index: int) -> Iterator[tuple[StateKey, dict[Any, Any], Any]]:
-        """The values in an optimizer's own attributes: state key, the dictionary of the value, and the key there."""
-        for path, owner, name in own_leaves(self.optimizers[index], self.parameter_names(), self.stepped(index)):
+    def own_leaves(self, index: int, names: Mapping[int, str]) -> Iterator[tuple[StateKey, dict[Any, Any], Any]]:
+        """The values in an optimizer's own attributes: state key, the dictionary of the value, and the key there.
+
+        Args:
+            index: Index of the optimizer.
+            names: The names of :meth:`parameter_names`.
+        """
+        for path, owner, name in own_leaves(self.optimizers[index], names, self.stepped(index)):
             yield ("own", index, *path), owner, name
 
     def leaves(self) -> Iterator[tuple[StateKey, Any]]:

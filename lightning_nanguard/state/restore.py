@@ -50,7 +50,7 @@ def restore(
                 pairs += _restore_state(prefix, state, learner.stepped(index), names, saved, snapshot)
         pairs += _restore_groups(optimizer, index, saved, snapshot)
         if keep(("own", index)):
-            pairs += _restore_own(learner, index, saved, snapshot)
+            pairs += _restore_own(learner, index, names, saved, snapshot)
     averages = ((key, live) for key, live in learner.averages() if fits(live, saved.get(key)))
     pairs += [(live, saved[key]) for key, live in averages]
     copy_all([live for live, _ in pairs], [value for _, value in pairs], learner.device)
@@ -183,13 +183,15 @@ def _restore_groups(optimizer: Optimizer, index: int, saved: Mapping[StateKey, A
     return pairs
 
 
-def _restore_own(learner: Learner, index: int, saved: Mapping[StateKey, Any], snapshot: Snapshot) -> list[_Pair]:
+def _restore_own(
+    learner: Learner, index: int, names: Mapping[int, str], saved: Mapping[StateKey, Any], snapshot: Snapshot
+) -> list[_Pair]:
     pairs: list[_Pair] = []
-    live = {key: (owner, name) for key, owner, name in learner.own_leaves(index)}
+    live = {key: (owner, name) for key, owner, name in learner.own_leaves(index, names)}
     for key, (owner, name) in live.items():
         if len(key) == 4 and isinstance(name, Tensor) and key not in saved and key not in snapshot.left_out:
             del owner[name]  # state of a parameter that began after the snapshot
-    attributes, names = vars(learner.optimizers[index]), learner.parameter_names()
+    attributes = vars(learner.optimizers[index])
     parameters = {names[id(one)]: one for one in learner.stepped(index) if id(one) in names}
     for key, value in saved.items():
         if key[:2] == ("own", index):

@@ -123,8 +123,7 @@ class Fit:
         module, limits = self._trainer.lightning_module, self.context.thresholds.batches.repeated
         keeper = None if self._keeps_whole(module) else self._keeper
         if module.automatic_optimization and self.context.learner.optimizers:
-            parts = made_parts(self._trainer, module, self.guard, self.replay, listens, limits, keeper)
-            runner = StepRunner(parts, limits)
+            runner = StepRunner(made_parts(self._trainer, module, self.guard, self.replay, listens, keeper))
             later(run_micro_batches_by(self._trainer, runner))
             self.context.state.go_on = runner.go_on_from
             later(setattr, self.context.state, "go_on", None)

@@ -9,7 +9,6 @@ from typing import Any, final
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.state.step_start import StepMemory
-from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.repeat.numeric_errors import NumericErrors
@@ -56,7 +55,6 @@ def made_parts(
     guard: Guard,
     replay: TrainerBatchReplay,
     listens: Callable[[Any], bool],
-    thresholds: RepeatedStepsThresholds,
     keeper: SampleKeeper | None,
 ) -> RepeatParts:
     """Make the shared objects of one fit.
@@ -67,9 +65,9 @@ def made_parts(
         guard: The guard.
         replay: Keeps the batches.
         listens: Says which callback is the guard's.
-        thresholds: Limits on the state that is saved before a step.
         keeper: Gives the good samples of a bad batch.
     """
+    thresholds = guard.context.thresholds.batches.repeated
     window, memory = Window(trainer, guard.steps, thresholds), StepMemory(module, thresholds)
     errors = NumericErrors(trainer, module, guard, replay)
     return RepeatParts(trainer, module, guard, replay, listens, window, memory, errors, keeper)

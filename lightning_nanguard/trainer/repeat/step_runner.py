@@ -12,7 +12,6 @@ import torch
 from lightning_nanguard.state.attribute_numbers import AttributeNumbers
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.state.step_start import StepClock, StepStart
-from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.private.closures import (
     MicroBatchRun,
     accumulates,
@@ -46,10 +45,10 @@ class StepRunner:
 
     Args:
         parts: The objects that all classes of this package share.
-        thresholds: Limits on the state that is saved before a step.
     """
 
-    def __init__(self, parts: RepeatParts, thresholds: RepeatedStepsThresholds) -> None:
+    def __init__(self, parts: RepeatParts) -> None:
+        thresholds = parts.guard.context.thresholds.batches.repeated
         self._parts = parts
         self._check = parts.check
         self._alone = self._check.allowed()

@@ -8,7 +8,6 @@ from typing import Any
 from pytorch_lightning import Callback
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.repeat.parts import RepeatParts, made_parts
 from tests.helpers import data_for, fit, task
 
@@ -21,8 +20,7 @@ def test_the_parts_of_a_fit_are_made_once_and_belong_together(tmp_path: Path) ->
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             assert guard._fit is not None
             mine, replay = guard._fit.guard, guard._fit.replay
-            limits = RepeatedStepsThresholds()
-            made.append(made_parts(trainer, pl_module, mine, replay, lambda callback: False, limits, None))
+            made.append(made_parts(trainer, pl_module, mine, replay, lambda callback: False, None))
             assert made[0].check is mine.steps
 
     guard = NaNGuard()
