@@ -63,7 +63,8 @@ class ReduceLR(Remedy):
         if evidence.lr is not None and evidence.lr <= self.min_lr:
             return None
         if evidence.trial is not None and evidence.trial.lacks > 0:
-            return Scale(evidence.trial.factor, self.min_lr, tried=True)
+            factor = evidence.trial.factor
+            return None if factor == 1 else Scale(factor, self.min_lr, tried=True)
         limits = self._limits
         smallest = min(self.factor, limits.largest_at_once)
         factor = max(self.factor**2 ** min(attempt, limits.most_escalated), smallest)

@@ -26,6 +26,7 @@ from lightning_nanguard.decide.budget import Budget
 from lightning_nanguard.decide.depth import depth_by_level
 from lightning_nanguard.decide.recovery import note_failed
 from lightning_nanguard.decide.state import PolicyState, within_window
+from lightning_nanguard.decide.trial import is_enough
 from lightning_nanguard.thresholds.decision import DecisionThresholds
 from lightning_nanguard.thresholds.trial import TrialThresholds
 from lightning_nanguard.types import (
@@ -100,7 +101,7 @@ class Policy:
         if trial is not None:
             shown = state.trials_failed + 1 if trial.lacks > 0 else 0
             state = replace(state, trials_failed=shown)
-            if 0 < shown < self.trials.in_a_row and trial.lacks <= self.trials.plain:
+            if shown and not is_enough(trial, shown, self.trials):
                 return (), state
         if scope is None:
             return (), state

@@ -9,7 +9,7 @@ healthy runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import final
@@ -31,6 +31,7 @@ class TrialLosses:
         arm: Under the arm.
         earlier_now: Losses of batches from before the trial, under the state in which it began.
         earlier_arm: The same under the arm.
+        from_best: Whether the arm continued from the best snapshot, at the present rate.
         factor: Factor by which the arm multiplied the learning rate.
     """
 
@@ -42,6 +43,7 @@ class TrialLosses:
     factor: float
     earlier_now: Sequence[float] = ()
     earlier_arm: Sequence[float] = ()
+    from_best: bool = False
 
 
 def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
@@ -54,7 +56,7 @@ def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
         >>> ruined = TrialLosses(start=[2.0] * 8, best=[2.0] * 8, now=[2.1] * 8, later=[2.0] * 8, arm=[1.0] * 8,
         ...                      factor=1 / 16)
         >>> judge_trial(ruined, TrialThresholds())
-        Trial(lacks=1.0, base='start', factor=0.0625)
+        Trial(lacks=1.0, base='start', factor=0.0625, continues=True)
     """
     pairs = ((losses.start, losses.arm), (losses.now, losses.arm), (losses.later, losses.arm))
     if not all(share_above(*pair) >= limits.signs for pair in pairs):
@@ -64,10 +66,10 @@ def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
         return Trial()
     start, best, arm = median(losses.start), median(losses.best), median(losses.arm)
     level = min(median(losses.now), median(losses.later))
-    as_good = best < arm + limits.lacks * (start - arm)
+    as_good = not losses.from_best and best < arm + limits.lacks * (start - arm)
     lacks = (level - arm) / (start - arm)
     if lacks > limits.lacks:
-        return Trial(lacks, "best" if as_good else "start", losses.factor)
+        return Trial(lacks, "best" if as_good or losses.from_best else "start", losses.factor, not as_good)
     lost = all(share_above(one, losses.best) >= limits.signs for one in (losses.now, losses.later))
     if lost and level - best > limits.lost * (start - best):
         return Trial(lacks, "best", losses.factor)
@@ -90,6 +92,62 @@ def may_begin(fault: Fault, made: int, updates: int, limits: TrialThresholds) ->
     """
     cost = len(limits.factors) * limits.picked_after + limits.picked * (limits.updates - limits.picked_after)
     return not fault.doubtful or made + cost <= limits.most_share * updates
+
+
+def is_enough(trial: Trial, shown: int, limits: TrialThresholds) -> bool:
+    """Whether the guard acts on a trial that confirms a suspicion, or makes another one first.
+
+    Args:
+        trial: The trial.
+        shown: Number of trials in a row that confirmed a suspicion, this one included.
+        limits: How many are needed, and at which share one is enough.
+
+    Example:
+        >>> [is_enough(Trial(share, factor=1 / 16), 1, TrialThresholds()) for share in (0.2, 0.8)]
+        [False, True]
+    """
+    # An arm at the rate of the run has no advantage, so one trial is enough.
+    return shown >= limits.in_a_row or trial.lacks > limits.plain or trial.factor >= 1.0
+
+
+def has_fallen(rates: Iterable[tuple[int, float]], since: int, rate: float | None, limits: TrialThresholds) -> bool:
+    """Whether the learning rate was far higher since an update than it is now, as after a peak of a schedule.
+
+    Args:
+        rates: Step and rate of each change of the rate, in order.
+        since: The update.
+        rate: The present rate; ``None`` if it is not known.
+        limits: How far the rate has to have fallen.
+
+    Example:
+        >>> has_fallen([(1, 0.1), (50, 3.0), (70, 0.1)], since=40, rate=0.1, limits=TrialThresholds())
+        True
+    """
+    known = list(rates)
+    newer = [one for step, one in known if step > since]
+    highest = max([*[one for step, one in known if step <= since][-1:], *newer], default=0.0)
+    return rate is not None and highest >= limits.changed * rate
+
+
+def pick_arm(factors: Sequence[float], levels: Sequence[float], first: float | None, limits: TrialThresholds) -> int:
+    """Index of the arm to continue from: the one with the highest rate of all that are about as good as the best.
+
+    A short trial prefers low rates, which learn less in the rest of the run.
+
+    Args:
+        factors: Factor of each arm on the learning rate.
+        levels: Mean loss of each arm.
+        first: First loss of the run; ``None`` if it is not known.
+        limits: Which share of what can be learned an arm may lack.
+
+    Example:
+        >>> pick_arm([1 / 16, 1 / 64, 1 / 256], [1.05, 1.0, 1.8], 3.0, TrialThresholds())
+        0
+    """
+    best = min(levels)
+    learned = 0.0 if first is None else max(0.0, first - best)
+    as_good = [index for index, level in enumerate(levels) if level <= best + limits.lacks * learned]
+    return max(as_good, key=lambda index: (factors[index], -levels[index]))
 
 
 def share_above(higher: Sequence[float], lower: Sequence[float]) -> float:

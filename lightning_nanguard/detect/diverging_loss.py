@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from statistics import median
 from typing import Any, final
 
@@ -28,7 +27,8 @@ class DivergingLoss(Detector):
     * ``collapsed``: they are nearer to the first loss than to the best level since;
     * ``stuck_loss``: they do not look bad, but a lower rate may do better. It leads to no advice.
 
-    The first check is after ``patience`` updates, and further ones each time that the number of updates has doubled.
+    The first check is after ``patience`` updates, and further ones each time that the number of updates has doubled. A
+    loss that rises far above its best level in between is suspected at once, without advice.
 
     Args:
         factor: Has no effect, and is accepted for configurations written for version 0.1.0.
@@ -57,6 +57,7 @@ class DivergingLoss(Detector):
         self.thresholds = own = thresholds or DivergingLossThresholds()
         self._history = LossHistory(max(own.readings, own.level_readings), own.level_readings)
         self._next = patience
+        self._suspected = False  # whether the newest losses are far above the best level
 
     @property
     def first(self) -> float | None:
@@ -65,27 +66,42 @@ class DivergingLoss(Detector):
 
     def check(self, reading: Reading) -> Fault | None:
         """The fault of this reading, or ``None``."""
-        loss, first, best = reading.loss, self._history.first, self._history.best
-        if loss is None or first is None or best is None or self._history.since + 1 < self._next:
+        loss, first, best, updates = reading.loss, self._history.first, self._history.best, self._history.since + 1
+        due = updates >= self._next
+        if loss is None or first is None or best is None or not (due or self._looks_in_between(loss)):
             return None
         recent = [*self._history.accepted.last(self.thresholds.readings - 1), loss]
         # Without the lowest loss, because one easy batch is no progress.
         least, level = sorted(recent)[1], median(recent)
-        updates = self._history.since + 1
         if least > first:
             above = f"the newest losses were above {least:.4g}"
             message = f"after {updates} updates {above}, and the first loss of the run was {first:.4g}"
-            return _suspicion("exploding_loss", level, message)
-        if least > 0.5 * (first + best):
+            return _suspicion("exploding_loss", level, message, doubtful=not due)
+        if least > self._level(0.5):
             message = f"the loss had come down from {first:.4g} to {best:.4g} and was back at {level:.4g}"
-            return _suspicion("collapsed", level, message)
+            return _suspicion("collapsed", level, message, doubtful=not due)
+        if not (due or least > self._level()):
+            return None
         message = f"after {updates} updates the loss was {level:.4g}; the run began at {first:.4g}"
-        return replace(_suspicion("stuck_loss", level, message), doubtful=True)
+        return _suspicion("stuck_loss", level, message, doubtful=True)
+
+    def _looks_in_between(self, loss: float) -> bool:
+        """Whether a loss may be the one with which the run begins to lose what it has learned."""
+        return loss > self._level() and not self._suspected and self._history.since >= self.patience
+
+    def _level(self, lost: float | None = None) -> float:
+        """The loss at which a run has lost a share of what it had learned."""
+        first, best = self._history.first, self._history.best
+        if first is None or best is None:
+            return math.inf
+        return best + (self.thresholds.lost if lost is None else lost) * (first - best)
 
     def limits(self) -> Limits:
-        """No limits, until the next check is due."""
-        asks = self._history.since + AT_ONCE >= self._next
-        return Limits(-math.inf if asks else math.inf, math.inf)
+        """The loss far above the best level; no limit at all when the next check is due."""
+        if self._history.since + AT_ONCE >= self._next:
+            return Limits(-math.inf, math.inf)
+        looks = not self._suspected and self._history.since + AT_ONCE >= self.patience
+        return Limits(self._level() if looks else math.inf, math.inf)
 
     def accept(self, reading: Reading) -> None:
         """Add a healthy loss to the history."""
@@ -93,35 +109,38 @@ class DivergingLoss(Detector):
         if loss is None or not math.isfinite(loss):
             return
         self._history.accept(reading.step, loss)
-        since = self._history.since
+        since, level = self._history.since, self._level()
         if since >= self._next:
             self._next = 2 * since
+        if self._suspected or loss > level:
+            self._suspected = sorted(self._history.accepted.last(self.thresholds.readings))[:2][-1] > level
 
     def uneasy(self, reading: Reading) -> bool:
         """Whether this loss and the one before are nearer to the first loss than to the best level, or above it.
 
         The run may be diverging. One such loss is noise.
         """
-        first, best = self._history.first, self._history.best
-        if reading.loss is None or first is None or best is None:
+        if reading.loss is None:
             return False
         before = (loss for step, loss in self._history.accepted.items() if step < reading.step)
-        return min(reading.loss, next(before, math.inf)) > 0.5 * (first + best)
+        return min(reading.loss, next(before, math.inf)) > self._level(0.5)
 
     def rewind(self, step: int) -> None:
         """Forget the losses accepted after ``step``."""
         self._history.rewind(step)
         self._next = self.patience
+        self._suspected = False
 
     def state_dict(self) -> dict[str, Any]:
         """The history in plain containers."""
-        return {**self._history.state(), "next": self._next}
+        return {**self._history.state(), "next": self._next, "suspected": self._suspected}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._history.load(state)
         self._next = int(state.get("next", max(self.patience, self._history.since + 1)))
+        self._suspected = bool(state.get("suspected", False))
 
 
-def _suspicion(kind: str, level: float, message: str) -> Fault:
-    return Fault(kind, "learner", "loss", level, message, certain=False, proof="trial")
+def _suspicion(kind: str, level: float, message: str, *, doubtful: bool) -> Fault:
+    return Fault(kind, "learner", "loss", level, message, certain=False, doubtful=doubtful, proof="trial")

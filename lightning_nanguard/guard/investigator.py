@@ -12,6 +12,7 @@ from typing import Any, final
 from torch import Tensor
 
 from lightning_nanguard.decide.blame import worse
+from lightning_nanguard.decide.trial import is_enough
 from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.guard.context import GuardContext
@@ -195,10 +196,10 @@ class Investigator:
         if trial.lacks == 0 and self._asked_again:
             self._trials.begin(fault, start, best)  # it was requested while the last one was running
         self._asked_again = False
-        if 0 < trial.lacks <= limits.plain and state.policy.trials_failed + 1 < limits.in_a_row:
+        if trial.lacks > 0 and not is_enough(trial, state.policy.trials_failed + 1, limits):
             # One trial is not enough. Its arm goes on beside the run. The run continues from the arm if it stays ahead.
             self._trials.begin(fault, start, best, arm=arm, factor=trial.factor)
-        if trial.lacks > 0 and trial.base == "start":
+        if trial.continues:
             state.arm = arm
         sound = certified.index(self._ring.good(None, known.loss_unit) or best) if trial.base == "best" else None
         return replace(known, trial=trial, sound=len(certified) - 1 if sound is None else sound)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, final
 
-from lightning_nanguard.decide.trial import TrialLosses, judge_trial, may_begin
+from lightning_nanguard.decide.trial import TrialLosses, has_fallen, judge_trial, may_begin, pick_arm
 from lightning_nanguard.guard.branch import Branch, Branches
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
@@ -22,6 +22,7 @@ from lightning_nanguard.types import Fault, Reading, Trial
 class _Arm:
     factor: float
     branch: Branch
+    from_best: bool = False
     losses: list[float] = field(default_factory=list)
 
     def newest(self) -> float:
@@ -123,6 +124,10 @@ class TrialRunner:
                 return False
             made = {name: self._branches.of(one) for name, one in bases.items()}
             arms = self._arms(base, factors[:room])
+            # The run may have been ruined at a higher rate than it has now.
+            fallen = arm is None and len(arms) < room and self._has_fallen(best.step)
+            if fallen and (again := self._branches.of(best)) is not None:
+                arms.append(_Arm(1.0, again, from_best=True))
         states = {name: branch.state for name, branch in made.items() if branch is not None}
         if len(states) < len(bases) or not arms:
             return False
@@ -147,7 +152,10 @@ class TrialRunner:
             return True
         step, ratio, rate = self._newest
         highest = max((one for since, one in self._context.state.rates if since > step), default=0.0)
-        return self._context.rate.ratio() != ratio or highest > rate <= highest / self._limits.risen
+        return self._context.rate.ratio() != ratio or highest > rate <= highest / self._limits.changed
+
+    def _has_fallen(self, since: int) -> bool:
+        return has_fallen(self._context.state.rates, since, self._context.rate.first(), self._limits)
 
     def state_dict(self) -> dict[str, Any]:
         """The state in plain containers."""
@@ -185,6 +193,11 @@ class TrialRunner:
             # The factors of the arms belong to a rate that the run no longer has.
             self._end("no result", "the learning rate was changed meanwhile")
             return None
+        if self._has_fallen(running.begun):
+            # The factors of the arms belong to the higher rate.
+            self._end("no result", "the scheduled learning rate fell meanwhile")
+            self._newest = None
+            return FoundFault(running.fault, reading)
         with self._context.replay.showing(reading.step) as shown:
             at_hand = all(self._context.ranks.gather(shown and reading.loss is not None))
             with self._branches.beside() as possible:
@@ -207,7 +220,10 @@ class TrialRunner:
     def _best(self, running: _Running) -> _Arm:
         # Pick by other batches than those of the final comparison.
         judged = self._judged()
-        return min(running.arms, key=lambda arm: _mean(arm.losses[-2 * judged : -judged]))
+        levels = [_mean(arm.losses[-2 * judged : -judged]) for arm in running.arms]
+        history = self._context.monitors.history(0)
+        first = None if history is None else history.first
+        return running.arms[pick_arm([arm.factor for arm in running.arms], levels, first, self._limits)]
 
     def _losses(self, running: _Running, arm: _Arm) -> TrialLosses | None:
         judged = -self._judged()
@@ -217,7 +233,7 @@ class TrialRunner:
             return None
         start, best, begun = (running.under[name] for name in ("start", "best", "now"))
         newest = running.later[judged:], arm.losses[judged:]
-        return TrialLosses(start, best, begun, *newest, arm.factor, now, then)
+        return TrialLosses(start, best, begun, *newest, arm.factor, now, then, arm.from_best)
 
     def _advance(self, running: _Running, loss: float) -> bool:
         limits = self._limits
@@ -238,12 +254,14 @@ class TrialRunner:
         return self._pick(running) if running.updates == limits.picked_after else True
 
     def _pick(self, running: _Running) -> bool:
-        """Keep the best arm; try lower rates if even the lowest rate raises the loss."""
-        limits, lowest = self._limits, min(arm.factor for arm in running.arms)
-        best = min(running.arms, key=_Arm.newest)
-        lower = [arm for arm in running.arms if arm.factor < best.factor]
-        running.arms = [best, *sorted(lower, key=lambda arm: -arm.factor)[: limits.picked - 1]]
-        learns = best.newest() < best.losses[0] or running.before > 0  # a continued arm has shown that it learns
+        """Keep the best arms; try lower rates if even the lowest rate raises the loss."""
+        limits, restarts = self._limits, [arm for arm in running.arms if not arm.from_best]
+        best, lowest = min(restarts, key=_Arm.newest), min(arm.factor for arm in restarts)
+        lower = [arm for arm in restarts if arm.factor < best.factor]
+        ahead = [arm for arm in running.arms if arm.from_best and arm.newest() < best.newest()]
+        running.arms = [best, *sorted(lower, key=lambda arm: -arm.factor)[: limits.picked - 1], *ahead]
+        # A continued arm has shown that it learns.
+        learns = best.newest() < best.losses[0] or running.before > 0 or ahead
         if not learns and lowest > limits.least_factor:
             start = running.states["start"]
             running.arms = self._arms(start, [lowest * factor for factor in limits.factors[: self._room()]])

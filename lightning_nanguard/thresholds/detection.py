@@ -60,10 +60,13 @@ class DivergingLossThresholds:
         readings: Newest losses of which all but one have to be above a level. By chance, less than one run in a
             thousand without a trend has so many above its median.
         level_readings: Newest losses whose median is the loss level. The best level is the lowest so far.
+        lost: Share of what was learned from which on a loss is far above the best level. It is the share that a trial
+            requires (:class:`~lightning_nanguard.thresholds.TrialThresholds`).
     """
 
     readings: int = 16
     level_readings: int = 8
+    lost: float = 0.3
 
 
 @dataclass(frozen=True)

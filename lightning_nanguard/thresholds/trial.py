@@ -32,8 +32,8 @@ class TrialThresholds:
         near: Factors on the best arm's rate in a second trial.
         most_share: Share of the run's updates that arms may make in all, if a loss that looks normal is tried again at
             the same rate.
-        risen: Factor by which the rate has to have risen since the newest trial for another one. It is the ratio of
-            neighbouring arms.
+        changed: Factor by which the rate has to have risen since the newest trial for another one, or fallen since the
+            best state for an arm that continues from it. It is the ratio of neighbouring arms.
         memory_share: Share of the free memory that the states compared in a trial may take together, arms included.
     """
 
@@ -50,5 +50,5 @@ class TrialThresholds:
     plain: float = 0.5
     near: tuple[float, ...] = (1.0, 1 / 2, 1 / 4, 2.0)
     most_share: float = 0.02
-    risen: float = 4.0
+    changed: float = 4.0
     memory_share: float = 0.25

@@ -29,13 +29,15 @@ class Trial:
     Attributes:
         lacks: Share of what can be learned that the run lacks, compared with a restart at a lower rate after the same
             number of updates; 0 if it lacks none, or hardly any.
-        base: Which state to go back to: the one of the lowest loss level, or the start.
-        factor: Factor by which the restart multiplied the learning rate.
+        base: The state to go back to, or that the arm started from: the one of the lowest loss level, or the start.
+        factor: Factor by which the arm multiplied the learning rate.
+        continues: Whether the run should continue from the trained arm instead of from the base.
     """
 
     lacks: float = 0.0
     base: Literal["best", "start"] = "start"
     factor: float = 1.0
+    continues: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_nanguard.decide.trial import TrialLosses, judge_trial
+from lightning_nanguard.decide.trial import TrialLosses, has_fallen, is_enough, judge_trial, pick_arm
 from lightning_nanguard.thresholds.trial import TrialThresholds
 from lightning_nanguard.types import Trial
 
@@ -45,6 +45,41 @@ def test_the_share_decides(levels: tuple[float, float, float, float, float], lac
     assert trial.lacks == pytest.approx(lacks, rel=0.01)
     assert trial.base == base
     assert (trial.lacks > 0) == (lacks > 0)
+
+
+def test_an_arm_from_the_best_state_goes_on() -> None:
+    """The run continues from an arm of the best state, also if that state was about as good as the arm is now."""
+    one = replace(losses(2.0, 1.05, 1.8, 1.5, 1.0), factor=1.0, from_best=True)
+    trial = judge_trial(one, LIMITS)
+    assert (trial.base, trial.factor, trial.continues) == ("best", 1.0, True)
+    assert judge_trial(replace(one, from_best=False), LIMITS).continues is False
+    assert is_enough(trial, 1, LIMITS)
+    assert [is_enough(replace(trial, factor=0.25), shown, LIMITS) for shown in (1, 2)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("rates", "rate", "fallen"),
+    [
+        ([(1, 0.1), (50, 3.0), (70, 0.1)], 0.1, True),
+        ([(1, 0.1), (50, 3.0)], 3.0, False),
+        ([(1, 0.1), (50, 0.3), (70, 0.1)], 0.1, False),
+        ([(1, 3.0), (30, 0.1)], 0.1, False),
+        ([(1, 3.0), (60, 0.1)], 0.1, True),
+        ([(1, 0.1), (50, 3.0), (70, 0.1)], None, False),
+    ],
+    ids=["after a peak", "in a peak", "a small peak", "before that update", "since that update", "unknown"],
+)
+def test_a_rate_that_was_higher(rates: list[tuple[int, float]], rate: float | None, fallen: bool) -> None:
+    """A rate has fallen if it was far higher after an update than it is now."""
+    assert has_fallen(rates, 40, rate, LIMITS) == fallen
+
+
+def test_of_arms_that_are_about_as_good_the_highest_rate_goes_on() -> None:
+    """The rate of the best arm counts only if it is clearly ahead of those at higher rates."""
+    assert pick_arm([1 / 16, 1 / 64], [1.1, 1.0], 3.0, LIMITS) == 0
+    assert pick_arm([1 / 16, 1 / 64], [1.3, 1.0], 3.0, LIMITS) == 1
+    assert pick_arm([1 / 16, 1 / 64], [1.1, 1.0], None, LIMITS) == 1
+    assert pick_arm([1 / 16, 1 / 64], [math.inf, math.inf], 3.0, LIMITS) == 0
 
 
 def test_worse_than_it_was() -> None:

@@ -25,15 +25,19 @@ SHAPES: list[tuple[str, Callable[[int], float], set[str]]] = [
 ]
 
 
+DUE = [39, 79, 159, 319]
+"""The checks that are due."""
+
+
 @pytest.mark.parametrize(("losses", "kinds"), [shape[1:] for shape in SHAPES], ids=[shape[0] for shape in SHAPES])
 def test_how_a_loss_looks(losses: Callable[[int], float], kinds: set[str]) -> None:
     """A loss above the first one, or back near it, looks bad; any other is only asked about."""
     faults = looked_into(DivergingLoss(), [losses(step) for step in range(330)])
     assert {fault.kind for _, fault in faults} == kinds
-    assert [step for step, _ in faults] == [39, 79, 159, 319]
-    for _, fault in faults:
+    assert [step for step, _ in faults if step in DUE] == DUE
+    for step, fault in faults:
         assert (fault.scope, fault.certain, fault.proof) == ("learner", False, "trial")
-        assert fault.doubtful == (fault.kind == "stuck_loss")
+        assert fault.doubtful == (fault.kind == "stuck_loss" or step not in DUE)
         assert f"{losses(0):.4g}" in fault.message
 
 
@@ -43,6 +47,19 @@ def test_a_rollback_starts_the_distances_anew() -> None:
     assert [step for step, _ in looked_into(detector, [1.0] * 50)] == [19, 39]
     detector.rewind(30)
     assert [step for step, _ in looked_into(detector, [1.0] * 50, start=50)] == [69, 89]
+
+
+def test_what_was_learned_is_lost_between_two_checks() -> None:
+    """A loss that rises far above its best level is suspected at once, and once only until it has come down again."""
+
+    def losses(step: int) -> float:
+        return learning_curve(step) if step % 300 < 170 else 1.6
+
+    faults = [(step, fault) for step, fault in looked_into(DivergingLoss(), [losses(step) for step in range(600)])]
+    between = [step for step, fault in faults if step not in DUE]
+    assert len(between) == 2
+    assert all(170 < step % 300 < 190 for step in between)
+    assert all(fault.doubtful for step, fault in faults if step in between)
 
 
 def test_limits_hold_until_it_asks_again() -> None:

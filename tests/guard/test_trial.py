@@ -40,6 +40,23 @@ def test_a_rate_that_ruins_is_found(lr: float, acts: bool) -> None:
     assert (loop.probe() or 0.0) < 0.1
 
 
+def test_after_a_peak_of_the_rate_the_best_state_goes_on() -> None:
+    """A run that a peak of its rate has ruined continues at its own rate from what a copy of its best state has learned
+    meanwhile. A trial that began within the peak ends with it."""
+    loop = BranchingLoop(lr=0.05)
+
+    def peak(step: int, batch: Tensor) -> None:
+        loop.optimizer.param_groups[0]["lr"] = 2.0 if 60 <= step < 90 else 0.05
+
+    loop.run(220, peak)
+    assert remedies(loop) == [("restore",)]
+    assert loop.guard.context.rate.ratio() == 1.0
+    assert (loop.probe() or 0.0) < 0.1
+    outcomes = [(one.outcome, one.factor) for one in loop.guard.context.trials.given]
+    assert outcomes[:2] == [("no result", 1.0), ("confirmed", 1.0)]
+    assert "fell" in loop.guard.context.trials.given[0].reason
+
+
 def test_what_ends_a_trial() -> None:
     """A skipped batch and a rollback to an earlier state do not, since the arms do not depend on the run; another
     learning rate does."""
