@@ -257,9 +257,9 @@ class TrialRunner:
         """Keep the best arms; try lower rates if even the lowest rate raises the loss."""
         limits, restarts = self._limits, [arm for arm in running.arms if not arm.from_best]
         best, lowest = min(restarts, key=_Arm.newest), min(arm.factor for arm in restarts)
-        lower = [arm for arm in restarts if arm.factor < best.factor]
+        nearest = sorted(restarts, key=lambda arm: (arm.factor > best.factor, abs(math.log(arm.factor / best.factor))))
         ahead = [arm for arm in running.arms if arm.from_best and arm.newest() < best.newest()]
-        running.arms = [best, *sorted(lower, key=lambda arm: -arm.factor)[: limits.picked - 1], *ahead]
+        running.arms = [*nearest[: limits.picked], *ahead]
         # A continued arm has shown that it learns.
         learns = best.newest() < best.losses[0] or running.before > 0 or ahead
         if not learns and lowest > limits.least_factor:

@@ -20,7 +20,7 @@ class TrialThresholds:
         least_factor: The lowest factor that is tried, if even the lowest of these makes the loss worse.
         picked_after: Updates after which the best arms are picked.
         picked: Number of arms that go on from there: the best one, and those at the next lower rates, because a larger
-            rate is ahead early more often than late.
+            rate is ahead early more often than late. If there is none, those at the next higher rates.
         updates: Updates after which a trial is judged. A receipt is decided after as many updates for the first time,
             and then at doubling distances.
         judged_part: The newest batches, one in so many, on which the states are compared.
