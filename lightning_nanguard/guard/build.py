@@ -79,7 +79,7 @@ def build_guard(
     carried_out_by = executors(remedies)
     rehearsal = Rehearsal(context)
     branches = Branches(context, rehearsal)
-    trials = TrialRunner(context, branches, loop.clock)
+    trials = TrialRunner(context, branches, loop)
     investigator = Investigator(context, rehearsal, trials)
     recorder = InterventionRecorder(context, loop, memory=MAX_DELAY + 2)
     reduce, clip = carried_out_by[ReduceLR.step], carried_out_by[ClipGradients.step]

@@ -110,6 +110,9 @@ class TrainingLoop(Protocol):
     def clock(self) -> Clock:
         """The present ``global_step``, epoch and batch index."""
 
+    def updates_left(self) -> float:
+        """Number of updates that the run will still make; ``math.inf`` if that is not known."""
+
     def micro_batches(self) -> int:
         """Number of micro-batches by which the loss given to ``backward`` is divided."""
 

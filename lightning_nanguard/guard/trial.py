@@ -12,7 +12,7 @@ from lightning_nanguard.decide.trial import TrialLosses, has_fallen, judge_trial
 from lightning_nanguard.guard.branch import Branch, Branches
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
-from lightning_nanguard.guard.loop import Clock
+from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.record.trials import HeldTrial, Outcome
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Fault, Reading, Trial
@@ -71,13 +71,13 @@ class TrialRunner:
     Args:
         context: Objects and settings that the parts of the guard share.
         branches: Trains the arms.
-        clock: Gives the present ``global_step``, epoch and batch index.
+        loop: Gives the present ``global_step`` and the number of updates that are left.
     """
 
-    def __init__(self, context: GuardContext, branches: Branches, clock: Callable[[], Clock]) -> None:
+    def __init__(self, context: GuardContext, branches: Branches, loop: TrainingLoop) -> None:
         self._context = context
         self._branches = branches
-        self._clock = clock
+        self._loop = loop
         self._limits = context.thresholds.trial
         self._running: _Running | None = None
         self._shown: tuple[Trial | None, Snapshot | None] = None, None
@@ -112,6 +112,8 @@ class TrialRunner:
         if self._running is not None or not self._branches.possible():
             return self._running is not None
         limits, base = self._limits, arm or start
+        if min(self._context.ranks.gather(self._loop.updates_left())) < limits.updates:
+            return False  # the run would end first
         if arm is None and not (self._asks_anew() or may_begin(fault, self._made, self._context.state.step, limits)):
             return False
         room = self._room()
@@ -136,7 +138,7 @@ class TrialRunner:
         self._running = _Running(
             fault,
             self._context.state.step,
-            self._clock()[0],
+            self._loop.clock()[0],
             rate.state_dict(),
             states,
             arms,
@@ -173,7 +175,7 @@ class TrialRunner:
     def _end(self, outcome: Outcome, reason: str = "", lacks: float = 0.0, factor: float = 1.0) -> None:
         running, self._running = self._running, None
         if running is not None:
-            begun, now = running.begun_step, self._clock()[0]
+            begun, now = running.begun_step, self._loop.clock()[0]
             held = HeldTrial(begun, now, running.fault.kind, outcome, lacks, factor, reason)
             self._context.trials.give(held)
 

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from lightning_nanguard.diagnosis.batch import tensor_fields
 from lightning_nanguard.diagnosis.initialisation import looks_untrained
-from lightning_nanguard.diagnosis.isolation import errors_logged
 from lightning_nanguard.diagnosis.mistakes.observation import ModeSeen, Observation, ParameterSeen, RateSeen
 from lightning_nanguard.diagnosis.module_calls import ModuleCalls
 from lightning_nanguard.guard.context import GuardContext
@@ -22,6 +21,7 @@ from lightning_nanguard.thresholds.mistakes import MistakeThresholds
 from lightning_nanguard.trainer.private.callbacks import unfreezes
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.training_step import compiled_by_lightning
+from lightning_nanguard.trainer.run_length import expected_updates
 
 _COMPILED = frozenset({"OptimizedModule", "ScriptModule", "RecursiveScriptModule"})
 
@@ -173,7 +173,7 @@ class FirstUpdates:
                 for number, rates in enumerate(groups)
                 if rates.known
             ),
-            expected=self._expected_updates() if self._trainer.lr_scheduler_configs else math.inf,
+            expected=expected_updates(self._trainer) if self._trainer.lr_scheduler_configs else math.inf,
             scheduled=bool(self._trainer.lr_scheduler_configs),
             losses=self._losses,
             graphless=0 if self._graph else self._losses,
@@ -283,11 +283,6 @@ class FirstUpdates:
             return 0, 0
         kept = [fields for epoch, fields in self._batches if epoch == self._batches[0][0] and fields]
         return len(kept), len({tuple(number for part in fields for number in part.tolist()) for fields in kept})
-
-    def _expected_updates(self) -> float:
-        with errors_logged("the length of the run is not known"):
-            return float(self._trainer.estimated_stepping_batches)
-        return math.inf
 
 
 @final

@@ -11,6 +11,7 @@ from lightning_nanguard.record.dispatch import SinkDispatcher
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.run_length import expected_updates
 from lightning_nanguard.types import SUSPICION, Evidence, Fault, Finding, Intervention
 
 
@@ -46,6 +47,10 @@ class TrainerLoop:
     def clock(self) -> Clock:
         """The present ``global_step``, epoch and batch index."""
         return self._trainer.global_step, self._trainer.current_epoch, self._replay.batch_idx
+
+    def updates_left(self) -> float:
+        """Number of updates that the run will still make; ``math.inf`` if that is not known."""
+        return expected_updates(self._trainer) - self._trainer.global_step
 
     def micro_batches(self) -> int:
         """The number of micro-batches by which the loss is divided."""

@@ -86,6 +86,9 @@ class PlainLoop(NoReplay):
     def clock(self) -> tuple[int, int, int]:
         return self.step, 0, self.step - 1
 
+    def updates_left(self) -> float:
+        return math.inf
+
     def micro_batches(self) -> int:
         return 1
 

@@ -19,7 +19,7 @@ SUSPICION = Fault("stuck_loss", "learner", "loss", certain=False)
 def with_trial(loop: BranchingLoop) -> tuple[TrialRunner, bool]:
     """A trial of a loop that has trained, and whether it began."""
     context = loop.guard.context
-    trial = TrialRunner(context, branches(loop), loop.clock)
+    trial = TrialRunner(context, branches(loop), loop)
     certified = context.ring.certified
     return trial, trial.begin(SUSPICION, certified[-1], certified[0])
 
@@ -164,7 +164,7 @@ def test_arms_that_go_on_are_not_begun_anew() -> None:
     loop = BranchingLoop(lr=0.05)
     loop.run(120)
     context = loop.guard.context
-    trial = TrialRunner(context, branches(loop), loop.clock)
+    trial = TrialRunner(context, branches(loop), loop)
     with branches(loop).beside():
         learned = branches(loop).of()
     assert learned is not None
@@ -179,3 +179,32 @@ def test_arms_that_go_on_are_not_begun_anew() -> None:
     assert trial._pick(running)
     assert {arm.factor for arm in running.arms} <= {0.5 * near for near in context.thresholds.trial.near}
     assert running.updates == 16
+
+
+@pytest.mark.parametrize(
+    ("best", "kept"), [(1 / 256, {1 / 256, 1 / 64}), (1 / 16, {1 / 16, 1 / 64}), (1 / 4, {1 / 4, 1 / 16})]
+)
+def test_the_arms_next_to_the_best_go_on(best: float, kept: set[float]) -> None:
+    """Beside the best arm the one at the next lower rate goes on, or at the next higher one if none is lower."""
+    loop = BranchingLoop(lr=0.05)
+    loop.run(30)
+    trial, begun = with_trial(loop)
+    running = trial._running
+    assert begun
+    assert running is not None
+    for arm in running.arms:
+        arm.losses = [1.0] * 8 + [0.5 if arm.factor == best else 0.6] * 8
+    assert trial._pick(running)
+    assert {arm.factor for arm in running.arms} == kept
+
+
+def test_a_trial_that_the_end_of_the_run_would_cut_off_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial needs 64 updates. If the run makes fewer, none begins."""
+    loop = BranchingLoop(lr=2.0)
+    monkeypatch.setattr(loop, "updates_left", lambda: 120 - loop.step)
+    loop.run(50)
+    assert loop.guard._parts.beside.trials.running
+    short = BranchingLoop(lr=2.0)
+    monkeypatch.setattr(short, "updates_left", lambda: 100 - short.step)
+    short.run(50)
+    assert not short.guard._parts.beside.trials.running
