@@ -196,6 +196,9 @@ class Interleaving(NoReplay):
     def clock(self) -> tuple[int, int, int]:
         return self.step, 0, self.step - 1
 
+    def updates_left(self) -> float:
+        return float("inf")
+
     def micro_batches(self) -> int:
         return 1
 
