@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from operator import is_
 from typing import Any, final
 
 import torch
@@ -73,8 +74,10 @@ def _say_left_out(what: str, kind: str, why: str) -> None:
 
 def writable(tensor: Tensor) -> bool:
     """Whether a strided tensor can be written in place: no inference tensor, and no two elements in the same memory."""
-    expanded = any(stride == 0 and length > 1 for stride, length in zip(tensor.stride(), tensor.shape, strict=True))
-    return not tensor.is_inference() and not expanded
+    if tensor.is_inference():
+        return False
+    lengths = () if tensor.is_contiguous() else zip(tensor.stride(), tensor.shape, strict=True)
+    return not any(stride == 0 and length > 1 for stride, length in lengths)
 
 
 def fits(live: Any, saved: Any) -> bool:
@@ -121,9 +124,12 @@ def copy_all(targets: list[Tensor], sources: list[Tensor], device: Device) -> No
     # Use one call for each pair of dtype and device: a loop of copy_ takes three times as long for small tensors.
     groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
-        mine, its = local(target).detach(), local(source).detach()
+        mine, its = local(target), local(source)
         comes = device.where(its) if device.where(mine) is None else None
-        left, right = groups.setdefault((mine.dtype, mine.device, its.device, comes), ([], []))
+        # To hash a device takes longer than to copy a small tensor.
+        host = comes is None and mine.is_cpu and its.is_cpu
+        key = (mine.dtype, comes) if host else (mine.dtype, mine.device, its.device, comes)
+        left, right = groups.setdefault(key, ([], []))
         left.append(mine)
         right.append(its)
     for (*_, comes), (left, right) in groups.items():
@@ -131,7 +137,7 @@ def copy_all(targets: list[Tensor], sources: list[Tensor], device: Device) -> No
             with torch.no_grad():
                 torch._foreach_copy_(left, right)
         else:
-            device.to_host(left, right)
+            device.to_host([one.detach() for one in left], [one.detach() for one in right])
 
 
 @final
@@ -156,6 +162,47 @@ class Share:
 
 
 @final
+class Bound:
+    """The learner's own values, with the copies of the tensors among them on the same devices.
+
+    Args:
+        leaves: The learner's own leaves.
+        copies: The copies by state key.
+    """
+
+    __slots__ = ("_groups", "_kinds", "_tensors", "_values")
+
+    def __init__(self, leaves: Sequence[tuple[StateKey, Any]], copies: Mapping[StateKey, Any]) -> None:
+        self._values = [value for _, value in leaves]
+        self._tensors = [value for value in self._values if isinstance(value, Tensor)]
+        self._kinds = [(one.shape, one.dtype) for one in self._tensors]
+        self._groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
+        for key, value in leaves:
+            if isinstance(value, Tensor):
+                live, stored = self._groups.setdefault((value.dtype, value.device), ([], []))
+                live.append(local(value))
+                stored.append(copies[key])
+
+    def holds(self, leaves: Sequence[tuple[StateKey, Any]]) -> bool:
+        """Whether the learner still consists of the same tensors and values."""
+        now = [value for _, value in leaves]
+        same = len(now) == len(self._values) and all(map(is_, now, self._values))
+        return same and self._kinds == [(one.shape, one.dtype) for one in self._tensors]
+
+    def store(self) -> None:
+        """Copy the learner's tensors."""
+        with torch.no_grad():
+            for live, stored in self._groups.values():
+                torch._foreach_copy_(stored, live)
+
+    def restore(self) -> None:
+        """Copy the values back into the learner's tensors."""
+        with torch.no_grad():
+            for live, stored in self._groups.values():
+                torch._foreach_copy_(live, stored)
+
+
+@final
 @dataclass(slots=True)
 class Snapshot:
     """A copy of the learner. Of a sharded tensor it has the shard of this rank.
@@ -173,6 +220,8 @@ class Snapshot:
         check: Says whether the background copy has the right values.
         homes: Device of each original, if the copies are elsewhere.
         left_out: State keys of values that could not be copied.
+        bound: All leaves and the weights of the learner, with their copies, if a
+            :class:`~lightning_nanguard.state.switch.StateSwitch` has stored them.
     """
 
     step: int
@@ -187,6 +236,7 @@ class Snapshot:
     check: CopyCheck = field(default_factory=CopyCheck)
     homes: dict[StateKey, torch.device] = field(default_factory=dict)
     left_out: set[StateKey] = field(default_factory=set)
+    bound: tuple[Bound, ...] | None = None
 
     def wait(self) -> None:
         """Let the host wait until the copy has arrived."""
