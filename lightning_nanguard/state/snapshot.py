@@ -163,30 +163,32 @@ class Share:
 
 @final
 class Bound:
-    """The learner's own values, with the copies of the tensors among them on the same devices.
+    """Tensors of the learner, with their copies on the same devices.
 
     Args:
-        leaves: The learner's own leaves.
+        held: The objects that the learner consists of; see :meth:`~lightning_nanguard.state.learner.Learner.held`.
+        leaves: The learner's leaves.
         copies: The copies by state key.
     """
 
-    __slots__ = ("_groups", "_kinds", "_tensors", "_values")
+    __slots__ = ("_groups", "_held", "_kinds", "_tensors")
 
-    def __init__(self, leaves: Sequence[tuple[StateKey, Any]], copies: Mapping[StateKey, Any]) -> None:
-        self._values = [value for _, value in leaves]
-        self._tensors = [value for value in self._values if isinstance(value, Tensor)]
+    def __init__(
+        self, held: Sequence[Any], leaves: Iterable[tuple[StateKey, Any]], copies: Mapping[StateKey, Any]
+    ) -> None:
+        pairs = [(value, copies[key]) for key, value in leaves if isinstance(value, Tensor)]
+        self._held = held
+        self._tensors = [live for live, _ in pairs]
         self._kinds = [(one.shape, one.dtype) for one in self._tensors]
         self._groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
-        for key, value in leaves:
-            if isinstance(value, Tensor):
-                live, stored = self._groups.setdefault((value.dtype, value.device), ([], []))
-                live.append(local(value))
-                stored.append(copies[key])
+        for live, stored in pairs:
+            group = self._groups.setdefault((live.dtype, live.device), ([], []))
+            group[0].append(local(live))
+            group[1].append(stored)
 
-    def holds(self, leaves: Sequence[tuple[StateKey, Any]]) -> bool:
+    def holds(self, held: Sequence[Any]) -> bool:
         """Whether the learner still consists of the same tensors and values."""
-        now = [value for _, value in leaves]
-        same = len(now) == len(self._values) and all(map(is_, now, self._values))
+        same = len(held) == len(self._held) and all(map(is_, held, self._held))
         return same and self._kinds == [(one.shape, one.dtype) for one in self._tensors]
 
     def store(self) -> None:
@@ -220,7 +222,7 @@ class Snapshot:
         check: Says whether the background copy has the right values.
         homes: Device of each original, if the copies are elsewhere.
         left_out: State keys of values that could not be copied.
-        bound: All leaves and the weights of the learner, with their copies, if a
+        bound: The tensors of the learner, and those of its weights alone, if a
             :class:`~lightning_nanguard.state.switch.StateSwitch` has stored them.
     """
 
@@ -236,7 +238,7 @@ class Snapshot:
     check: CopyCheck = field(default_factory=CopyCheck)
     homes: dict[StateKey, torch.device] = field(default_factory=dict)
     left_out: set[StateKey] = field(default_factory=set)
-    bound: tuple[Bound, ...] | None = None
+    bound: tuple[Bound, Bound] | None = None
 
     def wait(self) -> None:
         """Let the host wait until the copy has arrived."""

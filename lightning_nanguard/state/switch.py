@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, final
 
 from lightning_nanguard.state.attributes import PLAIN
 from lightning_nanguard.state.learner import Learner, StateKey
 from lightning_nanguard.state.restore import is_weight, restore, restore_scaler
 from lightning_nanguard.state.snapshot import Bound, Snapshot, capture, fits
-
-_Leaves = Sequence[tuple[StateKey, Any]]
-
 
 @final
 class StateSwitch:
@@ -27,11 +23,11 @@ class StateSwitch:
 
     def __init__(self, learner: Learner) -> None:
         self._learner = learner
-        self._leaves: _Leaves | None = None
+        self._held: list[Any] | None = None
 
     def changed(self) -> None:
         """Note that the learner may consist of other tensors than before, because a batch was run."""
-        self._leaves = None
+        self._held = None
 
     def store(self, step: int, reuse: Snapshot | None = None) -> Snapshot:
         """Copy the learner.
@@ -40,15 +36,17 @@ class StateSwitch:
             step: Number of the last update.
             reuse: A snapshot that is no longer needed, whose memory is used again.
         """
-        learner, leaves = self._learner, self._now()
-        if reuse is not None and reuse.bound is not None and reuse.bound[0].holds(leaves):
+        learner, held = self._learner, self._now()
+        if reuse is not None and reuse.bound is not None and reuse.bound[0].holds(held):
             reuse.bound[0].store()
             reuse.step, reuse.scaler = step, None if learner.scaler is None else dict(learner.scaler.state_dict())
             return reuse
+        leaves = list(learner.leaves())
         snapshot = capture(learner, step=step, global_step=0, reuse=reuse, leaves=leaves)
         if all(_can_be_bound(key, value, snapshot) for key, value in leaves):
             weights = [(key, value) for key, value in leaves if is_weight(key)]
-            snapshot.bound = tuple(Bound(part, snapshot.leaves) for part in (leaves, weights))
+            whole = Bound(held, leaves, snapshot.leaves)
+            snapshot.bound = whole, Bound(learner.held_weights(), weights, snapshot.leaves)
         return snapshot
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -65,17 +63,17 @@ class StateSwitch:
 
     def restore_weights(self, snapshot: Snapshot) -> None:
         """Restore parameters and buffers, which are all that a loss depends on."""
-        if snapshot.bound is None or not snapshot.bound[1].holds(list(self._learner.weights())):
+        if snapshot.bound is None or not snapshot.bound[1].holds(self._learner.held_weights()):
             restore(self._learner, snapshot, keep=is_weight)
             self.changed()
             return
         snapshot.bound[1].restore()
         self._learner.restored()
 
-    def _now(self) -> _Leaves:
-        if self._leaves is None:
-            self._leaves = list(self._learner.leaves())
-        return self._leaves
+    def _now(self) -> list[Any]:
+        if self._held is None:
+            self._held = self._learner.held()
+        return self._held
 
 
 def _can_be_bound(key: StateKey, value: Any, snapshot: Snapshot) -> bool:
