@@ -208,7 +208,7 @@ def test_a_rate_that_cannot_be_tried_for_lack_of_memory_is_not(fails: str, monke
         raise OutOfMemory("CUDA out of memory")
 
     if fails == "copy":
-        monkeypatch.setattr(rehearsal_module, "capture", full)
+        monkeypatch.setattr(switch_module, "capture", full)
     else:
         monkeypatch.setattr(loop, "train_on", full)
         with rehearsal.present() as present:
