@@ -147,7 +147,7 @@ class TrialRunner:
             return True
         step, ratio, rate = self._newest
         highest = max((one for since, one in self._context.state.rates if since > step), default=0.0)
-        return self._context.rate.ratio() != ratio or highest > rate <= highest / self._limits.risen
+        return not math.isclose(self._context.rate.ratio(), ratio) or highest > rate <= highest / self._limits.risen
 
     def state_dict(self) -> dict[str, Any]:
         """The state in plain containers."""
@@ -191,37 +191,43 @@ class TrialRunner:
                 if not (at_hand and possible and self._advance(running, reading.loss or 0.0)):
                     self._end("no result", "a batch could not be run again")
                     return None
-                if running.updates < self._limits.updates:
+                if running.updates not in (self._limits.early, self._limits.updates):
                     return None
                 arm = self._best(running)
                 losses = self._losses(running, arm)
         if losses is None:
             self._end("no result", "the batches before it could not be run again")
             return None
-        arm.branch.state.healthy = running.before + len(arm.losses)
         trial = judge_trial(losses, self._limits)
+        if running.updates < self._limits.updates and trial.lacks <= self._limits.plain:
+            return None
+        arm.branch.state.healthy = running.before + len(arm.losses)
+        if trial.lacks > 0 and any(one.factor < arm.factor for one in running.arms):
+            # This rate has been tried, and a lower one is not better.
+            step, ratio, rate = self._newest or (0, 1.0, 0.0)
+            self._newest = self._context.state.step, ratio * arm.factor, rate * arm.factor
         self._shown = trial, arm.branch.state
         self._end("confirmed" if trial.lacks > 0 else "not confirmed", "", trial.lacks, trial.factor)
         return FoundFault(running.fault, reading)
 
     def _best(self, running: _Running) -> _Arm:
         # Pick by other batches than those of the final comparison.
-        judged = self._judged()
+        judged = self._judged(running.updates)
         return min(running.arms, key=lambda arm: _mean(arm.losses[-2 * judged : -judged]))
 
     def _losses(self, running: _Running, arm: _Arm) -> TrialLosses | None:
-        judged = -self._judged()
+        judged = -self._judged(running.updates)
         now = self._branches.losses_of(running.earlier, running.states["now"])
         then = self._branches.losses_of(running.earlier, arm.branch.state)
         if now is None or then is None:
             return None
-        start, best, begun = (running.under[name] for name in ("start", "best", "now"))
+        start, best, begun = (running.under[name][judged:] for name in ("start", "best", "now"))
         newest = running.later[judged:], arm.losses[judged:]
         return TrialLosses(start, best, begun, *newest, arm.factor, now, then)
 
     def _advance(self, running: _Running, loss: float) -> bool:
         limits = self._limits
-        if running.updates >= limits.updates - self._judged():
+        if any(0 < end - running.updates <= self._judged(end) for end in (limits.early, limits.updates)):
             for name, state in running.states.items():
                 found = self._branches.loss(state)
                 if found is None:
@@ -259,8 +265,8 @@ class TrialRunner:
         # Memory is needed for copies of the start, the best and the present state, and for one copy during training.
         return self._branches.room() - 4
 
-    def _judged(self) -> int:
-        return self._limits.updates // self._limits.judged_part
+    def _judged(self, updates: int) -> int:
+        return updates // self._limits.judged_part
 
 
 def _mean(losses: Sequence[float]) -> float:
