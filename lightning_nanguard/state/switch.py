@@ -9,6 +9,7 @@ from lightning_nanguard.state.learner import Learner, StateKey
 from lightning_nanguard.state.restore import is_weight, restore, restore_scaler
 from lightning_nanguard.state.snapshot import Bound, Snapshot, capture, fits
 
+
 @final
 class StateSwitch:
     """Stores and restores states of the learner in turn, such as those of branches.

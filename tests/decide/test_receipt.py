@@ -51,9 +51,7 @@ def levels(run: float, without: float, noise: float = 0.0) -> tuple[list[float],
         "run lost",
     ],
 )
-def test_size_decides(
-    run: float, without: float, start: float | None, verdict: str, back: bool, plain: bool
-) -> None:
+def test_size_decides(run: float, without: float, start: float | None, verdict: str, back: bool, plain: bool) -> None:
     """Which is better is said where nearly all batches agree and the share is clear, and what cost is taken back; a
     share above a half is plain."""
     assert judge_receipt(*levels(run, without), start, LIMITS) == (verdict, back, plain)
