@@ -202,9 +202,9 @@ class TrialRunner:
         if running.updates < self._limits.updates and trial.lacks <= self._limits.plain:
             return None
         arm.branch.state.healthy = running.before + len(arm.losses)
-        if trial.lacks > 0 and any(one.factor < arm.factor for one in running.arms):
-            # This rate has been tried, and a lower one is not better.
-            step, ratio, rate = self._newest or (0, 1.0, 0.0)
+        if trial.lacks > 0 and self._newest is not None and any(one.factor < arm.factor for one in running.arms):
+            # The rate that the run will have has been tried, and a lower one is not better.
+            _, ratio, rate = self._newest
             self._newest = self._context.state.step, ratio * arm.factor, rate * arm.factor
         self._shown = trial, arm.branch.state
         self._end("confirmed" if trial.lacks > 0 else "not confirmed", "", trial.lacks, trial.factor)

@@ -248,7 +248,10 @@ class Learner:
         ]
 
     def held(self) -> list[Any]:
-        """The objects that :meth:`leaves` goes through, without names. As long as they are the same, so are the leaves."""
+        """The objects that :meth:`leaves` goes through, without names.
+
+        As long as they are the same, so are the leaves.
+        """
         found = self.held_weights()
         for index, optimizer in enumerate(self.optimizers):
             for _, state in states_of(optimizer, index):

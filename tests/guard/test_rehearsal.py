@@ -14,9 +14,9 @@ import torch
 from lightning_nanguard import Reading
 from lightning_nanguard.detect.monitors import Monitors
 from lightning_nanguard.guard.rehearsal import Rehearsal, Reviews
+from lightning_nanguard.state import switch as switch_module
 from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.snapshot import capture
-from lightning_nanguard.state import switch as switch_module
 from lightning_nanguard.thresholds.rate_search import ReviewThresholds
 from tests.guard.plain_loop import PlainLoop, state
 from tests.helpers import copied, same_bits
