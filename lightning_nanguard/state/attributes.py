@@ -235,10 +235,11 @@ def _is_plain_object(value: Any) -> bool:
 def _may_be_put_back(value: Any) -> bool:
     if isinstance(value, (*_NO_OBJECTS, Iterator)) or not isinstance(getattr(value, "__dict__", None), dict):
         return False
-    if not _FOREIGN.isdisjoint(_roots(type(value))) and not isinstance(value, (nn.Module, Dataset)):
+    kind: Any = type(value)
+    if not _FOREIGN.isdisjoint(_roots(kind)) and not isinstance(value, (nn.Module, Dataset)):
         return False
-    kinds = {type(one) for one in vars(value).copy().values()} - _PLAIN
-    return all(_root(kind) not in _BESIDE for kind in (type(value), *kinds))
+    kinds = {type(one) for one in (value, *vars(value).copy().values())} - _PLAIN
+    return _BESIDE.isdisjoint(map(_root, kinds))
 
 
 @lru_cache(maxsize=1024)

@@ -266,13 +266,6 @@ class TrainerBatchReplay:
         with torch.no_grad():
             return self._loss(*self._at_hand()[index])
 
-    def _draw_again(self) -> None:
-        # A fault that depends on random numbers comes back only with the same numbers.
-        for micro in reversed(self._shown or self.batches.newest()):
-            if micro.batch is self.batch:
-                self.batches.rewind(micro)
-                return
-
     def _repeatable(self) -> bool:
         one = len(self._learner.optimizers) == 1
         return self.comparable() and self.batch is not None and one and not self._ranks.sharded
@@ -299,7 +292,9 @@ class TrainerBatchReplay:
     def _rehearsed(self, run: Callable[[], float | None]) -> float | None:
         """Run the present batch in its own rehearsal, which needs memory for a copy."""
         with self.rehearsing():
-            self._draw_again()
+            # A fault that depends on random numbers comes back only with the same numbers.
+            for micro in [one for one in self._shown or self.batches.newest() if one.batch is self.batch][-1:]:
+                self.batches.rewind(micro)
             return run()
 
     def _attempt(self, run: Callable[[], float | None]) -> float | None:
